@@ -1,0 +1,183 @@
+"""Open a Hugging Face checkpoint: a local folder, a hub id, or one of our aliases. Tensors are read one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from autosteer.models import FAMILIES, Family
+from autosteer.runtime.errors import PackageError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face layout, its parsed config, and the family file that describes it."""
+
+    folder: Path
+    name: str  # what the user called it: hub id or folder name
+    revision: str | None
+    config: Any  # transformers.PretrainedConfig
+    family: Family
+
+    @cached_property
+    def facts(self) -> Any:
+        """The decoder's numbers under optimum's normalised names (hidden_size, num_layers, ...)."""
+        return self.family.config(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head; configs may leave it implied."""
+        text = self.config.get_text_config()
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+    @cached_property
+    def tensor_files(self) -> dict[str, tuple[Path, str]]:
+        """Where each tensor stands: HF module path -> (safetensors file, name in that file)."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as err:
+                raise PackageError(f"{index}: not a safetensors index ({err})") from err
+            stored = {name: self.folder / file for name, file in weight_map.items()}
+        else:
+            path = self.folder / "model.safetensors"
+            with _open(path) as file:
+                stored = {name: path for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {self._module_path(name): (path, name) for name, path in stored.items()}
+
+    def _module_path(self, name: str) -> str:
+        for pattern, replacement in self.family.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def tensor(self, module_path: str) -> torch.Tensor:
+        """One whole tensor in float32; see `rows`."""
+        import torch
+
+        blocks = list(self.rows(module_path, 1 << 62))
+        return torch.cat(blocks)
+
+    def shape(self, module_path: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        with self._located(module_path) as (file, name):
+            return tuple(file.get_slice(name).get_shape())
+
+    def rows(self, module_path: str, block_bytes: int) -> Iterator[torch.Tensor]:
+        """A tensor in float32, in blocks of rows of about `block_bytes`. The file is mapped only while it is read.
+
+        Raises PackageError where the tensor is missing or its file is damaged.
+        """
+        with self._located(module_path) as (file, name):
+            view = file.get_slice(name)
+            shape = view.get_shape()
+            step = max(1, block_bytes // (4 * math.prod(shape[1:])))
+            for first in range(0, shape[0], step):
+                yield view[first : min(first + step, shape[0])].float()
+
+    @contextmanager
+    def _located(self, module_path: str) -> Iterator[tuple[Any, str]]:
+        if module_path not in self.tensor_files:
+            raise PackageError(f"{self.folder}: no tensor {module_path!r} in the checkpoint (incomplete download?)")
+        path, name = self.tensor_files[module_path]
+        with _open(path) as file:
+            if name not in file.keys():  # noqa: SIM118 (not a dict)
+                raise PackageError(f"{path}: no tensor {name!r} here, although the index says so; download it again")
+            yield file, name
+
+    def __contains__(self, module_path: str) -> bool:
+        return module_path in self.tensor_files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise PackageError(f"{path}: missing; the checkpoint needs safetensors weights") from None
+    except (SafetensorError, OSError) as err:
+        raise PackageError(f"{path}: damaged ({err}); download it again") from err
+
+
+def aliases() -> dict[str, str]:
+    """Every short name that --model knows."""
+    hub = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
+    return {"demo": str(DEMO), **hub}
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open `model`: an alias, a local folder, or a hub id (downloaded by huggingface_hub into its cache).
+
+    Raises PackageError where it cannot be had, UnsupportedModelError where no family file describes it.
+    """
+    from transformers import AutoConfig
+
+    reference = aliases().get(model, model)
+    folder = Path(reference)
+    name = folder.name if folder.is_dir() else reference
+    if not folder.is_dir():
+        folder = _download(model, reference, revision)
+        revision = folder.name
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise PackageError(f"{folder}: no config.json here; not a Hugging Face checkpoint folder")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as err:
+        raise PackageError(f"{config_file}: not JSON ({err})") from err
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
+        )
+    return Checkpoint(folder, name, revision, AutoConfig.from_pretrained(folder), FAMILIES[model_type])
+
+
+def _download(model: str, reference: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "safety/*"]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
+        raise PackageError(
+            f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})"
+        )
+    try:
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+    except Exception as err:  # the hub client raises a dozen kinds, each meaning "not to be had"
+        raise PackageError(
+            f"{reference}: not reachable on the hub and not in the local cache ({type(err).__name__}); "
+            "check the name and the network, or give --model a local folder"
+        ) from err
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's processor with the Pillow image backend.
+
+    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by a grey level.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint.folder)
+    processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+    return processor
+
+
+def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The PyTorch original: (model in float32 eval mode, processor)."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    return model, load_processor(checkpoint)

@@ -1,0 +1,182 @@
+"""Write a package: every graph, the weights, the tokenizer, the manifest. All or nothing.
+
+The package grows in a hidden folder beside its destination and is renamed when it is complete and validated; Ctrl-C, a full disk
+or a failed check leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.manifest import (
+    DataFile,
+    Dims,
+    GraphSpec,
+    KVCacheSpec,
+    Manifest,
+    Precision,
+    ProberSpec,
+    RefusalSpec,
+    Source,
+    sha256,
+)
+
+from . import decoder, prompt
+from . import gate as gate_graphs
+from .checkpoint import Checkpoint, load_processor
+from .graph import FLOAT32, GraphWriter
+from .quantize import RECIPES
+from .safety.artifact import SafetyArtifact
+from .vision import vision_encoder
+from .weights import WEIGHTS_FILE, WeightStore
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user asked of autosteer-export, besides the checkpoint and the safety folder."""
+
+    precision: Precision = "fp32"
+    split_layer: int | None = None  # None: the safety folder's
+    context_length: int | None = None  # None: the checkpoint's
+
+
+@contextmanager
+def atomic_folder(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A scratch folder that becomes `destination` when the block ends well, and vanishes when it does not.
+
+    Raises InputError where `destination` exists and `force` is not given.
+    """
+    if destination.exists() and not force:
+        raise InputError(f"{destination}: exists; choose another --output or give --force to replace it")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if destination.is_dir() and not destination.is_symlink():
+            shutil.rmtree(destination)
+        elif destination.exists():
+            destination.unlink()
+        scratch.rename(destination)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def write_package(
+    folder: Path, checkpoint: Checkpoint, safety: SafetyArtifact | None, options: ExportOptions, report: Report
+) -> Manifest:
+    """Write every file of an unvalidated package into `folder` and return its manifest (saved there, too).
+
+    `safety` None makes an unguarded package, which runs only with --policy off. `report` is told each step.
+    """
+    facts = decoder.decoder_facts(checkpoint, options.context_length)
+    layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
+    if not 0 < layer < facts.layers:
+        raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
+    report("prompt template")
+    processor = load_processor(checkpoint)
+    processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
+    store = WeightStore(folder, checkpoint)
+    graphs = _write_graphs(folder, checkpoint, safety, options.precision, facts, layer, store, report)
+    weights_sha256 = store.close()
+    manifest = Manifest(
+        format_version=1,
+        source=Source(checkpoint.name, checkpoint.revision, checkpoint.family.model_type, None),
+        precision=options.precision,
+        guarded=safety is not None,
+        split_layer=layer,
+        dims=Dims(facts.hidden, facts.layers, facts.kv_heads, facts.head_dim, facts.vocab, facts.context),
+        graphs=graphs,
+        files=(
+            DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256),
+            data_file(folder, "tokenizer.json"),
+        ),
+        kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
+        prompt=prompt_spec,
+        image=checkpoint.family.image_spec and checkpoint.family.image_spec(checkpoint.config, processor.image_processor),
+        prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
+        refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
+        golden=(),
+        validation={},
+        versions={name: version(name) for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime")},
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def _write_graphs(
+    folder: Path,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    precision: Precision,
+    facts: decoder.DecoderFacts,
+    layer: int,
+    store: WeightStore,
+    report: Report,
+) -> dict[str, GraphSpec]:
+    recipe = RECIPES[precision]
+    head = recipe.head and recipe.head.fitted(facts.hidden)
+    graphs: dict[str, GraphSpec] = {}
+
+    def write(name: str, fill: Callable[[GraphWriter], None], layers: range | None = None, *, gate: bool = False) -> None:
+        report(name)
+        writer = GraphWriter(name, store, recipe.storage)
+        fill(writer)
+        span = (layers.start, layers.stop) if layers else None
+        graphs[name] = writer.save(folder, "fp32" if gate else precision, span)
+
+    if checkpoint.family.vision:
+        report("vision_encoder")
+        vision_precision: Precision = "fp16" if recipe.storage == "float16" else "fp32"
+        graphs["vision_encoder"] = vision_encoder(folder, checkpoint, store, recipe.storage, vision_precision)
+    lower, upper = range(layer), range(layer, facts.layers)
+    write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
+    write("decoder_lower", lambda g: decoder.decoder_half(g, facts, lower, recipe.body), lower)
+    write("decoder_upper", lambda g: decoder.decoder_half(g, facts, upper, recipe.body), upper)
+    write("lm_head", lambda g: decoder.lm_head(g, facts, head))
+    if safety:
+        write("prober", lambda g: gate_graphs.prober(g, safety.prober), gate=True)
+        write("refusal_head", lambda g: gate_graphs.refusal_head(g, safety.steer_matrix), gate=True)
+    return graphs
+
+
+def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
+    """The fit counts the token from the end of the prompt without its generation prompt; the runtime from the full one's."""
+    facts = safety.facts
+    return ProberSpec(facts.token_offset - generation_tokens, facts.threshold, facts.calibration)
+
+
+def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json, or config.json's eos_token_id."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
+    except OSError:
+        eos = None
+    eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def data_file(folder: Path, name: str) -> DataFile:
+    """Describe a file of the package."""
+    path = folder / name
+    return DataFile(name, path.stat().st_size, sha256(path))
+
+
+def with_results(manifest: Manifest, **changes: Any) -> Manifest:
+    """The manifest with validation results and golden outputs in it."""
+    return replace(manifest, **changes)
+

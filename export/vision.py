@@ -1,0 +1,105 @@
+"""Image encoders as ONNX graphs: Hugging Face's own modules, traced without weights.
+
+Modules and inputs are fake tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep their module
+paths as names, and their data is then streamed from the checkpoint like any other weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from autosteer.runtime.manifest import GraphSpec, Precision
+
+from .checkpoint import Checkpoint
+from .graph import OPSET, save_model
+from .weights import WeightStore
+
+
+class TowerAndProjector(nn.Module):
+    """SigLIP/CLIP-like tower, one of its hidden states, projector (HF: LlavaOnevisionModel.get_image_features)."""
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model  # so that parameters are called what the checkpoint calls them
+        layers = self.model.vision_tower.encoder.layers
+        index = hf_model.config.vision_feature_layer
+        self.depth = index if index >= 0 else len(layers) + 1 + index
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D), image_newline (D,)"""
+        tower = self.model.vision_tower
+        patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        hidden = patches + tower.embeddings.position_embedding.weight
+        for layer in tower.encoder.layers[: self.depth]:
+            hidden = layer(hidden, attention_mask=None)
+        return self.model.multi_modal_projector(hidden), self.model.image_newline * 1.0
+
+
+WRAPPERS: dict[str, type[nn.Module]] = {"tower_and_projector": TowerAndProjector}
+
+
+def vision_encoder(folder: Any, checkpoint: Checkpoint, store: WeightStore, storage: str, precision: Precision) -> GraphSpec:
+    """Trace the family's image encoder and write vision_encoder.onnx."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    assert checkpoint.family.vision is not None
+    size = checkpoint.config.vision_config.image_size
+    with FakeTensorMode(), no_init_weights(), _quiet():
+        hf_model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
+        wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
+        program = torch.onnx.export(
+            wrapper,
+            (torch.zeros(2, 3, size, size),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("tiles", min=1, max=1024)},),
+            input_names=["pixel_values"],
+            output_names=["image_features", "image_newline"],
+            opset_version=OPSET,
+            verbose=False,
+            optimize=False,  # constant folding would read the fake weights
+        )
+    model: ir.Model = program.model  # type: ignore[union-attr]
+    model.graph.name = "vision_encoder"
+    for node in model.graph:  # Python source locations: megabytes, and nobody's business
+        node.metadata_props.clear()
+    for value in list(model.graph.initializers.values()):
+        _attach(model.graph, value, store, storage)
+    return save_model(model, folder, precision, None)
+
+
+def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str) -> None:
+    """Point an initialiser at its streamed weights; matrices stored narrower are cast back in the graph."""
+    assert value.name is not None and value.shape is not None
+    shape = [int(d) for d in value.shape]
+    dtype = storage if len(shape) >= 2 else "float32"
+    tensor = store.matrix([value.name], dtype, shape=shape)
+    value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
+    if dtype != "float32":
+        cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+        value.replace_all_uses_with(cast.outputs[0])
+        cast.replace_input_with(0, value)
+        graph.insert_before(graph[0], cast)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns about operators it never needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

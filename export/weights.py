@@ -1,0 +1,103 @@
+"""weights.bin: the one file with the big tensors, written while they are read, so that the model is never in memory.
+
+A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended, aligned to 4096 bytes so that onnxruntime can
+map it. Graphs refer to it by offset; a tensor that several graphs use (tied embeddings, rotary tables) is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from .checkpoint import Checkpoint
+from .quantize import Blocks, quantise
+
+WEIGHTS_FILE = "weights.bin"
+ALIGNMENT = 4096
+BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time
+
+
+class WeightStore:
+    """Appends tensors to `folder`/weights.bin and hands out onnx_ir.ExternalTensor references to them."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint):
+        self._folder = folder
+        self._checkpoint = checkpoint
+        self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
+        self._digest = hashlib.sha256()
+        self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
+
+    def close(self) -> str:
+        """Flush and return the file's sha256."""
+        self._file.close()
+        return self._digest.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file so far."""
+        return self._file.tell()
+
+    def matrix(self, names: Sequence[str], dtype: str, *, shape: Sequence[int]) -> ir.ExternalTensor:
+        """Checkpoint tensors stacked along their rows, cast to `dtype` (numpy name)."""
+        key = f"{'+'.join(names)}:{dtype}"
+        if key not in self._places:
+            self._write(key, (rows.numpy().astype(dtype) for rows in self._rows(names)))
+        return self._reference(key, dtype, shape)
+
+    def quantised(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
+        """Checkpoint matrices (N, K) stacked along N: their `codes` (N, K / size, bytes) and `scales` (N, K / size)."""
+        key = f"{'+'.join(names)}:{blocks.bits}x{blocks.size}"
+        n, count = shape[0], -(-shape[1] // blocks.size)
+        if f"{key}:codes" not in self._places:
+            scales: list[npt.NDArray[Any]] = []
+
+            def codes() -> Iterator[npt.NDArray[Any]]:
+                for rows in self._rows(names):
+                    block_codes, block_scales = quantise(rows, blocks)
+                    scales.append(block_scales.numpy())
+                    yield block_codes.numpy()
+
+            self._write(f"{key}:codes", codes())
+            self._write(f"{key}:scales", scales)
+        return {
+            "codes": self._reference(f"{key}:codes", "uint8", (n, count, blocks.size * blocks.bits // 8)),
+            "scales": self._reference(f"{key}:scales", "float32", (n, count)),
+        }
+
+    def array(self, key: str, array: npt.NDArray[Any]) -> ir.ExternalTensor:
+        """A computed array, stored once per key."""
+        if key not in self._places:
+            self._write(key, [array])
+        return self._reference(key, array.dtype.name, array.shape)
+
+    def _rows(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
+        for name in names:
+            yield from self._checkpoint.rows(name, BLOCK_BYTES)
+
+    def _write(self, key: str, blocks: Iterable[npt.NDArray[Any]]) -> None:
+        padding = -self._file.tell() % ALIGNMENT
+        self._put(b"\0" * padding)
+        start = self._file.tell()
+        for block in blocks:
+            self._put(np.ascontiguousarray(block).data)
+        self._places[key] = (start, self._file.tell() - start)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def _reference(self, key: str, dtype: str, shape: Sequence[int]) -> ir.ExternalTensor:
+        offset, length = self._places[key]
+        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert length == expected, f"{key}: {length} bytes, shape {tuple(shape)} wants {expected}"
+        kind = ir.DataType.from_numpy(np.dtype(dtype))
+        return ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, kind, shape=ir.Shape(shape), name=key, base_dir=self._folder
+        )

@@ -1,0 +1,11 @@
+"""The model families: one small file each, named after Hugging Face's config.model_type, facts and no torch.
+
+To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
+"""
+
+from . import llava_onevision
+from .family import Family
+
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (llava_onevision.FAMILY,)}
+
+__all__ = ["FAMILIES", "Family"]

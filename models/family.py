@@ -1,0 +1,47 @@
+"""What a family file says, as types.
+
+A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder wrapper
+its images need. The decoder layer itself is written once (export/decoder.py) and driven by these facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from optimum.utils import NormalizedTextConfig
+
+from autosteer.runtime.manifest import ImageSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face model type."""
+
+    model_type: str
+    aliases: dict[str, str]  # short name -> hub id, for --model
+    config: type[NormalizedTextConfig]  # where vocab_size, hidden_size, num_layers, ... stand in config.json
+    renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
+    decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
+    lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
+    qkv_bias: bool
+    vision: str | None  # which wrapper of export/vision.py makes the image graph
+    image_spec: Callable[[Any, Any], ImageSpec] | None  # (config, HF image processor) -> ImageSpec
+
+
+def with_text_config(prefix: str) -> type[NormalizedTextConfig]:
+    """optimum's normalised names, for a config that keeps its decoder under `prefix`."""
+    return NormalizedTextConfig.with_args(  # type: ignore[no-any-return]
+        allow_new=True,
+        vocab_size=f"{prefix}.vocab_size",
+        hidden_size=f"{prefix}.hidden_size",
+        num_layers=f"{prefix}.num_hidden_layers",
+        num_attention_heads=f"{prefix}.num_attention_heads",
+        num_key_value_heads=f"{prefix}.num_key_value_heads",
+        intermediate_size=f"{prefix}.intermediate_size",
+        context_length=f"{prefix}.max_position_embeddings",
+        norm_eps=f"{prefix}.rms_norm_eps",
+        rope_parameters=f"{prefix}.rope_parameters",
+        hidden_act=f"{prefix}.hidden_act",
+    )

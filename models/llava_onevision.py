@@ -1,0 +1,55 @@
+"""LLaVA-OneVision (arXiv 2408.03326): SigLIP tower, two-layer projector, Qwen2 decoder, anyres tiles.
+
+HF: transformers/models/llava_onevision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autosteer.runtime.manifest import ImageSpec
+
+from .family import Family, with_text_config
+
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+
+
+def image_spec(config: Any, image_processor: Any) -> ImageSpec:
+    """Anyres facts from config.json and the HF image processor.
+
+    HF: LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features.
+    """
+    vision = config.vision_config
+    return ImageSpec(
+        kind="anyres",
+        tile_size=vision.image_size,
+        tokens_per_side=vision.image_size // vision.patch_size,
+        grid_pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints),
+        max_tiles_side=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        mean=tuple(image_processor.image_mean),
+        std=tuple(image_processor.image_std),
+        rescale_factor=image_processor.rescale_factor,
+        resample=RESAMPLE[int(image_processor.resample)],  # type: ignore[arg-type]
+    )
+
+
+FAMILY = Family(
+    model_type="llava_onevision",
+    aliases={
+        "llava-ov": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    },
+    config=with_text_config("text_config"),
+    renames=(  # the hub's files keep the layout of transformers < 4.52
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^vision_tower\.(vision_model\.)?", "model.vision_tower."),
+        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+        (r"^image_newline$", "model.image_newline"),
+    ),
+    decoder="model.language_model",
+    lm_head="lm_head.weight",
+    qkv_bias=True,
+    vision="tower_and_projector",
+    image_spec=image_spec,
+)

@@ -1,0 +1,35 @@
+"""Every error a user can cause or meet. Each has the exit code that the command-line tools return for it."""
+
+
+class AutoSteerError(Exception):
+    """Base of all our errors: one line that says what was wrong, where, and what to do."""
+
+    exit_code = 1
+
+
+class PackageError(AutoSteerError):
+    """A package, checkpoint or safety folder is missing, damaged, of another version, or not what it says."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(PackageError):
+    """The checkpoint is whole, but of a kind that no file in models/ describes."""
+
+
+class ProviderError(AutoSteerError):
+    """The execution provider (CPU, CUDA) that was asked for cannot run here."""
+
+    exit_code = 4
+
+
+class InputError(AutoSteerError):
+    """A prompt, image or data file is unusable, or does not fit the model's context."""
+
+    exit_code = 5
+
+
+class CheckError(AutoSteerError):
+    """A validation or package check ran and failed."""
+
+    exit_code = 6

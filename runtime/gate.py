@@ -1,0 +1,77 @@
+"""The whole safety rule, as pure functions. Nothing here touches a model.
+
+    safe = 0.0 <= p_unsafe <= threshold
+
+Everything else is unsafe: above the threshold, below zero, above one when the threshold is, NaN, infinite, or no number
+at all because the prober failed. What happens then is the policy's choice; that it is unsafe is not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Mode(str, Enum):
+    """What a policy does with an unsafe prompt (`--policy`)."""
+
+    STEER = "steer"  # bend every answer token towards a refusal: the paper
+    STOP = "stop"  # say the refusal text; decoder_upper never runs
+    MONITOR = "monitor"  # score and report, never intervene
+    OFF = "off"  # no gate at all; must be asked for
+
+
+class Action(str, Enum):
+    """What was done with a prompt."""
+
+    PASS = "pass"
+    STEER = "steer"
+    STOP = "stop"
+
+
+_ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.MONITOR: Action.PASS, Mode.OFF: Action.PASS}
+
+
+@dataclass(frozen=True)
+class GatePolicy:
+    """How a request is guarded. A threshold below zero calls every prompt unsafe (always-on steering)."""
+
+    mode: Mode
+    threshold: float
+    strength: float  # the paper's epsilon: how far the Refusal Head bends the hidden state; 0.1 there
+    refusal_text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate saw and did. Always reaches the caller."""
+
+    p_unsafe: float | None  # None only under Mode.OFF, where nothing is scored
+    unsafe: bool
+    action: Action
+    mode: Mode
+    threshold: float
+    strength: float  # applied to this answer: 0.0 unless the action is STEER
+    split_layer: int
+
+
+def is_safe(p_unsafe: float, threshold: float) -> bool:
+    """The rule above. NaN compares false with everything, so it is unsafe without a special case."""
+    return 0.0 <= p_unsafe <= min(threshold, 1.0)
+
+
+def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> Verdict:
+    """Judge one prompt. `p_unsafe` is the prober's output, or None where it gave none (which is unsafe, unless OFF)."""
+    score = math.nan if p_unsafe is None else p_unsafe
+    unsafe = policy.mode is not Mode.OFF and not is_safe(score, policy.threshold)
+    action = _ACTION_ON_UNSAFE[policy.mode] if unsafe else Action.PASS
+    return Verdict(
+        p_unsafe=None if policy.mode is Mode.OFF else score,
+        unsafe=unsafe,
+        action=action,
+        mode=policy.mode,
+        threshold=policy.threshold,
+        strength=policy.strength if action is Action.STEER else 0.0,
+        split_layer=split_layer,
+    )

@@ -1,0 +1,159 @@
+"""From an image to pixel_values, and from the encoder's features to rows among the tokens. Pure numpy and Pillow.
+
+One function pair per ImageSpec.kind, found by name in PREPARE and PACK. `anyres` is LLaVA-OneVision's:
+
+    one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint, padded)
+    features   ->  base rows, then the grid row by row without its padding, a newline row after each
+    several    ->  one square tile each, one newline row after it
+
+Same arithmetic as Hugging Face's LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features; tested
+against both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from .errors import InputError
+from .manifest import ImageSpec
+
+Float = npt.NDArray[np.float32]
+Uint8 = npt.NDArray[np.uint8]
+ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
+
+MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
+
+
+def open_image(image: ImageLike) -> Uint8:
+    """Any image a user may hand over, as RGB (H, W, 3) uint8, turned upright by its EXIF tag.
+
+    Raises InputError for a missing file, something that is not an image, a damaged one, or an extreme shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise InputError(f"image array: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        pixels = image
+    elif isinstance(image, Image.Image):
+        pixels = _rgb(image)
+    else:
+        try:
+            with Image.open(image) as opened:
+                pixels = _rgb(opened)
+        except FileNotFoundError:
+            raise InputError(f"{image}: no such image file") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
+            raise InputError(f"{image}: not a readable image ({err})") from err
+    height, width = pixels.shape[:2]
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(f"image of {width}x{height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
+    return pixels
+
+
+def _rgb(image: Image.Image) -> Uint8:
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
+    """(H, W, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32.
+
+    `alone`: it is the prompt's only image; several images get one tile each.
+    """
+    tiles = _anyres_tiles(image, spec) if alone else [_squeeze(_pad_to_square(image, spec), spec)]
+    scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
+    normalised = (scaled - np.float32(spec.mean)) / np.float32(spec.std)
+    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+
+def pack(features: Float, newline: Float, size: tuple[int, int], spec: ImageSpec) -> Float:
+    """image_features (tiles, side * side, D) and image_newline (D,) -> the image's rows (n, D), in token order.
+
+    `size` is the original picture's (height, width).
+    """
+    if len(features) == 1:
+        return np.concatenate([features[0], newline[None]])
+    side, width = spec.tokens_per_side, features.shape[-1]
+    rows, columns = (n // spec.tile_size for n in best_pinpoint(size, spec.grid_pinpoints))
+    grid = features[1:].reshape(rows, columns, side, side, width).transpose(0, 2, 1, 3, 4)
+    grid = _unpad(grid.reshape(rows * side, columns * side, width), size)
+    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (spec.max_tiles_side * side**2))
+    if ratio > 1.1:
+        grid = _bilinear(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
+    newlines = np.broadcast_to(newline, (grid.shape[0], 1, width))
+    return np.concatenate([features[0], np.concatenate([grid, newlines], axis=1).reshape(-1, width)])
+
+
+def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) that keeps most of the picture and wastes least (HF: select_best_resolution)."""
+    height, width = size
+
+    def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - pinpoint[0] * pinpoint[1]
+
+    return max(pinpoints, key=fit)  # the first of equals, as HF
+
+
+def _anyres_tiles(image: Uint8, spec: ImageSpec) -> list[Uint8]:
+    height, width = best_pinpoint((image.shape[0], image.shape[1]), spec.grid_pinpoints)
+    scale_h, scale_w = height / image.shape[0], width / image.shape[1]
+    if scale_w < scale_h:
+        fitted = (min(math.ceil(image.shape[0] * scale_w), height), width)
+    else:
+        fitted = (height, min(math.ceil(image.shape[1] * scale_h), width))
+    padded = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - fitted[0]) // 2, (width - fitted[1]) // 2
+    padded[top : top + fitted[0], left : left + fitted[1]] = _resize(image, *fitted, spec)
+    n = spec.tile_size
+    grid = [padded[y : y + n, x : x + n] for y in range(0, height, n) for x in range(0, width, n)]
+    return [_squeeze(image, spec), *grid]
+
+
+def _pad_to_square(image: Uint8, spec: ImageSpec) -> Uint8:
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(mean * 255) for mean in spec.mean]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
+    return _resize(image, spec.tile_size, spec.tile_size, spec)
+
+
+def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:
+    resample = Image.Resampling[spec.resample.upper()]
+    return np.asarray(Image.fromarray(image).resize((width, height), resample))
+
+
+def _unpad(grid: Float, size: tuple[int, int]) -> Float:
+    """Drop the rows or columns of `grid` (h, w, D) that stand on padding (HF: unpad_image)."""
+    height, width = grid.shape[:2]
+    if size[1] / size[0] > width / height:
+        padding = (height - int(round(size[0] * (width / size[1]), 7))) // 2
+        return grid[padding : height - padding]
+    padding = (width - int(round(size[1] * (height / size[0]), 7))) // 2
+    return grid[:, padding : width - padding]
+
+
+def _bilinear(grid: Float, height: int, width: int) -> Float:
+    """Resize (h, w, D) as torch's interpolate(mode="bilinear", align_corners=False) does, without antialiasing."""
+
+    def axis(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Float]:
+        position = np.maximum((np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - np.float32(0.5), 0)
+        low = position.astype(np.int64)
+        return low, np.minimum(low + 1, old - 1), (position - low).astype(np.float32)
+
+    y0, y1, fy = axis(grid.shape[0], height)
+    x0, x1, fx = axis(grid.shape[1], width)
+    rows = grid[y0] * (1 - fy)[:, None, None] + grid[y1] * fy[:, None, None]
+    return rows[:, x0] * (1 - fx)[:, None] + rows[:, x1] * fx[:, None]

@@ -1,0 +1,351 @@
+"""autosteer.json: everything export knows about a package. The one file a loader must parse, in any language.
+
+The runtime never guesses: a fact that is not here is not known. Unknown keys, missing keys and wrong types are errors,
+because a manifest that is half understood is a gate that is half closed.
+
+`split_layer` = k means: `decoder_lower` runs layers 0..k-1, the prober reads the residual stream *entering* layer k
+(Hugging Face's `hidden_states[k]`), `decoder_upper` runs layers k..N-1 and the final norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from .errors import PackageError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "autosteer.json"
+REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
+GATE_GRAPHS = ("prober", "refusal_head")
+IMAGE_GRAPHS = ("vision_encoder",)
+
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a package was made from."""
+
+    repo: str  # hub id or the name of the local folder
+    revision: str | None  # commit on the hub, where there is one
+    model_type: str  # Hugging Face config.model_type
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the decoder."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int  # most tokens a prompt and its answer may take together
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph. Symbolic dimensions are strings."""
+
+    name: str
+    dtype: str  # numpy name
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file."""
+
+    file: str
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: tuple[int, int] | None  # decoder halves: first layer, one past the last
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file that the graphs or the runtime need besides the graphs: weights, tokenizer."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class KVCacheSpec:
+    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); capacity is yours."""
+
+    dtype: str
+    layout: Literal["BNSH"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an RGB image becomes pixel_values and how its features are laid out among the tokens (see image.py)."""
+
+    kind: Literal["anyres"]
+    tile_size: int  # pixels; the encoder's input is (tiles, 3, tile_size, tile_size)
+    tokens_per_side: int  # image_features of one tile: tokens_per_side ** 2 rows
+    grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels, in the checkpoint's order
+    max_tiles_side: int  # anyres_max_9 -> 9: larger feature grids are shrunk to about this many tiles
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a rendered prompt.
+
+    `token` is the special token `id` (its string in `text`); `literal` is plain text; `text` is where the turn's text goes
+    and `image` where an image's tokens go. Literal and user text that touch are tokenised together, as plain text.
+    """
+
+    kind: Literal["token", "literal", "text", "image"]
+    text: str = ""
+    id: int = -1
+
+
+@dataclass(frozen=True)
+class TurnSpec:
+    """How one role's turn is written: prefix, its parts (an image or a text each), suffix."""
+
+    prefix: tuple[Piece, ...]
+    image: tuple[Piece, ...]
+    text: tuple[Piece, ...]
+    suffix: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """The chat template, taken apart at export and checked there against Hugging Face's rendering."""
+
+    begin: tuple[Piece, ...]  # before a dialogue that has no system turn
+    system: TurnSpec | None
+    user: TurnSpec
+    assistant: TurnSpec
+    generation: tuple[Piece, ...]  # opens the answer
+    images_first: bool  # all images of a turn come before its text, whatever order the user gave
+    strip_text: bool  # the template strips white space around a turn's text
+    end_token_ids: tuple[int, ...]  # generation ends at any of these
+    tokenizer: str = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class ProberSpec:
+    """Where the prober reads, and when it fires."""
+
+    token_offset: int  # row of hidden_states it reads, from the end of the full prompt (generation prompt included)
+    threshold: float  # safe = 0 <= p_unsafe <= threshold
+    calibration: dict[str, float]  # facts measured by autosteer-fit on held-out data
+
+
+@dataclass(frozen=True)
+class RefusalSpec:
+    """steered = hidden_states + strength * hidden_states @ W.T, before lm_head (the paper's Refusal Head)."""
+
+    strength: float  # the paper's epsilon
+    text: str  # said instead of an answer under --policy stop
+    formula: str = "hidden_states + strength * hidden_states @ W.T"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A prompt and what the exported package answered to it, greedily, on the exporting machine's CPU."""
+
+    prompt: str
+    images: tuple[str, ...]
+    p_unsafe: float | None
+    action: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the validation table."""
+
+    name: str
+    value: float
+    limit: float | None  # None: reported, not enforced
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole package."""
+
+    format_version: int
+    source: Source
+    precision: Precision
+    guarded: bool  # False: made with --unguarded; runs only with --policy off
+    split_layer: int
+    dims: Dims
+    graphs: dict[str, GraphSpec]
+    files: tuple[DataFile, ...]
+    kv_cache: KVCacheSpec
+    prompt: PromptSpec
+    image: ImageSpec | None
+    prober: ProberSpec | None
+    refusal: RefusalSpec | None
+    golden: tuple[Golden, ...]
+    validation: dict[str, tuple[Check, ...]]  # by execution provider
+    versions: dict[str, str]  # what exported it
+
+    def save(self, folder: Path) -> None:
+        """Write autosteer.json into `folder`."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Read and check autosteer.json. Files are checked by `verify`.
+
+        Raises PackageError where the file is missing, not JSON, of another format version, or inconsistent.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PackageError(f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?") from None
+        except (OSError, ValueError) as err:
+            raise PackageError(f"{path}: not readable as JSON ({err})") from err
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise PackageError(
+                f"{path}: format_version {version!r}, this runtime reads {FORMAT_VERSION}; export the model again"
+            )
+        manifest = decode(Manifest, data, str(path))
+        manifest._check_consistency(path)
+        return manifest
+
+    def _check_consistency(self, path: Path) -> None:
+        def need(condition: bool, what: str) -> None:
+            if not condition:
+                raise PackageError(f"{path}: {what}")
+
+        gate = GATE_GRAPHS if self.guarded else ()
+        image = IMAGE_GRAPHS if self.image else ()
+        for name in (*REQUIRED_GRAPHS, *gate, *image):
+            need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
+        need(
+            self.guarded == (self.prober is not None) == (self.refusal is not None),
+            "'guarded', 'prober' and 'refusal' contradict each other",
+        )
+        k, n = self.split_layer, self.dims.num_hidden_layers
+        need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
+        need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
+        need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
+        for file in self.paths():
+            pure = PurePosixPath(file)
+            need(not pure.is_absolute() and ".." not in pure.parts and "\\" not in file, f"path {file!r} leaves the package")
+
+    def paths(self) -> dict[str, str]:
+        """sha256 of every file of the package, by relative path."""
+        return {g.file: g.sha256 for g in self.graphs.values()} | {f.file: f.sha256 for f in self.files}
+
+    def verify(self, folder: Path) -> None:
+        """Compare every file with its hash. Raises PackageError naming the first file that is missing or differs."""
+        for file, expected in self.paths().items():
+            path = folder / file
+            if not path.is_file():
+                raise PackageError(f"{path}: missing; export the package again or copy it again")
+            if sha256(path) != expected:
+                raise PackageError(
+                    f"{path}: sha256 differs from {MANIFEST_FILE} (package damaged or edited); "
+                    "export it again or copy it again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+T = TypeVar("T")
+
+
+def decode(cls: type[T], data: Any, where: str) -> T:
+    """Build the frozen dataclass `cls` from parsed JSON; every key and type must fit.
+
+    Raises PackageError with the path of the first value that does not. Keys with a default may be absent.
+    """
+    return typing.cast(T, _decode(cls, data, where))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise PackageError(f"{where}: expected an object")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if unknown := sorted(data.keys() - fields.keys()):
+            raise PackageError(f"{where}: unknown key {unknown[0]!r}")
+        required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+        if missing := sorted(required - data.keys()):
+            raise PackageError(f"{where}: missing key {missing[0]!r}")
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _decode(hints[key], value, f"{where}: {key}") for key, value in data.items()})  # type: ignore[operator]
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        fitting = [a for a in options if len(options) == 1 or isinstance(data, a)]
+        if fitting:
+            return _decode(fitting[0], data, where)
+    elif origin is Literal:
+        if data in args:
+            return data
+        raise PackageError(f"{where}: {data!r} is not one of {', '.join(map(repr, args))}")
+    elif origin is tuple and isinstance(data, list):
+        if args[-1] is Ellipsis:
+            return tuple(_decode(args[0], x, f"{where}[{i}]") for i, x in enumerate(data))
+        if len(args) == len(data):
+            return tuple(_decode(a, x, f"{where}[{i}]") for i, (a, x) in enumerate(zip(args, data, strict=True)))
+    elif origin is dict and isinstance(data, dict):
+        return {str(key): _decode(args[1], value, f"{where}: {key}") for key, value in data.items()}
+    elif kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
+        return float(data)
+    elif isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+        return data
+    raise PackageError(f"{where}: {data!r} does not fit (expected {getattr(kind, '__name__', kind)})")
+
+
+def json_schema(kind: Any = Manifest) -> dict[str, Any]:
+    """JSON Schema of the manifest, from the dataclasses above: what ships as autosteer.schema.json."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields = dataclasses.fields(kind)
+        return {
+            "type": "object",
+            "description": (kind.__doc__ or "").strip().split("\n")[0],
+            "properties": {f.name: json_schema(hints[f.name]) for f in fields},
+            "required": [f.name for f in fields if f.default is dataclasses.MISSING],
+            "additionalProperties": False,
+        }
+    if origin in (types.UnionType, typing.Union):
+        return {"anyOf": [json_schema(a) for a in args]}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return {"type": "array", "items": json_schema(args[0])}
+        return {"type": "array", "prefixItems": [json_schema(a) for a in args], "minItems": len(args), "maxItems": len(args)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(args[1])}
+    return {"type": {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}[kind]}

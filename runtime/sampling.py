@@ -1,0 +1,78 @@
+"""From logits to the next token. A sampler is a function (logits, tokens so far) -> token id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """A caller's wishes for one answer. The default is greedy and so the same every time."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens with this much probability
+    repetition_penalty: float = 1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
+    seed: int = 0  # same seed, same text
+    stop: tuple[str, ...] = ()  # end the answer before any of these strings
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_tokens": self.max_tokens >= 1,
+            "temperature": 0.0 <= self.temperature < float("inf"),
+            "top_k": self.top_k >= 0,
+            "top_p": 0.0 < self.top_p <= 1.0,
+            "repetition_penalty": 0.0 < self.repetition_penalty < float("inf"),
+            "seed": self.seed >= 0,
+            "stop": "" not in self.stop,
+        }
+        for name, fits in bounds.items():
+            if not fits:
+                raise InputError(f"{name} = {getattr(self, name)!r} is out of range")
+
+
+def make_sampler(config: SamplingConfig) -> Sampler:
+    """The sampler for `config`. Order of the filters as in Hugging Face's generate: penalty, temperature, top-k, top-p."""
+    rng = np.random.default_rng(config.seed)
+
+    def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
+        if config.repetition_penalty != 1.0:
+            logits = penalise(logits, tokens, config.repetition_penalty)
+        if config.temperature == 0.0:
+            return int(np.argmax(logits))
+        return int(rng.choice(len(logits), p=probabilities(logits, config)))
+
+    return sample
+
+
+def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
+    """A copy of `logits` (V,) in which tokens already seen are less likely (HF: RepetitionPenaltyLogitsProcessor)."""
+    seen = np.unique(np.asarray(tokens, np.int64))
+    out = logits.copy()
+    out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
+    return out
+
+
+def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> npt.NDArray[np.float64]:
+    """Temperature, top-k and top-p applied to `logits` (V,): probabilities that sum to 1, zero where filtered."""
+    scaled = logits.astype(np.float64) / config.temperature
+    order = np.argsort(-scaled, kind="stable")
+    p = np.exp(scaled[order] - scaled[order[0]])
+    if 0 < config.top_k < len(p):
+        p[config.top_k :] = 0.0
+    p /= p.sum()
+    beyond = np.cumsum(p) - p >= config.top_p
+    beyond[0] = False
+    p[beyond] = 0.0
+    out = np.zeros_like(p)
+    out[order] = p / p.sum()
+    return out

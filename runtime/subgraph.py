@@ -1,0 +1,122 @@
+"""One ONNX graph in one onnxruntime session. Every onnxruntime option of the runtime is in this file.
+
+Sessions are chained on one machine, so no session may spin: with onnxruntime's defaults each keeps its own threads busy-waiting
+and the chain runs three times slower (measured, CONTRIBUTING.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PackageError, ProviderError
+from .manifest import GraphSpec, TensorSpec
+
+try:
+    import onnxruntime as ort
+except ImportError as error:  # neither wheel is a hard dependency: on a Jetson pip would put the CPU one over NVIDIA's
+    raise ImportError(
+        "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]' (or [gpu], or NVIDIA's wheel on a Jetson)"
+    ) from error
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where sessions run and where their buffers live."""
+
+    provider: str  # onnxruntime's execution provider
+    kind: Literal["cpu", "cuda"]  # onnxruntime's device type for buffers
+    threads: int
+
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
+    """The device for `name`, and for "auto" the reason why it is the CPU ("" otherwise).
+
+    Raises ProviderError where "cuda" was asked for and this onnxruntime has none.
+    """
+    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    has_cuda = CUDA in ort.get_available_providers()
+    if name == "cuda" and not has_cuda:
+        raise ProviderError(
+            f"--device cuda: this onnxruntime ({ort.__version__}) has only {', '.join(ort.get_available_providers())}; "
+            "install 'autosteer-edge[gpu]' or use --device cpu"
+        )
+    if name != "cpu" and has_cuda:
+        return Device(CUDA, "cuda", threads), ""
+    return Device(CPU, "cpu", threads), "this onnxruntime has no CUDA provider" if name == "auto" else ""
+
+
+class Subgraph:
+    """A loaded graph."""
+
+    def __init__(self, path: Path, spec: GraphSpec, device: Device):
+        """Load `path` on `device`.
+
+        Raises PackageError where the file is no usable graph or its inputs and outputs are not the manifest's,
+        ProviderError where onnxruntime quietly chose another provider.
+        """
+        self.name = path.stem
+        self.device = device
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = device.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = [device.provider] if device.provider == CPU else [device.provider, CPU]
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as err:  # onnxruntime's own hierarchy is not public
+            raise PackageError(f"{path}: onnxruntime cannot load it ({_first_line(err)})") from err
+        if self.session.get_providers()[0] != device.provider:
+            raise ProviderError(
+                f"{path.name}: onnxruntime fell back to {self.session.get_providers()[0]}; "
+                "CUDA, cuDNN or the driver does not fit this onnxruntime"
+            )
+        for ours, theirs in ((spec.inputs, self.session.get_inputs()), (spec.outputs, self.session.get_outputs())):
+            if [t.name for t in ours] != [t.name for t in theirs]:
+                raise PackageError(f"{path}: its inputs or outputs are not those of the manifest; export it again")
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Run once on numpy arrays; outputs in the graph's order."""
+        return list(self.session.run(None, dict(inputs)))
+
+
+class Call:
+    """A graph bound to fixed buffers. Running it looks nothing up and copies nothing."""
+
+    def __init__(self, graph: Subgraph, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]):
+        self._session = graph.session
+        self._binding = graph.session.io_binding()
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def __call__(self) -> None:
+        """Run; results are in the output buffers."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def buffer(array: npt.NDArray[Any], device: Device) -> ort.OrtValue:
+    """An onnxruntime buffer on `device` that holds `array`. On the CPU it *is* the array: zero pages cost no memory."""
+    return ort.OrtValue.ortvalue_from_numpy(array, device.kind, 0)
+
+
+def empty(spec: TensorSpec, shape: tuple[int, ...], device: Device) -> ort.OrtValue:
+    """An uninitialised buffer for one output of a graph."""
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype), device.kind, 0)
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -1,0 +1,160 @@
+"""From a dialogue to token ids and image slots, and from token ids back to text.
+
+The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the template; in
+what a user wrote they are plain text, so nobody can forge a turn or an image by typing `<|im_end|>` or `<image>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from .errors import InputError, PackageError
+from .image import ImageLike
+from .manifest import Piece, PromptSpec, TurnSpec
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: its role and its parts in order, each a text or an image."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | ImagePart, ...]
+
+    @staticmethod
+    def user(text: str, images: Sequence[ImageLike] = ()) -> Message:
+        """Images, then a text: what most people send."""
+        return Message("user", (*(ImagePart(i) for i in images), text))
+
+    @staticmethod
+    def assistant(text: str) -> Message:
+        """An earlier answer."""
+        return Message("assistant", (text,))
+
+    @property
+    def images(self) -> list[ImageLike]:
+        """The turn's images, in order."""
+        return [part.image for part in self.parts if isinstance(part, ImagePart)]
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image among a turn's parts."""
+
+    image: ImageLike
+
+
+IMAGE = object()  # stands among rendered token runs where an image's rows go
+Rendered = list["list[int] | object"]  # runs of token ids, IMAGE between them
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """tokenizer.json, set to read special tokens in text as plain text. Raises PackageError where it is damaged."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as err:  # tokenizers raises plain Exception
+        raise PackageError(f"{path}: not a tokenizer ({err})") from err
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
+    """Token ids of a dialogue, with IMAGE where each image goes.
+
+    Raises InputError for an empty dialogue, an unknown role, or text that is not valid Unicode.
+    """
+    if not messages:
+        raise InputError("the dialogue is empty")
+    out: Rendered = []
+    for run in _merge(_pieces(messages, spec, generation)):
+        if run is IMAGE or isinstance(run, int):
+            ids: list[int] | object = run if run is IMAGE else [run]
+        else:
+            try:
+                ids = tokenizer.encode(run, add_special_tokens=False).ids
+            except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
+                raise InputError(f"the prompt is not valid Unicode text ({err})") from err
+        if isinstance(ids, list) and out and isinstance(out[-1], list):
+            out[-1].extend(ids)
+        else:
+            out.append(ids)
+    return out
+
+
+def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[Piece, str]]:
+    """Every piece of the rendered dialogue with the user's text that fills it (for `text` pieces)."""
+    turns: dict[str, TurnSpec | None] = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}
+    if messages[0].role != "system":
+        yield from ((piece, "") for piece in spec.begin)
+    for message in messages:
+        turn = turns.get(message.role)
+        if turn is None:
+            raise InputError(f"this model's prompts have no {message.role!r} turn")
+        parts = list(message.parts)
+        if spec.images_first:
+            parts.sort(key=lambda part: isinstance(part, str))  # stable: images keep their order, then texts theirs
+        yield from ((piece, "") for piece in turn.prefix)
+        for part in parts:
+            if isinstance(part, str):
+                text = part.strip() if spec.strip_text else part
+                yield from ((piece, text) for piece in turn.text)
+            else:
+                yield from ((piece, "") for piece in turn.image)
+        yield from ((piece, "") for piece in turn.suffix)
+    if generation:
+        yield from ((piece, "") for piece in spec.generation)
+
+
+def _merge(pieces: Iterable[tuple[Piece, str]]) -> Iterator[str | int | object]:
+    """Join literal and user text that touch: they are tokenised together, as the template's own rendering would be."""
+    text = ""
+    for piece, filling in pieces:
+        if piece.kind in ("literal", "text"):
+            text += piece.text if piece.kind == "literal" else filling
+            continue
+        if text:
+            yield text
+            text = ""
+        yield piece.id if piece.kind == "token" else IMAGE
+    if text:
+        yield text
+
+
+class Detokeniser:
+    """Streams text out of token ids: whole characters only, and nothing of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._held = ""  # text that may yet turn out to begin a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; sets `stopped` once a stop string is complete."""
+        self._held += self._stream.step(self._tokenizer, token) or ""
+        found = [i for i in (self._held.find(stop) for stop in self._stop) if i >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when the answer ends without its stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

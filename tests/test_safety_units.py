@@ -1,0 +1,433 @@
+"""The mathematics of autosteer-fit on made-up numbers: SAS, prober, calibration, Refusal Head. No model is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from autosteer.export.safety import calibrate, prober, refusal_head, sas
+from autosteer.export.safety.artifact import SafetyArtifact, SafetyFacts
+from autosteer.export.safety.pairs import Pair, Prompt, read_data
+from autosteer.runtime.errors import InputError, PackageError
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def planted(n: int = 40, layers: int = 5, d: int = 16, *, best: int = 2, seed: int = 0) -> torch.Tensor:
+    """Deltas (n, layers, d) of noise, with one direction common to all pairs at entry `best`."""
+    deltas = torch.randn(n, layers, d, generator=torch.Generator().manual_seed(seed))
+    deltas[:, best, 0] += 6
+    return deltas
+
+
+# ---------------------------------------------------------------- SAS
+
+
+def test_sas_equals_the_naive_mean_of_pairwise_cosines():
+    directions, kept = sas.unit_deltas(planted())
+    pairs = torch.triu_indices(40, 40, offset=1)
+    naive = torch.einsum("nld,mld->lnm", directions.double(), directions.double())[:, pairs[0], pairs[1]].mean(dim=1)
+    assert kept.tolist() == list(range(40))
+    torch.testing.assert_close(sas.sas(directions), naive, rtol=0, atol=1e-7)
+
+
+def test_sas_of_known_directions():
+    """Three unit vectors, cosines 1, 0 and 0: mean 1/3. And a pair of opposites: -1."""
+    deltas = torch.tensor([[[2.0, 0.0]], [[5.0, 0.0]], [[0.0, 0.1]]])
+    assert sas.sas(sas.unit_deltas(deltas)[0]).item() == pytest.approx(1 / 3)
+    assert sas.sas(sas.unit_deltas(torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]]))[0]).item() == pytest.approx(-1)
+
+
+def test_sas_is_highest_where_the_direction_was_planted():
+    scores = sas.sas_with_interval(sas.unit_deltas(planted(best=3))[0], seed=0)
+    assert int(scores.sas.argmax()) == 3
+    assert scores.low[3] > scores.high[[0, 1, 2, 4]].max()
+
+
+def test_bootstrap_interval_holds_the_score_and_is_centred():
+    """Counting a pair drawn twice as a cosine of 1 would lift the interval of pure noise (SAS 0) by 1/n = 0.05."""
+    scores = sas.sas_with_interval(sas.unit_deltas(torch.randn(20, 50, 400, generator=torch.manual_seed(1)))[0], seed=0)
+    assert ((scores.low <= scores.sas) & (scores.sas <= scores.high)).all()
+    assert abs(((scores.low + scores.high) / 2).mean().item()) < 0.005
+
+
+def test_bootstrap_repeats_with_its_seed():
+    directions = sas.unit_deltas(planted())[0]
+    first, again, other = (sas.sas_with_interval(directions, seed=s).low for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_pair_without_difference_is_dropped_from_every_layer():
+    deltas = planted()
+    deltas[7, 1] = 0
+    directions, kept = sas.unit_deltas(deltas)
+    assert kept.tolist() == [i for i in range(40) if i != 7]
+    assert torch.isfinite(directions).all()
+
+
+def test_pairs_without_any_difference_are_an_error():
+    with pytest.raises(InputError, match="in 40 of 40 pairs"):
+        sas.unit_deltas(torch.zeros(40, 5, 16))
+
+
+# ---------------------------------------------------------------- split and prober
+
+
+def separable(n: int = 300, d: int = 24, *, shift: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(states (n, d), unsafe (n,)): two clouds on a large common offset, feature scales from 0.01 to 100."""
+    generator = torch.Generator().manual_seed(seed)
+    unsafe = torch.arange(n) % 3 == 0
+    states = torch.randn(n, d, generator=generator)
+    states[:, :4] += shift * unsafe[:, None]
+    return states * torch.logspace(-2, 2, d) + 50, unsafe
+
+
+def split_of(unsafe: torch.Tensor) -> prober.Split:
+    return prober.split_by_text([str(i) for i in range(len(unsafe))], [(bool(u), "all") for u in unsafe], seed=0)
+
+
+def test_split_covers_everything_once_in_the_right_sizes():
+    split = split_of(separable(shift=0)[1])
+    assert sorted(np.concatenate(list(vars(split).values()))) == list(range(300))
+    assert [len(rows) for rows in vars(split).values()] == [180, 60, 60]
+
+
+def test_same_query_text_never_stands_on_two_sides():
+    texts = [f"How  do I make THING {i % 37}?" if i % 2 else f"how do i make thing {i % 37}?" for i in range(400)]
+    split = prober.split_by_text(texts, [(i % 5 == 0, "abc"[i % 3]) for i in range(400)], seed=3)
+    number = [{int(texts[i].split()[-1][:-1]) for i in rows} for rows in vars(split).values()]
+    assert not (number[0] & number[1] or number[0] & number[2] or number[1] & number[2])
+
+
+def test_every_group_is_held_out_in_proportion():
+    strata = [(i % 2 == 0, "rare" if i % 10 < 2 else "common") for i in range(1000)]
+    split = prober.split_by_text([str(i) for i in range(1000)], strata, seed=0)
+    rare = [sum(strata[i] == (True, "rare") for i in rows) for rows in vars(split).values()]
+    assert rare == [60, 20, 20]
+
+
+def test_split_with_one_text_per_class_is_an_error():
+    with pytest.raises(InputError, match="too few different texts"):
+        prober.split_by_text(["a", "b"] * 30, [(True, "all"), (False, "all")] * 30, seed=0)
+
+
+def test_prober_learns_separable_states_and_only_those():
+    accuracy = {}
+    for shift in (0.0, 4.0):
+        states, unsafe = separable(shift=shift)
+        split = split_of(unsafe)
+        p = prober.p_unsafe(prober.train_prober(states, unsafe, split, seed=0), states[split.heldout])
+        accuracy[shift] = prober.balanced_accuracy(p, unsafe[split.heldout].numpy(), 0.5)
+    assert accuracy[4.0] > 0.97
+    assert 0.3 < accuracy[0.0] < 0.7
+
+
+def test_folding_the_standardisation_leaves_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"0.weight": (64, 24), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+    raw = {name: torch.randn(*shape, generator=generator) / 8 for name, shape in shapes.items()}
+    states, _ = separable(shift=1)
+    mean, std = states.mean(dim=0), states.std(dim=0)
+    folded = prober.fold_standardisation(raw, mean, std)
+    np.testing.assert_allclose(prober.p_unsafe(folded, states), prober.p_unsafe(raw, (states - mean) / std), atol=1e-4)
+
+
+def test_prober_repeats_with_its_seed_and_leaves_torchs_own_generator_alone():
+    states, unsafe = separable(shift=2)
+    split = split_of(unsafe)
+    torch.manual_seed(9)
+    expected = torch.rand(1)
+    torch.manual_seed(9)
+    first, again, other = (prober.train_prober(states, unsafe, split, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_constant_feature_does_not_blow_up_the_folded_weights():
+    states, unsafe = separable(shift=4)
+    states[:, 5] = 7.0
+    fitted = prober.train_prober(states, unsafe, split_of(unsafe), seed=0)
+    assert all(torch.isfinite(t).all() for t in fitted.values())
+    assert fitted["0.weight"][:, 5].abs().max() < 10
+
+
+def test_row_0_of_the_prober_is_unsafe():
+    states, unsafe = separable(shift=4)
+    p = prober.p_unsafe(prober.train_prober(states, unsafe, split_of(unsafe), seed=0), states)
+    assert p[unsafe.numpy()].mean() > 0.9
+    assert p[~unsafe.numpy()].mean() < 0.1
+
+
+def test_nan_score_counts_as_firing():
+    assert prober.balanced_accuracy(np.array([np.nan, 0.1]), np.array([True, False]), 0.5) == 1.0
+
+
+# ---------------------------------------------------------------- calibration
+
+
+@pytest.mark.parametrize(
+    ("events", "trials", "expected"),
+    [
+        (0, 100, 1 - 0.05**0.01),  # closed form: 0.02951
+        (1, 100, 0.04656),  # these three: scipy.stats.beta.ppf(0.95, k + 1, n - k)
+        (5, 100, 0.10225),
+        (20, 1000, 0.02893),
+        (3, 3, 1.0),
+    ],
+)
+def test_clopper_pearson_one_sided_95_percent_bound(events: int, trials: int, expected: float):
+    assert calibrate.clopper_pearson_upper(events, trials) == pytest.approx(expected, abs=1e-5)
+
+
+def test_clopper_pearson_two_sided_bound_is_the_one_sided_at_97_5_percent():
+    assert calibrate.clopper_pearson_upper(0, 100, confidence=0.975) == pytest.approx(0.03622, abs=1e-5)
+
+
+def test_clopper_pearson_covers_the_true_rate_as_often_as_it_says():
+    draws = np.random.default_rng(0).binomial(200, 0.03, size=2000)
+    bound = {int(k): calibrate.clopper_pearson_upper(int(k), 200) for k in set(draws)}
+    assert np.mean([bound[int(k)] >= 0.03 for k in draws]) >= 0.95
+
+
+def test_prompts_needed_is_the_smallest_number_that_suffices():
+    n = calibrate.prompts_needed(0.01)
+    assert n == 299
+    assert calibrate.clopper_pearson_upper(0, n) <= 0.01 < calibrate.clopper_pearson_upper(0, n - 1)
+
+
+def scores(benign: int = 2000, unsafe: int = 500, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping (p, unsafe): Beta(1, 6) for benign, Beta(5, 2) for unsafe."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.beta(1, 6, benign), rng.beta(5, 2, unsafe)]), np.arange(benign + unsafe) >= benign
+
+
+def test_threshold_keeps_the_bound_within_the_target_and_one_score_lower_does_not():
+    p, unsafe = scores()
+    threshold = calibrate.choose_threshold(p, unsafe, target_fpr=0.05)
+    benign = p[~unsafe]
+    assert calibrate.clopper_pearson_upper(int((benign > threshold).sum()), 2000) <= 0.05
+    caught = (p[unsafe] > threshold).sum()
+    looser = p[unsafe & (p <= threshold)].max() - 1e-12  # would catch one more unsafe prompt
+    assert caught > 0
+    assert calibrate.clopper_pearson_upper(int((benign > looser).sum()), 2000) > 0.05
+
+
+def test_threshold_holds_on_fresh_prompts():
+    """The promise: in at least 95 of 100 fits the true false-positive rate is within the target."""
+    kept = 0
+    for seed in range(100):
+        p, unsafe = scores(400, 100, seed=seed)
+        threshold = calibrate.choose_threshold(p, unsafe, target_fpr=0.05)
+        kept += (1 - threshold) ** 6 <= 0.05  # survival function of Beta(1, 6)
+    assert kept >= 95
+
+
+def test_threshold_of_separable_scores_lies_half_way_and_wastes_no_false_positive():
+    p = np.concatenate([np.linspace(0, 0.2, 500), np.linspace(0.8, 1, 100)])
+    threshold = calibrate.choose_threshold(p, np.arange(600) >= 500, target_fpr=0.05)
+    assert threshold == pytest.approx(0.5)
+
+
+def test_target_that_the_data_cannot_show_is_an_error_that_says_how_many_prompts_it_takes():
+    p, unsafe = scores(100, 50)
+    with pytest.raises(InputError, match="cannot be shown with 100 held-out benign prompts: it takes 299"):
+        calibrate.choose_threshold(p, unsafe, target_fpr=0.01)
+
+
+def test_benign_scores_of_one_leave_no_threshold():
+    with pytest.raises(InputError, match=r"benign prompts score 1\.0"):
+        calibrate.choose_threshold(np.ones(600), np.arange(600) >= 500, target_fpr=0.05)
+
+
+def test_temperature_recovers_the_factor_by_which_logits_are_too_sharp():
+    rng = np.random.default_rng(0)
+    margin = rng.normal(0, 2, 20000)
+    unsafe = rng.random(20000) < 1 / (1 + np.exp(-margin))
+    logits = torch.from_numpy(np.stack([3 * margin / 2, -3 * margin / 2], axis=1))
+    assert calibrate.fit_temperature(logits, unsafe) == pytest.approx(3, rel=0.05)
+
+
+def test_temperature_of_faultless_data_does_not_collapse_scores_to_0_and_1():
+    unsafe = np.arange(60) < 30
+    logits = torch.tensor([[2.0, -2.0]] * 30 + [[-2.0, 2.0]] * 30)
+    p = (logits / calibrate.fit_temperature(logits, unsafe)).softmax(dim=-1)[:, 0]
+    assert p[0].item() == pytest.approx(31 / 32, abs=1e-3)  # Platt's target for 30 prompts a class
+
+
+def test_folding_the_temperature_divides_the_logits():
+    states, unsafe = separable(shift=2)
+    fitted = prober.train_prober(states, unsafe, split_of(unsafe), seed=0)
+    expected = prober.prober_logits(fitted, states) / 2.5
+    folded = prober.prober_logits(calibrate.fold_temperature(fitted, 2.5), states)
+    torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_calibration_error_of_known_scores():
+    """Ten benign at 0.25 and ten unsafe at 0.75: each bin is off by 0.25. At 0 and 1 nothing is off."""
+    unsafe = np.arange(20) >= 10
+    assert calibrate.expected_calibration_error(np.where(unsafe, 0.75, 0.25), unsafe) == pytest.approx(0.25)
+    assert calibrate.expected_calibration_error(unsafe.astype(float), unsafe) == 0
+
+
+def test_heldout_facts_count_by_class_and_group():
+    p = np.array([0.9, 0.4, 0.8, 0.1, 0.6, 0.2])
+    unsafe = np.array([True, True, True, False, False, False])
+    facts = calibrate.heldout_facts(p, unsafe, ["text", "image", "text", "vqa", "vqa", "text"], threshold=0.5)
+    assert facts["heldout_recall"] == pytest.approx(2 / 3)
+    assert facts["heldout_fpr"] == pytest.approx(1 / 3)
+    assert facts["heldout_accuracy"] == pytest.approx(2 / 3)
+    assert facts["brier"] == pytest.approx((0.01 + 0.36 + 0.04 + 0.01 + 0.36 + 0.04) / 6)
+    groups = {name: value for name, value in facts.items() if "." in name}
+    assert groups == {
+        "heldout_recall.text": 1.0,
+        "heldout_recall.image": 0.0,
+        "heldout_fpr.vqa": 0.5,
+        "heldout_fpr.text": 0.0,
+    }
+
+
+# ---------------------------------------------------------------- Refusal Head
+
+
+def test_steering_the_state_equals_the_authors_steering_of_the_embeddings():
+    generator = torch.Generator().manual_seed(0)
+    h, w, e = (torch.randn(*shape, generator=generator).double() for shape in ((5, 3, 16), (16, 16), (40, 16)))
+    torch.testing.assert_close(refusal_head.steered_logits(h, w, e, 0.1), h @ (e + 0.1 * e @ w).T)
+
+
+def toy_states(n: int, *, seed: int) -> torch.Tensor:
+    """(n, 4, 24): each of 4 answer positions has its own centre, so that a linear map can tell them apart."""
+    centres = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0))
+    return centres + 0.3 * torch.randn(n, 4, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def trained_head(seed: int = 0) -> tuple[refusal_head.RefusalHead, torch.Tensor, torch.Tensor]:
+    embeddings = torch.randn(50, 24, generator=torch.Generator().manual_seed(3))
+    answer = torch.tensor([7, 41, 3, 0])
+    args = (toy_states(64, seed=1), toy_states(16, seed=2), answer, embeddings)
+    return refusal_head.train_refusal_head(*args, strength=0.1, seed=seed), answer, embeddings
+
+
+def test_trained_head_says_the_answer_on_states_it_has_not_seen():
+    head, answer, embeddings = trained_head()
+    logits = refusal_head.steered_logits(toy_states(16, seed=9), head.steer_matrix, embeddings, 0.1)
+    assert head.loss < head.initial_loss / 5
+    assert (logits.argmax(dim=-1) == answer).all(dim=1).float().mean() > 0.9
+    assert head.argmax_share > 0.95
+
+
+def test_identity_matrix_changes_no_first_choice():
+    """Why an untrained head is not a guard: W = I only scales the logits."""
+    _, _, embeddings = trained_head()
+    states = toy_states(16, seed=2)
+    steered = refusal_head.steered_logits(states, torch.eye(24), embeddings, 0.1)
+    torch.testing.assert_close(steered, 1.1 * states @ embeddings.T)
+
+
+def test_refusal_head_repeats_with_its_seed():
+    assert torch.equal(trained_head()[0].steer_matrix, trained_head()[0].steer_matrix)
+    assert not torch.equal(trained_head()[0].steer_matrix, trained_head(seed=1)[0].steer_matrix)
+
+
+def test_artifact_rejects_a_matrix_that_was_never_trained(tmp_path: Path):
+    weights = {"0.weight": torch.zeros(64, 8), "0.bias": torch.zeros(64), "2.weight": torch.zeros(2, 64)}
+    facts = SafetyFacts(1, "m", 2, -1, 0.5, 0.1, "no", (), {}, {})
+    SafetyArtifact(facts, {**weights, "2.bias": torch.zeros(2)}, torch.eye(8)).save(tmp_path)
+    with pytest.raises(PackageError, match="never trained"):
+        SafetyArtifact.load(tmp_path, hidden_size=8, num_hidden_layers=4)
+
+
+def test_head_that_did_not_learn_is_an_error():
+    args = (toy_states(8, seed=1), toy_states(8, seed=2), torch.tensor([7, 41, 3, 0]), torch.randn(50, 24))
+    with pytest.raises(InputError, match="did not learn the refusal"):
+        refusal_head.train_refusal_head(*args, strength=0.1, seed=0, steps=0)
+
+
+# ---------------------------------------------------------------- reading pairs
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def many(n: int = 20) -> list[dict[str, object]]:
+    return [{"unsafe": f"bad {i}", "safe": f"good {i}"} for i in range(n)]
+
+
+def test_pairs_in_both_formats_are_read(tmp_path: Path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "b.png").touch()
+    ours = {"unsafe": "u", "safe": "s", "image": "a.png", "safe_image": "b.png", "channel": "image"}
+    plain = {"unsafe": "u2", "safe": "s2", "image": "a.png"}
+    vlsafe = {"orig_query": "u3", "safe_query": "s3", "image_id": "a.png"}
+    file = write_lines(tmp_path / "p.jsonl", ours, plain, vlsafe, "", *many())
+    a, b = (tmp_path / "a.png").resolve(), (tmp_path / "b.png").resolve()
+    first = read_data([file]).pairs[:3]
+    assert first == (
+        Pair(Prompt("u", (a,)), Prompt("s", (b,)), "image"),
+        Pair(Prompt("u2", (a,)), Prompt("s2", (a,))),
+        Pair(Prompt("u3"), Prompt("s3")),
+    )
+    assert first[2].unsafe.where == f"{file}:3"
+    assert read_data([file], images=tmp_path).pairs[2] == Pair(Prompt("u3", (a,)), Prompt("s3", (a,)))
+
+
+def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
+    extra = write_lines(tmp_path / "b.jsonl", {"prompt": "good 1"}, {"prompt": "other", "group": "vqa"})
+    data = read_data([write_lines(tmp_path / "p.jsonl", *many(), many()[0])], [extra])
+    assert len(data.pairs) == 21
+    assert len(data.labelled()) == 41
+    assert (data.labelled()[-1].prompt.text, data.labelled()[-1].group, data.labelled()[-1].unsafe) == ("other", "vqa", False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "p.jsonl:21: not JSON"),
+        ("[1]", "p.jsonl:21: expected a JSON object, found list"),
+        ({"unsafe": "x"}, "p.jsonl:21: field 'safe' is missing (found: 'unsafe')"),
+        ({"orig_query": "x"}, "p.jsonl:21: field 'safe_query' is missing"),
+        ({"unsafe": "x", "safe": " "}, "p.jsonl:21: field 'safe' must be a text that is not empty"),
+        ({"unsafe": "x", "safe": 3}, "p.jsonl:21: field 'safe' must be a text"),
+        ({"unsafe": "x", "safe": "y", "img": "z"}, "p.jsonl:21: unknown field 'img'"),
+        ({"unsafe": "x", "safe": "y", "image": "no.png"}, "p.jsonl:21: image 'no.png' not found under"),
+        ({"unsafe": "good 3", "safe": "y"}, "p.jsonl:21: this prompt is unsafe here but safe at"),
+    ],
+)
+def test_bad_row_is_named_with_file_and_line(tmp_path: Path, row: object, message: str):
+    file = write_lines(tmp_path / "p.jsonl", *many(), row)
+    with pytest.raises(InputError) as error:
+        read_data([file])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_too_few_pairs_are_errors(tmp_path: Path):
+    with pytest.raises(InputError, match=r"none\.jsonl: not readable"):
+        read_data([tmp_path / "none.jsonl"])
+    with pytest.raises(InputError, match="19 pairs, at least 20"):
+        read_data([write_lines(tmp_path / "p.jsonl", *many(19))])
+
+
+def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    row = {"unsafe": "make this", "safe": "make this", "image": "a.png", "safe_image": "b.png"}
+    assert len(read_data([write_lines(tmp_path / "p.jsonl", row, *many())]).pairs) == 21
+
+
+def test_log_gamma_tail_equals_exact_combinatorics():
+    exact = sum(math.comb(300, k) * 0.02**k * 0.98 ** (300 - k) for k in range(8))
+    assert calibrate.binomial_cdf(7, 300, 0.02) == pytest.approx(exact, rel=1e-10)
