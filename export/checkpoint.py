@@ -57,7 +57,7 @@ class Checkpoint:
         else:
             path = self.folder / "model.safetensors"
             with _open(path) as file:
-                stored = {name: path for name in file.keys()}  # noqa: SIM118 (not a dict)
+                stored = dict.fromkeys(file.keys(), path)
         return {self._module_path(name): (path, name) for name, path in stored.items()}
 
     def _module_path(self, name: str) -> str:
@@ -150,9 +150,7 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "safety/*"]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
-        raise PackageError(
-            f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})"
-        )
+        raise PackageError(f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})")
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except Exception as err:  # the hub client raises a dozen kinds, each meaning "not to be had"
@@ -165,7 +163,8 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's processor with the Pillow image backend.
 
-    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by a grey level.
+    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by
+    a grey level.
     """
     from transformers import AutoImageProcessor, AutoProcessor
 

@@ -1,11 +1,12 @@
 """The decoder as ONNX graphs: one decoder layer for every family, driven by the checkpoint's facts.
 
-    embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D)
-    decoder_lower   inputs_embeds (1, S, D), caches -> hidden_states (1, S, D)       layers 0..k-1; HF's hidden_states[k]
-    decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, 1, D)   layers k..N-1, last row, final norm
-    lm_head         last_hidden_state (1, 1, D)     -> logits (1, 1, V)
+    embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D) decoder_lower   inputs_embeds (1, S,
+    D), caches -> hidden_states (1, S, D)       layers 0..k-1; HF's hidden_states[k] decoder_upper   hidden_states (1,
+    S, D), caches -> last_hidden_state (1, 1, D)   layers k..N-1, last row, final norm lm_head
+    last_hidden_state (1, 1, D)     -> logits (1, 1, V)
 
-Pre-norm layer, RMS norms, packed query/key/value, rotary inside GroupQueryAttention, gated SiLU. HF: Qwen2DecoderLayer, LlamaDecoderLayer.
+Pre-norm layer, RMS norms, packed query/key/value, rotary inside GroupQueryAttention, gated SiLU. HF:
+Qwen2DecoderLayer, LlamaDecoderLayer.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
 
 
 def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
-    """`layers` of the decoder. The half that holds the last layer also slices the last row and applies the final norm."""
+    """`layers` of the decoder. The half that holds the last layer also slices the last row and applies the final
+    norm.
+    """
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, FLOAT32, (1, "sequence_length", f.hidden))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
@@ -121,7 +124,9 @@ def _norm(
     """RMS norm of residual + branch; returns (normed, the sum). ORT: (Skip)SimplifiedLayerNormalization."""
     weight = g.vector(f"{module}.weight", size=f.hidden)
     if branch is None:
-        return g.op("SimplifiedLayerNormalization", residual, weight, axis=-1, epsilon=f.norm_eps, stash_type=1), residual
+        return g.op(
+            "SimplifiedLayerNormalization", residual, weight, axis=-1, epsilon=f.norm_eps, stash_type=1
+        ), residual
     normed, total = g.ops(
         "SkipSimplifiedLayerNormalization",
         *(branch, residual, weight),

@@ -1,7 +1,7 @@
 """The gate's two graphs, each with its float32 weights inside its own file.
 
-    prober         hidden_states (1, D)                            -> p_unsafe (1,)
-    refusal_head   last_hidden_state (1, 1, D), strength (1,)      -> steered_hidden_state (1, 1, D)
+prober         hidden_states (1, D)                            -> p_unsafe (1,)
+refusal_head   last_hidden_state (1, 1, D), strength (1,)      -> steered_hidden_state (1, 1, D)
 """
 
 from __future__ import annotations

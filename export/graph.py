@@ -1,8 +1,9 @@
 """Write an ONNX graph node by node: what the decoder's graphs are made with.
 
-Tracing PyTorch costs seconds, gigabytes and surprises; a decoder layer is twenty operators that we want to choose one by one.
-So they are written down as such, with onnxruntime's fused operators (com.microsoft), and checked against PyTorch at every export.
-Weights come from a WeightStore as references: building a graph reads each tensor once and keeps none.
+Tracing PyTorch costs seconds, gigabytes and surprises; a decoder layer is twenty operators that we want to choose one
+by one. So they are written down as such, with onnxruntime's fused operators (com.microsoft), and checked against
+PyTorch at every export. Weights come from a WeightStore as references: building a graph reads each tensor once and
+keeps none.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ class GraphWriter:
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
     def ops(
-        self, kind: str, *inputs: ir.Value | None, outputs: int, used: Sequence[int], domain: str = "", **attributes: Any
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        used: Sequence[int],
+        domain: str = "",
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
         """One operator with several outputs, of which those in `used` are returned.
 

@@ -1,7 +1,7 @@
 """Write a package: every graph, the weights, the tokenizer, the manifest. All or nothing.
 
-The package grows in a hidden folder beside its destination and is renamed when it is complete and validated; Ctrl-C, a full disk
-or a failed check leave nothing behind.
+The package grows in a hidden folder beside its destination and is renamed when it is complete and validated; Ctrl-C,
+a full disk or a failed check leave nothing behind.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
+    Check,
     DataFile,
     Dims,
+    Golden,
     GraphSpec,
     KVCacheSpec,
     Manifest,
@@ -105,12 +106,15 @@ def write_package(
         ),
         kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
         prompt=prompt_spec,
-        image=checkpoint.family.image_spec and checkpoint.family.image_spec(checkpoint.config, processor.image_processor),
+        image=checkpoint.family.image_spec
+        and checkpoint.family.image_spec(checkpoint.config, processor.image_processor),
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
         validation={},
-        versions={name: version(name) for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime")},
+        versions={
+            name: version(name) for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime")
+        },
     )
     manifest.save(folder)
     return manifest
@@ -130,7 +134,9 @@ def _write_graphs(
     head = recipe.head and recipe.head.fitted(facts.hidden)
     graphs: dict[str, GraphSpec] = {}
 
-    def write(name: str, fill: Callable[[GraphWriter], None], layers: range | None = None, *, gate: bool = False) -> None:
+    def write(
+        name: str, fill: Callable[[GraphWriter], None], layers: range | None = None, *, gate: bool = False
+    ) -> None:
         report(name)
         writer = GraphWriter(name, store, recipe.storage)
         fill(writer)
@@ -153,7 +159,9 @@ def _write_graphs(
 
 
 def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
-    """The fit counts the token from the end of the prompt without its generation prompt; the runtime from the full one's."""
+    """The fit counts the token from the end of the prompt without its generation prompt; the runtime from the full
+    one's.
+    """
     facts = safety.facts
     return ProberSpec(facts.token_offset - generation_tokens, facts.threshold, facts.calibration)
 
@@ -176,7 +184,19 @@ def data_file(folder: Path, name: str) -> DataFile:
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
-def with_results(manifest: Manifest, **changes: Any) -> Manifest:
-    """The manifest with validation results and golden outputs in it."""
-    return replace(manifest, **changes)
+def with_results(folder: Path, manifest: Manifest, checks: tuple[Check, ...], golden: tuple[Golden, ...]) -> Manifest:
+    """Complete the manifest with the validation table, the golden outputs and their pictures, and save it again."""
+    pictures = dict.fromkeys(image for g in golden for image in g.images)
+    complete = replace(
+        manifest,
+        golden=golden,
+        validation={"CPUExecutionProvider": checks},
+        files=(*manifest.files, *(data_file(folder, picture) for picture in pictures)),
+    )
+    complete.save(folder)
+    return complete
 
+
+def folder_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file, by relative path."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}

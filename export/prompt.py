@@ -1,7 +1,8 @@
 """Take a chat template apart, once, at export: the device never sees Jinja.
 
-The processor renders a few dialogues around marker texts; differences between the renderings are the pieces. The pieces are
-then rendered by the *runtime's* code and compared, token by token, with Hugging Face's own rendering of other dialogues.
+The processor renders a few dialogues around marker texts; differences between the renderings are the pieces. The
+pieces are then rendered by the *runtime's* code and compared, token by token, with Hugging Face's own rendering of
+other dialogues.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402
 
 
 def take_apart(processor: Any, end_token_ids: tuple[int, ...], folder: Path) -> PromptSpec:
-    """PromptSpec of a Hugging Face processor, checked against it. `folder` holds the tokenizer.json the runtime will read.
+    """PromptSpec of a Hugging Face processor, checked against it. `folder` holds the tokenizer.json the runtime will
+    read.
 
     Raises UnsupportedModelError where the template does more than the pieces can say.
     """
@@ -192,6 +194,6 @@ def _pieces(text: str, tokenizer: Any, image_token: str | None) -> tuple[Piece, 
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Special tokens and their ids, longest first. `all_special_tokens` has only those with a role, not <|im_start|>."""
+    """Special tokens and their ids, longest first. (`all_special_tokens` lacks those without a role.)"""
     found = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))

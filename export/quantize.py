@@ -1,7 +1,8 @@
 """Block quantisation in onnxruntime's MatMulNBits layout, and the recipes behind --precision.
 
-A row of K weights is cut into blocks; each block keeps one float32 scale. Symmetric: code = round(w / scale) + 2^(bits-1), and
-the scale is signed so that the block's largest weight hits code 0 exactly (as onnxruntime's own quantize_matmul_4bits).
+A row of K weights is cut into blocks; each block keeps one float32 scale. Symmetric: code = round(w / scale) +
+2^(bits-1), and the scale is signed so that the block's largest weight hits code 0 exactly (as onnxruntime's own
+quantize_matmul_4bits).
 """
 
 from __future__ import annotations

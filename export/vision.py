@@ -1,7 +1,7 @@
 """Image encoders as ONNX graphs: Hugging Face's own modules, traced without weights.
 
-Modules and inputs are fake tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep their module
-paths as names, and their data is then streamed from the checkpoint like any other weight.
+Modules and inputs are fake tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep
+their module paths as names, and their data is then streamed from the checkpoint like any other weight.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class TowerAndProjector(nn.Module):
 WRAPPERS: dict[str, type[nn.Module]] = {"tower_and_projector": TowerAndProjector}
 
 
-def vision_encoder(folder: Any, checkpoint: Checkpoint, store: WeightStore, storage: str, precision: Precision) -> GraphSpec:
+def vision_encoder(
+    folder: Any, checkpoint: Checkpoint, store: WeightStore, storage: str, precision: Precision
+) -> GraphSpec:
     """Trace the family's image encoder and write vision_encoder.onnx."""
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights

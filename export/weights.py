@@ -1,7 +1,8 @@
 """weights.bin: the one file with the big tensors, written while they are read, so that the model is never in memory.
 
-A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended, aligned to 4096 bytes so that onnxruntime can
-map it. Graphs refer to it by offset; a tensor that several graphs use (tied embeddings, rotary tables) is stored once.
+A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended, aligned to 4096 bytes so that
+onnxruntime can map it. Graphs refer to it by offset; a tensor that several graphs use (tied embeddings, rotary
+tables) is stored once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a family file says, as types.
 
-A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder wrapper
-its images need. The decoder layer itself is written once (export/decoder.py) and driven by these facts.
+A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder
+wrapper its images need. The decoder layer itself is written once (export/decoder.py) and driven by these facts.
 """
 
 from __future__ import annotations

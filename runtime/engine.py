@@ -8,9 +8,9 @@
                  ^                                             |
                  +---- decoder_lower <- embed_tokens <---------+
 
-Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only then does
-decoder_upper run. The gate changes the head and never the KV caches, so this is the same computation as layer by layer; and
-a stopped prompt costs k/N of prefill and no decoding.
+Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only then
+does decoder_upper run. The gate changes the head and never the KV caches, so this is the same computation as layer by
+layer; and a stopped prompt costs k/N of prefill and no decoding.
 
 All state belongs to a request. One Engine may serve several threads.
 """
@@ -135,7 +135,9 @@ class Engine:
     def policy(
         self, mode: Mode | str = Mode.STEER, *, threshold: float | None = None, strength: float | None = None
     ) -> GatePolicy:
-        """The package's own policy, with what you override. Raises PackageError where it has no gate and `mode` needs one."""
+        """The package's own policy, with what you override. Raises PackageError where it has no gate and `mode` needs
+        one.
+        """
         mode, prober, refusal = Mode(mode), self.manifest.prober, self.manifest.refusal
         if prober is None or refusal is None:
             if mode is not Mode.OFF:
@@ -257,7 +259,7 @@ class Engine:
         return rows
 
     def request(self, prompt: Prompt, max_tokens: int, stats: Stats, *, chunk: int = PREFILL_CHUNK) -> Request:
-        """The state of one answer: buffers, caches, nothing run yet. Raises InputError where the prompt does not fit."""
+        """The state of one answer: buffers and caches. Raises InputError where the prompt does not fit."""
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
         if length >= context:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
@@ -311,15 +313,21 @@ class Request:
             return math.nan
 
     def probed_row(self) -> Float:
-        """The hidden state that the prober reads, (1, D): HF's hidden_states[split_layer] at the manifest's offset."""
+        """The hidden state that the prober reads, (1, D): HF's hidden_states[split_layer] at the manifest's offset.
+
+        Without a prober it is the last row's. Available between `judge` and `begin`.
+        """
         prober = self._engine.manifest.prober
-        assert prober is not None
-        chunk, row = divmod(self._length + prober.token_offset, self._chunk)
+        chunk, row = divmod(self._length + (prober.token_offset if prober else -1), self._chunk)
         hidden: Float = self._hidden[chunk].numpy()[:, row]
         return hidden
 
-    def begin(self, strength: float) -> Float:
-        """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`."""
+    def begin(self, strength: float, *, through_head: bool = False) -> Float:
+        """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.
+
+        At strength 0 the Refusal Head changes nothing and is left out, unless `through_head` (which is how that is
+        tested).
+        """
         before = time.perf_counter()
         done = 0
         for hidden in self._hidden:
@@ -328,7 +336,7 @@ class Request:
             self._half("decoder_upper", "hidden_states", hidden, "last_hidden_state", self._last)()
         self._hidden.clear()
         self._stats.upper_ms = _ms_since(before)
-        head = self._head(strength)
+        head = self._steered_head(strength) if strength or through_head else self._plain_head()
         self._step = self._bind_step(head)
         head()
         return self._read_logits()
@@ -358,11 +366,12 @@ class Request:
 
         return run
 
-    def _head(self, strength: float) -> Callable[[], None]:
-        """last_hidden_state -> logits, through the Refusal Head where `strength` is not zero."""
-        outputs = {"logits": self._logits}
-        if strength == 0.0:
-            return Call(self._graphs["lm_head"], {"last_hidden_state": self._last}, outputs)
+    def _plain_head(self) -> Callable[[], None]:
+        """last_hidden_state -> logits"""
+        return Call(self._graphs["lm_head"], {"last_hidden_state": self._last}, {"logits": self._logits})
+
+    def _steered_head(self, strength: float) -> Callable[[], None]:
+        """last_hidden_state -> logits, through the Refusal Head"""
         steered = self._empty("refusal_head", "steered_hidden_state", 1)
         epsilon = buffer(np.array([strength], np.float32), self._device)
         steer = Call(
@@ -370,7 +379,7 @@ class Request:
             {"last_hidden_state": self._last, "strength": epsilon},
             {"steered_hidden_state": steered},
         )
-        project = Call(self._graphs["lm_head"], {"last_hidden_state": steered}, outputs)
+        project = Call(self._graphs["lm_head"], {"last_hidden_state": steered}, {"logits": self._logits})
 
         def run() -> None:
             steer()

@@ -2,9 +2,9 @@
 
 One function pair per ImageSpec.kind, found by name in PREPARE and PACK. `anyres` is LLaVA-OneVision's:
 
-    one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint, padded)
-    features   ->  base rows, then the grid row by row without its padding, a newline row after each
-    several    ->  one square tile each, one newline row after it
+    one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint,
+    padded) features   ->  base rows, then the grid row by row without its padding, a newline row after each several
+    ->  one square tile each, one newline row after it
 
 Same arithmetic as Hugging Face's LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features; tested
 against both.
@@ -67,7 +67,7 @@ def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
     """
     tiles = _anyres_tiles(image, spec) if alone else [_squeeze(_pad_to_square(image, spec), spec)]
     scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
-    normalised = (scaled - np.float32(spec.mean)) / np.float32(spec.std)
+    normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
@@ -155,5 +155,6 @@ def _bilinear(grid: Float, height: int, width: int) -> Float:
 
     y0, y1, fy = axis(grid.shape[0], height)
     x0, x1, fx = axis(grid.shape[1], width)
-    rows = grid[y0] * (1 - fy)[:, None, None] + grid[y1] * fy[:, None, None]
-    return rows[:, x0] * (1 - fx)[:, None] + rows[:, x1] * fx[:, None]
+    rows: Float = grid[y0] * (1 - fy)[:, None, None] + grid[y1] * fy[:, None, None]
+    out: Float = rows[:, x0] * (1 - fx)[:, None] + rows[:, x1] * fx[:, None]
+    return out

@@ -1,7 +1,7 @@
 """Keys and values of earlier tokens: one preallocated buffer per layer, bound as past and as present.
 
-GroupQueryAttention writes the new rows into it in place; `seqlens_k` tells it how many are valid. Nothing is copied as the
-dialogue grows, and memory the operating system has not been asked to touch is not used.
+GroupQueryAttention writes the new rows into it in place; `seqlens_k` tells it how many are valid. Nothing is copied
+as the dialogue grows, and memory the operating system has not been asked to touch is not used.
 """
 
 from __future__ import annotations

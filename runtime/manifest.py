@@ -108,8 +108,9 @@ class ImageSpec:
 class Piece:
     """One piece of a rendered prompt.
 
-    `token` is the special token `id` (its string in `text`); `literal` is plain text; `text` is where the turn's text goes
-    and `image` where an image's tokens go. Literal and user text that touch are tokenised together, as plain text.
+    `token` is the special token `id` (its string in `text`); `literal` is plain text; `text` is where the turn's text
+    goes and `image` where an image's tokens go. Literal and user text that touch are tokenised together, as plain
+    text.
     """
 
     kind: Literal["token", "literal", "text", "image"]
@@ -162,10 +163,11 @@ class RefusalSpec:
 
 @dataclass(frozen=True)
 class Golden:
-    """A prompt and what the exported package answered to it, greedily, on the exporting machine's CPU."""
+    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU."""
 
     prompt: str
     images: tuple[str, ...]
+    threshold: float | None  # the policy's; None: the package's own, -1: every prompt is steered
     p_unsafe: float | None
     action: str
     token_ids: tuple[int, ...]
@@ -217,7 +219,9 @@ class Manifest:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise PackageError(f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?") from None
+            raise PackageError(
+                f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
+            ) from None
         except (OSError, ValueError) as err:
             raise PackageError(f"{path}: not readable as JSON ({err})") from err
         version = data.get("format_version") if isinstance(data, dict) else None
@@ -248,7 +252,10 @@ class Manifest:
         need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
         for file in self.paths():
             pure = PurePosixPath(file)
-            need(not pure.is_absolute() and ".." not in pure.parts and "\\" not in file, f"path {file!r} leaves the package")
+            need(
+                not pure.is_absolute() and ".." not in pure.parts and "\\" not in file,
+                f"path {file!r} leaves the package",
+            )
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""
@@ -345,7 +352,12 @@ def json_schema(kind: Any = Manifest) -> dict[str, Any]:
     if origin is tuple:
         if args[-1] is Ellipsis:
             return {"type": "array", "items": json_schema(args[0])}
-        return {"type": "array", "prefixItems": [json_schema(a) for a in args], "minItems": len(args), "maxItems": len(args)}
+        return {
+            "type": "array",
+            "prefixItems": [json_schema(a) for a in args],
+            "minItems": len(args),
+            "maxItems": len(args),
+        }
     if origin is dict:
         return {"type": "object", "additionalProperties": json_schema(args[1])}
     return {"type": {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}[kind]}

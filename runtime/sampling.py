@@ -21,7 +21,9 @@ class SamplingConfig:
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of tokens with this much probability
-    repetition_penalty: float = 1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
+    repetition_penalty: float = (
+        1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
+    )
     seed: int = 0  # same seed, same text
     stop: tuple[str, ...] = ()  # end the answer before any of these strings
 
@@ -41,7 +43,9 @@ class SamplingConfig:
 
 
 def make_sampler(config: SamplingConfig) -> Sampler:
-    """The sampler for `config`. Order of the filters as in Hugging Face's generate: penalty, temperature, top-k, top-p."""
+    """The sampler for `config`. Order of the filters as in Hugging Face's generate: penalty, temperature, top-k,
+    top-p.
+    """
     rng = np.random.default_rng(config.seed)
 
     def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
@@ -73,6 +77,6 @@ def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> np
     beyond = np.cumsum(p) - p >= config.top_p
     beyond[0] = False
     p[beyond] = 0.0
-    out = np.zeros_like(p)
+    out: npt.NDArray[np.float64] = np.zeros_like(p)
     out[order] = p / p.sum()
     return out

@@ -1,7 +1,7 @@
 """One ONNX graph in one onnxruntime session. Every onnxruntime option of the runtime is in this file.
 
-Sessions are chained on one machine, so no session may spin: with onnxruntime's defaults each keeps its own threads busy-waiting
-and the chain runs three times slower (measured, CONTRIBUTING.md).
+Sessions are chained on one machine, so no session may spin: with onnxruntime's defaults each keeps its own threads
+busy-waiting and the chain runs three times slower (measured, CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
     import onnxruntime as ort
 except ImportError as error:  # neither wheel is a hard dependency: on a Jetson pip would put the CPU one over NVIDIA's
     raise ImportError(
-        "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]' (or [gpu], or NVIDIA's wheel on a Jetson)"
+        "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]', or [gpu], or NVIDIA's Jetson wheel"
     ) from error
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -45,7 +45,9 @@ def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
 
     Raises ProviderError where "cuda" was asked for and this onnxruntime has none.
     """
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    threads = (
+        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    )
     has_cuda = CUDA in ort.get_available_providers()
     if name == "cuda" and not has_cuda:
         raise ProviderError(

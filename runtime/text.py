@@ -1,7 +1,8 @@
 """From a dialogue to token ids and image slots, and from token ids back to text.
 
-The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the template; in
-what a user wrote they are plain text, so nobody can forge a turn or an image by typing `<|im_end|>` or `<image>`.
+The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the
+template; in what a user wrote they are plain text, so nobody can forge a turn or an image by typing `<|im_end|>` or
+`<image>`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,340 @@
+"""Run the package that was written against the PyTorch original. A failed line fails the export.
+
+Two references, both in float32:
+
+    original   the checkpoint itself: what users compare us with rounded    the same model holding the weights that
+    the package holds (quantised and back): what our graphs must compute
+
+At fp32 and fp16 the two are compared on tokens, and tokens must be equal. Quantised packages must agree with
+`rounded` up to the int8 activations of the kernels, and with `original` on every verdict outside a band around the
+threshold; how far their tokens and scores are from the original's is reported, not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from autosteer.runtime.engine import Engine, Prompt, Stats
+from autosteer.runtime.gate import GatePolicy, Mode, is_safe
+from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.manifest import Check, Golden, Manifest
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import Message
+
+from .checkpoint import Checkpoint, load_reference
+from .quantize import RECIPES, Blocks, dequantise, quantise
+from .safety.artifact import SafetyArtifact
+
+ANSWER_TOKENS = 16
+VERDICT_BAND = (
+    0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this close to the threshold
+)
+
+# Every tolerance, with its reason. Relative: largest difference over the reference's largest value.
+LIMITS = {
+    "pixel_values": 1e-6,  # the same Pillow calls, then float32 arithmetic
+    "image features": 1e-4,  # float32 sums in another order
+    "hidden state at the split": 1e-4,
+    "logits": 1e-3,  # N more layers of the same
+    "p_unsafe": 1e-3,  # absolute: the hidden state's error through a steep softmax
+    "hidden state at the split, cosine to rounded": 5e-3,  # 1 - cosine; int8 activations per block
+    "chunked prefill": 1e-4,  # other matrix shapes, other summation order
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dialogue to compare on. `image_files` are relative to the package."""
+
+    messages: tuple[Message, ...]
+    image_files: tuple[str, ...]
+
+    @property
+    def images(self) -> list[Any]:
+        return [image for message in self.messages for image in message.images]
+
+
+@dataclass(frozen=True)
+class Original:
+    """What PyTorch made of a case."""
+
+    pixel_values: list[np.ndarray]  # per image (tiles, 3, size, size)
+    embeds: np.ndarray  # (S, D)
+    hidden: np.ndarray  # (D,) at the prober's token
+    logits: np.ndarray  # (V,) after the prompt
+    p_unsafe: float
+    tokens: list[int]
+    steered_tokens: list[int]
+
+
+def validate_package(
+    folder: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    report: Callable[[str], None],
+) -> tuple[tuple[Check, ...], tuple[Golden, ...]]:
+    """Compare the package in `folder` with its checkpoint: the table, and the golden outputs for autosteer-check.
+
+    The caller decides what to do with failed lines.
+    """
+    cases = make_cases(folder, manifest)
+    report("loading the PyTorch original")
+    model, processor = load_reference(checkpoint)
+    reference = Reference(model, processor, manifest, safety)
+    originals = [reference.run(case) for case in _each(cases, report, "PyTorch")]
+    engine = Engine.load(folder, device="cpu")
+    recipe = RECIPES[manifest.precision]
+    exact = recipe.body is None
+    checks = _compare(engine, cases, originals, safety, report, exact=exact)
+    if not exact:
+        report("comparing with PyTorch on rounded weights")
+        reference.round_weights(recipe.body, recipe.head, checkpoint)
+        checks.append(_rounded_check(engine, cases, reference))
+    goldens = [golden(engine, case, threshold) for case in cases for threshold in _golden_thresholds(manifest)]
+    return tuple(checks), tuple(g for g in goldens if g is not None)
+
+
+def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
+    """Dialogues with no, one, two images; square, wide, tall; two turns. Pictures are drawn and kept in golden/."""
+    cases = [
+        Case((Message.user("Name three colours."),), ()),
+        Case((Message.user("hello"), Message.assistant("hello!"), Message.user("what can you do?")), ()),
+    ]
+    if manifest.image is None:
+        return cases
+    (folder / "golden").mkdir(exist_ok=True)
+    size = manifest.image.tile_size
+    shapes = {"square": (size, size), "wide": (size * 2 + 7, size - 5), "tall": (size - 9, size * 3), "small": (33, 21)}
+    files = {name: f"golden/{name}.png" for name in shapes}
+    for seed, (name, (width, height)) in enumerate(shapes.items()):
+        draw(width, height, seed).save(folder / files[name])
+
+    def turn(text: str, *names: str) -> Message:
+        return Message.user(text, [folder / files[name] for name in names])
+
+    cases += [Case((turn("what is shown here?", name),), (files[name],)) for name in shapes]
+    cases += [
+        Case((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
+        Case((turn("describe it.", "wide"), Message.assistant("a picture."), turn("how many?")), (files["wide"],)),
+    ]
+    return cases
+
+
+def draw(width: int, height: int, seed: int) -> Image.Image:
+    """A smooth gradient with a few rectangles: structure at several scales, the same on every machine."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    base = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=-1)
+    for _ in range(6):
+        left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
+        base[top : top + height // 3 + 1, left : left + width // 3 + 1] = rng.integers(0, 256, 3)
+    return Image.fromarray(base.astype(np.uint8))
+
+
+class Reference:
+    """The PyTorch original, asked the questions that the runtime is asked."""
+
+    def __init__(self, model: Any, processor: Any, manifest: Manifest, safety: SafetyArtifact | None):
+        self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
+
+    def inputs(self, case: Case) -> dict[str, Any]:
+        """The processor's tensors for a case."""
+        messages = [
+            {
+                "role": m.role,
+                "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts],
+            }
+            for m in case.messages
+        ]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        pictures = [Image.fromarray(open_image(image)) for image in case.images]
+        return dict(self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
+
+    @torch.no_grad()
+    def run(self, case: Case) -> Original:
+        """Everything PyTorch computes of a case."""
+        inputs = self.inputs(case)
+        hidden_states, logits = self.forward(inputs)
+        hidden = hidden_states[self.manifest.split_layer][0, self._offset()]
+        return Original(
+            pixel_values=[p.numpy() for p in inputs.get("pixel_values", [])],
+            embeds=hidden_states[0][0].numpy(),
+            hidden=hidden.numpy(),
+            logits=logits.numpy(),
+            p_unsafe=self.p_unsafe(hidden),
+            tokens=self.generate(inputs),
+            steered_tokens=self.generate(inputs, strength=self.safety.facts.strength) if self.safety else [],
+        )
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """(hidden states of every layer, logits (V,) after the prompt)"""
+        out = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
+        return out.hidden_states, self.model.lm_head(out.last_hidden_state[0, -1])
+
+    def hidden(self, case: Case) -> np.ndarray:
+        """The row the prober reads, (D,)."""
+        hidden_states, _ = self.forward(self.inputs(case))
+        return hidden_states[self.manifest.split_layer][0, self._offset()].numpy()
+
+    def p_unsafe(self, hidden: torch.Tensor) -> float:
+        """The authors' prober on one hidden state (D,); nan where the package has none."""
+        if self.safety is None:
+            return float("nan")
+        w = self.safety.prober
+        x = torch.relu(w["0.weight"] @ hidden + w["0.bias"])
+        return float(torch.softmax(w["2.weight"] @ x + w["2.bias"], 0)[0])
+
+    def generate(self, inputs: dict[str, Any], strength: float = 0.0) -> list[int]:
+        """Greedy tokens; steered as the authors do, by an output embedding E + strength * E W."""
+        head, plain = self.model.lm_head, self.model.lm_head.weight
+        if strength:
+            assert self.safety is not None
+            steered = plain + strength * plain @ self.safety.steer_matrix
+            head.weight = torch.nn.Parameter(steered, requires_grad=False)
+        try:
+            out = self.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        finally:
+            head.weight = plain
+        return list(map(int, out[0, inputs["input_ids"].shape[1] :]))
+
+    @torch.no_grad()
+    def round_weights(self, body: Blocks | None, head: Blocks | None, checkpoint: Checkpoint) -> None:
+        """Replace every weight that the package quantises by what is left of it."""
+        decoder = self.model.get_submodule(checkpoint.family.decoder)
+        linear = [m for m in decoder.layers.modules() if isinstance(m, torch.nn.Linear)]
+        for module in linear:
+            _round(module.weight, body)
+        _round(decoder.embed_tokens.weight, head)
+        if self.model.lm_head.weight is not decoder.embed_tokens.weight:
+            _round(self.model.lm_head.weight, head)
+
+    def _offset(self) -> int:
+        return self.manifest.prober.token_offset if self.manifest.prober else -1
+
+
+def _round(weight: torch.Tensor, blocks: Blocks | None) -> None:
+    if blocks is not None:
+        fitted = blocks if weight.shape[1] % blocks.size else blocks.fitted(weight.shape[1])
+        codes, scales = quantise(weight, fitted)
+        weight.copy_(dequantise(codes, scales, fitted, weight.shape[1]))
+
+
+def _compare(
+    engine: Engine,
+    cases: Sequence[Case],
+    originals: Sequence[Original],
+    safety: SafetyArtifact | None,
+    report: Callable[[str], None],
+    *,
+    exact: bool,
+) -> list[Check]:
+    manifest = engine.manifest
+    worst: dict[str, float] = {}
+
+    def note(name: str, value: float) -> None:
+        worst[name] = max(worst.get(name, 0.0), value)
+
+    for case, original in zip(_each(cases, report, "ONNX Runtime"), originals, strict=True):
+        for pixels, image in zip(original.pixel_values, case.images, strict=True):
+            assert manifest.image is not None
+            ours = prepare(open_image(image), manifest.image, alone=len(case.images) == 1)
+            note("pixel_values", float(np.abs(ours - pixels[: len(ours)]).max()))
+        prompt = engine.prepare(case.messages, Stats())
+        note("image features", _relative(prompt.inputs_embeds[0], original.embeds))
+        hidden, p_unsafe, logits = _first_step(engine, prompt)
+        note("hidden state at the split", _relative(hidden, original.hidden))
+        note("logits", _relative(logits, original.logits))
+        note("chunked prefill", _relative(_first_step(engine, prompt, chunk=7)[2], logits))
+        tokens = engine.generate(case.messages, policy=engine.policy(Mode.OFF), sampling=GREEDY).token_ids
+        note("greedy tokens that differ", _differing(tokens, original.tokens))
+        if safety is None:
+            continue
+        note("strength 0 changes logits", float(np.abs(_first_step(engine, prompt, strength=0.0)[2] - logits).max()))
+        steered = engine.generate(case.messages, policy=always_steer(engine), sampling=GREEDY).token_ids
+        note("steered tokens that differ", _differing(steered, original.steered_tokens))
+        note("p_unsafe", abs(p_unsafe - original.p_unsafe))
+        threshold = safety.facts.threshold
+        differs = is_safe(p_unsafe, threshold) != is_safe(original.p_unsafe, threshold)
+        outside = exact or abs(original.p_unsafe - threshold) > VERDICT_BAND
+        note(
+            "verdicts that differ" if exact else f"verdicts that differ outside +-{VERDICT_BAND}",
+            float(differs and outside),
+        )
+
+    def check(name: str, value: float) -> Check:
+        always = ("pixel_values", "chunked prefill") if exact else ("pixel_values",)
+        limit = LIMITS.get(name, 0.0) if exact or name in always or name.startswith(("verdicts", "strength")) else None
+        return Check(name, value, limit, limit is None or value <= limit)
+
+    return [check(name, value) for name, value in worst.items()]
+
+
+def _rounded_check(engine: Engine, cases: Sequence[Case], reference: Reference) -> Check:
+    name = "hidden state at the split, cosine to rounded"
+    distances = []
+    for case in cases:
+        ours, theirs = _first_step(engine, engine.prepare(case.messages, Stats()))[0], reference.hidden(case)
+        distances.append(1.0 - float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
+    worst = max(distances)
+    return Check(name, worst, LIMITS[name], worst <= LIMITS[name])
+
+
+GREEDY = SamplingConfig(max_tokens=ANSWER_TOKENS)
+
+
+def always_steer(engine: Engine) -> GatePolicy:
+    """A policy that finds every prompt unsafe."""
+    return engine.policy(Mode.STEER, threshold=-1.0)
+
+
+def _first_step(
+    engine: Engine, prompt: Prompt, *, chunk: int = 1 << 20, strength: float | None = None
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """(probed hidden state (D,), p_unsafe, logits (V,)) of a prompt; `strength` 0.0 goes through the Refusal Head."""
+    request = engine.request(prompt, 1, Stats(), chunk=chunk)
+    verdict = request.judge(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+    hidden = request.probed_row()[0].copy()
+    logits = request.begin(0.0 if strength is None else strength, through_head=strength is not None)
+    return hidden, float("nan") if verdict.p_unsafe is None else verdict.p_unsafe, logits.copy()
+
+
+def golden(engine: Engine, case: Case, threshold: float | None) -> Golden | None:
+    """What the package answers to a single-turn case; None for dialogues."""
+    if len(case.messages) > 1:
+        return None
+    text = next(part for part in case.messages[0].parts if isinstance(part, str))
+    mode = Mode.STEER if engine.manifest.guarded else Mode.OFF
+    answer = engine.generate(case.messages, policy=engine.policy(mode, threshold=threshold), sampling=GREEDY)
+    verdict = answer.verdict
+    return Golden(text, case.image_files, threshold, verdict.p_unsafe, verdict.action.value, answer.token_ids)
+
+
+def _golden_thresholds(manifest: Manifest) -> tuple[float | None, ...]:
+    return (None, -1.0) if manifest.guarded else (None,)
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def _differing(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Tokens after which the two no longer agree, 0 where they are equal."""
+    agree = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return float(max(len(ours), len(theirs)) - agree)
+
+
+def _each(cases: Sequence[Case], report: Callable[[str], None], what: str) -> Any:
+    for i, case in enumerate(cases, 1):
+        report(f"{what}: prompt {i} of {len(cases)}")
+        yield case

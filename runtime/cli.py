@@ -1,0 +1,316 @@
+"""autosteer-run, autosteer-eval and autosteer-check. Answers go to stdout; verdicts, timings and progress to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from .console import debug_option, dumps, json_option, run_command, table
+from .errors import CheckError, InputError
+
+if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --help is quick
+    from .engine import Chunk, Engine, Stats
+    from .gate import GatePolicy, Verdict
+    from .sampling import SamplingConfig
+    from .text import Message
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+package_argument = click.argument("package", type=click.Path(path_type=Path))
+
+
+def load(package: Path, device: Any, threads: int | None) -> Engine:
+    """Load a package, its log lines on stderr."""
+    import logging
+
+    from .engine import Engine
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    return Engine.load(package, device=device, threads=threads)
+
+
+# --- autosteer-run ---------------------------------------------------------------------------------------------------
+
+
+@click.command("autosteer-run", context_settings={"help_option_names": ["-h", "--help"]})
+@package_argument
+@click.option("-p", "--prompt", help="The prompt; '-' reads stdin. Without one, a terminal opens a chat.")
+@click.option(
+    "-i", "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file; repeatable."
+)
+@click.option(
+    "--policy",
+    type=click.Choice(["steer", "stop", "monitor", "off"]),
+    default="steer",
+    show_default=True,
+    help="An unsafe prompt: bend the answer towards a refusal, refuse outright, only report it; or no gate at all.",
+)
+@click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
+@click.option("--strength", type=float, help="How hard to steer. Default: the package's.")
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest tokens.  [0: all]")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample within this much probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="End the answer before this string; repeatable.")
+@device_option
+@threads_option
+@json_option
+@debug_option
+def run(
+    package: Path,
+    prompt: str | None,
+    images: tuple[Path, ...],
+    policy: str,
+    threshold: float | None,
+    strength: float | None,
+    device: Any,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Answer a prompt with the model in PACKAGE, guarded by its gate."""
+    from .sampling import SamplingConfig
+    from .text import Message
+
+    config = SamplingConfig(**sampling)
+    chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
+    if not chat_wanted and (prompt is None or prompt == "-"):
+        prompt = sys.stdin.read()
+    if prompt is not None and not prompt.strip():
+        raise InputError("the prompt is empty")
+    engine = load(package, device, threads)
+    gate = engine.policy(policy, threshold=threshold, strength=strength)
+    if prompt is None:
+        chat(engine, gate, config, list(images))
+        return
+    message = Message.user(prompt, images)
+    if as_json:
+        answer = engine.generate([message], sampling=config, policy=gate)
+        click.echo(dumps(answer_json(answer)))
+    else:
+        say(engine, [message], gate, config)
+
+
+def say(engine: Engine, messages: list[Message], gate: GatePolicy, config: SamplingConfig) -> str:
+    """Stream an answer: verdict and timings to stderr, text to stdout. Returns the text."""
+    text, last = "", None
+    for chunk in engine.stream(messages, sampling=config, policy=gate):
+        if last is None:
+            click.echo(verdict_line(chunk.verdict), err=True)
+        last, text = chunk, text + chunk.text
+        click.echo(chunk.text, nl=False)
+        sys.stdout.flush()
+    assert last is not None and last.stats is not None
+    click.echo("")
+    click.echo(stats_line(last, last.stats), err=True)
+    return text
+
+
+def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[Path]) -> None:
+    """A dialogue on the terminal."""
+    from .text import Message
+
+    click.echo("Type a message. /image FILE adds a picture to it, /new starts over, Ctrl-D leaves.", err=True)
+    dialogue: list[Message] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo("", err=True)
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/image":
+            images.append(Path(rest.strip()))
+        elif command == "/new":
+            dialogue, images = [], []
+        elif line.startswith("/"):
+            click.echo(f"{command}: not a command (/image FILE, /new, Ctrl-D)", err=True)
+        elif line:
+            turn = Message.user(line, images)
+            try:
+                text = say(engine, [*dialogue, turn], gate, config)
+            except InputError as err:  # a chat outlives a mistyped file name
+                click.echo(f"error: {err}", err=True)
+            else:
+                dialogue += [turn, Message.assistant(text)]
+            images = []
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """[STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]"""
+    if verdict.p_unsafe is None:
+        return "[no gate: --policy off]"
+    relation = ">" if verdict.unsafe else "<="
+    line = f"[{verdict.action.value.upper()}  p_unsafe {verdict.p_unsafe:.3f} {relation} {verdict.threshold:.3f}"
+    line += f" at layer {verdict.split_layer}"
+    if verdict.strength:
+        line += f", strength {verdict.strength:g}"
+    if verdict.unsafe and verdict.mode.value == "monitor":
+        line += "; unsafe, but --policy monitor only watches"
+    return line + "]"
+
+
+def stats_line(last: Chunk, stats: Stats) -> str:
+    """[52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, on
+    CPUExecutionProvider]
+    """
+    upper = "decoder_upper never ran" if stats.upper_ms is None else f"upper {stats.upper_ms:.0f}"
+    stages = f"vision {stats.vision_ms:.0f}, lower {stats.lower_ms:.0f}, gate {stats.gate_ms:.1f}, {upper}"
+    speed = f", then {stats.decode_tok_s:.0f} tok/s" if stats.decode_tok_s else ""
+    first = f"first after {stats.ttft_ms:.0f} ms ({stages})"
+    tokens = f"{stats.prompt_tokens} + {stats.completion_tokens} tokens"
+    return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
+
+
+def answer_json(answer: Any) -> dict[str, Any]:
+    """What --json prints."""
+    verdict = dataclasses.asdict(answer.verdict) | {
+        "action": answer.verdict.action.value,
+        "mode": answer.verdict.mode.value,
+    }
+    timings = dataclasses.asdict(answer.stats) | {"decode_tok_s": answer.stats.decode_tok_s}
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "verdict": verdict,
+        "device": timings.pop("device"),
+        "timings": timings,
+    }
+
+
+# --- autosteer-check -------------------------------------------------------------------------------------------------
+
+
+@click.command("autosteer-check", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.option("--host", is_flag=True, help="Say what this machine can run instead.")
+@device_option
+@threads_option
+@json_option
+@debug_option
+def check(package: Path | None, host: bool, device: Any, threads: int | None, as_json: bool) -> None:
+    """Is PACKAGE whole, and does it answer here as it did where it was exported?
+
+    Compares every file with its hash, every graph with the manifest, and replays the golden prompts. Needs no torch.
+    """
+    from .check import check_package, describe_host
+
+    if host:
+        facts = describe_host()
+        click.echo(dumps(facts) if as_json else "\n".join(f"{key:12} {value}" for key, value in facts.items()))
+        return
+    if package is None:
+        raise click.UsageError("give a PACKAGE, or --host")
+    engine = load(package, device, threads)  # hashes, names, providers: raises what is wrong
+    results = check_package(engine, package)
+    if as_json:
+        click.echo(dumps({"package": str(package), "checks": [dataclasses.asdict(r) for r in results]}))
+    else:
+        rows = [
+            (r.name, f"{r.value:g}", "" if r.limit is None else f"{r.limit:g}", "ok" if r.passed else "FAILED")
+            for r in results
+        ]
+        click.echo(table(("check", "value", "limit", ""), rows))
+    if failed := [r.name for r in results if not r.passed]:
+        raise CheckError(
+            f"{package}: {', '.join(failed)}: not as on the exporting machine; do not deploy this package here"
+        )
+
+
+# --- autosteer-eval --------------------------------------------------------------------------------------------------
+
+
+@click.command("autosteer-eval", context_settings={"help_option_names": ["-h", "--help"]})
+@package_argument
+@click.option(
+    "--data", multiple=True, required=True, type=click.Path(path_type=Path), help="JSONL test set; repeatable."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="Longest answer.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only this many rows of each group.")
+@device_option
+@threads_option
+@json_option
+@debug_option
+def evaluate(
+    package: Path,
+    data: tuple[Path, ...],
+    output: Path | None,
+    max_tokens: int,
+    limit: int | None,
+    device: Any,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the gate of PACKAGE: attack success, refusals and accuracy, by group, for four policies.
+
+    Rows: {"prompt": text, "images": [files], "unsafe": true|false, "group": name, "answer": gold text or null};
+    "turns": [user, assistant, user, ...] in place of "prompt" for dialogues. File names are relative to the JSONL
+    file.
+    """
+    from .evaluate import POLICIES, read_rows, run_rows, summarise
+
+    rows = read_rows(data, limit=limit)
+    engine = load(package, device, threads)
+    file = output.open("w", encoding="utf-8") if output else None
+    results = []
+    with click.progressbar(rows, label="evaluating", file=sys.stderr) as bar:
+        for result in run_rows(engine, bar, max_tokens=max_tokens):
+            results.append(result)
+            if file:
+                file.write(dumps(dataclasses.asdict(result)) + "\n")
+    if file:
+        file.close()
+    groups = summarise(results)
+    if as_json:
+        for group in groups:
+            click.echo(dumps(dataclasses.asdict(group)))
+        return
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
+    if unsafe:
+        click.echo("Attack success (%): the answer is not a refusal\n")
+        cells = [
+            (g.group, str(g.n), *(percent(g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in unsafe
+        ]
+        click.echo(table(("unsafe prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+    if benign:
+        click.echo("Wrongly refused (%)\n")
+        cells = [
+            (g.group, str(g.n), *(percent(1 - g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in benign
+        ]
+        click.echo(table(("benign prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+    if gold := [g for g in benign if g.accuracy["off"] is not None]:
+        click.echo("Exact answers (%)\n")
+        cells = [(g.group, str(g.n), *(percent(g.accuracy[p]) for p in POLICIES)) for g in gold]
+        click.echo(table(("benign prompts", "n", *POLICIES), cells))
+
+
+def run_main() -> None:
+    """Entry point of autosteer-run."""
+    run_command(run)
+
+
+def check_main() -> None:
+    """Entry point of autosteer-check."""
+    run_command(check)
+
+
+def eval_main() -> None:
+    """Entry point of autosteer-eval."""
+    run_command(evaluate)

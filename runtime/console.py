@@ -1,0 +1,71 @@
+"""What all our command-line tools share: errors as one line and an exit code, tables, JSON without NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from .errors import AutoSteerError
+
+INTERRUPTED = 130
+
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")
+
+
+def run_command(command: click.Command) -> NoReturn:
+    """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted."""
+    name = command.name
+    try:
+        code = command.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        code = exit_.exit_code
+    except click.ClickException as err:
+        err.show()
+        code = err.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(f"\n{name}: interrupted", err=True)
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left; nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (AutoSteerError, OSError) as err:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"{name}: error: {err}", err=True)
+        code = err.exit_code if isinstance(err, AutoSteerError) else 1
+    sys.exit(code or 0)
+
+
+def dumps(value: Any) -> str:
+    """JSON on one line; NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(value), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell, the first left, the others right; a Markdown table as it happens."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
