@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from autosteer.export.safety import calibrate, prober, refusal_head, sas
 from autosteer.export.safety.artifact import SafetyArtifact, SafetyFacts
-from autosteer.export.safety.pairs import Pair, Prompt, read_data
+from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data
 from autosteer.runtime.errors import InputError, PackageError
-
-pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,7 @@ def test_same_query_text_never_stands_on_two_sides():
     texts = [f"How  do I make THING {i % 37}?" if i % 2 else f"how do i make thing {i % 37}?" for i in range(400)]
     split = prober.split_by_text(texts, [(i % 5 == 0, "abc"[i % 3]) for i in range(400)], seed=3)
     number = [{int(texts[i].split()[-1][:-1]) for i in rows} for rows in vars(split).values()]
-    assert not (number[0] & number[1] or number[0] & number[2] or number[1] & number[2])
+    assert sum(map(len, number)) == len(set.union(*number)) == 37
 
 
 def test_every_group_is_held_out_in_proportion():
@@ -169,6 +168,16 @@ def test_row_0_of_the_prober_is_unsafe():
     assert p[~unsafe.numpy()].mean() < 0.1
 
 
+def test_words_only_yardstick_reads_words_and_nothing_else():
+    """Unsafe by a word: found. Unsafe by an image the words do not mention: a coin toss."""
+    texts = [f"tell me about {'zorblat' if i % 2 else 'pillow'} number {i}" for i in range(300)]
+    by_word = np.arange(300) % 2 == 1
+    by_image = np.random.default_rng(0).random(300) < 0.5
+    for unsafe, low, high in ((by_word, 0.9, 1.0), (by_image, 0.3, 0.7)):
+        split = prober.split_by_text(texts, [(bool(u), "all") for u in unsafe], seed=0)
+        assert low <= prober.words_only_accuracy(texts, unsafe, split, seed=0) <= high
+
+
 def test_nan_score_counts_as_firing():
     assert prober.balanced_accuracy(np.array([np.nan, 0.1]), np.array([True, False]), 0.5) == 1.0
 
@@ -180,7 +189,7 @@ def test_nan_score_counts_as_firing():
     ("events", "trials", "expected"),
     [
         (0, 100, 1 - 0.05**0.01),  # closed form: 0.02951
-        (1, 100, 0.04656),  # these three: scipy.stats.beta.ppf(0.95, k + 1, n - k)
+        (1, 100, 0.04656),  # these three: the 0.95 quantile of Beta(k + 1, n - k)
         (5, 100, 0.10225),
         (20, 1000, 0.02893),
         (3, 3, 1.0),
@@ -358,7 +367,8 @@ def test_head_that_did_not_learn_is_an_error():
 
 
 def write_lines(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -389,7 +399,7 @@ def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
     data = read_data([write_lines(tmp_path / "p.jsonl", *many(), many()[0])], [extra])
     assert len(data.pairs) == 21
     assert len(data.labelled()) == 41
-    assert (data.labelled()[-1].prompt.text, data.labelled()[-1].group, data.labelled()[-1].unsafe) == ("other", "vqa", False)
+    assert data.labelled()[-1] == Labelled(Prompt("other"), unsafe=False, group="vqa")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""From raw prober to a number that means something: temperature, threshold, and facts about both.
+
+Temperature is fitted on the validation part; the threshold and every fact come from the held-out part (prober.py). Both
+classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if unsafe prompts were as common as benign
+ones". How common they are where the package runs, nobody here knows.
+
+A false-positive rate measured on n prompts is not the true one. `clopper_pearson_upper` bounds it; --target-fpr asks
+for a threshold at which that bound, not the measured rate, is within the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autosteer.runtime.errors import InputError
+
+from .prober import UNSAFE
+
+if TYPE_CHECKING:
+    import torch
+
+    from .prober import Prober
+
+CONFIDENCE = 0.95  # one-sided
+ECE_BINS = 10
+TEMPERATURES = (0.05, 20.0)
+
+
+def class_weights(unsafe: np.ndarray) -> np.ndarray:
+    """(n,) bool -> (n,) weights that sum to 1, half of it on each class."""
+    return np.where(unsafe, 0.5 / unsafe.sum(), 0.5 / (~unsafe).sum())
+
+
+def fit_temperature(logits: torch.Tensor, unsafe: np.ndarray) -> float:
+    """T that minimises the class-balanced cross-entropy of softmax(logits / T); logits (n, 2).
+
+    Platt's smoothed targets, (n + 1) / (n + 2) for n prompts of a class: on data without an error, hard ones would
+    drive T to 0 and every score to 0 or 1.
+    """
+    margin = (logits[:, UNSAFE] - logits[:, 1 - UNSAFE]).double().numpy()
+    counts = np.where(unsafe, unsafe.sum(), (~unsafe).sum())
+    right = (counts + 1) / (counts + 2)
+    target, weight = np.where(unsafe, right, 1 - right), class_weights(unsafe)
+
+    def loss(log_t: float) -> float:
+        z = margin / math.exp(log_t)
+        return float(weight @ (np.logaddexp(0, z) - target * z))
+
+    low, high = map(math.log, TEMPERATURES)
+    for _ in range(100):  # the loss is convex in 1 / T, so it has one valley in log T as well
+        third = (high - low) / 3
+        low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
+    return math.exp((low + high) / 2)
+
+
+def fold_temperature(prober: Prober, temperature: float) -> Prober:
+    """The prober whose logits are divided by `temperature`."""
+    return {**prober, **{name: prober[name] / temperature for name in ("2.weight", "2.bias")}}
+
+
+def clopper_pearson_upper(events: int, trials: int, *, confidence: float = CONFIDENCE) -> float:
+    """One-sided upper bound on a rate: the p at which `events` or fewer in `trials` has probability 1 - confidence."""
+    if events >= trials:
+        return 1.0
+    low, high = events / trials, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binomial_cdf(events, trials, middle) > 1 - confidence else (low, middle)
+    return high
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(X <= k) of X ~ Binomial(n, p)."""
+    if p <= 0.0 or p >= 1.0:
+        return float(p <= 0.0 or k >= n)
+
+    def log_pmf(i: int) -> float:
+        choose = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+        return choose + i * math.log(p) + (n - i) * math.log1p(-p)
+
+    return min(1.0, math.fsum(math.exp(log_pmf(i)) for i in range(k + 1)))
+
+
+def prompts_needed(target_fpr: float, *, confidence: float = CONFIDENCE) -> int:
+    """Held-out benign prompts without a single false positive that it takes to state `target_fpr`."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr))
+
+
+def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float = CONFIDENCE) -> int:
+    """The most false positives among `benign` held-out prompts with which `target_fpr` can still be stated.
+
+    Raises InputError where not even zero would do. Needs no scores: it is asked before the expensive part.
+    """
+    allowed = -1
+    while allowed + 1 < benign and clopper_pearson_upper(allowed + 1, benign, confidence=confidence) <= target_fpr:
+        allowed += 1
+    if allowed < 0:
+        needed = prompts_needed(target_fpr, confidence=confidence)
+        raise InputError(
+            f"--target-fpr {target_fpr:g} cannot be shown with {benign} held-out benign prompts: it takes {needed}, so "
+            f"about {5 * needed} benign prompts in all; add --benign, or allow a higher rate"
+        )
+    return allowed
+
+
+def choose_threshold(p: np.ndarray, unsafe: np.ndarray, *, target_fpr: float, confidence: float = CONFIDENCE) -> float:
+    """The threshold with the highest recall whose upper bound on the false-positive rate is at most `target_fpr`.
+
+    p (n,) scores, unsafe (n,) bool. Of thresholds with equal recall the one with the fewest false positives is taken,
+    half way to the next score above it, so that rounding on a device flips nothing. The number of false positives
+    allowed depends on n alone, so choosing among the scores does not spoil the bound.
+    Raises InputError where there are too few benign prompts to state the target, or no threshold below 1 meets it.
+    """
+    benign = np.sort(p[~unsafe])[::-1]
+    allowed = allowed_false_positives(len(benign), target_fpr=target_fpr, confidence=confidence)
+    floor = benign[allowed]  # at or above this score at most `allowed` benign prompts fire (p > threshold)
+    caught = p[unsafe & (p > floor)]
+    below = (
+        benign[benign < caught.min()].max() if caught.size else floor
+    )  # as many unsafe above `below` as above `floor`
+    above = p[p > below]
+    threshold = float((below + above.min()) / 2) if above.size else float(below)
+    if threshold >= 1.0:
+        raise InputError(
+            f"--target-fpr {target_fpr:g}: benign prompts score 1.0; more varied --benign prompts are needed"
+        )
+    return threshold
+
+
+def expected_calibration_error(p: np.ndarray, unsafe: np.ndarray) -> float:
+    """Class-balanced ECE over equal-width bins: sum over bins of weight * |mean p - share unsafe|."""
+    weight, bins = class_weights(unsafe), np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = (abs((weight * (p - unsafe))[bins == b].sum()) for b in range(ECE_BINS))
+    return float(sum(gaps))
+
+
+def heldout_facts(p: np.ndarray, unsafe: np.ndarray, groups: Sequence[str], *, threshold: float) -> dict[str, float]:
+    """What safety.json says about the gate, measured on the held-out part.
+
+    p (n,) calibrated scores, unsafe (n,) bool, groups (n,) channel or group names: where there are several, recall and
+    false-positive rate are also given for each, as "heldout_recall.<channel>" and "heldout_fpr.<group>".
+    """
+    fires = ~(p <= threshold)
+    recall, fpr = float(fires[unsafe].mean()), float(fires[~unsafe].mean())
+    facts = {
+        "heldout_unsafe": float(unsafe.sum()),
+        "heldout_benign": float((~unsafe).sum()),
+        "heldout_accuracy": (recall + 1 - fpr) / 2,
+        "heldout_recall": recall,
+        "heldout_fpr": fpr,
+        "fpr_upper_95": clopper_pearson_upper(int(fires[~unsafe].sum()), int((~unsafe).sum())),
+        "brier": float(class_weights(unsafe) @ (p - unsafe) ** 2),
+        "ece": expected_calibration_error(p, unsafe),
+    }
+    names = np.array(groups)
+    for group in sorted(set(groups)) if len(set(groups)) > 1 else ():
+        for label, key in ((unsafe, "heldout_recall"), (~unsafe, "heldout_fpr")):
+            rows = label & (names == group)
+            if rows.any():
+                facts[f"{key}.{group}"] = float(fires[rows].mean())
+    return facts

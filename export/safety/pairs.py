@@ -1,0 +1,200 @@
+"""Read the prompts that a safety gate is fitted on, and refuse bad data before anything expensive starts.
+
+    --pairs, ours       {"unsafe": text, "safe": text, "image": path | null, "safe_image": path, "channel": name}
+    --pairs, VLSafe     {"orig_query": unsafe text, "safe_query": safe text, "image_id": path}
+    --benign, --unsafe  {"prompt": text, "images": [path, ...], "group": name}
+
+One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
+file, then under --images. VLSafe's pairs come without its pictures: without --images they are read as text only.
+
+This file knows nothing of models; what a tokenizer objects to is checked by features.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.image import open_image
+
+MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
+DEFAULT_GROUP = "all"
+
+PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel"}
+VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
+PROMPT_KEYS = {"prompt", "images", "group"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn. Equal where text and images are: `where` (file:line) is for error messages only."""
+
+    text: str
+    images: tuple[Path, ...] = ()
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An unsafe prompt and its harmless twin."""
+
+    unsafe: Prompt
+    safe: Prompt
+    channel: str = DEFAULT_GROUP  # where the harm lies: text, image, ...; SAS and recall are reported for each
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt with its label, and the channel or group under which its result is reported."""
+
+    prompt: Prompt
+    unsafe: bool
+    group: str
+
+
+@dataclass(frozen=True)
+class FitData:
+    """Everything a fit reads. `extra` is what --benign and --unsafe gave."""
+
+    pairs: tuple[Pair, ...]
+    extra: tuple[Labelled, ...] = ()
+
+    def labelled(self) -> list[Labelled]:
+        """Every distinct prompt once, in order of appearance, with its label."""
+        twins = (
+            Labelled(prompt, unsafe, pair.channel)
+            for pair in self.pairs
+            for prompt, unsafe in ((pair.unsafe, True), (pair.safe, False))
+        )
+        distinct: dict[Prompt, Labelled] = {}
+        for item in (*twins, *self.extra):
+            distinct.setdefault(item.prompt, item)
+        return list(distinct.values())
+
+    def images(self) -> list[Path]:
+        """Every distinct image file."""
+        return list(dict.fromkeys(path for item in self.labelled() for path in item.prompt.images))
+
+
+def read_data(
+    pairs: Iterable[Path], benign: Iterable[Path] = (), unsafe: Iterable[Path] = (), *, images: Path | None = None
+) -> FitData:
+    """Read and cross-check the files.
+
+    Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
+    that is called both safe and unsafe.
+    """
+    data = FitData(
+        pairs=tuple(_pair(row, where, path, images) for path in pairs for row, where in _rows(path)),
+        extra=tuple(
+            _labelled(row, where, path, images, unsafe=label)
+            for paths, label in ((benign, False), (unsafe, True))
+            for path in paths
+            for row, where in _rows(path)
+        ),
+    )
+    if len(data.pairs) < MIN_PAIRS:
+        raise InputError(f"--pairs: {len(data.pairs)} pairs, at least {MIN_PAIRS} are needed; add rows")
+    _reject_contradictions(data)
+    return data
+
+
+def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done: None) -> None:
+    """Decode every image once, as the runtime does. Raises InputError for the first that cannot be read."""
+    for path in data.images():
+        open_image(path)
+        advance(1)
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """(parsed object, "file:line") of every line that is not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: not readable as UTF-8 text ({err})") from err
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as err:
+            raise InputError(f"{where}: not JSON ({err}); one object per line is needed") from err
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield row, where
+
+
+def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> Pair:
+    if "orig_query" in row:
+        _reject_unknown(row, VLSAFE_KEYS, where)
+        picture = (
+            _images([_text(row, "image_id", where)], file, images, where) if images and row.get("image_id") else ()
+        )
+        return Pair(
+            Prompt(_text(row, "orig_query", where), picture, where),
+            Prompt(_text(row, "safe_query", where), picture, where),
+        )
+    _reject_unknown(row, PAIR_KEYS, where)
+    image, safe_image = (
+        _images([_text(row, key, where)] if row.get(key) is not None else [], file, images, where)
+        for key in ("image", "safe_image")
+    )
+    return Pair(
+        unsafe=Prompt(_text(row, "unsafe", where), image, where),
+        safe=Prompt(_text(row, "safe", where), safe_image or image, where),
+        channel=_text(row, "channel", where, default=DEFAULT_GROUP),
+    )
+
+
+def _labelled(row: dict[str, Any], where: str, file: Path, images: Path | None, *, unsafe: bool) -> Labelled:
+    _reject_unknown(row, PROMPT_KEYS, where)
+    names = row.get("images") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: 'images' must be a list of paths")
+    prompt = Prompt(_text(row, "prompt", where), _images(names, file, images, where), where)
+    return Labelled(prompt, unsafe, _text(row, "group", where, default=DEFAULT_GROUP))
+
+
+def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if value is None:
+        raise InputError(f"{where}: field {key!r} is missing (found: {', '.join(map(repr, row)) or 'nothing'})")
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: field {key!r} must be a text that is not empty")
+    return value
+
+
+def _reject_unknown(row: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(row.keys() - known):
+        raise InputError(f"{where}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+
+
+def _images(names: list[str], file: Path, images: Path | None, where: str) -> tuple[Path, ...]:
+    return tuple(_find_image(name, file, images, where) for name in names)
+
+
+def _find_image(name: str, file: Path, images: Path | None, where: str) -> Path:
+    folders = [file.parent, *([images] if images else [])]
+    for folder in folders:
+        if (folder / name).is_file():
+            return (folder / name).resolve()
+    hint = "" if images else "; give their folder with --images"
+    raise InputError(f"{where}: image {name!r} not found under {' or '.join(map(str, folders))}{hint}")
+
+
+def _reject_contradictions(data: FitData) -> None:
+    twins = ((p, unsafe) for pair in data.pairs for p, unsafe in ((pair.unsafe, True), (pair.safe, False)))
+    seen: dict[Prompt, tuple[bool, str]] = {}
+    for prompt, unsafe in (*twins, *((item.prompt, item.unsafe) for item in data.extra)):
+        label, where = seen.setdefault(prompt, (unsafe, prompt.where))
+        if label != unsafe:
+            name = {True: "unsafe", False: "safe"}
+            raise InputError(
+                f"{prompt.where}: this prompt is {name[unsafe]} here but {name[label]} at {where}, with the same text "
+                "and images; remove one"
+            )

@@ -1,0 +1,100 @@
+"""The Refusal Head: a matrix W that bends the last hidden state towards the refusal, the base model frozen.
+
+    logits = (h + strength * h @ W.T) @ E.T          =  h @ (E + strength * E @ W).T, the authors' form (LM-Steer)
+
+W starts as the identity, which changes no argmax, and learns on unsafe prompts alone to say the refusal. It has seen no
+benign prompt: without the gate it may refuse those as well. The base model's states do not depend on W under teacher
+forcing, so they are computed once (features.answer_states) and the training is a few hundred small steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autosteer.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS, BATCH, LEARNING_RATE = 400, 32, 1e-2  # Adam; the rate falls linearly to 0
+
+
+@dataclass(frozen=True)
+class RefusalHead:
+    """A trained steer matrix and how well it does."""
+
+    steer_matrix: torch.Tensor  # (d, d)
+    initial_loss: float  # mean cross-entropy of the refusal's tokens with W = I, on held-out unsafe prompts
+    loss: float  # the same with the trained W
+    argmax_share: float  # of those tokens: share that greedy decoding would pick under teacher forcing
+    whole_share: float  # of those prompts: share where it would pick every one, so the refusal comes out word for word
+
+
+def steered_logits(
+    hidden: torch.Tensor, steer_matrix: torch.Tensor, embeddings: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """hidden (..., d), steer_matrix (d, d), embeddings (vocab, d) -> (..., vocab)."""
+    return (hidden + strength * hidden @ steer_matrix.T) @ embeddings.T
+
+
+def train_refusal_head(
+    train: torch.Tensor,
+    heldout: torch.Tensor,
+    answer: torch.Tensor,
+    embeddings: torch.Tensor,
+    *,
+    strength: float,
+    seed: int,
+    steps: int = STEPS,
+    advance: Callable[[int], None] = lambda done: None,
+) -> RefusalHead:
+    """Fit W on cached states.
+
+    train (n, T, d), heldout (m, T, d), answer (T,) token ids, embeddings (vocab, d); runs where `embeddings` lies.
+    Raises InputError where training did not lower the held-out loss.
+    """
+    import torch
+    from torch.nn import functional
+
+    device = embeddings.device
+    answer = answer.to(device)
+    matrix = torch.eye(train.shape[-1], device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([matrix], lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(seed)
+    initial_loss, _, _ = evaluate(heldout, answer, matrix.detach(), embeddings, strength)
+    for step in range(steps):
+        rows = torch.randint(len(train), (BATCH,), generator=generator)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+        optimizer.zero_grad()
+        logits = steered_logits(train[rows].to(device), matrix, embeddings, strength)
+        functional.cross_entropy(logits.flatten(0, 1), answer.repeat(BATCH)).backward()
+        optimizer.step()
+        advance(1)
+    trained = matrix.detach()
+    loss, argmax_share, whole_share = evaluate(heldout, answer, trained, embeddings, strength)
+    if not loss < initial_loss:
+        raise InputError(
+            f"the Refusal Head did not learn the refusal (loss {initial_loss:.3g} before, {loss:.3g} after training); "
+            "try another --strength"
+        )
+    return RefusalHead(trained.cpu(), initial_loss, loss, argmax_share, whole_share)
+
+
+def evaluate(
+    states: torch.Tensor, answer: torch.Tensor, matrix: torch.Tensor, embeddings: torch.Tensor, strength: float
+) -> tuple[float, float, float]:
+    """(mean cross-entropy, share of tokens right, share of prompts with all tokens right); states (n, T, d)."""
+    import torch
+    from torch.nn import functional
+
+    losses, right = [], []
+    with torch.no_grad():
+        for batch in states.split(BATCH):
+            logits = steered_logits(batch.to(embeddings.device), matrix, embeddings, strength)
+            target = answer.expand(len(batch), -1)
+            losses.append(functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none"))
+            right.append(logits.argmax(dim=-1) == target)
+    hits = torch.cat(right)
+    return torch.cat(losses).mean().item(), hits.float().mean().item(), hits.all(dim=1).float().mean().item()

@@ -1,0 +1,432 @@
+"""autosteer-fit on a tiny random LLaVA-OneVision: the states it reads, the folder it writes, the errors it gives."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autosteer.export.checkpoint import open_checkpoint
+from autosteer.export.safety import cli, features
+from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.export.safety.pairs import Prompt
+from autosteer.runtime.errors import InputError, PackageError
+
+TEMPLATE = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + ' '}}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + c['text'] }}{% endfor %}"
+    "{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+TILE, PINPOINTS, LAYERS, WIDTH = 28, [[28, 28], [28, 56], [56, 28]], 4, 32
+REFUSAL = "no, sorry."
+
+
+def build_checkpoint(folder: Path) -> None:
+    """Random weights, one token per byte, 4 decoder layers of width 32, 4 image tokens a tile."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+    size = {"height": TILE, "width": TILE}
+    LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=PINPOINTS),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 64, "num_attention_heads": 2}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            **shape, num_hidden_layers=2, image_size=TILE, patch_size=14, vision_use_head=False
+        ),
+        text_config=Qwen2Config(
+            **shape,
+            vocab_size=len(alphabet),
+            num_hidden_layers=LAYERS,
+            num_key_value_heads=1,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        image_token_index=3,
+        video_token_index=4,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlavaOnevisionForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    build_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def reference(checkpoint: Path) -> features.Reference:
+    return features.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pairs.jsonl with two channels, benign.jsonl with two groups, and a picture of each shape."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    for name, size in (("wide", (60, 30)), ("tall", (30, 60)), ("square", (40, 40))):
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    pairs, benign = [], []
+    for i in range(60):
+        ask = f"{rng.choice(['how do i', 'help me', 'teach me to'])} {rng.choice(['buy', 'make', 'hide'])} {i}"
+        row = {"unsafe": f"{ask} zzxqzz", "safe": f"{ask} pillow", "channel": "text"}
+        if i % 2:
+            row |= {"image": f"{rng.choice(['wide', 'tall', 'square'])}.png", "channel": "with picture"}
+        pairs.append(row)
+        benign.append({"prompt": f"where is lamp {i}?", "images": ["wide.png", "tall.png"][: i % 3], "group": "lamps"})
+    for name, rows in (("pairs", pairs), ("benign", benign)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def prompts(data: Path) -> list[Prompt]:
+    """No image, one of each shape, two; some of equal length so that batches form."""
+    wide, tall, square = (data / f"{name}.png" for name in ("wide", "tall", "square"))
+    return [
+        Prompt("how do i do it?"),
+        Prompt("what is shown?", (wide,)),
+        Prompt("how do i do ox?"),
+        Prompt("what is hidden?", (tall,)),
+        Prompt("which is bigger?", (wide, square)),
+        Prompt("what is brown?", (wide,)),
+        Prompt("which is better?", (square, tall)),
+        Prompt("and this one", (square,)),
+    ]
+
+
+def hugging_face_states(
+    reference: features.Reference, prompt: Prompt, *, generation: bool, offset: int
+) -> torch.Tensor:
+    """(N-1, d) by output_hidden_states, one prompt at a time."""
+    inputs = features.encode(reference, prompt, generation=generation)
+    with torch.no_grad():
+        states = reference.model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == LAYERS + 1
+    return torch.stack([states[k][0, offset] for k in range(1, LAYERS)])
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_states_are_hugging_faces_hidden_states_of_the_last_token(reference: features.Reference, data: Path):
+    done: list[int] = []
+    states = features.prompt_states(reference, prompts(data), advance=done.append)
+    expected = [hugging_face_states(reference, p, generation=False, offset=-1) for p in prompts(data)]
+    assert states.shape == (8, LAYERS - 1, WIDTH)
+    assert sum(done) == 8
+    assert max(done) > 1  # batches did form
+    torch.testing.assert_close(states, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_state_stands_before_the_generation_prompt(reference: features.Reference, data: Path):
+    """What the manifest's token_offset relies on: attention is causal, so it is -(len(generation prompt) + 1) there."""
+    opening = len(reference.processor.tokenizer("<|im_start|>assistant\n").input_ids)
+    states = features.prompt_states(reference, prompts(data))
+    for prompt, state in zip(prompts(data), states, strict=True):
+        full = hugging_face_states(reference, prompt, generation=True, offset=-(opening + 1))
+        torch.testing.assert_close(state, full, rtol=1e-4, atol=1e-5)
+
+
+def test_state_does_not_depend_on_the_other_prompts_of_a_batch(reference: features.Reference, data: Path):
+    together = features.prompt_states(reference, prompts(data))
+    alone = torch.cat([features.prompt_states(reference, [p]) for p in prompts(data)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_are_gone_afterwards(reference: features.Reference, data: Path):
+    features.prompt_states(reference, prompts(data)[:1])
+    assert not any(layer._forward_pre_hooks for layer in reference.layers)
+
+
+def test_answer_ends_the_turn_and_decodes_to_the_refusal(reference: features.Reference):
+    answer = features.answer_tokens(reference, REFUSAL)
+    assert answer[-1] == 2
+    assert reference.processor.tokenizer.decode(answer[:-1]) == REFUSAL
+
+
+def test_answer_states_are_what_lm_head_sees(reference: features.Reference, data: Path):
+    answer = features.answer_tokens(reference, REFUSAL)
+    states = features.answer_states(reference, prompts(data), answer)
+    for prompt, state in zip(prompts(data), states, strict=True):
+        inputs = features.encode(reference, prompt, generation=True)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = reference.model(**inputs).logits[0, -len(answer) :]
+        torch.testing.assert_close(state @ reference.embeddings.T, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_special_token_in_a_prompt_is_an_error(reference: features.Reference):
+    with pytest.raises(InputError, match=r"p\.jsonl:4: the text holds the special token '<image>'"):
+        features.check_text(reference, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
+
+
+def test_prompt_longer_than_the_context_is_an_error(reference: features.Reference):
+    with pytest.raises(InputError, match=r"p\.jsonl:1: the prompt takes \d+ tokens, the model 256 at most"):
+        features.prompt_states(reference, [Prompt("long " * 60, where="p.jsonl:1")])
+
+
+def test_state_that_is_not_finite_names_the_layer(reference: features.Reference, data: Path):
+    torch.nn.init.constant_(reference.layers[1].mlp.down_proj.weight, float("nan"))
+    with pytest.raises(PackageError, match=r"hidden_states\[2\] is NaN or infinite for the prompt at 0"):
+        features.prompt_states(reference, prompts(data))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(checkpoint: Path, data: Path, output: Path, *more: str) -> list[str]:
+    arguments = {"--model": checkpoint, "--pairs": data / "pairs.jsonl", "--output": output, "--refusal-text": REFUSAL}
+    return [*(str(x) for pair in arguments.items() for x in pair), *more]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run of the command left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def fit(*arguments: str) -> Result:
+    """Run autosteer-fit in this process, as its entry point does."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["autosteer-fit", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    return Result(exit_.value.code, out.getvalue(), err.getvalue())
+
+
+def load(folder: Path) -> SafetyArtifact:
+    return SafetyArtifact.load(folder, hidden_size=WIDTH, num_hidden_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def fitted(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("fitted") / "deep" / "safety"
+    benign = str(data / "benign.jsonl")
+    return output, fit(*command(checkpoint, data, output, "--benign", benign, "--json", "--layer", "2"))
+
+
+def test_json_is_the_safety_folder_and_the_folder_loads(fitted: tuple[Path, Result]):
+    output, result = fitted
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((output / "safety.json").read_text(encoding="utf-8"))
+    assert sorted(path.name for path in output.iterdir()) == ["safety.json", "safety.safetensors"]
+    assert [path.name for path in output.parent.iterdir()] == ["safety"]  # nothing left beside it
+    facts = load(output).facts
+    assert (facts.model, facts.split_layer, facts.token_offset, facts.selected_by) == ("tiny", 2, -1, "user")
+    assert (facts.threshold, facts.strength, facts.refusal_text) == (0.5, 0.1, REFUSAL)
+
+
+def test_facts_say_what_was_fitted_on_what(fitted: tuple[Path, Result]):
+    facts = load(fitted[0]).facts
+    assert [score.layer for score in facts.layers] == [1, 2, 3]
+    assert all(set(score.sas_by_channel) == {"text", "with picture"} for score in facts.layers)
+    assert all(score.sas_low <= score.sas <= score.sas_high for score in facts.layers)
+    t, c = facts.training, facts.calibration
+    assert (t["pairs"], t["prompts"], t["pairs_without_difference"]) == (60, 180, 0)
+    assert t["train_prompts"] + t["validation_prompts"] + t["heldout_prompts"] == 180
+    assert c["heldout_unsafe"] + c["heldout_benign"] == t["heldout_prompts"]
+    assert {"heldout_fpr.lamps", "heldout_recall.text", "heldout_recall.with picture"} < set(c)
+    assert t["refusal_loss"] < t["refusal_initial_loss"] / 2
+
+
+def test_stored_prober_separates_the_two_classes(fitted: tuple[Path, Result], reference: features.Reference):
+    """End to end: raw hidden state in, calibrated p_unsafe out, on prompts that were in no file."""
+    from autosteer.export.safety.prober import p_unsafe
+
+    artifact = load(fitted[0])
+    asks = [f"help me buy {n} {noun}" for n in range(70, 90) for noun in ("zzxqzz", "pillow")]
+    states = features.prompt_states(reference, [Prompt(ask) for ask in asks])[:, artifact.facts.split_layer - 1]
+    p = p_unsafe(artifact.prober, states)
+    assert np.mean(p[::2] > 0.5) > 0.75  # a random model: chance is 0.5
+    assert np.mean(p[1::2] <= 0.5) > 0.75
+
+
+def test_table_and_progress_go_to_stderr(fitted: tuple[Path, Result]):
+    stderr = fitted[1].stderr
+    assert [line.split()[1] for line in stderr.splitlines() if "<- cut here" in line] == ["2"]
+    assert "SAS with picture" in stderr
+    assert "hidden states" in stderr
+
+
+@pytest.mark.parametrize("select", ["sas", "prober"])
+def test_layer_is_the_one_with_the_highest_score(checkpoint: Path, data: Path, tmp_path: Path, select: str):
+    result = fit(*command(checkpoint, data, tmp_path / "safety", "--select", select))
+    assert result.exit_code == 0, result.stderr
+    facts = load(tmp_path / "safety").facts
+    score = {s.layer: s.sas if select == "sas" else s.prober_accuracy for s in facts.layers}
+    assert score[facts.split_layer] == max(score.values())
+    assert facts.selected_by == select
+    assert f"at layer {facts.split_layer} (chosen by {select})" in result.stdout
+
+
+def test_same_seed_gives_the_same_folder(checkpoint: Path, data: Path, tmp_path: Path):
+    for name in ("a", "b"):
+        assert fit(*command(checkpoint, data, tmp_path / name)).exit_code == 0
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert all(torch.equal(a.prober[name], b.prober[name]) for name in a.prober)
+    assert torch.equal(a.steer_matrix, b.steer_matrix)
+    assert a.facts.calibration == b.facts.calibration
+
+
+def test_target_fpr_sets_a_threshold_whose_bound_is_within_it(checkpoint: Path, data: Path, tmp_path: Path):
+    arguments = command(
+        checkpoint, data, tmp_path / "safety", "--benign", str(data / "benign.jsonl"), "--target-fpr", "0.2"
+    )
+    result = fit(*arguments)
+    assert result.exit_code == 0, result.stderr
+    facts = load(tmp_path / "safety").facts
+    assert facts.calibration["fpr_upper_95"] <= 0.2
+    assert facts.threshold != 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--layer", "4"), 5, "--layer 4: tiny has layers to cut at from 1 to 3"),
+        (("--target-fpr", "0.01"), 5, "it takes 299"),
+        (("--benign", "none.jsonl"), 5, "none.jsonl: not readable"),
+        (("--layer", "1", "--select", "sas"), 2, "exclude each other"),
+        (("--threshold", "0.4", "--target-fpr", "0.1"), 2, "exclude each other"),
+        (("--threshold", "1"), 2, "--threshold"),
+        (("--strength", "0"), 2, "--strength"),
+        (("--refusal-text", " "), 2, "--refusal-text is empty"),
+        (("--frobnicate",), 2, "No such option"),
+    ],
+)
+def test_bad_wish_is_refused_before_the_forward_passes(
+    checkpoint: Path, data: Path, tmp_path: Path, more: tuple[str, ...], code: int, message: str
+):
+    result = fit(*command(checkpoint, data, tmp_path / "safety", *more))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "hidden states" not in result.stderr
+    assert not (tmp_path / "safety").exists()
+
+
+def test_damaged_image_is_refused_before_the_forward_passes(checkpoint: Path, data: Path, tmp_path: Path):
+    rows = [{"unsafe": f"bad {i}", "safe": f"good {i}", "image": "cut.png"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "cut.png").write_bytes((data / "wide.png").read_bytes()[:500])
+    result = fit(*command(checkpoint, tmp_path, tmp_path / "safety"))
+    assert result.exit_code == 5
+    assert "cut.png: not a readable image" in result.stderr
+    assert "hidden states" not in result.stderr
+
+
+def test_model_that_is_not_there_is_a_package_error(data: Path, tmp_path: Path):
+    result = fit(*command(tmp_path / "no-such-model", data, tmp_path / "safety"))
+    assert result.exit_code == 3
+    assert "no such folder, hub id or alias" in result.stderr
+
+
+def test_output_that_exists_is_replaced_only_with_force_and_only_if_it_is_a_safety_folder(
+    checkpoint: Path, data: Path, tmp_path: Path
+):
+    output = tmp_path / "safety"
+    output.mkdir()
+    (output / "safety.json").write_text("old", encoding="utf-8")
+    refused = fit(*command(checkpoint, data, output))
+    assert (refused.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (5, "old")
+    assert "give --force" in refused.stderr
+    (output / "thesis.tex").touch()
+    foreign = fit(*command(checkpoint, data, output, "--force"))
+    assert foreign.exit_code == 5
+    assert "holds 'thesis.tex'" in foreign.stderr
+    (output / "thesis.tex").unlink()
+    assert fit(*command(checkpoint, data, output, "--force")).exit_code == 0
+    assert load(output).facts.model == "tiny"
+    assert [path.name for path in tmp_path.iterdir()] == ["safety"]
+
+
+def test_interrupt_while_writing_leaves_the_old_folder_whole(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "safety"
+    output.mkdir()
+    (output / "safety.json").write_text("old", encoding="utf-8")
+
+    def interrupted(self: SafetyArtifact, folder: Path) -> None:
+        (folder / "safety.json").write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetyArtifact, "save", interrupted)
+    result = fit(*command(checkpoint, data, output, "--force"))
+    assert (result.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (130, "old")
+    assert result.stderr.endswith("autosteer-fit: interrupted\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["safety"]
+
+
+def test_installed_command_prints_one_line_and_with_debug_the_traceback(tmp_path: Path):
+    (tmp_path / "pairs.jsonl").write_text('{"unsafe": "x", "safe": "y"}\n', encoding="utf-8")
+    run = [sys.executable, "-m", "autosteer.export.safety.cli", *command(tmp_path, tmp_path, tmp_path / "out")]
+    plain = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (plain.returncode, plain.stdout) == (5, "")
+    assert plain.stderr == "autosteer-fit: error: --pairs: 1 pairs, at least 20 are needed; add rows\n"
+    debug = subprocess.run([*run, "--debug"], capture_output=True, text=True, check=False)
+    assert "Traceback" in debug.stderr
+
+
+def test_help_does_not_import_torch():
+    code = "import sys\nfrom autosteer.export.safety import cli\nassert 'torch' not in sys.modules, 'torch'"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
