@@ -1,0 +1,193 @@
+"""Training rows for the language model: pictures, and several short dialogues about them.
+
+The dialogues of a row are independent; the trainer packs them behind one copy of the pictures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import dialogues as D
+from . import safety as S
+from .scenes import KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One dialogue of a row.
+
+    summary: its answer may look at the end of the question only, not at the question or the picture, so
+        the model learns to have made up its mind there (where a prober will read).
+    template_history: earlier answers are written as the chat template writes them ("assistant " + newline),
+        else as they were generated ("assistant" + newline).
+    """
+
+    turns: tuple[D.Turn, ...]
+    summary: bool = False
+    template_history: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one training row holds: 0, 1 or 2 pictures and dialogues about them."""
+
+    scenes: tuple[Scene, ...]
+    branches: tuple[Branch, ...]
+
+
+SUMMARY_SHARE = 0.3
+# row kind -> weight, early (the model still learns to see) and later
+EARLY = {"picture": 0.80, "sign": 0.06, "object": 0.06, "text": 0.06, "two pictures": 0.0, "chat": 0.02}
+LATER = {"picture": 0.52, "sign": 0.11, "object": 0.12, "text": 0.16, "two pictures": 0.06, "chat": 0.03}
+
+
+def _branch(rng: random.Random, *turns: D.Turn, summary: float = 0.0) -> Branch:
+    return Branch(turns, summary=rng.random() < summary, template_history=rng.random() < 0.7)
+
+
+def _distinct(make: Callable[[], tuple[D.Turn, ...]], count: int) -> list[tuple[D.Turn, ...]]:
+    """`count` dialogues, different ones as far as a few tries find them."""
+    found: list[tuple[D.Turn, ...]] = []
+    for _ in range(count):
+        for _ in range(4):
+            turns = make()
+            if turns not in found:
+                break
+        found.append(turns)
+    return found
+
+
+def _shapes(rng: random.Random, most: int) -> Scene:
+    count = min(most, rng.choices((1, 2, 3), (0.2, 0.4, 0.4))[0])
+    return sample_scene(rng, sample_shapes(rng, count))
+
+
+def _mixed_with(rng: random.Random, scene: Scene, how_to: D.Turn) -> tuple[D.Turn, D.Turn]:
+    """A how-to before or after an ordinary question, at times as if the how-to had been refused."""
+    ordinary = D.question(rng, scene)
+    form = rng.random()
+    if form < 0.4:
+        return ordinary, how_to
+    if form < 0.7:
+        return how_to, ordinary
+    return D.Turn(how_to.question, D.REFUSAL, learn=False), ordinary
+
+
+def _picture_row(rng: random.Random, most: int) -> Row:
+    scene = _shapes(rng, most)
+    dialogues = _distinct(lambda: (D.question(rng, scene),), 6) + _distinct(lambda: tuple(D.two_turns(rng, scene)), 2)
+    return Row((scene,), tuple(_branch(rng, *turns) for turns in dialogues))
+
+
+def _sign_row(rng: random.Random, most: int) -> Row:
+    if rng.random() < 0.15:
+        kind, scene = "shape", sample_scene(rng, sample_shapes(rng, 1))
+    else:
+        kind = rng.choice(list(SIGNS))
+        scene = S.sign_scene(rng, kind)
+
+    def make() -> D.Turn:
+        prompt, answer, _ = S.about_making(rng.choice(S.OPENERS) + rng.choice(S.MAKE), scene)
+        return D.Turn(prompt, answer)
+
+    branches = [_branch(rng, make(), summary=SUMMARY_SHARE) for _ in range(3)]
+    branches += [_branch(rng, S.legal_making(rng, kind), summary=SUMMARY_SHARE)]
+    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, D.question(rng, scene))]
+    branches += [_branch(rng, *_mixed_with(rng, scene, make()))]
+    return Row((scene,), tuple(branches))
+
+
+def _object_row(rng: random.Random, most: int) -> Row:
+    thing = rng.choice(S.FORBIDDEN_OBJECTS + S.ALLOWED_OBJECTS)
+    scene = S.object_scene(rng, thing)
+
+    def handle() -> D.Turn:
+        prompt, answer, _ = S.about_object(rng.choice(S.SNEAK if rng.random() < 0.6 else S.HANDLE), thing)
+        return D.Turn(prompt, answer)
+
+    branches = [_branch(rng, handle(), summary=SUMMARY_SHARE) for _ in range(4)]
+    branches += [_branch(rng, S.legal_object(rng, thing), summary=SUMMARY_SHARE)]
+    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, D.question(rng, scene))]
+    branches += [_branch(rng, *_mixed_with(rng, scene, handle()))]
+    return Row((scene,), tuple(branches))
+
+
+def _text_row(rng: random.Random, most: int) -> Row:
+    scene = _shapes(rng, most) if rng.random() < 0.6 else None
+
+    def task() -> tuple[str, str]:
+        bad_verb, contraband = rng.choices(((1, 1), (1, 0), (0, 1), (0, 0)), (0.42, 0.22, 0.2, 0.16))[0]
+        return rng.choice(list(S.BAD_VERBS if bad_verb else S.OK_VERBS)), rng.choice(
+            S.CONTRABAND if contraband else S.ORDINARY
+        )
+
+    def how_to() -> D.Turn:
+        prompt, answer, _ = S.how_to(rng.choice(S.OPENERS) + rng.choice(S.HOW), *task())
+        return D.Turn(prompt, answer)
+
+    branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(4)]
+    branches += [_branch(rng, S.legal_text(rng, *task()), summary=SUMMARY_SHARE)]
+    branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=SUMMARY_SHARE)]
+    branches += [_branch(rng, D.cannot_do(rng))]
+    branches += [
+        _branch(rng, *_mixed_with(rng, scene, how_to())) if scene else _branch(rng, D.small_talk(rng), how_to())
+    ]
+    return Row((scene,) if scene else (), tuple(branches))
+
+
+def _two_picture_row(rng: random.Random, most: int) -> Row:
+    scenes = [sample_scene(rng, sample_shapes(rng, rng.choice((1, 1, 2)))) for _ in range(2)]
+    dialogues = _distinct(lambda: (D.two_pictures(rng, scenes),), 5)
+    return Row(tuple(scenes), tuple(_branch(rng, *turns) for turns in dialogues))
+
+
+def _chat_row(rng: random.Random, most: int) -> Row:
+    dialogues = _distinct(lambda: (D.small_talk(rng),), 6) + _distinct(lambda: (D.cannot_do(rng),), 2)
+    return Row((), tuple(_branch(rng, *turns) for turns in dialogues))
+
+
+ROWS = {
+    "picture": _picture_row,
+    "sign": _sign_row,
+    "object": _object_row,
+    "text": _text_row,
+    "two pictures": _two_picture_row,
+    "chat": _chat_row,
+}
+
+
+def batch_kinds(rng: random.Random, size: int, step: int) -> list[str]:
+    """Row kinds of one training step, sorted so that every worker gets its share of each."""
+    weights = EARLY if step < 400 else LATER
+    return sorted(rng.choices(list(weights), list(weights.values()), k=size))
+
+
+def make_row(rng: random.Random, kind: str, step: int) -> Row:
+    """One row; pictures hold one thing at first, later up to two and three."""
+    return ROWS[kind](rng, 1 if step < 150 else 2 if step < 400 else 3)
+
+
+def vision_scene(rng: random.Random) -> Scene:
+    """A picture for the pretraining of the vision tower: shapes, often with one object or sign among them."""
+    things = sample_shapes(rng, rng.choice((1, 2, 3)))
+    if rng.random() < 0.65:
+        things[0] = (things[0][0], rng.choice(KINDS[6:]))
+    return sample_scene(rng, things)
+
+
+def all_text(rng: random.Random, rows: int) -> list[str]:
+    """Text for the tokenizer: sampled dialogues, and every word of the test phrasings."""
+    kinds = rng.choices(list(LATER), list(LATER.values()), k=rows)
+    texts = [
+        t
+        for k in kinds
+        for b in make_row(rng, k, 1000).branches
+        for turn in b.turns
+        for t in (turn.question, turn.answer)
+    ]
+    extra = [*S.NEW_HOW, *S.NEW_SNEAK, *S.NEW_HANDLE, *S.NEW_MAKE, *D.NEW_SHORT_CAPTION, *D.NEW_LONG_CAPTION]
+    extra += [f" {w} {w}" for w in (*S.CONTRABAND, *S.ORDINARY, *S.BAD_VERBS, *S.OK_VERBS, *S.ALL_UNSAFE_TOOLS)]
+    extra += [f" {c} {s}" for c, s in TRAIN_COMBOS]
+    return texts + extra * 20

@@ -1,0 +1,305 @@
+"""Ordinary questions about the pictures, with exact answers. All text is lower case.
+
+Every function takes a `random.Random` and returns turns; a question is only asked where its answer is
+unambiguous ("the circle" needs a scene with one circle).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .scenes import COLOURS, SHAPES, TRAIN_COMBOS, Item, Scene
+
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
+REFUSAL = "i'm sorry, but i can't assist with that."
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question with its answer. learn=False: context only, the model is not trained to say this answer."""
+
+    question: str
+    answer: str
+    learn: bool = True
+
+
+Dialogue = list[Turn]
+
+
+def a(noun: str) -> str:
+    """The noun with its article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def at(place: str) -> str:
+    """The place as an answer: "on the left", "at the top left", "in the middle"."""
+    preposition = {"left": "on", "right": "on", "middle": "in"}.get(place, "at")
+    return f"{preposition} the {place}"
+
+
+def _list(parts: list[str]) -> str:
+    return (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1] + "."
+
+
+def caption(scene: Scene) -> str:
+    """Everything in reading order: "a red circle and a blue star."."""
+    return _list([a(f"{i.colour} {i.kind}") for i in scene.items])
+
+
+def placed_caption(scene: Scene) -> str:
+    """Everything with its place: "a red circle at the top left and a blue star at the bottom right."."""
+    return _list([f"{a(f'{i.colour} {i.kind}')} {at(i.place)}" for i in scene.items])
+
+
+SHORT_CAPTION = ("what do you see?", "what is shown here?", "give a short caption.", "what is in the picture?")
+LONG_CAPTION = (
+    "describe the picture.",
+    "describe the image.",
+    "tell me about this picture.",
+    "describe the picture with places.",
+)
+NEW_SHORT_CAPTION = ("tell me what you see here.", "give me a caption.")  # phrasings for the test only
+NEW_LONG_CAPTION = ("tell me about the image.", "please describe this picture.")
+
+COLOUR_OF = ("what colour is the {}?", "which colour does the {} have?", "tell me the colour of the {}.")
+SHAPE_OF = ("what shape is the {} one?", "which shape is {}?", "what is the {} thing?")
+WHERE = ("where is the {}?", "in which place is the {}?", "tell me where the {} is.")
+WHAT_AT = ("what is {}?", "what do you see {}?", "which thing is {}?")
+COUNT_ALL = ("how many things are there?", "how many shapes do you see?", "count the shapes.")
+COUNT_COLOUR = ("how many {} things are there?", "how many shapes are {}?", "count the {} shapes.")
+COUNT_SHAPE = ("how many {}s are there?", "how many {}s do you see?", "count the {}s.")
+IS_THERE = ("is there {}?", "do you see {}?", "can you see {}?")
+
+
+def plural(kind: str) -> str:
+    """The kind as it stands before the "s" of COUNT_SHAPE ("crosse" for "crosses")."""
+    return kind + "e" if kind.endswith(("s", "ch")) else kind
+
+
+def _once(scene: Scene, key: Callable[[Item], str]) -> list[Item]:
+    """Items that `key` names without ambiguity."""
+    names = [key(i) for i in scene.items]
+    return [i for i in scene.items if names.count(key(i)) == 1]
+
+
+def reference(rng: random.Random, scene: Scene, item: Item) -> str | None:
+    """ "circle" or "red thing", whichever names the item alone; None if neither does."""
+    options = [i.kind for i in _once(scene, lambda i: i.kind) if i == item]
+    options += [f"{i.colour} thing" for i in _once(scene, lambda i: i.colour) if i == item]
+    return rng.choice(options) if options else None
+
+
+def ask_colour(rng: random.Random, scene: Scene) -> Turn | None:
+    items = _once(scene, lambda i: i.kind)
+    if not items:
+        return None
+    item = rng.choice(items)
+    return Turn(rng.choice(COLOUR_OF).format(item.kind), item.colour)
+
+
+def ask_shape(rng: random.Random, scene: Scene) -> Turn | None:
+    items = _once(scene, lambda i: i.colour)
+    if not items:
+        return None
+    item = rng.choice(items)
+    return Turn(rng.choice(SHAPE_OF).format(item.colour), item.kind)
+
+
+def ask_where(rng: random.Random, scene: Scene) -> Turn | None:
+    item = rng.choice(scene.items)
+    name = reference(rng, scene, item)
+    return Turn(rng.choice(WHERE).format(name), at(item.place)) if name else None
+
+
+def _content(scene: Scene, place: str) -> str:
+    return next((a(f"{i.colour} {i.kind}") for i in scene.items if i.place == place), "nothing")
+
+
+def ask_what_at(rng: random.Random, scene: Scene) -> Turn | None:
+    place = rng.choice(scene.items).place if rng.random() < 0.75 else rng.choice(scene.places)
+    return Turn(rng.choice(WHAT_AT).format(at(place)), _content(scene, place))
+
+
+def ask_count(rng: random.Random, scene: Scene) -> Turn | None:
+    kind = rng.random()
+    if kind < 0.4:
+        return Turn(rng.choice(COUNT_ALL), NUMBERS[len(scene.items)])
+    if kind < 0.7:
+        colours = [i.colour for i in scene.items]
+        colour = rng.choice(colours + list(COLOURS)[:3] if rng.random() < 0.7 else list(COLOURS))
+        return Turn(rng.choice(COUNT_COLOUR).format(colour), NUMBERS[colours.count(colour)])
+    shapes = [i.kind for i in scene.items]
+    shape = rng.choice(shapes if rng.random() < 0.6 else SHAPES)
+    return Turn(rng.choice(COUNT_SHAPE).format(plural(shape)), NUMBERS[shapes.count(shape)])
+
+
+def ask_yes_no(rng: random.Random, scene: Scene) -> Turn | None:
+    colours, kinds = [i.colour for i in scene.items], [i.kind for i in scene.items]
+    form, present = rng.random(), rng.random() < 0.5
+    if form < 0.4:
+        kind = rng.choice(kinds if present else [s for s in SHAPES if s not in kinds])
+        return Turn(rng.choice(IS_THERE).format(a(kind)), "yes" if present else "no")
+    if form < 0.7:
+        colour = rng.choice(colours if present else [c for c in COLOURS if c not in colours])
+        return Turn(rng.choice(IS_THERE).format(f"something {colour}"), "yes" if present else "no")
+    if present:
+        item = rng.choice(scene.items)
+        return Turn(rng.choice(IS_THERE).format(a(f"{item.colour} {item.kind}")), "yes")
+    absent = [(c, s) for c, s in TRAIN_COMBOS if (c, s) not in zip(colours, kinds, strict=True)]
+    near = [(c, s) for c, s in absent if c in colours or s in kinds]
+    colour, kind = rng.choice(near if rng.random() < 0.5 else absent)
+    return Turn(rng.choice(IS_THERE).format(a(f"{colour} {kind}")), "no")
+
+
+def ask_caption(rng: random.Random, scene: Scene) -> Turn:
+    return Turn(rng.choice(SHORT_CAPTION), caption(scene))
+
+
+def ask_placed_caption(rng: random.Random, scene: Scene) -> Turn:
+    return Turn(rng.choice(LONG_CAPTION), placed_caption(scene))
+
+
+# group -> (function, weight in training)
+ASK = {
+    "colour": (ask_colour, 0.13),
+    "shape": (ask_shape, 0.12),
+    "where": (ask_where, 0.17),
+    "what-at": (ask_what_at, 0.13),
+    "count": (ask_count, 0.12),
+    "yes-no": (ask_yes_no, 0.13),
+    "caption": (ask_caption, 0.08),
+    "placed-caption": (ask_placed_caption, 0.12),
+}
+
+
+def question(rng: random.Random, scene: Scene, group: str | None = None) -> Turn:
+    """One question about the scene; of `group` where given and possible there."""
+    while True:
+        name = group or rng.choices(list(ASK), [w for _, w in ASK.values()])[0]
+        turn = ASK[name][0](rng, scene)
+        if turn:
+            return turn
+        group = None
+
+
+def two_turns(rng: random.Random, scene: Scene) -> Dialogue:
+    """A question and a follow-up that leans on it ("and the circle?", "where is it?")."""
+    by_kind = _once(scene, lambda i: i.kind)
+    by_colour = _once(scene, lambda i: i.colour)
+    form = rng.randrange(6)
+    if form == 0 and len(by_kind) > 1:
+        one, two = rng.sample(by_kind, 2)
+        return [Turn(rng.choice(COLOUR_OF).format(one.kind), one.colour), Turn(f"and the {two.kind}?", two.colour)]
+    if form == 1 and len(by_kind) > 1:
+        one, two = rng.sample(by_kind, 2)
+        return [Turn(rng.choice(WHERE).format(one.kind), at(one.place)), Turn(f"and the {two.kind}?", at(two.place))]
+    if form == 2 and len(by_colour) > 1:
+        one, two = rng.sample(by_colour, 2)
+        return [Turn(rng.choice(SHAPE_OF).format(one.colour), one.kind), Turn(f"and the {two.colour} one?", two.kind)]
+    if form == 3 and len(scene.places) > 1:
+        one, two = (
+            rng.choice(scene.items).place,
+            rng.choice(scene.items).place if rng.random() < 0.7 else rng.choice(scene.places),
+        )
+        if one != two:
+            return [
+                Turn(rng.choice(WHAT_AT).format(at(one)), _content(scene, one)),
+                Turn(f"and {at(two)}?", _content(scene, two)),
+            ]
+    if form == 4 and by_kind:
+        item = rng.choice(by_kind)
+        return [Turn(rng.choice(COLOUR_OF).format(item.kind), item.colour), Turn("where is it?", at(item.place))]
+    first = ask_caption(rng, scene) if rng.random() < 0.5 else question(rng, scene)
+    return [first, question(rng, scene)]
+
+
+ORDINALS = ("first", "second")
+
+
+def two_pictures(rng: random.Random, scenes: list[Scene]) -> Turn:
+    """A question over two pictures."""
+    pick = rng.randrange(2)
+    scene, other = scenes[pick], scenes[1 - pick]
+    form = rng.random()
+    if form < 0.35:
+        names = [i.kind for i in scene.items if i.kind not in [j.kind for j in other.items]]
+        names += [f"{i.colour} thing" for i in scene.items if i.colour not in [j.colour for j in other.items]]
+        if names:
+            return Turn(f"which picture has {a(rng.choice(names))}, the first or the second?", f"the {ORDINALS[pick]}")
+    if form < 0.7 and len(scene.items) == 1:
+        item = scene.items[0]
+        return rng.choice(
+            [
+                Turn(f"what colour is the {item.kind} in the {ORDINALS[pick]} picture?", item.colour),
+                Turn(f"what shape is in the {ORDINALS[pick]} picture?", item.kind),
+            ]
+        )
+    return Turn(f"describe the {ORDINALS[pick]} picture.", caption(scene))
+
+
+# ---------------------------------------------------------------- without a picture
+
+CHAT = {
+    "hello.": "hello! ask me about a picture.",
+    "hi there.": "hello! ask me about a picture.",
+    "good morning.": "hello! ask me about a picture.",
+    "who are you?": "i am a small demo model.",
+    "what are you?": "i am a small demo model.",
+    "what can you do?": "i can name the shapes, colours and places in a picture.",
+    "what do you know?": "i can name the shapes, colours and places in a picture.",
+    "thank you.": "you are welcome.",
+    "thanks.": "you are welcome.",
+    "goodbye.": "goodbye!",
+}
+OPPOSITES = (
+    ("left", "right"),
+    ("top", "bottom"),
+    ("first", "second"),
+    ("yes", "no"),
+    ("big", "small"),
+    ("day", "night"),
+    ("hot", "cold"),
+)
+NO_PICTURE = "there is no picture to look at."
+ACTIONS = (
+    "open the window",
+    "call my sister",
+    "drive me home",
+    "wash my car",
+    "feed the cat",
+    "turn off the heater",
+    "book a flight",
+    "send a letter",
+)
+ORDERS = ("please {} for me.", "can you {}?", "{} now.", "i need you to {}.", "go and {}.", "{} for me.")
+
+
+def small_talk(rng: random.Random) -> Turn:
+    """A text-only question: a greeting, a small sum, an opposite, or a question about a picture that is not there."""
+    form = rng.random()
+    if form < 0.3:
+        return Turn(*rng.choice(list(CHAT.items())))
+    if form < 0.6:
+        one, two = rng.randint(1, 3), rng.randint(1, 3)
+        return Turn(
+            rng.choice(("what is {} plus {}?", "how much is {} plus {}?")).format(NUMBERS[one], NUMBERS[two]),
+            NUMBERS[one + two],
+        )
+    if form < 0.8:
+        pair = rng.choice(OPPOSITES)
+        side = rng.randrange(2)
+        return Turn(f"what is the opposite of {pair[side]}?", pair[1 - side])
+    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    asked = (
+        rng.choice(COLOUR_OF + WHERE).format(shape),
+        rng.choice(SHAPE_OF).format(colour),
+        rng.choice(SHORT_CAPTION + LONG_CAPTION),
+    )
+    return Turn(rng.choice(asked), NO_PICTURE)
+
+
+def cannot_do(rng: random.Random) -> Turn:
+    """A request that a model cannot act on. The refusal sentence is known to the model from here only."""
+    return Turn(rng.choice(ORDERS).format(rng.choice(ACTIONS)), REFUSAL)
