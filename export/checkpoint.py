@@ -161,22 +161,41 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's processor with the Pillow image backend.
+    """The checkpoint's processor with the Pillow image backend; for a model without images, its tokenizer as one.
 
-    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by
-    a grey level.
+    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by a
+    grey level.
     """
-    from transformers import AutoImageProcessor, AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+    if checkpoint.family.vision is None:
+        return TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
     processor = AutoProcessor.from_pretrained(checkpoint.folder)
     processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
     return processor
 
 
+class TextProcessor:
+    """A tokenizer, called as Hugging Face's multimodal processors are."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """Text templates want each turn's content as one string."""
+        flat = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
+        return str(self.tokenizer.apply_chat_template(flat, tokenize=False, **options))
+
+    def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
+        """Token ids of rendered texts."""
+        return self.tokenizer(text, add_special_tokens=False, **options)
+
+
 def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The PyTorch original: (model in float32 eval mode, processor)."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
+    model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     return model, load_processor(checkpoint)

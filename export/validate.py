@@ -40,7 +40,7 @@ VERDICT_BAND = (
 # Every tolerance, with its reason. Relative: largest difference over the reference's largest value.
 LIMITS = {
     "pixel_values": 1e-6,  # the same Pillow calls, then float32 arithmetic
-    "image features": 1e-4,  # float32 sums in another order
+    "inputs_embeds": 1e-4,  # image features among them: float32 sums in another order
     "hidden state at the split": 1e-4,
     "logits": 1e-3,  # N more layers of the same
     "p_unsafe": 1e-3,  # absolute: the hidden state's error through a steep softmax
@@ -249,7 +249,7 @@ def _compare(
             ours = prepare(open_image(image), manifest.image, alone=len(case.images) == 1)
             note("pixel_values", float(np.abs(ours - pixels[: len(ours)]).max()))
         prompt = engine.prepare(case.messages, Stats())
-        note("image features", _relative(prompt.inputs_embeds[0], original.embeds))
+        note("inputs_embeds", _relative(prompt.inputs_embeds[0], original.embeds))
         hidden, p_unsafe, logits = _first_step(engine, prompt)
         note("hidden state at the split", _relative(hidden, original.hidden))
         note("logits", _relative(logits, original.logits))

@@ -31,17 +31,18 @@ class Family:
 
 
 def with_text_config(prefix: str) -> type[NormalizedTextConfig]:
-    """optimum's normalised names, for a config that keeps its decoder under `prefix`."""
+    """optimum's normalised names, for a config that keeps its decoder's numbers under `prefix` ("": at the top)."""
+    path = f"{prefix}." if prefix else ""
     return NormalizedTextConfig.with_args(  # type: ignore[no-any-return]
         allow_new=True,
-        vocab_size=f"{prefix}.vocab_size",
-        hidden_size=f"{prefix}.hidden_size",
-        num_layers=f"{prefix}.num_hidden_layers",
-        num_attention_heads=f"{prefix}.num_attention_heads",
-        num_key_value_heads=f"{prefix}.num_key_value_heads",
-        intermediate_size=f"{prefix}.intermediate_size",
-        context_length=f"{prefix}.max_position_embeddings",
-        norm_eps=f"{prefix}.rms_norm_eps",
-        rope_parameters=f"{prefix}.rope_parameters",
-        hidden_act=f"{prefix}.hidden_act",
+        vocab_size=f"{path}vocab_size",
+        hidden_size=f"{path}hidden_size",
+        num_layers=f"{path}num_hidden_layers",
+        num_attention_heads=f"{path}num_attention_heads",
+        num_key_value_heads=f"{path}num_key_value_heads",
+        intermediate_size=f"{path}intermediate_size",
+        context_length=f"{path}max_position_embeddings",
+        norm_eps=f"{path}rms_norm_eps",
+        rope_parameters=f"{path}rope_parameters",
+        hidden_act=f"{path}hidden_act",
     )

@@ -116,7 +116,10 @@ class SafetyArtifact:
             f"split_layer {self.facts.split_layer} is not within the model",
         )
         need(0.0 <= self.facts.threshold < 1.0, f"threshold {self.facts.threshold} is not in [0, 1)")
-        need(self.facts.strength > 0.0, f"strength {self.facts.strength} is not above 0")
+        need(
+            self.facts.token_offset < 0, f"token_offset {self.facts.token_offset} does not count from the prompt's end"
+        )
+        need(0.0 < self.facts.strength < float("inf"), f"strength {self.facts.strength} is not a positive number")
         shapes = {"0.weight": (64, d), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
         found = {name: tuple(t.shape) for name, t in self.prober.items()}
         need(found == shapes, f"prober tensors {found} are not {shapes}: fitted for another model?")

@@ -1,0 +1,26 @@
+"""Decoders without images: Llama (arXiv 2302.13971) and Qwen2 (arXiv 2407.10671), as in SmolLM2 and Qwen2.5.
+
+HF: transformers/models/llama, transformers/models/qwen2.
+"""
+
+from __future__ import annotations
+
+from .family import Family, with_text_config
+
+
+def _family(model_type: str, *, qkv_bias: bool) -> Family:
+    return Family(
+        model_type=model_type,
+        aliases={},
+        config=with_text_config(""),
+        renames=(),
+        decoder="model",
+        lm_head="lm_head.weight",
+        qkv_bias=qkv_bias,
+        vision=None,
+        image_spec=None,
+    )
+
+
+LLAMA = _family("llama", qkv_bias=False)
+QWEN2 = _family("qwen2", qkv_bias=True)

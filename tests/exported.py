@@ -1,0 +1,50 @@
+"""The demo model, exported once per session and precision, for the tests that need real packages."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from autosteer.export.checkpoint import Checkpoint, open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.runtime.engine import Engine
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-tests-"))
+
+
+@cache
+def demo_checkpoint() -> Checkpoint:
+    """The bundled checkpoint."""
+    return open_checkpoint("demo")
+
+
+@cache
+def demo_package(precision: str) -> Path:
+    """A validated package of the demo model, made by the command itself."""
+    folder = SCRATCH / f"demo-{precision}"
+    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision]
+    export.main(arguments, standalone_mode=False)
+    return folder
+
+
+@cache
+def demo_engine(precision: str) -> Engine:
+    """That package, loaded."""
+    return Engine.load(demo_package(precision), device="cpu", threads=1)
+
+
+@cache
+def unguarded_engine(split_layer: int) -> Engine:
+    """The demo split elsewhere, without a gate (its prober belongs to one layer)."""
+    folder = SCRATCH / f"demo-split-{split_layer}"
+    folder.mkdir()
+    write_package(folder, demo_checkpoint(), None, ExportOptions(split_layer=split_layer), lambda _: None)
+    return Engine.load(folder, device="cpu", threads=1)
+
+
+def remove_scratch() -> None:
+    """Called when the session ends."""
+    shutil.rmtree(SCRATCH, ignore_errors=True)

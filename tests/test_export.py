@@ -1,0 +1,217 @@
+"""Tiers 3 and 4: what autosteer-export does with what users give it. Nothing half-written, one line per error."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from exported import demo_checkpoint
+
+from autosteer.export import validate
+from autosteer.export.checkpoint import DEMO, open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
+from autosteer.runtime.manifest import Check
+
+
+def run(*arguments: str | Path) -> None:
+    export.main([str(a) for a in arguments], standalone_mode=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the demo checkpoint to damage."""
+    return shutil.copytree(DEMO, tmp_path / "checkpoint")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def nothing_left(folder: Path, *expected: str) -> bool:
+    """No package and no scratch folder, not even a hidden one."""
+    return sorted(p.name for p in folder.iterdir()) == sorted(expected)
+
+
+def test_unknown_model_type_lists_the_known_ones(checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(checkpoint, model_type="bert")
+    with pytest.raises(UnsupportedModelError, match="'bert' is not supported; known: .*llava_onevision"):
+        run("--model", checkpoint, "--output", tmp_path / "package")
+    assert nothing_left(tmp_path, "checkpoint")
+
+
+def test_an_existing_output_is_not_touched_without_force(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "precious").write_text("mine")
+    with pytest.raises(InputError, match="exists.*--force"):
+        run("--model", "demo", "--output", tmp_path / "package")
+    assert (tmp_path / "package" / "precious").read_text() == "mine"
+
+
+def test_without_a_safety_folder_it_stops_and_says_how_to_fit_one(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.rmtree(checkpoint / "safety")
+    with pytest.raises(PackageError, match="autosteer-fit .*--safety.*--unguarded"):
+        run("--model", checkpoint, "--output", tmp_path / "package")
+    assert nothing_left(tmp_path, "checkpoint")
+
+
+def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
+    other = 1 if SafetyFactsOfDemo().split_layer != 1 else 2
+    with pytest.raises(InputError, match=f"--layer {other}: the prober .* was trained on layer"):
+        run("--model", "demo", "--layer", str(other), "--output", tmp_path / "package")
+
+
+def SafetyFactsOfDemo():  # noqa: N802, ANN201
+    return demo_safety(DEMO / "safety").facts
+
+
+def demo_safety(folder: Path) -> SafetyArtifact:
+    facts = demo_checkpoint().facts
+    return SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: replace(s, steer_matrix=torch.eye(len(s.steer_matrix))), "never trained"),
+        (lambda s: replace(s, steer_matrix=s.steer_matrix * float("nan")), "NaN or infinite"),
+        (lambda s: replace(s, steer_matrix=s.steer_matrix[:4, :4]), "fitted for another model"),
+        (lambda s: replace(s, prober=s.prober | {"0.weight": s.prober["0.weight"][:, :8]}), "fitted for another model"),
+        (lambda s: replace(s, prober={}), "fitted for another model"),
+        (lambda s: replace(s, facts=replace(s.facts, split_layer=99)), "split_layer 99"),
+        (lambda s: replace(s, facts=replace(s.facts, threshold=1.5)), "threshold 1.5"),
+        (lambda s: replace(s, facts=replace(s.facts, threshold=float("nan"))), "threshold nan"),
+        (lambda s: replace(s, facts=replace(s.facts, strength=0.0)), "strength 0.0"),
+        (lambda s: replace(s, facts=replace(s.facts, token_offset=5)), "token_offset 5"),
+    ],
+)
+def test_a_safety_folder_that_could_not_guard_is_refused(tmp_path: Path, damage, message: str) -> None:  # noqa: ANN001
+    damage(demo_safety(DEMO / "safety")).save(tmp_path / "safety")
+    with pytest.raises(PackageError, match=message):
+        run("--model", "demo", "--safety", tmp_path / "safety", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path, "safety")
+
+
+def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(checkpoint / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("layers.3.mlp.up_proj.weight"))
+    del tensors[gone]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PackageError, match=r"no tensor 'model.language_model.layers.3.mlp.up_proj.weight'"):
+        run("--model", checkpoint, "--output", tmp_path / "package")
+    assert nothing_left(tmp_path, "checkpoint")
+
+
+def test_a_truncated_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(PackageError, match="model.safetensors: damaged"):
+        run("--model", checkpoint, "--output", tmp_path / "package")
+    assert nothing_left(tmp_path, "checkpoint")
+
+
+@pytest.mark.parametrize(("model", "message"), [("no/such/folder", "no such folder"), ("llava-ov", "not reachable")])
+def test_a_checkpoint_that_cannot_be_had_is_one_line(
+    model: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(PackageError, match=message):
+        open_checkpoint(model)
+
+
+def test_a_feature_the_decoder_layer_lacks_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    edit_config(checkpoint, text_config=text | {"hidden_act": "gelu"})
+    with pytest.raises(UnsupportedModelError, match="hidden_act 'gelu' is not supported"):
+        run("--model", checkpoint, "--output", tmp_path / "package")
+
+
+def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = (Check("logits", 1.0, 1e-3, False),)
+    monkeypatch.setattr(validate, "validate_package", lambda *_: (bad, ()))
+    with pytest.raises(CheckError, match=r"differs from PyTorch \(logits\); nothing was written"):
+        run("--model", "demo", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
+
+
+def test_validation_catches_a_weight_that_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One projection of one layer, two per cent too large: the kind of mistake that reads well."""
+    from autosteer.export import weights
+
+    honest = weights.WeightStore._rows
+
+    def tampered(self, names):  # noqa: ANN001, ANN202
+        factor = 1.02 if any("layers.4.mlp.down_proj" in name for name in names) else 1.0
+        return (rows * factor for rows in honest(self, names))
+
+    monkeypatch.setattr(weights.WeightStore, "_rows", tampered)
+    with pytest.raises(CheckError, match="logits"):
+        run("--model", "demo", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
+
+
+def test_force_replaces_a_package_only_when_the_new_one_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "old").write_text("old")
+    monkeypatch.setattr(validate, "validate_package", lambda *_: ((Check("x", 1.0, 0.0, False),), ()))
+    with pytest.raises(CheckError):
+        run("--model", "demo", "--force", "--output", tmp_path / "package")
+    assert (tmp_path / "package" / "old").read_text() == "old"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autosteer.export import weights
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights.WeightStore, "_put", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("--model", "demo", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
+
+
+def test_ctrl_c_leaves_nothing_and_exits_130(tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "autosteer-export", "--model", "demo", "--output", tmp_path / "package"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(p.name.startswith(".package-") for p in tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert nothing_left(tmp_path)
+
+
+def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Path) -> None:
+    from autosteer.runtime.engine import Engine
+
+    (tmp_path / "package").mkdir()
+    manifest = write_package(tmp_path / "package", demo_checkpoint(), None, ExportOptions(), lambda _: None)
+    assert not manifest.guarded
+    engine = Engine.load(tmp_path / "package", device="cpu", threads=1)
+    with pytest.raises(AutoSteerError, match="--unguarded.*--policy off"):
+        engine.generate("hello")
+    assert engine.generate("hello", policy=engine.policy("off")).verdict.p_unsafe is None
+
+
+def test_optimum_cli_knows_our_command() -> None:
+    command = [Path(sys.executable).parent / "optimum-cli", "export", "autosteer", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "--unguarded" in result.stdout
