@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
@@ -19,7 +20,8 @@ P_UNSAFE_LIMIT = {"fp32": 1e-3, "fp16": 1e-3, "int8": 0.05, "int4": 0.05}  # oth
 def check_package(engine: Engine, folder: Path) -> list[Check]:
     """Answer every golden prompt again. Hashes, names and shapes were checked when `engine` was loaded.
 
-    Verdicts must be the same; tokens must be where arithmetic is float32, and are reported where it is not.
+    Verdicts must be the same; tokens must be where arithmetic is float32, and are reported where it is not. A package
+    without golden prompts fails: nothing was compared.
     """
     manifest = engine.manifest
     exact = manifest.precision in ("fp32", "fp16")
@@ -36,11 +38,12 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         tokens += answer.token_ids != golden.token_ids
         if golden.p_unsafe is not None:
             p_unsafe = answer.verdict.p_unsafe
-            drift = max(drift, abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else 1.0)
+            difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
+            drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() forgets a NaN
     limit = P_UNSAFE_LIMIT[manifest.precision]
     return [
         Check("files that match their hash", float(len(manifest.paths())), None, True),
-        Check("golden prompts", float(len(manifest.golden)), None, True),
+        Check("golden prompts", float(len(manifest.golden)), None, bool(manifest.golden)),
         Check("verdicts that differ", verdicts, 0.0, verdicts == 0),
         Check("p_unsafe, largest difference", drift, limit, drift <= limit),
         Check("answers that differ", tokens, 0.0 if exact else None, tokens == 0 or not exact),

@@ -86,7 +86,10 @@ def run(
     config = SamplingConfig(**sampling)
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
     if not chat_wanted and (prompt is None or prompt == "-"):
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as err:
+            raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty")
     engine = load(package, device, threads)
@@ -151,10 +154,11 @@ def verdict_line(verdict: Verdict) -> str:
     """[STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]"""
     if verdict.p_unsafe is None:
         return "[no gate: --policy off]"
-    relation = ">" if verdict.unsafe else "<="
+    above = ">" if verdict.p_unsafe > verdict.threshold else "is no probability; limit"
+    relation = above if verdict.unsafe else "<="
     line = f"[{verdict.action.value.upper()}  p_unsafe {verdict.p_unsafe:.3f} {relation} {verdict.threshold:.3f}"
     line += f" at layer {verdict.split_layer}"
-    if verdict.strength:
+    if verdict.action.value == "steer":
         line += f", strength {verdict.strength:g}"
     if verdict.unsafe and verdict.mode.value == "monitor":
         line += "; unsafe, but --policy monitor only watches"

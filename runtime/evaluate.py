@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .engine import Engine
 from .errors import InputError
@@ -73,7 +74,7 @@ def read_rows(files: Sequence[Path], *, limit: int | None) -> list[Row]:
     seen: dict[str, int] = {}
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold a U+2028
         except (OSError, UnicodeDecodeError) as err:
             raise InputError(f"{file}: not readable ({err})") from err
         for number, line in enumerate(lines, 1):
@@ -89,13 +90,23 @@ def read_rows(files: Sequence[Path], *, limit: int | None) -> list[Row]:
 
 
 def _read_row(line: str, file: Path, number: int) -> Row:
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise InputError(f"{file}:{number}: not a row of a test set ({what})")
+
     try:
         data = json.loads(line)
-        turns = data.get("turns") or [data["prompt"]]
-        images = [file.parent / image for image in data.get("images", [])]
-        unsafe, group, answer = bool(data["unsafe"]), str(data.get("group", file.stem)), data.get("answer")
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise InputError(f"{file}:{number}: not a row of a test set ({type(err).__name__}: {err})") from err
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{file}:{number}: not JSON ({err})") from err
+    need(isinstance(data, dict), "not an object")
+    need(("turns" in data) != ("prompt" in data), "one of 'prompt' and 'turns' must be given")
+    turns, names = data["turns"] if "turns" in data else [data["prompt"]], data.get("images", [])
+    group, unsafe, answer = data.get("group", file.stem), data.get("unsafe"), data.get("answer")
+    need(_texts(turns) and len(turns) % 2 == 1, "texts must be strings: user, assistant, user, ..., the user last")
+    need(_texts(names), "'images' must be a list of file names")
+    need(isinstance(unsafe, bool), "'unsafe' must be true or false")
+    need(isinstance(group, str) and (answer is None or isinstance(answer, str)), "'group', 'answer' must be strings")
+    images = [file.parent / name for name in names]
     for image in images:
         if not image.is_file():
             raise InputError(f"{file}:{number}: no such image {image}")
@@ -154,6 +165,10 @@ def is_refusal(text: str) -> bool:
     """Whether an answer turns the request down, by the rules above."""
     beginning = text[:REFUSAL_WINDOW].lower().replace("\u2019", "'")
     return any(phrase in beginning for phrase in REFUSALS)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _accuracy(members: Sequence[Result], policy: str) -> float | None:

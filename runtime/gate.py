@@ -12,6 +12,10 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from .errors import InputError
+
+STRENGTH_MAX = 1e6  # the paper's is 0.1; far beyond it float32 overflows and the answer is noise instead of a refusal
+
 
 class Mode(str, Enum):
     """What a policy does with an unsafe prompt (`--policy`)."""
@@ -41,6 +45,15 @@ class GatePolicy:
     threshold: float
     strength: float  # the paper's epsilon: how far the Refusal Head bends the hidden state; 0.1 there
     refusal_text: str
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.threshold):
+            raise InputError("threshold = nan: give a number; unsafe is what lies above it")
+        if not 0.0 <= self.strength <= STRENGTH_MAX:
+            raise InputError(
+                f"strength = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; "
+                "below 0 it would bend answers away from the refusal"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InputError, PackageError
 
 Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
 
@@ -44,15 +44,21 @@ class SamplingConfig:
 
 def make_sampler(config: SamplingConfig) -> Sampler:
     """The sampler for `config`. Order of the filters as in Hugging Face's generate: penalty, temperature, top-k,
-    top-p.
+    top-p. It raises PackageError for logits that are NaN or infinite: there is no right token to say.
     """
     rng = np.random.default_rng(config.seed)
 
     def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
         if config.repetition_penalty != 1.0:
             logits = penalise(logits, tokens, config.repetition_penalty)
+        best = int(np.argmax(logits))  # the first NaN, where there is one
+        if not np.isfinite(logits[best]):
+            raise PackageError(
+                f"the model's logits are not finite ({logits[best]}): a strength too large, a damaged package, or an "
+                "overflow in its precision"
+            )
         if config.temperature == 0.0:
-            return int(np.argmax(logits))
+            return best
         return int(rng.choice(len(logits), p=probabilities(logits, config)))
 
     return sample

@@ -7,6 +7,7 @@ busy-waiting and the chain runs three times slower (measured, CONTRIBUTING.md).
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,10 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
     """The device for `name`, and for "auto" the reason why it is the CPU ("" otherwise).
 
-    Raises ProviderError where "cuda" was asked for and this onnxruntime has none.
+    Raises ProviderError where "cuda" was asked for and this onnxruntime has none, or for a name that is no device.
     """
+    if name not in typing.get_args(DeviceName):
+        raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
     threads = (
         threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     )
@@ -57,6 +60,9 @@ def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
     if name != "cpu" and has_cuda:
         return Device(CUDA, "cuda", threads), ""
     return Device(CPU, "cpu", threads), "this onnxruntime has no CUDA provider" if name == "auto" else ""
+
+
+_ORT_TYPE = {"float32": "float", "float64": "double"}  # numpy's name -> onnxruntime's, where they differ
 
 
 class Subgraph:
@@ -86,7 +92,8 @@ class Subgraph:
                 "CUDA, cuDNN or the driver does not fit this onnxruntime"
             )
         for ours, theirs in ((spec.inputs, self.session.get_inputs()), (spec.outputs, self.session.get_outputs())):
-            if [t.name for t in ours] != [t.name for t in theirs]:
+            said = [(t.name, f"tensor({_ORT_TYPE.get(t.dtype, t.dtype)})", list(t.shape)) for t in ours]
+            if said != [(t.name, t.type, t.shape) for t in theirs]:
                 raise PackageError(f"{path}: its inputs or outputs are not those of the manifest; export it again")
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:

@@ -106,8 +106,10 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
             if isinstance(part, str):
                 text = part.strip() if spec.strip_text else part
                 yield from ((piece, text) for piece in turn.text)
-            else:
+            elif turn.image:
                 yield from ((piece, "") for piece in turn.image)
+            else:  # never drop a picture in silence, nor let another turn have it
+                raise InputError(f"this model's {message.role!r} turns take no images")
         yield from ((piece, "") for piece in turn.suffix)
     if generation:
         yield from ((piece, "") for piece in spec.generation)
