@@ -9,12 +9,16 @@ Needs numpy, tokenizers, Pillow and one onnxruntime wheel; never torch or transf
         print(chunk.text, end="")
 """
 
-from .engine import Chunk, Engine, Stats
-from .errors import AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
-from .gate import Action, GatePolicy, Mode, Verdict
-from .manifest import Manifest
-from .sampling import SamplingConfig
-from .text import Message
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Chunk, Engine, Stats
+    from .errors import AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
+    from .gate import Action, GatePolicy, Mode, Verdict
+    from .manifest import Manifest
+    from .sampling import SamplingConfig
+    from .text import Message
 
 __all__ = [
     "Action",
@@ -33,3 +37,22 @@ __all__ = [
     "UnsupportedModelError",
     "Verdict",
 ]
+
+_HOME = {
+    **dict.fromkeys(("Chunk", "Engine", "Stats"), "engine"),
+    **dict.fromkeys(
+        ("AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"), "errors"
+    ),
+    **dict.fromkeys(("Action", "GatePolicy", "Mode", "Verdict"), "gate"),
+    "Manifest": "manifest",
+    "SamplingConfig": "sampling",
+    "Message": "text",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Load a name's module when it is first asked for: --help and the exporter need no onnxruntime."""
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -7,8 +7,6 @@ import os
 import platform
 from pathlib import Path
 
-import onnxruntime as ort
-
 from .engine import Engine
 from .gate import Mode
 from .manifest import Check
@@ -52,6 +50,8 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
 
 def describe_host() -> dict[str, str]:
     """What matters here for running packages."""
+    import onnxruntime as ort
+
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "system": platform.platform(),

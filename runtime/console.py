@@ -36,7 +36,7 @@ def run_command(command: click.Command) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has left; nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (AutoSteerError, OSError) as err:
+    except (AutoSteerError, OSError, ImportError) as err:  # an ImportError names the missing extra
         if "--debug" in sys.argv:
             raise
         click.echo(f"{name}: error: {err}", err=True)

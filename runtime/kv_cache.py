@@ -7,10 +7,9 @@ as the dialogue grows, and memory the operating system has not been asked to tou
 from __future__ import annotations
 
 import numpy as np
-from onnxruntime import OrtValue
 
 from .manifest import Dims, GraphSpec, KVCacheSpec
-from .subgraph import Device, buffer
+from .subgraph import Device, OrtValue, buffer
 
 
 class KVCache:

@@ -21,6 +21,7 @@ from .manifest import GraphSpec, TensorSpec
 
 try:
     import onnxruntime as ort
+    from onnxruntime import OrtValue as OrtValue  # for the files beside this one: all say the same where it is missing
 except ImportError as error:  # neither wheel is a hard dependency: on a Jetson pip would put the CPU one over NVIDIA's
     raise ImportError(
         "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]', or [gpu], or NVIDIA's Jetson wheel"

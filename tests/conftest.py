@@ -1,0 +1,61 @@
+"""The toy packages, built once per session, and the engines that run them on one thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import toy
+
+from autosteer.runtime import Engine
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the command-line tools that tests start
+
+
+def load(folder: Path) -> Engine:
+    """The engine of a package, on one CPU thread."""
+    return Engine.load(folder, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guarded toy. The whole session shares it: tests that damage something use `copy_of_package`."""
+    folder = tmp_path_factory.mktemp("toy") / "package"
+    toy.build(folder)
+    return folder
+
+
+@pytest.fixture
+def copy_of_package(package: Path, tmp_path: Path) -> Path:
+    """A package that the test may damage."""
+    return Path(shutil.copytree(package, tmp_path / "package"))
+
+
+@pytest.fixture(scope="session")
+def engine(package: Path) -> Engine:
+    """The guarded toy, loaded."""
+    return load(package)
+
+
+@pytest.fixture(scope="session")
+def attentive(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """The toy whose logits depend on everything in its caches."""
+    folder = tmp_path_factory.mktemp("attentive") / "package"
+    toy.build(folder, attentive=True)
+    return load(folder)
+
+
+@pytest.fixture(scope="session")
+def unguarded_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package without a gate and without images."""
+    folder = tmp_path_factory.mktemp("unguarded") / "package"
+    toy.build(folder, guarded=False, images=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unguarded(unguarded_package: Path) -> Engine:
+    """The package without a gate, loaded."""
+    return load(unguarded_package)
