@@ -13,7 +13,7 @@ nothing there can be worked out by hand, but any mistake in a cache changes its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +352,11 @@ def _save(
         return tuple(TensorSpec(n, NUMPY[dtype], tuple(shape)) for n, dtype, shape in tensors)
 
     return GraphSpec(file, sha256(folder / file), specs(inputs), specs(outputs), layers, "fp32")
+
+
+def rehash(folder: Path) -> None:
+    """Write the hashes of the files as they are now into the manifest: a package made wrong, instead of damaged."""
+    manifest = Manifest.load(folder)
+    graphs = {name: replace(spec, sha256=sha256(folder / spec.file)) for name, spec in manifest.graphs.items()}
+    files = tuple(data_file(folder, entry.file) for entry in manifest.files)
+    replace(manifest, graphs=graphs, files=files).save(folder)
