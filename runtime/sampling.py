@@ -29,12 +29,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         bounds = {
-            "max_tokens": self.max_tokens >= 1,
+            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
             "temperature": 0.0 <= self.temperature < float("inf"),
-            "top_k": self.top_k >= 0,
+            "top_k": isinstance(self.top_k, int) and self.top_k >= 0,
             "top_p": 0.0 < self.top_p <= 1.0,
             "repetition_penalty": 0.0 < self.repetition_penalty < float("inf"),
-            "seed": self.seed >= 0,
+            "seed": isinstance(self.seed, int) and self.seed >= 0,
             "stop": "" not in self.stop,
         }
         for name, fits in bounds.items():
@@ -74,9 +74,10 @@ def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: fl
 
 def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> npt.NDArray[np.float64]:
     """Temperature, top-k and top-p applied to `logits` (V,): probabilities that sum to 1, zero where filtered."""
-    scaled = logits.astype(np.float64) / config.temperature
-    order = np.argsort(-scaled, kind="stable")
-    p = np.exp(scaled[order] - scaled[order[0]])
+    order = np.argsort(-logits, kind="stable")
+    below_best = logits[order].astype(np.float64) - logits[order[0]]
+    with np.errstate(over="ignore"):  # the coldest temperatures: minus infinity, probability zero
+        p = np.exp(below_best / config.temperature)
     if 0 < config.top_k < len(p):
         p[config.top_k :] = 0.0
     p /= p.sum()

@@ -251,8 +251,8 @@ def test_prober_reads_the_same_word_whatever_the_prefill_chunk(engine, length, c
 
 
 def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
-    """A negative row index wrapped around: in a prompt shorter than the offset the prober read some later row, whose 0.1
-    let the prompt pass.
+    """A negative row index wrapped around: in a prompt shorter than the offset the prober read some later row, and the
+    0.1 of that row let the prompt pass.
     """
     prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
     own_engine.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
