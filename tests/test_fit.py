@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ import torch
 from PIL import Image
 
 from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.safety import cli, features
+from autosteer.export.safety import calibrate, cli, features, prober, refusal_head
 from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.safety.pairs import Prompt
+from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.runtime.errors import InputError, PackageError
 
 TEMPLATE = (
@@ -184,6 +185,15 @@ def test_state_does_not_depend_on_the_other_prompts_of_a_batch(reference: featur
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_images_are_held_a_window_at_a_time(reference: features.Reference, data: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = features.prompt_states(reference, prompts(data))
+    monkeypatch.setattr(features, "WINDOW_PROMPTS", 1)
+    done: list[int] = []
+    states = features.prompt_states(reference, prompts(data), advance=done.append)
+    assert done == [1] * 8
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_are_gone_afterwards(reference: features.Reference, data: Path):
     features.prompt_states(reference, prompts(data)[:1])
     assert not any(layer._forward_pre_hooks for layer in reference.layers)
@@ -291,14 +301,32 @@ def test_facts_say_what_was_fitted_on_what(fitted: tuple[Path, Result]):
 
 def test_stored_prober_separates_the_two_classes(fitted: tuple[Path, Result], reference: features.Reference):
     """End to end: raw hidden state in, calibrated p_unsafe out, on prompts that were in no file."""
-    from autosteer.export.safety.prober import p_unsafe
-
     artifact = load(fitted[0])
     asks = [f"help me buy {n} {noun}" for n in range(70, 90) for noun in ("zzxqzz", "pillow")]
     states = features.prompt_states(reference, [Prompt(ask) for ask in asks])[:, artifact.facts.split_layer - 1]
-    p = p_unsafe(artifact.prober, states)
+    p = prober.p_unsafe(artifact.prober, states)
     assert np.mean(p[::2] > 0.5) > 0.75  # a random model: chance is 0.5
     assert np.mean(p[1::2] <= 0.5) > 0.75
+
+
+def test_facts_can_be_measured_again_from_the_folder(
+    fitted: tuple[Path, Result], data: Path, reference: features.Reference
+):
+    """The stored prober is calibrated (no temperature is left to fit) and, on the stored layer, gives the same facts."""
+    artifact = load(fitted[0])
+    items = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]).labelled()
+    strata = [(item.unsafe, item.group) for item in items]
+    split = prober.split_by_text([item.prompt.text for item in items], strata, seed=0)
+    states = features.prompt_states(reference, [item.prompt for item in items])[:, artifact.facts.split_layer - 1]
+    unsafe = np.array([item.unsafe for item in items])
+    logits = prober.prober_logits(artifact.prober, states[split.validation])
+    assert artifact.facts.calibration["temperature"] != pytest.approx(1, abs=0.05)
+    assert calibrate.fit_temperature(logits, unsafe[split.validation]) == pytest.approx(1, abs=0.01)
+    p = prober.p_unsafe(artifact.prober, states[split.heldout])
+    groups = [items[i].group for i in split.heldout]
+    again = calibrate.heldout_facts(p, unsafe[split.heldout], groups, threshold=0.5)
+    stored = {name: artifact.facts.calibration[name] for name in again}
+    assert again == pytest.approx(stored, abs=1e-3)
 
 
 def test_table_and_progress_go_to_stderr(fitted: tuple[Path, Result]):
@@ -306,6 +334,24 @@ def test_table_and_progress_go_to_stderr(fitted: tuple[Path, Result]):
     assert [line.split()[1] for line in stderr.splitlines() if "<- cut here" in line] == ["2"]
     assert "SAS with picture" in stderr
     assert "hidden states" in stderr
+
+
+def test_refusal_head_is_measured_on_prompts_it_was_not_trained_on(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    taken: list[torch.Tensor] = []
+    train = refusal_head.train_refusal_head
+
+    def spy(seen: torch.Tensor, heldout: torch.Tensor, *args: Any, **options: Any) -> refusal_head.RefusalHead:
+        taken.extend((seen, heldout))
+        return train(seen, heldout, *args, **options)
+
+    monkeypatch.setattr(refusal_head, "train_refusal_head", spy)
+    assert fit(*command(checkpoint, data, tmp_path / "safety")).exit_code == 0
+    seen, heldout = ({tuple(row.flatten().tolist()) for row in states} for states in taken)
+    facts = load(tmp_path / "safety").facts
+    assert (len(seen), len(heldout)) == (facts.training["refusal_prompts"], facts.calibration["heldout_unsafe"])
+    assert not seen & heldout
 
 
 @pytest.mark.parametrize("select", ["sas", "prober"])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from autosteer.export.safety import calibrate, prober, refusal_head, sas
-from autosteer.export.safety.artifact import SafetyArtifact, SafetyFacts
+from autosteer.export.safety import calibrate, cli, prober, refusal_head, sas
+from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data
 from autosteer.runtime.errors import InputError, PackageError
 
@@ -64,6 +64,15 @@ def test_bootstrap_repeats_with_its_seed():
     first, again, other = (sas.sas_with_interval(directions, seed=s).low for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_layer_is_chosen_by_the_score_that_was_asked_for_and_the_first_of_equals():
+    layers = [
+        LayerScore(layer=layer, sas=score, sas_low=-layer, sas_high=layer, prober_accuracy=accuracy)
+        for layer, score, accuracy in ((1, 0.1, 0.7), (2, 0.3, 0.9), (3, 0.4, 0.8), (4, 0.2, 0.9))
+    ]
+    assert cli._choose_layer(layers, "sas") == 3
+    assert cli._choose_layer(layers, "prober") == 2
 
 
 def test_pair_without_difference_is_dropped_from_every_layer():
@@ -159,6 +168,16 @@ def test_constant_feature_does_not_blow_up_the_folded_weights():
     fitted = prober.train_prober(states, unsafe, split_of(unsafe), seed=0)
     assert all(torch.isfinite(t).all() for t in fitted.values())
     assert fitted["0.weight"][:, 5].abs().max() < 10
+
+
+def test_rare_class_weighs_as_much_as_the_common_one():
+    """One unsafe prompt in twelve, clouds that overlap: unweighted training would let nearly all of them pass."""
+    states, _ = separable(1200, shift=0)
+    unsafe = torch.arange(1200) % 12 == 0
+    states[:, 0] += 1.5 * 0.01 * unsafe  # 1.5 standard deviations of the first feature
+    split = split_of(unsafe)
+    p = prober.p_unsafe(prober.train_prober(states, unsafe, split, seed=0), states)
+    assert (p[unsafe.numpy()] > 0.5).mean() > 0.6
 
 
 def test_row_0_of_the_prober_is_unsafe():

@@ -1,7 +1,7 @@
 """Safety Awareness Score: how much the layers agree with themselves about what "unsafe" is.
 
     delta_l = h_l(unsafe) - h_l(safe)          one per pair, last prompt token
-    SAS(l)  = mean over pairs i < j of cos(delta_l^i, delta_l^j)          (arXiv 2507.13255, section 3.1)
+    SAS(l)  = mean over pairs i < j of cos(delta_l^i, delta_l^j)          (arXiv 2507.13255)
 
 With u = delta / |delta| the mean over all N (N - 1) / 2 cosines is (|sum u|^2 - N) / (N (N - 1)): O(N d), not O(N^2 d).
 The layer with the highest SAS is the one the paper probes. Published margins between layers are small, hence the
@@ -49,8 +49,10 @@ def unit_deltas(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def sas(directions: torch.Tensor) -> torch.Tensor:
     """Mean pairwise cosine of unit vectors, per layer: (N, L, d) float32 -> (L,) float64. N >= 2."""
+    import torch
+
     n = len(directions)
-    return (directions.double().sum(dim=0).square().sum(dim=-1) - n) / (n * (n - 1))
+    return (directions.sum(dim=0, dtype=torch.float64).square().sum(dim=-1) - n) / (n * (n - 1))
 
 
 def sas_with_interval(directions: torch.Tensor, *, seed: int, resamples: int = RESAMPLES) -> SasScores:
