@@ -312,7 +312,7 @@ def test_stored_prober_separates_the_two_classes(fitted: tuple[Path, Result], re
 def test_facts_can_be_measured_again_from_the_folder(
     fitted: tuple[Path, Result], data: Path, reference: features.Reference
 ):
-    """The stored prober is calibrated (no temperature is left to fit) and, on the stored layer, gives the same facts."""
+    """The stored prober is calibrated (no temperature is left to fit) and gives the same facts on the stored layer."""
     artifact = load(fitted[0])
     items = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]).labelled()
     strata = [(item.unsafe, item.group) for item in items]
