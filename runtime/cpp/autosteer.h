@@ -1,0 +1,56 @@
+/* AutoSteer for other languages: four C functions and their two clean-ups. Text is UTF-8; requests and chunks are JSON.
+ *
+ *     autosteer_engine *engine;
+ *     autosteer_stream *stream;
+ *     const char *chunk;
+ *     if (autosteer_open("package/", 0, &engine)) puts(autosteer_error());
+ *     if (autosteer_run(engine, "{\"messages\": [{\"role\": \"user\", \"parts\": [\"hello\"]}]}", &stream)) ...
+ *     while (!autosteer_next(stream, &chunk) && chunk) puts(chunk);
+ *     autosteer_end(stream);
+ *     autosteer_close(engine);
+ *
+ * Every int returned is 0, or the exit code that autosteer-run has for the same error (3 bad package, 4 device not
+ * available, 5 bad input, 1 anything else); autosteer_error() then says in one line what was wrong. No exception leaves
+ * these functions. An engine may be used by several threads, a stream by one.
+ */
+#ifndef AUTOSTEER_H
+#define AUTOSTEER_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define AUTOSTEER_API __attribute__((visibility("default")))
+
+typedef struct autosteer_engine autosteer_engine;
+typedef struct autosteer_stream autosteer_stream;
+
+/* Check and load a package. threads: 0 for every CPU this process may use. */
+AUTOSTEER_API int autosteer_open(const char *package, int threads, autosteer_engine **engine);
+
+/* Begin an answer. request:
+ *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"}, ...]}, ...],
+ *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
+ *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...]}}
+ * Only "messages" is required; an unknown key is an error. */
+AUTOSTEER_API int autosteer_run(autosteer_engine *engine, const char *request, autosteer_stream **stream);
+
+/* The next piece of the answer, or NULL in *chunk when it has ended:
+ *     {"text", "token", "verdict": {...}, "finish_reason": null | "stop" | "length" | "refused", "device", "timings"}
+ * The string is valid until the stream's next call. After an error the stream has ended. */
+AUTOSTEER_API int autosteer_next(autosteer_stream *stream, const char **chunk);
+
+/* Free a stream, finished or not. NULL is fine. */
+AUTOSTEER_API void autosteer_end(autosteer_stream *stream);
+
+/* Free an engine. Streams that are still open keep what they need. NULL is fine. */
+AUTOSTEER_API void autosteer_close(autosteer_engine *engine);
+
+/* What went wrong in this thread's last failed call, in one line. */
+AUTOSTEER_API const char *autosteer_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

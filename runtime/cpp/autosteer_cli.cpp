@@ -1,0 +1,236 @@
+// autosteer-cli PACKAGE --prompt TEXT [--image FILE]...: autosteer-run without Python, with the same options, the same
+// --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <functional>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "autosteer.hpp"
+#include "json.hpp"
+
+namespace {
+
+const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
+
+  Answer a prompt with the model in PACKAGE, guarded by its gate.
+
+  -p, --prompt TEXT            The prompt; '-' or none reads stdin.
+  -i, --image FILE             A PNG or JPEG file; repeatable.
+  --policy [steer|stop|monitor|off]
+                               An unsafe prompt: bend the answer towards a refusal, refuse outright, only report
+                               it; or no gate at all.  [default: steer]
+  --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
+  --strength FLOAT             How hard to steer. Default: the package's.
+  --max-tokens INTEGER         Longest answer.  [default: 256]
+  --temperature FLOAT          0 is greedy.  [default: 0]
+  --top-k INTEGER              Sample among the k likeliest tokens.  [0: all]
+  --top-p FLOAT                Sample within this much probability.  [default: 1]
+  --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
+  --seed INTEGER               Same seed, same text.  [default: 0]
+  --stop TEXT                  End the answer before this string; repeatable.
+  --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
+  --threads INTEGER            CPU threads. Default: all cores.
+  --json                       One JSON object on stdout.
+  -h, --help                   Show this and exit.
+)";
+
+/// The command line is wrong: exit code 2.
+struct UsageError : autosteer::Error {
+  explicit UsageError(const std::string& what) : Error(what, 2) {}
+};
+
+struct Arguments {
+  std::optional<std::string> package, prompt;
+  std::vector<autosteer::ImageLike> images;
+  std::string policy = "steer";
+  std::optional<double> threshold, strength;
+  autosteer::SamplingConfig sampling;
+  autosteer::EngineOptions engine;
+  bool json = false, help = false;
+};
+
+double as_float(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end) throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a float.");
+  return value;
+}
+
+int64_t as_int(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  errno = 0;
+  const int64_t value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end || errno) {
+    throw UsageError("Invalid value for '" + option + "': '" + text + "' is not an integer.");
+  }
+  return value;
+}
+
+std::string as_one_of(const std::string& option, const std::string& text, const std::vector<std::string>& words) {
+  for (const auto& word : words) {
+    if (text == word) return text;
+  }
+  throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a choice.");
+}
+
+Arguments parse(const std::vector<std::string>& words) {
+  Arguments arguments;
+  using Setter = std::function<void(const std::string& option, const std::string& value)>;
+  autosteer::SamplingConfig& sampling = arguments.sampling;
+  std::map<std::string, Setter> options = {
+      {"--prompt", [&](auto&, auto& value) { arguments.prompt = value; }},
+      {"--image", [&](auto&, auto& value) { arguments.images.emplace_back(autosteer::fs::path(value)); }},
+      {"--policy",
+       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"}); }},
+      {"--threshold", [&](auto& o, auto& value) { arguments.threshold = as_float(o, value); }},
+      {"--strength", [&](auto& o, auto& value) { arguments.strength = as_float(o, value); }},
+      {"--max-tokens", [&](auto& o, auto& value) { sampling.max_tokens = as_int(o, value); }},
+      {"--temperature", [&](auto& o, auto& value) { sampling.temperature = as_float(o, value); }},
+      {"--top-k", [&](auto& o, auto& value) { sampling.top_k = as_int(o, value); }},
+      {"--top-p", [&](auto& o, auto& value) { sampling.top_p = as_float(o, value); }},
+      {"--repetition-penalty", [&](auto& o, auto& value) { sampling.repetition_penalty = as_float(o, value); }},
+      {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
+      {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},
+      {"--device",
+       [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
+      {"--threads",
+       [&](auto& o, auto& value) {
+         const int64_t threads = as_int(o, value);
+         if (threads < 1 || threads > 1024) throw UsageError("Invalid value for '--threads': from 1 to 1024.");
+         arguments.engine.threads = static_cast<int>(threads);
+       }},
+  };
+  options["-p"] = options["--prompt"];
+  options["-i"] = options["--image"];
+
+  bool only_positional = false;
+  for (size_t i = 0; i < words.size(); ++i) {
+    std::string word = words[i];
+    if (only_positional || word.size() < 2 || word[0] != '-') {
+      if (arguments.package) throw UsageError("Got unexpected extra argument (" + word + ")");
+      arguments.package = word;
+      continue;
+    }
+    if (word == "--") {
+      only_positional = true;
+    } else if (word == "--json") {
+      arguments.json = true;
+    } else if (word == "--help" || word == "-h") {
+      arguments.help = true;
+    } else {
+      std::optional<std::string> value;
+      if (const size_t equals = word.find('='); word[1] == '-' && equals != std::string::npos) {
+        value = word.substr(equals + 1);
+        word.resize(equals);
+      } else if (word[1] != '-' && word.size() > 2) {  // -pTEXT
+        value = word.substr(2);
+        word.resize(2);
+      }
+      const auto option = options.find(word);
+      if (option == options.end()) throw UsageError("No such option: " + word);
+      if (!value && ++i == words.size()) throw UsageError("Option '" + word + "' requires an argument.");
+      option->second(word, value ? *value : words[i]);
+    }
+  }
+  if (!arguments.package && !arguments.help) throw UsageError("Missing argument 'PACKAGE'.");
+  return arguments;
+}
+
+/// Standard input as text: line ends become \n, as Python reads it.
+std::string read_stdin() {
+  const std::string raw{std::istreambuf_iterator<char>(std::cin), {}};
+  std::string text;
+  for (size_t i = 0; i < raw.size(); ++i) {
+    if (raw[i] != '\r') {
+      text += raw[i];
+    } else if (i + 1 == raw.size() || raw[i + 1] != '\n') {
+      text += '\n';
+    }
+  }
+  return text;
+}
+
+template <class... Values>
+std::string format(const char* pattern, Values... values) {
+  char text[256];
+  std::snprintf(text, sizeof text, pattern, values...);
+  return text;
+}
+
+/// [STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]
+std::string verdict_line(const autosteer::Verdict& verdict) {
+  if (!verdict.p_unsafe) return "[no gate: --policy off]";
+  std::string action = autosteer::name(verdict.action);
+  for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
+  std::string line = "[" + action + format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
+                                           verdict.unsafe ? ">" : "<=", verdict.threshold, verdict.split_layer);
+  if (verdict.strength != 0) line += format(", strength %g", verdict.strength);
+  if (verdict.unsafe && verdict.mode == autosteer::Mode::monitor) line += "; unsafe, but --policy monitor only watches";
+  return line + "]";
+}
+
+/// [52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, stop, on CPU...]
+std::string stats_line(const std::string& finish_reason, const autosteer::Stats& stats) {
+  const std::string upper = stats.upper_ms ? format("upper %.0f", *stats.upper_ms) : "decoder_upper never ran";
+  const auto tok_s = stats.decode_tok_s();
+  return format("[%lld + %lld tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ",
+                static_cast<long long>(stats.prompt_tokens), static_cast<long long>(stats.completion_tokens),
+                stats.ttft_ms, stats.vision_ms, stats.lower_ms, stats.gate_ms) +
+         upper + ")" + (tok_s ? format(", then %.0f tok/s", *tok_s) : "") + ", " + finish_reason + ", on " +
+         stats.device + "]";
+}
+
+void run(const Arguments& arguments) {
+  arguments.sampling.check();
+  const bool from_stdin = !arguments.prompt || *arguments.prompt == "-";
+  const std::string prompt = from_stdin ? read_stdin() : *arguments.prompt;
+  if (autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
+  const autosteer::Engine engine(*arguments.package, arguments.engine);
+  const auto policy =
+      engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
+  std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images)};
+  if (arguments.json) {
+    std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";
+    return;
+  }
+  bool first = true;
+  const auto answer =
+      engine.generate(std::move(dialogue), arguments.sampling, policy, [&](const autosteer::Chunk& chunk) {
+        if (std::exchange(first, false)) std::cerr << verdict_line(chunk.verdict) << "\n";
+        std::cout << chunk.text << std::flush;
+      });
+  std::cout << std::endl;
+  std::cerr << stats_line(answer.finish_reason, answer.stats) << "\n";
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    Arguments arguments = parse({argv + 1, argv + argc});
+    if (arguments.help) {
+      std::cout << kUsage;
+      return 0;
+    }
+    arguments.engine.log = [](const std::string& line) { std::cerr << line << "\n"; };
+    run(arguments);
+    return std::cout ? 0 : 1;
+  } catch (const UsageError& err) {
+    std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()
+              << "\n";
+    return err.exit_code;
+  } catch (const autosteer::Error& err) {
+    std::cerr << "autosteer-cli: error: " << err.what() << "\n";
+    return err.exit_code;
+  } catch (const std::exception& err) {
+    std::cerr << "autosteer-cli: error: " << err.what() << "\n";
+    return 1;
+  }
+}

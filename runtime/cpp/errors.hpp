@@ -1,0 +1,31 @@
+// Every error a user can cause or meet: the C++ side of runtime/errors.py, with the same exit codes.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace autosteer {
+
+/// Base of all our errors: one line that says what was wrong, where, and what to do.
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const std::string& what, int exit_code = 1) : std::runtime_error(what), exit_code(exit_code) {}
+  const int exit_code;  ///< what autosteer-cli exits with, and what the C functions return
+};
+
+/// A package is missing, damaged, of another version, or not what it says.
+struct PackageError : Error {
+  explicit PackageError(const std::string& what) : Error(what, 3) {}
+};
+
+/// The execution provider that was asked for cannot run here.
+struct ProviderError : Error {
+  explicit ProviderError(const std::string& what) : Error(what, 4) {}
+};
+
+/// A prompt or an image is unusable, or does not fit the model's context.
+struct InputError : Error {
+  explicit InputError(const std::string& what) : Error(what, 5) {}
+};
+
+}  // namespace autosteer

@@ -1,0 +1,381 @@
+// From an image to pixel_values, and from the encoder's features to rows among the tokens: the C++ side of
+// runtime/image.py. pixel_values are equal to Python's, bit for bit: the resampling below is Pillow's own fixed-point
+// arithmetic (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
+//
+//     one image      ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint,
+//                        padded); features -> base rows, then the grid row by row without its padding, a newline row
+//                        after each
+//     several images ->  one square tile each, one newline row after it
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "errors.hpp"
+#include "manifest.hpp"
+#include "picture.hpp"
+
+namespace autosteer {
+
+/// A file, or pixels.
+using ImageLike = std::variant<std::filesystem::path, Image>;
+
+constexpr int64_t kMaxAspectRatio = 200;  // beyond this a side of the resized picture would round to nothing
+
+/// Rows of floats (n, width), one after the other.
+struct Rows {
+  int64_t width = 0;
+  std::vector<float> data;
+
+  int64_t count() const { return width ? static_cast<int64_t>(data.size()) / width : 0; }
+  const float* row(int64_t i) const { return data.data() + i * width; }
+  float* row(int64_t i) { return data.data() + i * width; }
+  void append(const float* rows, int64_t n) { data.insert(data.end(), rows, rows + n * width); }
+};
+
+/// Any image a user may hand over, upright. Throws InputError where it is unusable.
+inline Image open_image(const ImageLike& image) {
+  const auto* path = std::get_if<std::filesystem::path>(&image);
+  Image pixels = path ? read_picture(*path) : std::get<Image>(image);
+  const auto [height, width] = std::pair(pixels.height, pixels.width);
+  if (height < 1 || width < 1 || pixels.rgb.size() / 3 / static_cast<size_t>(width) != static_cast<size_t>(height) ||
+      pixels.rgb.size() % (3 * static_cast<size_t>(width))) {
+    throw InputError("image: expected 3 * width * height bytes");
+  }
+  if (std::max(height, width) > kMaxAspectRatio * std::min(height, width)) {
+    throw InputError("image of " + std::to_string(width) + "x" + std::to_string(height) +
+                     " pixels: sides may differ by " + std::to_string(kMaxAspectRatio) + " times at most");
+  }
+  return pixels;
+}
+
+// --- Pillow's resampling ------------------------------------------------------------------------------------------------
+
+namespace resampling {
+
+constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 bits of result, 2 for sums of negative lobes
+
+struct Filter {
+  double (*weight)(double);
+  double support;
+};
+
+inline double bilinear(double x) { return std::max(1.0 - std::abs(x), 0.0); }
+
+inline double bicubic(double x) {
+  constexpr double a = -0.5;
+  x = std::abs(x);
+  if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
+  if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
+  return 0.0;
+}
+
+inline double sinc(double x) {
+  constexpr double pi = 3.14159265358979323846;
+  return x == 0.0 ? 1.0 : std::sin(x * pi) / (x * pi);
+}
+
+inline double lanczos(double x) { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
+
+inline Filter filter(const std::string& name) {
+  if (name == "bilinear") return {bilinear, 1.0};
+  if (name == "lanczos") return {lanczos, 3.0};
+  return {bicubic, 2.0};
+}
+
+/// The pixels that make one pixel of the result, and their weights in fixed point.
+struct Window {
+  int64_t first;
+  std::vector<int32_t> weights;
+};
+
+/// One window for each of `target` pixels along an axis of `source` pixels (precompute_coeffs, normalize_coeffs_8bpc).
+inline std::vector<Window> windows(int64_t source, int64_t target, const Filter& filter) {
+  const double scale = static_cast<double>(source) / static_cast<double>(target);
+  const double stretch = std::max(scale, 1.0);  // shrinking averages over all pixels: antialiasing
+  const double support = filter.support * stretch;
+  std::vector<Window> all;
+  std::vector<double> weights;
+  for (int64_t i = 0; i < target; ++i) {
+    const double centre = (static_cast<double>(i) + 0.5) * scale;
+    const int64_t first = std::max<int64_t>(static_cast<int64_t>(centre - support + 0.5), 0);
+    const int64_t last = std::min<int64_t>(static_cast<int64_t>(centre + support + 0.5), source);
+    double sum = 0.0;
+    weights.clear();
+    for (int64_t x = first; x < last; ++x) {
+      weights.push_back(filter.weight((static_cast<double>(x) - centre + 0.5) * (1.0 / stretch)));
+      sum += weights.back();
+    }
+    Window window{first, {}};
+    for (double weight : weights) {
+      if (sum != 0.0) weight /= sum;
+      window.weights.push_back(static_cast<int32_t>((weight < 0 ? -0.5 : 0.5) + weight * (1 << kPrecisionBits)));
+    }
+    all.push_back(std::move(window));
+  }
+  return all;
+}
+
+/// One axis of a resize: `image` (n, source, 3) whose pixels along that axis are `step` bytes apart.
+inline uint8_t blend(const uint8_t* first, int64_t step, const std::vector<int32_t>& weights) {
+  int32_t sum = 1 << (kPrecisionBits - 1);
+  for (size_t k = 0; k < weights.size(); ++k) sum += first[static_cast<int64_t>(k) * step] * weights[k];
+  return static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+}
+
+inline Image resize_width(const Image& image, int64_t width, const Filter& filter) {
+  const auto axis = windows(image.width, width, filter);
+  Image out{image.height, width, std::vector<uint8_t>(static_cast<size_t>(3 * image.height * width))};
+  for (int64_t y = 0; y < out.height; ++y) {
+    for (int64_t x = 0; x < width; ++x) {
+      const Window& window = axis[static_cast<size_t>(x)];
+      for (int c = 0; c < 3; ++c) out.at(y, x)[c] = blend(image.at(y, window.first) + c, 3, window.weights);
+    }
+  }
+  return out;
+}
+
+inline Image resize_height(const Image& image, int64_t height, const Filter& filter) {
+  const auto axis = windows(image.height, height, filter);
+  Image out{height, image.width, std::vector<uint8_t>(static_cast<size_t>(3 * height * image.width))};
+  for (int64_t y = 0; y < height; ++y) {
+    const Window& window = axis[static_cast<size_t>(y)];
+    const uint8_t* first = image.at(window.first, 0);
+    for (int64_t x = 0; x < 3 * out.width; ++x) {
+      out.rgb[static_cast<size_t>(3 * y * out.width + x)] = blend(first + x, 3 * image.width, window.weights);
+    }
+  }
+  return out;
+}
+
+/// Nearest neighbour, stepping along both axes as Pillow does (ImagingScaleAffine).
+inline Image nearest(const Image& image, int64_t height, int64_t width) {
+  const auto steps = [](int64_t source, int64_t target) {
+    std::vector<int64_t> at;
+    const double step = static_cast<double>(source) / static_cast<double>(target);
+    double position = step * 0.5;
+    for (int64_t i = 0; i < target; ++i, position += step) at.push_back(static_cast<int64_t>(position));
+    return at;
+  };
+  const auto ys = steps(image.height, height), xs = steps(image.width, width);
+  Image out{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
+  for (int64_t y = 0; y < height; ++y) {
+    for (int64_t x = 0; x < width; ++x) {
+      const int64_t from_y = std::min(ys[static_cast<size_t>(y)], image.height - 1);
+      const int64_t from_x = std::min(xs[static_cast<size_t>(x)], image.width - 1);
+      std::memcpy(out.at(y, x), image.at(from_y, from_x), 3);
+    }
+  }
+  return out;
+}
+
+}  // namespace resampling
+
+/// Pillow's Image.resize((width, height), resample).
+inline Image resize(const Image& image, int64_t height, int64_t width, const std::string& resample) {
+  if (resample == "nearest") return resampling::nearest(image, height, width);
+  const resampling::Filter filter = resampling::filter(resample);
+  Image out = width == image.width ? image : resampling::resize_width(image, width, filter);
+  return height == out.height ? out : resampling::resize_height(out, height, filter);
+}
+
+// --- tiles ----------------------------------------------------------------------------------------------------------------
+
+/// The (height, width) that keeps most of the picture and wastes least (HF: select_best_resolution).
+inline std::array<int64_t, 2> best_pinpoint(int64_t height, int64_t width, const ImageSpec& spec) {
+  std::array<int64_t, 2> best{};
+  std::pair<int64_t, int64_t> best_fit{-1, 0};  // pixels kept, pixels wasted (negative)
+  for (const auto& pinpoint : spec.grid_pinpoints) {
+    const double scale = std::min(static_cast<double>(pinpoint[1]) / static_cast<double>(width),
+                                  static_cast<double>(pinpoint[0]) / static_cast<double>(height));
+    const int64_t scaled = static_cast<int64_t>(static_cast<double>(width) * scale) *
+                           static_cast<int64_t>(static_cast<double>(height) * scale);
+    const int64_t kept = std::min(scaled, width * height);
+    const std::pair fit{kept, kept - pinpoint[0] * pinpoint[1]};
+    if (best_fit.first < 0 || fit > best_fit) {  // the first of equals, as HF
+      best = pinpoint;
+      best_fit = fit;
+    }
+  }
+  return best;
+}
+
+/// Copy `image` into `target` with its corner at (top, left).
+inline void paste(const Image& image, Image& target, int64_t top, int64_t left) {
+  for (int64_t y = 0; y < image.height; ++y) {
+    std::memcpy(target.at(top + y, left), image.at(y, 0), static_cast<size_t>(3 * image.width));
+  }
+}
+
+inline Image pad_to_square(const Image& image, const ImageSpec& spec) {
+  const int64_t side = std::max(image.height, image.width);
+  Image square{side, side, std::vector<uint8_t>(static_cast<size_t>(3 * side * side))};
+  for (size_t i = 0; i < square.rgb.size(); ++i) {
+    square.rgb[i] = static_cast<uint8_t>(static_cast<int>(spec.mean[i % 3] * 255));
+  }
+  paste(image, square, (side - image.height) / 2, (side - image.width) / 2);
+  return square;
+}
+
+inline std::vector<Image> anyres_tiles(const Image& image, const ImageSpec& spec) {
+  const auto [height, width] = best_pinpoint(image.height, image.width, spec);
+  const double scale_h = static_cast<double>(height) / static_cast<double>(image.height);
+  const double scale_w = static_cast<double>(width) / static_cast<double>(image.width);
+  int64_t fitted_h = height, fitted_w = width;
+  if (scale_w < scale_h) {
+    fitted_h = std::min(static_cast<int64_t>(std::ceil(static_cast<double>(image.height) * scale_w)), height);
+  } else {
+    fitted_w = std::min(static_cast<int64_t>(std::ceil(static_cast<double>(image.width) * scale_h)), width);
+  }
+  Image padded{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
+  paste(resize(image, fitted_h, fitted_w, spec.resample), padded, (height - fitted_h) / 2, (width - fitted_w) / 2);
+  const int64_t n = spec.tile_size;
+  std::vector<Image> tiles = {resize(image, n, n, spec.resample)};
+  for (int64_t y = 0; y < height; y += n) {
+    for (int64_t x = 0; x < width; x += n) {
+      Image tile{n, n, std::vector<uint8_t>(static_cast<size_t>(3 * n * n))};
+      for (int64_t row = 0; row < n; ++row) {
+        std::memcpy(tile.at(row, 0), padded.at(y + row, x), static_cast<size_t>(3 * n));
+      }
+      tiles.push_back(std::move(tile));
+    }
+  }
+  return tiles;
+}
+
+/// An image -> pixel_values, one row (3 * tile_size * tile_size) for each tile.
+/// `alone`: it is the prompt's only image; several images get one tile each.
+inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
+  std::array<std::array<float, 256>, 3> value{};  // what each byte of each channel becomes
+  for (size_t c = 0; c < 3; ++c) {
+    for (size_t byte = 0; byte < 256; ++byte) {
+      const auto scaled = static_cast<float>(static_cast<double>(byte) * spec.rescale_factor);
+      value[c][byte] = (scaled - static_cast<float>(spec.mean[c])) / static_cast<float>(spec.std[c]);
+    }
+  }
+  std::vector<Image> tiles;
+  if (alone) {
+    tiles = anyres_tiles(image, spec);
+  } else {
+    tiles.push_back(resize(pad_to_square(image, spec), spec.tile_size, spec.tile_size, spec.resample));
+  }
+  Rows pixel_values{3 * spec.tile_size * spec.tile_size, {}};
+  for (const Image& tile : tiles) {
+    for (size_t c = 0; c < 3; ++c) {
+      for (size_t i = c; i < tile.rgb.size(); i += 3) pixel_values.data.push_back(value[c][tile.rgb[i]]);
+    }
+  }
+  return pixel_values;
+}
+
+// --- features to rows -------------------------------------------------------------------------------------------------------
+
+/// Python's int(round(x, 7)): seven decimals correctly rounded, then cut.
+inline int64_t rounded(double x) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.7f", x);
+  return std::strtoll(text, nullptr, 10);
+}
+
+/// A grid of rows (height, width, D).
+struct Grid {
+  int64_t height = 0, width = 0;
+  Rows cells;
+};
+
+/// Drop the rows or columns that stand on padding (HF: unpad_image). `height`, `width`: the original picture's.
+inline Grid unpad(const Grid& grid, int64_t height, int64_t width) {
+  const double wide = static_cast<double>(width) / static_cast<double>(height);
+  int64_t top = 0, left = 0;
+  if (wide > static_cast<double>(grid.width) / static_cast<double>(grid.height)) {
+    const double scale = static_cast<double>(grid.width) / static_cast<double>(width);
+    top = (grid.height - rounded(static_cast<double>(height) * scale)) / 2;
+  } else {
+    const double scale = static_cast<double>(grid.height) / static_cast<double>(height);
+    left = (grid.width - rounded(static_cast<double>(width) * scale)) / 2;
+  }
+  Grid out{grid.height - 2 * top, grid.width - 2 * left, {grid.cells.width, {}}};
+  for (int64_t y = top; y < grid.height - top; ++y) {
+    out.cells.append(grid.cells.row(y * grid.width + left), out.width);
+  }
+  return out;
+}
+
+/// Resize as torch's interpolate(mode="bilinear", align_corners=False) does, without antialiasing.
+inline Grid bilinear(const Grid& grid, int64_t height, int64_t width) {
+  struct Tap {
+    int64_t low, high;
+    float part;  // of `high`
+  };
+  const auto axis = [](int64_t source, int64_t target) {
+    std::vector<Tap> taps;
+    const auto step = static_cast<float>(static_cast<double>(source) / static_cast<double>(target));
+    for (int64_t i = 0; i < target; ++i) {
+      const float position = std::max((static_cast<float>(i) + 0.5F) * step - 0.5F, 0.0F);
+      const auto low = static_cast<int64_t>(position);
+      taps.push_back({low, std::min(low + 1, source - 1), position - static_cast<float>(low)});
+    }
+    return taps;
+  };
+  const auto ys = axis(grid.height, height), xs = axis(grid.width, width);
+  const int64_t depth = grid.cells.width;
+  Grid out{height, width, {depth, std::vector<float>(static_cast<size_t>(height * width * depth))}};
+  float* cell = out.cells.data.data();
+  for (const Tap& y : ys) {
+    for (const Tap& x : xs) {
+      for (int64_t d = 0; d < depth; ++d) {
+        const auto column = [&](int64_t at) {
+          return grid.cells.row(y.low * grid.width + at)[d] * (1 - y.part) +
+                 grid.cells.row(y.high * grid.width + at)[d] * y.part;
+        };
+        *cell++ = column(x.low) * (1 - x.part) + column(x.high) * x.part;
+      }
+    }
+  }
+  return out;
+}
+
+/// image_features (tiles * side * side, D) and image_newline (D,) -> the image's rows, in token order.
+/// `height`, `width`: the original picture's.
+inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int64_t width, const ImageSpec& spec) {
+  const int64_t side = spec.tokens_per_side, tile = side * side;
+  Rows out{features.width, {}};
+  out.append(features.row(0), tile);
+  if (features.count() == tile) {
+    out.append(newline.row(0), 1);
+    return out;
+  }
+  const auto pinpoint = best_pinpoint(height, width, spec);
+  const int64_t rows = pinpoint[0] / spec.tile_size, columns = pinpoint[1] / spec.tile_size;
+  Grid grid{rows * side, columns * side, {features.width, {}}};
+  for (int64_t y = 0; y < grid.height; ++y) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t before = 1 + (y / side) * columns + column;  // tiles, the base one included
+      grid.cells.append(features.row(before * tile + (y % side) * side), side);
+    }
+  }
+  grid = unpad(grid, height, width);
+  const double ratio = std::sqrt(static_cast<double>(grid.height * grid.width) /
+                                 static_cast<double>(spec.max_tiles_side * tile));
+  if (ratio > 1.1) {
+    grid = bilinear(grid, static_cast<int64_t>(std::floor(static_cast<double>(grid.height) / ratio)),
+                    static_cast<int64_t>(std::floor(static_cast<double>(grid.width) / ratio)));
+  }
+  for (int64_t y = 0; y < grid.height; ++y) {
+    out.append(grid.cells.row(y * grid.width), grid.width);
+    out.append(newline.row(0), 1);
+  }
+  return out;
+}
+
+}  // namespace autosteer

@@ -1,0 +1,282 @@
+// PNG and JPEG files to pixels, upright: what runtime/image.py's open_image gets from Pillow, byte for byte.
+//
+// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: alpha dropped, 16 bits cut to 8,
+// no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file refused. Both
+// report errors by longjmp: the functions that call setjmp keep what has a destructor outside.
+#pragma once
+
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <jpeglib.h>  // needs <cstdio> before it
+#include <jerror.h>
+#include <png.h>
+
+#include "errors.hpp"
+
+namespace autosteer {
+
+/// Pixels (height, width, 3), 8 bits each, red first.
+struct Image {
+  int64_t height = 0, width = 0;
+  std::vector<uint8_t> rgb;
+
+  const uint8_t* at(int64_t y, int64_t x) const { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
+  uint8_t* at(int64_t y, int64_t x) { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
+};
+
+namespace picture {
+
+constexpr int64_t kMostPixels = 178956970;  // where Pillow refuses a decompression bomb
+
+/// What a decoder leaves: pixels, and the metadata blocks that may say which way is up.
+struct Decoded {
+  Image image;
+  std::vector<uint8_t> exif;  // a TIFF structure
+  std::string xmp;
+  std::string error;
+};
+
+/// Room for the pixels; false where there are too many.
+inline bool allocate(Decoded& out, int64_t height, int64_t width) {
+  if (height < 1 || width < 1 || height > kMostPixels / width) return false;
+  out.image = {height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
+  return true;
+}
+
+// --- PNG --------------------------------------------------------------------------------------------------------------
+
+struct PngSource {
+  const std::vector<uint8_t>& bytes;
+  size_t at = 0;
+};
+
+inline void png_read(png_structp png, png_bytep target, size_t count) {
+  auto* source = static_cast<PngSource*>(png_get_io_ptr(png));
+  if (count > source->bytes.size() - source->at) png_error(png, "image file is truncated");
+  std::memcpy(target, source->bytes.data() + source->at, count);
+  source->at += count;
+}
+
+[[noreturn]] inline void png_fail(png_structp png, png_const_charp message) {
+  static_cast<Decoded*>(png_get_error_ptr(png))->error = message;
+  png_longjmp(png, 1);
+}
+
+inline void png_ignore(png_structp, png_const_charp) {}
+
+inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
+  png_bytep exif = nullptr;
+  png_uint_32 exif_size = 0;
+  if (png_get_eXIf_1(png, info, &exif_size, &exif)) out.exif.assign(exif, exif + exif_size);
+  png_textp texts = nullptr;
+  const int count = png_get_text(png, info, &texts, nullptr);
+  for (int i = 0; i < count; ++i) {
+    if (std::string_view(texts[i].key) == "XML:com.adobe.xmp" && texts[i].text) out.xmp = texts[i].text;
+  }
+}
+
+inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
+  struct State {
+    png_structp png = nullptr;
+    png_infop info = nullptr;
+    std::vector<png_bytep> rows;
+    ~State() { png_destroy_read_struct(&png, &info, nullptr); }
+  } state;
+  PngSource source{bytes};
+  state.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &out, png_fail, png_ignore);
+  if (!state.png) throw Error("libpng does not start");
+  state.info = png_create_info_struct(state.png);
+  if (!state.info) throw Error("libpng does not start");
+  if (setjmp(png_jmpbuf(state.png))) return;
+  png_set_read_fn(state.png, &source, png_read);
+  png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
+  png_read_info(state.png, state.info);
+  if (!allocate(out, png_get_image_height(state.png, state.info), png_get_image_width(state.png, state.info))) {
+    png_error(state.png, "too many pixels");
+  }
+  const int colour = png_get_color_type(state.png, state.info);
+  const int depth = png_get_bit_depth(state.png, state.info);
+  if (depth == 16 && colour == PNG_COLOR_TYPE_GRAY) png_error(state.png, "16-bit greyscale is not supported");
+  png_set_strip_16(state.png);
+  if (colour == PNG_COLOR_TYPE_PALETTE) png_set_palette_to_rgb(state.png);
+  if (colour == PNG_COLOR_TYPE_GRAY && depth < 8) png_set_expand_gray_1_2_4_to_8(state.png);
+  png_set_gray_to_rgb(state.png);
+  png_set_strip_alpha(state.png);
+  png_set_interlace_handling(state.png);
+  png_read_update_info(state.png, state.info);
+  if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(3 * out.image.width)) {
+    png_error(state.png, "unexpected layout");
+  }
+  state.rows.resize(static_cast<size_t>(out.image.height));
+  for (int64_t y = 0; y < out.image.height; ++y) state.rows[static_cast<size_t>(y)] = out.image.at(y, 0);
+  png_read_image(state.png, state.rows.data());
+  png_read_end(state.png, state.info);
+  png_metadata(state.png, state.info, out);
+}
+
+// --- JPEG -------------------------------------------------------------------------------------------------------------
+
+struct JpegErrors {
+  jpeg_error_mgr manager;  // first: libjpeg hands us a pointer to it
+  std::jmp_buf escape;
+  Decoded* out;
+};
+
+[[noreturn]] inline void jpeg_fail(j_common_ptr info) {
+  auto* errors = reinterpret_cast<JpegErrors*>(info->err);
+  char message[JMSG_LENGTH_MAX];
+  info->err->format_message(info, message);
+  errors->out->error = message;
+  std::longjmp(errors->escape, 1);
+}
+
+inline void jpeg_warn(j_common_ptr info, int level) {
+  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF) jpeg_fail(info);  // Pillow: "image file is truncated"
+}
+
+inline void jpeg_metadata(const jpeg_decompress_struct& info, Decoded& out) {
+  constexpr std::string_view exif("Exif\0\0", 6), xmp("http://ns.adobe.com/xap/1.0/\0", 29);
+  for (jpeg_saved_marker_ptr marker = info.marker_list; marker; marker = marker->next) {
+    const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
+    if (data.substr(0, exif.size()) == exif && out.exif.empty()) {
+      out.exif.assign(data.begin() + exif.size(), data.end());
+    } else if (data.substr(0, xmp.size()) == xmp) {
+      out.xmp = data.substr(xmp.size());
+    }
+  }
+}
+
+/// Pillow's CMYK to RGB, of inverted values as Adobe writes them.
+inline void cmyk_row_to_rgb(const std::vector<uint8_t>& cmyk, uint8_t* rgb) {
+  for (size_t x = 0; x < cmyk.size() / 4; ++x) {
+    const int black = cmyk[4 * x + 3];
+    for (size_t c = 0; c < 3; ++c) {
+      const int product = (255 - cmyk[4 * x + c]) * black + 128;
+      rgb[3 * x + c] = static_cast<uint8_t>(std::max(black - (((product >> 8) + product) >> 8), 0));
+    }
+  }
+}
+
+inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
+  struct State {
+    jpeg_decompress_struct info{};
+    JpegErrors errors{};
+    std::vector<uint8_t> cmyk;
+    ~State() { jpeg_destroy_decompress(&info); }
+  } state;
+  jpeg_decompress_struct& info = state.info;
+  info.err = jpeg_std_error(&state.errors.manager);
+  state.errors.manager.error_exit = jpeg_fail;
+  state.errors.manager.emit_message = jpeg_warn;
+  state.errors.out = &out;
+  if (setjmp(state.errors.escape)) return;
+  jpeg_create_decompress(&info);
+  jpeg_mem_src(&info, bytes.data(), static_cast<unsigned long>(bytes.size()));
+  jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
+  jpeg_read_header(&info, TRUE);
+  const bool cmyk = info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK;
+  info.out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
+  if (!allocate(out, info.image_height, info.image_width)) {
+    out.error = "too many pixels";
+    return;
+  }
+  jpeg_start_decompress(&info);
+  state.cmyk.resize(cmyk ? static_cast<size_t>(4 * out.image.width) : 0);
+  while (info.output_scanline < info.output_height) {
+    uint8_t* rgb = out.image.at(info.output_scanline, 0);
+    JSAMPROW row = cmyk ? state.cmyk.data() : rgb;
+    jpeg_read_scanlines(&info, &row, 1);
+    if (cmyk) cmyk_row_to_rgb(state.cmyk, rgb);
+  }
+  jpeg_finish_decompress(&info);
+  jpeg_metadata(info, out);
+}
+
+// --- which way is up --------------------------------------------------------------------------------------------------
+
+/// The orientation tag (0x0112) of a TIFF structure, 0 where it has none.
+inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {
+  if (tiff.size() < 8) return 0;
+  const bool little = tiff[0] == 'I';
+  const auto number = [&](size_t at, size_t size) {
+    size_t value = 0;
+    for (size_t i = 0; i < size; ++i) value |= size_t{tiff[at + i]} << 8 * (little ? i : size - 1 - i);
+    return value;
+  };
+  const size_t directory = number(4, 4);
+  if (directory > tiff.size() - 2) return 0;
+  const size_t entries = number(directory, 2);
+  for (size_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= tiff.size(); ++i) {
+    const size_t entry = directory + 2 + 12 * i;
+    const size_t type = number(entry + 2, 2);
+    const size_t size = type == 1 ? 1 : type == 3 ? 2 : type == 4 ? 4 : 0;  // BYTE, SHORT, LONG
+    if (number(entry, 2) == 0x0112 && size) return static_cast<unsigned>(number(entry + 8, size));
+  }
+  return 0;
+}
+
+inline unsigned xmp_orientation(std::string_view xmp) {
+  for (const std::string_view key : {std::string_view("tiff:Orientation=\""), std::string_view("tiff:Orientation>")}) {
+    const size_t at = xmp.find(key);
+    if (at != std::string_view::npos && at + key.size() < xmp.size()) {
+      const char digit = xmp[at + key.size()];
+      if (digit >= '0' && digit <= '9') return static_cast<unsigned>(digit - '0');
+    }
+  }
+  return 0;
+}
+
+/// The image turned and mirrored as EXIF orientation 2..8 asks.
+inline Image turned(Image image, unsigned orientation) {
+  if (orientation < 2 || orientation > 8) return image;
+  const bool swap = orientation >= 5;
+  const bool flip_x = orientation == 2 || orientation == 3 || orientation == 6 || orientation == 7;
+  const bool flip_y = orientation == 3 || orientation == 4 || orientation == 7 || orientation == 8;
+  Image out{swap ? image.width : image.height, swap ? image.height : image.width,
+            std::vector<uint8_t>(image.rgb.size())};
+  for (int64_t y = 0; y < out.height; ++y) {
+    for (int64_t x = 0; x < out.width; ++x) {
+      const int64_t across = flip_x ? out.width - 1 - x : x, down = flip_y ? out.height - 1 - y : y;
+      std::memcpy(out.at(y, x), swap ? image.at(across, down) : image.at(down, across), 3);
+    }
+  }
+  return out;
+}
+
+}  // namespace picture
+
+/// A PNG or JPEG file as upright RGB. Throws InputError for a missing file, another format, or a damaged image.
+inline Image read_picture(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::error_code ignored;
+  if (!file || !std::filesystem::is_regular_file(path, ignored)) {
+    throw InputError(path.string() + ": no such image file");
+  }
+  const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+  picture::Decoded decoded;
+  if (bytes.size() >= 8 && png_sig_cmp(bytes.data(), 0, 8) == 0) {
+    picture::decode_png(bytes, decoded);
+  } else if (bytes.size() >= 3 && bytes[0] == 0xFF && bytes[1] == 0xD8 && bytes[2] == 0xFF) {
+    picture::decode_jpeg(bytes, decoded);
+  } else {
+    decoded.error = "neither PNG nor JPEG";
+  }
+  if (!decoded.error.empty()) {
+    throw InputError(path.string() + ": not a readable image (" + decoded.error + ")");
+  }
+  const unsigned exif = picture::exif_orientation(decoded.exif);
+  return picture::turned(std::move(decoded.image), exif ? exif : picture::xmp_orientation(decoded.xmp));
+}
+
+}  // namespace autosteer

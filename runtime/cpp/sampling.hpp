@@ -1,0 +1,168 @@
+// From logits to the next token: the C++ side of runtime/sampling.py, with numpy's random numbers, so that a seed gives
+// the same text in both languages.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "errors.hpp"
+
+namespace autosteer {
+
+/// A caller's wishes for one answer. The default is greedy and so the same every time.
+struct SamplingConfig {
+  int64_t max_tokens = 256;
+  double temperature = 0.0;         ///< 0: greedy
+  int64_t top_k = 0;                ///< keep the k most likely tokens; 0: all
+  double top_p = 1.0;               ///< keep the smallest set of tokens with this much probability
+  double repetition_penalty = 1.0;  ///< > 1 divides (positive) or multiplies (negative) logits of tokens already there
+  int64_t seed = 0;                 ///< same seed, same text
+  std::vector<std::string> stop;    ///< end the answer before any of these strings
+
+  /// Throws InputError where a value is out of range.
+  void check() const {
+    const auto need = [](bool fits, const char* what) {
+      if (!fits) throw InputError(std::string(what) + " is out of range");
+    };
+    need(max_tokens >= 1, "max_tokens");
+    need(temperature >= 0.0 && std::isfinite(temperature), "temperature");
+    need(top_k >= 0, "top_k");
+    need(top_p > 0.0 && top_p <= 1.0, "top_p");
+    need(repetition_penalty > 0.0 && std::isfinite(repetition_penalty), "repetition_penalty");
+    need(seed >= 0, "seed");
+    need(std::find(stop.begin(), stop.end(), "") == stop.end(), "stop");
+  }
+};
+
+/// numpy.random.default_rng(seed).random(): PCG64 (XSL-RR 128/64, O'Neill 2014), seeded by numpy's SeedSequence.
+class Random {
+ public:
+  explicit Random(uint64_t seed) {
+    const auto words = seed_words(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    const auto wide = [&](size_t i) { return uint128(words[i]) << 64 | words[i + 1]; };
+    increment_ = wide(2) << 1 | 1;
+    step();
+    state_ += wide(0);
+    step();
+  }
+
+  /// Uniform in [0, 1), 53 bits.
+  double next() {
+    step();
+    const auto folded = static_cast<uint64_t>(state_ >> 64) ^ static_cast<uint64_t>(state_);
+    const auto turn = static_cast<unsigned>(state_ >> 122);
+    const uint64_t word = folded >> turn | folded << (-turn & 63);
+    return static_cast<double>(word >> 11) * 0x1p-53;
+  }
+
+ private:
+  __extension__ using uint128 = unsigned __int128;
+
+  void step() { state_ = state_ * (uint128(0x2360ED051FC65DA4) << 64 | 0x4385DF649FCCF645) + increment_; }
+
+  /// SeedSequence(entropy).generate_state(4, uint64)
+  static std::vector<uint64_t> seed_words(uint32_t low, uint32_t high) {
+    uint32_t constant = 0x43b0d7e5;
+    const auto hash = [&](uint32_t value, uint32_t multiplier) {
+      value ^= constant;
+      constant *= multiplier;
+      value *= constant;
+      return value ^ value >> 16;
+    };
+    uint32_t pool[4] = {low, high, 0, 0};
+    for (uint32_t& word : pool) word = hash(word, 0x931e8875);
+    for (int from = 0; from < 4; ++from) {
+      for (int to = 0; to < 4; ++to) {
+        if (from == to) continue;
+        const uint32_t mixed = 0xca01f9dd * pool[to] - 0x4973f715 * hash(pool[from], 0x931e8875);
+        pool[to] = mixed ^ mixed >> 16;
+      }
+    }
+    constant = 0x8b51f9dd;
+    std::vector<uint64_t> words(4);
+    for (size_t i = 0; i < 8; ++i) words[i / 2] |= uint64_t{hash(pool[i % 4], 0x58f38ded)} << 32 * (i % 2);
+    return words;
+  }
+
+  uint128 state_ = 0, increment_ = 0;
+};
+
+class Sampler {
+ public:
+  explicit Sampler(const SamplingConfig& config) : config_(config), random_(static_cast<uint64_t>(config.seed)) {}
+
+  /// The next token after `tokens`, which the repetition penalty looks at.
+  int64_t operator()(std::vector<float> logits, const std::vector<int64_t>& tokens) {
+    if (config_.repetition_penalty != 1.0) penalise(logits, tokens);
+    if (config_.temperature == 0.0) return likeliest(logits);
+    const std::vector<double> p = probabilities(logits);
+    std::vector<double> cumulative(p.size());
+    std::partial_sum(p.begin(), p.end(), cumulative.begin());
+    const double total = cumulative.back();
+    if (!std::isfinite(total)) throw Error("the model's logits are not finite");
+    for (double& value : cumulative) value /= total;
+    const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), random_.next());
+    return std::min<int64_t>(found - cumulative.begin(), static_cast<int64_t>(p.size()) - 1);
+  }
+
+ private:
+  /// HF: RepetitionPenaltyLogitsProcessor
+  void penalise(std::vector<float>& logits, std::vector<int64_t> seen) const {
+    std::sort(seen.begin(), seen.end());
+    seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+    const auto penalty = static_cast<float>(config_.repetition_penalty);
+    for (const int64_t token : seen) {
+      float& logit = logits.at(static_cast<size_t>(token));
+      logit = logit > 0 ? logit / penalty : logit * penalty;
+    }
+  }
+
+  /// numpy.argmax: the first of equals, and a NaN before anything else.
+  static int64_t likeliest(const std::vector<float>& logits) {
+    size_t best = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      if (std::isnan(logits[i])) return static_cast<int64_t>(i);
+      if (logits[i] > logits[best]) best = i;
+    }
+    return static_cast<int64_t>(best);
+  }
+
+  /// Temperature, top-k and top-p applied: probabilities that sum to 1, zero where filtered.
+  std::vector<double> probabilities(const std::vector<float>& logits) const {
+    const size_t n = logits.size();
+    std::vector<double> scaled(n);
+    for (size_t i = 0; i < n; ++i) scaled[i] = static_cast<double>(logits[i]) / config_.temperature;
+    std::vector<size_t> order(n);
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+      return scaled[a] > scaled[b] || (std::isnan(scaled[b]) && !std::isnan(scaled[a]));
+    });
+    std::vector<double> p(n);
+    double sum = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+      const bool kept = config_.top_k == 0 || i < static_cast<size_t>(config_.top_k);
+      p[i] = kept ? std::exp(scaled[order[i]] - scaled[order[0]]) : 0.0;
+      sum += p[i];
+    }
+    std::vector<double> out(n);
+    double cumulative = 0.0, left = 0.0;
+    for (size_t i = 0; i < n; ++i) {
+      const double share = p[i] / sum;
+      cumulative += share;
+      const bool kept = i == 0 || cumulative - share < config_.top_p;
+      out[order[i]] = kept ? share : 0.0;
+      left += out[order[i]];
+    }
+    for (double& share : out) share /= left;
+    return out;
+  }
+
+  SamplingConfig config_;
+  Random random_;
+};
+
+}  // namespace autosteer

@@ -1,0 +1,185 @@
+// One ONNX graph in one onnxruntime session: the C++ side of runtime/subgraph.py and kv_cache.py. Every onnxruntime
+// option of the runtime is in this file.
+//
+// All sessions share one thread pool, and none of its threads spins: chained sessions that each keep their own threads
+// busy-waiting run three times slower (CONTRIBUTING.md).
+#pragma once
+
+#include <onnxruntime_cxx_api.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "errors.hpp"
+#include "manifest.hpp"
+
+namespace autosteer {
+
+/// onnxruntime with one pool of `threads` threads for every session of the process. The process has one such
+/// environment: where one exists already, its pool serves this engine too, and `threads` is its maker's.
+inline Ort::Env make_environment(int threads) {
+  Ort::ThreadingOptions pool;
+  pool.SetGlobalIntraOpNumThreads(threads);
+  pool.SetGlobalInterOpNumThreads(1);
+  pool.SetGlobalSpinControl(0);
+  return {pool, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+}
+
+/// An array of T on the CPU and onnxruntime's view of it. Zero pages that nobody writes cost no memory.
+template <class T>
+class Tensor {
+ public:
+  explicit Tensor(std::vector<int64_t> shape) : shape_(std::move(shape)) {
+    size_t size = 1;
+    for (const int64_t n : shape_) {
+      if (n < 0 || __builtin_mul_overflow(size, static_cast<size_t>(n), &size)) throw std::bad_alloc();
+    }
+    size_ = size;
+    data_.reset(static_cast<T*>(std::calloc(std::max<size_t>(size, 1), sizeof(T))));
+    if (!data_) throw std::bad_alloc();
+    value_ = view(data_.get(), shape_);
+  }
+
+  Tensor(std::vector<int64_t> shape, std::initializer_list<T> values) : Tensor(std::move(shape)) {
+    std::copy(values.begin(), values.end(), data_.get());
+  }
+
+  /// onnxruntime's view of an array that somebody else keeps.
+  static Ort::Value view(const T* data, const std::vector<int64_t>& shape) {
+    static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    const int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(data), static_cast<size_t>(size), shape.data(),
+                                       shape.size());
+  }
+
+  T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+  size_t bytes() const { return size_ * sizeof(T); }
+  const std::vector<int64_t>& shape() const { return shape_; }
+  const Ort::Value& value() const { return value_; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::vector<int64_t> shape_;
+  size_t size_ = 0;
+  std::unique_ptr<T, Free> data_;
+  Ort::Value value_{nullptr};
+};
+
+/// A loaded graph.
+class Subgraph {
+ public:
+  /// Throws PackageError where `path` is no usable graph, or its inputs and outputs are not the manifest's.
+  Subgraph(const Ort::Env& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
+    Ort::SessionOptions options;
+    options.DisablePerSessionThreads();
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    try {
+      session_ = Ort::Session(environment, path.c_str(), options);
+    } catch (const Ort::Exception& err) {
+      const std::string what = err.what();
+      throw PackageError(path.string() + ": onnxruntime cannot load it (" + what.substr(0, what.find('\n')) + ")");
+    }
+    Ort::AllocatorWithDefaultOptions allocator;
+    for (size_t i = 0; i < session_.GetInputCount(); ++i) {
+      inputs_.emplace_back(session_.GetInputNameAllocated(i, allocator).get());
+    }
+    for (size_t i = 0; i < session_.GetOutputCount(); ++i) {
+      outputs_.emplace_back(session_.GetOutputNameAllocated(i, allocator).get());
+    }
+    if (inputs_ != names(spec.inputs) || outputs_ != names(spec.outputs)) {
+      throw PackageError(path.string() + ": its inputs or outputs are not those of the manifest; export it again");
+    }
+  }
+
+  /// Run a graph of one input; outputs in the graph's order.
+  std::vector<Ort::Value> run(const Ort::Value& input) const {
+    if (inputs_.size() != 1) throw PackageError(path_.string() + ": expected one input");
+    std::vector<const char*> outputs;
+    for (const auto& name : outputs_) outputs.push_back(name.c_str());
+    const char* name = inputs_[0].c_str();
+    return session_.Run(Ort::RunOptions{nullptr}, &name, &input, 1, outputs.data(), outputs.size());
+  }
+
+  Ort::Session& session() const { return session_; }
+  const fs::path& path() const { return path_; }
+
+ private:
+  static std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
+    std::vector<std::string> all;
+    for (const TensorSpec& spec : specs) all.push_back(spec.name);
+    return all;
+  }
+
+  fs::path path_;
+  mutable Ort::Session session_{nullptr};  // Run is thread-safe, and not const only in name
+  std::vector<std::string> inputs_, outputs_;
+};
+
+/// The floats of a graph's output, which must have this many values.
+inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || info.GetElementCount() != static_cast<size_t>(count)) {
+    throw PackageError(graph.path().string() + ": its output has not the size or type that the manifest implies");
+  }
+  return value.GetTensorData<float>();
+}
+
+/// A graph bound to fixed buffers. Running it looks nothing up and copies nothing.
+class Call {
+ public:
+  using Bound = std::vector<std::pair<std::string, const Ort::Value*>>;
+
+  Call(const Subgraph& graph, const Bound& inputs, const Bound& outputs)
+      : session_(graph.session()), binding_(session_) {
+    for (const auto& [name, value] : inputs) binding_.BindInput(name.c_str(), *value);
+    for (const auto& [name, value] : outputs) binding_.BindOutput(name.c_str(), *value);
+  }
+
+  /// Run; results are in the output buffers.
+  void operator()() { session_.Run(Ort::RunOptions{nullptr}, binding_); }
+
+ private:
+  Ort::Session& session_;
+  Ort::IoBinding binding_;
+};
+
+/// Keys and values of earlier tokens in one decoder half, for one request: one buffer per layer, bound as past and as
+/// present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
+class KVCache {
+ public:
+  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each.
+  KVCache(const GraphSpec& graph, const Dims& dims, int64_t capacity) {
+    const auto [first, last] = graph.layers.value();
+    for (int64_t layer = first; layer < last; ++layer) {
+      for (const char* kind : {"key", "value"}) {
+        buffers_.push_back(std::make_unique<Tensor<float>>(
+            std::vector<int64_t>{1, dims.num_key_value_heads, capacity, dims.head_dim}));
+        const std::string suffix = std::to_string(layer) + "." + kind;
+        past.emplace_back("past_key_values." + suffix, &buffers_.back()->value());
+        present.emplace_back("present." + suffix, &buffers_.back()->value());
+        bytes += static_cast<int64_t>(buffers_.back()->bytes());
+      }
+    }
+  }
+
+  Call::Bound past, present;
+  int64_t bytes = 0;
+
+ private:
+  std::vector<std::unique_ptr<Tensor<float>>> buffers_;
+};
+
+}  // namespace autosteer

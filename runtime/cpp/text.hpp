@@ -1,0 +1,187 @@
+// From a dialogue to token ids and image slots, and from token ids back to text: the C++ side of runtime/text.py.
+//
+// The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the template;
+// in what a user wrote they are plain text, so nobody can forge a turn or an image by typing <|im_end|> or <image>.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "errors.hpp"
+#include "image.hpp"
+#include "manifest.hpp"
+#include "tokenizer.hpp"
+
+namespace autosteer {
+
+/// A part of a turn: a text, or an image (a file or pixels).
+using Part = std::variant<std::string, ImageLike>;
+
+/// One turn of a dialogue.
+struct Message {
+  std::string role;  ///< system, user or assistant
+  std::vector<Part> parts;
+
+  /// Images, then a text: what most people send.
+  static Message user(std::string text, std::vector<ImageLike> images = {}) {
+    Message message{"user", {}};
+    for (ImageLike& image : images) message.parts.emplace_back(std::move(image));
+    message.parts.emplace_back(std::move(text));
+    return message;
+  }
+
+  static Message assistant(std::string text) { return {"assistant", {std::move(text)}}; }
+};
+
+/// Token ids, or the place of an image's rows.
+struct Run {
+  bool image = false;
+  std::vector<int64_t> ids;
+};
+
+/// `text` without the white space around it: Python's str.strip.
+inline std::string_view strip(std::string_view text) {
+  const auto space_at = [&](size_t at) -> size_t {  // length of the white-space character there, or 0
+    utf8proc_int32_t c = 0;
+    const auto length = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
+                                         static_cast<utf8proc_ssize_t>(text.size() - at), &c);
+    const bool space = (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+                       (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+                       c == 0x3000;
+    return length > 0 && space ? static_cast<size_t>(length) : 0;
+  };
+  size_t first = 0;
+  while (first < text.size() && space_at(first)) first += space_at(first);
+  text.remove_prefix(first);
+  while (!text.empty()) {
+    size_t at = text.size() - 1;
+    while (at > 0 && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) --at;
+    if (!space_at(at)) break;
+    text.remove_suffix(text.size() - at);
+  }
+  return text;
+}
+
+/// Token ids of a dialogue, with an image run where each image goes. Literal and user text that touch are tokenised
+/// together, as the template's own rendering would be.
+/// Throws InputError for an empty dialogue, an unknown role, or text that is not valid Unicode.
+inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec,
+                               const Tokenizer& tokenizer) {
+  if (messages.empty()) throw InputError("the dialogue is empty");
+  std::vector<Run> runs;
+  std::string text;  // literal and user text since the last token or image
+  const auto add_ids = [&](const std::vector<int64_t>& ids) {
+    if (runs.empty() || runs.back().image) runs.emplace_back();
+    runs.back().ids.insert(runs.back().ids.end(), ids.begin(), ids.end());
+  };
+  const auto end_text = [&] {
+    if (!text.empty()) add_ids(tokenizer.encode(text));
+    text.clear();
+  };
+  const auto add_pieces = [&](const std::vector<Piece>& pieces, std::string_view filling = {}) {
+    for (const Piece& piece : pieces) {
+      if (piece.kind == "literal") {
+        text += piece.text;
+      } else if (piece.kind == "text") {
+        text += filling;
+      } else {
+        end_text();
+        if (piece.kind == "token") {
+          add_ids({piece.id});
+        } else {
+          runs.push_back({true, {}});
+        }
+      }
+    }
+  };
+
+  if (messages[0].role != "system") add_pieces(spec.begin);
+  for (const Message& message : messages) {
+    const TurnSpec* turn = message.role == "user"                     ? &spec.user
+                           : message.role == "assistant"              ? &spec.assistant
+                           : message.role == "system" && spec.system  ? &*spec.system
+                                                                      : nullptr;
+    if (!turn) throw InputError("this model's prompts have no '" + message.role + "' turn");
+    std::vector<const Part*> parts;
+    for (const Part& part : message.parts) parts.push_back(&part);
+    if (spec.images_first) {
+      std::stable_partition(parts.begin(), parts.end(),
+                            [](const Part* part) { return std::holds_alternative<ImageLike>(*part); });
+    }
+    add_pieces(turn->prefix);
+    for (const Part* part : parts) {
+      if (const auto* words = std::get_if<std::string>(part)) {
+        add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));
+      } else {
+        add_pieces(turn->image);
+      }
+    }
+    add_pieces(turn->suffix);
+  }
+  add_pieces(spec.generation);
+  end_text();
+  return runs;
+}
+
+/// Streams text out of token ids: whole characters only, and nothing of a stop string.
+class Detokeniser {
+ public:
+  Detokeniser(const Tokenizer& tokenizer, std::vector<std::string> stop)
+      : tokenizer_(tokenizer), stop_(std::move(stop)) {}
+
+  bool stopped = false;  ///< a stop string is complete
+
+  /// The text that `token` completes.
+  std::string push(int64_t token) {
+    held_ += characters(token);
+    size_t found = std::string::npos;
+    for (const std::string& stop : stop_) found = std::min(found, held_.find(stop));
+    if (found != std::string::npos) {
+      stopped = true;
+      std::string text = held_.substr(0, found);
+      held_.clear();
+      return text;
+    }
+    size_t keep = 0;
+    for (const std::string& stop : stop_) keep = std::max(keep, overlap(held_, stop));
+    std::string text = held_.substr(0, held_.size() - keep);
+    held_.erase(0, text.size());
+    return text;
+  }
+
+  /// What was held back, when the answer ends without its stop string.
+  std::string flush() { return std::exchange(held_, {}); }
+
+ private:
+  /// What may be shown now of the bytes so far: nothing while they end within a character.
+  std::string characters(int64_t token) {
+    bytes_ += tokenizer_.bytes(token);
+    std::string text = unicode::lossy(bytes_);
+    constexpr std::string_view replacement = "\xEF\xBF\xBD";
+    const bool incomplete = text.size() >= replacement.size() &&
+                            text.compare(text.size() - replacement.size(), replacement.size(), replacement) == 0;
+    if (incomplete) return "";
+    bytes_.clear();
+    return text;
+  }
+
+  /// Length of the longest end of `text` that begins `stop`.
+  static size_t overlap(std::string_view text, std::string_view stop) {
+    for (size_t n = std::min(text.size(), stop.size() - 1); n > 0; --n) {
+      if (text.substr(text.size() - n) == stop.substr(0, n)) return n;
+    }
+    return 0;
+  }
+
+  const Tokenizer& tokenizer_;
+  std::vector<std::string> stop_;
+  std::string bytes_;  // of a character that is not complete
+  std::string held_;   // text that may yet turn out to begin a stop string
+};
+
+}  // namespace autosteer

@@ -1,0 +1,491 @@
+// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), and nothing else.
+//
+//     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
+//
+// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). Whatever the file asks for that
+// is not here is a PackageError that names it: a tokenizer that is half understood gives wrong ids, silently.
+//
+// Regular expressions run in Oniguruma and not in another library, because tokenizer.json is written in its dialect and
+// Python's tokenizers runs them in it as well. docs/embedding.md says why the tokenizer is our own.
+#pragma once
+
+#include <oniguruma.h>
+#include <utf8proc.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <queue>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "errors.hpp"
+
+namespace autosteer {
+
+/// A range of bytes of a text: first, one past the last.
+using Span = std::pair<size_t, size_t>;
+
+namespace unicode {
+
+/// Length of the UTF-8 character that begins at `at`, or 0 where none does.
+inline size_t character(std::string_view text, size_t at) {
+  utf8proc_int32_t codepoint = 0;
+  const auto length = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
+                                       static_cast<utf8proc_ssize_t>(text.size() - at), &codepoint);
+  return length > 0 ? static_cast<size_t>(length) : 0;
+}
+
+inline bool is_valid(std::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const size_t length = character(text, at);
+    if (length == 0) return false;
+    at += length;
+  }
+  return true;
+}
+
+/// Canonical composition (NFC) of a valid text.
+inline std::string nfc(std::string_view text) {
+  utf8proc_uint8_t* composed = nullptr;
+  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
+                                   static_cast<utf8proc_ssize_t>(text.size()), &composed,
+                                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(composed, std::free);
+  if (length < 0) throw InputError(std::string("the prompt cannot be normalised (") + utf8proc_errmsg(length) + ")");
+  return {reinterpret_cast<const char*>(composed), static_cast<size_t>(length)};
+}
+
+/// Bytes as text, ill-formed ones as U+FFFD: Rust's String::from_utf8_lossy, one mark for each maximal wrong piece.
+inline std::string lossy(std::string_view bytes) {
+  std::string out;
+  const auto byte = [&](size_t i) { return static_cast<unsigned char>(bytes[i]); };
+  for (size_t at = 0; at < bytes.size();) {
+    if (const size_t length = character(bytes, at)) {
+      out += bytes.substr(at, length);
+      at += length;
+      continue;
+    }
+    const unsigned char lead = byte(at);
+    size_t bad = 1;  // how many bytes began a character that did not come to its end
+    const size_t wanted = lead >= 0xF0 && lead <= 0xF4 ? 4 : lead >= 0xE0 && lead <= 0xEF ? 3 : lead >= 0xC2 ? 2 : 1;
+    unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    while (lead <= 0xF4 && bad < wanted && at + bad < bytes.size() && byte(at + bad) >= low && byte(at + bad) <= high) {
+      ++bad;
+      low = 0x80;
+      high = 0xBF;
+    }
+    out += "\xEF\xBF\xBD";
+    at += bad;
+  }
+  return out;
+}
+
+}  // namespace unicode
+
+/// A regular expression of Oniguruma over UTF-8.
+class Regex {
+ public:
+  explicit Regex(const std::string& pattern) {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      OnigEncoding encodings[] = {ONIG_ENCODING_UTF8};
+      onig_initialize(encodings, 1);
+    });
+    const auto* begin = reinterpret_cast<const OnigUChar*>(pattern.data());
+    OnigErrorInfo info;
+    regex_t* regex = nullptr;
+    const int status =
+        onig_new(&regex, begin, begin + pattern.size(), ONIG_OPTION_NONE, ONIG_ENCODING_UTF8, ONIG_SYNTAX_DEFAULT, &info);
+    regex_.reset(regex);
+    if (status != ONIG_NORMAL) throw PackageError("pattern '" + pattern + "' is not a regular expression");
+  }
+
+  /// The first match in `text` at or after `from`, if there is one.
+  std::optional<Span> find(std::string_view text, size_t from) const {
+    const std::unique_ptr<OnigRegion, void (*)(OnigRegion*)> region(onig_region_new(),
+                                                                   [](OnigRegion* r) { onig_region_free(r, 1); });
+    const auto* begin = reinterpret_cast<const OnigUChar*>(text.data());
+    const auto* end = begin + text.size();
+    const auto at = onig_search(regex_.get(), begin, end, begin + from, end, region.get(), ONIG_OPTION_NONE);
+    if (at == ONIG_MISMATCH) return std::nullopt;
+    if (at < 0) throw InputError("the prompt is too much for the tokenizer's regular expression");
+    return Span{static_cast<size_t>(region->beg[0]), static_cast<size_t>(region->end[0])};
+  }
+
+ private:
+  struct Free {
+    void operator()(regex_t* regex) const { onig_free(regex); }
+  };
+  std::unique_ptr<regex_t, Free> regex_;
+};
+
+class Tokenizer {
+ public:
+  /// Read tokenizer.json. Throws PackageError where it is damaged or not byte-level BPE.
+  explicit Tokenizer(const std::filesystem::path& path) {
+    try {
+      std::ifstream file(path, std::ios::binary);
+      load(nlohmann::json::parse(file));
+    } catch (const PackageError& err) {
+      throw PackageError(path.string() + ": " + err.what());
+    } catch (const nlohmann::json::exception& err) {
+      throw PackageError(path.string() + ": not a tokenizer (" + err.what() + ")");
+    }
+  }
+
+  /// Token ids of `text`, without any the model adds by itself; special tokens in it are plain text.
+  /// Throws InputError where it is not valid UTF-8.
+  std::vector<int64_t> encode(std::string_view text) const {
+    if (!unicode::is_valid(text)) throw InputError("the prompt is not valid Unicode text");
+    std::vector<int64_t> ids;
+    for_each_part(text, added_, ids, [&](std::string_view part) {
+      const std::string normal = nfc_ ? unicode::nfc(part) : std::string(part);
+      for_each_part(normal, added_normalised_, ids, [&](std::string_view plain) { encode_plain(plain, ids); });
+    });
+    return ids;
+  }
+
+  /// The bytes that `id` stands for: none for special tokens and for ids that the tokenizer does not know.
+  const std::string& bytes(int64_t id) const {
+    static const std::string none;
+    return id >= 0 && static_cast<size_t>(id) < bytes_.size() ? bytes_[static_cast<size_t>(id)] : none;
+  }
+
+ private:
+  using Json = nlohmann::json;
+
+  struct AddedToken {
+    std::string content;
+    int64_t id;
+    bool special;
+  };
+
+  /// How one step of the pre-tokeniser cuts a text.
+  struct Split {
+    std::optional<Regex> regex;  ///< absent: `literal`
+    std::string literal;
+    bool invert = false;             ///< what does not match is the piece
+    bool remove = false;             ///< matches (or, inverted, the rest) are dropped
+    bool add_prefix_space = false;   ///< ByteLevel
+    bool cut = true;                 ///< ByteLevel without use_regex cuts nothing
+  };
+
+  struct Merge {
+    int64_t rank, id;
+  };
+
+  // --- reading the file ---------------------------------------------------------------------------------------------
+
+  [[noreturn]] static void unknown(const std::string& what, const Json& value) {
+    throw PackageError(what + " " + value.dump().substr(0, 80) + " is not supported by the C++ tokenizer");
+  }
+
+  void load(const Json& data) {
+    load_model(data.at("model"));
+    for (const Json& token : data.at("added_tokens")) load_added_token(token);
+    if (!data.at("normalizer").is_null()) load_normalizer(data["normalizer"]);
+    load_pre_tokenizer(data.at("pre_tokenizer"));
+    if (!data.at("decoder").is_object() || data["decoder"].at("type") != "ByteLevel") {
+      unknown("decoder", data["decoder"]);
+    }
+  }
+
+  void load_model(const Json& model) {
+    if (model.at("type") != "BPE") unknown("model", model.at("type"));
+    for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+      if (model.contains(key) && !model[key].is_null() && model[key] != "") unknown(key, model[key]);
+    }
+    for (const char* key : {"fuse_unk", "byte_fallback"}) {
+      if (model.value(key, false)) unknown(key, model[key]);
+    }
+    ignore_merges_ = model.value("ignore_merges", false);
+    const Json& vocab = model.at("vocab");
+    vocab_.reserve(vocab.size());
+    for (const auto& item : vocab.items()) {
+      const auto id = item.value().get<int64_t>();
+      if (id < 0 || id > 1 << 24) unknown("token id", item.value());
+      vocab_.emplace(item.key(), id);
+      set_bytes(id, byte_level_decode(item.key()));
+    }
+    const auto id_of = [&](const std::string& token) {
+      const auto found = vocab_.find(token);
+      if (found == vocab_.end()) throw PackageError("merge of '" + token + "', which is not in the vocabulary");
+      return found->second;
+    };
+    const Json& merges = model.at("merges");
+    merges_.reserve(merges.size());
+    for (size_t rank = 0; rank < merges.size(); ++rank) {
+      const auto [left, right] = merge_parts(merges[rank]);
+      merges_[pair_key(id_of(left), id_of(right))] = {static_cast<int64_t>(rank), id_of(left + right)};
+    }
+    for (size_t byte = 0; byte < 256; ++byte) {
+      const auto found = vocab_.find(byte_alphabet()[byte]);
+      byte_ids_[byte] = found == vocab_.end() ? -1 : found->second;
+    }
+    if (!ignore_merges_) vocab_ = {};
+  }
+
+  /// ["a", "b"], or in older files "a b".
+  static std::pair<std::string, std::string> merge_parts(const Json& merge) {
+    if (merge.is_array() && merge.size() == 2) return {merge[0].get<std::string>(), merge[1].get<std::string>()};
+    const auto text = merge.get<std::string>();
+    const size_t space = text.find(' ');
+    if (space == std::string::npos) unknown("merge", merge);
+    return {text.substr(0, space), text.substr(space + 1)};
+  }
+
+  void load_added_token(const Json& token) {
+    AddedToken added{token.at("content"), token.at("id"), token.at("special")};
+    if (added.content.empty() || added.id < 0 || added.id > 1 << 24) unknown("added token", token);
+    if (!added.special && (token.at("single_word") || token.at("lstrip") || token.at("rstrip"))) {
+      unknown("added token", token);
+    }
+    set_bytes(added.id, added.special ? "" : byte_level_decode(added.content));
+    (token.at("normalized").get<bool>() ? added_normalised_ : added_).push_back(std::move(added));
+  }
+
+  void load_normalizer(const Json& normalizer) {
+    if (normalizer.at("type") == "Sequence") {
+      for (const Json& part : normalizer.at("normalizers")) load_normalizer(part);
+    } else if (normalizer["type"] == "NFC") {
+      nfc_ = true;
+    } else {
+      unknown("normalizer", normalizer);
+    }
+  }
+
+  void load_pre_tokenizer(const Json& step) {
+    const std::string type = step.is_object() ? step.at("type").get<std::string>() : "null";
+    if (byte_level_) unknown("pre_tokenizer after ByteLevel", step);
+    if (type == "Sequence") {
+      for (const Json& part : step.at("pretokenizers")) load_pre_tokenizer(part);
+      if (!byte_level_) unknown("pre_tokenizer without ByteLevel", step);
+    } else if (type == "Split") {
+      splits_.push_back(load_split(step));
+    } else if (type == "Digits") {
+      Split split;
+      split.regex.emplace(step.at("individual_digits").get<bool>() ? "\\p{N}" : "\\p{N}+");
+      splits_.push_back(std::move(split));
+    } else if (type == "ByteLevel") {
+      byte_level_ = true;
+      Split split;
+      split.add_prefix_space = step.at("add_prefix_space").get<bool>();
+      split.cut = step.value("use_regex", true);
+      split.regex.emplace("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
+      splits_.push_back(std::move(split));
+    } else {
+      unknown("pre_tokenizer", step);
+    }
+    if (splits_.empty()) unknown("pre_tokenizer", step);
+  }
+
+  static Split load_split(const Json& step) {
+    Split split;
+    split.invert = step.at("invert").get<bool>();
+    split.remove = step.at("behavior") == "Removed";
+    if (!split.remove && step["behavior"] != "Isolated") unknown("behavior", step["behavior"]);
+    const Json& pattern = step.at("pattern");
+    if (pattern.contains("Regex")) {
+      split.regex.emplace(pattern["Regex"].get<std::string>());
+    } else {
+      split.literal = pattern.at("String").get<std::string>();
+      if (split.literal.empty()) unknown("pattern", pattern);
+    }
+    return split;
+  }
+
+  void set_bytes(int64_t id, std::string bytes) {
+    if (static_cast<size_t>(id) >= bytes_.size()) bytes_.resize(static_cast<size_t>(id) + 1);
+    bytes_[static_cast<size_t>(id)] = std::move(bytes);
+  }
+
+  // --- bytes as printable characters: GPT-2's alphabet ----------------------------------------------------------------
+
+  static std::string utf8(uint32_t codepoint) {
+    std::array<utf8proc_uint8_t, 4> out{};
+    const auto length = utf8proc_encode_char(static_cast<utf8proc_int32_t>(codepoint), out.data());
+    return {reinterpret_cast<const char*>(out.data()), static_cast<size_t>(length)};
+  }
+
+  /// The character that stands for each byte in the vocabulary: itself where it is printable, else one from 256 up.
+  static const std::array<std::string, 256>& byte_alphabet() {
+    static const auto alphabet = [] {
+      std::array<std::string, 256> characters;
+      uint32_t next = 256;
+      for (uint32_t byte = 0; byte < 256; ++byte) {
+        const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+        characters[byte] = utf8(printable ? byte : next++);
+      }
+      return characters;
+    }();
+    return alphabet;
+  }
+
+  /// The bytes of a vocabulary entry; an entry with a character outside the alphabet stands for itself.
+  static std::string byte_level_decode(const std::string& token) {
+    static const auto bytes = [] {
+      std::unordered_map<std::string_view, char> map;
+      for (size_t byte = 0; byte < 256; ++byte) map.emplace(byte_alphabet()[byte], static_cast<char>(byte));
+      return map;
+    }();
+    std::string out;
+    for (size_t at = 0; at < token.size();) {
+      const size_t length = unicode::character(token, at);
+      const auto found = bytes.find(std::string_view(token).substr(at, length));
+      if (length == 0 || found == bytes.end()) return token;
+      out += found->second;
+      at += length;
+    }
+    return out;
+  }
+
+  // --- text to ids ----------------------------------------------------------------------------------------------------
+
+  /// Cut the added tokens out of `text` (the leftmost, of those the longest): their ids go into `ids`, the text between
+  /// them to `rest`. Special ones are found, so that nothing else is found inside them, and left in the text.
+  template <class Rest>
+  static void for_each_part(std::string_view text, const std::vector<AddedToken>& tokens, std::vector<int64_t>& ids,
+                            const Rest& rest) {
+    size_t start = 0;
+    for (size_t at = 0; at < text.size();) {
+      const AddedToken* longest = nullptr;
+      for (const AddedToken& token : tokens) {
+        if (text.compare(at, token.content.size(), token.content) == 0 &&
+            (!longest || token.content.size() > longest->content.size())) {
+          longest = &token;
+        }
+      }
+      if (longest && !longest->special) {
+        if (start < at) rest(text.substr(start, at - start));
+        ids.push_back(longest->id);
+        start = at + longest->content.size();
+      }
+      at += longest ? longest->content.size() : 1;
+    }
+    if (start < text.size()) rest(text.substr(start));
+  }
+
+  void encode_plain(std::string_view text, std::vector<int64_t>& ids) const {
+    std::vector<std::string> words = {std::string(text)};
+    for (const Split& split : splits_) {
+      std::vector<std::string> pieces;
+      for (std::string& word : words) {
+        if (split.add_prefix_space && word.front() != ' ') word.insert(word.begin(), ' ');
+        for (const auto& [first, last] : cut(word, split)) pieces.push_back(word.substr(first, last - first));
+      }
+      words = std::move(pieces);
+    }
+    for (const std::string& word : words) merge(word, ids);
+  }
+
+  /// The pieces of `word`, none of them empty.
+  static std::vector<Span> cut(std::string_view word, const Split& split) {
+    std::vector<Span> pieces;
+    const auto add = [&](Span piece, bool matches) {
+      const bool dropped = split.remove && matches != split.invert;
+      if (piece.first < piece.second && !dropped) pieces.push_back(piece);
+    };
+    size_t done = 0;
+    for (size_t from = 0; split.cut && from <= word.size();) {
+      std::optional<Span> match;
+      if (split.regex) {
+        match = split.regex->find(word, from);
+      } else if (const size_t at = word.find(split.literal, from); at != std::string_view::npos) {
+        match = Span{at, at + split.literal.size()};
+      }
+      if (!match) break;
+      add({done, match->first}, false);
+      add(*match, true);
+      done = match->second;
+      from = match->second > match->first ? match->second : match->second + 1;
+      while (from < word.size() && (static_cast<unsigned char>(word[from]) & 0xC0) == 0x80) ++from;
+    }
+    add({done, word.size()}, false);
+    return pieces;
+  }
+
+  static uint64_t pair_key(int64_t left, int64_t right) {
+    return static_cast<uint64_t>(left) << 32 | static_cast<uint64_t>(right);
+  }
+
+  /// Byte-pair encoding of one word: again and again the pair that was merged first in training, the leftmost of
+  /// several. A heap, so that a word of a million letters costs n log n (tokenizers: Word::merge_all).
+  void merge(const std::string& word, std::vector<int64_t>& ids) const {
+    if (ignore_merges_) {
+      std::string token;
+      for (const char byte : word) token += byte_alphabet()[static_cast<unsigned char>(byte)];
+      if (const auto found = vocab_.find(token); found != vocab_.end()) return ids.push_back(found->second);
+    }
+    struct Symbol {
+      int64_t id;
+      int64_t previous, next;  // neighbours that are left, -1: none
+    };
+    std::vector<Symbol> symbols;
+    for (const char byte : word) {
+      const int64_t id = byte_ids_[static_cast<unsigned char>(byte)];
+      if (id < 0) continue;  // a vocabulary without this byte and without an unknown token drops it
+      const auto at = static_cast<int64_t>(symbols.size());
+      symbols.push_back({id, at - 1, at + 1});
+    }
+    if (symbols.empty()) return;
+    symbols.back().next = -1;
+
+    struct Candidate {
+      int64_t rank, at, id;
+      bool operator<(const Candidate& other) const { return std::tie(rank, at) > std::tie(other.rank, other.at); }
+    };
+    std::priority_queue<Candidate> queue;
+    const auto merge_at = [&](int64_t at) -> const Merge* {
+      const int64_t next = at < 0 ? -1 : symbols[static_cast<size_t>(at)].next;
+      if (next < 0) return nullptr;
+      const auto found =
+          merges_.find(pair_key(symbols[static_cast<size_t>(at)].id, symbols[static_cast<size_t>(next)].id));
+      return found == merges_.end() ? nullptr : &found->second;
+    };
+    const auto consider = [&](int64_t at) {
+      if (const Merge* merge = merge_at(at)) queue.push({merge->rank, at, merge->id});
+    };
+    for (size_t at = 0; at < symbols.size(); ++at) consider(static_cast<int64_t>(at));
+    while (!queue.empty()) {
+      const Candidate top = queue.top();
+      queue.pop();
+      Symbol& left = symbols[static_cast<size_t>(top.at)];
+      const Merge* merge = left.id < 0 ? nullptr : merge_at(top.at);
+      if (!merge || merge->id != top.id) continue;  // one of the two has been merged into something else since
+      Symbol& right = symbols[static_cast<size_t>(left.next)];
+      left.id = top.id;
+      left.next = right.next;
+      right.id = -1;
+      right.next = -1;
+      if (left.next >= 0) symbols[static_cast<size_t>(left.next)].previous = top.at;
+      consider(left.previous);
+      consider(top.at);
+    }
+    for (int64_t at = 0; at >= 0; at = symbols[static_cast<size_t>(at)].next) {
+      ids.push_back(symbols[static_cast<size_t>(at)].id);
+    }
+  }
+
+  std::unordered_map<std::string, int64_t> vocab_;  // kept only where ignore_merges needs it
+  std::unordered_map<uint64_t, Merge> merges_;
+  std::array<int64_t, 256> byte_ids_{};
+  std::vector<std::string> bytes_;  // by id
+  std::vector<AddedToken> added_, added_normalised_;
+  std::vector<Split> splits_;
+  bool nfc_ = false, ignore_merges_ = false, byte_level_ = false;
+};
+
+}  // namespace autosteer
