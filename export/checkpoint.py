@@ -172,6 +172,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         return TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
     processor = AutoProcessor.from_pretrained(checkpoint.folder)
     processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+    processor.chat_template = processor.chat_template or checkpoint.family.chat_template
     return processor
 
 

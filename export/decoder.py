@@ -1,12 +1,13 @@
 """The decoder as ONNX graphs: one decoder layer for every family, driven by the checkpoint's facts.
 
-    embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D) decoder_lower   inputs_embeds (1, S,
-    D), caches -> hidden_states (1, S, D)       layers 0..k-1; HF's hidden_states[k] decoder_upper   hidden_states (1,
-    S, D), caches -> last_hidden_state (1, 1, D)   layers k..N-1, last row, final norm lm_head
-    last_hidden_state (1, 1, D)     -> logits (1, 1, V)
+    embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D)
+    decoder_lower   inputs_embeds (1, S, D), caches -> hidden_states (1, S, D)      layers 0..k-1; HF's hidden_states[k]
+    decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, 1, D)  layers k..N-1, last row, final norm
+    lm_head         last_hidden_state (1, 1, D)     -> logits (1, 1, V)
 
-Pre-norm layer, RMS norms, packed query/key/value, rotary inside GroupQueryAttention, gated SiLU. HF:
-Qwen2DecoderLayer, LlamaDecoderLayer.
+The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
+GroupQueryAttention; a LayerNorm per query and key head, where the checkpoint has one; gated SiLU. HF:
+Qwen2DecoderLayer, LlamaDecoderLayer, ChameleonDecoderLayer, ChameleonSwinDecoderLayer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from autosteer.runtime.errors import UnsupportedModelError
 from .checkpoint import Checkpoint
 from .graph import FLOAT32, MICROSOFT, GraphWriter
 from .quantize import Blocks
+
+HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
+PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,24 @@ class DecoderFacts:
     context: int
     norm_eps: float
     rope_theta: float
-    qkv_bias: bool
+    biased: frozenset[str]  # those of PROJECTIONS that have a bias; k_proj and v_proj go with q_proj
+    head_norm: bool  # queries and keys go through a LayerNorm per head
+    norm_after: bool  # RMS norms follow attention and MLP (Swin v2), instead of preceding them
+    never_generated: tuple[int, ...]  # token ids whose logits are masked
 
 
 def decoder_facts(checkpoint: Checkpoint, context_length: int | None = None) -> DecoderFacts:
     """Collect the facts; raises UnsupportedModelError for a feature that the layer below does not have."""
     facts, family = checkpoint.facts, checkpoint.family
     rope = facts.rope_parameters
+    layer = f"{family.decoder}.layers.0"
+    head_norm = f"{layer}.self_attn.q_norm.weight"
+    per_head = (facts.num_attention_heads, checkpoint.head_dim)
     unsupported = {
         f"hidden_act {facts.hidden_act!r}": facts.hidden_act != "silu",
         f"rope_type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
         "sliding-window attention": getattr(checkpoint.config.get_text_config(), "use_sliding_window", False),
+        "this kind of q_norm": head_norm in checkpoint and checkpoint.shape(head_norm) != per_head,
     }
     for what, found in unsupported.items():
         if found:
@@ -68,7 +79,10 @@ def decoder_facts(checkpoint: Checkpoint, context_length: int | None = None) -> 
         context=min(facts.context_length, context_length or facts.context_length),
         norm_eps=facts.norm_eps,
         rope_theta=rope["rope_theta"],
-        qkv_bias=family.qkv_bias,
+        biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
+        head_norm=head_norm in checkpoint,
+        norm_after=family.norm_after(checkpoint.config),
+        never_generated=family.never_generated(checkpoint.config),
     )
 
 
@@ -94,11 +108,12 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
     for i in layers:
         past = tuple(g.input(f"past_key_values.{i}.{kind}", FLOAT32, cache_in) for kind in ("key", "value"))
         module = f"{f.module}.layers.{i}"
-        normed, residual = _norm(g, f, f"{module}.input_layernorm", residual, branch)
-        attended, *present = _attention(g, f, f"{module}.self_attn", normed, past, lengths, rotary, blocks)
+        x, residual = _enter(g, f, f"{module}.input_layernorm", residual, branch)
+        attended, *present = _attention(g, f, f"{module}.self_attn", x, past, lengths, rotary, blocks)
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
-        normed, residual = _norm(g, f, f"{module}.post_attention_layernorm", residual, attended)
-        branch = _mlp(g, f, f"{module}.mlp", normed, blocks)
+        branch = _leave(g, f, f"{module}.input_layernorm", attended)
+        x, residual = _enter(g, f, f"{module}.post_attention_layernorm", residual, branch)
+        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, f"{module}.mlp", x, blocks))
     assert branch is not None
     if layers.stop == f.layers:
         last = g.constant("last_row", np.array([-1], np.int64))
@@ -112,17 +127,36 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
 
 
 def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
-    """The projection to the vocabulary."""
+    """The projection to the vocabulary; tokens that are never generated get the lowest logit there is."""
     hidden = g.input("last_hidden_state", FLOAT32, (1, 1, f.hidden))
     logits = g.linear(hidden, f.lm_head.removesuffix(".weight"), shape=(f.vocab, f.hidden), blocks=blocks)
+    if f.never_generated:
+        mask = np.zeros(f.vocab, np.float32)
+        mask[list(f.never_generated)] = np.finfo(np.float32).min
+        logits = g.op("Add", logits, g.shared("never_generated", mask))
     g.output("logits", logits, FLOAT32, (1, 1, f.vocab))
+
+
+def _enter(
+    g: GraphWriter, f: DecoderFacts, norm: str, residual: ir.Value, branch: ir.Value | None
+) -> tuple[ir.Value, ir.Value]:
+    """What attention or MLP sees, and the residual stream so far (residual + branch)."""
+    if not f.norm_after:
+        return _norm(g, f, norm, residual, branch)
+    total = residual if branch is None else g.op("Add", residual, branch)
+    return total, total
+
+
+def _leave(g: GraphWriter, f: DecoderFacts, norm: str, branch: ir.Value) -> ir.Value:
+    """What attention or MLP adds to the residual stream."""
+    return _norm(g, f, norm, branch, None)[0] if f.norm_after else branch
 
 
 def _norm(
     g: GraphWriter, f: DecoderFacts, module: str, residual: ir.Value, branch: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
     """RMS norm of residual + branch; returns (normed, the sum). ORT: (Skip)SimplifiedLayerNormalization."""
-    weight = g.vector(f"{module}.weight", size=f.hidden)
+    weight = g.vector(f"{module}.weight", shape=(f.hidden,))
     if branch is None:
         return g.op(
             "SimplifiedLayerNormalization", residual, weight, axis=-1, epsilon=f.norm_eps, stash_type=1
@@ -148,13 +182,24 @@ def _attention(
     rotary: tuple[ir.Value, ir.Value],
     blocks: Blocks | None,
 ) -> tuple[ir.Value, ...]:
-    """Attention output (1, S, D), present key, present value. ORT: com.microsoft GroupQueryAttention on packed QKV."""
+    """Attention output (1, S, D), present key, present value. ORT: com.microsoft GroupQueryAttention."""
     projections = tuple(f"{module}.{p}_proj" for p in "qkv")
-    width = (f.heads + 2 * f.kv_heads) * f.head_dim
-    qkv = g.linear(x, *projections, shape=(width, f.hidden), bias=f.qkv_bias, blocks=blocks)
+    widths = (f.heads * f.head_dim, f.kv_heads * f.head_dim, f.kv_heads * f.head_dim)
+    qkv = g.linear(x, *projections, shape=(sum(widths), f.hidden), bias="self_attn.q_proj" in f.biased, blocks=blocks)
+    inputs: tuple[ir.Value | None, ...] = (qkv, None, None)  # packed
+    if f.head_norm:
+        query, key, value = g.ops(
+            "Split",
+            *(qkv, g.constant("qkv_widths", np.array(widths, np.int64))),
+            outputs=3,
+            used=(0, 1, 2),
+            axis=-1,
+        )
+        query = _head_norm(g, f, f"{module}.q_norm", query, f.heads)
+        inputs = (query, _head_norm(g, f, f"{module}.k_norm", key, f.kv_heads), value)
     attended, key, value = g.ops(
         "GroupQueryAttention",
-        *(qkv, None, None, *past, *lengths, *rotary),
+        *(*inputs, *past, *lengths, *rotary),
         outputs=3,
         used=(0, 1, 2),
         domain=MICROSOFT,
@@ -163,16 +208,34 @@ def _attention(
         scale=f.head_dim**-0.5,
         do_rotary=1,
     )
-    return g.linear(attended, f"{module}.o_proj", shape=(f.hidden, f.heads * f.head_dim), blocks=blocks), key, value
+    biased = "self_attn.o_proj" in f.biased
+    out = g.linear(attended, f"{module}.o_proj", shape=(f.hidden, widths[0]), bias=biased, blocks=blocks)
+    return out, key, value
+
+
+def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads: int) -> ir.Value:
+    """LayerNorm of each head of x (1, S, H * d) on its own, with its own scale and bias (H, d)."""
+    ones = g.constant("head_ones", np.ones(f.head_dim, np.float32))
+    normed = g.op(
+        "LayerNormalization",
+        *(g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, f.head_dim], np.int64))), ones),
+        axis=-1,
+        epsilon=HEAD_NORM_EPS,
+    )
+    scale, bias = (g.vector(f"{module}.{name}", shape=(heads, f.head_dim)) for name in ("weight", "bias"))
+    moved = g.op("Add", g.op("Mul", normed, scale), bias)
+    return g.op("Reshape", moved, g.constant(f"flat_{heads}", np.array([0, 0, heads * f.head_dim], np.int64)))
 
 
 def _mlp(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, blocks: Blocks | None) -> ir.Value:
     """down(silu(gate(x)) * up(x))"""
-    gate, up = (
-        g.linear(x, f"{module}.{p}_proj", shape=(f.intermediate, f.hidden), blocks=blocks) for p in ("gate", "up")
-    )
+
+    def project(name: str, x: ir.Value, n: int, k: int) -> ir.Value:
+        return g.linear(x, f"{module}.{name}_proj", shape=(n, k), bias=f"mlp.{name}_proj" in f.biased, blocks=blocks)
+
+    gate, up = (project(name, x, f.intermediate, f.hidden) for name in ("gate", "up"))
     activated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-    return g.linear(activated, f"{module}.down_proj", shape=(f.hidden, f.intermediate), blocks=blocks)
+    return project("down", activated, f.hidden, f.intermediate)
 
 
 def _rotary(g: GraphWriter, f: DecoderFacts) -> tuple[ir.Value, ir.Value]:

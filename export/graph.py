@@ -81,9 +81,9 @@ class GraphWriter:
         """A computed array kept in weights.bin, once for all graphs that use it."""
         return self._weight(name, self.store.array(name, array))
 
-    def vector(self, *names: str, size: int) -> ir.Value:
-        """Checkpoint vectors, end to end, in float32."""
-        return self._weight("+".join(names), self.store.matrix(names, FLOAT32, shape=(size,)))
+    def vector(self, *names: str, shape: tuple[int, ...]) -> ir.Value:
+        """Checkpoint vectors (biases, norms), end to end, in float32 whatever matrices are stored as."""
+        return self._weight("+".join(names), self.store.matrix(names, FLOAT32, shape=shape))
 
     def matrix(self, *names: str, shape: tuple[int, int]) -> ir.Value:
         """Checkpoint matrices stacked along their rows, as a float32 value whatever they are stored as."""
@@ -127,7 +127,7 @@ class GraphWriter:
         """
         n, k = shape
         names = [f"{module}.weight" for module in modules]
-        b = self.vector(*(f"{module}.bias" for module in modules), size=n) if bias else None
+        b = self.vector(*(f"{module}.bias" for module in modules), shape=(n,)) if bias else None
         if blocks is None:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
             return y if b is None else self.op("Add", y, b)

@@ -36,7 +36,7 @@ from .checkpoint import Checkpoint, load_processor
 from .graph import FLOAT32, GraphWriter
 from .quantize import RECIPES
 from .safety.artifact import SafetyArtifact
-from .vision import vision_encoder
+from .vision import image_graph
 from .weights import WEIGHTS_FILE, WeightStore
 
 Report = Callable[[str], None]
@@ -87,7 +87,7 @@ def write_package(
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
     report("prompt template")
     processor = load_processor(checkpoint)
-    processor.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    prompt.save_tokenizer(processor, folder)
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
     store = WeightStore(folder, checkpoint)
     graphs = _write_graphs(folder, checkpoint, safety, options.precision, facts, layer, store, report)
@@ -144,9 +144,9 @@ def _write_graphs(
         graphs[name] = writer.save(folder, "fp32" if gate else precision, span)
 
     if checkpoint.family.vision:
-        report("vision_encoder")
-        vision_precision: Precision = "fp16" if recipe.storage == "float16" else "fp32"
-        graphs["vision_encoder"] = vision_encoder(folder, checkpoint, store, recipe.storage, vision_precision)
+        report("images")
+        image = image_graph(folder, checkpoint, store, recipe.storage)
+        graphs[Path(image.file).stem] = image
     lower, upper = range(layer), range(layer, facts.layers)
     write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
     write("decoder_lower", lambda g: decoder.decoder_half(g, facts, lower, recipe.body), lower)

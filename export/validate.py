@@ -37,6 +37,8 @@ VERDICT_BAND = (
     0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this close to the threshold
 )
 
+NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest float32
+
 # Every tolerance, with its reason. Relative: largest difference over the reference's largest value.
 LIMITS = {
     "pixel_values": 1e-6,  # the same Pillow calls, then float32 arithmetic
@@ -66,6 +68,7 @@ class Original:
     """What PyTorch made of a case."""
 
     pixel_values: list[np.ndarray]  # per image (tiles, 3, size, size)
+    image_tokens: list[list[int]] | None  # per image, where images are tokens
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) at the prober's token
     logits: np.ndarray  # (V,) after the prompt
@@ -164,8 +167,10 @@ class Reference:
         inputs = self.inputs(case)
         hidden_states, logits = self.forward(inputs)
         hidden = hidden_states[self.manifest.split_layer][0, self._offset()]
+        pixel_values = inputs.get("pixel_values", torch.empty(0))
         return Original(
-            pixel_values=[p.numpy() for p in inputs.get("pixel_values", [])],
+            pixel_values=[p.numpy().reshape(-1, *p.shape[-3:]) for p in pixel_values],
+            image_tokens=self.image_tokens(pixel_values) if "image_tokenizer" in self.manifest.graphs else None,
             embeds=hidden_states[0][0].numpy(),
             hidden=hidden.numpy(),
             logits=logits.numpy(),
@@ -177,8 +182,13 @@ class Reference:
     @torch.no_grad()
     def forward(self, inputs: dict[str, Any]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(hidden states of every layer, logits (V,) after the prompt)"""
-        out = self.model.model(**inputs, output_hidden_states=True, use_cache=False)
-        return out.hidden_states, self.model.lm_head(out.last_hidden_state[0, -1])
+        out = self.model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        return out.hidden_states, out.logits[0, -1]
+
+    @torch.no_grad()
+    def image_tokens(self, pixel_values: torch.Tensor) -> list[list[int]]:
+        """Token ids of images (n, 3, size, size)."""
+        return self.model.get_image_tokens(pixel_values).tolist() if len(pixel_values) else []
 
     def hidden(self, case: Case) -> np.ndarray:
         """The row the prober reads, (D,)."""
@@ -193,7 +203,7 @@ class Reference:
         x = torch.relu(w["0.weight"] @ hidden + w["0.bias"])
         return float(torch.softmax(w["2.weight"] @ x + w["2.bias"], 0)[0])
 
-    def generate(self, inputs: dict[str, Any], strength: float = 0.0) -> list[int]:
+    def generate(self, inputs: dict[str, Any], strength: float = 0.0, tokens: int = ANSWER_TOKENS) -> list[int]:
         """Greedy tokens; steered as the authors do, by an output embedding E + strength * E W."""
         head, plain = self.model.lm_head, self.model.lm_head.weight
         if strength:
@@ -201,7 +211,7 @@ class Reference:
             steered = plain + strength * plain @ self.safety.steer_matrix
             head.weight = torch.nn.Parameter(steered, requires_grad=False)
         try:
-            out = self.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         finally:
             head.weight = plain
         return list(map(int, out[0, inputs["input_ids"].shape[1] :]))
@@ -244,16 +254,21 @@ def _compare(
         worst[name] = max(worst.get(name, 0.0), value)
 
     for case, original in zip(_each(cases, report, "ONNX Runtime"), originals, strict=True):
-        for pixels, image in zip(original.pixel_values, case.images, strict=True):
+        for i, (pixels, image) in enumerate(zip(original.pixel_values, case.images, strict=True)):
             assert manifest.image is not None
             ours = prepare(open_image(image), manifest.image, alone=len(case.images) == 1)
             note("pixel_values", float(np.abs(ours - pixels[: len(ours)]).max()))
+            if original.image_tokens is not None:
+                differ = np.not_equal(engine.tokenize_image(ours), original.image_tokens[i])
+                note("image tokens that differ", float(differ.sum()))
         prompt = engine.prepare(case.messages, Stats())
         note("inputs_embeds", _relative(prompt.inputs_embeds[0], original.embeds))
         hidden, p_unsafe, logits = _first_step(engine, prompt)
         note("hidden state at the split", _relative(hidden, original.hidden))
-        note("logits", _relative(logits, original.logits))
-        note("chunked prefill", _relative(_first_step(engine, prompt, chunk=7)[2], logits))
+        possible = original.logits > NEVER
+        note("logits", _relative(logits[possible], original.logits[possible]))
+        note("masked logits that differ", float(((logits > NEVER) != possible).sum()))
+        note("chunked prefill", _relative(_first_step(engine, prompt, chunk=7)[2][possible], logits[possible]))
         tokens = engine.generate(case.messages, policy=engine.policy(Mode.OFF), sampling=GREEDY).token_ids
         note("greedy tokens that differ", _differing(tokens, original.tokens))
         if safety is None:
@@ -271,8 +286,8 @@ def _compare(
         )
 
     def check(name: str, value: float) -> Check:
-        always = ("pixel_values", "chunked prefill") if exact else ("pixel_values",)
-        limit = LIMITS.get(name, 0.0) if exact or name in always or name.startswith(("verdicts", "strength")) else None
+        always = name.startswith(("pixel_values", "image tokens", "verdicts", "strength"))
+        limit = LIMITS.get(name, 0.0) if exact or always else None
         return Check(name, value, limit, limit is None or value <= limit)
 
     return [check(name, value) for name, value in worst.items()]

@@ -1,7 +1,9 @@
-"""Image encoders as ONNX graphs: Hugging Face's own modules, traced without weights.
+"""Image graphs: Hugging Face's own modules, traced without weights.
 
-Modules and inputs are fake tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep
-their module paths as names, and their data is then streamed from the checkpoint like any other weight.
+A wrapper cuts what the device needs out of a Hugging Face model: an encoder whose rows go to the decoder
+(vision_encoder), or a tokenizer whose ids go through embed_tokens (image_tokenizer). Modules and inputs are fake
+tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep their module paths as names,
+and their data is then streamed from the checkpoint like any other weight.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -20,12 +24,24 @@ from torch._subclasses import FakeTensorMode
 from autosteer.runtime.manifest import GraphSpec, Precision
 
 from .checkpoint import Checkpoint
-from .graph import OPSET, save_model
+from .graph import FLOAT32, OPSET, save_model
 from .weights import WeightStore
 
 
-class TowerAndProjector(nn.Module):
+class ImageGraph(nn.Module):
+    """What a wrapper says of itself. Its forward takes pixel_values (tiles, 3, image_size, image_size)."""
+
+    name: str  # of the graph
+    outputs: tuple[str, ...]
+    exact: bool  # weights are stored in float32 whatever --precision says
+    image_size: int
+    constants: dict[str, npt.NDArray[Any]]  # buffers that are computed, and in no checkpoint
+
+
+class TowerAndProjector(ImageGraph):
     """SigLIP/CLIP-like tower, one of its hidden states, projector (HF: LlavaOnevisionModel.get_image_features)."""
+
+    name, outputs, exact = "vision_encoder", ("image_features", "image_newline"), False
 
     def __init__(self, hf_model: Any):
         super().__init__()
@@ -33,6 +49,8 @@ class TowerAndProjector(nn.Module):
         layers = self.model.vision_tower.encoder.layers
         index = hf_model.config.vision_feature_layer
         self.depth = index if index >= 0 else len(layers) + 1 + index
+        self.image_size = hf_model.config.vision_config.image_size
+        self.constants = {}
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tiles, 3, size, size) -> image_features (tiles, tokens, D), image_newline (D,)"""
@@ -44,38 +62,40 @@ class TowerAndProjector(nn.Module):
         return self.model.multi_modal_projector(hidden), self.model.image_newline * 1.0
 
 
-WRAPPERS: dict[str, type[nn.Module]] = {"tower_and_projector": TowerAndProjector}
+WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector}
 
 
-def vision_encoder(
-    folder: Any, checkpoint: Checkpoint, store: WeightStore, storage: str, precision: Precision
-) -> GraphSpec:
-    """Trace the family's image encoder and write vision_encoder.onnx."""
+def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, storage: str) -> GraphSpec:
+    """Trace the family's image graph and write <its name>.onnx; `storage` is the numpy dtype of its matrices."""
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     assert checkpoint.family.vision is not None
-    size = checkpoint.config.vision_config.image_size
     with FakeTensorMode(), no_init_weights(), _quiet():
         hf_model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
         program = torch.onnx.export(
             wrapper,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, 3, wrapper.image_size, wrapper.image_size),),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("tiles", min=1, max=1024)},),
             input_names=["pixel_values"],
-            output_names=["image_features", "image_newline"],
+            output_names=list(wrapper.outputs),
             opset_version=OPSET,
             verbose=False,
             optimize=False,  # constant folding would read the fake weights
         )
     model: ir.Model = program.model  # type: ignore[union-attr]
-    model.graph.name = "vision_encoder"
+    model.graph.name = wrapper.name
     for node in model.graph:  # Python source locations: megabytes, and nobody's business
         node.metadata_props.clear()
+    storage = FLOAT32 if wrapper.exact else storage
     for value in list(model.graph.initializers.values()):
-        _attach(model.graph, value, store, storage)
+        if value.name in wrapper.constants:
+            value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
+        else:
+            _attach(model.graph, value, store, storage)
+    precision: Precision = "fp32" if storage == FLOAT32 else "fp16"
     return save_model(model, folder, precision, None)
 
 
@@ -83,10 +103,10 @@ def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str) 
     """Point an initialiser at its streamed weights; matrices stored narrower are cast back in the graph."""
     assert value.name is not None and value.shape is not None
     shape = [int(d) for d in value.shape]
-    dtype = storage if len(shape) >= 2 else "float32"
+    dtype = storage if len(shape) >= 2 else FLOAT32
     tensor = store.matrix([value.name], dtype, shape=shape)
     value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
-    if dtype != "float32":
+    if dtype != FLOAT32:
         cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)

@@ -12,7 +12,9 @@ from typing import Any
 
 from optimum.utils import NormalizedTextConfig
 
-from autosteer.runtime.manifest import ImageSpec
+from autosteer.runtime.manifest import ImageSpec, Resample
+
+RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class Family:
     renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
     decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
     lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
-    qkv_bias: bool
-    vision: str | None  # which wrapper of export/vision.py makes the image graph
-    image_spec: Callable[[Any, Any], ImageSpec] | None  # (config, HF image processor) -> ImageSpec
+    vision: str | None = None  # which wrapper of export/vision.py makes the image graph
+    image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
+    chat_template: str | None = None  # for checkpoints that come without one
+    norm_after: Callable[[Any], bool] = lambda config: (
+        False
+    )  # norms follow attention and MLP, instead of preceding them
+    never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
 
 
 def with_text_config(prefix: str) -> type[NormalizedTextConfig]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from autosteer.runtime.manifest import ImageSpec
+from autosteer.runtime.manifest import AnyresSpec, ImageSpec
 
-from .family import Family, with_text_config
-
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+from .family import RESAMPLE, Family, with_text_config
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -23,13 +21,15 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
     return ImageSpec(
         kind="anyres",
         tile_size=vision.image_size,
-        tokens_per_side=vision.image_size // vision.patch_size,
-        grid_pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints),
-        max_tiles_side=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
         mean=tuple(image_processor.image_mean),
         std=tuple(image_processor.image_std),
         rescale_factor=image_processor.rescale_factor,
-        resample=RESAMPLE[int(image_processor.resample)],  # type: ignore[arg-type]
+        resample=RESAMPLE[int(image_processor.resample)],
+        anyres=AnyresSpec(
+            tokens_per_side=vision.image_size // vision.patch_size,
+            grid_pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints),
+            max_tiles_side=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        ),
     )
 
 
@@ -49,7 +49,6 @@ FAMILY = Family(
     ),
     decoder="model.language_model",
     lm_head="lm_head.weight",
-    qkv_bias=True,
     vision="tower_and_projector",
     image_spec=image_spec,
 )

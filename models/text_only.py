@@ -8,7 +8,7 @@ from __future__ import annotations
 from .family import Family, with_text_config
 
 
-def _family(model_type: str, *, qkv_bias: bool) -> Family:
+def _family(model_type: str) -> Family:
     return Family(
         model_type=model_type,
         aliases={},
@@ -16,11 +16,8 @@ def _family(model_type: str, *, qkv_bias: bool) -> Family:
         renames=(),
         decoder="model",
         lm_head="lm_head.weight",
-        qkv_bias=qkv_bias,
-        vision=None,
-        image_spec=None,
     )
 
 
-LLAMA = _family("llama", qkv_bias=False)
-QWEN2 = _family("qwen2", qkv_bias=True)
+LLAMA = _family("llama")
+QWEN2 = _family("qwen2")

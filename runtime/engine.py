@@ -1,6 +1,6 @@
 """Load a package and answer prompts: THE loop, with the gate inside it.
 
-    images -> vision_encoder -> rows ---+
+    images -> vision_encoder -> rows ---+     or, where images are tokens: image_tokenizer -> ids -> embed_tokens
     text   -> token ids -> embed_tokens +-> decoder_lower -> prober -> decide
                                                                  STOP:  the refusal text, and nothing more runs
                                                                  STEER: strength > 0     PASS: strength = 0
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "refused"]
 Float = npt.NDArray[np.float32]
 PREFILL_CHUNK = 512  # tokens: bounds activations; results do not depend on it
-TILES_PER_RUN = 4  # bounds the vision encoder's activations
+TILES_PER_RUN = 4  # bounds the image graph's activations
 
 
 @dataclass
@@ -244,14 +244,25 @@ class Engine:
         assert spec is not None
         before = time.perf_counter()
         pixel_values = images_.prepare(picture, spec, alone=alone)
-        encoder = self.graphs["vision_encoder"]
-        batches = [pixel_values[i : i + TILES_PER_RUN] for i in range(0, len(pixel_values), TILES_PER_RUN)]
-        outputs = [encoder.run({"pixel_values": batch}) for batch in batches]
-        features, newline = np.concatenate([out[0] for out in outputs]), outputs[0][1]
-        rows = images_.pack(features, newline, (picture.shape[0], picture.shape[1]), spec)
+        if "image_tokenizer" in self.graphs:
+            rows = self.embed(self.tokenize_image(pixel_values))
+        else:
+            outputs = self._encode_tiles("vision_encoder", pixel_values)
+            features, newline = np.concatenate([out[0] for out in outputs]), outputs[0][1]
+            rows = images_.pack(features, newline, (picture.shape[0], picture.shape[1]), spec)
         stats.image_tiles += len(pixel_values)
         stats.vision_ms += _ms_since(before)
         return rows
+    def tokenize_image(self, pixel_values: Float) -> list[int]:
+        """pixel_values (tiles, 3, size, size) of one image -> its token ids, in order."""
+        ids = np.concatenate([out[0] for out in self._encode_tiles("image_tokenizer", pixel_values)])
+        return [int(i) for i in ids.ravel()]
+
+    def _encode_tiles(self, graph: str, pixel_values: Float) -> list[list[npt.NDArray[Any]]]:
+        """Outputs of an image graph, a few tiles at a time."""
+        batches = [pixel_values[i : i + TILES_PER_RUN] for i in range(0, len(pixel_values), TILES_PER_RUN)]
+        return [self.graphs[graph].run({"pixel_values": batch}) for batch in batches]
+
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n,) -> their rows (n, D)."""

@@ -1,19 +1,19 @@
-"""From an image to pixel_values, and from the encoder's features to rows among the tokens. Pure numpy and Pillow.
+"""From an image to pixel_values, and from an encoder's features to rows among the tokens. Pure numpy and Pillow.
 
-One function pair per ImageSpec.kind, found by name in PREPARE and PACK. `anyres` is LLaVA-OneVision's:
+How an image is cut into tiles is found by ImageSpec.kind in CUT. `anyres` is LLaVA-OneVision's:
 
-    one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint,
-    padded) features   ->  base rows, then the grid row by row without its padding, a newline row after each several
-    ->  one square tile each, one newline row after it
+    one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
+    features   ->  base rows, then the grid row by row without its padding, a newline row after each
+    several    ->  one square tile each, one newline row after it
 
-Same arithmetic as Hugging Face's LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features; tested
-against both.
+Same arithmetic as Hugging Face's Pillow image processors and LlavaOnevisionModel.pack_image_features; tested against
+them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .errors import InputError
-from .manifest import ImageSpec
+from .manifest import AnyresSpec, ImageSpec
 
 Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
@@ -57,7 +57,12 @@ def open_image(image: ImageLike) -> Uint8:
 
 
 def _rgb(image: Image.Image) -> Uint8:
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    """Upright, and transparency on white: what somebody looking at the picture sees (HF: convert_to_rgb)."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        layers = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    return np.asarray(upright.convert("RGB"))
 
 
 def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
@@ -65,8 +70,7 @@ def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
 
     `alone`: it is the prompt's only image; several images get one tile each.
     """
-    tiles = _anyres_tiles(image, spec) if alone else [_squeeze(_pad_to_square(image, spec), spec)]
-    scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
+    scaled = (np.stack(CUT[spec.kind](image, spec, alone)).astype(np.float64) * spec.rescale_factor).astype(np.float32)
     normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
@@ -78,11 +82,12 @@ def pack(features: Float, newline: Float, size: tuple[int, int], spec: ImageSpec
     """
     if len(features) == 1:
         return np.concatenate([features[0], newline[None]])
-    side, width = spec.tokens_per_side, features.shape[-1]
-    rows, columns = (n // spec.tile_size for n in best_pinpoint(size, spec.grid_pinpoints))
+    anyres = _anyres(spec)
+    side, width = anyres.tokens_per_side, features.shape[-1]
+    rows, columns = (n // spec.tile_size for n in best_pinpoint(size, anyres.grid_pinpoints))
     grid = features[1:].reshape(rows, columns, side, side, width).transpose(0, 2, 1, 3, 4)
     grid = _unpad(grid.reshape(rows * side, columns * side, width), size)
-    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (spec.max_tiles_side * side**2))
+    ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (anyres.max_tiles_side * side**2))
     if ratio > 1.1:
         grid = _bilinear(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
     newlines = np.broadcast_to(newline, (grid.shape[0], 1, width))
@@ -101,8 +106,10 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -
     return max(pinpoints, key=fit)  # the first of equals, as HF
 
 
-def _anyres_tiles(image: Uint8, spec: ImageSpec) -> list[Uint8]:
-    height, width = best_pinpoint((image.shape[0], image.shape[1]), spec.grid_pinpoints)
+def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
+    if not alone:
+        return [_squeeze(_pad_to_square(image, spec), spec)]
+    height, width = best_pinpoint((image.shape[0], image.shape[1]), _anyres(spec).grid_pinpoints)
     scale_h, scale_w = height / image.shape[0], width / image.shape[1]
     if scale_w < scale_h:
         fitted = (min(math.ceil(image.shape[0] * scale_w), height), width)
@@ -119,6 +126,11 @@ def _anyres_tiles(image: Uint8, spec: ImageSpec) -> list[Uint8]:
 def _pad_to_square(image: Uint8, spec: ImageSpec) -> Uint8:
     height, width = image.shape[:2]
     side = max(height, width)
+def _anyres(spec: ImageSpec) -> AnyresSpec:
+    assert spec.anyres is not None  # Manifest.load saw to it
+    return spec.anyres
+
+
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(mean * 255) for mean in spec.mean]
     top, left = (side - height) // 2, (side - width) // 2
@@ -133,6 +145,9 @@ def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
 def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:
     resample = Image.Resampling[spec.resample.upper()]
     return np.asarray(Image.fromarray(image).resize((width, height), resample))
+CUT: dict[str, Callable[[Uint8, ImageSpec, bool], list[Uint8]]] = {"anyres": _anyres_tiles}
+
+
 
 
 def _unpad(grid: Float, size: tuple[int, int]) -> Float:

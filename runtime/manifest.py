@@ -24,10 +24,11 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "autosteer.json"
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 GATE_GRAPHS = ("prober", "refusal_head")
-IMAGE_GRAPHS = ("vision_encoder",)
+IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Source:
@@ -90,18 +91,29 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """How an RGB image becomes pixel_values and how its features are laid out among the tokens (see image.py)."""
+class AnyresSpec:
+    """How ImageSpec.kind "anyres" cuts one image into tiles and lays their features out among the tokens."""
 
-    kind: Literal["anyres"]
-    tile_size: int  # pixels; the encoder's input is (tiles, 3, tile_size, tile_size)
     tokens_per_side: int  # image_features of one tile: tokens_per_side ** 2 rows
     grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels, in the checkpoint's order
     max_tiles_side: int  # anyres_max_9 -> 9: larger feature grids are shrunk to about this many tiles
     mean: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an RGB image becomes pixel_values (see image.py).
+
+    The package's image graph says what becomes of them: `vision_encoder` makes rows for the decoder, `image_tokenizer`
+    token ids, which go through embed_tokens like any other.
+    """
+
+    kind: Literal["anyres", "centre_crop"]
+    tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
     std: tuple[float, float, float]
     rescale_factor: float
-    resample: Literal["bicubic", "bilinear", "lanczos", "nearest"]
+    resample: Resample
+    anyres: AnyresSpec | None  # where kind is "anyres"
 
 
 @dataclass(frozen=True)
@@ -239,8 +251,7 @@ class Manifest:
                 raise PackageError(f"{path}: {what}")
 
         gate = GATE_GRAPHS if self.guarded else ()
-        image = IMAGE_GRAPHS if self.image else ()
-        for name in (*REQUIRED_GRAPHS, *gate, *image):
+        for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
         need(
             self.guarded == (self.prober is not None) == (self.refusal is not None),
@@ -249,6 +260,13 @@ class Manifest:
         k, n = self.split_layer, self.dims.num_hidden_layers
         need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
         need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
+        image = [name for name in IMAGE_GRAPHS if name in self.graphs]
+        need(
+            len(image) == (1 if self.image else 0),
+            f"'image' comes with one graph of {', '.join(IMAGE_GRAPHS)}; found: {', '.join(image) or 'none'}",
+        )
+        if self.image:
+            need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
         need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
         for file in self.paths():
             pure = PurePosixPath(file)

@@ -1,13 +1,12 @@
 """Tier 4: chat templates are taken apart into pieces that render as Hugging Face does, or are refused."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from autosteer.export.checkpoint import DEMO, load_processor, open_checkpoint
+from autosteer.export.checkpoint import DEMO, TextProcessor, load_processor, open_checkpoint
 from autosteer.export.prompt import generation_length, take_apart
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import Piece
@@ -23,7 +22,9 @@ TRIMMING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] | map(attribute='text') | join('') | trim }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
 )
-NUMBERED_TURNS = "{% for m in messages %}{{ loop.index }}. {{ m['content'] | map(attribute='text') | join('') }}{% endfor %}"
+NUMBERED_TURNS = (
+    "{% for m in messages %}{{ loop.index }}. {{ m['content'] | map(attribute='text') | join('') }}{% endfor %}"
+)
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     "<|im_start|>{{ m['role'] }} {{ m['content'] | map(attribute='text') | join('') }}<|im_end|>{% endfor %}"
@@ -36,10 +37,12 @@ def text_processor(template: str, folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     tokenizer.chat_template = template
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        apply_chat_template=lambda m, **kw: tokenizer.apply_chat_template(m, tokenize=False, **kw),
-    )
+
+    class Processor(TextProcessor):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    return Processor(tokenizer)
 
 
 def test_the_demos_template_becomes_these_pieces(tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ def model() -> Any:
         vision_use_head=False,
     )
     text = Qwen2Config(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, vocab_size=32
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=32,
     )
     torch.manual_seed(0)
     config = LlavaOnevisionConfig(
@@ -87,5 +92,8 @@ def test_a_checkpoint_trained_for_fewer_tiles_shrinks_sooner(model: Any) -> None
     processor = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=PINPOINTS)
     spec = image_spec(model.config, processor)
     features = np.zeros((37, 27 * 27, 4), np.float32)
-    rows = [len(pack(features, np.zeros(4, np.float32), (2304, 2304), replace(spec, max_tiles_side=n))) for n in (36, 9)]
+    rows = []
+    for side in (36, 9):
+        capped = replace(spec, anyres=replace(spec.anyres, max_tiles_side=side))
+        rows.append(len(pack(features, np.zeros(4, np.float32), (2304, 2304), capped)))
     assert rows == [729 + 162 * 163, 729 + 81 * 82]
