@@ -69,7 +69,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
     """Token ids of a dialogue, with IMAGE where each image goes.
 
-    Raises InputError for an empty dialogue, an unknown role, or text that is not valid Unicode.
+    Raises InputError for an empty dialogue, an unknown role, an image in a turn that takes none, or text that is not
+    valid Unicode.
     """
     if not messages:
         raise InputError("the dialogue is empty")
@@ -106,6 +107,10 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
             if isinstance(part, str):
                 text = part.strip() if spec.strip_text else part
                 yield from ((piece, text) for piece in turn.text)
+            elif not isinstance(part, ImagePart):
+                raise InputError(
+                    f"a part of the {message.role!r} turn is neither text nor image: {type(part).__name__}"
+                )
             elif turn.image:
                 yield from ((piece, "") for piece in turn.image)
             else:  # never drop a picture in silence, nor let another turn have it
