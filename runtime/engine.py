@@ -253,6 +253,7 @@ class Engine:
         stats.image_tiles += len(pixel_values)
         stats.vision_ms += _ms_since(before)
         return rows
+
     def tokenize_image(self, pixel_values: Float) -> list[int]:
         """pixel_values (tiles, 3, size, size) of one image -> its token ids, in order."""
         ids = np.concatenate([out[0] for out in self._encode_tiles("image_tokenizer", pixel_values)])
@@ -262,7 +263,6 @@ class Engine:
         """Outputs of an image graph, a few tiles at a time."""
         batches = [pixel_values[i : i + TILES_PER_RUN] for i in range(0, len(pixel_values), TILES_PER_RUN)]
         return [self.graphs[graph].run({"pixel_values": batch}) for batch in batches]
-
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n,) -> their rows (n, D)."""

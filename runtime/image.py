@@ -123,14 +123,14 @@ def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
     return [_squeeze(image, spec), *grid]
 
 
-def _pad_to_square(image: Uint8, spec: ImageSpec) -> Uint8:
-    height, width = image.shape[:2]
-    side = max(height, width)
 def _anyres(spec: ImageSpec) -> AnyresSpec:
     assert spec.anyres is not None  # Manifest.load saw to it
     return spec.anyres
 
 
+def _pad_to_square(image: Uint8, spec: ImageSpec) -> Uint8:
+    height, width = image.shape[:2]
+    side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(mean * 255) for mean in spec.mean]
     top, left = (side - height) // 2, (side - width) // 2
@@ -142,12 +142,12 @@ def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
     return _resize(image, spec.tile_size, spec.tile_size, spec)
 
 
-def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:
-    resample = Image.Resampling[spec.resample.upper()]
-    return np.asarray(Image.fromarray(image).resize((width, height), resample))
 CUT: dict[str, Callable[[Uint8, ImageSpec, bool], list[Uint8]]] = {"anyres": _anyres_tiles}
 
 
+def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:
+    resample = Image.Resampling[spec.resample.upper()]
+    return np.asarray(Image.fromarray(image).resize((width, height), resample))
 
 
 def _unpad(grid: Float, size: tuple[int, int]) -> Float:

@@ -27,8 +27,8 @@ GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
-
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -97,7 +97,6 @@ class AnyresSpec:
     tokens_per_side: int  # image_features of one tile: tokens_per_side ** 2 rows
     grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels, in the checkpoint's order
     max_tiles_side: int  # anyres_max_9 -> 9: larger feature grids are shrunk to about this many tiles
-    mean: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ class ImageSpec:
 
     kind: Literal["anyres", "centre_crop"]
     tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
+    mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Resample
@@ -253,13 +253,6 @@ class Manifest:
         gate = GATE_GRAPHS if self.guarded else ()
         for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
-        need(
-            self.guarded == (self.prober is not None) == (self.refusal is not None),
-            "'guarded', 'prober' and 'refusal' contradict each other",
-        )
-        k, n = self.split_layer, self.dims.num_hidden_layers
-        need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
-        need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
         image = [name for name in IMAGE_GRAPHS if name in self.graphs]
         need(
             len(image) == (1 if self.image else 0),
@@ -267,6 +260,13 @@ class Manifest:
         )
         if self.image:
             need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
+        need(
+            self.guarded == (self.prober is not None) == (self.refusal is not None),
+            "'guarded', 'prober' and 'refusal' contradict each other",
+        )
+        k, n = self.split_layer, self.dims.num_hidden_layers
+        need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
+        need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
         need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
         for file in self.paths():
             pure = PurePosixPath(file)
