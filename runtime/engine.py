@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from onnxruntime import OrtValue
 
 from . import image as images_
 from .errors import InputError, PackageError, ProviderError
@@ -36,7 +35,7 @@ from .image import ImageLike
 from .kv_cache import KVCache
 from .manifest import Manifest
 from .sampling import SamplingConfig, make_sampler
-from .subgraph import Call, Device, DeviceName, Subgraph, buffer, empty, find_device
+from .subgraph import Call, Device, DeviceName, OrtValue, Subgraph, buffer, empty, find_device
 from .text import IMAGE, Detokeniser, Message, load_tokenizer, render
 
 log = logging.getLogger(__name__)
@@ -287,7 +286,7 @@ class Request:
         self._embeds, self._chunk = inputs_embeds, chunk
         self._length = inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
-        capacity = self._length + max_tokens
+        self._capacity = capacity = self._length + max_tokens
         self._caches = {
             half: KVCache(manifest.graphs[half], manifest.dims, manifest.kv_cache, capacity, device)
             for half in ("decoder_lower", "decoder_upper")
@@ -298,10 +297,12 @@ class Request:
         self._hidden: list[OrtValue] = []  # decoder_lower's output, chunk by chunk
         self._last = self._empty("decoder_upper", "last_hidden_state", 1)
         self._logits = empty(self._specs["lm_head"]["logits"], (1, 1, manifest.dims.vocab_size), device)
-        self._step: Callable[[], None] = _not_begun
+        self._step: Callable[[], None] | None = None  # `begin` makes it
 
     def judge(self, policy: GatePolicy) -> Verdict:
         """Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception."""
+        if self._hidden or self._step:
+            raise RuntimeError("Request.judge twice")
         before = time.perf_counter()
         for first in range(0, self._length, self._chunk):
             rows = np.ascontiguousarray(self._embeds[:, first : first + self._chunk])
@@ -319,8 +320,9 @@ class Request:
     def _probe(self) -> float:
         try:
             return float(self._engine.graphs["prober"].run({"hidden_states": self.probed_row()})[0][0])
-        except Exception:  # whatever went wrong, the prompt was not shown to be safe
-            log.exception("the prober failed; the prompt counts as unsafe")
+        except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
+            log.error("the prober failed, so the prompt counts as unsafe: %s", err)
+            log.debug("where it failed", exc_info=True)
             return math.nan
 
     def probed_row(self) -> Float:
@@ -329,7 +331,10 @@ class Request:
         Without a prober it is the last row's. Available between `judge` and `begin`.
         """
         prober = self._engine.manifest.prober
-        chunk, row = divmod(self._length + (prober.token_offset if prober else -1), self._chunk)
+        index = self._length + (prober.token_offset if prober else -1)
+        if index < 0:
+            raise IndexError(f"the prober reads {-index} tokens before a prompt of {self._length}")
+        chunk, row = divmod(index, self._chunk)
         hidden: Float = self._hidden[chunk].numpy()[:, row]
         return hidden
 
@@ -339,6 +344,8 @@ class Request:
         At strength 0 the Refusal Head changes nothing and is left out, unless `through_head` (which is how that is
         tested).
         """
+        if not self._hidden:
+            raise RuntimeError("Request.begin before Request.judge, or twice")
         before = time.perf_counter()
         done = 0
         for hidden in self._hidden:
@@ -354,6 +361,10 @@ class Request:
 
     def step(self, token: int) -> Float:
         """Feed one token; logits (V,) of the next."""
+        if self._step is None:
+            raise RuntimeError("Request.step before Request.begin")
+        if self._length == self._capacity:
+            raise RuntimeError(f"Request.step: the caches hold {self._capacity} tokens and are full")
         self._length += 1
         self._set_length(self._length)
         self._token.update_inplace(np.array([[token]], np.int64))
@@ -415,10 +426,6 @@ class Request:
     def _read_logits(self) -> Float:
         logits: Any = self._logits.numpy()[0, 0]
         return logits  # type: ignore[no-any-return]
-
-
-def _not_begun() -> None:
-    raise RuntimeError("Request.step before Request.begin")
 
 
 def _ms_since(start: float) -> float:

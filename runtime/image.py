@@ -40,17 +40,20 @@ def open_image(image: ImageLike) -> Uint8:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image array: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
         pixels = image
-    elif isinstance(image, Image.Image):
-        pixels = _rgb(image)
     else:
         try:
-            with Image.open(image) as opened:
-                pixels = _rgb(opened)
+            if isinstance(image, Image.Image):  # opened by the caller, but not necessarily read yet
+                pixels = _rgb(image)
+            else:
+                with Image.open(image) as opened:
+                    pixels = _rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-            raise InputError(f"{image}: not a readable image ({err})") from err
+        except Exception as err:  # damaged files make Pillow's decoders raise whatever they like
+            raise InputError(f"{image}: not a readable image ({err or type(err).__name__})") from err
     height, width = pixels.shape[:2]
+    if pixels.size == 0:
+        raise InputError(f"image of {width}x{height} pixels: it is empty")
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise InputError(f"image of {width}x{height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
     return pixels
@@ -62,6 +65,8 @@ def _rgb(image: Image.Image) -> Uint8:
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
+    if upright.mode.startswith("I;16"):  # 16-bit grey, as cameras and scanners write it: convert() makes it all white
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return np.asarray(upright.convert("RGB"))
 
 
