@@ -169,9 +169,10 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
   if (!verdict.p_unsafe) return "[no gate: --policy off]";
   std::string action = autosteer::name(verdict.action);
   for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
+  const char* above = *verdict.p_unsafe > verdict.threshold ? ">" : "is no probability; limit";
   std::string line = "[" + action + format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
-                                           verdict.unsafe ? ">" : "<=", verdict.threshold, verdict.split_layer);
-  if (verdict.strength != 0) line += format(", strength %g", verdict.strength);
+                                           verdict.unsafe ? above : "<=", verdict.threshold, verdict.split_layer);
+  if (verdict.action == autosteer::Action::steer) line += format(", strength %g", verdict.strength);
   if (verdict.unsafe && verdict.mode == autosteer::Mode::monitor) line += "; unsafe, but --policy monitor only watches";
   return line + "]";
 }

@@ -1,6 +1,6 @@
 // Load a package and answer prompts: THE loop, with the gate inside it. The C++ side of runtime/engine.py, name by name.
 //
-//     images -> vision_encoder -> rows ---+
+//     images -> vision_encoder -> rows ---+     or, where images are tokens: image_tokenizer -> ids -> embed_tokens
 //     text   -> token ids -> embed_tokens +-> decoder_lower -> prober -> decide
 //                                                                  STOP:  the refusal text, and nothing more runs
 //                                                                  STEER: strength > 0     PASS: strength = 0
@@ -119,6 +119,7 @@ class Engine {
   }
 
   /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
+  /// Throws InputError for numbers that would not guard.
   GatePolicy policy(Mode mode = Mode::steer, std::optional<double> threshold = {},
                     std::optional<double> strength = {}) const {
     if (!manifest.prober || !manifest.refusal) {
@@ -129,8 +130,10 @@ class Engine {
       }
       return {mode, 0.0, 0.0, ""};
     }
-    return {mode, threshold.value_or(manifest.prober->threshold), strength.value_or(manifest.refusal->strength),
-            manifest.refusal->text};
+    const GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
+                            strength.value_or(manifest.refusal->strength), manifest.refusal->text};
+    policy.check();
+    return policy;
   }
 
   /// Answer a dialogue piece by piece; every piece carries the verdict. Nothing runs before the first `next()`.
@@ -171,21 +174,46 @@ class Engine {
   Rows encode_image(const Image& picture, bool alone, Stats& stats) const {
     const Clock clock;
     const ImageSpec& spec = manifest.image.value();
-    const int64_t width = manifest.dims.hidden_size, rows_per_tile = spec.tokens_per_side * spec.tokens_per_side;
     const Rows pixel_values = autosteer::prepare(picture, spec, alone);
-    const Subgraph& encoder = graph("vision_encoder");
-    Rows features{width, {}}, newline{width, {}};
-    for (int64_t first = 0; first < pixel_values.count(); first += kTilesPerRun) {
-      const int64_t tiles = std::min(kTilesPerRun, pixel_values.count() - first);
-      const auto outputs =
-          encoder.run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, spec.tile_size, spec.tile_size}));
-      features.append(floats(outputs.at(0), tiles * rows_per_tile * width, encoder), tiles * rows_per_tile);
-      if (first == 0) newline.append(floats(outputs.at(1), width, encoder), 1);
-    }
-    Rows rows = pack(features, newline, picture.height, picture.width, spec);
+    Rows rows = graphs_.count("image_tokenizer") ? embed(tokenize_image(pixel_values))
+                                                 : encode_tiles(pixel_values, picture.height, picture.width);
     stats.image_tiles += pixel_values.count();
     stats.vision_ms += clock.ms();
     return rows;
+  }
+
+  /// pixel_values (tiles, 3 * size * size) of one image -> its token ids, in order.
+  std::vector<int64_t> tokenize_image(const Rows& pixel_values) const {
+    std::vector<int64_t> ids;
+    run_tiles("image_tokenizer", pixel_values, [&](const Subgraph& graph, int64_t, const auto& outputs) {
+      const auto [found, count] = values<int64_t>(outputs.at(0), graph);
+      ids.insert(ids.end(), found, found + count);
+    });
+    return ids;
+  }
+
+  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its rows among the tokens (n, D).
+  Rows encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
+    const ImageSpec& spec = manifest.image.value();
+    if (!spec.anyres) throw PackageError("image kind '" + spec.kind + "' has no layout for a vision_encoder");
+    const int64_t depth = manifest.dims.hidden_size;
+    const int64_t rows_per_tile = spec.anyres->tokens_per_side * spec.anyres->tokens_per_side;
+    Rows features{depth, {}}, newline{depth, {}};
+    run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t tiles, const auto& outputs) {
+      features.append(floats(outputs.at(0), tiles * rows_per_tile * depth, graph), tiles * rows_per_tile);
+      if (newline.data.empty()) newline.append(floats(outputs.at(1), depth, graph), 1);
+    });
+    return pack(features, newline, height, width, spec);
+  }
+
+  /// Run an image graph, a few tiles at a time.
+  template <class Use>
+  void run_tiles(const char* name, const Rows& pixel_values, const Use& use) const {
+    const int64_t size = manifest.image.value().tile_size;
+    for (int64_t first = 0; first < pixel_values.count(); first += kTilesPerRun) {
+      const int64_t tiles = std::min(kTilesPerRun, pixel_values.count() - first);
+      use(graph(name), tiles, graph(name).run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, size, size})));
+    }
   }
 
   /// Token ids (n,) -> their rows (n, D).
@@ -383,6 +411,7 @@ class Stream {
         sample_(sampling),
         detokeniser_(engine.tokenizer, sampling.stop) {
     sampling.check();
+    policy_.check();
     for (const std::string& stop : sampling.stop) {
       if (!unicode::is_valid(stop)) throw InputError("a stop string is not valid Unicode text");
     }

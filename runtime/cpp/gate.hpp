@@ -44,12 +44,24 @@ inline Mode mode_from(const std::string& text) {
   throw InputError("policy '" + text + "' is not one of steer, stop, monitor, off");
 }
 
+constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
+
 /// How a request is guarded. A threshold below zero calls every prompt unsafe (always-on steering).
 struct GatePolicy {
   Mode mode = Mode::steer;
   double threshold = 0.0;
   double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head bends the hidden state
   std::string refusal_text;
+
+  /// Throws InputError for numbers that would not guard.
+  void check() const {
+    if (std::isnan(threshold)) throw InputError("threshold = nan: give a number; unsafe is what lies above it");
+    if (!(0.0 <= strength && strength <= kMaxStrength)) {
+      throw InputError(
+          "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would bend answers away from the "
+          "refusal");
+    }
+  }
 };
 
 /// What the gate saw and did. Always reaches the caller.

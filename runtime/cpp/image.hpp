@@ -2,10 +2,11 @@
 // runtime/image.py. pixel_values are equal to Python's, bit for bit: the resampling below is Pillow's own fixed-point
 // arithmetic (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-//     one image      ->  a base tile (the whole picture, squeezed) + a grid of tiles (the picture at the best pinpoint,
-//                        padded); features -> base rows, then the grid row by row without its padding, a newline row
-//                        after each
-//     several images ->  one square tile each, one newline row after it
+// How an image is cut into tiles depends on ImageSpec.kind. `anyres` is LLaVA-OneVision's:
+//
+//     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
+//     features   ->  base rows, then the grid row by row without its padding, a newline row after each
+//     several    ->  one square tile each, one newline row after it
 #pragma once
 
 #include <algorithm>
@@ -192,7 +193,7 @@ inline Image resize(const Image& image, int64_t height, int64_t width, const std
 // --- tiles ----------------------------------------------------------------------------------------------------------------
 
 /// The (height, width) that keeps most of the picture and wastes least (HF: select_best_resolution).
-inline std::array<int64_t, 2> best_pinpoint(int64_t height, int64_t width, const ImageSpec& spec) {
+inline std::array<int64_t, 2> best_pinpoint(int64_t height, int64_t width, const AnyresSpec& spec) {
   std::array<int64_t, 2> best{};
   std::pair<int64_t, int64_t> best_fit{-1, 0};  // pixels kept, pixels wasted (negative)
   for (const auto& pinpoint : spec.grid_pinpoints) {
@@ -227,8 +228,29 @@ inline Image pad_to_square(const Image& image, const ImageSpec& spec) {
   return square;
 }
 
+/// The rectangle (height, width) of `image` whose corner is at (top, left).
+inline Image cut(const Image& image, int64_t top, int64_t left, int64_t height, int64_t width) {
+  Image out{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
+  for (int64_t y = 0; y < height; ++y) {
+    std::memcpy(out.at(y, 0), image.at(top + y, left), static_cast<size_t>(3 * width));
+  }
+  return out;
+}
+
+/// The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil).
+inline std::vector<Image> centre_crop(const Image& image, const ImageSpec& spec) {
+  const int64_t size = spec.tile_size, shortest = std::min(image.height, image.width);
+  const auto scaled = [&](int64_t side) {
+    return static_cast<int64_t>(static_cast<double>(size * side) / static_cast<double>(shortest));
+  };
+  const int64_t height = scaled(image.height), width = scaled(image.width);
+  std::vector<Image> tiles;
+  tiles.push_back(cut(resize(image, height, width, spec.resample), (height - size) / 2, (width - size) / 2, size, size));
+  return tiles;
+}
+
 inline std::vector<Image> anyres_tiles(const Image& image, const ImageSpec& spec) {
-  const auto [height, width] = best_pinpoint(image.height, image.width, spec);
+  const auto [height, width] = best_pinpoint(image.height, image.width, spec.anyres.value());
   const double scale_h = static_cast<double>(height) / static_cast<double>(image.height);
   const double scale_w = static_cast<double>(width) / static_cast<double>(image.width);
   int64_t fitted_h = height, fitted_w = width;
@@ -242,13 +264,7 @@ inline std::vector<Image> anyres_tiles(const Image& image, const ImageSpec& spec
   const int64_t n = spec.tile_size;
   std::vector<Image> tiles = {resize(image, n, n, spec.resample)};
   for (int64_t y = 0; y < height; y += n) {
-    for (int64_t x = 0; x < width; x += n) {
-      Image tile{n, n, std::vector<uint8_t>(static_cast<size_t>(3 * n * n))};
-      for (int64_t row = 0; row < n; ++row) {
-        std::memcpy(tile.at(row, 0), padded.at(y + row, x), static_cast<size_t>(3 * n));
-      }
-      tiles.push_back(std::move(tile));
-    }
+    for (int64_t x = 0; x < width; x += n) tiles.push_back(cut(padded, y, x, n, n));
   }
   return tiles;
 }
@@ -264,7 +280,9 @@ inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
     }
   }
   std::vector<Image> tiles;
-  if (alone) {
+  if (spec.kind == "centre_crop") {
+    tiles = centre_crop(image, spec);
+  } else if (alone) {
     tiles = anyres_tiles(image, spec);
   } else {
     tiles.push_back(resize(pad_to_square(image, spec), spec.tile_size, spec.tile_size, spec.resample));
@@ -348,14 +366,15 @@ inline Grid bilinear(const Grid& grid, int64_t height, int64_t width) {
 /// image_features (tiles * side * side, D) and image_newline (D,) -> the image's rows, in token order.
 /// `height`, `width`: the original picture's.
 inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int64_t width, const ImageSpec& spec) {
-  const int64_t side = spec.tokens_per_side, tile = side * side;
+  const AnyresSpec& anyres = spec.anyres.value();
+  const int64_t side = anyres.tokens_per_side, tile = side * side;
   Rows out{features.width, {}};
   out.append(features.row(0), tile);
   if (features.count() == tile) {
     out.append(newline.row(0), 1);
     return out;
   }
-  const auto pinpoint = best_pinpoint(height, width, spec);
+  const auto pinpoint = best_pinpoint(height, width, anyres);
   const int64_t rows = pinpoint[0] / spec.tile_size, columns = pinpoint[1] / spec.tile_size;
   Grid grid{rows * side, columns * side, {features.width, {}}};
   for (int64_t y = 0; y < grid.height; ++y) {
@@ -366,7 +385,7 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
   }
   grid = unpad(grid, height, width);
   const double ratio = std::sqrt(static_cast<double>(grid.height * grid.width) /
-                                 static_cast<double>(spec.max_tiles_side * tile));
+                                 static_cast<double>(anyres.max_tiles_side * tile));
   if (ratio > 1.1) {
     grid = bilinear(grid, static_cast<int64_t>(std::floor(static_cast<double>(grid.height) / ratio)),
                     static_cast<int64_t>(std::floor(static_cast<double>(grid.width) / ratio)));

@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -73,7 +74,8 @@ struct RequestJson {
   /// Throws InputError for anything that does not fit; an unknown key too, because a mistyped "policy" is no policy.
   static RequestJson parse(const std::string& text) {
     try {
-      const Json data = Json::parse(text);
+      std::istringstream source(text);
+      const Json data = decoding::parse_strictly(source);
       return decode({data, "request"});
     } catch (const Json::exception& err) {
       throw InputError(std::string("request: not readable as JSON (") + err.what() + ")");

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -16,8 +17,10 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "errors.hpp"
@@ -35,8 +38,15 @@ struct Dims {
   int64_t context_length;  ///< most tokens a prompt and its answer may take together
 };
 
+using Dimension = std::variant<int64_t, std::string>;  ///< a size, or the name of a symbolic one
+
 struct TensorSpec {
   std::string name, dtype;  ///< dtype: numpy's name
+  std::vector<Dimension> shape;
+
+  bool operator==(const TensorSpec& other) const {
+    return name == other.name && dtype == other.dtype && shape == other.shape;
+  }
 };
 
 struct GraphSpec {
@@ -50,14 +60,21 @@ struct DataFile {
   int64_t bytes;
 };
 
-struct ImageSpec {
-  int64_t tile_size;        ///< pixels; the encoder's input is (tiles, 3, tile_size, tile_size)
+/// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
+struct AnyresSpec {
   int64_t tokens_per_side;  ///< image_features of one tile: tokens_per_side ** 2 rows
   std::vector<std::array<int64_t, 2>> grid_pinpoints;  ///< (height, width) in pixels
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
+};
+
+/// How an RGB image becomes pixel_values. The graph `vision_encoder` makes rows of them, `image_tokenizer` token ids.
+struct ImageSpec {
+  std::string kind;   ///< anyres or centre_crop
+  int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
   std::array<double, 3> mean, std;
   double rescale_factor;
-  std::string resample;  ///< bicubic, bilinear, lanczos or nearest: Pillow's
+  std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
+  std::optional<AnyresSpec> anyres;
 };
 
 /// One piece of a rendered prompt (see text.hpp).
@@ -176,7 +193,7 @@ class Node {
   }
 
   double as_float() const {
-    if (!data_.is_number()) misfit("float");
+    if (!data_.is_number() || !std::isfinite(data_.get<double>())) misfit("float");
     return data_.get<double>();
   }
 
@@ -250,12 +267,10 @@ inline Dims dims(const Node& node) {
 
 inline TensorSpec tensor(const Node& node) {
   node.object({"name", "dtype", "shape"});
-  const auto check_dimension = [](const Node& dimension) {
-    // A number, or the name of a symbolic dimension.
-    return dimension.is_string() ? static_cast<int64_t>(-1) : dimension.as_int();
+  const auto dimension = [](const Node& size) {
+    return size.is_string() ? Dimension(size.as_string()) : Dimension(size.as_int());
   };
-  node["shape"].list(check_dimension);
-  return {node["name"].as_string(), node["dtype"].as_string()};
+  return {node["name"].as_string(), node["dtype"].as_string(), node["shape"].list(dimension)};
 }
 
 inline GraphSpec graph(const Node& node) {
@@ -275,24 +290,28 @@ inline DataFile data_file(const Node& node) {
   return {node["file"].as_string(), node["sha256"].as_string(), node["bytes"].as_int()};
 }
 
+inline AnyresSpec anyres(const Node& node) {
+  node.object({"tokens_per_side", "grid_pinpoints", "max_tiles_side"});
+  const auto pinpoint = [](const Node& sizes) { return sizes.tuple<2>(as_size); };
+  return {node["tokens_per_side"].as_size(), node["grid_pinpoints"].list(pinpoint), node["max_tiles_side"].as_size()};
+}
+
 inline ImageSpec image(const Node& node) {
-  node.object({"kind", "tile_size", "tokens_per_side", "grid_pinpoints", "max_tiles_side", "mean", "std",
-               "rescale_factor", "resample"});
-  node["kind"].as_one_of({"anyres"});
-  ImageSpec spec;
-  spec.tile_size = node["tile_size"].as_size();
-  spec.tokens_per_side = node["tokens_per_side"].as_size();
-  spec.grid_pinpoints =
-      node["grid_pinpoints"].list([](const Node& pinpoint) { return pinpoint.tuple<2>(as_size); });
-  spec.max_tiles_side = node["max_tiles_side"].as_size();
-  spec.mean = node["mean"].tuple<3>(as_float);
-  spec.std = node["std"].tuple<3>(as_float);
-  spec.rescale_factor = node["rescale_factor"].as_float();
-  spec.resample = node["resample"].as_one_of({"bicubic", "bilinear", "lanczos", "nearest"});
-  if (spec.grid_pinpoints.empty()) node.fail("grid_pinpoints is empty");
-  for (const auto& pinpoint : spec.grid_pinpoints) {
-    if (pinpoint[0] % spec.tile_size || pinpoint[1] % spec.tile_size) node.fail("a pinpoint is not whole tiles");
-    if (pinpoint[0] > 1 << 16 || pinpoint[1] > 1 << 16) node.fail("a pinpoint is too large");
+  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"});
+  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop"}),
+                 node["tile_size"].as_size(),
+                 node["mean"].tuple<3>(as_float),
+                 node["std"].tuple<3>(as_float),
+                 node["rescale_factor"].as_float(),
+                 node["resample"].as_one_of({"nearest", "lanczos", "bilinear", "bicubic"}),
+                 node["anyres"].optional(anyres)};
+  if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
+  if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
+  if (!spec.anyres) return spec;
+  if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints is empty");
+  for (const auto& [height, width] : spec.anyres->grid_pinpoints) {
+    if (height % spec.tile_size || width % spec.tile_size) node.fail("a pinpoint is not whole tiles");
+    if (height > 1 << 16 || width > 1 << 16) node.fail("a pinpoint is too large");
   }
   return spec;
 }
@@ -345,7 +364,7 @@ inline Golden golden(const Node& node) {
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
           node["p_unsafe"].optional(as_float),
-          node["action"].as_string(),
+          node["action"].as_one_of({"pass", "steer", "stop"}),
           node["token_ids"].list(as_int)};
 }
 
@@ -398,16 +417,63 @@ inline bool leaves_package(const std::string& file) {
   return file.empty() || path.is_absolute() || climbs || file.find('\\') != std::string::npos;
 }
 
+/// The tensors that the loop binds, by graph.
+inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Manifest& m) {
+  const Dims& d = m.dims;
+  const std::string n = "sequence_length", f32 = "float32";
+  const std::vector<Dimension> rows = {1, n, d.hidden_size}, row = {1, 1, d.hidden_size};
+  const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
+    std::vector<TensorSpec> tensors = {{source, f32, rows},
+                                       {target, f32, out},
+                                       {"seqlens_k", "int32", {1}},
+                                       {"total_sequence_length", "int32", {}}};
+    const auto [first, last] = m.graphs.at(name).layers.value();
+    for (int64_t layer = first; layer < last; ++layer) {
+      for (const char* kind : {"key", "value"}) {
+        const std::string suffix = "." + std::to_string(layer) + "." + kind;
+        tensors.push_back(
+            {"past_key_values" + suffix, f32, {1, d.num_key_value_heads, "past_sequence_length", d.head_dim}});
+        tensors.push_back({"present" + suffix, f32, {1, d.num_key_value_heads, "total_sequence_length", d.head_dim}});
+      }
+    }
+    return tensors;
+  };
+  std::map<std::string, std::vector<TensorSpec>> expected = {
+      {"embed_tokens", {{"input_ids", "int64", {1, n}}, {"inputs_embeds", f32, rows}}},
+      {"decoder_lower", half("decoder_lower", "inputs_embeds", "hidden_states", rows)},
+      {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", row)},
+      {"lm_head", {{"last_hidden_state", f32, row}, {"logits", f32, {1, 1, d.vocab_size}}}}};
+  if (m.guarded) {
+    expected["prober"] = {{"hidden_states", f32, {1, d.hidden_size}}, {"p_unsafe", f32, {1}}};
+    expected["refusal_head"] = {
+        {"last_hidden_state", f32, row}, {"strength", f32, {1}}, {"steered_hidden_state", f32, row}};
+  }
+  return expected;
+}
+
+/// Every piece of the template.
+inline std::vector<Piece> pieces(const PromptSpec& prompt) {
+  std::vector<Piece> all = prompt.begin;
+  const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
+  for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
+    if (!turn) continue;
+    for (const auto* part : {&turn->prefix, &turn->image, &turn->text, &turn->suffix}) add(*part);
+  }
+  add(prompt.generation);
+  return all;
+}
+
 inline void check_consistency(const Manifest& m, const std::string& where) {
   const auto need = [&](bool condition, const std::string& what) {
     if (!condition) throw PackageError(where + ": " + what);
   };
   std::vector<std::string> graphs = {"embed_tokens", "decoder_lower", "decoder_upper", "lm_head"};
   if (m.guarded) graphs.insert(graphs.end(), {"prober", "refusal_head"});
-  if (m.image) graphs.emplace_back("vision_encoder");
   for (const auto& name : graphs) {
     need(m.graphs.count(name) > 0, "graph '" + name + "' is missing; the package cannot run without it");
   }
+  need(m.graphs.count("vision_encoder") + m.graphs.count("image_tokenizer") == (m.image ? 1 : 0),
+       "'image' comes with one graph of vision_encoder, image_tokenizer");
   need(m.guarded == m.prober.has_value() && m.guarded == m.refusal.has_value(),
        "'guarded', 'prober' and 'refusal' contradict each other");
   const int64_t k = m.split_layer, n = m.dims.num_hidden_layers;
@@ -415,9 +481,48 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   need(0 < k && k < n, "split_layer " + std::to_string(k) + " is not between 1 and " + std::to_string(n - 1));
   need(m.graphs.at("decoder_lower").layers == Layers{0, k}, "decoder_lower must hold the layers before split_layer");
   need(m.graphs.at("decoder_upper").layers == Layers{k, n}, "decoder_upper must hold the layers from split_layer on");
+  if (m.prober && m.refusal) {
+    need(0.0 <= m.prober->threshold && m.prober->threshold <= 1.0, "prober: threshold is no probability");
+    need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");
+    need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
+    need(m.refusal->text.find_first_not_of(" \t\r\n") != std::string::npos, "refusal: text is empty");
+  }
   const auto paths = m.paths();
   for (const auto& [file, hash] : paths) need(!leaves_package(file), "path '" + file + "' leaves the package");
-  need(paths.count(m.prompt.tokenizer) > 0, "'" + m.prompt.tokenizer + "' has no hash under 'files'");
+  const auto need_hash = [&](const std::string& file) {
+    need(paths.count(file) > 0, "'" + file + "' is used but has no hash in 'files'");
+  };
+  need_hash(m.prompt.tokenizer);
+  for (const Golden& golden : m.golden) {
+    for (const auto& file : golden.images) need_hash(file);
+    need(!golden.token_ids.empty(), "golden: an answer without tokens");
+  }
+  for (const Piece& piece : pieces(m.prompt)) {
+    need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
+         "prompt: '" + piece.text + "' has an id outside the vocabulary");
+  }
+  for (const auto& [name, tensors] : expected_tensors(m)) {
+    const GraphSpec& graph = m.graphs.at(name);
+    for (const TensorSpec& tensor : tensors) {
+      const bool found = std::count(graph.inputs.begin(), graph.inputs.end(), tensor) +
+                             std::count(graph.outputs.begin(), graph.outputs.end(), tensor) ==
+                         1;
+      need(found, "graph '" + name + "' has no '" + tensor.name + "' of the shape and type that 'dims' says");
+    }
+  }
+}
+
+/// JSON in which no object has a key twice: readers differ in which of the two they take.
+inline Json parse_strictly(std::istream& file) {
+  std::vector<std::set<std::string>> open;  // the keys seen of every object that is being read
+  return Json::parse(file, [&](int, Json::parse_event_t event, Json& value) {
+    if (event == Json::parse_event_t::object_start) open.emplace_back();
+    if (event == Json::parse_event_t::object_end) open.pop_back();
+    if (event == Json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
+      throw PackageError("key '" + value.get<std::string>() + "' is given twice");
+    }
+    return true;
+  });
 }
 
 }  // namespace decoding
@@ -431,8 +536,8 @@ inline Manifest Manifest::load(const fs::path& folder) {
   Json data;
   try {
     std::ifstream file(path, std::ios::binary);
-    data = Json::parse(file);
-  } catch (const Json::exception& err) {
+    data = decoding::parse_strictly(file);
+  } catch (const std::exception& err) {
     throw PackageError(path.string() + ": not readable as JSON (" + err.what() + ")");
   }
   const Json version = data.is_object() && data.contains("format_version") ? data["format_version"] : Json();

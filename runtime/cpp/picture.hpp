@@ -1,7 +1,7 @@
 // PNG and JPEG files to pixels, upright: what runtime/image.py's open_image gets from Pillow, byte for byte.
 //
-// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: alpha dropped, 16 bits cut to 8,
-// no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file refused. Both
+// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: transparency on white, 16 bits cut
+// to 8, no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file refused. Both
 // report errors by longjmp: the functions that call setjmp keep what has a destructor outside.
 #pragma once
 
@@ -86,10 +86,22 @@ inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
   }
 }
 
+/// Transparency on white: what somebody looking at the picture sees (Pillow's alpha_composite, AlphaComposite.c).
+inline void over_white(const std::vector<uint8_t>& rgba, Image& image) {
+  for (size_t i = 0; i < rgba.size() / 4; ++i) {
+    const uint32_t alpha = rgba[4 * i + 3], behind = 255 - alpha;
+    for (size_t c = 0; c < 3; ++c) {
+      const uint32_t sum = (rgba[4 * i + c] * alpha + 255 * behind + 128) << 7;  // 7 more bits, as Pillow has them
+      image.rgb[3 * i + c] = static_cast<uint8_t>((((sum >> 8) + sum) >> 8) >> 7);
+    }
+  }
+}
+
 inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   struct State {
     png_structp png = nullptr;
     png_infop info = nullptr;
+    std::vector<uint8_t> rgba;
     std::vector<png_bytep> rows;
     ~State() { png_destroy_read_struct(&png, &info, nullptr); }
   } state;
@@ -102,26 +114,26 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   png_set_read_fn(state.png, &source, png_read);
   png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
   png_read_info(state.png, state.info);
-  if (!allocate(out, png_get_image_height(state.png, state.info), png_get_image_width(state.png, state.info))) {
-    png_error(state.png, "too many pixels");
-  }
+  const int64_t height = png_get_image_height(state.png, state.info), width = png_get_image_width(state.png, state.info);
+  if (!allocate(out, height, width)) png_error(state.png, "too many pixels");
   const int colour = png_get_color_type(state.png, state.info);
-  const int depth = png_get_bit_depth(state.png, state.info);
-  if (depth == 16 && colour == PNG_COLOR_TYPE_GRAY) png_error(state.png, "16-bit greyscale is not supported");
+  if (png_get_bit_depth(state.png, state.info) == 16 && colour == PNG_COLOR_TYPE_GRAY) {
+    png_error(state.png, "16-bit greyscale is not supported");
+  }
   png_set_strip_16(state.png);
-  if (colour == PNG_COLOR_TYPE_PALETTE) png_set_palette_to_rgb(state.png);
-  if (colour == PNG_COLOR_TYPE_GRAY && depth < 8) png_set_expand_gray_1_2_4_to_8(state.png);
+  png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
   png_set_gray_to_rgb(state.png);
-  png_set_strip_alpha(state.png);
+  png_set_add_alpha(state.png, 0xFF, PNG_FILLER_AFTER);
   png_set_interlace_handling(state.png);
   png_read_update_info(state.png, state.info);
-  if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(3 * out.image.width)) {
+  if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(4 * width)) {
     png_error(state.png, "unexpected layout");
   }
-  state.rows.resize(static_cast<size_t>(out.image.height));
-  for (int64_t y = 0; y < out.image.height; ++y) state.rows[static_cast<size_t>(y)] = out.image.at(y, 0);
+  state.rgba.resize(static_cast<size_t>(4 * height * width));
+  for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.data() + 4 * y * width);
   png_read_image(state.png, state.rows.data());
   png_read_end(state.png, state.info);
+  over_white(state.rgba, out.image);
   png_metadata(state.png, state.info, out);
 }
 

@@ -96,14 +96,20 @@ class Sampler {
   explicit Sampler(const SamplingConfig& config) : config_(config), random_(static_cast<uint64_t>(config.seed)) {}
 
   /// The next token after `tokens`, which the repetition penalty looks at.
+  /// Throws PackageError for logits that are NaN or infinite: there is no right token to say.
   int64_t operator()(std::vector<float> logits, const std::vector<int64_t>& tokens) {
     if (config_.repetition_penalty != 1.0) penalise(logits, tokens);
-    if (config_.temperature == 0.0) return likeliest(logits);
+    const int64_t best = likeliest(logits);
+    if (!std::isfinite(logits[static_cast<size_t>(best)])) {
+      throw PackageError(
+          "the model's logits are not finite: a strength too large, a damaged package, or an overflow in its "
+          "precision");
+    }
+    if (config_.temperature == 0.0) return best;
     const std::vector<double> p = probabilities(logits);
     std::vector<double> cumulative(p.size());
     std::partial_sum(p.begin(), p.end(), cumulative.begin());
     const double total = cumulative.back();
-    if (!std::isfinite(total)) throw Error("the model's logits are not finite");
     for (double& value : cumulative) value /= total;
     const auto found = std::upper_bound(cumulative.begin(), cumulative.end(), random_.next());
     return std::min<int64_t>(found - cumulative.begin(), static_cast<int64_t>(p.size()) - 1);
@@ -134,18 +140,15 @@ class Sampler {
   /// Temperature, top-k and top-p applied: probabilities that sum to 1, zero where filtered.
   std::vector<double> probabilities(const std::vector<float>& logits) const {
     const size_t n = logits.size();
-    std::vector<double> scaled(n);
-    for (size_t i = 0; i < n; ++i) scaled[i] = static_cast<double>(logits[i]) / config_.temperature;
     std::vector<size_t> order(n);
     std::iota(order.begin(), order.end(), size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-      return scaled[a] > scaled[b] || (std::isnan(scaled[b]) && !std::isnan(scaled[a]));
-    });
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+    const auto best = static_cast<double>(logits[order[0]]);
     std::vector<double> p(n);
     double sum = 0.0;
     for (size_t i = 0; i < n; ++i) {
       const bool kept = config_.top_k == 0 || i < static_cast<size_t>(config_.top_k);
-      p[i] = kept ? std::exp(scaled[order[i]] - scaled[order[0]]) : 0.0;
+      p[i] = kept ? std::exp((static_cast<double>(logits[order[i]]) - best) / config_.temperature) : 0.0;
       sum += p[i];
     }
     std::vector<double> out(n);

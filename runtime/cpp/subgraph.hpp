@@ -93,13 +93,16 @@ class Subgraph {
       throw PackageError(path.string() + ": onnxruntime cannot load it (" + what.substr(0, what.find('\n')) + ")");
     }
     Ort::AllocatorWithDefaultOptions allocator;
+    std::vector<TensorSpec> inputs, outputs;
     for (size_t i = 0; i < session_.GetInputCount(); ++i) {
       inputs_.emplace_back(session_.GetInputNameAllocated(i, allocator).get());
+      inputs.push_back(described(inputs_.back(), session_.GetInputTypeInfo(i)));
     }
     for (size_t i = 0; i < session_.GetOutputCount(); ++i) {
       outputs_.emplace_back(session_.GetOutputNameAllocated(i, allocator).get());
+      outputs.push_back(described(outputs_.back(), session_.GetOutputTypeInfo(i)));
     }
-    if (inputs_ != names(spec.inputs) || outputs_ != names(spec.outputs)) {
+    if (inputs != spec.inputs || outputs != spec.outputs) {
       throw PackageError(path.string() + ": its inputs or outputs are not those of the manifest; export it again");
     }
   }
@@ -117,10 +120,22 @@ class Subgraph {
   const fs::path& path() const { return path_; }
 
  private:
-  static std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
-    std::vector<std::string> all;
-    for (const TensorSpec& spec : specs) all.push_back(spec.name);
-    return all;
+  static TensorSpec described(const std::string& name, const Ort::TypeInfo& type) {
+    if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {name, "", {}};
+    static const std::map<ONNXTensorElementDataType, std::string> types = {
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, "float32"}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, "float16"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, "int64"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, "int32"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "uint8"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, "bool"}};
+    const auto info = type.GetTensorTypeAndShapeInfo();
+    const auto sizes = info.GetShape();
+    std::vector<const char*> symbols(sizes.size());
+    info.GetSymbolicDimensions(symbols.data(), symbols.size());
+    TensorSpec spec{name, "", {}};
+    if (const auto known = types.find(info.GetElementType()); known != types.end()) spec.dtype = known->second;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      spec.shape.push_back(sizes[i] < 0 ? Dimension(std::string(symbols[i])) : Dimension(sizes[i]));
+    }
+    return spec;
   }
 
   fs::path path_;
@@ -128,13 +143,21 @@ class Subgraph {
   std::vector<std::string> inputs_, outputs_;
 };
 
-/// The floats of a graph's output, which must have this many values.
-inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
+/// A graph's output as an array and its length.
+template <class T>
+std::pair<const T*, int64_t> values(const Ort::Value& value, const Subgraph& graph) {
   const auto info = value.GetTensorTypeAndShapeInfo();
-  if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || info.GetElementCount() != static_cast<size_t>(count)) {
-    throw PackageError(graph.path().string() + ": its output has not the size or type that the manifest implies");
+  if (info.GetElementType() != Ort::TypeToTensorType<T>::type) {
+    throw PackageError(graph.path().string() + ": its output has not the type that this runtime reads");
   }
-  return value.GetTensorData<float>();
+  return {value.GetTensorData<T>(), static_cast<int64_t>(info.GetElementCount())};
+}
+
+/// The floats of a graph's output, which must be this many.
+inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
+  const auto [data, found] = values<float>(value, graph);
+  if (found != count) throw PackageError(graph.path().string() + ": its output has not the size that the manifest implies");
+  return data;
 }
 
 /// A graph bound to fixed buffers. Running it looks nothing up and copies nothing.

@@ -69,7 +69,8 @@ inline std::string_view strip(std::string_view text) {
 
 /// Token ids of a dialogue, with an image run where each image goes. Literal and user text that touch are tokenised
 /// together, as the template's own rendering would be.
-/// Throws InputError for an empty dialogue, an unknown role, or text that is not valid Unicode.
+/// Throws InputError for an empty dialogue, an unknown role, an image in a turn that takes none, or text that is not
+/// valid Unicode.
 inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec,
                                const Tokenizer& tokenizer) {
   if (messages.empty()) throw InputError("the dialogue is empty");
@@ -117,8 +118,10 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
         add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));
-      } else {
+      } else if (!turn->image.empty()) {
         add_pieces(turn->image);
+      } else {  // never drop a picture in silence, nor let another turn have it
+        throw InputError("this model's '" + message.role + "' turns take no images");
       }
     }
     add_pieces(turn->suffix);
