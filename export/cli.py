@@ -11,7 +11,9 @@ import click
 
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.errors import CheckError, InputError, PackageError
-from autosteer.runtime.manifest import Check, Precision
+from autosteer.runtime.manifest import MANIFEST_FILE, Check, Precision
+
+from .output import atomic_folder, check_output
 
 if TYPE_CHECKING:
     from .safety.artifact import SafetyArtifact
@@ -58,13 +60,12 @@ def export(
     """
     if unguarded and safety_folder:
         raise click.UsageError("--unguarded and --safety exclude each other")
-    if output.exists() and not force:
-        raise InputError(f"{output}: exists; choose another --output or give --force to replace it")
+    check_output(output, marker=MANIFEST_FILE, force=force)
 
     from rich.console import Console
 
     from .checkpoint import open_checkpoint
-    from .package import ExportOptions, atomic_folder, folder_sizes, with_results, write_package
+    from .package import ExportOptions, folder_sizes, with_results, write_package
     from .validate import validate_package
 
     console = Console(stderr=True)
@@ -74,7 +75,7 @@ def export(
         checkpoint = open_checkpoint(model, revision=revision)
         safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
         options = ExportOptions(cast(Precision, precision), layer, context_length)
-        with atomic_folder(output, force=force) as folder:
+        with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             manifest = write_package(
                 folder, checkpoint, safety, options, lambda step: status.update(f"writing: {step}")
             )

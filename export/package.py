@@ -1,15 +1,8 @@
-"""Write a package: every graph, the weights, the tokenizer, the manifest. All or nothing.
-
-The package grows in a hidden folder beside its destination and is renamed when it is complete and validated; Ctrl-C,
-a full disk or a failed check leave nothing behind.
-"""
+"""Write a package: every graph, the weights, the tokenizer, the manifest."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,29 +44,6 @@ class ExportOptions:
     context_length: int | None = None  # None: the checkpoint's
 
 
-@contextmanager
-def atomic_folder(destination: Path, *, force: bool) -> Iterator[Path]:
-    """A scratch folder that becomes `destination` when the block ends well, and vanishes when it does not.
-
-    Raises InputError where `destination` exists and `force` is not given.
-    """
-    if destination.exists() and not force:
-        raise InputError(f"{destination}: exists; choose another --output or give --force to replace it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if destination.is_dir() and not destination.is_symlink():
-            shutil.rmtree(destination)
-        elif destination.exists():
-            destination.unlink()
-        scratch.rename(destination)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
 def write_package(
     folder: Path, checkpoint: Checkpoint, safety: SafetyArtifact | None, options: ExportOptions, report: Report
 ) -> Manifest:
@@ -87,7 +57,7 @@ def write_package(
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
     report("prompt template")
     processor = load_processor(checkpoint)
-    prompt.save_tokenizer(processor, folder)
+    prompt.save_tokenizer(processor, folder, facts.never_generated)
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
     store = WeightStore(folder, checkpoint)
     graphs = _write_graphs(folder, checkpoint, safety, options.precision, facts, layer, store, report)

@@ -77,14 +77,14 @@ class Renderer:
         return [i for i in ids if i != self.image_id or next(seen) % each == 0]
 
 
-def save_tokenizer(processor: Any, folder: Path) -> None:
-    """Write `folder`/tokenizer.json. Every token that a prompt's frame is made of is special there, and so nothing
-    that a user can type (checkpoints may list them as ordinary added tokens).
+def save_tokenizer(processor: Any, folder: Path, never_generated: tuple[int, ...] = ()) -> None:
+    """Write `folder`/tokenizer.json. What a prompt's frame is made of, and what only images are made of, is special
+    there, and so nothing that a user can type (checkpoints may list it among ordinary added tokens).
     """
-    frame = Renderer(processor).special_tokens
+    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_generated))}
     data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     for token in data["added_tokens"]:
-        token["special"] |= token["content"] in frame
+        token["special"] |= token["content"] in names
     (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
@@ -152,7 +152,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
                 raise UnsupportedModelError(
                     f"the chat template cannot be taken apart: {text!r} is {expected} in Hugging Face, {flat} in pieces"
                 )
-    specials = renderer.special_tokens
+    specials = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     reserved = {*specials.values(), *_template_ids(spec)}
     for forged in specials:
         if reserved & set(tokenizer.encode(forged, add_special_tokens=False).ids):

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import GraphSpec, Precision
 
 from .checkpoint import Checkpoint
@@ -62,11 +64,55 @@ class TowerAndProjector(ImageGraph):
         return self.model.multi_modal_projector(hidden), self.model.image_newline * 1.0
 
 
-WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector}
+class VQTokenizer(ImageGraph):
+    """VQ-VAE encoder, nearest codebook entry, its token id (HF: ChameleonModel.get_image_tokens).
+
+    Exact, because a rounded weight changes not a number a little but a token altogether.
+    """
+
+    name, outputs, exact = "image_tokenizer", ("input_ids",), True
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        vq = hf_model.config.vq_config
+        self.image_size = vq.resolution
+        ids = hf_model.model.vocabulary_mapping.img2bpe
+        if missing := sorted(set(range(vq.num_embeddings)) - ids.keys()):
+            raise PackageError(f"config.json: vocabulary_map names no token for image code {missing[0]}")
+        self.constants = {"token_ids": np.array([ids[code] for code in range(vq.num_embeddings)], np.int64)}
+        self.register_buffer("token_ids", torch.zeros(vq.num_embeddings, dtype=torch.int64))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> input_ids (tiles, tokens)
+
+        Distances are summed as HF sums them: |z|^2 decides nothing, but rounds near ties the same way.
+        """
+        vq = self.model.vqmodel
+        codebook = vq.quantize.embedding.weight
+        z = vq.quant_conv(vq.encoder(pixel_values)).permute(0, 2, 3, 1).flatten(0, 2)
+        distances = (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
+        return self.token_ids[distances.argmin(1)].reshape(pixel_values.shape[0], -1)
+
+
+WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector, "vq_tokenizer": VQTokenizer}
 
 
 def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, storage: str) -> GraphSpec:
-    """Trace the family's image graph and write <its name>.onnx; `storage` is the numpy dtype of its matrices."""
+    """Write the family's image graph, <its name>.onnx; `storage` is the numpy dtype of its matrices."""
+    model, wrapper = trace(checkpoint)
+    storage = FLOAT32 if wrapper.exact else storage
+    for value in list(model.graph.initializers.values()):
+        if value.name in wrapper.constants:
+            value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
+        else:
+            _attach(model.graph, value, store, storage)
+    precision: Precision = "fp32" if storage == FLOAT32 else "fp16"
+    return save_model(model, folder, precision, None)
+
+
+def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
+    """The family's image graph without its weights, and the wrapper it was made of."""
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
@@ -89,14 +135,7 @@ def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, storag
     model.graph.name = wrapper.name
     for node in model.graph:  # Python source locations: megabytes, and nobody's business
         node.metadata_props.clear()
-    storage = FLOAT32 if wrapper.exact else storage
-    for value in list(model.graph.initializers.values()):
-        if value.name in wrapper.constants:
-            value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
-        else:
-            _attach(model.graph, value, store, storage)
-    precision: Precision = "fp32" if storage == FLOAT32 else "fp16"
-    return save_model(model, folder, precision, None)
+    return model, wrapper
 
 
 def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str) -> None:

@@ -47,7 +47,7 @@ def nothing_left(folder: Path, *expected: str) -> bool:
 
 def test_unknown_model_type_lists_the_known_ones(checkpoint: Path, tmp_path: Path) -> None:
     edit_config(checkpoint, model_type="bert")
-    with pytest.raises(UnsupportedModelError, match="'bert' is not supported; known: .*llava_onevision"):
+    with pytest.raises(UnsupportedModelError, match=r"'bert' is not supported; known: .*llava_onevision"):
         run("--model", checkpoint, "--output", tmp_path / "package")
     assert nothing_left(tmp_path, "checkpoint")
 
@@ -55,26 +55,22 @@ def test_unknown_model_type_lists_the_known_ones(checkpoint: Path, tmp_path: Pat
 def test_an_existing_output_is_not_touched_without_force(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "precious").write_text("mine")
-    with pytest.raises(InputError, match="exists.*--force"):
+    with pytest.raises(InputError, match=r"exists.*--force"):
         run("--model", "demo", "--output", tmp_path / "package")
     assert (tmp_path / "package" / "precious").read_text() == "mine"
 
 
 def test_without_a_safety_folder_it_stops_and_says_how_to_fit_one(checkpoint: Path, tmp_path: Path) -> None:
     shutil.rmtree(checkpoint / "safety")
-    with pytest.raises(PackageError, match="autosteer-fit .*--safety.*--unguarded"):
+    with pytest.raises(PackageError, match=r"autosteer-fit .*--safety.*--unguarded"):
         run("--model", checkpoint, "--output", tmp_path / "package")
     assert nothing_left(tmp_path, "checkpoint")
 
 
 def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
-    other = 1 if SafetyFactsOfDemo().split_layer != 1 else 2
+    other = 1 if demo_safety(DEMO / "safety").facts.split_layer != 1 else 2
     with pytest.raises(InputError, match=f"--layer {other}: the prober .* was trained on layer"):
         run("--model", "demo", "--layer", str(other), "--output", tmp_path / "package")
-
-
-def SafetyFactsOfDemo():  # noqa: N802, ANN201
-    return demo_safety(DEMO / "safety").facts
 
 
 def demo_safety(folder: Path) -> SafetyArtifact:
@@ -97,7 +93,7 @@ def demo_safety(folder: Path) -> SafetyArtifact:
         (lambda s: replace(s, facts=replace(s.facts, token_offset=5)), "token_offset 5"),
     ],
 )
-def test_a_safety_folder_that_could_not_guard_is_refused(tmp_path: Path, damage, message: str) -> None:  # noqa: ANN001
+def test_a_safety_folder_that_could_not_guard_is_refused(tmp_path: Path, damage, message: str) -> None:
     damage(demo_safety(DEMO / "safety")).save(tmp_path / "safety")
     with pytest.raises(PackageError, match=message):
         run("--model", "demo", "--safety", tmp_path / "safety", "--output", tmp_path / "package")
@@ -119,7 +115,7 @@ def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_truncated_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(PackageError, match="model.safetensors: damaged"):
+    with pytest.raises(PackageError, match=r"model.safetensors: damaged"):
         run("--model", checkpoint, "--output", tmp_path / "package")
     assert nothing_left(tmp_path, "checkpoint")
 
@@ -155,7 +151,7 @@ def test_validation_catches_a_weight_that_went_wrong(tmp_path: Path, monkeypatch
 
     honest = weights.WeightStore._rows
 
-    def tampered(self, names):  # noqa: ANN001, ANN202
+    def tampered(self, names):
         factor = 1.02 if any("layers.4.mlp.down_proj" in name for name in names) else 1.0
         return (rows * factor for rows in honest(self, names))
 
@@ -165,13 +161,24 @@ def test_validation_catches_a_weight_that_went_wrong(tmp_path: Path, monkeypatch
     assert nothing_left(tmp_path)
 
 
-def test_force_replaces_a_package_only_when_the_new_one_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_replaces_a_package_only_when_the_new_one_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "old").write_text("old")
+    (tmp_path / "package" / "autosteer.json").write_text("old")
     monkeypatch.setattr(validate, "validate_package", lambda *_: ((Check("x", 1.0, 0.0, False),), ()))
     with pytest.raises(CheckError):
         run("--model", "demo", "--force", "--output", tmp_path / "package")
-    assert (tmp_path / "package" / "old").read_text() == "old"
+    assert (tmp_path / "package" / "autosteer.json").read_text() == "old"
+    assert nothing_left(tmp_path, "package")
+
+
+def test_force_does_not_replace_a_folder_that_is_no_package(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"has no autosteer.json, so it is not ours to replace"):
+        run("--model", "demo", "--force", "--output", tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +213,7 @@ def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Pa
     manifest = write_package(tmp_path / "package", demo_checkpoint(), None, ExportOptions(), lambda _: None)
     assert not manifest.guarded
     engine = Engine.load(tmp_path / "package", device="cpu", threads=1)
-    with pytest.raises(AutoSteerError, match="--unguarded.*--policy off"):
+    with pytest.raises(AutoSteerError, match=r"--unguarded.*--policy off"):
         engine.generate("hello")
     assert engine.generate("hello", policy=engine.policy("off")).verdict.p_unsafe is None
 

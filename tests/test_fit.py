@@ -435,14 +435,14 @@ def test_output_that_exists_is_replaced_only_with_force_and_only_if_it_is_a_safe
     refused = fit(*command(checkpoint, data, output))
     assert (refused.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (5, "old")
     assert "give --force" in refused.stderr
-    (output / "thesis.tex").touch()
-    foreign = fit(*command(checkpoint, data, output, "--force"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    foreign = fit(*command(checkpoint, data, tmp_path / "mine", "--force"))
     assert foreign.exit_code == 5
-    assert "holds 'thesis.tex'" in foreign.stderr
-    (output / "thesis.tex").unlink()
+    assert "has no safety.json, so it is not ours to replace" in foreign.stderr
     assert fit(*command(checkpoint, data, output, "--force")).exit_code == 0
     assert load(output).facts.model == "tiny"
-    assert [path.name for path in tmp_path.iterdir()] == ["safety"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "safety"]
 
 
 def test_interrupt_while_writing_leaves_the_old_folder_whole(
@@ -460,7 +460,7 @@ def test_interrupt_while_writing_leaves_the_old_folder_whole(
     result = fit(*command(checkpoint, data, output, "--force"))
     assert (result.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (130, "old")
     assert result.stderr.endswith("autosteer-fit: interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["safety"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "safety"]
 
 
 def test_installed_command_prints_one_line_and_with_debug_the_traceback(tmp_path: Path):

@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import decode
 
+from . import SAFETY_FILE
+
 if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
-JSON_FILE, TENSOR_FILE = "safety.json", "safety.safetensors"
+TENSOR_FILE = "safety.safetensors"
 UNTRAINED = 1e-3  # |W - I|_F / |I|_F below this: the steer matrix was never trained (method.md)
 
 
@@ -76,7 +78,7 @@ class SafetyArtifact:
         tensors = {f"prober.{name}": t.float().contiguous() for name, t in self.prober.items()}
         tensors["steer_matrix"] = self.steer_matrix.float().contiguous()
         save_file(tensors, folder / TENSOR_FILE)
-        (folder / JSON_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
+        (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: Path, *, hidden_size: int, num_hidden_layers: int) -> SafetyArtifact:
@@ -86,13 +88,13 @@ class SafetyArtifact:
         matrix.
         """
         try:
-            data = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
+            data = json.loads((folder / SAFETY_FILE).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSOR_FILE)
         except FileNotFoundError as err:
             raise PackageError(f"{err.filename or folder}: missing; make the folder with autosteer-fit") from None
         except (ValueError, OSError, SafetensorError) as err:
             raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
-        facts = decode(SafetyFacts, data, str(folder / JSON_FILE))
+        facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
         prober = {name.removeprefix("prober."): t for name, t in tensors.items() if name.startswith("prober.")}
         artifact = SafetyArtifact(facts, prober, tensors.get("steer_matrix"))
         artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from autosteer.export.output import atomic_folder, check_output
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.errors import InputError, ProviderError
+
+from . import SAFETY_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,11 +127,9 @@ def fit_command(
         raise click.UsageError("--threshold and --target-fpr exclude each other")
     if not refusal_text.strip():
         raise click.UsageError("--refusal-text is empty")
-    _check_output(output, force=force)
+    check_output(output, marker=SAFETY_FILE, force=force)
 
     from rich.console import Console
-
-    from autosteer.export.package import atomic_folder
 
     from .pairs import check_images, read_data
 
@@ -148,7 +149,7 @@ def fit_command(
         seed=seed,
         device=_device(device),
     )
-    with atomic_folder(output, force=force) as folder:
+    with atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
         artifact = fit(data, options, console=console)
         artifact.save(folder)
     click.echo(dumps(dataclasses.asdict(artifact.facts)) if as_json else _summary(artifact, output))
@@ -372,20 +373,6 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ProviderError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _check_output(output: Path, *, force: bool) -> None:
-    """Raise InputError, before any work, where `output` must not be written: --force replaces a safety folder only."""
-    from .artifact import JSON_FILE, TENSOR_FILE
-
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file; --output names a folder")
-    if not force:
-        raise InputError(f"{output}: exists; choose another --output or give --force to replace it")
-    if strangers := sorted({path.name for path in output.iterdir()} - {JSON_FILE, TENSOR_FILE}):
-        raise InputError(f"{output}: holds {strangers[0]!r}, so it is not a safety folder and will not be replaced")
 
 
 def _warn(console: Console, layer: int, calibration: dict[str, float], refusal: dict[str, float]) -> None:

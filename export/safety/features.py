@@ -131,8 +131,10 @@ def answer_tokens(reference: Reference, answer: str) -> torch.Tensor:
     """Ids (T,) of `answer` as it continues the generation prompt, closed by the end-of-turn token."""
     import torch
 
+    from autosteer.export.prompt import Renderer
+
     tokenizer = reference.processor.tokenizer
-    opening = render(reference, Prompt("x"), generation=True)
+    opening = Renderer(reference.processor).turns(("user", "x"), generation=True)
     before = tokenizer(opening, add_special_tokens=False).input_ids
     after = tokenizer(opening + answer, add_special_tokens=False).input_ids
     if after[: len(before)] != before:  # answer and template merge into one token, which generation never does

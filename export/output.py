@@ -1,0 +1,49 @@
+"""Folders that are written whole or not at all.
+
+A folder grows hidden beside its destination and is renamed when it is complete; Ctrl-C, a full disk or a failed check
+leave nothing behind, and what was there before stays until then.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from autosteer.runtime.errors import InputError
+
+
+def check_output(destination: Path, *, marker: str, force: bool) -> None:
+    """Raise InputError, before any work, where `destination` must not be written.
+
+    --force replaces a folder of our own kind only: one that holds the file `marker`, or nothing.
+    """
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise InputError(f"{destination}: is a file; --output names a folder")
+    if not force:
+        raise InputError(f"{destination}: exists; choose another --output or give --force to replace it")
+    if any(destination.iterdir()) and not (destination / marker).is_file():
+        raise InputError(f"{destination}: has no {marker}, so it is not ours to replace; choose another --output")
+
+
+@contextmanager
+def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
+    """A scratch folder that becomes `destination` when the block ends well, and vanishes when it does not."""
+    check_output(destination, marker=marker, force=force)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        old = scratch.with_name(f"{scratch.name}-old")
+        if destination.exists():
+            destination.rename(old)
+        scratch.rename(destination)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
