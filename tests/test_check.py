@@ -1,0 +1,118 @@
+"""autosteer-check: the golden prompts again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import toy
+from conftest import load
+from PIL import Image
+
+from autosteer.runtime import PackageError
+from autosteer.runtime.check import check_package, describe_host
+from autosteer.runtime.manifest import Golden
+
+P_SAFE, P_BAD = (float(np.float32(p)) for p in (0.1, 0.9))
+GOLDEN = (
+    Golden("red", (), None, P_SAFE, "pass", (6, 7, 8, 31)),
+    Golden("red", (), -1.0, P_SAFE, "steer", (22, 23, 31)),
+    Golden("bad", (), None, P_BAD, "steer", (22, 23, 31)),
+    Golden("look", ("golden/red.png",), None, P_SAFE, "pass", (6, 7, 8, 31)),
+)
+
+
+def package_with(folder, *golden: Golden, precision: str = "fp32", guarded: bool = True):
+    manifest = toy.build(folder, guarded=guarded)
+    (folder / "golden").mkdir(exist_ok=True)
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(folder / "golden" / "red.png")
+    files = (*manifest.files, toy.data_file(folder, "golden/red.png"))
+    replace(manifest, golden=golden, precision=precision, files=files).save(folder)
+    return folder
+
+
+def failed(folder) -> list[str]:
+    return [check.name for check in check_package(load(folder), folder) if not check.passed]
+
+
+def test_package_that_answers_as_recorded_passes(tmp_path):
+    package_with(tmp_path, *GOLDEN)
+    checks = {check.name: check.value for check in check_package(load(tmp_path), tmp_path)}
+    assert checks == {
+        "files that match their hash": 9.0,
+        "golden prompts": 4.0,
+        "verdicts that differ": 0.0,
+        "p_unsafe, largest difference": 0.0,
+        "answers that differ": 0.0,
+    }
+    assert failed(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"token_ids": (6, 7, 9, 31)}, "answers that differ"),
+        ({"token_ids": (6, 7, 8)}, None),  # a recording may end earlier
+        ({"action": "steer"}, "verdicts that differ"),
+        ({"p_unsafe": P_SAFE + 2e-3}, "p_unsafe, largest difference"),
+        ({"p_unsafe": P_SAFE + 5e-4}, None),
+        ({"prompt": "tick"}, "answers that differ"),
+        ({"threshold": 0.05}, "verdicts that differ"),
+    ],
+)
+def test_other_behaviour_fails_the_check(tmp_path, change, name):
+    found = failed(package_with(tmp_path, replace(GOLDEN[0], **change)))
+    assert (name in found) if name else (found == [])
+
+
+def test_tokens_of_quantised_packages_are_reported_and_not_judged(tmp_path):
+    package_with(tmp_path, replace(GOLDEN[0], token_ids=(6, 7, 9, 31)), precision="int4")
+    checks = {check.name: check for check in check_package(load(tmp_path), tmp_path)}
+    assert (checks["answers that differ"].value, checks["answers that differ"].passed) == (1.0, True)
+
+
+def test_verdicts_of_quantised_packages_are_judged(tmp_path):
+    package_with(tmp_path, replace(GOLDEN[0], action="steer"), precision="int4")
+    assert failed(tmp_path) == ["verdicts that differ"]
+
+
+@pytest.mark.parametrize("prompt", ["nan", "crash", "inf"])
+def test_prober_that_gives_no_number_fails_the_check(tmp_path, prompt):
+    """max(0.0, nan) is 0.0: a prober gone NaN differed by nothing, and its verdict (unsafe) was the recorded one."""
+    package_with(tmp_path, Golden(prompt, (), None, P_BAD, "steer", (22, 23, 31)))
+    checks = {check.name: check for check in check_package(load(tmp_path), tmp_path)}
+    assert checks["verdicts that differ"].passed
+    assert checks["p_unsafe, largest difference"].value == math.inf
+    assert failed(tmp_path) == ["p_unsafe, largest difference"]
+
+
+def test_package_without_golden_prompts_fails_the_check(tmp_path):
+    """Nothing to compare passed as a check."""
+    assert failed(package_with(tmp_path)) == ["golden prompts"]
+
+
+def test_package_without_a_gate_is_replayed_without_one(tmp_path):
+    package_with(tmp_path, Golden("bad", (), None, None, "pass", (14, 15, 31)), guarded=False)
+    assert failed(tmp_path) == []
+
+
+def test_golden_picture_that_was_changed_is_a_damaged_package(tmp_path):
+    package_with(tmp_path, *GOLDEN)
+    Image.new("RGB", (4, 4), (0, 0, 255)).save(tmp_path / "golden" / "red.png")
+    with pytest.raises(PackageError, match=r"red\.png: sha256 differs"):
+        load(tmp_path)
+
+
+def test_host_is_described():
+    facts = describe_host()
+    assert set(facts) == {"machine", "system", "python", "onnxruntime", "providers", "memory"}
+    assert "CPUExecutionProvider" in facts["providers"] and "GiB" in facts["memory"]
+
+
+def test_golden_ids_are_the_toys_words():
+    assert [toy.VOCABULARY[i] for i in (*GOLDEN[0].token_ids, *GOLDEN[1].token_ids)] == [
+        *("orange", "yellow", "green", "<end>"),
+        *("sorry", "refuse", "<end>"),
+    ]
