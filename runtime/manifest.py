@@ -10,8 +10,10 @@ because a manifest that is half understood is a gate that is half closed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -154,6 +156,12 @@ class PromptSpec:
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
 
+    def pieces(self) -> tuple[Piece, ...]:
+        """Every piece of the template."""
+        turns = [turn for turn in (self.system, self.user, self.assistant) if turn]
+        inside = [(*turn.prefix, *turn.image, *turn.text, *turn.suffix) for turn in turns]
+        return (*self.begin, *(piece for turn in inside for piece in turn), *self.generation)
+
 
 @dataclass(frozen=True)
 class ProberSpec:
@@ -181,7 +189,7 @@ class Golden:
     images: tuple[str, ...]
     threshold: float | None  # the policy's; None: the package's own, -1: every prompt is steered
     p_unsafe: float | None
-    action: str
+    action: Literal["pass", "steer", "stop"]
     token_ids: tuple[int, ...]
 
 
@@ -217,8 +225,8 @@ class Manifest:
     versions: dict[str, str]  # what exported it
 
     def save(self, folder: Path) -> None:
-        """Write autosteer.json into `folder`."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON lacks."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
@@ -229,12 +237,12 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
         except FileNotFoundError:
             raise PackageError(
                 f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
             ) from None
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise PackageError(f"{path}: not readable as JSON ({err})") from err
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
@@ -260,6 +268,11 @@ class Manifest:
         )
         if self.image:
             need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
+            need(self.image.tile_size > 0 and 0.0 not in self.image.std, "image: tile_size or std is zero")
+            if anyres := self.image.anyres:
+                need(anyres.tokens_per_side > 0 and anyres.max_tiles_side > 0, "image: a size is not positive")
+                whole = [n > 0 and n % self.image.tile_size == 0 for pair in anyres.grid_pinpoints for n in pair]
+                need(bool(whole) and all(whole), "image: grid_pinpoints must be given, in whole tiles")
         need(
             self.guarded == (self.prober is not None) == (self.refusal is not None),
             "'guarded', 'prober' and 'refusal' contradict each other",
@@ -268,12 +281,65 @@ class Manifest:
         need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
         need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
         need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
+        if self.prober and self.refusal:
+            need(0.0 <= self.prober.threshold <= 1.0, f"prober: threshold {self.prober.threshold:g} is no probability")
+            need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
+            need(self.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
+            need(bool(self.refusal.text.strip()), "refusal: text is empty")
         for file in self.paths():
             pure = PurePosixPath(file)
             need(
                 not pure.is_absolute() and ".." not in pure.parts and "\\" not in file,
                 f"path {file!r} leaves the package",
             )
+        for file in (self.prompt.tokenizer, *(image for golden in self.golden for image in golden.images)):
+            need(file in self.paths(), f"{file!r} is used but has no hash in 'files'")
+        need(all(golden.token_ids for golden in self.golden), "golden: an answer without tokens")
+        need(min(dataclasses.astuple(self.dims)) > 0, "dims: a size is not positive")
+        for piece in self.prompt.pieces():
+            fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
+            need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
+        for name, tensors in self._expected().items():
+            graph = self.graphs[name]
+            found = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
+            for tensor, described in tensors.items():
+                need(tensor in found, f"graph {name!r} has no {tensor!r}")
+                need(found[tensor] == described, f"graph {name!r}: {tensor!r} is not {described} as 'dims' says")
+
+    def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
+        """The tensors that the loop binds, by graph, as dtype and shape."""
+        d, f32 = self.dims, "float32"
+        rows, row, length = (1, "sequence_length", d.hidden_size), (1, 1, d.hidden_size), ("int32", (1,))
+
+        def half(name: str, source: str, target: str, out: tuple[int | str, ...]) -> dict[str, Any]:
+            layers = self.graphs[name].layers
+            assert layers is not None
+            caches = {
+                f"{side}.{i}.{kind}": (self.kv_cache.dtype, (1, d.num_key_value_heads, symbol, d.head_dim))
+                for side, symbol in (
+                    ("past_key_values", "past_sequence_length"),
+                    ("present", "total_sequence_length"),
+                )
+                for i in range(*layers)
+                for kind in ("key", "value")
+            }
+            lengths = {"seqlens_k": length, "total_sequence_length": ("int32", ())}
+            return {source: (f32, rows), target: (f32, out), **lengths, **caches}
+
+        expected: dict[str, dict[str, Any]] = {
+            "embed_tokens": {"input_ids": ("int64", (1, "sequence_length")), "inputs_embeds": (f32, rows)},
+            "decoder_lower": half("decoder_lower", "inputs_embeds", "hidden_states", rows),
+            "decoder_upper": half("decoder_upper", "hidden_states", "last_hidden_state", row),
+            "lm_head": {"last_hidden_state": (f32, row), "logits": (f32, (1, 1, d.vocab_size))},
+        }
+        if self.guarded:
+            expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
+            expected["refusal_head"] = {
+                "last_hidden_state": (f32, row),
+                "strength": (f32, (1,)),
+                "steered_hidden_state": (f32, row),
+            }
+        return expected
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""
@@ -283,9 +349,13 @@ class Manifest:
         """Compare every file with its hash. Raises PackageError naming the first file that is missing or differs."""
         for file, expected in self.paths().items():
             path = folder / file
-            if not path.is_file():
+            try:
+                digest = sha256(path) if path.is_file() else None
+            except OSError as err:
+                raise PackageError(f"{path}: not readable ({err})") from err
+            if digest is None:
                 raise PackageError(f"{path}: missing; export the package again or copy it again")
-            if sha256(path) != expected:
+            if digest != expected:
                 raise PackageError(
                     f"{path}: sha256 differs from {MANIFEST_FILE} (package damaged or edited); "
                     "export it again or copy it again"
@@ -312,6 +382,12 @@ def decode(cls: type[T], data: Any, where: str) -> T:
     return typing.cast(T, _decode(cls, data, where))
 
 
+@functools.cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    """typing.get_type_hints, which evaluates every annotation anew: nine tenths of the time of reading a manifest."""
+    return typing.get_type_hints(kind)
+
+
 def _decode(kind: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -323,7 +399,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - data.keys()):
             raise PackageError(f"{where}: missing key {missing[0]!r}")
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(kind)
         return kind(**{key: _decode(hints[key], value, f"{where}: {key}") for key, value in data.items()})  # type: ignore[operator]
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
@@ -343,11 +419,29 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
             return tuple(_decode(a, x, f"{where}[{i}]") for i, (a, x) in enumerate(zip(args, data, strict=True)))
     elif origin is dict and isinstance(data, dict):
         return {str(key): _decode(args[1], value, f"{where}: {key}") for key, value in data.items()}
-    elif kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
-        return float(data)
+    elif kind is float:
+        if isinstance(data, (int, float)) and not isinstance(data, bool) and _finite(data):
+            return float(data)
     elif isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
         return data
     raise PackageError(f"{where}: {data!r} does not fit (expected {getattr(kind, '__name__', kind)})")
+
+
+def _finite(number: int | float) -> bool:
+    """Whether it is a float64: not NaN, infinite (Python reads them in JSON) or too large."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a key given twice is an error, because readers differ in which of the two they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return found
 
 
 def json_schema(kind: Any = Manifest) -> dict[str, Any]:
@@ -379,3 +473,16 @@ def json_schema(kind: Any = Manifest) -> dict[str, Any]:
     if origin is dict:
         return {"type": "object", "additionalProperties": json_schema(args[1])}
     return {"type": {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}[kind]}
+
+
+def schema_text() -> str:
+    """The content of autosteer.schema.json. To write it again after a change above:
+
+    python -m autosteer.runtime.manifest > runtime/autosteer.schema.json
+    """
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"{MANIFEST_FILE} {FORMAT_VERSION}"}
+    return json.dumps(head | json_schema(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema_text(), end="")

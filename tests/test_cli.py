@@ -1,0 +1,426 @@
+"""Tier 3: the command-line tools. Exit codes, what goes to stdout and what to stderr, and no tracebacks.
+
+One of each kind runs as the installed program; the variants run `main()` in this process, which is 20 times quicker.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy
+from PIL import Image
+
+from autosteer.runtime import Manifest
+from autosteer.runtime.cli import check_main, eval_main, run_main, verdict_line
+from autosteer.runtime.console import dumps
+from autosteer.runtime.gate import Action, GatePolicy, Mode, decide
+from autosteer.runtime.manifest import Golden
+
+MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
+PATIENCE = 60  # seconds: only a hang reaches it
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=str(Path(sys.executable).parent))
+    assert found, f"{name} is not installed beside {sys.executable}: pip install -e ."
+    return found
+
+
+def installed(name: str, *args: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """Run the installed program."""
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run([program(name), *map(str, args)], input=data, capture_output=True, timeout=PATIENCE)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a program's main() here."""
+
+    def run(name: str, *args: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            MAINS[name]()
+        out = capsys.readouterr()
+        return subprocess.CompletedProcess(args, int(left.value.code or 0), out.out, out.err)
+
+    return run
+
+
+def run_here(call, package: Path, *args: object, **more) -> subprocess.CompletedProcess[str]:
+    return call("autosteer-run", package, "--device", "cpu", "--threads", 1, *args, **more)
+
+
+# --- the installed programs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_help_is_on_stdout(name):
+    done = installed(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"Usage: {name}")
+
+
+def test_answer_is_on_stdout_and_verdict_on_stderr(package):
+    done = installed("autosteer-run", package, "-p", "bad", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (0, "sorry refuse\n")
+    verdict, stats = done.stderr.splitlines()
+    assert verdict == "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]"
+    assert re.fullmatch(r"\[4 \+ 3 tokens, first after .* stop, on CPUExecutionProvider\]", stats)
+
+
+def test_damaged_package_is_one_line_and_exit_code_3(copy_of_package):
+    (copy_of_package / "prober.onnx").write_bytes(b"x")
+    done = installed("autosteer-run", copy_of_package, "-p", "red")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"autosteer-run: error: .*prober\.onnx: sha256 differs.*\n", done.stderr)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = installed("autosteer-run", tmp_path, "-p", "red", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "PackageError" in done.stderr
+
+
+def test_reader_that_leaves_early_causes_no_traceback(package):
+    """autosteer-run ... | head -c1"""
+    command = f"'{program('autosteer-run')}' '{package}' -p tick --max-tokens 55 --device cpu | head -c1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "t"
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_ends_an_answer_with_130_and_no_traceback(tmp_path):
+    toy.build(tmp_path, context_length=200_000)
+    process = subprocess.Popen(
+        [program("autosteer-run"), tmp_path, "-p", "tick", "--max-tokens", "199000", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"tock"  # it is answering
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert b"autosteer-run: interrupted" in err and b"Traceback" not in err
+
+
+def test_argument_that_is_not_utf8_is_bad_input(package):
+    done = subprocess.run(
+        [program("autosteer-run"), str(package), "-p", b"red \xff", "--device", "cpu"],
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (5, b"") and b"not valid Unicode" in done.stderr
+
+
+class Terminal:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, *command: object):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"
+            os.execv(str(command[0]), list(map(str, command)))
+        self.seen = ""
+
+    def expect(self, text: str) -> str:
+        """Read on until `text` is there; everything read since the last call."""
+        end = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            assert time.monotonic() < end, f"waited for {text!r}, saw {self.seen!r}"
+            if select.select([self.fd], [], [], 1)[0]:
+                self.seen += os.read(self.fd, 4096).decode().replace("\r", "")
+        found, self.seen = self.seen, self.seen[self.seen.index(text) + len(text) :]
+        return found
+
+    def type(self, line: str) -> None:
+        os.write(self.fd, line.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_chat(package, tmp_path):
+    """Two turns, a mistyped picture, a real one, /new, an unknown command, Ctrl-D."""
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    chat = Terminal(program("autosteer-run"), package, "--device", "cpu", "--threads", "1")
+    chat.expect("> ")
+    chat.type("hello\n")
+    assert "world" in chat.expect("tokens, first")
+    chat.expect("> ")
+    chat.type("bad\n")
+    assert "sorry refuse" in chat.expect("on CPUExecutionProvider]")
+    chat.expect("> ")
+    chat.type("/image gone.png\n")
+    chat.expect("> ")
+    chat.type("look\n")
+    chat.expect("error: gone.png: no such image file")
+    chat.expect("> ")
+    chat.type("/nonsense\n")
+    chat.expect("/nonsense: not a command")
+    chat.expect("> ")
+    chat.type("/new\n")
+    chat.expect("> ")
+    chat.type(f"/image {tmp_path / 'red.png'}\n")
+    chat.expect("> ")
+    chat.type("look\n")
+    assert "orange yellow green" in chat.expect("[14 + 4 tokens")  # a fresh dialogue: nothing of the earlier turns
+    chat.expect("> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+
+
+# --- autosteer-run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "verdict"),
+    [
+        (("-p", "red"), "orange yellow green", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "bad", "--policy", "stop"), toy.REFUSAL_TEXT, "[STOP  p_unsafe 0.900 > 0.500 at layer 1]"),
+        (("-p", "bad", "--policy", "off"), "evil plan", "[no gate: --policy off]"),
+        (("-p", "red", "--stop", "yellow"), "orange ", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "red", "--max-tokens", 1), "orange", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "bad", "--threshold", 0.95), "evil plan", "[PASS  p_unsafe 0.900 <= 0.950 at layer 1]"),
+        (("-p", "bad", "--strength", 0), "evil plan", "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0]"),
+        (
+            ("-p", "bad", "--policy", "monitor"),
+            "evil plan",
+            "[PASS  p_unsafe 0.900 > 0.500 at layer 1; unsafe, but --policy monitor only watches]",
+        ),
+        (
+            ("-p", "nan"),
+            "sorry refuse",
+            "[STEER  p_unsafe nan is no probability; limit 0.500 at layer 1, strength 0.1]",
+        ),
+    ],
+)
+def test_run(call, package, options, text, verdict):
+    done = run_here(call, package, *options)
+    assert (done.returncode, done.stdout) == (0, f"{text}\n")
+    assert done.stderr.splitlines()[0] == verdict
+
+
+def test_verdict_line_does_not_say_that_minus_one_is_above_the_threshold():
+    """It read "p_unsafe -1.000 > 0.500"."""
+    verdict = decide(-1.0, GatePolicy(Mode.STOP, 0.5, 0.1, "no"), split_layer=2)
+    assert verdict.action is Action.STOP
+    assert verdict_line(verdict) == "[STOP  p_unsafe -1.000 is no probability; limit 0.500 at layer 2]"
+
+
+@pytest.mark.parametrize("options", [("-p", "-"), ()])
+def test_prompt_from_stdin(call, package, options):
+    assert run_here(call, package, *options, stdin="red\n").stdout == "orange yellow green\n"
+
+
+@pytest.mark.parametrize(("options", "stdin"), [(("-p", ""), ""), (("-p", " \n"), ""), (("-p", "-"), ""), ((), "\n")])
+def test_empty_prompt_is_bad_input(call, package, options, stdin):
+    done = run_here(call, package, *options, stdin=stdin)
+    assert (done.returncode, done.stdout) == (5, "") and done.stderr.endswith("the prompt is empty\n")
+
+
+def test_stdin_that_is_no_text_is_bad_input(call, package):
+    """UnicodeDecodeError and its traceback."""
+    done = run_here(call, package, "-p", "-", stdin=b"red \xff\xfe")
+    assert done.returncode == 5 and "not valid utf-8 text" in done.stderr
+
+
+def test_json_is_one_object_with_everything_in_it(call, package):
+    done = run_here(call, package, "-p", "bad", "--json")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    answer = json.loads(done.stdout)
+    assert list(answer) == ["text", "token_ids", "finish_reason", "verdict", "device", "timings"]
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("sorry refuse", [22, 23, 31], "stop")
+    assert answer["verdict"] == {
+        "p_unsafe": pytest.approx(0.9),
+        "unsafe": True,
+        "action": "steer",
+        "mode": "steer",
+        "threshold": 0.5,
+        "strength": 0.1,
+        "split_layer": 1,
+    }
+    assert answer["device"] == "CPUExecutionProvider"
+    assert {"prompt_tokens", "completion_tokens", "ttft_ms", "upper_ms", "decode_tok_s"} <= answer["timings"].keys()
+
+
+@pytest.mark.parametrize("prompt", ["nan", "inf", "crash"])
+def test_json_has_no_nan(call, package, prompt):
+    """NaN and Infinity are not JSON; the verdict still says that the prompt is unsafe."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    done = run_here(call, package, "-p", prompt, "--json", "--policy", "stop")
+    answer = json.loads(done.stdout, parse_constant=refuse)
+    assert (answer["verdict"]["p_unsafe"], answer["verdict"]["unsafe"]) == (None, True)
+    assert (answer["finish_reason"], answer["token_ids"], answer["timings"]["upper_ms"]) == ("refused", [], None)
+
+
+def test_dumps_leaves_numbers_alone():
+    assert dumps({"a": [1.5, float("inf"), (float("nan"), 2)], "b": "é"}) == '{"a": [1.5, null, [null, 2]], "b": "é"}'
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--nonsense",), ("--policy", "maybe"), ("--max-tokens", "many"), ("--threads", "0"), ("--device", "tpu")],
+)
+def test_wrong_usage_is_exit_code_2(call, package, options):
+    done = call("autosteer-run", package, "-p", "red", *options)
+    assert (done.returncode, done.stdout) == (2, "") and "Error: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-tokens", 0), "max_tokens = 0 is out of range"),
+        (("--max-tokens", -3), "max_tokens = -3 is out of range"),
+        (("--temperature", "nan"), "temperature = nan is out of range"),
+        (("--temperature", -1), "temperature = -1.0 is out of range"),
+        (("--temperature", "inf"), "temperature = inf is out of range"),
+        (("--top-p", 0), "top_p = 0.0 is out of range"),
+        (("--top-p", "nan"), "top_p = nan is out of range"),
+        (("--top-k", -1), "top_k = -1 is out of range"),
+        (("--repetition-penalty", 0), "repetition_penalty = 0.0 is out of range"),
+        (("--seed", -1), "seed = -1 is out of range"),
+        (("--stop", ""), "stop = ('',) is out of range"),
+        (("--threshold", "nan"), "threshold = nan"),
+        (("--strength", "nan"), "strength = nan"),
+        (("--strength", "inf"), "strength = inf"),
+        (("--strength", -0.1), "strength = -0.1"),
+        (("-i", "gone.png"), "gone.png: no such image file"),
+        (("-i", __file__), "not a readable image"),
+        (("-i", Path(__file__).parent), "not a readable image"),
+        (("-p", "red " * 61), "64 tokens (images included); the model's context holds 64"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_5(call, package, options, message):
+    done = run_here(call, package, "-p", "bad", *options)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("autosteer-run: error: ") and message in done.stderr
+
+
+def test_device_that_is_not_there_is_exit_code_4(call, package, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    done = call("autosteer-run", package, "-p", "red", "--device", "cuda")
+    assert (done.returncode, done.stdout) == (4, "") and "--device cuda" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["autosteer-run", "autosteer-check"])
+def test_folder_that_is_no_package_is_exit_code_3(call, tmp_path, name):
+    done = call(name, tmp_path, *(("-p", "red") if name == "autosteer-run" else ()))
+    assert (done.returncode, done.stdout) == (3, "") and "no autosteer.json here" in done.stderr
+
+
+def test_package_without_a_gate_runs_only_when_told_to(call, unguarded_package):
+    done = run_here(call, unguarded_package, "-p", "bad")
+    assert (done.returncode, done.stdout) == (3, "") and "--policy off" in done.stderr
+    assert run_here(call, unguarded_package, "-p", "bad", "--policy", "off").stdout == "evil plan\n"
+
+
+def test_image_is_shown_to_the_model(call, package, tmp_path):
+    Image.new("RGB", (4, 4), (0, 0, 255)).save(tmp_path / "a.png")
+    assert run_here(call, package, "-p", "look", "-i", tmp_path / "a.png").stdout == "evil plan\n"
+
+
+# --- autosteer-check -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden_package(copy_of_package: Path) -> Path:
+    golden = Golden("red", (), None, 0.1, "pass", (6, 7, 8, 31))
+    replace(Manifest.load(copy_of_package), golden=(golden,)).save(copy_of_package)
+    return copy_of_package
+
+
+def test_check_of_a_whole_package(call, golden_package):
+    done = call("autosteer-check", golden_package, "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| verdicts that differ" in done.stdout and "FAILED" not in done.stdout
+
+
+def test_check_that_fails_is_exit_code_6(call, golden_package):
+    manifest = Manifest.load(golden_package)
+    replace(manifest, golden=(replace(manifest.golden[0], token_ids=(6, 9)),)).save(golden_package)
+    done = call("autosteer-check", golden_package, "--device", "cpu")
+    assert done.returncode == 6
+    assert "answers that differ: not as on the exporting machine" in done.stderr and "FAILED" in done.stdout
+
+
+def test_check_as_json(call, golden_package):
+    done = call("autosteer-check", golden_package, "--device", "cpu", "--json")
+    checks = json.loads(done.stdout)["checks"]
+    assert done.returncode == 0 and all(set(c) == {"name", "value", "limit", "passed"} for c in checks)
+
+
+def test_check_of_the_host(call):
+    assert "CPUExecutionProvider" in json.loads(call("autosteer-check", "--host", "--json").stdout)["providers"]
+
+
+def test_check_of_nothing_is_wrong_usage(call):
+    assert call("autosteer-check").returncode == 2
+
+
+# --- autosteer-eval --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": "bad", "unsafe": True, "group": "attack"},
+        {"prompt": "evil", "unsafe": True, "group": "attack"},
+        {"prompt": "red", "unsafe": False, "group": "colours", "answer": "orange yellow green"},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "set.jsonl"
+
+
+def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):
+    done = call("autosteer-eval", package, "--data", data, "--output", tmp_path / "out.jsonl", "--device", "cpu")
+    assert done.returncode == 0
+    lines = [re.sub(r"\s+", " ", line) for line in done.stdout.splitlines()]
+    assert "| attack | 2 | 100.0 | 0.0 | 50.0 | 50.0 | 50.0 |" in lines
+    assert "| colours | 1 | 0.0 | 100.0 | 0.0 | 0.0 | 0.0 |" in lines
+    assert "| colours | 1 | 100.0 | 0.0 | 100.0 | 100.0 |" in lines
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(w["prompt"], w["flagged"], w["answers"]["steer"]) for w in written] == [
+        ("bad", True, "sorry refuse"),
+        ("evil", False, "plan"),
+        ("red", False, "orange yellow green"),
+    ]
+
+
+def test_eval_as_json_is_one_object_per_group(call, package, data):
+    done = call("autosteer-eval", package, "--data", data, "--json", "--device", "cpu")
+    groups = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(g["group"], g["n"], g["flagged"]) for g in groups] == [("attack", 2, 0.5), ("colours", 1, 0.0)]
+
+
+def test_eval_of_a_bad_row_is_exit_code_5_with_its_place(call, package, data):
+    data.write_text('{"prompt": "red", "unsafe": "false"}')
+    done = call("autosteer-eval", package, "--data", data)
+    assert done.returncode == 5 and "set.jsonl:1: not a row of a test set" in done.stderr
+
+
+def test_eval_without_data_is_wrong_usage(call, package):
+    assert call("autosteer-eval", package).returncode == 2
+
+
+def test_eval_of_a_package_without_a_gate_is_refused(call, unguarded_package, data):
+    assert call("autosteer-eval", unguarded_package, "--data", data).returncode == 3
