@@ -222,9 +222,9 @@ def test_manifest_cut_anywhere_is_refused(folder):
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, True, 1.0])
-def test_other_format_version_is_refused(folder, document, version):
+def test_other_format_version_is_refused(tmp_path, document, version):
     with pytest.raises(PackageError, match="format_version"):
-        Manifest.load(written(folder, changed(document, ("format_version",), version)))
+        Manifest.load(written(tmp_path, changed(document, ("format_version",), version)))
 
 
 def test_key_given_twice_is_refused(folder):
@@ -235,7 +235,7 @@ def test_key_given_twice_is_refused(folder):
         Manifest.load(folder)
 
 
-def test_every_key_is_needed(folder, document):
+def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
     optional, data = {"tokenizer", "text", "id", "formula"}, {"versions", "validation", "calibration"}
     named = [keys for keys in kinds(document) if isinstance(keys[-1], str) and keys[-1] not in optional]
@@ -243,39 +243,39 @@ def test_every_key_is_needed(folder, document):
     assert len(needed) > 80
     for keys in needed:
         with pytest.raises(PackageError, match=str(keys[-1])):
-            Manifest.load(written(folder, without(document, keys)))
+            Manifest.load(written(tmp_path, without(document, keys)))
 
 
-def test_no_object_takes_a_key_it_does_not_know(folder, document):
+def test_no_object_takes_a_key_it_does_not_know(tmp_path, document):
     data = {"versions", "validation", "calibration", "graphs"}  # dicts: their keys are names
     for keys in [(), *kinds(document)]:
         if isinstance(value_at(document, keys), dict) and not (keys and keys[-1] in data):
             with pytest.raises(PackageError, match="unknown key 'hello'"):
-                Manifest.load(written(folder, changed(document, (*keys, "hello"), 1)))
+                Manifest.load(written(tmp_path, changed(document, (*keys, "hello"), 1)))
 
 
 @pytest.mark.parametrize("wrong", [None, "x", -1.5, True, [], {}, [1, "x"], 10**400])
-def test_no_value_of_another_type_is_taken(folder, document, wrong):
+def test_no_value_of_another_type_is_taken(tmp_path, document, wrong):
     """Whatever loads says what the document says: no value is converted, ignored or filled in."""
     for keys in kinds(document):
         data = changed(document, keys, wrong)
         try:
-            manifest = Manifest.load(written(folder, data))
+            manifest = Manifest.load(written(tmp_path, data))
         except PackageError:
             continue
         assert same(manifest, data), keys
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_numbers_that_are_none_are_refused_everywhere(folder, document, number):
+def test_numbers_that_are_none_are_refused_everywhere(tmp_path, document, number):
     """Python's json reads NaN and Infinity, and 1e999 becomes inf. `"threshold": Infinity` would pass everything."""
     floats = [keys for keys in kinds(document) if isinstance(value_at(document, keys), float)]
     assert ("prober", "threshold") in floats and ("refusal", "strength") in floats
     for keys in floats:
         text = json.dumps(changed(document, keys, "HERE")).replace('"HERE"', number)
-        (folder / "autosteer.json").write_text(text)
+        (tmp_path / "autosteer.json").write_text(text)
         with pytest.raises(PackageError, match=str(next(key for key in reversed(keys) if isinstance(key, str)))):
-            Manifest.load(folder)
+            Manifest.load(tmp_path)
 
 
 JSON = st.recursive(
@@ -350,17 +350,17 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("image", "anyres", "max_tiles_side"), 0, "not positive"),
     ],
 )
-def test_contradiction_is_refused(folder, document, keys, value, message):
+def test_contradiction_is_refused(tmp_path, document, keys, value, message):
     with pytest.raises(PackageError, match=message):
-        Manifest.load(written(folder, changed(document, keys, value)))
+        Manifest.load(written(tmp_path, changed(document, keys, value)))
 
 
 @pytest.mark.parametrize(
     "name", ["embed_tokens", "decoder_lower", "decoder_upper", "lm_head", "prober", "refusal_head"]
 )
-def test_missing_graph_is_named(folder, document, name):
+def test_missing_graph_is_named(tmp_path, document, name):
     with pytest.raises(PackageError, match=f"graph '{name}' is missing"):
-        Manifest.load(written(folder, without(document, ("graphs", name))))
+        Manifest.load(written(tmp_path, without(document, ("graphs", name))))
 
 
 def test_gate_cannot_be_taken_off_by_the_manifest_alone(folder, document):
@@ -378,17 +378,17 @@ OUTSIDE = ("../x.onnx", "/etc/passwd", "a/../../x", "..", "a\\..\\..\\x", "C:\\x
 
 @pytest.mark.parametrize("path", OUTSIDE)
 @pytest.mark.parametrize("keys", [("graphs", "prober", "file"), ("files", 0, "file")])
-def test_path_that_leaves_the_package_is_refused(folder, document, keys, path):
+def test_path_that_leaves_the_package_is_refused(tmp_path, document, keys, path):
     with pytest.raises(PackageError, match=r"leaves the package|has no hash"):
-        Manifest.load(written(folder, changed(document, keys, path)))
+        Manifest.load(written(tmp_path, changed(document, keys, path)))
 
 
 @pytest.mark.parametrize("path", [*OUTSIDE, "other.json", ""])
 @pytest.mark.parametrize("keys", [("prompt", "tokenizer"), ("golden", 0, "images", 0)])
-def test_file_that_is_used_must_have_a_hash(folder, document, keys, path):
+def test_file_that_is_used_must_have_a_hash(tmp_path, document, keys, path):
     """The tokenizer's name and the golden pictures' were opened as they stood: outside the package, and unchecked."""
     with pytest.raises(PackageError, match="is used but has no hash"):
-        Manifest.load(written(folder, changed(document, keys, path)))
+        Manifest.load(written(tmp_path, changed(document, keys, path)))
 
 
 def test_whole_package_verifies(full):
