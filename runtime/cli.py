@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -34,7 +35,8 @@ def load(package: Path, device: Any, threads: int | None) -> Engine:
 
     from .engine import Engine
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("autosteer").setLevel(logging.INFO)
     return Engine.load(package, device=device, threads=threads)
 
 
@@ -87,7 +89,7 @@ def run(
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
     if not chat_wanted and (prompt is None or prompt == "-"):
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as err:
             raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
     if prompt is not None and not prompt.strip():
@@ -145,6 +147,8 @@ def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[
                 text = say(engine, [*dialogue, turn], gate, config)
             except InputError as err:  # a chat outlives a mistyped file name
                 click.echo(f"error: {err}", err=True)
+            except KeyboardInterrupt:  # enough of this answer, not of the chat
+                click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 dialogue += [turn, Message.assistant(text)]
             images = []
@@ -242,6 +246,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
     "--data", multiple=True, required=True, type=click.Path(path_type=Path), help="JSONL test set; repeatable."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
+@click.option("--force", is_flag=True, help="Replace --output if it exists.")
 @click.option("--max-tokens", type=int, default=64, show_default=True, help="Longest answer.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only this many rows of each group.")
 @device_option
@@ -252,6 +257,7 @@ def evaluate(
     package: Path,
     data: tuple[Path, ...],
     output: Path | None,
+    force: bool,
     max_tokens: int,
     limit: int | None,
     device: Any,
@@ -267,16 +273,17 @@ def evaluate(
     from .evaluate import POLICIES, read_rows, run_rows, summarise
 
     rows = read_rows(data, limit=limit)
+    if output and output.exists() and not force:
+        raise InputError(f"{output}: exists; choose another --output or give --force to replace it")
     engine = load(package, device, threads)
-    file = output.open("w", encoding="utf-8") if output else None
     results = []
-    with click.progressbar(rows, label="evaluating", file=sys.stderr) as bar:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else None
+        bar = stack.enter_context(click.progressbar(rows, label="evaluating", file=sys.stderr))
         for result in run_rows(engine, bar, max_tokens=max_tokens):
             results.append(result)
             if file:
                 file.write(dumps(dataclasses.asdict(result)) + "\n")
-    if file:
-        file.close()
     groups = summarise(results)
     if as_json:
         for group in groups:

@@ -109,6 +109,21 @@ class Engine:
         self.device = device
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
         self.graphs = {n: Subgraph(folder / s.file, s, device) for n, s in manifest.graphs.items()}
+        if manifest.guarded:
+            self._check_refusal_head()
+
+    def _check_refusal_head(self) -> None:
+        """Raise PackageError where the Refusal Head would only scale the hidden state: it was never trained.
+
+        A steer matrix that is zero or the identity leaves every token as likely as it was.
+        """
+        probe = np.linspace(-1.0, 1.0, self.manifest.dims.hidden_size, dtype=np.float32)[None, None]
+        inputs = {"last_hidden_state": probe, "strength": np.ones(1, np.float32)}
+        (steered,) = self.graphs["refusal_head"].run(inputs)
+        along = float(np.vdot(steered, probe) / np.vdot(probe, probe))
+        across = float(np.linalg.norm(steered - along * probe) / np.linalg.norm(probe))
+        if not 1e-3 < across < np.inf:
+            raise PackageError("refusal_head: its steer matrix only scales its input; it was never trained")
 
     @classmethod
     def load(cls, folder: str | Path, *, device: DeviceName = "auto", threads: int | None = None) -> Engine:
