@@ -399,7 +399,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - data.keys()):
             raise PackageError(f"{where}: missing key {missing[0]!r}")
-        hints = _type_hints(kind)
+        hints = _type_hints(typing.cast(type, kind))
         return kind(**{key: _decode(hints[key], value, f"{where}: {key}") for key, value in data.items()})  # type: ignore[operator]
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
