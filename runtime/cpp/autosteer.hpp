@@ -2,7 +2,8 @@
 //
 //     autosteer::Engine engine("package/");
 //     const auto answer = engine.generate({autosteer::Message::user("what is shown here?", {"photo.png"})}, {},
-//                                         engine.policy(), [](const autosteer::Chunk& chunk) { std::cout << chunk.text; });
+//                                         engine.policy(), [](const autosteer::Chunk& chunk) { std::cout << chunk.text;
+//                                         });
 //
 // Headers only. Needs onnxruntime (1.21 or newer), nlohmann/json, Oniguruma, utf8proc, libcrypto, libpng and libjpeg;
 // CMakeLists.txt beside this file finds them. docs/embedding.md explains the package and this loop.

@@ -67,8 +67,8 @@ int autosteer_run(autosteer_engine* engine, const char* request, autosteer_strea
     auto wanted = autosteer::RequestJson::parse(request);
     const autosteer::Engine& loaded = *engine->engine;
     const auto policy = loaded.policy(wanted.mode, wanted.threshold, wanted.strength);
-    *stream = new autosteer_stream{
-        engine->engine, loaded.stream(std::move(wanted.messages), wanted.sampling, policy), {}};
+    *stream =
+        new autosteer_stream{engine->engine, loaded.stream(std::move(wanted.messages), wanted.sampling, policy), {}};
   });
 }
 
@@ -83,8 +83,14 @@ int autosteer_next(autosteer_stream* stream, const char** chunk) {
   });
 }
 
-void autosteer_end(autosteer_stream* stream) { delete stream; }
+void autosteer_end(autosteer_stream* stream) {
+  delete stream;
+}
 
-void autosteer_close(autosteer_engine* engine) { delete engine; }
+void autosteer_close(autosteer_engine* engine) {
+  delete engine;
+}
 
-const char* autosteer_error(void) { return last_error.c_str(); }
+const char* autosteer_error(void) {
+  return last_error.c_str();
+}

@@ -88,7 +88,9 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--prompt", [&](auto&, auto& value) { arguments.prompt = value; }},
       {"--image", [&](auto&, auto& value) { arguments.images.emplace_back(autosteer::fs::path(value)); }},
       {"--policy",
-       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"}); }},
+       [&](auto& o, auto& value) {
+         arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"});
+       }},
       {"--threshold", [&](auto& o, auto& value) { arguments.threshold = as_float(o, value); }},
       {"--strength", [&](auto& o, auto& value) { arguments.strength = as_float(o, value); }},
       {"--max-tokens", [&](auto& o, auto& value) { sampling.max_tokens = as_int(o, value); }},
@@ -99,7 +101,9 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
       {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},
       {"--device",
-       [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
+       [&](auto& o, auto& value) {
+         arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"});
+       }},
       {"--threads",
        [&](auto& o, auto& value) {
          const int64_t threads = as_int(o, value);
@@ -170,8 +174,9 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
   std::string action = autosteer::name(verdict.action);
   for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
   const char* above = *verdict.p_unsafe > verdict.threshold ? ">" : "is no probability; limit";
-  std::string line = "[" + action + format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
-                                           verdict.unsafe ? above : "<=", verdict.threshold, verdict.split_layer);
+  std::string line = "[" + action +
+                     format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
+                            verdict.unsafe ? above : "<=", verdict.threshold, verdict.split_layer);
   if (verdict.action == autosteer::Action::steer) line += format(", strength %g", verdict.strength);
   if (verdict.unsafe && verdict.mode == autosteer::Mode::monitor) line += "; unsafe, but --policy monitor only watches";
   return line + "]";
@@ -194,8 +199,7 @@ void run(const Arguments& arguments) {
   const std::string prompt = from_stdin ? read_stdin() : *arguments.prompt;
   if (autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   const autosteer::Engine engine(*arguments.package, arguments.engine);
-  const auto policy =
-      engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
+  const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
   std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images)};
   if (arguments.json) {
     std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";

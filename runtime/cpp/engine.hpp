@@ -1,4 +1,5 @@
-// Load a package and answer prompts: THE loop, with the gate inside it. The C++ side of runtime/engine.py, name by name.
+// Load a package and answer prompts: THE loop, with the gate inside it. The C++ side of runtime/engine.py, name by
+// name.
 //
 //     images -> vision_encoder -> rows ---+     or, where images are tokens: image_tokenizer -> ids -> embed_tokens
 //     text   -> token ids -> embed_tokens +-> decoder_lower -> prober -> decide
@@ -8,9 +9,9 @@
 //                  ^                                             |
 //                  +---- decoder_lower <- embed_tokens <---------+
 //
-// Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only then
-// does decoder_upper run. The gate changes the head and never the caches, so this is the same computation as layer by
-// layer; and a stopped prompt costs k/N of prefill and no decoding.
+// Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only
+// then does decoder_upper run. The gate changes the head and never the caches, so this is the same computation as layer
+// by layer; and a stopped prompt costs k/N of prefill and no decoding.
 //
 // All state belongs to a request. One Engine may serve several threads; a Stream belongs to one.
 #pragma once
@@ -47,7 +48,9 @@ constexpr int64_t kTilesPerRun = 4;     // bounds the vision encoder's activatio
 /// Wall time since it was made.
 class Clock {
  public:
-  double ms() const { return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count(); }
+  double ms() const {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
+  }
 
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
@@ -74,7 +77,7 @@ struct Chunk {
   std::string text;
   std::optional<int64_t> token;  ///< absent for the refusal text of Mode::stop, which no model wrote
   Verdict verdict;
-  std::string finish_reason;  ///< stop, length or refused on the last chunk; empty before
+  std::string finish_reason;   ///< stop, length or refused on the last chunk; empty before
   std::optional<Stats> stats;  ///< on the last chunk
 };
 
@@ -89,8 +92,8 @@ struct Answer {
 
 /// How to load a package.
 struct EngineOptions {
-  std::string device = "auto";                              ///< auto or cpu
-  int threads = 0;                                          ///< 0: every CPU this process may use
+  std::string device = "auto";                            ///< auto or cpu
+  int threads = 0;                                        ///< 0: every CPU this process may use
   std::function<void(const std::string& line)> log = {};  ///< told why a prober failed; never prompts
 };
 
@@ -350,8 +353,7 @@ class Request {
     if (strength != 0.0) {  // at strength 0 the Refusal Head changes nothing and is left out
       *strength_.data() = static_cast<float>(strength);
       projected = &steered_.value();
-      calls_.push_back(call("refusal_head",
-                            {{"last_hidden_state", &last_.value()}, {"strength", &strength_.value()}},
+      calls_.push_back(call("refusal_head", {{"last_hidden_state", &last_.value()}, {"strength", &strength_.value()}},
                             {{"steered_hidden_state", projected}}));
     }
     calls_.push_back(call("lm_head", {{"last_hidden_state", projected}}, {{"logits", &logits_.value()}}));
@@ -365,14 +367,17 @@ class Request {
     return {engine_.graph(graph), inputs, outputs};
   }
 
-  Call lower(Binding in, Binding out) const { return half_call("decoder_lower", lower_, std::move(in), std::move(out)); }
-  Call upper(Binding in, Binding out) const { return half_call("decoder_upper", upper_, std::move(in), std::move(out)); }
+  Call lower(Binding in, Binding out) const {
+    return half_call("decoder_lower", lower_, std::move(in), std::move(out));
+  }
+  Call upper(Binding in, Binding out) const {
+    return half_call("decoder_upper", upper_, std::move(in), std::move(out));
+  }
 
   Call half_call(const char* graph, const KVCache& cache, Binding in, Binding out) const {
     Call::Bound inputs = cache.past, outputs = cache.present;
-    inputs.insert(inputs.end(), {std::move(in),
-                                 {"seqlens_k", &seqlens_k_.value()},
-                                 {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(),
+                  {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
     outputs.push_back(std::move(out));
     return call(graph, inputs, outputs);
   }

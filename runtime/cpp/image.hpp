@@ -60,7 +60,8 @@ inline Image open_image(const ImageLike& image) {
   return pixels;
 }
 
-// --- Pillow's resampling ------------------------------------------------------------------------------------------------
+// --- Pillow's resampling
+// ------------------------------------------------------------------------------------------------
 
 namespace resampling {
 
@@ -71,7 +72,9 @@ struct Filter {
   double support;
 };
 
-inline double bilinear(double x) { return std::max(1.0 - std::abs(x), 0.0); }
+inline double bilinear(double x) {
+  return std::max(1.0 - std::abs(x), 0.0);
+}
 
 inline double bicubic(double x) {
   constexpr double a = -0.5;
@@ -86,7 +89,9 @@ inline double sinc(double x) {
   return x == 0.0 ? 1.0 : std::sin(x * pi) / (x * pi);
 }
 
-inline double lanczos(double x) { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
+inline double lanczos(double x) {
+  return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0;
+}
 
 inline Filter filter(const std::string& name) {
   if (name == "bilinear") return {bilinear, 1.0};
@@ -190,7 +195,8 @@ inline Image resize(const Image& image, int64_t height, int64_t width, const std
   return height == out.height ? out : resampling::resize_height(out, height, filter);
 }
 
-// --- tiles ----------------------------------------------------------------------------------------------------------------
+// --- tiles
+// ----------------------------------------------------------------------------------------------------------------
 
 /// The (height, width) that keeps most of the picture and wastes least (HF: select_best_resolution).
 inline std::array<int64_t, 2> best_pinpoint(int64_t height, int64_t width, const AnyresSpec& spec) {
@@ -245,7 +251,8 @@ inline std::vector<Image> centre_crop(const Image& image, const ImageSpec& spec)
   };
   const int64_t height = scaled(image.height), width = scaled(image.width);
   std::vector<Image> tiles;
-  tiles.push_back(cut(resize(image, height, width, spec.resample), (height - size) / 2, (width - size) / 2, size, size));
+  tiles.push_back(
+      cut(resize(image, height, width, spec.resample), (height - size) / 2, (width - size) / 2, size, size));
   return tiles;
 }
 
@@ -296,7 +303,8 @@ inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
   return pixel_values;
 }
 
-// --- features to rows -------------------------------------------------------------------------------------------------------
+// --- features to rows
+// -------------------------------------------------------------------------------------------------------
 
 /// Python's int(round(x, 7)): seven decimals correctly rounded, then cut.
 inline int64_t rounded(double x) {
@@ -384,8 +392,8 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
     }
   }
   grid = unpad(grid, height, width);
-  const double ratio = std::sqrt(static_cast<double>(grid.height * grid.width) /
-                                 static_cast<double>(anyres.max_tiles_side * tile));
+  const double ratio =
+      std::sqrt(static_cast<double>(grid.height * grid.width) / static_cast<double>(anyres.max_tiles_side * tile));
   if (ratio > 1.1) {
     grid = bilinear(grid, static_cast<int64_t>(std::floor(static_cast<double>(grid.height) / ratio)),
                     static_cast<int64_t>(std::floor(static_cast<double>(grid.width) / ratio)));

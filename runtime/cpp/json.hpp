@@ -1,5 +1,5 @@
-// Answers as JSON, with the keys of `autosteer-run --json`, and requests from JSON: what the command and the C functions
-// have in common. NaN becomes null, as in Python.
+// Answers as JSON, with the keys of `autosteer-run --json`, and requests from JSON: what the command and the C
+// functions have in common. NaN becomes null, as in Python.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -21,24 +21,19 @@ OrderedJson or_null(const std::optional<T>& value) {
 }
 
 inline OrderedJson verdict_json(const Verdict& verdict) {
-  return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},       {"action", name(verdict.action)},
-          {"mode", name(verdict.mode)},            {"threshold", verdict.threshold}, {"strength", verdict.strength},
+  return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
+          {"action", name(verdict.action)},        {"mode", name(verdict.mode)},
+          {"threshold", verdict.threshold},        {"strength", verdict.strength},
           {"split_layer", verdict.split_layer}};
 }
 
 inline OrderedJson timings_json(const Stats& stats) {
-  return {{"prompt_tokens", stats.prompt_tokens},
-          {"completion_tokens", stats.completion_tokens},
-          {"image_tiles", stats.image_tiles},
-          {"kv_bytes", stats.kv_bytes},
-          {"vision_ms", stats.vision_ms},
-          {"embed_ms", stats.embed_ms},
-          {"lower_ms", stats.lower_ms},
-          {"gate_ms", stats.gate_ms},
-          {"upper_ms", or_null(stats.upper_ms)},
-          {"ttft_ms", stats.ttft_ms},
-          {"decode_ms", stats.decode_ms},
-          {"decode_tok_s", or_null(stats.decode_tok_s())}};
+  return {{"prompt_tokens", stats.prompt_tokens}, {"completion_tokens", stats.completion_tokens},
+          {"image_tiles", stats.image_tiles},     {"kv_bytes", stats.kv_bytes},
+          {"vision_ms", stats.vision_ms},         {"embed_ms", stats.embed_ms},
+          {"lower_ms", stats.lower_ms},           {"gate_ms", stats.gate_ms},
+          {"upper_ms", or_null(stats.upper_ms)},  {"ttft_ms", stats.ttft_ms},
+          {"decode_ms", stats.decode_ms},         {"decode_tok_s", or_null(stats.decode_tok_s())}};
 }
 
 inline OrderedJson answer_json(const Answer& answer) {

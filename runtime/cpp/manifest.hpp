@@ -62,7 +62,7 @@ struct DataFile {
 
 /// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
 struct AnyresSpec {
-  int64_t tokens_per_side;  ///< image_features of one tile: tokens_per_side ** 2 rows
+  int64_t tokens_per_side;                             ///< image_features of one tile: tokens_per_side ** 2 rows
   std::vector<std::array<int64_t, 2>> grid_pinpoints;  ///< (height, width) in pixels
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
 };
@@ -252,15 +252,24 @@ class Node {
   std::string where_;
 };
 
-inline std::string as_string(const Node& node) { return node.as_string(); }
-inline int64_t as_int(const Node& node) { return node.as_int(); }
-inline int64_t as_size(const Node& node) { return node.as_size(); }
-inline double as_float(const Node& node) { return node.as_float(); }
-inline std::string as_precision(const Node& node) { return node.as_one_of({"fp32", "fp16", "int8", "int4"}); }
+inline std::string as_string(const Node& node) {
+  return node.as_string();
+}
+inline int64_t as_int(const Node& node) {
+  return node.as_int();
+}
+inline int64_t as_size(const Node& node) {
+  return node.as_size();
+}
+inline double as_float(const Node& node) {
+  return node.as_float();
+}
+inline std::string as_precision(const Node& node) {
+  return node.as_one_of({"fp32", "fp16", "int8", "int4"});
+}
 
 inline Dims dims(const Node& node) {
-  node.object(
-      {"hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size", "context_length"});
+  node.object({"hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size", "context_length"});
   return {node["hidden_size"].as_size(), node["num_hidden_layers"].as_size(), node["num_key_value_heads"].as_size(),
           node["head_dim"].as_size(),    node["vocab_size"].as_size(),        node["context_length"].as_size()};
 }
@@ -307,6 +316,7 @@ inline ImageSpec image(const Node& node) {
                  node["anyres"].optional(anyres)};
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
+  if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;
   if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints is empty");
   for (const auto& [height, width] : spec.anyres->grid_pinpoints) {
@@ -423,10 +433,8 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
   const std::string n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, row = {1, 1, d.hidden_size};
   const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
-    std::vector<TensorSpec> tensors = {{source, f32, rows},
-                                       {target, f32, out},
-                                       {"seqlens_k", "int32", {1}},
-                                       {"total_sequence_length", "int32", {}}};
+    std::vector<TensorSpec> tensors = {
+        {source, f32, rows}, {target, f32, out}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}};
     const auto [first, last] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < last; ++layer) {
       for (const char* kind : {"key", "value"}) {
@@ -530,8 +538,7 @@ inline Json parse_strictly(std::istream& file) {
 inline Manifest Manifest::load(const fs::path& folder) {
   const fs::path path = folder / kManifestFile;
   if (std::error_code ignored; !fs::exists(path, ignored)) {
-    throw PackageError(folder.string() + ": no " + kManifestFile +
-                       " here; is this a folder made by autosteer-export?");
+    throw PackageError(folder.string() + ": no " + kManifestFile + " here; is this a folder made by autosteer-export?");
   }
   Json data;
   try {

@@ -1,8 +1,8 @@
 // PNG and JPEG files to pixels, upright: what runtime/image.py's open_image gets from Pillow, byte for byte.
 //
-// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: transparency on white, 16 bits cut
-// to 8, no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file refused. Both
-// report errors by longjmp: the functions that call setjmp keep what has a destructor outside.
+// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: transparency on white, 16 bits
+// cut to 8, no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file
+// refused. Both report errors by longjmp: the functions that call setjmp keep what has a destructor outside.
 #pragma once
 
 #include <csetjmp>
@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include <jpeglib.h>  // needs <cstdio> before it
 #include <jerror.h>
+#include <jpeglib.h>  // needs <cstdio> before it
 #include <png.h>
 
 #include "errors.hpp"
@@ -54,7 +54,8 @@ inline bool allocate(Decoded& out, int64_t height, int64_t width) {
   return true;
 }
 
-// --- PNG --------------------------------------------------------------------------------------------------------------
+// --- PNG
+// --------------------------------------------------------------------------------------------------------------
 
 struct PngSource {
   const std::vector<uint8_t>& bytes;
@@ -114,12 +115,9 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   png_set_read_fn(state.png, &source, png_read);
   png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
   png_read_info(state.png, state.info);
-  const int64_t height = png_get_image_height(state.png, state.info), width = png_get_image_width(state.png, state.info);
+  const int64_t height = png_get_image_height(state.png, state.info),
+                width = png_get_image_width(state.png, state.info);
   if (!allocate(out, height, width)) png_error(state.png, "too many pixels");
-  const int colour = png_get_color_type(state.png, state.info);
-  if (png_get_bit_depth(state.png, state.info) == 16 && colour == PNG_COLOR_TYPE_GRAY) {
-    png_error(state.png, "16-bit greyscale is not supported");
-  }
   png_set_strip_16(state.png);
   png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
   png_set_gray_to_rgb(state.png);
@@ -137,7 +135,8 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   png_metadata(state.png, state.info, out);
 }
 
-// --- JPEG -------------------------------------------------------------------------------------------------------------
+// --- JPEG
+// -------------------------------------------------------------------------------------------------------------
 
 struct JpegErrors {
   jpeg_error_mgr manager;  // first: libjpeg hands us a pointer to it
@@ -215,7 +214,8 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   jpeg_metadata(info, out);
 }
 
-// --- which way is up --------------------------------------------------------------------------------------------------
+// --- which way is up
+// --------------------------------------------------------------------------------------------------
 
 /// The orientation tag (0x0112) of a TIFF structure, 0 where it has none.
 inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {

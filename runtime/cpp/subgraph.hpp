@@ -156,7 +156,8 @@ std::pair<const T*, int64_t> values(const Ort::Value& value, const Subgraph& gra
 /// The floats of a graph's output, which must be this many.
 inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
   const auto [data, found] = values<float>(value, graph);
-  if (found != count) throw PackageError(graph.path().string() + ": its output has not the size that the manifest implies");
+  if (found != count)
+    throw PackageError(graph.path().string() + ": its output has not the size that the manifest implies");
   return data;
 }
 

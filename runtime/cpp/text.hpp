@@ -1,7 +1,8 @@
 // From a dialogue to token ids and image slots, and from token ids back to text: the C++ side of runtime/text.py.
 //
-// The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the template;
-// in what a user wrote they are plain text, so nobody can forge a turn or an image by typing <|im_end|> or <image>.
+// The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the
+// template; in what a user wrote they are plain text, so nobody can forge a turn or an image by typing <|im_end|> or
+// <image>.
 #pragma once
 
 #include <algorithm>
@@ -103,10 +104,10 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
 
   if (messages[0].role != "system") add_pieces(spec.begin);
   for (const Message& message : messages) {
-    const TurnSpec* turn = message.role == "user"                     ? &spec.user
-                           : message.role == "assistant"              ? &spec.assistant
-                           : message.role == "system" && spec.system  ? &*spec.system
-                                                                      : nullptr;
+    const TurnSpec* turn = message.role == "user"                    ? &spec.user
+                           : message.role == "assistant"             ? &spec.assistant
+                           : message.role == "system" && spec.system ? &*spec.system
+                                                                     : nullptr;
     if (!turn) throw InputError("this model's prompts have no '" + message.role + "' turn");
     std::vector<const Part*> parts;
     for (const Part& part : message.parts) parts.push_back(&part);

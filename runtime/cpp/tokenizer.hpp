@@ -2,8 +2,8 @@
 //
 //     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
 //
-// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). Whatever the file asks for that
-// is not here is a PackageError that names it: a tokenizer that is half understood gives wrong ids, silently.
+// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). Whatever the file asks for
+// that is not here is a PackageError that names it: a tokenizer that is half understood gives wrong ids, silently.
 //
 // Regular expressions run in Oniguruma and not in another library, because tokenizer.json is written in its dialect and
 // Python's tokenizers runs them in it as well. docs/embedding.md says why the tokenizer is our own.
@@ -59,9 +59,9 @@ inline bool is_valid(std::string_view text) {
 /// Canonical composition (NFC) of a valid text.
 inline std::string nfc(std::string_view text) {
   utf8proc_uint8_t* composed = nullptr;
-  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
-                                   static_cast<utf8proc_ssize_t>(text.size()), &composed,
-                                   static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  const auto length =
+      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
+                   &composed, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
   const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(composed, std::free);
   if (length < 0) throw InputError(std::string("the prompt cannot be normalised (") + utf8proc_errmsg(length) + ")");
   return {reinterpret_cast<const char*>(composed), static_cast<size_t>(length)};
@@ -107,8 +107,8 @@ class Regex {
     const auto* begin = reinterpret_cast<const OnigUChar*>(pattern.data());
     OnigErrorInfo info;
     regex_t* regex = nullptr;
-    const int status =
-        onig_new(&regex, begin, begin + pattern.size(), ONIG_OPTION_NONE, ONIG_ENCODING_UTF8, ONIG_SYNTAX_DEFAULT, &info);
+    const int status = onig_new(&regex, begin, begin + pattern.size(), ONIG_OPTION_NONE, ONIG_ENCODING_UTF8,
+                                ONIG_SYNTAX_DEFAULT, &info);
     regex_.reset(regex);
     if (status != ONIG_NORMAL) throw PackageError("pattern '" + pattern + "' is not a regular expression");
   }
@@ -116,7 +116,7 @@ class Regex {
   /// The first match in `text` at or after `from`, if there is one.
   std::optional<Span> find(std::string_view text, size_t from) const {
     const std::unique_ptr<OnigRegion, void (*)(OnigRegion*)> region(onig_region_new(),
-                                                                   [](OnigRegion* r) { onig_region_free(r, 1); });
+                                                                    [](OnigRegion* r) { onig_region_free(r, 1); });
     const auto* begin = reinterpret_cast<const OnigUChar*>(text.data());
     const auto* end = begin + text.size();
     const auto at = onig_search(regex_.get(), begin, end, begin + from, end, region.get(), ONIG_OPTION_NONE);
@@ -177,10 +177,10 @@ class Tokenizer {
   struct Split {
     std::optional<Regex> regex;  ///< absent: `literal`
     std::string literal;
-    bool invert = false;             ///< what does not match is the piece
-    bool remove = false;             ///< matches (or, inverted, the rest) are dropped
-    bool add_prefix_space = false;   ///< ByteLevel
-    bool cut = true;                 ///< ByteLevel without use_regex cuts nothing
+    bool invert = false;            ///< what does not match is the piece
+    bool remove = false;            ///< matches (or, inverted, the rest) are dropped
+    bool add_prefix_space = false;  ///< ByteLevel
+    bool cut = true;                ///< ByteLevel without use_regex cuts nothing
   };
 
   struct Merge {
@@ -312,7 +312,8 @@ class Tokenizer {
     bytes_[static_cast<size_t>(id)] = std::move(bytes);
   }
 
-  // --- bytes as printable characters: GPT-2's alphabet ----------------------------------------------------------------
+  // --- bytes as printable characters: GPT-2's alphabet
+  // ----------------------------------------------------------------
 
   static std::string utf8(uint32_t codepoint) {
     std::array<utf8proc_uint8_t, 4> out{};
@@ -352,7 +353,8 @@ class Tokenizer {
     return out;
   }
 
-  // --- text to ids ----------------------------------------------------------------------------------------------------
+  // --- text to ids
+  // ----------------------------------------------------------------------------------------------------
 
   /// Cut the added tokens out of `text` (the leftmost, of those the longest): their ids go into `ids`, the text between
   /// them to `rest`. Special ones are found, so that nothing else is found inside them, and left in the text.

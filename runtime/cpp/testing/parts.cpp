@@ -1,0 +1,120 @@
+// Runs single parts of the runtime for tests/test_cpp.py, which compares them with Python's: one JSON command per line
+// on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw bytes.
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../autosteer.hpp"
+
+namespace {
+
+using autosteer::Json;
+
+template <class T>
+void write(const Json& command, const std::vector<T>& array) {
+  std::ofstream file(command.at("out").get<std::string>(), std::ios::binary);
+  file.write(reinterpret_cast<const char*>(array.data()), static_cast<std::streamsize>(array.size() * sizeof(T)));
+}
+
+autosteer::Rows read_rows(const std::string& path, int64_t width) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+  autosteer::Rows rows{width, std::vector<float>(bytes.size() / sizeof(float))};
+  std::memcpy(rows.data.data(), bytes.data(), rows.data.size() * sizeof(float));
+  return rows;
+}
+
+autosteer::ImageSpec spec(const Json& command) {
+  return autosteer::decoding::image({command.at("spec"), "spec"});
+}
+
+autosteer::Image picture(const Json& command) {
+  return autosteer::open_image(autosteer::fs::path(command.at("file").get<std::string>()));
+}
+
+/// {"tokenizer": file, "texts": [...]} -> [[id, ...], ...]
+Json encode(const Json& command) {
+  const autosteer::Tokenizer tokenizer(command.at("tokenizer").get<std::string>());
+  Json ids = Json::array();
+  for (const auto& text : command.at("texts")) ids.push_back(tokenizer.encode(text.get<std::string>()));
+  return ids;
+}
+
+/// {"tokenizer": file, "answers": [[id, ...], ...], "stop": [text, ...]} -> [[piece, ..., what was held], ...]
+Json decode(const Json& command) {
+  const autosteer::Tokenizer tokenizer(command.at("tokenizer").get<std::string>());
+  Json answers = Json::array();
+  for (const auto& ids : command.at("answers")) {
+    autosteer::Detokeniser detokeniser(tokenizer, command.at("stop").get<std::vector<std::string>>());
+    Json pieces = Json::array();
+    for (const auto& id : ids) {
+      pieces.push_back(detokeniser.push(id.get<int64_t>()));
+      if (detokeniser.stopped) break;
+    }
+    pieces.push_back(detokeniser.flush());
+    answers.push_back(pieces);
+  }
+  return answers;
+}
+
+/// {"file": picture, "out": file} -> [height, width]
+Json open(const Json& command) {
+  const autosteer::Image image = picture(command);
+  write(command, image.rgb);
+  return {image.height, image.width};
+}
+
+/// {"file": picture, "height", "width", "resample", "out": file} -> null
+Json resize(const Json& command) {
+  write(command,
+        autosteer::resize(picture(command), command.at("height"), command.at("width"), command.at("resample")).rgb);
+  return nullptr;
+}
+
+/// {"file": picture, "spec": manifest's image, "alone": bool, "out": file} -> number of tiles
+Json prepare(const Json& command) {
+  const autosteer::Rows pixel_values = autosteer::prepare(picture(command), spec(command), command.at("alone"));
+  write(command, pixel_values.data);
+  return pixel_values.count();
+}
+
+/// {"features": file, "newline": file, "depth", "height", "width", "spec", "out": file} -> number of rows
+Json pack(const Json& command) {
+  const int64_t depth = command.at("depth");
+  const autosteer::Rows rows =
+      autosteer::pack(read_rows(command.at("features"), depth), read_rows(command.at("newline"), depth),
+                      command.at("height"), command.at("width"), spec(command));
+  write(command, rows.data);
+  return rows.count();
+}
+
+/// {"p_unsafe": number, "nan" or null, "mode", "threshold"} -> [unsafe, action]
+Json gate(const Json& command) {
+  const Json& score = command.at("p_unsafe");
+  std::optional<double> p_unsafe;
+  if (!score.is_null()) p_unsafe = score.is_string() ? std::stod(score.get<std::string>()) : score.get<double>();
+  const autosteer::GatePolicy policy{autosteer::mode_from(command.at("mode")), command.at("threshold"), 0.1, "no"};
+  const autosteer::Verdict verdict = autosteer::decide(p_unsafe, policy, 1);
+  return {verdict.unsafe, autosteer::name(verdict.action)};
+}
+
+}  // namespace
+
+int main() {
+  const std::map<std::string, Json (*)(const Json&)> parts = {{"encode", encode}, {"decode", decode},   {"open", open},
+                                                              {"resize", resize}, {"prepare", prepare}, {"pack", pack},
+                                                              {"gate", gate}};
+  for (std::string line; std::getline(std::cin, line);) {
+    try {
+      const Json command = Json::parse(line);
+      std::cout << Json{{"answer", parts.at(command.at("part"))(command)}}.dump() << std::endl;
+    } catch (const autosteer::Error& err) {
+      std::cout << Json{{"error", err.what()}, {"exit_code", err.exit_code}}.dump() << std::endl;
+    } catch (const std::exception& err) {
+      std::cout << Json{{"error", err.what()}, {"exit_code", 1}}.dump() << std::endl;
+    }
+  }
+  return 0;
+}
