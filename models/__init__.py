@@ -3,9 +3,11 @@
 To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
 """
 
-from . import llava_onevision, text_only
+from . import chameleon, llava_onevision, text_only
 from .family import Family
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (llava_onevision.FAMILY, text_only.LLAMA, text_only.QWEN2)}
+FAMILIES: dict[str, Family] = {
+    f.model_type: f for f in (llava_onevision.FAMILY, chameleon.FAMILY, text_only.LLAMA, text_only.QWEN2)
+}
 
 __all__ = ["FAMILIES", "Family"]

@@ -147,7 +147,15 @@ def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
     return _resize(image, spec.tile_size, spec.tile_size, spec)
 
 
-CUT: dict[str, Callable[[Uint8, ImageSpec, bool], list[Uint8]]] = {"anyres": _anyres_tiles}
+def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
+    """The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil)."""
+    size, shortest = spec.tile_size, min(image.shape[:2])
+    height, width = (int(size * side / shortest) for side in image.shape[:2])
+    top, left = (height - size) // 2, (width - size) // 2
+    return [_resize(image, height, width, spec)[top : top + size, left : left + size]]
+
+
+CUT: dict[str, Callable[[Uint8, ImageSpec, bool], list[Uint8]]] = {"anyres": _anyres_tiles, "centre_crop": _centre_crop}
 
 
 def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:

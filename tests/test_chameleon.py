@@ -1,0 +1,427 @@
+"""Tiers 3 and 4: tiny random Chameleons with a real VQ-VAE encoder, exported and compared with Hugging Face.
+
+Two of them: `plain` (norms before, as many key heads as query heads) and `swin` (norms after, grouped heads, attention
+in the VQ encoder), which is the 34B variant.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autosteer.export import vision
+from autosteer.export.checkpoint import load_reference, open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.safety import features
+from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.safety.pairs import Prompt
+from autosteer.export.validate import Case, Reference, draw
+from autosteer.runtime.check import check_package
+from autosteer.runtime.engine import Engine, Stats
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.manifest import Check, Manifest, Piece
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
+
+VARIANTS = ("plain", "swin")
+SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-chameleon-"))
+LAYERS, WIDTH, CODES, RESOLUTION, TOKENS = 4, 64, 64, 64, 64
+SPLIT = 2
+PROMPTS = 16
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+FRAME = ("<eoss>", "<racm3:break>", "<reserved08706>", "<image>")
+
+
+def image_token_names() -> list[str]:
+    """IMGIMG...Z: the digits of a code as letters; in the vocabulary they stand in no order."""
+    order = np.random.default_rng(1).permutation(CODES)
+    return ["IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z" for code in order]
+
+
+def build_tokenizer() -> Any:
+    """Bytes and a few merges. As in the worst of checkpoints, the frame's tokens are not marked special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    bpe.add_tokens([AddedToken(name, normalized=False) for name in (*image_token_names(), *FRAME)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        sep_token="<reserved08706>",
+    )
+
+
+def build_checkpoint(folder: Path, *, swin: bool) -> None:
+    """Random weights in Hugging Face's layout, float16 as the hub's are half precision."""
+    from transformers import (
+        ChameleonConfig,
+        ChameleonForConditionalGeneration,
+        ChameleonImageProcessor,
+        ChameleonProcessor,
+    )
+
+    tokenizer = build_tokenizer()
+    size = {"size": {"shortest_edge": RESOLUTION}, "crop_size": {"height": RESOLUTION, "width": RESOLUTION}}
+    ChameleonProcessor(ChameleonImageProcessor(**size), tokenizer, image_seq_length=TOKENS).save_pretrained(folder)
+    config = ChameleonConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2 if swin else 4,
+        max_position_embeddings=512,
+        swin_norm=swin,
+        attention_bias=swin,
+        mlp_bias=swin,
+        vocabulary_map=tokenizer.get_vocab(),
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+        vq_config={
+            "embed_dim": 16,
+            "num_embeddings": CODES,
+            "resolution": RESOLUTION,
+            "latent_channels": 16,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 2, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [8] if swin else None,
+        },
+    )
+    torch.manual_seed(int(swin))
+    model = ChameleonForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "vqmodel" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+            elif "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+                if name.endswith("q_norm.weight"):
+                    parameter.mul_(3)  # sharp attention: answers depend on the prompt
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(0, 1)
+            else:
+                parameter.normal_(0, 0.3 if "o_proj" in name else 0.1)
+        vq = model.model.vqmodel
+        z = (
+            vq.quant_conv(vq.encoder(torch.rand(4, 3, RESOLUTION, RESOLUTION) * 2 - 1))
+            .permute(0, 2, 3, 1)
+            .reshape(-1, 16)
+        )
+        vq.quantize.embedding.weight.copy_(
+            z[torch.randperm(len(z))[:CODES]]
+        )  # as after training: codes lie among the z
+    model.half().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """One thread; each VQ encoder is traced once, as its graph does not depend on split or precision."""
+    torch.set_num_threads(1)
+    traced, trace = {}, vision.trace
+
+    def once(checkpoint: Any) -> Any:
+        if checkpoint.name not in traced:
+            traced[checkpoint.name] = trace(checkpoint)
+        return traced[checkpoint.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vision, "trace", once)
+        yield
+    shutil.rmtree(SCRATCH)
+
+
+@cache
+def checkpoint(variant: str) -> Path:
+    folder = SCRATCH / variant
+    build_checkpoint(folder, swin=variant == "swin")
+    return folder
+
+
+@cache
+def original(variant: str) -> features.Reference:
+    model, processor = load_reference(open_checkpoint(str(checkpoint(variant))))
+    return features.Reference(model, processor, model.model.layers)
+
+
+@cache
+def safety(variant: str) -> SafetyArtifact:
+    """A random W, and a random prober, moved and scaled so that it calls about half of the prompts unsafe."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"0.weight": (64, WIDTH), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+    prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
+    states = [asked.forward(asked.inputs(Case(prompt(i), ())))[0][SPLIT][0, -1] for i in range(PROMPTS)]
+    hidden = torch.stack(states)
+    prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
+    logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
+    difference = logits[:, 0] - logits[:, 1]
+    prober["2.weight"] /= difference.std()
+    prober["2.bias"] = torch.tensor([-difference.sort().values[PROMPTS // 2 - 1 : PROMPTS // 2 + 1].mean(), 0.0])
+    prober["2.bias"] /= difference.std()
+    facts = SafetyFacts(
+        format_version=1,
+        model=variant,
+        split_layer=SPLIT,
+        token_offset=-1,
+        threshold=0.5,
+        strength=0.1,
+        refusal_text="i can't.",
+        layers=(LayerScore(SPLIT, 0.0, 0.0, 0.0),),
+        calibration={},
+        training={},
+    )
+    artifact = SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH, generator=generator))
+    artifact.save(SCRATCH / f"{variant}-safety")
+    return artifact
+
+
+@cache
+def package(variant: str, precision: str) -> Path:
+    """A validated package, made by the command itself."""
+    folder = SCRATCH / f"{variant}-{precision}"
+    safety(variant)
+    arguments = ["--model", checkpoint(variant), "--safety", SCRATCH / f"{variant}-safety"]
+    export.main(
+        [*map(str, arguments), "--precision", precision, "--output", str(folder), "--json"], standalone_mode=False
+    )
+    return folder
+
+
+@cache
+def engine(variant: str, precision: str = "fp32") -> Engine:
+    return Engine.load(package(variant, precision), device="cpu", threads=1)
+
+
+@cache
+def reference(variant: str) -> Reference:
+    theirs = original(variant)
+    return Reference(theirs.model, theirs.processor, Manifest.load(package(variant, "fp32")), safety(variant))
+
+
+def table(variant: str, precision: str) -> dict[str, Check]:
+    return {c.name: c for c in engine(variant, precision).manifest.validation["CPUExecutionProvider"]}
+
+
+def picture(seed: int) -> Image.Image:
+    """Odd sides, structure or noise."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
+    if seed % 2:
+        return draw(width, height, seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def interleaved(images: int, seed: int = 0) -> tuple[Message, ...]:
+    """text, image, text, image, ..., text"""
+    parts: list[str | ImagePart] = [f"look {seed}: "]
+    for i in range(images):
+        parts += [ImagePart(picture(100 * seed + i)), f" and number {i}, "]
+    return (Message("user", (*parts, "what do you see?")),)
+
+
+def prompt(i: int) -> tuple[Message, ...]:
+    """Of PROMPTS."""
+    return interleaved(i % 3, i)
+
+
+def generate(messages: tuple[Message, ...], variant: str, tokens: int, **policy: Any) -> list[int]:
+    e = engine(variant)
+    answer = e.generate(
+        messages, policy=e.policy(**policy or {"mode": Mode.OFF}), sampling=SamplingConfig(max_tokens=tokens)
+    )
+    return list(answer.token_ids)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_image_tokens_equal_hugging_faces_for_images_of_odd_sizes(variant: str) -> None:
+    e, theirs, seen = engine(variant), reference(variant), set()
+    assert e.manifest.image is not None
+    for seed in range(50):
+        image = picture(seed)
+        pixels = theirs.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        ours = prepare(open_image(image), e.manifest.image, alone=True)
+        np.testing.assert_array_equal(ours, pixels.numpy())
+        ids = e.tokenize_image(ours)
+        assert ids == theirs.image_tokens(pixels)[0], image.size
+        seen |= set(ids)
+    assert len(seen) > CODES / 2  # the pictures do not all say the same
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
+    messages = interleaved(images)
+    expected = reference(variant).generate(reference(variant).inputs(Case(messages, ())), tokens=64)
+    assert len(expected) == 64
+    assert len(set(expected)) > 5
+    assert generate(messages, variant, 64) == expected
+
+
+def test_the_order_of_texts_and_images_is_the_users() -> None:
+    image = ImagePart(picture(1))
+    orders = [("a", image, "b"), ("a", "b", image), (image, "a", "b")]
+    answers = [generate((Message("user", parts),), "plain", 8) for parts in orders]
+    assert len({tuple(answer) for answer in answers}) == 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("split_layer", range(1, LAYERS))
+def test_every_split_layer(variant: str, split_layer: int, tmp_path: Path) -> None:
+    theirs = reference(variant)
+    write_package(
+        tmp_path,
+        open_checkpoint(str(checkpoint(variant))),
+        None,
+        ExportOptions(split_layer=split_layer),
+        lambda _: None,
+    )
+    e = Engine.load(tmp_path, device="cpu", threads=1)
+    for messages in (interleaved(0), interleaved(1)):
+        inputs = theirs.inputs(Case(messages, ()))
+        request = e.request(e.prepare(messages, Stats()), 1, Stats())
+        request.judge(e.policy(Mode.OFF))
+        expected = theirs.forward(inputs)[0][split_layer][0, -1].numpy()
+        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+        answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
+        assert list(answer.token_ids) == theirs.generate(inputs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
+    """Both kinds of verdict occur; steered answers follow the authors' formula, under HF's mask of image tokens."""
+    e, theirs = engine(variant), reference(variant)
+    verdicts = []
+    for i in range(PROMPTS):
+        messages = prompt(i)
+        original = theirs.run(Case(messages, ()))
+        answer = e.generate(messages, sampling=SamplingConfig(max_tokens=16))
+        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+        assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
+        assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
+        verdicts.append(answer.verdict.unsafe)
+        stopped = e.generate(messages, policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+        assert (stopped.text == "i can't." and stopped.stats.upper_ms is None) == answer.verdict.unsafe
+    assert sum(verdicts) == PROMPTS // 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str) -> None:
+    """As the authors do: the state that autosteer-fit reads is the one that the runtime reads."""
+    e = engine(variant)
+    assert e.manifest.prober is not None
+    assert e.manifest.prober.token_offset == -1
+    expected = features.prompt_states(original(variant), [Prompt("is it safe?")])[0, SPLIT - 1].numpy()
+    request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
+    request.judge(e.policy(Mode.OFF))
+    np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+    answer = features.answer_tokens(original(variant), "i can't.")
+    assert original(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
+
+
+def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
+    spec, ids = engine("plain").manifest.prompt, reference("plain").processor.tokenizer.convert_tokens_to_ids
+
+    def token(text: str) -> Piece:
+        return Piece("token", text, ids(text))
+
+    assert spec.begin == (token("<s>"),)
+    assert spec.user.image == (token("<racm3:break>"), Piece("image"), token("<eoss>"))
+    assert spec.user.text == spec.assistant.text == (Piece("text"),)
+    assert spec.user.suffix == spec.assistant.suffix == (token("<reserved08706>"),)
+    assert (spec.generation, spec.images_first, spec.system) == ((), False, None)
+
+
+def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:
+    spec, tokenizer = engine("plain").manifest.prompt, load_tokenizer(package("plain", "fp32") / "tokenizer.json")
+    hostile = "".join((*SPECIAL, *FRAME, *image_token_names()))
+    runs = render([Message("user", (ImagePart("x"), hostile))], spec, tokenizer)
+    assert runs.count(IMAGE) == 1
+    written = [i for run in runs if isinstance(run, list) for i in run]
+    reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *FRAME, *image_token_names())}
+    assert [tokenizer.id_to_token(i) for i in written if i in reserved] == [
+        *("<s>", "<racm3:break>", "<eoss>", "<reserved08706>")
+    ]
+
+
+def test_there_are_no_system_turns() -> None:
+    with pytest.raises(InputError, match="no 'system' turn"):
+        engine("plain").generate([Message("system", ("be kind",)), Message.user("hi")])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_image_tokens_are_never_generated(precision: str) -> None:
+    """Not even at a temperature where every other token is."""
+    e = engine("plain", precision)
+    images = {e.tokenizer.token_to_id(name) for name in image_token_names()}
+    sampling = SamplingConfig(max_tokens=200, temperature=50.0)
+    answer = e.generate("say anything", policy=e.policy(Mode.OFF), sampling=sampling)
+    assert not images & set(answer.token_ids)
+    assert len(set(answer.token_ids)) > 50
+
+
+def test_a_transparent_picture_lies_on_white_as_in_hugging_face() -> None:
+    """What somebody looking at the picture sees; what transparency hides must not reach the model."""
+    rng = np.random.default_rng(5)
+    image = Image.fromarray(rng.integers(0, 256, (91, 77, 4), dtype=np.uint8), "RGBA")
+    e, theirs = engine("plain"), reference("plain")
+    pixels = theirs.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    assert e.manifest.image is not None
+    ours = prepare(open_image(image), e.manifest.image, alone=True)
+    np.testing.assert_array_equal(ours, pixels.numpy())
+    assert e.tokenize_image(ours) == theirs.image_tokens(pixels)[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_every_precision_exports_and_its_table_says_how_good_it_is(
+    variant: str, precision: str, record_property: Any
+) -> None:
+    checks = table(variant, precision)
+    assert all(check.passed for check in checks.values())
+    assert checks["image tokens that differ"].value == 0
+    exact = precision in ("fp32", "fp16")
+    assert (checks["greedy tokens that differ"].limit == 0) == exact
+    for check in checks.values():
+        record_property(check.name, check.value)
+
+
+def test_golden_answers_replay() -> None:
+    assert all(check.passed for check in check_package(engine("plain"), package("plain", "fp32")))
+
+
+def test_a_codebook_without_a_token_for_every_code_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint("plain"), tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocabulary_map"][image_token_names()[7]]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="names no token for image code"):
+        export.main(["--model", str(folder), "--unguarded", "--output", str(tmp_path / "x")], standalone_mode=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
