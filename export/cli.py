@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("autosteer-export", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="demo, llava-ov, llava-ov-0.5b, a local folder, or a hub id.")
+@click.option("--model", required=True, help="demo, llava-ov, chameleon, ..., a local folder, or a hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The package folder to write.")
 @click.option(
     "--safety",

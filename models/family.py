@@ -30,9 +30,7 @@ class Family:
     vision: str | None = None  # which wrapper of export/vision.py makes the image graph
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     chat_template: str | None = None  # for checkpoints that come without one
-    norm_after: Callable[[Any], bool] = lambda config: (
-        False
-    )  # norms follow attention and MLP, instead of preceding them
+    norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
 
 
