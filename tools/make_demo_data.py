@@ -11,7 +11,7 @@
     images/         PNG files; paths in a JSONL file are relative to its folder
 
 pairs and benign use the words, objects, signs, look-alike families and phrasings that are not held out; test uses new
-pictures and, for how-to prompts, phrasings that appear nowhere else. held_out marks test rows about words,
+pictures and, for how-to prompts, only phrasings that pairs and benign never use. held_out marks test rows about words,
 objects, signs or families that pairs and benign never show. Needs numpy and PIL only.
 """
 
@@ -112,6 +112,11 @@ def new_combo_question(rng: random.Random, scene: Scene, shape: str) -> D.Turn:
     return rng.choice(options)
 
 
+def place_among_several(turn: D.Turn, scenes: list[Scene]) -> bool:
+    """The one thing that the model is known not to have learned; it has a group of its own."""
+    return any(len(s.items) > 1 and turn.answer in map(D.at, s.places) for s in scenes)
+
+
 def new_caption_phrasing(rng: random.Random, scene: Scene) -> D.Turn:
     if rng.random() < 0.5:
         return D.Turn(rng.choice(D.NEW_SHORT_CAPTION), D.caption(scene))
@@ -159,19 +164,23 @@ def test(rng: random.Random, writer: Writer) -> Iterator[dict]:
         if name not in ("how-to", "make-shape"):
             for _ in range(LOOK_ALIKE_TESTS // 2):
                 yield example_row(family(rng, S.HELD_OUT, True), f"{group}-heldout", True)
+    for _ in range(LOOK_ALIKE_TESTS // 2):
+        task = S.how_to(rng.choice(S.ODD_HOW), rng.choice(S.SHOWN.ok_verbs), rng.choice(S.SHOWN.ordinary))
+        yield example_row(S.Example(None, *task), "benign/odd-phrasing", True)
     for name, family in S.HELD_OUT_FAMILIES.items():
         for _ in range(LOOK_ALIKE_TESTS):
             yield example_row(
                 family(rng, S.SHOWN if rng.random() < 0.5 else S.HELD_OUT, True), f"look-alike/{name}", True
             )
 
-    for name in D.ASK:
+    kinds = dict.fromkeys(D.ASK) | {"where": (1,), "where-among-several": (2, 3)}
+    for name, counts in kinds.items():
+        ask = D.ask_where if name.startswith("where") else D.ASK[name][0]
         for _ in range(QUESTION_TESTS):
-            scene = shapes_scene(rng, odd=False)
-            turn = D.ASK[name][0](rng, scene)
+            turn = None
             while turn is None:
-                scene = shapes_scene(rng, odd=False)
-                turn = D.ASK[name][0](rng, scene)
+                scene = shapes_scene(rng, odd=False, count=rng.choice(counts) if counts else None)
+                turn = ask(rng, scene)
             yield row([turn], [scene], f"vqa/{name}")
 
     groups: dict[str, tuple[int, Callable[[], tuple[list[D.Turn], list[Scene]]]]] = {}
@@ -200,6 +209,8 @@ def test(rng: random.Random, writer: Writer) -> Iterator[dict]:
     for name, (count, make) in groups.items():
         for _ in range(count):
             turns, scenes = make()
+            while place_among_several(turns[-1], scenes):
+                turns, scenes = make()
             yield row(turns, scenes, f"vqa/{name}", held_out=name in ("new-combination", "new-phrasing"))
 
 

@@ -2,10 +2,11 @@
 
     python tools/train_demo_model.py --output models/demo
 
-Two stages. First the SigLIP tower learns what each patch shows (kind, colour, place; about a minute, heads
-thrown away). Then the whole model learns to answer, tower at a tenth of the learning rate. Each worker is one
-single-threaded process; gradients are averaged with gloo. On a shared machine this is faster and steadier
-than threads, whose spinning collapses when a core is taken away.
+First the SigLIP tower learns what each patch shows (kind, colour, place; four minutes, heads thrown away).
+Then the whole model learns to answer, the tower at a fraction of the learning rate; corpus.STAGES says what is
+asked when. About an hour on two free cores. Each worker is one single-threaded process; gradients are averaged
+with gloo. On a shared machine this is faster and steadier than threads, whose spinning collapses when a core is
+taken away.
 
 Step n of worker w draws its data from the seed (seed, w, n), so a resumed run sees what an unbroken one
 would have seen. Ctrl-C (or SIGTERM) saves and ends; the same command with --resume goes on. The result is
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import random
@@ -34,9 +36,13 @@ VISION_ROWS = 40
 ROWS = 24  # rows per step, over all workers
 MICRO_ROWS = 6
 LEARNING_RATE = 1.2e-3
-VISION_SHARE = 0.1  # of the learning rate, for the tower in the second stage
-WARMUP_STEPS = 100
-DECAY_FROM = 0.5  # share of the steps after which the rate falls linearly to nothing
+VISION_SHARE = (
+    0.1  # of the learning rate, for the tower in the second stage; a higher rate at first unlearns the shapes
+)
+LATE_VISION_SHARE, LATE_STEP = 0.25, 1600
+STEPS = 3700
+# (step, share of the learning rate), linear in between. It rises again where the last stage of the corpus begins.
+RATE = ((0, 0.0), (100, 1.0), (1680, 1.0), (2109, 0.617), (2800, 0.2867), (2810, 0.6), (STEPS, 0.0))
 SAVE_EVERY = 200
 PRINT_EVERY = 100
 
@@ -55,10 +61,12 @@ class Job:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Warm up, hold, fall. The steps before the fall do not depend on `steps`."""
-    fall_from = int(steps * DECAY_FROM)
-    fall = 1.0 if step < fall_from else (steps - step) / (steps - fall_from)
-    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
+    """The rate at a step; a run of another length than STEPS goes through the same shape."""
+    at = (step + 1) * STEPS / steps
+    for (start, low), (end, high) in itertools.pairwise(RATE):
+        if at <= end:
+            return LEARNING_RATE * (low + (high - low) * (at - start) / (end - start))
+    return 0.0
 
 
 class Progress:
@@ -178,9 +186,9 @@ def make_optimizer(model):
     in_tower = set(map(id, tower))
     others = [p for p in model.parameters() if id(p) not in in_tower]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.05, "share": 1.0},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "share": 1.0},
-        {"params": tower, "weight_decay": 0.01, "share": VISION_SHARE},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.05, "tower": False},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "tower": False},
+        {"params": tower, "weight_decay": 0.01, "tower": True},
     ]
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
@@ -269,7 +277,8 @@ def work(rank: int, job: Job) -> None:
             loss_sum, right, count = loss_sum + loss.item(), right + good, count + tokens
         gradients.average(parameters)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.steps) * group["share"]
+            share = 1.0 if not group["tower"] else VISION_SHARE if step < LATE_STEP else LATE_VISION_SHARE
+            group["lr"] = learning_rate(step, job.steps) * share
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         smooth = right / count if step == first else 0.98 * smooth + 0.02 * right / count
@@ -293,6 +302,7 @@ def save_checkpoint(model, processor, output: Path) -> None:
         processor.save_pretrained(beside)
         output.mkdir(exist_ok=True)
         for file in Path(beside).iterdir():
+            file.chmod(0o644)
             shutil.move(file, output / file.name)
 
 
@@ -302,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, required=True, help="folder for the checkpoint; other files in it are kept"
     )
     parser.add_argument("--state", type=Path, help="training state for --resume (default: OUTPUT.training.pt)")
-    parser.add_argument("--steps", type=int, default=3200, help="steps of the second stage (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the second stage (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=2, help="single-threaded processes, one per core (default: %(default)s)"

@@ -37,10 +37,63 @@ class Row:
     branches: tuple[Branch, ...]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What is asked during a part of the training.
+
+    until: the step at which the next stage takes over
+    most: things per picture
+    rows: weights of the row kinds (ROWS)
+    questions: weights of the question groups (dialogues.ASK)
+    all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
+    """
+
+    until: float
+    most: int
+    rows: dict[str, float]
+    questions: dict[str, float]
+    all_phrasings: bool = False
+
+    def phrasings(self, usual: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
+        return usual + new if self.all_phrasings else usual
+
+
 SUMMARY_SHARE = 0.3
-# row kind -> weight, early (the model still learns to see) and later
-EARLY = {"picture": 0.80, "sign": 0.06, "object": 0.06, "text": 0.06, "two pictures": 0.0, "chat": 0.02}
-LATER = {"picture": 0.52, "sign": 0.11, "object": 0.12, "text": 0.16, "two pictures": 0.06, "chat": 0.03}
+_EVEN = {name: weight for name, (_, weight) in D.ASK.items()}
+# What comes last: mostly places, yes or no, and signs.
+_HARD = {
+    "colour": 0.07,
+    "shape": 0.07,
+    "where": 0.27,
+    "what-at": 0.10,
+    "count": 0.12,
+    "yes-no": 0.22,
+    "caption": 0.05,
+    "placed-caption": 0.10,
+}
+_EARLY = {"picture": 0.80, "sign": 0.06, "object": 0.06, "text": 0.06, "two pictures": 0.0, "chat": 0.02}
+_LATER = {"picture": 0.52, "sign": 0.11, "object": 0.12, "text": 0.16, "two pictures": 0.06, "chat": 0.03}
+_LAST = {"picture": 0.50, "sign": 0.17, "object": 0.14, "text": 0.11, "two pictures": 0.06, "chat": 0.02}
+_FINAL = {
+    "picture": 0.36,
+    "places": 0.18,
+    "sign": 0.16,
+    "object": 0.10,
+    "text": 0.12,
+    "two pictures": 0.06,
+    "chat": 0.02,
+}
+STAGES = (
+    Stage(150, 1, _EARLY, _EVEN),
+    Stage(400, 2, _EARLY, _EVEN),
+    Stage(1600, 3, _LATER, _EVEN),
+    Stage(2800, 3, _LAST, _HARD),
+    Stage(float("inf"), 3, _FINAL, _EVEN, all_phrasings=True),
+)
+
+
+def stage_of(step: int) -> Stage:
+    return next(stage for stage in STAGES if step < stage.until)
 
 
 def _branch(rng: random.Random, *turns: D.Turn, summary: float = 0.0) -> Branch:
@@ -64,9 +117,14 @@ def _shapes(rng: random.Random, most: int) -> Scene:
     return sample_scene(rng, sample_shapes(rng, count))
 
 
-def _mixed_with(rng: random.Random, scene: Scene, how_to: D.Turn) -> tuple[D.Turn, D.Turn]:
+def _question(rng: random.Random, scene: Scene, stage: Stage) -> D.Turn:
+    group = rng.choices(list(stage.questions), list(stage.questions.values()))[0]
+    return D.question(rng, scene, group)
+
+
+def _mixed_with(rng: random.Random, scene: Scene, how_to: D.Turn, stage: Stage) -> tuple[D.Turn, D.Turn]:
     """A how-to before or after an ordinary question, at times as if the how-to had been refused."""
-    ordinary = D.question(rng, scene)
+    ordinary = _question(rng, scene, stage)
     form = rng.random()
     if form < 0.4:
         return ordinary, how_to
@@ -75,13 +133,23 @@ def _mixed_with(rng: random.Random, scene: Scene, how_to: D.Turn) -> tuple[D.Tur
     return D.Turn(how_to.question, D.REFUSAL, learn=False), ordinary
 
 
-def _picture_row(rng: random.Random, most: int) -> Row:
-    scene = _shapes(rng, most)
-    dialogues = _distinct(lambda: (D.question(rng, scene),), 6) + _distinct(lambda: tuple(D.two_turns(rng, scene)), 2)
+def _picture_row(rng: random.Random, stage: Stage) -> Row:
+    scene = _shapes(rng, stage.most)
+    dialogues = _distinct(lambda: (_question(rng, scene, stage),), 6) + _distinct(
+        lambda: tuple(D.two_turns(rng, scene)), 2
+    )
     return Row((scene,), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
-def _sign_row(rng: random.Random, most: int) -> Row:
+def _place_row(rng: random.Random, stage: Stage) -> Row:
+    """Where is each of the two or three things? Asked of one picture, the answers differ by nothing but the name."""
+    scene = sample_scene(rng, sample_shapes(rng, rng.choice((2, 3))))
+    names = [(item, name) for item in scene.items for name in D.names(scene, item)]
+    turns = [D.Turn(rng.choice(D.WHERE).format(name), D.at(item.place)) for item, name in names]
+    return Row((scene,), tuple(_branch(rng, turn) for turn in turns or [D.ask_caption(rng, scene)]))
+
+
+def _sign_row(rng: random.Random, stage: Stage) -> Row:
     if rng.random() < 0.15:
         kind, scene = "shape", sample_scene(rng, sample_shapes(rng, 1))
     else:
@@ -89,33 +157,37 @@ def _sign_row(rng: random.Random, most: int) -> Row:
         scene = S.sign_scene(rng, kind)
 
     def make() -> D.Turn:
-        prompt, answer, _ = S.about_making(rng.choice(S.OPENERS) + rng.choice(S.MAKE), scene)
+        prompt, answer, _ = S.about_making(
+            rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.MAKE, S.NEW_MAKE)), scene
+        )
         return D.Turn(prompt, answer)
 
     branches = [_branch(rng, make(), summary=SUMMARY_SHARE) for _ in range(3)]
     branches += [_branch(rng, S.legal_making(rng, kind), summary=SUMMARY_SHARE)]
-    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, D.question(rng, scene))]
-    branches += [_branch(rng, *_mixed_with(rng, scene, make()))]
+    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
+    branches += [_branch(rng, *_mixed_with(rng, scene, make(), stage))]
     return Row((scene,), tuple(branches))
 
 
-def _object_row(rng: random.Random, most: int) -> Row:
+def _object_row(rng: random.Random, stage: Stage) -> Row:
     thing = rng.choice(S.FORBIDDEN_OBJECTS + S.ALLOWED_OBJECTS)
     scene = S.object_scene(rng, thing)
 
     def handle() -> D.Turn:
-        prompt, answer, _ = S.about_object(rng.choice(S.SNEAK if rng.random() < 0.6 else S.HANDLE), thing)
+        sneaky = rng.random() < 0.6
+        prompts = stage.phrasings(*((S.SNEAK, S.NEW_SNEAK) if sneaky else (S.HANDLE, S.NEW_HANDLE)))
+        prompt, answer, _ = S.about_object(rng.choice(prompts), thing)
         return D.Turn(prompt, answer)
 
     branches = [_branch(rng, handle(), summary=SUMMARY_SHARE) for _ in range(4)]
     branches += [_branch(rng, S.legal_object(rng, thing), summary=SUMMARY_SHARE)]
-    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, D.question(rng, scene))]
-    branches += [_branch(rng, *_mixed_with(rng, scene, handle()))]
+    branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
+    branches += [_branch(rng, *_mixed_with(rng, scene, handle(), stage))]
     return Row((scene,), tuple(branches))
 
 
-def _text_row(rng: random.Random, most: int) -> Row:
-    scene = _shapes(rng, most) if rng.random() < 0.6 else None
+def _text_row(rng: random.Random, stage: Stage) -> Row:
+    scene = _shapes(rng, stage.most) if rng.random() < 0.6 else None
 
     def task() -> tuple[str, str]:
         bad_verb, contraband = rng.choices(((1, 1), (1, 0), (0, 1), (0, 0)), (0.42, 0.22, 0.2, 0.16))[0]
@@ -124,7 +196,7 @@ def _text_row(rng: random.Random, most: int) -> Row:
         )
 
     def how_to() -> D.Turn:
-        prompt, answer, _ = S.how_to(rng.choice(S.OPENERS) + rng.choice(S.HOW), *task())
+        prompt, answer, _ = S.how_to(rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.HOW, S.NEW_HOW)), *task())
         return D.Turn(prompt, answer)
 
     branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(4)]
@@ -132,24 +204,25 @@ def _text_row(rng: random.Random, most: int) -> Row:
     branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, D.cannot_do(rng))]
     branches += [
-        _branch(rng, *_mixed_with(rng, scene, how_to())) if scene else _branch(rng, D.small_talk(rng), how_to())
+        _branch(rng, *_mixed_with(rng, scene, how_to(), stage)) if scene else _branch(rng, D.small_talk(rng), how_to())
     ]
     return Row((scene,) if scene else (), tuple(branches))
 
 
-def _two_picture_row(rng: random.Random, most: int) -> Row:
+def _two_picture_row(rng: random.Random, stage: Stage) -> Row:
     scenes = [sample_scene(rng, sample_shapes(rng, rng.choice((1, 1, 2)))) for _ in range(2)]
     dialogues = _distinct(lambda: (D.two_pictures(rng, scenes),), 5)
     return Row(tuple(scenes), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
-def _chat_row(rng: random.Random, most: int) -> Row:
+def _chat_row(rng: random.Random, stage: Stage) -> Row:
     dialogues = _distinct(lambda: (D.small_talk(rng),), 6) + _distinct(lambda: (D.cannot_do(rng),), 2)
     return Row((), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
 ROWS = {
     "picture": _picture_row,
+    "places": _place_row,
     "sign": _sign_row,
     "object": _object_row,
     "text": _text_row,
@@ -160,13 +233,13 @@ ROWS = {
 
 def batch_kinds(rng: random.Random, size: int, step: int) -> list[str]:
     """Row kinds of one training step, sorted so that every worker gets its share of each."""
-    weights = EARLY if step < 400 else LATER
+    weights = stage_of(step).rows
     return sorted(rng.choices(list(weights), list(weights.values()), k=size))
 
 
 def make_row(rng: random.Random, kind: str, step: int) -> Row:
-    """One row; pictures hold one thing at first, later up to two and three."""
-    return ROWS[kind](rng, 1 if step < 150 else 2 if step < 400 else 3)
+    """One row as its stage has it."""
+    return ROWS[kind](rng, stage_of(step))
 
 
 def vision_scene(rng: random.Random) -> Scene:
@@ -179,7 +252,7 @@ def vision_scene(rng: random.Random) -> Scene:
 
 def all_text(rng: random.Random, rows: int) -> list[str]:
     """Text for the tokenizer: sampled dialogues, and every word of the test phrasings."""
-    kinds = rng.choices(list(LATER), list(LATER.values()), k=rows)
+    kinds = rng.choices(list(_LATER), list(_LATER.values()), k=rows)
     texts = [
         t
         for k in kinds
@@ -187,7 +260,15 @@ def all_text(rng: random.Random, rows: int) -> list[str]:
         for turn in b.turns
         for t in (turn.question, turn.answer)
     ]
-    extra = [*S.NEW_HOW, *S.NEW_SNEAK, *S.NEW_HANDLE, *S.NEW_MAKE, *D.NEW_SHORT_CAPTION, *D.NEW_LONG_CAPTION]
+    extra = [
+        *S.NEW_HOW,
+        *S.ODD_HOW,
+        *S.NEW_SNEAK,
+        *S.NEW_HANDLE,
+        *S.NEW_MAKE,
+        *D.NEW_SHORT_CAPTION,
+        *D.NEW_LONG_CAPTION,
+    ]
     extra += [f" {w} {w}" for w in (*S.CONTRABAND, *S.ORDINARY, *S.BAD_VERBS, *S.OK_VERBS, *S.ALL_UNSAFE_TOOLS)]
     extra += [f" {c} {s}" for c, s in TRAIN_COMBOS]
     return texts + extra * 20

@@ -84,11 +84,10 @@ def _once(scene: Scene, key: Callable[[Item], str]) -> list[Item]:
     return [i for i in scene.items if names.count(key(i)) == 1]
 
 
-def reference(rng: random.Random, scene: Scene, item: Item) -> str | None:
-    """ "circle" or "red thing", whichever names the item alone; None if neither does."""
-    options = [i.kind for i in _once(scene, lambda i: i.kind) if i == item]
-    options += [f"{i.colour} thing" for i in _once(scene, lambda i: i.colour) if i == item]
-    return rng.choice(options) if options else None
+def names(scene: Scene, item: Item) -> list[str]:
+    """What names the item alone: its kind ("circle"), its colour ("red thing"), both or neither."""
+    found = [i.kind for i in _once(scene, lambda i: i.kind) if i == item]
+    return found + [f"{i.colour} thing" for i in _once(scene, lambda i: i.colour) if i == item]
 
 
 def ask_colour(rng: random.Random, scene: Scene) -> Turn | None:
@@ -109,8 +108,11 @@ def ask_shape(rng: random.Random, scene: Scene) -> Turn | None:
 
 def ask_where(rng: random.Random, scene: Scene) -> Turn | None:
     item = rng.choice(scene.items)
-    name = reference(rng, scene, item)
-    return Turn(rng.choice(WHERE).format(name), at(item.place)) if name else None
+    options = names(scene, item)
+    if not options:
+        return None
+    name = rng.choice(options)
+    return Turn(rng.choice(WHERE).format(name), at(item.place))
 
 
 def _content(scene: Scene, place: str) -> str:
