@@ -191,8 +191,15 @@ inline Image nearest(const Image& image, int64_t height, int64_t width) {
 inline Image resize(const Image& image, int64_t height, int64_t width, const std::string& resample) {
   if (resample == "nearest") return resampling::nearest(image, height, width);
   const resampling::Filter filter = resampling::filter(resample);
-  Image out = width == image.width ? image : resampling::resize_width(image, width, filter);
-  return height == out.height ? out : resampling::resize_height(out, height, filter);
+  const auto across = [&](const Image& in) {
+    return width == in.width ? in : resampling::resize_width(in, width, filter);
+  };
+  const auto down = [&](const Image& in) {
+    return height == in.height ? in : resampling::resize_height(in, height, filter);
+  };
+  // Pillow 13 begins with the axis that shrinks the work; as each pass rounds to bytes, the order shows in the pixels.
+  const bool down_first = image.height - height > std::max<int64_t>(2 * (image.width - width), 0);
+  return down_first ? across(down(image)) : down(across(image));
 }
 
 // --- tiles

@@ -196,6 +196,7 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   jpeg_mem_src(&info, bytes.data(), static_cast<unsigned long>(bytes.size()));
   jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
   jpeg_read_header(&info, TRUE);
+  jpeg_metadata(info, out);
   const bool cmyk = info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK;
   info.out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
   if (!allocate(out, info.image_height, info.image_width)) {
@@ -211,7 +212,6 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
     if (cmyk) cmyk_row_to_rgb(state.cmyk, rgb);
   }
   jpeg_finish_decompress(&info);
-  jpeg_metadata(info, out);
 }
 
 // --- which way is up

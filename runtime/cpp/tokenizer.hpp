@@ -196,6 +196,7 @@ class Tokenizer {
   void load(const Json& data) {
     load_model(data.at("model"));
     for (const Json& token : data.at("added_tokens")) load_added_token(token);
+    if (!ignore_merges_) vocab_ = {};
     if (!data.at("normalizer").is_null()) load_normalizer(data["normalizer"]);
     load_pre_tokenizer(data.at("pre_tokenizer"));
     if (!data.at("decoder").is_object() || data["decoder"].at("type") != "ByteLevel") {
@@ -220,6 +221,7 @@ class Tokenizer {
       vocab_.emplace(item.key(), id);
       set_bytes(id, byte_level_decode(item.key()));
     }
+    next_added_id_ = static_cast<int64_t>(vocab.size());
     const auto id_of = [&](const std::string& token) {
       const auto found = vocab_.find(token);
       if (found == vocab_.end()) throw PackageError("merge of '" + token + "', which is not in the vocabulary");
@@ -235,7 +237,6 @@ class Tokenizer {
       const auto found = vocab_.find(byte_alphabet()[byte]);
       byte_ids_[byte] = found == vocab_.end() ? -1 : found->second;
     }
-    if (!ignore_merges_) vocab_ = {};
   }
 
   /// ["a", "b"], or in older files "a b".
@@ -249,7 +250,14 @@ class Tokenizer {
 
   void load_added_token(const Json& token) {
     AddedToken added{token.at("content"), token.at("id"), token.at("special")};
-    if (added.content.empty() || added.id < 0 || added.id > 1 << 24) unknown("added token", token);
+    if (added.content.empty()) unknown("added token", token);
+    // The library numbers added tokens itself: the vocabulary's id, or one after the last. Another id in the file is
+    // one that nothing was trained with.
+    const auto in_vocabulary = vocab_.find(added.content);
+    if (added.id != (in_vocabulary != vocab_.end() ? in_vocabulary->second : next_added_id_)) {
+      unknown("the id of added token", token);
+    }
+    if (in_vocabulary == vocab_.end()) ++next_added_id_;
     if (!added.special && (token.at("single_word") || token.at("lstrip") || token.at("rstrip"))) {
       unknown("added token", token);
     }
@@ -487,6 +495,7 @@ class Tokenizer {
   std::vector<std::string> bytes_;  // by id
   std::vector<AddedToken> added_, added_normalised_;
   std::vector<Split> splits_;
+  int64_t next_added_id_ = 0;
   bool nfc_ = false, ignore_merges_ = false, byte_level_ = false;
 };
 
