@@ -31,12 +31,15 @@ from autosteer.runtime.text import Message
 from .checkpoint import Checkpoint, load_reference
 from .quantize import RECIPES, Blocks, dequantise, quantise
 from .safety.artifact import SafetyArtifact
+from .vision import VQTokenizer
 
 ANSWER_TOKENS = 16
 VERDICT_BAND = (
     0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this close to the threshold
 )
 
+NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
+REPORTED = ("image tokens at near ties",)  # never judged
 NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest float32
 
 # Every tolerance, with its reason. Relative: largest difference over the reference's largest value.
@@ -64,11 +67,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class ImageErrors:
+    """The package's image tokens that are not Hugging Face's."""
+
+    wrong: int
+    near_ties: int  # two codes were equally near, up to rounding; there is no right one
+
+
+@dataclass(frozen=True)
 class Original:
     """What PyTorch made of a case."""
 
     pixel_values: list[np.ndarray]  # per image (tiles, 3, size, size)
-    image_tokens: list[list[int]] | None  # per image, where images are tokens
+    image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) at the prober's token
     logits: np.ndarray  # (V,) after the prompt
@@ -92,8 +103,8 @@ def validate_package(
     report("loading the PyTorch original")
     model, processor = load_reference(checkpoint)
     reference = Reference(model, processor, manifest, safety)
-    originals = [reference.run(case) for case in _each(cases, report, "PyTorch")]
     engine = Engine.load(folder, device="cpu")
+    originals = [reference.run(case, image_tokens(engine, case)) for case in _each(cases, report, "PyTorch")]
     recipe = RECIPES[manifest.precision]
     exact = recipe.body is None
     checks = _compare(engine, cases, originals, safety, report, exact=exact)
@@ -131,6 +142,15 @@ def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
     return cases
 
 
+def image_tokens(engine: Engine, case: Case) -> list[list[int]] | None:
+    """The package's token ids of a case's images; None where images are not tokens, or there are none."""
+    spec = engine.manifest.image
+    if spec is None or "image_tokenizer" not in engine.graphs or not case.images:
+        return None
+    alone = len(case.images) == 1
+    return [engine.tokenize_image(prepare(open_image(image), spec, alone=alone)) for image in case.images]
+
+
 def draw(width: int, height: int, seed: int) -> Image.Image:
     """A smooth gradient with a few rectangles: structure at several scales, the same on every machine."""
     rng = np.random.default_rng(seed)
@@ -162,15 +182,20 @@ class Reference:
         return dict(self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
 
     @torch.no_grad()
-    def run(self, case: Case) -> Original:
-        """Everything PyTorch computes of a case."""
+    def run(self, case: Case, ours: list[list[int]] | None = None) -> Original:
+        """Everything PyTorch computes of a case.
+
+        `ours` are the package's image tokens. Where they differ from HF's at near ties only, PyTorch goes on with ours,
+        so that what follows is still compared.
+        """
         inputs = self.inputs(case)
+        pixel_values = inputs.get("pixel_values", torch.empty(0))
+        inputs, errors = self._agreed(inputs, ours) if ours else (inputs, None)
         hidden_states, logits = self.forward(inputs)
         hidden = hidden_states[self.manifest.split_layer][0, self._offset()]
-        pixel_values = inputs.get("pixel_values", torch.empty(0))
         return Original(
             pixel_values=[p.numpy().reshape(-1, *p.shape[-3:]) for p in pixel_values],
-            image_tokens=self.image_tokens(pixel_values) if "image_tokenizer" in self.manifest.graphs else None,
+            image_errors=errors,
             embeds=hidden_states[0][0].numpy(),
             hidden=hidden.numpy(),
             logits=logits.numpy(),
@@ -190,9 +215,34 @@ class Reference:
         """Token ids of images (n, 3, size, size)."""
         return self.model.get_image_tokens(pixel_values).tolist() if len(pixel_values) else []
 
-    def hidden(self, case: Case) -> np.ndarray:
-        """The row the prober reads, (D,)."""
-        hidden_states, _ = self.forward(self.inputs(case))
+    @torch.no_grad()
+    def image_errors(self, pixel_values: torch.Tensor, ours: list[list[int]]) -> ImageErrors:
+        """Compare the package's tokens of images (n, 3, size, size) with HF's."""
+        theirs = torch.tensor(self.image_tokens(pixel_values)).flatten()
+        differ = (theirs != torch.tensor(ours).flatten()).nonzero().flatten()
+        if not len(differ):
+            return ImageErrors(0, 0)
+        wrapper = VQTokenizer(self.model)
+        code = {int(token): i for i, token in enumerate(wrapper.constants["token_ids"])}
+        distances = wrapper.distances(pixel_values)[differ]
+        chosen = torch.tensor([code[token] for token in torch.tensor(ours).flatten()[differ].tolist()])
+        excess = distances.gather(1, chosen[:, None])[:, 0] - distances.amin(1)
+        ties = int((excess <= NEAR_TIE * distances.amax(1)).sum())
+        return ImageErrors(len(differ) - ties, ties)
+
+    def _agreed(self, inputs: dict[str, Any], ours: list[list[int]]) -> tuple[dict[str, Any], ImageErrors]:
+        """The inputs, with our image tokens instead of pixels where they differ from HF's at near ties only."""
+        errors = self.image_errors(inputs["pixel_values"], ours)
+        if errors.wrong or not errors.near_ties:
+            return inputs, errors
+        ids = inputs["input_ids"].clone()
+        ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
+        return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
+
+    def hidden(self, case: Case, ours: list[list[int]] | None = None) -> np.ndarray:
+        """The row the prober reads, (D,); `ours` as in `run`."""
+        inputs = self.inputs(case)
+        hidden_states, _ = self.forward(self._agreed(inputs, ours)[0] if ours else inputs)
         return hidden_states[self.manifest.split_layer][0, self._offset()].numpy()
 
     def p_unsafe(self, hidden: torch.Tensor) -> float:
@@ -254,13 +304,13 @@ def _compare(
         worst[name] = max(worst.get(name, 0.0), value)
 
     for case, original in zip(_each(cases, report, "ONNX Runtime"), originals, strict=True):
-        for i, (pixels, image) in enumerate(zip(original.pixel_values, case.images, strict=True)):
+        for pixels, image in zip(original.pixel_values, case.images, strict=True):
             assert manifest.image is not None
             ours = prepare(open_image(image), manifest.image, alone=len(case.images) == 1)
             note("pixel_values", float(np.abs(ours - pixels[: len(ours)]).max()))
-            if original.image_tokens is not None:
-                differ = np.not_equal(engine.tokenize_image(ours), original.image_tokens[i])
-                note("image tokens that differ", float(differ.sum()))
+        if original.image_errors:
+            note("image tokens that differ", original.image_errors.wrong)
+            note("image tokens at near ties", original.image_errors.near_ties)
         prompt = engine.prepare(case.messages, Stats())
         note("inputs_embeds", _relative(prompt.inputs_embeds[0], original.embeds))
         hidden, p_unsafe, logits = _first_step(engine, prompt)
@@ -286,8 +336,8 @@ def _compare(
         )
 
     def check(name: str, value: float) -> Check:
-        always = name.startswith(("pixel_values", "image tokens", "verdicts", "strength"))
-        limit = LIMITS.get(name, 0.0) if exact or always else None
+        always = name.startswith(("pixel_values", "image tokens that", "masked", "verdicts", "strength"))
+        limit = LIMITS.get(name, 0.0) if (exact and name not in REPORTED) or always else None
         return Check(name, value, limit, limit is None or value <= limit)
 
     return [check(name, value) for name, value in worst.items()]
@@ -297,7 +347,8 @@ def _rounded_check(engine: Engine, cases: Sequence[Case], reference: Reference) 
     name = "hidden state at the split, cosine to rounded"
     distances = []
     for case in cases:
-        ours, theirs = _first_step(engine, engine.prepare(case.messages, Stats()))[0], reference.hidden(case)
+        ours = _first_step(engine, engine.prepare(case.messages, Stats()))[0]
+        theirs = reference.hidden(case, image_tokens(engine, case))
         distances.append(1.0 - float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))))
     worst = max(distances)
     return Check(name, worst, LIMITS[name], worst <= LIMITS[name])

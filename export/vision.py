@@ -84,15 +84,19 @@ class VQTokenizer(ImageGraph):
         self.register_buffer("token_ids", torch.zeros(vq.num_embeddings, dtype=torch.int64))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(tiles, 3, size, size) -> input_ids (tiles, tokens)
+        """(tiles, 3, size, size) -> input_ids (tiles, tokens)"""
+        codes = self.distances(pixel_values).argmin(1)
+        return self.token_ids[codes].reshape(pixel_values.shape[0], -1)
 
-        Distances are summed as HF sums them: |z|^2 decides nothing, but rounds near ties the same way.
+    def distances(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> squared distance of every token's z to every code, (tiles * tokens, codes)
+
+        Summed as HF does: |z|^2 decides nothing, but rounds near ties the same way.
         """
         vq = self.model.vqmodel
         codebook = vq.quantize.embedding.weight
         z = vq.quant_conv(vq.encoder(pixel_values)).permute(0, 2, 3, 1).flatten(0, 2)
-        distances = (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
-        return self.token_ids[distances.argmin(1)].reshape(pixel_values.shape[0], -1)
+        return (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
 
 
 WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector, "vq_tokenizer": VQTokenizer}

@@ -26,7 +26,8 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import features
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validate import Case, Reference, draw
+from autosteer.export.validate import Case, ImageErrors, Reference, draw
+from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine, Stats
 from autosteer.runtime.errors import InputError
@@ -411,6 +412,33 @@ def test_every_precision_exports_and_its_table_says_how_good_it_is(
     assert (checks["greedy tokens that differ"].limit == 0) == exact
     for check in checks.values():
         record_property(check.name, check.value)
+
+
+def test_near_ties_in_the_codebook_are_told_from_wrong_image_tokens() -> None:
+    """Two codes equally near up to rounding: neither is wrong, and the export goes on with ours. A far one is wrong."""
+    theirs, case = reference("plain"), Case(interleaved(1), ())
+    pixels = theirs.inputs(case)["pixel_values"]
+    tokens = theirs.image_tokens(pixels)
+    code = VQTokenizer(theirs.model).constants["token_ids"].tolist()
+    first, twin = code.index(tokens[0][0]), code.index(next(t for t in code if t not in tokens[0]))
+    moved = [[code[twin], *tokens[0][1:]]]
+    assert theirs.image_errors(pixels, tokens) == ImageErrors(0, 0)
+    assert theirs.image_errors(pixels, moved) == ImageErrors(1, 0)
+    codebook = theirs.model.model.vqmodel.quantize.embedding.weight
+    kept = codebook[twin].clone()
+    with torch.no_grad():
+        codebook[twin] = codebook[first] * (1 + 1e-7)
+    try:
+        chosen = theirs.image_tokens(pixels)[0][0]
+        other = code[first] if chosen == code[twin] else code[twin]
+        ours = [[other, *theirs.image_tokens(pixels)[0][1:]]]
+        original = theirs.run(case, ours)
+        assert original.image_errors == ImageErrors(0, 1)
+        table = theirs.model.model.embed_tokens.weight
+        assert any(torch.equal(torch.from_numpy(row), table[other]) for row in original.embeds)
+    finally:
+        with torch.no_grad():
+            codebook[twin] = kept
 
 
 def test_golden_answers_replay() -> None:
