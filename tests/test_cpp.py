@@ -102,9 +102,9 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def sanitised(tmp_path_factory) -> Path:
-    """The two programs with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """autosteer-parts with AddressSanitizer and UndefinedBehaviorSanitizer: its part "answer" is the whole runtime."""
     folder = build_folder(tmp_path_factory, "cpp-san")
-    return build(folder, ALL[:2], "-DAUTOSTEER_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    return build(folder, ["autosteer-parts"], "-DAUTOSTEER_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
 
 
 @dataclass(frozen=True)
@@ -955,15 +955,15 @@ def test_exit_codes_are_those_of_autosteer_run(built, toy_package, arguments, co
 
 
 def test_sanitizers_find_nothing_in_whole_answers(sanitised, toy_package):
-    """AddressSanitizer and UndefinedBehaviorSanitizer over text, pictures, steering and the odd texts."""
+    """Text, pictures, dialogues, every policy, a prober that raises; the odd texts. Leaks are looked for as well."""
     package, _ = demo("fp32")
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # onnxruntime keeps some memory to the end
-    picture = str(demo_pictures()[1])
-    wishes = ["--max-tokens", "6", "--temperature", "0.9", "--repetition-penalty", "1.1", "--image", picture]
-    for arguments in (wishes, [*wishes, "--image", picture, "--threshold", "-1"], ["--policy", "stop"]):
-        done = cli(sanitised, package, "-p", "what do you see?", *arguments, env=environment)
-        assert done.returncode == 0, done.stderr
-    assert cli(sanitised, toy_package, "-p", "crash", env=environment).returncode == 0
+    requests = [(package, request) for request in demo_requests()[::3]]
+    requests.append((toy_package, {"messages": [{"role": "user", "parts": ["crash"]}]}))
+    commands = [{"part": "answer", "package": str(folder), "request": request} for folder, request in requests]
+    answers = Parts(sanitised / "autosteer-parts").run(
+        *commands, {"part": "encode", "tokenizer": str(package / "tokenizer.json"), "texts": odd_texts(50)}
+    )
+    assert [a for a in answers if isinstance(a, dict) and "error" in a] == []
 
 
 def test_clang_compiles_it_too():

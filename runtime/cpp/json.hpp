@@ -72,6 +72,8 @@ struct RequestJson {
       std::istringstream source(text);
       const Json data = decoding::parse_strictly(source);
       return decode({data, "request"});
+    } catch (const Json::parse_error& err) {  // its own words quote the text's bytes
+      throw InputError("request: not readable as JSON (at byte " + std::to_string(err.byte) + ")");
     } catch (const Json::exception& err) {
       throw InputError(std::string("request: not readable as JSON (") + err.what() + ")");
     } catch (const PackageError& err) {

@@ -544,6 +544,8 @@ inline Manifest Manifest::load(const fs::path& folder) {
   try {
     std::ifstream file(path, std::ios::binary);
     data = decoding::parse_strictly(file);
+  } catch (const Json::parse_error& err) {  // its own words quote the file's bytes
+    throw PackageError(path.string() + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {
     throw PackageError(path.string() + ": not readable as JSON (" + err.what() + ")");
   }

@@ -141,6 +141,8 @@ class Tokenizer {
       load(nlohmann::json::parse(file));
     } catch (const PackageError& err) {
       throw PackageError(path.string() + ": " + err.what());
+    } catch (const nlohmann::json::parse_error& err) {  // its own words quote the file's bytes
+      throw PackageError(path.string() + ": not a tokenizer (no JSON at byte " + std::to_string(err.byte) + ")");
     } catch (const nlohmann::json::exception& err) {
       throw PackageError(path.string() + ": not a tokenizer (" + err.what() + ")");
     }

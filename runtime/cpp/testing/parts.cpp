@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../autosteer.hpp"
+#include "../json.hpp"
 
 namespace {
 
@@ -100,12 +101,22 @@ Json gate(const Json& command) {
   return {verdict.unsafe, autosteer::name(verdict.action)};
 }
 
+/// {"package": folder, "request": as in autosteer.h} -> what autosteer-run --json prints
+Json answer(const Json& command) {
+  autosteer::EngineOptions options;
+  options.threads = 1;
+  const autosteer::Engine engine(command.at("package").get<std::string>(), options);
+  auto request = autosteer::RequestJson::parse(command.at("request").dump());
+  const auto policy = engine.policy(request.mode, request.threshold, request.strength);
+  return autosteer::answer_json(engine.generate(std::move(request.messages), request.sampling, policy));
+}
+
 }  // namespace
 
 int main() {
-  const std::map<std::string, Json (*)(const Json&)> parts = {{"encode", encode}, {"decode", decode},   {"open", open},
-                                                              {"resize", resize}, {"prepare", prepare}, {"pack", pack},
-                                                              {"gate", gate}};
+  const std::map<std::string, Json (*)(const Json&)> parts = {
+      {"answer", answer}, {"encode", encode},   {"decode", decode}, {"open", open},
+      {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate}};
   for (std::string line; std::getline(std::cin, line);) {
     try {
       const Json command = Json::parse(line);
