@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import toy
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -38,7 +39,7 @@ from autosteer.runtime.cli import answer_json
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.gate import Mode, decide
 from autosteer.runtime.image import open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, ImageSpec
+from autosteer.runtime.manifest import AnyresSpec, GraphSpec, ImageSpec, Manifest, TensorSpec
 from autosteer.runtime.text import Detokeniser, ImagePart, load_tokenizer
 
 CPP = Path(__file__).resolve().parents[1] / "runtime" / "cpp"
@@ -520,11 +521,8 @@ def test_the_safety_rule_is_the_same_for_any_number(parts):
     assert parts.run(*commands) == expected
 
 
-@pytest.fixture(scope="session")
-def toy_package(tmp_path_factory) -> Path:
-    """tests/toy.py's package with its words in a byte-level BPE tokenizer, which C++ reads: no merges, whole words."""
-    folder = tmp_path_factory.mktemp("toy-cpp") / "package"
-    manifest = toy.build(folder)
+def use_byte_level_words(folder: Path, manifest: Manifest) -> Manifest:
+    """Replace the toy's word tokenizer by byte-level BPE, which C++ reads: no merges, whole words."""
     words = toy.VOCABULARY[: -len(toy.SPECIAL)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -536,7 +534,16 @@ def toy_package(tmp_path_factory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(toy.SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    replace(manifest, files=(toy.data_file(folder, "tokenizer.json"),)).save(folder)
+    manifest = replace(manifest, files=(toy.data_file(folder, "tokenizer.json"),))
+    manifest.save(folder)
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def toy_package(tmp_path_factory) -> Path:
+    """tests/toy.py's package, with a tokenizer that C++ reads."""
+    folder = tmp_path_factory.mktemp("toy-cpp") / "package"
+    use_byte_level_words(folder, toy.build(folder))
     return folder
 
 
@@ -734,6 +741,44 @@ def test_thirty_answers_are_pythons(built, precision):
     assert reasons == {"stop", "length", "refused"} and actions == {"pass", "steer", "stop"}
 
 
+def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
+    """A toy image_tokenizer (Chameleon's kind of model): the mean of each row of pixels picks a word."""
+    folder = tmp_path / "package"
+    manifest = use_byte_level_words(folder, toy.build(folder, images=False))
+    nodes = [
+        helper.make_node("ReduceMean", ["pixel_values", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Mul", ["mean", "words"], ["scaled"]),
+        helper.make_node("Cast", ["scaled"], ["input_ids"], to=TensorProto.INT64),
+    ]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "image_tokenizer",
+            [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ("tiles", 3, 4, 4))],
+            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ("tiles", 4))],
+            [numpy_helper.from_array(np.array([1, 3]), "axes"), numpy_helper.from_array(np.float32(20), "words")],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    content = model.SerializeToString()
+    (folder / "image_tokenizer.onnx").write_bytes(content)
+    pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, 4, 4))
+    ids = TensorSpec("input_ids", "int64", ("tiles", 4))
+    graph = GraphSpec("image_tokenizer.onnx", hashlib.sha256(content).hexdigest(), (pixels,), (ids,), None, "fp32")
+    image = replace(toy.IMAGE, kind="centre_crop", anyres=None, resample="lanczos")
+    replace(manifest, image=image, graphs={**manifest.graphs, "image_tokenizer": graph}).save(folder)
+    engine = Engine.load(folder, device="cpu", threads=1)
+    for i, (width, height) in enumerate(SIZES[1:]):
+        picture = tmp_path / f"{i}.png"
+        Image.fromarray(noise(width, height) // (1 + i % 3)).save(picture)
+        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(picture), "--max-tokens", "5")
+        assert done.returncode == 0, done.stderr
+        expected = python_json(engine, "look", images=[picture, picture], sampling=SamplingConfig(max_tokens=5))
+        assert timeless(json.loads(done.stdout)) == expected
+        assert expected["timings"]["image_tiles"] == 2
+
+
 def test_command_prints_the_json_of_autosteer_run(built, toy_package, toy_engine):
     """Keys in the same order, values the same but for timings."""
     done = cli(built, toy_package, "--json", "-p", "red", "--max-tokens=2", "--stop", "zzz", "--seed", "3")
@@ -914,11 +959,8 @@ def test_no_folder_is_a_package_error(built, tmp_path):
     assert cli(built, tmp_path / "file", "--prompt", "red").returncode == 3
 
 
-def test_package_without_a_gate_runs_only_when_asked_to(built, tmp_path, toy_package):
-    manifest = toy.build(tmp_path / "package", guarded=False)
-    shutil.copy(toy_package / "tokenizer.json", tmp_path / "package")
-    files = (toy.data_file(tmp_path / "package", "tokenizer.json"),)
-    replace(manifest, files=files).save(tmp_path / "package")
+def test_package_without_a_gate_runs_only_when_asked_to(built, tmp_path):
+    use_byte_level_words(tmp_path / "package", toy.build(tmp_path / "package", guarded=False))
     assert cli(built, tmp_path / "package", "--prompt", "red").returncode == 3
     assert cli(built, tmp_path / "package", "--prompt", "red", "--policy", "off").stdout == "orangeyellowgreen\n"
 
