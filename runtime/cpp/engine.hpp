@@ -116,9 +116,14 @@ class Engine {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
     environment_ = make_environment(options.threads > 0 ? options.threads : usable_cpus());
-    for (const auto& [name, spec] : manifest.graphs) {
+    const auto load = [&](const std::string& name, const GraphSpec& spec) {
       graphs_.try_emplace(name, environment_, folder / spec.file, spec);
+    };
+    // The image graph first: loading it takes the most memory for a moment, best while nothing else is there.
+    for (const char* name : {"vision_encoder", "image_tokenizer"}) {
+      if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
+    for (const auto& [name, spec] : manifest.graphs) load(name, spec);
   }
 
   /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
