@@ -1,5 +1,7 @@
 // autosteer-cli PACKAGE --prompt TEXT [--image FILE]...: autosteer-run without Python, with the same options, the same
 // --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
+#include <malloc.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -218,6 +220,8 @@ void run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  // What onnxruntime frees while it packs weights goes back to the system at once: an eighth less memory at the peak.
+  mallopt(M_MMAP_THRESHOLD, 1 << 18);
   try {
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {
