@@ -38,6 +38,7 @@ def _clean_up() -> Iterator[None]:
 def held_out() -> list[Row]:
     """Held-out rows of every group, with pictures of every shape."""
     folder = SCRATCH / "data"
+    make_demo_data.PAIRS_PER_CHANNEL = make_demo_data.BENIGN_PER_FAMILY = make_demo_data.BENIGN_PICTURE_QUESTIONS = 1
     make_demo_data.main(["--output", str(folder), "--seed", "7"])
     return read_rows([folder / "test.jsonl"], limit=ROWS_PER_GROUP)
 

@@ -28,9 +28,9 @@ from demo_world import dialogues as D
 from demo_world import safety as S
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
 
-PAIRS_PER_CHANNEL = 300
-BENIGN_PER_FAMILY = 110
-BENIGN_PICTURE_QUESTIONS = 300
+PAIRS_PER_CHANNEL = 1200
+BENIGN_PER_FAMILY = 400
+BENIGN_PICTURE_QUESTIONS = 800
 UNSAFE_TESTS = 120
 LOOK_ALIKE_TESTS = 60
 HOW_TO_TESTS = 200
