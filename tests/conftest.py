@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import toy
 from autosteer.runtime import Engine
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the command-line tools that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, and so would the tools that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load(folder: Path) -> Engine:

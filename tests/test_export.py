@@ -88,7 +88,7 @@ def demo_safety(folder: Path) -> SafetyArtifact:
         (lambda s: replace(s, prober={}), "fitted for another model"),
         (lambda s: replace(s, facts=replace(s.facts, split_layer=99)), "split_layer 99"),
         (lambda s: replace(s, facts=replace(s.facts, threshold=1.5)), "threshold 1.5"),
-        (lambda s: replace(s, facts=replace(s.facts, threshold=float("nan"))), "threshold nan"),
+        (lambda s: replace(s, facts=replace(s.facts, threshold=float("nan"))), "threshold: nan"),
         (lambda s: replace(s, facts=replace(s.facts, strength=0.0)), "strength 0.0"),
         (lambda s: replace(s, facts=replace(s.facts, token_offset=5)), "token_offset 5"),
     ],
