@@ -13,7 +13,7 @@ import toy
 from autosteer.runtime import Engine
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the command-line tools that tests start
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, and so would the tools that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, and so would the tools we start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
