@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -181,11 +181,15 @@ class TextProcessor:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
+        self.chat_template = tokenizer.chat_template
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: Literal[False] = False
+    ) -> str:
         """Text templates want each turn's content as one string."""
         flat = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
-        return str(self.tokenizer.apply_chat_template(flat, tokenize=False, **options))
+        text = self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
+        return str(text)
 
     def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
         """Token ids of rendered texts."""

@@ -83,7 +83,8 @@ def write_package(
         golden=(),
         validation={},
         versions={
-            name: version(name) for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime")
+            name: version(name)
+            for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
         },
     )
     manifest.save(folder)
