@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import click
 
 from .errors import AutoSteerError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")
@@ -22,6 +23,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 def run_command(command: click.Command) -> NoReturn:
     """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted."""
     name = command.name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that half-written output is removed
     try:
         code = command.main(standalone_mode=False)
         sys.stdout.flush()

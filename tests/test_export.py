@@ -193,15 +193,16 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert nothing_left(tmp_path)
 
 
-def test_ctrl_c_leaves_nothing_and_exits_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     command = [Path(sys.executable).parent / "autosteer-export", "--model", "demo", "--output", tmp_path / "package"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(p.name.startswith(".package-") for p in tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in errors
     assert nothing_left(tmp_path)
 
