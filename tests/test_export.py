@@ -223,3 +223,21 @@ def test_optimum_cli_knows_our_command() -> None:
     command = [Path(sys.executable).parent / "optimum-cli", "export", "autosteer", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "--unguarded" in result.stdout
+
+
+def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`max(0.0, nan)` is 0.0: the table once read a package that computes NaN as one without errors."""
+    from autosteer.export import weights
+
+    honest = weights.WeightStore._rows
+
+    def broken(self, names):
+        factor = float("nan") if any("layers.0.mlp.down_proj" in name for name in names) else 1.0
+        return (rows * factor for rows in honest(self, names))
+
+    monkeypatch.setattr(weights.WeightStore, "_rows", broken)
+    with pytest.raises(AutoSteerError):
+        run("--model", "demo", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
+    assert validate.worse(float("nan"), 0.0) == validate.worse(0.0, float("nan")) == float("inf")
+    assert not validate.judged("logits", float("inf"), None).passed
