@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_shapes.chameleon import FRAME, ROLES, SPECIAL, image_token_names
 from PIL import Image
 
 from autosteer.export import vision
@@ -42,14 +43,7 @@ SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-chameleon-"))
 LAYERS, WIDTH, CODES, RESOLUTION, TOKENS = 4, 64, 64, 64, 64
 SPLIT = 2
 PROMPTS = 16
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-FRAME = ("<eoss>", "<racm3:break>", "<reserved08706>", "<image>")
-
-
-def image_token_names() -> list[str]:
-    """IMGIMG...Z: the digits of a code as letters; in the vocabulary they stand in no order."""
-    order = np.random.default_rng(1).permutation(CODES)
-    return ["IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z" for code in order]
+IMAGE_TOKENS = image_token_names(np.random.default_rng(1).permutation(CODES))  # they stand in no order
 
 
 def build_tokenizer() -> Any:
@@ -66,16 +60,9 @@ def build_tokenizer() -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator([Path(__file__).read_text()], trainer)
-    bpe.add_tokens([AddedToken(name, normalized=False) for name in (*image_token_names(), *FRAME)])
+    bpe.add_tokens([AddedToken(name, normalized=False) for name in (*IMAGE_TOKENS, *FRAME.values())])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        sep_token="<reserved08706>",
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **ROLES)
 
 
 def build_checkpoint(folder: Path, *, swin: bool) -> None:
@@ -362,11 +349,11 @@ def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
 
 def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:
     spec, tokenizer = engine("plain").manifest.prompt, load_tokenizer(package("plain", "fp32") / "tokenizer.json")
-    hostile = "".join((*SPECIAL, *FRAME, *image_token_names()))
+    hostile = "".join((*SPECIAL, *FRAME.values(), *IMAGE_TOKENS))
     runs = render([Message("user", (ImagePart("x"), hostile))], spec, tokenizer)
     assert runs.count(IMAGE) == 1
     written = [i for run in runs if isinstance(run, list) for i in run]
-    reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *FRAME, *image_token_names())}
+    reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *FRAME.values(), *IMAGE_TOKENS)}
     assert [tokenizer.id_to_token(i) for i in written if i in reserved] == [
         *("<s>", "<racm3:break>", "<eoss>", "<reserved08706>")
     ]
@@ -381,7 +368,7 @@ def test_there_are_no_system_turns() -> None:
 def test_image_tokens_are_never_generated(precision: str) -> None:
     """Not even at a temperature where every other token is."""
     e = engine("plain", precision)
-    images = {e.tokenizer.token_to_id(name) for name in image_token_names()}
+    images = {e.tokenizer.token_to_id(name) for name in IMAGE_TOKENS}
     sampling = SamplingConfig(max_tokens=200, temperature=50.0)
     answer = e.generate("say anything", policy=e.policy(Mode.OFF), sampling=sampling)
     assert not images & set(answer.token_ids)
@@ -448,7 +435,7 @@ def test_golden_answers_replay() -> None:
 def test_a_codebook_without_a_token_for_every_code_is_refused(tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint("plain"), tmp_path / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
-    del config["vocabulary_map"][image_token_names()[7]]
+    del config["vocabulary_map"][IMAGE_TOKENS[7]]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="names no token for image code"):
         export.main(["--model", str(folder), "--unguarded", "--output", str(tmp_path / "x")], standalone_mode=False)

@@ -1,0 +1,36 @@
+"""Tier 4: the random checkpoints of tools/make_checkpoint.py have what the hub's have, as far as no weights say it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from checkpoint_shapes import SHAPES
+from make_checkpoint import tensor_shapes
+
+from autosteer.export import prompt
+from autosteer.models import FAMILIES
+
+PARAMETERS = {"llava-ov-0.5b": 0.894e9, "llava-ov-7b": 8.03e9, "chameleon-7b": 7.04e9}  # the hub says 0.9B, 8B, 7B
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_the_hubs_parameters_and_a_prompt_of_its_family(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    config = shape.config()
+    family = FAMILIES[config.model_type]
+    tensors = tensor_shapes(config, shape)
+    assert sum(map(math.prod, tensors.values())) == pytest.approx(PARAMETERS[name], rel=1e-3)
+    for pattern, replacement in family.renames:
+        tensors = {re.sub(pattern, replacement, tensor): size for tensor, size in tensors.items()}
+    text = config.get_text_config()
+    assert tensors[f"{family.decoder}.embed_tokens.weight"] == (text.vocab_size, text.hidden_size)
+    assert 0 < shape.split_layer < text.num_hidden_layers
+
+    processor = shape.processor(config)
+    processor.chat_template = processor.chat_template or family.chat_template
+    prompt.save_tokenizer(processor, tmp_path, family.never_generated(config))
+    spec = prompt.take_apart(processor, (text.eos_token_id,), tmp_path)
+    assert spec.user.image and max(piece.id for piece in spec.pieces()) < text.vocab_size

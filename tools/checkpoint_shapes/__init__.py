@@ -1,0 +1,11 @@
+"""The shapes that tools/make_checkpoint.py knows: each is its hub's config and a processor for it.
+
+A shape is data; a family adds one file with a function for its config and one for its processor.
+"""
+
+from . import chameleon, llava_onevision
+from .shape import Shape
+
+SHAPES: dict[str, Shape] = {**llava_onevision.SHAPES, **chameleon.SHAPES}
+
+__all__ = ["SHAPES", "Shape"]
