@@ -18,6 +18,8 @@ from .output import atomic_folder, check_output
 if TYPE_CHECKING:
     from .safety.artifact import SafetyArtifact
 
+REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
+
 
 @click.command("autosteer-export", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="demo, llava-ov, chameleon, ..., a local folder, or a hub id.")
@@ -28,8 +30,28 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder made by autosteer-fit. Default: safety/ inside the checkpoint.",
 )
+@click.option("--prober", type=click.Path(path_type=Path), help="The authors' prober (.pt), in place of --safety.")
+@click.option("--steer-matrix", type=click.Path(path_type=Path), help="The authors' steer matrix, with --prober.")
+@click.option(
+    "--unsafe-class",
+    type=click.IntRange(0, 1),
+    help="With --prober: its row that means unsafe. Default: 0, the paper's; 1 in SafeSwitch's training.",
+)
+@click.option(
+    "--token-offset",
+    type=int,
+    help="With --prober: the token it reads, from the end of the prompt without generation prompt. Default: the "
+    "authors' (-1, the last; Chameleon -2, before the separator they do not write).",
+)
+@click.option("--threshold", type=float, help="With --prober: unsafe above this.  [default: 0.5]")
+@click.option("--strength", type=float, help="With --prober: the paper's epsilon.  [default: 0.1]")
+@click.option("--refusal-text", help=f"With --prober: what --policy stop says.  [default: {REFUSAL_TEXT}]")
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
-@click.option("--layer", type=int, help="Split before this decoder layer. Default: the safety folder's (SAS) layer.")
+@click.option(
+    "--layer",
+    type=int,
+    help="Split before this decoder layer. Default: the safety folder's (SAS) layer; --prober needs it.",
+)
 @click.option(
     "--precision",
     type=click.Choice(get_args(Precision)),
@@ -53,6 +75,7 @@ def export(
     revision: str | None,
     force: bool,
     as_json: bool,
+    **authors: Any,
 ) -> None:
     """Export a multimodal LLM, split at its SAS layer, with its gate, to ONNX; validate it against PyTorch.
 
@@ -60,6 +83,7 @@ def export(
     """
     if unguarded and safety_folder:
         raise click.UsageError("--unguarded and --safety exclude each other")
+    authors = given_authors(authors, layer, excluded="--unguarded" if unguarded else safety_folder and "--safety")
     check_output(output, marker=MANIFEST_FILE, force=force)
 
     from rich.console import Console
@@ -73,7 +97,10 @@ def export(
     with console.status("opening the checkpoint") as status:
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)
-        safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
+        if authors:
+            safety = authors_safety(checkpoint, layer, authors)
+        else:
+            safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
         options = ExportOptions(cast(Precision, precision), layer, context_length)
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             manifest = write_package(
@@ -128,6 +155,37 @@ def find_safety(checkpoint: Any, folder: Path | None, layer: int | None) -> Safe
             f"fit one for layer {layer} with `autosteer-fit --layer {layer}`"
         )
     return safety
+
+
+def given_authors(options: dict[str, Any], layer: int | None, *, excluded: str | None) -> dict[str, Any]:
+    """Those of the options of --prober that were given; none without it. Raises UsageError where they do not fit."""
+    given = {name: value for name, value in options.items() if value is not None}
+    flags = ", ".join("--" + name.replace("_", "-") for name in given)
+    if given and not {"prober", "steer_matrix"} <= set(given):
+        raise click.UsageError(f"--prober and --steer-matrix belong together, and the rest to them (here: {flags})")
+    if given and excluded:
+        raise click.UsageError(f"--prober and {excluded} exclude each other")
+    if given and layer is None:
+        raise click.UsageError(
+            "--prober needs --layer: the authors' files do not say which one it reads (paper: 20, 24)"
+        )
+    return given
+
+
+def authors_safety(checkpoint: Any, layer: int | None, given: dict[str, Any]) -> SafetyArtifact:
+    """The safety half from the authors' two files."""
+    from .safety.authors import AuthorsFiles, load_authors
+
+    unsaid = {
+        "unsafe_class": 0,
+        "token_offset": checkpoint.family.authors_token_offset,
+        "threshold": 0.5,
+        "strength": 0.1,
+        "refusal_text": REFUSAL_TEXT,
+    }
+    files = AuthorsFiles(layer=cast(int, layer), **(unsaid | given))
+    facts = checkpoint.facts
+    return load_authors(files, model=checkpoint.name, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
 
 
 def checks_table(checks: tuple[Check, ...]) -> str:

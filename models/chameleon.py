@@ -52,4 +52,5 @@ FAMILY = Family(
     ),
     norm_after=lambda config: bool(config.swin_norm),
     never_generated=image_token_ids,
+    authors_token_offset=-2,  # their prompts, made with Anole's own code, end without the separator
 )

@@ -32,6 +32,7 @@ class Family:
     chat_template: str | None = None  # for checkpoints that come without one
     norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
+    authors_token_offset: int = -1  # the token that AutoSteer's authors probe, in the prompt without generation prompt
 
 
 def with_text_config(prefix: str) -> type[NormalizedTextConfig]:
