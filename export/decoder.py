@@ -2,8 +2,10 @@
 
     embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D)
     decoder_lower   inputs_embeds (1, S, D), caches -> hidden_states (1, S, D)      layers 0..k-1; HF's hidden_states[k]
-    decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, 1, D)  layers k..N-1, last row, final norm
-    lm_head         last_hidden_state (1, 1, D)     -> logits (1, 1, V)
+    decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, R, D)  layers k..N-1, last R rows, norm
+    lm_head         last_hidden_state (1, R, D)     -> logits (1, R, V)
+
+R is the input `num_logits` (HF: logits_to_keep). 1 is what decoding needs; a few drafted tokens are verified at once.
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; a LayerNorm per query and key head, where the checkpoint has one; gated SiLU. HF:
@@ -94,9 +96,7 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
 
 
 def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
-    """`layers` of the decoder. The half that holds the last layer also slices the last row and applies the final
-    norm.
-    """
+    """`layers` of the decoder. The half that holds the last layer also slices its last rows and norms them."""
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, FLOAT32, (1, "sequence_length", f.hidden))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
@@ -116,10 +116,11 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
         branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, f"{module}.mlp", x, blocks))
     assert branch is not None
     if layers.stop == f.layers:
-        last = g.constant("last_row", np.array([-1], np.int64))
-        residual, branch = (g.op("Gather", value, last, axis=1) for value in (residual, branch))
+        first = g.op("Neg", g.input("num_logits", "int64", (1,)))
+        end, axis = (g.constant(name, np.array([at], np.int64)) for name, at in (("end", 2**63 - 1), ("axis", 1)))
+        residual, branch = (g.op("Slice", value, first, end, axis) for value in (residual, branch))
         normed, _ = _norm(g, f, f"{f.module}.norm", residual, branch)
-        g.output("last_hidden_state", normed, FLOAT32, (1, 1, f.hidden))
+        g.output("last_hidden_state", normed, FLOAT32, (1, "num_logits", f.hidden))
     else:
         g.output("hidden_states", g.op("Add", residual, branch), FLOAT32, (1, "sequence_length", f.hidden))
     for name, value in presents:
@@ -128,13 +129,13 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
 
 def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
     """The projection to the vocabulary; tokens that are never generated get the lowest logit there is."""
-    hidden = g.input("last_hidden_state", FLOAT32, (1, 1, f.hidden))
+    hidden = g.input("last_hidden_state", FLOAT32, (1, "num_logits", f.hidden))
     logits = g.linear(hidden, f.lm_head.removesuffix(".weight"), shape=(f.vocab, f.hidden), blocks=blocks)
     if f.never_generated:
         mask = np.zeros(f.vocab, np.float32)
         mask[list(f.never_generated)] = np.finfo(np.float32).min
         logits = g.op("Add", logits, g.shared("never_generated", mask))
-    g.output("logits", logits, FLOAT32, (1, 1, f.vocab))
+    g.output("logits", logits, FLOAT32, (1, "num_logits", f.vocab))
 
 
 def _enter(

@@ -309,6 +309,7 @@ class Request:
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
+        self._num_logits = OrtValue.ortvalue_from_numpy(np.ones(1, np.int64))  # a slice's bound: on the CPU, too
         self._hidden: list[OrtValue] = []  # decoder_lower's output, chunk by chunk
         self._last = self._empty("decoder_upper", "last_hidden_state", 1)
         self._logits = empty(self._specs["lm_head"]["logits"], (1, 1, manifest.dims.vocab_size), device)
@@ -426,9 +427,11 @@ class Request:
 
     def _half(self, half: str, source: str, hidden_in: OrtValue, target: str, hidden_out: OrtValue) -> Call:
         cache = self._caches[half]
-        lengths = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
+        more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
+        if half == "decoder_upper":
+            more["num_logits"] = self._num_logits
         return Call(
-            self._graphs[half], {source: hidden_in, **lengths, **cache.past}, {target: hidden_out, **cache.present}
+            self._graphs[half], {source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present}
         )
 
     def _empty(self, graph: str, output: str, rows: int) -> OrtValue:

@@ -309,7 +309,7 @@ class Manifest:
     def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
         """The tensors that the loop binds, by graph, as dtype and shape."""
         d, f32 = self.dims, "float32"
-        rows, row, length = (1, "sequence_length", d.hidden_size), (1, 1, d.hidden_size), ("int32", (1,))
+        rows, last = (1, "sequence_length", d.hidden_size), (1, "num_logits", d.hidden_size)
 
         def half(name: str, source: str, target: str, out: tuple[int | str, ...]) -> dict[str, Any]:
             layers = self.graphs[name].layers
@@ -323,21 +323,22 @@ class Manifest:
                 for i in range(*layers)
                 for kind in ("key", "value")
             }
-            lengths = {"seqlens_k": length, "total_sequence_length": ("int32", ())}
+            lengths = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
             return {source: (f32, rows), target: (f32, out), **lengths, **caches}
 
         expected: dict[str, dict[str, Any]] = {
             "embed_tokens": {"input_ids": ("int64", (1, "sequence_length")), "inputs_embeds": (f32, rows)},
             "decoder_lower": half("decoder_lower", "inputs_embeds", "hidden_states", rows),
-            "decoder_upper": half("decoder_upper", "hidden_states", "last_hidden_state", row),
-            "lm_head": {"last_hidden_state": (f32, row), "logits": (f32, (1, 1, d.vocab_size))},
+            "decoder_upper": half("decoder_upper", "hidden_states", "last_hidden_state", last)
+            | {"num_logits": ("int64", (1,))},
+            "lm_head": {"last_hidden_state": (f32, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
         }
         if self.guarded:
             expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
             expected["refusal_head"] = {
-                "last_hidden_state": (f32, row),
+                "last_hidden_state": (f32, last),
                 "strength": (f32, (1,)),
-                "steered_hidden_state": (f32, row),
+                "steered_hidden_state": (f32, last),
             }
         return expected
 

@@ -193,7 +193,7 @@ def _embed_tokens(folder: Path) -> GraphSpec:
 
 
 def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, context: int) -> GraphSpec:
-    """One decoder layer around a real GroupQueryAttention; the upper half keeps the last row only."""
+    """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
     if attentive:
@@ -222,7 +222,8 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
         helper.make_node("Add", [source, "branch"], ["all" if layer else target]),
     ]
     if layer:
-        nodes.append(helper.make_node("Gather", ["all", "last"], [target], axis=1))
+        nodes.append(helper.make_node("Neg", ["num_logits"], ["first"]))
+        nodes.append(helper.make_node("Slice", ["all", "first", "end", "axis"], [target]))
     kv_in = (1, s.kv_heads, "past_sequence_length", s.head_dim)
     kv_out = (1, s.kv_heads, "total_sequence_length", s.head_dim)
     return _save(
@@ -233,15 +234,17 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
             ("seqlens_k", I32, (1,)),
             ("total_sequence_length", I32, ()),
             *((p, F32, kv_in) for p in past),
+            *([("num_logits", I64, (1,))] if layer else []),
         ],
-        [(target, F32, (1, 1 if layer else "sequence_length", D)), *((p, F32, kv_out) for p in present)],
+        [(target, F32, (1, "num_logits" if layer else "sequence_length", D)), *((p, F32, kv_out) for p in present)],
         nodes,
         {
             "w_qkv": qkv,
             "w_out": out,
             "cos_cache": np.cos(angle).astype(np.float32),
             "sin_cache": np.sin(angle).astype(np.float32),
-            "last": np.array([-1], np.int64),
+            "end": np.array([2**63 - 1], np.int64),
+            "axis": np.array([1], np.int64),
         },
         layers=(layer, layer + 1),
     )
@@ -256,8 +259,8 @@ def _lm_head(folder: Path, attentive: bool) -> GraphSpec:
     return _save(
         folder,
         "lm_head",
-        [("last_hidden_state", F32, (1, 1, D))],
-        [("logits", F32, (1, 1, V))],
+        [("last_hidden_state", F32, (1, "num_logits", D))],
+        [("logits", F32, (1, "num_logits", V))],
         [helper.make_node("MatMul", ["last_hidden_state", "weight"], ["logits"])],
         {"weight": weight},
     )
@@ -292,8 +295,8 @@ def _refusal_head(folder: Path) -> GraphSpec:
     return _save(
         folder,
         "refusal_head",
-        [("last_hidden_state", F32, (1, 1, D)), ("strength", F32, (1,))],
-        [("steered_hidden_state", F32, (1, 1, D))],
+        [("last_hidden_state", F32, (1, "num_logits", D)), ("strength", F32, (1,))],
+        [("steered_hidden_state", F32, (1, "num_logits", D))],
         [
             helper.make_node("MatMul", ["last_hidden_state", "bend"], ["bent"]),
             helper.make_node("Mul", ["bent", "strength"], ["scaled"]),

@@ -376,13 +376,14 @@ class Request {
     return half_call("decoder_lower", lower_, std::move(in), std::move(out));
   }
   Call upper(Binding in, Binding out) const {
-    return half_call("decoder_upper", upper_, std::move(in), std::move(out));
+    return half_call("decoder_upper", upper_, std::move(in), std::move(out), {{"num_logits", &num_logits_.value()}});
   }
 
-  Call half_call(const char* graph, const KVCache& cache, Binding in, Binding out) const {
+  Call half_call(const char* graph, const KVCache& cache, Binding in, Binding out, const Call::Bound& more = {}) const {
     Call::Bound inputs = cache.past, outputs = cache.present;
     inputs.insert(inputs.end(),
                   {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(), more.begin(), more.end());
     outputs.push_back(std::move(out));
     return call(graph, inputs, outputs);
   }
@@ -402,6 +403,7 @@ class Request {
   int64_t length_;
   KVCache lower_, upper_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
+  Tensor<int64_t> num_logits_{{1}, {1}};
   std::vector<Tensor<float>> hidden_;  // decoder_lower's output, chunk by chunk
   Tensor<float> last_, logits_;
   Tensor<int64_t> token_{{1, 1}};

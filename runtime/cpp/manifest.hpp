@@ -431,12 +431,12 @@ inline bool leaves_package(const std::string& file) {
 inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Manifest& m) {
   const Dims& d = m.dims;
   const std::string n = "sequence_length", f32 = "float32";
-  const std::vector<Dimension> rows = {1, n, d.hidden_size}, row = {1, 1, d.hidden_size};
+  const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
   const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
     std::vector<TensorSpec> tensors = {
         {source, f32, rows}, {target, f32, out}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}};
-    const auto [first, last] = m.graphs.at(name).layers.value();
-    for (int64_t layer = first; layer < last; ++layer) {
+    const auto [first, end] = m.graphs.at(name).layers.value();
+    for (int64_t layer = first; layer < end; ++layer) {
       for (const char* kind : {"key", "value"}) {
         const std::string suffix = "." + std::to_string(layer) + "." + kind;
         tensors.push_back(
@@ -449,12 +449,13 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
   std::map<std::string, std::vector<TensorSpec>> expected = {
       {"embed_tokens", {{"input_ids", "int64", {1, n}}, {"inputs_embeds", f32, rows}}},
       {"decoder_lower", half("decoder_lower", "inputs_embeds", "hidden_states", rows)},
-      {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", row)},
-      {"lm_head", {{"last_hidden_state", f32, row}, {"logits", f32, {1, 1, d.vocab_size}}}}};
+      {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", last)},
+      {"lm_head", {{"last_hidden_state", f32, last}, {"logits", f32, {1, "num_logits", d.vocab_size}}}}};
+  expected["decoder_upper"].push_back({"num_logits", "int64", {1}});
   if (m.guarded) {
     expected["prober"] = {{"hidden_states", f32, {1, d.hidden_size}}, {"p_unsafe", f32, {1}}};
     expected["refusal_head"] = {
-        {"last_hidden_state", f32, row}, {"strength", f32, {1}}, {"steered_hidden_state", f32, row}};
+        {"last_hidden_state", f32, last}, {"strength", f32, {1}}, {"steered_hidden_state", f32, last}};
   }
   return expected;
 }

@@ -76,7 +76,8 @@ async function answer({ token_ids, max_tokens, threshold }) {
 
   const generated = [];
   while (true) {
-    let { last_hidden_state } = await runHalf("decoder_upper", { hidden_states }, upper, total);
+    const num_logits = new ort.Tensor("int64", BigInt64Array.of(1n), [1]);
+    let { last_hidden_state } = await runHalf("decoder_upper", { hidden_states, num_logits }, upper, total);
     if (!safe) {
       const strength = floats([manifest.refusal.strength], [1]);
       const steered = await sessions.refusal_head.run({ last_hidden_state, strength });
