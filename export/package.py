@@ -116,7 +116,7 @@ def _write_graphs(
 
     if checkpoint.family.vision:
         report("images")
-        image = image_graph(folder, checkpoint, store, recipe.storage)
+        image = image_graph(folder, checkpoint, store, recipe.image)
         graphs[Path(image.file).stem] = image
     lower, upper = range(layer), range(layer, facts.layers)
     write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))

@@ -35,13 +35,14 @@ class Recipe:
     body: Blocks | None  # decoder projections
     head: Blocks | None  # lm_head and embed_tokens
     storage: str  # numpy dtype of what is not quantised; arithmetic is float32 in all recipes
+    image: Precision  # of the image graph
 
 
 RECIPES: dict[Precision, Recipe] = {
-    "fp32": Recipe(None, None, "float32"),
-    "fp16": Recipe(None, None, "float16"),
-    "int8": Recipe(Blocks(8, 128), Blocks(8, 128), "float32"),
-    "int4": Recipe(Blocks(4, 32), Blocks(8, 128), "float32"),
+    "fp32": Recipe(None, None, "float32", "fp32"),
+    "fp16": Recipe(None, None, "float16", "fp16"),
+    "int8": Recipe(Blocks(8, 128), Blocks(8, 128), "float32", "int8"),
+    "int4": Recipe(Blocks(4, 32), Blocks(8, 128), "float32", "int8"),
 }
 
 
@@ -63,6 +64,14 @@ def quantise(rows: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Te
     if blocks.bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return codes.contiguous(), scales
+
+
+def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, K) float32 -> codes (N, K) int8 in -127..127 and one scale a row (N,) float32: weights of image graphs."""
+    import torch
+
+    scales = rows.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+    return torch.round(rows / scales[:, None]).to(torch.int8), scales
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, blocks: Blocks, k: int) -> torch.Tensor:

@@ -26,7 +26,8 @@ from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import GraphSpec, Precision
 
 from .checkpoint import Checkpoint
-from .graph import FLOAT32, OPSET, save_model
+from .dynamic_int8 import quantise_linears
+from .graph import FLOAT32, MICROSOFT, OPSET, save_model
 from .weights import WeightStore
 
 
@@ -102,16 +103,21 @@ class VQTokenizer(ImageGraph):
 WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector, "vq_tokenizer": VQTokenizer}
 
 
-def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, storage: str) -> GraphSpec:
-    """Write the family's image graph, <its name>.onnx; `storage` is the numpy dtype of its matrices."""
+def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision) -> GraphSpec:
+    """Write the family's image graph, <its name>.onnx. `precision` is how its matrices are stored: fp32, fp16, or int8
+    (dynamic_int8.py); there is nothing to gain from int4 here.
+    """
     model, wrapper = trace(checkpoint)
-    storage = FLOAT32 if wrapper.exact else storage
-    for value in list(model.graph.initializers.values()):
+    graph, traced = model.graph, list(model.graph.initializers.values())
+    if wrapper.exact:
+        precision = "fp32"
+    if precision == "int8":
+        quantise_linears(graph, store)
+    for value in traced:
         if value.name in wrapper.constants:
             value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
-        else:
-            _attach(model.graph, value, store, storage)
-    precision: Precision = "fp32" if storage == FLOAT32 else "fp16"
+        elif value.name in graph.initializers:
+            _attach(graph, value, store, "float16" if precision == "fp16" else FLOAT32)
     return save_model(model, folder, precision, None)
 
 
@@ -121,8 +127,10 @@ def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
     from transformers.initialization import no_init_weights
 
     assert checkpoint.family.vision is not None
-    with FakeTensorMode(), no_init_weights(), _quiet():
-        hf_model = AutoModelForImageTextToText.from_config(checkpoint.config, dtype=torch.float32)
+    with FakeTensorMode(), no_init_weights(), _quiet(), _fused_attention() as name:
+        hf_model = AutoModelForImageTextToText.from_config(
+            checkpoint.config, dtype=torch.float32, attn_implementation=name
+        )
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
         program = torch.onnx.export(
             wrapper,
@@ -137,6 +145,7 @@ def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
         )
     model: ir.Model = program.model  # type: ignore[union-attr]
     model.graph.name = wrapper.name
+    model.graph.opset_imports[MICROSOFT] = 1
     for node in model.graph:  # Python source locations: megabytes, and nobody's business
         node.metadata_props.clear()
     return model, wrapper
@@ -154,6 +163,41 @@ def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str) 
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)
         graph.insert_before(graph[0], cast)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[str]:
+    """Attention as one com.microsoft MultiHeadAttention: faster than its parts, and without a matrix of all scores.
+
+    Yields the name under which transformers knows it.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **_: Any,  # dropout, and what only causal models pass
+    ) -> tuple[torch.Tensor, None]:
+        """(B, H, S, d) each -> (B, S, H, d)"""
+        assert attention_mask is None, "patches of a tile see each other"
+        heads = query.shape[1]
+        flat = [t.transpose(1, 2).flatten(2) for t in (query, key, value)]
+        attributes = {"num_heads": heads, "scale": scaling or query.shape[-1] ** -0.5}
+        out = torch.onnx.ops.symbolic(
+            f"{MICROSOFT}::MultiHeadAttention", flat, attributes, dtype=query.dtype, shape=flat[0].shape, version=1
+        )
+        return out.unflatten(2, (heads, -1)), None
+
+    name = "autosteer_fused"
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield name
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 @contextmanager

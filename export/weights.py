@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 
 from .checkpoint import Checkpoint
-from .quantize import Blocks, quantise
+from .quantize import Blocks, quantise, quantise_rows
 
 WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 4096
@@ -70,6 +70,18 @@ class WeightStore:
         return {
             "codes": self._reference(f"{key}:codes", "uint8", (n, count, blocks.size * blocks.bits // 8)),
             "scales": self._reference(f"{key}:scales", "float32", (n, count)),
+        }
+
+    def columns(self, name: str, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
+        """A checkpoint matrix (N, K) for MatMulInteger: its `codes` (K, N) int8 and `scales` (N,), one a column."""
+        n, k = shape
+        if f"{name}:columns" not in self._places:
+            parts = [quantise_rows(rows) for rows in self._rows([name])]
+            self._write(f"{name}:columns", [torch.cat([codes for codes, _ in parts]).T.numpy()])
+            self._write(f"{name}:column scales", [scales.numpy() for _, scales in parts])
+        return {
+            "codes": self._reference(f"{name}:columns", "int8", (k, n)),
+            "scales": self._reference(f"{name}:column scales", "float32", (n,)),
         }
 
     def array(self, key: str, array: npt.NDArray[Any]) -> ir.ExternalTensor:
