@@ -103,12 +103,14 @@ class Prompt:
 class Engine:
     """A loaded package."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: Device):
-        """Load every graph of a verified package on `device`. Use Engine.load."""
+    def __init__(self, folder: Path, manifest: Manifest, device: Device, *, load: Callable[..., Subgraph] = Subgraph):
+        """Load every graph of a verified package on `device`. Use Engine.load; `load` is for the export's validation,
+        which runs graphs that are larger than its memory.
+        """
         self.manifest = manifest
         self.device = device
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
-        self.graphs = {n: Subgraph(folder / s.file, s, device) for n, s in manifest.graphs.items()}
+        self.graphs = {n: load(folder / s.file, s, device) for n, s in manifest.graphs.items()}
         if manifest.guarded:
             self._check_refusal_head()
 
@@ -201,14 +203,18 @@ class Engine:
         Raises InputError where the prompt or an image is unusable or does not fit the context.
         """
         start = time.perf_counter()
-        sampling = sampling or SamplingConfig()
-        policy = policy or self.policy()
+        stats = Stats(device=self.device.provider)
         messages = [Message.user(prompt, images)] if isinstance(prompt, str) else list(prompt)
         if images and not isinstance(prompt, str):
             raise InputError("images go into the messages of a dialogue, not beside it")
-        stats = Stats(device=self.device.provider)
-        prepared = self.prepare(messages, stats)
-        request = self.request(prepared, sampling.max_tokens, stats)
+        policy = policy or self.policy()
+        yield from self.answer(self.prepare(messages, stats), sampling or SamplingConfig(), policy, stats, start)
+
+    def answer(
+        self, prompt: Prompt, sampling: SamplingConfig, policy: GatePolicy, stats: Stats, start: float
+    ) -> Iterator[Chunk]:
+        """Answer a prepared prompt; see `stream`. `start` is the time.perf_counter() that times count from."""
+        request = self.request(prompt, sampling.max_tokens, stats)
         verdict = request.judge(policy)
         if verdict.action is Action.STOP:
             stats.ttft_ms = _ms_since(start)
@@ -217,7 +223,7 @@ class Engine:
 
         sample = make_sampler(sampling)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
-        tokens = prepared.token_ids
+        tokens = list(prompt.token_ids)
         logits = request.begin(verdict.strength)
         while True:
             token = sample(logits, tokens)
@@ -392,7 +398,7 @@ class Request:
         self._token = buffer(np.zeros((1, 1), np.int64), self._device)
         embeds = self._empty("embed_tokens", "inputs_embeds", 1)
         hidden = self._empty("decoder_lower", "hidden_states", 1)
-        embed = Call(self._graphs["embed_tokens"], {"input_ids": self._token}, {"inputs_embeds": embeds})
+        embed = self._graphs["embed_tokens"].bind({"input_ids": self._token}, {"inputs_embeds": embeds})
         lower = self._half("decoder_lower", "inputs_embeds", embeds, "hidden_states", hidden)
         upper = self._half("decoder_upper", "hidden_states", hidden, "last_hidden_state", self._last)
 
@@ -406,18 +412,16 @@ class Request:
 
     def _plain_head(self) -> Callable[[], None]:
         """last_hidden_state -> logits"""
-        return Call(self._graphs["lm_head"], {"last_hidden_state": self._last}, {"logits": self._logits})
+        return self._graphs["lm_head"].bind({"last_hidden_state": self._last}, {"logits": self._logits})
 
     def _steered_head(self, strength: float) -> Callable[[], None]:
         """last_hidden_state -> logits, through the Refusal Head"""
         steered = self._empty("refusal_head", "steered_hidden_state", 1)
         epsilon = buffer(np.array([strength], np.float32), self._device)
-        steer = Call(
-            self._graphs["refusal_head"],
-            {"last_hidden_state": self._last, "strength": epsilon},
-            {"steered_hidden_state": steered},
+        steer = self._graphs["refusal_head"].bind(
+            {"last_hidden_state": self._last, "strength": epsilon}, {"steered_hidden_state": steered}
         )
-        project = Call(self._graphs["lm_head"], {"last_hidden_state": steered}, {"logits": self._logits})
+        project = self._graphs["lm_head"].bind({"last_hidden_state": steered}, {"logits": self._logits})
 
         def run() -> None:
             steer()
@@ -430,9 +434,7 @@ class Request:
         more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
         if half == "decoder_upper":
             more["num_logits"] = self._num_logits
-        return Call(
-            self._graphs[half], {source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present}
-        )
+        return self._graphs[half].bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
 
     def _empty(self, graph: str, output: str, rows: int) -> OrtValue:
         return empty(self._specs[graph][output], (1, rows, self._engine.manifest.dims.hidden_size), self._device)

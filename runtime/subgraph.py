@@ -6,9 +6,10 @@ busy-waiting and the chain runs three times slower (measured, CONTRIBUTING.md).
 
 from __future__ import annotations
 
+import functools
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ except ImportError as error:  # neither wheel is a hard dependency: on a Jetson 
     ) from error
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+Call = Callable[[], None]  # a graph bound to its buffers
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,14 @@ class Subgraph:
         """Run once on numpy arrays; outputs in the graph's order."""
         return list(self.session.run(None, dict(inputs)))
 
-
-class Call:
-    """A graph bound to fixed buffers. Running it looks nothing up and copies nothing."""
-
-    def __init__(self, graph: Subgraph, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]):
-        self._session = graph.session
-        self._binding = graph.session.io_binding()
+    def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
+        """The graph on fixed buffers: calling it runs once, looks nothing up and copies nothing."""
+        binding = self.session.io_binding()
         for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
-
-    def __call__(self) -> None:
-        """Run; results are in the output buffers."""
-        self._session.run_with_iobinding(self._binding)
+            binding.bind_ortvalue_output(name, value)
+        return functools.partial(self.session.run_with_iobinding, binding)
 
 
 def buffer(array: npt.NDArray[Any], device: Device) -> ort.OrtValue:

@@ -28,7 +28,7 @@ from autosteer.runtime import (
     SamplingConfig,
     Stats,
 )
-from autosteer.runtime.subgraph import Call
+from autosteer.runtime.subgraph import Subgraph
 
 UNSAFE = ("bad", "nan", "inf", "two", "negative", "crash")  # what the prober says is unsafe, or is no probability
 SAFE = {"red": "orange yellow green", "yellow": "green", "hello": "world", "green": ""}
@@ -46,18 +46,13 @@ def of(tokens: int, **more: object) -> SamplingConfig:
 def calls(monkeypatch) -> list[str]:
     """Names of the graphs that run, in order, from here on."""
     seen: list[str] = []
-    init, call = Call.__init__, Call.__call__
+    bind = Subgraph.bind
 
-    def remember(self, graph, inputs, outputs):
-        self.graph_name = graph.name
-        init(self, graph, inputs, outputs)
+    def noting(self, inputs, outputs):
+        call = bind(self, inputs, outputs)
+        return lambda: (seen.append(self.name), call())
 
-    def note(self):
-        seen.append(self.graph_name)
-        call(self)
-
-    monkeypatch.setattr(Call, "__init__", remember)
-    monkeypatch.setattr(Call, "__call__", note)
+    monkeypatch.setattr(Subgraph, "bind", noting)
     return seen
 
 
