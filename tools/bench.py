@@ -1,0 +1,158 @@
+"""How fast a package is, how much memory it takes, what its gate costs; beside other runtimes with the same weights.
+
+    python tools/bench.py --package build/package
+    python tools/bench.py --package build/package --checkpoint build/checkpoint --vs genai,llama.cpp,torch \\
+        --peer-python build/peers/bin/python
+
+Honest by construction: every configuration runs in a process of its own; rounds alternate between them, each with a
+prompt of its own, and the first is dropped; figures are medians, ratios are taken round by round; bits and block
+sizes are read back from the files that ran. Peers get the very token ids that the package made of the prompt, their
+own best documented settings, and weights of the package's bits made by their own tools from --checkpoint.
+
+Peers are text only. Run it on an idle machine: it says how much of the processor others took meanwhile.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import click
+from benchmark import machine, peers, prompts, report, session, weights
+
+from autosteer.runtime.console import debug_option, dumps, json_option, run_command
+from autosteer.runtime.errors import PackageError
+from autosteer.runtime.manifest import Manifest
+
+PEERS = tuple(peers.NEEDS)
+
+
+def peer_names(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """--vs genai,llama.cpp"""
+    names = tuple(filter(None, value.split(",")))
+    if unknown := [name for name in names if name not in PEERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PEERS)}")
+    return names
+
+
+@click.command("bench", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--package", "packages", type=click.Path(path_type=Path), multiple=True, required=True, help="Repeatable."
+)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of text.")
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of the answer.")
+@click.option("--image", type=click.Path(path_type=Path, exists=True), help="Show the model this picture, too.")
+@click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="The first is dropped.")
+@click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True, help="Ditto; 0: none.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every configuration.  [default: all cores]")
+@click.option("--vs", default="", callback=peer_names, help=f"Peers, with commas: {', '.join(PEERS)}.")
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="What the package was made from.")
+@click.option(
+    "--peer-python",
+    envvar="AUTOSTEER_PEER_PYTHON",
+    default=sys.executable,
+    help="Interpreter that has the peers ($AUTOSTEER_PEER_PYTHON).  [default: this one]",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default="build/bench",
+    show_default=True,
+    help="Peers' models are kept here.",
+)
+@json_option
+@debug_option
+def bench(
+    packages: tuple[Path, ...],
+    prompt_tokens: int,
+    tokens: int,
+    image: Path | None,
+    rounds: int,
+    cold_starts: int,
+    threads: int | None,
+    vs: tuple[str, ...],
+    checkpoint: Path | None,
+    peer_python: str,
+    work: Path,
+    as_json: bool,
+) -> None:
+    """Measure packages, and peers beside them."""
+    if vs and not checkpoint:
+        raise click.UsageError("--vs needs --checkpoint: the weights that the package was made from")
+    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    manifests = [Manifest.load(folder) for folder in packages]
+    configurations = [ours(folder, manifest) for folder, manifest in zip(packages, manifests, strict=True)]
+    missing = []
+    for name in vs:
+        say(f"preparing {name}")
+        assert checkpoint is not None and configurations[0].weights is not None
+        try:
+            if image:
+                raise peers.PeerError(f"{name}: not measured with --image, peers are text only")
+            body = configurations[0].weights.body
+            configurations += peers.configurations(
+                name, checkpoint.resolve(), body, peer_python, threads, work.resolve()
+            )
+        except peers.PeerError as err:
+            missing.append(str(err))
+    picture, jobs = image and str(image.resolve()), []
+    for number in range(rounds):
+        prompt, token_ids = prompts.prompt_of(packages[0], manifests[0], prompt_tokens, number, image)
+        jobs.append({"prompt": prompt, "token_ids": token_ids, "image": picture, "new_tokens": tokens})
+    say("reading memory")
+    here = machine.describe_machine(threads)
+    before, started = machine.others_cpu_seconds(), time.perf_counter()
+    measured, failed = session.measure(
+        configurations,
+        jobs,
+        threads=threads,
+        max_tokens=len(jobs[0]["token_ids"]) + tokens,
+        cold_starts=cold_starts,
+        report=say,
+    )
+    after, seconds = machine.others_cpu_seconds(), time.perf_counter() - started
+    say("")
+    if not measured:
+        raise PackageError("; ".join(failed))
+    dims = manifests[0].dims
+    shape = (dims.num_hidden_layers, dims.num_key_value_heads, dims.head_dim)
+    workload = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+        "threads": threads,
+        "rounds": rounds - 1,
+        "image": picture,
+        "seconds": round(seconds, 1),
+        "others_cpu_share": None if after is None or before is None else (after - before) / seconds / here.cores,
+    }
+    rows = [report.row(m, shape, here) for m in measured]
+    compared = [report.ratios(measured[0], other) for other in measured[1:]]
+    if as_json:
+        click.echo(dumps(report.as_json(here, workload, rows, compared, missing + failed)))
+    else:
+        click.echo(report.text(here, workload, rows, compared))
+        for line in missing + failed:
+            click.echo(f"not measured: {line}", err=True)
+
+
+def ours(folder: Path, manifest: Manifest) -> peers.Configuration:
+    """One of our packages."""
+    files = {name: graph.file for name, graph in manifest.graphs.items()}
+    name = f"autosteer {folder.resolve().name}"
+    return peers.Configuration(
+        name, "autosteer", folder.resolve(), sys.executable, weights.package_weights(folder, files)
+    )
+
+
+def say(step: str) -> None:
+    """Progress, on one line of a terminal."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{step}", nl=False, err=True)
+
+
+if __name__ == "__main__":
+    run_command(bench)

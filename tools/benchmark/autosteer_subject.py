@@ -1,0 +1,70 @@
+"""A package in our runtime, as its users run it: Engine.stream, text in, text out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import onnxruntime
+
+from autosteer.runtime import Engine, SamplingConfig
+from autosteer.runtime.gate import GatePolicy
+
+
+class AutoSteer:
+    """One package. A guarded one is measured three times a round: passed, steered, stopped."""
+
+    def __init__(self, path: str, threads: int, max_tokens: int):
+        self._engine = Engine.load(path, device="cpu", threads=threads)
+        manifest = self._engine.manifest
+        # without end tokens every answer has the length that was asked for
+        self._engine.manifest = replace(manifest, prompt=replace(manifest.prompt, end_token_ids=()))
+
+    def facts(self) -> dict[str, Any]:
+        """Versions and settings."""
+        return {
+            "versions": {"onnxruntime": onnxruntime.__version__},
+            "settings": "sessions do not spin",
+            "kv_itemsize": {"float16": 2, "float32": 4}[self._engine.manifest.kv_cache.dtype],
+        }
+
+    def round(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a prompt that passes; where there is a gate also `steered` and `stopped`, the same prompt
+        under thresholds that call everything unsafe.
+        """
+        if not self._engine.manifest.guarded:
+            return self._answer(job, self._engine.policy("off"))
+        policy = self._engine.policy
+        return {
+            **self._answer(job, policy("steer", threshold=1.0)),
+            "steered": self._answer(job, policy("steer", threshold=-1.0)),
+            "stopped": self._answer(job, policy("stop", threshold=-1.0)),
+        }
+
+    def _answer(self, job: dict[str, Any], policy: GatePolicy) -> dict[str, Any]:
+        sampling = SamplingConfig(max_tokens=job["new_tokens"])
+        images = [job["image"]] if job.get("image") else []
+        start = first = time.perf_counter()
+        chunks = []
+        for chunk in self._engine.stream(job["prompt"], images=images, sampling=sampling, policy=policy):
+            first = first if chunks else time.perf_counter()
+            chunks.append(chunk)
+        end = time.perf_counter()
+        stats = chunks[-1].stats
+        assert stats is not None
+        return {
+            "prompt_tokens": stats.prompt_tokens,
+            "ttft_ms": 1000 * (first - start),
+            "decode_ms": 1000 * (end - first),
+            "token_ids": [chunk.token for chunk in chunks if chunk.token is not None],
+            "image_tiles": stats.image_tiles,
+            "stages": {
+                "vision": stats.vision_ms,
+                "embed": stats.embed_ms,
+                "lower": stats.lower_ms,
+                "gate": stats.gate_ms,
+                "upper": stats.upper_ms,
+            },
+            "kv_mb": stats.kv_bytes / 2**20,
+        }

@@ -1,0 +1,107 @@
+"""GGUF files for llama.cpp, from a Hugging Face checkpoint of Llama's or Qwen2's layout; and what stands in one.
+
+    python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
+    python -m benchmark.gguf_file list FILE
+
+Runs in the peers' interpreter (gguf, llama-cpp-python, safetensors, torch). The file has no vocabulary: prompts are
+token ids. Quantised is what llama.cpp's own quantiser makes of the float32 weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+
+
+def write(checkpoint: Path, path: Path, file_type: str) -> None:
+    """Write the checkpoint's weights to `path` as llama-quantize's `file_type` (F32, Q8_0, Q4_0, Q4_1)."""
+    import llama_cpp as llama
+
+    if file_type == "F32":
+        write_float32(checkpoint, path)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / "f32.gguf"
+        write_float32(checkpoint, whole)
+        params = llama.llama_model_quantize_default_params()
+        params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        if llama.llama_model_quantize(str(whole).encode(), str(path).encode(), params):
+            raise RuntimeError(f"{path}: llama_model_quantize failed")
+
+
+def write_float32(checkpoint: Path, path: Path) -> None:
+    """The weights as they are."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    arch, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, arch, use_temp_file=True)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config.get("rope_parameters") or config
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if arch == "llama":
+        writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    names = gguf.get_tensor_name_map(ARCHITECTURES[arch], config["num_hidden_layers"])
+    for name, tensor in _tensors(checkpoint):
+        if arch == "llama" and (found := re.search(r"\.([qk])_proj\.weight$", name)):
+            tensor = _interleaved(tensor, heads if found[1] == "q" else kv_heads)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(checkpoint: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    from safetensors import safe_open
+
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open does not iterate)
+                yield name, tensors.get_tensor(name).float().numpy()
+
+
+def _interleaved(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+    """Rows of queries or keys in the order of Meta's rotary embedding, which llama.cpp's "llama" uses: pairs, not
+    halves.
+    """
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def matrices(path: Path) -> list[dict[str, Any]]:
+    """Every matrix that a decode step reads whole, as the fields of weights.Matrix."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    gathered = "token_embd.weight" if "output.weight" in tensors else ""
+    found = []
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2 and name != gathered:
+            kind = tensor.tensor_type.name
+            block_size = None if kind in ("F32", "F16", "BF16") else int(gguf.GGML_QUANT_SIZES[tensor.tensor_type][0])
+            bits = int(re.search(r"\d+", kind)[0])  # type: ignore[index]
+            found.append((bits, block_size, not kind.endswith("_1"), int(tensor.n_bytes)))
+    return [dict(zip(("bits", "block_size", "symmetric", "bytes"), facts, strict=True)) for facts in found]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "write":
+        write(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    else:
+        print(json.dumps(matrices(Path(sys.argv[2]))))

@@ -1,0 +1,141 @@
+"""The same weights for other runtimes, at the bits of the package they are compared with.
+
+Peers live in the interpreter that `--peer-python` names: they bring their own onnxruntime, and llama.cpp is compiled
+there. What is made of a checkpoint is kept and used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .weights import Matrix, Weights, onnx_weights
+
+TOOLS = Path(__file__).resolve().parents[1]
+NEEDS = {  # modules, and how to install them
+    "genai": (
+        ("onnxruntime_genai", "onnx_ir", "torch", "transformers"),
+        "onnxruntime-genai onnx-ir torch transformers",
+    ),
+    "llama.cpp": (("llama_cpp", "gguf", "safetensors", "torch"), "llama-cpp-python gguf safetensors torch"),
+    "torch": (("torch", "transformers"), "torch transformers"),
+}
+GGUF_TYPES = {  # (bits, symmetric) of the package's body -> llama-quantize's name; its blocks are always of 32
+    (4, True): "Q4_0",
+    (4, False): "Q4_1",
+    (8, True): "Q8_0",
+    (32, True): "F32",
+}
+
+
+class PeerError(Exception):
+    """Why a peer is not measured, in one line."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the report: what a worker loads."""
+
+    name: str
+    kind: str  # a key of worker.SUBJECTS
+    path: Path
+    python: str
+    weights: Weights | None  # None: not read back (torch: said by its dtype)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def spec(self, threads: int, max_tokens: int) -> str:
+        """The worker's argument."""
+        return json.dumps(
+            {"kind": self.kind, "path": str(self.path), "threads": threads, "max_tokens": max_tokens, **self.options}
+        )
+
+
+def configurations(
+    peer: str, checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
+) -> list[Configuration]:
+    """A peer's rows. Raises PeerError where it is not installed or cannot run the checkpoint."""
+    modules, packages = NEEDS[peer]
+    found = _run(python, "-c", f"import importlib.util as u; print([m for m in {modules!r} if not u.find_spec(m)])")
+    if found.stdout.strip() != "[]":
+        raise PeerError(f"{peer}: {python} lacks {found.stdout.strip()}; {python} -m pip install {packages}")
+    work.mkdir(parents=True, exist_ok=True)
+    return {"genai": _genai, "llama.cpp": _llama_cpp, "torch": _torch}[peer](checkpoint, body, python, threads, work)
+
+
+def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
+    """Its builder's graph with `prune_lm_head`: logits of the last row only, as ours. Spinning on is the default; off
+    was faster wherever we measured both, so both are rows.
+    """
+    precision = {4: "int4", 8: "int8", 32: "fp32"}.get(body.bits)
+    if precision is None:
+        raise PeerError(f"genai: has no {body.bits}-bit weights on the CPU")
+    options = ["prune_lm_head=true"]
+    if body.block_size:
+        options += [f"block_size={body.block_size}", "accuracy_level=4", f"is_symmetric={str(body.symmetric).lower()}"]
+    folder = work / "-".join(["genai", checkpoint.name, precision, *(o.replace("=", "_") for o in options[1:2])])
+    if not (folder / "genai_config.json").exists():
+        arguments = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu", "-c", work / "cache"]
+        _make("genai", python, "-m", "onnxruntime_genai.models.builder", *arguments, "--extra_options", *options)
+    rows = []
+    for spinning in (False, True):
+        variant = folder.with_name(f"{folder.name}-t{threads}-spin{int(spinning)}")
+        _with_session_options(folder, variant, threads, spinning=spinning)
+        name = f"genai {precision}{'' if spinning else ', not spinning'}"
+        rows.append(Configuration(name, "genai", variant, python, onnx_weights(variant / "model.onnx")))
+    return rows
+
+
+def _with_session_options(folder: Path, variant: Path, threads: int, *, spinning: bool) -> None:
+    """The same files under another genai_config.json."""
+    variant.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if not (variant / file.name).exists() and file.name != "genai_config.json":
+            (variant / file.name).hardlink_to(file)
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    session = config["model"]["decoder"]["session_options"]
+    session["intra_op_num_threads"] = threads
+    session["session.intra_op.allow_spinning"] = str(int(spinning))
+    (variant / "genai_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
+    """llama.cpp's own quantisation of the same weights."""
+    kind = GGUF_TYPES.get((body.bits, body.symmetric))
+    model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
+    if kind is None or model_type not in ("llama", "qwen2"):
+        raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
+    path = work / f"{checkpoint.name}-{kind}.gguf"
+    if not path.exists():
+        _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, path, kind)
+    listed = json.loads(_make("llama.cpp", python, "-m", "benchmark.gguf_file", "list", path))
+    weights = Weights(tuple(Matrix(**matrix) for matrix in listed))
+    return [Configuration(f"llama.cpp {kind}", "llama.cpp", path, python, weights)]
+
+
+def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
+    return [
+        Configuration(f"torch {dtype}", "torch", checkpoint, python, None, {"dtype": dtype})
+        for dtype in ("bfloat16", "float32")
+    ]
+
+
+def _make(peer: str, python: str, *arguments: str | Path) -> str:
+    done = _run(python, *map(str, arguments))
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PeerError(f"{peer}: {' '.join(map(str, arguments[:3]))} failed ({last})")
+    return done.stdout
+
+
+def _run(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, *arguments], capture_output=True, text=True, check=False, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this folder's parent on the path: `python -m benchmark.worker` works in any interpreter."""
+    path = os.pathsep.join(filter(None, (str(TOOLS), os.environ.get("PYTHONPATH", ""))))
+    return os.environ | {"PYTHONPATH": path}

@@ -1,0 +1,138 @@
+"""Run the configurations: one worker process each, all loaded, one round at a time in turn.
+
+A machine's speed drifts; configurations measured minutes apart are not comparable. So rounds alternate, the order
+turns by one each round, the first round is dropped, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .peers import Configuration, environment
+
+
+class WorkerError(Exception):
+    """A configuration that died, with the last line it wrote."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came back from one configuration."""
+
+    configuration: Configuration
+    facts: dict[str, Any]  # versions, settings, import_ms, load_ms, ...
+    rounds: tuple[dict[str, Any], ...]  # without the first
+    memory: dict[str, float]  # at the end
+    cold_start_ms: tuple[float, ...]  # process start to first token, without the first
+
+
+class Worker:
+    """A running worker process."""
+
+    def __init__(self, configuration: Configuration, threads: int, max_tokens: int):
+        self.name = configuration.name
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
+        command = [configuration.python, "-m", "benchmark.worker", configuration.spec(threads, max_tokens)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, env=environment()
+        )
+        try:
+            self.facts = self._read()
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Send a command and wait for its answer. Raises WorkerError where the process died."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # _read says why
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._stderr.seek(0)
+            last = (self._stderr.read().strip().splitlines() or [f"exit code {self._process.returncode}"])[-1]
+            raise WorkerError(f"{self.name}: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def measure(
+    configurations: Sequence[Configuration],
+    jobs: Sequence[dict[str, Any]],
+    *,
+    threads: int,
+    max_tokens: int,
+    cold_starts: int,
+    report: Callable[[str], None],
+) -> tuple[list[Measured], list[str]]:
+    """Every job on every configuration, the first job thrown away; and why a configuration is missing, if one is.
+
+    Each job is one round's prompt (see worker.py). `cold_starts` fresh processes each say one token of the last job.
+    """
+    workers: dict[str, Worker] = {}
+    failed: list[str] = []
+    rounds: dict[str, list[dict[str, Any]]] = {c.name: [] for c in configurations}
+    memory: dict[str, dict[str, float]] = {}
+    cold: dict[str, list[float]] = {c.name: [] for c in configurations}
+    try:
+        for configuration in configurations:
+            report(f"loading {configuration.name}")
+            try:
+                workers[configuration.name] = Worker(configuration, threads, max_tokens)
+            except WorkerError as err:
+                failed.append(str(err))
+        names = list(workers)
+        for number, job in enumerate(jobs):
+            for name in _turned(names, number):
+                report(f"round {number + 1} of {len(jobs)}: {name}")
+                rounds[name].append(workers[name].ask(do="round", **job))
+        for name, worker in workers.items():
+            memory[name] = worker.ask(do="memory")
+            worker.close()
+        alive = [c for c in configurations if c.name in workers]
+        for number in range(cold_starts):
+            for configuration in _turned(alive, number):
+                report(f"cold start {number + 1} of {cold_starts}: {configuration.name}")
+                cold[configuration.name].append(_cold_start(configuration, jobs[-1], threads, max_tokens))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return [
+        Measured(c, workers[c.name].facts, tuple(rounds[c.name][1:]), memory[c.name], tuple(cold[c.name][1:]))
+        for c in alive
+    ], failed
+
+
+def _cold_start(configuration: Configuration, job: dict[str, Any], threads: int, max_tokens: int) -> float:
+    """Milliseconds from starting the process to its first token, files in the page cache."""
+    start = time.perf_counter()
+    worker = Worker(configuration, threads, max_tokens)
+    ready = time.perf_counter()
+    first = worker.ask(do="round", **{**job, "new_tokens": 1})["ttft_ms"]
+    worker.close()
+    return 1000 * (ready - start) + float(first)
+
+
+def _turned(items: Sequence[Any], by: int) -> list[Any]:
+    by %= max(len(items), 1)
+    return [*items[by:], *items[:by]]
