@@ -92,7 +92,7 @@ def bench(
         assert checkpoint is not None and configurations[0].weights is not None
         try:
             if image:
-                raise peers.PeerError(f"{name}: not measured with --image, peers are text only")
+                raise peers.PeerError(f"{name}: peers are text only, and --image was given")
             body = configurations[0].weights.body
             configurations += peers.configurations(
                 name, checkpoint.resolve(), body, peer_python, threads, work.resolve()
