@@ -62,7 +62,11 @@ class FitOptions:
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--model", required=True, help="demo, a checkpoint folder, a hub id or one of our aliases.")
 @click.option(
-    "--pairs", multiple=True, required=True, type=click.Path(path_type=Path), help="JSONL of unsafe/safe pairs."
+    "--pairs",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with the package.",
 )
 @click.option("--benign", multiple=True, type=click.Path(path_type=Path), help="JSONL of more benign prompts.")
 @click.option("--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts.")
@@ -168,7 +172,7 @@ def fit(data: FitData, options: FitOptions, *, console: Console) -> SafetyArtifa
     started = time.perf_counter()
     prompts = data.labelled()
     split = split_by_text(
-        [item.prompt.text for item in prompts], [(item.unsafe, item.group) for item in prompts], seed=options.seed
+        [item.cluster for item in prompts], [(item.unsafe, item.group) for item in prompts], seed=options.seed
     )
     if options.target_fpr is not None:
         benign = sum(not prompts[row].unsafe for row in split.heldout)

@@ -5,7 +5,11 @@
     --benign, --unsafe  {"prompt": text, "images": [path, ...], "group": name}
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
-file, then under --images. VLSafe's pairs come without its pictures: without --images they are read as text only.
+file, then under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
+of our own formats may have a "family": prompts of one family say the same thing in other words and are never on two
+sides of the split.
+
+`--pairs builtin` is no file: it stands for the pairs and the harmless prompts that come with the package (builtin.py).
 
 This file knows nothing of models; what a tokenizer objects to is checked by features.py.
 """
@@ -21,12 +25,15 @@ from typing import Any
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 
+from . import builtin
+
 MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
 DEFAULT_GROUP = "all"
+BUILTIN = Path(builtin.NAME)
 
-PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel"}
+PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
 VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
-PROMPT_KEYS = {"prompt", "images", "group"}
+PROMPT_KEYS = {"prompt", "images", "group", "family"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Pair:
     unsafe: Prompt
     safe: Prompt
     channel: str = DEFAULT_GROUP  # where the harm lies: text, image, ...; SAS and recall are reported for each
+    family: str = ""  # what its wording has in common with other pairs; "" where nobody says
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,12 @@ class Labelled:
     prompt: Prompt
     unsafe: bool
     group: str
+    family: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """What must stay on one side of a split: the family or, where none is named, the text."""
+        return f"family {self.family}" if self.family else self.prompt.text
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class FitData:
     def labelled(self) -> list[Labelled]:
         """Every distinct prompt once, in order of appearance, with its label."""
         twins = (
-            Labelled(prompt, unsafe, pair.channel)
+            Labelled(prompt, unsafe, pair.channel, pair.family)
             for pair in self.pairs
             for prompt, unsafe in ((pair.unsafe, True), (pair.safe, False))
         )
@@ -83,18 +97,27 @@ class FitData:
 def read_data(
     pairs: Iterable[Path], benign: Iterable[Path] = (), unsafe: Iterable[Path] = (), *, images: Path | None = None
 ) -> FitData:
-    """Read and cross-check the files.
+    """Read and cross-check the files. Path("builtin") among `pairs` is not read but stands for what builtin.py makes.
 
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
     that is called both safe and unsafe.
     """
+    sources = list(pairs)
+    files = [path for path in sources if path != BUILTIN]
+    shipped = len(files) < len(sources)
     data = FitData(
-        pairs=tuple(_pair(row, where, path, images) for path in pairs for row, where in _rows(path)),
-        extra=tuple(
-            _labelled(row, where, path, images, unsafe=label)
-            for paths, label in ((benign, False), (unsafe, True))
-            for path in paths
-            for row, where in _rows(path)
+        pairs=(
+            *(_builtin_pairs() if shipped else ()),
+            *(_pair(row, where, path, images) for path in files for row, where in _rows(path)),
+        ),
+        extra=(
+            *(_builtin_harmless() if shipped else ()),
+            *(
+                _labelled(row, where, path, images, unsafe=label)
+                for paths, label in ((benign, False), (unsafe, True))
+                for path in paths
+                for row, where in _rows(path)
+            ),
         ),
     )
     if len(data.pairs) < MIN_PAIRS:
@@ -108,6 +131,27 @@ def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done:
     for path in data.images():
         open_image(path)
         advance(1)
+
+
+def _builtin_pairs() -> Iterator[Pair]:
+    for twins in builtin.builtin_twins():
+        where = f"{builtin.NAME}: {twins.kind}, {twins.form}"
+        yield Pair(
+            Prompt(twins.unsafe, where=where),
+            Prompt(twins.safe, where=where),
+            builtin.NAME,
+            _builtin_family(twins.family),
+        )
+
+
+def _builtin_harmless() -> Iterator[Labelled]:
+    for row in builtin.builtin_harmless():
+        where = f"{builtin.NAME}: {row.group}, {row.topic}"
+        yield Labelled(Prompt(row.text, where=where), False, f"{builtin.NAME} {row.group}", _builtin_family(row.text))
+
+
+def _builtin_family(name: str) -> str:
+    return f"{builtin.NAME}: {name}"  # no family of a user's file can have this name by chance
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -148,6 +192,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
         unsafe=Prompt(_text(row, "unsafe", where), image, where),
         safe=Prompt(_text(row, "safe", where), safe_image or image, where),
         channel=_text(row, "channel", where, default=DEFAULT_GROUP),
+        family=_text(row, "family", where) if "family" in row else "",
     )
 
 
@@ -157,7 +202,8 @@ def _labelled(row: dict[str, Any], where: str, file: Path, images: Path | None, 
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{where}: 'images' must be a list of paths")
     prompt = Prompt(_text(row, "prompt", where), _images(names, file, images, where), where)
-    return Labelled(prompt, unsafe, _text(row, "group", where, default=DEFAULT_GROUP))
+    family = _text(row, "family", where) if "family" in row else ""
+    return Labelled(prompt, unsafe, _text(row, "group", where, default=DEFAULT_GROUP), family)
 
 
 def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:
