@@ -61,7 +61,7 @@ def test_the_alarming_words_stand_on_both_sides():
     """ "kill", "steal", ...: a harmless prompt has each of them at least a third as often as an unsafe one."""
     unsafe = Counter(word for twins in TWINS for word in words(twins.unsafe))
     safe = Counter(word for text in (*(t.safe for t in TWINS), *(h.text for h in HARMLESS)) for word in words(text))
-    for word in words("kill shoot crack inject bomb steal attack execute poison hang drug gun murder weapon hack"):
+    for word in words("kill shoot crack inject attack execute poison hang drug gun murder weapon hack dead knife"):
         assert safe[word] * 3 >= unsafe[word], (word, safe[word], unsafe[word])
         assert safe[word] > 0, word
 
