@@ -2,8 +2,8 @@
 
     safe = 0.0 <= p_unsafe <= threshold
 
-Everything else is unsafe: above the threshold, below zero, above one when the threshold is, NaN, infinite, or no number
-at all because the prober failed. What happens then is the policy's choice; that it is unsafe is not.
+Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number at all because the
+prober failed. What happens then is the policy's choice; that it is unsafe is not.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ class GatePolicy:
     refusal_text: str
 
     def __post_init__(self) -> None:
-        if math.isnan(self.threshold):
-            raise InputError("threshold = nan: give a number; unsafe is what lies above it")
+        if not self.threshold <= 1.0:
+            raise InputError(
+                f"threshold = {self.threshold:g}: give a number up to 1; unsafe is what lies above it, and no p_unsafe "
+                "lies above 1 (to let every prompt pass, say --policy monitor or off)"
+            )
         if not 0.0 <= self.strength <= STRENGTH_MAX:
             raise InputError(
                 f"strength = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; "

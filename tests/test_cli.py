@@ -299,6 +299,7 @@ def test_wrong_usage_is_exit_code_2(call, package, options):
         (("--seed", -1), "seed = -1 is out of range"),
         (("--stop", ""), "stop = ('',) is out of range"),
         (("--threshold", "nan"), "threshold = nan"),
+        (("--threshold", 50), "threshold = 50"),
         (("--strength", "nan"), "strength = nan"),
         (("--strength", "inf"), "strength = inf"),
         (("--strength", -0.1), "strength = -0.1"),

@@ -512,7 +512,7 @@ def test_the_safety_rule_is_the_same_for_any_number(parts):
     special: list[Any] = ["nan", "inf", "-inf", None]
     commands, expected = [], []
     for mode in Mode:
-        for threshold in (-1.0, 0.0, 0.5, 1.0, 7.0):
+        for threshold in (-1.0, 0.0, 0.5, 1.0):
             for score in [*scores, *special]:
                 commands.append({"part": "gate", "p_unsafe": score, "mode": mode.value, "threshold": threshold})
                 value = float(score) if score is not None else None
@@ -821,6 +821,7 @@ def test_c_interface_turns_errors_into_codes(built, toy_package, tmp_path):
         *["", "{", "[]", '{"messages": [], "messages": []}'],
         *[{}, {"messages": []}, {"messages": hello, "polcy": "stop"}, {"messages": hello, "policy": "steeer"}],
         *[{"messages": hello, "threshold": "0.5"}, {"messages": hello, "strength": -1.0}],
+        *[{"messages": hello, "threshold": 1.5}, {"messages": hello, "policy": "monitor", "threshold": 50}],
         *[{"messages": hello, "sampling": {"max_tokens": 0}}, {"messages": hello, "sampling": {"stop": [""]}}],
         *[{"messages": [{"role": "root", "parts": ["hi"]}]}, {"messages": [{"role": "user", "parts": [7]}]}],
         *[{"messages": [{"role": "user", "parts": [{"image": "/not/there.png"}]}]}],
@@ -981,6 +982,7 @@ def test_package_without_a_gate_runs_only_when_asked_to(built, tmp_path):
         (["{package}", "--prompt", "red", "--image", "/not/there.png"], 5),
         (["{package}", "--prompt", "red", "--temperature", "-1"], 5),
         (["{package}", "--prompt", "red", "--threshold", "nan"], 5),
+        (["{package}", "--prompt", "red", "--threshold", "1.01"], 5),
         (["{package}", "--prompt", "red " * 100], 5),
     ],
 )

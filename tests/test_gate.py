@@ -14,7 +14,7 @@ from autosteer.runtime.gate import STRENGTH_MAX, decide, is_safe
 NAN, INF = math.nan, math.inf
 MODES = st.sampled_from(Mode)
 ANY = st.floats(allow_nan=True, allow_infinity=True)
-NUMBER = st.floats(allow_nan=False, allow_infinity=True)
+THRESHOLD = st.floats(max_value=1.0, allow_nan=False)
 
 
 def policy(mode: Mode = Mode.STEER, threshold: float = 0.5, strength: float = 0.1) -> GatePolicy:
@@ -39,7 +39,7 @@ def policy(mode: Mode = Mode.STEER, threshold: float = 0.5, strength: float = 0.
         (1.0, 1.0, True),
         (1.0000001, 1.0, False),
         (NAN, 1.0, False),
-        (1.0, 7.0, True),  # a threshold above 1 is 1
+        (1.0, 7.0, True),  # GatePolicy refuses a threshold above 1; were there one, it would be 1
         (1.0000001, 7.0, False),
         (INF, INF, False),
         (0.0, -1.0, False),  # a threshold below 0 passes nothing
@@ -59,7 +59,7 @@ def test_nothing_outside_zero_to_one_is_ever_safe(p_unsafe, threshold):
         assert 0.0 <= p_unsafe <= 1.0 and p_unsafe <= threshold
 
 
-@given(ANY, NUMBER)
+@given(ANY, THRESHOLD)
 def test_anything_that_is_not_within_the_threshold_is_unsafe(p_unsafe, threshold):
     within = p_unsafe >= 0 and p_unsafe <= threshold and p_unsafe <= 1
     assert decide(p_unsafe, policy(threshold=threshold), split_layer=1).unsafe is not within
@@ -88,13 +88,13 @@ def test_what_each_policy_does(mode, p_unsafe, action, strength, unsafe):
     assert (verdict.action, verdict.strength, verdict.unsafe) == (action, strength, unsafe)
 
 
-@given(MODES, st.none() | ANY, NUMBER)
+@given(MODES, st.none() | ANY, THRESHOLD)
 def test_strength_is_applied_exactly_where_the_action_is_steer(mode, p_unsafe, threshold):
     verdict = decide(p_unsafe, policy(mode, threshold), split_layer=1)
     assert verdict.strength == (0.1 if verdict.action is Action.STEER else 0.0)
 
 
-@given(MODES, st.none() | ANY, NUMBER)
+@given(MODES, st.none() | ANY, THRESHOLD)
 def test_only_monitor_and_off_let_an_unsafe_prompt_pass(mode, p_unsafe, threshold):
     safe = p_unsafe is not None and is_safe(p_unsafe, threshold)
     passed = decide(p_unsafe, policy(mode, threshold), split_layer=1).action is Action.PASS
@@ -127,6 +127,13 @@ def test_strength_that_cannot_steer_is_refused(strength):
         policy(strength=strength)
 
 
-@pytest.mark.parametrize("threshold", [-INF, -1.0, 0.0, 1.0, INF])
+@pytest.mark.parametrize("threshold", [math.nextafter(1, 2), 1.5, 50.0, INF])
+def test_threshold_above_one_is_refused(threshold):
+    """`--threshold 50` (per cent?) used to be taken as 1 without a word: a gate that catches nothing."""
+    with pytest.raises(InputError, match=r"threshold = .*give a number up to 1.*--policy monitor"):
+        policy(threshold=threshold)
+
+
+@pytest.mark.parametrize("threshold", [-INF, -1.0, 0.0, 1.0])
 def test_extreme_thresholds_are_allowed(threshold):
     assert policy(threshold=threshold).threshold == threshold

@@ -55,7 +55,11 @@ struct GatePolicy {
 
   /// Throws InputError for numbers that would not guard.
   void check() const {
-    if (std::isnan(threshold)) throw InputError("threshold = nan: give a number; unsafe is what lies above it");
+    if (!(threshold <= 1.0)) {
+      throw InputError(
+          "threshold: give a number up to 1; unsafe is what lies above it, and no p_unsafe lies above 1 (to let every "
+          "prompt pass, say policy monitor or off)");
+    }
     if (!(0.0 <= strength && strength <= kMaxStrength)) {
       throw InputError(
           "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would bend answers away from the "
