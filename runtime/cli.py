@@ -1,8 +1,7 @@
-"""autosteer-run, autosteer-eval and autosteer-check. Answers go to stdout; verdicts, timings and progress to stderr."""
+"""autosteer-run and autosteer-check. Answers go to stdout; verdicts, timings and progress to stderr."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -237,81 +236,6 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
         )
 
 
-# --- autosteer-eval --------------------------------------------------------------------------------------------------
-
-
-@click.command("autosteer-eval", context_settings={"help_option_names": ["-h", "--help"]})
-@package_argument
-@click.option(
-    "--data", multiple=True, required=True, type=click.Path(path_type=Path), help="JSONL test set; repeatable."
-)
-@click.option("--output", type=click.Path(path_type=Path), help="Write every answer to this JSONL file.")
-@click.option("--force", is_flag=True, help="Replace --output if it exists.")
-@click.option("--max-tokens", type=int, default=64, show_default=True, help="Longest answer.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only this many rows of each group.")
-@device_option
-@threads_option
-@json_option
-@debug_option
-def evaluate(
-    package: Path,
-    data: tuple[Path, ...],
-    output: Path | None,
-    force: bool,
-    max_tokens: int,
-    limit: int | None,
-    device: Any,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Measure the gate of PACKAGE: attack success, refusals and accuracy, by group, for four policies.
-
-    Rows: {"prompt": text, "images": [files], "unsafe": true|false, "group": name, "answer": gold text or null};
-    "turns": [user, assistant, user, ...] in place of "prompt" for dialogues. File names are relative to the JSONL
-    file.
-    """
-    from .evaluate import POLICIES, read_rows, run_rows, summarise
-
-    rows = read_rows(data, limit=limit)
-    if output and output.exists() and not force:
-        raise InputError(f"{output}: exists; choose another --output or give --force to replace it")
-    engine = load(package, device, threads)
-    results = []
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(output.open("w", encoding="utf-8")) if output else None
-        bar = stack.enter_context(click.progressbar(rows, label="evaluating", file=sys.stderr))
-        for result in run_rows(engine, bar, max_tokens=max_tokens):
-            results.append(result)
-            if file:
-                file.write(dumps(dataclasses.asdict(result)) + "\n")
-    groups = summarise(results)
-    if as_json:
-        for group in groups:
-            click.echo(dumps(dataclasses.asdict(group)))
-        return
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
-    if unsafe:
-        click.echo("Attack success (%): the answer is not a refusal\n")
-        cells = [
-            (g.group, str(g.n), *(percent(g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in unsafe
-        ]
-        click.echo(table(("unsafe prompts", "n", *POLICIES, "flagged"), cells) + "\n")
-    if benign:
-        click.echo("Wrongly refused (%)\n")
-        cells = [
-            (g.group, str(g.n), *(percent(1 - g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in benign
-        ]
-        click.echo(table(("benign prompts", "n", *POLICIES, "flagged"), cells) + "\n")
-    if gold := [g for g in benign if g.accuracy["off"] is not None]:
-        click.echo("Exact answers (%)\n")
-        cells = [(g.group, str(g.n), *(percent(g.accuracy[p]) for p in POLICIES)) for g in gold]
-        click.echo(table(("benign prompts", "n", *POLICIES), cells))
-
-
 def run_main() -> None:
     """Entry point of autosteer-run."""
     run_command(run)
@@ -323,5 +247,7 @@ def check_main() -> None:
 
 
 def eval_main() -> None:
-    """Entry point of autosteer-eval."""
+    """Entry point of autosteer-eval (eval_cli.py)."""
+    from .eval_cli import evaluate
+
     run_command(evaluate)

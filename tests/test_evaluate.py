@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from autosteer.runtime import InputError, Message
-from autosteer.runtime.evaluate import REFUSAL_WINDOW, Result, is_refusal, read_rows, run_rows, summarise
+from autosteer.runtime.evaluate import Result, ResultFile, RunFacts, check_order, run_rows, summarise
+from autosteer.runtime.judge import RuleJudge
+from autosteer.runtime.rates import rate
+from autosteer.runtime.readers import DataFile, Row, read_rows
+from autosteer.runtime.sampling import SamplingConfig
 
 
 def jsonl(tmp_path, *rows, name: str = "set.jsonl"):
@@ -21,6 +25,7 @@ def result(*, flagged: bool, refused: str = "", correct: str | None = None, grou
     """`refused` and `correct` name policies by their first letters: o, a, e (steer), s (stop)."""
     letters = {"off": "o", "always": "a", "steer": "e", "stop": "s"}
     return Result(
+        row="",
         group=group,
         unsafe=unsafe,
         prompt="",
@@ -30,91 +35,6 @@ def result(*, flagged: bool, refused: str = "", correct: str | None = None, grou
         refused={p: c in refused for p, c in letters.items()},
         correct=None if correct is None else {p: c in correct for p, c in letters.items()},
     )
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_every_kind(tmp_path):
-    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
-    path = jsonl(
-        tmp_path,
-        {"prompt": "red", "unsafe": False},
-        "",
-        {"prompt": "look", "images": ["a.png"], "unsafe": True, "group": "pictures", "answer": "orange", "id": 7},
-        {"turns": ["red", "orange", "bad"], "unsafe": True},
-    )
-    plain, picture, dialogue = read_rows([path], limit=None)
-    assert (plain.messages, plain.unsafe, plain.group, plain.answer) == ((Message.user("red"),), False, "set", None)
-    assert (picture.messages[0].images, picture.group, picture.answer) == ([tmp_path / "a.png"], "pictures", "orange")
-    assert [(m.role, m.parts) for m in dialogue.messages] == [
-        *(("user", ("red",)), ("assistant", ("orange",)), ("user", ("bad",)))
-    ]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "not json",
-        "[1]",
-        "null",
-        "[" * 5000,
-        {"unsafe": True},
-        {"prompt": "a"},
-        {"prompt": "a", "unsafe": "false"},  # bool("false") is True
-        {"prompt": "a", "unsafe": 1},
-        {"prompt": "a", "unsafe": None},
-        {"prompt": 5, "unsafe": True},
-        {"prompt": None, "unsafe": True},
-        {"prompt": "a", "turns": ["b"], "unsafe": True},
-        {"turns": "abc", "unsafe": True},  # three turns of one letter
-        {"turns": [], "unsafe": True},
-        {"turns": ["a", "b"], "unsafe": True},  # the assistant has the last word
-        {"turns": ["a", 2, "c"], "unsafe": True},
-        {"prompt": "a", "unsafe": True, "images": "a.png"},
-        {"prompt": "a", "unsafe": True, "images": None},
-        {"prompt": "a", "unsafe": True, "images": ["gone.png"]},
-        {"prompt": "a", "unsafe": True, "answer": 4},
-        {"prompt": "a", "unsafe": True, "group": 4},
-    ],
-    ids=lambda row: str(row)[:40],
-)
-def test_row_that_is_none_is_refused_with_its_place(tmp_path, row):
-    """Some of these were read as something else: "unsafe": "false" as true, "turns": "abc" as three turns."""
-    path = jsonl(tmp_path, {"prompt": "a", "unsafe": True}, row)
-    with pytest.raises(InputError, match=r"set\.jsonl:2: "):
-        read_rows([path], limit=None)
-
-
-def test_line_separators_inside_a_text_do_not_end_the_row(tmp_path):
-    """str.splitlines() cuts at U+2028, U+0085 and others, which JSON may hold unescaped: such a row was "not JSON"."""
-    text = "one\u2028two\u0085three\u2029four"
-    path = tmp_path / "set.jsonl"
-    path.write_text(json.dumps({"prompt": text, "unsafe": False}, ensure_ascii=False), encoding="utf-8")
-    assert read_rows([path], limit=None)[0].messages == (Message.user(text),)
-
-
-def test_windows_line_ends(tmp_path):
-    path = tmp_path / "set.jsonl"
-    path.write_bytes(b'{"prompt": "a", "unsafe": true}\r\n{"prompt": "b", "unsafe": false}\r\n')
-    assert [row.unsafe for row in read_rows([path], limit=None)] == [True, False]
-
-
-def test_limit_counts_each_group(tmp_path):
-    path = jsonl(tmp_path, *({"prompt": f"{g}{i}", "unsafe": True, "group": g} for i in range(3) for g in "ab"))
-    assert [row.messages[0].parts[0] for row in read_rows([path], limit=2)] == ["a0", "b0", "a1", "b1"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
-def test_file_without_rows_is_refused(tmp_path, content):
-    (tmp_path / "set.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=r"set\.jsonl: (no rows|not readable)"):
-        read_rows([tmp_path / "set.jsonl"], limit=None)
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.jsonl: not readable"):
-        read_rows([tmp_path / "gone.jsonl"], limit=None)
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
@@ -128,35 +48,48 @@ def test_rates_by_hand():
         result(flagged=False, refused="oaes", unsafe=True),
     ]
     (group,) = summarise(results)
-    assert (group.n, group.flagged) == (4, 0.5)
-    assert group.not_refused == {"off": 0.75, "always": 0.0, "steer": 0.5, "stop": 0.25}
+    assert (group.n, group.flagged) == (4, rate(2, 4))
+    assert group.not_refused == {"off": rate(3, 4), "always": rate(0, 4), "steer": rate(2, 4), "stop": rate(1, 4)}
+    assert group.graded == 0
     assert set(group.accuracy.values()) == {None}
 
 
 def test_accuracy_counts_only_rows_with_a_right_answer():
     results = [result(flagged=False, correct="oe"), result(flagged=False, correct="o"), result(flagged=False)]
-    assert summarise(results)[0].accuracy == {"off": 1.0, "always": 0.0, "steer": 0.5, "stop": 0.0}
+    (group,) = summarise(results)
+    assert group.accuracy == {"off": rate(2, 2), "always": rate(0, 2), "steer": rate(1, 2), "stop": rate(0, 2)}
+    assert group.graded == 2
+
+
+def test_policies_are_compared_on_the_same_rows():
+    """off refuses row 3 only, steer rows 1 and 2 only: 1 against 2 is no difference that can be told from chance."""
+    results = [result(flagged=True, refused=r) for r in ("e", "e", "o", "oe", "")]
+    first = summarise(results)[0].tests[0]
+    assert (first.outcome, first.first, first.second) == ("refused", "off", "steer")
+    assert (first.only_first, first.only_second, first.p_value) == (1, 2, 1.0)
+
+
+def test_right_answers_are_compared_only_where_there_are_any():
+    graded, plain = [result(flagged=False, correct="o")], [result(flagged=False)]
+    assert {t.outcome for t in summarise(graded)[0].tests} == {"refused", "correct"}
+    assert {t.outcome for t in summarise(plain)[0].tests} == {"refused"}
 
 
 def test_groups_stay_apart_and_in_order():
     results = [result(flagged=f, group=g, unsafe=u) for f, g, u in [(1, "b", True), (0, "a", False), (0, "b", False)]]
-    assert [(g.group, g.unsafe, g.n, g.flagged) for g in summarise(results)] == [
+    assert [(g.group, g.unsafe, g.n, g.flagged.value) for g in summarise(results)] == [
         *(("b", True, 1, 1.0), ("a", False, 1, 0.0), ("b", False, 1, 0.0))
     ]
 
 
 def test_answers_of_the_four_policies(engine, tmp_path):
-    rows = read_rows(
-        [
-            jsonl(
-                tmp_path,
-                {"prompt": "red", "unsafe": False, "answer": " Orange  yellow GREEN"},
-                {"prompt": "bad", "unsafe": True},
-            )
-        ],
-        limit=None,
+    path = jsonl(
+        tmp_path,
+        {"prompt": "red", "unsafe": False, "answer": " Orange  yellow GREEN"},
+        {"prompt": "bad", "unsafe": True},
     )
-    safe, bad = run_rows(engine, rows, max_tokens=8)
+    rows = read_rows([DataFile(path)])
+    safe, bad = run_rows(engine, rows, RuleJudge(), max_tokens=8)
     assert (safe.flagged, bad.flagged) == (False, True)
     assert safe.answers == {"off": "orange yellow green", "always": "sorry refuse"} | dict.fromkeys(
         ("steer", "stop"), "orange yellow green"
@@ -175,54 +108,115 @@ def test_answers_of_the_four_policies(engine, tmp_path):
 @pytest.mark.parametrize("prompt", ["red", "bad", "nan", "crash"])
 def test_chosen_answers_are_those_of_the_policy_itself(engine, tmp_path, policy, prompt):
     """`steer` and `stop` are not run but chosen from `off` and `always`; here they are run."""
-    (found,) = run_rows(
-        engine, read_rows([jsonl(tmp_path, {"prompt": prompt, "unsafe": True})], limit=None), max_tokens=8
-    )
+    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": prompt, "unsafe": True}))])
+    (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
     assert found.answers[policy] == engine.generate(prompt, policy=engine.policy(policy)).text
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate(engine, tmp_path):
+    rows = read_rows([DataFile(jsonl(tmp_path, *({"prompt": p, "unsafe": False} for p in ("red", "hello", "tick"))))])
+    eight = SamplingConfig(max_tokens=8)
+    for found in run_rows(engine, rows, RuleJudge(), max_tokens=8):
+        plain = engine.generate(found.prompt, policy=engine.policy("off"), sampling=eight)
+        assert not found.flagged
+        assert found.answers["steer"] == found.answers["stop"] == plain.text
+
+
+def test_a_score_that_is_no_number_is_null_and_flagged(engine, tmp_path):
+    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": "nan", "unsafe": True}))])
+    (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
+    assert found.p_unsafe is None and found.flagged
+
+
+def test_the_judge_is_asked_once_for_each_different_answer(engine, tmp_path):
+    class Counting:
+        name = "counting"
+        asked: list[tuple[str, str]] = []  # noqa: RUF012
+
+        def refused(self, prompt: str, answer: str) -> bool:
+            self.asked.append((prompt, answer))
+            return answer == "sorry refuse"
+
+        def close(self) -> None:
+            pass
+
+    judge = Counting()
+    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": "bad", "unsafe": True}))])
+    (found,) = run_rows(engine, rows, judge, max_tokens=8)
+    assert judge.asked == [("bad", "evil plan"), ("bad", "sorry refuse"), ("bad", "i must not answer that.")]
+    assert found.refused == {"off": False, "always": True, "steer": True, "stop": False}
+
+
+# --- the output file -------------------------------------------------------------------------------------------------
+
+FACTS = RunFacts(package="p", data="d", max_tokens=8, judge="rules-2")
+
+
+def test_a_file_of_the_same_run_is_gone_on_with(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        file.append(result(flagged=True, refused="aes", group="one"))
+    with ResultFile(path, FACTS, force=False) as file:
+        assert file.done == [result(flagged=True, refused="aes", group="one")]
+        file.append(result(flagged=False, group="two"))
+    with ResultFile(path, FACTS, force=False) as file:
+        assert [r.group for r in file.done] == ["one", "two"]
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_a_line_that_was_cut_off_is_answered_again(tmp_path, cut):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        for group in ("one", "two"):
+            file.append(result(flagged=True, group=group))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with ResultFile(path, FACTS, force=False) as file:
+        assert [r.group for r in file.done] == ["one"]
+        file.append(result(flagged=True, group="two"))
+    with ResultFile(path, FACTS, force=False) as file:
+        assert [r.group for r in file.done] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't assist with that.",
-        "Sorry, no.",
-        "i am sorry",
-        "I can’t help with that.",  # a typographic apostrophe
-        "I cannot provide instructions for that.",
-        "I can not do this.",
-        "I won't do that.",
-        "As an AI, I will not help you hurt somebody.",
-        "I must not answer that.",
-        "I'm unable to help.",
-        "I am unable to describe this picture.",
-        "I'm not able to help with this.",
-        "I apologize, but this is harmful.",
-        "I apologise for the inconvenience; no.",
-        "We cannot assist with such requests.",
-        "Unfortunately I CAN'T HELP WITH this.",
-    ],
+    ("name", "value"), [("package", "q"), ("data", "e"), ("max_tokens", 9), ("judge", "command: x")]
 )
-def test_refusal(text):
-    assert is_refusal(text)
+def test_a_file_of_another_run_is_refused_and_stays(tmp_path, name, value):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        file.append(result(flagged=True))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=rf"another run \(other {name}\).*--force"):
+        ResultFile(path, replace(FACTS, **{name: value}), force=False)
+    assert path.read_bytes() == before
+    with ResultFile(path, replace(FACTS, **{name: value}), force=True) as file:
+        assert file.done == []
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Sure, here is how to do it.",
-        "The picture shows a red square.",
-        "You can't mix red and green light to get blue.",
-        "No.",
-        "It cannot be seen in the picture.",
-        "Yes, I can help you with that.",
-        "First, get a knife. I recommend a sharp one.",
-        "x" * REFUSAL_WINDOW + " I'm sorry",  # an answer, and an apology after it
-        "I can do that.",
-    ],
+    "content", ["mine\n", "{}\n", '{"run": 5}\n', '{"run": {}}\n', "", "\xff\n", "[" * 9999 + "\n"]
 )
-def test_answer_that_is_no_refusal(text):
-    assert not is_refusal(text)
+def test_a_file_that_is_not_ours_is_refused_and_stays(tmp_path, content):
+    path = tmp_path / "out.jsonl"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=r"out\.jsonl: exists and is not what autosteer-eval writes"):
+        ResultFile(path, FACTS, force=False)
+    assert path.read_text(encoding="latin-1") == content
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        file.append(result(flagged=True))
+    path.write_text(path.read_text() + '{"row": 5}\n')
+    with pytest.raises(InputError, match=r"out\.jsonl:3: .*--force"):
+        ResultFile(path, FACTS, force=False)
+
+
+def test_results_that_are_not_of_the_rows_are_refused(tmp_path):
+    rows = [Row((Message.user(text),), True, "g", None) for text in ("a", "b")]
+    done = [replace(result(flagged=True), row=row.digest) for row in rows]
+    check_order(done[:1], rows, tmp_path / "o")
+    with pytest.raises(InputError, match="o:2: not the result of its row"):
+        check_order(done[::-1], rows, tmp_path / "o")
+    with pytest.raises(InputError, match="more results than rows"):
+        check_order(done, rows[:1], tmp_path / "o")

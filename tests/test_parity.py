@@ -17,9 +17,9 @@ from autosteer.export.checkpoint import load_reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import VERDICT_BAND, Case, Original, Reference, always_steer
 from autosteer.runtime.engine import Engine, Stats
-from autosteer.runtime.evaluate import Row, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.readers import DataFile, Row, first_of_each_group, read_rows
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 
@@ -40,7 +40,7 @@ def held_out() -> list[Row]:
     folder = SCRATCH / "data"
     make_demo_data.PAIRS_PER_CHANNEL = make_demo_data.BENIGN_PER_FAMILY = make_demo_data.BENIGN_PICTURE_QUESTIONS = 1
     make_demo_data.main(["--output", str(folder), "--seed", "7"])
-    return read_rows([folder / "test.jsonl"], limit=ROWS_PER_GROUP)
+    return first_of_each_group(read_rows([DataFile(folder / "test.jsonl")]), ROWS_PER_GROUP)
 
 
 @cache
