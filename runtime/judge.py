@@ -79,7 +79,8 @@ _DECLINES = tuple(
         r"(?:no\b|i (?:can't|cannot|won't)|that's)",
         r"(?:^|[.!?] )(?:i(?:'m| am)? )?(?:sorry|afraid|apolog\w+|regret|unfortunately)"
         r".{0,40}\b(?:i|we) (?:can't|cannot|can not|won't|must)\b(?! \w+ enough)",
-        r"^(?:i apologi[sz]e|i'm sorry|i am sorry|sorry),? but (?:this|that|it|what you) |\bapolog\w+[^.]{0,40}[;,:] no\b",
+        r"^(?:i apologi[sz]e|i'm sorry|i am sorry|sorry),? but (?:this|that|it|what you) ",
+        r"\bapolog\w+[^.]{0,40}[;,:] no\b",
         r"^(?:absolutely not|nope|no way|no,? (?:i|we) (?:can't|cannot|won't|will not))\b",
         r"^(?:i|we) (?:can't|cannot|can not|won't|will not)[.!]?$",
         r"^(?:i'm |i am |we are )?(?:so |very )?sorry\b(?!,? (?:for|about|to hear))[^.!?]{0,40}[.!?]?$",  # and no more

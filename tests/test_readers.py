@@ -173,9 +173,7 @@ def test_published_rows_with_something_missing_are_refused(tmp_path, row):
 
 def test_pairs_are_no_test_set(tmp_path):
     """The official reader takes the safe queries of such a file for unsafe ones."""
-    with pytest.raises(
-        InputError, match=r"fields image_id, safe_query, orig_query; known are ours: .*vlsafe: query, image_id"
-    ):
+    with pytest.raises(InputError, match=r"fields image_id, safe_query, orig_query; known are ours: "):
         read_rows([DataFile(jsonl(tmp_path, {"image_id": "1.jpg", "safe_query": "a", "orig_query": "b"}))])
 
 
@@ -234,7 +232,7 @@ def test_mmmu_without_options_is_asked_and_graded_as_a_short_answer(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"options": "__import__('os').system('true')"},
+        {"options": "[__import__('os')]"},
         {"options": "['a'"},
         {"options": 3},
         {"answer": "D"},

@@ -65,7 +65,7 @@ LINES: list[tuple[str, Rate, Callable[[str], bool]]] = [
 
 def main(file: Path) -> None:
     """Print the table."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    _, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]  # the first: which run
     print(HEADER)
     for name, rate, belongs in LINES:
         members = [row for row in rows if belongs(row["group"])]
