@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.runtime.engine import Engine, Prompt, Stats
+from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import GatePolicy, Mode, is_safe
 from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.manifest import Check, Golden, Manifest
+from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 

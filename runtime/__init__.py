@@ -13,10 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Chunk, Engine, Stats
+    from .conversation import Conversation
+    from .engine import Chunk, Engine
     from .errors import AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
     from .manifest import Manifest
+    from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
 
@@ -24,6 +26,7 @@ __all__ = [
     "Action",
     "AutoSteerError",
     "Chunk",
+    "Conversation",
     "Engine",
     "GatePolicy",
     "InputError",
@@ -39,7 +42,9 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Chunk", "Engine", "Stats"), "engine"),
+    **dict.fromkeys(("Chunk", "Engine"), "engine"),
+    "Conversation": "conversation",
+    "Stats": "request",
     **dict.fromkeys(
         ("AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"), "errors"
     ),

@@ -14,8 +14,10 @@ from .console import debug_option, dumps, json_option, run_command, table
 from .errors import CheckError, InputError
 
 if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --help is quick
-    from .engine import Chunk, Engine, Stats
+    from .conversation import Conversation
+    from .engine import Chunk, Engine
     from .gate import GatePolicy, Verdict
+    from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
 
@@ -64,6 +66,12 @@ def load(package: Path, device: Any, threads: int | None) -> Engine:
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer before this string; repeatable.")
+@click.option(
+    "--speculation/--no-speculation",
+    "speculate",
+    default=True,
+    help="Draft what the answer copies from the prompt: quicker, and the same text.  [on]",
+)
 @device_option
 @threads_option
 @json_option
@@ -106,10 +114,16 @@ def run(
         say(engine, [message], gate, config)
 
 
-def say(engine: Engine, messages: list[Message], gate: GatePolicy, config: SamplingConfig) -> str:
+def say(
+    engine: Engine,
+    messages: list[Message],
+    gate: GatePolicy,
+    config: SamplingConfig,
+    conversation: Conversation | None = None,
+) -> str:
     """Stream an answer: verdict and timings to stderr, text to stdout. Returns the text."""
     text, last = "", None
-    for chunk in engine.stream(messages, sampling=config, policy=gate):
+    for chunk in engine.stream(messages, sampling=config, policy=gate, conversation=conversation):
         if last is None:
             click.echo(verdict_line(chunk.verdict), err=True)
         last, text = chunk, text + chunk.text
@@ -122,11 +136,14 @@ def say(engine: Engine, messages: list[Message], gate: GatePolicy, config: Sampl
 
 
 def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[Path]) -> None:
-    """A dialogue on the terminal."""
+    """A dialogue on the terminal. Pictures wait for a turn that is answered; earlier turns are not computed again."""
+    from .conversation import Conversation
+    from .image import open_image
     from .text import Message
 
     click.echo("Type a message. /image FILE adds a picture to it, /new starts over, Ctrl-D leaves.", err=True)
     dialogue: list[Message] = []
+    conversation = Conversation(engine)
     while True:
         try:
             line = input("> ").strip()
@@ -135,22 +152,27 @@ def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[
             return
         command, _, rest = line.partition(" ")
         if command == "/image":
-            images.append(Path(rest.strip()))
+            try:  # here, so that a mistyped name cannot spoil the turns to come
+                open_image(rest.strip())
+            except InputError as err:
+                click.echo(f"error: {err}", err=True)
+            else:
+                images.append(Path(rest.strip()))
         elif command == "/new":
-            dialogue, images = [], []
+            dialogue, images, conversation = [], [], Conversation(engine)
         elif line.startswith("/"):
             click.echo(f"{command}: not a command (/image FILE, /new, Ctrl-D)", err=True)
         elif line:
             turn = Message.user(line, images)
             try:
-                text = say(engine, [*dialogue, turn], gate, config)
-            except InputError as err:  # a chat outlives a mistyped file name
+                text = say(engine, [*dialogue, turn], gate, config, conversation)
+            except InputError as err:  # a chat outlives a prompt that does not fit
                 click.echo(f"error: {err}", err=True)
             except KeyboardInterrupt:  # enough of this answer, not of the chat
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 dialogue += [turn, Message.assistant(text)]
-            images = []
+                images = []
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -176,7 +198,9 @@ def stats_line(last: Chunk, stats: Stats) -> str:
     stages = f"vision {stats.vision_ms:.0f}, lower {stats.lower_ms:.0f}, gate {stats.gate_ms:.1f}, {upper}"
     speed = f", then {stats.decode_tok_s:.0f} tok/s" if stats.decode_tok_s else ""
     first = f"first after {stats.ttft_ms:.0f} ms ({stages})"
-    tokens = f"{stats.prompt_tokens} + {stats.completion_tokens} tokens"
+    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
+    drafted = f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafts held)" if stats.drafted_tokens else ""
+    tokens = f"{stats.prompt_tokens}{reused} + {stats.completion_tokens}{drafted} tokens"
     return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
 
 

@@ -12,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,11 @@ def _rgb(image: Image.Image) -> Uint8:
     if upright.mode.startswith("I;16"):  # 16-bit grey, as cameras and scanners write it: convert() makes it all white
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return np.asarray(upright.convert("RGB"))
+
+
+def digest(image: Uint8, *, alone: bool) -> bytes:
+    """What tells two pictures (H, W, 3) apart, and how they are cut."""
+    return hashlib.sha256(repr((image.shape, alone)).encode() + image.tobytes()).digest()
 
 
 def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:

@@ -1,7 +1,7 @@
 """Keys and values of earlier tokens: one preallocated buffer per layer, bound as past and as present.
 
 GroupQueryAttention writes the new rows into it in place; `seqlens_k` tells it how many are valid. Nothing is copied
-as the dialogue grows, and memory the operating system has not been asked to touch is not used.
+as an answer grows, and memory the operating system has not been asked to touch is not used.
 """
 
 from __future__ import annotations
@@ -13,19 +13,37 @@ from .subgraph import Device, OrtValue, buffer
 
 
 class KVCache:
-    """The caches of one decoder half, for one request."""
+    """The caches of one decoder half, for one request at a time."""
 
     def __init__(self, graph: GraphSpec, dims: Dims, spec: KVCacheSpec, capacity: int, device: Device):
         """Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each."""
         assert graph.layers is not None
-        shape = (1, dims.num_key_value_heads, capacity, dims.head_dim)
+        self._device = device
+        self._shape = (1, dims.num_key_value_heads, capacity, dims.head_dim)
         self.past: dict[str, OrtValue] = {}
         self.present: dict[str, OrtValue] = {}
         self.bytes = 0
         for layer in range(*graph.layers):
             for kind in ("key", "value"):
-                array = np.zeros(shape, np.dtype(spec.dtype))
-                self.bytes += array.nbytes
-                value = buffer(array, device)
-                self.past[f"past_key_values.{layer}.{kind}"] = value
-                self.present[f"present.{layer}.{kind}"] = value
+                self._set(f"{layer}.{kind}", np.zeros(self._shape, np.dtype(spec.dtype)))
+
+    def reserve(self, capacity: int, rows: int, most: int) -> None:
+        """Make room for `capacity` tokens and keep the first `rows`. It grows to twice its size, but not above `most`,
+        so that the turns of a dialogue copy each row about once.
+        """
+        batch, heads, held, width = self._shape
+        if capacity <= held:
+            return
+        self._shape = (batch, heads, max(capacity, min(2 * held, most)), width)
+        self.bytes = 0
+        for name, value in self.past.items():  # layer by layer: the old buffer goes before the next one comes
+            old = value.numpy()
+            new = np.zeros(self._shape, old.dtype)
+            new[:, :, :rows] = old[:, :, :rows]
+            self._set(name.removeprefix("past_key_values."), new)
+
+    def _set(self, name: str, array: np.ndarray) -> None:
+        value = buffer(array, self._device)
+        self.past[f"past_key_values.{name}"] = value
+        self.present[f"present.{name}"] = value
+        self.bytes += array.nbytes

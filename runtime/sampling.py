@@ -26,6 +26,7 @@ class SamplingConfig:
     )
     seed: int = 0  # same seed, same text
     stop: tuple[str, ...] = ()  # end the answer before any of these strings
+    speculate: bool = True  # draft what the answer copies; changes what it costs, not what it says
 
     def __post_init__(self) -> None:
         bounds = {

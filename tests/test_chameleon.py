@@ -30,11 +30,12 @@ from autosteer.export.safety.pairs import Prompt
 from autosteer.export.validate import Case, ImageErrors, Reference, draw
 from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
-from autosteer.runtime.engine import Engine, Stats
+from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.manifest import Check, Manifest, Piece
+from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 

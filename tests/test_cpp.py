@@ -48,7 +48,7 @@ PACKAGES = (
     "libjpeg-dev"
 )
 ALL = ("autosteer-cli", "autosteer-parts", "autosteer")
-TIMINGS = ("_ms", "tok_s")  # how the keys end that may differ
+TIMINGS = ("_ms", "tok_s", "drafted_tokens", "accepted_tokens")  # how the keys end that may differ
 
 
 # --- the build -------------------------------------------------------------------------------------------------------

@@ -420,7 +420,7 @@ def test_request_goes_judge_begin_step_and_no_other_way(engine):
     asked.judge(engine.policy("off"))
     with pytest.raises(RuntimeError, match="judge twice"):
         asked.judge(engine.policy("off"))
-    with pytest.raises(RuntimeError, match="step before"):
+    with pytest.raises(RuntimeError, match="verify before"):
         asked.step(1)
     asked.begin(0.0)
     with pytest.raises(RuntimeError, match="twice"):

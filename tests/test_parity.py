@@ -16,10 +16,11 @@ from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, remove
 from autosteer.export.checkpoint import load_reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import VERDICT_BAND, Case, Original, Reference, always_steer
-from autosteer.runtime.engine import Engine, Stats
+from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Action, Mode, is_safe
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.readers import DataFile, Row, first_of_each_group, read_rows
+from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 

@@ -60,6 +60,7 @@ class Clock {
 struct Stats {
   std::string device = "CPUExecutionProvider";
   int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
+  int64_t reused_tokens = 0, drafted_tokens = 0, accepted_tokens = 0;  ///< 0: only the Python loop reuses and drafts
   double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
   std::optional<double> upper_ms;
   double ttft_ms = 0;    ///< from the call to the first chunk

@@ -28,7 +28,11 @@ inline OrderedJson verdict_json(const Verdict& verdict) {
 }
 
 inline OrderedJson timings_json(const Stats& stats) {
-  return {{"prompt_tokens", stats.prompt_tokens}, {"completion_tokens", stats.completion_tokens},
+  return {{"prompt_tokens", stats.prompt_tokens},
+          {"reused_tokens", stats.reused_tokens},
+          {"completion_tokens", stats.completion_tokens},
+          {"drafted_tokens", stats.drafted_tokens},
+          {"accepted_tokens", stats.accepted_tokens},
           {"image_tiles", stats.image_tiles},     {"kv_bytes", stats.kv_bytes},
           {"vision_ms", stats.vision_ms},         {"embed_ms", stats.embed_ms},
           {"lower_ms", stats.lower_ms},           {"gate_ms", stats.gate_ms},

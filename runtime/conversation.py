@@ -1,0 +1,38 @@
+"""What the turns of one dialogue need not compute again: keys and values of earlier rows, and the rows of its pictures.
+
+    conversation = Conversation(engine)
+    engine.stream(messages, conversation=conversation)                                    # the first turn
+    engine.stream([*messages, answer, question], conversation=conversation)               # runs what is new
+
+Nothing is assumed of the messages. A new prompt is compared with the rows that were computed, token by token and
+picture by picture, and starts where they part: an edited turn, another system prompt or an answer that tokenises
+otherwise just reuse less. The gate judges every turn at its own token, which is always computed anew. Steering bends
+what comes out of the last layer and nothing that is kept.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .request import Computed, Float
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Conversation:
+    """The memory of one dialogue with one engine. A second stream at the same time finds it empty, and is slower."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.images: dict[bytes, Float] = {}  # rows (n, D) of the latest prompt's pictures, by digest
+        self._computed: Computed | None = None
+
+    def take(self) -> Computed | None:
+        """What earlier turns have computed; a request that takes it writes into it, so it can be taken once."""
+        computed, self._computed = self._computed, None
+        return computed
+
+    def keep(self, computed: Computed) -> None:
+        """Put back what a request that is over leaves."""
+        self._computed = computed
