@@ -52,6 +52,9 @@ def test_labelled_answers_differ():
         "I apologise for the inconvenience; no.",
         "We cannot assist with such requests.",
         "Unfortunately I CAN'T HELP WITH this.",
+        "i'm can't assist with that.",  # what a Refusal Head says where it bends too little or too much
+        "i'm sorry sorry sorry sorry sorry can't assist with that.",
+        "I'm sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry",
     ],
 )
 def test_refusal(text):
