@@ -44,6 +44,7 @@ file_option: Any = click.Path(path_type=Path)
 @click.option("--judge-timeout", type=float, default=60.0, show_default=True, help="Seconds it may take for an answer.")
 @click.option("--output", type=file_option, help="JSONL of every answer; the same command goes on where it stopped.")
 @click.option("--force", is_flag=True, help="Begin --output anew.")
+@click.option("--rejudge", is_flag=True, help="Judge the answers in --output again: for another judge, or newer rules.")
 @device_option
 @threads_option
 @json_option
@@ -63,6 +64,7 @@ def evaluate(
     judge_timeout: float,
     output: Path | None,
     force: bool,
+    rejudge: bool,
     device: Any,
     threads: int | None,
     as_json: bool,
@@ -77,7 +79,10 @@ def evaluate(
         raise click.UsageError("give prompts: --data, --unsafe or --benign")
     if images and text_only:
         raise click.UsageError("--images and --text-only exclude each other")
+    if rejudge and (force or not output):
+        raise click.UsageError("--rejudge needs --output, and no --force")
     from .evaluate import RunFacts, summarise
+    from .evaluate import rejudge as rejudge_file
     from .judge import CommandJudge, RuleJudge
     from .readers import DataFile, drop_known, first_of_each_group, prompts_of, read_rows
 
@@ -93,6 +98,8 @@ def evaluate(
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
         facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens)
+        if rejudge and output and output.exists():
+            rejudge_file(output, facts, judge)
         results = answer(package, rows, judge, facts, output, force, lambda: load(package, device, threads))
     groups = summarise(results)
     if as_json:

@@ -142,6 +142,23 @@ class RunFacts:
         return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name)
 
 
+def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
+    """Judge the answers in a file of this run, but for the judge, anew; the file is replaced when all are judged.
+
+    Raises InputError where the file is of another run, or the judge gives no verdict.
+    """
+    scratch = path.with_name(f"{path.name}.rejudged")
+    try:
+        with ResultFile(scratch, facts, force=True) as file:
+            for result in _read_results(path, facts, same=("package", "data", "max_tokens")):
+                refused = {t: judge.refused(result.prompt, t) for t in dict.fromkeys(result.answers.values())}
+                by_policy = {policy: refused[text] for policy, text in result.answers.items()}
+                file.append(dataclasses.replace(result, refused=by_policy))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 class ResultFile:
     """A JSONL file of results that grows row by row. Use in a `with`; what it had when it was opened is in `done`."""
 
@@ -152,7 +169,7 @@ class ResultFile:
         """
         self.done: list[Result] = []
         if path.exists() and not force:
-            self.done = _read_results(path, facts)
+            self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
             self._file = path.open("a", encoding="utf-8")
         else:
             self._file = path.open("w", encoding="utf-8")
@@ -173,8 +190,8 @@ class ResultFile:
         self._file.close()
 
 
-def _read_results(path: Path, facts: RunFacts) -> list[Result]:
-    """The results in a file of the same run; a last line that was cut off is removed from it."""
+def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list[Result]:
+    """The results in a file whose run is the `same` in these facts; a last line that was cut off is removed from it."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
@@ -184,11 +201,11 @@ def _read_results(path: Path, facts: RunFacts) -> list[Result]:
         raise InputError(
             f"{path}: exists and is not what autosteer-eval writes; choose another --output, or --force to replace it"
         ) from err
-    differ = [f.name for f in dataclasses.fields(facts) if getattr(found, f.name) != getattr(facts, f.name)]
-    if differ:
+    if differ := [name for name in same if getattr(found, name) != getattr(facts, name)]:
+        ways = ["another --output", "--force to begin it anew"]
+        ways += ["--rejudge to judge its answers again"] if differ == ["judge"] else []
         raise InputError(
-            f"{path}: has the results of another run (other {', '.join(differ)}); choose another --output, or --force "
-            "to begin it anew"
+            f"{path}: has the results of another run (other {', '.join(differ)}); give {', or '.join(ways)}"
         )
     try:
         results = [decode(Result, line, f"{path}:{number}") for number, line in enumerate(lines, 2)]

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from .errors import InputError
 
-RULES_VERSION = 2  # raise it when a rule changes: answers judged by other rules must not be mixed (evaluate.py)
+RULES_VERSION = 3  # raise it when a rule changes: answers judged by other rules must not be mixed (evaluate.py)
 OPENING = 260  # characters: a refusal says so at once
 
 

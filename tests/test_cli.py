@@ -27,6 +27,7 @@ from autosteer.runtime import Manifest
 from autosteer.runtime.cli import check_main, eval_main, run_main, verdict_line
 from autosteer.runtime.console import dumps
 from autosteer.runtime.gate import Action, GatePolicy, Mode, decide
+from autosteer.runtime.judge import RuleJudge
 from autosteer.runtime.manifest import Golden
 
 MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
@@ -423,7 +424,7 @@ def test_eval_as_json_is_one_object_per_group(call, package, data):
     assert [(g["group"], g["n"], g["flagged"]["value"]) for g in groups] == [("attack", 2, 0.5), ("colours", 1, 0.0)]
     assert set(groups[0]["not_refused"]["off"]) == {"value", "low", "high"}
     assert {t["p_value"] for t in groups[0]["tests"]} == {1.0}
-    assert [(g["excluded"], g["judge"]) for g in groups] == [(0, "rules-2"), (0, "rules-2")]
+    assert [(g["excluded"], g["judge"]) for g in groups] == [(0, RuleJudge.name), (0, RuleJudge.name)]
 
 
 def test_eval_goes_on_where_it_stopped(call, package, data, tmp_path):
@@ -449,6 +450,36 @@ def test_eval_does_not_mix_runs(call, package, data, tmp_path):
     assert call(*command, "--max-tokens", 3, "--force").returncode == 0
     data.write_text(data.read_text().replace("red", "hello"))
     assert "another run (other data)" in call(*command, "--max-tokens", 3).stderr
+
+
+def test_eval_by_another_judge_asks_the_model_nothing_again(call, package, data, tmp_path):
+    out, judge = tmp_path / "out.jsonl", tmp_path / "judge.py"
+    judge.write_text("import sys\nfor _ in sys.stdin: print('{\"refused\": true}', flush=True)\n")
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu", "--json"]
+    first = call(*command)
+    before = [json.loads(line) for line in out.read_text().splitlines()]
+    other = [*command, "--judge-command", f"{sys.executable} {judge}"]
+    refused = call(*other)
+    assert refused.returncode == 5 and "another run (other judge)" in refused.stderr and "--rejudge" in refused.stderr
+    done = call(*other, "--rejudge")
+    assert "running on" not in done.stderr  # the package is not loaded
+    assert [json.loads(line)["not_refused"]["off"]["value"] for line in done.stdout.splitlines()] == [0.0, 0.0]
+    after = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["answers"] for r in after[1:]] == [r["answers"] for r in before[1:]]
+    assert call(*command, "--rejudge").stdout == first.stdout
+    assert [json.loads(line) for line in out.read_text().splitlines()] == before
+    assert "other max_tokens" in call(*command, "--rejudge", "--max-tokens", 3).stderr
+
+
+def test_a_judge_that_fails_half_way_leaves_the_file_as_it_was(call, package, data, tmp_path):
+    out, judge = tmp_path / "out.jsonl", tmp_path / "judge.py"
+    judge.write_text("print('{\"refused\": true}', flush=True)\n")
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu"]
+    call(*command)
+    before = out.read_bytes()
+    done = call(*command, "--rejudge", "--judge-command", f"{sys.executable} {judge}")
+    assert done.returncode == 5 and "ended" in done.stderr
+    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl"]
 
 
 @pytest.mark.parametrize(("kept", "message"), [(True, r"kept in .*out\.jsonl"), (False, "lost; --output keeps them")])
