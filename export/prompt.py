@@ -110,7 +110,7 @@ def take_apart(processor: Any, end_token_ids: tuple[int, ...], folder: Path) -> 
     spec = PromptSpec(
         begin=split(begin),
         system=_system_turn(renderer, split, user),
-        user=_turn(split, user, FIRST, image=image, lead=_text_lead(renderer)),
+        user=_turn(split, user, FIRST, image=image, lead=text_lead(renderer)),
         assistant=_turn(split, _after(two, one), REPLY),
         generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
         images_first=_images_first(renderer) if renderer.image_token else False,
@@ -221,7 +221,7 @@ def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
     return _turn(split, text.removesuffix(user), SYSTEM)
 
 
-def _text_lead(renderer: Renderer) -> str:
+def text_lead(renderer: Renderer) -> str:
     """What the template writes before each text of a turn: what stands between two of them."""
     content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
     text = renderer.text([{"role": "user", "content": content}])

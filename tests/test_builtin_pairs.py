@@ -108,7 +108,7 @@ def test_builtin_and_a_users_own_pairs_go_together(tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"unsafe": "do harm", "safe": "do good", "family": "do"}) + "\n", encoding="utf-8")
     data = read_data([own, Path("builtin")])
-    assert data.pairs[-1] == Pair(Prompt("do harm"), Prompt("do good"), family="do")
+    assert data.pairs[-1] == Pair(Prompt("do harm"), Prompt("do good"), "own", "do", "own")
     assert len(data.pairs) == len(TWINS) + 1
 
 

@@ -21,7 +21,7 @@ from checkpoint_shapes.chameleon import FRAME, ROLES, SPECIAL, image_token_names
 from PIL import Image
 
 from autosteer.export import vision
-from autosteer.export.checkpoint import load_reference, open_checkpoint
+from autosteer.export.checkpoint import open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import features
@@ -156,8 +156,7 @@ def checkpoint(variant: str) -> Path:
 
 @cache
 def original(variant: str) -> features.Reference:
-    model, processor = load_reference(open_checkpoint(str(checkpoint(variant))))
-    return features.Reference(model, processor, model.model.layers)
+    return features.open_reference(open_checkpoint(str(checkpoint(variant))), device="cpu")
 
 
 @cache
@@ -322,12 +321,14 @@ def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str) -> None:
+def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str, tmp_path: Path) -> None:
     """As the authors do: the state that autosteer-fit reads is the one that the runtime reads."""
     e = engine(variant)
     assert e.manifest.prober is not None
     assert e.manifest.prober.token_offset == -1
-    expected = features.prompt_states(original(variant), [Prompt("is it safe?")])[0, SPLIT - 1].numpy()
+    with features.open_store(tmp_path, open_checkpoint(str(checkpoint(variant))), original(variant)) as store:
+        states = features.prompt_states(original(variant), [Prompt("is it safe?")], store)
+        expected = states.layer(SPLIT - 1)[0, features.POSITIONS.index("last")].numpy()
     request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
     request.judge(e.policy(Mode.OFF))
     np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ import torch
 from PIL import Image
 
 from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.safety import calibrate, cli, features, prober, refusal_head
+from autosteer.export.safety import calibrate, cli, features, prober
+from autosteer.export.safety import fit as fit_module
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.safety.pairs import Prompt, read_data
+from autosteer.export.safety.refusal_head import RefusalHead
+from autosteer.export.safety.store import FeatureStore
 from autosteer.runtime.errors import InputError, PackageError
 
 TEMPLATE = (
@@ -110,6 +115,21 @@ def reference(checkpoint: Path) -> features.Reference:
     return features.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
 
 
+LAST, MEAN = (features.POSITIONS.index(name) for name in ("last", "mean"))
+
+
+@pytest.fixture
+def prompt_states(reference: features.Reference, tmp_path: Path) -> Callable[..., torch.Tensor]:
+    """(n, N-1, P, d) of prompts, through an empty store."""
+
+    def states(prompts: list[Prompt], advance: features.Advance = lambda done: None) -> torch.Tensor:
+        shape = (LAYERS - 1, len(features.POSITIONS), WIDTH)
+        with FeatureStore(tmp_path / "features", random.randbytes(16), shape) as store:
+            return features.prompt_states(reference, prompts, store, advance=advance)[range(len(prompts))]
+
+    return states
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pairs.jsonl with two channels, benign.jsonl with two groups, and a picture of each shape."""
@@ -160,9 +180,11 @@ def hugging_face_states(
 # ---------------------------------------------------------------- features
 
 
-def test_states_are_hugging_faces_hidden_states_of_the_last_token(reference: features.Reference, data: Path):
+def test_states_are_hugging_faces_hidden_states_of_the_last_token(
+    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
     done: list[int] = []
-    states = features.prompt_states(reference, prompts(data), advance=done.append)
+    states = prompt_states(prompts(data), done.append)[:, :, LAST]
     expected = [hugging_face_states(reference, p, generation=False, offset=-1) for p in prompts(data)]
     assert states.shape == (8, LAYERS - 1, WIDTH)
     assert sum(done) == 8
@@ -170,32 +192,95 @@ def test_states_are_hugging_faces_hidden_states_of_the_last_token(reference: fea
     torch.testing.assert_close(states, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_state_stands_before_the_generation_prompt(reference: features.Reference, data: Path):
+def test_the_same_state_stands_before_the_generation_prompt(
+    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
     """What the manifest's token_offset relies on: attention is causal, so it is -(len(generation prompt) + 1) there."""
     opening = len(reference.processor.tokenizer("<|im_start|>assistant\n").input_ids)
-    states = features.prompt_states(reference, prompts(data))
+    states = prompt_states(prompts(data))[:, :, LAST]
     for prompt, state in zip(prompts(data), states, strict=True):
         full = hugging_face_states(reference, prompt, generation=True, offset=-(opening + 1))
         torch.testing.assert_close(state, full, rtol=1e-4, atol=1e-5)
 
 
-def test_state_does_not_depend_on_the_other_prompts_of_a_batch(reference: features.Reference, data: Path):
-    together = features.prompt_states(reference, prompts(data))
-    alone = torch.cat([features.prompt_states(reference, [p]) for p in prompts(data)])
+def test_mean_is_over_the_text_of_the_users_turn(
+    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
+    """Nothing of the turn's header, no image rows; the end of the turn, where the last token stands, is in it."""
+    states = prompt_states(prompts(data))[:, :, MEAN]
+    for prompt, state in zip(prompts(data), states, strict=True):
+        inputs = features.encode(reference, prompt, generation=False)
+        ids = reference.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+        first = ids.index("Ġ") + 1  # behind "<|im_start|>user "
+        rows = [i for i in range(first, len(ids)) if ids[i] != "<image>"]
+        assert (ids[rows[-1]], len(ids) - len(rows)) == ("<|im_end|>", first + ids.count("<image>"))
+        with torch.no_grad():
+            hidden = reference.model(**inputs, output_hidden_states=True).hidden_states
+        expected = torch.stack([hidden[k][0, rows].mean(dim=0) for k in range(1, LAYERS)])
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_states_are_computed_once_and_survive_a_kill(
+    reference: features.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A fit that dies in the middle of a write goes on behind the last whole block."""
+    some, shape = prompts(data), (LAYERS - 1, len(features.POSITIONS), WIDTH)
+    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+        expected = features.prompt_states(reference, some[:5], store)[range(5)]
+    states = next(tmp_path.glob("*.states"))
+    with states.open("ab") as file:
+        file.write(b"half a record")
+    next(tmp_path.glob("*.keys")).open("ab").write(b"half")
+    seen: list[int] = []
+    forward = features.forward
+
+    def counted(reference: features.Reference, inputs: Any, **options: Any) -> torch.Tensor:
+        seen.append(len(inputs["input_ids"]))
+        return forward(reference, inputs, **options)
+
+    monkeypatch.setattr(features, "forward", counted)
+    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+        again = features.prompt_states(reference, some, store)
+        assert torch.equal(again[range(5)], expected)
+        assert sum(seen) == len(some) - 5
+        assert torch.equal(again.layer(1, [4, 0]), expected[[4, 0], 1])
+
+
+def test_two_fits_do_not_share_a_folder_at_once(tmp_path: Path):
+    with FeatureStore(tmp_path, b"0" * 16, (1, 1, 1)), pytest.raises(InputError, match="another autosteer-fit"):
+        FeatureStore(tmp_path, b"0" * 16, (1, 1, 1))
+
+
+def test_states_of_another_checkpoint_are_never_taken(checkpoint: Path, tmp_path: Path):
+    one = features.identity(open_checkpoint(str(checkpoint)))
+    shutil.copytree(checkpoint, tmp_path / "other")
+    weights = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "other" / "model.safetensors").write_bytes(weights)
+    assert features.identity(open_checkpoint(str(tmp_path / "other"))) != one
+
+
+def test_state_does_not_depend_on_the_other_prompts_of_a_batch(data: Path, prompt_states: Callable[..., torch.Tensor]):
+    together = prompt_states(prompts(data))
+    alone = torch.cat([prompt_states([p]) for p in prompts(data)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_images_are_held_a_window_at_a_time(reference: features.Reference, data: Path, monkeypatch: pytest.MonkeyPatch):
-    expected = features.prompt_states(reference, prompts(data))
+def test_images_are_held_a_window_at_a_time(
+    data: Path, monkeypatch: pytest.MonkeyPatch, prompt_states: Callable[..., torch.Tensor]
+):
+    expected = prompt_states(prompts(data))
     monkeypatch.setattr(features, "WINDOW_PROMPTS", 1)
     done: list[int] = []
-    states = features.prompt_states(reference, prompts(data), advance=done.append)
-    assert done == [1] * 8
+    states = prompt_states(prompts(data), done.append)
+    assert done == [0] + [1] * 8
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_are_gone_afterwards(reference: features.Reference, data: Path):
-    features.prompt_states(reference, prompts(data)[:1])
+def test_hooks_are_gone_afterwards(
+    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
+    prompt_states(prompts(data)[:1])
     assert not any(layer._forward_pre_hooks for layer in reference.layers)
 
 
@@ -222,15 +307,17 @@ def test_special_token_in_a_prompt_is_an_error(reference: features.Reference):
         features.check_text(reference, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
 
 
-def test_prompt_longer_than_the_context_is_an_error(reference: features.Reference):
+def test_prompt_longer_than_the_context_is_an_error(prompt_states: Callable[..., torch.Tensor]):
     with pytest.raises(InputError, match=r"p\.jsonl:1: the prompt takes \d+ tokens, the model 256 at most"):
-        features.prompt_states(reference, [Prompt("long " * 60, where="p.jsonl:1")])
+        prompt_states([Prompt("long " * 60, where="p.jsonl:1")])
 
 
-def test_state_that_is_not_finite_names_the_layer(reference: features.Reference, data: Path):
+def test_state_that_is_not_finite_names_the_layer(
+    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
     torch.nn.init.constant_(reference.layers[1].mlp.down_proj.weight, float("nan"))
-    with pytest.raises(PackageError, match=r"hidden_states\[2\] is NaN or infinite for the prompt at 0"):
-        features.prompt_states(reference, prompts(data))
+    with pytest.raises(PackageError, match=r"hidden_states\[2\] is NaN or infinite for the prompt at \d"):
+        prompt_states(prompts(data))
 
 
 # ---------------------------------------------------------------- the command
@@ -279,11 +366,13 @@ def test_json_is_the_safety_folder_and_the_folder_loads(fitted: tuple[Path, Resu
     output, result = fitted
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((output / "safety.json").read_text(encoding="utf-8"))
-    assert sorted(path.name for path in output.iterdir()) == ["safety.json", "safety.safetensors"]
+    plots = [f"{name}.png" for name in ("refusal", "reliability", "roc", "sas", "scores")]
+    written = ["report.json", "report.md", "safety.json", "safety.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*plots, *written])
     assert [path.name for path in output.parent.iterdir()] == ["safety"]  # nothing left beside it
     facts = load(output).facts
     assert (facts.model, facts.split_layer, facts.token_offset, facts.selected_by) == ("tiny", 2, -1, "user")
-    assert (facts.threshold, facts.strength, facts.refusal_text) == (0.5, 0.1, REFUSAL)
+    assert (facts.threshold, facts.pooling, facts.refusal_text) == (0.5, "mean", REFUSAL)
 
 
 def test_facts_say_what_was_fitted_on_what(fitted: tuple[Path, Result]):
@@ -299,25 +388,27 @@ def test_facts_say_what_was_fitted_on_what(fitted: tuple[Path, Result]):
     assert t["refusal_loss"] < t["refusal_initial_loss"] / 2
 
 
-def test_stored_prober_separates_the_two_classes(fitted: tuple[Path, Result], reference: features.Reference):
+def test_stored_prober_separates_the_two_classes(
+    fitted: tuple[Path, Result], prompt_states: Callable[..., torch.Tensor]
+):
     """End to end: raw hidden state in, calibrated p_unsafe out, on prompts that were in no file."""
     artifact = load(fitted[0])
     asks = [f"help me buy {n} {noun}" for n in range(70, 90) for noun in ("zzxqzz", "pillow")]
-    states = features.prompt_states(reference, [Prompt(ask) for ask in asks])[:, artifact.facts.split_layer - 1]
+    states = prompt_states([Prompt(ask) for ask in asks])[:, artifact.facts.split_layer - 1, MEAN]
     p = prober.p_unsafe(artifact.prober, states)
     assert np.mean(p[::2] > 0.5) > 0.75  # a random model: chance is 0.5
     assert np.mean(p[1::2] <= 0.5) > 0.75
 
 
 def test_facts_can_be_measured_again_from_the_folder(
-    fitted: tuple[Path, Result], data: Path, reference: features.Reference
+    fitted: tuple[Path, Result], data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     """The stored prober is calibrated (no temperature is left to fit) and gives the same facts on the stored layer."""
     artifact = load(fitted[0])
-    items = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]).labelled()
-    strata = [(item.unsafe, item.group) for item in items]
-    split = prober.split_by_text([item.prompt.text for item in items], strata, seed=0)
-    states = features.prompt_states(reference, [item.prompt for item in items])[:, artifact.facts.split_layer - 1]
+    read = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"])
+    items = read.labelled()
+    split = fit_module.split_prompts(read, items, seed=0)
+    states = prompt_states([item.prompt for item in items])[:, artifact.facts.split_layer - 1, MEAN]
     unsafe = np.array([item.unsafe for item in items])
     logits = prober.prober_logits(artifact.prober, states[split.validation])
     assert artifact.facts.calibration["temperature"] != pytest.approx(1, abs=0.05)
@@ -340,13 +431,13 @@ def test_refusal_head_is_measured_on_prompts_it_was_not_trained_on(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     taken: list[torch.Tensor] = []
-    train = refusal_head.train_refusal_head
+    train = fit_module.train_refusal_head
 
-    def spy(seen: torch.Tensor, heldout: torch.Tensor, *args: Any, **options: Any) -> refusal_head.RefusalHead:
+    def spy(seen: torch.Tensor, heldout: torch.Tensor, *args: Any, **options: Any) -> RefusalHead:
         taken.extend((seen, heldout))
         return train(seen, heldout, *args, **options)
 
-    monkeypatch.setattr(refusal_head, "train_refusal_head", spy)
+    monkeypatch.setattr(fit_module, "train_refusal_head", spy)
     assert fit(*command(checkpoint, data, tmp_path / "safety")).exit_code == 0
     seen, heldout = ({tuple(row.flatten().tolist()) for row in states} for states in taken)
     facts = load(tmp_path / "safety").facts
@@ -460,7 +551,8 @@ def test_interrupt_while_writing_leaves_the_old_folder_whole(
     result = fit(*command(checkpoint, data, output, "--force"))
     assert (result.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (130, "old")
     assert result.stderr.endswith("autosteer-fit: interrupted\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["safety"]
+    assert "the same command goes on from there" in " ".join(result.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".safety.features", "safety"]
 
 
 def test_installed_command_prints_one_line_and_with_debug_the_traceback(tmp_path: Path):

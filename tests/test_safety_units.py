@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from autosteer.export.safety import calibrate, cli, prober, refusal_head, sas
+from autosteer.export.safety import calibrate, fit, measure, prober, refusal_head, sas
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data
 from autosteer.runtime.errors import InputError, PackageError
@@ -31,37 +31,50 @@ def planted(n: int = 40, layers: int = 5, d: int = 16, *, best: int = 2, seed: i
 # ---------------------------------------------------------------- SAS
 
 
+def sas_of(deltas: torch.Tensor, *, seed: int = 0, block: int = 1000) -> sas.SasScores:
+    """SAS of deltas (n, L, d) that come `block` at a time."""
+    total = sas.SasSum(len(deltas), seed=seed)
+    for some in deltas.split(block):
+        total.add(some)
+    return total.scores()
+
+
+def test_sas_does_not_depend_on_the_blocks_it_comes_in():
+    whole, parts = sas_of(planted()), sas_of(planted(), block=7)
+    for name in ("sas", "low", "high"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+
+
 def test_sas_equals_the_naive_mean_of_pairwise_cosines():
-    directions, kept = sas.unit_deltas(planted())
+    directions, usable = sas.directions(planted())
     pairs = torch.triu_indices(40, 40, offset=1)
     naive = torch.einsum("nld,mld->lnm", directions.double(), directions.double())[:, pairs[0], pairs[1]].mean(dim=1)
-    assert kept.tolist() == list(range(40))
-    torch.testing.assert_close(sas.sas(directions), naive, rtol=0, atol=1e-7)
+    assert usable.all()
+    torch.testing.assert_close(sas_of(planted()).sas, naive, rtol=0, atol=1e-7)
 
 
 def test_sas_of_known_directions():
     """Three unit vectors, cosines 1, 0 and 0: mean 1/3. And a pair of opposites: -1."""
     deltas = torch.tensor([[[2.0, 0.0]], [[5.0, 0.0]], [[0.0, 0.1]]])
-    assert sas.sas(sas.unit_deltas(deltas)[0]).item() == pytest.approx(1 / 3)
-    assert sas.sas(sas.unit_deltas(torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]]))[0]).item() == pytest.approx(-1)
+    assert sas_of(deltas).sas.item() == pytest.approx(1 / 3)
+    assert sas_of(torch.tensor([[[1.0, 0.0]], [[-3.0, 0.0]]])).sas.item() == pytest.approx(-1)
 
 
 def test_sas_is_highest_where_the_direction_was_planted():
-    scores = sas.sas_with_interval(sas.unit_deltas(planted(best=3))[0], seed=0)
+    scores = sas_of(planted(best=3))
     assert int(scores.sas.argmax()) == 3
     assert scores.low[3] > scores.high[[0, 1, 2, 4]].max()
 
 
 def test_bootstrap_interval_holds_the_score_and_is_centred():
     """Counting a pair drawn twice as a cosine of 1 would lift the interval of pure noise (SAS 0) by 1/n = 0.05."""
-    scores = sas.sas_with_interval(sas.unit_deltas(torch.randn(20, 50, 400, generator=torch.manual_seed(1)))[0], seed=0)
+    scores = sas_of(torch.randn(20, 50, 400, generator=torch.manual_seed(1)))
     assert ((scores.low <= scores.sas) & (scores.sas <= scores.high)).all()
     assert abs(((scores.low + scores.high) / 2).mean().item()) < 0.005
 
 
 def test_bootstrap_repeats_with_its_seed():
-    directions = sas.unit_deltas(planted())[0]
-    first, again, other = (sas.sas_with_interval(directions, seed=s).low for s in (1, 1, 2))
+    first, again, other = (sas_of(planted(), seed=s).low for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -71,21 +84,22 @@ def test_layer_is_chosen_by_the_score_that_was_asked_for_and_the_first_of_equals
         LayerScore(layer=layer, sas=score, sas_low=-layer, sas_high=layer, prober_accuracy=accuracy)
         for layer, score, accuracy in ((1, 0.1, 0.7), (2, 0.3, 0.9), (3, 0.4, 0.8), (4, 0.2, 0.9))
     ]
-    assert cli._choose_layer(layers, "sas") == 3
-    assert cli._choose_layer(layers, "prober") == 2
+    assert fit.choose_layer(layers, "sas") == 3
+    assert fit.choose_layer(layers, "prober") == 2
 
 
 def test_pair_without_difference_is_dropped_from_every_layer():
     deltas = planted()
     deltas[7, 1] = 0
-    directions, kept = sas.unit_deltas(deltas)
-    assert kept.tolist() == [i for i in range(40) if i != 7]
-    assert torch.isfinite(directions).all()
+    scores = sas_of(deltas)
+    expected = sas_of(deltas[[i for i in range(40) if i != 7]])
+    torch.testing.assert_close(scores.sas, expected.sas)
+    assert torch.isfinite(scores.low).all()
 
 
 def test_pairs_without_any_difference_are_an_error():
     with pytest.raises(InputError, match="in 40 of 40 pairs"):
-        sas.unit_deltas(torch.zeros(40, 5, 16))
+        sas_of(torch.zeros(40, 5, 16))
 
 
 # ---------------------------------------------------------------- split and prober
@@ -134,7 +148,7 @@ def test_prober_learns_separable_states_and_only_those():
     for shift in (0.0, 4.0):
         states, unsafe = separable(shift=shift)
         split = split_of(unsafe)
-        p = prober.p_unsafe(prober.train_prober(states, unsafe, split, seed=0), states[split.heldout])
+        p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split, seed=0), states[split.heldout])
         accuracy[shift] = prober.balanced_accuracy(p, unsafe[split.heldout].numpy(), 0.5)
     assert accuracy[4.0] > 0.97
     assert 0.3 < accuracy[0.0] < 0.7
@@ -156,7 +170,7 @@ def test_prober_repeats_with_its_seed_and_leaves_torchs_own_generator_alone():
     torch.manual_seed(9)
     expected = torch.rand(1)
     torch.manual_seed(9)
-    first, again, other = (prober.train_prober(states, unsafe, split, seed=s) for s in (0, 0, 1))
+    first, again, other = (prober.train_prober(states, unsafe.numpy(), split, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
@@ -165,7 +179,7 @@ def test_prober_repeats_with_its_seed_and_leaves_torchs_own_generator_alone():
 def test_constant_feature_does_not_blow_up_the_folded_weights():
     states, unsafe = separable(shift=4)
     states[:, 5] = 7.0
-    fitted = prober.train_prober(states, unsafe, split_of(unsafe), seed=0)
+    fitted = prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0)
     assert all(torch.isfinite(t).all() for t in fitted.values())
     assert fitted["0.weight"][:, 5].abs().max() < 10
 
@@ -176,13 +190,13 @@ def test_rare_class_weighs_as_much_as_the_common_one():
     unsafe = torch.arange(1200) % 12 == 0
     states[:, 0] += 1.5 * 0.01 * unsafe  # 1.5 standard deviations of the first feature
     split = split_of(unsafe)
-    p = prober.p_unsafe(prober.train_prober(states, unsafe, split, seed=0), states)
+    p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split, seed=0), states)
     assert (p[unsafe.numpy()] > 0.5).mean() > 0.6
 
 
 def test_row_0_of_the_prober_is_unsafe():
     states, unsafe = separable(shift=4)
-    p = prober.p_unsafe(prober.train_prober(states, unsafe, split_of(unsafe), seed=0), states)
+    p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0), states)
     assert p[unsafe.numpy()].mean() > 0.9
     assert p[~unsafe.numpy()].mean() < 0.1
 
@@ -194,7 +208,9 @@ def test_words_only_yardstick_reads_words_and_nothing_else():
     by_image = np.random.default_rng(0).random(300) < 0.5
     for unsafe, low, high in ((by_word, 0.9, 1.0), (by_image, 0.3, 0.7)):
         split = prober.split_by_text(texts, [(bool(u), "all") for u in unsafe], seed=0)
-        assert low <= prober.words_only_accuracy(texts, unsafe, split, seed=0) <= high
+        words = measure.word_features(texts)
+        p = prober.p_unsafe(prober.train_prober(words, unsafe, split, seed=0), words[split.heldout])
+        assert low <= prober.balanced_accuracy(p, unsafe[split.heldout], 0.5) <= high
 
 
 def test_nan_score_counts_as_firing():
@@ -295,7 +311,7 @@ def test_temperature_of_faultless_data_does_not_collapse_scores_to_0_and_1():
 
 def test_folding_the_temperature_divides_the_logits():
     states, unsafe = separable(shift=2)
-    fitted = prober.train_prober(states, unsafe, split_of(unsafe), seed=0)
+    fitted = prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0)
     expected = prober.prober_logits(fitted, states) / 2.5
     folded = prober.prober_logits(calibrate.fold_temperature(fitted, 2.5), states)
     torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5)
@@ -405,12 +421,12 @@ def test_pairs_in_both_formats_are_read(tmp_path: Path):
     a, b = (tmp_path / "a.png").resolve(), (tmp_path / "b.png").resolve()
     first = read_data([file]).pairs[:3]
     assert first == (
-        Pair(Prompt("u", (a,)), Prompt("s", (b,)), "image"),
-        Pair(Prompt("u2", (a,)), Prompt("s2", (a,))),
-        Pair(Prompt("u3"), Prompt("s3")),
+        Pair(Prompt("u", (a,)), Prompt("s", (b,)), "image", source="p"),
+        Pair(Prompt("u2", (a,)), Prompt("s2", (a,)), "p", source="p"),
+        Pair(Prompt("u3"), Prompt("s3"), "p", source="p"),
     )
     assert first[2].unsafe.where == f"{file}:3"
-    assert read_data([file], images=tmp_path).pairs[2] == Pair(Prompt("u3", (a,)), Prompt("s3", (a,)))
+    assert read_data([file], images=tmp_path).pairs[2] == Pair(Prompt("u3", (a,)), Prompt("s3", (a,)), "p", source="p")
 
 
 def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
@@ -418,7 +434,7 @@ def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
     data = read_data([write_lines(tmp_path / "p.jsonl", *many(), many()[0])], [extra])
     assert len(data.pairs) == 21
     assert len(data.labelled()) == 41
-    assert data.labelled()[-1] == Labelled(Prompt("other"), unsafe=False, group="vqa")
+    assert data.labelled()[-1] == Labelled(Prompt("other"), unsafe=False, group="vqa", source="b")
 
 
 @pytest.mark.parametrize(

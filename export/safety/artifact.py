@@ -56,12 +56,13 @@ class SafetyFacts:
     split_layer: int  # the prober reads hidden_states[split_layer]
     token_offset: int  # -1: the last token of the prompt rendered *without* the generation prompt
     threshold: float
-    strength: float  # the paper's epsilon, in training and in use
+    strength: float  # the paper's epsilon, in use; training's is among the facts below
     refusal_text: str
     layers: tuple[LayerScore, ...]
     calibration: dict[str, float]  # held-out facts: accuracy, false_positive_rate, ece, ...
     training: dict[str, float]  # sizes, seeds, epochs
     selected_by: Literal["sas", "prober", "user"] = "sas"  # what chose split_layer
+    pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from autosteer.runtime.image import open_image
 from . import builtin
 
 MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
-DEFAULT_GROUP = "all"
 BUILTIN = Path(builtin.NAME)
 
 PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
@@ -51,8 +50,9 @@ class Pair:
 
     unsafe: Prompt
     safe: Prompt
-    channel: str = DEFAULT_GROUP  # where the harm lies: text, image, ...; SAS and recall are reported for each
+    channel: str = ""  # where the harm lies: text, image, ...; SAS and recall are reported for each
     family: str = ""  # what its wording has in common with other pairs; "" where nobody says
+    source: str = ""  # the data set: its file's name, or "builtin"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Labelled:
     unsafe: bool
     group: str
     family: str = ""
+    source: str = ""  # the data set: its file's name, or "builtin"
 
     @property
     def cluster(self) -> str:
@@ -80,7 +81,7 @@ class FitData:
     def labelled(self) -> list[Labelled]:
         """Every distinct prompt once, in order of appearance, with its label."""
         twins = (
-            Labelled(prompt, unsafe, pair.channel, pair.family)
+            Labelled(prompt, unsafe, pair.channel, pair.family, pair.source)
             for pair in self.pairs
             for prompt, unsafe in ((pair.unsafe, True), (pair.safe, False))
         )
@@ -126,6 +127,12 @@ def read_data(
     return data
 
 
+def read_external(files: Iterable[Path], *, unsafe: bool, images: Path | None = None) -> list[Labelled]:
+    """Prompts that only judge: rows as in --benign and --unsafe, each file a data set of its own. Raises InputError."""
+    rows = [_labelled(row, where, path, images, unsafe=unsafe) for path in files for row, where in _rows(path)]
+    return [replace(item, group=item.source) for item in rows]
+
+
 def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done: None) -> None:
     """Decode every image once, as the runtime does. Raises InputError for the first that cannot be read."""
     for path in data.images():
@@ -141,13 +148,15 @@ def _builtin_pairs() -> Iterator[Pair]:
             Prompt(twins.safe, where=where),
             builtin.NAME,
             _builtin_family(twins.family),
+            builtin.NAME,
         )
 
 
 def _builtin_harmless() -> Iterator[Labelled]:
     for row in builtin.builtin_harmless():
         where = f"{builtin.NAME}: {row.group}, {row.topic}"
-        yield Labelled(Prompt(row.text, where=where), False, f"{builtin.NAME} {row.group}", _builtin_family(row.text))
+        prompt, group = Prompt(row.text, where=where), f"{builtin.NAME} {row.group}"
+        yield Labelled(prompt, False, group, _builtin_family(row.text), builtin.NAME)
 
 
 def _builtin_family(name: str) -> str:
@@ -182,6 +191,8 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
         return Pair(
             Prompt(_text(row, "orig_query", where), picture, where),
             Prompt(_text(row, "safe_query", where), picture, where),
+            channel=file.stem,
+            source=file.stem,
         )
     _reject_unknown(row, PAIR_KEYS, where)
     image, safe_image = (
@@ -191,8 +202,9 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
     return Pair(
         unsafe=Prompt(_text(row, "unsafe", where), image, where),
         safe=Prompt(_text(row, "safe", where), safe_image or image, where),
-        channel=_text(row, "channel", where, default=DEFAULT_GROUP),
+        channel=_text(row, "channel", where, default=file.stem),
         family=_text(row, "family", where) if "family" in row else "",
+        source=file.stem,
     )
 
 
@@ -203,7 +215,7 @@ def _labelled(row: dict[str, Any], where: str, file: Path, images: Path | None, 
         raise InputError(f"{where}: 'images' must be a list of paths")
     prompt = Prompt(_text(row, "prompt", where), _images(names, file, images, where), where)
     family = _text(row, "family", where) if "family" in row else ""
-    return Labelled(prompt, unsafe, _text(row, "group", where, default=DEFAULT_GROUP), family)
+    return Labelled(prompt, unsafe, _text(row, "group", where, default=file.stem), family, file.stem)
 
 
 def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:

@@ -12,12 +12,9 @@ The prompts are split three ways, by query text, so that no wording is on two si
 
 from __future__ import annotations
 
-import copy
-import re
-import zlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +24,16 @@ from autosteer.runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    Prober = dict[str, torch.Tensor]  # "0.weight" (64, d), "0.bias" (64,), "2.weight" (2, 64), "2.bias" (2,)
+    Read = Callable[[np.ndarray], torch.Tensor]  # row numbers (b,) -> states (b, K, w) float32
+    Prober = dict[str, torch.Tensor]  # "0.weight" (64, w), "0.bias" (64,), "2.weight" (2, 64), "2.bias" (2,)
 
 HIDDEN = 64
 UNSAFE = 0  # row of the last layer (method.md: the official prober's order)
+MAX_CLUSTER = 0.02  # of all prompts: what a chain of pairs that share prompts may bind together
 FOLDS = 5  # one held out, one for validation, three to train on
-WORD_HASHES = 1024
-LEARNING_RATE, WEIGHT_DECAY, BATCH, MAX_EPOCHS, PATIENCE = 3e-3, 1e-2, 64, 60, 8
+READ_ROWS = 256  # states in memory at a time: (256, K, w)
+LEARNING_RATE, WEIGHT_DECAY, BATCH, MAX_EPOCHS, PATIENCE = 3e-3, 1e-2, 64, 40, 6
+DROPOUT = 0.5  # of the inputs: costs nothing on known data and is worth .03 AUC on prompts of another kind
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,34 @@ class Split:
     heldout: np.ndarray
 
 
-def split_by_text(texts: Sequence[str], strata: Sequence[tuple[bool, str]], *, seed: int) -> Split:
+def split_by_text(
+    texts: Sequence[str],
+    strata: Sequence[tuple[bool, str]],
+    *,
+    seed: int,
+    together: Iterable[tuple[int, int]] = (),
+) -> Split:
     """Three parts (3/5, 1/5, 1/5) such that equal texts (but for case and white space) stay together.
 
-    strata: (unsafe, group) of each prompt; each is spread over the parts as evenly as its texts allow.
+    strata: (unsafe, group) of each prompt; each is spread over the parts as evenly as its texts allow. together: rows
+    that belong together as well, such as the two prompts of a pair, unless that would chain too many into one part.
     Raises InputError where a part would lack one of the two classes.
     """
-    clusters: dict[str, list[int]] = {}
+    by_text: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
-        clusters.setdefault(" ".join(text.casefold().split()), []).append(row)
+        by_text.setdefault(" ".join(text.casefold().split()), []).append(row)
+    cluster_of = {row: rows for rows in by_text.values() for row in rows}
+    for a, b in together:
+        one, other = cluster_of[a], cluster_of[b]
+        if one is not other and len(one) + len(other) <= max(2, MAX_CLUSTER * len(texts)):
+            one.extend(other)
+            cluster_of.update(dict.fromkeys(other, one))
+    clusters = list({id(rows): rows for rows in cluster_of.values()}.values())
     names = sorted(set(strata))
     stratum = np.array([names.index(s) for s in strata])
     share = 1 / np.bincount(stratum, minlength=len(names))  # a prompt's weight: its part of its stratum
     rng = np.random.default_rng(seed)
-    order = [list(clusters.values())[i] for i in rng.permutation(len(clusters))]
+    order = [clusters[i] for i in rng.permutation(len(clusters))]
     order.sort(key=len, reverse=True)  # large clusters first, the small ones fill the gaps; stable, so still shuffled
 
     filled = np.zeros((FOLDS, len(names)))
@@ -84,40 +98,99 @@ def _need_both_classes(split: Split, unsafe: np.ndarray) -> None:
                 )
 
 
-def train_prober(states: torch.Tensor, unsafe: torch.Tensor, split: Split, *, seed: int) -> Prober:
-    """Fit on split.train, stop at the lowest loss on split.validation. Both classes weigh the same.
+def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
+    """(n,) weights that sum to 1, half of it on each class; within a class a data set weighs as the root of its size.
 
-    states (n, d) float32, unsafe (n,) bool. Inputs are standardised in training; the result takes raw states.
+    By size, three thousand prompts of one kind would drown three hundred of another; all alike, a handful would count
+    as much as thousands.
+    """
+    names = np.array(sources)
+    weight = np.zeros(len(names))
+    for label in (True, False):
+        for name in set(names[unsafe == label].tolist()):
+            rows = (unsafe == label) & (names == name)
+            weight[rows] = rows.sum() ** -0.5
+        if (total := weight[unsafe == label].sum()) > 0:
+            weight[unsafe == label] /= 2 * total
+    return weight
+
+
+def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Split, *, seed: int) -> list[Prober]:
+    """Fit K probers at once, as many as there are columns in `read(rows)`, (len(rows), K, w) float32 of raw states.
+
+    Gradients from split.train, each prober kept as it was at its lowest loss on split.validation. unsafe (n,) bool,
+    weight (n,). Inputs are standardised in training; the results take raw states. K matrices side by side in one
+    `baddbmm` take a fraction of the time of K trainings, and the states are read from disk once for all of them.
     """
     import torch
     from torch.nn import functional
 
-    mean, std = states[split.train].mean(dim=0), states[split.train].std(dim=0)
-    std = torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std))  # a constant feature says nothing
-    x = (states - mean) / std
-    y = (~unsafe).long()  # class 0 = unsafe
-    weight = 1 / torch.bincount(y[split.train], minlength=2).float()
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = torch.nn.Sequential(torch.nn.Linear(x.shape[1], HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, 2))
+    mean, std = _moments(read, split.train)
+    columns, width = mean.shape
+    target = torch.from_numpy(~unsafe).long()  # class 0 = unsafe
+    scaled = {
+        part: torch.from_numpy(weight / weight[rows].mean()).float()
+        for part, rows in (("train", split.train), ("validation", split.validation))
+    }
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    train = torch.from_numpy(split.train)
-    best_loss, best, stale = float("inf"), copy.deepcopy(net.state_dict()), 0
+    layers = [  # torch.nn.Linear's own start
+        torch.empty(columns, *shape).uniform_(-bound, bound, generator=generator).requires_grad_()
+        for fan_in, outputs in ((width, HIDDEN), (HIDDEN, 2))
+        for shape, bound in (((fan_in, outputs), fan_in**-0.5), ((1, outputs), fan_in**-0.5))
+    ]
+
+    def losses(part: str, rows: torch.Tensor) -> torch.Tensor:
+        """(K,) sums over `rows`"""
+        x = ((read(rows.numpy()) - mean) / std).transpose(0, 1)
+        if part == "train":
+            x = x * (torch.rand(x.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
+        hidden = torch.baddbmm(layers[1], x, layers[0]).relu()
+        logits = torch.baddbmm(layers[3], hidden, layers[2])
+        each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(columns), reduction="none")
+        return each.view(columns, -1) @ scaled[part][rows]
+
+    optimizer = torch.optim.AdamW(layers, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    train, validation = torch.from_numpy(split.train), torch.from_numpy(split.validation)
+    lowest, stale = torch.full((columns,), float("inf")), torch.zeros(columns)
+    best = [t.detach().clone() for t in layers]
     for _ in range(MAX_EPOCHS):
         for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH):
             optimizer.zero_grad()
-            functional.cross_entropy(net(x[batch]), y[batch], weight=weight).backward()
+            (losses("train", batch).sum() / len(batch)).backward()
             optimizer.step()
         with torch.no_grad():
-            loss = functional.cross_entropy(net(x[split.validation]), y[split.validation], weight=weight).item()
-        stale += 1
-        if loss < best_loss:
-            best_loss, best, stale = loss, copy.deepcopy(net.state_dict()), 0
-        elif stale >= PATIENCE:
+            loss = torch.stack([losses("validation", batch) for batch in validation.split(READ_ROWS)]).sum(dim=0)
+        better = loss < lowest
+        lowest, stale = torch.minimum(loss, lowest), torch.where(better, 0, stale + 1)
+        for kept, now in zip(best, layers, strict=True):
+            kept[better] = now.detach()[better]
+        if (stale >= PATIENCE).all():
             break
-    return fold_standardisation(best, mean, std)
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    probers = [{n: t[k].T.squeeze(-1).contiguous() for n, t in zip(names, best, strict=True)} for k in range(columns)]
+    return [fold_standardisation(prober, mean[k], std[k]) for k, prober in enumerate(probers)]
+
+
+def train_prober(
+    states: torch.Tensor, unsafe: np.ndarray, split: Split, *, seed: int, weight: np.ndarray | None = None
+) -> Prober:
+    """One prober of states (n, w) that are in memory; without `weight` both classes weigh the same."""
+    weight = row_weights(unsafe, [""] * len(unsafe)) if weight is None else weight
+    return train_probers(lambda rows: states[rows][:, None], unsafe, weight, split, seed=seed)[0]
+
+
+def _moments(read: Read, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard deviation) over `rows`, (K, w) each; 1 where a feature is constant, which says nothing."""
+    import torch
+
+    total = square = 0.0
+    for some in np.array_split(rows, math.ceil(len(rows) / READ_ROWS)):
+        x = read(some).double()
+        total, square = total + x.sum(dim=0), square + x.square().sum(dim=0)
+    mean = total / len(rows)
+    std = (square / len(rows) - mean.square()).clamp(min=0).sqrt()
+    std = torch.where(std > 1e-6 * std.amax(dim=-1, keepdim=True), std, torch.ones_like(std))
+    return mean.float(), std.float()
 
 
 def fold_standardisation(prober: Prober, mean: torch.Tensor, std: torch.Tensor) -> Prober:
@@ -138,23 +211,11 @@ def p_unsafe(prober: Prober, states: torch.Tensor) -> np.ndarray:
     return prober_logits(prober, states).softmax(dim=-1)[:, UNSAFE].double().numpy()
 
 
-def words_only_accuracy(texts: Sequence[str], unsafe: np.ndarray, split: Split, *, seed: int) -> float:
-    """Held-out balanced accuracy, at 0.5, of the same prober on hashed word 1- and 2-grams instead of hidden states.
+def balanced_accuracy(p: np.ndarray, unsafe: np.ndarray, threshold: float, weight: np.ndarray | None = None) -> float:
+    """Mean of recall and specificity. Like the runtime's gate: whatever is not at or below the threshold fires.
 
-    The yardstick for the real one: no better than this, and it knows words, not what the model makes of them.
+    `weight` (n,), as of `row_weights`, makes both means over data sets rather than prompts.
     """
-    import torch
-
-    seen = torch.zeros(len(texts), WORD_HASHES)
-    for row, text in enumerate(texts):
-        words = re.findall(r"\w+", text.casefold())
-        for gram in (*words, *map(" ".join, pairwise(words))):
-            seen[row, zlib.crc32(gram.encode()) % WORD_HASHES] = 1
-    prober = train_prober(seen, torch.from_numpy(unsafe), split, seed=seed)
-    return balanced_accuracy(p_unsafe(prober, seen[split.heldout]), unsafe[split.heldout], 0.5)
-
-
-def balanced_accuracy(p: np.ndarray, unsafe: np.ndarray, threshold: float) -> float:
-    """Mean of recall and specificity. Like the runtime's gate: whatever is not at or below the threshold fires."""
-    fires = ~(p <= threshold)
-    return float((fires[unsafe].mean() + 1 - fires[~unsafe].mean()) / 2)
+    right = (~(p <= threshold)) == unsafe
+    each = np.ones(len(p)) if weight is None else weight
+    return float(sum(np.average(right[unsafe == label], weights=each[unsafe == label]) for label in (True, False)) / 2)

@@ -9,7 +9,7 @@ forcing, so they are computed once (features.answer_states) and the training is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,9 @@ from autosteer.runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-STEPS, BATCH, LEARNING_RATE = 400, 32, 1e-2  # Adam; the rate falls linearly to 0
+    from .features import SteeredAnswer
+
+STEPS, BATCH, LEARNING_RATE = 400, 64, 1e-2  # Adam; the rate falls linearly to 0
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,52 @@ class RefusalHead:
     loss: float  # the same with the trained W
     argmax_share: float  # of those tokens: share that greedy decoding would pick under teacher forcing
     whole_share: float  # of those prompts: share where it would pick every one, so the refusal comes out word for word
+
+
+@dataclass(frozen=True)
+class StrengthScore:
+    """What the model really said to unsafe prompts at one strength."""
+
+    strength: float
+    exact: float  # share of answers that begin with the refusal, word for word
+    first_token: float  # share whose first token is the refusal's
+    refused: float  # share that are refusals in any words (runtime/judge.py's rules)
+    log_prob: float  # mean per token under the unsteered model: fluency
+    repetition: float  # share of three-token runs that occurred before in the same answer
+    example: str
+
+
+def score_strength(
+    strength: float, answers: Sequence[SteeredAnswer], refusal: list[int], decode: Callable[[Sequence[int]], str]
+) -> StrengthScore:
+    """Rates over `answers`; `refusal` are its token ids, the end-of-turn token last."""
+    from autosteer.runtime.judge import is_refusal
+
+    wanted, texts = decode(refusal[:-1]).strip(), [decode(answer.ids) for answer in answers]
+    runs = [list(zip(a.ids, a.ids[1:], a.ids[2:], strict=False)) for a in answers]
+    every = sum(map(len, runs))
+
+    def share(hits: Iterable[bool]) -> float:
+        return sum(hits) / len(answers)
+
+    return StrengthScore(
+        strength,
+        exact=share(text.strip().startswith(wanted) for text in texts),
+        first_token=share(answer.ids[0] == refusal[0] for answer in answers),
+        refused=share(map(is_refusal, texts)),
+        log_prob=sum(p for a in answers for p in a.log_probs) / sum(len(a.log_probs) for a in answers),
+        repetition=1 - sum(len(set(r)) for r in runs) / every if every else 0.0,
+        example=texts[0],
+    )
+
+
+def choose_strength(scores: Sequence[StrengthScore], trained_with: float) -> float:
+    """The strength at which most answers are the refusal, then most refuse; of equals the nearest to training's.
+
+    Steering is not monotone: past its best, a stronger push spoils the words.
+    """
+    steered = [score for score in scores if score.strength > 0]
+    return max(steered, key=lambda s: (s.exact, s.refused, -abs(s.strength - trained_with))).strength
 
 
 def steered_logits(
@@ -64,12 +112,13 @@ def train_refusal_head(
     optimizer = torch.optim.Adam([matrix], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
     initial_loss, _, _ = evaluate(heldout, answer, matrix.detach(), embeddings, strength)
+    places, length = train.flatten(0, 1), train.shape[1]
     for step in range(steps):
-        rows = torch.randint(len(train), (BATCH,), generator=generator)
+        rows = torch.randint(len(places), (BATCH,), generator=generator)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         optimizer.zero_grad()
-        logits = steered_logits(train[rows].to(device), matrix, embeddings, strength)
-        functional.cross_entropy(logits.flatten(0, 1), answer.repeat(BATCH)).backward()
+        logits = steered_logits(places[rows].to(device), matrix, embeddings, strength)
+        functional.cross_entropy(logits, answer[(rows % length).to(device)]).backward()
         optimizer.step()
         advance(1)
     trained = matrix.detach()
@@ -91,7 +140,7 @@ def evaluate(
 
     losses, right = [], []
     with torch.no_grad():
-        for batch in states.split(BATCH):
+        for batch in states.split(max(1, BATCH // len(answer))):
             logits = steered_logits(batch.to(embeddings.device), matrix, embeddings, strength)
             target = answer.expand(len(batch), -1)
             losses.append(functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none"))

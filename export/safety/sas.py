@@ -30,48 +30,67 @@ class SasScores:
     high: torch.Tensor
 
 
-def unit_deltas(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """deltas (N, L, d) -> (their directions (M, L, d) float32, the M row numbers that have one).
+def directions(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """deltas (n, L, d) -> (unit vectors (m, L, d) float32, (n,) bool: which pairs have one at every layer).
 
     A pair whose two states are equal at some layer has no direction there and is dropped from all layers.
-    Raises InputError where fewer than two pairs are left.
     """
     norms = deltas.float().norm(dim=-1, keepdim=True)
     usable = (norms[..., 0] > 0).all(dim=1)
-    kept = int(usable.sum())
-    if kept < 2:
-        raise InputError(
-            f"--pairs: in {len(deltas) - kept} of {len(deltas)} pairs the unsafe and the safe prompt are the same to "
-            "the model; at least two pairs must differ"
-        )
-    return deltas.float()[usable] / norms[usable], usable.nonzero()[:, 0]
+    return deltas.float()[usable] / norms[usable], usable
 
 
-def sas(directions: torch.Tensor) -> torch.Tensor:
-    """Mean pairwise cosine of unit vectors, per layer: (N, L, d) float32 -> (L,) float64. N >= 2."""
-    import torch
+def mean_cosine(total: torch.Tensor, n: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Mean pairwise cosine from a sum of unit vectors (..., d): (|sum|^2 - own) / (n^2 - own).
 
-    n = len(directions)
-    return (directions.sum(dim=0, dtype=torch.float64).square().sum(dim=-1) - n) / (n * (n - 1))
-
-
-def sas_with_interval(directions: torch.Tensor, *, seed: int, resamples: int = RESAMPLES) -> SasScores:
-    """SAS per layer with a percentile bootstrap over pairs: directions (N, L, d) -> three (L,).
-
-    A pair drawn c times would have cosine 1 with itself; those terms are left out of numerator and denominator
-    (|sum c u|^2 - sum c^2) / (N^2 - sum c^2), else every interval would sit too high.
+    Vectors drawn c times: n = sum c, own = sum c^2; each once: n = own. A pair drawn twice has cosine 1 with itself;
+    counted, it would lift every interval of a bootstrap.
     """
-    import torch
+    return (total.double().square().sum(dim=-1) - own) / (n * n - own)
 
-    n, layers, _ = directions.shape
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(n, (resamples, n), generator=generator)
-    counts = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
-    own = counts.double().square().sum(dim=1)
-    scores = torch.empty(resamples, layers, dtype=torch.float64)
-    for layer in range(layers):  # one layer at a time: (resamples, d) is small, (resamples, L, d) need not be
-        sums = (counts @ directions[:, layer]).double()
-        scores[:, layer] = (sums.square().sum(dim=-1) - own) / (n * n - own)
-    scores = scores[own < n * n]  # a draw of one pair n times has no cosine in it
-    low, high = torch.quantile(scores, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return SasScores(sas(directions), low, high)
+
+class SasSum:
+    """SAS of pairs that come block by block, per layer, with a percentile bootstrap: O(resamples * L * d) of memory."""
+
+    def __init__(self, pairs: int, *, seed: int, resamples: int = RESAMPLES):
+        """`pairs` is how many will come."""
+        import torch
+
+        draws = torch.randint(pairs, (resamples, pairs), generator=torch.Generator().manual_seed(seed))
+        self._counts = torch.zeros(resamples, pairs).scatter_add_(1, draws, torch.ones(resamples, pairs))
+        self._seen = self.usable = 0
+        self._sum = self._resampled = torch.zeros(())
+        self._drawn = self._own = torch.zeros(resamples, dtype=torch.float64)
+
+    def add(self, deltas: torch.Tensor) -> torch.Tensor:
+        """A block of deltas (n, L, d); returns which of them have a direction at every layer, (n,) bool."""
+        units, usable = directions(deltas)
+        counts = self._counts[:, self._seen : self._seen + len(deltas)][:, usable]
+        self._seen += len(deltas)
+        self.usable += len(units)
+        self._sum = self._sum + units.double().sum(dim=0)
+        self._resampled = self._resampled + (counts @ units.flatten(1)).view(len(counts), *units.shape[1:])
+        self._drawn = self._drawn + counts.double().sum(dim=1)
+        self._own = self._own + counts.double().square().sum(dim=1)
+        return usable
+
+    def sas(self) -> torch.Tensor:
+        """(L,) float64. Raises InputError where fewer than two pairs have a direction."""
+        import torch
+
+        if self.usable < 2:
+            raise InputError(
+                f"--pairs: in {self._seen - self.usable} of {self._seen} pairs the unsafe and the safe prompt are the "
+                "same to the model; at least two pairs must differ"
+            )
+        n = torch.tensor(float(self.usable), dtype=torch.float64)
+        return mean_cosine(self._sum, n, n)
+
+    def scores(self) -> SasScores:
+        """SAS and its interval; raises as `sas`."""
+        import torch
+
+        sas, some = self.sas(), self._own < self._drawn**2  # a draw of one pair n times has no cosine in it
+        resampled = mean_cosine(self._resampled[some], self._drawn[some, None], self._own[some, None])
+        low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        return SasScores(sas, low, high)

@@ -1,0 +1,228 @@
+"""What a fitted gate is worth: on held-out prompts, on each data set left out of the fit, on external ones.
+
+Three probers, trained and calibrated alike, stand side by side: the gate's own; the paper's, which reads the last token
+(left out where the gate's own does that); and one that sees words alone (measure.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .calibrate import clopper_pearson_upper, fit_temperature, fold_temperature
+from .measure import auc, reliability, word_features
+from .prober import Split, balanced_accuracy, p_unsafe, prober_logits, row_weights, train_prober
+
+if TYPE_CHECKING:
+    import torch
+
+    from .prober import Prober
+
+OURS, PAPER, WORDS = "prober", "paper's prober", "words alone"
+SMALLEST = 10  # prompts of a class: fewer say nothing about a data set
+NO_BETTER = 0.01  # AUC within this of the words' is no better than the words
+
+
+@dataclass(frozen=True)
+class Table:
+    """All prompts, the fit's and the external ones behind them; arrays (n,)."""
+
+    texts: list[str]
+    unsafe: np.ndarray  # bool
+    groups: list[str]
+    source_of: list[str]  # data set
+    split: Split  # of the fit's own
+    external: np.ndarray  # row numbers
+
+    @property
+    def sources(self) -> list[str]:
+        """The fit's data sets, in order of appearance."""
+        return list(dict.fromkeys(self.source_of[: len(self.texts) - len(self.external)]))
+
+    def rows_of(self, source: str) -> np.ndarray:
+        """Row numbers of a data set."""
+        return np.flatnonzero(np.array(self.source_of) == source)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A calibrated prober with its threshold, and facts about both."""
+
+    prober: Prober
+    threshold: float
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Unsafe prompts of one origin against benign ones of another, by prober."""
+
+    kind: str  # "held out", "left out", "external"
+    unsafe: str
+    benign: str
+    unsafe_prompts: int
+    benign_prompts: int
+    auc: dict[str, float]
+    recall: dict[str, float]  # share of the unsafe above the gate's threshold
+    fpr: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of a group's prompts are flagged, by prober."""
+
+    kind: str  # "held out" or "external"
+    group: str
+    unsafe: bool
+    prompts: int
+    flagged: dict[str, float]
+    upper_95: float  # bound on the gate's own share
+    p: np.ndarray  # the gate's scores, for the plots
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that the report shows about the prober."""
+
+    threshold: float
+    comparisons: tuple[Comparison, ...]
+    rates: tuple[Rate, ...]
+    reliability: tuple[dict[str, float], ...]  # of the held-out part
+    words_accuracy: float  # balanced, held out, at 0.5
+
+    def facts(self) -> dict[str, float]:
+        """The few numbers that belong into safety.json."""
+        held = next(c for c in self.comparisons if c.kind == "held out")
+        names = {OURS: "heldout_auc", PAPER: "paper_heldout_auc", WORDS: "words_heldout_auc"}
+        return {names[name]: value for name, value in held.auc.items()} | {"words_only_accuracy": self.words_accuracy}
+
+    def no_better_than_words(self) -> list[Comparison]:
+        """Where the prober knows no more than the words say."""
+        return [c for c in self.comparisons if c.auc[OURS] < c.auc[WORDS] + NO_BETTER]
+
+
+def gather(
+    t: Table,
+    pooled: dict[str, torch.Tensor],
+    pooling: str,
+    gate: Gate,
+    *,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Evidence:
+    """Train the other probers, leave data sets out, compare. pooled: "last", "mean" -> states (n, d) of the layer."""
+    inputs = {OURS: pooled[pooling], PAPER: pooled["last"], WORDS: word_features(t.texts)}
+    if pooling == "last":
+        del inputs[PAPER]
+
+    def scores_of(split: Split) -> dict[str, np.ndarray]:
+        return {name: _train(states, t, split, seed=seed) for name, states in inputs.items()}
+
+    scores = scores_of(t.split) | {OURS: p_unsafe(gate.prober, inputs[OURS])}
+    advance(1)
+    compare = _Comparer(t, gate.threshold)
+    unsafe, benign = (t.split.heldout[t.unsafe[t.split.heldout] == label] for label in (True, False))
+    comparisons = [compare("held out", "held out", "held out", unsafe, benign, scores)]
+    external = {
+        label: {s: t.external[[t.source_of[i] == s and t.unsafe[i] == label for i in t.external]] for s in _names(t)}
+        for label in (True, False)
+    }
+    against = {"held out": unsafe} | external[True], {"held out": benign} | external[False]
+    comparisons += [
+        compare("external", one, other, u, b, scores)
+        for one, u in against[0].items()
+        for other, b in against[1].items()
+        if (one, other) != ("held out", "held out") and len(u) and len(b)
+    ]
+    for source in t.sources:
+        comparisons += _leave_out(t, source, scores_of, compare)
+        advance(1)
+    held = t.split.heldout
+    rates = [*_rates("held out", held, t, scores, gate), *_rates("external", t.external, t, scores, gate)]
+    advance(1)
+    return Evidence(
+        threshold=gate.threshold,
+        comparisons=tuple(comparisons),
+        rates=tuple(rates),
+        reliability=tuple(reliability(scores[OURS][held], t.unsafe[held])),
+        words_accuracy=balanced_accuracy(scores[WORDS][held], t.unsafe[held], 0.5),
+    )
+
+
+def _train(states: torch.Tensor, t: Table, split: Split, *, seed: int) -> np.ndarray:
+    """(n,) calibrated scores of all prompts, by a prober trained on `split`."""
+    weight = np.zeros(len(t.texts))
+    used = np.concatenate([split.train, split.validation])
+    weight[used] = row_weights(t.unsafe[used], [t.source_of[i] for i in used])
+    prober = train_prober(states, t.unsafe, split, seed=seed, weight=weight)
+    logits = prober_logits(prober, states[split.validation])
+    return p_unsafe(fold_temperature(prober, fit_temperature(logits, t.unsafe[split.validation])), states)
+
+
+@dataclass(frozen=True)
+class _Comparer:
+    table: Table
+    threshold: float
+
+    def __call__(
+        self, kind: str, one: str, other: str, unsafe: np.ndarray, benign: np.ndarray, scores: dict[str, np.ndarray]
+    ) -> Comparison:
+        return Comparison(
+            kind,
+            one,
+            other,
+            len(unsafe),
+            len(benign),
+            auc={name: auc(p[unsafe], p[benign]) for name, p in scores.items()},
+            recall={name: _flagged(p[unsafe], self.threshold) for name, p in scores.items()},
+            fpr={name: _flagged(p[benign], self.threshold) for name, p in scores.items()},
+        )
+
+
+def _leave_out(
+    t: Table, source: str, scores_of: Callable[[Split], dict[str, np.ndarray]], compare: _Comparer
+) -> list[Comparison]:
+    """Train without `source`; its prompts against each other, and against the held-out ones of the rest.
+
+    Nothing where the rest lacks a class: a gate cannot be trained on benign prompts alone.
+    """
+    left = t.rows_of(source)
+    rest = Split(*(np.setdiff1d(rows, left) for rows in (t.split.train, t.split.validation, t.split.heldout)))
+    if any(len(set(t.unsafe[rows].tolist())) < 2 for rows in vars(rest).values()):
+        return []
+    scores = scores_of(rest)
+    own = {label: left[t.unsafe[left] == label] for label in (True, False)}
+    others = {label: rest.heldout[t.unsafe[rest.heldout] == label] for label in (True, False)}
+    sides = [(source, source, own[True], own[False])] if min(map(len, own.values())) >= SMALLEST else []
+    sides += [(source, "the rest", own[True], others[False])] if len(own[True]) >= SMALLEST else []
+    sides += [("the rest", source, others[True], own[False])] if len(own[False]) >= SMALLEST else []
+    return [compare("left out", one, other, u, b, scores) for one, other, u, b in sides]
+
+
+def _rates(kind: str, rows: np.ndarray, t: Table, scores: dict[str, np.ndarray], gate: Gate) -> list[Rate]:
+    rates = []
+    for unsafe, group in sorted({(bool(t.unsafe[i]), t.groups[i]) for i in rows}, reverse=True):
+        mine = _of(kind, group, unsafe, t)
+        flagged = {name: _flagged(p[mine], gate.threshold) for name, p in scores.items()}
+        events = round(flagged[OURS] * len(mine))
+        rates.append(
+            Rate(kind, group, unsafe, len(mine), flagged, clopper_pearson_upper(events, len(mine)), scores[OURS][mine])
+        )
+    return rates
+
+
+def _of(kind: str, group: str, unsafe: bool, t: Table) -> np.ndarray:
+    rows = t.external if kind == "external" else t.split.heldout
+    return rows[[t.groups[i] == group and t.unsafe[i] == unsafe for i in rows]]
+
+
+def _names(t: Table) -> list[str]:
+    return list(dict.fromkeys(t.source_of[i] for i in t.external))
+
+
+def _flagged(p: np.ndarray, threshold: float) -> float:
+    """Like the runtime's gate: whatever is not at or below the threshold fires."""
+    return float((~(p <= threshold)).mean())

@@ -1,0 +1,370 @@
+"""Everything between the prompts and the safety folder.
+
+hidden states of every layer        features.py, store.py     one forward pass per distinct prompt
+SAS and a prober at every layer     sas.py, prober.py
+choose the layer, calibrate         calibrate.py
+leave each data set out in turn     evidence.py               beside the paper's prober and the words alone
+train the Refusal Head, try it      refusal_head.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from autosteer.runtime.console import table
+from autosteer.runtime.errors import InputError
+
+from .artifact import FORMAT_VERSION, LayerScore, SafetyArtifact, SafetyFacts
+from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
+from .evidence import Evidence, Gate, Table, gather
+from .features import (
+    POSITIONS,
+    TOKEN_OFFSET,
+    Reference,
+    answer_states,
+    answer_tokens,
+    check_text,
+    open_reference,
+    open_store,
+    prompt_states,
+    steered_answers,
+)
+from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
+from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
+from .sas import SasSum
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from .pairs import FitData, Labelled
+    from .prober import Prober, Split
+    from .sas import SasScores
+    from .store import States
+
+DEFAULT_THRESHOLD = 0.5
+PAPER_STRENGTH = 0.1
+READ_PAIRS = 128  # differences in memory at a time
+REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; the last are really answered
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the one trained with
+PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # balanced accuracy, share of whole refusals: a warning below
+
+Pooling = Literal["last", "mean"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the command line asks for, beside the data."""
+
+    model: str
+    layer: int | None  # None: `select` chooses
+    select: Literal["sas", "prober"]
+    pooling: Pooling  # what the prober reads: "last" is the paper's
+    threshold: float | None  # None: from target_fpr
+    target_fpr: float | None
+    strength: float | None  # None: trained with the paper's, used with the best of STRENGTHS
+    refusal_text: str
+    seed: int
+    device: Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came out: the gate, and what there is to say about it."""
+
+    artifact: SafetyArtifact
+    evidence: Evidence
+    strengths: tuple[StrengthScore, ...]
+
+
+def fit(
+    data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
+) -> Fitted:
+    """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
+    from autosteer.export.checkpoint import open_checkpoint
+    from autosteer.export.cli import quiet_transformers
+
+    quiet_transformers()
+    started = time.perf_counter()
+    prompts = data.labelled()
+    split = split_prompts(data, prompts, seed=options.seed)
+    if options.target_fpr is not None:
+        benign = sum(not prompts[row].unsafe for row in split.heldout)
+        allowed_false_positives(benign, target_fpr=options.target_fpr)
+    checkpoint = open_checkpoint(options.model)
+    depth = int(checkpoint.facts.num_layers)
+    if options.layer is not None and not 0 < options.layer < depth:
+        raise InputError(f"--layer {options.layer}: {checkpoint.name} has layers to cut at from 1 to {depth - 1}")
+    reference = open_reference(checkpoint, device=options.device)
+    everything = [item.prompt for item in (*prompts, *external)]
+    check_text(reference, everything)
+    answer = answer_tokens(reference, options.refusal_text)
+
+    with open_store(features, checkpoint, reference) as store:
+        with progress(console, "hidden states", len(everything)) as advance:
+            states = prompt_states(reference, everything, store, advance=advance)
+        states_s = time.perf_counter() - started
+        scores, probers, dropped = _score_layers(data, prompts, states, split, options, console)
+        layer = options.layer or choose_layer(scores, options.select)
+        console.print(_layer_table(scores, layer), soft_wrap=True, markup=False, highlight=False)
+        table_ = _table(prompts, external, split)
+        pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
+        gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
+        with progress(console, "evidence", len(table_.sources) + 2) as advance:
+            evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
+    head, refusal_facts, strengths, strength = _refusal_head(reference, prompts, split, answer, options, console)
+    calibration = gate.facts | evidence.facts()
+    _warn(console, layer, calibration, refusal_facts)
+
+    facts = SafetyFacts(
+        format_version=FORMAT_VERSION,
+        model=checkpoint.name,
+        split_layer=layer,
+        token_offset=TOKEN_OFFSET,
+        threshold=gate.threshold,
+        strength=strength,
+        refusal_text=options.refusal_text,
+        layers=tuple(scores),
+        calibration=calibration,
+        training={
+            "seed": float(options.seed),
+            "pairs": float(len(data.pairs)),
+            "pairs_without_difference": float(dropped),
+            "prompts": float(len(prompts)),
+            **{f"{part}_prompts": float(len(rows)) for part, rows in vars(split).items()},
+            **refusal_facts,
+            "hidden_states_s": round(states_s, 1),
+            "total_s": round(time.perf_counter() - started, 1),
+        },
+        selected_by="user" if options.layer else options.select,
+        pooling=options.pooling,
+    )
+    artifact = SafetyArtifact(facts, gate.prober, head)
+    artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
+    return Fitted(artifact, evidence, strengths)
+
+
+def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
+    """The two prompts of a pair, equal texts and families stay on one side."""
+    row = {item.prompt: i for i, item in enumerate(prompts)}
+    return split_by_text(
+        [item.cluster for item in prompts],
+        [(item.unsafe, item.group) for item in prompts],
+        seed=seed,
+        together=[(row[pair.unsafe], row[pair.safe]) for pair in data.pairs],
+    )
+
+
+def _score_layers(
+    data: FitData, prompts: list[Labelled], states: States, split: Split, options: FitOptions, console: Console
+) -> tuple[list[LayerScore], list[Prober], int]:
+    """SAS and a prober for every layer; entry 0 is layer 1. The last value counts pairs whose prompts look the same."""
+    with progress(console, "SAS", len(data.pairs)) as advance:
+        pooled, by_channel, dropped = _sas(data, prompts, states, options.seed, advance)
+    unsafe, weight = _labels(prompts), row_weights(_labels(prompts), [item.source for item in prompts])
+    position = POSITIONS.index(options.pooling)
+    with progress(console, "probers", 1) as advance:
+        probers = train_probers(lambda rows: states[rows][:, :, position], unsafe, weight, split, seed=options.seed)
+        advance(1)
+    rows = split.validation
+    scores = [
+        LayerScore(
+            layer=index + 1,
+            sas=float(pooled.sas[index]),
+            sas_low=float(pooled.low[index]),
+            sas_high=float(pooled.high[index]),
+            prober_accuracy=balanced_accuracy(
+                p_unsafe(prober, states.layer(index, rows)[:, position]), unsafe[rows], DEFAULT_THRESHOLD, weight[rows]
+            ),
+            sas_by_channel={name: float(values[index]) for name, values in by_channel.items()} or None,
+        )
+        for index, prober in enumerate(probers)
+    ]
+    return scores, probers, dropped
+
+
+def _sas(
+    data: FitData, prompts: list[Labelled], states: States, seed: int, advance: Callable[[int], None]
+) -> tuple[SasScores, dict[str, torch.Tensor], int]:
+    """SAS of all pairs and, where there are several channels, of each; the number of pairs without a direction."""
+    row = {item.prompt: i for i, item in enumerate(prompts)}
+    members: dict[str, list[int]] = {}
+    for i, pair in enumerate(data.pairs):
+        members.setdefault(pair.channel, []).append(i)
+    whole, last = SasSum(len(data.pairs), seed=seed), POSITIONS.index("last")
+    channels = {name: SasSum(len(m), seed=seed, resamples=1) for name, m in sorted(members.items())}
+    for name, numbers in members.items():
+        for start in range(0, len(numbers), READ_PAIRS):
+            some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
+            deltas = (states[[row[p.unsafe] for p in some]] - states[[row[p.safe] for p in some]])[:, :, last]
+            whole.add(deltas)
+            channels[name].add(deltas)
+            advance(len(some))
+    several = {name: channel.sas() for name, channel in channels.items() if channel.usable > 1 and len(channels) > 1}
+    return whole.scores(), several, len(data.pairs) - whole.usable
+
+
+def choose_layer(scores: list[LayerScore], select: Literal["sas", "prober"]) -> int:
+    """The layer with the highest score; of equal ones the first, because it stops a refused prompt soonest."""
+    key = {"sas": lambda s: s.sas, "prober": lambda s: s.prober_accuracy}[select]
+    return max(scores, key=key).layer
+
+
+def _table(prompts: list[Labelled], external: Sequence[Labelled], split: Split) -> Table:
+    items = [*prompts, *external]
+    return Table(
+        texts=[item.prompt.text for item in items],
+        unsafe=_labels(items),
+        groups=[item.group for item in items],
+        source_of=[item.source for item in items],
+        split=split,
+        external=np.arange(len(prompts), len(items)),
+    )
+
+
+def _calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptions) -> Gate:
+    """Temperature from the validation part; threshold and facts from the held-out part of states (n, d)."""
+    validation, heldout = t.split.validation, t.split.heldout
+    temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
+    prober = fold_temperature(prober, temperature)
+    p, labels = p_unsafe(prober, states[heldout]), t.unsafe[heldout]
+    threshold = options.threshold
+    if threshold is None:
+        assert options.target_fpr is not None
+        threshold = choose_threshold(p, labels, target_fpr=options.target_fpr)
+    facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], threshold=threshold)
+    return Gate(prober, threshold, facts | {"temperature": temperature})
+
+
+def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
+    """(n,) bool: which prompts are unsafe."""
+    return np.array([item.unsafe for item in prompts])
+
+
+def _refusal_head(
+    reference: Reference,
+    prompts: list[Labelled],
+    split: Split,
+    answer: torch.Tensor,
+    options: FitOptions,
+    console: Console,
+) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
+    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts,
+    measured on held-out ones.
+    """
+    rng = np.random.default_rng(options.seed)
+
+    def some(rows: np.ndarray, most: int) -> list:
+        unsafe = rows[_labels(prompts)[rows]]
+        return [prompts[i].prompt for i in sorted(rng.permutation(unsafe)[:most])]
+
+    seen = some(np.concatenate([split.train, split.validation]), REFUSAL_TRAIN)
+    heldout = some(split.heldout, REFUSAL_HELDOUT)
+    trained_with = options.strength or PAPER_STRENGTH
+    with progress(console, "refusal states", len(seen) + len(heldout)) as advance:
+        states = answer_states(reference, [*seen, *heldout], answer, advance=advance)
+    with progress(console, "refusal head", STEPS) as advance:
+        head = train_refusal_head(
+            states[: len(seen)],
+            states[len(seen) :],
+            answer,
+            reference.embeddings,
+            strength=trained_with,
+            seed=options.seed,
+            advance=advance,
+        )
+    tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
+    strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
+    with progress(console, "strengths", len(tried)) as advance:
+        answers = steered_answers(
+            reference, tried, head.steer_matrix, strengths, tokens=len(answer) + 12, advance=advance
+        )
+    scores = tuple(
+        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), reference.decode)
+        for i, strength in enumerate(strengths)
+    )
+    strength = options.strength or choose_strength(scores, trained_with)
+    chosen = next(score for score in scores if score.strength == round(strength, 4))
+    return (
+        head.steer_matrix,
+        {
+            "refusal_prompts": float(len(seen)),
+            "refusal_steps": float(STEPS),
+            "refusal_initial_loss": head.initial_loss,
+            "refusal_loss": head.loss,
+            "refusal_tokens_right": head.argmax_share,
+            "refusal_whole": head.whole_share,
+            "refusal_strength_trained": trained_with,
+            "refusal_answers_tried": float(len(tried)),
+            "refusal_answers_exact": chosen.exact,
+            "refusal_answers_refused": chosen.refused,
+        },
+        scores,
+        strength,
+    )
+
+
+def _layer_table(scores: list[LayerScore], chosen: int) -> str:
+    channels = list(scores[0].sas_by_channel or {})
+    header = ("layer", "SAS", "95 % interval", *(f"SAS {name}" for name in channels), "prober", "")
+    rows = [
+        (
+            str(s.layer),
+            f"{s.sas:.3f}",
+            f"{s.sas_low:.3f} .. {s.sas_high:.3f}",
+            *(f"{(s.sas_by_channel or {})[name]:.3f}" for name in channels),
+            f"{s.prober_accuracy:.3f}",
+            "<- cut here" if s.layer == chosen else "",
+        )
+        for s in scores
+    ]
+    return f"\n{table(header, rows)}\nSAS on all pairs; prober: balanced accuracy on the validation part.\n"
+
+
+def _warn(console: Console, layer: int, calibration: dict[str, float], refusal: dict[str, float]) -> None:
+    """Say where the gate came out too weak to rely on."""
+    warnings = []
+    if calibration["heldout_accuracy"] < PROBER_IS_POOR:
+        warnings.append(
+            f"held-out balanced accuracy is {calibration['heldout_accuracy']:.1%}: this prober hardly tells unsafe "
+            f"from benign at layer {layer}; try --select prober, or more prompts"
+        )
+    if refusal["refusal_whole"] < REFUSAL_IS_POOR:
+        warnings.append(
+            f"the Refusal Head completes only {refusal['refusal_whole']:.1%} of refusals; try a higher --strength, "
+            "or a --refusal-text in words the model itself would use"
+        )
+    for warning in warnings:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left; yields a function that is told how many more are done."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>15}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=total)
+        yield lambda done: bars.advance(task, done)

@@ -1,0 +1,63 @@
+"""How well scores tell unsafe prompts from benign ones: AUC, ROC, reliability, and the words-only yardstick.
+
+The yardstick is the same prober on hashed word 1- and 2-grams instead of hidden states. A gate that is no better than
+it knows words, not what the model makes of them; and it costs nothing, so it stands beside every number.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .calibrate import ECE_BINS, class_weights
+
+if TYPE_CHECKING:
+    import torch
+
+WORD_HASHES = 1024
+
+
+def auc(unsafe: np.ndarray, benign: np.ndarray) -> float:
+    """Probability that an unsafe prompt scores above a benign one, ties counting half: scores (n,), (m,)."""
+    ordered = np.sort(benign)
+    below, not_above = (np.searchsorted(ordered, unsafe, side=side) for side in ("left", "right"))
+    return float((below + not_above).mean() / (2 * len(benign)))
+
+
+def roc(unsafe: np.ndarray, benign: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(share of benign, share of unsafe) above every threshold from infinity down to the lowest score."""
+    steps = np.concatenate([[np.inf], np.unique(np.concatenate([unsafe, benign]))[::-1], [-np.inf]])
+    return tuple(1 - np.searchsorted(np.sort(scores), steps, side="right") / len(scores) for scores in (benign, unsafe))
+
+
+def reliability(p: np.ndarray, unsafe: np.ndarray) -> list[dict[str, float]]:
+    """Per bin of p that has prompts in it: its mean p, the class-balanced share that is unsafe, how many prompts."""
+    weight, bins = class_weights(unsafe), np.minimum((p * ECE_BINS).astype(int), ECE_BINS - 1)
+    rows = ((b, bins == b) for b in range(ECE_BINS))
+    return [
+        {
+            "from": b / ECE_BINS,
+            "mean_p": float(np.average(p[inside], weights=weight[inside])),
+            "share_unsafe": float(np.average(unsafe[inside], weights=weight[inside])),
+            "prompts": int(inside.sum()),
+        }
+        for b, inside in rows
+        if inside.any()
+    ]
+
+
+def word_features(texts: Sequence[str]) -> torch.Tensor:
+    """(n, WORD_HASHES) float32: 1 where a word or a pair of neighbours hashes to."""
+    import torch
+
+    seen = torch.zeros(len(texts), WORD_HASHES)
+    for row, text in enumerate(texts):
+        words = re.findall(r"\w+", text.casefold())
+        for gram in (*words, *map(" ".join, pairwise(words))):
+            seen[row, zlib.crc32(gram.encode()) % WORD_HASHES] = 1
+    return seen
