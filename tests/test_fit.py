@@ -359,7 +359,9 @@ def load(folder: Path) -> SafetyArtifact:
 def fitted(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     output = tmp_path_factory.mktemp("fitted") / "deep" / "safety"
     benign = str(data / "benign.jsonl")
-    return output, fit(*command(checkpoint, data, output, "--benign", benign, "--json", "--layer", "2"))
+    return output, fit(
+        *command(checkpoint, data, output, "--benign", benign, "--json", "--layer", "2", "--prober", "pooled")
+    )
 
 
 def test_json_is_the_safety_folder_and_the_folder_loads(fitted: tuple[Path, Result]):
