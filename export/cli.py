@@ -59,6 +59,16 @@ REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
     show_default=True,
     help="How weights are stored.",
 )
+@click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="int8, int4: weights that share a scale. Smaller is closer to the original, and slower. Default: 128.",
+)
+@click.option(
+    "--image-precision",
+    type=click.Choice(["fp32", "fp16", "int8"]),
+    help="Of the image graph. Default: as --precision; int8 at int4.",
+)
 @click.option("--context-length", type=click.IntRange(min=16), help="Tokens a dialogue may take. Default: the model's.")
 @click.option("--revision", help="Commit, branch or tag on the hub.")
 @click.option("--force", is_flag=True, help="Replace --output if it exists.")
@@ -71,6 +81,8 @@ def export(
     unguarded: bool,
     layer: int | None,
     precision: str,
+    block_size: str | None,
+    image_precision: str | None,
     context_length: int | None,
     revision: str | None,
     force: bool,
@@ -101,7 +113,13 @@ def export(
             safety = authors_safety(checkpoint, layer, authors)
         else:
             safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
-        options = ExportOptions(cast(Precision, precision), layer, context_length)
+        options = ExportOptions(
+            precision=cast(Precision, precision),
+            split_layer=layer,
+            context_length=context_length,
+            block_size=int(block_size) if block_size else None,
+            image_precision=cast(Precision | None, image_precision),
+        )
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             manifest = write_package(
                 folder, checkpoint, safety, options, lambda step: status.update(f"writing: {step}")

@@ -100,6 +100,7 @@ class GraphWriter:
         if blocks is None:
             rows = self.op("Gather", self._weight(name, self.store.matrix([name], self.storage, shape=shape)), ids)
             return rows if self.storage == FLOAT32 else self.op("Cast", rows, to=ir.DataType.FLOAT)
+        assert blocks.symmetric, "GatherBlockQuantized is given no zero points"
         parts = self.store.quantised([name], blocks, shape)
         codes = parts["codes"]
         flat = ir.ExternalTensor(
@@ -132,10 +133,10 @@ class GraphWriter:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
             return y if b is None else self.op("Add", y, b)
         parts = self.store.quantised(names, blocks, shape)
-        codes, scales = (self._weight(f"{'+'.join(names)}.{part}", tensor) for part, tensor in parts.items())
+        stored = {part: self._weight(f"{'+'.join(names)}.{part}", tensor) for part, tensor in parts.items()}
         return self.op(
             "MatMulNBits",
-            *(x, codes, scales, None, None, b),
+            *(x, stored["codes"], stored["scales"], stored.get("zero_points"), None, b),
             domain=MICROSOFT,
             K=k,
             N=n,

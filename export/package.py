@@ -27,7 +27,8 @@ from . import decoder, prompt
 from . import gate as gate_graphs
 from .checkpoint import Checkpoint, load_processor
 from .graph import FLOAT32, GraphWriter
-from .quantize import RECIPES
+from .importance import decoder_importance, sample_rows
+from .quantize import Recipe, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
 from .weights import WEIGHTS_FILE, WeightStore
@@ -42,6 +43,8 @@ class ExportOptions:
     precision: Precision = "fp32"
     split_layer: int | None = None  # None: the safety folder's
     context_length: int | None = None  # None: the checkpoint's
+    block_size: int | None = None  # None: the precision's
+    image_precision: Precision | None = None  # None: the precision's
 
 
 def write_package(
@@ -55,12 +58,24 @@ def write_package(
     layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
     if not 0 < layer < facts.layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
+    chosen = recipe(options.precision, block_size=options.block_size, image=options.image_precision)
     report("prompt template")
     processor = load_processor(checkpoint)
     prompt.save_tokenizer(processor, folder, facts.never_generated)
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
     store = WeightStore(folder, checkpoint)
-    graphs = _write_graphs(folder, checkpoint, safety, options.precision, facts, layer, store, report)
+    graphs: dict[str, GraphSpec] = {}
+    image_file: Path | None = None
+    if checkpoint.family.vision:
+        report("images")
+        image = image_graph(folder, checkpoint, store, chosen.image)
+        image_file = folder / image.file
+        graphs[image_file.stem] = image
+    if chosen.body and not chosen.body.symmetric:
+        store.flush()
+        rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
+        store.importance = decoder_importance(checkpoint, rows, report)
+    graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
     weights_sha256 = store.close()
     manifest = Manifest(
         format_version=1,
@@ -93,7 +108,7 @@ def write_package(
 
 def _write_graphs(
     folder: Path,
-    checkpoint: Checkpoint,
+    recipe: Recipe,
     safety: SafetyArtifact | None,
     precision: Precision,
     facts: decoder.DecoderFacts,
@@ -101,7 +116,7 @@ def _write_graphs(
     store: WeightStore,
     report: Report,
 ) -> dict[str, GraphSpec]:
-    recipe = RECIPES[precision]
+    """The decoder's graphs and the gate's."""
     head = recipe.head and recipe.head.fitted(facts.hidden)
     graphs: dict[str, GraphSpec] = {}
 
@@ -114,10 +129,6 @@ def _write_graphs(
         span = (layers.start, layers.stop) if layers else None
         graphs[name] = writer.save(folder, "fp32" if gate else precision, span)
 
-    if checkpoint.family.vision:
-        report("images")
-        image = image_graph(folder, checkpoint, store, recipe.image)
-        graphs[Path(image.file).stem] = image
     lower, upper = range(layer), range(layer, facts.layers)
     write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
     write("decoder_lower", lambda g: decoder.decoder_half(g, facts, lower, recipe.body), lower)

@@ -1,19 +1,26 @@
 """Block quantisation in onnxruntime's MatMulNBits layout, and the recipes behind --precision.
 
-A row of K weights is cut into blocks; each block keeps one float32 scale. Symmetric: code = round(w / scale) +
-2^(bits-1), and the scale is signed so that the block's largest weight hits code 0 exactly (as onnxruntime's own
-quantize_matmul_4bits).
+A row of K weights is cut into blocks; each block keeps one float32 scale. weight = (code - zero point) * scale.
+
+    symmetric    the zero point is 2^(bits-1); the scale is signed so that the block's largest weight hits code 0
+                 exactly, as in onnxruntime's own quantize_matmul_4bits and llama.cpp's Q4_0; rounded to nearest
+    asymmetric   4 bits; each block has its zero point, too. Of a few scales the best is taken, with the error of
+                 each weight weighted by how much its column matters (importance.py)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Precision
 
 if TYPE_CHECKING:
     import torch
+
+SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's range; what then lies outside is clipped
+CHUNK = 1 << 17  # weights in the processor's cache while scales are tried
 
 
 @dataclass(frozen=True)
@@ -22,10 +29,12 @@ class Blocks:
 
     bits: int
     size: int  # weights that share a scale
+    symmetric: bool = True  # False: 4 bits only
 
     def fitted(self, k: int) -> Blocks:
         """The largest block not above `size` that divides `k`; embeddings cannot pad a row."""
-        return Blocks(self.bits, next((b for b in (128, 64, 32, 16) if b <= self.size and k % b == 0), self.size))
+        size = next((b for b in (128, 64, 32, 16) if b <= self.size and k % b == 0), self.size)
+        return replace(self, size=size)
 
 
 @dataclass(frozen=True)
@@ -38,32 +47,135 @@ class Recipe:
     image: Precision  # of the image graph
 
 
+HEAD = Blocks(8, 128)  # costs what int4 in blocks of 32 would
 RECIPES: dict[Precision, Recipe] = {
     "fp32": Recipe(None, None, "float32", "fp32"),
     "fp16": Recipe(None, None, "float16", "fp16"),
-    "int8": Recipe(Blocks(8, 128), Blocks(8, 128), "float32", "int8"),
-    "int4": Recipe(Blocks(4, 32), Blocks(8, 128), "float32", "int8"),
+    "int8": Recipe(Blocks(8, 128), HEAD, "float32", "int8"),
+    "int4": Recipe(Blocks(4, 128, symmetric=False), HEAD, "float32", "int8"),
 }
 
 
-def quantise(rows: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) float32 -> codes (N, ceil(K / size), size * bits / 8) uint8 and scales (N, ceil(K / size)) float32.
+def recipe(precision: Precision, *, block_size: int | None = None, image: Precision | None = None) -> Recipe:
+    """The recipe of a precision, with what the user chose otherwise. Raises InputError for blocks of what has none."""
+    chosen = RECIPES[precision]
+    if block_size is not None:
+        if chosen.body is None:
+            raise InputError(f"--block-size {block_size}: {precision} has no blocks; it goes with int8 and int4")
+        chosen = replace(chosen, body=replace(chosen.body, size=block_size))
+    return chosen if image is None else replace(chosen, image=image)
 
-    K is padded with zeros to whole blocks. 4-bit codes are packed low nibble first.
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised matrix (N, K), or rows of it, as MatMulNBits reads them. K is padded with zeros to whole blocks."""
+
+    codes: torch.Tensor  # (N, ceil(K / size), size * bits / 8) uint8; 4-bit codes low nibble first
+    scales: torch.Tensor  # (N, ceil(K / size)) float32
+    zero_points: torch.Tensor | None  # (N, ceil(ceil(K / size) / 2)) uint8, two a byte; None: symmetric
+
+
+def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None = None) -> Packed:
+    """Quantise rows (N, K) float32.
+
+    `importance` (K,) >= 0 weighs the squared errors of columns, in asymmetric blocks; None: all alike.
     """
     import torch
 
     n, k = rows.shape
     count = -(-k // blocks.size)
-    padded = torch.nn.functional.pad(rows, (0, count * blocks.size - k)).reshape(n, count, blocks.size)
-    low, high = padded.amin(2), padded.amax(2)
-    middle = 1 << (blocks.bits - 1)
-    scales = torch.where(high.abs() > low.abs(), high, low) / -float(middle)
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = torch.round(padded * inverse[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
-    if blocks.bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.contiguous(), scales
+    pad = count * blocks.size - k
+    x = torch.nn.functional.pad(rows, (0, pad)).reshape(n, count, blocks.size)
+    if blocks.symmetric:
+        scales = _symmetric_scales(x, blocks.bits)
+        middle = 1 << (blocks.bits - 1)
+        codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
+        return Packed(_pack(codes) if blocks.bits == 4 else codes, scales, None)
+    assert blocks.bits == 4, "only 4 bits have zero points"
+    weights = torch.ones(k) if importance is None else importance
+    weights = torch.nn.functional.pad(weights, (0, pad)).reshape(count, blocks.size)
+    found = [_best(chunk, weights) for chunk in x.split(max(1, CHUNK // (count * blocks.size)))]
+    codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Packed(_pack(codes), scales, _pack(zeros))
+
+
+def _best(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (n, count, size) uint8, scales (n, count), zero points (n, count) uint8 of blocks x (n, count, size).
+
+    Candidates: the blocks' whole range and parts of it, and the symmetric grid, so that no error is above rounding to
+    nearest, either way. For given codes the best scale is that of least squares, <x, q> / <q, q>; the squared error is
+    then <x, x> - <x, q>^2 / <q, q>, and only its last part need be compared.
+    """
+    import torch
+
+    low, high = x.amin(-1).clamp_(max=0), x.amax(-1).clamp_(min=0)
+    step = (high - low) / 15
+    zero = torch.round(-low * _inverse(step))
+    symmetric = _symmetric_scales(x, 4)
+    candidates = [
+        *((_inverse(step * part), zero) for part in SHRINKING),
+        (_inverse(symmetric), torch.full_like(zero, 8)),
+    ]
+    weighted, q, product = x * weights, torch.empty_like(x), torch.empty_like(x)
+    best, scales = torch.full_like(low, -1.0), torch.zeros_like(low)
+    inverses, zeros = torch.zeros_like(low), torch.zeros_like(low)
+    for inverse, zero in candidates:
+        _round(x, inverse, zero, out=q).sub_(zero[..., None])
+        along = torch.mul(weighted, q, out=product).sum(-1)
+        length = torch.mul(q, q, out=product).mul_(weights).sum(-1)
+        scale = along * _inverse(length)
+        gain = along * scale
+        better = gain > best
+        for kept, new in ((best, gain), (scales, scale), (inverses, inverse), (zeros, zero)):
+            torch.where(better, new, kept, out=kept)
+    return _round(x, inverses, zeros, out=q).to(torch.uint8), scales, zeros.to(torch.uint8)
+
+
+def _round(x: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15 of blocks x, as floats."""
+    import torch
+
+    return torch.addcmul(zero[..., None], x, inverse[..., None], out=out).round_().clamp_(0, 15)
+
+
+def _symmetric_scales(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed scales (n, count) of blocks x (n, count, size)."""
+    import torch
+
+    low, high = x.amin(-1), x.amax(-1)
+    return torch.where(high.abs() > low.abs(), high, low) / -float(1 << (bits - 1))
+
+
+def _inverse(scales: torch.Tensor) -> torch.Tensor:
+    """1 / scale; 0 where a block is all zeros."""
+    import torch
+
+    return torch.where(scales == 0, 0.0, 1 / scales)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """(.., n) uint8 below 16 -> (.., ceil(n / 2)), low nibble first."""
+    import torch
+
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """(.., n) uint8 -> (.., 2 n), low nibble first."""
+    import torch
+
+    return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+
+
+def dequantise(packed: Packed, blocks: Blocks, k: int) -> torch.Tensor:
+    """The weights (N, K) float32 that onnxruntime computes with: inverse of `quantise`."""
+    codes = (_unpack(packed.codes) if blocks.bits == 4 else packed.codes).float()
+    if packed.zero_points is None:
+        codes -= float(1 << (blocks.bits - 1))
+    else:
+        codes -= _unpack(packed.zero_points)[:, : codes.shape[1], None].float()
+    return (codes * packed.scales[..., None]).flatten(1)[:, :k]
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,13 +184,3 @@ def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     scales = rows.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127
     return torch.round(rows / scales[:, None]).to(torch.int8), scales
-
-
-def dequantise(codes: torch.Tensor, scales: torch.Tensor, blocks: Blocks, k: int) -> torch.Tensor:
-    """The weights (N, K) that onnxruntime computes with: inverse of `quantise`."""
-    import torch
-
-    if blocks.bits == 4:
-        codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
-    values = (codes.float() - float(1 << (blocks.bits - 1))) * scales[..., None]
-    return values.flatten(1)[:, :k]

@@ -8,6 +8,7 @@ and their data is then streamed from the checkpoint like any other weight.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -129,7 +130,7 @@ def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
     assert checkpoint.family.vision is not None
     with FakeTensorMode(), no_init_weights(), _quiet(), _fused_attention() as name:
         hf_model = AutoModelForImageTextToText.from_config(
-            checkpoint.config, dtype=torch.float32, attn_implementation=name
+            copy.deepcopy(checkpoint.config), dtype=torch.float32, attn_implementation=name
         )
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
         program = torch.onnx.export(

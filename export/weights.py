@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from .checkpoint import Checkpoint
-from .quantize import Blocks, quantise, quantise_rows
+from .quantize import Blocks, Packed, quantise, quantise_rows
 
 WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 4096
@@ -34,6 +35,7 @@ class WeightStore:
         self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
+        self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for asymmetric blocks; see quantize.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
@@ -45,6 +47,10 @@ class WeightStore:
         """Size of the file so far."""
         return self._file.tell()
 
+    def flush(self) -> None:
+        """Make what was written so far readable by others."""
+        self._file.flush()
+
     def matrix(self, names: Sequence[str], dtype: str, *, shape: Sequence[int]) -> ir.ExternalTensor:
         """Checkpoint tensors stacked along their rows, cast to `dtype` (numpy name)."""
         key = f"{'+'.join(names)}:{dtype}"
@@ -53,24 +59,29 @@ class WeightStore:
         return self._reference(key, dtype, shape)
 
     def quantised(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
-        """Checkpoint matrices (N, K) stacked along N: their `codes` (N, K / size, bytes) and `scales` (N, K / size)."""
-        key = f"{'+'.join(names)}:{blocks.bits}x{blocks.size}"
+        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have."""
+        key = f"{'+'.join(names)}:{blocks}"
         n, count = shape[0], -(-shape[1] // blocks.size)
         if f"{key}:codes" not in self._places:
-            scales: list[npt.NDArray[Any]] = []
+            small: list[Packed] = []
 
             def codes() -> Iterator[npt.NDArray[Any]]:
                 for rows in self._rows(names):
-                    block_codes, block_scales = quantise(rows, blocks)
-                    scales.append(block_scales.numpy())
-                    yield block_codes.numpy()
+                    packed = quantise(rows, blocks, self.importance.get(names[0]))
+                    small.append(replace(packed, codes=packed.codes[:0]))
+                    yield packed.codes.numpy()
 
             self._write(f"{key}:codes", codes())
-            self._write(f"{key}:scales", scales)
-        return {
+            self._write(f"{key}:scales", [part.scales.numpy() for part in small])
+            if not blocks.symmetric:
+                self._write(f"{key}:zero_points", [p.zero_points.numpy() for p in small if p.zero_points is not None])
+        parts = {
             "codes": self._reference(f"{key}:codes", "uint8", (n, count, blocks.size * blocks.bits // 8)),
             "scales": self._reference(f"{key}:scales", "float32", (n, count)),
         }
+        if not blocks.symmetric:
+            parts["zero_points"] = self._reference(f"{key}:zero_points", "uint8", (n, -(-count // 2)))
+        return parts
 
     def columns(self, name: str, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
         """A checkpoint matrix (N, K) for MatMulInteger: its `codes` (K, N) int8 and `scales` (N,), one a column."""

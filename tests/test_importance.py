@@ -1,0 +1,60 @@
+"""Tier 4: which columns matter, against Hugging Face's whole model; and what a package holds of each matrix."""
+
+from typing import Any
+
+import torch
+from exported import demo_checkpoint, demo_package
+from torch import nn
+
+from autosteer.export.checkpoint import load_reference
+from autosteer.export.importance import FLOOR, decoder_importance, embedding_rows, sample_rows
+from autosteer.export.unpack import PackedWeights
+from autosteer.runtime.manifest import Manifest
+
+DECODER = "model.language_model"
+
+
+def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_sees() -> None:
+    checkpoint = demo_checkpoint()
+    model, _ = load_reference(checkpoint)
+    decoder = model.get_submodule(DECODER)
+    rows = embedding_rows(checkpoint, [5, 9, 200, 41, 7])[None]
+    torch.testing.assert_close(rows, model.get_input_embeddings()(torch.tensor([[5, 9, 200, 41, 7]])))
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = args[0][0].square().mean(0)
+
+        return hook
+
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(watch(f"{DECODER}.{name}.weight"))
+    with torch.no_grad():
+        decoder(inputs_embeds=rows)
+    found = decoder_importance(checkpoint, rows)
+    assert found.keys() == seen.keys() and len(found) == 7 * 8
+    for name, energy in seen.items():
+        torch.testing.assert_close(found[name], energy / energy.mean() + FLOOR, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_holds_the_text_and_the_rows_of_a_picture() -> None:
+    checkpoint = demo_checkpoint()
+    _, processor = load_reference(checkpoint)
+    text = sample_rows(checkpoint, processor.tokenizer, None)
+    both = sample_rows(checkpoint, processor.tokenizer, demo_package("fp32") / "vision_encoder.onnx")
+    assert both.shape[1] == text.shape[1] + 16
+    torch.testing.assert_close(both[:, 17:], text[:, 1:])
+
+
+def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
+    """Stacked projections are taken apart, tied and transposed matrices found; each within a few per cent."""
+    checkpoint, folder = demo_checkpoint(), demo_package("int8")
+    packed = PackedWeights(folder, Manifest.load(folder), checkpoint)
+    decoder = {n for n in checkpoint.tensor_files if n.startswith(f"{DECODER}.layers") and n.endswith("proj.weight")}
+    tower = {n for n in checkpoint.tensor_files if "vision_tower.encoder" in n and len(checkpoint.shape(n)) == 2}
+    assert decoder and tower and decoder | tower | {f"{DECODER}.embed_tokens.weight"} <= set(packed.names)
+    for name in packed.names:
+        weight = checkpoint.tensor(name)
+        assert (packed.matrix(name) - weight).norm() < 0.02 * weight.norm(), name
