@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 from functools import cache
@@ -13,6 +14,7 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime.engine import Engine
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-tests-"))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 
 
 @cache
@@ -43,8 +45,3 @@ def unguarded_engine(split_layer: int) -> Engine:
     folder.mkdir()
     write_package(folder, demo_checkpoint(), None, ExportOptions(split_layer=split_layer), lambda _: None)
     return Engine.load(folder, device="cpu", threads=1)
-
-
-def remove_scratch() -> None:
-    """Called when the session ends."""
-    shutil.rmtree(SCRATCH, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import make_demo_data
 import numpy as np
 import pytest
 import torch
-from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, remove_scratch, unguarded_engine
+from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint import load_reference
 from autosteer.export.safety.artifact import SafetyArtifact
@@ -29,10 +29,8 @@ SAMPLING = SamplingConfig(max_tokens=16)  # what the reference generates
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _clean_up() -> Iterator[None]:
+def _one_thread() -> None:
     torch.set_num_threads(1)
-    yield
-    remove_scratch()
 
 
 @cache
