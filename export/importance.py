@@ -31,6 +31,7 @@ TEXT = (
     "Wash one cup of rice, add two cups of water and a little salt, bring it to the boil, then cover it and let it "
     "stand on a low flame for fifteen minutes. def add(a, b): return a + b. I am sorry, but I cannot help with that."
 )
+TEXT_TOKENS = 192  # at most, for vocabularies that cut it up small
 IMAGE_ROWS = 256  # about: every n-th row of one tile
 FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
 
@@ -93,7 +94,7 @@ def _unload(layer: nn.Module, args: Any, output: Any) -> None:
 
 def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
     """(1, S, D) float32: TEXT and, where there is an image graph (which must be complete), a part of one picture."""
-    text = embedding_rows(checkpoint, tokenizer(TEXT).input_ids)
+    text = embedding_rows(checkpoint, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None:
         return text[None]
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
