@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from exported import demo_checkpoint
@@ -241,3 +242,30 @@ def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.
     assert nothing_left(tmp_path)
     assert validate.worse(float("nan"), 0.0) == validate.worse(0.0, float("nan")) == float("inf")
     assert not validate.judged("logits", float("inf"), None).passed
+
+
+def test_block_size_and_image_precision_reach_the_graphs(tmp_path: Path) -> None:
+    options = ExportOptions(precision="int4", block_size=32, image_precision="fp32")
+    manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
+    nodes = onnx.load(tmp_path / "decoder_lower.onnx", load_external_data=False).graph.node
+    sizes = {a.i for node in nodes for a in node.attribute if node.op_type == "MatMulNBits" and a.name == "block_size"}
+    zero_points = [node.input[3] for node in nodes if node.op_type == "MatMulNBits"]
+    assert sizes == {32} and zero_points and all(zero_points)
+    assert manifest.graphs["vision_encoder"].precision == "fp32"
+
+
+def test_validation_catches_an_image_graph_whose_columns_went_astray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autosteer.export import weights
+
+    honest = weights.quantise_rows
+
+    def astray(rows):
+        codes, scales = honest(rows)
+        return codes.roll(1, 1), scales
+
+    monkeypatch.setattr(weights, "quantise_rows", astray)
+    with pytest.raises(CheckError, match="inputs_embeds, 1 - cosine"):
+        run("--model", "demo", "--precision", "int8", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
