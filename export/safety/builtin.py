@@ -1,7 +1,7 @@
 """The prompts that come with the package: `autosteer-fit --pairs builtin`. builtin_data/README.md says what they are.
 
     acts.txt         kind of harm: an act | its harmless twin      \\
-    forms.txt        form: a sentence with {act}                    >  each act in PLAIN_FORMS, and in a few others
+    forms.txt        form: a sentence with {act}                    >  each act in a plain form and a few others
     things.txt       uses of ordinary things | harmless uses        >  a few uses of each thing
     twins.txt        whole prompts: kind | unsafe | harmless       /   as they stand
     lookalikes.txt   harmless, with alarming words                 \\
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAME = "builtin"  # what --pairs takes
-PLAIN_FORMS = ("question", "order")  # every act once in each of these,
+PLAIN_FORMS = ("question", "order")  # every act once in one of these,
 DRAWN_FORMS = 2  # and in so many of the others, drawn for it
 TYPED_BADLY = "typed badly"
-THING_USES = 4  # of each thing
+THING_USES = 5  # of each thing
 
 Typist = Callable[[str, random.Random], str]
 
@@ -50,9 +50,11 @@ class Harmless:
 
 
 def builtin_twins() -> list[Twins]:
-    """Every pair once, in a fixed order."""
-    rows = [*_written(), *_formed_acts(), *_thing_uses()]
-    return list({(row.unsafe, row.safe): row for row in reversed(rows)}.values())[::-1]
+    """Every pair once, but for case, in a fixed order."""
+    distinct: dict[str, Twins] = {}
+    for row in (*_written(), *_formed_acts(), *_thing_uses()):
+        distinct.setdefault(row.unsafe.casefold(), row)
+    return list(distinct.values())
 
 
 def builtin_harmless() -> list[Harmless]:
@@ -78,7 +80,7 @@ def _formed_acts() -> Iterator[Twins]:
     for kind, lines in sections("acts.txt").items():
         for line in lines:
             rng = random.Random(line)
-            for form in (*PLAIN_FORMS, *rng.sample(others, DRAWN_FORMS)):
+            for form in (rng.choice(PLAIN_FORMS), *rng.sample(others, DRAWN_FORMS)):
                 template = rng.choice(forms["question" if form == TYPED_BADLY else form])
                 unsafe, safe = (template.replace("{act}", act) for act in line.split(" | "))
                 if form == TYPED_BADLY:
