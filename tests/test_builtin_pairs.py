@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_a_line_added_to_the_acts_leaves_the_other_prompts_as_they_were(monkeypa
     more = builtin.builtin_twins()
     assert len(more) > len(TWINS)
     assert set(TWINS) <= set(more)
+
+
+def test_the_readme_tells_what_there_is():
+    """`python -m autosteer.export.safety.builtin` prints its last section."""
+    readme = (files("autosteer.export.safety") / "builtin_data" / "README.md").read_text(encoding="utf-8")
+    assert readme.partition("## What there is\n\n")[2] == builtin.coverage()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -161,3 +162,31 @@ def _capitals(text: str, rng: random.Random) -> str:
 
 
 TYPISTS: tuple[Typist, ...] = (_without_care, _without_care, _letters_lost, _short_forms, _leet, _capitals)
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def coverage() -> str:
+    """Markdown: pairs by kind of harm and by form, harmless prompts by topic."""
+    twins, harmless = builtin_twins(), builtin_harmless()
+    lines = [len(rows) for rows in (twins, harmless, {twin.family for twin in twins})]
+    return "\n".join(
+        [
+            f"{lines[0]} pairs in {lines[2]} families, and {lines[1]} harmless prompts beside them.\n",
+            _counts("kind of harm", Counter(twin.kind for twin in twins)),
+            _counts("form", Counter(twin.form for twin in twins)),
+            *(
+                _counts(f"{group}, by topic", Counter(row.topic for row in harmless if row.group == group))
+                for group in ("everyday", "lookalikes")
+            ),
+        ]
+    )
+
+
+def _counts(title: str, counts: Counter[str]) -> str:
+    return f"**{title}** ({len(counts)}): " + ", ".join(f"{name} {n}" for name, n in counts.most_common()) + "\n"
+
+
+if __name__ == "__main__":
+    print(coverage(), end="")
