@@ -24,12 +24,7 @@ NEEDS = {  # modules, and how to install them
     "llama.cpp": (("llama_cpp", "gguf", "safetensors", "torch"), "llama-cpp-python gguf safetensors torch"),
     "torch": (("torch", "transformers"), "torch transformers"),
 }
-GGUF_TYPES = {  # (bits, symmetric) of the package's body -> llama-quantize's name; its blocks are always of 32
-    (4, True): "Q4_0",
-    (4, False): "Q4_1",
-    (8, True): "Q8_0",
-    (32, True): "F32",
-}
+GGUF_TYPES = {4: "Q4_0", 8: "Q8_0", 32: "F32"}  # bits of the package's body -> llama-quantize's name
 
 
 class PeerError(Exception):
@@ -67,8 +62,8 @@ def configurations(
 
 
 def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
-    """Its builder's graph with `prune_lm_head`: logits of the last row only, as ours. Spinning on is the default; off
-    was faster wherever we measured both, so both are rows.
+    """Its builder's graph with `prune_lm_head`: logits of the last row only, as ours. Spinning threads are its default;
+    which is faster depends on what else runs, so both are rows.
     """
     precision = {4: "int4", 8: "int8", 32: "fp32"}.get(body.bits)
     if precision is None:
@@ -76,7 +71,7 @@ def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
     options = ["prune_lm_head=true"]
     if body.block_size:
         options += [f"block_size={body.block_size}", "accuracy_level=4", f"is_symmetric={str(body.symmetric).lower()}"]
-    folder = work / "-".join(["genai", checkpoint.name, precision, *(o.replace("=", "_") for o in options[1:2])])
+    folder = work / "-".join(["genai", checkpoint.name, precision, *(option.replace("=", "_") for option in options)])
     if not (folder / "genai_config.json").exists():
         arguments = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu", "-c", work / "cache"]
         _make("genai", python, "-m", "onnxruntime_genai.models.builder", *arguments, "--extra_options", *options)
@@ -103,8 +98,8 @@ def _with_session_options(folder: Path, variant: Path, threads: int, *, spinning
 
 
 def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
-    """llama.cpp's own quantisation of the same weights."""
-    kind = GGUF_TYPES.get((body.bits, body.symmetric))
+    """llama.cpp's own quantisation of the same weights; its blocks are always of 32."""
+    kind = GGUF_TYPES.get(body.bits)
     model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind is None or model_type not in ("llama", "qwen2"):
         raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
