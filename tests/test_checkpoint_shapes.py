@@ -11,9 +11,15 @@ from checkpoint_shapes import SHAPES
 from make_checkpoint import tensor_shapes
 
 from autosteer.export import prompt
+from autosteer.export.checkpoint import TextProcessor
 from autosteer.models import FAMILIES
 
-PARAMETERS = {"llava-ov-0.5b": 0.894e9, "llava-ov-7b": 8.03e9, "chameleon-7b": 7.04e9}  # the hub says 0.9B, 8B, 7B
+PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 0.49B
+    "llava-ov-0.5b": 0.894e9,
+    "llava-ov-7b": 8.03e9,
+    "chameleon-7b": 7.04e9,
+    "qwen2.5-0.5b": 0.494e9,
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -30,7 +36,10 @@ def test_a_shape_has_the_hubs_parameters_and_a_prompt_of_its_family(name: str, t
     assert 0 < shape.split_layer < text.num_hidden_layers
 
     processor = shape.processor(config)
+    if family.vision is None:
+        processor = TextProcessor(processor)
     processor.chat_template = processor.chat_template or family.chat_template
     prompt.save_tokenizer(processor, tmp_path, family.never_generated(config))
     spec = prompt.take_apart(processor, (text.eos_token_id,), tmp_path)
-    assert spec.user.image and max(piece.id for piece in spec.pieces()) < text.vocab_size
+    assert bool(spec.user.image) == bool(family.vision)
+    assert max(piece.id for piece in spec.pieces()) < text.vocab_size
