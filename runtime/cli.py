@@ -30,7 +30,9 @@ threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU
 package_argument = click.argument("package", type=click.Path(path_type=Path))
 
 
-def load(package: Path, device: Any, threads: int | None) -> Engine:
+def load(
+    package: Path, device: Any, threads: int | None, *, low_memory: bool = False, max_tiles: int | None = None
+) -> Engine:
     """Load a package, its log lines on stderr."""
     import logging
 
@@ -38,7 +40,7 @@ def load(package: Path, device: Any, threads: int | None) -> Engine:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("autosteer").setLevel(logging.INFO)
-    return Engine.load(package, device=device, threads=threads)
+    return Engine.load(package, device=device, threads=threads, low_memory=low_memory, max_tiles=max_tiles)
 
 
 # --- autosteer-run ---------------------------------------------------------------------------------------------------
@@ -72,6 +74,8 @@ def load(package: Path, device: Any, threads: int | None) -> Engine:
     default=True,
     help="Draft what the answer copies from the prompt: quicker, and the same text.  [on]",
 )
+@click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
+@click.option("--low-memory", is_flag=True, help="Load the image graph for each picture only, and drop it again.")
 @device_option
 @threads_option
 @json_option
@@ -83,6 +87,8 @@ def run(
     policy: str,
     threshold: float | None,
     strength: float | None,
+    max_tiles: int | None,
+    low_memory: bool,
     device: Any,
     threads: int | None,
     as_json: bool,
@@ -101,7 +107,8 @@ def run(
             raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty")
-    engine = load(package, device, threads)
+    one_text = prompt is not None and not images  # there will be no picture to load an image graph for
+    engine = load(package, device, threads, low_memory=low_memory or one_text, max_tiles=max_tiles)
     gate = engine.policy(policy, threshold=threshold, strength=strength)
     if prompt is None:
         chat(engine, gate, config, list(images))

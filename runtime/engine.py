@@ -35,7 +35,7 @@ from .conversation import Conversation
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
 from .image import ImageLike
-from .manifest import Manifest
+from .manifest import IMAGE_GRAPHS, Manifest
 from .request import PREFILL_CHUNK, Float, Key, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
@@ -73,14 +73,27 @@ class Answer:
 class Engine:
     """A loaded package."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: Device, *, load: Callable[..., Subgraph] = Subgraph):
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: Device,
+        *,
+        low_memory: bool = False,
+        max_tiles: int | None = None,
+        load: Callable[..., Subgraph] = Subgraph,
+    ):
         """Load every graph of a verified package on `device`. Use Engine.load; `load` is for the export's validation,
         which runs graphs that are larger than its memory.
         """
         self.manifest = manifest
         self.device = device
+        self.image = manifest.image and images_.at_most(manifest.image, max_tiles)
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
-        self.graphs = {n: load(folder / s.file, s, device) for n, s in manifest.graphs.items()}
+        self._folder, self._load = folder, load
+        names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # first what takes most while it loads
+        specs = {n: manifest.graphs[n] for n in names if not (low_memory and n in IMAGE_GRAPHS)}
+        self.graphs = {name: load(folder / spec.file, spec, device) for name, spec in specs.items()}
         if manifest.guarded:
             self._check_refusal_head()
 
@@ -98,25 +111,36 @@ class Engine:
             raise PackageError("refusal_head: its steer matrix only scales its input; it was never trained")
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: DeviceName = "auto", threads: int | None = None) -> Engine:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: DeviceName = "auto",
+        threads: int | None = None,
+        low_memory: bool = False,
+        max_tiles: int | None = None,
+    ) -> Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
+        `low_memory` loads the image graph for each picture, checked anew, and drops it again. `max_tiles` bounds what a
+        picture may cost: it is cut into at most so many tiles.
         Raises PackageError (damaged, incomplete, other version) or ProviderError (device not available).
         "auto" takes CUDA where it works and says in a log line why it does not.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        manifest.verify(folder)
-        chosen, reason = find_device(device, threads)
-        if reason:
-            log.info("running on the CPU: %s", reason)
-        try:
-            return cls(folder, manifest, chosen)
-        except ProviderError as err:
-            if device != "auto":
-                raise
-            log.warning("running on the CPU: %s", err)
-            return cls(folder, manifest, find_device("cpu", threads)[0])
+        with manifest.verifying(folder):
+            chosen, reason = find_device(device, threads)
+            if reason:
+                log.info("running on the CPU: %s", reason)
+            try:
+                return cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+            except ProviderError as err:
+                if device != "auto":
+                    raise
+                log.warning("running on the CPU: %s", err)
+                chosen = find_device("cpu", threads)[0]
+                return cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
 
     def policy(
         self, mode: Mode | str = Mode.STEER, *, threshold: float | None = None, strength: float | None = None
@@ -296,10 +320,10 @@ class Engine:
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> Float:
         """One image (H, W, 3) uint8 -> its rows among the tokens (n, D)."""
-        spec = self.manifest.image
+        spec = self.image
         assert spec is not None
         pixel_values = images_.prepare(picture, spec, alone=alone)
-        if "image_tokenizer" in self.graphs:
+        if "image_tokenizer" in self.manifest.graphs:
             rows = self.embed(self.tokenize_image(pixel_values))
         else:
             outputs = self._encode_tiles("vision_encoder", pixel_values)
@@ -316,7 +340,14 @@ class Engine:
     def _encode_tiles(self, graph: str, pixel_values: Float) -> list[list[npt.NDArray[Any]]]:
         """Outputs of an image graph, a few tiles at a time."""
         batches = [pixel_values[i : i + TILES_PER_RUN] for i in range(0, len(pixel_values), TILES_PER_RUN)]
-        return [self.graphs[graph].run({"pixel_values": batch}) for batch in batches]
+        loaded = self.graphs.get(graph) or self._load_again(graph)
+        return [loaded.run({"pixel_values": batch}) for batch in batches]
+
+    def _load_again(self, graph: str) -> Subgraph:
+        """A graph that was left out to save memory; its files are checked as if for the first time."""
+        spec = self.manifest.graphs[graph]
+        with self.manifest.verifying(self._folder):
+            return self._load(self._folder / spec.file, spec, self.device)
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n,) -> their rows (n, D)."""

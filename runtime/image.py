@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -71,6 +72,20 @@ def _rgb(image: Image.Image) -> Uint8:
     return np.asarray(upright.convert("RGB"))
 
 
+def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
+    """`spec` without the grids that make more than `tiles` tiles of a picture, its base tile counted.
+
+    Where no grid is left a picture becomes one square tile, as several pictures do. Other kinds make one tile anyway.
+    """
+    if tiles is None or spec.anyres is None:
+        return spec
+    if tiles < 1:
+        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
+    area = spec.tile_size**2
+    fitting = tuple((h, w) for h, w in spec.anyres.grid_pinpoints if h * w // area + 1 <= tiles)
+    return replace(spec, anyres=replace(spec.anyres, grid_pinpoints=fitting))
+
+
 def digest(image: Uint8, *, alone: bool) -> bytes:
     """What tells two pictures (H, W, 3) apart, and how they are cut."""
     return hashlib.sha256(repr((image.shape, alone)).encode() + image.tobytes()).digest()
@@ -118,7 +133,7 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -
 
 
 def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
-    if not alone:
+    if not alone or not _anyres(spec).grid_pinpoints:
         return [_squeeze(_pad_to_square(image, spec), spec)]
     height, width = best_pinpoint((image.shape[0], image.shape[1]), _anyres(spec).grid_pinpoints)
     scale_h, scale_w = height / image.shape[0], width / image.shape[1]

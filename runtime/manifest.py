@@ -9,6 +9,7 @@ because a manifest that is half understood is a gate that is half closed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,8 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -24,6 +27,7 @@ from .errors import PackageError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "autosteer.json"
+LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
@@ -346,9 +350,29 @@ class Manifest:
         """sha256 of every file of the package, by relative path."""
         return {g.file: g.sha256 for g in self.graphs.values()} | {f.file: f.sha256 for f in self.files}
 
-    def verify(self, folder: Path) -> None:
-        """Compare every file with its hash. Raises PackageError naming the first file that is missing or differs."""
+    @contextlib.contextmanager
+    def verifying(self, folder: Path) -> Iterator[None]:
+        """Compare every file with its hash: small ones before the block, large ones while it runs.
+
+        The block may map the large files, which are plain numbers, but must not answer from them: only its end says
+        that they are right. Raises PackageError naming a file that is missing or differs.
+        """
+        large = {file.file for file in self.files if file.bytes >= LARGE_FILE}
+        self.verify(folder, self.paths().keys() - large)
+        with ThreadPoolExecutor(1) as pool:
+            checked = pool.submit(self.verify, folder, large)
+            try:
+                yield
+            finally:
+                checked.result()  # a wrong hash is the better reason for whatever went wrong in the block
+
+    def verify(self, folder: Path, files: Collection[str] | None = None) -> None:
+        """Compare `files` (default: all) with their hashes. Raises PackageError naming the first file that is missing
+        or differs.
+        """
         for file, expected in self.paths().items():
+            if files is not None and file not in files:
+                continue
             path = folder / file
             try:
                 digest = sha256(path) if path.is_file() else None

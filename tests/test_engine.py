@@ -666,3 +666,51 @@ def test_file_that_is_no_tokenizer_is_refused(copy_of_package):
     toy.rehash(copy_of_package)
     with pytest.raises(PackageError, match=r"tokenizer\.json: not a tokenizer"):
         load(copy_of_package)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_low_memory_answers_alike_and_keeps_no_image_graph(package):
+    picture = np.full((8, 8, 3), (255, 0, 0), np.uint8)
+    low = Engine.load(package, device="cpu", threads=1, low_memory=True)
+    assert low.generate("what", images=[picture]).text == "orange yellow green"
+    assert low.generate("red").text == "orange yellow green"
+    assert "vision_encoder" not in low.graphs
+
+
+def test_image_graph_that_changed_since_the_package_was_loaded_is_refused(copy_of_package):
+    """Under low_memory it is read again for each picture: so it is checked again."""
+    low = Engine.load(copy_of_package, device="cpu", threads=1, low_memory=True)
+    with (copy_of_package / "vision_encoder.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(PackageError, match="sha256 differs"):
+        low.generate("what", images=[np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_large_file_is_hashed_while_the_graphs_load_and_refused_all_the_same(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)  # tokenizer.json is the toy's only other file
+    with (copy_of_package / "tokenizer.json").open("a") as file:
+        file.write("\n")  # still a tokenizer
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+def test_wrong_hash_is_the_reason_given_where_loading_fails_too(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)
+    (copy_of_package / "tokenizer.json").write_text("{")
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize(("most", "tiles"), [(None, 5), (5, 5), (4, 3), (3, 3), (2, 1), (1, 1)])
+def test_max_tiles_bounds_what_a_picture_costs(package, most, tiles):
+    """Grids of 2, 2 and 4 tiles beside the base tile; where none fits the picture is one square tile."""
+    engine = Engine.load(package, device="cpu", threads=1, max_tiles=most)
+    answer = engine.generate("what", images=[np.full((8, 8, 3), (255, 0, 0), np.uint8)])
+    assert (answer.stats.image_tiles, answer.text) == (tiles, "orange yellow green")
+
+
+def test_max_tiles_below_one_is_an_input_error(package):
+    with pytest.raises(InputError, match="at least one tile"):
+        Engine.load(package, device="cpu", threads=1, max_tiles=0)
