@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from autosteer.runtime.errors import InputError, UnsupportedModelError
+from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
     Check,
     DataFile,
@@ -145,11 +145,7 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
     one's.
     """
     facts = safety.facts
-    if facts.pooling != "last":
-        raise UnsupportedModelError(
-            f"a prober that reads the {facts.pooling} cannot be exported yet; fit --prober paper"
-        )
-    return ProberSpec(facts.token_offset - generation_tokens, facts.threshold, facts.calibration)
+    return ProberSpec(facts.token_offset - generation_tokens, facts.pooling, facts.threshold, facts.calibration)
 
 
 def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

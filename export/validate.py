@@ -29,7 +29,7 @@ from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.manifest import Check, Golden, Manifest
 from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.sampling import SamplingConfig
-from autosteer.runtime.text import Message
+from autosteer.runtime.text import Message, opening_tokens
 
 from .checkpoint import Checkpoint, load_reference
 from .safety.artifact import SafetyArtifact
@@ -194,9 +194,10 @@ class Reference:
         """
         inputs = self.inputs(case)
         pixel_values = inputs.get("pixel_values", torch.empty(0))
+        probed = self._probed(case, inputs["input_ids"][0])
         inputs, errors = self._agreed(inputs, ours) if ours else (inputs, None)
         hidden_states, logits = self.forward(inputs)
-        hidden = hidden_states[self.manifest.split_layer][0, self._offset()]
+        hidden = hidden_states[self.manifest.split_layer][0, probed].mean(dim=0)
         return Original(
             pixel_values=[p.numpy().reshape(-1, *p.shape[-3:]) for p in pixel_values],
             image_errors=errors,
@@ -246,8 +247,9 @@ class Reference:
     def hidden(self, case: Case, ours: list[list[int]] | None = None) -> np.ndarray:
         """The row the prober reads, (D,); `ours` as in `run`."""
         inputs = self.inputs(case)
+        probed = self._probed(case, inputs["input_ids"][0])
         hidden_states, _ = self.forward(self._agreed(inputs, ours)[0] if ours else inputs)
-        return hidden_states[self.manifest.split_layer][0, self._offset()].numpy()
+        return hidden_states[self.manifest.split_layer][0, probed].mean(dim=0).numpy()
 
     def p_unsafe(self, hidden: torch.Tensor) -> float:
         """The authors' prober on one hidden state (D,); nan where the package has none."""
@@ -280,8 +282,17 @@ class Reference:
             weight.copy_(rounded)
         return judged(name, functools.reduce(worse, errors), LIMITS[name])
 
-    def _offset(self) -> int:
-        return self.manifest.prober.token_offset if self.manifest.prober else -1
+    def _probed(self, case: Case, ids: torch.Tensor) -> torch.Tensor:
+        """Rows whose mean the prober reads, of HF's own input ids (S,) with a placeholder for each row of a picture."""
+        prober = self.manifest.prober
+        last = len(ids) + (prober.token_offset if prober else -1)
+        if prober is None or prober.pooling == "last":
+            return torch.tensor([last])
+        image = getattr(self.processor, "image_token_id", None)
+        text = torch.arange(len(ids)) if image is None else (ids != image).nonzero()[:, 0]
+        tokenizer = self.processor.tokenizer.backend_tokenizer
+        rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) :]
+        return rows[rows <= last]
 
 
 def _compare(

@@ -40,7 +40,7 @@ from .request import PREFILL_CHUNK, Float, Key, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
 from .subgraph import Device, DeviceName, Subgraph, find_device
-from .text import IMAGE, Detokeniser, Message, load_tokenizer, render
+from .text import IMAGE, Detokeniser, Message, load_tokenizer, opening_tokens, render
 
 log = logging.getLogger(__name__)
 
@@ -300,7 +300,19 @@ class Engine:
         embeds = np.concatenate(rows)[None]
         stats.embed_ms = _ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        return Prompt(embeds, token_ids, keys)
+        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, keys))
+
+    def _probed_rows(self, messages: Sequence[Message], keys: Sequence[Key]) -> list[int]:
+        """The rows of a prompt that the prober reads. Pictures are not in a mean: their many rows would drown
+        the text, whose rows have seen them.
+        """
+        prober = self.manifest.prober
+        last = len(keys) + (prober.token_offset if prober else -1)
+        if prober is None or prober.pooling == "last":
+            return [last] if last >= 0 else []
+        text = [row for row, key in enumerate(keys) if isinstance(key, int)]
+        before = opening_tokens(messages, self.manifest.prompt, self.tokenizer)
+        return [row for row in text[before:] if row <= last]
 
     def _encode_images(
         self, pictures: Sequence[images_.Uint8], stats: Stats, conversation: Conversation | None

@@ -172,6 +172,7 @@ class ProberSpec:
     """Where the prober reads, and when it fires."""
 
     token_offset: int  # row of hidden_states it reads, from the end of the full prompt (generation prompt included)
+    pooling: Literal["last", "mean"]  # "mean": of that row and all text rows before it that the last turn's content has
     threshold: float  # safe = 0 <= p_unsafe <= threshold
     calibration: dict[str, float]  # facts measured by autosteer-fit on held-out data
 

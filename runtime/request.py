@@ -69,6 +69,7 @@ class Prompt:
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # text tokens only: what the repetition penalty looks at
     keys: list[Key]  # S of them: equal keys behind equal keys are equal rows
+    probed: list[int]  # rows whose mean the prober reads, in order; none where the prompt is too short
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,11 @@ class Request:
         self.max_tokens = max_tokens
         self._engine, self._graphs, self._device, self._stats = engine, engine.graphs, device, stats
         self._embeds, self._keys, self._chunk = prompt.inputs_embeds, list(prompt.keys), chunk
+        self._probed = prompt.probed
         self._prompt_length: int = prompt.inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity = self._prompt_length + max_tokens
-        reused = _common(computed.keys, self._keys[: max(self._probed_index(), 0)]) if computed else 0
+        reused = _common(computed.keys, self._keys[: self._probed[0]]) if computed and self._probed else 0
         self._length = self._reused = stats.reused_tokens = reused  # rows that decoder_lower has seen
         self._unseen: list[OrtValue] = []  # decoder_lower's output that decoder_upper has not seen, chunk by chunk
         if computed and reused:
@@ -152,22 +154,20 @@ class Request:
             log.debug("where it failed", exc_info=True)
             return math.nan
 
-    def _probed_index(self) -> int:
-        """The first row that the prober reads; below zero where the prompt is too short to have it."""
-        prober = self._engine.manifest.prober
-        return self._prompt_length + (prober.token_offset if prober else -1)
-
     def probed_row(self) -> Float:
-        """The hidden state that the prober reads, (1, D): HF's hidden_states[split_layer] at the manifest's offset.
+        """What the prober reads, (1, D): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
 
-        Without a prober it is the last row's. Available between `judge` and `begin`.
+        Available between `judge` and `begin`. Sums are float64: the size of the chunks changes nothing but rounding.
         """
-        index = self._probed_index()
-        if index < 0:
-            raise IndexError(f"the prober reads {-index} tokens before a prompt of {self._prompt_length}")
-        chunk, row = divmod(index - self._reused, self._chunk)
-        hidden: Float = self._unseen[self._older + chunk].numpy()[:, row]
-        return hidden
+        if not self._probed:
+            raise IndexError(f"a prompt of {self._prompt_length} tokens has no row for the prober")
+        total: npt.NDArray[np.float64] = np.zeros(self._engine.manifest.dims.hidden_size)
+        chunk_of = (np.array(self._probed) - self._reused) // self._chunk
+        for chunk in np.unique(chunk_of):
+            rows = (np.array(self._probed) - self._reused)[chunk_of == chunk] % self._chunk
+            total += self._unseen[self._older + chunk].numpy()[0, rows].sum(axis=0, dtype=np.float64)
+        mean: Float = (total / len(self._probed)).astype(np.float32)[None]
+        return mean
 
     def begin(self, strength: float, *, through_head: bool = False) -> Float:
         """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.

@@ -74,8 +74,22 @@ def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, 
     """
     if not messages:
         raise InputError("the dialogue is empty")
+    return _tokenise(_pieces(messages, spec, generation), tokenizer)
+
+
+def opening_tokens(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer) -> int:
+    """How many text tokens stand before the last turn's content: earlier turns, and that turn's prefix."""
+    before = [*messages[:-1], Message(messages[-1].role, ())]
+    turn = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}[messages[-1].role]
+    assert turn is not None  # `render` has refused it
+    pieces = list(_pieces(before, spec, generation=False))
+    runs = _tokenise(pieces[: len(pieces) - len(turn.suffix)], tokenizer)
+    return sum(len(run) for run in runs if isinstance(run, list))
+
+
+def _tokenise(pieces: Iterable[tuple[Piece, str]], tokenizer: Tokenizer) -> Rendered:
     out: Rendered = []
-    for run in _merge(_pieces(messages, spec, generation)):
+    for run in _merge(pieces):
         if run is IMAGE or isinstance(run, int):
             ids: list[int] | object = run if run is IMAGE else [run]
         else:

@@ -741,6 +741,21 @@ def test_thirty_answers_are_pythons(built, precision):
     assert reasons == {"stop", "length", "refused"} and actions == {"pass", "steer", "stop"}
 
 
+def test_pooled_prober_scores_as_in_python(built, tmp_path):
+    """The mean over the last turn's text: with pictures before it, and with turns before it."""
+    shutil.copytree(demo("fp32")[0], tmp_path / "package")
+    manifest = json.loads((tmp_path / "package" / "autosteer.json").read_text(encoding="utf-8"))
+    manifest["prober"]["pooling"] = "mean"
+    (tmp_path / "package" / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
+    engine = Engine.load(tmp_path / "package", device="cpu", threads=1)
+    requests = [request | {"policy": "stop"} for request in demo_requests()[:18]]
+    found = [joined(a["chunks"])["verdict"]["p_unsafe"] for a in through_c(built, tmp_path / "package", requests)]
+    expected = [in_python(engine, request)["verdict"]["p_unsafe"] for request in requests]
+    last_row = [in_python(demo("fp32")[1], request)["verdict"]["p_unsafe"] for request in requests]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found != pytest.approx(last_row, abs=1e-3)
+
+
 def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
     """A toy image_tokenizer (Chameleon's kind of model): the mean of each row of pixels picks a word."""
     folder = tmp_path / "package"

@@ -257,6 +257,49 @@ def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
         assert verdict.unsafe and math.isnan(verdict.p_unsafe)
 
 
+def pooled(engine: Engine) -> Engine:
+    """The engine, its prober reading the mean of the last turn."""
+    prober = dataclasses.replace(engine.manifest.prober, pooling="mean")
+    engine.manifest = dataclasses.replace(engine.manifest, prober=prober)
+    return engine
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chunk(own_engine, chunk):
+    """Earlier turns, the turn's header and the generation prompt are not in it; the end of the turn is."""
+    engine = pooled(own_engine)
+    turns = [Message.user("red tick"), Message.assistant("green"), Message.user("orange bad tock")]
+    prompt = engine.prepare(turns, Stats())
+    names = [toy.VOCABULARY[i] for i in prompt.token_ids]
+    first = len(names) - 1 - names[::-1].index("orange")
+    assert names[prompt.probed[0] : prompt.probed[-1] + 1][:3] == ["orange", "bad", "tock"]
+    assert prompt.probed == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
+    request = engine.request(prompt, 1, Stats(), chunk=chunk)
+    request.judge(engine.policy())
+    hidden = np.concatenate([value.numpy()[0] for value in request._unseen])
+    np.testing.assert_allclose(request.probed_row()[0], hidden[prompt.probed].mean(axis=0), rtol=1e-6)
+
+
+def test_pictures_rows_are_not_in_the_mean(own_engine):
+    engine = pooled(own_engine)
+    prompt = engine.prepare([Message.user("hello world", [picture(255, 0, 0)])], Stats())
+    assert len(prompt.keys) > len(prompt.token_ids)
+    assert [prompt.keys[row] for row in prompt.probed][:2] == [toy.ID["hello"], toy.ID["world"]]
+
+
+def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
+    """It reaches the prober's input whichever row it stands in, and a real prober makes NaN of that."""
+    engine = pooled(own_engine)
+    prompt = engine.prepare([Message.user("red red red")], Stats())
+    assert not engine.request(prompt, 1, Stats()).judge(engine.policy()).unsafe
+    monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
+    for row in prompt.probed:
+        embeds = prompt.inputs_embeds.copy()
+        embeds[0, row, 0] = np.nan
+        verdict = engine.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats()).judge(engine.policy())
+        assert verdict.unsafe and math.isnan(verdict.p_unsafe)
+
+
 @pytest.mark.parametrize(
     ("threshold", "text"), [(0.05, "sorry refuse"), (0.1, "sorry refuse"), (0.11, "orange yellow green")]
 )

@@ -124,7 +124,9 @@ def build(
         kv_cache=KVCacheSpec("float32", "BNSH"),
         prompt=PROMPT,
         image=IMAGE if images else None,
-        prober=ProberSpec(-(len(PROMPT.generation) + 1), threshold, {"heldout_auroc": 1.0}) if guarded else None,
+        prober=ProberSpec(-(len(PROMPT.generation) + 1), "last", threshold, {"heldout_auroc": 1.0})
+        if guarded
+        else None,
         refusal=RefusalSpec(STRENGTH, REFUSAL_TEXT) if guarded else None,
         golden=(),
         validation={},

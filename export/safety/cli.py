@@ -56,7 +56,7 @@ DEFAULT_THRESHOLD = 0.5
 @click.option(
     "--prober",
     type=click.Choice(["pooled", "paper"]),
-    default="paper",
+    default="pooled",
     show_default=True,
     help="Read the mean of the user's turn, or its last token as the paper does.",
 )

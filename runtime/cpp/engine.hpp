@@ -102,6 +102,7 @@ struct EngineOptions {
 struct Prompt {
   Rows inputs_embeds;              // (S, D)
   std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
+  std::vector<int64_t> probed;     // rows whose mean the prober reads; none where the prompt is too short
 };
 
 class Stream;
@@ -162,17 +163,30 @@ class Engine {
       }
     }
     if (!pictures.empty() && !manifest.image) throw InputError("this model takes no images");
-    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer);
+    int64_t opening_tokens = 0;
+    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &opening_tokens);
     std::vector<Rows> encoded;
     for (const Image& picture : pictures) encoded.push_back(encode_image(picture, pictures.size() == 1, stats));
     const Clock clock;
-    Prompt prompt{{manifest.dims.hidden_size, {}}, {}};
+    Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
+    std::vector<int64_t> text_rows;
     size_t image = 0;
     for (const Run& run : runs) {
       if (run.image && image == encoded.size()) throw PackageError("the prompt template asks for an image too many");
       const Rows rows = run.image ? std::move(encoded[image++]) : embed(run.ids);
+      for (size_t i = 0; i < run.ids.size(); ++i) text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), run.ids.begin(), run.ids.end());
+    }
+    if (manifest.prober) {
+      const int64_t last = prompt.inputs_embeds.count() + manifest.prober->token_offset;
+      if (manifest.prober->pooling == "last") {
+        if (last >= 0) prompt.probed = {last};
+      } else {  // pictures' rows would drown the text, whose rows have seen them
+        for (auto row = text_rows.begin() + opening_tokens; row != text_rows.end() && *row <= last; ++row) {
+          prompt.probed.push_back(*row);
+        }
+      }
     }
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
@@ -270,6 +284,7 @@ class Request {
         engine_(engine),
         stats_(stats),
         embeds_(std::move(prompt.inputs_embeds)),
+        probed_(std::move(prompt.probed)),
         length_(embeds_.count()),
         lower_(half("decoder_lower"), engine.manifest.dims, length_ + max_tokens),
         upper_(half("decoder_upper"), engine.manifest.dims, length_ + max_tokens),
@@ -331,7 +346,8 @@ class Request {
     std::string reason = "unknown";
     try {
       const Subgraph& prober = engine_.graph("prober");
-      const auto outputs = prober.run(Tensor<float>::view(probed_row(), {1, width()}));
+      const std::vector<float> row = probed_row();
+      const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
       return static_cast<double>(*floats(outputs.at(0), 1, prober));
     } catch (const std::exception& err) {
       reason = err.what();
@@ -341,11 +357,17 @@ class Request {
     return std::nan("");
   }
 
-  /// The hidden state that the prober reads, (D,): HF's hidden_states[split_layer] at the manifest's offset.
-  const float* probed_row() const {
-    const int64_t at = length_ + engine_.manifest.prober.value().token_offset;
-    if (at < 0 || at >= length_) throw PackageError("token_offset points outside the prompt");
-    return hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
+  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
+  std::vector<float> probed_row() const {
+    if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
+    std::vector<double> sum(static_cast<size_t>(width()), 0.0);
+    for (const int64_t at : probed_) {
+      const float* row = hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
+    }
+    std::vector<float> mean;
+    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(probed_.size())));
+    return mean;
   }
 
   /// One decode step with every buffer bound once: embed, lower, upper, then the head.
@@ -401,6 +423,7 @@ class Request {
   const Engine& engine_;
   Stats& stats_;
   Rows embeds_;
+  std::vector<int64_t> probed_;
   int64_t length_;
   KVCache lower_, upper_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};

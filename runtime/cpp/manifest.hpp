@@ -101,6 +101,7 @@ struct PromptSpec {
 
 struct ProberSpec {
   int64_t token_offset;  ///< row of hidden_states it reads, from the end of the full prompt
+  std::string pooling;   ///< "last": that row; "mean": of it and the text rows before it in the last turn's content
   double threshold;      ///< safe = 0 <= p_unsafe <= threshold
 };
 
@@ -357,9 +358,9 @@ inline PromptSpec prompt(const Node& node) {
 }
 
 inline ProberSpec prober(const Node& node) {
-  node.object({"token_offset", "threshold", "calibration"});
+  node.object({"token_offset", "pooling", "threshold", "calibration"});
   for (const auto& [key, value] : node["calibration"].entries()) value.as_float();
-  return {node["token_offset"].as_int(), node["threshold"].as_float()};
+  return {node["token_offset"].as_int(), node["pooling"].as_one_of({"last", "mean"}), node["threshold"].as_float()};
 }
 
 inline RefusalSpec refusal(const Node& node) {

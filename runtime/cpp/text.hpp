@@ -72,8 +72,9 @@ inline std::string_view strip(std::string_view text) {
 /// together, as the template's own rendering would be.
 /// Throws InputError for an empty dialogue, an unknown role, an image in a turn that takes none, or text that is not
 /// valid Unicode.
-inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec,
-                               const Tokenizer& tokenizer) {
+/// `opening_tokens` is told how many text tokens stand before the last turn's content: earlier turns, that turn's prefix.
+inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
+                               int64_t* opening_tokens = nullptr) {
   if (messages.empty()) throw InputError("the dialogue is empty");
   std::vector<Run> runs;
   std::string text;  // literal and user text since the last token or image
@@ -116,6 +117,11 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
                             [](const Part* part) { return std::holds_alternative<ImageLike>(*part); });
     }
     add_pieces(turn->prefix);
+    if (opening_tokens && &message == &messages.back()) {
+      size_t count = text.empty() ? 0 : tokenizer.encode(text).size();
+      for (const Run& run : runs) count += run.ids.size();
+      *opening_tokens = static_cast<int64_t>(count);
+    }
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
         add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));

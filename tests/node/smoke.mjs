@@ -70,6 +70,7 @@ async function answer({ token_ids, max_tokens, threshold }) {
   const { inputs_embeds } = await sessions.embed_tokens.run({ input_ids: ints(token_ids) });
   let { hidden_states } = await runHalf("decoder_lower", { inputs_embeds }, lower, total);
 
+  if (manifest.prober.pooling !== "last") throw new Error("this example knows probers of one row only");
   const at = (total + manifest.prober.token_offset) * D;
   const p_unsafe = await probe(hidden_states.data.slice(at, at + D));
   const safe = 0 <= p_unsafe && p_unsafe <= (threshold ?? manifest.prober.threshold) && p_unsafe <= 1;
