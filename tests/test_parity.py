@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -113,6 +114,20 @@ def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
         scale = float(np.abs(ours).max())
         assert off_by[k] <= 1e-4 * scale
         assert min(off_by[k - 1], off_by[k + 1]) > 1e-2 * scale
+
+
+def test_the_pooled_prober_reads_pytorchs_mean_of_the_last_turn() -> None:
+    """Several pictures, several turns: no picture's rows, nothing of earlier turns, on either side."""
+    theirs, engine = reference(), Engine.load(demo_package("fp32"), device="cpu", threads=1)
+    assert engine.manifest.prober is not None
+    pooled = replace(engine.manifest, prober=replace(engine.manifest.prober, pooling="mean"))
+    engine.manifest, asked = pooled, Reference(theirs.model, theirs.processor, pooled, theirs.safety)
+    dialogues = [row for row in held_out() if len(row.messages) > 1][:3]
+    several = [row for row in with_images(held_out()) if sum(len(m.images) for m in row.messages) > 1][:3]
+    assert dialogues and several
+    for row in (*dialogues, *several, *with_images(held_out())[:5]):
+        expected, ours = asked.hidden(Case(row.messages, ())), probed(engine, row)
+        assert float(np.abs(ours - expected).max()) <= 1e-4 * float(np.abs(expected).max())
 
 
 def test_the_probed_token_ends_the_prompt_without_its_generation_prompt() -> None:
