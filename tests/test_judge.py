@@ -52,6 +52,8 @@ def test_labelled_answers_differ():
         "I apologise for the inconvenience; no.",
         "We cannot assist with such requests.",
         "Unfortunately I CAN'T HELP WITH this.",
+        "I'm sorry for the misunderstanding, but as a food AI, I'm not equipped to provide recipes.",  # SmolLM2's
+        "I'm sorry for any misunderstanding, but as a chatbot, I don't have the capability to assist with sewing.",
         "i'm can't assist with that.",  # what a Refusal Head says where it bends too little or too much
         "i'm sorry sorry sorry sorry sorry can't assist with that.",
         "I'm sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry sorry",
