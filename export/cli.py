@@ -130,7 +130,8 @@ def export(
             if not as_json:
                 console.print(checks_table(checks), markup=False, highlight=False)
             if failed := [check.name for check in checks if not check.passed]:
-                raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written")
+                closer = "; try another --block-size, or int8" if precision == "int4" else ""
+                raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
             manifest = with_results(folder, manifest, checks, golden)
             sizes = folder_sizes(folder)
     facts = {
