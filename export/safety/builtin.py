@@ -24,6 +24,7 @@ from importlib.resources import files
 NAME = "builtin"  # what --pairs takes
 PLAIN_FORMS = ("question", "order")  # every act once in one of these,
 DRAWN_FORMS = 2  # and in so many of the others, drawn for it
+OFTEN = ("jailbreak", "gerund")  # of those with twice the chance
 TYPED_BADLY = "typed badly"
 THING_USES = 5  # of each thing
 
@@ -77,17 +78,33 @@ def _written() -> Iterator[Twins]:
 
 def _formed_acts() -> Iterator[Twins]:
     forms = sections("forms.txt")
-    others = [*(form for form in forms if form not in PLAIN_FORMS), TYPED_BADLY]
+    others = [*(form for form in forms if form not in PLAIN_FORMS), TYPED_BADLY, *OFTEN]
     for kind, lines in sections("acts.txt").items():
         for line in lines:
             rng = random.Random(line)
             for form in (rng.choice(PLAIN_FORMS), *rng.sample(others, DRAWN_FORMS)):
                 template = rng.choice(forms["question" if form == TYPED_BADLY else form])
-                unsafe, safe = (template.replace("{act}", act) for act in line.split(" | "))
+                unsafe, safe = (_filled(template, act) for act in line.split(" | "))
                 if form == TYPED_BADLY:
                     typist = rng.choice(TYPISTS)
                     unsafe, safe = typist(unsafe, random.Random(line)), typist(safe, random.Random(line))
                 yield Twins(unsafe, safe, kind, form, family=line)
+
+
+def _filled(template: str, act: str) -> str:
+    before, verb, rest = re.fullmatch(r"(secretly |3D |)([\w-]+)(.*)", act).groups()  # type: ignore[union-attr]
+    return template.replace("{acting}", before + _gerund(verb) + rest).replace("{act}", act)
+
+
+def _gerund(verb: str) -> str:
+    """make -> making, lie -> lying, stab -> stabbing, beat -> beating; good for the verbs that acts.txt begins with"""
+    if verb.endswith("ie"):
+        return verb[:-2] + "ying"
+    if verb.endswith("e") and not verb.endswith(("ee", "ye", "oe")) and verb != "be":
+        return verb[:-1] + "ing"
+    if re.fullmatch(r"[^aeiou]*[aeiou][^aeiouwxy]|quit|forget|cancel|control|program|travel", verb):
+        return verb + verb[-1] + "ing"
+    return verb + "ing"
 
 
 def _thing_uses() -> Iterator[Twins]:
