@@ -1,7 +1,9 @@
 """One ONNX graph in one onnxruntime session. Every onnxruntime option of the runtime is in this file.
 
-Sessions are chained on one machine, so no session may spin: with onnxruntime's defaults each keeps its own threads
-busy-waiting and the chain runs three times slower (measured, CONTRIBUTING.md).
+Sessions are chained on one machine, each with threads of its own. A thread that sleeps between operators costs a
+third of decoding on an idle machine; one that spins without end takes the cores from the next session and from other
+programs, and costs two thirds where there are any. So they spin for microseconds and only inside a run (measured,
+CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -67,6 +69,18 @@ def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
 
 _ORT_TYPE = {"float32": "float", "float64": "double"}  # numpy's name -> onnxruntime's, where they differ
 
+SPIN_US = 50  # an idle thread's wait for the next operator; most come sooner
+CAN_BOUND_SPINNING = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 26)
+THREADING = (
+    {
+        "session.intra_op.allow_spinning": "1",
+        "session.intra_op.spin_duration_us": str(SPIN_US),
+        "session.force_spinning_stop": "1",  # the next session has the cores
+    }
+    if CAN_BOUND_SPINNING
+    else {"session.intra_op.allow_spinning": "0"}
+)
+
 
 class Subgraph:
     """A loaded graph."""
@@ -83,7 +97,8 @@ class Subgraph:
         options.intra_op_num_threads = device.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, value in THREADING.items():
+            options.add_session_config_entry(key, value)
         providers = [device.provider] if device.provider == CPU else [device.provider, CPU]
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)

@@ -131,7 +131,7 @@ def test_ratios_are_taken_within_rounds_and_the_first_round_is_not_among_them(mo
 
 def test_a_configuration_that_dies_is_reported_with_its_last_words(monkeypatch):
     """Here a worker whose package is not there; the others are still measured."""
-    good = Configuration("good", "autosteer", demo_package("int4"), sys.executable, None)
+    good = Configuration("good", "autosteer", demo_package("int4"), sys.executable, None, {"speculate": False})
     bad = replace(good, name="bad", path=Path("/nowhere"))
     job = {"prompt": "hello", "token_ids": [], "image": None, "new_tokens": 2}
     rows, failed = session.measure(

@@ -5,9 +5,10 @@
         --peer-python build/peers/bin/python
 
 Honest by construction: every configuration runs in a process of its own; rounds alternate between them, each with a
-prompt of its own, and the first is dropped; figures are medians, ratios are taken round by round; bits and block
-sizes are read back from the files that ran. Peers get the very token ids that the package made of the prompt, their
-own best documented settings, and weights of the package's bits made by their own tools from --checkpoint.
+prompt of its own, and the first is dropped; figures are medians, ratios are taken round by round; nothing is drafted
+unless asked for; bits and block sizes are read back from the files that ran. Peers get the very token ids that the
+package made of the prompt, their own best documented settings, and weights of the package's bits made by their own
+tools from --checkpoint.
 
 Peers are text only. Run it on an idle machine: it says how much of the processor others took meanwhile.
 """
@@ -48,6 +49,7 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
 @click.option("--image", type=click.Path(path_type=Path, exists=True), help="Show the model this picture, too.")
 @click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="The first is dropped.")
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True, help="Ditto; 0: none.")
+@click.option("--speculation", is_flag=True, help="A second row for each package, with drafted tokens.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every configuration.  [default: all cores]")
 @click.option("--vs", default="", callback=peer_names, help=f"Peers, with commas: {', '.join(PEERS)}.")
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="What the package was made from.")
@@ -73,6 +75,7 @@ def bench(
     image: Path | None,
     rounds: int,
     cold_starts: int,
+    speculation: bool,
     threads: int | None,
     vs: tuple[str, ...],
     checkpoint: Path | None,
@@ -85,7 +88,11 @@ def bench(
         raise click.UsageError("--vs needs --checkpoint: the weights that the package was made from")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     manifests = [Manifest.load(folder) for folder in packages]
-    configurations = [ours(folder, manifest) for folder, manifest in zip(packages, manifests, strict=True)]
+    configurations = [
+        ours(folder, manifest, speculate=speculate)
+        for folder, manifest in zip(packages, manifests, strict=True)
+        for speculate in ((False, True) if speculation else (False,))
+    ]
     missing = []
     for name in vs:
         say(f"preparing {name}")
@@ -139,13 +146,12 @@ def bench(
             click.echo(f"not measured: {line}", err=True)
 
 
-def ours(folder: Path, manifest: Manifest) -> peers.Configuration:
+def ours(folder: Path, manifest: Manifest, *, speculate: bool) -> peers.Configuration:
     """One of our packages."""
-    files = {name: graph.file for name, graph in manifest.graphs.items()}
-    name = f"autosteer {folder.resolve().name}"
-    return peers.Configuration(
-        name, "autosteer", folder.resolve(), sys.executable, weights.package_weights(folder, files)
-    )
+    folder = folder.resolve()
+    read_back = weights.package_weights(folder, {name: graph.file for name, graph in manifest.graphs.items()})
+    name = f"autosteer {folder.name}{', drafting' if speculate else ''}"
+    return peers.Configuration(name, "autosteer", folder, sys.executable, read_back, {"speculate": speculate})
 
 
 def say(step: str) -> None:

@@ -10,13 +10,15 @@ import onnxruntime
 
 from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.gate import GatePolicy
+from autosteer.runtime.subgraph import THREADING
 
 
 class AutoSteer:
     """One package. A guarded one is measured three times a round: passed, steered, stopped."""
 
-    def __init__(self, path: str, threads: int, max_tokens: int):
+    def __init__(self, path: str, threads: int, max_tokens: int, speculate: bool):
         self._engine = Engine.load(path, device="cpu", threads=threads)
+        self._speculate = speculate
         manifest = self._engine.manifest
         # without end tokens every answer has the length that was asked for
         self._engine.manifest = replace(manifest, prompt=replace(manifest.prompt, end_token_ids=()))
@@ -25,7 +27,12 @@ class AutoSteer:
         """Versions and settings."""
         return {
             "versions": {"onnxruntime": onnxruntime.__version__},
-            "settings": "sessions do not spin",
+            "settings": ", ".join(
+                [
+                    *(f"{key.removeprefix('session.')} {value}" for key, value in THREADING.items()),
+                    f"speculation {'on' if self._speculate else 'off'}",
+                ]
+            ),
             "kv_itemsize": {"float16": 2, "float32": 4}[self._engine.manifest.kv_cache.dtype],
         }
 
@@ -43,7 +50,7 @@ class AutoSteer:
         }
 
     def _answer(self, job: dict[str, Any], policy: GatePolicy) -> dict[str, Any]:
-        sampling = SamplingConfig(max_tokens=job["new_tokens"])
+        sampling = SamplingConfig(max_tokens=job["new_tokens"], speculate=self._speculate)
         images = [job["image"]] if job.get("image") else []
         start = first = time.perf_counter()
         chunks = []
@@ -67,4 +74,5 @@ class AutoSteer:
                 "upper": stats.upper_ms,
             },
             "kv_mb": stats.kv_bytes / 2**20,
+            "accepted_tokens": stats.accepted_tokens,
         }

@@ -75,7 +75,7 @@ def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dic
         out["of_read_bandwidth"] = out["read_gb_s"] / machine.read_gb_s
     if "stages" in rounds[0]:
         stages = {f"{name}_ms": middle(lambda r, name=name: r["stages"][name] or 0.0) for name in rounds[0]["stages"]}
-        out |= stages | {"kv_mb": rounds[0]["kv_mb"], "image_tiles": rounds[0]["image_tiles"]}
+        out |= stages | {name: rounds[0][name] for name in ("kv_mb", "image_tiles", "accepted_tokens")}
     if "steered" in rounds[0]:
         out |= {
             "gate_share_of_ttft": middle(gate_share),
