@@ -374,7 +374,7 @@ def judged(name: str, value: float, limit: float | None) -> Check:
     return Check(name, value, limit, value < math.inf and (limit is None or value <= limit))
 
 
-GREEDY = SamplingConfig(max_tokens=ANSWER_TOKENS)
+GREEDY = SamplingConfig(max_tokens=ANSWER_TOKENS, speculate=False)  # what a plain loop says, in any language
 
 
 def always_steer(engine: Engine) -> GatePolicy:

@@ -30,7 +30,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
             golden.prompt,
             images=[folder / image for image in golden.images],
             policy=engine.policy(mode, threshold=golden.threshold),
-            sampling=SamplingConfig(max_tokens=len(golden.token_ids)),
+            sampling=SamplingConfig(max_tokens=len(golden.token_ids), speculate=False),  # as it was recorded
         )
         verdicts += answer.verdict.action.value != golden.action
         tokens += answer.token_ids != golden.token_ids

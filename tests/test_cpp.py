@@ -667,7 +667,7 @@ def in_python(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
     )
-    return python_json(engine, messages, sampling=SamplingConfig(**sampling), policy=policy)
+    return python_json(engine, messages, sampling=SamplingConfig(**sampling, speculate=False), policy=policy)
 
 
 CTYPES = """
@@ -787,9 +787,11 @@ def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
     for i, (width, height) in enumerate(SIZES[1:]):
         picture = tmp_path / f"{i}.png"
         Image.fromarray(noise(width, height) // (1 + i % 3)).save(picture)
-        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(picture), "--max-tokens", "5")
+        other = tmp_path / f"{i}-other.png"  # Python encodes the same picture once, C++ twice
+        Image.fromarray(noise(width, height)[::-1] // (1 + i % 3)).save(other)
+        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(other), "--max-tokens", "5")
         assert done.returncode == 0, done.stderr
-        expected = python_json(engine, "look", images=[picture, picture], sampling=SamplingConfig(max_tokens=5))
+        expected = python_json(engine, "look", images=[picture, other], sampling=SamplingConfig(max_tokens=5))
         assert timeless(json.loads(done.stdout)) == expected
         assert expected["timings"]["image_tiles"] == 2
 
