@@ -158,7 +158,7 @@ def fit_command(
             fitted = fit(data, external, options, features=cache, console=console)
             fitted.artifact.save(folder)
             write_report(folder, fitted)
-    except (Exception, KeyboardInterrupt):
+    except BaseException:  # SIGTERM is a SystemExit
         if cache.is_dir() and any(cache.glob("*.keys")):
             console.print(f"hidden states are kept in {cache}; the same command goes on from there", soft_wrap=True)
         raise
