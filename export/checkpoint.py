@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +88,14 @@ class Checkpoint:
             step = max(1, block_bytes // (4 * math.prod(shape[1:])))
             for first in range(0, shape[0], step):
                 yield view[first : min(first + step, shape[0])].float()
+
+    def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a matrix in float32, in the order given: (len(rows), ...)."""
+        import torch
+
+        with self._located(module_path) as (file, name):
+            view = file.get_slice(name)
+            return torch.cat([view[row : row + 1].float() for row in rows])
 
     @contextmanager
     def _located(self, module_path: str) -> Iterator[tuple[Any, str]]:

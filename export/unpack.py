@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -13,12 +16,19 @@ from autosteer.runtime.manifest import Manifest
 from .checkpoint import Checkpoint
 from .quantize import Blocks, Packed, dequantise
 
+Rows = slice | npt.NDArray[np.int64]
+
 
 class PackedWeights:
-    """Every quantised matrix of a package under its checkpoint name. Opening it reads the graphs, and no weights."""
+    """Every matrix of a package that is quantised under its checkpoint name, and the checkpoint's own for all others.
+
+    Opening it reads the graphs, and no weights. It stands in for the checkpoint (on_demand.WeightSource).
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint):
         """`checkpoint` says how many rows each matrix has: some stand stacked in the package."""
+        self.errors: dict[str, float] = {}  # of the matrices read so far: relative to the checkpoint's, Frobenius norm
+        self._checkpoint = checkpoint
         self._nodes: dict[str, ir.Node] = {}  # of the stacked matrix, by each name in it
         self._rows: dict[str, slice] = {}
         for spec in manifest.graphs.values():
@@ -35,10 +45,40 @@ class PackedWeights:
         """Checkpoint names of the quantised matrices."""
         return list(self._nodes)
 
-    def matrix(self, name: str) -> torch.Tensor:
-        """(N, K) float32"""
+    def __contains__(self, name: str) -> bool:
+        return name in self._checkpoint
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, float32."""
+        original = self._checkpoint.tensor(name)
+        return self._read(name, self._rows[name], original) if name in self._nodes else original
+
+    def rows(self, name: str, block_bytes: int) -> Iterator[torch.Tensor]:
+        """A tensor in blocks of rows of about `block_bytes`."""
+        first = self._rows[name].start if name in self._nodes else 0
+        for block in self._checkpoint.rows(name, block_bytes):
+            here = slice(first, first + len(block))
+            yield self._read(name, here, block) if name in self._nodes else block
+            first = here.stop
+
+    def gather(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a matrix, in the order given."""
+        original = self._checkpoint.gather(name, rows)
+        if name not in self._nodes:
+            return original
+        return self._read(name, np.array(rows, np.int64) + self._rows[name].start, original)
+
+    def _read(self, name: str, rows: Rows, original: torch.Tensor) -> torch.Tensor:
         node = self._nodes[name]
-        return _READERS[node.op_type](node, self._rows[name])
+        packed = _READERS[node.op_type](node, rows)
+        error = float((packed - original).norm() / original.norm().clamp_min(1e-30))
+        self.errors[name] = worse(self.errors.get(name, 0.0), error)
+        return packed
+
+
+def worse(one: float, other: float) -> float:
+    """The larger of two errors. NaN is the largest: `max` forgets it, and a graph of NaNs would pass for exact."""
+    return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def _names(node: ir.Node) -> list[str]:
@@ -47,7 +87,7 @@ def _names(node: ir.Node) -> list[str]:
     return value.name.removesuffix(".codes").split("+")
 
 
-def _tensor(node: ir.Node, index: int, rows: slice | None = None) -> torch.Tensor | None:
+def _tensor(node: ir.Node, index: int, rows: Rows | None = None) -> torch.Tensor | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None or value.const_value is None:
         return None
@@ -60,20 +100,20 @@ def _blocks(node: ir.Node, zero_points: torch.Tensor | None) -> Blocks:
     return Blocks(bits, size, symmetric=zero_points is None)
 
 
-def _mat_mul_n_bits(node: ir.Node, rows: slice) -> torch.Tensor:
+def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> torch.Tensor:
     codes, scales, zero_points = (_tensor(node, i, rows) for i in (1, 2, 3))
     assert codes is not None and scales is not None
     return dequantise(Packed(codes, scales, zero_points), _blocks(node, zero_points), node.attributes["K"].as_int())
 
 
-def _gather_block_quantized(node: ir.Node, rows: slice) -> torch.Tensor:
+def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
     flat, scales = _tensor(node, 0, rows), _tensor(node, 2, rows)
     assert flat is not None and scales is not None
     blocks, (n, count) = _blocks(node, None), scales.shape
     return dequantise(Packed(flat.reshape(n, count, -1), scales, None), blocks, flat.shape[1] * 8 // blocks.bits)
 
 
-def _mat_mul_integer(node: ir.Node, rows: slice) -> torch.Tensor:
+def _mat_mul_integer(node: ir.Node, rows: Rows) -> torch.Tensor:
     codes, scales = _tensor(node, 1), _tensor(node, 3)
     assert codes is not None and scales is not None
     return codes.T[rows].float() * scales[rows, None]

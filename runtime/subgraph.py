@@ -93,15 +93,9 @@ class Subgraph:
         """
         self.name = path.stem
         self.device = device
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = device.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        for key, value in THREADING.items():
-            options.add_session_config_entry(key, value)
         providers = [device.provider] if device.provider == CPU else [device.provider, CPU]
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=providers)
+            self.session = ort.InferenceSession(str(path), session_options(device), providers=providers)
         except Exception as err:  # onnxruntime's own hierarchy is not public
             raise PackageError(f"{path}: onnxruntime cannot load it ({_first_line(err)})") from err
         if self.session.get_providers()[0] != device.provider:
@@ -126,6 +120,17 @@ class Subgraph:
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, value)
         return functools.partial(self.session.run_with_iobinding, binding)
+
+
+def session_options(device: Device) -> ort.SessionOptions:
+    """onnxruntime's options for one session among several that are chained."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = device.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    for key, value in THREADING.items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
 def buffer(array: npt.NDArray[Any], device: Device) -> ort.OrtValue:

@@ -24,10 +24,11 @@ from autosteer.export import vision
 from autosteer.export.checkpoint import open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.reference import Case, ImageErrors, Reference
 from autosteer.export.safety import features
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validate import Case, ImageErrors, Reference, draw
+from autosteer.export.validate import draw
 from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
@@ -166,7 +167,7 @@ def safety(variant: str) -> SafetyArtifact:
     shapes = {"0.weight": (64, WIDTH), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
     prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
-    states = [asked.forward(asked.inputs(Case(prompt(i), ())))[0][SPLIT][0, -1] for i in range(PROMPTS)]
+    states = [asked.look(asked.inputs(Case(prompt(i), ())), [SPLIT]).entering[SPLIT][-1] for i in range(PROMPTS)]
     hidden = torch.stack(states)
     prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
     logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
@@ -298,7 +299,7 @@ def test_every_split_layer(variant: str, split_layer: int, tmp_path: Path) -> No
         inputs = theirs.inputs(Case(messages, ()))
         request = e.request(e.prepare(messages, Stats()), 1, Stats())
         request.judge(e.policy(Mode.OFF))
-        expected = theirs.forward(inputs)[0][split_layer][0, -1].numpy()
+        expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
         np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
         answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
         assert list(answer.token_ids) == theirs.generate(inputs)

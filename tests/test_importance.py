@@ -57,4 +57,4 @@ def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
     assert decoder and tower and decoder | tower | {f"{DECODER}.embed_tokens.weight"} <= set(packed.names)
     for name in packed.names:
         weight = checkpoint.tensor(name)
-        assert (packed.matrix(name) - weight).norm() < 0.02 * weight.norm(), name
+        assert (packed.tensor(name) - weight).norm() < 0.02 * weight.norm(), name

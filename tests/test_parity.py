@@ -15,8 +15,9 @@ import torch
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint import load_reference
+from autosteer.export.reference import Case, Original, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.validate import VERDICT_BAND, Case, Original, Reference, always_steer
+from autosteer.export.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Action, Mode, is_safe
 from autosteer.runtime.manifest import Manifest
@@ -82,7 +83,7 @@ def test_steered_tokens_equal_the_authors_formula() -> None:
     """`h + strength * h W^T` before the projection against an output embedding of E + strength * E W in PyTorch."""
     engine = demo_engine("fp32")
     for row in held_out():
-        answer = engine.generate(row.messages, policy=always_steer(engine), sampling=SAMPLING)
+        answer = engine.generate(row.messages, policy=engine.policy(threshold=-1.0), sampling=SAMPLING)
         assert list(answer.token_ids) == original(row.messages).steered_tokens, row
 
 
@@ -108,9 +109,10 @@ def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
     engine, k = demo_engine("fp32"), demo_engine("fp32").manifest.split_layer
     offset = engine.manifest.prober.token_offset if engine.manifest.prober else 0
     for row in with_images(held_out())[:10]:
-        states, _ = reference().forward(reference().inputs(Case(row.messages, ())))
+        inputs = reference().inputs(Case(row.messages, ()))
+        states = reference().look(inputs, (k - 1, k, k + 1)).entering
         ours = probed(engine, row)
-        off_by = {i: float(np.abs(ours - states[i][0, offset].detach().numpy()).max()) for i in (k - 1, k, k + 1)}
+        off_by = {i: float(np.abs(ours - states[i][offset].numpy()).max()) for i in (k - 1, k, k + 1)}
         scale = float(np.abs(ours).max())
         assert off_by[k] <= 1e-4 * scale
         assert min(off_by[k - 1], off_by[k + 1]) > 1e-2 * scale

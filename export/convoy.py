@@ -1,0 +1,120 @@
+"""Many computations through a model that does not fit into memory: its parts go by, and whoever waits gets on.
+
+Each job is a thread that calls `reach(part)` before it uses a part: a piece of an ONNX graph, a layer of PyTorch. One
+job runs at a time. When all of them wait, the next part in the model's order for which any of them waits is loaded,
+and serves each in turn until it waits for another one. So in one sweep over the parts every job gets its forward pass
+done, each part was loaded once, and no more than a budget and one part were in memory. Parts stay loaded while the
+budget lasts: a small model is loaded once, and nothing is ever dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Part(Protocol):
+    """Something that can be loaded when it is needed."""
+
+    bytes: int  # in memory, when loaded
+
+    def load(self) -> None:
+        """Read it from disk."""
+
+    def unload(self) -> None:
+        """Free its memory."""
+
+
+class Convoy:
+    """The parts of one model in the order in which a forward pass uses them, and the jobs that use them."""
+
+    def __init__(self, budget_bytes: int):
+        """Keep parts loaded up to `budget_bytes` in all; the others come and go."""
+        self._budget = budget_bytes
+        self._order: dict[int, int] = {}  # id(part) -> its place
+        self._kept: set[int] = set()
+        self._passing: Part | None = None  # the one loaded part that is not kept
+        self._turn = threading.Condition()
+        self._waiting: dict[int, deque[threading.Event]] = {}  # place -> jobs that wait there
+        self._jobs: set[int] = set()  # thread idents
+        self._place = 0
+        self._error: BaseException | None = None
+
+    def add(self, part: Part) -> None:
+        """Say that `part` comes after those added before it."""
+        self._order[id(part)] = len(self._order)
+
+    def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Run all jobs to their end; their results in order. The first error ends them all and is raised."""
+        results: dict[int, T] = {}
+        self._error = None
+
+        def work(number: int, begin: threading.Event) -> None:
+            begin.wait()
+            try:
+                results[number] = jobs[number]()
+            except BaseException as err:
+                self._error = self._error or err
+            with self._turn:
+                self._jobs.discard(threading.get_ident())
+                self._pass_on()
+
+        with self._turn:
+            start = deque(threading.Event() for _ in jobs)
+            threads = [
+                threading.Thread(target=work, args=(i, event), daemon=True) for i, event in enumerate(list(start))
+            ]
+            for thread in threads:
+                thread.start()
+                assert thread.ident is not None
+                self._jobs.add(thread.ident)
+            self._place = -1
+            self._waiting[-1] = start
+            self._pass_on()
+            try:
+                self._turn.wait_for(lambda: self._error is not None or not self._jobs)
+            finally:  # also on Ctrl-C: whoever still waits, waits for ever, and ends with the process
+                self._waiting.clear()
+                self._jobs.clear()
+        if self._error is not None:
+            raise self._error
+        return [results[i] for i in range(len(jobs))]
+
+    def reach(self, part: Part) -> None:
+        """Return when it is the calling job's turn and `part` is loaded. Outside `run`: load it."""
+        if threading.get_ident() in self._jobs:
+            event = threading.Event()
+            with self._turn:
+                self._waiting.setdefault(self._order[id(part)], deque()).append(event)
+                self._pass_on()
+            event.wait()
+        self._bring(part)
+
+    def clear(self) -> None:
+        """Unload what is loaded but not kept."""
+        if self._passing is not None:
+            self._passing.unload()
+            self._passing = None
+
+    def _pass_on(self) -> None:
+        """Let the next waiting job run. Called when the one that ran waits or has ended."""
+        self._turn.notify_all()
+        places = sorted(place for place, queue in self._waiting.items() if queue)
+        if places and self._error is None:
+            self._place = next((place for place in places if place >= self._place), places[0])
+            self._waiting[self._place].popleft().set()
+
+    def _bring(self, part: Part) -> None:
+        if id(part) in self._kept or part is self._passing:
+            return
+        self.clear()
+        part.load()
+        if part.bytes <= self._budget:
+            self._budget -= part.bytes
+            self._kept.add(id(part))
+        else:
+            self._passing = part

@@ -1,0 +1,268 @@
+"""The PyTorch original, asked the questions that the runtime is asked.
+
+The model may be Hugging Face's as it comes (checkpoint.load_reference), or one whose weights stay on disk
+(on_demand.py); the first can generate, the second can follow an answer: given the prompt and an answer in one forward
+pass, it says which token it would have written at each place. As long as that is the answer's own token, the two agree
+on every choice made so far; so "follows the whole answer" is "generates the same answer".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from autosteer.runtime.image import open_image
+from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.text import Message, opening_tokens
+
+from .safety.artifact import SafetyArtifact
+from .vision import VQTokenizer
+
+ANSWER_TOKENS = 16
+NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
+NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dialogue to compare on. `image_files` are relative to the package."""
+
+    messages: tuple[Message, ...]
+    image_files: tuple[str, ...]
+
+    @property
+    def images(self) -> list[Any]:
+        return [image for message in self.messages for image in message.images]
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """The package's image tokens that are not Hugging Face's."""
+
+    wrong: int
+    near_ties: int  # two codes were equally near, up to rounding; there is no right one
+
+
+@dataclass(frozen=True)
+class Original:
+    """What PyTorch made of a case."""
+
+    pixel_values: list[np.ndarray]  # per image (tiles, 3, size, size)
+    image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
+    embeds: np.ndarray  # (S, D)
+    hidden: np.ndarray  # (D,) at the prober's token
+    logits: np.ndarray  # (V,) after the prompt
+    p_unsafe: float
+    tokens: list[int]
+    steered_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass showed."""
+
+    entering: dict[int, torch.Tensor]  # by layer: the residual entering it, of the prompt's rows (S, D)
+    head: torch.Tensor  # (n, D) what the head was given
+    logits: torch.Tensor  # (n, V) after the prompt, and after each token of an answer but the last
+
+
+class Reference:
+    """The PyTorch original, asked the questions that the runtime is asked."""
+
+    def __init__(self, model: Any, processor: Any, manifest: Manifest, safety: SafetyArtifact | None):
+        self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
+
+    def inputs(self, case: Case) -> dict[str, Any]:
+        """The processor's tensors for a case."""
+        messages = [
+            {
+                "role": m.role,
+                "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts],
+            }
+            for m in case.messages
+        ]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        pictures = [Image.fromarray(open_image(image)) for image in case.images]
+        return dict(self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
+
+    def run(self, case: Case, ours: list[list[int]] | None = None) -> Original:
+        """Everything PyTorch computes of a case, its own greedy answers among it; for a model in memory.
+
+        `ours` are the package's image tokens. Where they differ from HF's at near ties only, PyTorch goes on with ours,
+        so that what follows is still compared.
+        """
+        inputs, errors = self._agreed(self.inputs(case), ours)
+        strength = self.safety.facts.strength if self.safety else 0.0
+        steered = self.generate(inputs, strength=strength) if strength else []
+        return self._original(case, errors, self.look(inputs, self._layers), self.generate(inputs), steered)
+
+    def follow(
+        self, case: Case, answer: Sequence[int], steered: Sequence[int], ours: list[list[int]] | None = None
+    ) -> Original:
+        """As `run`, but along the package's answers, plain and steered: `tokens` and `steered_tokens` are what PyTorch
+        would have written at each of their places. An empty `steered` is not followed, and no answer beyond a token
+        that stands for an image: HF would look for the image. For a model on demand.
+        """
+        inputs, errors = self._agreed(self.inputs(case), ours)
+        seen = self.look(inputs, self._layers, self._until_image(answer))
+        bent = (
+            self._steered_choices(self.look(inputs, (), self._until_image(steered)), seen.logits[0]) if steered else []
+        )
+        return self._original(case, errors, seen, seen.logits.argmax(-1).tolist(), bent)
+
+    def _original(
+        self, case: Case, errors: ImageErrors | None, seen: Pass, tokens: list[int], steered: list[int]
+    ) -> Original:
+        inputs = self.inputs(case)
+        pixel_values = inputs.get("pixel_values", torch.empty(0))
+        hidden = self._read(case, inputs, seen)
+        return Original(
+            pixel_values=[p.numpy().reshape(-1, *p.shape[-3:]) for p in pixel_values],
+            image_errors=errors,
+            embeds=seen.entering[0].numpy(),
+            hidden=hidden.numpy(),
+            logits=seen.logits[0].numpy(),
+            p_unsafe=self.p_unsafe(hidden),
+            tokens=tokens,
+            steered_tokens=steered,
+        )
+
+    @torch.no_grad()
+    def look(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> Pass:
+        """One forward pass over a prompt and all but the last token of an answer: what enters `layers`, and what comes
+        out.
+        """
+        length, seen, me = inputs["input_ids"].shape[1], {}, threading.get_ident()
+
+        def note(name: int | str) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if threading.get_ident() == me:
+                    seen[name] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        decoder = self.model.get_decoder()
+        watched = {i: decoder.layers[i] for i in layers}
+        handles = [
+            module.register_forward_pre_hook(note(name), with_kwargs=True)
+            for name, module in (*watched.items(), ("head", self.model.lm_head))
+        ]
+        try:
+            out = self.model(**_extended(inputs, answer[:-1]), use_cache=False, logits_to_keep=len(answer))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Pass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
+
+    @torch.no_grad()
+    def _steered_choices(self, seen: Pass, plain: torch.Tensor) -> list[int]:
+        """The tokens that the authors' formula prefers, logits = h (E + strength * E W)^T, for every row of the head's
+        input; E in blocks. Tokens that `plain` (V,) masks stay masked.
+        """
+        assert self.safety is not None
+        strength, matrix = self.safety.facts.strength, self.safety.steer_matrix
+        blocks = self.model.lm_head.blocks()
+        logits = torch.cat([seen.head @ (block + strength * block @ matrix).T for block in blocks], dim=-1)
+        return logits.masked_fill(plain < NEVER, NEVER).argmax(-1).tolist()
+
+    @torch.no_grad()
+    def image_tokens(self, pixel_values: torch.Tensor) -> list[list[int]]:
+        """Token ids of images (n, 3, size, size)."""
+        return self.model.get_image_tokens(pixel_values).tolist() if len(pixel_values) else []
+
+    @torch.no_grad()
+    def image_errors(self, pixel_values: torch.Tensor, ours: list[list[int]]) -> ImageErrors:
+        """Compare the package's tokens of images (n, 3, size, size) with HF's."""
+        theirs = torch.tensor(self.image_tokens(pixel_values)).flatten()
+        differ = (theirs != torch.tensor(ours).flatten()).nonzero().flatten()
+        if not len(differ):
+            return ImageErrors(0, 0)
+        wrapper = VQTokenizer(self.model)
+        code = {int(token): i for i, token in enumerate(wrapper.constants["token_ids"])}
+        distances = wrapper.distances(pixel_values)[differ]
+        chosen = torch.tensor([code[token] for token in torch.tensor(ours).flatten()[differ].tolist()])
+        excess = distances.gather(1, chosen[:, None])[:, 0] - distances.amin(1)
+        ties = int((excess <= NEAR_TIE * distances.amax(1)).sum())
+        return ImageErrors(len(differ) - ties, ties)
+
+    def _agreed(
+        self, inputs: dict[str, Any], ours: list[list[int]] | None
+    ) -> tuple[dict[str, Any], ImageErrors | None]:
+        """The inputs, with our image tokens instead of pixels where they differ from HF's at near ties only."""
+        if not ours:
+            return inputs, None
+        errors = self.image_errors(inputs["pixel_values"], ours)
+        if errors.wrong or not errors.near_ties:
+            return inputs, errors
+        ids = inputs["input_ids"].clone()
+        ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
+        return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
+
+    def hidden(self, case: Case, ours: list[list[int]] | None = None) -> np.ndarray:
+        """What the prober reads, (D,); `ours` as in `run`."""
+        inputs = self.inputs(case)
+        return self._read(case, inputs, self.look(self._agreed(inputs, ours)[0], self._layers)).numpy()
+
+    def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> torch.Tensor:
+        rows = self._probed(case, inputs["input_ids"][0])
+        return seen.entering[self.manifest.split_layer][rows].mean(dim=0)
+
+    def p_unsafe(self, hidden: torch.Tensor) -> float:
+        """The authors' prober on one hidden state (D,); nan where the package has none."""
+        if self.safety is None:
+            return float("nan")
+        w = self.safety.prober
+        x = torch.relu(w["0.weight"] @ hidden + w["0.bias"])
+        return float(torch.softmax(w["2.weight"] @ x + w["2.bias"], 0)[0])
+
+    def generate(self, inputs: dict[str, Any], strength: float = 0.0, tokens: int = ANSWER_TOKENS) -> list[int]:
+        """Greedy tokens; steered as the authors do, by an output embedding E + strength * E W."""
+        head, plain = self.model.lm_head, self.model.lm_head.weight
+        if strength:
+            assert self.safety is not None
+            steered = plain + strength * plain @ self.safety.steer_matrix
+            head.weight = torch.nn.Parameter(steered, requires_grad=False)
+        try:
+            out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        finally:
+            head.weight = plain
+        return list(map(int, out[0, inputs["input_ids"].shape[1] :]))
+
+    def _until_image(self, answer: Sequence[int]) -> Sequence[int]:
+        image = getattr(self.processor, "image_token_id", None)
+        return answer[: answer.index(image) + 1] if image in answer else answer
+
+    @property
+    def _layers(self) -> tuple[int, int]:
+        return 0, self.manifest.split_layer
+
+    def _probed(self, case: Case, ids: torch.Tensor) -> torch.Tensor:
+        """Rows whose mean the prober reads, of HF's own input ids (S,) with a placeholder for each row of a picture."""
+        prober = self.manifest.prober
+        last = len(ids) + (prober.token_offset if prober else -1)
+        if prober is None or prober.pooling == "last":
+            return torch.tensor([last])
+        image = getattr(self.processor, "image_token_id", None)
+        text = torch.arange(len(ids)) if image is None else (ids != image).nonzero()[:, 0]
+        tokenizer = self.processor.tokenizer.backend_tokenizer
+        rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) :]
+        return rows[rows <= last]
+
+
+def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """A processor's tensors with text tokens added at the end."""
+    more = torch.tensor([list(tokens)], dtype=torch.int64)
+    fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    shape = inputs["input_ids"].shape
+    return {
+        name: torch.cat([value, fill.get(name, torch.zeros_like(more)).to(value.dtype)], 1)
+        if value.shape == shape
+        else value
+        for name, value in inputs.items()
+    }
