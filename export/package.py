@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
@@ -14,6 +15,7 @@ from autosteer.runtime.manifest import (
     Dims,
     Golden,
     GraphSpec,
+    ImageSpec,
     KVCacheSpec,
     Manifest,
     Precision,
@@ -61,7 +63,9 @@ def write_package(
     chosen = recipe(options.precision, block_size=options.block_size, image=options.image_precision)
     report("prompt template")
     processor = load_processor(checkpoint)
-    prompt.save_tokenizer(processor, folder, facts.never_generated)
+    image = image_spec(checkpoint, processor)
+    framing = tuple(i for frame in (image.frames if image else ()) for ids in frame.between for i in ids)
+    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing))
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
     store = WeightStore(folder, checkpoint)
     graphs: dict[str, GraphSpec] = {}
@@ -91,8 +95,7 @@ def write_package(
         ),
         kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
         prompt=prompt_spec,
-        image=checkpoint.family.image_spec
-        and checkpoint.family.image_spec(checkpoint.config, processor.image_processor),
+        image=image,
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
@@ -104,6 +107,14 @@ def write_package(
     )
     manifest.save(folder)
     return manifest
+
+
+def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
+    """The family's ImageSpec, with the frames that the processor writes; None where the model takes no images."""
+    if checkpoint.family.image_spec is None:
+        return None
+    spec = checkpoint.family.image_spec(checkpoint.config, processor.image_processor)
+    return replace(spec, frames=prompt.image_frames(processor, spec))
 
 
 def _write_graphs(

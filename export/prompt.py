@@ -7,16 +7,17 @@ of other dialogues.
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from autosteer.runtime.errors import UnsupportedModelError
-from autosteer.runtime.manifest import Piece, PromptSpec, TurnSpec
+from autosteer.runtime.image import cut
+from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, TurnSpec
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
@@ -25,8 +26,9 @@ FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402
 class Renderer:
     """A Hugging Face processor as a renderer of dialogues: its chat template, and what it adds to that on its own.
 
-    Processors may write a begin token, a separator after the last turn, a frame around each image. These are found by
-    looking at token ids, and stand in the renderings below as if the template had written them.
+    Processors may write a begin token, and a separator after the last turn. These are found by looking at token ids,
+    and stand in the renderings below as if the template had written them. What they write around and between the rows
+    of an image is its `frame`; in the renderings an image is its one token in the template.
     """
 
     def __init__(self, processor: Any):
@@ -41,10 +43,10 @@ class Renderer:
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
         if start is None:
             raise UnsupportedModelError(f"the processor turns the text {FIRST!r} into other tokens than its tokenizer")
-        before, after = whole[:start], whole[start + len(plain) :]
-        framed = self.ids(self.image_token, images=1) if self.image_token else []
-        frame = framed[len(before) : len(framed) - len(after)]
-        self._before, self._after, self._image = map(self._strings, (before, after, frame))
+        self._begin, self._end = whole[:start], whole[start + len(plain) :]
+        self._before, self._after = map(self._strings, (self._begin, self._end))
+        frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
+        self._lead, self._trail = len(frame[0]), len(frame[-1])
 
     def _strings(self, ids: list[int]) -> str:
         tokens = self.tokenizer.convert_ids_to_tokens(ids)
@@ -53,8 +55,7 @@ class Renderer:
 
     def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
         """A dialogue in Hugging Face's form, as the processor's tokenizer sees it, with one image token per image."""
-        text = self.template(messages, generation=generation)
-        return self._before + (text.replace(self.image_token, self._image) if self.image_token else text) + self._after
+        return self._before + self.template(messages, generation=generation) + self._after
 
     def turns(self, *turns: tuple[str, str], images: int = 0, generation: bool = False) -> str:
         """The text of turns (role, text), with `images` before the first turn's."""
@@ -67,21 +68,64 @@ class Renderer:
         return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
 
     def ids(self, text: str, *, images: int = 0) -> list[int]:
-        """The processor's own token ids for a template's text, with the placeholders of each image as one."""
-        pictures = [[Image.new("RGB", (32, 32))] * images] if images else None
-        ids = list(map(int, self._processor(text=[text], images=pictures)["input_ids"][0]))
-        if not images:
-            return ids
-        each = ids.count(self.image_id) // images  # pictures of one size take equally many
-        seen = itertools.count()
-        return [i for i in ids if i != self.image_id or next(seen) % each == 0]
+        """The processor's own token ids for a template's text, with one image token for each image and its frame."""
+        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images)
+        if images:
+            places = [at for at, i in enumerate(ids) if i == self.image_id]
+            each = len(places) // images  # pictures of one size take equally many
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first - self._lead : last + 1 + self._trail] = [self.image_id]
+        return ids
+
+    def frame(self, picture: Image.Image) -> list[list[int]]:
+        """The ids that the processor writes before each run of an image's placeholders, and after the last."""
+        assert self.image_token is not None
+        ids = self._ids(self.image_token, [picture])
+        between: list[list[int]] = [[]]
+        for previous, i in zip([None, *ids], ids[: len(ids) - len(self._end)], strict=False):
+            if i != self.image_id:
+                between[-1].append(i)
+            elif previous != i:
+                between.append([])
+        between[0] = between[0][len(self._begin) :]
+        return between
+
+    def _ids(self, text: str, pictures: list[Image.Image]) -> list[int]:
+        return list(map(int, self._processor(text=[text], images=[pictures] if pictures else None)["input_ids"][0]))
 
 
-def save_tokenizer(processor: Any, folder: Path, never_generated: tuple[int, ...] = ()) -> None:
-    """Write `folder`/tokenizer.json. What a prompt's frame is made of, and what only images are made of, is special
-    there, and so nothing that a user can type (checkpoints may list it among ordinary added tokens).
+def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
+    """ImageSpec.frames: what the processor writes around and between the tiles of an image, for each grid that the
+    runtime may cut one into. None where it writes nothing.
     """
-    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_generated))}
+    renderer = Renderer(processor)
+
+    def look(width: int, height: int) -> FrameSpec:
+        picture = Image.new("RGB", (width, height))
+        tiles, grid = cut(np.asarray(picture), spec, alone=True)
+        frame = FrameSpec(grid, tuple(map(tuple, renderer.frame(picture))))
+        runs = 1 if spec.anyres else len(tiles)
+        if any(frame.between) and len(frame.between) != runs + 1:
+            raise UnsupportedModelError(
+                f"the processor makes {len(frame.between) - 1} runs of image tokens of {len(tiles)} tiles ({spec.kind})"
+            )
+        return frame
+
+    square = look(32, 32)
+    side = square.grid[0]  # as the longest side sets how many tiles there are along it
+    sizes = [(32 * side, 32 * k - 16) for k in range(1, side + 1)]
+    found = (
+        [square, *(look(*size) for size in sizes), *(look(*reversed(size)) for size in sizes)] if side > 1 else [square]
+    )
+    frames = {frame.grid: frame for frame in found}
+    return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
+
+
+def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
+    """Write `folder`/tokenizer.json. What a prompt's frame is made of is special there, and so nothing that a user can
+    type (checkpoints may list it among ordinary added tokens), and so are those of `never_typed` that are added tokens.
+    """
+    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_typed))}
     data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     for token in data["added_tokens"]:
         token["special"] |= token["content"] in names

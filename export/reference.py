@@ -53,7 +53,7 @@ class ImageErrors:
 class Original:
     """What PyTorch made of a case."""
 
-    pixel_values: list[np.ndarray]  # per image (tiles, 3, size, size)
+    pixel_values: np.ndarray  # (tiles of all images, 3, size, size)
     image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) at the prober's token
@@ -120,10 +120,10 @@ class Reference:
         self, case: Case, errors: ImageErrors | None, seen: Pass, tokens: list[int], steered: list[int]
     ) -> Original:
         inputs = self.inputs(case)
-        pixel_values = inputs.get("pixel_values", torch.empty(0))
+        pixel_values = inputs.get("pixel_values", torch.empty(0, 3, 1, 1))
         hidden = self._read(case, inputs, seen)
         return Original(
-            pixel_values=[p.numpy().reshape(-1, *p.shape[-3:]) for p in pixel_values],
+            pixel_values=pixel_values.reshape(-1, *pixel_values.shape[-3:]).numpy(),
             image_errors=errors,
             embeds=seen.entering[0].numpy(),
             hidden=hidden.numpy(),

@@ -239,10 +239,11 @@ def compare(
         worst[name] = worse(worst.get(name, 0.0), value)
 
     for case, own, original in zip(cases, ours, theirs, strict=True):
-        for pixels, image in zip(original.pixel_values, case.images, strict=True):
+        if case.images:
             assert manifest.image is not None
-            prepared = prepare(open_image(image), manifest.image, alone=len(case.images) == 1)
-            note("pixel_values", float(np.abs(prepared - pixels[: len(prepared)]).max()))
+            alone = len(case.images) == 1
+            tiles = [prepare(open_image(image), manifest.image, alone=alone) for image in case.images]
+            note("pixel_values", _largest_difference(np.concatenate(tiles), original.pixel_values))
         if original.image_errors:
             note("image tokens that differ", original.image_errors.wrong)
             note("image tokens at near ties", original.image_errors.near_ties)
@@ -310,6 +311,10 @@ def goldens(case: Case, own: Ours, manifest: Manifest) -> list[Golden]:
 def judged(name: str, value: float, limit: float | None) -> Check:
     """A line of the table; an error without bound fails even where it is only reported."""
     return Check(name, value, limit, value < math.inf and (limit is None or value <= limit))
+
+
+def _largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else math.inf
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .request import Computed, Float
+from .image import Runs
+from .request import Computed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -25,7 +26,7 @@ class Conversation:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.images: dict[bytes, Float] = {}  # rows (n, D) of the latest prompt's pictures, by digest
+        self.images: dict[bytes, Runs] = {}  # what stands for the latest prompt's pictures, by digest
         self._computed: Computed | None = None
 
     def take(self) -> Computed | None:

@@ -20,6 +20,7 @@ All state belongs to a request or a conversation (request.py, conversation.py). 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -288,15 +289,16 @@ class Engine:
         keys: list[Key] = []
         token_ids: list[int] = []
         for run in runs:
-            if isinstance(run, list):
-                rows.append(self.embed(run))
-                keys += run
-                token_ids += run
-            else:
-                assert run is IMAGE
-                digest = digests.pop(0)
-                rows.append(encoded[digest])
-                keys += [(digest, i) for i in range(len(encoded[digest]))]
+            digest = b"" if run is not IMAGE else digests.pop(0)
+            row = itertools.count()
+            for part in [run] if isinstance(run, list) else encoded[digest]:
+                if isinstance(part, list):
+                    rows.append(self.embed(part))
+                    keys += part
+                    token_ids += part
+                else:
+                    rows.append(part)
+                    keys += [(digest, next(row)) for _ in part]
         embeds = np.concatenate(rows)[None]
         stats.embed_ms = _ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
@@ -316,8 +318,8 @@ class Engine:
 
     def _encode_images(
         self, pictures: Sequence[images_.Uint8], stats: Stats, conversation: Conversation | None
-    ) -> tuple[list[bytes], dict[bytes, Float]]:
-        """Digests of the pictures in order, and the rows (n, D) of each; none is encoded twice in a conversation."""
+    ) -> tuple[list[bytes], dict[bytes, images_.Runs]]:
+        """Digests of the pictures in order, and what `encode_image` makes of each; a conversation encodes none twice."""
         alone = len(pictures) == 1
         before = time.perf_counter()
         digests = [images_.digest(picture, alone=alone) for picture in pictures]
@@ -330,19 +332,21 @@ class Engine:
             conversation.images = {digest: encoded[digest] for digest in digests}
         return digests, encoded
 
-    def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> Float:
-        """One image (H, W, 3) uint8 -> its rows among the tokens (n, D)."""
+    def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
+        """One image (H, W, 3) uint8 -> what stands for it in the prompt: its rows (n, D), and token ids between."""
         spec = self.image
         assert spec is not None
-        pixel_values = images_.prepare(picture, spec, alone=alone)
+        tiles, grid = images_.cut(picture, spec, alone=alone)
+        pixel_values = images_.normalise(tiles, spec)
         if "image_tokenizer" in self.manifest.graphs:
-            rows = self.embed(self.tokenize_image(pixel_values))
+            rows = [self.embed(self.tokenize_image(pixel_values))]
         else:
             outputs = self._encode_tiles("vision_encoder", pixel_values)
-            features, newline = np.concatenate([out[0] for out in outputs]), outputs[0][1]
-            rows = images_.pack(features, newline, (picture.shape[0], picture.shape[1]), spec)
-        stats.image_tiles += len(pixel_values)
-        return rows
+            rows = [tile for out in outputs for tile in out[0]]
+            if spec.anyres:
+                rows = [images_.pack(np.stack(rows), outputs[0][1], (picture.shape[0], picture.shape[1]), spec)]
+        stats.image_tiles += len(tiles)
+        return images_.lay_out(rows, grid, spec)
 
     def tokenize_image(self, pixel_values: Float) -> list[int]:
         """pixel_values (tiles, 3, size, size) of one image -> its token ids, in order."""

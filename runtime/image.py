@@ -1,6 +1,7 @@
 """From an image to pixel_values, and from an encoder's features to rows among the tokens. Pure numpy and Pillow.
 
-How an image is cut into tiles is found by ImageSpec.kind in CUT. `anyres` is LLaVA-OneVision's:
+How an image is cut into tiles is found by ImageSpec.kind in CUT; tokens may stand around and between the tiles' rows
+(ImageSpec.frames). `anyres` is LLaVA-OneVision's:
 
     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -23,12 +24,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .errors import InputError
+from .errors import InputError, PackageError
 from .manifest import AnyresSpec, ImageSpec
 
 Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
+Runs: TypeAlias = "list[list[int] | Float]"  # what stands for an image in a prompt: token ids, and rows (n, D)
+Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and the rows and columns of ImageSpec.frames
 
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
@@ -92,13 +95,39 @@ def digest(image: Uint8, *, alone: bool) -> bytes:
 
 
 def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
-    """(H, W, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32.
+    """(H, W, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32; see `cut`."""
+    return normalise(cut(image, spec, alone=alone)[0], spec)
 
-    `alone`: it is the prompt's only image; several images get one tile each.
+
+def cut(image: Uint8, spec: ImageSpec, *, alone: bool) -> Tiles:
+    """(H, W, 3) uint8 -> its tiles (tile_size, tile_size, 3) uint8, and their grid.
+
+    `alone`: it is the prompt's only image; of several, `anyres` makes one tile each.
     """
-    scaled = (np.stack(CUT[spec.kind](image, spec, alone)).astype(np.float64) * spec.rescale_factor).astype(np.float32)
+    return CUT[spec.kind](image, spec, alone)
+
+
+def normalise(tiles: list[Uint8], spec: ImageSpec) -> Float:
+    """Tiles (tile_size, tile_size, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32."""
+    scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
     normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+
+def lay_out(runs: Sequence[Float], grid: tuple[int, int], spec: ImageSpec) -> Runs:
+    """Runs of an image's rows (n, D) -> the same with the token ids that stand around and between them.
+
+    Raises PackageError where ImageSpec.frames does not know `grid`, or as many runs.
+    """
+    if not spec.frames:
+        return list(runs)
+    between = {frame.grid: frame.between for frame in spec.frames}.get(grid, ())
+    if len(between) != len(runs) + 1:
+        raise PackageError(f"image: no frame for {len(runs)} runs of rows in a grid of {grid[0]}x{grid[1]} tiles")
+    laid: Runs = [list(between[0])]
+    for rows, ids in zip(runs, between[1:], strict=True):
+        laid += [rows, list(ids)]
+    return [run for run in laid if len(run)]
 
 
 def pack(features: Float, newline: Float, size: tuple[int, int], spec: ImageSpec) -> Float:
@@ -132,9 +161,9 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -
     return max(pinpoints, key=fit)  # the first of equals, as HF
 
 
-def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
+def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     if not alone or not _anyres(spec).grid_pinpoints:
-        return [_squeeze(_pad_to_square(image, spec), spec)]
+        return [_squeeze(_pad_to_square(image, spec), spec)], (1, 1)
     height, width = best_pinpoint((image.shape[0], image.shape[1]), _anyres(spec).grid_pinpoints)
     scale_h, scale_w = height / image.shape[0], width / image.shape[1]
     if scale_w < scale_h:
@@ -146,7 +175,7 @@ def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
     padded[top : top + fitted[0], left : left + fitted[1]] = _resize(image, *fitted, spec)
     n = spec.tile_size
     grid = [padded[y : y + n, x : x + n] for y in range(0, height, n) for x in range(0, width, n)]
-    return [_squeeze(image, spec), *grid]
+    return [_squeeze(image, spec), *grid], (1, 1)  # `pack` makes one run of them
 
 
 def _anyres(spec: ImageSpec) -> AnyresSpec:
@@ -168,15 +197,15 @@ def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
     return _resize(image, spec.tile_size, spec.tile_size, spec)
 
 
-def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> list[Uint8]:
+def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     """The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil)."""
     size, shortest = spec.tile_size, min(image.shape[:2])
     height, width = (int(size * side / shortest) for side in image.shape[:2])
     top, left = (height - size) // 2, (width - size) // 2
-    return [_resize(image, height, width, spec)[top : top + size, left : left + size]]
+    return [_resize(image, height, width, spec)[top : top + size, left : left + size]], (1, 1)
 
 
-CUT: dict[str, Callable[[Uint8, ImageSpec, bool], list[Uint8]]] = {"anyres": _anyres_tiles, "centre_crop": _centre_crop}
+CUT: dict[str, Callable[[Uint8, ImageSpec, bool], Tiles]] = {"anyres": _anyres_tiles, "centre_crop": _centre_crop}
 
 
 def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:

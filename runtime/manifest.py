@@ -106,6 +106,14 @@ class AnyresSpec:
 
 
 @dataclass(frozen=True)
+class FrameSpec:
+    """The token ids around and between the rows of an image: some before each of its runs of rows, some at the end."""
+
+    grid: tuple[int, int]  # of images cut into so many rows and columns of tiles
+    between: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """How an RGB image becomes pixel_values (see image.py).
 
@@ -120,6 +128,7 @@ class ImageSpec:
     rescale_factor: float
     resample: Resample
     anyres: AnyresSpec | None  # where kind is "anyres"
+    frames: tuple[FrameSpec, ...] = ()  # none: nothing stands around or between rows; else one for every grid there is
 
 
 @dataclass(frozen=True)
@@ -278,6 +287,10 @@ class Manifest:
                 need(anyres.tokens_per_side > 0 and anyres.max_tiles_side > 0, "image: a size is not positive")
                 whole = [n > 0 and n % self.image.tile_size == 0 for pair in anyres.grid_pinpoints for n in pair]
                 need(bool(whole) and all(whole), "image: grid_pinpoints must be given, in whole tiles")
+            grids = [frame.grid for frame in self.image.frames]
+            need(len(grids) == len(set(grids)), "image: two frames for one grid")
+            ids = [i for frame in self.image.frames for run in frame.between for i in run]
+            need(all(0 <= i < self.dims.vocab_size for i in ids), "image: a frame has an id outside the vocabulary")
         need(
             self.guarded == (self.prober is not None) == (self.refusal is not None),
             "'guarded', 'prober' and 'refusal' contradict each other",

@@ -35,7 +35,7 @@ from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.image import open_image, prepare
-from autosteer.runtime.manifest import Check, Manifest, Piece
+from autosteer.runtime.manifest import Check, FrameSpec, Manifest, Piece
 from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
@@ -346,10 +346,12 @@ def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
         return Piece("token", text, ids(text))
 
     assert spec.begin == (token("<s>"),)
-    assert spec.user.image == (token("<racm3:break>"), Piece("image"), token("<eoss>"))
+    assert spec.user.image == (Piece("image"),)
     assert spec.user.text == spec.assistant.text == (Piece("text"),)
     assert spec.user.suffix == spec.assistant.suffix == (token("<reserved08706>"),)
     assert (spec.generation, spec.images_first, spec.system) == ((), False, None)
+    assert (image := engine("plain").manifest.image) is not None
+    assert image.frames == (FrameSpec((1, 1), ((ids("<racm3:break>"),), (ids("<eoss>"),))),)
 
 
 def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:
@@ -359,9 +361,7 @@ def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:
     assert runs.count(IMAGE) == 1
     written = [i for run in runs if isinstance(run, list) for i in run]
     reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *FRAME.values(), *IMAGE_TOKENS)}
-    assert [tokenizer.id_to_token(i) for i in written if i in reserved] == [
-        *("<s>", "<racm3:break>", "<eoss>", "<reserved08706>")
-    ]
+    assert [tokenizer.id_to_token(i) for i in written if i in reserved] == ["<s>", "<reserved08706>"]
 
 
 def test_there_are_no_system_turns() -> None:

@@ -165,18 +165,26 @@ class Engine {
     if (!pictures.empty() && !manifest.image) throw InputError("this model takes no images");
     int64_t opening_tokens = 0;
     const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &opening_tokens);
-    std::vector<Rows> encoded;
+    std::vector<std::vector<Laid>> encoded;
     for (const Image& picture : pictures) encoded.push_back(encode_image(picture, pictures.size() == 1, stats));
     const Clock clock;
     Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
     std::vector<int64_t> text_rows;
     size_t image = 0;
+    const auto add = [&](const std::vector<int64_t>& ids, const Rows& rows) {
+      for (size_t i = 0; i < ids.size(); ++i) {
+        text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
+      }
+      prompt.inputs_embeds.append(rows.row(0), rows.count());
+      prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
+    };
     for (const Run& run : runs) {
       if (run.image && image == encoded.size()) throw PackageError("the prompt template asks for an image too many");
-      const Rows rows = run.image ? std::move(encoded[image++]) : embed(run.ids);
-      for (size_t i = 0; i < run.ids.size(); ++i) text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
-      prompt.inputs_embeds.append(rows.row(0), rows.count());
-      prompt.token_ids.insert(prompt.token_ids.end(), run.ids.begin(), run.ids.end());
+      if (!run.image) {
+        add(run.ids, embed(run.ids));
+        continue;
+      }
+      for (const Laid& part : encoded[image++]) add(part.ids, part.ids.empty() ? part.rows : embed(part.ids));
     }
     if (manifest.prober) {
       const int64_t last = prompt.inputs_embeds.count() + manifest.prober->token_offset;
@@ -193,16 +201,21 @@ class Engine {
     return prompt;
   }
 
-  /// One image -> its rows among the tokens (n, D).
-  Rows encode_image(const Image& picture, bool alone, Stats& stats) const {
+  /// One image -> what stands for it in the prompt: its rows, and token ids between.
+  std::vector<Laid> encode_image(const Image& picture, bool alone, Stats& stats) const {
     const Clock clock;
     const ImageSpec& spec = manifest.image.value();
-    const Rows pixel_values = autosteer::prepare(picture, spec, alone);
-    Rows rows = graphs_.count("image_tokenizer") ? embed(tokenize_image(pixel_values))
-                                                 : encode_tiles(pixel_values, picture.height, picture.width);
+    const Tiles tiles = cut(picture, spec, alone);
+    const Rows pixel_values = normalise(tiles.images, spec);
+    std::vector<Rows> rows;
+    if (graphs_.count("image_tokenizer")) {
+      rows.push_back(embed(tokenize_image(pixel_values)));
+    } else {
+      rows = encode_tiles(pixel_values, picture.height, picture.width);
+    }
     stats.image_tiles += pixel_values.count();
     stats.vision_ms += clock.ms();
-    return rows;
+    return lay_out(std::move(rows), tiles.grid, spec);
   }
 
   /// pixel_values (tiles, 3 * size * size) of one image -> its token ids, in order.
@@ -215,18 +228,27 @@ class Engine {
     return ids;
   }
 
-  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its rows among the tokens (n, D).
-  Rows encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
+  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile, or
+  /// one in all where `anyres` puts tiles together.
+  std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
     const ImageSpec& spec = manifest.image.value();
-    if (!spec.anyres) throw PackageError("image kind '" + spec.kind + "' has no layout for a vision_encoder");
     const int64_t depth = manifest.dims.hidden_size;
-    const int64_t rows_per_tile = spec.anyres->tokens_per_side * spec.anyres->tokens_per_side;
-    Rows features{depth, {}}, newline{depth, {}};
+    std::vector<Rows> runs;
+    Rows newline{depth, {}};
     run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t tiles, const auto& outputs) {
-      features.append(floats(outputs.at(0), tiles * rows_per_tile * depth, graph), tiles * rows_per_tile);
-      if (newline.data.empty()) newline.append(floats(outputs.at(1), depth, graph), 1);
+      const auto [features, count] = values<float>(outputs.at(0), graph);
+      const int64_t each = spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side
+                                       : count / (tiles * depth);
+      floats(outputs.at(0), tiles * each * depth, graph);  // or it throws
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        runs.push_back({depth, {features + tile * each * depth, features + (tile + 1) * each * depth}});
+      }
+      if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at(1), depth, graph), 1);
     });
-    return pack(features, newline, height, width, spec);
+    if (!spec.anyres) return runs;
+    Rows together{depth, {}};
+    for (const Rows& run : runs) together.append(run.row(0), run.count());
+    return {pack(together, newline, height, width, spec)};
   }
 
   /// Run an image graph, a few tiles at a time.

@@ -2,7 +2,8 @@
 // runtime/image.py. pixel_values are equal to Python's, bit for bit: the resampling below is Pillow's own fixed-point
 // arithmetic (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-// How an image is cut into tiles depends on ImageSpec.kind. `anyres` is LLaVA-OneVision's:
+// How an image is cut into tiles is found by ImageSpec.kind in kCut; tokens may stand around and between the tiles' rows
+// (ImageSpec.frames). `anyres` is LLaVA-OneVision's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -17,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <utility>
 #include <variant>
@@ -250,20 +252,26 @@ inline Image cut(const Image& image, int64_t top, int64_t left, int64_t height, 
   return out;
 }
 
+/// A picture, cut: its tiles, and the rows and columns of ImageSpec.frames.
+struct Tiles {
+  std::vector<Image> images;
+  std::array<int64_t, 2> grid{1, 1};
+};
+
 /// The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil).
-inline std::vector<Image> centre_crop(const Image& image, const ImageSpec& spec) {
+inline Tiles centre_crop(const Image& image, const ImageSpec& spec, bool) {
   const int64_t size = spec.tile_size, shortest = std::min(image.height, image.width);
   const auto scaled = [&](int64_t side) {
     return static_cast<int64_t>(static_cast<double>(size * side) / static_cast<double>(shortest));
   };
   const int64_t height = scaled(image.height), width = scaled(image.width);
-  std::vector<Image> tiles;
-  tiles.push_back(
-      cut(resize(image, height, width, spec.resample), (height - size) / 2, (width - size) / 2, size, size));
-  return tiles;
+  const Image scaled_picture = resize(image, height, width, spec.resample);
+  return {{cut(scaled_picture, (height - size) / 2, (width - size) / 2, size, size)}};
 }
 
-inline std::vector<Image> anyres_tiles(const Image& image, const ImageSpec& spec) {
+inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone) {
+  const int64_t n = spec.tile_size;
+  if (!alone) return {{resize(pad_to_square(image, spec), n, n, spec.resample)}};
   const auto [height, width] = best_pinpoint(image.height, image.width, spec.anyres.value());
   const double scale_h = static_cast<double>(height) / static_cast<double>(image.height);
   const double scale_w = static_cast<double>(width) / static_cast<double>(image.width);
@@ -275,31 +283,30 @@ inline std::vector<Image> anyres_tiles(const Image& image, const ImageSpec& spec
   }
   Image padded{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
   paste(resize(image, fitted_h, fitted_w, spec.resample), padded, (height - fitted_h) / 2, (width - fitted_w) / 2);
-  const int64_t n = spec.tile_size;
-  std::vector<Image> tiles = {resize(image, n, n, spec.resample)};
+  Tiles tiles{{resize(image, n, n, spec.resample)}};  // the grid is 1x1: `pack` makes one run of them
   for (int64_t y = 0; y < height; y += n) {
-    for (int64_t x = 0; x < width; x += n) tiles.push_back(cut(padded, y, x, n, n));
+    for (int64_t x = 0; x < width; x += n) tiles.images.push_back(cut(padded, y, x, n, n));
   }
   return tiles;
 }
 
-/// An image -> pixel_values, one row (3 * tile_size * tile_size) for each tile.
-/// `alone`: it is the prompt's only image; several images get one tile each.
-inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
+using Cut = Tiles (*)(const Image&, const ImageSpec&, bool alone);
+inline const std::map<std::string, Cut> kCut = {{"anyres", anyres_tiles}, {"centre_crop", centre_crop}};
+
+/// An image -> its tiles (tile_size, tile_size), and their grid.
+/// `alone`: it is the prompt's only image; of several, `anyres` makes one tile each.
+inline Tiles cut(const Image& image, const ImageSpec& spec, bool alone) {
+  return kCut.at(spec.kind)(image, spec, alone);
+}
+
+/// Tiles -> pixel_values, one row (3 * tile_size * tile_size) for each.
+inline Rows normalise(const std::vector<Image>& tiles, const ImageSpec& spec) {
   std::array<std::array<float, 256>, 3> value{};  // what each byte of each channel becomes
   for (size_t c = 0; c < 3; ++c) {
     for (size_t byte = 0; byte < 256; ++byte) {
       const auto scaled = static_cast<float>(static_cast<double>(byte) * spec.rescale_factor);
       value[c][byte] = (scaled - static_cast<float>(spec.mean[c])) / static_cast<float>(spec.std[c]);
     }
-  }
-  std::vector<Image> tiles;
-  if (spec.kind == "centre_crop") {
-    tiles = centre_crop(image, spec);
-  } else if (alone) {
-    tiles = anyres_tiles(image, spec);
-  } else {
-    tiles.push_back(resize(pad_to_square(image, spec), spec.tile_size, spec.tile_size, spec.resample));
   }
   Rows pixel_values{3 * spec.tile_size * spec.tile_size, {}};
   for (const Image& tile : tiles) {
@@ -308,6 +315,11 @@ inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
     }
   }
   return pixel_values;
+}
+
+/// An image -> pixel_values; see `cut`.
+inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
+  return normalise(cut(image, spec, alone).images, spec);
 }
 
 // --- features to rows
@@ -410,6 +422,31 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
     out.append(newline.row(0), 1);
   }
   return out;
+}
+
+/// A run of token ids, or of rows of an image.
+struct Laid {
+  std::vector<int64_t> ids;
+  Rows rows;
+};
+
+/// Runs of an image's rows -> the same with the token ids that stand around and between them.
+/// Throws PackageError where ImageSpec.frames does not know `grid`, or as many runs.
+inline std::vector<Laid> lay_out(std::vector<Rows> runs, const std::array<int64_t, 2>& grid, const ImageSpec& spec) {
+  std::vector<std::vector<int64_t>> between(spec.frames.empty() ? runs.size() + 1 : 0);
+  for (const FrameSpec& frame : spec.frames) {
+    if (frame.grid == grid) between = frame.between;
+  }
+  if (between.size() != runs.size() + 1) {
+    throw PackageError("image: no frame for " + std::to_string(runs.size()) + " runs of rows in a grid of " +
+                       std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + " tiles");
+  }
+  std::vector<Laid> laid;
+  for (size_t i = 0; i < between.size(); ++i) {
+    if (!between[i].empty()) laid.push_back({between[i], {}});
+    if (i < runs.size()) laid.push_back({{}, std::move(runs[i])});
+  }
+  return laid;
 }
 
 }  // namespace autosteer

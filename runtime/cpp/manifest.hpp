@@ -67,6 +67,12 @@ struct AnyresSpec {
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
 };
 
+/// The token ids around and between the rows of an image: some before each of its runs of rows, some at the end.
+struct FrameSpec {
+  std::array<int64_t, 2> grid;  ///< of images cut into so many rows and columns of tiles
+  std::vector<std::vector<int64_t>> between;
+};
+
 /// How an RGB image becomes pixel_values. The graph `vision_encoder` makes rows of them, `image_tokenizer` token ids.
 struct ImageSpec {
   std::string kind;   ///< anyres or centre_crop
@@ -75,6 +81,7 @@ struct ImageSpec {
   double rescale_factor;
   std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
   std::optional<AnyresSpec> anyres;
+  std::vector<FrameSpec> frames;  ///< none: nothing stands around or between rows; else one for every grid there is
 };
 
 /// One piece of a rendered prompt (see text.hpp).
@@ -306,15 +313,22 @@ inline AnyresSpec anyres(const Node& node) {
   return {node["tokens_per_side"].as_size(), node["grid_pinpoints"].list(pinpoint), node["max_tiles_side"].as_size()};
 }
 
+inline FrameSpec frame(const Node& node) {
+  node.object({"grid", "between"});
+  return {node["grid"].tuple<2>(as_int), node["between"].list([](const Node& ids) { return ids.list(as_int); })};
+}
+
 inline ImageSpec image(const Node& node) {
-  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"});
+  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"}, {"frames"});
   ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
                  node["rescale_factor"].as_float(),
                  node["resample"].as_one_of({"nearest", "lanczos", "bilinear", "bicubic"}),
-                 node["anyres"].optional(anyres)};
+                 node["anyres"].optional(anyres),
+                 {}};
+  if (node.has("frames")) spec.frames = node["frames"].list(frame);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
@@ -510,6 +524,13 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   for (const Piece& piece : pieces(m.prompt)) {
     need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
          "prompt: '" + piece.text + "' has an id outside the vocabulary");
+  }
+  std::set<std::array<int64_t, 2>> grids;
+  for (const FrameSpec& frame : m.image ? m.image->frames : std::vector<FrameSpec>()) {
+    need(grids.insert(frame.grid).second, "image: two frames for one grid");
+    for (const auto& ids : frame.between) {
+      for (const int64_t id : ids) need(0 <= id && id < m.dims.vocab_size, "image: a frame has an id outside the vocabulary");
+    }
   }
   for (const auto& [name, tensors] : expected_tensors(m)) {
     const GraphSpec& graph = m.graphs.at(name);
