@@ -150,11 +150,11 @@ def take_apart(processor: Any, end_token_ids: tuple[int, ...], folder: Path) -> 
     begin = one.removesuffix(user)
     if begin == one and user:
         raise UnsupportedModelError("the chat template writes the first user turn unlike later ones")
-    image = _image_part(renderer) if renderer.image_token else ""
+    image, lead = _image_part(renderer) if renderer.image_token else ("", "")
     spec = PromptSpec(
         begin=split(begin),
         system=_system_turn(renderer, split, user),
-        user=_turn(split, user, FIRST, image=image, lead=text_lead(renderer)),
+        user=_turn(split, user, FIRST, image=image, lead=lead, before_text=text_lead(renderer)),
         assistant=_turn(split, _after(two, one), REPLY),
         generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
         images_first=_images_first(renderer) if renderer.image_token else False,
@@ -233,13 +233,15 @@ def _after(longer: str, shorter: str) -> str:
     return longer[len(shorter) :]
 
 
-def _image_part(renderer: Renderer) -> str:
-    """What one image adds to a turn, found by comparing one image with none and two with one."""
-    none, one, two = (renderer.turns(("user", FIRST), images=n) for n in range(3))
-    added = _inserted(none, one)
-    if len(two) - len(one) != len(added) or added * 2 not in two:
+def _image_part(renderer: Renderer) -> tuple[str, str]:
+    """What one image adds to a turn, found by comparing two images with one; and what a turn without images has where
+    they would be ("User: hi", but "User:<image>hi").
+    """
+    none, one, two, three = (renderer.turns(("user", FIRST), images=n) for n in range(4))
+    added = _inserted(one, two)
+    if added not in one or added * 3 not in three:
         raise UnsupportedModelError("the chat template writes a second image unlike the first")
-    return added
+    return added, _inserted(one.replace(added, ""), none)
 
 
 def _inserted(shorter: str, longer: str) -> str:
@@ -272,16 +274,19 @@ def text_lead(renderer: Renderer) -> str:
     return text.split(FIRST)[1].split(SECOND)[0]
 
 
-def _turn(split: Any, text: str, marker: str, *, image: str = "", lead: str = "") -> TurnSpec:
-    """Cut a rendered turn at its marker; `lead` is the literal that belongs to the text part."""
+def _turn(split: Any, text: str, marker: str, *, image: str = "", lead: str = "", before_text: str = "") -> TurnSpec:
+    """Cut a rendered turn at its marker; `before_text` is the literal that belongs to each text, `lead` to a text that
+    comes first.
+    """
     before, after = text.split(marker)
-    if not before.endswith(lead):
+    if not before.endswith(lead + before_text):
         raise UnsupportedModelError("the chat template writes a turn's first text unlike its second")
     return TurnSpec(
-        prefix=split(before.removesuffix(lead)),
+        prefix=split(before.removesuffix(lead + before_text)),
         image=split(image),
-        text=(*split(lead), Piece("text")),
+        text=(*split(before_text), Piece("text")),
         suffix=split(after),
+        lead=split(lead),
     )
 
 

@@ -319,7 +319,7 @@ class Engine:
     def _encode_images(
         self, pictures: Sequence[images_.Uint8], stats: Stats, conversation: Conversation | None
     ) -> tuple[list[bytes], dict[bytes, images_.Runs]]:
-        """Digests of the pictures in order, and what `encode_image` makes of each; a conversation encodes none twice."""
+        """Digests of the pictures in order, and what `encode_image` makes of each: once in a conversation."""
         alone = len(pictures) == 1
         before = time.perf_counter()
         digests = [images_.digest(picture, alone=alone) for picture in pictures]

@@ -153,6 +153,7 @@ class TurnSpec:
     image: tuple[Piece, ...]
     text: tuple[Piece, ...]
     suffix: tuple[Piece, ...]
+    lead: tuple[Piece, ...] = ()  # between the prefix and a text, where the turn's first part is one
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class PromptSpec:
     def pieces(self) -> tuple[Piece, ...]:
         """Every piece of the template."""
         turns = [turn for turn in (self.system, self.user, self.assistant) if turn]
-        inside = [(*turn.prefix, *turn.image, *turn.text, *turn.suffix) for turn in turns]
+        inside = [(*turn.prefix, *turn.lead, *turn.image, *turn.text, *turn.suffix) for turn in turns]
         return (*self.begin, *(piece for turn in inside for piece in turn), *self.generation)
 
 

@@ -117,6 +117,8 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
         if spec.images_first:
             parts.sort(key=lambda part: isinstance(part, str))  # stable: images keep their order, then texts theirs
         yield from ((piece, "") for piece in turn.prefix)
+        if parts and isinstance(parts[0], str):
+            yield from ((piece, "") for piece in turn.lead)
         for part in parts:
             if isinstance(part, str):
                 text = part.strip() if spec.strip_text else part

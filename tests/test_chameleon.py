@@ -44,6 +44,7 @@ VARIANTS = ("plain", "swin")
 SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-chameleon-"))
 LAYERS, WIDTH, CODES, RESOLUTION, TOKENS = 4, 64, 64, 64, 64
 SPLIT = 2
+LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
 PROMPTS = 16
 IMAGE_TOKENS = image_token_names(np.random.default_rng(1).permutation(CODES))  # they stand in no order
 
@@ -61,7 +62,7 @@ def build_tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    bpe.train_from_iterator([LICENCE.read_text(encoding="utf-8")], trainer)
     bpe.add_tokens([AddedToken(name, normalized=False) for name in (*IMAGE_TOKENS, *FRAME.values())])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **ROLES)
@@ -119,6 +120,7 @@ def build_checkpoint(folder: Path, *, swin: bool) -> None:
                 parameter.normal_(0, 1)
             else:
                 parameter.normal_(0, 0.3 if "o_proj" in name else 0.1)
+        model.lm_head.weight[2] = 0  # </s>: answers do not end early
         vq = model.model.vqmodel
         z = (
             vq.quant_conv(vq.encoder(torch.rand(4, 3, RESOLUTION, RESOLUTION) * 2 - 1))

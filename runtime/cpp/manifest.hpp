@@ -93,6 +93,7 @@ struct Piece {
 
 struct TurnSpec {
   std::vector<Piece> prefix, image, text, suffix;
+  std::vector<Piece> lead;  ///< between the prefix and a text, where the turn's first part is one
 };
 
 struct PromptSpec {
@@ -351,8 +352,11 @@ inline Piece piece(const Node& node) {
 }
 
 inline TurnSpec turn(const Node& node) {
-  node.object({"prefix", "image", "text", "suffix"});
-  return {node["prefix"].list(piece), node["image"].list(piece), node["text"].list(piece), node["suffix"].list(piece)};
+  node.object({"prefix", "image", "text", "suffix"}, {"lead"});
+  TurnSpec turn{node["prefix"].list(piece), node["image"].list(piece), node["text"].list(piece),
+                node["suffix"].list(piece), {}};
+  if (node.has("lead")) turn.lead = node["lead"].list(piece);
+  return turn;
 }
 
 inline PromptSpec prompt(const Node& node) {
@@ -481,7 +485,7 @@ inline std::vector<Piece> pieces(const PromptSpec& prompt) {
   const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
   for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
     if (!turn) continue;
-    for (const auto* part : {&turn->prefix, &turn->image, &turn->text, &turn->suffix}) add(*part);
+    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->text, &turn->suffix}) add(*part);
   }
   add(prompt.generation);
   return all;

@@ -122,6 +122,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
       for (const Run& run : runs) count += run.ids.size();
       *opening_tokens = static_cast<int64_t>(count);
     }
+    if (!parts.empty() && std::holds_alternative<std::string>(*parts[0])) add_pieces(turn->lead);
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
         add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));
