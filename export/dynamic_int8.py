@@ -79,7 +79,10 @@ def _replace(
     }
     inputs = (codes, parts["codes"], c["int8.one"], parts["scales"], c["int8.zero"])
     product = _insert(graph, node, "MatMulIntegerToFloat", inputs, MICROSOFT, {})
-    node.outputs[0].replace_all_uses_with(_insert(graph, node, "Mul", (product, row_scale), "", {}))
+    old, new = node.outputs[0], _insert(graph, node, "Mul", (product, row_scale), "", {})
+    if old.is_graph_output():
+        (new.name, old.name), new.shape, new.type = (old.name, None), old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _insert(
