@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import GraphSpec, Precision
@@ -101,7 +102,48 @@ class VQTokenizer(ImageGraph):
         return (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
 
 
-WRAPPERS: dict[str, type[ImageGraph]] = {"tower_and_projector": TowerAndProjector, "vq_tokenizer": VQTokenizer}
+class TowerAndPixelShuffle(ImageGraph):
+    """SigLIP tower whose patches are merged by squares and projected (HF: Idefics3Model.get_image_features)."""
+
+    name, outputs, exact = "vision_encoder", ("image_features",), False
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        self.image_size = hf_model.config.vision_config.image_size
+        ids = self._position_ids(hf_model.config.vision_config)
+        self.constants = {"position_ids": ids}
+        self.register_buffer("position_ids", torch.zeros(ids.shape, dtype=torch.int64))
+
+    def _position_ids(self, vision_config: Any) -> npt.NDArray[np.int64]:
+        """HF's own: it finds a patch's place in float32, and misses by one in grids of some sizes (25, 31, 41, ...)."""
+        config = copy.copy(vision_config)
+        config.hidden_size = 1
+        side = self.image_size // config.patch_size
+        with unset_fake_temporarily(), torch.no_grad():
+            embeddings = type(self.model.vision_model.embeddings)(config)
+            embeddings.patch_embedding.weight.zero_()
+            embeddings.patch_embedding.bias.zero_()
+            embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+            whole = torch.ones(1, side, side, dtype=torch.bool)
+            positions = embeddings(torch.zeros(1, 3, self.image_size, self.image_size), whole)
+            return positions[0, :, 0].to(torch.int64).numpy()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D)"""
+        tower = self.model.vision_model
+        patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        hidden = patches + tower.embeddings.position_embedding(self.position_ids)
+        for layer in tower.encoder.layers:
+            hidden = layer(hidden, None)
+        return self.model.connector(tower.post_layernorm(hidden))
+
+
+WRAPPERS: dict[str, type[ImageGraph]] = {
+    "tower_and_projector": TowerAndProjector,
+    "tower_and_pixel_shuffle": TowerAndPixelShuffle,
+    "vq_tokenizer": VQTokenizer,
+}
 
 
 def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision) -> GraphSpec:

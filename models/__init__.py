@@ -3,11 +3,19 @@
 To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
 """
 
-from . import chameleon, llava_onevision, text_only
+from . import chameleon, idefics3, llava_onevision, text_only
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
-    f.model_type: f for f in (llava_onevision.FAMILY, chameleon.FAMILY, text_only.LLAMA, text_only.QWEN2)
+    family.model_type: family
+    for family in (
+        llava_onevision.FAMILY,
+        chameleon.FAMILY,
+        idefics3.IDEFICS3,
+        idefics3.SMOLVLM,
+        text_only.LLAMA,
+        text_only.QWEN2,
+    )
 }
 
 __all__ = ["FAMILIES", "Family"]

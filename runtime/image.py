@@ -205,7 +205,37 @@ def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     return [_resize(image, height, width, spec)[top : top + size, left : left + size]], (1, 1)
 
 
-CUT: dict[str, Callable[[Uint8, ImageSpec, bool], Tiles]] = {"anyres": _anyres_tiles, "centre_crop": _centre_crop}
+def _split(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
+    """Scaled to the longest edge, stretched to whole tiles and cut; the whole comes last, squeezed into one tile.
+
+    HF: Idefics3ImageProcessorPil.
+    """
+    assert spec.split is not None  # Manifest.load saw to it
+    n, edge, ratio = spec.tile_size, spec.split.longest_edge, image.shape[1] / image.shape[0]
+    even = int(edge / ratio if ratio >= 1 else edge * ratio)
+    even = max(even + even % 2, 1)
+    image = _resize(image, *((even, edge) if ratio >= 1 else (edge, even)), spec)
+    if not spec.split.tiles:
+        return [_squeeze(image, spec)], (1, 1)
+    height, width = image.shape[:2]
+    if width >= height:
+        columns = math.ceil(width / n)
+        rows = math.ceil(int(columns * n / (width / height)) / n)
+    else:
+        rows = math.ceil(height / n)
+        columns = math.ceil(int(rows * n * (width / height)) / n)
+    image = _resize(image, rows * n, columns * n, spec)
+    if (rows, columns) == (1, 1):
+        return [image], (1, 1)
+    grid = [image[y : y + n, x : x + n] for y in range(0, rows * n, n) for x in range(0, columns * n, n)]
+    return [*grid, _squeeze(image, spec)], (rows, columns)
+
+
+CUT: dict[str, Callable[[Uint8, ImageSpec, bool], Tiles]] = {
+    "anyres": _anyres_tiles,
+    "centre_crop": _centre_crop,
+    "split": _split,
+}
 
 
 def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:

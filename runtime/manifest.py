@@ -106,6 +106,14 @@ class AnyresSpec:
 
 
 @dataclass(frozen=True)
+class SplitSpec:
+    """How ImageSpec.kind "split" cuts an image into tiles and the whole."""
+
+    longest_edge: int  # pixels; every picture is first scaled to it
+    tiles: bool  # false: the whole only
+
+
+@dataclass(frozen=True)
 class FrameSpec:
     """The token ids around and between the rows of an image: some before each of its runs of rows, some at the end."""
 
@@ -121,13 +129,14 @@ class ImageSpec:
     token ids, which go through embed_tokens like any other.
     """
 
-    kind: Literal["anyres", "centre_crop"]
+    kind: Literal["anyres", "centre_crop", "split"]
     tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Resample
     anyres: AnyresSpec | None  # where kind is "anyres"
+    split: SplitSpec | None = None  # where kind is "split"
     frames: tuple[FrameSpec, ...] = ()  # none: nothing stands around or between rows; else one for every grid there is
 
 
@@ -283,6 +292,8 @@ class Manifest:
         )
         if self.image:
             need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
+            need((self.image.kind == "split") == (self.image.split is not None), "image: 'kind' and 'split' differ")
+            need(self.image.split is None or self.image.split.longest_edge > 0, "image: longest_edge is not positive")
             need(self.image.tile_size > 0 and 0.0 not in self.image.std, "image: tile_size or std is zero")
             if anyres := self.image.anyres:
                 need(anyres.tokens_per_side > 0 and anyres.max_tiles_side > 0, "image: a size is not positive")

@@ -36,10 +36,10 @@ from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime import Engine, GatePolicy, Message, SamplingConfig
 from autosteer.runtime.cli import answer_json
-from autosteer.runtime.errors import AutoSteerError
+from autosteer.runtime.errors import AutoSteerError, PackageError
 from autosteer.runtime.gate import Mode, decide
 from autosteer.runtime.image import open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, GraphSpec, ImageSpec, Manifest, TensorSpec
+from autosteer.runtime.manifest import AnyresSpec, FrameSpec, GraphSpec, ImageSpec, Manifest, SplitSpec, TensorSpec
 from autosteer.runtime.text import Detokeniser, ImagePart, load_tokenizer
 
 CPP = Path(__file__).resolve().parents[1] / "runtime" / "cpp"
@@ -434,7 +434,13 @@ def test_resizing_is_pillows_to_the_byte(parts, tmp_path, resample):
 
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(
-    "spec", [SPEC, replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078)]
+    "spec",
+    [
+        SPEC,
+        replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078),
+        replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
+        replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
+    ],
 )
 def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone):
     commands, expected = [], []
@@ -794,6 +800,43 @@ def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
         expected = python_json(engine, "look", images=[picture, other], sampling=SamplingConfig(max_tokens=5))
         assert timeless(json.loads(done.stdout)) == expected
         assert expected["timings"]["image_tiles"] == 2
+
+
+def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_path):
+    """A toy that splits pictures (SmolVLM's kind of model), with words before each tile that tell its place."""
+    folder = tmp_path / "package"
+    manifest = use_byte_level_words(folder, toy.build(folder))
+    grids = [(rows, columns) for rows in range(1, 4) for columns in range(1, 4)]
+
+    def words(rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+        tiles = rows * columns + (rows * columns > 1)
+        return (*((tile % 5,) * (1 + tile % 2) for tile in range(tiles)), (rows, columns))
+
+    image = replace(
+        toy.IMAGE,
+        kind="split",
+        anyres=None,
+        resample="lanczos",
+        split=SplitSpec(longest_edge=12, tiles=True),
+        frames=tuple(FrameSpec(grid, words(*grid)) for grid in grids),
+    )
+    replace(manifest, image=image, dims=replace(manifest.dims, context_length=200)).save(folder)
+    engine = Engine.load(folder, device="cpu", threads=1)
+    lengths = set()
+    for i, (width, height) in enumerate(SIZES[1:]):
+        picture = tmp_path / f"{i}.png"
+        Image.fromarray(noise(width, height)).save(picture)
+        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(picture), "--max-tokens", "5")
+        assert done.returncode == 0, done.stderr
+        expected = python_json(engine, "look", images=[picture, picture], sampling=SamplingConfig(max_tokens=5))
+        assert timeless(json.loads(done.stdout)) == expected
+        lengths.add(expected["timings"]["prompt_tokens"])
+    assert len(lengths) > 2
+    replace(manifest, image=replace(image, frames=image.frames[:1])).save(folder)
+    done = cli(built, folder, "-p", "look", "-i", str(picture))
+    assert (done.returncode, "no frame for" in done.stderr) == (3, True)
+    with pytest.raises(PackageError, match="no frame for"):
+        Engine.load(folder, device="cpu").generate("look", images=[picture])
 
 
 def test_command_prints_the_json_of_autosteer_run(built, toy_package, toy_engine):

@@ -237,7 +237,10 @@ def test_key_given_twice_is_refused(folder):
 
 def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
-    optional, data = {"tokenizer", "text", "id", "formula", "frames", "lead"}, {"versions", "validation", "calibration"}
+    optional, data = (
+        {"tokenizer", "text", "id", "formula", "frames", "lead", "split"},
+        {"versions", "validation", "calibration"},
+    )
     named = [keys for keys in kinds(document) if isinstance(keys[-1], str) and keys[-1] not in optional]
     needed = [keys for keys in named if data.isdisjoint(keys[:-1])]
     assert len(needed) > 80

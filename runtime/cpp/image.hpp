@@ -290,8 +290,39 @@ inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone)
   return tiles;
 }
 
+/// Scaled to the longest edge, stretched to whole tiles and cut; the whole comes last, squeezed into one tile
+/// (HF: Idefics3ImageProcessorPil).
+inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
+  const int64_t n = spec.tile_size, edge = spec.split.value().longest_edge;
+  const auto squeeze = [&](const Image& whole) { return resize(whole, n, n, spec.resample); };
+  const auto ratio = [](const Image& of) { return static_cast<double>(of.width) / static_cast<double>(of.height); };
+  const auto tiles_for = [&](double pixels) {
+    return (static_cast<int64_t>(pixels) + n - 1) / n;  // whole pixels, then whole tiles
+  };
+  const double r = ratio(image), long_edge = static_cast<double>(edge);
+  int64_t even = static_cast<int64_t>(r >= 1 ? long_edge / r : long_edge * r);
+  even = std::max<int64_t>(even + even % 2, 1);
+  const Image scaled = r >= 1 ? resize(image, even, edge, spec.resample) : resize(image, edge, even, spec.resample);
+  if (!spec.split->tiles) return {{squeeze(scaled)}};
+  int64_t rows = (scaled.height + n - 1) / n, columns = (scaled.width + n - 1) / n;
+  if (scaled.width >= scaled.height) {
+    rows = tiles_for(static_cast<double>(columns * n) / ratio(scaled));
+  } else {
+    columns = tiles_for(static_cast<double>(rows * n) * ratio(scaled));
+  }
+  const Image stretched = resize(scaled, rows * n, columns * n, spec.resample);
+  if (rows == 1 && columns == 1) return {{stretched}};
+  Tiles tiles{{}, {rows, columns}};
+  for (int64_t y = 0; y < rows; ++y) {
+    for (int64_t x = 0; x < columns; ++x) tiles.images.push_back(cut(stretched, y * n, x * n, n, n));
+  }
+  tiles.images.push_back(squeeze(stretched));
+  return tiles;
+}
+
 using Cut = Tiles (*)(const Image&, const ImageSpec&, bool alone);
-inline const std::map<std::string, Cut> kCut = {{"anyres", anyres_tiles}, {"centre_crop", centre_crop}};
+inline const std::map<std::string, Cut> kCut = {
+    {"anyres", anyres_tiles}, {"centre_crop", centre_crop}, {"split", split_tiles}};
 
 /// An image -> its tiles (tile_size, tile_size), and their grid.
 /// `alone`: it is the prompt's only image; of several, `anyres` makes one tile each.

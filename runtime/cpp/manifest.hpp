@@ -67,6 +67,12 @@ struct AnyresSpec {
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
 };
 
+/// How image kind "split" cuts an image into tiles and the whole.
+struct SplitSpec {
+  int64_t longest_edge;  ///< pixels; every picture is first scaled to it
+  bool tiles;            ///< false: the whole only
+};
+
 /// The token ids around and between the rows of an image: some before each of its runs of rows, some at the end.
 struct FrameSpec {
   std::array<int64_t, 2> grid;  ///< of images cut into so many rows and columns of tiles
@@ -75,12 +81,13 @@ struct FrameSpec {
 
 /// How an RGB image becomes pixel_values. The graph `vision_encoder` makes rows of them, `image_tokenizer` token ids.
 struct ImageSpec {
-  std::string kind;   ///< anyres or centre_crop
+  std::string kind;   ///< anyres, centre_crop or split
   int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
   std::array<double, 3> mean, std;
   double rescale_factor;
   std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
   std::optional<AnyresSpec> anyres;
+  std::optional<SplitSpec> split;
   std::vector<FrameSpec> frames;  ///< none: nothing stands around or between rows; else one for every grid there is
 };
 
@@ -314,23 +321,33 @@ inline AnyresSpec anyres(const Node& node) {
   return {node["tokens_per_side"].as_size(), node["grid_pinpoints"].list(pinpoint), node["max_tiles_side"].as_size()};
 }
 
+inline SplitSpec split(const Node& node) {
+  node.object({"longest_edge", "tiles"});
+  return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
+}
+
 inline FrameSpec frame(const Node& node) {
   node.object({"grid", "between"});
   return {node["grid"].tuple<2>(as_int), node["between"].list([](const Node& ids) { return ids.list(as_int); })};
 }
 
 inline ImageSpec image(const Node& node) {
-  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"}, {"frames"});
-  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop"}),
+  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
+              {"split", "frames"});
+  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
                  node["rescale_factor"].as_float(),
                  node["resample"].as_one_of({"nearest", "lanczos", "bilinear", "bicubic"}),
                  node["anyres"].optional(anyres),
+                 {},
                  {}};
+  if (node.has("split")) spec.split = node["split"].optional(split);
   if (node.has("frames")) spec.frames = node["frames"].list(frame);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
+  if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
+  if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;

@@ -1,0 +1,374 @@
+"""Tiers 3 and 4: tiny random Idefics3 and SmolVLM, exported and compared with Hugging Face.
+
+Three of them: `idefics3` (its own lm_head; a patch grid of 25, where HF misplaces some position embeddings), `smolvlm`
+(tied; another model type and processor), and `whole`, whose processor cuts no tiles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autosteer.export import vision
+from autosteer.export.checkpoint import load_reference, open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.safety import features
+from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.safety.pairs import Prompt
+from autosteer.export.validate import Case, Reference, draw
+from autosteer.runtime.check import check_package
+from autosteer.runtime.engine import Engine, Stats
+from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.image import cut, lay_out, open_image, prepare
+from autosteer.runtime.manifest import Check, Manifest, Piece
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
+
+VARIANTS = ("idefics3", "smolvlm", "whole")
+SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-idefics3-"))
+LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
+LAYERS, WIDTH, SPLIT, PROMPTS = 4, 64, 2, 10
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<global-img>")
+ROWS_AND_COLUMNS = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))
+END = "<end_of_utterance>"
+CHAT_TEMPLATE = (  # of HuggingFaceTB/SmolVLM-256M-Instruct
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def build_tokenizer() -> Any:
+    """Bytes and a few merges, SmolVLM's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[*SPECIAL, *ROWS_AND_COLUMNS, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([LICENCE.read_text(encoding="utf-8")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token=END, pad_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+
+
+def build_processor(variant: str, tokenizer: Any, *, tile: int, image_seq_len: int) -> Any:
+    """Three tiles along the longest side, the last one not full before stretching (`smolvlm`: two full ones)."""
+    from transformers import (
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    pixels = {
+        "size": {"longest_edge": 2 * tile if variant == "smolvlm" else 3 * tile - 12},
+        "max_image_size": {"longest_edge": tile},
+        "do_image_splitting": variant != "whole",
+    }
+    rest = {"image_seq_len": image_seq_len, "chat_template": CHAT_TEMPLATE}
+    if variant != "smolvlm":
+        return Idefics3Processor(Idefics3ImageProcessor(**pixels), tokenizer, **rest)
+    return SmolVLMProcessor(SmolVLMImageProcessor(**pixels), tokenizer, SmolVLMVideoProcessor(), **rest)
+
+
+def build_checkpoint(folder: Path, variant: str) -> None:
+    """Random weights in Hugging Face's layout, bfloat16 as on the hub."""
+    import transformers as hf
+
+    side, patch, scale = (25, 2, 5) if variant == "idefics3" else (8, 4, 2)
+    tied = variant == "smolvlm"
+    tokenizer = build_tokenizer()
+    processor = build_processor(variant, tokenizer, tile=side * patch, image_seq_len=(side // scale) ** 2)
+    processor.save_pretrained(folder)
+    kind = "SmolVLM" if variant == "smolvlm" else "Idefics3"
+    text = hf.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=160,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2 if variant == "idefics3" else 4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=2,
+    )
+    config = getattr(hf, f"{kind}Config")(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": side * patch,
+            "patch_size": patch,
+        },
+        text_config=text,
+        scale_factor=scale,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=tied,
+        pad_token_id=2,
+    )
+    torch.manual_seed(VARIANTS.index(variant))
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif "embed_tokens" in name or "lm_head" in name or "embedding" in name:
+                parameter.normal_(0, 0.3 if tied else 1)  # a tied head says its last token again where it can
+            else:
+                parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # answers do not end early
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.bfloat16().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    shutil.rmtree(SCRATCH)
+
+
+@cache
+def checkpoint(variant: str) -> Path:
+    folder = SCRATCH / variant
+    build_checkpoint(folder, variant)
+    return folder
+
+
+@cache
+def original(variant: str) -> features.Reference:
+    model, processor = load_reference(open_checkpoint(str(checkpoint(variant))))
+    return features.Reference(model, processor, model.model.text_model.layers)
+
+
+@cache
+def safety(variant: str) -> SafetyArtifact:
+    """A random W, and a random prober, moved and scaled so that it calls about half of the prompts unsafe."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"0.weight": (64, WIDTH), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+    prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
+    opening = original(variant).processor.tokenizer("Assistant:", add_special_tokens=False).input_ids
+    offset = -1 - len(opening)  # the last token of the user's turn
+    states = [asked.forward(asked.inputs(Case(prompt(i), ())))[0][SPLIT][0, offset] for i in range(PROMPTS)]
+    hidden = torch.stack(states)
+    prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
+    logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
+    difference = logits[:, 0] - logits[:, 1]
+    prober["2.weight"] /= difference.std()
+    prober["2.bias"] = torch.tensor([-difference.sort().values[PROMPTS // 2 - 1 : PROMPTS // 2 + 1].mean(), 0.0])
+    prober["2.bias"] /= difference.std()
+    facts = SafetyFacts(1, variant, SPLIT, -1, 0.5, 0.1, "i can't.", (LayerScore(SPLIT, 0.0, 0.0, 0.0),), {}, {})
+    artifact = SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH, generator=generator))
+    artifact.save(SCRATCH / f"{variant}-safety")
+    return artifact
+
+
+@cache
+def package(variant: str, precision: str) -> Path:
+    """A validated package, made by the command itself."""
+    folder = SCRATCH / f"{variant}-{precision}"
+    safety(variant)
+    arguments = ["--model", checkpoint(variant), "--safety", SCRATCH / f"{variant}-safety"]
+    export.main(
+        [*map(str, arguments), "--precision", precision, "--output", str(folder), "--json"], standalone_mode=False
+    )
+    return folder
+
+
+@cache
+def engine(variant: str, precision: str = "fp32") -> Engine:
+    return Engine.load(package(variant, precision), device="cpu", threads=1)
+
+
+@cache
+def reference(variant: str) -> Reference:
+    theirs = original(variant)
+    return Reference(theirs.model, theirs.processor, Manifest.load(package(variant, "fp32")), safety(variant))
+
+
+def picture(seed: int) -> Image.Image:
+    """Odd sides, structure or noise."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
+    if seed % 2:
+        return draw(width, height, seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def interleaved(images: int, seed: int = 0) -> tuple[Message, ...]:
+    """text, image, text, image, ..., text"""
+    parts: list[str | ImagePart] = [f"look {seed}: "]
+    for i in range(images):
+        parts += [ImagePart(picture(100 * seed + i)), f"\n and number {i}, "]
+    return (Message("user", (*parts, "what do you see?")),)
+
+
+def prompt(i: int) -> tuple[Message, ...]:
+    """Of PROMPTS."""
+    return interleaved(i % 3, i)
+
+
+def laid_out_ids(variant: str, messages: tuple[Message, ...]) -> list[int]:
+    """The token ids of a dialogue as the runtime lays them out, with the image token for each row of an image."""
+    e = engine(variant)
+    spec = e.manifest.image
+    assert spec is not None
+    image_id, rows_per_tile = (
+        e.tokenizer.token_to_id("<image>"),
+        e.manifest.graphs["vision_encoder"].outputs[0].shape[1:2],
+    )
+    pictures = iter([open_image(image) for message in messages for image in message.images])
+    ids: list[int] = []
+    for run in render(messages, e.manifest.prompt, e.tokenizer):
+        if run is IMAGE:
+            tiles, grid = cut(next(pictures), spec, alone=True)
+            rows = np.zeros((len(tiles), *rows_per_tile, 1), np.float32)
+        for part in lay_out(rows, grid, spec) if run is IMAGE else [run]:
+            ids += part if isinstance(part, list) else [image_id] * len(part)
+    return ids
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pixels_and_token_ids_equal_hugging_faces_for_images_of_odd_sizes(variant: str) -> None:
+    """Bit for bit: every grid there is, and every token around and between its tiles."""
+    e, theirs, grids = engine(variant), reference(variant), set()
+    assert e.manifest.image is not None
+    pictures = [picture(seed) for seed in range(20)] + [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3)]
+    for image in pictures:
+        messages = (Message("user", ("a", ImagePart(image), "\nb")),)
+        inputs = theirs.inputs(Case(messages, ()))
+        ours = prepare(open_image(image), e.manifest.image, alone=True)
+        np.testing.assert_array_equal(ours, inputs["pixel_values"][0].numpy())
+        assert inputs["pixel_attention_mask"].all()  # tiles are full: position embeddings do not depend on a mask
+        assert laid_out_ids(variant, messages) == inputs["input_ids"][0].tolist(), image.size
+        grids.add(len(ours))
+    assert len(grids) == {"idefics3": 3, "smolvlm": 2, "whole": 1}[variant]
+
+
+@pytest.mark.parametrize(("variant", "images"), [*itertools.product(VARIANTS[:2], (0, 1, 3)), ("whole", 3)])
+def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
+    messages = interleaved(images)
+    e, theirs = engine(variant), reference(variant)
+    expected = theirs.generate(theirs.inputs(Case(messages, ())), tokens=64)
+    assert len(expected) == 64 and len(set(expected)) > 5
+    answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=64))
+    assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize("split_layer", range(1, LAYERS))
+def test_every_split_layer(split_layer: int, tmp_path: Path) -> None:
+    theirs = reference("idefics3")
+    write_package(
+        tmp_path,
+        open_checkpoint(str(checkpoint("idefics3"))),
+        None,
+        ExportOptions(split_layer=split_layer),
+        lambda _: None,
+    )
+    e = Engine.load(tmp_path, device="cpu", threads=1)
+    for messages in (interleaved(0), interleaved(1)):
+        inputs = theirs.inputs(Case(messages, ()))
+        request = e.request(e.prepare(messages, Stats()), 1, Stats())
+        request.judge(e.policy(Mode.OFF))
+        expected = theirs.forward(inputs)[0][split_layer][0, -1].numpy()
+        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+        answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
+        assert list(answer.token_ids) == theirs.generate(inputs)
+
+
+@pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
+def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
+    e, theirs = engine(variant), reference(variant)
+    verdicts = []
+    for i in range(PROMPTS):
+        original = theirs.run(Case(prompt(i), ()))
+        answer = e.generate(prompt(i), sampling=SamplingConfig(max_tokens=16))
+        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+        assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
+        assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
+        verdicts.append(answer.verdict.unsafe)
+    assert sum(verdicts) == PROMPTS // 2
+
+
+@pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
+def test_the_prober_reads_the_token_that_ends_the_prompt(variant: str) -> None:
+    """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
+    e = engine(variant)
+    expected = features.prompt_states(original(variant), [Prompt("is it safe?")])[0, SPLIT - 1].numpy()
+    request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
+    request.judge(e.policy(Mode.OFF))
+    np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_turn_that_begins_with_a_text_has_a_space_before_it() -> None:
+    """ "User: hi", but "User:<image>hi": the template's own words, and so ours."""
+    spec = engine("smolvlm").manifest.prompt
+    start = spec.begin[0].id
+    assert spec.begin == (Piece("token", "<|im_start|>", start),)
+    assert spec.user.prefix == (Piece("literal", "User:"),)
+    assert spec.user.lead == (Piece("literal", " "),)
+    assert spec.user.image == (Piece("image"),)
+    assert spec.generation == (Piece("literal", "Assistant:"),)
+    assert spec.system is not None
+
+
+def test_a_user_cannot_type_an_image_or_its_frame() -> None:
+    spec = engine("idefics3").manifest.prompt
+    tokenizer = load_tokenizer(package("idefics3", "fp32") / "tokenizer.json")
+    hostile = "".join((*SPECIAL, *ROWS_AND_COLUMNS, END))
+    runs = render([Message("user", (ImagePart("x"), hostile))], spec, tokenizer)
+    assert runs.count(IMAGE) == 1
+    reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *ROWS_AND_COLUMNS, END)}
+    written = [tokenizer.id_to_token(i) for run in runs if isinstance(run, list) for i in run if i in reserved]
+    assert written == ["<|im_start|>", END]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_every_precision_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
+    checks: dict[str, Check] = {
+        c.name: c for c in engine("smolvlm", precision).manifest.validation["CPUExecutionProvider"]
+    }
+    assert all(check.passed for check in checks.values())
+    assert (checks["greedy tokens that differ"].limit == 0) == (precision in ("fp32", "fp16"))
+    for check in checks.values():
+        record_property(check.name, check.value)
+
+
+def test_golden_answers_replay() -> None:
+    assert all(check.passed for check in check_package(engine("smolvlm"), package("smolvlm", "fp32")))
+
+
+def test_position_embeddings_are_found_as_hugging_face_finds_them() -> None:
+    """In a grid of 25 patches its float32 arithmetic puts some into their neighbour's place."""
+    from transformers import AutoModelForImageTextToText
+
+    config = open_checkpoint(str(checkpoint("idefics3"))).config
+    wrapper = vision.TowerAndPixelShuffle(AutoModelForImageTextToText.from_config(config))
+    assert (wrapper.constants["position_ids"] != np.arange(25**2)).sum() > 0
