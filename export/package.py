@@ -63,8 +63,8 @@ def write_package(
     chosen = recipe(options.precision, block_size=options.block_size, image=options.image_precision)
     report("prompt template")
     processor = load_processor(checkpoint)
-    image = image_spec(checkpoint, processor)
-    framing = tuple(i for frame in (image.frames if image else ()) for ids in frame.between for i in ids)
+    pictures = image_spec(checkpoint, processor)
+    framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
     prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing))
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
     store = WeightStore(folder, checkpoint)
@@ -95,7 +95,7 @@ def write_package(
         ),
         kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
         prompt=prompt_spec,
-        image=image,
+        image=pictures,
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),

@@ -824,11 +824,12 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
     engine = Engine.load(folder, device="cpu", threads=1)
     lengths = set()
     for i, (width, height) in enumerate(SIZES[1:]):
-        picture = tmp_path / f"{i}.png"
+        picture, other = tmp_path / f"{i}.png", tmp_path / f"{i}-turned.png"
         Image.fromarray(noise(width, height)).save(picture)
-        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(picture), "--max-tokens", "5")
+        Image.fromarray(noise(width, height).transpose(1, 0, 2)).save(other)
+        done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(other), "--max-tokens", "5")
         assert done.returncode == 0, done.stderr
-        expected = python_json(engine, "look", images=[picture, picture], sampling=SamplingConfig(max_tokens=5))
+        expected = python_json(engine, "look", images=[picture, other], sampling=SamplingConfig(max_tokens=5))
         assert timeless(json.loads(done.stdout)) == expected
         lengths.add(expected["timings"]["prompt_tokens"])
     assert len(lengths) > 2
