@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.runtime.image import open_image
+from autosteer.runtime.image import cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, opening_tokens
 
@@ -251,8 +251,17 @@ class Reference:
         image = getattr(self.processor, "image_token_id", None)
         text = torch.arange(len(ids)) if image is None else (ids != image).nonzero()[:, 0]
         tokenizer = self.processor.tokenizer.backend_tokenizer
-        rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) :]
+        rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) + self._framing(case) :]
         return rows[rows <= last]
+
+    def _framing(self, case: Case) -> int:
+        """Token ids that frame the images of earlier turns."""
+        spec, alone = self.manifest.image, len(case.images) == 1
+        if spec is None or not spec.frames:
+            return 0
+        length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames}
+        earlier = [image for message in case.messages[:-1] for image in message.images]
+        return sum(length[cut(open_image(image), spec, alone=alone)[1]] for image in earlier)
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:

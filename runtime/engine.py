@@ -284,6 +284,8 @@ class Engine:
             raise InputError("this model takes no images")
         runs = render(messages, self.manifest.prompt, self.tokenizer)
         digests, encoded = self._encode_images(pictures, stats, conversation)
+        earlier = digests[: sum(len(message.images) for message in messages[:-1])]
+        framing = sum(len(part) for digest in earlier for part in encoded[digest] if isinstance(part, list))
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
@@ -302,18 +304,18 @@ class Engine:
         embeds = np.concatenate(rows)[None]
         stats.embed_ms = _ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, keys))
+        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, keys, framing))
 
-    def _probed_rows(self, messages: Sequence[Message], keys: Sequence[Key]) -> list[int]:
+    def _probed_rows(self, messages: Sequence[Message], keys: Sequence[Key], framing: int) -> list[int]:
         """The rows of a prompt that the prober reads. Pictures are not in a mean: their many rows would drown
-        the text, whose rows have seen them.
+        the text, whose rows have seen them. `framing` token ids frame the pictures of earlier turns.
         """
         prober = self.manifest.prober
         last = len(keys) + (prober.token_offset if prober else -1)
         if prober is None or prober.pooling == "last":
             return [last] if last >= 0 else []
         text = [row for row, key in enumerate(keys) if isinstance(key, int)]
-        before = opening_tokens(messages, self.manifest.prompt, self.tokenizer)
+        before = opening_tokens(messages, self.manifest.prompt, self.tokenizer) + framing
         return [row for row in text[before:] if row <= last]
 
     def _encode_images(

@@ -805,7 +805,7 @@ def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
 def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_path):
     """A toy that splits pictures (SmolVLM's kind of model), with words before each tile that tell its place."""
     folder = tmp_path / "package"
-    manifest = use_byte_level_words(folder, toy.build(folder))
+    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200))
     grids = [(rows, columns) for rows in range(1, 4) for columns in range(1, 4)]
 
     def words(rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
@@ -820,7 +820,7 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
         split=SplitSpec(longest_edge=12, tiles=True),
         frames=tuple(FrameSpec(grid, words(*grid)) for grid in grids),
     )
-    replace(manifest, image=image, dims=replace(manifest.dims, context_length=200)).save(folder)
+    replace(manifest, image=image).save(folder)
     engine = Engine.load(folder, device="cpu", threads=1)
     lengths = set()
     for i, (width, height) in enumerate(SIZES[1:]):

@@ -170,7 +170,12 @@ class Engine {
     const Clock clock;
     Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
     std::vector<int64_t> text_rows;
-    size_t image = 0;
+    size_t image = 0, earlier = 0;  // images; those of earlier turns
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        earlier += &message != &messages.back() && std::holds_alternative<ImageLike>(part) ? 1 : 0;
+      }
+    }
     const auto add = [&](const std::vector<int64_t>& ids, const Rows& rows) {
       for (size_t i = 0; i < ids.size(); ++i) {
         text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
@@ -184,7 +189,11 @@ class Engine {
         add(run.ids, embed(run.ids));
         continue;
       }
-      for (const Laid& part : encoded[image++]) add(part.ids, part.ids.empty() ? part.rows : embed(part.ids));
+      for (const Laid& part : encoded[image]) {
+        if (image < earlier) opening_tokens += static_cast<int64_t>(part.ids.size());
+        add(part.ids, part.ids.empty() ? part.rows : embed(part.ids));
+      }
+      ++image;
     }
     if (manifest.prober) {
       const int64_t last = prompt.inputs_embeds.count() + manifest.prober->token_offset;
