@@ -23,10 +23,11 @@ from autosteer.export import vision
 from autosteer.export.checkpoint import open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.reference import Case, Reference
 from autosteer.export.safety import features
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validate import Case, Reference, draw
+from autosteer.export.validate import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, is_safe
@@ -39,7 +40,7 @@ from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, re
 VARIANTS = ("idefics3", "smolvlm", "whole")
 SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-idefics3-"))
 LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
-LAYERS, WIDTH, SPLIT, PROMPTS = 4, 64, 2, 10
+LAYERS, WIDTH, SPLIT, PROMPTS = 4, 64, 2, 8
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<global-img>")
 ROWS_AND_COLUMNS = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))
 END = "<end_of_utterance>"
@@ -176,7 +177,7 @@ def safety(variant: str) -> SafetyArtifact:
     asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
     opening = original(variant).processor.tokenizer("Assistant:", add_special_tokens=False).input_ids
     offset = -1 - len(opening)  # the last token of the user's turn
-    states = [asked.forward(asked.inputs(Case(prompt(i), ())))[0][SPLIT][0, offset] for i in range(PROMPTS)]
+    states = [asked.look(asked.inputs(Case(prompt(i), ())), [SPLIT]).entering[SPLIT][offset] for i in range(PROMPTS)]
     hidden = torch.stack(states)
     prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
     logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
@@ -262,8 +263,8 @@ def test_pixels_and_token_ids_equal_hugging_faces_for_images_of_odd_sizes(varian
     """Bit for bit: every grid there is, and every token around and between its tiles."""
     e, theirs, grids = engine(variant), reference(variant), set()
     assert e.manifest.image is not None
-    pictures = [picture(seed) for seed in range(20)] + [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3)]
-    for image in pictures:
+    drawn = [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3), draw(150, 100, 4)]
+    for image in [picture(seed) for seed in range(6)] + drawn:
         messages = (Message("user", ("a", ImagePart(image), "\nb")),)
         inputs = theirs.inputs(Case(messages, ()))
         ours = prepare(open_image(image), e.manifest.image, alone=True)
@@ -284,8 +285,8 @@ def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant:
     assert list(answer.token_ids) == expected
 
 
-@pytest.mark.parametrize("split_layer", range(1, LAYERS))
-def test_every_split_layer(split_layer: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split_layer", [1, LAYERS - 1])
+def test_other_split_layers(split_layer: int, tmp_path: Path) -> None:
     theirs = reference("idefics3")
     write_package(
         tmp_path,
@@ -299,7 +300,7 @@ def test_every_split_layer(split_layer: int, tmp_path: Path) -> None:
         inputs = theirs.inputs(Case(messages, ()))
         request = e.request(e.prepare(messages, Stats()), 1, Stats())
         request.judge(e.policy(Mode.OFF))
-        expected = theirs.forward(inputs)[0][split_layer][0, -1].numpy()
+        expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
         np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
         answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
         assert list(answer.token_ids) == theirs.generate(inputs)
@@ -354,13 +355,13 @@ def test_a_user_cannot_type_an_image_or_its_frame() -> None:
     assert written == ["<|im_start|>", END]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_every_precision_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
     checks: dict[str, Check] = {
         c.name: c for c in engine("smolvlm", precision).manifest.validation["CPUExecutionProvider"]
     }
     assert all(check.passed for check in checks.values())
-    assert (checks["greedy tokens that differ"].limit == 0) == (precision in ("fp32", "fp16"))
+    assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
     for check in checks.values():
         record_property(check.name, check.value)
 
