@@ -285,9 +285,8 @@ def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant:
     assert list(answer.token_ids) == expected
 
 
-@pytest.mark.parametrize("split_layer", [1, LAYERS - 1])
-def test_other_split_layers(split_layer: int, tmp_path: Path) -> None:
-    theirs = reference("idefics3")
+def test_a_late_split_without_a_gate(tmp_path: Path) -> None:
+    theirs, split_layer = reference("idefics3"), LAYERS - 1
     write_package(
         tmp_path,
         open_checkpoint(str(checkpoint("idefics3"))),
@@ -355,7 +354,7 @@ def test_a_user_cannot_type_an_image_or_its_frame() -> None:
     assert written == ["<|im_start|>", END]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
     checks: dict[str, Check] = {
         c.name: c for c in engine("smolvlm", precision).manifest.validation["CPUExecutionProvider"]
