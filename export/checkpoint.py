@@ -77,6 +77,15 @@ class Checkpoint:
         with self._located(module_path) as (file, name):
             return tuple(file.get_slice(name).get_shape())
 
+    def expect(self, module_path: str, shape: Sequence[int]) -> None:
+        """Raise PackageError where a tensor's shape is not the one that config.json implies."""
+        found = self.shape(module_path)
+        if found != tuple(shape):
+            raise PackageError(
+                f"{self.tensor_files[module_path][0]}: {module_path} is {list(found)}, but config.json wants "
+                f"{list(shape)}: the two are not of the same model"
+            )
+
     def rows(self, module_path: str, block_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor in float32, in blocks of rows of about `block_bytes`. The file is mapped only while it is read.
 

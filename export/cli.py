@@ -16,6 +16,7 @@ from autosteer.runtime.manifest import MANIFEST_FILE, Check, Precision
 from .output import atomic_folder, check_output
 
 if TYPE_CHECKING:
+    from .footprint import Footprint
     from .safety.artifact import SafetyArtifact
 
 REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
@@ -99,14 +100,18 @@ def export(
     check_output(output, marker=MANIFEST_FILE, force=force)
 
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     from .checkpoint import open_checkpoint
+    from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
     from .validate import validate_package
 
     console = Console(stderr=True)
     started = time.perf_counter()
-    with console.status("opening the checkpoint") as status:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("opening the checkpoint", total=None)
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)
         if authors:
@@ -120,12 +125,18 @@ def export(
             block_size=int(block_size) if block_size else None,
             image_precision=cast(Precision | None, image_precision),
         )
+        check_space(output, checkpoint, options.precision)
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
+            progress.update(task, total=count_weights(checkpoint))
             manifest = write_package(
-                folder, checkpoint, safety, options, lambda step: status.update(f"writing: {step}")
+                *(folder, checkpoint, safety, options),
+                report=lambda step: progress.update(task, description=f"writing: {step}"),
+                advance=lambda name, numbers: progress.update(task, description=f"writing: {name}", advance=numbers),
             )
+            progress.reset(task, total=None)
             checks, golden = validate_package(
-                folder, manifest, checkpoint, safety, lambda step: status.update(f"validating: {step}")
+                *(folder, manifest, checkpoint, safety),
+                report=lambda step: progress.update(task, description=f"validating: {step}"),
             )
             if not as_json:
                 console.print(checks_table(checks), markup=False, highlight=False)
@@ -134,6 +145,7 @@ def export(
                 raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
             manifest = with_results(folder, manifest, checks, golden)
             sizes = folder_sizes(folder)
+            needs = footprint(folder, manifest)
     facts = {
         "package": str(output),
         "split_layer": manifest.split_layer,
@@ -142,6 +154,8 @@ def export(
         "guarded": manifest.guarded,
         "bytes": sum(sizes.values()),
         "seconds": round(time.perf_counter() - started, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
         "checks": [dataclasses.asdict(check) for check in checks],
     }
     if as_json:
@@ -150,9 +164,22 @@ def export(
     gate = "with its gate" if manifest.guarded else "WITHOUT A GATE (runs only with --policy off)"
     console.print(
         f"{output}: {manifest.source.repo} split at layer {manifest.split_layer} of {manifest.dims.num_hidden_layers}, "
-        f"{precision}, {sum(sizes.values()) / 2**20:.1f} MiB, {gate}, in {facts['seconds']} s",
+        f"{precision}, {sum(sizes.values()) / 2**20:.1f} MiB, {gate}, in {facts['seconds']} s, "
+        f"at most {peak_rss_bytes() / 2**30:.1f} GiB of memory",
         highlight=False,
         soft_wrap=True,
+    )
+    console.print(needs_text(needs), highlight=False, soft_wrap=True)
+
+
+def needs_text(needs: Footprint) -> str:
+    """What the package takes, for people."""
+    weights = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in needs.weights.items())
+    fits = ", ".join(f"{size} {'yes' if fits else 'no'}" for size, fits in needs.fits().items())
+    return (
+        f"weights, MiB: {weights}\n"
+        f"to run: about {needs.running / 2**30:.1f} GiB, KV caches at {needs.kv_per_1000_tokens / 2**20:.1f} MiB per "
+        f"1,000 tokens among it; on a Jetson with {fits}"
     )
 
 

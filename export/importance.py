@@ -81,6 +81,8 @@ def _loader(checkpoint: Checkpoint, path: str, report: Callable[[str], None], la
 
     def load(layer: nn.Module, args: Any) -> None:
         report(f"which weights matter: layer {path.rsplit('.', 1)[1]} of {layers}")
+        for name, parameter in layer.named_parameters():
+            checkpoint.expect(f"{path}.{name}", parameter.shape)
         state = {name: checkpoint.tensor(f"{path}.{name}") for name, _ in layer.named_parameters()}
         layer.load_state_dict(state, assign=True)
 

@@ -33,7 +33,7 @@ from .importance import decoder_importance, sample_rows
 from .quantize import Recipe, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
-from .weights import WEIGHTS_FILE, WeightStore
+from .weights import WEIGHTS_FILE, Advance, WeightStore
 
 Report = Callable[[str], None]
 
@@ -50,11 +50,17 @@ class ExportOptions:
 
 
 def write_package(
-    folder: Path, checkpoint: Checkpoint, safety: SafetyArtifact | None, options: ExportOptions, report: Report
+    folder: Path,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    options: ExportOptions,
+    report: Report,
+    advance: Advance = lambda name, numbers: None,
 ) -> Manifest:
     """Write every file of an unvalidated package into `folder` and return its manifest (saved there, too).
 
-    `safety` None makes an unguarded package, which runs only with --policy off. `report` is told each step.
+    `safety` None makes an unguarded package, which runs only with --policy off. `report` is told each step, `advance`
+    what is written of each tensor.
     """
     facts = decoder.decoder_facts(checkpoint, options.context_length)
     layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
@@ -67,7 +73,7 @@ def write_package(
     framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
     prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing))
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
-    store = WeightStore(folder, checkpoint)
+    store = WeightStore(folder, checkpoint, advance)
     graphs: dict[str, GraphSpec] = {}
     image_file: Path | None = None
     if checkpoint.family.vision:

@@ -30,6 +30,7 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
     "ArgMin": (INT64,),
     "QuantizeLinear": (onnx.TensorProto.UINT8,),
     "MatMulInteger": (onnx.TensorProto.INT32,),
+    "MatMulIntegerToFloat": (FLOAT,),
     "DynamicQuantizeLinear": (onnx.TensorProto.UINT8, FLOAT, onnx.TensorProto.UINT8),
     "Gather": (FLOAT,),
     "GatherBlockQuantized": (FLOAT,),

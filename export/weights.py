@@ -8,7 +8,7 @@ tables) is stored once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -23,13 +23,16 @@ from .quantize import Blocks, Packed, quantise, quantise_rows
 
 WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 4096
+Advance = Callable[[str, int], None]
 BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time
 
 
 class WeightStore:
     """Appends tensors to `folder`/weights.bin and hands out onnx_ir.ExternalTensor references to them."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint):
+    def __init__(self, folder: Path, checkpoint: Checkpoint, advance: Advance = lambda name, numbers: None):
+        """`advance` is told the name of a tensor and how many of its numbers were just written."""
+        self._advance = advance
         self._folder = folder
         self._checkpoint = checkpoint
         self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
@@ -55,7 +58,7 @@ class WeightStore:
         """Checkpoint tensors stacked along their rows, cast to `dtype` (numpy name)."""
         key = f"{'+'.join(names)}:{dtype}"
         if key not in self._places:
-            self._write(key, (rows.numpy().astype(dtype) for rows in self._rows(names)))
+            self._write(key, (rows.numpy().astype(dtype) for rows in self._rows(names, shape)))
         return self._reference(key, dtype, shape)
 
     def quantised(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
@@ -66,7 +69,7 @@ class WeightStore:
             small: list[Packed] = []
 
             def codes() -> Iterator[npt.NDArray[Any]]:
-                for rows in self._rows(names):
+                for rows in self._rows(names, shape):
                     packed = quantise(rows, blocks, self.importance.get(names[0]))
                     small.append(replace(packed, codes=packed.codes[:0]))
                     yield packed.codes.numpy()
@@ -87,7 +90,7 @@ class WeightStore:
         """A checkpoint matrix (N, K) for MatMulInteger: its `codes` (K, N) int8 and `scales` (N,), one a column."""
         n, k = shape
         if f"{name}:columns" not in self._places:
-            parts = [quantise_rows(rows) for rows in self._rows([name])]
+            parts = [quantise_rows(rows) for rows in self._rows([name], shape)]
             self._write(f"{name}:columns", [torch.cat([codes for codes, _ in parts]).T.numpy()])
             self._write(f"{name}:column scales", [scales.numpy() for _, scales in parts])
         return {
@@ -101,9 +104,15 @@ class WeightStore:
             self._write(key, [array])
         return self._reference(key, array.dtype.name, array.shape)
 
-    def _rows(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
-        for name in names:
-            yield from self._checkpoint.rows(name, BLOCK_BYTES)
+    def _rows(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The named tensors, which stacked along their rows have `shape`, in blocks of rows."""
+        heights = [self._checkpoint.shape(name)[0] for name in names]
+        heights[-1] += shape[0] - sum(heights)
+        for name, height in zip(names, heights, strict=True):
+            self._checkpoint.expect(name, (height, *shape[1:]))
+            for rows in self._checkpoint.rows(name, BLOCK_BYTES):
+                yield rows
+                self._advance(name, rows.numel())
 
     def _write(self, key: str, blocks: Iterable[npt.NDArray[Any]]) -> None:
         padding = -self._file.tell() % ALIGNMENT

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
 from exported import demo_checkpoint
+from safetensors.torch import load_file, save_file
 
-from autosteer.export import validate
+from autosteer.export import footprint, validate
 from autosteer.export.checkpoint import DEMO, open_checkpoint
 from autosteer.export.cli import export
+from autosteer.export.convoy import Convoy
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
@@ -140,7 +144,7 @@ def test_a_feature_the_decoder_layer_lacks_is_refused(checkpoint: Path, tmp_path
 
 def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = (Check("logits", 1.0, 1e-3, False),)
-    monkeypatch.setattr(validate, "validate_package", lambda *_: (bad, ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: (bad, ()))
     with pytest.raises(CheckError, match=r"differs from PyTorch \(logits\); nothing was written"):
         run("--model", "demo", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
@@ -152,9 +156,9 @@ def test_validation_catches_a_weight_that_went_wrong(tmp_path: Path, monkeypatch
 
     honest = weights.WeightStore._rows
 
-    def tampered(self, names):
+    def tampered(self, names, shape):
         factor = 1.02 if any("layers.4.mlp.down_proj" in name for name in names) else 1.0
-        return (rows * factor for rows in honest(self, names))
+        return (rows * factor for rows in honest(self, names, shape))
 
     monkeypatch.setattr(weights.WeightStore, "_rows", tampered)
     with pytest.raises(CheckError, match="logits"):
@@ -167,7 +171,7 @@ def test_force_replaces_a_package_only_when_the_new_one_is_good(
 ) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "autosteer.json").write_text("old")
-    monkeypatch.setattr(validate, "validate_package", lambda *_: ((Check("x", 1.0, 0.0, False),), ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: ((Check("x", 1.0, 0.0, False),), ()))
     with pytest.raises(CheckError):
         run("--model", "demo", "--force", "--output", tmp_path / "package")
     assert (tmp_path / "package" / "autosteer.json").read_text() == "old"
@@ -232,9 +236,9 @@ def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.
 
     honest = weights.WeightStore._rows
 
-    def broken(self, names):
+    def broken(self, names, shape):
         factor = float("nan") if any("layers.0.mlp.down_proj" in name for name in names) else 1.0
-        return (rows * factor for rows in honest(self, names))
+        return (rows * factor for rows in honest(self, names, shape))
 
     monkeypatch.setattr(weights.WeightStore, "_rows", broken)
     with pytest.raises(AutoSteerError):
@@ -269,3 +273,60 @@ def test_validation_catches_an_image_graph_whose_columns_went_astray(
     with pytest.raises(CheckError, match="inputs_embeds, 1 - cosine"):
         run("--model", "demo", "--precision", "int8", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_tensor_of_another_shape_than_the_config_says_is_named(
+    checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    """It was an AssertionError, and at int4 an error of PyTorch's."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.0.mlp.up_proj.weight") and "vision" not in n)
+    save_file(tensors | {name: tensors[name][:-1].clone()}, checkpoint / "model.safetensors")
+    with pytest.raises(PackageError, match=r"up_proj.weight is \[.*config.json wants"):
+        run("--model", checkpoint, "--output", tmp_path / "package", "--precision", precision)
+    assert nothing_left(tmp_path, "checkpoint")
+
+
+def test_a_disk_without_room_is_an_error_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(InputError, match=r"takes about .* GiB left; make room"):
+        footprint.check_space(tmp_path / "package", open_checkpoint("demo"), "fp32")
+
+
+def test_parts_beyond_the_budget_come_and_go_and_serve_all_who_wait() -> None:
+    """Three jobs through three parts, with room for one: a sweep loads each part once."""
+    log: list[str] = []
+
+    class Part:
+        bytes = 10
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def load(self) -> None:
+            log.append(f"+{self.name}")
+
+        def unload(self) -> None:
+            log.append(f"-{self.name}")
+
+    parts, convoy = [Part(name) for name in "abc"], Convoy(budget_bytes=10)
+    for part in parts:
+        convoy.add(part)
+
+    def job(number: int) -> list[str]:
+        said = []
+        for _ in range(2):
+            for part in parts[number % 2 :]:  # some skip the first part
+                convoy.reach(part)
+                said.append(part.name)
+        return said
+
+    answers = convoy.run([partial(job, number) for number in range(3)])
+    assert ["".join(said) for said in answers] == ["abcabc", "bcbc", "abcabc"]
+    assert log == ["+a", "+b", "-b", "+c", "-c", "+b", "-b", "+c"]
+
+
+def test_an_error_in_one_job_ends_them_all() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Convoy(0).run([lambda: 1 // 0, lambda: 1])

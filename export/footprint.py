@@ -1,0 +1,79 @@
+"""What a package takes: on disk before it is written, by subgraph when it is, and in memory when it runs."""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.manifest import Manifest, Precision
+
+from .checkpoint import Checkpoint
+
+BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}  # generous
+IN_MEMORY = 1.25  # of a graph's weights: onnxruntime repacks them (7B int4, half of the decoder: 1.16, and 0.2 mapped)
+BASE_BYTES = 250 << 20  # Python, onnxruntime, activations
+CONTEXT = 4096  # tokens the estimate allows for
+JETSONS = (8, 16, 32, 64)  # GB of memory that CPU and GPU share
+USABLE = 0.75  # of it: the rest is the system's
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes."""
+
+    weights: dict[str, int]  # by subgraph; a tied embedding counts in both of its graphs
+    kv_per_1000_tokens: int
+    running: int  # everything loaded, and a context of CONTEXT tokens
+
+    def fits(self) -> dict[str, bool]:
+        """Whether a package runs on each size of Jetson."""
+        return {f"{size} GB": self.running <= USABLE * size * 1e9 for size in JETSONS}
+
+
+def count_weights(checkpoint: Checkpoint) -> int:
+    """Numbers in the checkpoint."""
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
+
+
+def check_space(output: Path, checkpoint: Checkpoint, precision: Precision) -> None:
+    """Raise InputError where the disk under `output` has no room for the package."""
+    parent = next(p for p in output.resolve().parents if p.exists())
+    needed, free = count_weights(checkpoint) * BYTES_PER_WEIGHT[precision], shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"{output}: at {precision} the package takes about {needed / 2**30:.1f} GiB, and {parent} has "
+            f"{free / 2**30:.1f} GiB left; make room, or choose another --output or --precision"
+        )
+
+
+def footprint(folder: Path, manifest: Manifest) -> Footprint:
+    """Of a written package, from its graphs."""
+    dims = manifest.dims
+    weights = {name: _weight_bytes(folder / spec.file) for name, spec in manifest.graphs.items()}
+    per_token = 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim
+    mapped = weights["embed_tokens"]  # rows are read from the file as they are needed
+    loaded = IN_MEMORY * (sum(weights.values()) - mapped)
+    context = min(CONTEXT, dims.context_length)
+    return Footprint(weights, 1000 * per_token, int(BASE_BYTES + loaded + context * per_token))
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _weight_bytes(path: Path) -> int:
+    graph = onnx.load(path, load_external_data=False).graph
+    sizes = [
+        next((int(e.value) for e in tensor.external_data if e.key == "length"), tensor.ByteSize())
+        for tensor in graph.initializer
+    ]
+    return sum(sizes)
