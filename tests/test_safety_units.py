@@ -12,7 +12,7 @@ import torch
 
 from autosteer.export.safety import calibrate, fit, measure, prober, refusal_head, sas
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
-from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data
+from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data, read_external
 from autosteer.runtime.errors import InputError, PackageError
 
 
@@ -444,6 +444,7 @@ def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
         ("[1]", "p.jsonl:21: expected a JSON object, found list"),
         ({"unsafe": "x"}, "p.jsonl:21: field 'safe' is missing (found: 'unsafe')"),
         ({"orig_query": "x"}, "p.jsonl:21: field 'safe_query' is missing"),
+        ({"safe_query": "x"}, "p.jsonl:21: field 'orig_query' is missing"),
         ({"unsafe": "x", "safe": " "}, "p.jsonl:21: field 'safe' must be a text that is not empty"),
         ({"unsafe": "x", "safe": 3}, "p.jsonl:21: field 'safe' must be a text"),
         ({"unsafe": "x", "safe": "y", "img": "z"}, "p.jsonl:21: unknown field 'img'"),
@@ -464,6 +465,18 @@ def test_missing_file_and_too_few_pairs_are_errors(tmp_path: Path):
         read_data([tmp_path / "none.jsonl"])
     with pytest.raises(InputError, match="19 pairs, at least 20"):
         read_data([write_lines(tmp_path / "p.jsonl", *many(19))])
+
+
+def test_file_without_rows_is_an_error_wherever_it_is_given(tmp_path: Path):
+    pairs, empty = write_lines(tmp_path / "p.jsonl", *many()), write_lines(tmp_path / "e.jsonl", "", " ")
+    for read in (
+        lambda: read_data([pairs, empty]),
+        lambda: read_data([pairs], [empty]),
+        lambda: read_data([pairs], [], [empty]),
+        lambda: read_external([empty], unsafe=True),
+    ):
+        with pytest.raises(InputError, match=r"e\.jsonl: no rows"):
+            read()
 
 
 def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):

@@ -169,6 +169,8 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: not readable as UTF-8 text ({err})") from err
+    if not any(map(str.strip, lines)):
+        raise InputError(f"{path}: no rows; one JSON object per line is needed")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -183,7 +185,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> Pair:
-    if "orig_query" in row:
+    if row.keys() & {"orig_query", "safe_query"}:
         _reject_unknown(row, VLSAFE_KEYS, where)
         picture = (
             _images([_text(row, "image_id", where)], file, images, where) if images and row.get("image_id") else ()
