@@ -29,6 +29,12 @@ class Weights:
     def rows(self, name: str, block_bytes: int) -> Any:
         yield from self.tensors[name].split(7)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        assert self.shape(name) == shape
+
 
 def quantised(folder: Path) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
     """x (B, S, K) -> x a^T, x b^T, as traced and then quantised."""

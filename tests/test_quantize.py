@@ -149,6 +149,12 @@ def test_rounding_does_not_depend_on_how_many_rows_come_at_a_time(tmp_path: Path
         def rows(self, name: str, block_bytes: int) -> Any:
             yield from weights(24, 96).split(5)
 
+        def shape(self, name: str) -> tuple[int, ...]:
+            return 24, 96
+
+        def expect(self, name: str, shape: tuple[int, ...]) -> None:
+            assert shape == (24, 96)
+
     blocks = Blocks(4, 32, symmetric=False)
     importance = torch.arange(1.0, 97.0)
     whole = quantise(weights(24, 96), blocks, importance)
