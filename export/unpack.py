@@ -91,8 +91,11 @@ def _tensor(node: ir.Node, index: int, rows: Rows | None = None) -> torch.Tensor
     value = node.inputs[index] if index < len(node.inputs) else None
     if value is None or value.const_value is None:
         return None
-    array = value.const_value.numpy()
-    return torch.from_numpy(np.array(array if rows is None else array[rows]))
+    stored = value.const_value
+    copy = torch.from_numpy(np.array(stored.numpy() if rows is None else stored.numpy()[rows]))
+    if isinstance(stored, ir.ExternalTensor):
+        stored.release()  # its map of weights.bin would count as memory, matrix by matrix
+    return copy
 
 
 def _blocks(node: ir.Node, zero_points: torch.Tensor | None) -> Blocks:

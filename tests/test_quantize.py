@@ -130,7 +130,7 @@ def test_searched_blocks_are_never_worse_than_rounding_to_nearest(
     searched = Blocks(4, 32, symmetric=False)
     ours = error(dequantise(quantise(w, searched, importance), searched, 32))
     nearest = error(nearest_asymmetric(w)), error(dequantise(quantise(w, Blocks(4, 32)), Blocks(4, 32), 32))
-    allowed = torch.minimum(*nearest) * (1 + 1e-4) + 1e-9 * (w.double() ** 2).sum(1)
+    allowed = torch.minimum(*nearest) * (1 + 1e-4) + 1e-8 * (w.double() ** 2).sum(1)  # scales are float32
     assert (ours <= allowed).all()
 
 
