@@ -9,6 +9,7 @@ budget lasts: a small model is loaded once, and nothing is ever dropped.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,6 +30,10 @@ class Part(Protocol):
         """Free its memory."""
 
 
+class Abandoned(Exception):
+    """Ends a job whose run is over."""
+
+
 class Convoy:
     """The parts of one model in the order in which a forward pass uses them, and the jobs that use them."""
 
@@ -40,7 +45,8 @@ class Convoy:
         self._passing: Part | None = None  # the one loaded part that is not kept
         self._turn = threading.Condition()
         self._waiting: dict[int, deque[threading.Event]] = {}  # place -> jobs that wait there
-        self._jobs: set[int] = set()  # thread idents
+        self._jobs: set[int] = set()  # idents of the threads of this run
+        self._own = threading.local()  # says to a thread that it is a job
         self._place = 0
         self._error: BaseException | None = None
 
@@ -54,14 +60,19 @@ class Convoy:
         self._error = None
 
         def work(number: int, begin: threading.Event) -> None:
+            self._own.job = True
             begin.wait()
+            error: BaseException | None = None
             try:
+                self._still_running()
                 results[number] = jobs[number]()
             except BaseException as err:
-                self._error = self._error or err
+                error = err
             with self._turn:
-                self._jobs.discard(threading.get_ident())
-                self._pass_on()
+                if threading.get_ident() in self._jobs:  # else the run is over, and nothing here is its business
+                    self._error = self._error or error
+                    self._jobs.discard(threading.get_ident())
+                    self._pass_on()
 
         with self._turn:
             start = deque(threading.Event() for _ in jobs)
@@ -77,22 +88,30 @@ class Convoy:
             self._pass_on()
             try:
                 self._turn.wait_for(lambda: self._error is not None or not self._jobs)
-            finally:  # also on Ctrl-C: whoever still waits, waits for ever, and ends with the process
-                self._waiting.clear()
+            finally:  # after an error, or Ctrl-C: whoever is still under way ends at the next part
                 self._jobs.clear()
+                for event in itertools.chain.from_iterable(self._waiting.values()):
+                    event.set()
+                self._waiting.clear()
         if self._error is not None:
             raise self._error
         return [results[i] for i in range(len(jobs))]
 
     def reach(self, part: Part) -> None:
         """Return when it is the calling job's turn and `part` is loaded. Outside `run`: load it."""
-        if threading.get_ident() in self._jobs:
+        if getattr(self._own, "job", False):
             event = threading.Event()
             with self._turn:
+                self._still_running()
                 self._waiting.setdefault(self._order[id(part)], deque()).append(event)
                 self._pass_on()
             event.wait()
+            self._still_running()
         self._bring(part)
+
+    def _still_running(self) -> None:
+        if threading.get_ident() not in self._jobs:
+            raise Abandoned
 
     def clear(self) -> None:
         """Unload what is loaded but not kept."""

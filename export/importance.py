@@ -7,12 +7,12 @@ hundreds of times livelier than others. What text it is matters little. SmolLM2-
 .39 without importance, .28 with random tokens, .26 with the 160 tokens below, .25 with 2,000 tokens of the kind it was
 tested on.
 
-The checkpoint's own decoder computes it, in float32, with the weights of one layer in memory at a time.
+The checkpoint's own decoder computes it, in float32, with one matrix in memory at a time (on_demand.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .convoy import Convoy
+from .on_demand import open_on_demand
 
 TEXT = (
     "The sea covers most of our planet, and yet we know less about its floor than about the surface of the moon. "
@@ -37,14 +39,15 @@ FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
 
 
 def decoder_importance(
-    checkpoint: Checkpoint, inputs_embeds: torch.Tensor, report: Callable[[str], None] = lambda step: None
+    checkpoint: Checkpoint, lm_head: str, inputs_embeds: torch.Tensor, report: Callable[[str], None] = lambda step: None
 ) -> dict[str, torch.Tensor]:
     """Tensor name of every matrix in the decoder's layers -> importance (K,) of its columns, 1 on average.
 
-    `inputs_embeds` (1, S, D) float32 is what enters the decoder. `report` is told each layer.
+    `lm_head` is the name of the head's weights; `inputs_embeds` (1, S, D) float32 is what enters the decoder. `report`
+    is told each layer.
     """
-    decoder = _without_weights(checkpoint)
     prefix, found = checkpoint.family.decoder, {}
+    decoder = open_on_demand(checkpoint, lm_head, Convoy(0)).get_submodule(prefix)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -54,56 +57,27 @@ def decoder_importance(
         return hook
 
     for i, layer in enumerate(decoder.layers):
+        step = f"which weights matter: layer {i} of {len(decoder.layers)}"
+        layer.register_forward_pre_hook(lambda module, args, step=step: report(step))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
-        layer.register_forward_pre_hook(_loader(checkpoint, f"{prefix}.layers.{i}", report, len(decoder.layers)))
-        layer.register_forward_hook(_unload)
     with torch.inference_mode():
         decoder(inputs_embeds=inputs_embeds, use_cache=False)
     return found
 
 
-def _without_weights(checkpoint: Checkpoint) -> Any:
-    """Hugging Face's decoder, all of it on the meta device but what is computed (rotary tables)."""
-    from transformers import AutoModel
-
-    text = checkpoint.config.get_text_config()
-    with torch.device("meta"):
-        decoder = AutoModel.from_config(text, dtype=torch.float32).eval()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
-    decoder.norm = nn.Identity()
-    return decoder
-
-
-def _loader(checkpoint: Checkpoint, path: str, report: Callable[[str], None], layers: int) -> Callable[..., None]:
-    """A hook that gives a layer its weights before it runs."""
-
-    def load(layer: nn.Module, args: Any) -> None:
-        report(f"which weights matter: layer {path.rsplit('.', 1)[1]} of {layers}")
-        for name, parameter in layer.named_parameters():
-            checkpoint.expect(f"{path}.{name}", parameter.shape)
-        state = {name: checkpoint.tensor(f"{path}.{name}") for name, _ in layer.named_parameters()}
-        layer.load_state_dict(state, assign=True)
-
-    return load
-
-
-def _unload(layer: nn.Module, args: Any, output: Any) -> None:
-    """A hook that takes a layer's weights away after it ran."""
-    layer.to("meta")
-
-
 def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
     """(1, S, D) float32: TEXT and, where there is an image graph (which must be complete), a part of one picture."""
-    text = embedding_rows(checkpoint, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
+    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
+    text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None:
         return text[None]
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
     size = session.get_inputs()[0].shape[-1]
     rows = torch.from_numpy(session.run(None, {"pixel_values": _picture(size)})[0][0])
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
-    image = rows if rows.is_floating_point() else embedding_rows(checkpoint, rows.tolist())
+    image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
     return torch.cat([text[:1], image, text[1:]])[None]
 
 
@@ -115,15 +89,3 @@ def _picture(size: int) -> np.ndarray:
     picture[:, third // 2 : third, third:-third] = np.array([0.9, -0.7, 0.3], np.float32)[:, None, None]
     picture[:, 2 * third :, third // 2 : 2 * third] = np.array([-0.8, -0.6, -0.9], np.float32)[:, None, None]
     return picture[None]
-
-
-def embedding_rows(checkpoint: Checkpoint, token_ids: Sequence[int]) -> torch.Tensor:
-    """(S, D) float32: rows of the embedding table, which is read but never held."""
-    ids = torch.tensor(token_ids)
-    name = f"{checkpoint.family.decoder}.embed_tokens.weight"
-    rows, first = torch.zeros(len(ids), checkpoint.shape(name)[1]), 0
-    for block in checkpoint.rows(name, 64 << 20):
-        here = (ids >= first) & (ids < first + len(block))
-        rows[here] = block[ids[here] - first]
-        first += len(block)
-    return rows

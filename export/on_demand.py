@@ -25,6 +25,8 @@ class WeightSource(Protocol):
 
     def __contains__(self, path: str) -> bool: ...
 
+    def expect(self, path: str, shape: Sequence[int]) -> None: ...
+
     def tensor(self, path: str) -> torch.Tensor: ...
 
     def rows(self, path: str, block_bytes: int) -> Iterator[torch.Tensor]: ...
@@ -76,6 +78,7 @@ class Weights:
     def load(self) -> None:
         """Read them. What the checkpoint does not have stays empty, and fails where it is used."""
         for name, path in self._paths.items():
+            self._source.expect(path, self._empty[name].shape)
             setattr(self._module, name, nn.Parameter(self._source.tensor(path), requires_grad=False))
 
     def unload(self) -> None:

@@ -84,7 +84,7 @@ def write_package(
     if chosen.body and not chosen.body.symmetric:
         store.flush()
         rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
-        store.importance = decoder_importance(checkpoint, rows, report)
+        store.importance = decoder_importance(checkpoint, facts.lm_head, rows, report)
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
     weights_sha256 = store.close()
     manifest = Manifest(

@@ -48,6 +48,10 @@ class PackedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._checkpoint
 
+    def expect(self, name: str, shape: Sequence[int]) -> None:
+        """As the checkpoint's."""
+        self._checkpoint.expect(name, shape)
+
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, float32."""
         original = self._checkpoint.tensor(name)

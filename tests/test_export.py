@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -328,5 +329,19 @@ def test_parts_beyond_the_budget_come_and_go_and_serve_all_who_wait() -> None:
 
 
 def test_an_error_in_one_job_ends_them_all() -> None:
+    """Those that waited used to wait for ever, with all that they held."""
+    before = threading.active_count()
+    part, convoy = SimpleNamespace(bytes=0, load=lambda: None, unload=lambda: None), Convoy(0)
+    convoy.add(part)
+
+    def fails() -> None:
+        convoy.reach(part)
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        Convoy(0).run([lambda: 1 // 0, lambda: 1])
+        convoy.run([lambda: convoy.reach(part), fails, lambda: (convoy.reach(part), convoy.reach(part))])
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert convoy.run([lambda: convoy.reach(part)]) == [None]

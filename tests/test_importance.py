@@ -7,7 +7,7 @@ from exported import demo_checkpoint, demo_package
 from torch import nn
 
 from autosteer.export.checkpoint import load_reference
-from autosteer.export.importance import FLOOR, decoder_importance, embedding_rows, sample_rows
+from autosteer.export.importance import FLOOR, decoder_importance, sample_rows
 from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
@@ -18,7 +18,7 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
     checkpoint = demo_checkpoint()
     model, _ = load_reference(checkpoint)
     decoder = model.get_submodule(DECODER)
-    rows = embedding_rows(checkpoint, [5, 9, 200, 41, 7])[None]
+    rows = checkpoint.gather(f"{DECODER}.embed_tokens.weight", [5, 9, 200, 41, 7])[None]
     torch.testing.assert_close(rows, model.get_input_embeddings()(torch.tensor([[5, 9, 200, 41, 7]])))
     seen: dict[str, torch.Tensor] = {}
 
@@ -33,7 +33,7 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
             module.register_forward_pre_hook(watch(f"{DECODER}.{name}.weight"))
     with torch.no_grad():
         decoder(inputs_embeds=rows)
-    found = decoder_importance(checkpoint, rows)
+    found = decoder_importance(checkpoint, f"{DECODER}.embed_tokens.weight", rows)
     assert found.keys() == seen.keys() and len(found) == 7 * 8
     for name, energy in seen.items():
         torch.testing.assert_close(found[name], energy / energy.mean() + FLOOR, rtol=1e-4, atol=1e-4)
