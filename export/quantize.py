@@ -124,8 +124,8 @@ def _best(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """Codes (n, count, size) uint8, scales (n, count), zero points (n, count) uint8 of blocks x (n, count, size).
 
     Candidates: the blocks' whole range and parts of it, and the symmetric grid, so that no error is above rounding to
-    nearest, either way. For given codes the best scale is that of least squares, <x, q> / <q, q>; the squared error is
-    then <x, x> - <x, q>^2 / <q, q>, and only its last part need be compared.
+    nearest, either way. For given codes the best scale is that of least squares, <x, q> / <q, q>. Errors are summed as
+    they are: <x, x> - <x, q>^2 / <q, q> would be cheaper, and in float32 blind to the small ones of weights on a grid.
     """
     import torch
 
@@ -138,16 +138,16 @@ def _best(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.T
         (_inverse(symmetric), torch.full_like(zero, 8)),
     ]
     weighted, q, product = x * weights, torch.empty_like(x), torch.empty_like(x)
-    best, scales = torch.full_like(low, -1.0), torch.zeros_like(low)
+    best, scales = torch.full_like(low, torch.inf), torch.zeros_like(low)
     inverses, zeros = torch.zeros_like(low), torch.zeros_like(low)
     for inverse, zero in candidates:
         _round(x, inverse, zero, out=q).sub_(zero[..., None])
         along = torch.mul(weighted, q, out=product).sum(-1)
         length = torch.mul(q, q, out=product).mul_(weights).sum(-1)
         scale = along * _inverse(length)
-        gain = along * scale
-        better = gain > best
-        for kept, new in ((best, gain), (scales, scale), (inverses, inverse), (zeros, zero)):
+        error = torch.mul(q, scale[..., None], out=product).sub_(x).square_().mul_(weights).sum(-1)
+        better = error < best
+        for kept, new in ((best, error), (scales, scale), (inverses, inverse), (zeros, zero)):
             torch.where(better, new, kept, out=kept)
     return _round(x, inverses, zeros, out=q).to(torch.uint8), scales, zeros.to(torch.uint8)
 

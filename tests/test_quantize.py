@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
@@ -111,6 +111,7 @@ def nearest_asymmetric(w: torch.Tensor) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), tail=st.sampled_from([1.0, 2.0, 4.0]), shift=st.floats(-3, 3), on_grid=st.booleans())
+@example(seed=143, tail=1.0, shift=-2.0, on_grid=True)  # an error below float32's share of the weights' squares
 def test_searched_blocks_are_never_worse_than_rounding_to_nearest(
     seed: int, tail: float, shift: float, on_grid: bool
 ) -> None:
@@ -130,7 +131,7 @@ def test_searched_blocks_are_never_worse_than_rounding_to_nearest(
     searched = Blocks(4, 32, symmetric=False)
     ours = error(dequantise(quantise(w, searched, importance), searched, 32))
     nearest = error(nearest_asymmetric(w)), error(dequantise(quantise(w, Blocks(4, 32)), Blocks(4, 32), 32))
-    allowed = torch.minimum(*nearest) * (1 + 1e-4) + 1e-8 * (w.double() ** 2).sum(1)  # scales are float32
+    allowed = torch.minimum(*nearest) * (1 + 1e-4) + 1e-9 * (w.double() ** 2).sum(1)
     assert (ours <= allowed).all()
 
 
