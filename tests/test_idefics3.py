@@ -6,10 +6,12 @@ Three of them: `idefics3` (its own lm_head; a patch grid of 25, where HF misplac
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,24 @@ def test_the_prober_reads_the_token_that_ends_the_prompt(variant: str, tmp_path:
     request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
     request.judge(e.policy(Mode.OFF))
     np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_pooled_prober_reads_the_last_turn_alone() -> None:
+    """Frames of earlier turns' pictures are token ids, too, and shifted what was read before they were counted."""
+    pooled = copy.copy(engine("smolvlm"))
+    assert pooled.manifest.prober is not None
+    pooled.manifest = replace(pooled.manifest, prober=replace(pooled.manifest.prober, pooling="mean"))
+    wide = Image.new("RGB", (150, 40))
+    first, last = Message.user("one", [wide, picture(1)]), Message.user("two", [picture(2)])
+    prepared = pooled.prepare([first, Message.assistant("fine"), last], Stats())
+    alone = pooled.prepare([last], Stats())
+
+    def read(prompt: Any) -> list[int]:
+        return [prompt.keys[row] for row in prompt.probed]
+
+    assert len(prepared.keys) > len(alone.keys) and len(read(alone)) > 2
+    assert "two" in pooled.tokenizer.decode(read(prepared))
+    assert read(prepared) == read(alone)
 
 
 def test_a_turn_that_begins_with_a_text_has_a_space_before_it() -> None:
