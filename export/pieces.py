@@ -71,6 +71,10 @@ class GraphInPieces:
         self._pieces = [Piece(model, path.parent, size, device) for model, size in cut(path)]
         for piece in self._pieces:
             convoy.add(piece)
+        self._needed = [  # after each piece; everything else is dropped, or activations would pile up
+            {*self._outputs, *(name for later in self._pieces[i + 1 :] for name in later.inputs)}
+            for i in range(len(self._pieces))
+        ]
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run once on numpy arrays; outputs in the graph's order."""
@@ -83,7 +87,7 @@ class GraphInPieces:
 
     def _run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         values = dict(inputs)
-        for piece in self._pieces:
+        for piece, needed in zip(self._pieces, self._needed, strict=True):
             self._convoy.reach(piece)
             binding = piece.session.io_binding()
             for name in piece.inputs:
@@ -94,7 +98,11 @@ class GraphInPieces:
                 else:
                     binding.bind_output(name, "cpu")
             piece.session.run_with_iobinding(binding)
-            values |= dict(zip(piece.outputs, binding.get_outputs(), strict=True))
+            for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
+                # a copy: what onnxruntime allocated keeps the whole session in memory
+                values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))
+            del binding, value
+            values = {name: value for name, value in values.items() if name in needed}
         return values
 
 

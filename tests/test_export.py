@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -10,25 +11,29 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from exported import demo_checkpoint
 from safetensors.torch import load_file, save_file
 
-from autosteer.export import footprint, validate
+from autosteer.export import footprint, pieces, validate
 from autosteer.export.checkpoint import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.convoy import Convoy
 from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.pieces import GraphInPieces
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Check
+from autosteer.runtime.subgraph import OrtValue, find_device
 
 
 def run(*arguments: str | Path) -> None:
@@ -345,3 +350,26 @@ def test_an_error_in_one_job_ends_them_all() -> None:
         time.sleep(0.01)
     assert threading.active_count() == before
     assert convoy.run([lambda: convoy.reach(part)]) == [None]
+
+
+def test_what_a_piece_of_a_graph_has_computed_does_not_keep_it_in_memory(tmp_path: Path, monkeypatch) -> None:
+    """An output that onnxruntime allocates holds its session: a 7B validation grew by every piece it passed."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
+    manifest = write_package(tmp_path, demo_checkpoint(), None, ExportOptions(), lambda _: None)
+    device, _ = find_device("cpu", 1)
+    convoy = Convoy(0)
+    graph = GraphInPieces(tmp_path / "vision_encoder.onnx", manifest.graphs["vision_encoder"], device, convoy=convoy)
+    sessions: list[weakref.ref[object]] = []
+    load = pieces.Piece.load
+
+    def remember(self) -> None:
+        load(self)
+        sessions.append(weakref.ref(self.session._sess))
+
+    monkeypatch.setattr(pieces.Piece, "load", remember)
+    size = manifest.image.tile_size if manifest.image else 0
+    values = graph._run({"pixel_values": OrtValue.ortvalue_from_numpy(np.zeros((1, 3, size, size), np.float32))}, {})
+    convoy.clear()
+    gc.collect()
+    assert len(sessions) > 3 and values
+    assert [session() for session in sessions] == [None] * len(sessions)
