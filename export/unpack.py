@@ -16,6 +16,7 @@ from autosteer.runtime.manifest import Manifest
 from .checkpoint import Checkpoint
 from .quantize import Blocks, Packed, dequantise
 
+BLOCK_BYTES = 32 << 20  # of float32
 Rows = slice | npt.NDArray[np.int64]
 
 
@@ -53,9 +54,14 @@ class PackedWeights:
         self._checkpoint.expect(name, shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, float32."""
-        original = self._checkpoint.tensor(name)
-        return self._read(name, self._rows[name], original) if name in self._nodes else original
+        """A whole tensor, float32. Its blocks are unpacked one by one: what that takes is many times their size."""
+        if name not in self._nodes:
+            return self._checkpoint.tensor(name)
+        out, first = torch.empty(self._checkpoint.shape(name)), 0
+        for block in self.rows(name, BLOCK_BYTES):
+            out[first : first + len(block)] = block
+            first += len(block)
+        return out
 
     def rows(self, name: str, block_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor in blocks of rows of about `block_bytes`."""

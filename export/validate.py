@@ -45,7 +45,7 @@ from .unpack import PackedWeights, worse
 
 WORK = 1e13  # multiplications that one pass over all dialogues may take: minutes, on two cores
 ALWAYS = 3  # dialogues that are compared whatever they take
-BUDGET_BYTES = 768 << 20  # of weights that stay loaded: the package's, then the original's
+BUDGET_BYTES = 512 << 20  # of weights that stay loaded: the package's, then the original's
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
 REPORTED = ("image tokens at near ties", "dialogues compared")  # never judged
 
