@@ -24,7 +24,7 @@ from autosteer.runtime.text import Message, opening_tokens
 from .safety.artifact import SafetyArtifact
 from .vision import VQTokenizer
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 32
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
 NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest float32
 

@@ -46,6 +46,7 @@ from .unpack import PackedWeights, worse
 WORK = 1e13  # multiplications that one pass over all dialogues may take: minutes, on two cores
 ALWAYS = 3  # dialogues that are compared whatever they take
 BUDGET_BYTES = 512 << 20  # of weights that stay loaded: the package's, then the original's
+REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
 REPORTED = ("image tokens at near ties", "dialogues compared")  # never judged
 
@@ -100,7 +101,7 @@ def validate_package(
     processor = load_processor(checkpoint)
     cases = affordable(make_cases(folder, manifest), checkpoint, Reference(None, processor, manifest, safety))
     report(f"{len(cases)} dialogues, the package")
-    engine, ours = run_package(folder, manifest, cases)
+    engine, ours = run_package(folder, manifest, cases, ANSWER_TOKENS if exact else REPORTED_TOKENS)
     gate = refusal_head_checks(engine, safety) if safety else []
     del engine
 
@@ -183,17 +184,17 @@ def affordable(cases: Sequence[Case], checkpoint: Checkpoint, reference: Referen
     return kept
 
 
-def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case]) -> tuple[Engine, list[Ours]]:
-    """The real Engine, on graphs in pieces, and what it makes of each case."""
+def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens: int) -> tuple[Engine, list[Ours]]:
+    """The real Engine, on graphs in pieces, and what it makes of each case, in `tokens` tokens at most."""
     convoy = Convoy(BUDGET_BYTES)
     device, _ = find_device("cpu", None)
     engine = Engine(folder, manifest, device, load=functools.partial(GraphInPieces, convoy=convoy))
     prompts = convoy.run([functools.partial(_prepare, engine, case) for case in cases])
     n, strength = len(cases), manifest.refusal.strength if manifest.refusal else 0.0
     answers = convoy.run(
-        [functools.partial(_answer, engine, prompt, 0.0) for prompt, _ in prompts]
-        + [functools.partial(_answer, engine, prompt, 0.0, chunks=3) for prompt, _ in prompts]
-        + [functools.partial(_answer, engine, prompt, strength) for prompt, _ in prompts if strength]
+        [functools.partial(_answer, engine, prompt, 0.0, tokens) for prompt, _ in prompts]
+        + [functools.partial(_answer, engine, prompt, 0.0, 1, chunks=3) for prompt, _ in prompts]
+        + [functools.partial(_answer, engine, prompt, strength, tokens) for prompt, _ in prompts if strength]
     )
     plain, chunked, steered = answers[:n], answers[n : 2 * n], answers[2 * n :] or [None] * n
     return engine, [Ours(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)]
@@ -209,10 +210,9 @@ def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None
     return engine.prepare(case.messages, Stats()), tokens
 
 
-def _answer(engine: Engine, prompt: Prompt, strength: float, *, chunks: int = 1) -> Answered:
-    """Greedy, with the prompt in so many chunks; only the first token where there are several."""
+def _answer(engine: Engine, prompt: Prompt, strength: float, tokens: int, *, chunks: int = 1) -> Answered:
+    """Greedy, in `tokens` tokens at most, with the prompt in so many chunks."""
     length = prompt.inputs_embeds.shape[1]
-    tokens = ANSWER_TOKENS if chunks == 1 else 1
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
     verdict = request.judge(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
     hidden = request.probed_row()[0].copy()

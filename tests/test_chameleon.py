@@ -304,7 +304,7 @@ def test_every_split_layer(variant: str, split_layer: int, tmp_path: Path) -> No
         expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
         np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
         answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
-        assert list(answer.token_ids) == theirs.generate(inputs)
+        assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
