@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,24 @@ import pytest
 import torch
 from checkpoint_shapes.chameleon import FRAME, ROLES, SPECIAL, image_token_names
 from PIL import Image
+from tiny_family import TinyFamily, picture
 
 from autosteer.export import vision
-from autosteer.export.checkpoint import open_checkpoint
 from autosteer.export.cli import export
-from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.reference import Case, ImageErrors, Reference
+from autosteer.export.reference import Case, ImageErrors
 from autosteer.export.safety import features
-from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
-from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validate import draw
 from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
-from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.gate import Mode
 from autosteer.runtime.image import open_image, prepare
-from autosteer.runtime.manifest import Check, FrameSpec, Manifest, Piece
-from autosteer.runtime.request import Stats
+from autosteer.runtime.manifest import FrameSpec, Piece
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("plain", "swin")
-SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-chameleon-"))
 LAYERS, WIDTH, CODES, RESOLUTION, TOKENS = 4, 64, 64, 64, 64
-SPLIT = 2
 LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
-PROMPTS = 16
 IMAGE_TOKENS = image_token_names(np.random.default_rng(1).permutation(CODES))  # they stand in no order
 
 
@@ -68,7 +57,7 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **ROLES)
 
 
-def build_checkpoint(folder: Path, *, swin: bool) -> None:
+def build_checkpoint(folder: Path, variant: str) -> None:
     """Random weights in Hugging Face's layout, float16 as the hub's are half precision."""
     from transformers import (
         ChameleonConfig,
@@ -77,7 +66,7 @@ def build_checkpoint(folder: Path, *, swin: bool) -> None:
         ChameleonProcessor,
     )
 
-    tokenizer = build_tokenizer()
+    swin, tokenizer = variant == "swin", build_tokenizer()
     size = {"size": {"shortest_edge": RESOLUTION}, "crop_size": {"height": RESOLUTION, "width": RESOLUTION}}
     ChameleonProcessor(ChameleonImageProcessor(**size), tokenizer, image_seq_length=TOKENS).save_pretrained(folder)
     config = ChameleonConfig(
@@ -147,110 +136,11 @@ def _quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vision, "trace", once)
         yield
-    shutil.rmtree(SCRATCH)
+    FAMILY.remove()
 
 
-@cache
-def checkpoint(variant: str) -> Path:
-    folder = SCRATCH / variant
-    build_checkpoint(folder, swin=variant == "swin")
-    return folder
-
-
-@cache
-def original(variant: str) -> features.Reference:
-    return features.open_reference(open_checkpoint(str(checkpoint(variant))), device="cpu")
-
-
-@cache
-def safety(variant: str) -> SafetyArtifact:
-    """A random W, and a random prober, moved and scaled so that it calls about half of the prompts unsafe."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"0.weight": (64, WIDTH), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
-    prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
-    states = [asked.look(asked.inputs(Case(prompt(i), ())), [SPLIT]).entering[SPLIT][-1] for i in range(PROMPTS)]
-    hidden = torch.stack(states)
-    prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
-    logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
-    difference = logits[:, 0] - logits[:, 1]
-    prober["2.weight"] /= difference.std()
-    prober["2.bias"] = torch.tensor([-difference.sort().values[PROMPTS // 2 - 1 : PROMPTS // 2 + 1].mean(), 0.0])
-    prober["2.bias"] /= difference.std()
-    facts = SafetyFacts(
-        format_version=1,
-        model=variant,
-        split_layer=SPLIT,
-        token_offset=-1,
-        threshold=0.5,
-        strength=0.1,
-        refusal_text="i can't.",
-        layers=(LayerScore(SPLIT, 0.0, 0.0, 0.0),),
-        calibration={},
-        training={},
-    )
-    artifact = SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH, generator=generator))
-    artifact.save(SCRATCH / f"{variant}-safety")
-    return artifact
-
-
-@cache
-def package(variant: str, precision: str) -> Path:
-    """A validated package, made by the command itself."""
-    folder = SCRATCH / f"{variant}-{precision}"
-    safety(variant)
-    arguments = ["--model", checkpoint(variant), "--safety", SCRATCH / f"{variant}-safety"]
-    if precision == "int4":  # random weights amplify rounding until a random prober's verdicts are chance
-        arguments = ["--model", checkpoint(variant), "--unguarded"]
-    export.main(
-        [*map(str, arguments), "--precision", precision, "--output", str(folder), "--json"], standalone_mode=False
-    )
-    return folder
-
-
-@cache
-def engine(variant: str, precision: str = "fp32") -> Engine:
-    return Engine.load(package(variant, precision), device="cpu", threads=1)
-
-
-@cache
-def reference(variant: str) -> Reference:
-    theirs = original(variant)
-    return Reference(theirs.model, theirs.processor, Manifest.load(package(variant, "fp32")), safety(variant))
-
-
-def table(variant: str, precision: str) -> dict[str, Check]:
-    return {c.name: c for c in engine(variant, precision).manifest.validation["CPUExecutionProvider"]}
-
-
-def picture(seed: int) -> Image.Image:
-    """Odd sides, structure or noise."""
-    rng = np.random.default_rng(seed)
-    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
-    if seed % 2:
-        return draw(width, height, seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def interleaved(images: int, seed: int = 0) -> tuple[Message, ...]:
-    """text, image, text, image, ..., text"""
-    parts: list[str | ImagePart] = [f"look {seed}: "]
-    for i in range(images):
-        parts += [ImagePart(picture(100 * seed + i)), f" and number {i}, "]
-    return (Message("user", (*parts, "what do you see?")),)
-
-
-def prompt(i: int) -> tuple[Message, ...]:
-    """Of PROMPTS."""
-    return interleaved(i % 3, i)
-
-
-def generate(messages: tuple[Message, ...], variant: str, tokens: int, **policy: Any) -> list[int]:
-    e = engine(variant)
-    answer = e.generate(
-        messages, policy=e.policy(**policy or {"mode": Mode.OFF}), sampling=SamplingConfig(max_tokens=tokens)
-    )
-    return list(answer.token_ids)
+FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=16)
+engine, reference, package = FAMILY.engine, FAMILY.reference, FAMILY.package
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -271,74 +161,40 @@ def test_image_tokens_equal_hugging_faces_for_images_of_odd_sizes(variant: str) 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
-    messages = interleaved(images)
+    messages = FAMILY.interleaved(images)
     expected = reference(variant).generate(reference(variant).inputs(Case(messages, ())), tokens=64)
     assert len(expected) == 64
     assert len(set(expected)) > 5
-    assert generate(messages, variant, 64) == expected
+    assert FAMILY.generate(variant, messages, 64) == expected
 
 
 def test_the_order_of_texts_and_images_is_the_users() -> None:
     image = ImagePart(picture(1))
     orders = [("a", image, "b"), ("a", "b", image), (image, "a", "b")]
-    answers = [generate((Message("user", parts),), "plain", 8) for parts in orders]
+    answers = [FAMILY.generate("plain", (Message("user", parts),), 8) for parts in orders]
     assert len({tuple(answer) for answer in answers}) == 3
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("split_layer", range(1, LAYERS))
 def test_every_split_layer(variant: str, split_layer: int, tmp_path: Path) -> None:
-    theirs = reference(variant)
-    write_package(
-        tmp_path,
-        open_checkpoint(str(checkpoint(variant))),
-        None,
-        ExportOptions(split_layer=split_layer),
-        lambda _: None,
-    )
-    e = Engine.load(tmp_path, device="cpu", threads=1)
-    for messages in (interleaved(0), interleaved(1)):
-        inputs = theirs.inputs(Case(messages, ()))
-        request = e.request(e.prepare(messages, Stats()), 1, Stats())
-        request.judge(e.policy(Mode.OFF))
-        expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
-        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
-        answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
-        assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
+    FAMILY.check_split(variant, split_layer, tmp_path)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
-    """Both kinds of verdict occur; steered answers follow the authors' formula, under HF's mask of image tokens."""
-    e, theirs = engine(variant), reference(variant)
-    verdicts = []
-    for i in range(PROMPTS):
-        messages = prompt(i)
-        original = theirs.run(Case(messages, ()))
-        answer = e.generate(messages, sampling=SamplingConfig(max_tokens=16))
-        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
-        assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
-        assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
-        verdicts.append(answer.verdict.unsafe)
-        stopped = e.generate(messages, policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
-        assert (stopped.text == "i can't." and stopped.stats.upper_ms is None) == answer.verdict.unsafe
-    assert sum(verdicts) == PROMPTS // 2
+    """Under HF's mask of image tokens."""
+    FAMILY.check_gate(variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str, tmp_path: Path) -> None:
     """As the authors do: the state that autosteer-fit reads is the one that the runtime reads."""
-    e = engine(variant)
-    assert e.manifest.prober is not None
-    assert e.manifest.prober.token_offset == -1
-    with features.open_store(tmp_path, open_checkpoint(str(checkpoint(variant))), original(variant)) as store:
-        states = features.prompt_states(original(variant), [Prompt("is it safe?")], store)
-        expected = states.layer(SPLIT - 1)[0, features.POSITIONS.index("last")].numpy()
-    request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
-    request.judge(e.policy(Mode.OFF))
-    np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
-    answer = features.answer_tokens(original(variant), "i can't.")
-    assert original(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
+    assert (prober := engine(variant).manifest.prober) is not None
+    assert prober.token_offset == -1
+    FAMILY.check_probed(variant, tmp_path)
+    answer = features.answer_tokens(FAMILY.original(variant), "i can't.")
+    assert FAMILY.original(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
 
 
 def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
@@ -399,7 +255,7 @@ def test_a_transparent_picture_lies_on_white_as_in_hugging_face() -> None:
 def test_every_precision_exports_and_its_table_says_how_good_it_is(
     variant: str, precision: str, record_property: Any
 ) -> None:
-    checks = table(variant, precision)
+    checks = FAMILY.table(variant, precision)
     assert all(check.passed for check in checks.values())
     assert checks["image tokens that differ"].value == 0
     exact = precision in ("fp32", "fp16")
@@ -410,7 +266,7 @@ def test_every_precision_exports_and_its_table_says_how_good_it_is(
 
 def test_near_ties_in_the_codebook_are_told_from_wrong_image_tokens() -> None:
     """Two codes equally near up to rounding: neither is wrong, and the export goes on with ours. A far one is wrong."""
-    theirs, case = reference("plain"), Case(interleaved(1), ())
+    theirs, case = reference("plain"), Case(FAMILY.interleaved(1), ())
     pixels = theirs.inputs(case)["pixel_values"]
     tokens = theirs.image_tokens(pixels)
     code = VQTokenizer(theirs.model).constants["token_ids"].tolist()
@@ -440,7 +296,7 @@ def test_golden_answers_replay() -> None:
 
 
 def test_a_codebook_without_a_token_for_every_code_is_refused(tmp_path: Path) -> None:
-    folder = shutil.copytree(checkpoint("plain"), tmp_path / "checkpoint")
+    folder = shutil.copytree(FAMILY.checkpoint("plain"), tmp_path / "checkpoint")
     config = json.loads((folder / "config.json").read_text())
     del config["vocabulary_map"][IMAGE_TOKENS[7]]
     (folder / "config.json").write_text(json.dumps(config))

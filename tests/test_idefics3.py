@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +17,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_family import TinyFamily, picture
 
 from autosteer.export import vision
 from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.cli import export
-from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.reference import Case, Reference
-from autosteer.export.safety import features
-from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
-from autosteer.export.safety.pairs import Prompt
+from autosteer.export.reference import Case
 from autosteer.export.validate import draw
 from autosteer.runtime.check import check_package
-from autosteer.runtime.engine import Engine
-from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
-from autosteer.runtime.manifest import Check, Manifest, Piece
+from autosteer.runtime.manifest import Piece
 from autosteer.runtime.request import Stats
-from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")
-SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-idefics3-"))
 LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
-LAYERS, WIDTH, SPLIT, PROMPTS = 4, 64, 2, 8
+LAYERS, WIDTH = 4, 64
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<global-img>")
 ROWS_AND_COLUMNS = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))
 END = "<end_of_utterance>"
@@ -155,89 +144,11 @@ def build_checkpoint(folder: Path, variant: str) -> None:
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-    shutil.rmtree(SCRATCH)
+    FAMILY.remove()
 
 
-@cache
-def checkpoint(variant: str) -> Path:
-    folder = SCRATCH / variant
-    build_checkpoint(folder, variant)
-    return folder
-
-
-@cache
-def original(variant: str) -> features.Reference:
-    return features.open_reference(open_checkpoint(str(checkpoint(variant))), device="cpu")
-
-
-@cache
-def safety(variant: str) -> SafetyArtifact:
-    """A random W, and a random prober, moved and scaled so that it calls about half of the prompts unsafe."""
-    generator = torch.Generator().manual_seed(3)
-    shapes = {"0.weight": (64, WIDTH), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
-    prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    asked = Reference(original(variant).model, original(variant).processor, None, None)  # type: ignore[arg-type]
-    opening = original(variant).processor.tokenizer("Assistant:", add_special_tokens=False).input_ids
-    offset = -1 - len(opening)  # the last token of the user's turn
-    states = [asked.look(asked.inputs(Case(prompt(i), ())), [SPLIT]).entering[SPLIT][offset] for i in range(PROMPTS)]
-    hidden = torch.stack(states)
-    prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
-    logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
-    difference = logits[:, 0] - logits[:, 1]
-    prober["2.weight"] /= difference.std()
-    prober["2.bias"] = torch.tensor([-difference.sort().values[PROMPTS // 2 - 1 : PROMPTS // 2 + 1].mean(), 0.0])
-    prober["2.bias"] /= difference.std()
-    facts = SafetyFacts(1, variant, SPLIT, -1, 0.5, 0.1, "i can't.", (LayerScore(SPLIT, 0.0, 0.0, 0.0),), {}, {})
-    artifact = SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH, generator=generator))
-    artifact.save(SCRATCH / f"{variant}-safety")
-    return artifact
-
-
-@cache
-def package(variant: str, precision: str) -> Path:
-    """A validated package, made by the command itself."""
-    folder = SCRATCH / f"{variant}-{precision}"
-    safety(variant)
-    arguments = ["--model", checkpoint(variant), "--safety", SCRATCH / f"{variant}-safety"]
-    if precision == "int4":  # random weights amplify rounding until a random prober's verdicts are chance
-        arguments = ["--model", checkpoint(variant), "--unguarded"]
-    export.main(
-        [*map(str, arguments), "--precision", precision, "--output", str(folder), "--json"], standalone_mode=False
-    )
-    return folder
-
-
-@cache
-def engine(variant: str, precision: str = "fp32") -> Engine:
-    return Engine.load(package(variant, precision), device="cpu", threads=1)
-
-
-@cache
-def reference(variant: str) -> Reference:
-    theirs = original(variant)
-    return Reference(theirs.model, theirs.processor, Manifest.load(package(variant, "fp32")), safety(variant))
-
-
-def picture(seed: int) -> Image.Image:
-    """Odd sides, structure or noise."""
-    rng = np.random.default_rng(seed)
-    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
-    if seed % 2:
-        return draw(width, height, seed)
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def interleaved(images: int, seed: int = 0) -> tuple[Message, ...]:
-    """text, image, text, image, ..., text"""
-    parts: list[str | ImagePart] = [f"look {seed}: "]
-    for i in range(images):
-        parts += [ImagePart(picture(100 * seed + i)), f"\n and number {i}, "]
-    return (Message("user", (*parts, "what do you see?")),)
-
-
-def prompt(i: int) -> tuple[Message, ...]:
-    """Of PROMPTS."""
-    return interleaved(i % 3, i)
+FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=8, generation="Assistant:", before_text="\n ")
+engine, reference, package = FAMILY.engine, FAMILY.reference, FAMILY.package
 
 
 def laid_out_ids(variant: str, messages: tuple[Message, ...]) -> list[int]:
@@ -279,58 +190,24 @@ def test_pixels_and_token_ids_equal_hugging_faces_for_images_of_odd_sizes(varian
 
 @pytest.mark.parametrize(("variant", "images"), [*itertools.product(VARIANTS[:2], (0, 1, 3)), ("whole", 3)])
 def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
-    messages = interleaved(images)
-    e, theirs = engine(variant), reference(variant)
+    messages, theirs = FAMILY.interleaved(images), reference(variant)
     expected = theirs.generate(theirs.inputs(Case(messages, ())), tokens=64)
     assert len(expected) == 64 and len(set(expected)) > 5
-    answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=64))
-    assert list(answer.token_ids) == expected
+    assert FAMILY.generate(variant, messages, 64) == expected
 
 
 def test_a_late_split_without_a_gate(tmp_path: Path) -> None:
-    theirs, split_layer = reference("idefics3"), LAYERS - 1
-    write_package(
-        tmp_path,
-        open_checkpoint(str(checkpoint("idefics3"))),
-        None,
-        ExportOptions(split_layer=split_layer),
-        lambda _: None,
-    )
-    e = Engine.load(tmp_path, device="cpu", threads=1)
-    for messages in (interleaved(0), interleaved(1)):
-        inputs = theirs.inputs(Case(messages, ()))
-        request = e.request(e.prepare(messages, Stats()), 1, Stats())
-        request.judge(e.policy(Mode.OFF))
-        expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
-        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
-        answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
-        assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
+    FAMILY.check_split("idefics3", LAYERS - 1, tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
 def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
-    e, theirs = engine(variant), reference(variant)
-    verdicts = []
-    for i in range(PROMPTS):
-        original = theirs.run(Case(prompt(i), ()))
-        answer = e.generate(prompt(i), sampling=SamplingConfig(max_tokens=16))
-        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
-        assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
-        assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
-        verdicts.append(answer.verdict.unsafe)
-    assert sum(verdicts) == PROMPTS // 2
+    FAMILY.check_gate(variant)
 
 
 @pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
 def test_the_prober_reads_the_token_that_ends_the_prompt(variant: str, tmp_path: Path) -> None:
-    """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
-    e = engine(variant)
-    with features.open_store(tmp_path, open_checkpoint(str(checkpoint(variant))), original(variant)) as store:
-        states = features.prompt_states(original(variant), [Prompt("is it safe?")], store)
-        expected = states.layer(SPLIT - 1)[0, features.POSITIONS.index("last")].numpy()
-    request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
-    request.judge(e.policy(Mode.OFF))
-    np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+    FAMILY.check_probed(variant, tmp_path)
 
 
 def test_a_pooled_prober_reads_the_last_turn_alone() -> None:
@@ -376,9 +253,7 @@ def test_a_user_cannot_type_an_image_or_its_frame() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
-    checks: dict[str, Check] = {
-        c.name: c for c in engine("smolvlm", precision).manifest.validation["CPUExecutionProvider"]
-    }
+    checks = FAMILY.table("smolvlm", precision)
     assert all(check.passed for check in checks.values())
     assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
     for check in checks.values():
@@ -393,6 +268,6 @@ def test_position_embeddings_are_found_as_hugging_face_finds_them() -> None:
     """In a grid of 25 patches its float32 arithmetic puts some into their neighbour's place."""
     from transformers import AutoModelForImageTextToText
 
-    config = open_checkpoint(str(checkpoint("idefics3"))).config
+    config = open_checkpoint(str(FAMILY.checkpoint("idefics3"))).config
     wrapper = vision.TowerAndPixelShuffle(AutoModelForImageTextToText.from_config(config))
     assert (wrapper.constants["position_ids"] != np.arange(25**2)).sum() > 0

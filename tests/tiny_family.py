@@ -1,0 +1,173 @@
+"""Packages of tiny random checkpoints, and the PyTorch original beside each: what the tests of families share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autosteer.export.checkpoint import open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
+from autosteer.export.safety import features
+from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.safety.pairs import Prompt
+from autosteer.export.validate import draw
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.manifest import Check, Manifest
+from autosteer.runtime.request import Stats
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import ImagePart, Message
+
+
+def picture(seed: int) -> Image.Image:
+    """Odd sides, structure or noise."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
+    if seed % 2:
+        return draw(width, height, seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+class TinyFamily:
+    """What is made of the checkpoints that `build(folder, variant)` writes. Each thing is made once."""
+
+    def __init__(
+        self,
+        build: Callable[[Path, str], None],
+        *,
+        width: int,
+        split: int,
+        prompts: int,
+        generation: str = "",
+        before_text: str = " ",
+    ):
+        """`generation`: what opens an answer; `before_text`: what stands between an image and the text behind it."""
+        self.build, self.width, self.split, self.prompts = build, width, split, prompts
+        self.generation, self.before_text = generation, before_text
+        self.scratch = Path(tempfile.mkdtemp(prefix="autosteer-tiny-"))
+        for name in ("checkpoint", "original", "safety", "package", "engine", "reference"):
+            setattr(self, name, cache(getattr(self, name)))
+
+    def remove(self) -> None:
+        """Everything that was written."""
+        shutil.rmtree(self.scratch)
+
+    def checkpoint(self, variant: str) -> Path:
+        folder = self.scratch / variant
+        self.build(folder, variant)
+        return folder
+
+    def original(self, variant: str) -> features.Reference:
+        return features.open_reference(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
+
+    def interleaved(self, images: int, seed: int = 0) -> tuple[Message, ...]:
+        """text, image, text, image, ..., text"""
+        parts: list[str | ImagePart] = [f"look {seed}: "]
+        for i in range(images):
+            parts += [ImagePart(picture(100 * seed + i)), f"{self.before_text}and number {i}, "]
+        return (Message("user", (*parts, "what do you see?")),)
+
+    def prompt(self, i: int) -> tuple[Message, ...]:
+        """Of `prompts`."""
+        return self.interleaved(i % 3, i)
+
+    def safety(self, variant: str) -> SafetyArtifact:
+        """A random W, and a random prober, moved and scaled so that it calls half of the prompts unsafe."""
+        generator = torch.Generator().manual_seed(3)
+        shapes = {"0.weight": (64, self.width), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+        prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        theirs = self.original(variant)
+        asked = Reference(theirs.model, theirs.processor, None, None)  # type: ignore[arg-type]
+        opening = theirs.processor.tokenizer(self.generation, add_special_tokens=False).input_ids
+        last = -1 - len(opening)  # the last token of the user's turn
+        cases = [Case(self.prompt(i), ()) for i in range(self.prompts)]
+        hidden = torch.stack(
+            [asked.look(asked.inputs(case), [self.split]).entering[self.split][last] for case in cases]
+        )
+        prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
+        logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
+        difference = logits[:, 0] - logits[:, 1]
+        middle = difference.sort().values[self.prompts // 2 - 1 : self.prompts // 2 + 1].mean()
+        prober["2.weight"] /= difference.std()
+        prober["2.bias"] = torch.tensor([-middle, 0.0]) / difference.std()
+        scores = (LayerScore(self.split, 0.0, 0.0, 0.0),)
+        facts = SafetyFacts(1, variant, self.split, -1, 0.5, 0.1, "i can't.", scores, {}, {})
+        artifact = SafetyArtifact(facts, prober, torch.randn(self.width, self.width, generator=generator))
+        artifact.save(self.scratch / f"{variant}-safety")
+        return artifact
+
+    def package(self, variant: str, precision: str) -> Path:
+        """A validated package, made by the command itself."""
+        folder = self.scratch / f"{variant}-{precision}"
+        self.safety(variant)
+        guarded = ["--safety", str(self.scratch / f"{variant}-safety")]
+        if precision == "int4":  # random weights amplify rounding until a random prober's verdicts are chance
+            guarded = ["--unguarded"]
+        arguments = ["--model", str(self.checkpoint(variant)), *guarded, "--precision", precision]
+        export.main([*arguments, "--output", str(folder), "--json"], standalone_mode=False)
+        return folder
+
+    def engine(self, variant: str, precision: str = "fp32") -> Engine:
+        return Engine.load(self.package(variant, precision), device="cpu", threads=1)
+
+    def reference(self, variant: str) -> Reference:
+        theirs, manifest = self.original(variant), Manifest.load(self.package(variant, "fp32"))
+        return Reference(theirs.model, theirs.processor, manifest, self.safety(variant))
+
+    def table(self, variant: str, precision: str) -> dict[str, Check]:
+        """The lines of validation."""
+        return {c.name: c for c in self.engine(variant, precision).manifest.validation["CPUExecutionProvider"]}
+
+    def generate(self, variant: str, messages: tuple[Message, ...], tokens: int) -> list[int]:
+        """Greedy, without a gate."""
+        e = self.engine(variant)
+        return list(e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(tokens)).token_ids)
+
+    def check_split(self, variant: str, split_layer: int, folder: Path) -> None:
+        """Another split, without a gate: the state there and the answer are PyTorch's, with a picture and without."""
+        theirs, source = self.reference(variant), open_checkpoint(str(self.checkpoint(variant)))
+        write_package(folder, source, None, ExportOptions(split_layer=split_layer), lambda _: None)
+        e = Engine.load(folder, device="cpu", threads=1)
+        for messages in (self.interleaved(0), self.interleaved(1)):
+            inputs = theirs.inputs(Case(messages, ()))
+            request = e.request(e.prepare(messages, Stats()), 1, Stats())
+            request.judge(e.policy(Mode.OFF))
+            expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
+            np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+            answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
+            assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
+
+    def check_gate(self, variant: str) -> None:
+        """Verdicts of both kinds, and what is said after them: the authors' formula where steered; `stop` stops."""
+        e, theirs = self.engine(variant), self.reference(variant)
+        verdicts = []
+        for i in range(self.prompts):
+            original = theirs.run(Case(self.prompt(i), ()))
+            answer = e.generate(self.prompt(i), sampling=SamplingConfig(ANSWER_TOKENS))
+            assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+            assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
+            assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
+            verdicts.append(answer.verdict.unsafe)
+            stopped = e.generate(self.prompt(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+            assert (stopped.text == "i can't." and stopped.stats.upper_ms is None) == answer.verdict.unsafe
+        assert sum(verdicts) == self.prompts // 2
+
+    def check_probed(self, variant: str, folder: Path) -> None:
+        """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
+        e, theirs = self.engine(variant), self.original(variant)
+        with features.open_store(folder, open_checkpoint(str(self.checkpoint(variant))), theirs) as store:
+            states = features.prompt_states(theirs, [Prompt("is it safe?")], store)
+            expected = states.layer(self.split - 1)[0, features.POSITIONS.index("last")].numpy()
+        request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
+        request.judge(e.policy(Mode.OFF))
+        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
