@@ -66,6 +66,12 @@ REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
     help="int8, int4: weights that share a scale. Smaller is closer to the original, and slower. Default: 128.",
 )
 @click.option(
+    "--head-bits",
+    type=click.Choice(["4", "8"]),
+    help="int4: of the projection to the vocabulary and the embedding. 4 is faster and smaller, and further from the "
+    "original.  [default: 8]",
+)
+@click.option(
     "--image-precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
     help="Of the image graph. Default: as --precision; int8 at int4.",
@@ -83,6 +89,7 @@ def export(
     layer: int | None,
     precision: str,
     block_size: str | None,
+    head_bits: str | None,
     image_precision: str | None,
     context_length: int | None,
     revision: str | None,
@@ -123,6 +130,7 @@ def export(
             split_layer=layer,
             context_length=context_length,
             block_size=int(block_size) if block_size else None,
+            head_bits=int(head_bits) if head_bits else None,
             image_precision=cast(Precision | None, image_precision),
         )
         check_space(output, checkpoint, options.precision)

@@ -100,7 +100,6 @@ class GraphWriter:
         if blocks is None:
             rows = self.op("Gather", self._weight(name, self.store.matrix([name], self.storage, shape=shape)), ids)
             return rows if self.storage == FLOAT32 else self.op("Cast", rows, to=ir.DataType.FLOAT)
-        assert blocks.symmetric, "GatherBlockQuantized is given no zero points"
         parts = self.store.quantised([name], blocks, shape)
         codes = parts["codes"]
         flat = ir.ExternalTensor(
@@ -109,9 +108,10 @@ class GraphWriter:
             name=name,
             base_dir=codes.base_dir,
         )
+        small = (self._weight(f"{name}.{part}", parts[part]) for part in ("scales", "zero_points") if part in parts)
         return self.op(
             "GatherBlockQuantized",
-            *(self._weight(name, flat), ids, self._weight(f"{name}.scales", parts["scales"])),
+            *(self._weight(name, flat), ids, *small),
             domain=MICROSOFT,
             gather_axis=0,
             quantize_axis=1,

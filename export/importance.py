@@ -41,9 +41,10 @@ FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
 def decoder_importance(
     checkpoint: Checkpoint, lm_head: str, inputs_embeds: torch.Tensor, report: Callable[[str], None] = lambda step: None
 ) -> dict[str, torch.Tensor]:
-    """Tensor name of every matrix in the decoder's layers -> importance (K,) of its columns, 1 on average.
+    """Tensor name of every matrix in the decoder's layers and of the head -> importance (K,) of its columns.
 
-    `lm_head` is the name of the head's weights; `inputs_embeds` (1, S, D) float32 is what enters the decoder. `report`
+    `lm_head` is the name of the head's weights; an embedding that is tied to it is rounded as the head needs it, which
+    is where most of its error would go. `inputs_embeds` (1, S, D) float32 is what enters the decoder. `report`
     is told each layer.
     """
     prefix, found = checkpoint.family.decoder, {}
@@ -51,8 +52,7 @@ def decoder_importance(
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            energy = args[0].flatten(0, -2).square().mean(0)
-            found[f"{name}.weight"] = energy / energy.mean() + FLOOR
+            found[f"{name}.weight"] = energy(args[0])
 
         return hook
 
@@ -63,8 +63,15 @@ def decoder_importance(
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
     with torch.inference_mode():
-        decoder(inputs_embeds=inputs_embeds, use_cache=False)
+        last = decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+    found[lm_head] = energy(last)
     return found
+
+
+def energy(rows: torch.Tensor) -> torch.Tensor:
+    """rows (.., K) that a matrix multiplies -> (K,), 1 on average, and no channel below FLOOR."""
+    squares = rows.flatten(0, -2).square().mean(0)
+    return squares / squares.mean() + FLOOR
 
 
 def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:

@@ -46,6 +46,7 @@ class ExportOptions:
     split_layer: int | None = None  # None: the safety folder's
     context_length: int | None = None  # None: the checkpoint's
     block_size: int | None = None  # None: the precision's
+    head_bits: int | None = None  # of lm_head and embed_tokens; None: the precision's
     image_precision: Precision | None = None  # None: the precision's
 
 
@@ -66,7 +67,12 @@ def write_package(
     layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
     if not 0 < layer < facts.layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
-    chosen = recipe(options.precision, block_size=options.block_size, image=options.image_precision)
+    chosen = recipe(
+        options.precision,
+        block_size=options.block_size,
+        head_bits=options.head_bits,
+        image=options.image_precision,
+    )
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)

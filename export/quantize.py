@@ -59,13 +59,29 @@ RECIPES: dict[Precision, Recipe] = {
 }
 
 
-def recipe(precision: Precision, *, block_size: int | None = None, image: Precision | None = None) -> Recipe:
-    """The recipe of a precision, with what the user chose otherwise. Raises InputError for blocks of what has none."""
+def recipe(
+    precision: Precision,
+    *,
+    block_size: int | None = None,
+    head_bits: int | None = None,
+    image: Precision | None = None,
+) -> Recipe:
+    """The recipe of a precision, with what the user chose otherwise: 4 head bits are blocks like the body's.
+
+    Raises InputError for blocks of what has none, and for head bits that the precision does not go with.
+    """
     chosen = RECIPES[precision]
     if block_size is not None:
         if chosen.body is None:
             raise InputError(f"--block-size {block_size}: {precision} has no blocks; it goes with int8 and int4")
         chosen = replace(chosen, body=replace(chosen.body, size=block_size))
+    if head_bits is not None:
+        heads = {blocks.bits: blocks for blocks in (chosen.body, chosen.head) if blocks}
+        if head_bits not in heads:
+            raise InputError(
+                f"--head-bits {head_bits}: {precision} has no such head; 8 goes with int8 and int4, 4 with int4"
+            )
+        chosen = replace(chosen, head=heads[head_bits])
     return chosen if image is None else replace(chosen, image=image)
 
 

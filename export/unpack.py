@@ -120,10 +120,11 @@ def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> torch.Tensor:
 
 
 def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
-    flat, scales = _tensor(node, 0, rows), _tensor(node, 2, rows)
+    flat, scales, zero_points = (_tensor(node, i, rows) for i in (0, 2, 3))
     assert flat is not None and scales is not None
-    blocks, (n, count) = _blocks(node, None), scales.shape
-    return dequantise(Packed(flat.reshape(n, count, -1), scales, None), blocks, flat.shape[1] * 8 // blocks.bits)
+    blocks, (n, count) = _blocks(node, zero_points), scales.shape
+    packed = Packed(flat.reshape(n, count, -1), scales, zero_points)
+    return dequantise(packed, blocks, flat.shape[1] * 8 // blocks.bits)
 
 
 def _mat_mul_integer(node: ir.Node, rows: Rows) -> torch.Tensor:

@@ -31,6 +31,7 @@ from autosteer.export.convoy import Convoy
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.pieces import GraphInPieces
 from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Check
 from autosteer.runtime.subgraph import OrtValue, find_device
@@ -254,14 +255,20 @@ def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.
     assert not validate.judged("logits", float("inf"), None).passed
 
 
-def test_block_size_and_image_precision_reach_the_graphs(tmp_path: Path) -> None:
-    options = ExportOptions(precision="int4", block_size=32, image_precision="fp32")
+def test_block_size_head_bits_and_image_precision_reach_the_graphs(tmp_path: Path) -> None:
+    options = ExportOptions(precision="int4", block_size=32, head_bits=4, image_precision="fp32")
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
     nodes = onnx.load(tmp_path / "decoder_lower.onnx", load_external_data=False).graph.node
     sizes = {a.i for node in nodes for a in node.attribute if node.op_type == "MatMulNBits" and a.name == "block_size"}
     zero_points = [node.input[3] for node in nodes if node.op_type == "MatMulNBits"]
     assert sizes == {32} and zero_points and all(zero_points)
     assert manifest.graphs["vision_encoder"].precision == "fp32"
+    (table,) = onnx.load(tmp_path / "embed_tokens.onnx", load_external_data=False).graph.node
+    (head,) = (n for n in onnx.load(tmp_path / "lm_head.onnx").graph.node if n.op_type == "MatMulNBits")
+    assert {a.name: a.i for a in table.attribute}["bits"] == {a.name: a.i for a in head.attribute}["bits"] == 4
+    packed = PackedWeights(tmp_path, manifest, demo_checkpoint())
+    packed.tensor(name := "model.language_model.embed_tokens.weight")
+    assert 0.01 < packed.errors[name] < 0.2
 
 
 def test_validation_catches_an_image_graph_whose_columns_went_astray(
@@ -276,7 +283,7 @@ def test_validation_catches_an_image_graph_whose_columns_went_astray(
         return codes.roll(1, 1), scales
 
     monkeypatch.setattr(weights, "quantise_rows", astray)
-    with pytest.raises(CheckError, match="inputs_embeds, 1 - cosine"):
+    with pytest.raises(CheckError, match="image rows, 1 - cosine"):
         run("--model", "demo", "--precision", "int8", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
 

@@ -31,10 +31,11 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(watch(f"{DECODER}.{name}.weight"))
+    model.get_output_embeddings().register_forward_pre_hook(watch(head := f"{DECODER}.embed_tokens.weight"))
     with torch.no_grad():
-        decoder(inputs_embeds=rows)
-    found = decoder_importance(checkpoint, f"{DECODER}.embed_tokens.weight", rows)
-    assert found.keys() == seen.keys() and len(found) == 7 * 8
+        model(inputs_embeds=rows)
+    found = decoder_importance(checkpoint, head, rows)
+    assert found.keys() == seen.keys() and len(found) == 7 * 8 + 1
     for name, energy in seen.items():
         torch.testing.assert_close(found[name], energy / energy.mean() + FLOOR, rtol=1e-4, atol=1e-4)
 

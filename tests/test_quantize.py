@@ -180,31 +180,37 @@ def test_a_block_size_for_a_precision_without_blocks_is_refused() -> None:
         recipe("fp16", block_size=32)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_tied_embedding_and_head_read_the_same_bytes_alike(bits: int) -> None:
+def test_a_four_bit_head_has_the_bodys_blocks() -> None:
+    chosen = recipe("int4", block_size=32, head_bits=4)
+    assert chosen.head == chosen.body == Blocks(4, 32, symmetric=False)
+    assert recipe("int4", head_bits=8) == recipe("int4")
+    with pytest.raises(InputError, match="--head-bits 4: int8 has no such head"):
+        recipe("int8", head_bits=4)
+
+
+@pytest.mark.parametrize("d", [64, 96])  # an odd number of blocks leaves half of the last byte of zero points empty
+@pytest.mark.parametrize("blocks", [Blocks(4, 32), Blocks(8, 32), Blocks(4, 32, symmetric=False)], ids=str)
+def test_tied_embedding_and_head_read_the_same_bytes_alike(blocks: Blocks, d: int) -> None:
     """GatherBlockQuantized and MatMulNBits on one blob: rows of the table are the columns of the head."""
-    v, d, blocks = 48, 64, Blocks(bits, 32)
-    packed = quantise(weights(v, d), blocks)
-    table = packed.codes.reshape(v, -1)
+    v = 48
+    packed = quantise(weights(v, d) + 0.3, blocks)
+    names = ["table", "ids", "scales"]
+    tensors = [
+        initialiser("table", TensorProto.UINT8, packed.codes.reshape(v, -1)),
+        initialiser("scales", TensorProto.FLOAT, packed.scales),
+    ]
+    if packed.zero_points is not None:
+        names.append("zero_points")
+        tensors.append(initialiser("zero_points", TensorProto.UINT8, packed.zero_points))
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.size}
     graph = helper.make_graph(
-        [
-            helper.make_node(
-                "GatherBlockQuantized",
-                ["table", "ids", "scales"],
-                ["rows"],
-                domain="com.microsoft",
-                gather_axis=0,
-                quantize_axis=1,
-                bits=bits,
-                block_size=32,
-            )
-        ],
+        [helper.make_node("GatherBlockQuantized", names, ["rows"], domain="com.microsoft", **attributes)],
         "g",
         [helper.make_tensor_value_info("ids", TensorProto.INT64, [v])],
         [helper.make_tensor_value_info("rows", TensorProto.FLOAT, [v, d])],
-        [initialiser("table", TensorProto.UINT8, table), initialiser("scales", TensorProto.FLOAT, packed.scales)],
+        tensors,
     )
     model = helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (rows,) = session.run(None, {"ids": np.arange(v)})
-    np.testing.assert_allclose(rows, dequantise(packed, blocks, d).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(rows, dequantise(packed, blocks, d).numpy(), rtol=1e-6, atol=1e-6)

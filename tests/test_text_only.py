@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from autosteer.export.checkpoint import DEMO
+from autosteer.export.checkpoint import DEMO, open_checkpoint
 from autosteer.export.cli import export
+from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
@@ -73,3 +75,14 @@ def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package
     decoder = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96) * 4
     tables = round((weights.bytes - decoder) / table)
     assert tables == (1 if manifest.source.model_type == "llama" else 2)
+
+
+def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package: Path, tmp_path: Path) -> None:
+    """Tied (one blob with zero points for both) and untied; one block a row: half of each zero point byte is empty."""
+    arguments = ["--model", package.parent / "checkpoint", "--output", tmp_path / "int4", "--unguarded", "--layer", 1]
+    export.main([*map(str, arguments), "--precision", "int4", "--head-bits", "4"], standalone_mode=False)
+    manifest, engine = Manifest.load(tmp_path / "int4"), Engine.load(tmp_path / "int4", device="cpu", threads=1)
+    packed = PackedWeights(tmp_path / "int4", manifest, open_checkpoint(str(package.parent / "checkpoint")))
+    table = packed.tensor("model.embed_tokens.weight").numpy()
+    np.testing.assert_allclose(engine.embed(list(range(len(table)))), table, atol=1e-6)
+    assert 0.01 < packed.errors["model.embed_tokens.weight"] < 0.2
