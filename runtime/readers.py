@@ -1,6 +1,6 @@
 """Data sets in, rows out. One reader a format; the format of a file is seen from the fields of its first line.
 
-    ours          {"prompt" | "turns", "images", "unsafe", "group", "answer"}
+    ours          {"prompt" | "turns", "images", "unsafe", "group", "answer", "family"}
     vlsafe        {"query", "image_id"}                    unsafe      COCO train2017
     tovilag       {"query", "image_pth"}                   unsafe      COCO 2014, porn/, bloody/
     turns         {"turns": [text], "dataset"}             as you say  Alpaca, TrustLLM, TriviaQA of SafeSwitch
@@ -19,7 +19,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Row:
     unsafe: bool
     group: str
     gold: Gold | None  # the right answer, where there is one
+    family: str = ""  # what its wording has in common with other rows; "" where nobody says
+    where: str = field(default="", compare=False)  # file:line, for error messages
 
     @property
     def prompt(self) -> str:
@@ -99,12 +101,14 @@ class Place:
         self.need(isinstance(name, str) and bool(name), "an image must be a file name")
         if self.text_only:
             return None
-        path = (self.images or self.file.path.parent) / str(name)
-        if not path.is_file():
-            raise self.error(
-                f"no such image {path}; name their folder with --images, or ask the texts alone with --text-only"
-            )
-        return path
+        folders = [*([self.images] if self.images else []), self.file.path.parent]
+        for folder in folders:
+            if (folder / str(name)).is_file():
+                return folder / str(name)
+        raise self.error(
+            f"no image {name!r} under {' or '.join(map(str, folders))}; name its folder with --images, or "
+            "leave pictures out with --text-only"
+        )
 
     def label(self, of_format: bool) -> bool:
         """Whether the prompt is unsafe: --unsafe and --benign over what the format says."""
@@ -124,7 +128,7 @@ def read_rows(files: Sequence[DataFile], *, images: Path | None = None, text_onl
         for number, data in read_lines(file.path):
             place = Place(file, number, images, text_only)
             reader = reader or READERS[file.format or detect(data, place)]
-            rows.append(reader(data, place))
+            rows.append(replace(reader(data, place), where=f"{file.path}:{number}"))
     if not rows:
         raise InputError(f"{', '.join(str(file.path) for file in files)}: no rows")
     return rows
@@ -155,7 +159,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
         except (ValueError, RecursionError) as err:
             raise InputError(f"{path}:{number}: not JSON ({err})") from err
         if not isinstance(data, dict):
-            raise InputError(f"{path}:{number}: not a row of a test set (not an object)")
+            raise InputError(f"{path}:{number}: not a JSON object")
         yield number, data
 
 
@@ -181,11 +185,14 @@ def _ours(data: Fields, place: Place) -> Row:
     place.need(_texts(names), "'images' must be a list of file names")
     place.need(isinstance(unsafe, bool), "'unsafe' must be true or false")
     place.need(place.label(bool(unsafe)) is unsafe, "'unsafe' contradicts the command line")
-    place.need(isinstance(group, str) and (answer is None or isinstance(answer, str)), "'group', 'answer': strings")
+    family = data.get("family", "")
+    place.need("image" not in data, "'image' is not read; 'images' is a list of file names")
+    place.need(isinstance(group, str) and isinstance(family, str), "'group' and 'family' must be texts")
+    place.need(answer is None or isinstance(answer, str), "'answer' must be a text")
     first, *later = turns
     messages = [Message.user(first, [path for name in names if (path := place.image(name))])]
     messages += [Message.assistant(t) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
-    return Row(tuple(messages), bool(unsafe), group, None if answer is None else Gold("exact", (answer,)))
+    return Row(tuple(messages), bool(unsafe), group, None if answer is None else Gold("exact", (answer,)), family)
 
 
 def _with_image(data: Fields, place: Place, image_field: str) -> Row:

@@ -138,7 +138,7 @@ def test_vlsafe_and_tovilag_are_unsafe_and_show_their_picture_first(tmp_path):
 def test_images_that_are_not_there_are_an_error_and_not_a_prompt_without_them(tmp_path):
     """The official evaluation prints a warning and asks on without it."""
     path = jsonl(tmp_path, VLSAFE)
-    with pytest.raises(InputError, match=r"set\.jsonl:1: no such image .*350510\.jpg.*--images.*--text-only"):
+    with pytest.raises(InputError, match=r"set\.jsonl:1: no image .*350510\.jpg.*--images.*--text-only"):
         read_rows([DataFile(path)])
     (row,) = read_rows([DataFile(path)], text_only=True)
     assert row.messages == (Message.user(VLSAFE["query"]),)

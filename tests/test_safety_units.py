@@ -437,11 +437,49 @@ def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
     assert data.labelled()[-1] == Labelled(Prompt("other"), unsafe=False, group="vqa", source="b")
 
 
+def test_prompts_are_read_in_the_formats_of_autosteer_eval(tmp_path: Path):
+    (tmp_path / "a.png").touch()
+    pairs = write_lines(tmp_path / "p.jsonl", *many())
+    ours = {"prompt": "x", "images": ["a.png"], "group": "g", "family": "f"}
+    benign = [
+        write_lines(tmp_path / "ours.jsonl", ours),
+        write_lines(tmp_path / "alpaca.jsonl", {"turns": ["y"], "dataset": "d"}),
+    ]
+    unsafe = [write_lines(tmp_path / "vlsafe.jsonl", {"query": "z", "image_id": "gone.png"})]
+    data = read_data([pairs], benign, unsafe, images=tmp_path, text_only=True)
+    assert data.extra == (
+        Labelled(Prompt("x"), False, "g", "f", "ours"),
+        Labelled(Prompt("y"), False, "alpaca", "", "alpaca"),
+        Labelled(Prompt("z"), True, "vlsafe", "", "vlsafe"),
+    )
+    assert data.extra[2].prompt.where == f"{unsafe[0]}:1"
+    assert read_data([pairs], benign).extra[0].prompt.images == ((tmp_path / "a.png").resolve(),)
+    with pytest.raises(InputError, match=r"vlsafe\.jsonl:1: no image 'gone\.png' under"):
+        read_data([pairs], benign, unsafe)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"turns": ["a", "b", "c"], "prompt": None}, "b.jsonl:1: "),
+        ({"turns": ["a", "b", "c"], "unsafe": False}, "b.jsonl:1: a dialogue of 3 turns"),
+        ({"prompt": " "}, "b.jsonl:1: there is no text"),
+        ({"prompt": "x", "unsafe": True}, "b.jsonl:1: not a row of a test set ('unsafe' contradicts"),
+        ({"prompt": "x", "image": "a.png"}, "b.jsonl:1: not a row of a test set ('image' is not read"),
+    ],
+)
+def test_bad_prompt_is_named_with_file_and_line(tmp_path: Path, row: object, message: str):
+    pairs = write_lines(tmp_path / "p.jsonl", *many())
+    with pytest.raises(InputError) as error:
+        read_data([pairs], [write_lines(tmp_path / "b.jsonl", row)])
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ("{not json", "p.jsonl:21: not JSON"),
-        ("[1]", "p.jsonl:21: expected a JSON object, found list"),
+        ("[1]", "p.jsonl:21: not a JSON object"),
         ({"unsafe": "x"}, "p.jsonl:21: field 'safe' is missing (found: 'unsafe')"),
         ({"orig_query": "x"}, "p.jsonl:21: field 'safe_query' is missing"),
         ({"safe_query": "x"}, "p.jsonl:21: field 'orig_query' is missing"),

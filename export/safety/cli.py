@@ -38,7 +38,12 @@ DEFAULT_THRESHOLD = 0.5
     type=click.Path(path_type=Path),
     help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with the package.",
 )
-@click.option("--benign", multiple=True, type=click.Path(path_type=Path), help="JSONL of more benign prompts.")
+@click.option(
+    "--benign",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of more benign prompts, as for autosteer-eval.",
+)
 @click.option("--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts.")
 @click.option(
     "--test-benign", multiple=True, type=click.Path(path_type=Path), help="JSONL that only judges, in the report."
@@ -47,6 +52,7 @@ DEFAULT_THRESHOLD = 0.5
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of images named in the JSONL files."
 )
+@click.option("--text-only", is_flag=True, help="Leave out the images of --benign, --unsafe and --test- files.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option(
     "--features",
@@ -97,6 +103,7 @@ def fit_command(
     test_benign: tuple[Path, ...],
     test_unsafe: tuple[Path, ...],
     images: Path | None,
+    text_only: bool,
     output: Path,
     features: Path | None,
     prober: Literal["pooled", "paper"],
@@ -126,10 +133,10 @@ def fit_command(
     from .pairs import check_images, read_data, read_external
 
     console = Console(stderr=True)
-    data = read_data(pairs, benign, unsafe, images=images)
+    data = read_data(pairs, benign, unsafe, images=images, text_only=text_only)
     external = [
-        *read_external(test_unsafe, unsafe=True, images=images),
-        *read_external(test_benign, unsafe=False, images=images),
+        *read_external(test_unsafe, unsafe=True, images=images, text_only=text_only),
+        *read_external(test_benign, unsafe=False, images=images, text_only=text_only),
     ]
     everything = dataclasses.replace(data, extra=(*data.extra, *external))
     device_ = _device(device)

@@ -2,10 +2,10 @@
 
     --pairs, ours       {"unsafe": text, "safe": text, "image": path | null, "safe_image": path, "channel": name}
     --pairs, VLSafe     {"orig_query": unsafe text, "safe_query": safe text, "image_id": path}
-    --benign, --unsafe  {"prompt": text, "images": [path, ...], "group": name}
+    --benign, --unsafe  what autosteer-eval reads (runtime/readers.py), one turn a row
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
-file, then under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
+file and under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
 of our own formats may have a "family": prompts of one family say the same thing in other words and are never on two
 sides of the split.
 
@@ -16,7 +16,6 @@ This file knows nothing of models; what a tokenizer objects to is checked by fea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
+from autosteer.runtime.readers import DataFile, read_lines, read_rows
 
 from . import builtin
 
@@ -32,7 +32,6 @@ BUILTIN = Path(builtin.NAME)
 
 PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
 VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
-PROMPT_KEYS = {"prompt", "images", "group", "family"}
 
 
 @dataclass(frozen=True)
@@ -96,9 +95,15 @@ class FitData:
 
 
 def read_data(
-    pairs: Iterable[Path], benign: Iterable[Path] = (), unsafe: Iterable[Path] = (), *, images: Path | None = None
+    pairs: Iterable[Path],
+    benign: Iterable[Path] = (),
+    unsafe: Iterable[Path] = (),
+    *,
+    images: Path | None = None,
+    text_only: bool = False,
 ) -> FitData:
     """Read and cross-check the files. Path("builtin") among `pairs` is not read but stands for what builtin.py makes.
+    `text_only` leaves out the pictures of `benign` and `unsafe`.
 
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
     that is called both safe and unsafe.
@@ -109,15 +114,15 @@ def read_data(
     data = FitData(
         pairs=(
             *(_builtin_pairs() if shipped else ()),
-            *(_pair(row, where, path, images) for path in files for row, where in _rows(path)),
+            *(pair for path in files for pair in _pairs(path, images)),
         ),
         extra=(
             *(_builtin_harmless() if shipped else ()),
             *(
-                _labelled(row, where, path, images, unsafe=label)
+                item
                 for paths, label in ((benign, False), (unsafe, True))
                 for path in paths
-                for row, where in _rows(path)
+                for item in _labelled(path, images, unsafe=label, text_only=text_only)
             ),
         ),
     )
@@ -127,9 +132,11 @@ def read_data(
     return data
 
 
-def read_external(files: Iterable[Path], *, unsafe: bool, images: Path | None = None) -> list[Labelled]:
+def read_external(
+    files: Iterable[Path], *, unsafe: bool, images: Path | None = None, text_only: bool = False
+) -> list[Labelled]:
     """Prompts that only judge: rows as in --benign and --unsafe, each file a data set of its own. Raises InputError."""
-    rows = [_labelled(row, where, path, images, unsafe=unsafe) for path in files for row, where in _rows(path)]
+    rows = [item for path in files for item in _labelled(path, images, unsafe=unsafe, text_only=text_only)]
     return [replace(item, group=item.source) for item in rows]
 
 
@@ -163,25 +170,11 @@ def _builtin_family(name: str) -> str:
     return f"{builtin.NAME}: {name}"  # no family of a user's file can have this name by chance
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """(parsed object, "file:line") of every line that is not blank."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InputError(f"{path}: not readable as UTF-8 text ({err})") from err
-    if not any(map(str.strip, lines)):
+def _pairs(path: Path, images: Path | None) -> list[Pair]:
+    pairs = [_pair(row, f"{path}:{number}", path, images) for number, row in read_lines(path)]
+    if not pairs:
         raise InputError(f"{path}: no rows; one JSON object per line is needed")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as err:
-            raise InputError(f"{where}: not JSON ({err}); one object per line is needed") from err
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield row, where
+    return pairs
 
 
 def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> Pair:
@@ -210,14 +203,14 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
     )
 
 
-def _labelled(row: dict[str, Any], where: str, file: Path, images: Path | None, *, unsafe: bool) -> Labelled:
-    _reject_unknown(row, PROMPT_KEYS, where)
-    names = row.get("images") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: 'images' must be a list of paths")
-    prompt = Prompt(_text(row, "prompt", where), _images(names, file, images, where), where)
-    family = _text(row, "family", where) if "family" in row else ""
-    return Labelled(prompt, unsafe, _text(row, "group", where, default=file.stem), family, file.stem)
+def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool) -> Iterator[Labelled]:
+    for row in read_rows([DataFile(path, unsafe)], images=images, text_only=text_only):
+        if len(row.messages) > 1:
+            raise InputError(f"{row.where}: a dialogue of {len(row.messages)} turns; a gate is fitted on single ones")
+        if not row.prompt.strip():
+            raise InputError(f"{row.where}: there is no text in the prompt")
+        pictures = tuple(Path(image).resolve() for image in row.messages[0].images)
+        yield Labelled(Prompt(row.prompt, pictures, row.where), unsafe, row.group, row.family, path.stem)
 
 
 def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:
