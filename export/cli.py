@@ -44,9 +44,11 @@ REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
     help="With --prober: the token it reads, from the end of the prompt without generation prompt. Default: the "
     "authors' (-1, the last; Chameleon -2, before the separator they do not write).",
 )
-@click.option("--threshold", type=float, help="With --prober: unsafe above this.  [default: 0.5]")
 @click.option("--strength", type=float, help="With --prober: the paper's epsilon.  [default: 0.1]")
 @click.option("--refusal-text", help=f"With --prober: what --policy stop says.  [default: {REFUSAL_TEXT}]")
+@click.option(
+    "--threshold", type=float, help="The gate fires above this p_unsafe. Default: the fit's; with --prober 0.5."
+)
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
 @click.option(
     "--layer",
@@ -85,6 +87,7 @@ def export(
     model: str,
     output: Path,
     safety_folder: Path | None,
+    threshold: float | None,
     unguarded: bool,
     layer: int | None,
     precision: str,
@@ -103,6 +106,8 @@ def export(
     """
     if unguarded and safety_folder:
         raise click.UsageError("--unguarded and --safety exclude each other")
+    if unguarded and threshold is not None:
+        raise click.UsageError("--unguarded and --threshold exclude each other")
     authors = given_authors(authors, layer, excluded="--unguarded" if unguarded else safety_folder and "--safety")
     check_output(output, marker=MANIFEST_FILE, force=force)
 
@@ -125,6 +130,8 @@ def export(
             safety = authors_safety(checkpoint, layer, authors)
         else:
             safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
+        if safety and threshold is not None:
+            safety = safety.firing_above(threshold)
         options = ExportOptions(
             precision=cast(Precision, precision),
             split_layer=layer,

@@ -255,7 +255,8 @@ def test_a_number_out_of_range_is_refused_before_a_file_is_opened(tmp_path, chan
     [
         (("--prober", "p.pt", "--layer", "3"), "belong together"),
         (("--steer-matrix", "w.pt", "--layer", "3"), "belong together"),
-        (("--threshold", "0.4"), r"belong together.*here: --threshold"),
+        (("--strength", "0.4"), r"belong together.*here: --strength"),
+        (("--threshold", "0.4", "--unguarded"), "--unguarded and --threshold exclude"),
         (("--prober", "p.pt", "--steer-matrix", "w.pt"), "--prober needs --layer"),
         (
             ("--prober", "p.pt", "--steer-matrix", "w.pt", "--layer", "3", "--safety", "s"),

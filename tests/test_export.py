@@ -112,6 +112,17 @@ def test_a_safety_folder_that_could_not_guard_is_refused(tmp_path: Path, damage,
     assert nothing_left(tmp_path, "safety")
 
 
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
+def test_a_threshold_that_could_not_guard_is_refused(threshold: float) -> None:
+    with pytest.raises(InputError, match="--threshold"):
+        demo_safety(DEMO / "safety").firing_above(threshold)
+
+
+def test_another_threshold_leaves_behind_what_was_measured_at_the_fits() -> None:
+    facts = demo_safety(DEMO / "safety").firing_above(0.25).facts
+    assert (facts.threshold, facts.calibration) == (0.25, {})
+
+
 def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

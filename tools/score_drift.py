@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """How far a precision moves the gate: p_unsafe of the same prompts in two packages of one model.
 
-    .venv/bin/python tools/score_drift.py build/smollm2-fp32 build/smollm2-int8 --data prompts.jsonl
+    .venv/bin/python tools/score_drift.py build/smollm2-fp32 build/smollm2-int8 --unsafe bad.jsonl --benign good.jsonl
 
-Rows are autosteer-fit's ({"prompt": ...}), without images. Prints mean and largest |dp| and how many verdicts flip at
-the first package's threshold; exits 6 where more than --budget of them do. Prompts are scored, not answered.
+Files are autosteer-eval's. Prints mean and largest |dp| and how many verdicts flip at the first package's threshold.
+Where more than --budget of them do, it says at which threshold the second package catches what the first one does, for
+`autosteer-export --threshold`, and exits 6. Prompts are scored, not answered.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,38 +19,70 @@ import numpy as np
 
 from autosteer.runtime import Engine
 from autosteer.runtime.console import run_command
-from autosteer.runtime.errors import InputError
+from autosteer.runtime.readers import DataFile, Row, first_of_each_group, read_rows
 from autosteer.runtime.request import Stats
-from autosteer.runtime.text import Message
+
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command("score_drift")
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("other", type=click.Path(path_type=Path))
-@click.option("--data", multiple=True, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--unsafe", multiple=True, required=True, type=FILE, help="JSONL of unsafe prompts.")
+@click.option("--benign", multiple=True, required=True, type=FILE, help="JSONL of benign prompts.")
+@click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of their images.")
+@click.option("--text-only", is_flag=True, help="Leave out images.")
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each file.")
 @click.option("--budget", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share that may flip.")
-def main(original: Path, other: Path, data: tuple[Path, ...], limit: int | None, budget: float) -> None:
+def main(
+    original: Path,
+    other: Path,
+    unsafe: tuple[Path, ...],
+    benign: tuple[Path, ...],
+    images: Path | None,
+    text_only: bool,
+    limit: int | None,
+    budget: float,
+) -> None:
     """Compare the scores of two packages."""
-    texts = [json.loads(line)["prompt"] for file in data for line in file.read_text("utf-8").splitlines()[:limit]]
-    if not texts:
-        raise InputError("--data: no prompt")
+    files = [DataFile(path, label) for paths, label in ((unsafe, True), (benign, False)) for path in paths]
+    rows = read_rows(files, images=images, text_only=text_only)
+    if limit:
+        rows = first_of_each_group(rows, limit)
     engines = [Engine.load(folder) for folder in (original, other)]
-    before, after = (np.array([score(engine, text) for text in texts]) for engine in engines)
+    before, after = (np.array([score(engine, row) for row in rows]) for engine in engines)
     threshold, moved = engines[0].policy().threshold, np.abs(before - after)
-    flips = int(((before <= threshold) != (after <= threshold)).sum())
+    label = np.array([row.unsafe for row in rows])
+    flips = (before > threshold) != (after > threshold)
+
+    def flagged(p: np.ndarray, threshold: float) -> str:
+        caught, wrong = (p[label] > threshold).mean(), (p[~label] > threshold).mean()
+        return f"{caught:.1%} of unsafe prompts flagged, {wrong:.1%} of benign ones"
+
     click.echo(
-        f"{len(texts)} prompts: mean |dp| {moved.mean():.4f}, largest {moved.max():.3f}; "
-        f"{flips} verdicts ({flips / len(texts):.2%}) flip at {threshold:g}"
+        f"{len(rows)} prompts: mean |dp| {moved.mean():.4f}, largest {moved.max():.3f}; {flips.sum()} verdicts "
+        f"({flips.mean():.2%}) flip at {threshold:g}\n"
+        f"{original}: {flagged(before, threshold)}\n{other}: {flagged(after, threshold)}"
     )
-    if flips > budget * len(texts):
-        click.echo(f"more than {budget:.2%}: export at a higher precision, or fit the gate again", err=True)
+    if flips.mean() > budget:
+        lower = catching(after[label], int((before[label] > threshold).sum()))
+        click.echo(
+            f"more than {budget:.2%} flip. Export at a higher precision, fit the gate again, or export with "
+            f"--threshold {lower:g}, where {other} has {flagged(after, lower)}",
+            err=True,
+        )
         sys.exit(6)
 
 
-def score(engine: Engine, text: str) -> float:
+def catching(p_unsafe: np.ndarray, count: int) -> float:
+    """The highest threshold of four digits above which `count` of the scores lie, 0 where there is none."""
+    lowest = np.sort(p_unsafe)[-count] if count else 1.0
+    return max(0.0, math.ceil(1e4 * lowest - 1) / 1e4)
+
+
+def score(engine: Engine, row: Row) -> float:
     """p_unsafe of a prompt; the upper half never runs."""
-    request = engine.request(engine.prepare([Message.user(text)], Stats()), 1, Stats())
+    request = engine.request(engine.prepare(row.messages, Stats()), 1, Stats())
     return float(request.judge(engine.policy("monitor")).p_unsafe)
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from autosteer.runtime.errors import PackageError
+from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.manifest import decode
 
 from . import SAFETY_FILE
@@ -72,6 +72,12 @@ class SafetyArtifact:
     facts: SafetyFacts
     prober: dict[str, torch.Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
     steer_matrix: torch.Tensor  # (d, d)
+
+    def firing_above(self, threshold: float) -> SafetyArtifact:
+        """The same with another threshold, without the facts that were measured at its own. Raises InputError."""
+        if not 0.0 <= threshold < 1.0:
+            raise InputError(f"--threshold {threshold:g}: it must be in [0, 1)")
+        return replace(self, facts=replace(self.facts, threshold=threshold, calibration={}))
 
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, which is made if need be."""
