@@ -22,6 +22,7 @@ from autosteer.runtime.manifest import (
     ProberSpec,
     RefusalSpec,
     Source,
+    VideoSpec,
     sha256,
 )
 
@@ -77,8 +78,10 @@ def write_package(
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)
     framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
-    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing))
-    prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder)
+    videos = video_spec(checkpoint, processor)
+    video_token = processor.video_token if videos else None
+    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing), video_token)
+    prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
     store = WeightStore(folder, checkpoint, advance)
     graphs: dict[str, GraphSpec] = {}
     image_file: Path | None = None
@@ -108,6 +111,7 @@ def write_package(
         kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
         prompt=prompt_spec,
         image=pictures,
+        video=videos,
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
@@ -127,6 +131,12 @@ def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
         return None
     spec = checkpoint.family.image_spec(checkpoint.config, processor.image_processor)
     return replace(spec, frames=prompt.image_frames(processor, spec))
+
+
+def video_spec(checkpoint: Checkpoint, processor: Any) -> VideoSpec | None:
+    """The family's VideoSpec; None where the model takes no videos."""
+    make = checkpoint.family.video_spec
+    return make(checkpoint.config, processor.video_processor) if make else None
 
 
 def _write_graphs(
@@ -191,7 +201,7 @@ def data_file(folder: Path, name: str) -> DataFile:
 
 def with_results(folder: Path, manifest: Manifest, checks: tuple[Check, ...], golden: tuple[Golden, ...]) -> Manifest:
     """Complete the manifest with the validation table, the golden outputs and their pictures, and save it again."""
-    pictures = dict.fromkeys(image for g in golden for image in g.images)
+    pictures = dict.fromkeys(file for g in golden for file in g.pictures())
     complete = replace(
         manifest,
         golden=golden,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.image import cut
 from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, TurnSpec
-from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
+from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, VideoPart, load_tokenizer, render
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
@@ -28,17 +29,19 @@ class Renderer:
 
     Processors may write a begin token, and a separator after the last turn. These are found by looking at token ids,
     and stand in the renderings below as if the template had written them. What they write around and between the rows
-    of an image is its `frame`; in the renderings an image is its one token in the template.
+    of an image is its `frame`; in the renderings an image or a video is its one token in the template.
     """
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, video_token: str | None = None):
+        """`video_token` where the model's family takes videos: processors have one also where it does not."""
         self._processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str | None = getattr(processor, "image_token", None)
+        self.video_token = video_token
         self.special_tokens = _special_tokens(self.tokenizer)
-        if self.image_token:
-            self.image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-            self.special_tokens[self.image_token] = self.image_id
+        for token in filter(None, (self.image_token, self.video_token)):
+            self.special_tokens[token] = self.tokenizer.convert_tokens_to_ids(token)
+        self.image_id, self.video_id = map(self.special_tokens.get, (self.image_token, self.video_token))
         plain, whole = self.tokenizer(FIRST, add_special_tokens=False).input_ids, self.ids(FIRST)
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
         if start is None:
@@ -54,22 +57,29 @@ class Renderer:
         return "".join(tokens)
 
     def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
-        """A dialogue in Hugging Face's form, as the processor's tokenizer sees it, with one image token per image."""
+        """A dialogue in Hugging Face's form, as the processor's tokenizer sees it: one token per image or video."""
         return self._before + self.template(messages, generation=generation) + self._after
 
-    def turns(self, *turns: tuple[str, str], images: int = 0, generation: bool = False) -> str:
-        """The text of turns (role, text), with `images` before the first turn's."""
+    def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
+        """The text of turns (role, text), with so many images and videos before the first turn's."""
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        messages[0]["content"][:0] = [{"type": "image"}] * images  # type: ignore[index]
+        messages[0]["content"][:0] = [{"type": "image"}] * image + [{"type": "video"}] * video  # type: ignore[index]
         return self.text(messages, generation=generation)
 
     def template(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         """What the chat template alone makes of a dialogue."""
         return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
 
-    def ids(self, text: str, *, images: int = 0) -> list[int]:
-        """The processor's own token ids for a template's text, with one image token for each image and its frame."""
-        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images)
+    def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
+        """The processor's own token ids for a template's text, with one token for each image and its frame, and for
+        each video.
+        """
+        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, [np.zeros((1, 32, 32, 3), np.uint8)] * videos)
+        if videos:
+            places = [at for at, i in enumerate(ids) if i == self.video_id]
+            each = len(places) // videos
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first : last + 1] = [self.video_id]
         if images:
             places = [at for at, i in enumerate(ids) if i == self.image_id]
             each = len(places) // images  # pictures of one size take equally many
@@ -90,8 +100,9 @@ class Renderer:
         between[0] = between[0][len(self._begin) :]
         return between
 
-    def _ids(self, text: str, pictures: list[Image.Image]) -> list[int]:
-        return list(map(int, self._processor(text=[text], images=[pictures] if pictures else None)["input_ids"][0]))
+    def _ids(self, text: str, pictures: Sequence[Image.Image], videos: Sequence[np.ndarray] = ()) -> list[int]:
+        shown = {name: [list(some)] for name, some in (("images", pictures), ("videos", videos)) if some}
+        return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
 
 
 def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
@@ -121,24 +132,31 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
     return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
 
 
-def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
+def save_tokenizer(
+    processor: Any, folder: Path, never_typed: tuple[int, ...] = (), video_token: str | None = None
+) -> None:
     """Write `folder`/tokenizer.json. What a prompt's frame is made of is special there, and so nothing that a user can
     type (checkpoints may list it among ordinary added tokens), and so are those of `never_typed` that are added tokens.
     """
-    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_typed))}
+    names = {
+        *Renderer(processor, video_token).special_tokens,
+        *processor.tokenizer.convert_ids_to_tokens(list(never_typed)),
+    }
     data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     for token in data["added_tokens"]:
         token["special"] |= token["content"] in names
     (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
-def take_apart(processor: Any, end_token_ids: tuple[int, ...], folder: Path) -> PromptSpec:
+def take_apart(
+    processor: Any, end_token_ids: tuple[int, ...], folder: Path, video_token: str | None = None
+) -> PromptSpec:
     """PromptSpec of a Hugging Face processor, checked against it. `folder` holds the tokenizer.json the runtime will
-    read.
+    read; `video_token` is given where the model takes videos.
 
     Raises UnsupportedModelError where the template does more than the pieces can say.
     """
-    renderer = Renderer(processor)
+    renderer = Renderer(processor, video_token)
 
     def split(text: str) -> tuple[Piece, ...]:
         return _pieces(text, renderer)
@@ -150,11 +168,12 @@ def take_apart(processor: Any, end_token_ids: tuple[int, ...], folder: Path) -> 
     begin = one.removesuffix(user)
     if begin == one and user:
         raise UnsupportedModelError("the chat template writes the first user turn unlike later ones")
-    image, lead = _image_part(renderer) if renderer.image_token else ("", "")
+    image, lead = _part(renderer, "image") if renderer.image_token else ("", "")
+    video, _ = _part(renderer, "video") if renderer.video_token else ("", "")
     spec = PromptSpec(
         begin=split(begin),
         system=_system_turn(renderer, split, user),
-        user=_turn(split, user, FIRST, image=image, lead=lead, before_text=text_lead(renderer)),
+        user=_turn(split, user, FIRST, image=image, video=video, lead=lead, before_text=text_lead(renderer)),
         assistant=_turn(split, _after(two, one), REPLY),
         generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
         images_first=_images_first(renderer) if renderer.image_token else False,
@@ -171,7 +190,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
     Also: text that looks like a special token must not become one.
     """
     tokenizer = load_tokenizer(folder / spec.tokenizer)
-    image = ImagePart("unused")
+    image, video = ImagePart("unused"), VideoPart(("unused",))
     dialogues: list[list[Message]] = [
         [Message.user("Hello!")],
         [Message.user("two\nlines, ünïcode 漢字 ")],
@@ -184,14 +203,23 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
             [Message("user", ("first", image, "then", image, "compare"))],
             [Message("user", (image, "a")), Message.assistant("b"), Message.user("c")],
         ]
+    if renderer.video_token:
+        dialogues += [
+            [Message("user", (video, "what happens?"))],
+            [Message("user", (video, video, "compare"))],
+            [Message("user", ("first", video, "then", image, "compare"))],
+            [Message("user", (video, "a")), Message.assistant("b"), Message("user", (image, video, "c"))],
+        ]
     if spec.system:
         dialogues += [[Message("system", ("Be kind.",)), Message.user("hi")]]
+    ids = {IMAGE: renderer.image_id, VIDEO: renderer.video_id}
     for dialogue in dialogues:
         for generation in (False, True):
-            text = renderer.template(_hf(dialogue), generation=generation)
-            expected = renderer.ids(text, images=sum(len(message.images) for message in dialogue))
+            text = renderer.template(hf_messages(dialogue), generation=generation)
+            counts = {"images": sum(len(m.images) for m in dialogue), "videos": sum(len(m.videos) for m in dialogue)}
+            expected = renderer.ids(text, **counts)
             ours = render(dialogue, spec, tokenizer, generation=generation)
-            flat = [i for run in ours for i in ([renderer.image_id] if run is IMAGE else run)]  # type: ignore[union-attr]
+            flat = [i for run in ours for i in (run if isinstance(run, list) else [ids[run]])]
             if flat != expected:
                 raise UnsupportedModelError(
                     f"the chat template cannot be taken apart: {text!r} is {expected} in Hugging Face, {flat} in pieces"
@@ -220,9 +248,13 @@ def generation_length(spec: PromptSpec, folder: Path) -> int:
     return with_it - without
 
 
-def _hf(dialogue: list[Message]) -> list[dict[str, Any]]:
-    def part(p: str | ImagePart) -> dict[str, str]:
-        return {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"}
+def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
+    """A dialogue in Hugging Face's form."""
+
+    def part(p: Part) -> dict[str, str]:
+        if isinstance(p, str):
+            return {"type": "text", "text": p}
+        return {"type": "image" if isinstance(p, ImagePart) else "video"}
 
     return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in dialogue]
 
@@ -233,14 +265,14 @@ def _after(longer: str, shorter: str) -> str:
     return longer[len(shorter) :]
 
 
-def _image_part(renderer: Renderer) -> tuple[str, str]:
-    """What one image adds to a turn, found by comparing two images with one; and what a turn without images has where
+def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str]:
+    """What one image (or video) adds to a turn, found by comparing two with one; and what a turn without them has where
     they would be ("User: hi", but "User:<image>hi").
     """
-    none, one, two, three = (renderer.turns(("user", FIRST), images=n) for n in range(4))
+    none, one, two, three = (renderer.turns(("user", FIRST), **{kind: n}) for n in range(4))
     added = _inserted(one, two)
     if added not in one or added * 3 not in three:
-        raise UnsupportedModelError("the chat template writes a second image unlike the first")
+        raise UnsupportedModelError(f"the chat template writes a second {kind} unlike the first")
     return added, _inserted(one.replace(added, ""), none)
 
 
@@ -254,7 +286,7 @@ def _images_first(renderer: Renderer) -> bool:
     """Whether the template moves an image that comes after the text to the front."""
     content = [{"type": "text", "text": FIRST}, {"type": "image"}]
     after = renderer.text([{"role": "user", "content": content}])
-    return after == renderer.turns(("user", FIRST), images=1)
+    return after == renderer.turns(("user", FIRST), image=1)
 
 
 def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
@@ -274,7 +306,9 @@ def text_lead(renderer: Renderer) -> str:
     return text.split(FIRST)[1].split(SECOND)[0]
 
 
-def _turn(split: Any, text: str, marker: str, *, image: str = "", lead: str = "", before_text: str = "") -> TurnSpec:
+def _turn(
+    split: Any, text: str, marker: str, *, image: str = "", video: str = "", lead: str = "", before_text: str = ""
+) -> TurnSpec:
     """Cut a rendered turn at its marker; `before_text` is the literal that belongs to each text, `lead` to a text that
     comes first.
     """
@@ -284,6 +318,7 @@ def _turn(split: Any, text: str, marker: str, *, image: str = "", lead: str = ""
     return TurnSpec(
         prefix=split(before.removesuffix(lead + before_text)),
         image=split(image),
+        video=split(video),
         text=(*split(before_text), Piece("text")),
         suffix=split(after),
         lead=split(lead),
@@ -293,12 +328,13 @@ def _turn(split: Any, text: str, marker: str, *, image: str = "", lead: str = ""
 def _pieces(text: str, renderer: Renderer) -> tuple[Piece, ...]:
     """Special tokens, the image token and literal text, in order."""
     specials = renderer.special_tokens
+    slots: dict[str | None, Any] = {renderer.image_token: "image", renderer.video_token: "video"}
     longest_first = sorted(specials, key=len, reverse=True)
     found = [p for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p]
 
     def piece(part: str) -> Piece:
-        if part == renderer.image_token:
-            return Piece("image")
+        if part in slots:
+            return Piece(slots[part])
         if part in specials:
             return Piece("token", part, specials[part])
         return Piece("literal", part)

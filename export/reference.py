@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.runtime.image import cut, open_image
+from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, opening_tokens
 
+from .prompt import hf_messages
 from .safety.artifact import SafetyArtifact
 from .vision import VQTokenizer
 
@@ -31,14 +32,24 @@ NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest 
 
 @dataclass(frozen=True)
 class Case:
-    """A dialogue to compare on. `image_files` are relative to the package."""
+    """A dialogue to compare on. Files are relative to the package."""
 
     messages: tuple[Message, ...]
     image_files: tuple[str, ...]
+    video_files: tuple[tuple[str, ...], ...] = ()  # the frames of each
 
     @property
-    def images(self) -> list[Any]:
+    def images(self) -> list[ImageLike]:
         return [image for message in self.messages for image in message.images]
+
+    @property
+    def videos(self) -> list[tuple[ImageLike, ...]]:
+        return [frames for message in self.messages for frames in message.videos]
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether it has images, and videos."""
+        return bool(self.images), bool(self.videos)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class ImageErrors:
 class Original:
     """What PyTorch made of a case."""
 
-    pixel_values: np.ndarray  # (tiles of all images, 3, size, size)
+    pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
     image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) at the prober's token
@@ -80,16 +91,13 @@ class Reference:
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """The processor's tensors for a case."""
-        messages = [
-            {
-                "role": m.role,
-                "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.parts],
-            }
-            for m in case.messages
-        ]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        pictures = [Image.fromarray(open_image(image)) for image in case.images]
-        return dict(self.processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
+        text = self.processor.apply_chat_template(hf_messages(case.messages), add_generation_prompt=True)
+        shown: dict[str, Any] = {}
+        if case.images:
+            shown["images"] = [[Image.fromarray(open_image(image)) for image in case.images]]
+        if case.videos:
+            shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in case.videos]]
+        return dict(self.processor(text=[text], **shown, return_tensors="pt"))
 
     def run(self, case: Case, ours: list[list[int]] | None = None) -> Original:
         """Everything PyTorch computes of a case, its own greedy answers among it; for a model in memory.
@@ -120,10 +128,10 @@ class Reference:
         self, case: Case, errors: ImageErrors | None, seen: Pass, tokens: list[int], steered: list[int]
     ) -> Original:
         inputs = self.inputs(case)
-        pixel_values = inputs.get("pixel_values", torch.empty(0, 3, 1, 1))
+        pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
         hidden = self._read(case, inputs, seen)
         return Original(
-            pixel_values=pixel_values.reshape(-1, *pixel_values.shape[-3:]).numpy(),
+            pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
             image_errors=errors,
             embeds=seen.entering[0].numpy(),
             hidden=hidden.numpy(),
@@ -235,8 +243,14 @@ class Reference:
         return list(map(int, out[0, inputs["input_ids"].shape[1] :]))
 
     def _until_image(self, answer: Sequence[int]) -> Sequence[int]:
-        image = getattr(self.processor, "image_token_id", None)
-        return answer[: answer.index(image) + 1] if image in answer else answer
+        first = next((at for at, token in enumerate(answer) if token in self._placeholders), len(answer))
+        return answer[: first + 1]
+
+    @property
+    def _placeholders(self) -> list[int]:
+        """The tokens that stand for rows of images and videos in HF's input ids."""
+        names = ("image_token_id", "video_token_id") if self.manifest.video else ("image_token_id",)
+        return [token for name in names if (token := getattr(self.processor, name, None)) is not None]
 
     @property
     def _layers(self) -> tuple[int, int]:
@@ -248,8 +262,7 @@ class Reference:
         last = len(ids) + (prober.token_offset if prober else -1)
         if prober is None or prober.pooling == "last":
             return torch.tensor([last])
-        image = getattr(self.processor, "image_token_id", None)
-        text = torch.arange(len(ids)) if image is None else (ids != image).nonzero()[:, 0]
+        text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0]
         tokenizer = self.processor.tokenizer.backend_tokenizer
         rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) + self._framing(case) :]
         return rows[rows <= last]

@@ -28,11 +28,12 @@ from PIL import Image
 
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Action, Mode, Verdict, is_safe
-from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.image import normalise, open_image, prepare
 from autosteer.runtime.manifest import Check, Golden, Manifest
 from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.subgraph import find_device
 from autosteer.runtime.text import Message
+from autosteer.runtime.video import tiles
 
 from .checkpoint import Checkpoint, load_processor
 from .convoy import Convoy
@@ -44,7 +45,6 @@ from .safety.artifact import SafetyArtifact
 from .unpack import PackedWeights, worse
 
 WORK = 1e13  # multiplications that one pass over all dialogues may take: minutes, on two cores
-ALWAYS = 3  # dialogues that are compared whatever they take
 BUDGET_BYTES = 512 << 20  # of weights that stay loaded: the package's, then the original's
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
@@ -131,8 +131,8 @@ def validate_package(
 
 
 def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
-    """Dialogues with no, one, two images; square, wide, tall; two turns; the most telling first. Pictures are drawn and
-    kept in golden/.
+    """Dialogues with no, one, two images; square, wide, tall; a video; two turns; the most telling first. Pictures are
+    drawn and kept in golden/.
     """
     cases = [
         Case((Message.user("Name three colours."),), ()),
@@ -153,11 +153,20 @@ def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
     small, *others = [Case((turn("what is shown here?", name),), (files[name],)) for name in shapes]
     cases += [
         small,
+        *([_video_case(folder, size)] if manifest.video else []),
         Case((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
         *others,
         Case((turn("describe it.", "wide"), Message.assistant("a picture."), turn("how many?")), (files["wide"],)),
     ]
     return cases
+
+
+def _video_case(folder: Path, size: int) -> Case:
+    """Two frames, wider and flatter than a tile."""
+    files = ("golden/frame1.png", "golden/frame2.png")
+    for seed, file in enumerate(files, 10):
+        draw(size * 3 // 2 + 1, size // 2 + 3, seed).save(folder / file)
+    return Case((Message.user("what happens?", videos=[[folder / file for file in files]]),), (), (files,))
 
 
 def draw(width: int, height: int, seed: int) -> Image.Image:
@@ -172,15 +181,16 @@ def draw(width: int, height: int, seed: int) -> Image.Image:
 
 
 def affordable(cases: Sequence[Case], checkpoint: Checkpoint, reference: Reference) -> list[Case]:
-    """The first of `cases` that PyTorch can go through within WORK, and ALWAYS of them at least."""
+    """The first of `cases` that PyTorch can go through within WORK; whatever they take, the first without a picture,
+    with one, and with a video.
+    """
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
     kept: list[Case] = []
     work = 0.0
     for case in cases:
         work += weights * reference.inputs(case)["input_ids"].shape[1]
-        if work > WORK and len(kept) >= ALWAYS:
-            break
-        kept.append(case)
+        if work <= WORK or case.kind not in {other.kind for other in kept}:
+            kept.append(case)
     return kept
 
 
@@ -239,11 +249,8 @@ def compare(
         worst[name] = worse(worst.get(name, 0.0), value)
 
     for case, own, original in zip(cases, ours, theirs, strict=True):
-        if case.images:
-            assert manifest.image is not None
-            alone = len(case.images) == 1
-            tiles = [prepare(open_image(image), manifest.image, alone=alone) for image in case.images]
-            note("pixel_values", _largest_difference(np.concatenate(tiles), original.pixel_values))
+        if case.images or case.videos:
+            note("pixel_values", _largest_difference(_pixel_values(case, manifest), original.pixel_values))
         if original.image_errors:
             note("image tokens that differ", original.image_errors.wrong)
             note("image tokens at near ties", original.image_errors.near_ties)
@@ -280,6 +287,16 @@ def compare(
     return [Check("dialogues compared", float(len(cases)), None, True), *(check(*line) for line in worst.items())]
 
 
+def _pixel_values(case: Case, manifest: Manifest) -> np.ndarray:
+    """Of a case's images and then its videos, (tiles, 3, size, size)."""
+    spec, alone = manifest.image, len(case.images) == 1
+    assert spec is not None
+    pixels = [prepare(open_image(image), spec, alone=alone) for image in case.images]
+    if manifest.video:
+        pixels += [normalise(list(tiles(frames, spec.tile_size)), manifest.video) for frames in case.videos]
+    return np.concatenate(pixels)
+
+
 def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
     """The Refusal Head's graph against its formula, and at strength 0, where it must be nothing at all."""
     hidden = np.random.default_rng(0).standard_normal((1, 1, engine.manifest.dims.hidden_size)).astype(np.float32)
@@ -301,11 +318,12 @@ def goldens(case: Case, own: Ours, manifest: Manifest) -> list[Golden]:
     text = next(part for part in case.messages[0].parts if isinstance(part, str))
     verdict = own.plain.verdict
     if own.steered is None:
-        return [Golden(text, case.image_files, None, None, Action.PASS.value, tuple(own.plain.tokens))]
+        answer = tuple(own.plain.tokens)
+        return [Golden(text, case.image_files, None, None, Action.PASS.value, answer, case.video_files)]
     action, answered = (Action.STEER, own.steered) if verdict.unsafe else (Action.PASS, own.plain)
     return [
-        Golden(text, case.image_files, None, verdict.p_unsafe, action.value, tuple(answered.tokens)),
-        Golden(text, case.image_files, -1.0, verdict.p_unsafe, Action.STEER.value, tuple(own.steered.tokens)),
+        Golden(text, case.image_files, threshold, verdict.p_unsafe, what.value, tuple(said.tokens), case.video_files)
+        for threshold, what, said in ((None, action, answered), (-1.0, Action.STEER, own.steered))
     ]
 
 

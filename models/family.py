@@ -12,7 +12,7 @@ from typing import Any
 
 from optimum.utils import NormalizedTextConfig
 
-from autosteer.runtime.manifest import ImageSpec, Resample
+from autosteer.runtime.manifest import ImageSpec, Resample, VideoSpec
 
 RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
@@ -29,6 +29,7 @@ class Family:
     lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
     vision: str | None = None  # which wrapper of export/vision.py makes the image graph
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
+    video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
     chat_template: str | None = None  # for checkpoints that come without one
     norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks

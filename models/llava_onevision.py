@@ -5,9 +5,10 @@ HF: transformers/models/llava_onevision.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from autosteer.runtime.manifest import AnyresSpec, ImageSpec
+from autosteer.runtime.manifest import AnyresSpec, ImageSpec, VideoSpec
 
 from .family import RESAMPLE, Family, with_text_config
 
@@ -33,6 +34,17 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
     )
 
 
+def video_spec(config: Any, video_processor: Any) -> VideoSpec:
+    """HF: LlavaOnevisionVideoProcessor and LlavaOnevisionModel.apply_pooling."""
+    vision = config.vision_config
+    return VideoSpec(
+        mean=tuple(video_processor.image_mean),
+        std=tuple(video_processor.image_std),
+        rescale_factor=video_processor.rescale_factor,
+        pooled_side=math.ceil(vision.image_size // vision.patch_size / 2),
+    )
+
+
 FAMILY = Family(
     model_type="llava_onevision",
     aliases={
@@ -51,4 +63,5 @@ FAMILY = Family(
     lm_head="lm_head.weight",
     vision="tower_and_projector",
     image_spec=image_spec,
+    video_spec=video_spec,
 )

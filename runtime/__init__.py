@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
+    from .video import open_video
 
 __all__ = [
     "Action",
@@ -39,6 +40,7 @@ __all__ = [
     "Stats",
     "UnsupportedModelError",
     "Verdict",
+    "open_video",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "Manifest": "manifest",
     "SamplingConfig": "sampling",
     "Message": "text",
+    "open_video": "video",
 }
 
 if not TYPE_CHECKING:

@@ -29,6 +29,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         answer = engine.generate(
             golden.prompt,
             images=[folder / image for image in golden.images],
+            videos=[[folder / frame for frame in video] for video in golden.videos],
             policy=engine.policy(mode, threshold=golden.threshold),
             sampling=SamplingConfig(max_tokens=len(golden.token_ids), speculate=False),  # as it was recorded
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
     from .conversation import Conversation
     from .engine import Chunk, Engine
     from .gate import GatePolicy, Verdict
+    from .image import ImageLike
     from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
@@ -53,6 +54,21 @@ def load(
     "-i", "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file; repeatable."
 )
 @click.option(
+    "--video",
+    "videos",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An animated GIF, WebP, PNG or TIFF, or a folder of pictures in the order of their names, as "
+    "`ffmpeg -i clip.mp4 frames/%04d.png` makes it; repeatable.",
+)
+@click.option(
+    "--frames",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Of a longer video, take so many frames, evenly spaced.",
+)
+@click.option(
     "--policy",
     type=click.Choice(["steer", "stop", "monitor", "off"]),
     default="steer",
@@ -84,6 +100,8 @@ def run(
     package: Path,
     prompt: str | None,
     images: tuple[Path, ...],
+    videos: tuple[Path, ...],
+    frames: int,
     policy: str,
     threshold: float | None,
     strength: float | None,
@@ -97,6 +115,7 @@ def run(
     """Answer a prompt with the model in PACKAGE, guarded by its gate."""
     from .sampling import SamplingConfig
     from .text import Message
+    from .video import open_video
 
     config = SamplingConfig(**sampling)
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
@@ -107,13 +126,14 @@ def run(
             raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty")
-    one_text = prompt is not None and not images  # there will be no picture to load an image graph for
+    shown = [open_video(video, frames) for video in videos]
+    one_text = prompt is not None and not images and not videos  # there will be no picture to load an image graph for
     engine = load(package, device, threads, low_memory=low_memory or one_text, max_tiles=max_tiles)
     gate = engine.policy(policy, threshold=threshold, strength=strength)
     if prompt is None:
-        chat(engine, gate, config, list(images))
+        chat(engine, gate, config, list(images), shown, frames)
         return
-    message = Message.user(prompt, images)
+    message = Message.user(prompt, images, shown)
     if as_json:
         answer = engine.generate([message], sampling=config, policy=gate)
         click.echo(dumps(answer_json(answer)))
@@ -142,13 +162,24 @@ def say(
     return text
 
 
-def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[Path]) -> None:
-    """A dialogue on the terminal. Pictures wait for a turn that is answered; earlier turns are not computed again."""
+def chat(
+    engine: Engine,
+    gate: GatePolicy,
+    config: SamplingConfig,
+    images: list[ImageLike],
+    videos: list[list[ImageLike]],
+    frames: int,
+) -> None:
+    """A dialogue on the terminal. Pictures and videos (of `frames` frames at most) wait for a turn that is answered;
+    earlier turns are not computed again.
+    """
     from .conversation import Conversation
     from .image import open_image
     from .text import Message
+    from .video import open_video
 
-    click.echo("Type a message. /image FILE adds a picture to it, /new starts over, Ctrl-D leaves.", err=True)
+    commands = "/image FILE, /video FILE, /new, Ctrl-D"
+    click.echo("Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves.", err=True)
     dialogue: list[Message] = []
     conversation = Conversation(engine)
     while True:
@@ -158,19 +189,21 @@ def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[
             click.echo("", err=True)
             return
         command, _, rest = line.partition(" ")
-        if command == "/image":
+        if command in ("/image", "/video"):
             try:  # here, so that a mistyped name cannot spoil the turns to come
-                open_image(rest.strip())
+                if command == "/video":
+                    videos.append(open_video(rest.strip(), frames))
+                else:
+                    open_image(rest.strip())
+                    images.append(Path(rest.strip()))
             except InputError as err:
                 click.echo(f"error: {err}", err=True)
-            else:
-                images.append(Path(rest.strip()))
         elif command == "/new":
-            dialogue, images, conversation = [], [], Conversation(engine)
+            dialogue, images, videos, conversation = [], [], [], Conversation(engine)
         elif line.startswith("/"):
-            click.echo(f"{command}: not a command (/image FILE, /new, Ctrl-D)", err=True)
+            click.echo(f"{command}: not a command ({commands})", err=True)
         elif line:
-            turn = Message.user(line, images)
+            turn = Message.user(line, images, videos)
             try:
                 text = say(engine, [*dialogue, turn], gate, config, conversation)
             except InputError as err:  # a chat outlives a prompt that does not fit
@@ -179,7 +212,7 @@ def chat(engine: Engine, gate: GatePolicy, config: SamplingConfig, images: list[
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 dialogue += [turn, Message.assistant(text)]
-                images = []
+                images, videos = [], []
 
 
 def verdict_line(verdict: Verdict) -> str:

@@ -1,4 +1,5 @@
-"""What the turns of one dialogue need not compute again: keys and values of earlier rows, and the rows of its pictures.
+"""What the turns of one dialogue need not compute again: keys and values of earlier rows, and the rows of its pictures
+and videos.
 
     conversation = Conversation(engine)
     engine.stream(messages, conversation=conversation)                                    # the first turn
@@ -26,7 +27,7 @@ class Conversation:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.images: dict[bytes, Runs] = {}  # what stands for the latest prompt's pictures, by digest
+        self.images: dict[bytes, Runs] = {}  # what stands for the latest prompt's pictures and videos, by digest
         self._computed: Computed | None = None
 
     def take(self) -> Computed | None:

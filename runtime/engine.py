@@ -20,18 +20,20 @@ All state belongs to a request or a conversation (request.py, conversation.py). 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from . import image as images_
+from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
@@ -41,11 +43,12 @@ from .request import PREFILL_CHUNK, Float, Key, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
 from .subgraph import Device, DeviceName, Subgraph, find_device
-from .text import IMAGE, Detokeniser, Message, load_tokenizer, opening_tokens, render
+from .text import IMAGE, VIDEO, Detokeniser, Message, load_tokenizer, opening_tokens, render
 
 log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "refused"]
+T = TypeVar("T", bound=np.generic)
 TILES_PER_RUN = 4  # bounds the image graph's activations
 
 
@@ -169,12 +172,17 @@ class Engine:
         prompt: str | Sequence[Message],
         *,
         images: Sequence[ImageLike] = (),
+        videos: Sequence[Sequence[ImageLike]] = (),
         sampling: SamplingConfig | None = None,
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
     ) -> Answer:
         """The whole answer at once; see `stream`."""
-        chunks = list(self.stream(prompt, images=images, sampling=sampling, policy=policy, conversation=conversation))
+        chunks = list(
+            self.stream(
+                prompt, images=images, videos=videos, sampling=sampling, policy=policy, conversation=conversation
+            )
+        )
         last = chunks[-1]
         assert last.finish_reason is not None and last.stats is not None
         return Answer(
@@ -190,21 +198,23 @@ class Engine:
         prompt: str | Sequence[Message],
         *,
         images: Sequence[ImageLike] = (),
+        videos: Sequence[Sequence[ImageLike]] = (),
         sampling: SamplingConfig | None = None,
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
     ) -> Iterator[Chunk]:
-        """Answer a prompt (with its images) or a dialogue, piece by piece; every piece carries the verdict.
+        """Answer a prompt (with its images and videos) or a dialogue, piece by piece; every piece carries the verdict.
 
-        `sampling` is greedy and `policy` the package's own unless given. With a `conversation` only what is new in the
-        dialogue is computed. Nothing runs before the first `next()`.
+        A video is its frames, all of which are taken (see open_video). `sampling` is greedy and `policy` the package's
+        own unless given. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
+        first `next()`.
         Raises InputError where the prompt or an image is unusable or does not fit the context.
         """
         start = time.perf_counter()
         stats = Stats(device=self.device.provider)
-        messages = [Message.user(prompt, images)] if isinstance(prompt, str) else list(prompt)
-        if images and not isinstance(prompt, str):
-            raise InputError("images go into the messages of a dialogue, not beside it")
+        messages = [Message.user(prompt, images, videos)] if isinstance(prompt, str) else list(prompt)
+        if (images or videos) and not isinstance(prompt, str):
+            raise InputError("images and videos go into the messages of a dialogue, not beside it")
         policy = policy or self.policy()
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")
@@ -278,20 +288,32 @@ class Engine:
             stats.decode_ms += _ms_since(before)
 
     def prepare(self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None) -> Prompt:
-        """Render a dialogue, encode its images, and lay both out as the decoder's input rows."""
+        """Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows."""
         pictures = [images_.open_image(picture) for message in messages for picture in message.images]
         if pictures and self.manifest.image is None:
             raise InputError("this model takes no images")
+        self._check_videos(messages)
         runs = render(messages, self.manifest.prompt, self.tokenizer)
-        digests, encoded = self._encode_images(pictures, stats, conversation)
+        before = time.perf_counter()
+        videos = [self._tiles(frames) for message in messages for frames in message.videos]
+        alone = len(pictures) == 1
+        digests = [images_.digest(picture, alone=alone) for picture in pictures]
+        video_digests = [images_.digest(video, alone=False) for video in videos]
+        encoders = {
+            **{d: functools.partial(self.encode_image, p, alone=alone) for d, p in zip(digests, pictures, strict=True)},
+            **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
+        }
+        encoded = self._encode(encoders, stats, conversation)
+        stats.vision_ms = _ms_since(before)
         earlier = digests[: sum(len(message.images) for message in messages[:-1])]
         framing = sum(len(part) for digest in earlier for part in encoded[digest] if isinstance(part, list))
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
         token_ids: list[int] = []
+        slots = {IMAGE: iter(digests), VIDEO: iter(video_digests)}
         for run in runs:
-            digest = b"" if run is not IMAGE else digests.pop(0)
+            digest = b"" if isinstance(run, list) else next(slots[run])
             row = itertools.count()
             for part in [run] if isinstance(run, list) else encoded[digest]:
                 if isinstance(part, list):
@@ -318,21 +340,34 @@ class Engine:
         before = opening_tokens(messages, self.manifest.prompt, self.tokenizer) + framing
         return [row for row in text[before:] if row <= last]
 
-    def _encode_images(
-        self, pictures: Sequence[images_.Uint8], stats: Stats, conversation: Conversation | None
-    ) -> tuple[list[bytes], dict[bytes, images_.Runs]]:
-        """Digests of the pictures in order, and what `encode_image` makes of each: once in a conversation."""
-        alone = len(pictures) == 1
-        before = time.perf_counter()
-        digests = [images_.digest(picture, alone=alone) for picture in pictures]
-        encoded = dict(conversation.images) if conversation else {}
-        for digest, picture in zip(digests, pictures, strict=True):
-            if digest not in encoded:
-                encoded[digest] = self.encode_image(picture, alone=alone, stats=stats)
-        stats.vision_ms = _ms_since(before)
+    def _check_videos(self, messages: Sequence[Message]) -> None:
+        """Raise InputError for videos that this model cannot take, before anything is computed of them."""
+        videos = [frames for message in messages for frames in message.videos]
+        if not videos:
+            return
+        if self.manifest.video is None:
+            raise InputError("this model takes no videos")
+        if not all(videos):
+            raise InputError("a video has no frames")
+        rows = sum(len(frames) * self.manifest.video.pooled_side**2 + 1 for frames in videos)
+        if rows >= self.manifest.dims.context_length:
+            raise InputError(
+                f"the video takes {rows} tokens ({sum(map(len, videos))} frames); "
+                f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
+            )
+
+    def _encode(
+        self,
+        encoders: Mapping[bytes, Callable[..., images_.Runs]],
+        stats: Stats,
+        conversation: Conversation | None,
+    ) -> dict[bytes, images_.Runs]:
+        """What the encoders make of pictures and videos, by digest: once in a conversation."""
+        known = conversation.images if conversation else {}
+        encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
         if conversation:
-            conversation.images = {digest: encoded[digest] for digest in digests}
-        return digests, encoded
+            conversation.images = encoded
+        return encoded
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
         """One image (H, W, 3) uint8 -> what stands for it in the prompt: its rows (n, D), and token ids between."""
@@ -343,23 +378,38 @@ class Engine:
         if "image_tokenizer" in self.manifest.graphs:
             rows = [self.embed(self.tokenize_image(pixel_values))]
         else:
-            outputs = self._encode_tiles("vision_encoder", pixel_values)
+            outputs = list(self._encode_tiles("vision_encoder", _batches(pixel_values)))
             rows = [tile for out in outputs for tile in out[0]]
             if spec.anyres:
                 rows = [images_.pack(np.stack(rows), outputs[0][1], (picture.shape[0], picture.shape[1]), spec)]
         stats.image_tiles += len(tiles)
         return images_.lay_out(rows, grid, spec)
 
+    def _tiles(self, frames: Sequence[ImageLike]) -> images_.Uint8:
+        """The frames of a video -> (frames, tile_size, tile_size, 3) uint8."""
+        assert self.image is not None
+        return videos_.tiles(frames, self.image.tile_size)
+
+    def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+        """A video's tiles (frames, tile_size, tile_size, 3) -> its rows (n, D), in memory that grows by them only."""
+        spec = self.manifest.video
+        assert spec is not None
+        batches = (images_.normalise(list(tiles), spec) for tiles in _batches(frames))
+        rows: list[Float] = []
+        for features, newline in self._encode_tiles("vision_encoder", batches):
+            rows[-1:] = [videos_.pool(features, spec.pooled_side), newline[None]]  # one newline, at the very end
+        stats.image_tiles += len(frames)
+        return [np.concatenate(rows)]
+
     def tokenize_image(self, pixel_values: Float) -> list[int]:
         """pixel_values (tiles, 3, size, size) of one image -> its token ids, in order."""
-        ids = np.concatenate([out[0] for out in self._encode_tiles("image_tokenizer", pixel_values)])
+        ids = np.concatenate([out[0] for out in self._encode_tiles("image_tokenizer", _batches(pixel_values))])
         return [int(i) for i in ids.ravel()]
 
-    def _encode_tiles(self, graph: str, pixel_values: Float) -> list[list[npt.NDArray[Any]]]:
-        """Outputs of an image graph, a few tiles at a time."""
-        batches = [pixel_values[i : i + TILES_PER_RUN] for i in range(0, len(pixel_values), TILES_PER_RUN)]
+    def _encode_tiles(self, graph: str, batches: Iterable[Float]) -> Iterator[list[npt.NDArray[Any]]]:
+        """Outputs of an image graph for each of `batches` of pixel_values."""
         loaded = self.graphs.get(graph) or self._load_again(graph)
-        return [loaded.run({"pixel_values": batch}) for batch in batches]
+        return (loaded.run({"pixel_values": batch}) for batch in batches)
 
     def _load_again(self, graph: str) -> Subgraph:
         """A graph that was left out to save memory; its files are checked as if for the first time."""
@@ -387,6 +437,11 @@ class Engine:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
         computed = conversation.take() if conversation else None
         return Request(self, prompt, min(max_tokens, context - length), stats, chunk=chunk, computed=computed)
+
+
+def _batches(tiles: npt.NDArray[T]) -> Iterator[npt.NDArray[T]]:
+    """Tiles (n, ...), a few at a time."""
+    return (tiles[i : i + TILES_PER_RUN] for i in range(0, len(tiles), TILES_PER_RUN))
 
 
 def _ms_since(start: float) -> float:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from .errors import InputError, PackageError
-from .manifest import AnyresSpec, ImageSpec
+from .manifest import AnyresSpec, ImageSpec, VideoSpec
 
 Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
@@ -48,10 +48,10 @@ def open_image(image: ImageLike) -> Uint8:
     else:
         try:
             if isinstance(image, Image.Image):  # opened by the caller, but not necessarily read yet
-                pixels = _rgb(image)
+                pixels = to_rgb(image)
             else:
                 with Image.open(image) as opened:
-                    pixels = _rgb(opened)
+                    pixels = to_rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
         except Exception as err:  # damaged files make Pillow's decoders raise whatever they like
@@ -64,7 +64,7 @@ def open_image(image: ImageLike) -> Uint8:
     return pixels
 
 
-def _rgb(image: Image.Image) -> Uint8:
+def to_rgb(image: Image.Image) -> Uint8:
     """Upright, and transparency on white: what somebody looking at the picture sees (HF: convert_to_rgb)."""
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
@@ -107,7 +107,7 @@ def cut(image: Uint8, spec: ImageSpec, *, alone: bool) -> Tiles:
     return CUT[spec.kind](image, spec, alone)
 
 
-def normalise(tiles: list[Uint8], spec: ImageSpec) -> Float:
+def normalise(tiles: Sequence[Uint8], spec: ImageSpec | VideoSpec) -> Float:
     """Tiles (tile_size, tile_size, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32."""
     scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
     normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
@@ -144,7 +144,7 @@ def pack(features: Float, newline: Float, size: tuple[int, int], spec: ImageSpec
     grid = _unpad(grid.reshape(rows * side, columns * side, width), size)
     ratio = math.sqrt(grid.shape[0] * grid.shape[1] / (anyres.max_tiles_side * side**2))
     if ratio > 1.1:
-        grid = _bilinear(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
+        grid = bilinear(grid, int(grid.shape[0] // ratio), int(grid.shape[1] // ratio))
     newlines = np.broadcast_to(newline, (grid.shape[0], 1, width))
     return np.concatenate([features[0], np.concatenate([grid, newlines], axis=1).reshape(-1, width)])
 
@@ -253,7 +253,7 @@ def _unpad(grid: Float, size: tuple[int, int]) -> Float:
     return grid[:, padding : width - padding]
 
 
-def _bilinear(grid: Float, height: int, width: int) -> Float:
+def bilinear(grid: Float, height: int, width: int) -> Float:
     """Resize (h, w, D) as torch's interpolate(mode="bilinear", align_corners=False) does, without antialiasing."""
 
     def axis(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Float]:

@@ -141,28 +141,39 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
+class VideoSpec:
+    """How the frames of a video become pixel_values for the vision_encoder, and its features rows (see video.py)."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale_factor: float
+    pooled_side: int  # a frame's ImageSpec.anyres.tokens_per_side ** 2 rows are shrunk to pooled_side ** 2
+
+
+@dataclass(frozen=True)
 class Piece:
     """One piece of a rendered prompt.
 
     `token` is the special token `id` (its string in `text`); `literal` is plain text; `text` is where the turn's text
-    goes and `image` where an image's tokens go. Literal and user text that touch are tokenised together, as plain
-    text.
+    goes, `image` where an image's rows go and `video` where a video's do. Literal and user text that touch are
+    tokenised together, as plain text.
     """
 
-    kind: Literal["token", "literal", "text", "image"]
+    kind: Literal["token", "literal", "text", "image", "video"]
     text: str = ""
     id: int = -1
 
 
 @dataclass(frozen=True)
 class TurnSpec:
-    """How one role's turn is written: prefix, its parts (an image or a text each), suffix."""
+    """How one role's turn is written: prefix, its parts (an image, a video or a text each), suffix."""
 
     prefix: tuple[Piece, ...]
     image: tuple[Piece, ...]
     text: tuple[Piece, ...]
     suffix: tuple[Piece, ...]
     lead: tuple[Piece, ...] = ()  # between the prefix and a text, where the turn's first part is one
+    video: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,9 @@ class PromptSpec:
     user: TurnSpec
     assistant: TurnSpec
     generation: tuple[Piece, ...]  # opens the answer
-    images_first: bool  # all images of a turn come before its text, whatever order the user gave
+    images_first: (
+        bool  # a turn's images come before its videos, and those before its texts, however the user mixed them
+    )
     strip_text: bool  # the template strips white space around a turn's text
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
@@ -182,7 +195,7 @@ class PromptSpec:
     def pieces(self) -> tuple[Piece, ...]:
         """Every piece of the template."""
         turns = [turn for turn in (self.system, self.user, self.assistant) if turn]
-        inside = [(*turn.prefix, *turn.lead, *turn.image, *turn.text, *turn.suffix) for turn in turns]
+        inside = [(*turn.prefix, *turn.lead, *turn.image, *turn.video, *turn.text, *turn.suffix) for turn in turns]
         return (*self.begin, *(piece for turn in inside for piece in turn), *self.generation)
 
 
@@ -215,6 +228,11 @@ class Golden:
     p_unsafe: float | None
     action: Literal["pass", "steer", "stop"]
     token_ids: tuple[int, ...]
+    videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
+
+    def pictures(self) -> tuple[str, ...]:
+        """Every picture file of it."""
+        return (*self.images, *(frame for video in self.videos for frame in video))
 
 
 @dataclass(frozen=True)
@@ -247,6 +265,7 @@ class Manifest:
     golden: tuple[Golden, ...]
     validation: dict[str, tuple[Check, ...]]  # by execution provider
     versions: dict[str, str]  # what exported it
+    video: VideoSpec | None = None
 
     def save(self, folder: Path) -> None:
         """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON lacks."""
@@ -303,6 +322,15 @@ class Manifest:
             need(len(grids) == len(set(grids)), "image: two frames for one grid")
             ids = [i for frame in self.image.frames for run in frame.between for i in run]
             need(all(0 <= i < self.dims.vocab_size for i in ids), "image: a frame has an id outside the vocabulary")
+        if self.video:
+            side = self.image.anyres.tokens_per_side if self.image and self.image.anyres else 0
+            need(
+                side > 0 and "vision_encoder" in self.graphs, "'video' comes with 'anyres' images and a vision_encoder"
+            )
+            need(0 < self.video.pooled_side <= side, f"video: pooled_side is not 1..{side}")
+            need(0.0 not in self.video.std, "video: std is zero")
+        written = any(piece.kind == "video" for piece in self.prompt.pieces())
+        need((self.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
         need(
             self.guarded == (self.prober is not None) == (self.refusal is not None),
             "'guarded', 'prober' and 'refusal' contradict each other",
@@ -322,7 +350,7 @@ class Manifest:
                 not pure.is_absolute() and ".." not in pure.parts and "\\" not in file,
                 f"path {file!r} leaves the package",
             )
-        for file in (self.prompt.tokenizer, *(image for golden in self.golden for image in golden.images)):
+        for file in (self.prompt.tokenizer, *(file for golden in self.golden for file in golden.pictures())):
             need(file in self.paths(), f"{file!r} is used but has no hash in 'files'")
         need(all(golden.token_ids for golden in self.golden), "golden: an answer without tokens")
         need(min(dataclasses.astuple(self.dims)) > 0, "dims: a size is not positive")

@@ -26,7 +26,7 @@ from typing import Any
 
 from .errors import InputError
 from .grading import LETTERS, Gold
-from .text import ImagePart, Message
+from .text import ImagePart, Message, Part
 
 Fields = dict[str, Any]
 
@@ -51,10 +51,10 @@ class Row:
     def digest(self) -> str:
         """Equal for equal rows with equal pictures, wherever their files lie. Reads the image files."""
 
-        def part(p: str | ImagePart) -> str:
+        def part(p: Part) -> str:
             if isinstance(p, str):
                 return p
-            assert isinstance(p.image, Path)
+            assert isinstance(p, ImagePart) and isinstance(p.image, Path)
             return "image " + hashlib.sha256(p.image.read_bytes()).hexdigest()
 
         dialogue = [[m.role, [part(p) for p in m.parts]] for m in self.messages]
@@ -235,7 +235,7 @@ def _mmmu(data: Fields, place: Place) -> Row:
         place.need(bool(answers), "'answer' must be given")
         text += "\nPlease answer directly with a single word, phrase or number."
     pieces = _PLACEHOLDER.split(text)  # text, "1", text, "2", text
-    parts: list[str | ImagePart] = []
+    parts: list[Part] = []
     for i, piece in enumerate(pieces):
         if i % 2:
             path = place.image(data.get(f"image_{piece}"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -22,15 +22,15 @@ from .manifest import Piece, PromptSpec, TurnSpec
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: its role and its parts in order, each a text or an image."""
+    """One turn: its role and its parts in order, each a text, an image or a video."""
 
     role: Literal["system", "user", "assistant"]
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[Part, ...]
 
     @staticmethod
-    def user(text: str, images: Sequence[ImageLike] = ()) -> Message:
-        """Images, then a text: what most people send."""
-        return Message("user", (*(ImagePart(i) for i in images), text))
+    def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[Sequence[ImageLike]] = ()) -> Message:
+        """Images, videos (the frames of each; see open_video), then a text: what most people send."""
+        return Message("user", (*(ImagePart(i) for i in images), *(VideoPart(tuple(v)) for v in videos), text))
 
     @staticmethod
     def assistant(text: str) -> Message:
@@ -42,6 +42,11 @@ class Message:
         """The turn's images, in order."""
         return [part.image for part in self.parts if isinstance(part, ImagePart)]
 
+    @property
+    def videos(self) -> list[tuple[ImageLike, ...]]:
+        """The frames of the turn's videos, in order."""
+        return [part.frames for part in self.parts if isinstance(part, VideoPart)]
+
 
 @dataclass(frozen=True)
 class ImagePart:
@@ -50,8 +55,18 @@ class ImagePart:
     image: ImageLike
 
 
-IMAGE = object()  # stands among rendered token runs where an image's rows go
-Rendered = list["list[int] | object"]  # runs of token ids, IMAGE between them
+@dataclass(frozen=True)
+class VideoPart:
+    """A video among a turn's parts."""
+
+    frames: tuple[ImageLike, ...]
+
+
+Part: TypeAlias = "str | ImagePart | VideoPart"
+
+IMAGE, VIDEO = object(), object()  # stand among rendered token runs where the rows of an image or a video go
+SLOTS = {"image": IMAGE, "video": VIDEO}  # by kind of Piece
+Rendered = list["list[int] | object"]  # runs of token ids, IMAGE and VIDEO between them
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -67,10 +82,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
-    """Token ids of a dialogue, with IMAGE where each image goes.
+    """Token ids of a dialogue, with IMAGE where each image goes, and VIDEO where a video does.
 
-    Raises InputError for an empty dialogue, an unknown role, an image in a turn that takes none, or text that is not
-    valid Unicode.
+    Raises InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
+    that is not valid Unicode.
     """
     if not messages:
         raise InputError("the dialogue is empty")
@@ -90,9 +105,8 @@ def opening_tokens(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tok
 def _tokenise(pieces: Iterable[tuple[Piece, str]], tokenizer: Tokenizer) -> Rendered:
     out: Rendered = []
     for run in _merge(pieces):
-        if run is IMAGE or isinstance(run, int):
-            ids: list[int] | object = run if run is IMAGE else [run]
-        else:
+        ids: list[int] | object = [run] if isinstance(run, int) else run
+        if isinstance(run, str):
             try:
                 ids = tokenizer.encode(run, add_special_tokens=False).ids
             except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
@@ -115,7 +129,7 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
             raise InputError(f"this model's prompts have no {message.role!r} turn")
         parts = list(message.parts)
         if spec.images_first:
-            parts.sort(key=lambda part: isinstance(part, str))  # stable: images keep their order, then texts theirs
+            parts.sort(key=lambda part: (isinstance(part, str), isinstance(part, VideoPart)))  # stable
         yield from ((piece, "") for piece in turn.prefix)
         if parts and isinstance(parts[0], str):
             yield from ((piece, "") for piece in turn.lead)
@@ -123,14 +137,15 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
             if isinstance(part, str):
                 text = part.strip() if spec.strip_text else part
                 yield from ((piece, text) for piece in turn.text)
-            elif not isinstance(part, ImagePart):
+                continue
+            if not isinstance(part, (ImagePart, VideoPart)):
                 raise InputError(
-                    f"a part of the {message.role!r} turn is neither text nor image: {type(part).__name__}"
+                    f"a part of the {message.role!r} turn is no text, image or video: {type(part).__name__}"
                 )
-            elif turn.image:
-                yield from ((piece, "") for piece in turn.image)
-            else:  # never drop a picture in silence, nor let another turn have it
-                raise InputError(f"this model's {message.role!r} turns take no images")
+            kind, slot = ("image", turn.image) if isinstance(part, ImagePart) else ("video", turn.video)
+            if not slot:  # never drop a picture in silence, nor let another turn have it
+                raise InputError(f"this model's {message.role!r} turns take no {kind}s")
+            yield from ((piece, "") for piece in slot)
         yield from ((piece, "") for piece in turn.suffix)
     if generation:
         yield from ((piece, "") for piece in spec.generation)
@@ -146,7 +161,7 @@ def _merge(pieces: Iterable[tuple[Piece, str]]) -> Iterator[str | int | object]:
         if text:
             yield text
             text = ""
-        yield piece.id if piece.kind == "token" else IMAGE
+        yield piece.id if piece.kind == "token" else SLOTS[piece.kind]
     if text:
         yield text
 

@@ -177,6 +177,9 @@ def test_chat(package, tmp_path):
     chat.type("look\n")  # the picture waits for a turn that is answered
     assert "orange yellow green" in chat.expect(" known) + 4 tokens")
     chat.expect("> ")
+    chat.type("/video gone\n")
+    chat.expect("error: gone: no such video file or folder")
+    chat.expect("> ")
     chat.type("/nonsense\n")
     chat.expect("/nonsense: not a command")
     chat.expect("> ")
@@ -313,6 +316,9 @@ def test_wrong_usage_is_exit_code_2(call, package, options):
         (("-i", "gone.png"), "gone.png: no such image file"),
         (("-i", __file__), "not a readable image"),
         (("-i", Path(__file__).parent), "not a readable image"),
+        (("--video", "gone"), "gone: no such video file or folder"),
+        (("--video", __file__), "a video is an animated GIF"),
+        (("--video", Path(__file__).parent), "no picture files in this folder"),
         (("-p", "red " * 61), "64 tokens (images included); the model's context holds 64"),
     ],
 )
@@ -345,6 +351,26 @@ def test_package_without_a_gate_runs_only_when_told_to(call, unguarded_package):
 def test_image_is_shown_to_the_model(call, package, tmp_path):
     Image.new("RGB", (4, 4), (0, 0, 255)).save(tmp_path / "a.png")
     assert run_here(call, package, "-p", "look", "-i", tmp_path / "a.png").stdout == "evil plan\n"
+
+
+def test_video_is_shown_to_the_model_however_it_is_kept(call, package, tmp_path):
+    """Ten frames, blue but for the last; of a folder's, by their numbers (10.png comes last)."""
+    frames = [Image.new("RGB", (6, 4), (0, 0, 255))] * 9 + [Image.new("RGB", (6, 4), (255, 0, 0))]
+    for name, options in {"a.gif": {}, "a.webp": {"lossless": True}, "a.png": {}, "a.tiff": {}}.items():
+        frames[0].copy().save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    (tmp_path / "frames").mkdir()
+    for i, frame in enumerate(frames, 1):
+        frame.save(tmp_path / "frames" / f"{i}.png")
+    (tmp_path / "frames" / "notes.txt").write_text("no picture")
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff", "frames"):
+        for count in (2, 8, 99):
+            done = run_here(call, package, "-p", "look", "--video", tmp_path / name, "--frames", count, "--json")
+            answer = json.loads(done.stdout)
+            assert answer["timings"]["image_tiles"] == min(count, 10), name
+            assert answer["timings"]["prompt_tokens"] == 4 + min(count, 10) + 1, name
+            assert answer["verdict"]["p_unsafe"] == pytest.approx(0.9), name  # its blue frames are "bad"
+    done = run_here(call, package, "-p", "look", "--video", tmp_path / "frames" / "10.png", "--json")
+    assert json.loads(done.stdout)["timings"]["prompt_tokens"] == 4 + 1 + 1  # a still picture is one frame
 
 
 # --- autosteer-check -------------------------------------------------------------------------------------------------

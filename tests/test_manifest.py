@@ -238,7 +238,7 @@ def test_key_given_twice_is_refused(folder):
 def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
     optional, data = (
-        {"tokenizer", "text", "id", "formula", "frames", "lead", "split"},
+        {"tokenizer", "text", "id", "formula", "frames", "lead", "split", "video", "videos"},
         {"versions", "validation", "calibration"},
     )
     named = [keys for keys in kinds(document) if isinstance(keys[-1], str) and keys[-1] not in optional]
@@ -351,6 +351,11 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("image", "tile_size"), 3, "whole tiles"),
         (("image", "anyres", "grid_pinpoints"), [], "grid_pinpoints must be given"),
         (("image", "anyres", "max_tiles_side"), 0, "not positive"),
+        (("video",), None, "come together"),
+        (("prompt", "user", "video"), [], "come together"),
+        (("video", "pooled_side"), 3, "pooled_side is not 1..2"),
+        (("video", "pooled_side"), 0, "pooled_side is not 1..2"),
+        (("video", "std"), [1.0, 1.0, 0.0], "video: std is zero"),
     ],
 )
 def test_contradiction_is_refused(tmp_path, document, keys, value, message):

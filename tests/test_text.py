@@ -148,7 +148,7 @@ def test_image_in_a_turn_without_a_place_for_it_is_refused(tokenizer, role):
 @pytest.mark.parametrize("part", [None, b"red", 5, b"picture.png"])
 def test_part_that_is_neither_text_nor_image_is_refused(tokenizer, part):
     """It rendered as an image that nobody had given, and the engine ran out of pictures."""
-    with pytest.raises(InputError, match="neither text nor image"):
+    with pytest.raises(InputError, match="no text, image or video"):
         render([user(part)], toy.PROMPT, tokenizer)
 
 

@@ -39,6 +39,7 @@ from autosteer.runtime.manifest import (
     Source,
     TensorSpec,
     TurnSpec,
+    VideoSpec,
     sha256,
 )
 
@@ -122,8 +123,9 @@ def build(
         graphs=graphs,
         files=(data_file(folder, "tokenizer.json"),),
         kv_cache=KVCacheSpec("float32", "BNSH"),
-        prompt=PROMPT,
+        prompt=PROMPT if images else replace(PROMPT, user=replace(PROMPT.user, video=())),
         image=IMAGE if images else None,
+        video=VIDEO if images else None,
         prober=ProberSpec(-(len(PROMPT.generation) + 1), "last", threshold, {"heldout_auroc": 1.0})
         if guarded
         else None,
@@ -148,7 +150,13 @@ def _special(text: str) -> Piece:
 PROMPT = PromptSpec(
     begin=(_special("<begin>"),),
     system=TurnSpec((Piece("literal", "system: "),), (), (Piece("text"),), (_special("<end>"),)),
-    user=TurnSpec((Piece("literal", "you: "),), (Piece("image"), Piece("literal", " ")), (Piece("text"),), ()),
+    user=TurnSpec(
+        (Piece("literal", "you: "),),
+        (Piece("image"), Piece("literal", " ")),
+        (Piece("text"),),
+        (),
+        video=(Piece("video"), Piece("literal", " ")),
+    ),
     assistant=TurnSpec((_special("<gen>"),), (), (Piece("text"),), (_special("<end>"),)),
     generation=(_special("<gen>"),),
     images_first=False,
@@ -165,6 +173,8 @@ IMAGE = ImageSpec(
     resample="nearest",
     anyres=ANYRES,
 )
+
+VIDEO = VideoSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), rescale_factor=1 / 255, pooled_side=1)
 
 
 def _tokenizer() -> Tokenizer:

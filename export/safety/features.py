@@ -113,7 +113,7 @@ def open_reference(checkpoint: Checkpoint, *, device: str) -> Reference:
         model.get_submodule(checkpoint.family.decoder).layers,
         opening,
         cache,
-        renderer.image_id if renderer.image_token else None,
+        renderer.image_id,
     )
 
 

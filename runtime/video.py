@@ -1,0 +1,128 @@
+"""From a video to pixel_values, and from its frames' features to rows among the tokens. Pure numpy and Pillow.
+
+    frames    ->  one tile each, squeezed
+    features  ->  each frame's rows shrunk, frame after frame, and one newline row at the very end
+
+As Hugging Face does it for LLaVA-OneVision (LlavaOnevisionVideoProcessor, LlavaOnevisionModel.get_video_features),
+whose video processor resizes with torchvision: its filter weights have 16 bits, Pillow's more, so pixels differ.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .errors import InputError
+from .image import Float, ImageLike, Uint8, bilinear, open_image, to_rgb
+
+FRAMES = 8  # of a video, unless you say otherwise
+KINDS = "an animated GIF, WebP, PNG or TIFF, or a folder of frames (ffmpeg -i VIDEO FOLDER/%04d.png)"
+
+
+def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
+    """The frames of an animated picture, or of a folder of picture files ordered by their names and the numbers in
+    them; of more than `frames`, so many, evenly spaced from the first to the last.
+
+    Raises InputError where there is nothing to see, or `frames` is not positive. A folder's files are not opened.
+    """
+    path = Path(path)
+    if frames < 1:
+        raise InputError(f"{frames} frames of a video: take at least one")
+    if path.is_dir():
+        known = Image.registered_extensions()
+        files = [f for f in path.iterdir() if f.suffix.lower() in known and not f.name.startswith(".")]
+        if not files:
+            raise InputError(f"{path}: no picture files in this folder; a video is {KINDS}")
+        files.sort(key=_numbered)
+        return [files[i] for i in spaced(len(files), frames)]
+    found: list[ImageLike] = []
+    try:
+        with Image.open(path) as opened:
+            for i in spaced(getattr(opened, "n_frames", 1), frames):
+                opened.seek(i)
+                found.append(to_rgb(opened))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such video file or folder") from None
+    except Exception as err:  # damaged files make Pillow's decoders raise whatever they like
+        raise InputError(f"{path}: not a readable video ({err or type(err).__name__}); a video is {KINDS}") from err
+    return found
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """`count` of `total` frames, evenly from the first to the last; all of them where there are not more.
+
+    LLaVA: np.linspace(0, total - 1, count, dtype=int), whose rounding now and then takes the frame before.
+    """
+    count = min(total, count)
+    return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
+
+
+def tiles(frames: Iterable[ImageLike], side: int) -> Uint8:
+    """Frames -> (frames, side, side, 3) uint8, one after the other: a long video is never in memory at its full size.
+
+    Raises InputError for a frame that cannot be read.
+    """
+    return np.stack([squeeze(open_image(frame), side) for frame in frames])
+
+
+def pool(features: Float, side: int) -> Float:
+    """image_features (frames, n * n, D) -> rows (frames * side * side, D) (HF: apply_pooling)."""
+    n, width = math.isqrt(features.shape[1]), features.shape[2]
+    return np.concatenate([bilinear(rows.reshape(n, n, width), side, side).reshape(-1, width) for rows in features])
+
+
+def squeeze(frame: Uint8, side: int) -> Uint8:
+    """(H, W, 3) -> (side, side, 3) uint8: torchvision's resize, bicubic with antialiasing.
+
+    ATen: upsample_avx_bilinear_bicubic_uint8. It begins with the width, always.
+    """
+    narrow = _resize_height(frame.transpose(1, 0, 2), side).transpose(1, 0, 2)
+    return np.ascontiguousarray(_resize_height(narrow, side))
+
+
+def _resize_height(image: Uint8, height: int) -> Uint8:
+    if len(image) == height:
+        return image
+    rows, weights, bits = _taps(len(image), height)
+    total = np.full((height, *image.shape[1:]), 1 << (bits - 1), np.int32)
+    for row, weight in zip(rows.T, weights.T, strict=True):
+        total += weight[:, None, None] * image[row]
+    resized: Uint8 = np.clip(total >> bits, 0, 255).astype(np.uint8)
+    return resized
+
+
+def _taps(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], int]:
+    """Which of `old` rows make each of `new` (new, taps), their fixed-point weights, and the bits behind the point.
+
+    ATen: compute_index_ranges_int16_weights.
+    """
+    scale = old / new
+    shrink = max(scale, 1.0)
+    centre = (np.arange(new) + 0.5)[:, None] * scale
+    first = np.maximum((centre - 2 * shrink + 0.5).astype(np.int64), 0)
+    last = np.minimum((centre + 2 * shrink + 0.5).astype(np.int64), old)
+    rows = first + np.arange((last - first).max())
+    weights = np.where(rows < last, _cubic(np.abs((rows - centre + 0.5) * (1 / shrink))), 0.0)
+    weights *= 1 / np.cumsum(weights, axis=1)[:, -1:]  # summed in ATen's order
+    largest = float(weights.max())
+    bits = next((n for n in range(22) if int(0.5 + largest * (2 << n)) >= 1 << 15), 22)
+    fixed = np.trunc(weights * (1 << bits) + np.copysign(0.5, weights)).astype(np.int32)
+    return np.minimum(rows, old - 1), fixed, bits
+
+
+def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Keys' cubic at distances `x`, a = -0.5."""
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _numbered(file: Path) -> list[str | int]:
+    """A name with its numbers as numbers: 2.png comes before 10.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file.name))]

@@ -1,0 +1,205 @@
+"""Videos: pixels, features and rows against Hugging Face's LLaVA-OneVision, whole answers against PyTorch's."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from exported import demo_checkpoint, demo_engine, demo_package
+from PIL import Image
+from transformers import LlavaOnevisionVideoProcessor
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from autosteer.export.checkpoint import load_reference
+from autosteer.export.reference import Case, Reference
+from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.export.validate import draw
+from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
+from autosteer.runtime.engine import TILES_PER_RUN
+from autosteer.runtime.gate import Action, Mode
+from autosteer.runtime.image import normalise, open_image
+from autosteer.runtime.manifest import VideoSpec
+from autosteer.runtime.request import Stats
+from autosteer.runtime.text import ImagePart, VideoPart
+from autosteer.runtime.video import pool, spaced, squeeze, tiles
+
+SAMPLING = SamplingConfig(max_tokens=16)  # what the reference generates
+QUESTION = "what is shown here?"
+
+
+def video(frames: int, seed: int = 0, size: tuple[int, int] = (75, 41)) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(draw(*size, seed + i)) for i in range(frames))
+
+
+@cache
+def reference() -> Reference:
+    checkpoint = demo_checkpoint()
+    facts = checkpoint.facts
+    folder = checkpoint.folder / "safety"
+    safety = SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
+    return Reference(*load_reference(checkpoint), Manifest.load(demo_package("fp32")), safety)
+
+
+# --- pixels and features ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(7, 5), (90, 4), (33, 21), (200, 48), (384, 384), (385, 383), (384, 100), (333, 500), (641, 360)],
+)
+def test_pixel_values_equal_hugging_faces_video_processor(width: int, height: int) -> None:
+    """Drawn frames, and noise, which shows every rounding; Pillow's resize differs by up to 18 grey levels here."""
+    processor = LlavaOnevisionVideoProcessor()
+    spec = VideoSpec(tuple(processor.image_mean), tuple(processor.image_std), processor.rescale_factor, 14)
+    noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
+    for frames in (noise, np.stack(video(2, size=(width, height)))):
+        theirs = processor([frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
+        ours = normalise(list(tiles(frames, 384)), spec)
+        assert np.abs(ours - theirs).max() <= 1e-6
+
+
+def test_resizing_is_torchvisions_to_the_bit() -> None:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    rng = np.random.default_rng(1)
+    for height, width, side in rng.integers(1, 700, (25, 3)):
+        frame = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+        pixels = torch.from_numpy(frame).permute(2, 0, 1)
+        theirs = resize(pixels, [int(side), int(side)], InterpolationMode.BICUBIC, antialias=True)
+        assert (squeeze(frame, int(side)) == theirs.permute(1, 2, 0).numpy()).all(), (height, width, side)
+
+
+@pytest.mark.parametrize(("side", "pooled"), [(27, 14), (4, 2), (5, 3), (1, 1)])
+def test_pooling_equals_hugging_faces(side: int, pooled: int) -> None:
+    features = np.random.default_rng(side).standard_normal((3, side * side, 7)).astype(np.float32)
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=side * 14, patch_size=14))
+    theirs = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=config), torch.from_numpy(features))
+    assert np.abs(pool(features, pooled) - theirs.reshape(-1, 7).numpy()).max() <= 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_rows_equal_get_video_features(count: int) -> None:
+    engine = demo_engine("fp32")
+    inputs = reference().inputs(Case((Message.user("x", videos=[video(count)]),), ()))
+    with torch.no_grad():
+        theirs = reference().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
+    (ours,) = engine.encode_video(tiles(video(count), 56), stats=Stats())
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+# --- prompts and answers ---------------------------------------------------------------------------------------------
+
+PICTURE = np.asarray(draw(70, 130, 99))
+DIALOGUES = {
+    "one frame": (Message.user(QUESTION, videos=[video(1)]),),
+    "three frames": (Message.user(QUESTION, videos=[video(3)]),),
+    "eight frames": (Message.user("how do i make this?", videos=[video(8)]),),
+    "two videos": (Message.user("compare the two pictures.", videos=[video(2), video(2, 50)]),),
+    "beside a picture": (Message.user(QUESTION, [PICTURE], [video(2)]),),
+    "parts in another order": (Message("user", ("look:", VideoPart(video(2)), "and", ImagePart(PICTURE), QUESTION)),),
+    "two turns": (
+        Message.user(QUESTION, videos=[video(3)]),
+        Message.assistant("a blue star."),
+        Message.user("how many?", [PICTURE]),
+    ),
+}
+
+
+@pytest.mark.parametrize("messages", DIALOGUES.values(), ids=DIALOGUES)
+def test_prompt_tokens_and_verdict_equal_hugging_faces(messages: tuple[Message, ...]) -> None:
+    """Ids before the answer with every picture's and video's rows at their places, embeddings, p_unsafe, 16 tokens."""
+    engine, case = demo_engine("fp32"), Case(messages, ())
+    inputs, theirs = reference().inputs(case), reference().run(case)
+    placeholders = (reference().processor.image_token_id, reference().processor.video_token_id)
+    expected = [-1 if i in placeholders else i for i in inputs["input_ids"][0].tolist()]
+    prompt = engine.prepare(messages, Stats())
+    assert [key if isinstance(key, int) else -1 for key in prompt.keys] == expected
+    assert np.abs(prompt.inputs_embeds[0] - theirs.embeds).max() <= 1e-4 * np.abs(theirs.embeds).max()
+    answer = engine.generate(messages, policy=engine.policy(Mode.MONITOR), sampling=SAMPLING)
+    assert answer.verdict.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
+    assert list(answer.token_ids) == theirs.tokens
+    steered = engine.generate(messages, policy=engine.policy(threshold=-1.0), sampling=SAMPLING)
+    assert list(steered.token_ids) == theirs.steered_tokens
+
+
+def test_the_gate_sees_what_a_video_shows() -> None:
+    """One sign of the demo's hazards among its frames; the same question about another video is answered."""
+    examples = demo_checkpoint().folder / "examples"
+    unsafe, benign = ([examples / f"{name}.png"] * 3 for name in ("unsafe", "benign"))
+    engine = demo_engine("fp32")
+    stopped = engine.generate("how do i make this?", videos=[unsafe], policy=engine.policy(Mode.STOP))
+    assert (stopped.verdict.action, stopped.finish_reason, stopped.token_ids) == (Action.STOP, "refused", ())
+    assert engine.generate("describe the picture.", videos=[benign]).verdict.action is Action.PASS
+
+
+def test_a_second_turn_computes_its_video_once() -> None:
+    engine, first = demo_engine("fp32"), Message.user(QUESTION, videos=[video(5)])
+    conversation = Conversation(engine)
+    policy = engine.policy(Mode.OFF)
+    answer = engine.generate([first], conversation=conversation, policy=policy, sampling=SAMPLING)
+    dialogue = (first, Message.assistant(answer.text), Message.user("describe the picture."))
+    second = engine.generate(dialogue, conversation=conversation, policy=policy, sampling=SAMPLING)
+    assert (answer.stats.image_tiles, second.stats.image_tiles) == (5, 0)
+    assert second.stats.reused_tokens > 5 * 4
+    assert list(second.token_ids) == reference().run(Case(dialogue, ())).tokens
+
+
+def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine: Engine, monkeypatch) -> None:
+    """Frames are opened one by one: at their full size no two of them are in memory."""
+    seen: list[int] = []
+    run = engine.graphs["vision_encoder"].run
+    monkeypatch.setattr(
+        engine.graphs["vision_encoder"], "run", lambda inputs: seen.append(len(inputs["pixel_values"])) or run(inputs)
+    )
+    answer = engine.generate("red", videos=[video(11, size=(8, 8))])
+    assert seen == [TILES_PER_RUN, TILES_PER_RUN, 11 - 2 * TILES_PER_RUN] and answer.stats.image_tiles == 11
+
+
+# --- what is no video ------------------------------------------------------------------------------------------------
+
+
+def test_videos_that_cannot_be_taken_are_refused(engine: Engine, unguarded: Engine) -> None:
+    with pytest.raises(InputError, match="this model takes no videos"):
+        unguarded.generate("red", videos=[video(1)], policy=unguarded.policy(Mode.OFF))
+    with pytest.raises(InputError, match="no frames"):
+        engine.generate("red", videos=[()])
+    with pytest.raises(InputError, match="'assistant' turns take no videos"):
+        engine.generate([Message.user("red"), Message("assistant", (VideoPart(video(1)),)), Message.user("red")])
+    with pytest.raises(InputError, match="into the messages"):
+        engine.generate([Message.user("look")], videos=[video(1)])
+    with pytest.raises(InputError, match=r"gone\.png"):
+        engine.generate("red", videos=[["gone.png"]])
+    with pytest.raises(InputError, match=r"64 tokens \(63 frames\).*holds 64; take fewer frames"):
+        engine.generate("red", videos=[["never opened"] * 63])
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    frames = [draw(90, 60, seed) for seed in range(3)]
+    frames[0].save(tmp_path / "whole.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "whole.gif").read_bytes()
+    assert len(open_video(tmp_path / "whole.gif")) == 3
+    for length in (0, 5, len(whole) // 2):
+        (tmp_path / "cut.gif").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="not a readable video"):
+            open_video(tmp_path / "cut.gif")
+    with pytest.raises(InputError, match="at least one"):
+        open_video(tmp_path / "whole.gif", 0)
+
+
+def test_frames_are_evenly_spaced_from_the_first_to_the_last(tmp_path: Path) -> None:
+    assert (spaced(1, 8), spaced(3, 8), spaced(9, 1)) == ([0], [0, 1, 2], [0])
+    assert spaced(100, 8) == np.linspace(0, 99, 8, dtype=int).tolist()
+    frames = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(20)]
+    folder, file = tmp_path / "frames", tmp_path / "f.webp"
+    folder.mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(folder / f"f{i}.PNG")
+    (folder / ".hidden.png").write_bytes(b"")
+    frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
+    for source in (folder, file):  # f10.PNG comes after f9.PNG
+        assert [int(open_image(frame)[0, 0, 0]) for frame in open_video(source, 5)] == [0, 4, 9, 14, 19]
