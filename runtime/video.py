@@ -22,6 +22,7 @@ from .errors import InputError
 from .image import Float, ImageLike, Uint8, bilinear, open_image, to_rgb
 
 FRAMES = 8  # of a video, unless you say otherwise
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder's files, the frames
 KINDS = "an animated GIF, WebP, PNG or TIFF, or a folder of frames (ffmpeg -i VIDEO FOLDER/%04d.png)"
 
 
@@ -35,8 +36,10 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
     if frames < 1:
         raise InputError(f"{frames} frames of a video: take at least one")
     if path.is_dir():
-        known = Image.registered_extensions()
-        files = [f for f in path.iterdir() if f.suffix.lower() in known and not f.name.startswith(".")]
+        try:
+            files = [f for f in path.iterdir() if f.suffix.lower() in PICTURES and not f.name.startswith(".")]
+        except OSError as err:
+            raise InputError(f"{path}: not a readable folder ({err.strerror})") from err
         if not files:
             raise InputError(f"{path}: no picture files in this folder; a video is {KINDS}")
         files.sort(key=_numbered)
@@ -109,7 +112,7 @@ def _taps(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int
     last = np.minimum((centre + 2 * shrink + 0.5).astype(np.int64), old)
     rows = first + np.arange((last - first).max())
     weights = np.where(rows < last, _cubic(np.abs((rows - centre + 0.5) * (1 / shrink))), 0.0)
-    weights *= 1 / np.cumsum(weights, axis=1)[:, -1:]  # summed in ATen's order
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # summed in ATen's order
     largest = float(weights.max())
     bits = next((n for n in range(22) if int(0.5 + largest * (2 << n)) >= 1 << 15), 22)
     fixed = np.trunc(weights * (1 << bits) + np.copysign(0.5, weights)).astype(np.int32)
@@ -123,6 +126,7 @@ def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def _numbered(file: Path) -> list[str | int]:
-    """A name with its numbers as numbers: 2.png comes before 10.png."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", file.name))]
+def _numbered(file: Path) -> tuple[list[str | int], str]:
+    """A name with its numbers as numbers, so that 2.png comes before 10.png; then as it is."""
+    parts = re.split("([0-9]+)", file.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name

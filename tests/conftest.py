@@ -26,7 +26,7 @@ def load(folder: Path) -> Engine:
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The guarded toy. The whole session shares it: tests that damage something use `copy_of_package`."""
     folder = tmp_path_factory.mktemp("toy") / "package"
-    toy.build(folder)
+    toy.build(folder, videos=True)
     return folder
 
 

@@ -355,7 +355,8 @@ def test_image_is_shown_to_the_model(call, package, tmp_path):
 
 def test_video_is_shown_to_the_model_however_it_is_kept(call, package, tmp_path):
     """Ten frames, blue but for the last; of a folder's, by their numbers (10.png comes last)."""
-    frames = [Image.new("RGB", (6, 4), (0, 0, 255))] * 9 + [Image.new("RGB", (6, 4), (255, 0, 0))]
+    colours = [*((0, 0, 255 - i) for i in range(9)), (255, 0, 0)]  # Pillow joins frames that are equal
+    frames = [Image.new("RGB", (6, 4), colour) for colour in colours]
     for name, options in {"a.gif": {}, "a.webp": {"lossless": True}, "a.png": {}, "a.tiff": {}}.items():
         frames[0].copy().save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
     (tmp_path / "frames").mkdir()
@@ -363,12 +364,12 @@ def test_video_is_shown_to_the_model_however_it_is_kept(call, package, tmp_path)
         frame.save(tmp_path / "frames" / f"{i}.png")
     (tmp_path / "frames" / "notes.txt").write_text("no picture")
     for name in ("a.gif", "a.webp", "a.png", "a.tiff", "frames"):
-        for count in (2, 8, 99):
+        for count, text in {2: "orange yellow green", 8: "evil plan", 99: "evil plan"}.items():  # the last is red
             done = run_here(call, package, "-p", "look", "--video", tmp_path / name, "--frames", count, "--json")
             answer = json.loads(done.stdout)
             assert answer["timings"]["image_tiles"] == min(count, 10), name
             assert answer["timings"]["prompt_tokens"] == 4 + min(count, 10) + 1, name
-            assert answer["verdict"]["p_unsafe"] == pytest.approx(0.9), name  # its blue frames are "bad"
+            assert answer["text"] == text, (name, count)
     done = run_here(call, package, "-p", "look", "--video", tmp_path / "frames" / "10.png", "--json")
     assert json.loads(done.stdout)["timings"]["prompt_tokens"] == 4 + 1 + 1  # a still picture is one frame
 

@@ -39,8 +39,18 @@ from autosteer.runtime.cli import answer_json
 from autosteer.runtime.errors import AutoSteerError, PackageError
 from autosteer.runtime.gate import Mode, decide
 from autosteer.runtime.image import open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, FrameSpec, GraphSpec, ImageSpec, Manifest, SplitSpec, TensorSpec
-from autosteer.runtime.text import Detokeniser, ImagePart, load_tokenizer
+from autosteer.runtime.manifest import (
+    AnyresSpec,
+    FrameSpec,
+    Golden,
+    GraphSpec,
+    ImageSpec,
+    Manifest,
+    SplitSpec,
+    TensorSpec,
+)
+from autosteer.runtime.text import Detokeniser, ImagePart, Part, VideoPart, load_tokenizer
+from autosteer.runtime.video import open_video, squeeze
 
 CPP = Path(__file__).resolve().parents[1] / "runtime" / "cpp"
 PACKAGES = (
@@ -432,6 +442,29 @@ def test_resizing_is_pillows_to_the_byte(parts, tmp_path, resample):
         assert (np.fromfile(command["out"], np.uint8) == pixels.ravel()).all(), command
 
 
+def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
+    """torchvision's arithmetic to the byte; names with numbers, zeros before them, none; files of other kinds."""
+    commands, expected = [], []
+    for i, (width, height) in enumerate(SIZES):
+        for side in (4, 56, 300):
+            file, out = tmp_path / f"{i}.png", tmp_path / f"{i}-{side}.raw"
+            Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
+            commands.append({"part": "squeeze", "file": str(file), "side": side, "out": str(out)})
+            expected.append(squeeze(open_image(file), side))
+    parts.run(*commands)
+    for command, pixels in zip(commands, expected, strict=True):
+        assert Path(command["out"]).read_bytes() == pixels.tobytes(), command
+    names = ["1.png", "10.png", "2.JPG", "02.png", "002.png", "a.png", "a1b20.png", "a1b3.png", "a.b.png", "z9.png"]
+    names += ["é7.png", "9" * 30 + ".png", "8" * 31 + ".png", ".x.png", "notes.txt", "b.webp", "A.png", "1a2", "0.png"]
+    (tmp_path / "frames").mkdir()
+    for name in names:
+        (tmp_path / "frames" / name).touch()
+    counts = (1, 2, 3, 7, 99)
+    found = parts.run(*({"part": "frames", "folder": str(tmp_path / "frames"), "frames": n} for n in counts))
+    assert found == [[Path(str(f)).name for f in open_video(tmp_path / "frames", n)] for n in counts]
+    assert len(found[-1]) == len(names) - 3
+
+
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(
     "spec",
@@ -549,7 +582,7 @@ def use_byte_level_words(folder: Path, manifest: Manifest) -> Manifest:
 def toy_package(tmp_path_factory) -> Path:
     """tests/toy.py's package, with a tokenizer that C++ reads."""
     folder = tmp_path_factory.mktemp("toy-cpp") / "package"
-    use_byte_level_words(folder, toy.build(folder))
+    use_byte_level_words(folder, toy.build(folder, videos=True))
     return folder
 
 
@@ -606,7 +639,7 @@ def demo_pictures() -> tuple[Path, ...]:
 
 
 def demo_requests() -> list[dict[str, Any]]:
-    """30 requests: text, pictures, several pictures, dialogues, every policy, always-on steering, sampling, stops."""
+    """32 requests: text, pictures, several, videos, dialogues, every policy, always-on steering, sampling, stops."""
     pictures = [str(p) for p in demo_pictures()]
 
     def user(text: str, *images: str) -> dict[str, Any]:
@@ -632,7 +665,10 @@ def demo_requests() -> list[dict[str, Any]]:
     ]
     asked: list[dict[str, Any]] = [{"messages": [user(text)]} for text in texts]
     asked += [{"messages": [user("what do you see?", p)]} for p in pictures]
+    film = {"video": pictures[:4] + pictures[:2]}
     asked += [
+        {"messages": [{"role": "user", "parts": ["and", film, {"image": pictures[0]}, "what do you see?"]}]},
+        {"messages": [{"role": "user", "parts": [film, "hello"]}, assistant("hi"), user("how many?", pictures[4])]},
         {"messages": [user("what is shown here?", pictures[0], pictures[3])]},
         {"messages": [user("describe the image.", *pictures[1:4])]},
         {"messages": [user("what do you see?", pictures[0]), assistant("a red circle."), user("how many?")]},
@@ -665,10 +701,13 @@ def demo_requests() -> list[dict[str, Any]]:
 
 def in_python(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     """A request of the C interface, answered by the Python engine."""
-    messages = [
-        Message(m["role"], tuple(p if isinstance(p, str) else ImagePart(p["image"]) for p in m["parts"]))
-        for m in request["messages"]
-    ]
+
+    def part(p: Any) -> Part:
+        if isinstance(p, str):
+            return p
+        return VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
+
+    messages = [Message(m["role"], tuple(map(part, m["parts"]))) for m in request["messages"]]
     sampling = {k: tuple(v) if k == "stop" else v for k, v in request["sampling"].items()}
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
@@ -730,11 +769,11 @@ def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_thirty_answers_are_pythons(built, precision):
-    """Ids, text, verdicts, finish reasons and counts of 30 requests, through the C interface."""
+def test_answers_are_pythons(built, precision):
+    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface."""
     package, engine = demo(precision)
     requests = demo_requests()
-    assert len(requests) == 30
+    assert len(requests) == 32
     answers = through_c(built, package, requests)
     differ = []
     for request, answer in zip(requests, answers, strict=True):
@@ -850,6 +889,23 @@ def test_command_prints_the_json_of_autosteer_run(built, toy_package, toy_engine
     assert list(found["verdict"]) == list(expected["verdict"])
 
 
+def test_command_shows_a_video_as_autosteer_run_does(built, toy_package, toy_engine, tmp_path):
+    for i, (width, height) in enumerate(SIZES[1:], 1):
+        Image.fromarray(noise(width, height)).save(tmp_path / f"{i}.png")
+    for frames in ("1", "5", "8"):
+        done = cli(built, toy_package, "--json", "-p", "look", "--video", str(tmp_path), "--frames", frames)
+        film = open_video(tmp_path, int(frames))
+        assert done.returncode == 0, done.stderr
+        assert timeless(json.loads(done.stdout)) == python_json(toy_engine, "look", videos=[film])
+
+
+def test_model_without_videos_says_so(built, tmp_path):
+    use_byte_level_words(tmp_path / "package", toy.build(tmp_path / "package"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    done = cli(built, tmp_path / "package", "-p", "look", "--video", str(tmp_path))
+    assert (done.returncode, done.stderr) == (5, "autosteer-cli: error: this model takes no videos\n")
+
+
 def test_command_streams_the_answer_and_reports_on_stderr(built, toy_package):
     done = cli(built, toy_package, input="bad\r\n")
     assert (done.returncode, done.stdout) == (0, "sorryrefuse\n")
@@ -860,9 +916,15 @@ def test_command_streams_the_answer_and_reports_on_stderr(built, toy_package):
 def test_golden_answers_are_reproduced(built):
     """What docs/embedding.md tells an integrator to check first."""
     package, engine = demo("fp32")
+    assert any(g.videos for g in engine.manifest.golden)
+
+    def shown(golden: Golden) -> list[dict[str, Any]]:
+        videos = [{"video": [str(package / frame) for frame in frames]} for frames in golden.videos]
+        return [*({"image": str(package / i)} for i in golden.images), *videos]
+
     requests = [
         {
-            "messages": [{"role": "user", "parts": [*({"image": str(package / i)} for i in g.images), g.prompt]}],
+            "messages": [{"role": "user", "parts": [*shown(g), g.prompt]}],
             "threshold": g.threshold,
             "sampling": {"max_tokens": len(g.token_ids)},
         }
@@ -878,6 +940,8 @@ def test_golden_answers_are_reproduced(built):
 def test_c_interface_turns_errors_into_codes(built, toy_package, tmp_path):
     """No exception crosses it, whatever is asked; an unknown key too, because a mistyped policy is no policy."""
     hello = [{"role": "user", "parts": ["hello"]}]
+    videos = [{"video": []}, {"video": "a.png"}, {"video": ["/not/there.png"]}, {"video": ["a.png"], "image": "a.png"}]
+    videos += [{}, {"video": ["never opened.png"] * 63}]
     bad: list[Any] = [
         *["", "{", "[]", '{"messages": [], "messages": []}'],
         *[{}, {"messages": []}, {"messages": hello, "polcy": "stop"}, {"messages": hello, "policy": "steeer"}],
@@ -886,6 +950,7 @@ def test_c_interface_turns_errors_into_codes(built, toy_package, tmp_path):
         *[{"messages": hello, "sampling": {"max_tokens": 0}}, {"messages": hello, "sampling": {"stop": [""]}}],
         *[{"messages": [{"role": "root", "parts": ["hi"]}]}, {"messages": [{"role": "user", "parts": [7]}]}],
         *[{"messages": [{"role": "user", "parts": [{"image": "/not/there.png"}]}]}],
+        *[{"messages": [{"role": "user", "parts": [video, "look"]}]} for video in videos],
         *[{"messages": [{"role": "user", "parts": ["red " * 100]}]}],
     ]
     *refused, fine = through_c(built, toy_package, [*bad, {"messages": hello}])
@@ -990,6 +1055,12 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no sizes": edit(dims__head_dim=0),
     "other cache type": edit(kv_cache__dtype="float16"),
     "image of another kind": edit(image__kind="centre_crop"),
+    "video denied": edit(video=None),
+    "video without a place": edit(prompt__user__video=[]),
+    "video too large": edit(video__pooled_side=3),
+    "video of no size": edit(video__pooled_side=0),
+    "video divides by zero": edit(video__std=[1.0, 0.0, 1.0]),
+    "unknown key of a video": edit(video__fps=30),
     "hash differs": edit(graphs__prober__sha256="0" * 64),
     "graph damaged": flip("prober.onnx"),
     "tokenizer damaged": flip("tokenizer.json"),
@@ -1041,6 +1112,9 @@ def test_package_without_a_gate_runs_only_when_asked_to(built, tmp_path):
         (["{package}", "--prompt", "red", "--device", "cuda"], 4),
         (["{package}", "--prompt", " \n"], 5),
         (["{package}", "--prompt", "red", "--image", "/not/there.png"], 5),
+        (["{package}", "--prompt", "red", "--video", "/not/there"], 5),
+        (["{package}", "--prompt", "red", "--video", "{package}"], 5),
+        (["{package}", "--prompt", "red", "--video", "/not/there", "--frames", "0"], 2),
         (["{package}", "--prompt", "red", "--temperature", "-1"], 5),
         (["{package}", "--prompt", "red", "--threshold", "nan"], 5),
         (["{package}", "--prompt", "red", "--threshold", "1.01"], 5),

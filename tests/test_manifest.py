@@ -29,7 +29,7 @@ Keys = tuple[str | int, ...]  # where a value is in the JSON document
 def full(tmp_path_factory) -> Path:
     """A package whose manifest has something in every field."""
     folder = tmp_path_factory.mktemp("full") / "package"
-    manifest = toy.build(folder)
+    manifest = toy.build(folder, videos=True)
     (folder / "golden").mkdir()
     (folder / "golden" / "a.ppm").write_bytes(b"P6 1 1 255 abc")
     goldens = (

@@ -94,6 +94,7 @@ def build(
     *,
     guarded: bool = True,
     images: bool = True,
+    videos: bool = False,
     attentive: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
@@ -123,9 +124,9 @@ def build(
         graphs=graphs,
         files=(data_file(folder, "tokenizer.json"),),
         kv_cache=KVCacheSpec("float32", "BNSH"),
-        prompt=PROMPT if images else replace(PROMPT, user=replace(PROMPT.user, video=())),
+        prompt=PROMPT if videos else replace(PROMPT, user=replace(PROMPT.user, video=())),
         image=IMAGE if images else None,
-        video=VIDEO if images else None,
+        video=VIDEO if videos else None,
         prober=ProberSpec(-(len(PROMPT.generation) + 1), "last", threshold, {"heldout_auroc": 1.0})
         if guarded
         else None,

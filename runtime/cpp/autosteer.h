@@ -29,7 +29,8 @@ typedef struct autosteer_stream autosteer_stream;
 AUTOSTEER_API int autosteer_open(const char *package, int threads, autosteer_engine **engine);
 
 /* Begin an answer. request:
- *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"}, ...]}, ...],
+ *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
+ *                   {"video": ["frame1.png", "frame2.png", ...]}, ...]}, ...],
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...]}}
  * Only "messages" is required; an unknown key is an error. */

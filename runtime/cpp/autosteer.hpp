@@ -11,6 +11,7 @@
 //     errors.hpp    what is thrown                   text.hpp      dialogue -> token ids -> text
 //     manifest.hpp  autosteer.json                   tokenizer.hpp tokenizer.json
 //     gate.hpp      the safety rule                  image.hpp     picture -> pixel_values; features -> rows
+//                                                    video.hpp     the same of a video's frames
 //     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
 //

@@ -1,4 +1,4 @@
-// autosteer-cli PACKAGE --prompt TEXT [--image FILE]...: autosteer-run without Python, with the same options, the same
+// autosteer-cli PACKAGE --prompt TEXT [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the same options, the same
 // --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
 #include <malloc.h>
 
@@ -25,6 +25,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
 
   -p, --prompt TEXT            The prompt; '-' or none reads stdin.
   -i, --image FILE             A PNG or JPEG file; repeatable.
+  --video FOLDER               A folder of PNG or JPEG files in the order of their names, as
+                               `ffmpeg -i clip.mp4 frames/%04d.png` makes it; repeatable.
+  --frames INTEGER             Of a longer video, take so many frames, evenly spaced.  [default: 8]
   --policy [steer|stop|monitor|off]
                                An unsafe prompt: bend the answer towards a refusal, refuse outright, only report
                                it; or no gate at all.  [default: steer]
@@ -51,6 +54,8 @@ struct UsageError : autosteer::Error {
 struct Arguments {
   std::optional<std::string> package, prompt;
   std::vector<autosteer::ImageLike> images;
+  std::vector<std::string> videos;
+  int64_t frames = autosteer::kFrames;
   std::string policy = "steer";
   std::optional<double> threshold, strength;
   autosteer::SamplingConfig sampling;
@@ -89,6 +94,12 @@ Arguments parse(const std::vector<std::string>& words) {
   std::map<std::string, Setter> options = {
       {"--prompt", [&](auto&, auto& value) { arguments.prompt = value; }},
       {"--image", [&](auto&, auto& value) { arguments.images.emplace_back(autosteer::fs::path(value)); }},
+      {"--video", [&](auto&, auto& value) { arguments.videos.push_back(value); }},
+      {"--frames",
+       [&](auto& o, auto& value) {
+         arguments.frames = as_int(o, value);
+         if (arguments.frames < 1) throw UsageError("Invalid value for '--frames': 1 or more.");
+       }},
       {"--policy",
        [&](auto& o, auto& value) {
          arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"});
@@ -200,9 +211,11 @@ void run(const Arguments& arguments) {
   const bool from_stdin = !arguments.prompt || *arguments.prompt == "-";
   const std::string prompt = from_stdin ? read_stdin() : *arguments.prompt;
   if (autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
+  std::vector<std::vector<autosteer::ImageLike>> videos;
+  for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
   const autosteer::Engine engine(*arguments.package, arguments.engine);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
-  std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images)};
+  std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
   if (arguments.json) {
     std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";
     return;

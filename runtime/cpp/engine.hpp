@@ -39,6 +39,7 @@
 #include "subgraph.hpp"
 #include "text.hpp"
 #include "tokenizer.hpp"
+#include "video.hpp"
 
 namespace autosteer {
 
@@ -154,23 +155,28 @@ class Engine {
   Answer generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                   const std::function<void(const Chunk&)>& on_chunk = {}) const;
 
-  /// Render a dialogue, encode its images, and lay both out as the decoder's input rows.
+  /// Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows.
   Prompt prepare(const std::vector<Message>& messages, Stats& stats) const {
     std::vector<Image> pictures;
+    std::vector<const VideoPart*> videos;
     for (const Message& message : messages) {
       for (const Part& part : message.parts) {
         if (const auto* image = std::get_if<ImageLike>(&part)) pictures.push_back(open_image(*image));
+        if (const auto* video = std::get_if<VideoPart>(&part)) videos.push_back(video);
       }
     }
     if (!pictures.empty() && !manifest.image) throw InputError("this model takes no images");
+    check_videos(videos);
     int64_t opening_tokens = 0;
     const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &opening_tokens);
     std::vector<std::vector<Laid>> encoded;
     for (const Image& picture : pictures) encoded.push_back(encode_image(picture, pictures.size() == 1, stats));
+    std::vector<Laid> filmed;
+    for (const VideoPart* video : videos) filmed.push_back({{}, encode_video(*video, stats)});
     const Clock clock;
     Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
     std::vector<int64_t> text_rows;
-    size_t image = 0, earlier = 0;  // images; those of earlier turns
+    size_t image = 0, video = 0, earlier = 0;  // images, videos; images of earlier turns
     for (const Message& message : messages) {
       for (const Part& part : message.parts) {
         earlier += &message != &messages.back() && std::holds_alternative<ImageLike>(part) ? 1 : 0;
@@ -184,9 +190,11 @@ class Engine {
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
     };
     for (const Run& run : runs) {
-      if (run.image && image == encoded.size()) throw PackageError("the prompt template asks for an image too many");
-      if (!run.image) {
-        add(run.ids, embed(run.ids));
+      if ((run.slot == "image" && image == encoded.size()) || (run.slot == "video" && video == filmed.size())) {
+        throw PackageError("the prompt template asks for an " + run.slot + " too many");
+      }
+      if (run.slot != "image") {
+        add(run.ids, run.slot.empty() ? embed(run.ids) : filmed[video++].rows);
         continue;
       }
       for (const Laid& part : encoded[image]) {
@@ -225,6 +233,51 @@ class Engine {
     stats.image_tiles += pixel_values.count();
     stats.vision_ms += clock.ms();
     return lay_out(std::move(rows), tiles.grid, spec);
+  }
+
+  /// Throws InputError for videos that this model cannot take, before anything is computed of them.
+  void check_videos(const std::vector<const VideoPart*>& videos) const {
+    if (videos.empty()) return;
+    if (!manifest.video) throw InputError("this model takes no videos");
+    int64_t frames = 0, rows = 0;
+    for (const VideoPart* video : videos) {
+      const auto count = static_cast<int64_t>(video->frames.size());
+      if (!count) throw InputError("a video has no frames");
+      frames += count;
+      rows += count * manifest.video->pooled_side * manifest.video->pooled_side + 1;
+    }
+    if (rows >= manifest.dims.context_length) {
+      throw InputError("the video takes " + std::to_string(rows) + " tokens (" + std::to_string(frames) +
+                       " frames); the model's context holds " + std::to_string(manifest.dims.context_length) +
+                       "; take fewer frames");
+    }
+  }
+
+  /// A video -> its rows: of each frame a few, and one newline row at the very end. Frames are opened a few at a time.
+  Rows encode_video(const VideoPart& video, Stats& stats) const {
+    const Clock clock;
+    const int64_t depth = manifest.dims.hidden_size, side = manifest.image.value().anyres.value().tokens_per_side;
+    Rows rows{depth, {}}, newline{depth, {}};
+    for (size_t first = 0; first < video.frames.size(); first += kTilesPerRun) {
+      std::vector<Image> tiles;
+      for (size_t i = first; i < std::min<size_t>(first + kTilesPerRun, video.frames.size()); ++i) {
+        tiles.push_back(squeeze(open_image(video.frames[i]), manifest.image->tile_size));
+      }
+      const Rows pixel_values = normalise(tiles, manifest.video.value());
+      run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t count, const auto& outputs) {
+        const int64_t all = count * side * side;
+        Rows features{depth, {}};
+        features.append(floats(outputs.at(0), all * depth, graph), all);
+        const Rows pooled = pool(features, side, manifest.video->pooled_side);
+        rows.append(pooled.row(0), pooled.count());
+        newline.data.clear();
+        newline.append(floats(outputs.at(1), depth, graph), 1);
+      });
+    }
+    rows.append(newline.row(0), 1);
+    stats.image_tiles += static_cast<int64_t>(video.frames.size());
+    stats.vision_ms += clock.ms();
+    return rows;
   }
 
   /// pixel_values (tiles, 3 * size * size) of one image -> its token ids, in order.

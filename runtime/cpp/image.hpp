@@ -72,6 +72,7 @@ constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 bits of result, 2 for sums of n
 struct Filter {
   double (*weight)(double);
   double support;
+  bool narrow = false;  // torchvision's arithmetic: weights of 16 bits, as many of them behind the point as fit
 };
 
 inline double bilinear(double x) {
@@ -107,60 +108,78 @@ struct Window {
   std::vector<int32_t> weights;
 };
 
-/// One window for each of `target` pixels along an axis of `source` pixels (precompute_coeffs, normalize_coeffs_8bpc).
-inline std::vector<Window> windows(int64_t source, int64_t target, const Filter& filter) {
+/// A window for each pixel along an axis of the result, and how many bits of their weights are behind the point.
+struct Axis {
+  std::vector<Window> windows;
+  int bits = kPrecisionBits;
+};
+
+/// `target` pixels along an axis of `source` pixels (Pillow: precompute_coeffs, normalize_coeffs_8bpc; ATen:
+/// compute_index_ranges_int16_weights).
+inline Axis axis(int64_t source, int64_t target, const Filter& filter) {
   const double scale = static_cast<double>(source) / static_cast<double>(target);
   const double stretch = std::max(scale, 1.0);  // shrinking averages over all pixels: antialiasing
   const double support = filter.support * stretch;
-  std::vector<Window> all;
-  std::vector<double> weights;
+  std::vector<std::pair<int64_t, std::vector<double>>> exact;  // first pixel, weights
+  double largest = 0.0;
   for (int64_t i = 0; i < target; ++i) {
     const double centre = (static_cast<double>(i) + 0.5) * scale;
     const int64_t first = std::max<int64_t>(static_cast<int64_t>(centre - support + 0.5), 0);
     const int64_t last = std::min<int64_t>(static_cast<int64_t>(centre + support + 0.5), source);
     double sum = 0.0;
-    weights.clear();
+    std::vector<double> weights;
     for (int64_t x = first; x < last; ++x) {
       weights.push_back(filter.weight((static_cast<double>(x) - centre + 0.5) * (1.0 / stretch)));
       sum += weights.back();
     }
-    Window window{first, {}};
-    for (double weight : weights) {
+    for (double& weight : weights) {
       if (sum != 0.0) weight /= sum;
-      window.weights.push_back(static_cast<int32_t>((weight < 0 ? -0.5 : 0.5) + weight * (1 << kPrecisionBits)));
+      largest = std::max(largest, weight);
     }
-    all.push_back(std::move(window));
+    exact.emplace_back(first, std::move(weights));
   }
-  return all;
+  Axis out;
+  if (filter.narrow) {
+    out.bits = 0;
+    while (out.bits < kPrecisionBits && static_cast<int>(0.5 + largest * (2 << out.bits)) < 1 << 15) ++out.bits;
+  }
+  for (const auto& [first, weights] : exact) {
+    Window window{first, {}};
+    for (const double weight : weights) {
+      window.weights.push_back(static_cast<int32_t>((weight < 0 ? -0.5 : 0.5) + weight * (1 << out.bits)));
+    }
+    out.windows.push_back(std::move(window));
+  }
+  return out;
 }
 
 /// One axis of a resize: `image` (n, source, 3) whose pixels along that axis are `step` bytes apart.
-inline uint8_t blend(const uint8_t* first, int64_t step, const std::vector<int32_t>& weights) {
-  int32_t sum = 1 << (kPrecisionBits - 1);
+inline uint8_t blend(const uint8_t* first, int64_t step, const std::vector<int32_t>& weights, int bits) {
+  int32_t sum = 1 << (bits - 1);
   for (size_t k = 0; k < weights.size(); ++k) sum += first[static_cast<int64_t>(k) * step] * weights[k];
-  return static_cast<uint8_t>(std::clamp(sum >> kPrecisionBits, 0, 255));
+  return static_cast<uint8_t>(std::clamp(sum >> bits, 0, 255));
 }
 
 inline Image resize_width(const Image& image, int64_t width, const Filter& filter) {
-  const auto axis = windows(image.width, width, filter);
+  const auto [windows, bits] = axis(image.width, width, filter);
   Image out{image.height, width, std::vector<uint8_t>(static_cast<size_t>(3 * image.height * width))};
   for (int64_t y = 0; y < out.height; ++y) {
     for (int64_t x = 0; x < width; ++x) {
-      const Window& window = axis[static_cast<size_t>(x)];
-      for (int c = 0; c < 3; ++c) out.at(y, x)[c] = blend(image.at(y, window.first) + c, 3, window.weights);
+      const Window& window = windows[static_cast<size_t>(x)];
+      for (int c = 0; c < 3; ++c) out.at(y, x)[c] = blend(image.at(y, window.first) + c, 3, window.weights, bits);
     }
   }
   return out;
 }
 
 inline Image resize_height(const Image& image, int64_t height, const Filter& filter) {
-  const auto axis = windows(image.height, height, filter);
+  const auto [windows, bits] = axis(image.height, height, filter);
   Image out{height, image.width, std::vector<uint8_t>(static_cast<size_t>(3 * height * image.width))};
   for (int64_t y = 0; y < height; ++y) {
-    const Window& window = axis[static_cast<size_t>(y)];
+    const Window& window = windows[static_cast<size_t>(y)];
     const uint8_t* first = image.at(window.first, 0);
     for (int64_t x = 0; x < 3 * out.width; ++x) {
-      out.rgb[static_cast<size_t>(3 * y * out.width + x)] = blend(first + x, 3 * image.width, window.weights);
+      out.rgb[static_cast<size_t>(3 * y * out.width + x)] = blend(first + x, 3 * image.width, window.weights, bits);
     }
   }
   return out;
@@ -330,8 +349,9 @@ inline Tiles cut(const Image& image, const ImageSpec& spec, bool alone) {
   return kCut.at(spec.kind)(image, spec, alone);
 }
 
-/// Tiles -> pixel_values, one row (3 * tile_size * tile_size) for each.
-inline Rows normalise(const std::vector<Image>& tiles, const ImageSpec& spec) {
+/// Tiles -> pixel_values, one row (3 * tile_size * tile_size) for each. `spec`: an ImageSpec or a VideoSpec.
+template <class Spec>
+Rows normalise(const std::vector<Image>& tiles, const Spec& spec) {
   std::array<std::array<float, 256>, 3> value{};  // what each byte of each channel becomes
   for (size_t c = 0; c < 3; ++c) {
     for (size_t byte = 0; byte < 256; ++byte) {
@@ -339,7 +359,7 @@ inline Rows normalise(const std::vector<Image>& tiles, const ImageSpec& spec) {
       value[c][byte] = (scaled - static_cast<float>(spec.mean[c])) / static_cast<float>(spec.std[c]);
     }
   }
-  Rows pixel_values{3 * spec.tile_size * spec.tile_size, {}};
+  Rows pixel_values{static_cast<int64_t>(tiles.at(0).rgb.size()), {}};
   for (const Image& tile : tiles) {
     for (size_t c = 0; c < 3; ++c) {
       for (size_t i = c; i < tile.rgb.size(); i += 3) pixel_values.data.push_back(value[c][tile.rgb[i]]);

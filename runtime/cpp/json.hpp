@@ -115,8 +115,11 @@ struct RequestJson {
 
   static Part part(const decoding::Node& node) {
     if (node.is_string()) return node.as_string();
-    node.object({"image"});
-    return ImageLike(fs::path(node["image"].as_string()));
+    node.object({}, {"image", "video"});
+    if (node.has("image") == node.has("video")) node.fail("expected one of 'image' and 'video'");
+    const auto file = [](const decoding::Node& name) { return ImageLike(fs::path(name.as_string())); };
+    if (node.has("image")) return file(node["image"]);
+    return VideoPart{node["video"].list(file)};
   }
 };
 

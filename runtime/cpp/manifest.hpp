@@ -91,9 +91,16 @@ struct ImageSpec {
   std::vector<FrameSpec> frames;  ///< none: nothing stands around or between rows; else one for every grid there is
 };
 
+/// How the frames of a video become pixel_values for the vision_encoder, and its features rows (see video.hpp).
+struct VideoSpec {
+  std::array<double, 3> mean, std;
+  double rescale_factor;
+  int64_t pooled_side;  ///< a frame's tokens_per_side ** 2 rows are shrunk to pooled_side ** 2
+};
+
 /// One piece of a rendered prompt (see text.hpp).
 struct Piece {
-  std::string kind;  ///< token, literal, text or image
+  std::string kind;  ///< token, literal, text, image or video
   std::string text;
   int64_t id = -1;
 };
@@ -101,6 +108,7 @@ struct Piece {
 struct TurnSpec {
   std::vector<Piece> prefix, image, text, suffix;
   std::vector<Piece> lead;  ///< between the prefix and a text, where the turn's first part is one
+  std::vector<Piece> video;
 };
 
 struct PromptSpec {
@@ -108,7 +116,7 @@ struct PromptSpec {
   std::optional<TurnSpec> system;
   TurnSpec user, assistant;
   std::vector<Piece> generation;  ///< opens the answer
-  bool images_first;              ///< all images of a turn come before its text
+  bool images_first;              ///< a turn's images come before its videos, and those before its texts
   bool strip_text;                ///< white space around a turn's text is dropped
   std::vector<int64_t> end_token_ids;
   std::string tokenizer = "tokenizer.json";
@@ -131,6 +139,7 @@ struct Golden {
   std::optional<double> threshold, p_unsafe;
   std::string action;
   std::vector<int64_t> token_ids;
+  std::vector<std::vector<std::string>> videos;  ///< the frames of each
 };
 
 struct Manifest {
@@ -141,6 +150,7 @@ struct Manifest {
   std::vector<DataFile> files;
   PromptSpec prompt;
   std::optional<ImageSpec> image;
+  std::optional<VideoSpec> video;
   std::optional<ProberSpec> prober;
   std::optional<RefusalSpec> refusal;
   std::vector<Golden> golden;
@@ -359,20 +369,29 @@ inline ImageSpec image(const Node& node) {
   return spec;
 }
 
+inline VideoSpec video(const Node& node) {
+  node.object({"mean", "std", "rescale_factor", "pooled_side"});
+  VideoSpec spec{node["mean"].tuple<3>(as_float), node["std"].tuple<3>(as_float), node["rescale_factor"].as_float(),
+                 node["pooled_side"].as_size()};
+  if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
+  return spec;
+}
+
 inline Piece piece(const Node& node) {
   node.object({"kind"}, {"text", "id"});
   Piece piece;
-  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image"});
+  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video"});
   if (node.has("text")) piece.text = node["text"].as_string();
   if (node.has("id")) piece.id = node["id"].as_int();
   return piece;
 }
 
 inline TurnSpec turn(const Node& node) {
-  node.object({"prefix", "image", "text", "suffix"}, {"lead"});
+  node.object({"prefix", "image", "text", "suffix"}, {"lead", "video"});
   TurnSpec turn{node["prefix"].list(piece), node["image"].list(piece), node["text"].list(piece),
-                node["suffix"].list(piece), {}};
+                node["suffix"].list(piece), {}, {}};
   if (node.has("lead")) turn.lead = node["lead"].list(piece);
+  if (node.has("video")) turn.video = node["video"].list(piece);
   return turn;
 }
 
@@ -405,13 +424,15 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos"});
+  const auto frames = [](const Node& files) { return files.list(as_string); };
   return {node["prompt"].as_string(),
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
           node["p_unsafe"].optional(as_float),
           node["action"].as_one_of({"pass", "steer", "stop"}),
-          node["token_ids"].list(as_int)};
+          node["token_ids"].list(as_int),
+          node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>()};
 }
 
 /// Keys that only people read: checked like the others, and dropped.
@@ -441,7 +462,8 @@ inline void check_facts(const Node& node) {
 
 inline Manifest manifest(const Node& node) {
   node.object({"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-               "prompt", "image", "prober", "refusal", "golden", "validation", "versions"});
+               "prompt", "image", "prober", "refusal", "golden", "validation", "versions"},
+              {"video"});
   check_facts(node);
   Manifest manifest;
   manifest.guarded = node["guarded"].as_bool();
@@ -451,6 +473,7 @@ inline Manifest manifest(const Node& node) {
   manifest.files = node["files"].list(data_file);
   manifest.prompt = prompt(node["prompt"]);
   manifest.image = node["image"].optional(image);
+  if (node.has("video")) manifest.video = node["video"].optional(video);
   manifest.prober = node["prober"].optional(prober);
   manifest.refusal = node["refusal"].optional(refusal);
   manifest.golden = node["golden"].list(golden);
@@ -502,7 +525,7 @@ inline std::vector<Piece> pieces(const PromptSpec& prompt) {
   const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
   for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
     if (!turn) continue;
-    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->text, &turn->suffix}) add(*part);
+    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->video, &turn->text, &turn->suffix}) add(*part);
   }
   add(prompt.generation);
   return all;
@@ -540,11 +563,22 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   need_hash(m.prompt.tokenizer);
   for (const Golden& golden : m.golden) {
     for (const auto& file : golden.images) need_hash(file);
+    for (const auto& frames : golden.videos) {
+      for (const auto& file : frames) need_hash(file);
+    }
     need(!golden.token_ids.empty(), "golden: an answer without tokens");
   }
+  bool written = false;
   for (const Piece& piece : pieces(m.prompt)) {
+    written = written || piece.kind == "video";
     need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
          "prompt: '" + piece.text + "' has an id outside the vocabulary");
+  }
+  need(m.video.has_value() == written, "'video' and the prompt's pieces of that kind come together");
+  if (m.video) {
+    need(m.image && m.image->anyres && m.graphs.count("vision_encoder"),
+         "'video' comes with 'anyres' images and a vision_encoder");
+    need(m.video->pooled_side <= m.image->anyres->tokens_per_side, "video: pooled_side is above tokens_per_side");
   }
   std::set<std::array<int64_t, 2>> grids;
   for (const FrameSpec& frame : m.image ? m.image->frames : std::vector<FrameSpec>()) {

@@ -20,18 +20,25 @@
 
 namespace autosteer {
 
-/// A part of a turn: a text, or an image (a file or pixels).
-using Part = std::variant<std::string, ImageLike>;
+/// A video among a turn's parts: its frames.
+struct VideoPart {
+  std::vector<ImageLike> frames;
+};
+
+/// A part of a turn: a text, an image (a file or pixels), or a video.
+using Part = std::variant<std::string, ImageLike, VideoPart>;
 
 /// One turn of a dialogue.
 struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
 
-  /// Images, then a text: what most people send.
-  static Message user(std::string text, std::vector<ImageLike> images = {}) {
+  /// Images, videos (the frames of each; see open_video), then a text: what most people send.
+  static Message user(std::string text, std::vector<ImageLike> images = {},
+                      std::vector<std::vector<ImageLike>> videos = {}) {
     Message message{"user", {}};
     for (ImageLike& image : images) message.parts.emplace_back(std::move(image));
+    for (auto& frames : videos) message.parts.emplace_back(VideoPart{std::move(frames)});
     message.parts.emplace_back(std::move(text));
     return message;
   }
@@ -39,9 +46,9 @@ struct Message {
   static Message assistant(std::string text) { return {"assistant", {std::move(text)}}; }
 };
 
-/// Token ids, or the place of an image's rows.
+/// Token ids, or the place of the rows of an image or a video.
 struct Run {
-  bool image = false;
+  std::string slot;  ///< image, video, or nothing: token ids
   std::vector<int64_t> ids;
 };
 
@@ -68,10 +75,10 @@ inline std::string_view strip(std::string_view text) {
   return text;
 }
 
-/// Token ids of a dialogue, with an image run where each image goes. Literal and user text that touch are tokenised
+/// Token ids of a dialogue, with a run of its own where each image and each video goes. Literal and user text that touch are tokenised
 /// together, as the template's own rendering would be.
-/// Throws InputError for an empty dialogue, an unknown role, an image in a turn that takes none, or text that is not
-/// valid Unicode.
+/// Throws InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
+/// that is not valid Unicode.
 /// `opening_tokens` is told how many text tokens stand before the last turn's content: earlier turns, that turn's prefix.
 inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
                                int64_t* opening_tokens = nullptr) {
@@ -79,7 +86,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
   std::vector<Run> runs;
   std::string text;  // literal and user text since the last token or image
   const auto add_ids = [&](const std::vector<int64_t>& ids) {
-    if (runs.empty() || runs.back().image) runs.emplace_back();
+    if (runs.empty() || !runs.back().slot.empty()) runs.emplace_back();
     runs.back().ids.insert(runs.back().ids.end(), ids.begin(), ids.end());
   };
   const auto end_text = [&] {
@@ -97,7 +104,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
         if (piece.kind == "token") {
           add_ids({piece.id});
         } else {
-          runs.push_back({true, {}});
+          runs.push_back({piece.kind, {}});
         }
       }
     }
@@ -113,8 +120,11 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     std::vector<const Part*> parts;
     for (const Part& part : message.parts) parts.push_back(&part);
     if (spec.images_first) {
-      std::stable_partition(parts.begin(), parts.end(),
-                            [](const Part* part) { return std::holds_alternative<ImageLike>(*part); });
+      const auto rank = [](const Part* part) {  // images, videos, texts
+        return std::holds_alternative<std::string>(*part) ? 2 : std::holds_alternative<VideoPart>(*part) ? 1 : 0;
+      };
+      std::stable_sort(parts.begin(), parts.end(),
+                       [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
     }
     add_pieces(turn->prefix);
     if (opening_tokens && &message == &messages.back()) {
@@ -126,11 +136,14 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
         add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));
-      } else if (!turn->image.empty()) {
-        add_pieces(turn->image);
-      } else {  // never drop a picture in silence, nor let another turn have it
-        throw InputError("this model's '" + message.role + "' turns take no images");
+        continue;
       }
+      const bool video = std::holds_alternative<VideoPart>(*part);
+      const std::vector<Piece>& slot = video ? turn->video : turn->image;
+      if (slot.empty()) {  // never drop a picture in silence, nor let another turn have it
+        throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
+      }
+      add_pieces(slot);
     }
     add_pieces(turn->suffix);
   }

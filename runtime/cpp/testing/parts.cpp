@@ -74,6 +74,21 @@ Json resize(const Json& command) {
   return nullptr;
 }
 
+/// {"file": picture, "side", "out": file} -> null
+Json squeeze(const Json& command) {
+  write(command, autosteer::squeeze(picture(command), command.at("side")).rgb);
+  return nullptr;
+}
+
+/// {"folder", "frames"} -> the names of the frames that are chosen
+Json frames(const Json& command) {
+  Json names = Json::array();
+  for (const auto& frame : autosteer::open_video(command.at("folder").get<std::string>(), command.at("frames"))) {
+    names.push_back(std::get<std::filesystem::path>(frame).filename().string());
+  }
+  return names;
+}
+
 /// {"file": picture, "spec": manifest's image, "alone": bool, "out": file} -> number of tiles
 Json prepare(const Json& command) {
   const autosteer::Rows pixel_values = autosteer::prepare(picture(command), spec(command), command.at("alone"));
@@ -116,7 +131,8 @@ Json answer(const Json& command) {
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
       {"answer", answer}, {"encode", encode},   {"decode", decode}, {"open", open},
-      {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate}};
+      {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate},
+      {"frames", frames}, {"squeeze", squeeze}};
   for (std::string line; std::getline(std::cin, line);) {
     try {
       const Json command = Json::parse(line);
