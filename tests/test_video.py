@@ -14,8 +14,9 @@ from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
+from autosteer.export import validate
 from autosteer.export.checkpoint import load_reference
-from autosteer.export.reference import Case, Reference
+from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import draw
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
@@ -27,7 +28,7 @@ from autosteer.runtime.request import Stats
 from autosteer.runtime.text import ImagePart, VideoPart
 from autosteer.runtime.video import pool, spaced, squeeze, tiles
 
-SAMPLING = SamplingConfig(max_tokens=16)  # what the reference generates
+SAMPLING = SamplingConfig(ANSWER_TOKENS)
 QUESTION = "what is shown here?"
 
 
@@ -112,7 +113,7 @@ DIALOGUES = {
 
 @pytest.mark.parametrize("messages", DIALOGUES.values(), ids=DIALOGUES)
 def test_prompt_tokens_and_verdict_equal_hugging_faces(messages: tuple[Message, ...]) -> None:
-    """Ids before the answer with every picture's and video's rows at their places, embeddings, p_unsafe, 16 tokens."""
+    """Ids before the answer with every picture's and video's rows at their places, embeddings, p_unsafe, tokens."""
     engine, case = demo_engine("fp32"), Case(messages, ())
     inputs, theirs = reference().inputs(case), reference().run(case)
     placeholders = (reference().processor.image_token_id, reference().processor.video_token_id)
@@ -158,6 +159,14 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
     )
     answer = engine.generate("red", videos=[video(11, size=(8, 8))])
     assert seen == [TILES_PER_RUN, TILES_PER_RUN, 11 - 2 * TILES_PER_RUN] and answer.stats.image_tiles == 11
+
+
+def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model is so large that little is compared."""
+    monkeypatch.setattr(validate, "WORK", 0)
+    cases = validate.make_cases(tmp_path, demo_engine("fp32").manifest)
+    kept = validate.affordable(cases, demo_checkpoint(), reference())
+    assert [case.kind for case in kept] == [(False, False), (True, False), (False, True)]
 
 
 # --- what is no video ------------------------------------------------------------------------------------------------
