@@ -79,8 +79,9 @@ def write_package(
     pictures = image_spec(checkpoint, processor)
     framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
     videos = video_spec(checkpoint, processor)
+    video_ids = (processor.video_token_id,) if videos else ()
+    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing, *video_ids))
     video_token = processor.video_token if videos else None
-    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing), video_token)
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
     store = WeightStore(folder, checkpoint, advance)
     graphs: dict[str, GraphSpec] = {}

@@ -132,16 +132,11 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
     return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
 
 
-def save_tokenizer(
-    processor: Any, folder: Path, never_typed: tuple[int, ...] = (), video_token: str | None = None
-) -> None:
+def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
     """Write `folder`/tokenizer.json. What a prompt's frame is made of is special there, and so nothing that a user can
     type (checkpoints may list it among ordinary added tokens), and so are those of `never_typed` that are added tokens.
     """
-    names = {
-        *Renderer(processor, video_token).special_tokens,
-        *processor.tokenizer.convert_ids_to_tokens(list(never_typed)),
-    }
+    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_typed))}
     data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     for token in data["added_tokens"]:
         token["special"] |= token["content"] in names

@@ -64,7 +64,7 @@ def load(
 @click.option(
     "--frames",
     type=click.IntRange(min=1),
-    default=8,
+    default=8,  # video.FRAMES, without loading numpy
     show_default=True,
     help="Of a longer video, take so many frames, evenly spaced.",
 )

@@ -44,6 +44,7 @@ from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
 from .subgraph import Device, DeviceName, Subgraph, find_device
 from .text import IMAGE, VIDEO, Detokeniser, Message, load_tokenizer, opening_tokens, render
+from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class Engine:
         prompt: str | Sequence[Message],
         *,
         images: Sequence[ImageLike] = (),
-        videos: Sequence[Sequence[ImageLike]] = (),
+        videos: Sequence[VideoLike] = (),
         sampling: SamplingConfig | None = None,
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
@@ -198,16 +199,16 @@ class Engine:
         prompt: str | Sequence[Message],
         *,
         images: Sequence[ImageLike] = (),
-        videos: Sequence[Sequence[ImageLike]] = (),
+        videos: Sequence[VideoLike] = (),
         sampling: SamplingConfig | None = None,
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
     ) -> Iterator[Chunk]:
         """Answer a prompt (with its images and videos) or a dialogue, piece by piece; every piece carries the verdict.
 
-        A video is its frames, all of which are taken (see open_video). `sampling` is greedy and `policy` the package's
-        own unless given. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
-        first `next()`.
+        A video is a file or folder (see open_video), or its frames. `sampling` is greedy and `policy` the package's own
+        unless given. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the first
+        `next()`.
         Raises InputError where the prompt or an image is unusable or does not fit the context.
         """
         start = time.perf_counter()

@@ -90,7 +90,7 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
 
 
 def digest(image: Uint8, *, alone: bool) -> bytes:
-    """What tells two pictures (H, W, 3) apart, and how they are cut."""
+    """What tells two pictures (H, W, 3), or the tiles of two videos, apart, and how they are cut."""
     return hashlib.sha256(repr((image.shape, alone)).encode() + image.tobytes()).digest()
 
 

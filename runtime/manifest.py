@@ -185,9 +185,7 @@ class PromptSpec:
     user: TurnSpec
     assistant: TurnSpec
     generation: tuple[Piece, ...]  # opens the answer
-    images_first: (
-        bool  # a turn's images come before its videos, and those before its texts, however the user mixed them
-    )
+    images_first: bool  # a turn's images come before its videos, and those before its texts, whatever the user's order
     strip_text: bool  # the template strips white space around a turn's text
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"

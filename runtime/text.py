@@ -18,6 +18,7 @@ from tokenizers.decoders import DecodeStream
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import Piece, PromptSpec, TurnSpec
+from .video import VideoLike, open_video
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,12 @@ class Message:
     parts: tuple[Part, ...]
 
     @staticmethod
-    def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[Sequence[ImageLike]] = ()) -> Message:
-        """Images, videos (the frames of each; see open_video), then a text: what most people send."""
-        return Message("user", (*(ImagePart(i) for i in images), *(VideoPart(tuple(v)) for v in videos), text))
+    def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[VideoLike] = ()) -> Message:
+        """Images, videos, then a text: what most people send. Of a video's file or folder see open_video; of a list of
+        frames all are taken.
+        """
+        films = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
+        return Message("user", (*map(ImagePart, images), *(VideoPart(tuple(frames)) for frames in films), text))
 
     @staticmethod
     def assistant(text: str) -> Message:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from PIL import Image
 
 from .errors import InputError
 from .image import Float, ImageLike, Uint8, bilinear, open_image, to_rgb
+
+VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
 FRAMES = 8  # of a video, unless you say otherwise
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder's files, the frames

@@ -19,14 +19,14 @@ from autosteer.export.checkpoint import load_reference
 from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import draw
-from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
+from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
 from autosteer.runtime.engine import TILES_PER_RUN
 from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.image import normalise, open_image
 from autosteer.runtime.manifest import VideoSpec
 from autosteer.runtime.request import Stats
 from autosteer.runtime.text import ImagePart, VideoPart
-from autosteer.runtime.video import pool, spaced, squeeze, tiles
+from autosteer.runtime.video import FRAMES, pool, spaced, squeeze, tiles
 
 SAMPLING = SamplingConfig(ANSWER_TOKENS)
 QUESTION = "what is shown here?"
@@ -185,6 +185,14 @@ def test_videos_that_cannot_be_taken_are_refused(engine: Engine, unguarded: Engi
         engine.generate("red", videos=[["gone.png"]])
     with pytest.raises(InputError, match=r"64 tokens \(63 frames\).*holds 64; take fewer frames"):
         engine.generate("red", videos=[["never opened"] * 63])
+
+
+def test_a_files_name_is_a_video(engine: Engine, tmp_path: Path) -> None:
+    frames = [draw(9, 6, seed) for seed in range(10)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert {p.name: p.default for p in cli.run.params}["frames"] == FRAMES
+    for video in (tmp_path / "a.gif", str(tmp_path / "a.gif"), open_video(tmp_path / "a.gif")):
+        assert engine.generate("red", videos=[video]).stats.image_tiles == FRAMES
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
