@@ -3,8 +3,8 @@
 Each job is a thread that calls `reach(part)` before it uses a part: a piece of an ONNX graph, a layer of PyTorch. One
 job runs at a time. When all of them wait, the next part in the model's order for which any of them waits is loaded,
 and serves each in turn until it waits for another one. So in one sweep over the parts every job gets its forward pass
-done, each part was loaded once, and no more than a budget and one part were in memory. Parts stay loaded while the
-budget lasts: a small model is loaded once, and nothing is ever dropped.
+done, each part was loaded once, and no more than one of them was in memory. A model within a budget stays: its parts
+are loaded once, and nothing is ever dropped.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class Convoy:
     """The parts of one model in the order in which a forward pass uses them, and the jobs that use them."""
 
     def __init__(self, budget_bytes: int):
-        """Keep parts loaded up to `budget_bytes` in all; the others come and go."""
+        """Keep parts loaded if all of them together take up to `budget_bytes`; else they come and go."""
         self._budget = budget_bytes
+        self._bytes = 0  # of all parts
         self._order: dict[int, int] = {}  # id(part) -> its place
         self._kept: set[int] = set()
-        self._passing: Part | None = None  # the one loaded part that is not kept
+        self._passing: Part | None = None  # the one that is loaded, where none is kept
         self._turn = threading.Condition()
         self._waiting: dict[int, deque[threading.Event]] = {}  # place -> jobs that wait there
         self._jobs: set[int] = set()  # idents of the threads of this run
@@ -53,6 +54,7 @@ class Convoy:
     def add(self, part: Part) -> None:
         """Say that `part` comes after those added before it."""
         self._order[id(part)] = len(self._order)
+        self._bytes += part.bytes
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run all jobs to their end; their results in order. The first error ends them all and is raised."""
@@ -114,7 +116,7 @@ class Convoy:
             raise Abandoned
 
     def clear(self) -> None:
-        """Unload what is loaded but not kept."""
+        """Unload the part that is loaded, where none is kept."""
         if self._passing is not None:
             self._passing.unload()
             self._passing = None
@@ -132,8 +134,7 @@ class Convoy:
             return
         self.clear()
         part.load()
-        if part.bytes <= self._budget:
-            self._budget -= part.bytes
+        if self._bytes <= self._budget:
             self._kept.add(id(part))
         else:
             self._passing = part

@@ -44,8 +44,8 @@ from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference
 from .safety.artifact import SafetyArtifact
 from .unpack import PackedWeights, worse
 
-WORK = 1e13  # multiplications that one pass over all dialogues may take: minutes, on two cores
-BUDGET_BYTES = 512 << 20  # of weights that stay loaded: the package's, then the original's
+WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five or six: minutes, on two cores
+BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
 REPORTED = ("image tokens at near ties", "dialogues compared")  # never judged
