@@ -32,7 +32,6 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
     "MatMulInteger": (onnx.TensorProto.INT32,),
     "MatMulIntegerToFloat": (FLOAT,),
     "DynamicQuantizeLinear": (onnx.TensorProto.UINT8, FLOAT, onnx.TensorProto.UINT8),
-    "Gather": (FLOAT,),
     "GatherBlockQuantized": (FLOAT,),
 }
 

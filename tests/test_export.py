@@ -379,6 +379,22 @@ def test_an_error_in_one_job_ends_them_all() -> None:
     assert convoy.run([lambda: convoy.reach(part)]) == [None]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_graphs_of_every_precision_can_be_cut_anywhere(precision: str, tmp_path: Path, monkeypatch) -> None:
+    """At fp16 the embedding's rows crossed a cut as float32, which no demo is large enough to meet."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    manifest = write_package(tmp_path, demo_checkpoint(), None, ExportOptions(precision), lambda _: None)
+    cases = validate.make_cases(tmp_path, manifest)[:3]
+    _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 40)
+    _, whole = validate.run_package(tmp_path, manifest, cases, tokens=4)
+    for ours, expected in zip(cut, whole, strict=True):
+        assert ours.plain.tokens == expected.plain.tokens
+        np.testing.assert_allclose(
+            ours.plain.logits, expected.plain.logits, atol=1e-4 * np.abs(expected.plain.logits).max()
+        )
+
+
 def test_what_a_piece_of_a_graph_has_computed_does_not_keep_it_in_memory(tmp_path: Path, monkeypatch) -> None:
     """An output that onnxruntime allocates holds its session: a 7B validation grew by every piece it passed."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
