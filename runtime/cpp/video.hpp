@@ -72,7 +72,7 @@ inline std::vector<ImageLike> open_video(const std::filesystem::path& folder, in
   std::error_code error;
   if (!std::filesystem::is_directory(folder, error)) {
     throw InputError(folder.string() +
-                     ": no such folder; a video is a folder of PNG or JPEG frames (ffmpeg -i VIDEO FOLDER/%04d.png)");
+                     ": not a folder; a video is a folder of PNG or JPEG frames (ffmpeg -i VIDEO FOLDER/%04d.png)");
   }
   const std::vector<std::string> pictures = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"};
   std::vector<std::string> names;
