@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Float = npt.NDArray[np.float32]
-PREFILL_CHUNK = 512  # tokens: bounds activations; results do not depend on it
+PREFILL_CHUNK = 256  # tokens: bounds activations; 512 takes 3 % longer, and more memory; results do not depend on it
 Key: TypeAlias = "int | tuple[bytes, int]"  # what a row stands for: a token, or a picture's digest and a row of it
 
 
