@@ -50,6 +50,19 @@ def test_bench_says_on_what_machine_and_how(measured):
     assert "--prompt-tokens 40" in measured["workload"]["command"]
 
 
+def test_one_graph_says_what_the_split_package_says(tmp_path):
+    """It is what the split is measured against: the same work, or the ratio means nothing."""
+    done = bench("--package", demo_package("int4"), "--prompt-tokens", 40, "--tokens", 8, "--rounds", 2, "--one-graph",
+                 "--cold-starts", 0, "--work", tmp_path, "--json")  # fmt: skip
+    report = json.loads(done.stdout)
+    split, whole = report["configurations"]
+    assert whole["configuration"] == f"{split['configuration']}, one graph"
+    assert report["ratios"][0]["same_tokens"] == 8
+    graph = onnx.load(tmp_path / "demo-int4-one-graph/one_graph.onnx", load_external_data=False).graph
+    names = {value.name for value in (*graph.input, *graph.output)}
+    assert {"input_ids", "logits"} < names and not {"inputs_embeds", "hidden_states", "last_hidden_state"} & names
+
+
 def test_bits_and_block_size_are_those_of_the_graphs(measured):
     """Whatever --precision and the manifest say: the graphs' own attributes, counted."""
     folder = demo_package("int4")

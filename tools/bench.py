@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -50,6 +51,7 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
 @click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="The first is dropped.")
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True, help="Ditto; 0: none.")
 @click.option("--speculation", is_flag=True, help="A second row for each package, with drafted tokens.")
+@click.option("--one-graph", is_flag=True, help="A row more for each package: unsplit, without a gate.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every configuration.  [default: all cores]")
 @click.option("--vs", default="", callback=peer_names, help=f"Peers, with commas: {', '.join(PEERS)}.")
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="What the package was made from.")
@@ -76,6 +78,7 @@ def bench(
     rounds: int,
     cold_starts: int,
     speculation: bool,
+    one_graph: bool,
     threads: int | None,
     vs: tuple[str, ...],
     checkpoint: Path | None,
@@ -93,6 +96,8 @@ def bench(
         for folder, manifest in zip(packages, manifests, strict=True)
         for speculate in ((False, True) if speculation else (False,))
     ]
+    if one_graph:
+        configurations += [unsplit(c, work.resolve()) for c in configurations if not c.options["speculate"]]
     missing = []
     for name in vs:
         say(f"preparing {name}")
@@ -152,6 +157,12 @@ def ours(folder: Path, manifest: Manifest, *, speculate: bool) -> peers.Configur
     read_back = weights.package_weights(folder, {name: graph.file for name, graph in manifest.graphs.items()})
     name = f"autosteer {folder.name}{', drafting' if speculate else ''}"
     return peers.Configuration(name, "autosteer", folder, sys.executable, read_back, {"speculate": speculate})
+
+
+def unsplit(package: peers.Configuration, work: Path) -> peers.Configuration:
+    """The same package's graphs as one."""
+    options = {"work": str(work / f"{package.path.name}-one-graph")}
+    return replace(package, name=f"{package.name}, one graph", kind="one graph", options=options)
 
 
 def say(step: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 SUBJECTS = {
     "autosteer": "benchmark.autosteer_subject:AutoSteer",
+    "one graph": "benchmark.one_graph:OneGraph",
     "genai": "benchmark.genai_subject:Genai",
     "llama.cpp": "benchmark.llama_cpp_subject:LlamaCpp",
     "torch": "benchmark.torch_subject:Torch",
