@@ -1,7 +1,9 @@
 """The prober: Linear(d, 64) - ReLU - Linear(64, 2) - softmax on one hidden state, row 0 = unsafe.
 
 The paper's training applies cross-entropy to softmax outputs, which drives every score to 0 or 1. This one trains on
-raw logits and stops early, so that there is something left to calibrate (calibrate.py).
+raw logits and stops early, so that there is something left to calibrate (calibrate.py). And it is the mean of MEMBERS
+small probers, which share the 64 hidden units and so are one prober of the paper's shape: on prompts of another kind
+one alone is as good as its seed's luck (CONTRIBUTING.md).
 
 The prompts are split three ways, by query text, so that no wording is on two sides:
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     Prober = dict[str, torch.Tensor]  # "0.weight" (64, w), "0.bias" (64,), "2.weight" (2, 64), "2.bias" (2,)
 
 HIDDEN = 64
+MEMBERS = 8
 UNSAFE = 0  # row of the last layer (method.md: the official prober's order)
 MAX_CLUSTER = 0.02  # of all prompts: what a chain of pairs that share prompts may bind together
 FOLDS = 5  # one held out, one for validation, three to train on
@@ -120,13 +123,15 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
 
     Gradients from split.train, each prober kept as it was at its lowest loss on split.validation. unsafe (n,) bool,
     weight (n,). Inputs are standardised in training; the results take raw states. K matrices side by side in one
-    `baddbmm` take a fraction of the time of K trainings, and the states are read from disk once for all of them.
+    `baddbmm` take a fraction of the time of K trainings, and the states are read from disk once for all of them. Each
+    of a prober's MEMBERS has its own start and its own loss, and is kept as it was at its own best.
     """
     import torch
     from torch.nn import functional
 
     mean, std = _moments(read, split.train)
     columns, width = mean.shape
+    members, units = columns * MEMBERS, HIDDEN // MEMBERS
     target = torch.from_numpy(~unsafe).long()  # class 0 = unsafe
     scaled = {
         part: torch.from_numpy(weight / weight[rows].mean()).float()
@@ -134,24 +139,29 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
     }
     generator = torch.Generator().manual_seed(seed)
     layers = [  # torch.nn.Linear's own start
-        torch.empty(columns, *shape).uniform_(-bound, bound, generator=generator).requires_grad_()
-        for fan_in, outputs in ((width, HIDDEN), (HIDDEN, 2))
+        torch.empty(members, *shape).uniform_(-bound, bound, generator=generator).requires_grad_()
+        for fan_in, outputs in ((width, units), (units, 2))
         for shape, bound in (((fan_in, outputs), fan_in**-0.5), ((1, outputs), fan_in**-0.5))
     ]
 
+    def joined(t: torch.Tensor) -> torch.Tensor:
+        """(K * MEMBERS, .., n) -> (K, .., MEMBERS * n)"""
+        return t.unflatten(0, (columns, MEMBERS)).movedim(1, -2).flatten(-2)
+
     def losses(part: str, rows: torch.Tensor) -> torch.Tensor:
-        """(K,) sums over `rows`"""
+        """(K * MEMBERS,) sums over `rows`"""
         x = ((read(rows.numpy()) - mean) / std).transpose(0, 1)
         if part == "train":
             x = x * (torch.rand(x.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
-        hidden = torch.baddbmm(layers[1], x, layers[0]).relu()
-        logits = torch.baddbmm(layers[3], hidden, layers[2])
-        each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(columns), reduction="none")
-        return each.view(columns, -1) @ scaled[part][rows]
+        hidden = torch.baddbmm(joined(layers[1]), x, joined(layers[0])).relu()
+        own = hidden.unflatten(-1, (MEMBERS, units)).movedim(-2, 1).flatten(0, 1)  # (K * MEMBERS, b, units)
+        logits = torch.baddbmm(layers[3], own, layers[2])
+        each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(members), reduction="none")
+        return each.view(members, -1) @ scaled[part][rows]
 
     optimizer = torch.optim.AdamW(layers, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     train, validation = torch.from_numpy(split.train), torch.from_numpy(split.validation)
-    lowest, stale = torch.full((columns,), float("inf")), torch.zeros(columns)
+    lowest, stale = torch.full((members,), float("inf")), torch.zeros(members)
     best = [t.detach().clone() for t in layers]
     for _ in range(MAX_EPOCHS):
         for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH):
@@ -166,8 +176,14 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
             kept[better] = now.detach()[better]
         if (stale >= PATIENCE).all():
             break
-    names = ("0.weight", "0.bias", "2.weight", "2.bias")
-    probers = [{n: t[k].T.squeeze(-1).contiguous() for n, t in zip(names, best, strict=True)} for k in range(columns)]
+    first, first_bias, second, second_bias = best
+    whole = {  # the mean of the members' logits
+        "0.weight": joined(first).transpose(1, 2),
+        "0.bias": joined(first_bias)[:, 0],
+        "2.weight": second.view(columns, HIDDEN, 2).transpose(1, 2) / MEMBERS,
+        "2.bias": second_bias.view(columns, MEMBERS, 2).mean(dim=1),
+    }
+    probers = [{name: t[k].contiguous() for name, t in whole.items()} for k in range(columns)]
     return [fold_standardisation(prober, mean[k], std[k]) for k, prober in enumerate(probers)]
 
 
