@@ -39,8 +39,9 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
 class Piece:
     """A few consecutive nodes of a graph, in a session of their own while they are loaded."""
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, size: int, device: Device):
+    def __init__(self, model: onnx.ModelProto, folder: Path, size: int, device: Device, *, quantised: bool):
         self.bytes = size
+        self.quantised = quantised
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = [value.name for value in model.graph.output]
         self.session: Any = None
@@ -51,7 +52,13 @@ class Piece:
         options = session_options(self._device)
         options.enable_cpu_mem_arena = False  # an arena would keep the memory of pieces that are gone
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
-        self.session = ort.InferenceSession(self._model.SerializeToString(), options, providers=[self._device.provider])
+        disabled = []
+        if not self.quantised:  # float weights would be there three times: as stored, cast to float32, and packed
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            disabled = ["ConstantFolding"]
+        self.session = ort.InferenceSession(
+            self._model.SerializeToString(), options, providers=[self._device.provider], disabled_optimizers=disabled
+        )
 
     def unload(self) -> None:
         """Drop the session and its weights."""
@@ -67,7 +74,8 @@ class GraphInPieces:
         self.device = device
         self._outputs = [t.name for t in spec.outputs]
         self._convoy = convoy
-        self._pieces = [Piece(model, path.parent, size, device) for model, size in cut(path)]
+        quantised = spec.precision in ("int8", "int4")
+        self._pieces = [Piece(model, path.parent, size, device, quantised=quantised) for model, size in cut(path)]
         for piece in self._pieces:
             convoy.add(piece)
         self._needed = [  # after each piece; everything else is dropped, or activations would pile up
