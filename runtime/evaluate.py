@@ -23,12 +23,13 @@ from types import TracebackType
 from typing import Any
 
 from .console import dumps
+from .decode import decode
 from .engine import Engine
 from .errors import InputError, PackageError
 from .gate import Mode
 from .grading import is_correct
 from .judge import Judge
-from .manifest import MANIFEST_FILE, decode, sha256
+from .manifest import MANIFEST_FILE, sha256
 from .rates import PairedTest, Rate, mcnemar, rate
 from .readers import Row
 from .sampling import SamplingConfig

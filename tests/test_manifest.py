@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Manifest, PackageError
-from autosteer.runtime.manifest import Check, Golden, json_schema, schema_text
+from autosteer.runtime.decode import json_schema
+from autosteer.runtime.manifest import Check, Golden, schema_text
 
 ROOT = Path(__file__).resolve().parents[1]
 Keys = tuple[str | int, ...]  # where a value is in the JSON document
@@ -149,7 +150,7 @@ def test_schema_accepts_what_is_saved(document):
 )
 def test_schema_refuses_what_the_loader_refuses(document, keys, value):
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(changed(document, keys, value), json_schema())
+        jsonschema.validate(changed(document, keys, value), json_schema(Manifest))
 
 
 @given(st.data())
@@ -161,7 +162,7 @@ def test_schema_accepts_whatever_the_loader_accepts(document, tmp_path_factory, 
         Manifest.load(written(tmp_path_factory.getbasetemp(), mutated))
     except PackageError:
         return
-    jsonschema.validate(mutated, json_schema())
+    jsonschema.validate(mutated, json_schema(Manifest))
 
 
 def test_nan_is_never_written(full, tmp_path):

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from autosteer.runtime.decode import decode
 from autosteer.runtime.errors import InputError, PackageError
-from autosteer.runtime.manifest import decode
 
 from . import SAFETY_FILE
 
