@@ -142,7 +142,12 @@ def bench(
         "others_cpu_share": None if after is None or before is None else (after - before) / seconds / here.cores,
     }
     rows = [report.row(m, shape, here) for m in measured]
-    compared = [report.ratios(measured[0], other) for other in measured[1:]]
+    compared = [
+        report.ratios(one, other)
+        for number, one in enumerate(measured)
+        if one.configuration.kind == "autosteer"
+        for other in measured[number + 1 :]
+    ]
     if as_json:
         click.echo(dumps(report.as_json(here, workload, rows, compared, missing + failed)))
     else:
