@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.manifest import Manifest, Precision
+from autosteer.runtime.manifest import Dims, Manifest, Precision
 
 from .checkpoint import Checkpoint
 
@@ -53,11 +53,16 @@ def check_space(output: Path, checkpoint: Checkpoint, precision: Precision) -> N
         )
 
 
+def kv_bytes_per_token(dims: Dims) -> int:
+    """What a token takes in the float32 KV caches of all layers."""
+    return 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim
+
+
 def footprint(folder: Path, manifest: Manifest) -> Footprint:
     """Of a written package, from its graphs."""
     dims = manifest.dims
     weights = {name: _weight_bytes(folder / spec.file) for name, spec in manifest.graphs.items()}
-    per_token = 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim
+    per_token = kv_bytes_per_token(dims)
     mapped = weights["embed_tokens"]  # rows are read from the file as they are needed
     loaded = IN_MEMORY * (sum(weights.values()) - mapped)
     context = min(CONTEXT, dims.context_length)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +38,7 @@ from autosteer.runtime.video import tiles
 from .checkpoint import Checkpoint, load_processor
 from .convoy import Convoy
 from .decoder import decoder_facts
+from .footprint import kv_bytes_per_token
 from .on_demand import WeightSource, open_on_demand
 from .pieces import GraphInPieces
 from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference
@@ -46,6 +47,7 @@ from .unpack import PackedWeights, worse
 
 WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five or six: minutes, on two cores
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
+CACHE_BYTES = 3 << 29  # KV caches of answers that are under way together; each group of them costs its own sweeps
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
 REPORTED = ("image tokens at near ties", "dialogues compared")  # never judged
@@ -201,13 +203,30 @@ def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens:
     engine = Engine(folder, manifest, device, load=functools.partial(GraphInPieces, convoy=convoy))
     prompts = convoy.run([functools.partial(_prepare, engine, case) for case in cases])
     n, strength = len(cases), manifest.refusal.strength if manifest.refusal else 0.0
-    answers = convoy.run(
+    jobs = (
         [functools.partial(_answer, engine, prompt, 0.0, tokens) for prompt, _ in prompts]
         + [functools.partial(_answer, engine, prompt, 0.0, 1, chunks=3) for prompt, _ in prompts]
         + [functools.partial(_answer, engine, prompt, strength, tokens) for prompt, _ in prompts if strength]
     )
+    caches = [(prompt.inputs_embeds.shape[1] + tokens) * kv_bytes_per_token(manifest.dims) for prompt, _ in prompts]
+    answers = [
+        answer for group in consecutive(jobs, caches * (len(jobs) // n), CACHE_BYTES) for answer in convoy.run(group)
+    ]
     plain, chunked, steered = answers[:n], answers[n : 2 * n], answers[2 * n :] or [None] * n
     return engine, [Ours(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)]
+
+
+def consecutive(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[list[T]]:
+    """`items` in groups that are not larger than `most`; one that is alone may be."""
+    group: list[T] = []
+    held = 0
+    for item, size in zip(items, sizes, strict=True):
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size
+    yield group
 
 
 def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None]:

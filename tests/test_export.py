@@ -395,6 +395,10 @@ def test_graphs_of_every_precision_can_be_cut_anywhere(precision: str, tmp_path:
         )
 
 
+def test_answers_that_are_under_way_together_are_within_a_size() -> None:
+    assert list(validate.consecutive("abcde", [4, 4, 9, 1, 1], 8)) == [["a", "b"], ["c"], ["d", "e"]]
+
+
 def test_what_a_piece_of_a_graph_has_computed_does_not_keep_it_in_memory(tmp_path: Path, monkeypatch) -> None:
     """An output that onnxruntime allocates holds its session: a 7B validation grew by every piece it passed."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
