@@ -25,14 +25,18 @@
 
 namespace autosteer {
 
-/// onnxruntime with one pool of `threads` threads for every session of the process. The process has one such
-/// environment: where one exists already, its pool serves this engine too, and `threads` is its maker's.
+/// onnxruntime with one pool of `threads` threads and one arena of memory for every session of the process, which grows
+/// by what is asked for. The process has one such environment: where one exists already, its pool serves this engine
+/// too, and `threads` is its maker's.
 inline Ort::Env make_environment(int threads) {
   Ort::ThreadingOptions pool;
   pool.SetGlobalIntraOpNumThreads(threads);
   pool.SetGlobalInterOpNumThreads(1);
   pool.SetGlobalSpinControl(0);
-  return {pool, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+  Ort::Env environment(pool, ORT_LOGGING_LEVEL_ERROR, "autosteer");
+  const Ort::ArenaCfg arena(0, /*kSameAsRequested*/ 1, -1, -1);
+  environment.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
+  return environment;
 }
 
 /// An array of T on the CPU and onnxruntime's view of it. Zero pages that nobody writes cost no memory.
@@ -85,6 +89,8 @@ class Subgraph {
   Subgraph(const Ort::Env& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
     Ort::SessionOptions options;
     options.DisablePerSessionThreads();
+    options.DisableMemPattern();
+    options.AddConfigEntry("session.use_env_allocators", "1");
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
     try {
       session_ = Ort::Session(environment, path.c_str(), options);
