@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from autosteer.runtime.manifest import GraphSpec
-from autosteer.runtime.subgraph import Device, session_options
+from autosteer.runtime.subgraph import Device, session_options, shrinking
 
 from .convoy import Convoy
 
@@ -50,7 +50,6 @@ class Piece:
     def load(self) -> None:
         """Make the session."""
         options = session_options(self._device)
-        options.enable_cpu_mem_arena = False  # an arena would keep the memory of pieces that are gone
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         disabled = []
         if not self.quantised:  # float weights would be there three times: as stored, cast to float32, and packed
@@ -104,7 +103,7 @@ class GraphInPieces:
                     binding.bind_ortvalue_output(name, outputs[name])
                 else:
                     binding.bind_output(name, "cpu")
-            piece.session.run_with_iobinding(binding)
+            piece.session.run_with_iobinding(binding, shrinking())  # or the arena keeps what the largest piece took
             for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
                 # a copy: what onnxruntime allocated keeps the whole session in memory
                 values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))

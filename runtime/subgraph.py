@@ -113,9 +113,7 @@ class Subgraph:
         """Run once on numpy arrays; outputs in the graph's order. What the arena then holds unused goes back: images
         take the most, and their graph may not run again.
         """
-        options = ort.RunOptions()
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return list(self.session.run(None, dict(inputs), options))
+        return list(self.session.run(None, dict(inputs), shrinking()))
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
         """The graph on fixed buffers: calling it runs once, looks nothing up and copies nothing."""
@@ -135,6 +133,13 @@ def share_arena() -> None:
     """
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": SAME_AS_REQUESTED}))
+
+
+def shrinking() -> ort.RunOptions:
+    """Options of a run after which the arena gives back what it then holds unused."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def session_options(device: Device) -> ort.SessionOptions:
