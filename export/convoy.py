@@ -4,7 +4,7 @@ Each job is a thread that calls `reach(part)` before it uses a part: a piece of 
 job runs at a time. When all of them wait, the next part in the model's order for which any of them waits is loaded,
 and serves each in turn until it waits for another one. So in one sweep over the parts every job gets its forward pass
 done, each part was loaded once, and no more than one of them was in memory. A model within a budget stays: its parts
-are loaded once, and nothing is ever dropped.
+are loaded once, and nobody waits for them; the jobs go through it one after the other.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Convoy:
         self._place = 0
         self._error: BaseException | None = None
 
-    def add(self, part: Part) -> None:
-        """Say that `part` comes after those added before it."""
-        self._order[id(part)] = len(self._order)
-        self._bytes += part.bytes
+    def add(self, *parts: Part) -> None:
+        """Say that `parts` come after those added before them. Among themselves every job takes them alike."""
+        self._order |= dict.fromkeys(map(id, parts), len(self._order))
+        self._bytes += sum(part.bytes for part in parts)
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run all jobs to their end; their results in order. The first error ends them all and is raised."""
@@ -105,6 +105,8 @@ class Convoy:
             event = threading.Event()
             with self._turn:
                 self._still_running()
+                if id(part) in self._kept:
+                    return
                 self._waiting.setdefault(self._order[id(part)], deque()).append(event)
                 self._pass_on()
             event.wait()

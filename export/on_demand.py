@@ -46,13 +46,16 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source:
     model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight")
     model.lm_head = HeadOnDemand(source, lm_head)
     modules = [(path, m) for path, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    large: dict[str, list[Weights]] = {}  # by parent: SigLIP's attention has k_proj before q_proj, but asks for q first
     for path, module in sorted(modules, key=lambda entry: entry[0].startswith(f"{decoder}.")):
         part = Weights(source, path, module)
         if part.bytes < SMALL_BYTES or isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
             part.load()  # some of these are read without their module's forward
         else:
-            convoy.add(part)
+            large.setdefault(path.rpartition(".")[0], []).append(part)
             module.register_forward_pre_hook(lambda module, args, part=part: convoy.reach(part))
+    for parts in large.values():
+        convoy.add(*parts)
     return model
 
 
