@@ -20,6 +20,7 @@ from autosteer.runtime.errors import PackageError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+BLOCK_BYTES = 64 << 20  # of float32, converted at a time
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -50,10 +51,14 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as err:
-                raise PackageError(f"{index}: not a safetensors index ({err})") from err
-            stored = {name: self.folder / file for name, file in weight_map.items()}
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                stored = {name: self.folder / file for name, file in weight_map.items()}
+            except (ValueError, LookupError, TypeError, AttributeError) as err:
+                raise PackageError(f"{index}: not a safetensors index ({err!r}); download it again") from err
+            if gone := sorted({path.name for path in stored.values() if not path.is_file()}):
+                raise PackageError(
+                    f"{self.folder}: {', '.join(gone)} missing, although the index lists them; download again"
+                )
         else:
             path = self.folder / "model.safetensors"
             with _open(path) as file:
@@ -67,7 +72,12 @@ class Checkpoint:
 
     def tensor(self, module_path: str) -> torch.Tensor:
         """One whole tensor in float32; see `rows`."""
-        (whole,) = self.rows(module_path, 1 << 62)
+        import torch
+
+        whole, first = torch.empty(self.shape(module_path)), 0
+        for block in self.rows(module_path, BLOCK_BYTES):
+            whole[first : first + len(block)] = block
+            first += len(block)
         return whole
 
     def shape(self, module_path: str) -> tuple[int, ...]:
@@ -173,6 +183,18 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
             f"{reference}: not reachable on the hub and not in the local cache ({type(err).__name__}); "
             "check the name and the network, or give --model a local folder"
         ) from err
+
+
+def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json, or config.json's eos_token_id."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
+    except OSError:
+        eos = None
+    eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:

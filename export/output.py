@@ -1,16 +1,20 @@
 """Folders that are written whole or not at all.
 
 A folder grows hidden beside its destination and is renamed when it is complete; Ctrl-C, a full disk or a failed check
-leave nothing behind, and what was there before stays until then.
+leave nothing behind, and what was there before stays until then. What a kill or a power cut left is removed by the next
+run: a lock beside each growing folder says whether anybody is still at it.
 """
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from autosteer.runtime.errors import InputError
 
@@ -35,15 +39,35 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
     """A scratch folder that becomes `destination` when the block ends well, and vanishes when it does not."""
     check_output(destination, marker=marker, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(destination)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        old = scratch.with_name(f"{scratch.name}-old")
-        if destination.exists():
-            destination.rename(old)
-        scratch.rename(destination)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with _held(scratch):
+        try:
+            yield scratch
+            scratch.chmod(0o755)
+            old = scratch.with_name(f"{scratch.name}-old")
+            if destination.exists():
+                destination.rename(old)
+            scratch.rename(destination)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _held(scratch: Path) -> Iterator[None]:
+    """Hold the lock of a scratch folder, and remove it in the end. Raises Timeout where another process holds it."""
+    lock = scratch.with_name(f"{scratch.name}.lock")
+    with FileLock(lock, blocking=False):
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Scratch folders for `destination` whose process is gone."""
+    for lock in destination.parent.glob(f".{glob.escape(destination.name)}-????????.lock"):
+        with suppress(Timeout), _held(scratch := lock.with_suffix("")):
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -28,7 +28,7 @@ from autosteer.runtime.manifest import (
 
 from . import decoder, prompt
 from . import gate as gate_graphs
-from .checkpoint import Checkpoint, load_processor
+from .checkpoint import Checkpoint, end_token_ids, load_processor
 from .graph import FLOAT32, GraphWriter
 from .importance import decoder_importance, sample_rows
 from .quantize import Recipe, recipe
@@ -180,18 +180,6 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
     """
     facts = safety.facts
     return ProberSpec(facts.token_offset - generation_tokens, facts.pooling, facts.threshold, facts.calibration)
-
-
-def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json, or config.json's eos_token_id."""
-    from transformers import GenerationConfig
-
-    try:
-        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except OSError:
-        eos = None
-    eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
-    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def data_file(folder: Path, name: str) -> DataFile:

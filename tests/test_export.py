@@ -22,12 +22,14 @@ import onnx
 import pytest
 import torch
 from exported import demo_checkpoint
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from autosteer.export import footprint, pieces, validate
 from autosteer.export.checkpoint import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.convoy import Convoy
+from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.pieces import GraphInPieces
 from autosteer.export.safety.artifact import SafetyArtifact
@@ -316,6 +318,32 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(tmp_path: Pa
     monkeypatch.setattr(footprint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(InputError, match=r"takes about .* GiB left; make room"):
         footprint.check_space(tmp_path / "package", open_checkpoint("demo"), "fp32")
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_but_not_what_is_still_growing(tmp_path: Path) -> None:
+    """Gigabytes in a hidden folder, for ever, after every kill of a large export."""
+    for name in (".package-abandond", ".package-growing_", ".other-abandond", ".package-a_folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.bin").write_bytes(b"half")
+    (tmp_path / ".package-abandond.lock").touch()
+    (tmp_path / ".other-abandond.lock").touch()
+    with FileLock(tmp_path / ".package-growing_.lock"):
+        with atomic_folder(tmp_path / "package", marker="x", force=False) as folder:
+            (folder / "x").touch()
+        left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {"package", ".package-growing_", ".other-abandond", ".package-a_folder"}
+    assert not list(tmp_path.glob(".package-abandond*"))
+
+
+def test_an_index_that_lists_a_file_which_is_not_there_is_an_error_before_any_work(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    shutil.copy(DEMO / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(PackageError, match=r"model-00001-of-00001\.safetensors missing, although the index lists"):
+        _ = open_checkpoint(str(tmp_path)).tensor_files
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}', encoding="utf-8")
+    with pytest.raises(PackageError, match="not a safetensors index"):
+        _ = open_checkpoint(str(tmp_path)).tensor_files
 
 
 class Part:
