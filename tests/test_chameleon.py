@@ -22,7 +22,7 @@ from tiny_family import TinyFamily, picture
 from autosteer.export import vision
 from autosteer.export.cli import export
 from autosteer.export.reference import Case, ImageErrors
-from autosteer.export.safety import features
+from autosteer.export.safety import batches
 from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
@@ -193,7 +193,7 @@ def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str, tmp_p
     assert (prober := engine(variant).manifest.prober) is not None
     assert prober.token_offset == -1
     FAMILY.check_probed(variant, tmp_path)
-    answer = features.answer_tokens(FAMILY.original(variant), "i can't.")
+    answer = batches.answer_tokens(FAMILY.original(variant), "i can't.")
     assert FAMILY.original(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
 
 

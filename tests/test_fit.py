@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from autosteer.export import on_demand
 from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.safety import calibrate, cli, features, prober
+from autosteer.export.on_demand import Weights
+from autosteer.export.safety import batches, calibrate, cli, original, prober
 from autosteer.export.safety import fit as fit_module
+from autosteer.export.safety import states as states_module
+from autosteer.export.safety.answers import steered_answers
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
@@ -111,21 +116,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reference(checkpoint: Path) -> features.Reference:
-    return features.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
+def reference(checkpoint: Path) -> original.Reference:
+    return original.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
 
 
-LAST, MEAN = (features.POSITIONS.index(name) for name in ("last", "mean"))
+LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
 
 
 @pytest.fixture
-def prompt_states(reference: features.Reference, tmp_path: Path) -> Callable[..., torch.Tensor]:
+def prompt_states(reference: original.Reference, tmp_path: Path) -> Callable[..., torch.Tensor]:
     """(n, N-1, P, d) of prompts, through an empty store."""
 
-    def states(prompts: list[Prompt], advance: features.Advance = lambda done: None) -> torch.Tensor:
-        shape = (LAYERS - 1, len(features.POSITIONS), WIDTH)
+    def states(prompts: list[Prompt], advance: states_module.Advance = lambda done: None) -> torch.Tensor:
+        shape = (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
         with FeatureStore(tmp_path / "features", random.randbytes(16), shape) as store:
-            return features.prompt_states(reference, prompts, store, advance=advance)[range(len(prompts))]
+            return states_module.prompt_states(reference, prompts, store, advance=advance)[range(len(prompts))]
 
     return states
 
@@ -167,10 +172,10 @@ def prompts(data: Path) -> list[Prompt]:
 
 
 def hugging_face_states(
-    reference: features.Reference, prompt: Prompt, *, generation: bool, offset: int
+    reference: original.Reference, prompt: Prompt, *, generation: bool, offset: int
 ) -> torch.Tensor:
     """(N-1, d) by output_hidden_states, one prompt at a time."""
-    inputs = features.encode(reference, prompt, generation=generation)
+    inputs = batches.encode(reference, prompt, generation=generation)
     with torch.no_grad():
         states = reference.model(**inputs, output_hidden_states=True).hidden_states
     assert len(states) == LAYERS + 1
@@ -181,19 +186,19 @@ def hugging_face_states(
 
 
 def test_states_are_hugging_faces_hidden_states_of_the_last_token(
-    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
-    done: list[int] = []
+    done: list[float] = []
     states = prompt_states(prompts(data), done.append)[:, :, LAST]
     expected = [hugging_face_states(reference, p, generation=False, offset=-1) for p in prompts(data)]
     assert states.shape == (8, LAYERS - 1, WIDTH)
-    assert sum(done) == 8
-    assert max(done) > 1  # batches did form
+    assert sum(done) == pytest.approx(8)
+    assert len(done) < 1 + LAYERS * 8  # batches did form
     torch.testing.assert_close(states, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_state_stands_before_the_generation_prompt(
-    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     """What the manifest's token_offset relies on: attention is causal, so it is -(len(generation prompt) + 1) there."""
     opening = len(reference.processor.tokenizer("<|im_start|>assistant\n").input_ids)
@@ -204,12 +209,12 @@ def test_the_same_state_stands_before_the_generation_prompt(
 
 
 def test_mean_is_over_the_text_of_the_users_turn(
-    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     """Nothing of the turn's header, no image rows; the end of the turn, where the last token stands, is in it."""
     states = prompt_states(prompts(data))[:, :, MEAN]
     for prompt, state in zip(prompts(data), states, strict=True):
-        inputs = features.encode(reference, prompt, generation=False)
+        inputs = batches.encode(reference, prompt, generation=False)
         ids = reference.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
         first = ids.index("Ġ") + 1  # behind "<|im_start|>user "
         rows = [i for i in range(first, len(ids)) if ids[i] != "<image>"]
@@ -221,26 +226,26 @@ def test_mean_is_over_the_text_of_the_users_turn(
 
 
 def test_states_are_computed_once_and_survive_a_kill(
-    reference: features.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A fit that dies in the middle of a write goes on behind the last whole block."""
-    some, shape = prompts(data), (LAYERS - 1, len(features.POSITIONS), WIDTH)
+    some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
     with FeatureStore(tmp_path, b"0" * 16, shape) as store:
-        expected = features.prompt_states(reference, some[:5], store)[range(5)]
+        expected = states_module.prompt_states(reference, some[:5], store)[range(5)]
     states = next(tmp_path.glob("*.states"))
     with states.open("ab") as file:
         file.write(b"half a record")
     next(tmp_path.glob("*.keys")).open("ab").write(b"half")
     seen: list[int] = []
-    forward = features.forward
+    forward = states_module.forward
 
-    def counted(reference: features.Reference, inputs: Any, **options: Any) -> torch.Tensor:
+    def counted(reference: original.Reference, inputs: Any, **options: Any) -> torch.Tensor:
         seen.append(len(inputs["input_ids"]))
         return forward(reference, inputs, **options)
 
-    monkeypatch.setattr(features, "forward", counted)
+    monkeypatch.setattr(states_module, "forward", counted)
     with FeatureStore(tmp_path, b"0" * 16, shape) as store:
-        again = features.prompt_states(reference, some, store)
+        again = states_module.prompt_states(reference, some, store)
         assert torch.equal(again[range(5)], expected)
         assert sum(seen) == len(some) - 5
         assert torch.equal(again.layer(1, [4, 0]), expected[[4, 0], 1])
@@ -252,12 +257,13 @@ def test_two_fits_do_not_share_a_folder_at_once(tmp_path: Path):
 
 
 def test_states_of_another_checkpoint_are_never_taken(checkpoint: Path, tmp_path: Path):
-    one = features.identity(open_checkpoint(str(checkpoint)))
+    one = states_module.digests(states_module.checkpoint_files(open_checkpoint(str(checkpoint))))
     shutil.copytree(checkpoint, tmp_path / "other")
     weights = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "other" / "model.safetensors").write_bytes(weights)
-    assert features.identity(open_checkpoint(str(tmp_path / "other"))) != one
+    other = states_module.checkpoint_files(open_checkpoint(str(tmp_path / "other")))
+    assert states_module.digests(other) != one
 
 
 def test_state_does_not_depend_on_the_other_prompts_of_a_batch(data: Path, prompt_states: Callable[..., torch.Tensor]):
@@ -270,41 +276,111 @@ def test_images_are_held_a_window_at_a_time(
     data: Path, monkeypatch: pytest.MonkeyPatch, prompt_states: Callable[..., torch.Tensor]
 ):
     expected = prompt_states(prompts(data))
-    monkeypatch.setattr(features, "WINDOW_PROMPTS", 1)
-    done: list[int] = []
+    monkeypatch.setattr(batches, "WINDOW_PROMPTS", 1)
+    done: list[float] = []
     states = prompt_states(prompts(data), done.append)
-    assert done == [0] + [1] * 8
+    assert len(done) == 1 + LAYERS * 8
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_are_gone_afterwards(
-    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     prompt_states(prompts(data)[:1])
     assert not any(layer._forward_pre_hooks for layer in reference.layers)
 
 
-def test_answer_ends_the_turn_and_decodes_to_the_refusal(reference: features.Reference):
-    answer = features.answer_tokens(reference, REFUSAL)
+def test_answer_ends_the_turn_and_decodes_to_the_refusal(reference: original.Reference):
+    answer = batches.answer_tokens(reference, REFUSAL)
     assert answer[-1] == 2
     assert reference.processor.tokenizer.decode(answer[:-1]) == REFUSAL
 
 
-def test_answer_states_are_what_lm_head_sees(reference: features.Reference, data: Path):
-    answer = features.answer_tokens(reference, REFUSAL)
-    states = features.answer_states(reference, prompts(data), answer)
+def test_answer_states_are_what_lm_head_sees(reference: original.Reference, data: Path, tmp_path: Path):
+    answer = batches.answer_tokens(reference, REFUSAL)
+    with FeatureStore(tmp_path, b"0" * 16, (1, len(answer), WIDTH)) as store:
+        states = states_module.answer_states(reference, prompts(data), answer, store).layer(0)
     for prompt, state in zip(prompts(data), states, strict=True):
-        inputs = features.encode(reference, prompt, generation=True)
+        inputs = batches.encode(reference, prompt, generation=True)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
             logits = reference.model(**inputs).logits[0, -len(answer) :]
-        torch.testing.assert_close(state @ reference.embeddings.T, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state @ reference.embeddings().T, logits, rtol=1e-4, atol=1e-4)
 
 
-def test_special_token_in_a_prompt_is_an_error(reference: features.Reference):
+def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_sweep(
+    checkpoint: Path, reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All batches go by a matrix together, the opening before them; so do all answers, token by token."""
+    loaded: Counter[str] = Counter()
+    load = Weights.load
+
+    def counted(part: Weights) -> None:
+        loaded.update(part._paths.values())
+        load(part)
+
+    monkeypatch.setattr(Weights, "load", counted)
+    monkeypatch.setattr(on_demand, "SMALL_BYTES", 1024)
+    monkeypatch.setattr(original, "KEPT_BYTES", 0)
+    large = original.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
+    some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
+    both = []
+    for model in (reference, large):
+        loaded.clear()
+        with FeatureStore(tmp_path, random.randbytes(16), shape) as store:
+            both.append(states_module.prompt_states(model, some, store)[range(len(some))])
+    torch.testing.assert_close(both[1], both[0], rtol=1e-5, atol=1e-5)
+    matrices = {name: times for name, times in loaded.items() if "_proj" in name}
+    assert {times for name, times in matrices.items() if ".layers.3." in name} == {2}
+    assert {times for name, times in matrices.items() if "vision_tower" in name} == {1}
+
+    matrix = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    answers = []
+    for model in (reference, large):
+        loaded.clear()
+        answers.append(steered_answers(model, some, matrix, model.embeddings(), [0.0, 1.0], tokens=5))
+    assert answers[1] == answers[0]
+    assert {times for name, times in loaded.items() if ".layers.3.mlp.down_proj" in name} == {5}
+    for prompt, (plain, steered) in zip(some, answers[0], strict=True):
+        assert plain.ids == greedy(reference, prompt, tokens=5)
+        assert steered.ids != plain.ids
+
+
+def greedy(reference: original.Reference, prompt: Prompt, *, tokens: int) -> list[int]:
+    """What the model says, by forward passes over all there is so far."""
+    inputs, said = batches.encode(reference, prompt, generation=True), []
+    while len(said) < tokens and reference.end_token not in said:
+        with torch.no_grad():
+            said.append(int(reference.model(**inputs).logits[0, -1].argmax()))
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([said[-1:]])], dim=1)
+    return said
+
+
+def test_what_a_sweep_has_computed_survives_the_next_ones_failure(
+    reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A 7B model takes minutes for a sweep: no more than one may be lost."""
+    shape, forward, calls = (LAYERS - 1, len(states_module.POSITIONS), WIDTH), states_module.forward, iter(range(9))
+
+    def fails(*args: Any, **options: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    monkeypatch.setattr(states_module, "forward", fails)
+    monkeypatch.setattr(batches, "SWEEP_BYTES", 1)
+    monkeypatch.setattr(batches, "TOKENS_PER_FORWARD", 1)
+    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+        with pytest.raises(KeyboardInterrupt):
+            states_module.prompt_states(reference, prompts(data), store)
+        kept = [key in store for key in states_module.prompt_keys(prompts(data))]
+    assert sum(kept) == 2
+
+
+def test_special_token_in_a_prompt_is_an_error(reference: original.Reference):
     with pytest.raises(InputError, match=r"p\.jsonl:4: the text holds the special token '<image>'"):
-        features.check_text(reference, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
+        batches.check_text(reference, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
 
 
 def test_prompt_longer_than_the_context_is_an_error(prompt_states: Callable[..., torch.Tensor]):
@@ -313,7 +389,7 @@ def test_prompt_longer_than_the_context_is_an_error(prompt_states: Callable[...,
 
 
 def test_state_that_is_not_finite_names_the_layer(
-    reference: features.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     torch.nn.init.constant_(reference.layers[1].mlp.down_proj.weight, float("nan"))
     with pytest.raises(PackageError, match=r"hidden_states\[2\] is NaN or infinite for the prompt at \d"):

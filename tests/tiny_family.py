@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint import open_checkpoint
+from autosteer.export.checkpoint import load_reference, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
-from autosteer.export.safety import features
+from autosteer.export.safety import original, states
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.validate import draw
@@ -67,8 +67,8 @@ class TinyFamily:
         self.build(folder, variant)
         return folder
 
-    def original(self, variant: str) -> features.Reference:
-        return features.open_reference(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
+    def original(self, variant: str) -> original.Reference:
+        return original.open_reference(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
 
     def interleaved(self, images: int, seed: int = 0) -> tuple[Message, ...]:
         """text, image, text, image, ..., text"""
@@ -121,8 +121,8 @@ class TinyFamily:
         return Engine.load(self.package(variant, precision), device="cpu", threads=1)
 
     def reference(self, variant: str) -> Reference:
-        theirs, manifest = self.original(variant), Manifest.load(self.package(variant, "fp32"))
-        return Reference(theirs.model, theirs.processor, manifest, self.safety(variant))
+        model, processor = load_reference(open_checkpoint(str(self.checkpoint(variant))))
+        return Reference(model, processor, Manifest.load(self.package(variant, "fp32")), self.safety(variant))
 
     def table(self, variant: str, precision: str) -> dict[str, Check]:
         """The lines of validation."""
@@ -165,9 +165,9 @@ class TinyFamily:
     def check_probed(self, variant: str, folder: Path) -> None:
         """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
         e, theirs = self.engine(variant), self.original(variant)
-        with features.open_store(folder, open_checkpoint(str(self.checkpoint(variant))), theirs) as store:
-            states = features.prompt_states(theirs, [Prompt("is it safe?")], store)
-            expected = states.layer(self.split - 1)[0, features.POSITIONS.index("last")].numpy()
+        with states.prompt_store(folder, [], theirs) as store:
+            kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
+            expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
         request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
         request.judge(e.policy(Mode.OFF))
         np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())

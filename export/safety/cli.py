@@ -166,7 +166,7 @@ def fit_command(
             fitted.artifact.save(folder)
             write_report(folder, fitted)
     except BaseException:  # SIGTERM is a SystemExit
-        if cache.is_dir() and any(cache.glob("*.keys")):
+        if any(cache.glob("*.keys")):
             console.print(f"hidden states are kept in {cache}; the same command goes on from there", soft_wrap=True)
         raise
     if features is None:

@@ -1,10 +1,10 @@
 """Everything between the prompts and the safety folder.
 
-hidden states of every layer        features.py, store.py     one forward pass per distinct prompt
+hidden states of every layer        states.py, store.py       one forward pass per distinct prompt
 SAS and a prober at every layer     sas.py, prober.py
 choose the layer, calibrate         calibrate.py
 leave each data set out in turn     evidence.py               beside the paper's prober and the words alone
-train the Refusal Head, try it      refusal_head.py
+train the Refusal Head, try it      refusal_head.py, answers.py
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ import numpy as np
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
+from .answers import steered_answers
 from .artifact import FORMAT_VERSION, LayerScore, SafetyArtifact, SafetyFacts
+from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .features import (
-    POSITIONS,
-    TOKEN_OFFSET,
-    Reference,
-    answer_states,
-    answer_tokens,
-    check_text,
-    open_reference,
-    open_store,
-    prompt_states,
-    steered_answers,
-)
+from .original import Reference, open_reference
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
 from .sas import SasSum
+from .states import (
+    POSITIONS,
+    TOKEN_OFFSET,
+    Advance,
+    answer_states,
+    answer_store,
+    checkpoint_files,
+    digests,
+    prompt_states,
+    prompt_store,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +49,14 @@ if TYPE_CHECKING:
     from .pairs import FitData, Labelled
     from .prober import Prober, Split
     from .sas import SasScores
-    from .store import States
+    from .store import FeatureStore, States
 
 DEFAULT_THRESHOLD = 0.5
 PAPER_STRENGTH = 0.1
 READ_PAIRS = 128  # differences in memory at a time
 REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; the last are really answered
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the one trained with
+SPEED_SECONDS = 300  # the time left follows from the last minutes: a pass of a large model takes as long
 PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # balanced accuracy, share of whole refusals: a warning below
 
 Pooling = Literal["last", "mean"]
@@ -107,7 +110,10 @@ def fit(
     check_text(reference, everything)
     answer = answer_tokens(reference, options.refusal_text)
 
-    with open_store(features, checkpoint, reference) as store:
+    files = checkpoint_files(checkpoint)
+    with progress(console, "checkpoint files", len(files)) as advance:
+        identity = digests(files, advance=advance)
+    with prompt_store(features, identity, reference) as store:
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(reference, everything, store, advance=advance)
         states_s = time.perf_counter() - started
@@ -119,7 +125,10 @@ def fit(
         gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
             evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
-    head, refusal_facts, strengths, strength = _refusal_head(reference, prompts, split, answer, options, console)
+    with answer_store(features, identity, reference, answer) as store:
+        head, refusal_facts, strengths, strength = _refusal_head(
+            reference, prompts, split, answer, store, options, console
+        )
     calibration = gate.facts | evidence.facts()
     _warn(console, layer, calibration, refusal_facts)
 
@@ -253,6 +262,7 @@ def _refusal_head(
     prompts: list[Labelled],
     split: Split,
     answer: torch.Tensor,
+    store: FeatureStore,
     options: FitOptions,
     console: Console,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
@@ -269,13 +279,14 @@ def _refusal_head(
     heldout = some(split.heldout, REFUSAL_HELDOUT)
     trained_with = options.strength or PAPER_STRENGTH
     with progress(console, "refusal states", len(seen) + len(heldout)) as advance:
-        states = answer_states(reference, [*seen, *heldout], answer, advance=advance)
+        states = answer_states(reference, [*seen, *heldout], answer, store, advance=advance).layer(0)
+    embeddings = reference.embeddings()
     with progress(console, "refusal head", STEPS) as advance:
         head = train_refusal_head(
             states[: len(seen)],
             states[len(seen) :],
             answer,
-            reference.embeddings,
+            embeddings,
             strength=trained_with,
             seed=options.seed,
             advance=advance,
@@ -284,7 +295,7 @@ def _refusal_head(
     strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
     with progress(console, "strengths", len(tried)) as advance:
         answers = steered_answers(
-            reference, tried, head.steer_matrix, strengths, tokens=len(answer) + 12, advance=advance
+            reference, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
         )
     scores = tuple(
         score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), reference.decode)
@@ -346,8 +357,8 @@ def _warn(console: Console, layer: int, calibration: dict[str, float], refusal: 
 
 
 @contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left; yields a function that is told how many more are done."""
+def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
+    """A bar with the time left; yields a function that is told how many more are done, or what part of one."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -365,6 +376,13 @@ def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    sum_ = 0.0
+    with Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bars:
         task = bars.add_task(title, total=total)
-        yield lambda done: bars.advance(task, done)
+
+        def advance(done: float) -> None:
+            nonlocal sum_
+            sum_ += done
+            bars.update(task, completed=round(sum_, 6))  # parts of one add up to a hair less than one
+
+        yield advance

@@ -11,7 +11,7 @@ sides of the split.
 
 `--pairs builtin` is no file: it stands for the pairs and the harmless prompts that come with the package (builtin.py).
 
-This file knows nothing of models; what a tokenizer objects to is checked by features.py.
+This file knows nothing of models; what a tokenizer objects to is checked by batches.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 W starts as the identity, which changes no argmax, and learns on unsafe prompts alone to say the refusal. It has seen no
 benign prompt: without the gate it may refuse those as well. The base model's states do not depend on W under teacher
-forcing, so they are computed once (features.answer_states) and the training is a few hundred small steps.
+forcing, so they are computed once (states.answer_states) and the training is a few hundred small steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autosteer.runtime.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from .features import SteeredAnswer
+    from .answers import SteeredAnswer
 
 STEPS, BATCH, LEARNING_RATE = 400, 64, 1e-2  # Adam; the rate falls linearly to 0
 

@@ -10,6 +10,7 @@ is cut off when the file is opened again. Reads go through pread, so memory hold
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Sequence
@@ -51,11 +52,11 @@ class FeatureStore:
         self._bytes = int(np.prod(shape)) * 4
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stem = folder / identity.hex()
-            self._lock = FileLock(f"{stem}.lock", blocking=False)
+            self._files = [folder / f"{identity.hex()}.{kind}" for kind in ("states", "keys", "lock")]
+            states, keys_, lock = self._files
+            self._lock = FileLock(lock, blocking=False)
             self._lock.acquire()
-            self._states = os.open(f"{stem}.states", os.O_RDWR | os.O_CREAT, 0o644)
-            self._keys = os.open(f"{stem}.keys", os.O_RDWR | os.O_CREAT, 0o644)
+            self._states, self._keys = (os.open(file, os.O_RDWR | os.O_CREAT, 0o644) for file in (states, keys_))
         except Timeout:
             raise InputError(f"{folder}: another autosteer-fit is writing here; wait for it, or name another") from None
         except OSError as err:
@@ -73,6 +74,11 @@ class FeatureStore:
     def __exit__(self, *error: object) -> None:
         os.close(self._states)
         os.close(self._keys)
+        if not self._count:  # nothing is kept: leave nothing behind
+            for file in self._files:
+                file.unlink()
+            with contextlib.suppress(OSError):
+                self._files[0].parent.rmdir()
         self._lock.release()
 
     def __contains__(self, key: bytes) -> bool:

@@ -1,0 +1,77 @@
+"""What the model really says when its last hidden state is bent: greedy answers, at several strengths side by side."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .batches import encode, sweeps, waiting_bytes
+from .original import Encoded, Reference, behind, cache_name
+from .pairs import Prompt
+from .states import Advance
+
+
+@dataclass(frozen=True)
+class SteeredAnswer:
+    """Greedy tokens, the end-of-turn token included where it came."""
+
+    ids: list[int]
+    log_probs: list[float]  # of each under the unsteered model, after the same tokens: how natural the answer is
+
+
+def steered_answers(
+    reference: Reference,
+    prompts: Sequence[Prompt],
+    steer_matrix: torch.Tensor,
+    embeddings: torch.Tensor,
+    strengths: Sequence[float],
+    *,
+    tokens: int,
+    advance: Advance = lambda done: None,
+) -> list[list[SteeredAnswer]]:
+    """What the model says to each prompt at each strength, greedily and for at most `tokens`: [prompt][strength].
+
+    A prompt is read once, and its strengths are one batch. All prompts write their next token in the same sweep over
+    the model's parts. embeddings (vocab, d), on the model's device.
+    """
+    model, device, end = reference.model.base_model, reference.device, reference.end_token
+    matrix, epsilon = steer_matrix.to(device), torch.tensor(strengths, device=device)[:, None]
+
+    @torch.inference_mode()
+    def answer(inputs: Encoded) -> list[SteeredAnswer]:
+        out = model(**{key: t.to(device) for key, t in inputs.items()}, use_cache=True)
+        cache = {cache_name(model): behind(out.past_key_values, keep=True)}
+        hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
+        ids, log_probs = [], []
+        for step in range(tokens):
+            token = ((hidden + epsilon * hidden @ matrix.T) @ embeddings.T).argmax(dim=-1, keepdim=True)
+            ids.append(token)
+            log_probs.append((hidden @ embeddings.T).log_softmax(dim=-1).gather(1, token))
+            advance(1 / tokens)
+            if bool((torch.cat(ids, dim=1) == end).any(dim=1).all()) or step + 1 == tokens:
+                break
+            hidden = model(input_ids=token, use_cache=True, **cache).last_hidden_state[:, -1]
+        advance(1 - len(ids) / tokens)
+        rows = zip(torch.cat(ids, dim=1).tolist(), torch.cat(log_probs, dim=1).tolist(), strict=True)
+        return [_up_to(end, row, scores) for row, scores in rows]
+
+    answers: list[list[SteeredAnswer]] = []
+    encoded = (encode(reference, prompt, generation=True) for prompt in prompts)
+    for sweep in sweeps(encoded, lambda inputs: waiting_bytes(reference, inputs) + _cache_bytes(reference, inputs)):
+        answers += reference.convoy.run([functools.partial(answer, inputs) for inputs in sweep])
+    return answers
+
+
+def _cache_bytes(reference: Reference, inputs: Encoded) -> int:
+    """Keys and values of a prompt, in float32."""
+    config = reference.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 8 * inputs["input_ids"].numel() * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def _up_to(end: int, ids: list[int], log_probs: list[float]) -> SteeredAnswer:
+    length = ids.index(end) + 1 if end in ids else len(ids)
+    return SteeredAnswer(ids[:length], log_probs[:length])
