@@ -4,7 +4,7 @@ Each job is a thread that calls `reach(part)` before it uses a part: a piece of 
 job runs at a time. When all of them wait, the next part in the model's order for which any of them waits is loaded,
 and serves each in turn until it waits for another one. So in one sweep over the parts every job gets its forward pass
 done, each part was loaded once, and no more than one of them was in memory. A model within a budget stays: its parts
-are loaded once, and nobody waits for them; the jobs go through it one after the other.
+are loaded once, nobody waits for them, and the jobs go through it one after the other, without threads.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Convoy:
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Run all jobs to their end; their results in order. The first error ends them all and is raised."""
+        if self._bytes <= self._budget:
+            return [job() for job in jobs]
         results: dict[int, T] = {}
         self._error = None
 
@@ -105,8 +107,6 @@ class Convoy:
             event = threading.Event()
             with self._turn:
                 self._still_running()
-                if id(part) in self._kept:
-                    return
                 self._waiting.setdefault(self._order[id(part)], deque()).append(event)
                 self._pass_on()
             event.wait()

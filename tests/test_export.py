@@ -391,7 +391,7 @@ def test_parts_come_and_go_and_serve_all_who_wait_unless_all_of_them_may_stay(bu
 def test_an_error_in_one_job_ends_them_all() -> None:
     """Those that waited used to wait for ever, with all that they held."""
     before = threading.active_count()
-    part, convoy = SimpleNamespace(bytes=0, load=lambda: None, unload=lambda: None), Convoy(0)
+    part, convoy = SimpleNamespace(bytes=1, load=lambda: None, unload=lambda: None), Convoy(0)
     convoy.add(part)
 
     def fails() -> None:
