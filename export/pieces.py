@@ -194,7 +194,6 @@ def _types(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    for entry in tensor.external_data:
-        if entry.key == "length":
-            return int(entry.value)
-    return tensor.ByteSize()
+    """What a weight takes when it is used: float16 is cast to float32."""
+    stored = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), tensor.ByteSize())
+    return 2 * stored if tensor.data_type == onnx.TensorProto.FLOAT16 else stored
