@@ -163,7 +163,7 @@ class Request:
             raise IndexError(f"a prompt of {self._prompt_length} tokens has no row for the prober")
         total: npt.NDArray[np.float64] = np.zeros(self._engine.manifest.dims.hidden_size)
         chunk_of = (np.array(self._probed) - self._reused) // self._chunk
-        for chunk in np.unique(chunk_of):
+        for chunk in sorted(set(chunk_of.tolist())):  # np.unique loads numpy.ma: 6 ms of the first answer
             rows = (np.array(self._probed) - self._reused)[chunk_of == chunk] % self._chunk
             total += self._unseen[self._older + chunk].numpy()[0, rows].sum(axis=0, dtype=np.float64)
         mean: Float = (total / len(self._probed)).astype(np.float32)[None]
