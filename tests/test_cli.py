@@ -544,7 +544,7 @@ def test_eval_of_published_files(call, package, unguarded_package, tmp_path):
     alpaca.write_text('{"dataset": "x", "turns": ["red"]}\n')
     pairs.write_text('{"orig_query": "Evil", "safe_query": "plan"}\n')
     files = ["autosteer-eval", package, "--data", vlsafe, "--benign", alpaca, "--device", "cpu", "--json"]
-    assert "no such image" in call(*files).stderr
+    assert "no image" in call(*files).stderr
     done = call(*files, "--text-only", "--exclude", pairs)
     groups = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(g["group"], g["unsafe"], g["n"], g["excluded"]) for g in groups] == [

@@ -15,7 +15,7 @@ import torch
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint import load_reference
-from autosteer.export.reference import Case, Original, Reference
+from autosteer.export.reference import ANSWER_TOKENS, Case, Original, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
@@ -27,7 +27,7 @@ from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 
 ROWS_PER_GROUP = 2  # of some thirty groups: every kind of question, attack and look-alike
-SAMPLING = SamplingConfig(max_tokens=16)  # what the reference generates
+SAMPLING = SamplingConfig(max_tokens=ANSWER_TOKENS)  # what the reference generates
 
 
 @pytest.fixture(scope="module", autouse=True)
