@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -36,7 +36,7 @@ from autosteer.runtime.text import Message
 from autosteer.runtime.video import tiles
 
 from .checkpoint import Checkpoint, load_processor
-from .convoy import Convoy
+from .convoy import Convoy, grouped
 from .decoder import decoder_facts
 from .footprint import kv_bytes_per_token
 from .on_demand import WeightSource, open_on_demand
@@ -209,24 +209,14 @@ def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens:
         + [functools.partial(_answer, engine, prompt, strength, tokens) for prompt, _ in prompts if strength]
     )
     caches = [(prompt.inputs_embeds.shape[1] + tokens) * kv_bytes_per_token(manifest.dims) for prompt, _ in prompts]
+    sized = list(zip(jobs, caches * (len(jobs) // n), strict=True))
     answers = [
-        answer for group in consecutive(jobs, caches * (len(jobs) // n), CACHE_BYTES) for answer in convoy.run(group)
+        answer
+        for group in grouped(sized, lambda job: job[1], CACHE_BYTES)
+        for answer in convoy.run([job for job, _ in group])
     ]
     plain, chunked, steered = answers[:n], answers[n : 2 * n], answers[2 * n :] or [None] * n
     return engine, [Ours(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)]
-
-
-def consecutive(items: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[list[T]]:
-    """`items` in groups that are not larger than `most`; one that is alone may be."""
-    group: list[T] = []
-    held = 0
-    for item, size in zip(items, sizes, strict=True):
-        if group and held + size > most:
-            yield group
-            group, held = [], 0
-        group.append(item)
-        held += size
-    yield group
 
 
 def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None]:

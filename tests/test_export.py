@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from autosteer.export import footprint, pieces, validate
 from autosteer.export.checkpoint import DEMO, open_checkpoint
 from autosteer.export.cli import export
-from autosteer.export.convoy import Convoy
+from autosteer.export.convoy import Convoy, grouped
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.pieces import GraphInPieces
@@ -424,7 +424,8 @@ def test_graphs_of_every_precision_can_be_cut_anywhere(precision: str, tmp_path:
 
 
 def test_answers_that_are_under_way_together_are_within_a_size() -> None:
-    assert list(validate.consecutive("abcde", [4, 4, 9, 1, 1], 8)) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(grouped([4, 4, 9, 1, 1], lambda size: size, 8)) == [[4, 4], [9], [1, 1]]
+    assert list(grouped([], lambda size: size, 8)) == []
 
 
 def test_what_a_piece_of_a_graph_has_computed_does_not_keep_it_in_memory(tmp_path: Path, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from autosteer.export.convoy import grouped
 from autosteer.export.prompt import Renderer
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
@@ -148,14 +149,5 @@ def waiting_bytes(reference: Reference, inputs: Encoded) -> int:
 
 
 def sweeps(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Cut `items` into lists of SWEEP_BYTES at most by `size`, and one item at least."""
-    sweep: list[T] = []
-    held = 0
-    for item in items:
-        if sweep and held + size(item) > SWEEP_BYTES:
-            yield sweep
-            sweep, held = [], 0
-        sweep.append(item)
-        held += size(item)
-    if sweep:
-        yield sweep
+    """`items` in lists of SWEEP_BYTES at most by `size`, and one item at least."""
+    return grouped(items, size, SWEEP_BYTES)
