@@ -96,7 +96,7 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
 
 
 def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
-    """`layers` of the decoder. The half that holds the last layer also slices its last rows and norms them."""
+    """`layers` of the decoder. The last layer goes on with the last rows alone once they have attended, and norms them."""
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, FLOAT32, (1, "sequence_length", f.hidden))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
@@ -111,14 +111,14 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
         x, residual = _enter(g, f, f"{module}.input_layernorm", residual, branch)
         attended, *present = _attention(g, f, f"{module}.self_attn", x, past, lengths, rotary, blocks)
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
+        if i == f.layers - 1:  # no later layer looks at the other rows
+            attended, residual = _last_rows(g, attended, residual)
+        attended = _project(g, f, module, "self_attn.o_proj", attended, f.hidden, f.heads * f.head_dim, blocks)
         branch = _leave(g, f, f"{module}.input_layernorm", attended)
         x, residual = _enter(g, f, f"{module}.post_attention_layernorm", residual, branch)
-        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, f"{module}.mlp", x, blocks))
+        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, module, x, blocks))
     assert branch is not None
     if layers.stop == f.layers:
-        first = g.op("Neg", g.input("num_logits", "int64", (1,)))
-        end, axis = (g.constant(name, np.array([at], np.int64)) for name, at in (("end", 2**63 - 1), ("axis", 1)))
-        residual, branch = (g.op("Slice", value, first, end, axis) for value in (residual, branch))
         normed, _ = _norm(g, f, f"{f.module}.norm", residual, branch)
         g.output("last_hidden_state", normed, FLOAT32, (1, "num_logits", f.hidden))
     else:
@@ -136,6 +136,13 @@ def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
         mask[list(f.never_generated)] = np.finfo(np.float32).min
         logits = g.op("Add", logits, g.shared("never_generated", mask))
     g.output("logits", logits, FLOAT32, (1, "num_logits", f.vocab))
+
+
+def _last_rows(g: GraphWriter, *values: ir.Value) -> tuple[ir.Value, ...]:
+    """The last `num_logits` rows of each (1, S, ...)."""
+    first = g.op("Neg", g.input("num_logits", "int64", (1,)))
+    end, axis = (g.constant(name, np.array([at], np.int64)) for name, at in (("end", 2**63 - 1), ("axis", 1)))
+    return tuple(g.op("Slice", value, first, end, axis) for value in values)
 
 
 def _enter(
@@ -183,7 +190,7 @@ def _attention(
     rotary: tuple[ir.Value, ir.Value],
     blocks: Blocks | None,
 ) -> tuple[ir.Value, ...]:
-    """Attention output (1, S, D), present key, present value. ORT: com.microsoft GroupQueryAttention."""
+    """What the heads gather (1, S, H * d), present key, present value. ORT: com.microsoft GroupQueryAttention."""
     projections = tuple(f"{module}.{p}_proj" for p in "qkv")
     widths = (f.heads * f.head_dim, f.kv_heads * f.head_dim, f.kv_heads * f.head_dim)
     qkv = g.linear(x, *projections, shape=(sum(widths), f.hidden), bias="self_attn.q_proj" in f.biased, blocks=blocks)
@@ -198,7 +205,7 @@ def _attention(
         )
         query = _head_norm(g, f, f"{module}.q_norm", query, f.heads)
         inputs = (query, _head_norm(g, f, f"{module}.k_norm", key, f.kv_heads), value)
-    attended, key, value = g.ops(
+    return g.ops(
         "GroupQueryAttention",
         *(*inputs, *past, *lengths, *rotary),
         outputs=3,
@@ -209,9 +216,6 @@ def _attention(
         scale=f.head_dim**-0.5,
         do_rotary=1,
     )
-    biased = "self_attn.o_proj" in f.biased
-    out = g.linear(attended, f"{module}.o_proj", shape=(f.hidden, widths[0]), bias=biased, blocks=blocks)
-    return out, key, value
 
 
 def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads: int) -> ir.Value:
@@ -230,13 +234,17 @@ def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads:
 
 def _mlp(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, blocks: Blocks | None) -> ir.Value:
     """down(silu(gate(x)) * up(x))"""
-
-    def project(name: str, x: ir.Value, n: int, k: int) -> ir.Value:
-        return g.linear(x, f"{module}.{name}_proj", shape=(n, k), bias=f"mlp.{name}_proj" in f.biased, blocks=blocks)
-
-    gate, up = (project(name, x, f.intermediate, f.hidden) for name in ("gate", "up"))
+    names = "mlp.gate_proj", "mlp.up_proj"
+    gate, up = (_project(g, f, module, name, x, f.intermediate, f.hidden, blocks) for name in names)
     activated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-    return project("down", activated, f.hidden, f.intermediate)
+    return _project(g, f, module, "mlp.down_proj", activated, f.hidden, f.intermediate, blocks)
+
+
+def _project(
+    g: GraphWriter, f: DecoderFacts, module: str, name: str, x: ir.Value, n: int, k: int, blocks: Blocks | None
+) -> ir.Value:
+    """x (1, S, k) -> (1, S, n) through one of PROJECTIONS of a layer."""
+    return g.linear(x, f"{module}.{name}", shape=(n, k), bias=name in f.biased, blocks=blocks)
 
 
 def _rotary(g: GraphWriter, f: DecoderFacts) -> tuple[ir.Value, ir.Value]:
