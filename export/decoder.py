@@ -96,7 +96,7 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
 
 
 def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
-    """`layers` of the decoder. The last layer goes on with the last rows alone once they have attended, and norms them."""
+    """`layers` of the decoder. Where all rows have attended in the last layer, it goes on with the last ones."""
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, FLOAT32, (1, "sequence_length", f.hidden))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
