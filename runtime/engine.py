@@ -37,6 +37,7 @@ from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
+from .huge_pages import huge_pages
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, Manifest
 from .request import PREFILL_CHUNK, Float, Key, Prompt, Request, Stats
@@ -134,7 +135,7 @@ class Engine:
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        with manifest.verifying(folder):
+        with manifest.verifying(folder), huge_pages():
             chosen, reason = find_device(device, threads)
             if reason:
                 log.info("running on the CPU: %s", reason)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from autosteer.runtime.huge_pages import huge_pages
 from autosteer.runtime.kv_cache import KVCache
 from autosteer.runtime.manifest import GraphSpec, Manifest
 from autosteer.runtime.subgraph import OrtValue, Subgraph, buffer, empty, find_device
@@ -75,7 +76,8 @@ class OneGraph:
         self._manifest = Manifest.load(Path(path))
         self._device, _ = find_device("cpu", threads)
         self._spec = join(Path(path), self._manifest, Path(work))
-        self._graph = Subgraph(Path(work) / self._spec.file, self._spec, self._device)
+        with huge_pages():
+            self._graph = Subgraph(Path(work) / self._spec.file, self._spec, self._device)
         self._capacity = max_tokens
 
     def facts(self) -> dict[str, Any]:
