@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from .gate import GatePolicy, Mode, Verdict, decide
 from .kv_cache import KVCache
+from .speculate import MOST
 from .subgraph import Call, OrtValue, buffer, empty
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Float = npt.NDArray[np.float32]
-PREFILL_CHUNK = 256  # tokens: bounds activations; 512 takes 3 % longer, and more memory; results do not depend on it
+PREFILL_CHUNK = 128  # tokens: bounds activations; larger ones are not faster; results do not depend on it
 Key: TypeAlias = "int | tuple[bytes, int]"  # what a row stands for: a token, or a picture's digest and a row of it
 
 
@@ -125,6 +126,7 @@ class Request:
         self._strength = 0.0
         self._steered = False
         self._passes: dict[int, Pass] = {}  # by rows
+        self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
 
     def judge(self, policy: GatePolicy) -> Verdict:
         """Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception."""
@@ -265,6 +267,13 @@ class Request:
         assert isinstance(width, int)
         return empty(spec, (1, rows, width), self._device)
 
+    def logits(self, rows: int) -> OrtValue:
+        """A buffer for logits (1, rows, V). On the CPU all passes have the same one: a draft's rows are megabytes."""
+        if rows > self._logits.shape[1]:
+            shape = (1, max(rows, 1 + MOST), self._engine.manifest.dims.vocab_size)
+            self._logits = np.empty(shape, self._specs["lm_head"]["logits"].dtype)  # costs what is written to it
+        return buffer(self._logits[:, :rows], self._device)
+
     def tokens(self, rows: int) -> tuple[OrtValue, Call, OrtValue]:
         """A buffer for token ids (1, rows), embed_tokens on it, and what comes out (1, rows, D)."""
         token_ids = buffer(np.zeros((1, rows), np.int64), self._device)
@@ -284,7 +293,7 @@ class Pass:
         self._token_ids, self._embed, embeds = request.tokens(rows)
         self.num_logits = OrtValue.ortvalue_from_numpy(np.array([rows], np.int64))  # a slice's bound: on the CPU
         self.last = request.empty("decoder_upper", "last_hidden_state", rows)
-        self._logits = request.empty("lm_head", "logits", rows)
+        self._logits = request.logits(rows)
         hidden = request.empty("decoder_lower", "hidden_states", rows)
         self._lower = request.half("decoder_lower", "inputs_embeds", embeds, "hidden_states", hidden)
         self._upper = request.half(

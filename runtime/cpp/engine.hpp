@@ -43,7 +43,7 @@
 
 namespace autosteer {
 
-constexpr int64_t kPrefillChunk = 256;  // tokens: bounds activations; results do not depend on it
+constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
 constexpr int64_t kTilesPerRun = 4;     // bounds the vision encoder's activations
 
 /// Wall time since it was made.
