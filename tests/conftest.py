@@ -1,4 +1,4 @@
-"""The toy packages, built once per session, and the engines that run them on one thread."""
+"""The toy packages and the C++ runtime, built once per session, and the engines that run packages on one thread."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import toy
+from cpp_runtime import ALL, Parts, build, build_folder, use_byte_level_words
 
 from autosteer.runtime import Engine
 
@@ -62,3 +63,36 @@ def unguarded_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unguarded(unguarded_package: Path) -> Engine:
     """The package without a gate, loaded."""
     return load(unguarded_package)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Path:
+    """autosteer-cli, autosteer-parts and libautosteer.so, optimised."""
+    return build(build_folder(tmp_path_factory, "cpp"), ALL, "-DCMAKE_CXX_FLAGS_RELEASE=-O2")
+
+
+@pytest.fixture(scope="session")
+def sanitised(tmp_path_factory) -> Path:
+    """autosteer-parts with AddressSanitizer and UndefinedBehaviorSanitizer: its part "answer" is the whole runtime."""
+    folder = build_folder(tmp_path_factory, "cpp-san")
+    return build(folder, ["autosteer-parts"], "-DAUTOSTEER_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+
+
+@pytest.fixture(scope="session")
+def parts(built) -> Parts:
+    """The parts program."""
+    return Parts(built / "autosteer-parts")
+
+
+@pytest.fixture(scope="session")
+def cpp_package(tmp_path_factory) -> Path:
+    """tests/toy.py's package, with a tokenizer that C++ reads."""
+    folder = tmp_path_factory.mktemp("toy-cpp") / "package"
+    use_byte_level_words(folder, toy.build(folder, videos=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cpp_engine(cpp_package) -> Engine:
+    """The same in Python."""
+    return Engine.load(cpp_package, device="cpu", threads=1)

@@ -1,4 +1,4 @@
-// Runs single parts of the runtime for tests/test_cpp.py, which compares them with Python's: one JSON command per line
+// Runs single parts of the runtime for tests/test_cpp_*.py, which compare them with Python's: one JSON command per line
 // on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw bytes.
 #include <fstream>
 #include <iostream>

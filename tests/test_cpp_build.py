@@ -1,0 +1,59 @@
+"""Tier 5: the C++ runtime under sanitizers, a second compiler, and with nothing around it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cpp_inputs import demo, demo_requests, odd_texts
+from cpp_runtime import CPP, Parts, missing
+
+
+def test_sanitizers_find_nothing_in_whole_answers(sanitised, cpp_package):
+    """Text, pictures, dialogues, every policy, a prober that raises; the odd texts. Leaks are looked for as well."""
+    package, _ = demo("fp32")
+    requests = [(package, request) for request in demo_requests()[::3]]
+    requests.append((cpp_package, {"messages": [{"role": "user", "parts": ["crash"]}]}))
+    commands = [{"part": "answer", "package": str(folder), "request": request} for folder, request in requests]
+    answers = Parts(sanitised / "autosteer-parts").run(
+        *commands, {"part": "encode", "tokenizer": str(package / "tokenizer.json"), "texts": odd_texts(50)}
+    )
+    assert [a for a in answers if isinstance(a, dict) and "error" in a] == []
+
+
+def test_clang_compiles_it_too():
+    """Only where clang is: the warnings of a second compiler."""
+    clang = shutil.which("clang++")
+    if not clang:
+        missing("no clang++ (apt-get install clang)")
+    include = next(
+        (p for p in (Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")) if p.is_dir()), None
+    )
+    if include is None:
+        missing("no headers of onnxruntime")
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-isystem", str(include)]
+    for source in ("autosteer_cli.cpp", "autosteer_c.cpp"):
+        done = subprocess.run([clang, *flags, str(CPP / source)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_it_runs_in_a_folder_with_nothing_else(built, cpp_package, tmp_path):
+    """A root file system of the command, the libraries it asks for and a package: no Python, no data files."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may change its root folder")
+    root = tmp_path / "root"
+    shutil.copytree(cpp_package, root / "package")
+    shutil.copy(built / "autosteer-cli", root / "autosteer-cli")
+    listed = subprocess.run(["ldd", built / "autosteer-cli"], capture_output=True, text=True, check=True).stdout
+    assert "python" not in listed
+    for word in listed.split():
+        if word.startswith("/"):
+            target = root / word.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(word).resolve(), target)
+    command = ["chroot", root, "/autosteer-cli", "/package", "--prompt", "bad", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "sorryrefuse\n"), done.stderr

@@ -1,0 +1,216 @@
+"""Tier 5: the C++ runtime's pixels are Python's to the bit, from every kind of picture and frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpp_inputs import SIZES, noise
+from cpp_runtime import Parts
+from PIL import Image
+
+from autosteer.runtime.image import open_image, pack, prepare
+from autosteer.runtime.manifest import AnyresSpec, ImageSpec, SplitSpec
+from autosteer.runtime.video import open_video, squeeze
+
+PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
+ANYRES = AnyresSpec(tokens_per_side=4, grid_pinpoints=PINPOINTS, max_tiles_side=2)
+SPEC = ImageSpec("anyres", 56, (0.48, 0.45, 0.4), (0.26, 0.261, 0.27), 1 / 255, "bicubic", ANYRES)
+
+
+def spec_json(spec: ImageSpec) -> Any:
+    """As it stands in the manifest."""
+    return json.loads(json.dumps(asdict(spec)))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Files of every kind that the reader takes."""
+    rgb, alpha = Image.fromarray(noise(61, 40)), Image.fromarray(noise(50, 33, 4), "RGBA")
+    grey = rgb.convert("L")
+    made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "rgb.png": (rgb, {}),
+        "rgba.png": (alpha, {}),
+        "grey.png": (grey, {}),
+        "grey-alpha.png": (alpha.convert("LA"), {}),
+        "palette.png": (rgb.quantize(17), {}),
+        "palette-transparent.png": (rgb.quantize(17), {"transparency": 3}),
+        "key.png": (rgb, {"transparency": rgb.getpixel((3, 3))}),
+        "grey-key.png": (grey, {"transparency": grey.getpixel((3, 3))}),
+        "bits.png": (grey.convert("1"), {}),
+        "deep.png": (Image.fromarray(noise(40, 30).astype(np.uint16)[..., 0] * 257 + 5), {}),
+        "gamma.png": (rgb, {}),
+        "grey.jpg": (grey, {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "progressive.jpg": (rgb, {"progressive": True}),
+        **{f"sub{s}.jpg": (rgb, {"subsampling": s, "quality": 60 + 15 * s}) for s in range(3)},
+        "odd.jpg": (Image.fromarray(noise(17, 9)), {}),
+    }
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        made[f"turned{orientation}.jpg"] = (rgb, {"exif": exif})
+        made[f"turned{orientation}.png"] = (rgb, {"exif": exif})
+    for name, (image, options) in made.items():
+        image.save(folder / name, **options)
+    content = (folder / "gamma.png").read_bytes()
+    (folder / "gamma.png").write_bytes(content[:33] + png_chunk(b"gAMA", struct.pack(">I", 100000)) + content[33:])
+    wide = noise(20, 15).astype(">u2") * 257 + 3
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+    head = struct.pack(">IIBBBBB", 20, 15, 16, 2, 0, 0, 0)
+    (folder / "deep-rgb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", head)
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
+    return sorted(folder.iterdir())
+
+
+def test_pictures_have_the_pixels_that_pillow_gives(parts, tmp_path):
+    """PNG of all kinds and JPEG of all kinds, byte for byte, upright and on white."""
+    (tmp_path / "in").mkdir()
+    files = picture_files(tmp_path / "in")
+    outs = [tmp_path / f"{i}.raw" for i in range(len(files))]
+    commands = [{"part": "open", "file": str(f), "out": str(o)} for f, o in zip(files, outs, strict=True)]
+    wrong = []
+    for file, out, answer in zip(files, outs, parts.run(*commands), strict=True):
+        expected = open_image(file)
+        found = np.fromfile(out, np.uint8) if isinstance(answer, list) else answer
+        if not isinstance(answer, list) or tuple(answer) != expected.shape[:2]:
+            wrong.append((file.name, answer))
+        elif (found != expected.ravel()).any():
+            wrong.append((file.name, f"{(found != expected.ravel()).mean():.2%} of the bytes differ"))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_resizing_is_pillows_to_the_byte(parts, tmp_path, resample):
+    """Larger, smaller, one axis at a time, extreme."""
+    commands, expected = [], []
+    targets = [(56, 56), (1, 1), (300, 20), (23, 611)]
+    for i, (width, height) in enumerate(SIZES):
+        file = tmp_path / f"{i}.png"
+        image = Image.fromarray(noise(width, height).reshape(height, width, 3))
+        image.save(file)
+        for target in [*targets, (width, 9), (9, height)]:
+            out = tmp_path / f"{i}-{target[0]}-{target[1]}.raw"
+            size = {"width": target[0], "height": target[1]}
+            commands.append({"part": "resize", "file": str(file), **size, "resample": resample, "out": str(out)})
+            expected.append(np.asarray(image.resize(target, Image.Resampling[resample.upper()])))
+    parts.run(*commands)
+    for command, pixels in zip(commands, expected, strict=True):
+        assert (np.fromfile(command["out"], np.uint8) == pixels.ravel()).all(), command
+
+
+def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
+    """torchvision's arithmetic to the byte; names with numbers, zeros before them, none; files of other kinds."""
+    commands, expected = [], []
+    for i, (width, height) in enumerate(SIZES):
+        for side in (4, 56, 300):
+            file, out = tmp_path / f"{i}.png", tmp_path / f"{i}-{side}.raw"
+            Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
+            commands.append({"part": "squeeze", "file": str(file), "side": side, "out": str(out)})
+            expected.append(squeeze(open_image(file), side))
+    parts.run(*commands)
+    for command, pixels in zip(commands, expected, strict=True):
+        assert Path(command["out"]).read_bytes() == pixels.tobytes(), command
+    names = ["1.png", "10.png", "2.JPG", "02.png", "002.png", "a.png", "a1b20.png", "a1b3.png", "a.b.png", "z9.png"]
+    names += ["é7.png", "9" * 30 + ".png", "8" * 31 + ".png", ".x.png", "notes.txt", "b.webp", "A.png", "1a2", "0.png"]
+    (tmp_path / "frames").mkdir()
+    for name in names:
+        (tmp_path / "frames" / name).touch()
+    counts = (1, 2, 3, 7, 99)
+    found = parts.run(*({"part": "frames", "folder": str(tmp_path / "frames"), "frames": n} for n in counts))
+    assert found == [[Path(str(f)).name for f in open_video(tmp_path / "frames", n)] for n in counts]
+    assert len(found[-1]) == len(names) - 3
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078),
+        replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
+        replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
+    ],
+)
+def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone):
+    commands, expected = [], []
+    for i, (width, height) in enumerate(SIZES):
+        file, out = tmp_path / f"{i}.png", tmp_path / f"{i}.raw"
+        Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
+        commands.append(
+            {"part": "prepare", "file": str(file), "spec": spec_json(spec), "alone": alone, "out": str(out)}
+        )
+        expected.append(prepare(open_image(file), spec, alone=alone))
+    for command, pixels, tiles in zip(commands, expected, parts.run(*commands), strict=True):
+        assert tiles == len(pixels)
+        assert Path(command["out"]).read_bytes() == pixels.tobytes(), command
+
+
+def test_features_are_laid_out_as_in_python(parts, tmp_path):
+    """Unpadding, shrinking and newline rows, to the bit."""
+    rng = np.random.default_rng(0)
+    commands, expected = [], []
+    for i, (width, height) in enumerate([*SIZES, (2000, 1333), (3000, 501), (999, 1000)]):
+        tiles = len(prepare(np.zeros((height, width, 3), np.uint8), SPEC, alone=True))
+        features = rng.normal(size=(tiles, 16, 8)).astype(np.float32)
+        newline = rng.normal(size=8).astype(np.float32)
+        names = {key: str(tmp_path / f"{i}.{key}") for key in ("features", "newline", "out")}
+        features.tofile(names["features"])
+        newline.tofile(names["newline"])
+        size = {"height": height, "width": width, "depth": 8}
+        commands.append({"part": "pack", **names, **size, "spec": spec_json(SPEC)})
+        expected.append(pack(features, newline, (height, width), SPEC))
+    for command, rows, count in zip(commands, expected, parts.run(*commands), strict=True):
+        assert count == len(rows)
+        assert Path(command["out"]).read_bytes() == rows.tobytes(), command
+
+
+def test_damaged_pictures_are_input_errors(parts, sanitised, tmp_path):
+    """Cut anywhere, bytes changed anywhere, other formats, nothing there: never a crash, also under the sanitizers."""
+    (tmp_path / "in").mkdir()
+    rng = random.Random(5)
+    commands = []
+    for file in picture_files(tmp_path / "in"):
+        content = file.read_bytes()
+        for i in range(6):
+            spoilt = bytearray(content[: rng.randrange(len(content))] if i < 2 else content)
+            for _ in range(3 if i >= 2 else 0):
+                spoilt[rng.randrange(len(spoilt))] = rng.randrange(256)
+            path = tmp_path / f"{i}-{file.name}"
+            path.write_bytes(spoilt)
+            commands.append({"part": "open", "file": str(path), "out": os.devnull})
+    for name, data in {"empty.png": b"", "text.png": b"hello", "animated.gif": b"GIF89a"}.items():
+        (tmp_path / name).write_bytes(data)
+    for name in ("empty.png", "text.png", "animated.gif", "not-there.png", "in"):
+        commands.append({"part": "open", "file": str(tmp_path / name), "out": os.devnull})
+    answers = Parts(sanitised / "autosteer-parts").run(*commands)
+    assert {a["exit_code"] for a in answers if isinstance(a, dict)} == {5}
+    assert all(isinstance(answer, dict) for answer in answers[-5:])
+    assert answers == parts.run(*commands)
+
+
+def test_picture_too_large_for_memory_is_refused_before_it_is_read(parts, tmp_path):
+    """A PNG of a few bytes that says it has 2^31 pixels."""
+    head = struct.pack(">IIBBBBB", 1 << 16, 1 << 15, 8, 2, 0, 0, 0)
+    bomb = tmp_path / "bomb.png"
+    bomb.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    )
+    (answer,) = parts.run({"part": "open", "file": str(bomb), "out": os.devnull})
+    assert answer["exit_code"] == 5 and "too many pixels" in answer["error"]

@@ -1,0 +1,115 @@
+"""Tier 5: autosteer-cli is autosteer-run without Python; the C functions let no exception out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+import toy
+from cpp_inputs import SIZES, noise
+from cpp_runtime import cli, joined, python_json, through_c, timeless, use_byte_level_words
+from exported import demo_package
+from PIL import Image
+
+from autosteer.runtime import SamplingConfig
+from autosteer.runtime.cli import answer_json
+from autosteer.runtime.video import open_video
+
+
+def test_text_that_is_not_unicode_is_an_input_error(built):
+    done = subprocess.run(
+        [built / "autosteer-cli", demo_package("fp32"), "--prompt", b"a\xff\xfeb"], capture_output=True, check=False
+    )
+    assert done.returncode == 5
+    assert b"not valid Unicode" in done.stderr
+
+
+def test_command_prints_the_json_of_autosteer_run(built, cpp_package, cpp_engine):
+    """Keys in the same order, values the same but for timings."""
+    done = cli(built, cpp_package, "--json", "-p", "red", "--max-tokens=2", "--stop", "zzz", "--seed", "3")
+    found = json.loads(done.stdout)
+    expected = json.loads(json.dumps(answer_json(cpp_engine.generate("red", sampling=SamplingConfig(max_tokens=2)))))
+    assert timeless(found) == timeless(expected)
+    assert list(found) == list(expected) and list(found["timings"]) == list(expected["timings"])
+    assert list(found["verdict"]) == list(expected["verdict"])
+
+
+def test_command_shows_a_video_as_autosteer_run_does(built, cpp_package, cpp_engine, tmp_path):
+    for i, (width, height) in enumerate(SIZES[1:], 1):
+        Image.fromarray(noise(width, height)).save(tmp_path / f"{i}.png")
+    for frames in ("1", "5", "8"):
+        done = cli(built, cpp_package, "--json", "-p", "look", "--video", str(tmp_path), "--frames", frames)
+        film = open_video(tmp_path, int(frames))
+        assert done.returncode == 0, done.stderr
+        assert timeless(json.loads(done.stdout)) == python_json(cpp_engine, "look", videos=[film])
+
+
+def test_model_without_videos_says_so(built, tmp_path):
+    use_byte_level_words(tmp_path / "package", toy.build(tmp_path / "package"))
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    done = cli(built, tmp_path / "package", "-p", "look", "--video", str(tmp_path))
+    assert (done.returncode, done.stderr) == (5, "autosteer-cli: error: this model takes no videos\n")
+
+
+def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
+    done = cli(built, cpp_package, input="bad\r\n")
+    assert (done.returncode, done.stdout) == (0, "sorryrefuse\n")
+    assert done.stderr.startswith("[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]\n")
+    assert "tok/s, stop, on CPUExecutionProvider]" in done.stderr
+
+
+def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
+    """No exception crosses it, whatever is asked; an unknown key too, because a mistyped policy is no policy."""
+    hello = [{"role": "user", "parts": ["hello"]}]
+    videos = [{"video": []}, {"video": "a.png"}, {"video": ["/not/there.png"]}, {"video": ["a.png"], "image": "a.png"}]
+    videos += [{}, {"video": ["never opened.png"] * 63}]
+    bad: list[Any] = [
+        *["", "{", "[]", '{"messages": [], "messages": []}'],
+        *[{}, {"messages": []}, {"messages": hello, "polcy": "stop"}, {"messages": hello, "policy": "steeer"}],
+        *[{"messages": hello, "threshold": "0.5"}, {"messages": hello, "strength": -1.0}],
+        *[{"messages": hello, "threshold": 1.5}, {"messages": hello, "policy": "monitor", "threshold": 50}],
+        *[{"messages": hello, "sampling": {"max_tokens": 0}}, {"messages": hello, "sampling": {"stop": [""]}}],
+        *[{"messages": [{"role": "root", "parts": ["hi"]}]}, {"messages": [{"role": "user", "parts": [7]}]}],
+        *[{"messages": [{"role": "user", "parts": [{"image": "/not/there.png"}]}]}],
+        *[{"messages": [{"role": "user", "parts": [video, "look"]}]} for video in videos],
+        *[{"messages": [{"role": "user", "parts": ["red " * 100]}]}],
+    ]
+    *refused, fine = through_c(built, cpp_package, [*bad, {"messages": hello}])
+    assert [(r["code"], bool(r["error"]), r["chunks"]) for r in refused] == [(5, True, [])] * len(bad)
+    assert joined(fine["chunks"])["text"] == "world"
+    (nowhere,) = through_c(built, tmp_path / "nowhere", [])
+    assert nowhere["code"] == 3 and "autosteer.json" in nowhere["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        ([], 2),
+        (["{package}", "--bogus"], 2),
+        (["{package}", "--prompt"], 2),
+        (["{package}", "--prompt", "red", "--policy", "none"], 2),
+        (["{package}", "--prompt", "red", "--max-tokens", "many"], 2),
+        (["{package}", "--prompt", "red", "--threads", "0"], 2),
+        (["{package}", "other", "--prompt", "red"], 2),
+        (["{package}", "--prompt", "red", "--device", "cuda"], 4),
+        (["{package}", "--prompt", " \n"], 5),
+        (["{package}", "--prompt", "red", "--image", "/not/there.png"], 5),
+        (["{package}", "--prompt", "red", "--video", "/not/there"], 5),
+        (["{package}", "--prompt", "red", "--video", "{package}"], 5),
+        (["{package}", "--prompt", "red", "--video", "/not/there", "--frames", "0"], 2),
+        (["{package}", "--prompt", "red", "--temperature", "-1"], 5),
+        (["{package}", "--prompt", "red", "--threshold", "nan"], 5),
+        (["{package}", "--prompt", "red", "--threshold", "1.01"], 5),
+        (["{package}", "--prompt", "red " * 100], 5),
+    ],
+)
+def test_exit_codes_are_those_of_autosteer_run(built, cpp_package, arguments, code):
+    words = [str(cpp_package) if a == "{package}" else a for a in arguments]
+    done = subprocess.run(
+        [built / "autosteer-cli", *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == code, done.stderr
+    assert bool(done.stdout) is (code == 0)

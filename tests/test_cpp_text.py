@@ -1,0 +1,144 @@
+"""Tier 5: the C++ runtime's token ids and pieces of text are those of Python's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import subprocess
+import unicodedata
+from pathlib import Path
+
+import pytest
+from cpp_inputs import odd_texts
+from exported import demo_checkpoint, demo_package
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+from autosteer.runtime.text import Detokeniser, load_tokenizer
+
+
+def qwen_like(path: Path) -> Path:
+    """A tokenizer.json built as Qwen2's is: NFC, its split pattern, byte-level BPE, added tokens of both kinds."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    pattern = words + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(odd_texts(300) + ["the thing is the ring of the king"] * 5, trainer)
+    tokenizer.add_tokens(["<|added|>"])
+    tokenizer.add_special_tokens(["<|im_end|>", "<image>", "<|endoftext|>"])
+    tokenizer.save(str(path))
+    return path
+
+
+def llama3_like(path: Path) -> Path:
+    """ignore_merges and digits in groups, as in Llama 3; a prefix space, as in GPT-2's older kin."""
+    data = json.loads(qwen_like(path).read_text())
+    data["model"]["ignore_merges"] = True
+    data["model"]["vocab"]["Ġzebra"] = len(data["model"]["vocab"])
+    for token in data["added_tokens"]:
+        token["id"] += 1
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}"}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Removed", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        ],
+    }
+    path.write_text(json.dumps(data))
+    return path
+
+
+def demo_tokenizer(_path: Path) -> Path:
+    """The bundled checkpoint's own."""
+    return demo_checkpoint().folder / "tokenizer.json"
+
+
+TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like]
+
+
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_token_ids_are_the_tokenizers_librarys(parts, tmp_path, make):
+    """Special tokens in the text are plain text for both; an added token that is not special is one for both."""
+    path = make(tmp_path / "tokenizer.json")
+    texts = [*odd_texts(500), " zebra zebra 12345"]
+    tokenizer = load_tokenizer(path)
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    (found,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": texts})
+    assert [(t, f) for t, f, e in zip(texts, found, expected, strict=True) if f != e] == []
+
+
+def test_every_kind_of_character_is_split_alike(parts, tmp_path):
+    """One of every 37 code points of the first planes, between letters, digits and spaces."""
+    path = qwen_like(tmp_path / "tokenizer.json")
+    points = [c for c in range(1, 0x32000, 37) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
+    texts = ["".join(f"a{chr(c)}{chr(c)} b {chr(c)}1" for c in points[i : i + 32]) for i in range(0, len(points), 32)]
+    tokenizer = load_tokenizer(path)
+    expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    (found,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": texts})
+    assert found == expected
+
+
+@pytest.mark.parametrize("stop", [[], ["the"], ["ab", "b\n", "é"]])
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_pieces_of_text_come_as_from_python(parts, tmp_path, make, stop):
+    """Random ids: incomplete and ill-formed characters, special tokens, ids that no token has."""
+    path = make(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(path)
+    rng = random.Random(3)
+    size = tokenizer.get_vocab_size() + 5
+    answers = [[rng.randrange(size) for _ in range(rng.randrange(40))] for _ in range(200)]
+    answers += [tokenizer.encode(text, add_special_tokens=False).ids for text in odd_texts(50)]
+    expected = []
+    for ids in answers:
+        detokeniser, pieces = Detokeniser(tokenizer, stop), []
+        for token in ids:
+            pieces.append(detokeniser.push(token))
+            if detokeniser.stopped:
+                break
+        expected.append([*pieces, detokeniser.flush()])
+    (found,) = parts.run({"part": "decode", "tokenizer": str(path), "answers": answers, "stop": stop})
+    assert [(f, e) for f, e in zip(found, expected, strict=True) if f != e] == []
+
+
+def test_text_that_is_not_unicode_is_an_input_error(built):
+    done = subprocess.run(
+        [built / "autosteer-cli", demo_package("fp32"), "--prompt", b"a\xff\xfeb"], capture_output=True, check=False
+    )
+    assert done.returncode == 5
+    assert b"not valid Unicode" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("model", "type"), "WordPiece"),
+        (("model", "unk_token"), "<unk>"),
+        (("model", "byte_fallback"), True),
+        (("normalizer",), {"type": "Lowercase"}),
+        (("pre_tokenizer",), {"type": "Whitespace"}),
+        (("pre_tokenizer",), None),
+        (("decoder",), None),
+        (("model", "merges"), [["nobody", "knows"]]),
+        (("added_tokens", 0, "id"), 5),  # the library ignores it and counts on; a reader cannot do both
+    ],
+)
+def test_tokenizer_with_what_the_reader_does_not_know_is_refused(parts, tmp_path, keys, value):
+    path = qwen_like(tmp_path / "tokenizer.json")
+    data = json.loads(path.read_text())
+    functools.reduce(lambda d, k: d[k], keys[:-1], data)[keys[-1]] = value
+    path.write_text(json.dumps(data))
+    (answer,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": [""]})
+    assert answer["exit_code"] == 3
+    assert str(path) in answer["error"]
