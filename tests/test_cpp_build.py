@@ -11,6 +11,8 @@ import pytest
 from cpp_inputs import demo, demo_requests, odd_texts
 from cpp_runtime import CPP, Parts, missing
 
+from autosteer.runtime.subgraph import CAN_BOUND_SPINNING
+
 
 def test_sanitizers_find_nothing_in_whole_answers(sanitised, cpp_package):
     """Text, pictures, dialogues, every policy, a prober that raises; the odd texts. Leaks are looked for as well."""
@@ -22,6 +24,13 @@ def test_sanitizers_find_nothing_in_whole_answers(sanitised, cpp_package):
         *commands, {"part": "encode", "tokenizer": str(package / "tokenizer.json"), "texts": odd_texts(50)}
     )
     assert [a for a in answers if isinstance(a, dict) and "error" in a] == []
+
+
+def test_threads_spin_where_python_lets_them(parts):
+    """By the version that runs, which in these tests is the wheel's."""
+    versions = ["1.21.0", "1.25.9", "1.26.0", "1.32.0", "1.100.1", "2.0.0", "1.26.0-dev", "0.30.0", "", "new"]
+    answer = [False, False, True, True, True, True, True, False, False, False, CAN_BOUND_SPINNING]
+    assert parts.run({"part": "spinning", "versions": versions}) == [answer]
 
 
 def test_clang_compiles_it_too():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy
-from cpp_inputs import SIZES, demo, demo_requests, noise
+from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -48,11 +48,12 @@ def test_gate_fails_closed_as_in_python(built, cpp_package, cpp_engine, word, mo
         assert found["verdict"]["unsafe"] is (word not in ("red", "hello"))
 
 
+@pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_answers_are_pythons(built, precision):
+def test_answers_are_pythons(built, precision, speculate):
     """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface."""
     package, engine = demo(precision)
-    requests = demo_requests()
+    requests = [with_sampling(request, speculate=speculate) for request in demo_requests()]
     assert len(requests) == 32
     answers = through_c(built, package, requests)
     differ = []
@@ -112,7 +113,7 @@ def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
     for i, (width, height) in enumerate(SIZES[1:]):
         picture = tmp_path / f"{i}.png"
         Image.fromarray(noise(width, height) // (1 + i % 3)).save(picture)
-        other = tmp_path / f"{i}-other.png"  # Python encodes the same picture once, C++ twice
+        other = tmp_path / f"{i}-other.png"  # the same picture twice would be encoded once
         Image.fromarray(noise(width, height)[::-1] // (1 + i % 3)).save(other)
         done = cli(built, folder, "--json", "-p", "look", "-i", str(picture), "-i", str(other), "--max-tokens", "5")
         assert done.returncode == 0, done.stderr
@@ -172,7 +173,7 @@ def test_golden_answers_are_reproduced(built):
         {
             "messages": [{"role": "user", "parts": [*shown(g), g.prompt]}],
             "threshold": g.threshold,
-            "sampling": {"max_tokens": len(g.token_ids)},
+            "sampling": {"max_tokens": len(g.token_ids), "speculate": False},  # golden answers are the plain loop's
         }
         for g in engine.manifest.golden
     ]

@@ -17,7 +17,7 @@ from cpp_inputs import SIZES, noise
 from cpp_runtime import Parts
 from PIL import Image
 
-from autosteer.runtime.image import open_image, pack, prepare
+from autosteer.runtime.image import at_most, open_image, pack, prepare
 from autosteer.runtime.manifest import AnyresSpec, ImageSpec, SplitSpec
 from autosteer.runtime.video import open_video, squeeze
 
@@ -138,6 +138,7 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
     assert len(found[-1]) == len(names) - 3
 
 
+@pytest.mark.parametrize("most", [None, 1, 2, 3, 5, 9])
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(
     "spec",
@@ -148,15 +149,14 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
     ],
 )
-def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone):
+def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone, most):
     commands, expected = [], []
     for i, (width, height) in enumerate(SIZES):
         file, out = tmp_path / f"{i}.png", tmp_path / f"{i}.raw"
         Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
-        commands.append(
-            {"part": "prepare", "file": str(file), "spec": spec_json(spec), "alone": alone, "out": str(out)}
-        )
-        expected.append(prepare(open_image(file), spec, alone=alone))
+        wanted = {"spec": spec_json(spec), "max_tiles": most, "alone": alone}
+        commands.append({"part": "prepare", "file": str(file), **wanted, "out": str(out)})
+        expected.append(prepare(open_image(file), at_most(spec, most), alone=alone))
     for command, pixels, tiles in zip(commands, expected, parts.run(*commands), strict=True):
         assert tiles == len(pixels)
         assert Path(command["out"]).read_bytes() == pixels.tobytes(), command

@@ -13,7 +13,7 @@ from cpp_runtime import cli, joined, python_json, through_c, timeless, use_byte_
 from exported import demo_package
 from PIL import Image
 
-from autosteer.runtime import SamplingConfig
+from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.cli import answer_json
 from autosteer.runtime.video import open_video
 
@@ -34,6 +34,25 @@ def test_command_prints_the_json_of_autosteer_run(built, cpp_package, cpp_engine
     assert timeless(found) == timeless(expected)
     assert list(found) == list(expected) and list(found["timings"]) == list(expected["timings"])
     assert list(found["verdict"]) == list(expected["verdict"])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_most_tiles_of_a_picture_are_those_of_autosteer_run(built, cpp_package, tmp_path, most):
+    """By the command and by the C interface; several pictures take one tile each anyway."""
+    engine = Engine.load(cpp_package, device="cpu", threads=1, max_tiles=most)
+    pictures = [tmp_path / f"{i}.png" for i in range(len(SIZES[1:]))]
+    for picture, (width, height) in zip(pictures, SIZES[1:], strict=True):
+        Image.fromarray(noise(width, height)).save(picture)
+    shown = [*([picture] for picture in pictures), pictures[:2]]
+    expected = [python_json(engine, "look", images=images) for images in shown]
+    for images, answer in zip(shown[::3], expected[::3], strict=True):
+        options = [word for image in images for word in ("-i", str(image))]
+        done = cli(built, cpp_package, "--json", "-p", "look", "--max-tiles", str(most), *options)
+        assert timeless(json.loads(done.stdout)) == answer
+    requests = [{"messages": [{"role": "user", "parts": [*({"image": str(i)} for i in im), "look"]}]} for im in shown]
+    answers = through_c(built, cpp_package, requests, max_tiles=most)
+    assert [joined(answer["chunks"]) for answer in answers] == expected
+    assert max(answer["timings"]["image_tiles"] for answer in expected) == max(most if most < 4 else 5, 2)
 
 
 def test_command_shows_a_video_as_autosteer_run_does(built, cpp_package, cpp_engine, tmp_path):
@@ -58,6 +77,8 @@ def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
     assert (done.returncode, done.stdout) == (0, "sorryrefuse\n")
     assert done.stderr.startswith("[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]\n")
     assert "tok/s, stop, on CPUExecutionProvider]" in done.stderr
+    drafted = cli(built, cpp_package, "-p", "tick", "--max-tokens", "30").stderr
+    assert " drafts held) tokens, first after " in drafted
 
 
 def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
@@ -71,6 +92,7 @@ def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
         *[{"messages": hello, "threshold": "0.5"}, {"messages": hello, "strength": -1.0}],
         *[{"messages": hello, "threshold": 1.5}, {"messages": hello, "policy": "monitor", "threshold": 50}],
         *[{"messages": hello, "sampling": {"max_tokens": 0}}, {"messages": hello, "sampling": {"stop": [""]}}],
+        *[{"messages": hello, "sampling": {"speculate": 1}}, {"messages": hello, "sampling": {"speculation": False}}],
         *[{"messages": [{"role": "root", "parts": ["hi"]}]}, {"messages": [{"role": "user", "parts": [7]}]}],
         *[{"messages": [{"role": "user", "parts": [{"image": "/not/there.png"}]}]}],
         *[{"messages": [{"role": "user", "parts": [video, "look"]}]} for video in videos],
@@ -81,6 +103,10 @@ def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
     assert joined(fine["chunks"])["text"] == "world"
     (nowhere,) = through_c(built, tmp_path / "nowhere", [])
     assert nowhere["code"] == 3 and "autosteer.json" in nowhere["error"]
+    bad_options: list[dict[str, Any]] = [{"max_tiles": 0}, {"max_tiles": "2"}, {"threads": -1}, {"max-tiles": 2}]
+    for options in bad_options:
+        (unopened,) = through_c(built, cpp_package, [], **options)
+        assert unopened["code"] == 5 and unopened["error"], options
 
 
 @pytest.mark.parametrize(
@@ -100,6 +126,7 @@ def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
         (["{package}", "--prompt", "red", "--video", "/not/there"], 5),
         (["{package}", "--prompt", "red", "--video", "{package}"], 5),
         (["{package}", "--prompt", "red", "--video", "/not/there", "--frames", "0"], 2),
+        (["{package}", "--prompt", "red", "--max-tiles", "0"], 2),
         (["{package}", "--prompt", "red", "--temperature", "-1"], 5),
         (["{package}", "--prompt", "red", "--threshold", "nan"], 5),
         (["{package}", "--prompt", "red", "--threshold", "1.01"], 5),

@@ -1,9 +1,10 @@
-/* AutoSteer for other languages: four C functions and their two clean-ups. Text is UTF-8; requests and chunks are JSON.
+/* AutoSteer for other languages: four C functions and their two clean-ups. Text is UTF-8; options, requests and chunks
+ * are JSON.
  *
  *     autosteer_engine *engine;
  *     autosteer_stream *stream;
  *     const char *chunk;
- *     if (autosteer_open("package/", 0, &engine)) puts(autosteer_error());
+ *     if (autosteer_open("package/", NULL, &engine)) puts(autosteer_error());
  *     if (autosteer_run(engine, "{\"messages\": [{\"role\": \"user\", \"parts\": [\"hello\"]}]}", &stream)) ...
  *     while (!autosteer_next(stream, &chunk) && chunk) puts(chunk);
  *     autosteer_end(stream);
@@ -25,14 +26,17 @@ extern "C" {
 typedef struct autosteer_engine autosteer_engine;
 typedef struct autosteer_stream autosteer_stream;
 
-/* Check and load a package. threads: 0 for every CPU this process may use. */
-AUTOSTEER_API int autosteer_open(const char *package, int threads, autosteer_engine **engine);
+/* Check and load a package. options: NULL, or
+ *     {"threads": 0 for every CPU this process may use, "max_tiles": cut a picture into at most so many tiles}
+ * No key is required; an unknown one is an error. */
+AUTOSTEER_API int autosteer_open(const char *package, const char *options, autosteer_engine **engine);
 
 /* Begin an answer. request:
  *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
  *                   {"video": ["frame1.png", "frame2.png", ...]}, ...]}, ...],
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
- *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...]}}
+ *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...],
+ *                    "speculate": true | false}}
  * Only "messages" is required; an unknown key is an error. */
 AUTOSTEER_API int autosteer_run(autosteer_engine *engine, const char *request, autosteer_stream **stream);
 

@@ -13,6 +13,7 @@
 //     gate.hpp      the safety rule                  image.hpp     picture -> pixel_values; features -> rows
 //                                                    video.hpp     the same of a video's frames
 //     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
+//     request.hpp   one answer's buffers             speculate.hpp what is drafted
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
 //
 // Other languages: autosteer.h (C functions), built as libautosteer.

@@ -50,13 +50,12 @@ void need(bool given) {
 
 }  // namespace
 
-int autosteer_open(const char* package, int threads, autosteer_engine** engine) {
+int autosteer_open(const char* package, const char* options, autosteer_engine** engine) {
   return guarded([&] {
     need(package && engine);
     *engine = nullptr;
-    autosteer::EngineOptions options;
-    options.threads = threads;
-    *engine = new autosteer_engine{std::make_shared<const autosteer::Engine>(package, options)};
+    const auto wanted = autosteer::options_from_json(options ? options : "{}");
+    *engine = new autosteer_engine{std::make_shared<const autosteer::Engine>(package, wanted)};
   });
 }
 

@@ -40,6 +40,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
+  --speculation / --no-speculation
+                               Draft what the answer copies from the prompt: quicker, and the same text.  [on]
+  --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: all cores.
   --json                       One JSON object on stdout.
@@ -113,6 +116,11 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--repetition-penalty", [&](auto& o, auto& value) { sampling.repetition_penalty = as_float(o, value); }},
       {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
       {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},
+      {"--max-tiles",
+       [&](auto& o, auto& value) {
+         arguments.engine.max_tiles = as_int(o, value);
+         if (*arguments.engine.max_tiles < 1) throw UsageError("Invalid value for '--max-tiles': 1 or more.");
+       }},
       {"--device",
        [&](auto& o, auto& value) {
          arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"});
@@ -120,7 +128,10 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--threads",
        [&](auto& o, auto& value) {
          const int64_t threads = as_int(o, value);
-         if (threads < 1 || threads > 1024) throw UsageError("Invalid value for '--threads': from 1 to 1024.");
+         if (threads < 1 || threads > autosteer::kMostThreads) {
+           const std::string most = std::to_string(autosteer::kMostThreads);
+           throw UsageError("Invalid value for '--threads': from 1 to " + most + ".");
+         }
          arguments.engine.threads = static_cast<int>(threads);
        }},
   };
@@ -139,6 +150,8 @@ Arguments parse(const std::vector<std::string>& words) {
       only_positional = true;
     } else if (word == "--json") {
       arguments.json = true;
+    } else if (word == "--speculation" || word == "--no-speculation") {
+      sampling.speculate = word == "--speculation";
     } else if (word == "--help" || word == "-h") {
       arguments.help = true;
     } else {
@@ -199,9 +212,14 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
 std::string stats_line(const std::string& finish_reason, const autosteer::Stats& stats) {
   const std::string upper = stats.upper_ms ? format("upper %.0f", *stats.upper_ms) : "decoder_upper never ran";
   const auto tok_s = stats.decode_tok_s();
-  return format("[%lld + %lld tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ",
-                static_cast<long long>(stats.prompt_tokens), static_cast<long long>(stats.completion_tokens),
-                stats.ttft_ms, stats.vision_ms, stats.lower_ms, stats.gate_ms) +
+  const auto count = [](int64_t n) { return std::to_string(n); };
+  std::string drafts;
+  if (stats.drafted_tokens) {
+    drafts = " (" + count(stats.accepted_tokens) + " of " + count(stats.drafted_tokens) + " drafts held)";
+  }
+  return "[" + count(stats.prompt_tokens) + " + " + count(stats.completion_tokens) + drafts +
+         format(" tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ", stats.ttft_ms, stats.vision_ms,
+                stats.lower_ms, stats.gate_ms) +
          upper + ")" + (tok_s ? format(", then %.0f tok/s", *tok_s) : "") + ", " + finish_reason + ", on " +
          stats.device + "]";
 }

@@ -13,15 +13,15 @@
 // then does decoder_upper run. The gate changes the head and never the caches, so this is the same computation as layer
 // by layer; and a stopped prompt costs k/N of prefill and no decoding.
 //
-// All state belongs to a request. One Engine may serve several threads; a Stream belongs to one.
+// Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (speculate.hpp).
+//
+// All state belongs to a request (request.hpp). One Engine may serve several threads; a Stream belongs to one.
 #pragma once
 
 #include <sched.h>
 
-#include <chrono>
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -35,7 +35,9 @@
 #include "gate.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
+#include "request.hpp"
 #include "sampling.hpp"
+#include "speculate.hpp"
 #include "subgraph.hpp"
 #include "text.hpp"
 #include "tokenizer.hpp"
@@ -43,36 +45,8 @@
 
 namespace autosteer {
 
-constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
-constexpr int64_t kTilesPerRun = 4;     // bounds the vision encoder's activations
-
-/// Wall time since it was made.
-class Clock {
- public:
-  double ms() const {
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-/// What an answer cost. Milliseconds are wall time; `upper_ms` is absent where decoder_upper never ran.
-struct Stats {
-  std::string device = "CPUExecutionProvider";
-  int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
-  int64_t reused_tokens = 0, drafted_tokens = 0, accepted_tokens = 0;  ///< 0: only the Python loop reuses and drafts
-  double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
-  std::optional<double> upper_ms;
-  double ttft_ms = 0;    ///< from the call to the first chunk
-  double decode_ms = 0;  ///< steps after the first token
-
-  /// Tokens per second after the first one; nothing for answers of one token.
-  std::optional<double> decode_tok_s() const {
-    const auto steps = static_cast<double>(completion_tokens - 1);
-    return steps > 0 && decode_ms > 0 ? std::optional(1000 * steps / decode_ms) : std::nullopt;
-  }
-};
+constexpr int64_t kTilesPerRun = 4;     // bounds the image graph's activations
+constexpr int64_t kMostThreads = 1024;  // more of them is a slip
 
 /// A piece of an answer. `text` may be empty while a character is incomplete.
 struct Chunk {
@@ -96,14 +70,8 @@ struct Answer {
 struct EngineOptions {
   std::string device = "auto";                            ///< auto or cpu
   int threads = 0;                                        ///< 0: every CPU this process may use
-  std::function<void(const std::string& line)> log = {};  ///< told why a prober failed; never prompts
-};
-
-/// A dialogue ready for the decoder.
-struct Prompt {
-  Rows inputs_embeds;              // (S, D)
-  std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
-  std::vector<int64_t> probed;     // rows whose mean the prober reads; none where the prompt is too short
+  std::optional<int64_t> max_tiles = {};                  ///< cut a picture into at most so many tiles
+  Log log = {};                                           ///< told why a prober failed; never prompts
 };
 
 class Stream;
@@ -115,12 +83,13 @@ class Engine {
   /// Throws PackageError (damaged, incomplete, other version) or ProviderError (device not available).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
       : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)) {
+    if (manifest.image) image = at_most(*manifest.image, options.max_tiles);
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
-    environment_ = make_environment(options.threads > 0 ? options.threads : usable_cpus());
+    environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
-      graphs_.try_emplace(name, environment_, folder / spec.file, spec);
+      graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
     };
     // The image graph first: loading it takes the most memory for a moment, best while nothing else is there.
     for (const char* name : {"vision_encoder", "image_tokenizer"}) {
@@ -170,7 +139,11 @@ class Engine {
     int64_t opening_tokens = 0;
     const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &opening_tokens);
     std::vector<std::vector<Laid>> encoded;
-    for (const Image& picture : pictures) encoded.push_back(encode_image(picture, pictures.size() == 1, stats));
+    for (auto picture = pictures.begin(); picture != pictures.end(); ++picture) {
+      const auto same = std::find(pictures.begin(), picture, *picture);  // shown twice, encoded once
+      encoded.push_back(same != picture ? encoded[static_cast<size_t>(same - pictures.begin())]
+                                        : encode_image(*picture, pictures.size() == 1, stats));
+    }
     std::vector<Laid> filmed;
     for (const VideoPart* video : videos) filmed.push_back({{}, encode_video(*video, stats)});
     const Clock clock;
@@ -221,7 +194,7 @@ class Engine {
   /// One image -> what stands for it in the prompt: its rows, and token ids between.
   std::vector<Laid> encode_image(const Image& picture, bool alone, Stats& stats) const {
     const Clock clock;
-    const ImageSpec& spec = manifest.image.value();
+    const ImageSpec& spec = image.value();
     const Tiles tiles = cut(picture, spec, alone);
     const Rows pixel_values = normalise(tiles.images, spec);
     std::vector<Rows> rows;
@@ -256,12 +229,12 @@ class Engine {
   /// A video -> its rows: of each frame a few, and one newline row at the very end. Frames are opened a few at a time.
   Rows encode_video(const VideoPart& video, Stats& stats) const {
     const Clock clock;
-    const int64_t depth = manifest.dims.hidden_size, side = manifest.image.value().anyres.value().tokens_per_side;
+    const int64_t depth = manifest.dims.hidden_size, side = image.value().anyres.value().tokens_per_side;
     Rows rows{depth, {}}, newline{depth, {}};
     for (size_t first = 0; first < video.frames.size(); first += kTilesPerRun) {
       std::vector<Image> tiles;
       for (size_t i = first; i < std::min<size_t>(first + kTilesPerRun, video.frames.size()); ++i) {
-        tiles.push_back(squeeze(open_image(video.frames[i]), manifest.image->tile_size));
+        tiles.push_back(squeeze(open_image(video.frames[i]), image->tile_size));
       }
       const Rows pixel_values = normalise(tiles, manifest.video.value());
       run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t count, const auto& outputs) {
@@ -293,7 +266,7 @@ class Engine {
   /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile, or
   /// one in all where `anyres` puts tiles together.
   std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
-    const ImageSpec& spec = manifest.image.value();
+    const ImageSpec& spec = image.value();
     const int64_t depth = manifest.dims.hidden_size;
     std::vector<Rows> runs;
     Rows newline{depth, {}};
@@ -316,7 +289,7 @@ class Engine {
   /// Run an image graph, a few tiles at a time.
   template <class Use>
   void run_tiles(const char* name, const Rows& pixel_values, const Use& use) const {
-    const int64_t size = manifest.image.value().tile_size;
+    const int64_t size = image.value().tile_size;
     for (int64_t first = 0; first < pixel_values.count(); first += kTilesPerRun) {
       const int64_t tiles = std::min(kTilesPerRun, pixel_values.count() - first);
       use(graph(name), tiles, graph(name).run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, size, size})));
@@ -334,10 +307,22 @@ class Engine {
     return rows;
   }
 
+  /// The state of one answer: buffers and caches. Throws InputError where the prompt does not fit.
+  Request request(Prompt prompt, int64_t max_tokens, Stats& stats) const {
+    const int64_t length = prompt.inputs_embeds.count(), context = manifest.dims.context_length;
+    if (length == 0) throw InputError("the prompt is empty");
+    if (length >= context) {
+      throw InputError("the prompt takes " + std::to_string(length) +
+                       " tokens (images included); the model's context holds " + std::to_string(context));
+    }
+    return {manifest, graphs_, log, std::move(prompt), std::min(max_tokens, context - length), stats};
+  }
+
   const Subgraph& graph(const std::string& name) const { return graphs_.at(name); }
 
   const Manifest manifest;
-  const std::function<void(const std::string&)> log;
+  std::optional<ImageSpec> image;  ///< the manifest's, with the grids that EngineOptions::max_tiles leaves
+  const Log log;
   const Tokenizer tokenizer;
 
  private:
@@ -354,170 +339,8 @@ class Engine {
     return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
-  Ort::Env environment_{nullptr};
-  std::map<std::string, Subgraph> graphs_;
-};
-
-/// One answer in the making: `judge` runs the lower half and the gate, `begin` the upper half, `step` one token.
-class Request {
- public:
-  const int64_t max_tokens;
-
-  Request(const Engine& engine, Prompt prompt, int64_t max_tokens, Stats& stats)
-      : max_tokens(max_tokens),
-        engine_(engine),
-        stats_(stats),
-        embeds_(std::move(prompt.inputs_embeds)),
-        probed_(std::move(prompt.probed)),
-        length_(embeds_.count()),
-        lower_(half("decoder_lower"), engine.manifest.dims, length_ + max_tokens),
-        upper_(half("decoder_upper"), engine.manifest.dims, length_ + max_tokens),
-        last_({1, 1, width()}),
-        logits_({1, 1, engine.manifest.dims.vocab_size}) {
-    stats.kv_bytes = lower_.bytes + upper_.bytes;
-  }
-
-  /// Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception.
-  Verdict judge(const GatePolicy& policy) {
-    const Clock lower_clock;
-    for (int64_t first = 0; first < length_; first += kPrefillChunk) {
-      const int64_t rows = std::min(kPrefillChunk, length_ - first);
-      const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, rows, width()});
-      hidden_.emplace_back(std::vector<int64_t>{1, rows, width()});
-      set_length(first + rows);
-      lower({"inputs_embeds", &embeds}, {"hidden_states", &hidden_.back().value()})();
-    }
-    embeds_ = {};
-    stats_.lower_ms = lower_clock.ms();
-    const Clock gate_clock;
-    std::optional<double> p_unsafe;
-    if (policy.mode != Mode::off) p_unsafe = probe();
-    const Verdict verdict = decide(p_unsafe, policy, engine_.manifest.split_layer);
-    stats_.gate_ms = gate_clock.ms();
-    return verdict;
-  }
-
-  /// Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.
-  std::vector<float> begin(double strength) {
-    const Clock clock;
-    int64_t done = 0;
-    for (const auto& hidden : hidden_) {
-      done += hidden.shape()[1];
-      set_length(done);
-      upper({"hidden_states", &hidden.value()}, {"last_hidden_state", &last_.value()})();
-    }
-    hidden_.clear();
-    stats_.upper_ms = clock.ms();
-    bind_step(strength);
-    head();
-    return read_logits();
-  }
-
-  /// Feed one token; logits (V,) of the next.
-  std::vector<float> step(int64_t token) {
-    set_length(++length_);
-    *token_.data() = token;
-    for (size_t i = 0; i < first_of_head_; ++i) calls_[i]();
-    head();
-    return read_logits();
-  }
-
- private:
-  using Binding = std::pair<std::string, const Ort::Value*>;
-
-  /// What the prober says, and NaN where it says nothing: whatever went wrong, the prompt was not shown to be safe.
-  double probe() const {
-    std::string reason = "unknown";
-    try {
-      const Subgraph& prober = engine_.graph("prober");
-      const std::vector<float> row = probed_row();
-      const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
-      return static_cast<double>(*floats(outputs.at(0), 1, prober));
-    } catch (const std::exception& err) {
-      reason = err.what();
-    } catch (...) {
-    }
-    if (engine_.log) engine_.log("the prober failed; the prompt counts as unsafe (" + reason + ")");
-    return std::nan("");
-  }
-
-  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
-  std::vector<float> probed_row() const {
-    if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
-    std::vector<double> sum(static_cast<size_t>(width()), 0.0);
-    for (const int64_t at : probed_) {
-      const float* row = hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
-    }
-    std::vector<float> mean;
-    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(probed_.size())));
-    return mean;
-  }
-
-  /// One decode step with every buffer bound once: embed, lower, upper, then the head.
-  void bind_step(double strength) {
-    calls_.clear();
-    calls_.push_back(call("embed_tokens", {{"input_ids", &token_.value()}}, {{"inputs_embeds", &row_.value()}}));
-    calls_.push_back(lower({"inputs_embeds", &row_.value()}, {"hidden_states", &state_.value()}));
-    calls_.push_back(upper({"hidden_states", &state_.value()}, {"last_hidden_state", &last_.value()}));
-    first_of_head_ = calls_.size();
-    const Ort::Value* projected = &last_.value();
-    if (strength != 0.0) {  // at strength 0 the Refusal Head changes nothing and is left out
-      *strength_.data() = static_cast<float>(strength);
-      projected = &steered_.value();
-      calls_.push_back(call("refusal_head", {{"last_hidden_state", &last_.value()}, {"strength", &strength_.value()}},
-                            {{"steered_hidden_state", projected}}));
-    }
-    calls_.push_back(call("lm_head", {{"last_hidden_state", projected}}, {{"logits", &logits_.value()}}));
-  }
-
-  void head() {
-    for (size_t i = first_of_head_; i < calls_.size(); ++i) calls_[i]();
-  }
-
-  Call call(const char* graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
-    return {engine_.graph(graph), inputs, outputs};
-  }
-
-  Call lower(Binding in, Binding out) const {
-    return half_call("decoder_lower", lower_, std::move(in), std::move(out));
-  }
-  Call upper(Binding in, Binding out) const {
-    return half_call("decoder_upper", upper_, std::move(in), std::move(out), {{"num_logits", &num_logits_.value()}});
-  }
-
-  Call half_call(const char* graph, const KVCache& cache, Binding in, Binding out, const Call::Bound& more = {}) const {
-    Call::Bound inputs = cache.past, outputs = cache.present;
-    inputs.insert(inputs.end(),
-                  {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
-    inputs.insert(inputs.end(), more.begin(), more.end());
-    outputs.push_back(std::move(out));
-    return call(graph, inputs, outputs);
-  }
-
-  void set_length(int64_t total) {
-    *seqlens_k_.data() = static_cast<int32_t>(total - 1);
-    *total_.data() = static_cast<int32_t>(total);
-  }
-
-  std::vector<float> read_logits() const { return {logits_.data(), logits_.data() + logits_.size()}; }
-  const GraphSpec& half(const char* name) const { return engine_.manifest.graphs.at(name); }
-  int64_t width() const { return engine_.manifest.dims.hidden_size; }
-
-  const Engine& engine_;
-  Stats& stats_;
-  Rows embeds_;
-  std::vector<int64_t> probed_;
-  int64_t length_;
-  KVCache lower_, upper_;
-  Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
-  Tensor<int64_t> num_logits_{{1}, {1}};
-  std::vector<Tensor<float>> hidden_;  // decoder_lower's output, chunk by chunk
-  Tensor<float> last_, logits_;
-  Tensor<int64_t> token_{{1, 1}};
-  Tensor<float> row_{{1, 1, width()}}, state_{{1, 1, width()}}, steered_{{1, 1, width()}}, strength_{{1}};
-  std::vector<Call> calls_;
-  size_t first_of_head_ = 0;
+  std::optional<Environment> environment_;
+  Graphs graphs_;
 };
 
 /// An answer as it comes: `next` until it returns nothing.
@@ -558,34 +381,48 @@ class Stream {
   Chunk begin_answer() {
     const Clock clock;
     Prompt prompt = engine_.prepare(messages_, stats_);
-    const int64_t length = prompt.inputs_embeds.count(), context = engine_.manifest.dims.context_length;
-    if (length == 0) throw InputError("the prompt is empty");
-    if (length >= context) {
-      throw InputError("the prompt takes " + std::to_string(length) +
-                       " tokens (images included); the model's context holds " + std::to_string(context));
-    }
-    tokens_ = std::move(prompt.token_ids);
-    request_.emplace(engine_, std::move(prompt), std::min(sampling_.max_tokens, context - length), stats_);
+    tokens_ = prompt.token_ids;
+    request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_));
     verdict_ = request_->judge(policy_);
     if (verdict_.action == Action::stop) {
       stats_.ttft_ms = clock.ms();
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
-    Chunk chunk = choose(request_->begin(verdict_.strength));
+    if (sampling_.speculate) {
+      drafter_.emplace(tokens_, kRowCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
+    }
+    logits_ = request_->begin(verdict_.strength);
+    Chunk chunk = choose();
     stats_.ttft_ms = clock.ms();
     return chunk;
   }
 
   Chunk continue_answer() {
     const Clock clock;
-    std::vector<float> logits = request_->step(tokens_.back());
+    const int64_t token = tokens_.back();
+    if (drafter_) drafter_->push(token);
+    if (row_ < draft_.size() && draft_[row_] == token) {
+      request_->accept();
+      ++stats_.accepted_tokens;
+      ++row_;
+    } else {
+      draft_.clear();
+      if (drafter_) draft_ = drafter_->draft(request_->max_tokens - stats_.completion_tokens - 1);
+      stats_.drafted_tokens += static_cast<int64_t>(draft_.size());
+      std::vector<int64_t> fed = {token};
+      fed.insert(fed.end(), draft_.begin(), draft_.end());
+      logits_ = request_->verify(fed);
+      row_ = 0;
+    }
     stats_.decode_ms += clock.ms();
-    return choose(std::move(logits));
+    return choose();
   }
 
   /// The next token, and whether it is the last.
-  Chunk choose(std::vector<float> logits) {
-    const int64_t token = sample_(std::move(logits), tokens_);
+  Chunk choose() {
+    const auto vocabulary = static_cast<size_t>(engine_.manifest.dims.vocab_size);
+    const float* row = logits_ + row_ * vocabulary;
+    const int64_t token = sample_({row, row + vocabulary}, tokens_);
     tokens_.push_back(token);
     ++stats_.completion_tokens;
     const auto& ends = engine_.manifest.prompt.end_token_ids;
@@ -610,6 +447,10 @@ class Stream {
   Verdict verdict_;
   std::vector<int64_t> tokens_;
   std::optional<Request> request_;
+  std::optional<Drafter> drafter_;
+  std::vector<int64_t> draft_;
+  const float* logits_ = nullptr;  // (R, V) of the last pass
+  size_t row_ = 0;                 // of them: what comes next
   bool ended_ = false;
 };
 

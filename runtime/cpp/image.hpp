@@ -19,6 +19,7 @@
 #include <cstring>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -290,7 +291,9 @@ inline Tiles centre_crop(const Image& image, const ImageSpec& spec, bool) {
 
 inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone) {
   const int64_t n = spec.tile_size;
-  if (!alone) return {{resize(pad_to_square(image, spec), n, n, spec.resample)}};
+  if (!alone || spec.anyres.value().grid_pinpoints.empty()) {
+    return {{resize(pad_to_square(image, spec), n, n, spec.resample)}};
+  }
   const auto [height, width] = best_pinpoint(image.height, image.width, spec.anyres.value());
   const double scale_h = static_cast<double>(height) / static_cast<double>(image.height);
   const double scale_w = static_cast<double>(width) / static_cast<double>(image.width);
@@ -337,6 +340,18 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   }
   tiles.images.push_back(squeeze(stretched));
   return tiles;
+}
+
+/// `spec` without the grids that make more than `tiles` tiles of a picture, its base tile counted. Where no grid is
+/// left a picture becomes one square tile, as several pictures do. Other kinds than `anyres` stay as they are.
+inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
+  if (!tiles || !spec.anyres) return spec;
+  if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
+  auto& grids = spec.anyres->grid_pinpoints;
+  const int64_t area = spec.tile_size * spec.tile_size;
+  const auto too_many = [&](const auto& grid) { return grid[0] * grid[1] / area + 1 > *tiles; };
+  grids.erase(std::remove_if(grids.begin(), grids.end(), too_many), grids.end());
+  return spec;
 }
 
 using Cut = Tiles (*)(const Image&, const ImageSpec&, bool alone);

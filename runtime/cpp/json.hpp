@@ -63,6 +63,37 @@ inline OrderedJson chunk_json(const Chunk& chunk) {
   return json;
 }
 
+/// `decode` of a JSON text. Throws InputError for anything that does not fit.
+template <class Decode>
+auto from_json(const std::string& text, const std::string& what, const Decode& decode) {
+  try {
+    std::istringstream source(text);
+    const Json data = decoding::parse_strictly(source);
+    return decode(decoding::Node{data, what});
+  } catch (const Json::parse_error& err) {  // its own words quote the text's bytes
+    throw InputError(what + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
+  } catch (const Json::exception& err) {
+    throw InputError(what + ": not readable as JSON (" + err.what() + ")");
+  } catch (const PackageError& err) {
+    throw InputError(err.what());
+  }
+}
+
+/// Options of the C interface (autosteer.h says what they look like).
+inline EngineOptions options_from_json(const std::string& text) {
+  return from_json(text, "options", [](const decoding::Node& node) {
+    node.object({}, {"threads", "max_tiles"});
+    EngineOptions options;
+    if (node.has("threads")) {
+      const int64_t threads = node["threads"].as_int();
+      if (threads < 0 || threads > kMostThreads) node["threads"].fail("from 0 to " + std::to_string(kMostThreads));
+      options.threads = static_cast<int>(threads);
+    }
+    if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
+    return options;
+  });
+}
+
 /// A request of the C interface (autosteer.h says what it looks like).
 struct RequestJson {
   std::vector<Message> messages;
@@ -71,19 +102,7 @@ struct RequestJson {
   std::optional<double> threshold, strength;
 
   /// Throws InputError for anything that does not fit; an unknown key too, because a mistyped "policy" is no policy.
-  static RequestJson parse(const std::string& text) {
-    try {
-      std::istringstream source(text);
-      const Json data = decoding::parse_strictly(source);
-      return decode({data, "request"});
-    } catch (const Json::parse_error& err) {  // its own words quote the text's bytes
-      throw InputError("request: not readable as JSON (at byte " + std::to_string(err.byte) + ")");
-    } catch (const Json::exception& err) {
-      throw InputError(std::string("request: not readable as JSON (") + err.what() + ")");
-    } catch (const PackageError& err) {
-      throw InputError(err.what());
-    }
-  }
+  static RequestJson parse(const std::string& text) { return from_json(text, "request", decode); }
 
  private:
   static RequestJson decode(const decoding::Node& node) {
@@ -96,7 +115,8 @@ struct RequestJson {
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];
-    wishes.object({}, {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop"});
+    wishes.object(
+        {}, {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "speculate"});
     SamplingConfig& sampling = request.sampling;
     if (wishes.has("max_tokens")) sampling.max_tokens = wishes["max_tokens"].as_int();
     if (wishes.has("temperature")) sampling.temperature = wishes["temperature"].as_float();
@@ -105,6 +125,7 @@ struct RequestJson {
     if (wishes.has("repetition_penalty")) sampling.repetition_penalty = wishes["repetition_penalty"].as_float();
     if (wishes.has("seed")) sampling.seed = wishes["seed"].as_int();
     if (wishes.has("stop")) sampling.stop = wishes["stop"].list(decoding::as_string);
+    if (wishes.has("speculate")) sampling.speculate = wishes["speculate"].as_bool();
     return request;
   }
 

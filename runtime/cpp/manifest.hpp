@@ -53,6 +53,7 @@ struct GraphSpec {
   std::string file, sha256;
   std::vector<TensorSpec> inputs, outputs;
   std::optional<std::array<int64_t, 2>> layers;  ///< decoder halves: first layer, one past the last
+  std::string precision;                         ///< fp32, fp16, int8 or int4
 };
 
 struct DataFile {
@@ -310,13 +311,13 @@ inline TensorSpec tensor(const Node& node) {
 
 inline GraphSpec graph(const Node& node) {
   node.object({"file", "sha256", "inputs", "outputs", "layers", "precision"});
-  as_precision(node["precision"]);
   GraphSpec spec;
   spec.file = node["file"].as_string();
   spec.sha256 = node["sha256"].as_string();
   spec.inputs = node["inputs"].list(tensor);
   spec.outputs = node["outputs"].list(tensor);
   spec.layers = node["layers"].optional([](const Node& layers) { return layers.tuple<2>(as_int); });
+  spec.precision = as_precision(node["precision"]);
   return spec;
 }
 

@@ -22,6 +22,7 @@ struct SamplingConfig {
   double repetition_penalty = 1.0;  ///< > 1 divides (positive) or multiplies (negative) logits of tokens already there
   int64_t seed = 0;                 ///< same seed, same text
   std::vector<std::string> stop;    ///< end the answer before any of these strings
+  bool speculate = true;            ///< draft what the answer copies; changes what it costs, not what it says
 
   /// Throws InputError where a value is out of range.
   void check() const {

@@ -1,14 +1,16 @@
 // One ONNX graph in one onnxruntime session: the C++ side of runtime/subgraph.py and kv_cache.py. Every onnxruntime
 // option of the runtime is in this file.
 //
-// All sessions share one thread pool, and none of its threads spins: chained sessions that each keep their own threads
-// busy-waiting run three times slower (CONTRIBUTING.md).
+// Sessions are chained. A thread that sleeps between operators costs a third of decoding on an idle machine; one that
+// spins without end takes the cores from the next session and from other programs. So threads spin for microseconds and
+// only inside a run, where onnxruntime can bound it, and else not at all (measured, CONTRIBUTING.md).
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
 
 #include <array>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <initializer_list>
@@ -25,19 +27,58 @@
 
 namespace autosteer {
 
-/// onnxruntime with one pool of `threads` threads and one arena of memory for every session of the process, which grows
-/// by what is asked for. The process has one such environment: where one exists already, its pool serves this engine
-/// too, and `threads` is its maker's.
-inline Ort::Env make_environment(int threads) {
-  Ort::ThreadingOptions pool;
-  pool.SetGlobalIntraOpNumThreads(threads);
-  pool.SetGlobalInterOpNumThreads(1);
-  pool.SetGlobalSpinControl(0);
-  Ort::Env environment(pool, ORT_LOGGING_LEVEL_ERROR, "autosteer");
-  const Ort::ArenaCfg arena(0, /*kSameAsRequested*/ 1, -1, -1);
-  environment.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
-  return environment;
+constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
+
+/// Whether an onnxruntime can bound how long threads spin: the version that runs, not the headers'.
+inline bool can_bound_spinning(const char* version = OrtGetApiBase()->GetVersionString()) {
+  int major = 0, minor = 0;
+  std::sscanf(version, "%d.%d", &major, &minor);
+  return std::pair(major, minor) >= std::pair(1, 26);
 }
+
+/// onnxruntime, as every session of an engine uses it: `threads` threads, and one arena of memory for every session of
+/// the process, which grows by what is asked for.
+///
+/// Where spinning cannot be bounded, all sessions of the process share one pool whose threads do not spin. The process
+/// has one such environment: where one exists already, its pool serves this engine too, and `threads` is its maker's.
+class Environment {
+ public:
+  explicit Environment(int threads) : threads_(threads), environment_(make(threads)) {
+    const Ort::ArenaCfg arena(0, /*kSameAsRequested*/ 1, -1, -1);
+    environment_.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
+  }
+
+  /// Throws Ort::Exception where onnxruntime cannot load the graph.
+  Ort::Session load(const fs::path& graph) const {
+    Ort::SessionOptions options;
+    if (can_bound_spinning()) {
+      options.SetIntraOpNumThreads(threads_);
+      options.SetInterOpNumThreads(1);
+      options.AddConfigEntry("session.intra_op.allow_spinning", "1");
+      options.AddConfigEntry("session.intra_op.spin_duration_us", std::to_string(kSpinUs).c_str());
+      options.AddConfigEntry("session.force_spinning_stop", "1");  // the next session has the cores
+    } else {
+      options.DisablePerSessionThreads();
+    }
+    options.DisableMemPattern();  // it reserves each input length's activations in one piece
+    options.AddConfigEntry("session.use_env_allocators", "1");
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    return {environment_, graph.c_str(), options};
+  }
+
+ private:
+  static Ort::Env make(int threads) {
+    if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+    Ort::ThreadingOptions pool;
+    pool.SetGlobalIntraOpNumThreads(threads);
+    pool.SetGlobalInterOpNumThreads(1);
+    pool.SetGlobalSpinControl(0);
+    return {pool, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+  }
+
+  int threads_;
+  Ort::Env environment_;
+};
 
 /// An array of T on the CPU and onnxruntime's view of it. Zero pages that nobody writes cost no memory.
 template <class T>
@@ -86,14 +127,9 @@ class Tensor {
 class Subgraph {
  public:
   /// Throws PackageError where `path` is no usable graph, or its inputs and outputs are not the manifest's.
-  Subgraph(const Ort::Env& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
-    Ort::SessionOptions options;
-    options.DisablePerSessionThreads();
-    options.DisableMemPattern();
-    options.AddConfigEntry("session.use_env_allocators", "1");
-    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+  Subgraph(const Environment& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
     try {
-      session_ = Ort::Session(environment, path.c_str(), options);
+      session_ = environment.load(path);
     } catch (const Ort::Exception& err) {
       const std::string what = err.what();
       throw PackageError(path.string() + ": onnxruntime cannot load it (" + what.substr(0, what.find('\n')) + ")");
@@ -113,13 +149,16 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input; outputs in the graph's order.
+  /// Run a graph of one input; outputs in the graph's order. What the arena then holds unused goes back: images take
+  /// the most, and their graph may not run again.
   std::vector<Ort::Value> run(const Ort::Value& input) const {
     if (inputs_.size() != 1) throw PackageError(path_.string() + ": expected one input");
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    return session_.Run(Ort::RunOptions{nullptr}, &name, &input, 1, outputs.data(), outputs.size());
+    Ort::RunOptions shrinking;
+    shrinking.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
+    return session_.Run(shrinking, &name, &input, 1, outputs.data(), outputs.size());
   }
 
   Ort::Session& session() const { return session_; }

@@ -89,9 +89,13 @@ Json frames(const Json& command) {
   return names;
 }
 
-/// {"file": picture, "spec": manifest's image, "alone": bool, "out": file} -> number of tiles
+/// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}
+/// -> number of tiles
 Json prepare(const Json& command) {
-  const autosteer::Rows pixel_values = autosteer::prepare(picture(command), spec(command), command.at("alone"));
+  std::optional<int64_t> most;
+  if (!command.at("max_tiles").is_null()) most = command.at("max_tiles").get<int64_t>();
+  const autosteer::ImageSpec fitting = autosteer::at_most(spec(command), most);
+  const autosteer::Rows pixel_values = autosteer::prepare(picture(command), fitting, command.at("alone"));
   write(command, pixel_values.data);
   return pixel_values.count();
 }
@@ -104,6 +108,28 @@ Json pack(const Json& command) {
                       command.at("height"), command.at("width"), spec(command));
   write(command, rows.data);
   return rows.count();
+}
+
+/// {"prompt": [id, ...], "answer": [id, ...], "row_cost", "limit"} -> what is drafted before each token of the answer,
+/// and behind it
+Json draft(const Json& command) {
+  autosteer::Drafter drafter(command.at("prompt").get<std::vector<int64_t>>(), command.at("row_cost"));
+  Json drafts = {drafter.draft(command.at("limit"))};
+  for (const auto& token : command.at("answer")) {
+    drafter.push(token);
+    drafts.push_back(drafter.draft(command.at("limit")));
+  }
+  return drafts;
+}
+
+/// {"versions": [text, ...]} -> [whether an onnxruntime of that version can bound spinning, ..., whether this one can]
+Json spinning(const Json& command) {
+  Json can = Json::array();
+  for (const auto& version : command.at("versions")) {
+    can.push_back(autosteer::can_bound_spinning(version.get<std::string>().c_str()));
+  }
+  can.push_back(autosteer::can_bound_spinning());
+  return can;
 }
 
 /// {"p_unsafe": number, "nan" or null, "mode", "threshold"} -> [unsafe, action]
@@ -132,7 +158,8 @@ int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
       {"answer", answer}, {"encode", encode},   {"decode", decode}, {"open", open},
       {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate},
-      {"frames", frames}, {"squeeze", squeeze}};
+      {"frames", frames}, {"squeeze", squeeze}, {"draft", draft},
+      {"spinning", spinning}};
   for (std::string line; std::getline(std::cin, line);) {
     try {
       const Json command = Json::parse(line);

@@ -1,0 +1,270 @@
+// One answer's state, from the gate to the last token: the C++ side of runtime/request.py.
+//
+//     judge    decoder_lower over the prompt, the prober, the decision
+//     begin    decoder_upper over the prompt, then the head: logits of the first answer token
+//     verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
+//
+// Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "errors.hpp"
+#include "gate.hpp"
+#include "image.hpp"
+#include "manifest.hpp"
+#include "speculate.hpp"
+#include "subgraph.hpp"
+
+namespace autosteer {
+
+constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
+
+using Graphs = std::map<std::string, Subgraph>;
+using Log = std::function<void(const std::string& line)>;
+
+/// Wall time since it was made.
+class Clock {
+ public:
+  double ms() const {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+/// What an answer cost. Milliseconds are wall time; `upper_ms` is absent where decoder_upper never ran.
+struct Stats {
+  std::string device = "CPUExecutionProvider";
+  int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
+  int64_t reused_tokens = 0;    ///< 0: only Python's conversations reuse
+  int64_t drafted_tokens = 0;   ///< fed before they were sampled
+  int64_t accepted_tokens = 0;  ///< of those: sampled, too
+  double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
+  std::optional<double> upper_ms;
+  double ttft_ms = 0;    ///< from the call to the first chunk
+  double decode_ms = 0;  ///< passes after the first token
+
+  /// Tokens per second after the first one; nothing for answers of one token.
+  std::optional<double> decode_tok_s() const {
+    const auto steps = static_cast<double>(completion_tokens - 1);
+    return steps > 0 && decode_ms > 0 ? std::optional(1000 * steps / decode_ms) : std::nullopt;
+  }
+};
+
+/// A dialogue ready for the decoder.
+struct Prompt {
+  Rows inputs_embeds;              // (S, D)
+  std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
+  std::vector<int64_t> probed;     // rows whose mean the prober reads; none where the prompt is too short
+};
+
+/// One answer in the making. One thread at a time; what it is given must outlive it.
+class Request {
+ public:
+  const int64_t max_tokens;
+
+  /// Buffers for `prompt` and an answer of `max_tokens`, which together fit the context.
+  Request(const Manifest& manifest, const Graphs& graphs, const Log& log, Prompt prompt, int64_t max_tokens,
+          Stats& stats)
+      : max_tokens(max_tokens),
+        manifest_(manifest),
+        graphs_(graphs),
+        log_(log),
+        stats_(stats),
+        embeds_(std::move(prompt.inputs_embeds)),
+        probed_(std::move(prompt.probed)),
+        length_(embeds_.count()),
+        capacity_(length_ + max_tokens),
+        lower_(manifest.graphs.at("decoder_lower"), manifest.dims, capacity_),
+        upper_(manifest.graphs.at("decoder_upper"), manifest.dims, capacity_),
+        logits_({1, 1 + Drafter::kMost, manifest.dims.vocab_size}) {
+    stats.kv_bytes = lower_.bytes + upper_.bytes;
+  }
+
+  /// Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception.
+  Verdict judge(const GatePolicy& policy) {
+    const Clock lower_clock;
+    for (int64_t first = 0; first < length_; first += kPrefillChunk) {
+      const int64_t rows = std::min(kPrefillChunk, length_ - first);
+      const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, rows, width()});
+      hidden_.emplace_back(std::vector<int64_t>{1, rows, width()});
+      set_total(first + rows);
+      lower({"inputs_embeds", &embeds}, {"hidden_states", &hidden_.back().value()})();
+    }
+    embeds_ = {};
+    stats_.lower_ms = lower_clock.ms();
+    const Clock gate_clock;
+    std::optional<double> p_unsafe;
+    if (policy.mode != Mode::off) p_unsafe = probe();
+    const Verdict verdict = decide(p_unsafe, policy, manifest_.split_layer);
+    stats_.gate_ms = gate_clock.ms();
+    return verdict;
+  }
+
+  /// Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.
+  /// They are valid until the next pass.
+  const float* begin(double strength) {
+    const Clock clock;
+    *strength_.data() = static_cast<float>(strength);
+    Pass& single = pass(1);
+    int64_t done = 0;
+    for (const auto& hidden : hidden_) {
+      done += hidden.shape()[1];
+      set_total(done);
+      upper({"hidden_states", &hidden.value()}, single)();
+    }
+    hidden_.clear();
+    stats_.upper_ms = clock.ms();
+    for (Call& call : single.head) call();
+    return logits_.data();
+  }
+
+  /// Feed a token that was sampled and drafts (R in all): logits (R, V) of what follows each of them, valid until the
+  /// next pass. Row i holds if tokens[1..i] come true: say so by `accept`, i times, or by feeding others over them.
+  const float* verify(const std::vector<int64_t>& tokens) {
+    const auto rows = static_cast<int64_t>(tokens.size());
+    const int64_t room = std::min(capacity_ - length_, logits_.shape()[1]);
+    if (rows > room) {
+      throw std::logic_error("Request::verify: " + std::to_string(rows) + " tokens, and room for " +
+                             std::to_string(room));
+    }
+    Pass& all = pass(rows);
+    set_total(length_ + rows);
+    std::copy(tokens.begin(), tokens.end(), all.token_ids.data());
+    for (Call& call : all.body) call();
+    for (Call& call : all.head) call();
+    ++length_;
+    return logits_.data();
+  }
+
+  /// The next token of those that `verify` was given came true.
+  void accept() { ++length_; }
+
+ private:
+  using Binding = std::pair<std::string, const Ort::Value*>;
+
+  /// The whole decoder on R tokens, every buffer bound once.
+  struct Pass {
+    Pass(int64_t rows, const Dims& dims)
+        : token_ids({1, rows}),
+          num_logits({1}, {rows}),
+          embeds({1, rows, dims.hidden_size}),
+          hidden({1, rows, dims.hidden_size}),
+          last({1, rows, dims.hidden_size}),
+          steered({1, rows, dims.hidden_size}) {}
+
+    Tensor<int64_t> token_ids, num_logits;
+    Tensor<float> embeds, hidden, last, steered;
+    std::vector<Call> body, head;  // token_ids -> last; last -> logits
+  };
+
+  /// The pass for `rows` tokens. `strength_` is set before the first.
+  Pass& pass(int64_t rows) {
+    const auto [found, is_new] = passes_.try_emplace(rows, rows, manifest_.dims);
+    Pass& p = found->second;
+    if (!is_new) return p;
+    p.body.push_back(
+        call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
+    p.body.push_back(lower({"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
+    p.body.push_back(upper({"hidden_states", &p.hidden.value()}, p));
+    const Ort::Value* projected = &p.last.value();
+    if (*strength_.data() != 0.0F) {  // at strength 0 the Refusal Head changes nothing and is left out
+      projected = &p.steered.value();
+      p.head.push_back(call("refusal_head", {{"last_hidden_state", &p.last.value()}, {"strength", &strength_.value()}},
+                            {{"steered_hidden_state", projected}}));
+    }
+    const Ort::Value logits = Tensor<float>::view(logits_.data(), {1, rows, manifest_.dims.vocab_size});
+    p.head.push_back(call("lm_head", {{"last_hidden_state", projected}}, {{"logits", &logits}}));
+    return p;
+  }
+
+  /// What the prober says, and NaN where it says nothing: whatever went wrong, the prompt was not shown to be safe.
+  double probe() const {
+    std::string reason = "unknown";
+    try {
+      const Subgraph& prober = graphs_.at("prober");
+      const std::vector<float> row = probed_row();
+      const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
+      return static_cast<double>(*floats(outputs.at(0), 1, prober));
+    } catch (const std::exception& err) {
+      reason = err.what();
+    } catch (...) {
+    }
+    if (log_) log_("the prober failed; the prompt counts as unsafe (" + reason + ")");
+    return std::nan("");
+  }
+
+  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
+  std::vector<float> probed_row() const {
+    if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
+    std::vector<double> sum(static_cast<size_t>(width()), 0.0);
+    for (const int64_t at : probed_) {
+      const float* row = hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
+    }
+    std::vector<float> mean;
+    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(probed_.size())));
+    return mean;
+  }
+
+  Call call(const char* graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
+    return {graphs_.at(graph), inputs, outputs};
+  }
+
+  Call lower(Binding in, Binding out) const {
+    return half("decoder_lower", lower_, std::move(in), std::move(out));
+  }
+
+  /// As many of decoder_upper's rows as `pass` has, the last ones.
+  Call upper(Binding in, const Pass& pass) const {
+    return half("decoder_upper", upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
+                {{"num_logits", &pass.num_logits.value()}});
+  }
+
+  /// A decoder half on its caches.
+  Call half(const char* graph, const KVCache& cache, Binding in, Binding out, const Call::Bound& more = {}) const {
+    Call::Bound inputs = cache.past, outputs = cache.present;
+    inputs.insert(inputs.end(),
+                  {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(), more.begin(), more.end());
+    outputs.push_back(std::move(out));
+    return call(graph, inputs, outputs);
+  }
+
+  /// How many rows the caches hold once the next graph has run.
+  void set_total(int64_t total) {
+    *seqlens_k_.data() = static_cast<int32_t>(total - 1);
+    *total_.data() = static_cast<int32_t>(total);
+  }
+
+  int64_t width() const { return manifest_.dims.hidden_size; }
+
+  const Manifest& manifest_;
+  const Graphs& graphs_;
+  const Log& log_;
+  Stats& stats_;
+  Rows embeds_;
+  std::vector<int64_t> probed_;
+  int64_t length_, capacity_;  // rows in the caches that count; that fit
+  KVCache lower_, upper_;
+  Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
+  Tensor<float> strength_{{1}};
+  Tensor<float> logits_;               // every pass's: the rows of a long draft are megabytes
+  std::vector<Tensor<float>> hidden_;  // decoder_lower's output, chunk by chunk
+  std::map<int64_t, Pass> passes_;     // by rows
+};
+
+}  // namespace autosteer
