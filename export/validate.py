@@ -28,7 +28,7 @@ from PIL import Image
 
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Action, Mode, Verdict, is_safe
-from autosteer.runtime.image import normalise, open_image, prepare
+from autosteer.runtime.image import cut, normalise, open_image, prepare
 from autosteer.runtime.manifest import Check, Golden, Manifest
 from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.subgraph import find_device
@@ -225,8 +225,8 @@ def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None
     tokens = None
     if spec is not None and "image_tokenizer" in engine.graphs and case.images:
         alone = len(case.images) == 1
-        tokens = [engine.tokenize_image(prepare(open_image(image), spec, alone=alone)) for image in case.images]
-    return engine.prepare(case.messages, Stats()), tokens
+        tokens = [engine.encoder.tokenize(cut(open_image(image), spec, alone=alone)[0]) for image in case.images]
+    return engine.encoder.prepare(case.messages, Stats()), tokens
 
 
 def _answer(engine: Engine, prompt: Prompt, strength: float, tokens: int, *, chunks: int = 1) -> Answered:

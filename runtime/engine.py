@@ -20,38 +20,32 @@ All state belongs to a request or a conversation (request.py, conversation.py). 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from . import image as images_
-from . import video as videos_
 from .conversation import Conversation
+from .encode import PromptEncoder
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
 from .huge_pages import huge_pages
-from .image import ImageLike
+from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
-from .request import PREFILL_CHUNK, Float, Key, Prompt, Request, Stats
+from .request import PREFILL_CHUNK, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
 from .subgraph import Device, DeviceName, Subgraph, find_device
-from .text import IMAGE, VIDEO, Detokeniser, Message, load_tokenizer, opening_tokens, render
+from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "refused"]
-T = TypeVar("T", bound=np.generic)
-TILES_PER_RUN = 4  # bounds the image graph's activations
 
 
 @dataclass(frozen=True)
@@ -94,12 +88,13 @@ class Engine:
         """
         self.manifest = manifest
         self.device = device
-        self.image = manifest.image and images_.at_most(manifest.image, max_tiles)
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
         self._folder, self._load = folder, load
         names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # first what takes most while it loads
         specs = {n: manifest.graphs[n] for n in names if not (low_memory and n in IMAGE_GRAPHS)}
         self.graphs = {name: load(folder / spec.file, spec, device) for name, spec in specs.items()}
+        image = manifest.image and at_most(manifest.image, max_tiles)
+        self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
         if manifest.guarded:
             self._check_refusal_head()
 
@@ -220,7 +215,7 @@ class Engine:
         policy = policy or self.policy()
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")
-        prepared = self.prepare(messages, stats, conversation)
+        prepared = self.encoder.prepare(messages, stats, conversation)
         yield from self.answer(prepared, sampling or SamplingConfig(), policy, stats, start, conversation)
 
     def answer(
@@ -289,140 +284,13 @@ class Engine:
                 logits, row = request.verify([token, *draft]), 0
             stats.decode_ms += _ms_since(before)
 
-    def prepare(self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None) -> Prompt:
-        """Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows."""
-        pictures = [images_.open_image(picture) for message in messages for picture in message.images]
-        if pictures and self.manifest.image is None:
-            raise InputError("this model takes no images")
-        self._check_videos(messages)
-        runs = render(messages, self.manifest.prompt, self.tokenizer)
-        before = time.perf_counter()
-        videos = [self._tiles(frames) for message in messages for frames in message.videos]
-        alone = len(pictures) == 1
-        digests = [images_.digest(picture, alone=alone) for picture in pictures]
-        video_digests = [images_.digest(video, alone=False) for video in videos]
-        encoders = {
-            **{d: functools.partial(self.encode_image, p, alone=alone) for d, p in zip(digests, pictures, strict=True)},
-            **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
-        }
-        encoded = self._encode(encoders, stats, conversation)
-        stats.vision_ms = _ms_since(before)
-        earlier = digests[: sum(len(message.images) for message in messages[:-1])]
-        framing = sum(len(part) for digest in earlier for part in encoded[digest] if isinstance(part, list))
-        before = time.perf_counter()
-        rows: list[Float] = []
-        keys: list[Key] = []
-        token_ids: list[int] = []
-        slots = {IMAGE: iter(digests), VIDEO: iter(video_digests)}
-        for run in runs:
-            digest = b"" if isinstance(run, list) else next(slots[run])
-            row = itertools.count()
-            for part in [run] if isinstance(run, list) else encoded[digest]:
-                if isinstance(part, list):
-                    rows.append(self.embed(part))
-                    keys += part
-                    token_ids += part
-                else:
-                    rows.append(part)
-                    keys += [(digest, next(row)) for _ in part]
-        embeds = np.concatenate(rows)[None]
-        stats.embed_ms = _ms_since(before)
-        stats.prompt_tokens = embeds.shape[1]
-        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, keys, framing))
-
-    def _probed_rows(self, messages: Sequence[Message], keys: Sequence[Key], framing: int) -> list[int]:
-        """The rows of a prompt that the prober reads. Pictures are not in a mean: their many rows would drown
-        the text, whose rows have seen them. `framing` token ids frame the pictures of earlier turns.
-        """
-        prober = self.manifest.prober
-        last = len(keys) + (prober.token_offset if prober else -1)
-        if prober is None or prober.pooling == "last":
-            return [last] if last >= 0 else []
-        text = [row for row, key in enumerate(keys) if isinstance(key, int)]
-        before = opening_tokens(messages, self.manifest.prompt, self.tokenizer) + framing
-        return [row for row in text[before:] if row <= last]
-
-    def _check_videos(self, messages: Sequence[Message]) -> None:
-        """Raise InputError for videos that this model cannot take, before anything is computed of them."""
-        videos = [frames for message in messages for frames in message.videos]
-        if not videos:
-            return
-        if self.manifest.video is None:
-            raise InputError("this model takes no videos")
-        if not all(videos):
-            raise InputError("a video has no frames")
-        rows = sum(len(frames) * self.manifest.video.pooled_side**2 + 1 for frames in videos)
-        if rows >= self.manifest.dims.context_length:
-            raise InputError(
-                f"the video takes {rows} tokens ({sum(map(len, videos))} frames); "
-                f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
-            )
-
-    def _encode(
-        self,
-        encoders: Mapping[bytes, Callable[..., images_.Runs]],
-        stats: Stats,
-        conversation: Conversation | None,
-    ) -> dict[bytes, images_.Runs]:
-        """What the encoders make of pictures and videos, by digest: once in a conversation."""
-        known = conversation.images if conversation else {}
-        encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
-        if conversation:
-            conversation.images = encoded
-        return encoded
-
-    def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
-        """One image (H, W, 3) uint8 -> what stands for it in the prompt: its rows (n, D), and token ids between."""
-        spec = self.image
-        assert spec is not None
-        tiles, grid = images_.cut(picture, spec, alone=alone)
-        pixel_values = images_.normalise(tiles, spec)
-        if "image_tokenizer" in self.manifest.graphs:
-            rows = [self.embed(self.tokenize_image(pixel_values))]
-        else:
-            outputs = list(self._encode_tiles("vision_encoder", _batches(pixel_values)))
-            rows = [tile for out in outputs for tile in out[0]]
-            if spec.anyres:
-                rows = [images_.pack(np.stack(rows), outputs[0][1], (picture.shape[0], picture.shape[1]), spec)]
-        stats.image_tiles += len(tiles)
-        return images_.lay_out(rows, grid, spec)
-
-    def _tiles(self, frames: Sequence[ImageLike]) -> images_.Uint8:
-        """The frames of a video -> (frames, tile_size, tile_size, 3) uint8."""
-        assert self.image is not None
-        return videos_.tiles(frames, self.image.tile_size)
-
-    def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
-        """A video's tiles (frames, tile_size, tile_size, 3) -> its rows (n, D), in memory that grows by them only."""
-        spec = self.manifest.video
-        assert spec is not None
-        batches = (images_.normalise(list(tiles), spec) for tiles in _batches(frames))
-        rows: list[Float] = []
-        for features, newline in self._encode_tiles("vision_encoder", batches):
-            rows[-1:] = [videos_.pool(features, spec.pooled_side), newline[None]]  # one newline, at the very end
-        stats.image_tiles += len(frames)
-        return [np.concatenate(rows)]
-
-    def tokenize_image(self, pixel_values: Float) -> list[int]:
-        """pixel_values (tiles, 3, size, size) of one image -> its token ids, in order."""
-        ids = np.concatenate([out[0] for out in self._encode_tiles("image_tokenizer", _batches(pixel_values))])
-        return [int(i) for i in ids.ravel()]
-
-    def _encode_tiles(self, graph: str, batches: Iterable[Float]) -> Iterator[list[npt.NDArray[Any]]]:
-        """Outputs of an image graph for each of `batches` of pixel_values."""
-        loaded = self.graphs.get(graph) or self._load_again(graph)
-        return (loaded.run({"pixel_values": batch}) for batch in batches)
-
-    def _load_again(self, graph: str) -> Subgraph:
-        """A graph that was left out to save memory; its files are checked as if for the first time."""
-        spec = self.manifest.graphs[graph]
+    def _graph(self, name: str) -> Subgraph:
+        """A graph by name. What was left out to save memory is loaded, its files checked as if for the first time."""
+        if name in self.graphs:
+            return self.graphs[name]
+        spec = self.manifest.graphs[name]
         with self.manifest.verifying(self._folder):
             return self._load(self._folder / spec.file, spec, self.device)
-
-    def embed(self, token_ids: list[int]) -> Float:
-        """Token ids (n,) -> their rows (n, D)."""
-        rows: Float = self.graphs["embed_tokens"].run({"input_ids": np.array([token_ids], np.int64)})[0][0]
-        return rows
 
     def request(
         self,
@@ -439,11 +307,6 @@ class Engine:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
         computed = conversation.take() if conversation else None
         return Request(self, prompt, min(max_tokens, context - length), stats, chunk=chunk, computed=computed)
-
-
-def _batches(tiles: npt.NDArray[T]) -> Iterator[npt.NDArray[T]]:
-    """Tiles (n, ...), a few at a time."""
-    return (tiles[i : i + TILES_PER_RUN] for i in range(0, len(tiles), TILES_PER_RUN))
 
 
 def _ms_since(start: float) -> float:

@@ -27,7 +27,7 @@ from autosteer.export.vision import VQTokenizer
 from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.image import cut, normalise, open_image
 from autosteer.runtime.manifest import FrameSpec, Piece
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
@@ -150,9 +150,9 @@ def test_image_tokens_equal_hugging_faces_for_images_of_odd_sizes(variant: str) 
     for seed in range(50):
         image = picture(seed)
         pixels = theirs.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        ours = prepare(open_image(image), e.manifest.image, alone=True)
-        np.testing.assert_array_equal(ours, pixels.numpy())
-        ids = e.tokenize_image(ours)
+        tiles, _ = cut(open_image(image), e.manifest.image, alone=True)
+        np.testing.assert_array_equal(normalise(tiles, e.manifest.image), pixels.numpy())
+        ids = e.encoder.tokenize(tiles)
         assert ids == theirs.image_tokens(pixels)[0], image.size
         seen |= set(ids)
     assert len(seen) > CODES / 2  # the pictures do not all say the same
@@ -245,9 +245,9 @@ def test_a_transparent_picture_lies_on_white_as_in_hugging_face() -> None:
     e, theirs = engine("plain"), reference("plain")
     pixels = theirs.processor.image_processor(image, return_tensors="pt")["pixel_values"]
     assert e.manifest.image is not None
-    ours = prepare(open_image(image), e.manifest.image, alone=True)
-    np.testing.assert_array_equal(ours, pixels.numpy())
-    assert e.tokenize_image(ours) == theirs.image_tokens(pixels)[0]
+    tiles, _ = cut(open_image(image), e.manifest.image, alone=True)
+    np.testing.assert_array_equal(normalise(tiles, e.manifest.image), pixels.numpy())
+    assert e.encoder.tokenize(tiles) == theirs.image_tokens(pixels)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -20,7 +20,7 @@ def of(tokens: int = 8, **more: object) -> SamplingConfig:
 
 def first_logits(engine: Engine, turns: list[Message], conversation: Conversation | None) -> tuple[np.ndarray, ...]:
     """(the row the prober reads, logits of the first token); the conversation is left as after that token."""
-    asked = engine.request(engine.prepare(turns, Stats()), 1, Stats(), conversation=conversation)
+    asked = engine.request(engine.encoder.prepare(turns, Stats()), 1, Stats(), conversation=conversation)
     asked.judge(engine.policy("off"))
     out = asked.probed_row().copy(), asked.begin(0.0).copy()
     if conversation:

@@ -239,7 +239,7 @@ def test_prober_reads_the_last_turn_of_a_dialogue(engine):
 @given(length=st.integers(1, 40), chunk=st.integers(1, 45))
 @settings(max_examples=40, deadline=None)
 def test_prober_reads_the_same_word_whatever_the_prefill_chunk(engine, length, chunk):
-    prompt = engine.prepare([Message.user(" ".join(["red"] * (length - 1) + ["bad"]))], Stats())
+    prompt = engine.encoder.prepare([Message.user(" ".join(["red"] * (length - 1) + ["bad"]))], Stats())
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
     assert request.judge(engine.policy()).p_unsafe == np.float32(0.9)
     assert int(np.argmax(request.probed_row())) == toy.ID["bad"]
@@ -250,8 +250,8 @@ def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
     0.1 of that row let the prompt pass.
     """
     prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
-    own_engine.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
-    prompt = own_engine.prepare([Message.user("red")], Stats())  # 4 tokens
+    own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
+    prompt = own_engine.encoder.prepare([Message.user("red")], Stats())  # 4 tokens
     for chunk in range(1, 6):
         verdict = own_engine.request(prompt, 1, Stats(), chunk=chunk).judge(own_engine.policy())
         assert verdict.unsafe and math.isnan(verdict.p_unsafe)
@@ -260,7 +260,7 @@ def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
 def pooled(engine: Engine) -> Engine:
     """The engine, its prober reading the mean of the last turn."""
     prober = dataclasses.replace(engine.manifest.prober, pooling="mean")
-    engine.manifest = dataclasses.replace(engine.manifest, prober=prober)
+    engine.manifest = engine.encoder.manifest = dataclasses.replace(engine.manifest, prober=prober)
     return engine
 
 
@@ -269,7 +269,7 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
     """Earlier turns, the turn's header and the generation prompt are not in it; the end of the turn is."""
     engine = pooled(own_engine)
     turns = [Message.user("red tick"), Message.assistant("green"), Message.user("orange bad tock")]
-    prompt = engine.prepare(turns, Stats())
+    prompt = engine.encoder.prepare(turns, Stats())
     names = [toy.VOCABULARY[i] for i in prompt.token_ids]
     first = len(names) - 1 - names[::-1].index("orange")
     assert names[prompt.probed[0] : prompt.probed[-1] + 1][:3] == ["orange", "bad", "tock"]
@@ -282,7 +282,7 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
 
 def test_pictures_rows_are_not_in_the_mean(own_engine):
     engine = pooled(own_engine)
-    prompt = engine.prepare([Message.user("hello world", [picture(255, 0, 0)])], Stats())
+    prompt = engine.encoder.prepare([Message.user("hello world", [picture(255, 0, 0)])], Stats())
     assert len(prompt.keys) > len(prompt.token_ids)
     assert [prompt.keys[row] for row in prompt.probed][:2] == [toy.ID["hello"], toy.ID["world"]]
 
@@ -290,7 +290,7 @@ def test_pictures_rows_are_not_in_the_mean(own_engine):
 def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
     """It reaches the prober's input whichever row it stands in, and a real prober makes NaN of that."""
     engine = pooled(own_engine)
-    prompt = engine.prepare([Message.user("red red red")], Stats())
+    prompt = engine.encoder.prepare([Message.user("red red red")], Stats())
     assert not engine.request(prompt, 1, Stats()).judge(engine.policy()).unsafe
     monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
     for row in prompt.probed:
@@ -328,7 +328,7 @@ def test_strength_zero_is_the_untouched_model_and_says_so(engine):
 @pytest.mark.parametrize("which", ["engine", "attentive"])
 def test_strength_zero_through_the_head_is_bit_for_bit_no_head(which, request):
     engine = request.getfixturevalue(which)
-    prompt = engine.prepare([Message.user("red tick bad")], Stats())
+    prompt = engine.encoder.prepare([Message.user("red tick bad")], Stats())
 
     def logits(*, through_head: bool) -> list[np.ndarray]:
         asked = engine.request(prompt, 4, Stats())
@@ -380,7 +380,7 @@ LONG = "red tick bad hello nan w1 w2 world plan refuse orange tock what look two
 
 
 def logits_of(engine: Engine, text: str, chunk: int, steps: tuple[int, ...] = ()) -> list[np.ndarray]:
-    prompt = engine.prepare([Message.user(text)], Stats())
+    prompt = engine.encoder.prepare([Message.user(text)], Stats())
     asked = engine.request(prompt, len(steps) + 1, Stats(), chunk=chunk)
     asked.judge(engine.policy("off"))
     return [asked.begin(0.0).copy(), *(asked.step(token).copy() for token in steps)]
@@ -406,14 +406,14 @@ def test_toy_logits_depend_on_every_token_and_its_place(attentive):
 
 def test_decoding_step_by_step_is_prefill_of_the_longer_prompt(attentive):
     """Feed the answer's tokens one at a time, then the same tokens as part of the prompt."""
-    prompt = attentive.prepare([Message.user("red tick bad")], Stats())
+    prompt = attentive.encoder.prepare([Message.user("red tick bad")], Stats())
     tokens = (4, 9, 17, 2, 30, 11)
     asked = attentive.request(prompt, len(tokens) + 1, Stats())
     asked.judge(attentive.policy("off"))
     asked.begin(0.0)
     for n, token in enumerate(tokens, 1):
         stepped = asked.step(token).copy()
-        embeds = np.concatenate([prompt.inputs_embeds, attentive.embed(list(tokens[:n]))[None]], axis=1)
+        embeds = np.concatenate([prompt.inputs_embeds, attentive.encoder.embed(list(tokens[:n]))[None]], axis=1)
         again = attentive.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats())
         again.judge(attentive.policy("off"))
         np.testing.assert_allclose(stepped, again.begin(0.0), rtol=0, atol=1e-4)
@@ -426,7 +426,7 @@ def test_caches_hold_prompt_and_answer_and_no_more(engine):
 
 
 def test_past_and_present_are_one_buffer_that_the_graph_fills_in_place(engine):
-    prompt = engine.prepare([Message.user("red tick")], Stats())
+    prompt = engine.encoder.prepare([Message.user("red tick")], Stats())
     asked = engine.request(prompt, 3, Stats())
     cache = asked._caches["decoder_lower"]
     asked.judge(engine.policy("off"))
@@ -445,7 +445,7 @@ def test_past_and_present_are_one_buffer_that_the_graph_fills_in_place(engine):
 
 def test_stepping_beyond_the_caches_is_refused(engine):
     """It would have written past the end of the buffers."""
-    prompt = engine.prepare([Message.user("tick")], Stats())
+    prompt = engine.encoder.prepare([Message.user("tick")], Stats())
     asked = engine.request(prompt, 2, Stats())
     asked.judge(engine.policy("off"))
     asked.begin(0.0)
@@ -457,7 +457,7 @@ def test_stepping_beyond_the_caches_is_refused(engine):
 
 def test_request_goes_judge_begin_step_and_no_other_way(engine):
     """`begin` without `judge` answered from uninitialised memory, and without the gate."""
-    asked = engine.request(engine.prepare([Message.user("tick")], Stats()), 2, Stats())
+    asked = engine.request(engine.encoder.prepare([Message.user("tick")], Stats()), 2, Stats())
     with pytest.raises(RuntimeError, match="begin before"):
         asked.begin(0.0)
     asked.judge(engine.policy("off"))
@@ -590,7 +590,7 @@ def test_image_takes_its_rows_of_the_context(engine):
 
 def test_several_images_take_one_tile_each_in_the_order_given(engine):
     red, blue = picture(255, 0, 0), picture(0, 0, 255)
-    prompt = engine.prepare([Message.user("look", [red, blue])], Stats())
+    prompt = engine.encoder.prepare([Message.user("look", [red, blue])], Stats())
     words = [int(row.argmax()) if row.any() else None for row in prompt.inputs_embeds[0]]
     assert words == [
         *ids("<begin> you:"),
@@ -607,7 +607,7 @@ def test_each_turn_gets_its_own_image(engine):
         Message.assistant("red"),
         Message.user("look", [picture(0, 0, 255)]),
     ]
-    rows = engine.prepare(turns, Stats()).inputs_embeds[0]
+    rows = engine.encoder.prepare(turns, Stats()).inputs_embeds[0]
     words = [int(row.argmax()) for row in rows if row.any()]
     assert words.index(toy.ID["red"]) < words.index(toy.ID["<end>"]) < words.index(toy.ID["bad"])
 

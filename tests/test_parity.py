@@ -99,7 +99,7 @@ def test_the_gated_answer_is_pytorchs_for_the_same_verdict() -> None:
 
 
 def probed(engine: Engine, row: Row) -> np.ndarray:
-    request = engine.request(engine.prepare(row.messages, Stats()), 1, Stats())
+    request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
     request.judge(engine.policy(Mode.OFF))
     return request.probed_row()[0]
 
@@ -123,7 +123,8 @@ def test_the_pooled_prober_reads_pytorchs_mean_of_the_last_turn() -> None:
     theirs, engine = reference(), Engine.load(demo_package("fp32"), device="cpu", threads=1)
     assert engine.manifest.prober is not None
     pooled = replace(engine.manifest, prober=replace(engine.manifest.prober, pooling="mean"))
-    engine.manifest, asked = pooled, Reference(theirs.model, theirs.processor, pooled, theirs.safety)
+    engine.manifest = engine.encoder.manifest = pooled
+    asked = Reference(theirs.model, theirs.processor, pooled, theirs.safety)
     dialogues = [row for row in held_out() if len(row.messages) > 1][:3]
     several = [row for row in with_images(held_out()) if sum(len(m.images) for m in row.messages) > 1][:3]
     assert dialogues and several
@@ -193,7 +194,7 @@ def test_chunked_prefill_equals_one_shot() -> None:
     for row in with_images(held_out())[:5]:
         logits = []
         for chunk in (1 << 20, 7, 1):
-            request = engine.request(engine.prepare(row.messages, Stats()), 1, Stats(), chunk=chunk)
+            request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats(), chunk=chunk)
             request.judge(engine.policy())
             logits.append(request.begin(0.0).copy())
         assert np.abs(logits[0] - logits[1]).max() <= 1e-4

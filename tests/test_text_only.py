@@ -86,5 +86,5 @@ def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package:
     manifest, engine = Manifest.load(tmp_path / "int4"), Engine.load(tmp_path / "int4", device="cpu", threads=1)
     packed = PackedWeights(tmp_path / "int4", manifest, open_checkpoint(str(package.parent / "checkpoint")))
     table = packed.tensor("model.embed_tokens.weight").numpy()
-    np.testing.assert_allclose(engine.embed(list(range(len(table)))), table, atol=1e-6)
+    np.testing.assert_allclose(engine.encoder.embed(list(range(len(table)))), table, atol=1e-6)
     assert 0.01 < packed.errors["model.embed_tokens.weight"] < 0.2

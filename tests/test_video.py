@@ -20,7 +20,7 @@ from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.validate import draw
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
-from autosteer.runtime.engine import TILES_PER_RUN
+from autosteer.runtime.encode import TILES_PER_RUN
 from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.image import normalise, open_image
 from autosteer.runtime.manifest import VideoSpec
@@ -89,7 +89,7 @@ def test_rows_equal_get_video_features(count: int) -> None:
     inputs = reference().inputs(Case((Message.user("x", videos=[video(count)]),), ()))
     with torch.no_grad():
         theirs = reference().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
-    (ours,) = engine.encode_video(tiles(video(count), 56), stats=Stats())
+    (ours,) = engine.encoder.encode_video(tiles(video(count), 56), stats=Stats())
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
@@ -118,7 +118,7 @@ def test_prompt_tokens_and_verdict_equal_hugging_faces(messages: tuple[Message, 
     inputs, theirs = reference().inputs(case), reference().run(case)
     placeholders = (reference().processor.image_token_id, reference().processor.video_token_id)
     expected = [-1 if i in placeholders else i for i in inputs["input_ids"][0].tolist()]
-    prompt = engine.prepare(messages, Stats())
+    prompt = engine.encoder.prepare(messages, Stats())
     assert [key if isinstance(key, int) else -1 for key in prompt.keys] == expected
     assert np.abs(prompt.inputs_embeds[0] - theirs.embeds).max() <= 1e-4 * np.abs(theirs.embeds).max()
     answer = engine.generate(messages, policy=engine.policy(Mode.MONITOR), sampling=SAMPLING)

@@ -140,7 +140,7 @@ class TinyFamily:
         e = Engine.load(folder, device="cpu", threads=1)
         for messages in (self.interleaved(0), self.interleaved(1)):
             inputs = theirs.inputs(Case(messages, ()))
-            request = e.request(e.prepare(messages, Stats()), 1, Stats())
+            request = e.request(e.encoder.prepare(messages, Stats()), 1, Stats())
             request.judge(e.policy(Mode.OFF))
             expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
             np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
@@ -168,6 +168,6 @@ class TinyFamily:
         with states.prompt_store(folder, [], theirs) as store:
             kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
             expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
-        request = e.request(e.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
+        request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
         request.judge(e.policy(Mode.OFF))
         np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())

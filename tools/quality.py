@@ -107,9 +107,9 @@ def answers(data: Path, tokenizer: Any, rows: int) -> Iterator[Sample]:
 
 def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
     """What a package says of a sample's targets (but the first, where it is given): all rows in one pass."""
-    known, given = engine.embed(sample.targets), 1
+    known, given = engine.encoder.embed(sample.targets), 1
     if sample.messages:
-        known = np.concatenate([engine.prepare(sample.messages, Stats()).inputs_embeds[0], known])
+        known = np.concatenate([engine.encoder.prepare(sample.messages, Stats()).inputs_embeds[0], known])
         given = 0
     rows = np.ascontiguousarray(known[None, :-1])
     length, foretold = rows.shape[1], len(sample.targets) - given

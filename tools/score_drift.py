@@ -82,7 +82,7 @@ def catching(p_unsafe: np.ndarray, count: int) -> float:
 
 def score(engine: Engine, row: Row) -> float:
     """p_unsafe of a prompt; the upper half never runs."""
-    request = engine.request(engine.prepare(row.messages, Stats()), 1, Stats())
+    request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
     return float(request.judge(engine.policy("monitor")).p_unsafe)
 
 
