@@ -14,6 +14,7 @@ from autosteer.runtime.errors import CheckError, InputError, PackageError
 from autosteer.runtime.manifest import MANIFEST_FILE, Check, Precision
 
 from .output import atomic_folder, check_output
+from .quantize import Target
 
 if TYPE_CHECKING:
     from .footprint import Footprint
@@ -78,6 +79,13 @@ REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
     type=click.Choice(["fp32", "fp16", "int8"]),
     help="Of the image graph. Default: as --precision; int8 at int4.",
 )
+@click.option(
+    "--target",
+    type=click.Choice(get_args(Target)),
+    default="cpu",
+    show_default=True,
+    help="What the package will run on. cuda: it computes in float16, and not in fp32 (docs/gpu.md).",
+)
 @click.option("--context-length", type=click.IntRange(min=16), help="Tokens a dialogue may take. Default: the model's.")
 @click.option("--revision", help="Commit, branch or tag on the hub.")
 @click.option("--force", is_flag=True, help="Replace --output if it exists.")
@@ -94,6 +102,7 @@ def export(
     block_size: str | None,
     head_bits: str | None,
     image_precision: str | None,
+    target: str,
     context_length: int | None,
     revision: str | None,
     force: bool,
@@ -139,6 +148,7 @@ def export(
             block_size=int(block_size) if block_size else None,
             head_bits=int(head_bits) if head_bits else None,
             image_precision=cast(Precision | None, image_precision),
+            target=cast(Target, target),
         )
         check_space(output, checkpoint, options.precision)
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:

@@ -92,13 +92,13 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
     """The embedding table: rows are gathered from the mapped file, so its size costs no memory."""
     ids = g.input("input_ids", "int64", (1, "sequence_length"))
     rows = g.embedding(ids, f"{f.module}.embed_tokens.weight", shape=(f.vocab, f.hidden), blocks=blocks)
-    g.output("inputs_embeds", rows, FLOAT32, (1, "sequence_length", f.hidden))
+    g.output("inputs_embeds", rows, g.dtype, (1, "sequence_length", f.hidden))
 
 
 def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
     """`layers` of the decoder. Where all rows have attended in the last layer, it goes on with the last ones."""
     source = "hidden_states" if layers.start else "inputs_embeds"
-    residual = g.input(source, FLOAT32, (1, "sequence_length", f.hidden))
+    residual = g.input(source, g.dtype, (1, "sequence_length", f.hidden))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
     rotary = _rotary(g, f)
     presents: list[tuple[str, ir.Value]] = []
@@ -106,7 +106,7 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
     cache_out = (1, f.kv_heads, "total_sequence_length", f.head_dim)
     branch: ir.Value | None = None  # what the previous layer adds to the residual stream
     for i in layers:
-        past = tuple(g.input(f"past_key_values.{i}.{kind}", FLOAT32, cache_in) for kind in ("key", "value"))
+        past = tuple(g.input(f"past_key_values.{i}.{kind}", g.dtype, cache_in) for kind in ("key", "value"))
         module = f"{f.module}.layers.{i}"
         x, residual = _enter(g, f, f"{module}.input_layernorm", residual, branch)
         attended, *present = _attention(g, f, f"{module}.self_attn", x, past, lengths, rotary, blocks)
@@ -120,17 +120,18 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
     assert branch is not None
     if layers.stop == f.layers:
         normed, _ = _norm(g, f, f"{f.module}.norm", residual, branch)
-        g.output("last_hidden_state", normed, FLOAT32, (1, "num_logits", f.hidden))
+        g.output("last_hidden_state", normed, g.dtype, (1, "num_logits", f.hidden))
     else:
-        g.output("hidden_states", g.op("Add", residual, branch), FLOAT32, (1, "sequence_length", f.hidden))
+        g.output("hidden_states", g.op("Add", residual, branch), g.dtype, (1, "sequence_length", f.hidden))
     for name, value in presents:
-        g.output(name, value, FLOAT32, cache_out)
+        g.output(name, value, g.dtype, cache_out)
 
 
 def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
     """The projection to the vocabulary; tokens that are never generated get the lowest logit there is."""
-    hidden = g.input("last_hidden_state", FLOAT32, (1, "num_logits", f.hidden))
+    hidden = g.input("last_hidden_state", g.dtype, (1, "num_logits", f.hidden))
     logits = g.linear(hidden, f.lm_head.removesuffix(".weight"), shape=(f.vocab, f.hidden), blocks=blocks)
+    logits = g.cast(logits, g.dtype, FLOAT32)
     if f.never_generated:
         mask = np.zeros(f.vocab, np.float32)
         mask[list(f.never_generated)] = np.finfo(np.float32).min
@@ -139,8 +140,12 @@ def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
 
 
 def _last_rows(g: GraphWriter, *values: ir.Value) -> tuple[ir.Value, ...]:
-    """The last `num_logits` rows of each (1, S, ...)."""
-    first = g.op("Neg", g.input("num_logits", "int64", (1,)))
+    """The last `num_logits` rows of each (1, S, ...).
+
+    Counted from the first row: where they begin is then computed on the CPU, which is where a Slice wants it. `Neg` is
+    computed on CUDA, where there is one, and every pass waits for it.
+    """
+    first = g.op("Sub", g.op("Shape", values[0], start=1, end=2), g.input("num_logits", "int64", (1,)))
     end, axis = (g.constant(name, np.array([at], np.int64)) for name, at in (("end", 2**63 - 1), ("axis", 1)))
     return tuple(g.op("Slice", value, first, end, axis) for value in values)
 
@@ -220,7 +225,7 @@ def _attention(
 
 def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads: int) -> ir.Value:
     """LayerNorm of each head of x (1, S, H * d) on its own, with its own scale and bias (H, d)."""
-    ones = g.constant("head_ones", np.ones(f.head_dim, np.float32))
+    ones = g.constant("head_ones", np.ones(f.head_dim, g.dtype))
     normed = g.op(
         "LayerNormalization",
         *(g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, f.head_dim], np.int64))), ones),
@@ -248,8 +253,9 @@ def _project(
 
 
 def _rotary(g: GraphWriter, f: DecoderFacts) -> tuple[ir.Value, ir.Value]:
-    """cos and sin tables (context, head_dim / 2), in float32 as HF computes them (Qwen2RotaryEmbedding)."""
+    """cos and sin tables (context, head_dim / 2), computed in float32 as HF does (Qwen2RotaryEmbedding)."""
     exponent = np.arange(0, f.head_dim, 2, dtype=np.float32) / np.float32(f.head_dim)
     frequency = (1.0 / np.float32(f.rope_theta) ** exponent).astype(np.float32)
     angle = np.arange(f.context, dtype=np.float32)[:, None] * frequency
-    return g.shared("cos_cache", np.cos(angle)), g.shared("sin_cache", np.sin(angle))
+    cos, sin = np.cos(angle).astype(g.dtype), np.sin(angle).astype(g.dtype)
+    return g.shared("cos_cache", cos), g.shared("sin_cache", sin)

@@ -1,7 +1,7 @@
-"""The gate's two graphs, each with its float32 weights inside its own file.
+"""The gate's two graphs, each with its float32 weights inside its own file. Both compute in float32.
 
-prober         hidden_states (1, D)                            -> p_unsafe (1,)
-refusal_head   last_hidden_state (1, R, D), strength (1,)      -> steered_hidden_state (1, R, D)
+prober         hidden_states (1, D) float32                    -> p_unsafe (1,)
+refusal_head   last_hidden_state (1, R, D), strength (1,)      -> steered_hidden_state (1, R, D), typed as the decoder's
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ def prober(g: GraphWriter, weights: dict[str, torch.Tensor]) -> None:
 def refusal_head(g: GraphWriter, steer_matrix: torch.Tensor) -> None:
     """h + strength * h W^T. Projected by lm_head this is the authors' h (E + strength E W)^T, ~10^5 times cheaper."""
     d = steer_matrix.shape[0]
-    hidden = g.input("last_hidden_state", FLOAT32, (1, "num_logits", d))
+    last = g.input("last_hidden_state", g.dtype, (1, "num_logits", d))
     strength = g.input("strength", FLOAT32, (1,))
     w = g.constant("steer_matrix", steer_matrix.float().numpy())
+    hidden = g.cast(last, g.dtype, FLOAT32)
     bent = g.op("Mul", g.op("FusedMatMul", hidden, w, domain=MICROSOFT, transB=1), strength)
-    g.output("steered_hidden_state", g.op("Add", hidden, bent), FLOAT32, (1, "num_logits", d))
+    steered = g.cast(g.op("Add", hidden, bent), FLOAT32, g.dtype)  # what overflows is infinite, and no sampler takes it
+    g.output("steered_hidden_state", steered, g.dtype, (1, "num_logits", d))

@@ -30,10 +30,11 @@ FLOAT32 = "float32"
 class GraphWriter:
     """An ONNX graph being written. Values are onnx_ir Values; shapes are given only where the outside needs them."""
 
-    def __init__(self, name: str, store: WeightStore, storage: str):
+    def __init__(self, name: str, store: WeightStore, storage: str, dtype: str = FLOAT32):
         self.name = name
         self.store = store
         self.storage = storage  # numpy dtype that unquantised matrices are stored in
+        self.dtype = dtype  # numpy dtype of activations: what the graph computes in
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -73,6 +74,10 @@ class GraphWriter:
                 value.name = ""
         return tuple(values[i] for i in used)
 
+    def cast(self, value: ir.Value, source: str, target: str) -> ir.Value:
+        """`value` of numpy dtype `source` as `target`; the value itself where they are equal."""
+        return value if source == target else self.op("Cast", value, to=ir.DataType.from_numpy(np.dtype(target)))
+
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         """A small array kept inside the graph file."""
         return self._weight(name, ir.tensor(array, name=name))
@@ -82,25 +87,23 @@ class GraphWriter:
         return self._weight(name, self.store.array(name, array))
 
     def vector(self, *names: str, shape: tuple[int, ...]) -> ir.Value:
-        """Checkpoint vectors (biases, norms), end to end, in float32 whatever matrices are stored as."""
-        return self._weight("+".join(names), self.store.matrix(names, FLOAT32, shape=shape))
+        """Checkpoint vectors (biases, norms), end to end, as activations are whatever matrices are stored as."""
+        return self._weight("+".join(names), self.store.matrix(names, self.dtype, shape=shape))
 
     def matrix(self, *names: str, shape: tuple[int, int]) -> ir.Value:
-        """Checkpoint matrices stacked along their rows, as a float32 value whatever they are stored as."""
+        """Checkpoint matrices stacked along their rows, as activations are whatever they are stored as."""
         value = self._weight("+".join(names), self.store.matrix(names, self.storage, shape=shape))
-        if self.storage == FLOAT32:
-            return value
-        return self.op("Cast", value, to=ir.DataType.FLOAT)  # folded when the session is created
+        return self.cast(value, self.storage, self.dtype)  # folded when the session is created
 
     def embedding(self, ids: ir.Value, name: str, *, shape: tuple[int, int], blocks: Blocks | None = None) -> ir.Value:
-        """Rows `ids` (1, S) of the checkpoint matrix `name` (V, D), in float32: (1, S, D).
+        """Rows `ids` (1, S) of the checkpoint matrix `name` (V, D): (1, S, D).
 
         The very bytes that `linear` uses for a tied lm_head. ORT: Gather; com.microsoft GatherBlockQuantized.
         """
         if blocks is None:
             rows = self.op("Gather", self._weight(name, self.store.matrix([name], self.storage, shape=shape)), ids)
-            return rows if self.storage == FLOAT32 else self.op("Cast", rows, to=ir.DataType.FLOAT)
-        parts = self.store.quantised([name], blocks, shape)
+            return self.cast(rows, self.storage, self.dtype)
+        parts = self.store.quantised([name], blocks, shape, self.dtype)
         codes = parts["codes"]
         flat = ir.ExternalTensor(
             *(codes.location, codes.offset, codes.length, codes.dtype),
@@ -132,7 +135,7 @@ class GraphWriter:
         if blocks is None:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
             return y if b is None else self.op("Add", y, b)
-        parts = self.store.quantised(names, blocks, shape)
+        parts = self.store.quantised(names, blocks, shape, self.dtype)
         stored = {part: self._weight(f"{'+'.join(names)}.{part}", tensor) for part, tensor in parts.items()}
         return self.op(
             "MatMulNBits",
@@ -142,7 +145,7 @@ class GraphWriter:
             N=n,
             bits=blocks.bits,
             block_size=blocks.size,
-            accuracy_level=4,  # int8 activations; anything else has no fast 8-bit kernel
+            accuracy_level=4,  # int8 activations; anything else has no fast 8-bit kernel. CUDA ignores it
         )
 
     def save(self, folder: Path, precision: Precision, layers: tuple[int, int] | None = None) -> GraphSpec:

@@ -29,9 +29,9 @@ from autosteer.runtime.manifest import (
 from . import decoder, prompt
 from . import gate as gate_graphs
 from .checkpoint import Checkpoint, end_token_ids, load_processor
-from .graph import FLOAT32, GraphWriter
+from .graph import GraphWriter
 from .importance import decoder_importance, sample_rows
-from .quantize import Recipe, recipe
+from .quantize import Recipe, Target, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
 from .weights import WEIGHTS_FILE, Advance, WeightStore
@@ -49,6 +49,7 @@ class ExportOptions:
     block_size: int | None = None  # None: the precision's
     head_bits: int | None = None  # of lm_head and embed_tokens; None: the precision's
     image_precision: Precision | None = None  # None: the precision's
+    target: Target = "cpu"
 
 
 def write_package(
@@ -70,6 +71,7 @@ def write_package(
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
     chosen = recipe(
         options.precision,
+        target=options.target,
         block_size=options.block_size,
         head_bits=options.head_bits,
         image=options.image_precision,
@@ -88,7 +90,7 @@ def write_package(
     image_file: Path | None = None
     if checkpoint.family.vision:
         report("images")
-        image = image_graph(folder, checkpoint, store, chosen.image)
+        image = image_graph(folder, checkpoint, store, chosen.image, chosen.activations)
         image_file = folder / image.file
         graphs[image_file.stem] = image
     if chosen.body and not chosen.body.symmetric:
@@ -109,7 +111,7 @@ def write_package(
             DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256),
             data_file(folder, "tokenizer.json"),
         ),
-        kv_cache=KVCacheSpec(FLOAT32, "BNSH"),
+        kv_cache=KVCacheSpec(chosen.activations, "BNSH"),
         prompt=prompt_spec,
         image=pictures,
         video=videos,
@@ -158,7 +160,7 @@ def _write_graphs(
         name: str, fill: Callable[[GraphWriter], None], layers: range | None = None, *, gate: bool = False
     ) -> None:
         report(name)
-        writer = GraphWriter(name, store, recipe.storage)
+        writer = GraphWriter(name, store, recipe.storage, recipe.activations)
         fill(writer)
         span = (layers.start, layers.stop) if layers else None
         graphs[name] = writer.save(folder, "fp32" if gate else precision, span)

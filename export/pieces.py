@@ -32,7 +32,6 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
     "MatMulInteger": (onnx.TensorProto.INT32,),
     "MatMulIntegerToFloat": (FLOAT,),
     "DynamicQuantizeLinear": (onnx.TensorProto.UINT8, FLOAT, onnx.TensorProto.UINT8),
-    "GatherBlockQuantized": (FLOAT,),
 }
 
 
@@ -183,6 +182,8 @@ def _types(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
     for node in graph.node:
         first = next((kinds[name] for name in node.input if name), FLOAT)
         said = OUTPUT_TYPES.get(node.op_type, ())
+        if node.op_type == "GatherBlockQuantized":
+            said = (kinds[node.input[2]],)  # its scales'
         if node.op_type == "Cast":
             said = (next(a.i for a in node.attribute if a.name == "to"),)
         for i, name in enumerate(node.output):

@@ -1,6 +1,6 @@
 """Block quantisation in onnxruntime's MatMulNBits layout, and the recipes behind --precision.
 
-A row of K weights is cut into blocks; each block keeps one float32 scale. weight = (code - zero point) * scale.
+A row of K weights is cut into blocks; each block keeps one scale. weight = (code - zero point) * scale.
 
     symmetric    the zero point is 2^(bits-1); the scale is signed so that the block's largest weight hits code 0
                  exactly, as in onnxruntime's own quantize_matmul_4bits and llama.cpp's Q4_0; rounded to nearest
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Precision
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's range; what then lies outside is clipped
+Target = Literal["cpu", "cuda"]  # what a package is for
 CHUNK = 1 << 17  # weights in the processor's cache while scales are tried
 
 
@@ -46,31 +47,53 @@ class Recipe:
 
     body: Blocks | None  # decoder projections
     head: Blocks | None  # lm_head and embed_tokens
-    storage: str  # numpy dtype of what is not quantised; arithmetic is float32 in all recipes
+    storage: str  # numpy dtype of matrices that are not quantised
     image: Precision  # of the image graph
+    activations: str  # numpy dtype of hidden states and caches: what the decoder computes in
 
 
 HEAD = Blocks(8, 128)  # costs what int4 in blocks of 32 would
-RECIPES: dict[Precision, Recipe] = {
-    "fp32": Recipe(None, None, "float32", "fp32"),
-    "fp16": Recipe(None, None, "float16", "fp16"),
-    "int8": Recipe(Blocks(8, 128), HEAD, "float32", "int8"),
-    "int4": Recipe(Blocks(4, 128, symmetric=False), HEAD, "float32", "int8"),
+BODY = {"int8": Blocks(8, 128), "int4": Blocks(4, 128, symmetric=False)}
+RECIPES: dict[Target, dict[Precision, Recipe]] = {
+    "cpu": {
+        "fp32": Recipe(None, None, "float32", "fp32", "float32"),
+        "fp16": Recipe(None, None, "float16", "fp16", "float32"),
+        "int8": Recipe(BODY["int8"], HEAD, "float32", "int8", "float32"),
+        "int4": Recipe(BODY["int4"], HEAD, "float32", "int8", "float32"),
+    },
+    "cuda": {  # no fp32: attention there computes in 16 bits; no int8 image graph: it has no such product
+        "fp16": Recipe(None, None, "float16", "fp16", "float16"),
+        "int8": Recipe(BODY["int8"], HEAD, "float16", "fp16", "float16"),
+        "int4": Recipe(BODY["int4"], HEAD, "float16", "fp16", "float16"),
+    },
 }
+IMAGES: dict[Target, tuple[Precision, ...]] = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16")}
 
 
 def recipe(
     precision: Precision,
     *,
+    target: Target = "cpu",
     block_size: int | None = None,
     head_bits: int | None = None,
     image: Precision | None = None,
 ) -> Recipe:
     """The recipe of a precision, with what the user chose otherwise: 4 head bits are blocks like the body's.
 
-    Raises InputError for blocks of what has none, and for head bits that the precision does not go with.
+    Raises InputError for blocks of what has none, for head bits that the precision does not go with, and for what
+    `target` has no kernels for.
     """
-    chosen = RECIPES[precision]
+    if precision not in RECIPES[target]:
+        raise InputError(
+            f"--precision {precision}: onnxruntime has no attention for it on {target}; "
+            f"--target {target} goes with {', '.join(RECIPES[target])}"
+        )
+    if image is not None and image not in IMAGES[target]:
+        raise InputError(
+            f"--image-precision {image}: onnxruntime has no product for it on {target}; "
+            f"--target {target} goes with {', '.join(IMAGES[target])}"
+        )
+    chosen = RECIPES[target][precision]
     if block_size is not None:
         if chosen.body is None:
             raise InputError(f"--block-size {block_size}: {precision} has no blocks; it goes with int8 and int4")

@@ -34,7 +34,9 @@ from .weights import WeightStore
 
 
 class ImageGraph(nn.Module):
-    """What a wrapper says of itself. Its forward takes pixel_values (tiles, 3, image_size, image_size)."""
+    """What a wrapper says of itself. Its forward takes pixel_values (tiles, 3, image_size, image_size) and gives rows,
+    both float32 whatever it computes in, or token ids.
+    """
 
     name: str  # of the graph
     outputs: tuple[str, ...]
@@ -60,11 +62,11 @@ class TowerAndProjector(ImageGraph):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tiles, 3, size, size) -> image_features (tiles, tokens, D), image_newline (D,)"""
         tower = self.model.vision_tower
-        patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        patches = tower.embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
         hidden = patches + tower.embeddings.position_embedding.weight
         for layer in tower.encoder.layers[: self.depth]:
             hidden = layer(hidden, attention_mask=None)
-        return self.model.multi_modal_projector(hidden), self.model.image_newline * 1.0
+        return self.model.multi_modal_projector(hidden).float(), self.model.image_newline.float() * 1.0
 
 
 class VQTokenizer(ImageGraph):
@@ -132,11 +134,11 @@ class TowerAndPixelShuffle(ImageGraph):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) -> image_features (tiles, tokens, D)"""
         tower = self.model.vision_model
-        patches = tower.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        patches = tower.embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
         hidden = patches + tower.embeddings.position_embedding(self.position_ids)
         for layer in tower.encoder.layers:
             hidden = layer(hidden, None)
-        return self.model.connector(tower.post_layernorm(hidden))
+        return self.model.connector(tower.post_layernorm(hidden)).float()
 
 
 WRAPPERS: dict[str, type[ImageGraph]] = {
@@ -146,33 +148,37 @@ WRAPPERS: dict[str, type[ImageGraph]] = {
 }
 
 
-def image_graph(folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision) -> GraphSpec:
+def image_graph(
+    folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision, activations: str = FLOAT32
+) -> GraphSpec:
     """Write the family's image graph, <its name>.onnx. `precision` is how its matrices are stored: fp32, fp16, or int8
-    (dynamic_int8.py); there is nothing to gain from int4 here.
+    (dynamic_int8.py); there is nothing to gain from int4 here. At fp16 it computes in `activations` (numpy name).
     """
-    model, wrapper = trace(checkpoint)
-    graph, traced = model.graph, list(model.graph.initializers.values())
-    if wrapper.exact:
+    wrapped = WRAPPERS[checkpoint.family.vision or ""]
+    if wrapped.exact:
         precision = "fp32"
+    storage, computed = ("float16", activations) if precision == "fp16" else (FLOAT32, FLOAT32)
+    model, wrapper = trace(checkpoint, computed)
+    graph, traced = model.graph, list(model.graph.initializers.values())
     if precision == "int8":
         quantise_linears(graph, store)
     for value in traced:
         if value.name in wrapper.constants:
             value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
         elif value.name in graph.initializers:
-            _attach(graph, value, store, "float16" if precision == "fp16" else FLOAT32)
+            _attach(graph, value, store, storage, computed)
     return save_model(model, folder, precision, None)
 
 
-def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
-    """The family's image graph without its weights, and the wrapper it was made of."""
+def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, ImageGraph]:
+    """The family's image graph without its weights, computing in `computed`, and the wrapper it was made of."""
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
     assert checkpoint.family.vision is not None
     with FakeTensorMode(), no_init_weights(), _quiet(), _fused_attention() as name:
         hf_model = AutoModelForImageTextToText.from_config(
-            copy.deepcopy(checkpoint.config), dtype=torch.float32, attn_implementation=name
+            copy.deepcopy(checkpoint.config), dtype=getattr(torch, computed), attn_implementation=name
         )
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
         program = torch.onnx.export(
@@ -194,15 +200,16 @@ def trace(checkpoint: Checkpoint) -> tuple[ir.Model, ImageGraph]:
     return model, wrapper
 
 
-def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str) -> None:
-    """Point an initialiser at its streamed weights; matrices stored narrower are cast back in the graph."""
+def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str, computed: str) -> None:
+    """Point an initialiser at its streamed weights; matrices stored narrower than computed with are cast there."""
     assert value.name is not None and value.shape is not None
     shape = [int(d) for d in value.shape]
-    dtype = storage if len(shape) >= 2 else FLOAT32
+    dtype = storage if len(shape) >= 2 else computed
     tensor = store.matrix([value.name], dtype, shape=shape)
     value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
-    if dtype != FLOAT32:
-        cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+    if dtype != computed:
+        to = ir.DataType.from_numpy(np.dtype(computed))
+        cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", to)])
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)
         graph.insert_before(graph[0], cast)

@@ -61,8 +61,10 @@ class WeightStore:
             self._write(key, (rows.numpy().astype(dtype) for rows in self._rows(names, shape)))
         return self._reference(key, dtype, shape)
 
-    def quantised(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
-        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have."""
+    def quantised(
+        self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int], dtype: str = "float32"
+    ) -> dict[str, ir.ExternalTensor]:
+        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`."""
         key = f"{'+'.join(names)}:{blocks}"
         n, count = shape[0], -(-shape[1] // blocks.size)
         if f"{key}:codes" not in self._places:
@@ -75,12 +77,12 @@ class WeightStore:
                     yield packed.codes.numpy()
 
             self._write(f"{key}:codes", codes())
-            self._write(f"{key}:scales", [part.scales.numpy() for part in small])
+            self._write(f"{key}:scales", [part.scales.numpy().astype(dtype) for part in small])
             if not blocks.symmetric:
                 self._write(f"{key}:zero_points", [p.zero_points.numpy() for p in small if p.zero_points is not None])
         parts = {
             "codes": self._reference(f"{key}:codes", "uint8", (n, count, blocks.size * blocks.bits // 8)),
-            "scales": self._reference(f"{key}:scales", "float32", (n, count)),
+            "scales": self._reference(f"{key}:scales", dtype, (n, count)),
         }
         if not blocks.symmetric:
             parts["zero_points"] = self._reference(f"{key}:zero_points", "uint8", (n, -(-count // 2)))

@@ -12,7 +12,7 @@ from .gate import Mode
 from .manifest import Check
 from .sampling import SamplingConfig
 
-P_UNSAFE_LIMIT = {"fp32": 1e-3, "fp16": 1e-3, "int8": 0.05, "int4": 0.05}  # other CPUs round int8 activations otherwise
+P_UNSAFE_LIMIT = {True: 1e-3, False: 0.05}  # by Manifest.exact: other devices round int8 and float16 otherwise
 
 
 def check_package(engine: Engine, folder: Path) -> list[Check]:
@@ -22,7 +22,6 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
     without golden prompts fails: nothing was compared.
     """
     manifest = engine.manifest
-    exact = manifest.precision in ("fp32", "fp16")
     mode = Mode.STEER if manifest.guarded else Mode.OFF
     drift = verdicts = tokens = 0.0
     for golden in manifest.golden:
@@ -39,7 +38,8 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
             p_unsafe = answer.verdict.p_unsafe
             difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
             drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() forgets a NaN
-    limit = P_UNSAFE_LIMIT[manifest.precision]
+    exact = manifest.exact
+    limit = P_UNSAFE_LIMIT[exact]
     return [
         Check("files that match their hash", float(len(manifest.paths())), None, True),
         Check("golden prompts", float(len(manifest.golden)), None, bool(manifest.golden)),

@@ -171,7 +171,8 @@ class PromptEncoder:
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n,) -> their rows (n, D)."""
-        rows: Float = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})[0][0]
+        (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
+        rows: Float = out[0].astype(np.float32, copy=False)  # as images' rows are
         return rows
 
 

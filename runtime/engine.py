@@ -103,9 +103,9 @@ class Engine:
 
         A steer matrix that is zero or the identity leaves every token as likely as it was.
         """
-        probe = np.linspace(-1.0, 1.0, self.manifest.dims.hidden_size, dtype=np.float32)[None, None]
+        probe = np.linspace(-1.0, 1.0, self.manifest.dims.hidden_size, dtype=self.manifest.activations)[None, None]
         inputs = {"last_hidden_state": probe, "strength": np.ones(1, np.float32)}
-        (steered,) = self.graphs["refusal_head"].run(inputs)
+        probe, steered = (x.astype(np.float32) for x in (probe, *self.graphs["refusal_head"].run(inputs)))
         along = float(np.vdot(steered, probe) / np.vdot(probe, probe))
         across = float(np.linalg.norm(steered - along * probe) / np.linalg.norm(probe))
         if not 1e-3 < across < np.inf:

@@ -29,6 +29,7 @@ REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
+ACTIVATIONS = ("float32", "float16")  # what hidden states may be: one of them, in all graphs
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
@@ -352,6 +353,7 @@ class Manifest:
         for piece in self.prompt.pieces():
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
             need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
+        need(self.activations in ACTIVATIONS, f"hidden_states are {self.activations}, not {' or '.join(ACTIVATIONS)}")
         for name, tensors in self._expected().items():
             graph = self.graphs[name]
             found = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
@@ -361,7 +363,7 @@ class Manifest:
 
     def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
         """The tensors that the loop binds, by graph, as dtype and shape."""
-        d, f32 = self.dims, "float32"
+        d, f32, act = self.dims, "float32", self.activations
         rows, last = (1, "sequence_length", d.hidden_size), (1, "num_logits", d.hidden_size)
 
         def half(name: str, source: str, target: str, out: tuple[int | str, ...]) -> dict[str, Any]:
@@ -377,23 +379,34 @@ class Manifest:
                 for kind in ("key", "value")
             }
             lengths = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
-            return {source: (f32, rows), target: (f32, out), **lengths, **caches}
+            return {source: (act, rows), target: (act, out), **lengths, **caches}
 
         expected: dict[str, dict[str, Any]] = {
-            "embed_tokens": {"input_ids": ("int64", (1, "sequence_length")), "inputs_embeds": (f32, rows)},
+            "embed_tokens": {"input_ids": ("int64", (1, "sequence_length")), "inputs_embeds": (act, rows)},
             "decoder_lower": half("decoder_lower", "inputs_embeds", "hidden_states", rows),
             "decoder_upper": half("decoder_upper", "hidden_states", "last_hidden_state", last)
             | {"num_logits": ("int64", (1,))},
-            "lm_head": {"last_hidden_state": (f32, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
+            "lm_head": {"last_hidden_state": (act, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
         }
         if self.guarded:
             expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
             expected["refusal_head"] = {
-                "last_hidden_state": (f32, last),
+                "last_hidden_state": (act, last),
                 "strength": (f32, (1,)),
-                "steered_hidden_state": (f32, last),
+                "steered_hidden_state": (act, last),
             }
         return expected
+
+    @property
+    def activations(self) -> str:
+        """numpy name of what the decoder computes in, and hands from graph to graph: float16 in packages for CUDA."""
+        return next((t.dtype for t in self.graphs["decoder_lower"].outputs if t.name == "hidden_states"), "float32")
+
+    @property
+    def exact(self) -> bool:
+        """Whether arithmetic is float32, and no weight is in 8 bits or 4: every machine then says the same tokens."""
+        precisions = {self.precision, *(graph.precision for graph in self.graphs.values())}
+        return self.activations == "float32" and precisions <= {"fp32", "fp16"}
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""

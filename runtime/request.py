@@ -134,8 +134,9 @@ class Request:
             raise RuntimeError("Request.judge twice")
         self._judged = True
         before = time.perf_counter()
+        dtype = self._specs["decoder_lower"]["inputs_embeds"].dtype
         for first in range(self._reused, self._prompt_length, self._chunk):
-            rows = np.ascontiguousarray(self._embeds[:, first : first + self._chunk])
+            rows = np.ascontiguousarray(self._embeds[:, first : first + self._chunk], dtype)
             hidden = self.empty("decoder_lower", "hidden_states", rows.shape[1])
             self.set_total(first + rows.shape[1])
             self.half("decoder_lower", "inputs_embeds", buffer(rows, self._device), "hidden_states", hidden)()
