@@ -102,7 +102,9 @@ class GraphInPieces:
                     binding.bind_ortvalue_output(name, outputs[name])
                 else:
                     binding.bind_output(name, "cpu")
-            piece.session.run_with_iobinding(binding, shrinking())  # or the arena keeps what the largest piece took
+            piece.session.run_with_iobinding(
+                binding, shrinking(self.device)
+            )  # or the arena keeps what the largest piece took
             for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
                 # a copy: what onnxruntime allocated keeps the whole session in memory
                 values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))

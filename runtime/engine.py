@@ -39,13 +39,14 @@ from .manifest import IMAGE_GRAPHS, Manifest
 from .request import PREFILL_CHUNK, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
-from .subgraph import Device, DeviceName, Subgraph, find_device
+from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda
 from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "refused"]
+ON_THE_HOST = ("prober",)  # reads one row, which the host has summed; and in float32, whatever a GPU makes of that
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ class Engine:
         self._folder, self._load = folder, load
         names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # first what takes most while it loads
         specs = {n: manifest.graphs[n] for n in names if not (low_memory and n in IMAGE_GRAPHS)}
-        self.graphs = {name: load(folder / spec.file, spec, device) for name, spec in specs.items()}
+        host = find_device("cpu", device.threads)[0]
+        self.graphs = {
+            name: load(folder / spec.file, spec, host if name in ON_THE_HOST else device)
+            for name, spec in specs.items()
+        }
         image = manifest.image and at_most(manifest.image, max_tiles)
         self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
         if manifest.guarded:
@@ -131,9 +136,11 @@ class Engine:
         folder = Path(folder)
         manifest = Manifest.load(folder)
         with manifest.verifying(folder), huge_pages():
-            chosen, reason = find_device(device, threads)
+            chosen, reason = find_device(device, threads, manifest.activations)
             if reason:
-                log.info("running on the CPU: %s", reason)
+                log.log(logging.WARNING if has_cuda() else logging.INFO, "running on the CPU: %s", reason)
+            if chosen.kind == "cpu" and manifest.activations == "float16":
+                log.warning("this package was exported for CUDA: on the CPU one made with --target cpu is faster")
             try:
                 return cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
             except ProviderError as err:
@@ -254,7 +261,8 @@ class Engine:
         sample = make_sampler(sampling)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision
-        drafter = Drafter(tokens, ROW_COST[precision]) if sampling.speculate else None
+        drafting = sampling.speculate and self.device.kind == "cpu"  # what a row costs was measured there only
+        drafter = Drafter(tokens, ROW_COST[precision]) if drafting else None
         logits, row = request.begin(verdict.strength)[None], 0  # the last pass, and the row of it that comes next
         draft: list[int] = []
         while True:

@@ -8,9 +8,12 @@ CONTRIBUTING.md). Only one of them runs at a time, so activations of all come fr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import sys
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,28 +49,67 @@ class Device:
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-def find_device(name: DeviceName, threads: int | None) -> tuple[Device, str]:
+def find_device(name: DeviceName, threads: int | None, activations: str | None = None) -> tuple[Device, str]:
     """The device for `name`, and for "auto" the reason why it is the CPU ("" otherwise).
 
-    Raises ProviderError where "cuda" was asked for and this onnxruntime has none, or for a name that is no device.
+    `activations` (numpy name) are what a package computes in; None: no matter. Raises ProviderError where "cuda" was
+    asked for and this onnxruntime has none, or none that suits the package, or for a name that is no device.
     """
     if name not in typing.get_args(DeviceName):
         raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
     threads = (
         threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
     )
-    has_cuda = CUDA in ort.get_available_providers()
-    if name == "cuda" and not has_cuda:
-        raise ProviderError(
-            f"--device cuda: this onnxruntime ({ort.__version__}) has only {', '.join(ort.get_available_providers())}; "
-            "install 'autosteer-edge[gpu]' or use --device cpu"
+    why_not = "" if name == "cpu" else _why_not_cuda(activations)
+    if name == "cuda" and why_not:
+        raise ProviderError(f"--device cuda: {why_not}, or use --device cpu")
+    if name == "cpu" or why_not:
+        return Device(CPU, "cpu", threads), why_not
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA from NVIDIA's Python packages, where it is not the system's
+    return Device(CUDA, "cuda", threads), ""
+
+
+def has_cuda() -> bool:
+    """Whether this onnxruntime was built with CUDA; whether there is a GPU, only a session shows."""
+    return CUDA in ort.get_available_providers()
+
+
+def _why_not_cuda(activations: str | None) -> str:
+    """Why a package cannot run on CUDA here, and what to do about it; "" where nothing speaks against it."""
+    if not has_cuda():
+        return (
+            f"this onnxruntime ({ort.__version__}) has only {', '.join(ort.get_available_providers())}; "
+            "install 'autosteer-edge[gpu]'"
         )
-    if name != "cpu" and has_cuda:
-        return Device(CUDA, "cuda", threads), ""
-    return Device(CPU, "cpu", threads), "this onnxruntime has no CUDA provider" if name == "auto" else ""
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        return f"this onnxruntime ({ort.__version__}) cannot say which operators run there; install 1.26 or newer"
+    if activations == "float32":
+        return (
+            "this package computes in float32, for which onnxruntime's CUDA provider has no attention; "
+            "export it again with `autosteer-export --target cuda`"
+        )
+    return ""
 
 
 _ORT_TYPE = {"float32": "float", "float64": "double"}  # numpy's name -> onnxruntime's, where they differ
+
+PROVIDERS: dict[str, list[Any]] = {
+    "cpu": [CPU],
+    "cuda": [
+        (
+            CUDA,
+            {
+                "arena_extend_strategy": "kSameAsRequested",  # as on the CPU
+                "use_tf32": "0",  # what is float32 is so for a reason: the refusal head, image tokens
+            },
+        ),
+        CPU,
+    ],
+}
+ARENAS = {"cpu": "cpu:0", "cuda": "cpu:0;gpu:0"}
+ON_THE_CPU = frozenset({"Concat", "Reshape", "Squeeze", "Sub"})  # shapes and bounds: a GPU's sessions have them there
 
 SPIN_US = 50  # an idle thread's wait for the next operator; most come sooner
 SAME_AS_REQUESTED = 1  # onnxruntime's kSameAsRequested
@@ -94,9 +136,8 @@ class Subgraph:
         """
         self.name = path.stem
         self.device = device
-        providers = [device.provider] if device.provider == CPU else [device.provider, CPU]
         try:
-            self.session = ort.InferenceSession(str(path), session_options(device), providers=providers)
+            self.session = ort.InferenceSession(str(path), session_options(device), providers=PROVIDERS[device.kind])
         except Exception as err:  # onnxruntime's own hierarchy is not public
             raise PackageError(f"{path}: onnxruntime cannot load it ({_first_line(err)})") from err
         if self.session.get_providers()[0] != device.provider:
@@ -104,16 +145,30 @@ class Subgraph:
                 f"{path.name}: onnxruntime fell back to {self.session.get_providers()[0]}; "
                 "CUDA, cuDNN or the driver does not fit this onnxruntime"
             )
+        self._check_placement(path)
         for ours, theirs in ((spec.inputs, self.session.get_inputs()), (spec.outputs, self.session.get_outputs())):
             said = [(t.name, f"tensor({_ORT_TYPE.get(t.dtype, t.dtype)})", list(t.shape)) for t in ours]
             if said != [(t.name, t.type, t.shape) for t in theirs]:
                 raise PackageError(f"{path}: its inputs or outputs are not those of the manifest; export it again")
 
+    def _check_placement(self, path: Path) -> None:
+        """Raise ProviderError where operators of a GPU's session went to the CPU, as they do in silence."""
+        if self.device.provider == CPU:
+            return
+        parts = self.session.get_provider_graph_assignment_info()
+        kinds = [node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes()]
+        if astray := Counter(kind for kind in kinds if kind not in ON_THE_CPU):
+            found = ", ".join(f"{kind} ({count} of them)" for kind, count in astray.items())
+            raise ProviderError(
+                f"{path.name}: {self.device.provider} of onnxruntime {ort.__version__} has no kernel for {found}: they "
+                "would run on the CPU, with copies; export the model again with --target cuda, or use --device cpu"
+            )
+
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """Run once on numpy arrays; outputs in the graph's order. What the arena then holds unused goes back: images
         take the most, and their graph may not run again.
         """
-        return list(self.session.run(None, dict(inputs), shrinking()))
+        return list(self.session.run(None, dict(inputs), shrinking(self.device)))
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
         """The graph on fixed buffers: calling it runs once, looks nothing up and copies nothing."""
@@ -135,10 +190,10 @@ def share_arena() -> None:
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": SAME_AS_REQUESTED}))
 
 
-def shrinking() -> ort.RunOptions:
+def shrinking(device: Device) -> ort.RunOptions:
     """Options of a run after which the arena gives back what it then holds unused."""
     options = ort.RunOptions()
-    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", ARENAS[device.kind])
     return options
 
 
@@ -151,6 +206,8 @@ def session_options(device: Device) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.enable_mem_pattern = False  # it reserves each input length's activations in one piece
     options.add_session_config_entry("session.use_env_allocators", "1")
+    if device.kind != "cpu":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     for key, value in THREADING.items():
         options.add_session_config_entry(key, value)
     return options

@@ -27,6 +27,7 @@ from autosteer.runtime import (
     ProviderError,
     SamplingConfig,
     Stats,
+    subgraph,
 )
 from autosteer.runtime.subgraph import Subgraph
 
@@ -653,15 +654,28 @@ def test_cuda_that_is_not_there_is_an_error(package, monkeypatch):
         Engine.load(package, device="cuda")
 
 
-def test_cuda_that_onnxruntime_cannot_use_is_an_error_and_auto_says_why_it_is_on_the_cpu(package, monkeypatch, caplog):
+@pytest.fixture
+def cuda_in_name(monkeypatch):
     """onnxruntime lists the provider, then falls back in silence when a session is made: a driver that does not fit."""
     import onnxruntime
 
-    monkeypatch.setattr(
-        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    if "CUDAExecutionProvider" in onnxruntime.capi._pybind_state.get_available_providers():
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine has CUDA")
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+
+
+def test_float32_package_does_not_run_on_cuda_and_auto_says_why_it_is_on_the_cpu(package, cuda_in_name, caplog):
+    """onnxruntime would run its attention on the CPU, and copy every layer's hidden states there and back."""
+    with pytest.raises(ProviderError, match=r"--device cuda: this package computes in float32, .* --target cuda"):
+        Engine.load(package, device="cuda")
+    engine = Engine.load(package, device="auto", threads=1)
+    assert engine.generate("red").stats.device == "CPUExecutionProvider"
+    assert "running on the CPU: this package computes in float32" in caplog.text
+
+
+def test_cuda_that_onnxruntime_cannot_use_is_an_error_and_auto_says_why(package, cuda_in_name, caplog, monkeypatch):
+    monkeypatch.setattr(subgraph, "_why_not_cuda", lambda activations: "")  # nothing speaks against it
     with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider"):
         Engine.load(package, device="cuda")
     engine = Engine.load(package, device="auto", threads=1)

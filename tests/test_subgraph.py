@@ -1,12 +1,16 @@
-"""Tier 1: memory that sessions share, on a graph with one large activation."""
+"""Tier 1: memory that sessions share, on a graph with one large activation; and where operators may run."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
+import pytest
 from onnx import TensorProto, helper
 
+from autosteer.runtime.errors import ProviderError
 from autosteer.runtime.manifest import GraphSpec, TensorSpec
-from autosteer.runtime.subgraph import Subgraph, buffer, empty, find_device
+from autosteer.runtime.subgraph import CUDA, Device, Subgraph, buffer, empty, find_device, session_options
 
 SIZE = 4096  # the product takes 64 MiB
 MIB = 1 << 20
@@ -46,3 +50,30 @@ def test_activations_of_one_session_serve_the_next_and_what_an_image_took_goes_b
         assert out.numpy() == SIZE**2
     first.run({"x": ones})
     assert memory() - at_rest < 10 * MIB
+
+
+@pytest.mark.skipif(
+    not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"), reason="needs onnxruntime 1.26"
+)
+@pytest.mark.parametrize(
+    ("kinds", "astray"), [(("Sub", "Concat"), ""), (("Sub", "Relu", "Relu"), r"no kernel for Relu \(2 of them\)")]
+)
+def test_a_gpus_session_may_leave_shapes_to_the_cpu_and_nothing_else(kinds: tuple[str, ...], astray: str) -> None:
+    """onnxruntime put attention on the CPU without a word. Here everything is on the CPU, and the device says CUDA."""
+    names = ["x", *(f"{i}" for i in range(len(kinds)))]
+    inputs = {"Sub": 2, "Concat": 2, "Relu": 1}
+    nodes = [
+        helper.make_node(kind, [names[i]] * inputs[kind], [names[i + 1]], **({"axis": 0} if kind == "Concat" else {}))
+        for i, kind in enumerate(kinds)
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [s]) for n, s in ((names[0], 2), (names[-1], None)))
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    subgraph = object.__new__(Subgraph)
+    subgraph.device = Device(CUDA, "cuda", 1)
+    options = session_options(subgraph.device)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    subgraph.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match=astray) if astray else contextlib.nullcontext():
+        subgraph._check_placement(Path("g.onnx"))
