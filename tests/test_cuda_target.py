@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +22,11 @@ from autosteer.runtime.gate import Action
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.subgraph import ON_THE_CPU
 from autosteer.runtime.text import Message
 
-EXAMPLES = Path(__file__).parents[1] / "models" / "demo" / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "models" / "demo" / "examples"
 GATE = {
     "prober": {"hidden_states", "p_unsafe"},
     "refusal_head": {"strength"},
@@ -91,3 +96,25 @@ def test_what_cuda_has_no_kernel_for_is_refused_with_what_there_is() -> None:
     with pytest.raises(InputError, match=r"--image-precision int8: .* goes with fp32, fp16"):
         recipe("int4", target="cuda", image="int8")
     assert recipe("int4", target="cuda", image="fp32").image == "fp32"
+
+
+@pytest.mark.skipif(
+    "AUTOSTEER_ORT_GPU" not in os.environ, reason="AUTOSTEER_ORT_GPU names no folder of onnxruntime-gpu"
+)
+def test_onnxruntime_gpu_runs_all_of_it_on_the_device_and_a_token_costs_no_copy_but_ids_and_logits(
+    package: Path,
+) -> None:
+    """Its own CUDA provider, on a stand-in for NVIDIA's libraries (tools/cuda_dry_run.py)."""
+    environment = os.environ | {"PYTHONPATH": f"{os.environ['AUTOSTEER_ORT_GPU']}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "tools/cuda_dry_run.py", str(package), "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    facts, vocabulary = json.loads(done.stdout), Manifest.load(package).dims.vocab_size
+    assert {"decoder_lower", "decoder_upper", "lm_head"} <= facts["placement"].keys()
+    for graph, places in facts["placement"].items():
+        assert places.get("CPUExecutionProvider", {}).keys() <= ON_THE_CPU, graph
+    token = facts["crossings"]["another token"]
+    assert (token["copies to device"], token["bytes to device"]) == (
+        2,
+        8 + 4,
+    )  # the token's id, how many rows are valid
+    assert (token["copies to host"], token["bytes to host"]) == (1, 4 * vocabulary)
