@@ -5,7 +5,8 @@
 
 onnxruntime's own CUDA provider is loaded on a stand-in for NVIDIA's libraries (fake_cuda.c; needs gcc, nm and readelf),
 and the real Engine answers a prompt with it. Placement, buffers and copies are what they would be. Kernels compute
-nothing: numbers that come out mean nothing, and no time is worth measuring. Images are left out: cuDNN is not faked.
+nothing: numbers that come out mean nothing, and no time is worth measuring. Pictures are left out: cuDNN is not faked.
+What the runtime would refuse (a package for the CPU) is shown, too.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from typing import Any
 import click
 import onnxruntime as ort
 
+from autosteer.runtime import subgraph
 from autosteer.runtime.console import dumps, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.request import Stats
+from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import Message
 
 FAKED = "AUTOSTEER_FAKE_CUDA"  # set in the process that runs on the stand-in
@@ -127,6 +130,8 @@ def main(package: Path, as_json: bool) -> None:
             environment = os.environ | {FAKED: "1", "LD_LIBRARY_PATH": folder}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     Engine._check_refusal_head = lambda self: None  # type: ignore[method-assign]  # nothing is computed here
+    Subgraph._check_placement = lambda self, path: None  # type: ignore[method-assign]  # shown, not judged
+    subgraph._why_not_cuda = lambda activations: ""
     engine = Engine.load(package, device="cuda", threads=1)
     facts: dict[str, Any] = {"onnxruntime": ort.__version__, "placement": placement(engine)}
     facts["crossings"] = crossings(engine)
