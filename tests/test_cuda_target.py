@@ -84,7 +84,7 @@ def test_a_refusal_that_overflows_float16_is_an_error_and_no_answer(package: Pat
 
 def test_an_overflow_before_the_prober_is_an_unsafe_verdict(package: Path) -> None:
     engine = Engine.load(package, device="cpu", threads=1)
-    prompt = engine.prepare([Message.user("hello")], Stats())
+    prompt = engine.encoder.prepare([Message.user("hello")], Stats())
     broken = replace(prompt, inputs_embeds=np.full_like(prompt.inputs_embeds, np.inf))
     verdict = engine.request(broken, 4, Stats()).judge(engine.policy())
     assert verdict.unsafe and verdict.action is Action.STEER

@@ -103,7 +103,7 @@ class Meter:
 def crossings(engine: Engine) -> dict[str, dict[str, int]]:
     """What crosses between host and device, by stage of an answer to PROMPT."""
     meter, stages = Meter(), {}
-    prompt = engine.prepare([Message.user(PROMPT)], Stats())
+    prompt = engine.encoder.prepare([Message.user(PROMPT)], Stats())
     stages["embed the prompt"] = meter.read()
     request = engine.request(prompt, ANSWER, Stats())
     stages["caches"] = meter.read()
