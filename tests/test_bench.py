@@ -50,6 +50,25 @@ def test_bench_says_on_what_machine_and_how(measured):
     assert "--prompt-tokens 40" in measured["workload"]["command"]
 
 
+def test_prompts_of_a_file_are_a_round_each_and_answers_end_where_the_package_ends_them(tmp_path):
+    """Behind its end token a model repeats itself, which would flatter drafts."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("how do i open a jar?", "what is a cup?")))
+    done = bench("--package", demo_package("int4"), "--prompts", file, "--tokens", 500, "--speculation", "--json")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["workload"]["rounds"] == 2
+    plain, drafting = measured["configurations"]
+    assert 2 <= plain["tokens"] == drafting["tokens"] < 100
+
+
+def test_a_file_without_prompts_is_refused_by_its_line(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "what is a cup?"}\n{"question": "?"}\n')
+    done = bench("--package", demo_package("int4"), "--prompts", file)
+    assert done.returncode == 5 and f"{file}:2: no 'prompt'" in done.stderr
+
+
 def test_one_graph_says_what_the_split_package_says(tmp_path):
     """It is what the split is measured against: the same work, or the ratio means nothing."""
     done = bench("--package", demo_package("int4"), "--prompt-tokens", 40, "--tokens", 8, "--rounds", 2, "--one-graph",

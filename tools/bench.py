@@ -46,11 +46,17 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
     "--package", "packages", type=click.Path(path_type=Path), multiple=True, required=True, help="Repeatable."
 )
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of text.")
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of the answer.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path, exists=True),
+    help='Instead, one round for each of these: lines of {"prompt": ...}.',
+)
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of the answer, at most.")
 @click.option("--image", type=click.Path(path_type=Path, exists=True), help="Show the model this picture, too.")
 @click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="The first is dropped.")
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True, help="Ditto; 0: none.")
-@click.option("--speculation", is_flag=True, help="A second row for each package, with drafted tokens.")
+@click.option("--speculation", is_flag=True, help="More rows: with drafted tokens, where there are any.")
 @click.option("--one-graph", is_flag=True, help="A row more for each package: unsplit, without a gate.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every configuration.  [default: all cores]")
 @click.option("--vs", default="", callback=peer_names, help=f"Peers, with commas: {', '.join(PEERS)}.")
@@ -73,6 +79,7 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
 def bench(
     packages: tuple[Path, ...],
     prompt_tokens: int,
+    prompt_file: Path | None,
     tokens: int,
     image: Path | None,
     rounds: int,
@@ -97,7 +104,7 @@ def bench(
         for speculate in ((False, True) if speculation else (False,))
     ]
     if one_graph:
-        configurations += [unsplit(c, work.resolve()) for c in configurations if not c.options["speculate"]]
+        configurations += [unsplit(c, work.resolve()) for c in configurations if not c.drafts]
     missing = []
     for name in vs:
         say(f"preparing {name}")
@@ -106,15 +113,15 @@ def bench(
             if image:
                 raise peers.PeerError(f"{name}: peers are text only, and --image was given")
             body = configurations[0].weights.body
-            configurations += peers.configurations(
-                name, checkpoint.resolve(), body, peer_python, threads, work.resolve()
-            )
+            rows = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
+            configurations += [row for row in rows if speculation or not row.drafts]
         except peers.PeerError as err:
             missing.append(str(err))
-    picture, jobs = image and str(image.resolve()), []
-    for number in range(rounds):
-        prompt, token_ids = prompts.prompt_of(packages[0], manifests[0], prompt_tokens, number, image)
-        jobs.append({"prompt": prompt, "token_ids": token_ids, "image": picture, "new_tokens": tokens})
+    say("preparing prompts")
+    if prompt_file:
+        jobs = prompts.of_file(packages[0], manifests[0], prompt_file, tokens, threads)
+    else:
+        jobs = prompts.of_length(packages[0], manifests[0], prompt_tokens, tokens, rounds, image)
     say("reading memory")
     here = machine.describe_machine(threads)
     before, started = machine.others_cpu_seconds(), time.perf_counter()
@@ -122,7 +129,7 @@ def bench(
         configurations,
         jobs,
         threads=threads,
-        max_tokens=len(jobs[0]["token_ids"]) + tokens,
+        max_tokens=max(len(job["token_ids"]) + job["new_tokens"] for job in jobs),
         cold_starts=cold_starts,
         report=say,
     )
@@ -136,8 +143,8 @@ def bench(
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "threads": threads,
-        "rounds": rounds - 1,
-        "image": picture,
+        "rounds": len(jobs) - 1,
+        "image": jobs[0]["image"],
         "seconds": round(seconds, 1),
         "others_cpu_share": None if after is None or before is None else (after - before) / seconds / here.cores,
     }
@@ -161,7 +168,8 @@ def ours(folder: Path, manifest: Manifest, *, speculate: bool) -> peers.Configur
     folder = folder.resolve()
     read_back = weights.package_weights(folder, {name: graph.file for name, graph in manifest.graphs.items()})
     name = f"autosteer {folder.name}{', drafting' if speculate else ''}"
-    return peers.Configuration(name, "autosteer", folder, sys.executable, read_back, {"speculate": speculate})
+    options = {"speculate": speculate}
+    return peers.Configuration(name, "autosteer", folder, sys.executable, read_back, options, drafts=speculate)
 
 
 def unsplit(package: peers.Configuration, work: Path) -> peers.Configuration:

@@ -41,6 +41,7 @@ class Configuration:
     python: str
     weights: Weights | None  # None: not read back (torch: said by its dtype)
     options: dict[str, Any] = field(default_factory=dict)
+    drafts: bool = False  # speculates
 
     def spec(self, threads: int, max_tokens: int) -> str:
         """The worker's argument."""
@@ -109,7 +110,11 @@ def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: 
         _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, path, kind)
     listed = json.loads(_make("llama.cpp", python, "-m", "benchmark.gguf_file", "list", path))
     weights = Weights(tuple(Matrix(**matrix) for matrix in listed))
-    return [Configuration(f"llama.cpp {kind}", "llama.cpp", path, python, weights)]
+    name = f"llama.cpp {kind}"
+    return [
+        Configuration(name, "llama.cpp", path, python, weights),
+        Configuration(f"{name}, drafting", "llama.cpp drafting", path, python, weights, drafts=True),
+    ]
 
 
 def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:

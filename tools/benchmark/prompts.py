@@ -1,12 +1,20 @@
-"""Prompts of a wanted length, another one for each round: nothing that a cache kept from the last round helps."""
+"""One job for each round, each with a prompt of its own: nothing that a cache kept from the last round helps.
+
+A job is what every configuration is asked: {"prompt", "token_ids", "image", "new_tokens"} (worker.py).
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
+from tokenizers import Tokenizer
+
+from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.readers import read_lines
 from autosteer.runtime.text import Message, load_tokenizer, render
 
 TEXT = """
@@ -20,22 +28,56 @@ a cellar and learned from them how warm the sea had been.
 """
 
 
-def prompt_of(folder: Path, manifest: Manifest, tokens: int, number: int, image: Path | None) -> tuple[str, list[int]]:
-    """A prompt that renders to at most (nearly always: exactly) `tokens` text tokens, and those tokens.
+def of_length(
+    folder: Path, manifest: Manifest, tokens: int, new_tokens: int, rounds: int, image: Path | None
+) -> list[dict[str, Any]]:
+    """Prompts that render to at most (nearly always: exactly) `tokens` text tokens; each begins elsewhere in TEXT.
 
-    `number` says which: each begins elsewhere in the text. `image` adds a picture, whose rows are not counted.
+    `image` adds a picture, whose rows are not counted.
     """
     tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
-    words = TEXT.split()
-    start = 7 * number % len(words)
-    text = " ".join(words[(start + i) % len(words)] for i in range(tokens + 1))
+    words, jobs = TEXT.split(), []
+    for number in range(rounds):
+        start = 7 * number % len(words)
+        text = " ".join(words[(start + i) % len(words)] for i in range(tokens + 1))
 
-    def token_ids(length: int) -> list[int]:
-        message = Message.user(text[:length], [image] if image else [])
-        runs = render([message], manifest.prompt, tokenizer)
-        return [token for run in runs if isinstance(run, list) for token in run]
+        def token_ids(length: int, text: str = text) -> list[int]:
+            return _token_ids(Message.user(text[:length], [image] if image else []), manifest, tokenizer)
 
-    length = bisect_right(range(len(text) + 1), tokens, key=lambda n: len(token_ids(n))) - 1
-    if length < 1:
-        raise InputError(f"--prompt-tokens {tokens}: this model's empty prompt takes {len(token_ids(0))} tokens")
-    return text[:length], token_ids(length)
+        length = bisect_right(range(len(text) + 1), tokens, key=lambda n: len(token_ids(n))) - 1
+        if length < 1:
+            raise InputError(f"--prompt-tokens {tokens}: this model's empty prompt takes {len(token_ids(0))} tokens")
+        jobs.append(_job(text[:length], token_ids(length), image, new_tokens))
+    return jobs
+
+
+def of_file(folder: Path, manifest: Manifest, file: Path, new_tokens: int, threads: int) -> list[dict[str, Any]]:
+    """The prompts of a file of JSON lines, {"prompt": text}; the first one twice, because the first round is dropped.
+
+    Answers end where the package's own answer ends, if that is before `new_tokens`: what a model says behind its end
+    repeats itself, which flatters drafts.
+    """
+    engine, jobs = Engine.load(folder, device="cpu", threads=threads), []
+    sampling = SamplingConfig(max_tokens=new_tokens, speculate=False)
+    for number, fields in read_lines(file):
+        if not isinstance(prompt := fields.get("prompt"), str):
+            raise InputError(f"{file}:{number}: no 'prompt' that is a text")
+        answer = engine.generate(prompt, sampling=sampling, policy=engine.policy("off"))
+        token_ids = _token_ids(Message.user(prompt), manifest, engine.tokenizer)
+        jobs.append(_job(prompt, token_ids, None, max(2, len(answer.token_ids))))
+    if not jobs:
+        raise InputError(f"{file}: no prompts")
+    return [jobs[0], *jobs]
+
+
+def _token_ids(message: Message, manifest: Manifest, tokenizer: Tokenizer) -> list[int]:
+    return [token for run in render([message], manifest.prompt, tokenizer) if isinstance(run, list) for token in run]
+
+
+def _job(prompt: str, token_ids: list[int], image: Path | None, new_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "token_ids": token_ids,
+        "image": image and str(image.resolve()),
+        "new_tokens": new_tokens,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
@@ -58,8 +59,8 @@ def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dic
         "weights": weights and weights.describe(),
         "block_size": weights and weights.body.block_size,
         "bits": weights and weights.body.bits,
-        "prompt_tokens": rounds[0]["prompt_tokens"],
-        "tokens": len(rounds[0]["token_ids"]),
+        "prompt_tokens": round(middle(lambda r: r["prompt_tokens"])),
+        "tokens": round(middle(lambda r: len(r["token_ids"]))),
         "prefill_tok_s": middle(prefill_tok_s),
         "decode_tok_s": middle(decode_tok_s),
         "ttft_ms": middle(lambda r: r["ttft_ms"]),
@@ -75,7 +76,7 @@ def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dic
         out["of_read_bandwidth"] = out["read_gb_s"] / machine.read_gb_s
     if "stages" in rounds[0]:
         stages = {f"{name}_ms": middle(lambda r, name=name: r["stages"][name] or 0.0) for name in rounds[0]["stages"]}
-        out |= stages | {name: rounds[0][name] for name in ("kv_mb", "image_tiles", "accepted_tokens")}
+        out |= stages | {name: middle(itemgetter(name)) for name in ("kv_mb", "image_tiles", "accepted_tokens")}
     if "steered" in rounds[0]:
         out |= {
             "gate_share_of_ttft": middle(gate_share),

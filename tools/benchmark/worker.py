@@ -21,6 +21,7 @@ SUBJECTS = {
     "one graph": "benchmark.one_graph:OneGraph",
     "genai": "benchmark.genai_subject:Genai",
     "llama.cpp": "benchmark.llama_cpp_subject:LlamaCpp",
+    "llama.cpp drafting": "benchmark.llama_cpp_subject:Drafting",
     "torch": "benchmark.torch_subject:Torch",
 }
 
