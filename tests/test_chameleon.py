@@ -128,9 +128,9 @@ def _quick() -> Iterator[None]:
     torch.set_num_threads(1)
     traced, trace = {}, vision.trace
 
-    def once(checkpoint: Any) -> Any:
+    def once(checkpoint: Any, computed: str) -> Any:
         if checkpoint.name not in traced:
-            traced[checkpoint.name] = trace(checkpoint)
+            traced[checkpoint.name] = trace(checkpoint, computed)
         return traced[checkpoint.name]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -83,16 +83,13 @@ class Meter:
         runtime = next(line for line in Path("/proc/self/maps").read_text().split() if "/libcudart.so" in line)
         library = ctypes.CDLL(runtime)
         self._copies, self._bytes = ((ctypes.c_long * 5).in_dll(library, f"fake_{n}") for n in ("copies", "bytes"))
-        self._launches = ctypes.c_long.in_dll(library, "fake_launches")
+        self._launches, self._waits = (ctypes.c_long.in_dll(library, f"fake_{name}") for name in ("launches", "waits"))
         self._before = self._now()
 
     def _now(self) -> dict[str, int]:
         copies = {f"copies {way}": self._copies[kind] for way, kind in KINDS.items()}
-        return (
-            copies
-            | {f"bytes {way}": self._bytes[kind] for way, kind in KINDS.items()}
-            | {"kernels": self._launches.value}
-        )
+        sizes = {f"bytes {way}": self._bytes[kind] for way, kind in KINDS.items()}
+        return copies | sizes | {"kernels": self._launches.value, "waits": self._waits.value}
 
     def read(self) -> dict[str, int]:
         """Since the last reading."""

@@ -11,7 +11,7 @@ typedef int Status; /* 0: success, in all of them */
 typedef void *Handle;
 
 long fake_copies[5], fake_bytes[5]; /* by cudaMemcpyKind: 1 host to device, 2 device to host */
-long fake_launches;
+long fake_launches, fake_waits;
 static char anything[4096]; /* what handles point to */
 
 enum { MULTIPROCESSORS = 16, ARCHITECTURE = 75, MINOR = 76 }; /* cudaDeviceAttr */
@@ -72,6 +72,9 @@ Status cudaMemsetAsync(Handle p, int value, size_t size, Handle stream) { return
 
 Status __cudaLaunchKernel() { return fake_launches++, 0; }
 Status cudaLaunchKernel() { return fake_launches++, 0; }
+Status cudaStreamSynchronize(Handle stream) { return fake_waits++, 0; }
+Status cudaDeviceSynchronize(void) { return fake_waits++, 0; }
+Status cudaEventSynchronize(Handle event) { return fake_waits++, 0; }
 Handle __cudaRegisterFatBinary(Handle code) { return anything; }
 
 Status cudaStreamCreate(Handle *handle) { return *handle = anything, 0; }
