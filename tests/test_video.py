@@ -158,7 +158,7 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
         engine.graphs["vision_encoder"], "run", lambda inputs: seen.append(len(inputs["pixel_values"])) or run(inputs)
     )
     answer = engine.generate("red", videos=[video(11, size=(8, 8))])
-    assert seen == [TILES_PER_RUN, TILES_PER_RUN, 11 - 2 * TILES_PER_RUN] and answer.stats.image_tiles == 11
+    assert sum(seen) == 11 and max(seen) == TILES_PER_RUN and answer.stats.image_tiles == 11
 
 
 def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

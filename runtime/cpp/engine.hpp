@@ -33,6 +33,7 @@
 
 #include "errors.hpp"
 #include "gate.hpp"
+#include "huge_pages.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
 #include "request.hpp"
@@ -45,7 +46,7 @@
 
 namespace autosteer {
 
-constexpr int64_t kTilesPerRun = 4;     // bounds the image graph's activations
+constexpr int64_t kTilesPerRun = 2;  // bounds the image graph's activations
 constexpr int64_t kMostThreads = 1024;  // more of them is a slip
 
 /// A piece of an answer. `text` may be empty while a character is incomplete.
@@ -88,11 +89,12 @@ class Engine {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
     environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
+    const HugePages of_weights;
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
     };
-    // The image graph first: loading it takes the most memory for a moment, best while nothing else is there.
-    for (const char* name : {"vision_encoder", "image_tokenizer"}) {
+    // First what takes the most memory for a moment while it loads, best while nothing else is there.
+    for (const char* name : {"vision_encoder", "image_tokenizer", "lm_head"}) {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
@@ -179,7 +181,7 @@ class Engine {
     if (manifest.prober) {
       const int64_t last = prompt.inputs_embeds.count() + manifest.prober->token_offset;
       if (manifest.prober->pooling == "last") {
-        if (last >= 0) prompt.probed = {last};
+        if (last >= 0) prompt.probed.push_back(last);
       } else {  // pictures' rows would drown the text, whose rows have seen them
         for (auto row = text_rows.begin() + opening_tokens; row != text_rows.end() && *row <= last; ++row) {
           prompt.probed.push_back(*row);
