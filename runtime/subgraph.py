@@ -109,7 +109,11 @@ PROVIDERS: dict[str, list[Any]] = {
     ],
 }
 ARENAS = {"cpu": "cpu:0", "cuda": "cpu:0;gpu:0"}
-ON_THE_CPU = frozenset({"Concat", "Reshape", "Squeeze", "Sub"})  # shapes and bounds: a GPU's sessions have them there
+# What shapes and bounds are computed with: onnxruntime has that on the CPU on purpose. It has CUDA kernels for all of
+# these, so none of them is there because it has to be.
+ON_THE_CPU = frozenset(
+    {"Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+)
 
 SPIN_US = 50  # an idle thread's wait for the next operator; most come sooner
 SAME_AS_REQUESTED = 1  # onnxruntime's kSameAsRequested

@@ -56,12 +56,13 @@ def test_activations_of_one_session_serve_the_next_and_what_an_image_took_goes_b
     not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"), reason="needs onnxruntime 1.26"
 )
 @pytest.mark.parametrize(
-    ("kinds", "astray"), [(("Sub", "Concat"), ""), (("Sub", "Relu", "Relu"), r"no kernel for Relu \(2 of them\)")]
+    ("kinds", "astray"),
+    [(("Sub", "Concat", "Div"), ""), (("Sub", "Relu", "Relu"), r"no kernel for Relu \(2 of them\)")],
 )
 def test_a_gpus_session_may_leave_shapes_to_the_cpu_and_nothing_else(kinds: tuple[str, ...], astray: str) -> None:
     """onnxruntime put attention on the CPU without a word. Here everything is on the CPU, and the device says CUDA."""
     names = ["x", *(f"{i}" for i in range(len(kinds)))]
-    inputs = {"Sub": 2, "Concat": 2, "Relu": 1}
+    inputs = {"Sub": 2, "Concat": 2, "Div": 2, "Relu": 1}
     nodes = [
         helper.make_node(kind, [names[i]] * inputs[kind], [names[i + 1]], **({"axis": 0} if kind == "Concat" else {}))
         for i, kind in enumerate(kinds)
