@@ -67,8 +67,8 @@ def unguarded(unguarded_package: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """autosteer-cli, autosteer-parts and libautosteer.so, optimised."""
-    return build(build_folder(tmp_path_factory, "cpp"), ALL, "-DCMAKE_CXX_FLAGS_RELEASE=-O2")
+    """autosteer-cli, autosteer-parts and libautosteer.so, with the flags that docs/embedding.md builds with."""
+    return build(build_folder(tmp_path_factory, "cpp"), ALL)
 
 
 @pytest.fixture(scope="session")
