@@ -32,7 +32,7 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
     monkeypatch.setattr(subject, "_move", lambda start, end: moved.append((start, end)))
     earlier = entry(1 * HUGE, 4 * HUGE)
     smaps.write_text(earlier)
-    with huge_pages():
+    with huge_pages() as mover:
         smaps.write_text(
             earlier
             + entry(10 * HUGE, 8 * HUGE, name="[heap]")
@@ -43,21 +43,24 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
             + entry(60 * HUGE, 8 * HUGE, mode="r--p")
             + entry(70 * HUGE, 8 * HUGE, name="[stack]")
         )
+    mover.join()
     assert sorted(moved) == [(n * HUGE, (n + 8) * HUGE) for n in (10, 20, 30)]
 
 
 def test_no_proc_no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subject, "SMAPS", tmp_path / "missing")
-    with huge_pages():
+    with huge_pages() as mover:
         pass
+    mover.join()
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
 def test_memory_that_moves_keeps_what_it_holds() -> None:
-    with huge_pages():
+    with huge_pages() as mover:
         memory = mmap.mmap(-1, 8 * HUGE)
         values = np.frombuffer(memory, np.uint64)
         values[:] = np.arange(values.size)
+    mover.join()
     assert np.array_equal(values, np.arange(values.size))
     values[3] = 7
     assert memory[24] == 7

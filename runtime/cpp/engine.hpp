@@ -89,7 +89,6 @@ class Engine {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
     environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
-    const HugePages of_weights;
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
     };
@@ -98,6 +97,7 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
+    huge_pages_.move();
   }
 
   /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
@@ -341,6 +341,7 @@ class Engine {
     return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
+  HugePages huge_pages_;
   std::optional<Environment> environment_;
   Graphs graphs_;
 };

@@ -9,21 +9,29 @@
 #include <fstream>
 #include <map>
 #include <string>
+#include <thread>
+#include <utility>
 
 namespace autosteer {
 
-/// Moves onto huge pages, when it ends, what memory was filled since it began.
+/// Moves onto huge pages what memory was filled between its construction and `move`.
 class HugePages {
  public:
   HugePages() : before_(filled()) {}
   HugePages(const HugePages&) = delete;
   HugePages& operator=(const HugePages&) = delete;
-
   ~HugePages() {
-    for (const auto& [start, end] : filled()) {
-      const auto known = before_.find(start);
-      if (known == before_.end() || known->second != end) move(start, end);
-    }
+    if (mover_.joinable()) mover_.join();
+  }
+
+  /// Begin, in a thread: it takes from a tenth of a second to one; memory can be used meanwhile.
+  void move() {
+    mover_ = std::thread([before = std::move(before_)] {
+      for (const auto& [start, end] : filled()) {
+        const auto known = before.find(start);
+        if (known == before.end() || known->second != end) move(start, end);
+      }
+    });
   }
 
  private:
@@ -62,7 +70,8 @@ class HugePages {
     if (madvise(place, last - first, kCollapse) != 0) madvise(place, last - first, MADV_HUGEPAGE);
   }
 
-  const Mappings before_;
+  Mappings before_;
+  std::thread mover_;
 };
 
 }  // namespace autosteer
