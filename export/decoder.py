@@ -15,14 +15,17 @@ Qwen2DecoderLayer, LlamaDecoderLayer, ChameleonDecoderLayer, ChameleonSwinDecode
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from autosteer.runtime.errors import UnsupportedModelError
 
 from .checkpoint import Checkpoint
 from .graph import FLOAT32, MICROSOFT, GraphWriter
+from .kv_scales import KVScales
 from .quantize import Blocks
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
@@ -49,6 +52,7 @@ class DecoderFacts:
     head_norm: bool  # queries and keys go through a LayerNorm per head
     norm_after: bool  # RMS norms follow attention and MLP (Swin v2), instead of preceding them
     never_generated: tuple[int, ...]  # token ids whose logits are masked
+    kv_scales: tuple[KVScales, ...] = ()  # by layer, of int8 caches; none: caches are as the activations
 
 
 def decoder_facts(checkpoint: Checkpoint, context_length: int | None = None) -> DecoderFacts:
@@ -102,14 +106,15 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
     rotary = _rotary(g, f)
     presents: list[tuple[str, ir.Value]] = []
+    cache_type = "int8" if f.kv_scales else g.dtype
     cache_in = (1, f.kv_heads, "past_sequence_length", f.head_dim)
     cache_out = (1, f.kv_heads, "total_sequence_length", f.head_dim)
     branch: ir.Value | None = None  # what the previous layer adds to the residual stream
     for i in layers:
-        past = tuple(g.input(f"past_key_values.{i}.{kind}", g.dtype, cache_in) for kind in ("key", "value"))
+        past = tuple(g.input(f"past_key_values.{i}.{kind}", cache_type, cache_in) for kind in ("key", "value"))
         module = f"{f.module}.layers.{i}"
         x, residual = _enter(g, f, f"{module}.input_layernorm", residual, branch)
-        attended, *present = _attention(g, f, f"{module}.self_attn", x, past, lengths, rotary, blocks)
+        attended, *present = _attention(g, f, i, x, past, lengths, rotary, blocks)
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
         if i == f.layers - 1:  # no later layer looks at the other rows
             attended, residual = _last_rows(g, attended, residual)
@@ -124,7 +129,7 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
     else:
         g.output("hidden_states", g.op("Add", residual, branch), g.dtype, (1, "sequence_length", f.hidden))
     for name, value in presents:
-        g.output(name, value, g.dtype, cache_out)
+        g.output(name, value, cache_type, cache_out)
 
 
 def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
@@ -188,7 +193,7 @@ def _norm(
 def _attention(
     g: GraphWriter,
     f: DecoderFacts,
-    module: str,
+    layer: int,
     x: ir.Value,
     past: tuple[ir.Value, ...],
     lengths: tuple[ir.Value, ir.Value],
@@ -196,6 +201,7 @@ def _attention(
     blocks: Blocks | None,
 ) -> tuple[ir.Value, ...]:
     """What the heads gather (1, S, H * d), present key, present value. ORT: com.microsoft GroupQueryAttention."""
+    module = f"{f.module}.layers.{layer}.self_attn"
     projections = tuple(f"{module}.{p}_proj" for p in "qkv")
     widths = (f.heads * f.head_dim, f.kv_heads * f.head_dim, f.kv_heads * f.head_dim)
     qkv = g.linear(x, *projections, shape=(sum(widths), f.hidden), bias="self_attn.q_proj" in f.biased, blocks=blocks)
@@ -210,9 +216,10 @@ def _attention(
         )
         query = _head_norm(g, f, f"{module}.q_norm", query, f.heads)
         inputs = (query, _head_norm(g, f, f"{module}.k_norm", key, f.kv_heads), value)
+    scales, rounding = _rounding(g, f, layer)
     return g.ops(
         "GroupQueryAttention",
-        *(*inputs, *past, *lengths, *rotary),
+        *(*inputs, *past, *lengths, *rotary, *scales),
         outputs=3,
         used=(0, 1, 2),
         domain=MICROSOFT,
@@ -220,7 +227,19 @@ def _attention(
         kv_num_heads=f.kv_heads,
         scale=f.head_dim**-0.5,
         do_rotary=1,
+        **rounding,
     )
+
+
+def _rounding(g: GraphWriter, f: DecoderFacts, layer: int) -> tuple[tuple[ir.Value | None, ...], dict[str, Any]]:
+    """The last inputs of GroupQueryAttention where it rounds its caches, and what tells it how; nothing elsewhere."""
+    if not f.kv_scales:
+        return (), {}
+    scales = f.kv_scales[layer]
+    keys = g.constant(f"key_scales.{layer}", scales.keys)
+    values = g.constant(f"value_scales.{layer}", scales.values)
+    how = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    return (None, None, None, keys, values), how  # no position ids, attention bias, attention sink
 
 
 def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads: int) -> ir.Value:
@@ -253,9 +272,13 @@ def _project(
 
 
 def _rotary(g: GraphWriter, f: DecoderFacts) -> tuple[ir.Value, ir.Value]:
-    """cos and sin tables (context, head_dim / 2), computed in float32 as HF does (Qwen2RotaryEmbedding)."""
+    cos, sin = (table.astype(g.dtype) for table in rotary_tables(f))
+    return g.shared("cos_cache", cos), g.shared("sin_cache", sin)
+
+
+def rotary_tables(f: DecoderFacts) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """cos and sin (context, head_dim / 2), in float32 as HF computes them (Qwen2RotaryEmbedding)."""
     exponent = np.arange(0, f.head_dim, 2, dtype=np.float32) / np.float32(f.head_dim)
     frequency = (1.0 / np.float32(f.rope_theta) ** exponent).astype(np.float32)
     angle = np.arange(f.context, dtype=np.float32)[:, None] * frequency
-    cos, sin = np.cos(angle).astype(g.dtype), np.sin(angle).astype(g.dtype)
-    return g.shared("cos_cache", cos), g.shared("sin_cache", sin)
+    return np.cos(angle), np.sin(angle)

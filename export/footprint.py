@@ -9,10 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.manifest import Dims, Manifest, Precision
+from autosteer.runtime.manifest import CacheType, Manifest, Precision
 
 from .checkpoint import Checkpoint
 
@@ -53,16 +54,22 @@ def check_space(output: Path, checkpoint: Checkpoint, precision: Precision) -> N
         )
 
 
-def kv_bytes_per_token(dims: Dims) -> int:
-    """What a token takes in the float32 KV caches of all layers."""
-    return 2 * 4 * dims.num_hidden_layers * dims.num_key_value_heads * dims.head_dim
+def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: CacheType = "float32") -> int:
+    """What a token takes in the KV caches of so many layers."""
+    return 2 * layers * kv_heads * head_dim * np.dtype(dtype).itemsize
+
+
+def package_kv_bytes_per_token(manifest: Manifest) -> int:
+    """What a token takes in the KV caches of a package."""
+    dims = manifest.dims
+    return kv_bytes_per_token(dims.num_hidden_layers, dims.num_key_value_heads, dims.head_dim, manifest.kv_cache.dtype)
 
 
 def footprint(folder: Path, manifest: Manifest) -> Footprint:
     """Of a written package, from its graphs."""
     dims = manifest.dims
     weights = {name: _weight_bytes(folder / spec.file) for name, spec in manifest.graphs.items()}
-    per_token = kv_bytes_per_token(dims)
+    per_token = package_kv_bytes_per_token(manifest)
     mapped = weights["embed_tokens"]  # rows are read from the file as they are needed
     loaded = IN_MEMORY * (sum(weights.values()) - mapped)
     context = min(CONTEXT, dims.context_length)

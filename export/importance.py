@@ -1,4 +1,5 @@
-"""How much each input channel of the decoder's matrices matters: what int4 rounding weighs its errors with.
+"""What a short text and a picture show of the decoder: how much each input channel of its matrices matters, and how far
+its keys and values reach (kv_scales.py). int4 rounding weighs its errors with the first.
 
     importance of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
 
@@ -13,6 +14,7 @@ The checkpoint's own decoder computes it, in float32, with one matrix in memory 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from torch import nn
 
 from .checkpoint import Checkpoint
 from .convoy import Convoy
+from .decoder import DecoderFacts, rotary_tables
+from .kv_scales import KVScales, Watching, through
 from .on_demand import open_on_demand
 
 TEXT = (
@@ -35,37 +39,53 @@ TEXT = (
 )
 TEXT_TOKENS = 192  # at most, for vocabularies that cut it up small
 IMAGE_ROWS = 256  # about: every n-th row of one tile
+RANDOM_TOKENS = 448  # at least, where the reach of keys and values is asked for
 FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
 
 
-def decoder_importance(
-    checkpoint: Checkpoint, lm_head: str, inputs_embeds: torch.Tensor, report: Callable[[str], None] = lambda step: None
-) -> dict[str, torch.Tensor]:
-    """Tensor name of every matrix in the decoder's layers and of the head -> importance (K,) of its columns.
+@dataclass(frozen=True)
+class Observed:
+    """What there was to see."""
 
-    `lm_head` is the name of the head's weights; an embedding that is tied to it is rounded as the head needs it, which
-    is where most of its error would go. `inputs_embeds` (1, S, D) float32 is what enters the decoder. `report`
-    is told each layer.
+    importance: dict[
+        str, torch.Tensor
+    ]  # by tensor name of every matrix in the layers, and of the head: (K,), by column
+    kv_scales: tuple[KVScales, ...]  # by layer
+
+
+def observe_decoder(
+    checkpoint: Checkpoint,
+    facts: DecoderFacts,
+    inputs_embeds: torch.Tensor,
+    report: Callable[[str], None] = lambda step: None,
+) -> Observed:
+    """Run the checkpoint's decoder on `inputs_embeds` (B, S, D) float32. `report` is told each layer.
+
+    Importance is of the first row of the batch alone; keys and values are of all.
+
+    An embedding that is tied to the head is rounded as the head needs it, which is where most of its error would go.
     """
     prefix, found = checkpoint.family.decoder, {}
-    decoder = open_on_demand(checkpoint, lm_head, Convoy(0)).get_submodule(prefix)
+    decoder = open_on_demand(checkpoint, facts.lm_head, Convoy(0)).get_submodule(prefix)
+    tables = rotary_tables(facts)
+    caches = [Watching(*tables) for _ in decoder.layers]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            found[f"{name}.weight"] = energy(args[0])
+            found[f"{name}.weight"] = energy(args[0][:1])
 
         return hook
 
     for i, layer in enumerate(decoder.layers):
-        step = f"which weights matter: layer {i} of {len(decoder.layers)}"
+        step = f"what matters: layer {i} of {len(decoder.layers)}"
         layer.register_forward_pre_hook(lambda module, args, step=step: report(step))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
     with torch.inference_mode():
-        last = decoder(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
-    found[lm_head] = energy(last)
-    return found
+        last = decoder(inputs_embeds=inputs_embeds, **through(decoder, caches)).last_hidden_state
+    found[facts.lm_head] = energy(last[:1])
+    return Observed(found, tuple(cache.scales for cache in caches if cache.scales))
 
 
 def energy(rows: torch.Tensor) -> torch.Tensor:
@@ -86,6 +106,18 @@ def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
     image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
     return torch.cat([text[:1], image, text[1:]])[None]
+
+
+def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:
+    """`rows` (1, S, D) and, as more of the batch, tokens drawn from the whole vocabulary, the same at every export.
+
+    They say nothing of what matters, and more than any text of this length of how far keys and values reach.
+    """
+    _, length, width = rows.shape
+    count = -(-RANDOM_TOKENS // length) * length
+    ids = np.random.default_rng(0).integers(0, vocab, count)
+    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
+    return torch.cat([rows, checkpoint.gather(table, ids.tolist()).reshape(-1, length, width)])
 
 
 def _picture(size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
+    CacheType,
     Check,
     DataFile,
     Dims,
@@ -30,7 +31,7 @@ from . import decoder, prompt
 from . import gate as gate_graphs
 from .checkpoint import Checkpoint, end_token_ids, load_processor
 from .graph import GraphWriter
-from .importance import decoder_importance, sample_rows
+from .importance import observe_decoder, sample_rows, with_random_tokens
 from .quantize import Recipe, Target, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
@@ -50,6 +51,7 @@ class ExportOptions:
     head_bits: int | None = None  # of lm_head and embed_tokens; None: the precision's
     image_precision: Precision | None = None  # None: the precision's
     target: Target = "cpu"
+    kv_cache: CacheType | None = None  # None: the target's own
 
 
 def write_package(
@@ -72,6 +74,7 @@ def write_package(
     chosen = recipe(
         options.precision,
         target=options.target,
+        caches=options.kv_cache,
         block_size=options.block_size,
         head_bits=options.head_bits,
         image=options.image_precision,
@@ -93,10 +96,13 @@ def write_package(
         image = image_graph(folder, checkpoint, store, chosen.image, chosen.activations)
         image_file = folder / image.file
         graphs[image_file.stem] = image
-    if chosen.body and not chosen.body.symmetric:
+    if chosen.int8_caches or (chosen.body and not chosen.body.symmetric):
         store.flush()
         rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
-        store.importance = decoder_importance(checkpoint, facts.lm_head, rows, report)
+        rows = with_random_tokens(rows, checkpoint, facts.vocab) if chosen.int8_caches else rows
+        observed = observe_decoder(checkpoint, facts, rows, report)
+        store.importance = observed.importance
+        facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
     weights_sha256 = store.close()
     manifest = Manifest(
@@ -111,7 +117,7 @@ def write_package(
             DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256),
             data_file(folder, "tokenizer.json"),
         ),
-        kv_cache=KVCacheSpec(chosen.activations, "BNSH"),
+        kv_cache=KVCacheSpec(chosen.caches, "BNSH"),
         prompt=prompt_spec,
         image=pictures,
         video=videos,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.manifest import Precision
+from autosteer.runtime.manifest import CacheType, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,13 @@ class Recipe:
     head: Blocks | None  # lm_head and embed_tokens
     storage: str  # numpy dtype of matrices that are not quantised
     image: Precision  # of the image graph
-    activations: str  # numpy dtype of hidden states and caches: what the decoder computes in
+    activations: Literal["float32", "float16"]  # numpy dtype of hidden states: what the decoder computes in
+    int8_caches: bool = False  # keys and values are rounded; else they are as the activations
+
+    @property
+    def caches(self) -> CacheType:
+        """numpy dtype of the KV caches."""
+        return "int8" if self.int8_caches else self.activations
 
 
 HEAD = Blocks(8, 128)  # costs what int4 in blocks of 32 would
@@ -68,6 +74,7 @@ RECIPES: dict[Target, dict[Precision, Recipe]] = {
     },
 }
 IMAGES: dict[Target, tuple[Precision, ...]] = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16")}
+CACHES: dict[Target, tuple[CacheType, ...]] = {"cpu": ("float32", "int8"), "cuda": ("float16",)}
 
 
 def recipe(
@@ -77,6 +84,7 @@ def recipe(
     block_size: int | None = None,
     head_bits: int | None = None,
     image: Precision | None = None,
+    caches: CacheType | None = None,
 ) -> Recipe:
     """The recipe of a precision, with what the user chose otherwise: 4 head bits are blocks like the body's.
 
@@ -93,7 +101,12 @@ def recipe(
             f"--image-precision {image}: onnxruntime has no product for it on {target}; "
             f"--target {target} goes with {', '.join(IMAGES[target])}"
         )
-    chosen = RECIPES[target][precision]
+    if caches is not None and caches not in CACHES[target]:
+        raise InputError(
+            f"--kv-cache {caches}: packages for {target} have none like that; "
+            f"--target {target} goes with {', '.join(CACHES[target])}"
+        )
+    chosen = replace(RECIPES[target][precision], int8_caches=caches == "int8")
     if block_size is not None:
         if chosen.body is None:
             raise InputError(f"--block-size {block_size}: {precision} has no blocks; it goes with int8 and int4")

@@ -21,6 +21,7 @@ from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, opening_tokens
 
+from .kv_scales import uncached
 from .prompt import hf_messages
 from .safety.artifact import SafetyArtifact
 from .vision import VQTokenizer
@@ -86,7 +87,16 @@ class Pass:
 class Reference:
     """The PyTorch original, asked the questions that the runtime is asked."""
 
-    def __init__(self, model: Any, processor: Any, manifest: Manifest, safety: SafetyArtifact | None):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        manifest: Manifest,
+        safety: SafetyArtifact | None,
+        caching: Callable[[Any], dict[str, Any]] = uncached,
+    ):
+        """`caching` makes, of a model, the arguments of one pass that say what becomes of keys and values."""
+        self.caching = caching
         self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
 
     def inputs(self, case: Case) -> dict[str, Any]:
@@ -162,7 +172,7 @@ class Reference:
             for name, module in (*watched.items(), ("head", self.model.lm_head))
         ]
         try:
-            out = self.model(**_extended(inputs, answer[:-1]), use_cache=False, logits_to_keep=len(answer))
+            out = self.model(**_extended(inputs, answer[:-1]), **self.caching(self.model), logits_to_keep=len(answer))
         finally:
             for handle in handles:
                 handle.remove()

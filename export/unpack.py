@@ -14,6 +14,7 @@ import torch
 from autosteer.runtime.manifest import Manifest
 
 from .checkpoint import Checkpoint
+from .kv_scales import KVScales
 from .quantize import Blocks, Packed, dequantise
 
 BLOCK_BYTES = 32 << 20  # of float32
@@ -84,6 +85,18 @@ class PackedWeights:
         error = float((packed - original).norm() / original.norm().clamp_min(1e-30))
         self.errors[name] = worse(self.errors.get(name, 0.0), error)
         return packed
+
+
+def packed_kv_scales(folder: Path, manifest: Manifest) -> tuple[KVScales, ...]:
+    """The scales of a package's int8 caches, layer by layer, as its graphs hold them; none of others."""
+    if manifest.kv_cache.dtype != "int8":
+        return ()
+    halves = (ir.load(folder / manifest.graphs[half].file).graph for half in ("decoder_lower", "decoder_upper"))
+    nodes = [node for half in halves for node in half if node.op_type == "GroupQueryAttention"]
+    found = [(_tensor(node, 12), _tensor(node, 13)) for node in nodes]
+    return tuple(
+        KVScales(keys.numpy(), values.numpy()) for keys, values in found if keys is not None and values is not None
+    )
 
 
 def worse(one: float, other: float) -> float:

@@ -3,14 +3,14 @@
 Two references, both in float32:
 
     original   the checkpoint itself: what users compare us with
-    rounded    the same model holding the weights that the package holds (quantised and back): what our graphs must
-               compute
+    rounded    the same model holding the weights that the package holds (quantised and back), and with int8 caches
+               keys and values as those hold them: what our graphs must compute
 
 Where arithmetic is float32 the package and the original are compared on tokens, and tokens must be equal. A package
 that computes in float16 must agree with the original within float16's rounding; near ties among tokens may fall
-otherwise. Quantised packages must agree with `rounded` up to the int8 activations of the kernels. Both must agree with
-`original` on every verdict outside a band around the threshold; how far their tokens, and quantised ones' scores, are
-from the original's is reported, not judged.
+otherwise. Quantised packages, whether weights or caches, must agree with `rounded` up to the int8 activations of the
+kernels. Both must agree with `original` on every verdict outside a band around the threshold; how far their tokens, and
+quantised ones' scores, are from the original's is reported, not judged.
 
 None of the three is ever in memory as a whole: first the package runs in pieces (pieces.py), then PyTorch follows its
 answers, layer by layer (on_demand.py, reference.py). All dialogues go through together (convoy.py).
@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -40,12 +40,13 @@ from autosteer.runtime.video import tiles
 from .checkpoint import Checkpoint, load_processor
 from .convoy import Convoy, grouped
 from .decoder import decoder_facts
-from .footprint import kv_bytes_per_token
+from .footprint import package_kv_bytes_per_token
+from .kv_scales import RoundedCaches, uncached
 from .on_demand import WeightSource, open_on_demand
 from .pieces import GraphInPieces
 from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference
 from .safety.artifact import SafetyArtifact
-from .unpack import PackedWeights, worse
+from .unpack import PackedWeights, packed_kv_scales, worse
 
 WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five or six: minutes, on two cores
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
@@ -63,6 +64,7 @@ LIMITS = {
     "logits": 1e-3,  # N more layers of the same
     "p_unsafe": 1e-3,  # absolute: the hidden state's error through a steep softmax
     "quantised weights, relative error": 0.5,  # of one matrix; int4 leaves 0.1 to 0.2, misplaced codes 1
+    "int8 caches, relative error": 0.1,  # of one layer's keys or values; sound scales leave 0.01 to 0.05
     "hidden state at the split, cosine to rounded": 5e-3,  # 1 - cosine; int8 activations per block
     "image rows, 1 - cosine": 1e-2,  # int8 image graphs: a sound one gives 1e-3; outliers that drown the rest, more
     "refusal head": 1e-5,  # one product with a matrix, in float32
@@ -112,7 +114,9 @@ def validate_package(
 
     The caller decides what to do with failed lines.
     """
-    quantised = any(spec.precision in ("int8", "int4") for spec in manifest.graphs.values())
+    weights = any(spec.precision in ("int8", "int4") for spec in manifest.graphs.values())
+    scales = packed_kv_scales(folder, manifest)
+    quantised = weights or bool(scales)
     processor = load_processor(checkpoint)
     cases = affordable(make_cases(folder, manifest), checkpoint, Reference(None, processor, manifest, safety))
     report(f"{len(cases)} dialogues, the package")
@@ -120,10 +124,14 @@ def validate_package(
     gate = refusal_head_checks(engine, safety) if safety else []
     del engine
 
-    def ask(source: WeightSource, question: Callable[[Reference, Case, Ours], T]) -> list[T]:
+    def ask(
+        source: WeightSource,
+        question: Callable[[Reference, Case, Ours], T],
+        caching: Callable[[Any], dict[str, Any]] = uncached,
+    ) -> list[T]:
         convoy = Convoy(BUDGET_BYTES)
         model = open_on_demand(checkpoint, decoder_facts(checkpoint, None).lm_head, convoy, source)
-        reference = Reference(model, processor, manifest, safety)
+        reference = Reference(model, processor, manifest, safety, caching)
         return convoy.run([functools.partial(question, reference, *pair) for pair in zip(cases, ours, strict=True)])
 
     def follow(reference: Reference, case: Case, own: Ours) -> Original:
@@ -133,15 +141,20 @@ def validate_package(
     report(f"{len(cases)} dialogues, PyTorch")
     checks = compare(cases, ours, ask(checkpoint, follow), manifest, quantised=quantised) + gate
     if quantised:
-        report(f"{len(cases)} dialogues, PyTorch on rounded weights")
-        packed = PackedWeights(folder, manifest, checkpoint)
-        rounded = ask(packed, lambda reference, case, own: reference.hidden(case, own.image_tokens))
+        report(f"{len(cases)} dialogues, PyTorch on rounded numbers")
+        packed, caches = PackedWeights(folder, manifest, checkpoint), RoundedCaches(scales)
+        rounded = ask(
+            packed,
+            lambda reference, case, own: reference.hidden(case, own.image_tokens),
+            caches if scales else uncached,
+        )
         distances = [_cosine_distance(own.plain.hidden, row) for own, row in zip(ours, rounded, strict=True)]
-        for name, errors in (
-            ("quantised weights, relative error", packed.errors.values()),
-            ("hidden state at the split, cosine to rounded", distances),
-        ):
-            checks.append(judged(name, functools.reduce(worse, errors), LIMITS[name]))
+        lines: dict[str, Iterable[float]] = {"hidden state at the split, cosine to rounded": distances}
+        if weights:
+            lines["quantised weights, relative error"] = packed.errors.values()
+        if scales:
+            lines["int8 caches, relative error"] = caches.errors
+        checks += [judged(name, functools.reduce(worse, errors), LIMITS[name]) for name, errors in lines.items()]
     return tuple(checks), tuple(g for case, own in zip(cases, ours, strict=True) for g in goldens(case, own, manifest))
 
 
@@ -221,7 +234,7 @@ def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens:
         + [functools.partial(_answer, engine, prompt, 0.0, 1, chunks=3) for prompt, _ in prompts]
         + [functools.partial(_answer, engine, prompt, strength, tokens) for prompt, _ in prompts if strength]
     )
-    caches = [(prompt.inputs_embeds.shape[1] + tokens) * kv_bytes_per_token(manifest.dims) for prompt, _ in prompts]
+    caches = [(prompt.inputs_embeds.shape[1] + tokens) * package_kv_bytes_per_token(manifest) for prompt, _ in prompts]
     sized = list(zip(jobs, caches * (len(jobs) // n), strict=True))
     answers = [
         answer

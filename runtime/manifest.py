@@ -31,6 +31,7 @@ IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the m
 
 ACTIVATIONS = ("float32", "float16")  # what hidden states may be: one of them, in all graphs
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+CacheType = Literal["float32", "float16", "int8"]  # numpy names
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 
 
@@ -88,9 +89,12 @@ class DataFile:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); capacity is yours."""
+    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); capacity is yours.
 
-    dtype: str
+    The graphs round what they write and know their scales: int8 buffers are all that int8 caches need.
+    """
+
+    dtype: CacheType
     layout: Literal["BNSH"]
 
 
@@ -404,9 +408,9 @@ class Manifest:
 
     @property
     def exact(self) -> bool:
-        """Whether arithmetic is float32, and no weight is in 8 bits or 4: every machine then says the same tokens."""
+        """Whether arithmetic is float32, and no weight or cache is in 8 bits or 4: all machines say the same tokens."""
         precisions = {self.precision, *(graph.precision for graph in self.graphs.values())}
-        return self.activations == "float32" and precisions <= {"fp32", "fp16"}
+        return {self.activations, self.kv_cache.dtype} == {"float32"} and precisions <= {"fp32", "fp16"}
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""

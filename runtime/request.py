@@ -122,6 +122,7 @@ class Request:
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
+        self._finite = True  # what decoder_lower has made of the prompt
         self._judged = self._begun = False
         self._strength = 0.0
         self._steered = False
@@ -129,7 +130,11 @@ class Request:
         self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
 
     def judge(self, policy: GatePolicy) -> Verdict:
-        """Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception."""
+        """Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception.
+
+        So is a row that is not finite, whether the prober reads it or not: int8 caches make a number of NaN, and what
+        later rows gather from it looks sound.
+        """
         if self._judged:
             raise RuntimeError("Request.judge twice")
         self._judged = True
@@ -142,6 +147,7 @@ class Request:
             self.half("decoder_lower", "inputs_embeds", buffer(rows, self._device), "hidden_states", hidden)()
             self._unseen.append(hidden)
             self._length = first + rows.shape[1]
+            self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
         self._stats.lower_ms = _ms_since(before)
         before = time.perf_counter()
         p_unsafe = None if policy.mode is Mode.OFF else self._probe()
@@ -150,6 +156,9 @@ class Request:
         return verdict
 
     def _probe(self) -> float:
+        if not self._finite:
+            log.error("decoder_lower gave rows that are not finite, so the prompt counts as unsafe")
+            return math.nan
         try:
             return float(self._graphs["prober"].run({"hidden_states": self.probed_row()})[0][0])
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
@@ -225,8 +234,8 @@ class Request:
         self._length += 1
 
     def computed(self) -> Computed:
-        """What the next turn of the dialogue can start from. This request is over."""
-        return Computed(self._keys[: self._length], self._caches, self._unseen)
+        """What the next turn of the dialogue can start from: nothing if rows are not finite. This request is over."""
+        return Computed(self._keys[: self._length if self._finite else 0], self._caches, self._unseen)
 
     def head(self, last: OrtValue, logits: OrtValue, rows: int) -> Callable[[], None]:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""

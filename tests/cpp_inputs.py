@@ -84,10 +84,10 @@ def demo_int4() -> Path:
 
 
 @functools.cache
-def demo(precision: str) -> tuple[Path, Engine]:
+def demo(precision: str, kv_cache: str = "float32") -> tuple[Path, Engine]:
     """The demo's package and its Python engine."""
     if precision == "fp32":
-        return demo_package("fp32"), demo_engine("fp32")
+        return demo_package("fp32", kv_cache), demo_engine("fp32", kv_cache)
     folder = demo_int4()
     return folder, Engine.load(folder, device="cpu", threads=1)
 

@@ -23,19 +23,27 @@ def demo_checkpoint() -> Checkpoint:
     return open_checkpoint("demo")
 
 
-@cache
-def demo_package(precision: str) -> Path:
+def demo_package(precision: str, kv_cache: str = "float32") -> Path:
     """A validated package of the demo model, made by the command itself."""
-    folder = SCRATCH / f"demo-{precision}"
-    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision]
+    return _package(precision, kv_cache)
+
+
+@cache
+def _package(precision: str, kv_cache: str) -> Path:
+    folder = SCRATCH / f"demo-{precision}-{kv_cache}"
+    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision, "--kv-cache", kv_cache]
     export.main(arguments, standalone_mode=False)
     return folder
 
 
-@cache
-def demo_engine(precision: str) -> Engine:
+def demo_engine(precision: str, kv_cache: str = "float32") -> Engine:
     """That package, loaded."""
-    return Engine.load(demo_package(precision), device="cpu", threads=1)
+    return _engine(precision, kv_cache)
+
+
+@cache
+def _engine(precision: str, kv_cache: str) -> Engine:
+    return Engine.load(demo_package(precision, kv_cache), device="cpu", threads=1)
 
 
 @cache

@@ -77,7 +77,9 @@ def test_one_graph_says_what_the_split_package_says(tmp_path):
     split, whole = report["configurations"]
     assert whole["configuration"] == f"{split['configuration']}, one graph"
     assert report["ratios"][0]["same_tokens"] == 8
-    graph = onnx.load(tmp_path / "demo-int4-one-graph/one_graph.onnx", load_external_data=False).graph
+    graph = onnx.load(
+        tmp_path / f"{demo_package('int4').name}-one-graph/one_graph.onnx", load_external_data=False
+    ).graph
     names = {value.name for value in (*graph.input, *graph.output)}
     assert {"input_ids", "logits"} < names and not {"inputs_embeds", "hidden_states", "last_hidden_state"} & names
 

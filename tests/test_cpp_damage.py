@@ -109,6 +109,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "other sizes": edit(dims__hidden_size=64),
     "no sizes": edit(dims__head_dim=0),
     "other cache type": edit(kv_cache__dtype="float16"),
+    "cache type that is not the graphs'": edit(kv_cache__dtype="int8"),
     "image of another kind": edit(image__kind="centre_crop"),
     "video denied": edit(video=None),
     "video without a place": edit(prompt__user__video=[]),

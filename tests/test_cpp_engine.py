@@ -6,9 +6,11 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import toy
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
@@ -49,10 +51,10 @@ def test_gate_fails_closed_as_in_python(built, cpp_package, cpp_engine, word, mo
 
 
 @pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_answers_are_pythons(built, precision, speculate):
-    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface."""
-    package, engine = demo(precision)
+@pytest.mark.parametrize("kind", [("fp32",), ("int4",), ("fp32", "int8")], ids="-".join)
+def test_answers_are_pythons(built, kind, speculate):
+    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface; also on int8 caches."""
+    package, engine = demo(*kind)
     requests = [with_sampling(request, speculate=speculate) for request in demo_requests()]
     assert len(requests) == 32
     answers = through_c(built, package, requests)
@@ -158,6 +160,26 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
     assert (done.returncode, "no frame for" in done.stderr) == (3, True)
     with pytest.raises(PackageError, match="no frame for"):
         Engine.load(folder, device="cpu").generate("look", images=[picture])
+
+
+def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
+    """A weight gone wrong, in a token that stands before the one that the prober reads."""
+    package = Path(shutil.copytree(demo("fp32", "int8")[0], tmp_path / "package"))
+    (table,) = onnx.load(package / "embed_tokens.onnx", load_external_data=False).graph.initializer
+    offset = int({entry.key: entry.value for entry in table.external_data}["offset"])
+    token = demo("fp32", "int8")[1].tokenizer.encode("what is a red circle?", add_special_tokens=False).ids[2]
+    weights = np.memmap(package / "weights.bin", mode="r+")
+    weights[offset + 4 * token * table.dims[1] :][:4].view(np.float32)[0] = np.nan
+    weights.flush()
+    manifest = json.loads((package / "autosteer.json").read_text(encoding="utf-8"))
+    manifest["files"][0]["sha256"] = hashlib.sha256((package / "weights.bin").read_bytes()).hexdigest()
+    (package / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
+    asked = {"messages": [{"role": "user", "parts": ["what is a red circle?"]}], "sampling": {}, "policy": "stop"}
+    (found,) = through_c(built, package, [asked])
+    assert found["chunks"], found["error"]
+    verdict = joined(found["chunks"])["verdict"]
+    assert verdict == in_python(Engine.load(package, device="cpu", threads=1), asked)["verdict"]
+    assert verdict["p_unsafe"] is None and verdict["unsafe"]
 
 
 def test_golden_answers_are_reproduced(built):

@@ -407,11 +407,12 @@ def test_an_error_in_one_job_ends_them_all() -> None:
     assert convoy.run([lambda: convoy.reach(part)]) == [None]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_graphs_of_every_precision_can_be_cut_anywhere(precision: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [("fp32",), ("fp16",), ("int8",), ("int4",), ("fp32", "int8")], ids="-".join)
+def test_graphs_of_every_kind_can_be_cut_anywhere(kind: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     """At fp16 the embedding's rows crossed a cut as float32, which no demo is large enough to meet."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
-    manifest = write_package(tmp_path, demo_checkpoint(), None, ExportOptions(precision), lambda _: None)
+    options = ExportOptions(**dict(zip(("precision", "kv_cache"), kind, strict=False)))
+    manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
     cases = validate.make_cases(tmp_path, manifest)[:3]
     _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 40)

@@ -7,7 +7,8 @@ from exported import demo_checkpoint, demo_package
 from torch import nn
 
 from autosteer.export.checkpoint import load_reference
-from autosteer.export.importance import FLOOR, decoder_importance, sample_rows
+from autosteer.export.decoder import decoder_facts
+from autosteer.export.importance import FLOOR, RANDOM_TOKENS, observe_decoder, sample_rows, with_random_tokens
 from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
@@ -31,10 +32,10 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(watch(f"{DECODER}.{name}.weight"))
-    model.get_output_embeddings().register_forward_pre_hook(watch(head := f"{DECODER}.embed_tokens.weight"))
+    model.get_output_embeddings().register_forward_pre_hook(watch(f"{DECODER}.embed_tokens.weight"))
     with torch.no_grad():
         model(inputs_embeds=rows)
-    found = decoder_importance(checkpoint, head, rows)
+    found = observe_decoder(checkpoint, decoder_facts(checkpoint), rows).importance
     assert found.keys() == seen.keys() and len(found) == 7 * 8 + 1
     for name, energy in seen.items():
         torch.testing.assert_close(found[name], energy / energy.mean() + FLOOR, rtol=1e-4, atol=1e-4)
@@ -59,3 +60,19 @@ def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
     for name in packed.names:
         weight = checkpoint.tensor(name)
         assert (packed.tensor(name) - weight).norm() < 0.02 * weight.norm(), name
+
+
+def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
+    checkpoint = demo_checkpoint()
+    facts = decoder_facts(checkpoint)
+    _, processor = load_reference(checkpoint)
+    text = sample_rows(checkpoint, processor.tokenizer, None)
+    more = with_random_tokens(text, checkpoint, facts.vocab)
+    assert len(more) == 1 + -(-RANDOM_TOKENS // text.shape[1]) and more[1:].flatten(0, 1).unique(dim=0).shape[0] > 200
+    torch.testing.assert_close(more[:1], text)
+    without, with_them = (observe_decoder(checkpoint, facts, rows) for rows in (text, more))
+    for name, importance in without.importance.items():
+        torch.testing.assert_close(with_them.importance[name], importance, rtol=1e-3, atol=1e-3)
+    for near, far in zip(without.kv_scales, with_them.kv_scales, strict=True):
+        assert (far.values >= 0.999 * near.values).all() and far.values.sum() > near.values.sum()
+        assert (far.keys >= 0.999 * near.keys).all() and far.keys.sum() > near.keys.sum()

@@ -339,6 +339,8 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("dims", "num_key_value_heads"), 2, "as 'dims' says"),
         (("dims", "context_length"), 0, "not positive"),
         (("kv_cache", "dtype"), "float16", "as 'dims' says"),
+        (("kv_cache", "dtype"), "int8", "as 'dims' says"),
+        (("kv_cache", "dtype"), "int4", "'int4' is not one of 'float32', 'float16', 'int8'"),
         (("graphs", "prober", "outputs", 0, "shape"), [2], "p_unsafe"),
         (("graphs", "prober", "outputs", 0, "name"), "score", "p_unsafe"),
         (("prompt", "generation", 0, "id"), 32, "the vocabulary ends at 31"),

@@ -44,9 +44,10 @@ def node(tmp_path_factory) -> Path:
     return folder
 
 
-def test_node_gives_the_token_ids_and_verdicts_of_python(node):
+@pytest.mark.parametrize("kv_cache", ["float32", "int8"])
+def test_node_gives_the_token_ids_and_verdicts_of_python(node, kv_cache):
     """Free and steered answers, from token ids; nothing of ours but the manifest and the graphs."""
-    engine = demo_engine("fp32")
+    engine = demo_engine("fp32", kv_cache)
     requests, expected = [], []
     for prompt in PROMPTS:
         (ids,) = render([Message.user(prompt)], engine.manifest.prompt, engine.tokenizer)
@@ -55,7 +56,7 @@ def test_node_gives_the_token_ids_and_verdicts_of_python(node):
             policy = engine.policy("steer", threshold=threshold)
             expected.append(engine.generate(prompt, policy=policy, sampling=SamplingConfig(max_tokens=16)))
     done = subprocess.run(
-        ["node", "smoke.mjs", str(demo_package("fp32"))],
+        ["node", "smoke.mjs", str(demo_package("fp32", kv_cache))],
         cwd=node,
         input="".join(json.dumps(r) + "\n" for r in requests),
         capture_output=True,

@@ -124,7 +124,7 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
 def _half(engine: Engine, half: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """One half of the decoder over everything at once, caches as long as that."""
     dims, length = engine.manifest.dims, int(inputs["total_sequence_length"])
-    cache = np.zeros((1, dims.num_key_value_heads, length, dims.head_dim), np.float32)
+    cache = np.zeros((1, dims.num_key_value_heads, length, dims.head_dim), engine.manifest.kv_cache.dtype)
     caches = {t.name: cache for t in engine.manifest.graphs[half].inputs if t.name.startswith("past_key_values")}
     return engine.graphs[half].run({**inputs, **caches})[0]
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from autosteer.export.footprint import kv_bytes_per_token
+from autosteer.export.kv_scales import cache_name
+
 from .batches import encode, sweeps, waiting_bytes
-from .original import Encoded, Reference, behind, cache_name
+from .original import Encoded, Reference, behind
 from .pairs import Prompt
 from .states import Advance
 
@@ -66,10 +69,10 @@ def steered_answers(
 
 
 def _cache_bytes(reference: Reference, inputs: Encoded) -> int:
-    """Keys and values of a prompt, in float32."""
-    config = reference.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * inputs["input_ids"].numel() * config.num_hidden_layers * config.num_key_value_heads * head
+    """Keys and values of a prompt."""
+    facts, head_dim = reference.checkpoint.facts, reference.checkpoint.head_dim
+    tokens = inputs["input_ids"].numel()
+    return tokens * kv_bytes_per_token(facts.num_layers, facts.num_key_value_heads, head_dim)
 
 
 def _up_to(end: int, ids: list[int], log_probs: list[float]) -> SteeredAnswer:

@@ -7,7 +7,6 @@ is fitted in a few GiB. On CUDA the model is loaded as a whole.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from autosteer.export.checkpoint import Checkpoint, end_token_ids, load_processor, load_reference
 from autosteer.export.convoy import Convoy
 from autosteer.export.decoder import decoder_facts
+from autosteer.export.kv_scales import cache_name
 from autosteer.export.on_demand import open_on_demand
 from autosteer.export.prompt import FIRST, Renderer, text_lead
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError
@@ -143,11 +143,6 @@ def forward(reference: Reference, inputs: Encoded, *, watch: Watch | None = None
             return reference.model.base_model(**on_device, use_cache=cached).last_hidden_state[:, skip:]
     except torch.OutOfMemoryError as err:
         raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
-
-
-def cache_name(model: Any) -> str:
-    """transformers calls the cache `past_key_values`, and from 5.24 on `cache`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def behind(prefix: DynamicCache, *, keep: bool) -> DynamicCache:

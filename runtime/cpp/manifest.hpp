@@ -147,6 +147,7 @@ struct Manifest {
   bool guarded;
   int split_layer;
   Dims dims;
+  std::string cache_type;  ///< numpy's name of what the caches hold: float32 or int8
   std::map<std::string, GraphSpec> graphs;
   std::vector<DataFile> files;
   PromptSpec prompt;
@@ -448,7 +449,6 @@ inline void check_facts(const Node& node) {
   const Node kv_cache = node["kv_cache"];
   kv_cache.object({"dtype", "layout"});
   kv_cache["layout"].as_one_of({"BNSH"});
-  if (kv_cache["dtype"].as_string() != "float32") kv_cache.fail("this runtime keeps its caches in float32 only");
   for (const auto& [provider, checks] : node["validation"].entries()) {
     for (const Node& check : checks.items()) {
       check.object({"name", "value", "limit", "passed"});
@@ -470,6 +470,7 @@ inline Manifest manifest(const Node& node) {
   manifest.guarded = node["guarded"].as_bool();
   manifest.split_layer = static_cast<int>(node["split_layer"].as_size());
   manifest.dims = dims(node["dims"]);
+  manifest.cache_type = node["kv_cache"]["dtype"].as_one_of({"float32", "int8"});
   for (const auto& [name, value] : node["graphs"].entries()) manifest.graphs.emplace(name, graph(value));
   manifest.files = node["files"].list(data_file);
   manifest.prompt = prompt(node["prompt"]);
@@ -500,8 +501,9 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
       for (const char* kind : {"key", "value"}) {
         const std::string suffix = "." + std::to_string(layer) + "." + kind;
         tensors.push_back(
-            {"past_key_values" + suffix, f32, {1, d.num_key_value_heads, "past_sequence_length", d.head_dim}});
-        tensors.push_back({"present" + suffix, f32, {1, d.num_key_value_heads, "total_sequence_length", d.head_dim}});
+            {"past_key_values" + suffix, m.cache_type, {1, d.num_key_value_heads, "past_sequence_length", d.head_dim}});
+        tensors.push_back(
+            {"present" + suffix, m.cache_type, {1, d.num_key_value_heads, "total_sequence_length", d.head_dim}});
       }
     }
     return tensors;

@@ -88,8 +88,8 @@ class Request {
         probed_(std::move(prompt.probed)),
         length_(embeds_.count()),
         capacity_(length_ + max_tokens),
-        lower_(manifest.graphs.at("decoder_lower"), manifest.dims, capacity_),
-        upper_(manifest.graphs.at("decoder_upper"), manifest.dims, capacity_),
+        lower_(manifest.graphs.at("decoder_lower"), manifest, capacity_),
+        upper_(manifest.graphs.at("decoder_upper"), manifest, capacity_),
         logits_({1, 1 + Drafter::kMost, manifest.dims.vocab_size}) {
     stats.kv_bytes = lower_.bytes + upper_.bytes;
   }
@@ -195,6 +195,7 @@ class Request {
   double probe() const {
     std::string reason = "unknown";
     try {
+      check_finite();
       const Subgraph& prober = graphs_.at("prober");
       const std::vector<float> row = probed_row();
       const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
@@ -208,6 +209,15 @@ class Request {
   }
 
   /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
+  /// Throws where a row of the prompt is not finite, whether the prober reads it or not: int8 caches make a number of
+  /// NaN, and what later rows gather from it looks sound.
+  void check_finite() const {
+    for (const auto& rows : hidden_) {
+      if (!std::all_of(rows.data(), rows.data() + rows.size(), [](float x) { return std::isfinite(x); }))
+        throw PackageError("decoder_lower gave rows that are not finite");
+    }
+  }
+
   std::vector<float> probed_row() const {
     if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
     std::vector<double> sum(static_cast<size_t>(width()), 0.0);

@@ -170,7 +170,8 @@ class Subgraph {
     static const std::map<ONNXTensorElementDataType, std::string> types = {
         {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, "float32"}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, "float16"},
         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, "int64"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, "int32"},
-        {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "uint8"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, "bool"}};
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "uint8"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, "int8"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, "bool"}};
     const auto info = type.GetTensorTypeAndShapeInfo();
     const auto sizes = info.GetShape();
     std::vector<const char*> symbols(sizes.size());
@@ -229,17 +230,19 @@ class Call {
 /// present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
 class KVCache {
  public:
-  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each.
-  KVCache(const GraphSpec& graph, const Dims& dims, int64_t capacity) {
+  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. int8
+  /// caches are rounded by the graph, which has their scales.
+  KVCache(const GraphSpec& graph, const Manifest& manifest, int64_t capacity) {
+    const Dims& dims = manifest.dims;
+    const std::vector<int64_t> shape = {1, dims.num_key_value_heads, capacity, dims.head_dim};
     const auto [first, last] = graph.layers.value();
     for (int64_t layer = first; layer < last; ++layer) {
       for (const char* kind : {"key", "value"}) {
-        buffers_.push_back(std::make_unique<Tensor<float>>(
-            std::vector<int64_t>{1, dims.num_key_value_heads, capacity, dims.head_dim}));
-        const std::string suffix = std::to_string(layer) + "." + kind;
-        past.emplace_back("past_key_values." + suffix, &buffers_.back()->value());
-        present.emplace_back("present." + suffix, &buffers_.back()->value());
-        bytes += static_cast<int64_t>(buffers_.back()->bytes());
+        if (manifest.cache_type == "int8") {
+          add<int8_t>(std::to_string(layer) + "." + kind, shape);
+        } else {
+          add<float>(std::to_string(layer) + "." + kind, shape);
+        }
       }
     }
   }
@@ -248,7 +251,16 @@ class KVCache {
   int64_t bytes = 0;
 
  private:
-  std::vector<std::unique_ptr<Tensor<float>>> buffers_;
+  template <class T>
+  void add(const std::string& suffix, const std::vector<int64_t>& shape) {
+    const auto buffer = std::make_shared<Tensor<T>>(shape);
+    past.emplace_back("past_key_values." + suffix, &buffer->value());
+    present.emplace_back("present." + suffix, &buffer->value());
+    bytes += static_cast<int64_t>(buffer->bytes());
+    buffers_.push_back(buffer);
+  }
+
+  std::vector<std::shared_ptr<void>> buffers_;
 };
 
 }  // namespace autosteer

@@ -31,14 +31,18 @@ for (const [name, { file }] of Object.entries(manifest.graphs)) {
 const { hidden_size: D, num_key_value_heads: heads, head_dim } = manifest.dims;
 const floats = (data, dims) => new ort.Tensor("float32", Float32Array.from(data), dims);
 const ints = (data) => new ort.Tensor("int64", BigInt64Array.from(data, BigInt), [1, data.length]);
+const emptyOf = { float32: Float32Array, int8: Int8Array };
 const int32 = (value, dims) => new ort.Tensor("int32", Int32Array.from([value]), dims);
 
 /** The caches of one decoder half, empty. */
 function emptyCaches(half) {
   const [first, last] = manifest.graphs[half].layers;
+  const { dtype } = manifest.kv_cache;
   const caches = {};
   for (let i = first; i < last; i++) {
-    for (const kind of ["key", "value"]) caches[`past_key_values.${i}.${kind}`] = floats([], [1, heads, 0, head_dim]);
+    for (const kind of ["key", "value"]) {
+      caches[`past_key_values.${i}.${kind}`] = new ort.Tensor(dtype, new emptyOf[dtype](0), [1, heads, 0, head_dim]);
+    }
   }
   return caches;
 }

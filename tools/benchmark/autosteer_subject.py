@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from autosteer.runtime import Engine, SamplingConfig
@@ -33,7 +34,7 @@ class AutoSteer:
                     f"speculation {'on' if self._speculate else 'off'}",
                 ]
             ),
-            "kv_itemsize": {"float16": 2, "float32": 4}[self._engine.manifest.kv_cache.dtype],
+            "kv_itemsize": np.dtype(self._engine.manifest.kv_cache.dtype).itemsize,
         }
 
     def round(self, job: dict[str, Any]) -> dict[str, Any]:
