@@ -533,7 +533,7 @@ def test_eval_by_a_judge_that_is_a_program(call, package, data, tmp_path):
     command = ["autosteer-eval", package, "--data", data, "--json", "--device", "cpu"]
     done = call(*command, "--judge-command", f"{sys.executable} {judge}")
     assert [json.loads(line)["not_refused"]["off"]["value"] for line in done.stdout.splitlines()] == [0.0, 0.0]
-    judge.write_text("print('yes')\n")
+    judge.write_text("input()\nprint('yes')\n")
     done = call(*command, "--judge-command", f"{sys.executable} {judge}")
     assert done.returncode == 5 and "wrote 'yes' and not" in done.stderr and not done.stdout
 
