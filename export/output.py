@@ -8,8 +8,8 @@ run: a lock beside each growing folder says whether anybody is still at it.
 from __future__ import annotations
 
 import glob
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,9 +40,10 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
     check_output(destination, marker=marker, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    with _held(scratch):
-        try:
+    scratch = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}")
+    try:  # from before there is anything: a signal may come at any time
+        with _held(scratch):
+            scratch.mkdir(mode=0o700)
             yield scratch
             scratch.chmod(0o755)
             old = scratch.with_name(f"{scratch.name}-old")
@@ -50,20 +51,25 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
                 destination.rename(old)
             scratch.rename(destination)
             shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        _lock_of(scratch).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
     """Hold the lock of a scratch folder, and remove it in the end. Raises Timeout where another process holds it."""
-    lock = scratch.with_name(f"{scratch.name}.lock")
+    lock = _lock_of(scratch)
     with FileLock(lock, blocking=False):
         try:
             yield
         finally:
             lock.unlink()
+
+
+def _lock_of(scratch: Path) -> Path:
+    return scratch.with_name(f"{scratch.name}.lock")
 
 
 def _remove_abandoned(destination: Path) -> None:

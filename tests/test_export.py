@@ -224,7 +224,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: sign
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(p.name.startswith(".package-") for p in tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.001)
     os.kill(process.pid, sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
