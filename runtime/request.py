@@ -122,7 +122,7 @@ class Request:
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
-        self._finite = True  # what decoder_lower has made of the prompt
+        self._finite = True  # what decoder_lower has made of the prompt, and what the passes behind it gave
         self._judged = self._begun = False
         self._strength = 0.0
         self._steered = False
@@ -227,7 +227,9 @@ class Request:
         one_pass.run(tokens)
         self._keys[self._length :] = tokens
         self._length += 1
-        return one_pass.logits()
+        logits = one_pass.logits()
+        self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # a row of NaN has no other logits
+        return logits
 
     def accept(self) -> None:
         """The next token of those that `verify` was given came true."""

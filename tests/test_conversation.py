@@ -192,3 +192,15 @@ def test_demo_model_answers_a_dialogue_about_a_picture_as_from_a_fresh_start():
     turns.append(Message.user("where is it?"))
     for a, b in zip(first_logits(engine, turns, None), first_logits(engine, turns, conversation), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+def test_after_an_answer_that_is_not_finite_the_next_turn_starts_afresh(engine):
+    """int8 caches make numbers of its NaN, and the next turn's rows would gather from those and look sound."""
+    request = engine.request(engine.encoder.prepare([Message.user("red tick")], Stats()), 4, Stats())
+    request.judge(engine.policy("off"))
+    request.begin(0.0)
+    request.step(5)
+    assert request.computed().keys
+    request._passes[1].head = lambda: request._logits.fill(np.nan)
+    request.step(5)
+    assert not request.computed().keys
