@@ -26,7 +26,7 @@ from autosteer.runtime.errors import UnsupportedModelError
 from .checkpoint import Checkpoint
 from .graph import FLOAT32, MICROSOFT, GraphWriter
 from .kv_scales import KVScales
-from .quantize import Blocks
+from .quantize import Blocks, Scheme
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -99,7 +99,7 @@ def embed_tokens(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None
     g.output("inputs_embeds", rows, g.dtype, (1, "sequence_length", f.hidden))
 
 
-def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks | None) -> None:
+def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, scheme: Scheme | None) -> None:
     """`layers` of the decoder. Where all rows have attended in the last layer, it goes on with the last ones."""
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, g.dtype, (1, "sequence_length", f.hidden))
@@ -114,14 +114,14 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
         past = tuple(g.input(f"past_key_values.{i}.{kind}", cache_type, cache_in) for kind in ("key", "value"))
         module = f"{f.module}.layers.{i}"
         x, residual = _enter(g, f, f"{module}.input_layernorm", residual, branch)
-        attended, *present = _attention(g, f, i, x, past, lengths, rotary, blocks)
+        attended, *present = _attention(g, f, i, x, past, lengths, rotary, scheme)
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
         if i == f.layers - 1:  # no later layer looks at the other rows
             attended, residual = _last_rows(g, attended, residual)
-        attended = _project(g, f, module, "self_attn.o_proj", attended, f.hidden, f.heads * f.head_dim, blocks)
+        attended = _project(g, f, module, "self_attn.o_proj", attended, f.hidden, f.heads * f.head_dim, scheme)
         branch = _leave(g, f, f"{module}.input_layernorm", attended)
         x, residual = _enter(g, f, f"{module}.post_attention_layernorm", residual, branch)
-        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, module, x, blocks))
+        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, module, x, scheme))
     assert branch is not None
     if layers.stop == f.layers:
         normed, _ = _norm(g, f, f"{f.module}.norm", residual, branch)
@@ -135,7 +135,7 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, blocks: Blocks 
 def lm_head(g: GraphWriter, f: DecoderFacts, blocks: Blocks | None) -> None:
     """The projection to the vocabulary; tokens that are never generated get the lowest logit there is."""
     hidden = g.input("last_hidden_state", g.dtype, (1, "num_logits", f.hidden))
-    logits = g.linear(hidden, f.lm_head.removesuffix(".weight"), shape=(f.vocab, f.hidden), blocks=blocks)
+    logits = g.linear(hidden, f.lm_head.removesuffix(".weight"), shape=(f.vocab, f.hidden), scheme=blocks)
     logits = g.cast(logits, g.dtype, FLOAT32)
     if f.never_generated:
         mask = np.zeros(f.vocab, np.float32)
@@ -198,13 +198,13 @@ def _attention(
     past: tuple[ir.Value, ...],
     lengths: tuple[ir.Value, ir.Value],
     rotary: tuple[ir.Value, ir.Value],
-    blocks: Blocks | None,
+    scheme: Scheme | None,
 ) -> tuple[ir.Value, ...]:
     """What the heads gather (1, S, H * d), present key, present value. ORT: com.microsoft GroupQueryAttention."""
     module = f"{f.module}.layers.{layer}.self_attn"
     projections = tuple(f"{module}.{p}_proj" for p in "qkv")
     widths = (f.heads * f.head_dim, f.kv_heads * f.head_dim, f.kv_heads * f.head_dim)
-    qkv = g.linear(x, *projections, shape=(sum(widths), f.hidden), bias="self_attn.q_proj" in f.biased, blocks=blocks)
+    qkv = g.linear(x, *projections, shape=(sum(widths), f.hidden), bias="self_attn.q_proj" in f.biased, scheme=scheme)
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None)  # packed
     if f.head_norm:
         query, key, value = g.ops(
@@ -256,19 +256,19 @@ def _head_norm(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, heads:
     return g.op("Reshape", moved, g.constant(f"flat_{heads}", np.array([0, 0, heads * f.head_dim], np.int64)))
 
 
-def _mlp(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, blocks: Blocks | None) -> ir.Value:
+def _mlp(g: GraphWriter, f: DecoderFacts, module: str, x: ir.Value, scheme: Scheme | None) -> ir.Value:
     """down(silu(gate(x)) * up(x))"""
     names = "mlp.gate_proj", "mlp.up_proj"
-    gate, up = (_project(g, f, module, name, x, f.intermediate, f.hidden, blocks) for name in names)
+    gate, up = (_project(g, f, module, name, x, f.intermediate, f.hidden, scheme) for name in names)
     activated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
-    return _project(g, f, module, "mlp.down_proj", activated, f.hidden, f.intermediate, blocks)
+    return _project(g, f, module, "mlp.down_proj", activated, f.hidden, f.intermediate, scheme)
 
 
 def _project(
-    g: GraphWriter, f: DecoderFacts, module: str, name: str, x: ir.Value, n: int, k: int, blocks: Blocks | None
+    g: GraphWriter, f: DecoderFacts, module: str, name: str, x: ir.Value, n: int, k: int, scheme: Scheme | None
 ) -> ir.Value:
     """x (1, S, k) -> (1, S, n) through one of PROJECTIONS of a layer."""
-    return g.linear(x, f"{module}.{name}", shape=(n, k), bias=name in f.biased, blocks=blocks)
+    return g.linear(x, f"{module}.{name}", shape=(n, k), bias=name in f.biased, scheme=scheme)
 
 
 def _rotary(g: GraphWriter, f: DecoderFacts) -> tuple[ir.Value, ir.Value]:

@@ -43,14 +43,17 @@ def count_weights(checkpoint: Checkpoint) -> int:
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
 
 
-def check_space(output: Path, checkpoint: Checkpoint, precision: Precision) -> None:
-    """Raise InputError where the disk under `output` has no room for the package."""
+def check_space(output: Path, checkpoint: Checkpoint, *precisions: Precision) -> None:
+    """Raise InputError where the disk under `output` has no room for the package, which has its weights in each of
+    `precisions`.
+    """
     parent = next(p for p in output.resolve().parents if p.exists())
-    needed, free = count_weights(checkpoint) * BYTES_PER_WEIGHT[precision], shutil.disk_usage(parent).free
+    needed = count_weights(checkpoint) * sum(BYTES_PER_WEIGHT[precision] for precision in precisions)
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
-            f"{output}: at {precision} the package takes about {needed / 2**30:.1f} GiB, and {parent} has "
-            f"{free / 2**30:.1f} GiB left; make room, or choose another --output or --precision"
+            f"{output}: at {' and '.join(precisions)} the package takes about {needed / 2**30:.1f} GiB, and {parent} "
+            f"has {free / 2**30:.1f} GiB left; make room, or choose another --output or --precision"
         )
 
 

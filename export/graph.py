@@ -19,11 +19,11 @@ from onnx_ir.tape import Tape
 
 from autosteer.runtime.manifest import GraphSpec, Precision, TensorSpec, sha256
 
-from .quantize import Blocks
+from .quantize import Blocks, PerChannel, Scheme
+from .w8a8 import MICROSOFT, SMOOTHING, SUFFIX, Rows, product, quantise_activations
 from .weights import WeightStore
 
 OPSET = 21
-MICROSOFT = "com.microsoft"
 FLOAT32 = "float32"
 
 
@@ -39,6 +39,7 @@ class GraphWriter:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
+        self._rows: dict[ir.Value, tuple[str, Rows]] = {}  # activations in 8 bits, and whose smoothing they have
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
         """Declare a graph input."""
@@ -123,30 +124,52 @@ class GraphWriter:
         )
 
     def linear(
-        self, x: ir.Value, *modules: str, shape: tuple[int, int], bias: bool = False, blocks: Blocks | None = None
+        self, x: ir.Value, *modules: str, shape: tuple[int, int], bias: bool = False, scheme: Scheme | None = None
     ) -> ir.Value:
         """x (1, S, K) through the projections `modules`, packed into one of `shape` (N, K): (1, S, N).
 
-        ORT: com.microsoft FusedMatMul takes the checkpoint's (N, K) as it stands; MatMulNBits its blocks.
+        ORT: com.microsoft FusedMatMul takes the checkpoint's (N, K) as it stands; MatMulNBits its blocks;
+        MatMulIntegerToFloat its transpose in 8 bits (w8a8.py).
         """
-        n, k = shape
         names = [f"{module}.weight" for module in modules]
-        b = self.vector(*(f"{module}.bias" for module in modules), shape=(n,)) if bias else None
-        if blocks is None:
+        b = self.vector(*(f"{module}.bias" for module in modules), shape=shape[:1]) if bias else None
+        if isinstance(scheme, Blocks):
+            return self._mat_mul_n_bits(x, names, shape, b, scheme)
+        if isinstance(scheme, PerChannel):
+            y = self._w8a8(x, names, shape)
+        else:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
-            return y if b is None else self.op("Add", y, b)
-        parts = self.store.quantised(names, blocks, shape, self.dtype)
-        stored = {part: self._weight(f"{'+'.join(names)}.{part}", tensor) for part, tensor in parts.items()}
+        return y if b is None else self.op("Add", y, b)
+
+    def _mat_mul_n_bits(
+        self, x: ir.Value, names: list[str], shape: tuple[int, int], bias: ir.Value | None, blocks: Blocks
+    ) -> ir.Value:
+        stored = self._parts(names, self.store.quantised(names, blocks, shape, self.dtype))
         return self.op(
             "MatMulNBits",
-            *(x, stored["codes"], stored["scales"], stored.get("zero_points"), None, b),
+            *(x, stored["codes"], stored["scales"], stored.get("zero_points"), None, bias),
             domain=MICROSOFT,
-            K=k,
-            N=n,
+            K=shape[1],
+            N=shape[0],
             bits=blocks.bits,
             block_size=blocks.size,
             accuracy_level=4,  # int8 activations; anything else has no fast 8-bit kernel. CUDA ignores it
         )
+
+    def _w8a8(self, x: ir.Value, names: list[str], shape: tuple[int, int]) -> ir.Value:
+        """Matrices that multiply the same x share its codes, and the smoothing of the first of them."""
+        first, rows = self._rows.get(x, (names[0], None))
+        importance = self.store.importance.get(first)
+        smoothing = None if importance is None else (importance**-SMOOTHING).numpy()
+        if rows is None:
+            factor = None if smoothing is None else self.shared(f"{first}{SUFFIX}", smoothing)
+            rows = quantise_activations(self, x, factor)
+            self._rows[x] = first, rows
+        stored = self._parts(names, self.store.columns(names, shape, smoothing))
+        return product(self, rows, stored["codes"], stored["scales"])
+
+    def _parts(self, names: list[str], tensors: dict[str, ir.ExternalTensor]) -> dict[str, ir.Value]:
+        return {part: self._weight(f"{'+'.join(names)}.{part}", tensor) for part, tensor in tensors.items()}
 
     def save(self, folder: Path, precision: Precision, layers: tuple[int, int] | None = None) -> GraphSpec:
         """Write `folder`/<name>.onnx and return what the manifest says of it."""

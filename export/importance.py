@@ -1,5 +1,5 @@
 """What a short text and a picture show of the decoder: how much each input channel of its matrices matters, and how far
-its keys and values reach (kv_scales.py). int4 rounding weighs its errors with the first.
+its keys and values reach (kv_scales.py). int4 rounding weighs its errors with the first, int8 smooths by it (w8a8.py).
 
     importance of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
 

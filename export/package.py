@@ -32,7 +32,7 @@ from . import gate as gate_graphs
 from .checkpoint import Checkpoint, end_token_ids, load_processor
 from .graph import GraphWriter
 from .importance import observe_decoder, sample_rows, with_random_tokens
-from .quantize import Recipe, Target, recipe
+from .quantize import Recipe, Scheme, Target, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
 from .weights import WEIGHTS_FILE, Advance, WeightStore
@@ -52,6 +52,7 @@ class ExportOptions:
     image_precision: Precision | None = None  # None: the precision's
     target: Target = "cpu"
     kv_cache: CacheType | None = None  # None: the target's own
+    prefill: Precision | None = None  # of what reads prompts; None: `precision`, and no second copy
 
 
 def write_package(
@@ -78,6 +79,7 @@ def write_package(
         block_size=options.block_size,
         head_bits=options.head_bits,
         image=options.image_precision,
+        prefill=options.prefill,
     )
     report("prompt template")
     processor = load_processor(checkpoint)
@@ -96,7 +98,7 @@ def write_package(
         image = image_graph(folder, checkpoint, store, chosen.image, chosen.activations)
         image_file = folder / image.file
         graphs[image_file.stem] = image
-    if chosen.int8_caches or (chosen.body and not chosen.body.symmetric):
+    if chosen.int8_caches or (chosen.body and chosen.body.weighs):
         store.flush()
         rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
         rows = with_random_tokens(rows, checkpoint, facts.vocab) if chosen.int8_caches else rows
@@ -163,22 +165,27 @@ def _write_graphs(
     graphs: dict[str, GraphSpec] = {}
 
     def write(
-        name: str, fill: Callable[[GraphWriter], None], layers: range | None = None, *, gate: bool = False
+        name: str, fill: Callable[[GraphWriter], None], precision: Precision = precision, layers: range | None = None
     ) -> None:
         report(name)
         writer = GraphWriter(name, store, recipe.storage, recipe.activations)
         fill(writer)
-        span = (layers.start, layers.stop) if layers else None
-        graphs[name] = writer.save(folder, "fp32" if gate else precision, span)
+        graphs[name] = writer.save(folder, precision, layers and (layers.start, layers.stop))
+
+    def write_half(name: str, layers: range, scheme: Scheme | None, precision: Precision = precision) -> None:
+        write(name, lambda g: decoder.decoder_half(g, facts, layers, scheme), precision, layers)
 
     lower, upper = range(layer), range(layer, facts.layers)
     write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
-    write("decoder_lower", lambda g: decoder.decoder_half(g, facts, lower, recipe.body), lower)
-    write("decoder_upper", lambda g: decoder.decoder_half(g, facts, upper, recipe.body), upper)
+    write_half("decoder_lower", lower, recipe.body)
+    write_half("decoder_upper", upper, recipe.body)
+    if recipe.reading:
+        write_half("prefill_lower", lower, recipe.reading, "int8")
+        write_half("prefill_upper", upper, recipe.reading, "int8")
     write("lm_head", lambda g: decoder.lm_head(g, facts, head))
     if safety:
-        write("prober", lambda g: gate_graphs.prober(g, safety.prober), gate=True)
-        write("refusal_head", lambda g: gate_graphs.refusal_head(g, safety.steer_matrix), gate=True)
+        write("prober", lambda g: gate_graphs.prober(g, safety.prober), "fp32")
+        write("refusal_head", lambda g: gate_graphs.refusal_head(g, safety.steer_matrix), "fp32")
     return graphs
 
 

@@ -1,11 +1,15 @@
-"""Block quantisation in onnxruntime's MatMulNBits layout, and the recipes behind --precision.
+"""How matrices are quantised, and the recipes behind --precision.
 
-A row of K weights is cut into blocks; each block keeps one scale. weight = (code - zero point) * scale.
+In blocks, as onnxruntime's MatMulNBits wants them: a row of K weights is cut into blocks, each with a scale of its own.
+weight = (code - zero point) * scale.
 
     symmetric    the zero point is 2^(bits-1); the scale is signed so that the block's largest weight hits code 0
                  exactly, as in onnxruntime's own quantize_matmul_4bits and llama.cpp's Q4_0; rounded to nearest
     asymmetric   4 bits; each block has its zero point, too. Of a few scales the best is taken, with the error of
                  each weight weighted by how much its column matters (importance.py)
+
+Or per channel, in 8 bits: one scale a row of weights, as the products of w8a8.py want it. Blocks are closer to the
+original, and unpacked for every product: a prompt is read at half the speed, or less.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ CHUNK = 1 << 17  # weights in the processor's cache while scales are tried
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one matrix is quantised."""
+    """A matrix in blocks of 4 or 8 bits."""
 
     bits: int
     size: int  # weights that share a scale
@@ -40,17 +44,33 @@ class Blocks:
         size = next((b for b in (128, 64, 32, 16) if b <= self.size and k % b == 0), self.size)
         return replace(self, size=size)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether it makes use of what importance.py says."""
+        return not self.symmetric
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """A matrix in 8 bits, one scale for each of its rows; activations are quantised, too (w8a8.py). CPU only."""
+
+    weighs = True
+
+
+Scheme = Blocks | PerChannel
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What --precision means. None: not quantised. The prober and the refusal head stay float32 in every recipe."""
 
-    body: Blocks | None  # decoder projections
+    body: Scheme | None  # decoder projections
     head: Blocks | None  # lm_head and embed_tokens
     storage: str  # numpy dtype of matrices that are not quantised
     image: Precision  # of the image graph
     activations: Literal["float32", "float16"]  # numpy dtype of hidden states: what the decoder computes in
     int8_caches: bool = False  # keys and values are rounded; else they are as the activations
+    reading: Scheme | None = None  # of a second copy of the decoder's projections, which reads prompts; None: no such
 
     @property
     def caches(self) -> CacheType:
@@ -58,19 +78,19 @@ class Recipe:
         return "int8" if self.int8_caches else self.activations
 
 
-HEAD = Blocks(8, 128)  # costs what int4 in blocks of 32 would
-BODY = {"int8": Blocks(8, 128), "int4": Blocks(4, 128, symmetric=False)}
+BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 128, symmetric=False)}
+HEAD = BLOCKS["int8"]  # costs what int4 in blocks of 32 would
 RECIPES: dict[Target, dict[Precision, Recipe]] = {
     "cpu": {
         "fp32": Recipe(None, None, "float32", "fp32", "float32"),
         "fp16": Recipe(None, None, "float16", "fp16", "float32"),
-        "int8": Recipe(BODY["int8"], HEAD, "float32", "int8", "float32"),
-        "int4": Recipe(BODY["int4"], HEAD, "float32", "int8", "float32"),
+        "int8": Recipe(PerChannel(), HEAD, "float32", "int8", "float32"),
+        "int4": Recipe(BLOCKS["int4"], HEAD, "float32", "int8", "float32"),
     },
     "cuda": {  # no fp32: attention there computes in 16 bits; no int8 image graph: it has no such product
         "fp16": Recipe(None, None, "float16", "fp16", "float16"),
-        "int8": Recipe(BODY["int8"], HEAD, "float16", "fp16", "float16"),
-        "int4": Recipe(BODY["int4"], HEAD, "float16", "fp16", "float16"),
+        "int8": Recipe(BLOCKS["int8"], HEAD, "float16", "fp16", "float16"),
+        "int4": Recipe(BLOCKS["int4"], HEAD, "float16", "fp16", "float16"),
     },
 }
 IMAGES: dict[Target, tuple[Precision, ...]] = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16")}
@@ -85,11 +105,12 @@ def recipe(
     head_bits: int | None = None,
     image: Precision | None = None,
     caches: CacheType | None = None,
+    prefill: Precision | None = None,
 ) -> Recipe:
     """The recipe of a precision, with what the user chose otherwise: 4 head bits are blocks like the body's.
 
-    Raises InputError for blocks of what has none, for head bits that the precision does not go with, and for what
-    `target` has no kernels for.
+    Raises InputError for blocks of what has none, for head bits and prefill that the precision does not go with, and
+    for what `target` has no kernels for.
     """
     if precision not in RECIPES[target]:
         raise InputError(
@@ -106,13 +127,20 @@ def recipe(
             f"--kv-cache {caches}: packages for {target} have none like that; "
             f"--target {target} goes with {', '.join(CACHES[target])}"
         )
-    chosen = replace(RECIPES[target][precision], int8_caches=caches == "int8")
+    if prefill is not None and (target, precision, prefill) != ("cpu", "int4", "int8"):
+        raise InputError(
+            f"--prefill-precision {prefill}: only --precision int4 goes with it, and only --target cpu "
+            f"(here: {precision}, {target})"
+        )
+    chosen = replace(
+        RECIPES[target][precision], int8_caches=caches == "int8", reading=PerChannel() if prefill else None
+    )
     if block_size is not None:
-        if chosen.body is None:
+        if precision not in BLOCKS:
             raise InputError(f"--block-size {block_size}: {precision} has no blocks; it goes with int8 and int4")
-        chosen = replace(chosen, body=replace(chosen.body, size=block_size))
+        chosen = replace(chosen, body=replace(BLOCKS[precision], size=block_size))
     if head_bits is not None:
-        heads = {blocks.bits: blocks for blocks in (chosen.body, chosen.head) if blocks}
+        heads = {blocks.bits: blocks for blocks in (chosen.body, chosen.head) if isinstance(blocks, Blocks)}
         if head_bits not in heads:
             raise InputError(
                 f"--head-bits {head_bits}: {precision} has no such head; 8 goes with int8 and int4, 4 with int4"
@@ -252,7 +280,7 @@ def dequantise(packed: Packed, blocks: Blocks, k: int) -> torch.Tensor:
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) float32 -> codes (N, K) int8 in -127..127 and one scale a row (N,) float32: weights of image graphs."""
+    """(N, K) float32 -> codes (N, K) int8 in -127..127 and one scale a row (N,) float32: `PerChannel`."""
     import torch
 
     scales = rows.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127

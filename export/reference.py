@@ -222,10 +222,11 @@ class Reference:
         ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
         return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
 
-    def hidden(self, case: Case, ours: list[list[int]] | None = None) -> np.ndarray:
-        """What the prober reads, (D,); `ours` as in `run`."""
+    def prompt(self, case: Case, ours: list[list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What the prober reads (D,), and the logits (V,) after the prompt; `ours` as in `run`."""
         inputs = self.inputs(case)
-        return self._read(case, inputs, self.look(self._agreed(inputs, ours)[0], self._layers)).numpy()
+        seen = self.look(self._agreed(inputs, ours)[0], self._layers)
+        return self._read(case, inputs, seen).numpy(), seen.logits[0].numpy()
 
     def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> torch.Tensor:
         rows = self._probed(case, inputs["input_ids"][0])

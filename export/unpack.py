@@ -16,6 +16,7 @@ from autosteer.runtime.manifest import Manifest
 from .checkpoint import Checkpoint
 from .kv_scales import KVScales
 from .quantize import Blocks, Packed, dequantise
+from .w8a8 import smoothing_of
 
 BLOCK_BYTES = 32 << 20  # of float32
 Rows = slice | npt.NDArray[np.int64]
@@ -111,7 +112,10 @@ def _names(node: ir.Node) -> list[str]:
 
 
 def _tensor(node: ir.Node, index: int, rows: Rows | None = None) -> torch.Tensor | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
+    return _values(node.inputs[index] if index < len(node.inputs) else None, rows)
+
+
+def _values(value: ir.Value | None, rows: Rows | None = None) -> torch.Tensor | None:
     if value is None or value.const_value is None:
         return None
     stored = value.const_value
@@ -141,9 +145,10 @@ def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
 
 
 def _mat_mul_integer(node: ir.Node, rows: Rows) -> torch.Tensor:
-    codes, scales = _tensor(node, 1), _tensor(node, 3)
+    codes, scales, smoothing = _tensor(node, 1), _tensor(node, 3), _values(smoothing_of(node))
     assert codes is not None and scales is not None
-    return codes.T[rows].float() * scales[rows, None]
+    weights = codes.T[rows].float() * scales[rows, None]
+    return weights if smoothing is None else weights * smoothing
 
 
 _READERS = {

@@ -9,8 +9,9 @@ Two references, both in float32:
 Where arithmetic is float32 the package and the original are compared on tokens, and tokens must be equal. A package
 that computes in float16 must agree with the original within float16's rounding; near ties among tokens may fall
 otherwise. Quantised packages, whether weights or caches, must agree with `rounded` up to the int8 activations of the
-kernels. Both must agree with `original` on every verdict outside a band around the threshold; how far their tokens, and
-quantised ones' scores, are from the original's is reported, not judged.
+kernels, both in what reads prompts and in what writes answers, where those are two. All must agree with `original` on
+every verdict outside a band around the threshold; how far their tokens, and quantised ones' scores, are from the
+original's is reported, not judged.
 
 None of the three is ever in memory as a whole: first the package runs in pieces (pieces.py), then PyTorch follows its
 answers, layer by layer (on_demand.py, reference.py). All dialogues go through together (convoy.py).
@@ -21,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from PIL import Image
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Action, Mode, Verdict, is_safe
 from autosteer.runtime.image import cut, normalise, open_image, prepare
-from autosteer.runtime.manifest import Check, Golden, Manifest
+from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, Golden, Manifest
 from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.subgraph import find_device
 from autosteer.runtime.text import Message
@@ -65,7 +66,8 @@ LIMITS = {
     "p_unsafe": 1e-3,  # absolute: the hidden state's error through a steep softmax
     "quantised weights, relative error": 0.5,  # of one matrix; int4 leaves 0.1 to 0.2, misplaced codes 1
     "int8 caches, relative error": 0.1,  # of one layer's keys or values; sound scales leave 0.01 to 0.05
-    "hidden state at the split, cosine to rounded": 5e-3,  # 1 - cosine; int8 activations per block
+    "hidden state, cosine to rounded": 5e-3,  # 1 - cosine; int8 activations
+    "logits, cosine to rounded": 2e-2,  # 1 - cosine; the same, through all layers
     "image rows, 1 - cosine": 1e-2,  # int8 image graphs: a sound one gives 1e-3; outliers that drown the rest, more
     "refusal head": 1e-5,  # one product with a matrix, in float32
     "chunked prefill": 1e-4,  # other matrix shapes, other summation order
@@ -140,21 +142,27 @@ def validate_package(
 
     report(f"{len(cases)} dialogues, PyTorch")
     checks = compare(cases, ours, ask(checkpoint, follow), manifest, quantised=quantised) + gate
-    if quantised:
-        report(f"{len(cases)} dialogues, PyTorch on rounded numbers")
-        packed, caches = PackedWeights(folder, manifest, checkpoint), RoundedCaches(scales)
+    for suffix, part in reading_and_answering(manifest).items() if quantised else ():
+        report(f"{len(cases)} dialogues, PyTorch on rounded numbers{suffix}")
+        seen = read_prompts(folder, part, cases) if suffix else [own.plain for own in ours]
+        packed, caches = PackedWeights(folder, part, checkpoint), RoundedCaches(scales)
         rounded = ask(
             packed,
-            lambda reference, case, own: reference.hidden(case, own.image_tokens),
+            lambda reference, case, own: reference.prompt(case, own.image_tokens),
             caches if scales else uncached,
         )
-        distances = [_cosine_distance(own.plain.hidden, row) for own, row in zip(ours, rounded, strict=True)]
-        lines: dict[str, Iterable[float]] = {"hidden state at the split, cosine to rounded": distances}
+        pairs = list(zip(seen, rounded, strict=True))
+        lines: dict[str, Iterable[float]] = {
+            "hidden state, cosine to rounded": [_cosine_distance(own.hidden, hidden) for own, (hidden, _) in pairs],
+            "logits, cosine to rounded": [_logits_distance(own.logits, logits) for own, (_, logits) in pairs],
+        }
         if weights:
             lines["quantised weights, relative error"] = packed.errors.values()
         if scales:
             lines["int8 caches, relative error"] = caches.errors
-        checks += [judged(name, functools.reduce(worse, errors), LIMITS[name]) for name, errors in lines.items()]
+        checks += [
+            judged(name + suffix, functools.reduce(worse, errors), LIMITS[name]) for name, errors in lines.items()
+        ]
     return tuple(checks), tuple(g for case, own in zip(cases, ours, strict=True) for g in goldens(case, own, manifest))
 
 
@@ -222,27 +230,61 @@ def affordable(cases: Sequence[Case], checkpoint: Checkpoint, reference: Referen
     return kept
 
 
+def reading_and_answering(manifest: Manifest) -> dict[str, Manifest]:
+    """What reads prompts as a package of its own and, where that is not the same, what writes answers; by what is added
+    to the names of its lines.
+    """
+    answering = {name: spec for name, spec in manifest.graphs.items() if name not in PREFILL_GRAPHS.values()}
+    reading = answering | {half: manifest.graphs[manifest.reader(half)] for half in PREFILL_GRAPHS}
+    parts = {"": replace(manifest, graphs=reading)}
+    return parts if reading == answering else parts | {" (answers)": replace(manifest, graphs=answering)}
+
+
 def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens: int) -> tuple[Engine, list[Ours]]:
     """The real Engine, on graphs in pieces, and what it makes of each case, in `tokens` tokens at most."""
-    convoy = Convoy(BUDGET_BYTES)
-    device, _ = find_device("cpu", None)
-    engine = Engine(folder, manifest, device, load=functools.partial(GraphInPieces, convoy=convoy))
+    engine, convoy = _open(folder, manifest)
     prompts = convoy.run([functools.partial(_prepare, engine, case) for case in cases])
     n, strength = len(cases), manifest.refusal.strength if manifest.refusal else 0.0
-    jobs = (
-        [functools.partial(_answer, engine, prompt, 0.0, tokens) for prompt, _ in prompts]
-        + [functools.partial(_answer, engine, prompt, 0.0, 1, chunks=3) for prompt, _ in prompts]
-        + [functools.partial(_answer, engine, prompt, strength, tokens) for prompt, _ in prompts if strength]
-    )
-    caches = [(prompt.inputs_embeds.shape[1] + tokens) * package_kv_bytes_per_token(manifest) for prompt, _ in prompts]
-    sized = list(zip(jobs, caches * (len(jobs) // n), strict=True))
-    answers = [
-        answer
-        for group in grouped(sized, lambda job: job[1], CACHE_BYTES)
-        for answer in convoy.run([job for job, _ in group])
+    ways = [
+        functools.partial(_answer, engine, tokens=tokens),
+        functools.partial(_answer, engine, tokens=1, chunks=3),
+        *([functools.partial(_answer, engine, tokens=tokens, strength=strength)] if strength else []),
     ]
+    answers = _answers(convoy, manifest, ways, [prompt for prompt, _ in prompts], tokens)
     plain, chunked, steered = answers[:n], answers[n : 2 * n], answers[2 * n :] or [None] * n
     return engine, [Ours(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)]
+
+
+def read_prompts(folder: Path, manifest: Manifest, cases: Sequence[Case]) -> list[Answered]:
+    """As `run_package`, but the prompts alone."""
+    engine, convoy = _open(folder, manifest)
+    prompts = convoy.run([functools.partial(_prepare, engine, case) for case in cases])
+    way = functools.partial(_answer, engine, tokens=1)
+    return _answers(convoy, manifest, [way], [prompt for prompt, _ in prompts], 1)
+
+
+def _open(folder: Path, manifest: Manifest) -> tuple[Engine, Convoy]:
+    convoy = Convoy(BUDGET_BYTES)
+    device, _ = find_device("cpu", None)
+    return Engine(folder, manifest, device, load=functools.partial(GraphInPieces, convoy=convoy)), convoy
+
+
+def _answers(
+    convoy: Convoy,
+    manifest: Manifest,
+    ways: Sequence[Callable[[Prompt], Answered]],
+    prompts: Sequence[Prompt],
+    tokens: int,
+) -> list[Answered]:
+    """Each prompt answered in the first of `ways`, each in the second, ...; as many at a time as caches allow."""
+    per_token = package_kv_bytes_per_token(manifest)
+    jobs = [
+        (functools.partial(way, prompt), (prompt.inputs_embeds.shape[1] + tokens) * per_token)
+        for way in ways
+        for prompt in prompts
+    ]
+    groups = grouped(jobs, lambda job: job[1], CACHE_BYTES)
+    return [answer for group in groups for answer in convoy.run([job for job, _ in group])]
 
 
 def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None]:
@@ -255,7 +297,7 @@ def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None
     return engine.encoder.prepare(case.messages, Stats()), tokens
 
 
-def _answer(engine: Engine, prompt: Prompt, strength: float, tokens: int, *, chunks: int = 1) -> Answered:
+def _answer(engine: Engine, prompt: Prompt, *, tokens: int, strength: float = 0.0, chunks: int = 1) -> Answered:
     """Greedy, in `tokens` tokens at most, with the prompt in so many chunks."""
     length = prompt.inputs_embeds.shape[1]
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
@@ -392,6 +434,11 @@ def _cosine_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float("inf")
     a, b = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
     return 1.0 - float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def _logits_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The same of logits, of tokens that are possible."""
+    return _cosine_distance(ours[theirs > NEVER], theirs[theirs > NEVER])
 
 
 def _differing(ours: Sequence[int], theirs: Sequence[int]) -> float:

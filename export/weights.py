@@ -38,7 +38,7 @@ class WeightStore:
         self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
-        self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for asymmetric blocks; see quantize.py
+        self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for schemes that weigh; see quantize.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
@@ -88,16 +88,22 @@ class WeightStore:
             parts["zero_points"] = self._reference(f"{key}:zero_points", "uint8", (n, -(-count // 2)))
         return parts
 
-    def columns(self, name: str, shape: tuple[int, int]) -> dict[str, ir.ExternalTensor]:
-        """A checkpoint matrix (N, K) for MatMulInteger: its `codes` (K, N) int8 and `scales` (N,), one a column."""
-        n, k = shape
-        if f"{name}:columns" not in self._places:
-            parts = [quantise_rows(rows) for rows in self._rows([name], shape)]
-            self._write(f"{name}:columns", [torch.cat([codes for codes, _ in parts]).T.numpy()])
-            self._write(f"{name}:column scales", [scales.numpy() for _, scales in parts])
+    def columns(
+        self, names: Sequence[str], shape: tuple[int, int], smoothing: npt.NDArray[np.float32] | None = None
+    ) -> dict[str, ir.ExternalTensor]:
+        """Checkpoint matrices (N, K) stacked along N, for MatMulIntegerToFloat: `codes` (K, N) int8 and `scales` (N,).
+
+        Activations come multiplied with `smoothing` (K,), so weights are divided by it.
+        """
+        key, (n, k) = f"{'+'.join(names)}:columns", shape
+        if f"{key}:codes" not in self._places:
+            factor = 1.0 if smoothing is None else torch.from_numpy(smoothing)
+            parts = [quantise_rows(rows / factor) for rows in self._rows(names, shape)]
+            self._write(f"{key}:codes", [torch.cat([codes for codes, _ in parts]).T.numpy()])
+            self._write(f"{key}:scales", [scales.numpy() for _, scales in parts])
         return {
-            "codes": self._reference(f"{name}:columns", "int8", (k, n)),
-            "scales": self._reference(f"{name}:column scales", "float32", (n,)),
+            "codes": self._reference(f"{key}:codes", "int8", (k, n)),
+            "scales": self._reference(f"{key}:scales", "float32", (n,)),
         }
 
     def array(self, key: str, array: npt.NDArray[Any]) -> ir.ExternalTensor:

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
+PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_upper"}  # both or neither; see `reader`
 GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
@@ -337,8 +338,11 @@ class Manifest:
         )
         k, n = self.split_layer, self.dims.num_hidden_layers
         need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
-        need(self.graphs["decoder_lower"].layers == (0, k), f"decoder_lower must hold layers 0..{k - 1}")
-        need(self.graphs["decoder_upper"].layers == (k, n), f"decoder_upper must hold layers {k}..{n - 1}")
+        prefill = [name for name in PREFILL_GRAPHS.values() if name in self.graphs]
+        need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
+        for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
+            for name in {half, self.reader(half)}:
+                need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
         if self.prober and self.refusal:
             need(0.0 <= self.prober.threshold <= 1.0, f"prober: threshold {self.prober.threshold:g} is no probability")
             need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
@@ -392,6 +396,7 @@ class Manifest:
             | {"num_logits": ("int64", (1,))},
             "lm_head": {"last_hidden_state": (act, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
         }
+        expected |= {self.reader(half): expected[half] for half in PREFILL_GRAPHS}
         if self.guarded:
             expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
             expected["refusal_head"] = {
@@ -400,6 +405,10 @@ class Manifest:
                 "steered_hidden_state": (act, last),
             }
         return expected
+
+    def reader(self, half: str) -> str:
+        """The graph that reads prompts for a decoder half: a copy whose weights are rounded otherwise, or that half."""
+        return PREFILL_GRAPHS[half] if PREFILL_GRAPHS[half] in self.graphs else half
 
     @property
     def activations(self) -> str:

@@ -4,6 +4,9 @@
     begin    decoder_upper over the prompt, then the head: logits of the first answer token
     verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
 
+`judge` and `begin` go through the package's prefill graphs where it has them: the same layers on the same caches, their
+weights rounded otherwise.
+
 Rows behind `length` in the caches are nobody's: going back to an earlier token is counting fewer of them. A request may
 start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and pictures are the
 same, up to the first row that the prober reads, which every prompt computes anew.
@@ -144,7 +147,8 @@ class Request:
             rows = np.ascontiguousarray(self._embeds[:, first : first + self._chunk], dtype)
             hidden = self.empty("decoder_lower", "hidden_states", rows.shape[1])
             self.set_total(first + rows.shape[1])
-            self.half("decoder_lower", "inputs_embeds", buffer(rows, self._device), "hidden_states", hidden)()
+            source = buffer(rows, self._device)
+            self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, reading=True)()
             self._unseen.append(hidden)
             self._length = first + rows.shape[1]
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
@@ -198,7 +202,8 @@ class Request:
             hidden = self._unseen[0]
             done += hidden.shape()[1]
             self.set_total(done)
-            self.half("decoder_upper", "hidden_states", hidden, "last_hidden_state", single.last, single.num_logits)()
+            target = "last_hidden_state", single.last, single.num_logits
+            self.half("decoder_upper", "hidden_states", hidden, *target, reading=True)()
             del self._unseen[0]
         self._stats.upper_ms = _ms_since(before)
         single.head()
@@ -264,13 +269,16 @@ class Request:
         target: str,
         hidden_out: OrtValue,
         num_logits: OrtValue | None = None,
+        *,
+        reading: bool = False,
     ) -> Call:
-        """A decoder half on its caches."""
+        """A decoder half on its caches; `reading`: a prompt."""
         cache = self._caches[half]
         more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
         if num_logits is not None:
             more["num_logits"] = num_logits
-        return self._graphs[half].bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
+        graph = self._graphs[self._engine.manifest.reader(half) if reading else half]
+        return graph.bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
 
     def empty(self, graph: str, output: str, rows: int) -> OrtValue:
         """A buffer for an output (1, rows, D or V)."""

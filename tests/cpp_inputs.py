@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package
+from exported import PREFILL, SCRATCH, demo_checkpoint, demo_engine, demo_package
 from PIL import Image
 
 from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime import Engine
+from autosteer.runtime.manifest import Precision
 
 ODD = [
     *["", "hello", " hello", "hello ", "  a  b  ", "\n", "\n\n", "a\nb\n\n c", "\r\n", "a\r\nb\r", "\t tab\t"],
@@ -73,22 +74,22 @@ def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
 
 
 @functools.cache
-def demo_int4() -> Path:
-    """The demo in int4, by the writer itself: whether its answers are good enough to ship is not this file's matter."""
-    folder = SCRATCH / "demo-int4-cpp"
+def unvalidated(precision: Precision, prefill: Precision | None) -> Path:
+    """The demo by the writer itself: whether its answers are good enough to ship is not this file's matter."""
+    folder = SCRATCH / f"demo-{precision}-{prefill}-cpp"
     folder.mkdir()
     checkpoint = demo_checkpoint()
     safety = find_safety(checkpoint, None, None)
-    write_package(folder, checkpoint, safety, ExportOptions(precision="int4"), lambda _: None)
+    write_package(folder, checkpoint, safety, ExportOptions(precision=precision, prefill=prefill), lambda _: None)
     return folder
 
 
 @functools.cache
-def demo(precision: str, kv_cache: str = "float32") -> tuple[Path, Engine]:
+def demo(precision: Precision, *options: str) -> tuple[Path, Engine]:
     """The demo's package and its Python engine."""
     if precision == "fp32":
-        return demo_package("fp32", kv_cache), demo_engine("fp32", kv_cache)
-    folder = demo_int4()
+        return demo_package(precision, *options), demo_engine(precision, *options)
+    folder = unvalidated(precision, "int8" if PREFILL in options else None)
     return folder, Engine.load(folder, device="cpu", threads=1)
 
 

@@ -23,27 +23,23 @@ def demo_checkpoint() -> Checkpoint:
     return open_checkpoint("demo")
 
 
-def demo_package(precision: str, kv_cache: str = "float32") -> Path:
-    """A validated package of the demo model, made by the command itself."""
-    return _package(precision, kv_cache)
+INT8_CACHES = "--kv-cache=int8"
+PREFILL = "--prefill-precision=int8"
 
 
 @cache
-def _package(precision: str, kv_cache: str) -> Path:
-    folder = SCRATCH / f"demo-{precision}-{kv_cache}"
-    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision, "--kv-cache", kv_cache]
+def demo_package(precision: str, *options: str) -> Path:
+    """A validated package of the demo model, made by the command itself."""
+    folder = SCRATCH / "-".join(["demo", precision, *(option.strip("-") for option in options)])
+    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision, *options]
     export.main(arguments, standalone_mode=False)
     return folder
 
 
-def demo_engine(precision: str, kv_cache: str = "float32") -> Engine:
-    """That package, loaded."""
-    return _engine(precision, kv_cache)
-
-
 @cache
-def _engine(precision: str, kv_cache: str) -> Engine:
-    return Engine.load(demo_package(precision, kv_cache), device="cpu", threads=1)
+def demo_engine(precision: str, *options: str) -> Engine:
+    """That package, loaded."""
+    return Engine.load(demo_package(precision, *options), device="cpu", threads=1)
 
 
 @cache

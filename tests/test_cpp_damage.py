@@ -75,6 +75,17 @@ def twice(folder: Path) -> None:
     (folder / "autosteer.json").write_text(text.replace("{", '{"guarded": false, ', 1))
 
 
+def prefill(damage: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A package with prefill graphs in its place, damaged."""
+
+    def rebuilt(folder: Path) -> None:
+        use_byte_level_words(folder, toy.build(folder, videos=True, prefill=True))
+        Engine.load(folder, device="cpu", threads=1)
+        damage(folder)
+
+    return rebuilt
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda folder: (folder / "autosteer.json").unlink(),
     "no JSON": raw(b"{"),
@@ -100,6 +111,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "graph is missing": edit(graphs__prober=DELETED),
     "split out of range": edit(split_layer=2),
     "other layers": edit(graphs__decoder_upper__layers=[0, 2]),
+    "half a prefill copy": prefill(edit(graphs__prefill_upper=DELETED)),
+    "other layers of a prefill copy": prefill(edit(graphs__prefill_lower__layers=[0, 2])),
+    "prefill copy damaged": prefill(flip("prefill_lower.onnx")),
     "path climbs": edit(graphs__prober__file="../prober.onnx"),
     "path is absolute": edit(graphs__prober__file="/etc/passwd"),
     "path with a backslash": edit(graphs__prober__file="..\\prober.onnx"),

@@ -15,6 +15,7 @@ import pytest
 import toy
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
+from exported import INT8_CACHES, PREFILL
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -51,9 +52,13 @@ def test_gate_fails_closed_as_in_python(built, cpp_package, cpp_engine, word, mo
 
 
 @pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("kind", [("fp32",), ("int4",), ("fp32", "int8")], ids="-".join)
+@pytest.mark.parametrize(
+    "kind", [("fp32",), ("int8",), ("int4",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join
+)
 def test_answers_are_pythons(built, kind, speculate):
-    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface; also on int8 caches."""
+    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface; also on int8 caches, and
+    with prompts that another copy of the decoder reads.
+    """
     package, engine = demo(*kind)
     requests = [with_sampling(request, speculate=speculate) for request in demo_requests()]
     assert len(requests) == 32
@@ -164,10 +169,10 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
 
 def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
     """A weight gone wrong, in a token that stands before the one that the prober reads."""
-    package = Path(shutil.copytree(demo("fp32", "int8")[0], tmp_path / "package"))
+    package = Path(shutil.copytree(demo("fp32", INT8_CACHES)[0], tmp_path / "package"))
     (table,) = onnx.load(package / "embed_tokens.onnx", load_external_data=False).graph.initializer
     offset = int({entry.key: entry.value for entry in table.external_data}["offset"])
-    token = demo("fp32", "int8")[1].tokenizer.encode("what is a red circle?", add_special_tokens=False).ids[2]
+    token = demo("fp32", INT8_CACHES)[1].tokenizer.encode("what is a red circle?", add_special_tokens=False).ids[2]
     weights = np.memmap(package / "weights.bin", mode="r+")
     weights[offset + 4 * token * table.dims[1] :][:4].view(np.float32)[0] = np.nan
     weights.flush()

@@ -18,6 +18,12 @@ VmFlags: rd wr mr mw me ac
 """
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests do not wait until a load has settled."""
+    monkeypatch.setattr(subject, "SETTLED", 0.0)
+
+
 def entry(start: int, length: int, *, rss: float = 1.0, mode: str = "rw-p", name: str = "") -> str:
     """One mapping as /proc/self/smaps shows it."""
     return ENTRY.format(

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from exported import demo_checkpoint, demo_engine, demo_package
+from exported import INT8_CACHES, demo_checkpoint, demo_engine, demo_package
 from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.export import kv_scales, validate
@@ -196,19 +196,19 @@ def test_rounding_in_pytorch_is_the_operators() -> None:
 
 
 def test_a_package_says_what_its_caches_hold_and_takes_a_quarter_of_the_memory() -> None:
-    small, large = demo_package("fp32", "int8"), demo_package("fp32")
+    small, large = demo_package("fp32", INT8_CACHES), demo_package("fp32")
     manifest = Manifest.load(small)
     assert (manifest.kv_cache.dtype, Manifest.load(large).kv_cache.dtype) == ("int8", "float32")
     needs, more = footprint(small, manifest), footprint(large, Manifest.load(large))
     assert 4 * needs.kv_per_1000_tokens == more.kv_per_1000_tokens
-    answers = [demo_engine("fp32", kind).generate("what can you do?", sampling=SHORT) for kind in ("int8", "float32")]
+    answers = [demo_engine("fp32", *kind).generate("what can you do?", sampling=SHORT) for kind in ((INT8_CACHES,), ())]
     assert answers[0].token_ids == answers[1].token_ids
     assert 4 * answers[0].stats.kv_bytes == answers[1].stats.kv_bytes
 
 
 def test_the_graphs_hold_the_scales_of_every_layer() -> None:
     """So whoever runs them allocates int8 buffers and needs to know no more."""
-    folder = demo_package("fp32", "int8")
+    folder = demo_package("fp32", INT8_CACHES)
     manifest, facts = Manifest.load(folder), decoder_facts(demo_checkpoint())
     scales = packed_kv_scales(folder, manifest)
     assert len(scales) == facts.layers
@@ -221,8 +221,8 @@ def test_the_graphs_hold_the_scales_of_every_layer() -> None:
 
 def test_what_the_prober_reads_is_pytorchs_with_the_same_rounding() -> None:
     """Up to codes that fall the other way at a tie; and rounding alone accounts for how far the original is."""
-    checks = {check.name: check for check in Manifest.load(demo_package("fp32", "int8")).validation[CPU]}
-    assert checks["hidden state at the split, cosine to rounded"].value < 1e-5
+    checks = {check.name: check for check in Manifest.load(demo_package("fp32", INT8_CACHES)).validation[CPU]}
+    assert checks["hidden state, cosine to rounded"].value < 1e-5
     assert 1e-3 < checks["hidden state at the split"].value < 0.1
     assert checks["int8 caches, relative error"].limit == validate.LIMITS["int8 caches, relative error"]
     assert "quantised weights, relative error" not in checks
@@ -241,7 +241,7 @@ def test_int8_caches_go_with_every_precision(precision: str, tmp_path: Path) -> 
 
 def test_a_later_turn_and_drafts_go_on_from_int8_caches() -> None:
     """A conversation whose caches grow, and one that computes every turn anew; with drafts and without."""
-    engine = demo_engine("fp32", "int8")
+    engine = demo_engine("fp32", INT8_CACHES)
     conversation = Conversation(engine)
     turns: list[Message] = []
     for text in ("what can you do?", "describe a red circle.", "how many?"):
@@ -257,7 +257,7 @@ def test_a_later_turn_and_drafts_go_on_from_int8_caches() -> None:
 @pytest.mark.parametrize("row", range(13))
 def test_nan_in_any_row_is_unsafe_though_int8_caches_make_a_number_of_it(row: int) -> None:
     """A row before the prober's: float32 caches carry NaN to what the prober reads, int8 caches carried 127."""
-    engine = demo_engine("fp32", "int8")
+    engine = demo_engine("fp32", INT8_CACHES)
     prompt = engine.encoder.prepare([Message.user("what can you do?")], Stats())
     embeds = prompt.inputs_embeds.copy()
     assert embeds.shape[1] == 13
@@ -290,7 +290,7 @@ def test_validation_catches_graphs_that_compute_something_else(tmp_path: Path) -
     onnx.save(model, path)
     checks, _ = validate.validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None)
     failed = [check.name for check in checks if not check.passed]
-    assert failed == ["hidden state at the split, cosine to rounded"]
+    assert failed == ["hidden state, cosine to rounded", "logits, cosine to rounded"]
 
 
 def test_packages_for_cuda_keep_float16_caches_and_no_others() -> None:

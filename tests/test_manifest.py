@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from autosteer.runtime import Manifest, PackageError
 from autosteer.runtime.decode import json_schema
-from autosteer.runtime.manifest import Check, Golden, schema_text
+from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, Golden, schema_text
 
 ROOT = Path(__file__).resolve().parents[1]
 Keys = tuple[str | int, ...]  # where a value is in the JSON document
@@ -30,7 +30,7 @@ Keys = tuple[str | int, ...]  # where a value is in the JSON document
 def full(tmp_path_factory) -> Path:
     """A package whose manifest has something in every field."""
     folder = tmp_path_factory.mktemp("full") / "package"
-    manifest = toy.build(folder, videos=True)
+    manifest = toy.build(folder, videos=True, prefill=True)
     (folder / "golden").mkdir()
     (folder / "golden" / "a.ppm").write_bytes(b"P6 1 1 255 abc")
     goldens = (
@@ -89,7 +89,7 @@ def places(data: Any, prefix: Keys = ()) -> Iterator[Keys]:
         yield from places(value, (*prefix, key))
 
 
-OTHERS = {"embed_tokens", "decoder_upper", "lm_head", "refusal_head", "vision_encoder"}
+OTHERS = {"embed_tokens", "decoder_upper", *PREFILL_GRAPHS.values(), "lm_head", "refusal_head", "vision_encoder"}
 
 
 def kinds(data: Any) -> list[Keys]:
@@ -124,7 +124,7 @@ def same(loaded: Any, data: Any) -> bool:
 # --- round trip and schema -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"guarded": False}, {"images": False}, {"attentive": True}])
+@pytest.mark.parametrize("options", [{}, {"guarded": False}, {"images": False}, {"attentive": True}, {"prefill": True}])
 def test_what_is_saved_is_what_is_loaded(tmp_path, options):
     saved = toy.build(tmp_path, **options)
     assert Manifest.load(tmp_path) == saved
@@ -326,6 +326,9 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("dims", "num_hidden_layers"), 3, "decoder_upper must hold layers 1..2"),
         (("graphs", "decoder_lower", "layers"), None, "decoder_lower must hold"),
         (("graphs", "decoder_upper", "layers"), [0, 2], "decoder_upper must hold"),
+        (("graphs", "prefill_lower", "layers"), None, "prefill_lower must hold"),
+        (("graphs", "prefill_upper", "layers"), [0, 2], "prefill_upper must hold"),
+        (("graphs", "prefill_upper", "inputs", 0, "name"), "x", "graph 'prefill_upper' has no 'hidden_states'"),
         (("prober", "threshold"), 1.5, "no probability"),
         (("prober", "threshold"), -0.1, "no probability"),
         (("prober", "token_offset"), 0, "below zero"),
@@ -364,6 +367,12 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
 def test_contradiction_is_refused(tmp_path, document, keys, value, message):
     with pytest.raises(PackageError, match=message):
         Manifest.load(written(tmp_path, changed(document, keys, value)))
+
+
+@pytest.mark.parametrize("name", ["prefill_lower", "prefill_upper"])
+def test_half_a_prefill_copy_is_refused(tmp_path, document, name):
+    with pytest.raises(PackageError, match="of prefill_lower and prefill_upper there are both or neither"):
+        Manifest.load(written(tmp_path, without(document, ("graphs", name))))
 
 
 @pytest.mark.parametrize(
@@ -408,7 +417,8 @@ def test_whole_package_verifies(full):
 
 FILES = (
     *("embed_tokens.onnx", "decoder_lower.onnx", "decoder_upper.onnx", "lm_head.onnx", "prober.onnx"),
-    *("refusal_head.onnx", "vision_encoder.onnx", "tokenizer.json", "golden/a.ppm"),
+    *("prefill_lower.onnx", "prefill_upper.onnx", "refusal_head.onnx", "vision_encoder.onnx", "tokenizer.json"),
+    "golden/a.ppm",
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from exported import demo_engine, demo_package
+from exported import INT8_CACHES, demo_engine, demo_package
 
 from autosteer.runtime import Message, SamplingConfig
 from autosteer.runtime.text import render
@@ -44,10 +44,10 @@ def node(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kv_cache", ["float32", "int8"])
-def test_node_gives_the_token_ids_and_verdicts_of_python(node, kv_cache):
+@pytest.mark.parametrize("options", [(), (INT8_CACHES,)], ids="".join)
+def test_node_gives_the_token_ids_and_verdicts_of_python(node, options):
     """Free and steered answers, from token ids; nothing of ours but the manifest and the graphs."""
-    engine = demo_engine("fp32", kv_cache)
+    engine = demo_engine("fp32", *options)
     requests, expected = [], []
     for prompt in PROMPTS:
         (ids,) = render([Message.user(prompt)], engine.manifest.prompt, engine.tokenizer)
@@ -56,7 +56,7 @@ def test_node_gives_the_token_ids_and_verdicts_of_python(node, kv_cache):
             policy = engine.policy("steer", threshold=threshold)
             expected.append(engine.generate(prompt, policy=policy, sampling=SamplingConfig(max_tokens=16)))
     done = subprocess.run(
-        ["node", "smoke.mjs", str(demo_package("fp32", kv_cache))],
+        ["node", "smoke.mjs", str(demo_package("fp32", *options))],
         cwd=node,
         input="".join(json.dumps(r) + "\n" for r in requests),
         capture_output=True,

@@ -96,6 +96,7 @@ def build(
     images: bool = True,
     videos: bool = False,
     attentive: bool = False,
+    prefill: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
@@ -109,6 +110,11 @@ def build(
         "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive, context_length),
         "lm_head": _lm_head(folder, attentive),
     }
+    if prefill:
+        graphs |= {
+            name: _decoder(folder, name, layer, shape, attentive, context_length)
+            for layer, name in enumerate(("prefill_lower", "prefill_upper"))
+        }
     if guarded:
         graphs |= {"prober": _prober(folder, p_unsafe or {}), "refusal_head": _refusal_head(folder)}
     if images:

@@ -4,10 +4,13 @@
 
 #include <sys/mman.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
 #include <map>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -21,12 +24,20 @@ class HugePages {
   HugePages(const HugePages&) = delete;
   HugePages& operator=(const HugePages&) = delete;
   ~HugePages() {
+    {
+      const std::lock_guard lock(mutex_);
+      over_ = true;
+    }
+    woken_.notify_all();
     if (mover_.joinable()) mover_.join();
   }
 
-  /// Begin, in a thread: it takes from a tenth of a second to one; memory can be used meanwhile.
+  /// Begin, in a thread and after kSettled: it takes from a tenth of a second to more than one, during which the first
+  /// answer would wait.
   void move() {
-    mover_ = std::thread([before = std::move(before_)] {
+    mover_ = std::thread([this, before = std::move(before_)] {
+      std::unique_lock lock(mutex_);
+      if (woken_.wait_for(lock, kSettled, [this] { return over_; })) return;
       for (const auto& [start, end] : filled()) {
         const auto known = before.find(start);
         if (known == before.end() || known->second != end) move(start, end);
@@ -37,6 +48,7 @@ class HugePages {
  private:
   using Mappings = std::map<uintptr_t, uintptr_t>;  // start -> end
 
+  static constexpr std::chrono::seconds kSettled{2};
   static constexpr uintptr_t kHuge = 2U << 20U;  // bytes
   static constexpr int kCollapse = 25;           // MADV_COLLAPSE, Linux 6.1: moves what is there at once
 
@@ -71,6 +83,9 @@ class HugePages {
   }
 
   Mappings before_;
+  std::mutex mutex_;
+  std::condition_variable woken_;
+  bool over_ = false;
   std::thread mover_;
 };
 

@@ -32,6 +32,9 @@ namespace fs = std::filesystem;
 
 constexpr int kFormatVersion = 1;
 constexpr const char* kManifestFile = "autosteer.json";
+/// Both or neither; see Manifest::reader.
+inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
+                                                                  {"decoder_upper", "prefill_upper"}};
 
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
@@ -159,6 +162,12 @@ struct Manifest {
 
   /// Read and check autosteer.json of `folder`; files are checked by `verify`.
   static Manifest load(const fs::path& folder);
+
+  /// The graph that reads prompts for a decoder half: a copy whose weights are rounded otherwise, or that half.
+  std::string reader(const std::string& half) const {
+    const std::string& copy = kPrefillGraphs.at(half);
+    return graphs.count(copy) > 0 ? copy : half;
+  }
 
   /// sha256 of every file of the package, by relative path.
   std::map<std::string, std::string> paths() const;
@@ -514,6 +523,7 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
       {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", last)},
       {"lm_head", {{"last_hidden_state", f32, last}, {"logits", f32, {1, "num_logits", d.vocab_size}}}}};
   expected["decoder_upper"].push_back({"num_logits", "int64", {1}});
+  for (const auto& [name, copy] : kPrefillGraphs) expected[m.reader(name)] = expected.at(name);
   if (m.guarded) {
     expected["prober"] = {{"hidden_states", f32, {1, d.hidden_size}}, {"p_unsafe", f32, {1}}};
     expected["refusal_head"] = {
@@ -550,8 +560,14 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   const int64_t k = m.split_layer, n = m.dims.num_hidden_layers;
   using Layers = std::array<int64_t, 2>;
   need(0 < k && k < n, "split_layer " + std::to_string(k) + " is not between 1 and " + std::to_string(n - 1));
-  need(m.graphs.at("decoder_lower").layers == Layers{0, k}, "decoder_lower must hold the layers before split_layer");
-  need(m.graphs.at("decoder_upper").layers == Layers{k, n}, "decoder_upper must hold the layers from split_layer on");
+  need(m.graphs.count("prefill_lower") == m.graphs.count("prefill_upper"),
+       "of prefill_lower and prefill_upper there are both or neither");
+  for (const auto& [half, layers] : {std::pair{"decoder_lower", Layers{0, k}}, {"decoder_upper", Layers{k, n}}}) {
+    for (const std::string& name : {std::string(half), m.reader(half)}) {
+      need(m.graphs.at(name).layers == layers, name + " must hold layers " + std::to_string(layers[0]) + " to " +
+                                                   std::to_string(layers[1] - 1));
+    }
+  }
   if (m.prober && m.refusal) {
     need(0.0 <= m.prober->threshold && m.prober->threshold <= 1.0, "prober: threshold is no probability");
     need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");

@@ -2,6 +2,7 @@
 //
 //     judge    decoder_lower over the prompt, the prober, the decision
 //     begin    decoder_upper over the prompt, then the head: logits of the first answer token
+//              (both through the prefill graphs where there are any: the same layers, their weights rounded otherwise)
 //     verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
 //
 // Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them.
@@ -102,7 +103,7 @@ class Request {
       const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, rows, width()});
       hidden_.emplace_back(std::vector<int64_t>{1, rows, width()});
       set_total(first + rows);
-      lower({"inputs_embeds", &embeds}, {"hidden_states", &hidden_.back().value()})();
+      lower(Use::reading, {"inputs_embeds", &embeds}, {"hidden_states", &hidden_.back().value()})();
     }
     embeds_ = {};
     stats_.lower_ms = lower_clock.ms();
@@ -124,7 +125,7 @@ class Request {
     for (const auto& hidden : hidden_) {
       done += hidden.shape()[1];
       set_total(done);
-      upper({"hidden_states", &hidden.value()}, single)();
+      upper(Use::reading, {"hidden_states", &hidden.value()}, single)();
     }
     hidden_.clear();
     stats_.upper_ms = clock.ms();
@@ -155,6 +156,7 @@ class Request {
 
  private:
   using Binding = std::pair<std::string, const Ort::Value*>;
+  enum class Use { reading, answering };  // a prompt; tokens of an answer
 
   /// The whole decoder on R tokens, every buffer bound once.
   struct Pass {
@@ -178,8 +180,8 @@ class Request {
     if (!is_new) return p;
     p.body.push_back(
         call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
-    p.body.push_back(lower({"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
-    p.body.push_back(upper({"hidden_states", &p.hidden.value()}, p));
+    p.body.push_back(lower(Use::answering, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
+    p.body.push_back(upper(Use::answering, {"hidden_states", &p.hidden.value()}, p));
     const Ort::Value* projected = &p.last.value();
     if (*strength_.data() != 0.0F) {  // at strength 0 the Refusal Head changes nothing and is left out
       projected = &p.steered.value();
@@ -230,28 +232,29 @@ class Request {
     return mean;
   }
 
-  Call call(const char* graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
+  Call call(const std::string& graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
     return {graphs_.at(graph), inputs, outputs};
   }
 
-  Call lower(Binding in, Binding out) const {
-    return half("decoder_lower", lower_, std::move(in), std::move(out));
+  Call lower(Use use, Binding in, Binding out) const {
+    return half("decoder_lower", use, lower_, std::move(in), std::move(out));
   }
 
   /// As many of decoder_upper's rows as `pass` has, the last ones.
-  Call upper(Binding in, const Pass& pass) const {
-    return half("decoder_upper", upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
+  Call upper(Use use, Binding in, const Pass& pass) const {
+    return half("decoder_upper", use, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
                 {{"num_logits", &pass.num_logits.value()}});
   }
 
   /// A decoder half on its caches.
-  Call half(const char* graph, const KVCache& cache, Binding in, Binding out, const Call::Bound& more = {}) const {
+  Call half(const char* name, Use use, const KVCache& cache, Binding in, Binding out,
+            const Call::Bound& more = {}) const {
     Call::Bound inputs = cache.past, outputs = cache.present;
     inputs.insert(inputs.end(),
                   {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
     inputs.insert(inputs.end(), more.begin(), more.end());
     outputs.push_back(std::move(out));
-    return call(graph, inputs, outputs);
+    return call(use == Use::reading ? manifest_.reader(name) : name, inputs, outputs);
   }
 
   /// How many rows the caches hold once the next graph has run.
