@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .footprint import Footprint
     from .safety.artifact import SafetyArtifact
 
+CLOSER = {"int4": "; try another --block-size, or int8", "int8": "; try --block-size 128"}  # to the original
 REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
 
 
@@ -183,7 +184,7 @@ def export(
             if not as_json:
                 console.print(checks_table(checks), markup=False, highlight=False)
             if failed := [check.name for check in checks if not check.passed]:
-                closer = "; try another --block-size, or int8" if precision == "int4" else ""
+                closer = CLOSER.get(precision, "")
                 raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
             manifest = with_results(folder, manifest, checks, golden)
             sizes = folder_sizes(folder)

@@ -341,7 +341,7 @@ class Manifest:
         prefill = [name for name in PREFILL_GRAPHS.values() if name in self.graphs]
         need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
         for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
-            for name in {half, self.reader(half)}:
+            for name in (half, self.reader(half)):
                 need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
         if self.prober and self.refusal:
             need(0.0 <= self.prober.threshold <= 1.0, f"prober: threshold {self.prober.threshold:g} is no probability")

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from benchmark import peers, report, session, weights
 from benchmark.peers import Configuration
-from exported import demo_package
+from exported import PREFILL, demo_package
 from onnx import TensorProto, helper
 
 from autosteer.runtime.manifest import Manifest
@@ -92,6 +92,23 @@ def test_bits_and_block_size_are_those_of_the_graphs(measured):
     attributes = [{a.name: a.i for a in n.attribute} for n in nodes if n.op_type == "MatMulNBits"]
     (row,) = measured["configurations"]
     assert {(a["bits"], a["block_size"]) for a in attributes} == {(row["bits"], row["block_size"])}
+
+
+def test_what_reads_prompts_is_told_beside_what_a_step_reads():
+    folder = demo_package("int4", PREFILL)
+    graphs = {name: graph.file for name, graph in Manifest.load(folder).graphs.items()}
+    both, alone = (
+        weights.package_weights(folder, g) for g in (graphs, {n: graphs[n] for n in graphs if "prefill" not in n})
+    )
+    assert both.bytes_per_token == alone.bytes_per_token and both.body == alone.body
+    assert both.describe() == f"{alone.describe()}; prompts: 40 x 8 bits"
+    int8 = demo_package("int8")
+    names = "prefill_lower", "prefill_upper"
+    assert (
+        weights.onnx_weights(*(folder / graphs[n] for n in names)).bytes_per_token
+        == weights.onnx_weights(int8 / "decoder_lower.onnx", int8 / "decoder_upper.onnx").bytes_per_token
+        > both.bytes_per_token
+    )
 
 
 def test_block_size_comes_from_the_graph_and_not_from_the_options_it_was_made_with(tmp_path):

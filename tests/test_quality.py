@@ -21,8 +21,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     row = {"prompt": "describe the picture.", "images": [picture], "answer": "a blue star at the top left."}
     data = tmp_path_factory.mktemp("data") / "test.jsonl"
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    passage = Sample((), processor.tokenizer("a red circle and a green triangle.").input_ids)
-    return [*answers(data, processor.tokenizer, 10), passage]
+    ids = processor.tokenizer("a red circle and a green triangle.").input_ids
+    return [*answers(data, processor.tokenizer, 10), Sample((), ids, given=1), Sample((), ids, given=4)]
 
 
 def test_a_float32_package_scores_as_pytorch_does(samples: list[Sample]) -> None:
@@ -33,7 +33,7 @@ def test_a_float32_package_scores_as_pytorch_does(samples: list[Sample]) -> None
         theirs = original_log_probs(model, processor, sample)
         targets = torch.tensor(sample.targets[-len(theirs) :])
         score.add(package_log_probs(engine, sample), theirs, targets)
-    assert len(samples) == 2 and score.tokens == len(samples[0].targets) + len(samples[1].targets) - 1
+    assert len(samples) == 3 and score.tokens == sum(len(sample.targets) - sample.given for sample in samples)
     assert abs(score.facts()["kl"]) < 1e-5 and score.facts()["agree"] == 1
     assert 1 < score.facts()["perplexity"] < 30
 

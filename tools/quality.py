@@ -3,11 +3,12 @@
     python tools/quality.py --model build/smollm2 --package build/smol-int4 --package build/smol-int8 --gguf Q4_0
     python tools/quality.py --model demo --package build/demo-int4 --data build/demo-data/test.jsonl
 
-Without --data the text is the documentation of Python's standard library, in passages of 512 tokens; with it, the
-answers of a test file in autosteer-eval's form (rows with prompt, images and answer), their prompts and pictures given.
-Everything is teacher-forced: each model sees the true tokens so far and is asked for the next. Packages run as they
-are, in onnxruntime, int8 activations included. --gguf rounds the original's decoder as llama.cpp's type does (its head
-at Q8_0) and runs it in PyTorch with float32 activations: the weights alone, in llama.cpp's favour.
+Without --data the text is the documentation of Python's standard library, in passages of 512 tokens, of which the first
+--given are read as a prompt; with it, the answers of a test file in autosteer-eval's form (rows with prompt, images and
+answer), their prompts and pictures given. Everything is teacher-forced: each model sees the true tokens so far and is
+asked for the next. Packages run as they are, in onnxruntime, int8 activations included. --gguf rounds the original's
+decoder as llama.cpp's type does (its head at Q8_0) and runs it in PyTorch with float32 activations: the weights alone,
+in llama.cpp's favour.
 
     perplexity  e^(mean of -log p(true token))
     KL          mean of KL(original || package) over the vocabulary, in nats
@@ -37,10 +38,13 @@ from torch.nn.functional import log_softmax
 from autosteer.export.checkpoint import Checkpoint, load_reference, open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
-from autosteer.runtime.engine import Engine, Stats
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.gate import Mode
+from autosteer.runtime.request import Prompt, Stats
 from autosteer.runtime.text import Message
 
 PASSAGE = 512  # tokens
+ROWS = 16  # of an answer, fed at a time
 LogProbs = torch.Tensor  # (T, V) float32: of each of a sample's target tokens
 
 
@@ -48,8 +52,9 @@ LogProbs = torch.Tensor  # (T, V) float32: of each of a sample's target tokens
 class Sample:
     """Tokens to be foretold, after a prompt with pictures or after nothing."""
 
-    messages: tuple[Message, ...]  # empty: the first target is given instead
+    messages: tuple[Message, ...]
     targets: list[int]
+    given: int = 0  # of the targets: the prompt, where there are no messages
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Score:
         }
 
 
-def passages(tokenizer: Any, tokens: int) -> Iterator[Sample]:
+def passages(tokenizer: Any, tokens: int, given: int = 1) -> Iterator[Sample]:
     """Docstrings of modules of the standard library, cut to PASSAGE tokens; an order that is the same everywhere."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "test", "idlelib"} & set(f.parts)]
@@ -91,7 +96,7 @@ def passages(tokenizer: Any, tokens: int) -> Iterator[Sample]:
         ids = tokenizer(text, add_special_tokens=False).input_ids[:PASSAGE]
         if len(ids) == PASSAGE and left > 0:
             left -= PASSAGE
-            yield Sample((), ids)
+            yield Sample((), ids, given)
 
 
 def answers(data: Path, tokenizer: Any, rows: int) -> Iterator[Sample]:
@@ -106,27 +111,22 @@ def answers(data: Path, tokenizer: Any, rows: int) -> Iterator[Sample]:
 
 
 def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
-    """What a package says of a sample's targets (but the first, where it is given): all rows in one pass."""
-    known, given = engine.encoder.embed(sample.targets), 1
+    """What a package says of the targets that are not given: its prompt is read, the rest fed as an answer."""
     if sample.messages:
-        known = np.concatenate([engine.encoder.prepare(sample.messages, Stats()).inputs_embeds[0], known])
-        given = 0
-    rows = np.ascontiguousarray(known[None, :-1])
-    length, foretold = rows.shape[1], len(sample.targets) - given
-    lengths = {"seqlens_k": np.array([length - 1], np.int32), "total_sequence_length": np.array(length, np.int32)}
-    hidden = _half(engine, "decoder_lower", {"inputs_embeds": rows, **lengths})
-    more = {**lengths, "num_logits": np.array([foretold], np.int64)}
-    last = _half(engine, "decoder_upper", {"hidden_states": hidden, **more})
-    (logits,) = engine.graphs["lm_head"].run({"last_hidden_state": last})
-    return log_softmax(torch.from_numpy(logits[0]), -1)
-
-
-def _half(engine: Engine, half: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """One half of the decoder over everything at once, caches as long as that."""
-    dims, length = engine.manifest.dims, int(inputs["total_sequence_length"])
-    cache = np.zeros((1, dims.num_key_value_heads, length, dims.head_dim), engine.manifest.kv_cache.dtype)
-    caches = {t.name: cache for t in engine.manifest.graphs[half].inputs if t.name.startswith("past_key_values")}
-    return engine.graphs[half].run({**inputs, **caches})[0]
+        prompt = engine.encoder.prepare(sample.messages, Stats())
+    else:
+        ids = sample.targets[: sample.given]
+        prompt = Prompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
+    request = engine.request(prompt, len(sample.targets) - sample.given, Stats())
+    request.judge(engine.policy(Mode.OFF))
+    logits = [request.begin(0.0)[None].copy()]
+    rest = sample.targets[sample.given : -1]
+    for first in range(0, len(rest), ROWS):
+        tokens = rest[first : first + ROWS]
+        logits.append(request.verify(tokens).copy())
+        for _ in tokens[1:]:
+            request.accept()
+    return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def original_log_probs(model: Any, processor: Any, sample: Sample) -> LogProbs:
     """What PyTorch says of the same."""
     targets = torch.tensor([sample.targets])
     inputs: dict[str, Any] = {"input_ids": targets[:, :-1]}
-    foretold = targets.shape[1] - 1
+    foretold = targets.shape[1] - sample.given
     if sample.messages:
         (message,) = sample.messages
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
@@ -143,7 +143,6 @@ def original_log_probs(model: Any, processor: Any, sample: Sample) -> LogProbs:
         inputs = dict(processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
         inputs.pop("attention_mask", None)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], targets[:, :-1]], 1)
-        foretold = targets.shape[1]
     return log_softmax(model(**inputs, use_cache=False, logits_to_keep=foretold).logits[0].float(), -1)
 
 
@@ -178,6 +177,9 @@ def measure(samples: Sequence[Sample], originals: Sequence[LogProbs], ask: Calla
 @click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Several go.")
 @click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0; several go.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A test file instead of passages.")
+@click.option(
+    "--given", type=click.IntRange(1, PASSAGE - 1), default=1, show_default=True, help="Tokens of a passage read first."
+)
 @click.option("--tokens", default=4096, show_default=True, help="Of passages; with --data, rows of the file.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @json_option
@@ -187,6 +189,7 @@ def quality(
     packages: tuple[Path, ...],
     kinds: tuple[str, ...],
     data: Path | None,
+    given: int,
     tokens: int,
     threads: int | None,
     as_json: bool,
@@ -198,7 +201,7 @@ def quality(
     checkpoint = open_checkpoint(model)
     original, processor = load_reference(checkpoint)
     tokenizer = getattr(processor, "tokenizer", processor)
-    samples = list(answers(data, tokenizer, tokens) if data else passages(tokenizer, tokens))
+    samples = list(answers(data, tokenizer, tokens) if data else passages(tokenizer, tokens, given))
     if not samples:
         raise click.ClickException("no samples: no row has a prompt, or no docstring is long enough")
     ask = partial(original_log_probs, original, processor)

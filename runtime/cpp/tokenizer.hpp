@@ -30,6 +30,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "errors.hpp"
 
 namespace autosteer {
@@ -139,6 +143,9 @@ class Tokenizer {
     try {
       std::ifstream file(path, std::ios::binary);
       load(nlohmann::json::parse(file));
+#ifdef __GLIBC__
+      malloc_trim(0);  // the document took tens of megabytes in small pieces, which glibc keeps
+#endif
     } catch (const PackageError& err) {
       throw PackageError(path.string() + ": " + err.what());
     } catch (const nlohmann::json::parse_error& err) {  // its own words quote the file's bytes

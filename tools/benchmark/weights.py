@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+
+from autosteer.runtime.manifest import PREFILL_GRAPHS
 
 MATMULS = ("MatMul", "FusedMatMul", "Gemm")
 
@@ -31,6 +33,7 @@ class Weights:
     """The matrices of a model, in the order they are read."""
 
     matrices: tuple[Matrix, ...]
+    reading: str = ""  # what others read prompts, described; empty: these do
 
     @property
     def bytes_per_token(self) -> int:
@@ -46,7 +49,8 @@ class Weights:
     def describe(self) -> str:
         """E.g. "120 x 4 bits in blocks of 32, 1 x 8 bits in blocks of 128"."""
         kinds = Counter((m.bits, m.block_size, m.symmetric) for m in self.matrices)
-        return ", ".join(f"{count} x {_kind(*kind)}" for kind, count in kinds.most_common())
+        step = ", ".join(f"{count} x {_kind(*kind)}" for kind, count in kinds.most_common())
+        return f"{step}; prompts: {self.reading}" if self.reading else step
 
 
 def _kind(bits: int, block_size: int | None, symmetric: bool) -> str:
@@ -73,6 +77,8 @@ def _onnx_matrices(path: Path) -> Iterator[Matrix]:
             points = node.input[3] if len(node.input) > 3 else ""
             parts = [stored[name] for name in (*node.input[1:3], points) if name]
             yield Matrix(facts["bits"], facts["block_size"], not points, sum(map(_bytes, parts)))
+        elif node.op_type == "MatMulIntegerToFloat":
+            yield Matrix(8, None, True, _bytes(stored[node.input[1]]) + _bytes(stored[node.input[3]]))
         elif node.op_type in MATMULS:
             weight = stored.get(node.input[1]) or cast.get(node.input[1])
             if weight is not None:
@@ -87,4 +93,6 @@ def _bytes(tensor: onnx.TensorProto) -> int:
 
 def package_weights(folder: Path, graphs: dict[str, str]) -> Weights:
     """Of one of our packages; `graphs` maps graph names to files, as the manifest does."""
-    return onnx_weights(*(folder / graphs[name] for name in ("decoder_lower", "decoder_upper", "lm_head")))
+    step = onnx_weights(*(folder / graphs[name] for name in (*PREFILL_GRAPHS, "lm_head")))
+    readers = [folder / graphs[name] for name in PREFILL_GRAPHS.values() if name in graphs]
+    return replace(step, reading=onnx_weights(*readers).describe() if readers else "")
