@@ -21,7 +21,7 @@
 namespace autosteer {
 
 /// What one more row of a pass costs, in passes of one row: by the decoder's precision, measured (speculate.py).
-inline const std::map<std::string, double> kRowCost = {{"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.08}, {"int4", 0.22}};
+inline const std::map<std::string, double> kRowCost = {{"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
 
 /// Drafts the next tokens of one answer.
 class Drafter {
