@@ -33,9 +33,9 @@ from .conversation import Conversation
 from .encode import PromptEncoder
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
-from .huge_pages import huge_pages
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
+from .pages import placing
 from .request import PREFILL_CHUNK, Prompt, Request, Stats
 from .sampling import SamplingConfig, make_sampler
 from .speculate import ROW_COST, Drafter
@@ -135,7 +135,7 @@ class Engine:
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        with manifest.verifying(folder), huge_pages():
+        with manifest.verifying(folder), placing(folder):
             chosen, reason = find_device(device, threads, manifest.activations)
             if reason:
                 log.log(logging.WARNING if has_cuda() else logging.INFO, "running on the CPU: %s", reason)

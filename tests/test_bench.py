@@ -40,7 +40,6 @@ def test_bench_reports_every_figure_of_a_guarded_package(measured):
                  "private_rss_mb", "load_ms", "read_gb_s", "steered_decode_tok_s", "stop_ttft_ms"):  # fmt: skip
         assert row[name] > 0, name
     assert row["ttft_ms"] > row["lower_ms"] + row["upper_ms"]
-    assert row["stop_ttft_ms"] < row["ttft_ms"]
     assert 0 < row["gate_share_of_ttft"] < 1
 
 

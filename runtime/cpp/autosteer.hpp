@@ -15,7 +15,7 @@
 //     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
 //     request.hpp   one answer's buffers             speculate.hpp what is drafted
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
-//                                                    huge_pages.hpp where weights lie
+//                                                    pages.hpp     where weights lie
 //
 // Other languages: autosteer.h (C functions), built as libautosteer.
 #pragma once

@@ -33,9 +33,9 @@
 
 #include "errors.hpp"
 #include "gate.hpp"
-#include "huge_pages.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
+#include "pages.hpp"
 #include "request.hpp"
 #include "sampling.hpp"
 #include "speculate.hpp"
@@ -97,7 +97,7 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
-    huge_pages_.move();
+    pages_.place(folder);
   }
 
   /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
@@ -341,7 +341,7 @@ class Engine {
     return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
-  HugePages huge_pages_;
+  Pages pages_;
   std::optional<Environment> environment_;
   Graphs graphs_;
 };

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from autosteer.runtime.huge_pages import huge_pages
 from autosteer.runtime.kv_cache import KVCache
 from autosteer.runtime.manifest import GraphSpec, Manifest
+from autosteer.runtime.pages import placing
 from autosteer.runtime.subgraph import OrtValue, Subgraph, buffer, empty, find_device
 from benchmark.worker import timed_greedy
 
@@ -76,7 +76,7 @@ class OneGraph:
         self._manifest = Manifest.load(Path(path))
         self._device, _ = find_device("cpu", threads)
         self._spec = join(Path(path), self._manifest, Path(work))
-        with huge_pages():
+        with placing(Path(path)):
             self._graph = Subgraph(Path(work) / self._spec.file, self._spec, self._device)
         self._capacity = max_tokens
 

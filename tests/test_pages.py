@@ -1,4 +1,4 @@
-"""Tier 1: what is moved onto huge pages, and that it stays what it was."""
+"""Tier 1: what is moved onto huge pages or given back, and that it stays what it was."""
 
 import mmap
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autosteer.runtime import huge_pages as subject
-from autosteer.runtime.huge_pages import HUGE, huge_pages
+from autosteer.runtime import pages as subject
+from autosteer.runtime.pages import HUGE, placing
 
 ENTRY = """{start:x}-{end:x} {mode} 00000000 00:00 0 {name}
 Size:           {size} kB
@@ -38,7 +38,7 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
     monkeypatch.setattr(subject, "_move", lambda start, end: moved.append((start, end)))
     earlier = entry(1 * HUGE, 4 * HUGE)
     smaps.write_text(earlier)
-    with huge_pages() as mover:
+    with placing(tmp_path) as mover:
         smaps.write_text(
             earlier
             + entry(10 * HUGE, 8 * HUGE, name="[heap]")
@@ -53,16 +53,16 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
     assert sorted(moved) == [(n * HUGE, (n + 8) * HUGE) for n in (10, 20, 30)]
 
 
-def test_no_proc_no_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subject, "SMAPS", tmp_path / "missing")
-    with huge_pages() as mover:
+    with placing(tmp_path) as mover:
         pass
     mover.join()
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
-def test_memory_that_moves_keeps_what_it_holds() -> None:
-    with huge_pages() as mover:
+def test_memory_that_moves_keeps_what_it_holds(tmp_path: Path) -> None:
+    with placing(tmp_path) as mover:
         memory = mmap.mmap(-1, 8 * HUGE)
         values = np.frombuffer(memory, np.uint64)
         values[:] = np.arange(values.size)
@@ -70,3 +70,24 @@ def test_memory_that_moves_keeps_what_it_holds() -> None:
     assert np.array_equal(values, np.arange(values.size))
     values[3] = 7
     assert memory[24] == 7
+
+
+@pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
+def test_files_of_the_package_are_given_back_and_read_again(tmp_path: Path) -> None:
+    """What a private map has changed is nowhere else, and stays."""
+    size, elsewhere = 1 << 20, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (package := tmp_path / "package").mkdir()
+    maps = {}
+    with placing(package) as mover:
+        for path in (package / "weights.bin", package / "changed.bin", elsewhere / "weights.bin"):
+            path.write_bytes(b"weights!" * (size // 8))
+            with path.open("r+b") as file:
+                maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            assert maps[path][::4096] == b"w" * 256  # every page is there
+        maps[package / "changed.bin"][:7] = b"another"
+    mover.join()
+    resident = {m.name: m.resident for m in subject._mappings()}
+    assert [resident[str(path)] for path in maps] == [0, size, size]
+    assert maps[package / "weights.bin"][-8:] == b"weights!"
+    assert maps[package / "changed.bin"][:8] == b"another!"
