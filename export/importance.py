@@ -91,7 +91,7 @@ def observe_decoder(
 def energy(rows: torch.Tensor) -> torch.Tensor:
     """rows (.., K) that a matrix multiplies -> (K,), 1 on average, and no channel below FLOOR."""
     squares = rows.flatten(0, -2).square().mean(0)
-    return squares / squares.mean() + FLOOR
+    return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: all alike
 
 
 def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:

@@ -49,7 +49,7 @@ from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference
 from .safety.artifact import SafetyArtifact
 from .unpack import PackedWeights, packed_kv_scales, worse
 
-WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five or six: minutes, on two cores
+WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five to eight: minutes, on two cores
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
 CACHE_BYTES = 3 << 29  # KV caches of answers that are under way together; each group of them costs its own sweeps
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package

@@ -22,12 +22,16 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
     from .sampling import SamplingConfig
     from .text import Message
 
+MOST_THREADS = 1024  # more of them is a slip, and leaves none to other programs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all cores.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads. Default: all cores."
+)
 package_argument = click.argument("package", type=click.Path(path_type=Path))
 
 

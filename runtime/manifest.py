@@ -305,6 +305,12 @@ class Manifest:
         gate = GATE_GRAPHS if self.guarded else ()
         for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
+        known = {*REQUIRED_GRAPHS, *PREFILL_GRAPHS.values(), *GATE_GRAPHS, *IMAGE_GRAPHS}
+        strange = ", ".join(sorted(set(self.graphs) - known))
+        need(
+            not strange,
+            f"this runtime has no use for graph {strange}; without it answers might not be the package's",
+        )
         image = [name for name in IMAGE_GRAPHS if name in self.graphs]
         need(
             len(image) == (1 if self.image else 0),

@@ -6,7 +6,11 @@ and onnxruntime does not ask. So we ask, a little after the graphs are loaded: M
 there at once, MADV_HUGEPAGE leaves it to the kernel's spare time.
 
 And once: onnxruntime maps weights.bin and packs weights anew for its kernels, scales among them, but keeps the map of
-scales (18 MiB of a 0.5B model at int4). Their pages go back; whoever reads them after all finds them in the file.
+scales (18 MiB of a 0.5B model at int4). MADV_PAGEOUT (Linux 5.4) gives them back; whoever reads them after all finds
+them in the file.
+
+Addresses come out of /proc and may have become another thread's when advice on them is given. None of this advice
+changes what memory holds.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import contextlib
 import ctypes
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 SMAPS = Path("/proc/self/smaps")
 HUGE = 2 << 20  # bytes
 SETTLED = 2.0  # seconds after a load: the first answer, which moving would hold up, has begun
-MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 14, 25  # linux/mman.h
+MADV_HUGEPAGE, MADV_PAGEOUT, MADV_COLLAPSE = 14, 21, 25  # linux/mman.h
+Range: TypeAlias = "tuple[int, int]"  # addresses: the first, and the first behind
 
 
 @contextlib.contextmanager
@@ -33,36 +38,36 @@ def placing(folder: Path) -> Iterator[threading.Thread]:
     A thread moves, SETTLED seconds behind the block: it takes from a tenth of a second to more than one (for 400 MB,
     in a virtual machine), and who touches that memory meanwhile waits.
     """
-    before = {(m.start, m.end) for m in _mappings() if m.is_filled}
-    mover = threading.Timer(SETTLED, _move_all_but, args=(before,))
+    before = {mapping.range for mapping in _mappings() if mapping.is_filled}
+    filled: list[Range] = []
+    mover = threading.Timer(SETTLED, _move, args=(filled,))
     mover.name, mover.daemon = "huge pages", True
     yield mover
+    files = f"{folder.resolve()}/"
     for mapping in _mappings():
-        if mapping.name.startswith(f"{folder.resolve()}/") and not mapping.changed:
-            _advise(mapping.start, mapping.end, MADV_DONTNEED)
+        if mapping.is_filled and mapping.range not in before:
+            filled.append(mapping.range)
+        elif mapping.name.startswith(files):
+            _advise(*mapping.range, MADV_PAGEOUT)
     mover.start()
 
 
-@dataclass(frozen=True)
-class Mapping:
-    """An entry of /proc/self/smaps; sizes in bytes."""
+class Mapping(NamedTuple):
+    """An entry of /proc/self/smaps."""
 
-    start: int
-    end: int
+    range: Range
     mode: str
     name: str  # a file's path; "", "[heap]" or "[anon...]" for memory of no file
-    resident: int
-    changed: int  # of a file's: no longer what the file says
+    resident: int  # bytes
 
     @property
     def is_filled(self) -> bool:
         """Whether it is memory of no file that is in good part touched. Huge pages fill the rest."""
         anonymous = self.name in ("", "[heap]") or self.name.startswith("[anon")
-        return anonymous and self.mode == "rw-p" and self.resident >= 0.9 * (self.end - self.start)
+        return anonymous and self.mode == "rw-p" and self.resident >= 0.9 * (self.range[1] - self.range[0])
 
 
-_ENTRY = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)\n((?:[A-Z].*\n)*)", re.MULTILINE)
-_SIZE = re.compile(r"^(\w+): +(\d+) kB$", re.MULTILINE)
+_ENTRY = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ \d+ *(.*)\n(?:[A-Z].*\n)*?Rss: +(\d+) kB$", re.MULTILINE)
 
 
 def _mappings() -> Iterator[Mapping]:
@@ -70,22 +75,15 @@ def _mappings() -> Iterator[Mapping]:
         text = SMAPS.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return
-    for start, end, mode, name, sizes in _ENTRY.findall(text):
-        size = {key: int(kilobytes) << 10 for key, kilobytes in _SIZE.findall(sizes)}
-        changed = size.get("Anonymous", 0) + size.get("Swap", 0)
-        yield Mapping(int(start, 16), int(end, 16), mode, name, size.get("Rss", 0), changed)
+    for start, end, mode, name, resident in _ENTRY.findall(text):
+        yield Mapping((int(start, 16), int(end, 16)), mode, name, int(resident) << 10)
 
 
-def _move_all_but(before: set[tuple[int, int]]) -> None:
-    for mapping in _mappings():
-        if mapping.is_filled and (mapping.start, mapping.end) not in before:
-            _move(mapping.start, mapping.end)
-
-
-def _move(start: int, end: int) -> None:
-    first, last = -(-start // HUGE) * HUGE, end // HUGE * HUGE
-    if first < last and _advise(first, last, MADV_COLLAPSE):
-        _advise(first, last, MADV_HUGEPAGE)
+def _move(filled: Iterable[Range]) -> None:
+    for start, end in filled:
+        first, last = -(-start // HUGE) * HUGE, end // HUGE * HUGE
+        if first < last and _advise(first, last, MADV_COLLAPSE):
+            _advise(first, last, MADV_HUGEPAGE)
 
 
 def _advise(start: int, end: int, advice: int) -> int:

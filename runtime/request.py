@@ -161,7 +161,8 @@ class Request:
 
     def _probe(self) -> float:
         if not self._finite:
-            log.error("decoder_lower gave rows that are not finite, so the prompt counts as unsafe")
+            reader = self._engine.manifest.reader("decoder_lower")
+            log.error("%s gave rows that are not finite, so the prompt counts as unsafe", reader)
             return math.nan
         try:
             return float(self._graphs["prober"].run({"hidden_states": self.probed_row()})[0][0])
@@ -208,6 +209,7 @@ class Request:
         self._stats.upper_ms = _ms_since(before)
         single.head()
         first: Float = single.logits()[0]
+        self._finite = self._finite and bool(np.isfinite(first[0]))  # as in `verify`
         return first
 
     def step(self, token: int) -> Float:

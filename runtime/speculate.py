@@ -27,7 +27,7 @@ MEMORY = 0.95  # per comparison: an answer may begin or cease to copy
 GAIN = 1.05  # a draft must promise this many times the speed without
 
 # What one more row costs, of the cost of one: measured on 2 x86 cores, SmolLM2-135M and a 0.5B shape, the dearer of
-# both. Quantised weights are unpacked for one row about as fast as they are read; float32 waits for memory.
+# both. For one row, int4 is unpacked about as fast as it is read; the others wait for memory.
 ROW_COST: dict[Precision, float] = {"fp32": 0.08, "fp16": 0.08, "int8": 0.12, "int4": 0.22}
 
 

@@ -287,7 +287,14 @@ def test_dumps_leaves_numbers_alone():
 
 @pytest.mark.parametrize(
     "options",
-    [("--nonsense",), ("--policy", "maybe"), ("--max-tokens", "many"), ("--threads", "0"), ("--device", "tpu")],
+    [
+        ("--nonsense",),
+        ("--policy", "maybe"),
+        ("--max-tokens", "many"),
+        ("--threads", "0"),
+        ("--threads", "1025"),
+        ("--device", "tpu"),
+    ],
 )
 def test_wrong_usage_is_exit_code_2(call, package, options):
     done = call("autosteer-run", package, "-p", "red", *options)

@@ -204,3 +204,18 @@ def test_after_an_answer_that_is_not_finite_the_next_turn_starts_afresh(engine):
     request._passes[1].head = lambda: request._logits.fill(np.nan)
     request.step(5)
     assert not request.computed().keys
+
+
+def test_so_it_does_where_the_first_logits_are_not(engine, monkeypatch):
+    request = engine.request(engine.encoder.prepare([Message.user("red tick")], Stats()), 4, Stats())
+    request.judge(engine.policy("off"))
+    head = request.head
+    monkeypatch.setattr(
+        request,
+        "head",
+        lambda *args: lambda: (head(*args)(), request._logits.fill(np.nan)),  # what decoder_upper gave
+    )
+    assert np.isnan(request.begin(0.0)).all()
+    request._passes[1].head = head(request._passes[1].last, request._passes[1]._logits, 1)
+    assert np.isfinite(request.step(5)).all()
+    assert not request.computed().keys

@@ -75,6 +75,13 @@ def twice(folder: Path) -> None:
     (folder / "autosteer.json").write_text(text.replace("{", '{"guarded": false, ', 1))
 
 
+def another_graph(folder: Path) -> None:
+    """A graph that this runtime would leave alone."""
+    manifest = json.loads((folder / "autosteer.json").read_text())
+    manifest["graphs"]["reader"] = manifest["graphs"]["prober"]
+    (folder / "autosteer.json").write_text(json.dumps(manifest))
+
+
 def prefill(damage: Callable[[Path], object]) -> Callable[[Path], object]:
     """A package with prefill graphs in its place, damaged."""
 
@@ -114,6 +121,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "half a prefill copy": prefill(edit(graphs__prefill_upper=DELETED)),
     "other layers of a prefill copy": prefill(edit(graphs__prefill_lower__layers=[0, 2])),
     "prefill copy damaged": prefill(flip("prefill_lower.onnx")),
+    "graph of another runtime": another_graph,
     "path climbs": edit(graphs__prober__file="../prober.onnx"),
     "path is absolute": edit(graphs__prober__file="/etc/passwd"),
     "path with a backslash": edit(graphs__prober__file="..\\prober.onnx"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from autosteer.export.checkpoint import load_reference
 from autosteer.export.decoder import decoder_facts
-from autosteer.export.importance import FLOOR, RANDOM_TOKENS, observe_decoder, sample_rows, with_random_tokens
+from autosteer.export.importance import FLOOR, RANDOM_TOKENS, energy, observe_decoder, sample_rows, with_random_tokens
 from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
@@ -37,8 +37,13 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
         model(inputs_embeds=rows)
     found = observe_decoder(checkpoint, decoder_facts(checkpoint), rows).importance
     assert found.keys() == seen.keys() and len(found) == 7 * 8 + 1
-    for name, energy in seen.items():
-        torch.testing.assert_close(found[name], energy / energy.mean() + FLOOR, rtol=1e-4, atol=1e-4)
+    for name, squares in seen.items():
+        torch.testing.assert_close(found[name], squares / squares.mean() + FLOOR, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_that_sees_only_zeros_weighs_its_columns_alike() -> None:
+    """0 / 0 made NaN of its weights at int8."""
+    torch.testing.assert_close(energy(torch.zeros(1, 3, 4)), torch.full((4,), FLOOR))
 
 
 def test_the_sample_holds_the_text_and_the_rows_of_a_picture() -> None:

@@ -375,6 +375,13 @@ def test_half_a_prefill_copy_is_refused(tmp_path, document, name):
         Manifest.load(written(tmp_path, without(document, ("graphs", name))))
 
 
+def test_a_graph_that_the_runtime_would_leave_alone_is_refused(tmp_path, document):
+    """A prefill copy under other names was: prompts went through the decoder's 4 bits, and so did verdicts."""
+    graphs = {name.replace("prefill", "reader"): graph for name, graph in document["graphs"].items()}
+    with pytest.raises(PackageError, match="no use for graph reader_lower, reader_upper"):
+        Manifest.load(written(tmp_path, document | {"graphs": graphs}))
+
+
 @pytest.mark.parametrize(
     "name", ["embed_tokens", "decoder_lower", "decoder_upper", "lm_head", "prober", "refusal_head"]
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autosteer.runtime import pages as subject
-from autosteer.runtime.pages import HUGE, placing
+from autosteer.runtime.pages import HUGE, MADV_COLLAPSE, placing
 
 ENTRY = """{start:x}-{end:x} {mode} 00000000 00:00 0 {name}
 Size:           {size} kB
@@ -35,7 +35,7 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
     """A thread's stack, mostly untouched, would take its whole 8 MiB; files are mapped and have pages of their own."""
     smaps, moved = tmp_path / "smaps", []
     monkeypatch.setattr(subject, "SMAPS", smaps)
-    monkeypatch.setattr(subject, "_move", lambda start, end: moved.append((start, end)))
+    monkeypatch.setattr(subject, "_advise", lambda start, end, advice: moved.append((start, end)))
     earlier = entry(1 * HUGE, 4 * HUGE)
     smaps.write_text(earlier)
     with placing(tmp_path) as mover:
@@ -61,33 +61,51 @@ def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
-def test_memory_that_moves_keeps_what_it_holds(tmp_path: Path) -> None:
+def test_memory_that_moves_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    advised: list[tuple[int, int, int]] = []
+    advise = subject._advise
+    monkeypatch.setattr(subject, "_advise", lambda *advice: advised.append(advice) or advise(*advice))
     with placing(tmp_path) as mover:
-        memory = mmap.mmap(-1, 8 * HUGE)
+        memory = mmap.mmap(-1, 8 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         values = np.frombuffer(memory, np.uint64)
         values[:] = np.arange(values.size)
     mover.join()
+    middle = values.ctypes.data + 4 * HUGE
+    assert any(start <= middle < end and advice == MADV_COLLAPSE for start, end, advice in advised)
     assert np.array_equal(values, np.arange(values.size))
     values[3] = 7
     assert memory[24] == 7
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
-def test_files_of_the_package_are_given_back_and_read_again(tmp_path: Path) -> None:
-    """What a private map has changed is nowhere else, and stays."""
-    size, elsewhere = 1 << 20, tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (package := tmp_path / "package").mkdir()
-    maps = {}
+def test_files_of_the_package_are_given_back_and_hold_what_they_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a private map has changed is in no file. A first version gave pages back with MADV_DONTNEED, which forgets
+    them, and with them whatever another thread had mapped there meanwhile.
+    """
+    given_back: list[int] = []
+    advise = subject._advise
+    monkeypatch.setattr(
+        subject,
+        "_advise",
+        lambda start, end, advice: given_back.append(start) or advise(start, end, advice),
+    )
+    package, elsewhere, size = tmp_path / "package", tmp_path / "elsewhere", 1 << 20
+    maps, starts = {}, {}
     with placing(package) as mover:
         for path in (package / "weights.bin", package / "changed.bin", elsewhere / "weights.bin"):
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"weights!" * (size // 8))
             with path.open("r+b") as file:
                 maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
             assert maps[path][::4096] == b"w" * 256  # every page is there
+            starts[path] = np.frombuffer(maps[path], np.uint8).ctypes.data
         maps[package / "changed.bin"][:7] = b"another"
+    assert [starts[path] in given_back for path in maps] == [True, True, False]
     mover.join()
-    resident = {m.name: m.resident for m in subject._mappings()}
-    assert [resident[str(path)] for path in maps] == [0, size, size]
-    assert maps[package / "weights.bin"][-8:] == b"weights!"
-    assert maps[package / "changed.bin"][:8] == b"another!"
+    assert [maps[path][:8] + maps[path][-8:] for path in maps] == [
+        b"weights!weights!",
+        b"another!weights!",
+        b"weights!weights!",
+    ]

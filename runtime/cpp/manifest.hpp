@@ -36,6 +36,11 @@ constexpr const char* kManifestFile = "autosteer.json";
 inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
                                                                   {"decoder_upper", "prefill_upper"}};
 
+/// Every graph that a package may have.
+inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower",  "decoder_upper",   "lm_head", "prober",
+                                              "refusal_head",  "vision_encoder", "image_tokenizer", "prefill_lower",
+                                              "prefill_upper"};
+
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
   int64_t context_length;  ///< most tokens a prompt and its answer may take together
@@ -552,6 +557,10 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   if (m.guarded) graphs.insert(graphs.end(), {"prober", "refusal_head"});
   for (const auto& name : graphs) {
     need(m.graphs.count(name) > 0, "graph '" + name + "' is missing; the package cannot run without it");
+  }
+  for (const auto& [name, graph] : m.graphs) {
+    need(kGraphs.count(name) > 0,
+         "this runtime has no use for graph " + name + "; without it answers might not be the package's");
   }
   need(m.graphs.count("vision_encoder") + m.graphs.count("image_tokenizer") == (m.image ? 1 : 0),
        "'image' comes with one graph of vision_encoder, image_tokenizer");

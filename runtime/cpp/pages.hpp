@@ -37,37 +37,45 @@ class Pages {
 
   /// Give back what was mapped of the files in `folder`, and move onto huge pages what memory was filled: in a thread
   /// and after kSettled, because it takes from a tenth of a second to more than one, during which the first answer
-  /// would wait.
+  /// would wait. Addresses come out of /proc and may have become another thread's by then: none of this advice changes
+  /// what memory holds.
   void place(const std::filesystem::path& folder) {
     std::error_code ignored;
     const std::string files = (std::filesystem::canonical(folder, ignored) / "").string();
+    std::vector<Range> now;
     for (const Mapping& mapping : mappings()) {
-      if (mapping.name.compare(0, files.size(), files) == 0 && mapping.changed == 0) {
-        madvise(at(mapping.start), mapping.end - mapping.start, MADV_DONTNEED);
+      if (mapping.is_filled() && before_.count(mapping.range) == 0) {
+        now.push_back(mapping.range);
+      } else if (files.size() > 1 && mapping.name.compare(0, files.size(), files) == 0) {
+        madvise(at(mapping.range.first), mapping.range.second - mapping.range.first, kPageOut);
       }
     }
-    mover_ = std::thread([this, before = std::move(before_)] {
+    mover_ = std::thread([this, now = std::move(now)] {
       std::unique_lock lock(mutex_);
       if (woken_.wait_for(lock, kSettled, [this] { return over_; })) return;
-      for (const auto& [start, end] : filled()) {
-        if (before.count({start, end}) == 0) move(start, end);
-      }
+      for (const Range& range : now) move(range);
     });
   }
 
  private:
-  using Ranges = std::set<std::pair<uintptr_t, uintptr_t>>;  // start, end
+  using Range = std::pair<uintptr_t, uintptr_t>;  // addresses: the first, and the first behind
 
-  /// An entry of /proc/self/smaps; sizes in KiB.
+  /// An entry of /proc/self/smaps.
   struct Mapping {
-    uintptr_t start = 0, end = 0;
+    Range range;
     std::string mode, name;  // a file's path; "", "[heap]" or "[anon...]" for memory of no file
-    unsigned long resident = 0;
-    unsigned long changed = 0;  // of a file's: no longer what the file says
+    unsigned long resident = 0;  // KiB
+
+    /// Whether it is memory of no file that is in good part touched. Huge pages fill the rest.
+    bool is_filled() const {
+      const bool anonymous = name.empty() || name == "[heap]" || name.compare(0, 5, "[anon") == 0;
+      return anonymous && mode == "rw-p" && resident << 10U >= (range.second - range.first) / 10 * 9;
+    }
   };
 
   static constexpr std::chrono::seconds kSettled{2};
   static constexpr uintptr_t kHuge = 2U << 20U;  // bytes
+  static constexpr int kPageOut = 21;            // MADV_PAGEOUT, Linux 5.4
   static constexpr int kCollapse = 25;           // MADV_COLLAPSE, Linux 6.1: moves what is there at once
 
   static std::vector<Mapping> mappings() {
@@ -78,39 +86,31 @@ class Pages {
       char mode[5] = {};
       int name = 0;
       if (std::sscanf(line.c_str(), "%lx-%lx %4s %*s %*s %*s %n", &start, &end, mode, &name) == 3) {
-        found.push_back({start, end, mode, line.substr(static_cast<size_t>(name))});
+        found.push_back({{start, end}, mode, line.substr(static_cast<size_t>(name))});
       } else if (!found.empty()) {
-        unsigned long size = 0;
-        if (std::sscanf(line.c_str(), "Rss: %lu", &size) == 1) found.back().resident = size;
-        if (std::sscanf(line.c_str(), "Anonymous: %lu", &size) == 1) found.back().changed += size;
-        if (std::sscanf(line.c_str(), "Swap: %lu", &size) == 1) found.back().changed += size;
+        std::sscanf(line.c_str(), "Rss: %lu", &found.back().resident);
       }
     }
     return found;
   }
 
-  /// Memory of no file, but for what is in good part untouched: huge pages fill it.
-  static Ranges filled() {
-    Ranges found;
+  static std::set<Range> filled() {
+    std::set<Range> found;
     for (const Mapping& mapping : mappings()) {
-      const bool anonymous =
-          mapping.name.empty() || mapping.name == "[heap]" || mapping.name.compare(0, 5, "[anon") == 0;
-      if (anonymous && mapping.mode == "rw-p" && mapping.resident << 10U >= (mapping.end - mapping.start) / 10 * 9) {
-        found.insert({mapping.start, mapping.end});
-      }
+      if (mapping.is_filled()) found.insert(mapping.range);
     }
     return found;
   }
 
-  static void move(uintptr_t start, uintptr_t end) {
-    const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  static void move(const Range& range) {
+    const uintptr_t first = (range.first + kHuge - 1) / kHuge * kHuge, last = range.second / kHuge * kHuge;
     if (first >= last) return;
     if (madvise(at(first), last - first, kCollapse) != 0) madvise(at(first), last - first, MADV_HUGEPAGE);
   }
 
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT: one out of /proc
 
-  Ranges before_;
+  std::set<Range> before_;
   std::mutex mutex_;
   std::condition_variable woken_;
   bool over_ = false;

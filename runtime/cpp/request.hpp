@@ -210,16 +210,16 @@ class Request {
     return std::nan("");
   }
 
-  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
   /// Throws where a row of the prompt is not finite, whether the prober reads it or not: int8 caches make a number of
   /// NaN, and what later rows gather from it looks sound.
   void check_finite() const {
     for (const auto& rows : hidden_) {
       if (!std::all_of(rows.data(), rows.data() + rows.size(), [](float x) { return std::isfinite(x); }))
-        throw PackageError("decoder_lower gave rows that are not finite");
+        throw PackageError(manifest_.reader("decoder_lower") + " gave rows that are not finite");
     }
   }
 
+  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
   std::vector<float> probed_row() const {
     if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
     std::vector<double> sum(static_cast<size_t>(width()), 0.0);
