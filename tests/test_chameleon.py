@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoint_shapes.chameleon import FRAME, ROLES, SPECIAL, image_token_names
 from PIL import Image
-from tiny_family import TinyFamily, picture
+from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export import vision
 from autosteer.export.cli import export
@@ -251,7 +251,7 @@ def test_a_transparent_picture_lies_on_white_as_in_hugging_face() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", READ_IN_8_BITS])
 def test_every_precision_exports_and_its_table_says_how_good_it_is(
     variant: str, precision: str, record_property: Any
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_family import TinyFamily, picture
+from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export import vision
 from autosteer.export.checkpoint import open_checkpoint
@@ -251,7 +251,7 @@ def test_a_user_cannot_type_an_image_or_its_frame() -> None:
     assert written == ["<|im_start|>", END]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", READ_IN_8_BITS])
 def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
     checks = FAMILY.table("smolvlm", precision)
     assert all(check.passed for check in checks.values())

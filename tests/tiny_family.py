@@ -28,6 +28,8 @@ from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import ImagePart, Message
 
+READ_IN_8_BITS = "int4 --prefill-precision int8 --kv-cache int8"
+
 
 def picture(seed: int) -> Image.Image:
     """Odd sides, structure or noise."""
@@ -107,13 +109,13 @@ class TinyFamily:
         return artifact
 
     def package(self, variant: str, precision: str) -> Path:
-        """A validated package, made by the command itself."""
+        """A validated package, made by the command itself; behind the precision there may be more options."""
         folder = self.scratch / f"{variant}-{precision}"
         self.safety(variant)
         guarded = ["--safety", str(self.scratch / f"{variant}-safety")]
-        if precision == "int4":  # random weights amplify rounding until a random prober's verdicts are chance
+        if precision.startswith("int4"):  # random weights amplify rounding until a random prober's verdicts are chance
             guarded = ["--unguarded"]
-        arguments = ["--model", str(self.checkpoint(variant)), *guarded, "--precision", precision]
+        arguments = ["--model", str(self.checkpoint(variant)), *guarded, "--precision", *precision.split()]
         export.main([*arguments, "--output", str(folder), "--json"], standalone_mode=False)
         return folder
 
