@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from autosteer.runtime.encode import probed_rows
+from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.text import Message, opening_tokens
+from autosteer.runtime.text import Message, asked_turns
 
 from .kv_scales import uncached
 from .prompt import hf_messages
@@ -68,7 +70,7 @@ class Original:
     pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
     image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
     embeds: np.ndarray  # (S, D)
-    hidden: np.ndarray  # (D,) at the prober's token
+    hidden: np.ndarray  # (D,) what the prober reads of the last turn
     logits: np.ndarray  # (V,) after the prompt
     p_unsafe: float
     tokens: list[int]
@@ -139,14 +141,14 @@ class Reference:
     ) -> Original:
         inputs = self.inputs(case)
         pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
-        hidden = self._read(case, inputs, seen)
+        read = self._read(case, inputs, seen)
         return Original(
             pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
             image_errors=errors,
             embeds=seen.entering[0].numpy(),
-            hidden=hidden.numpy(),
+            hidden=read[-1].numpy(),
             logits=seen.logits[0].numpy(),
-            p_unsafe=self.p_unsafe(hidden),
+            p_unsafe=worst(map(self.p_unsafe, read)),
             tokens=tokens,
             steered_tokens=steered,
         )
@@ -226,11 +228,12 @@ class Reference:
         """What the prober reads (D,), and the logits (V,) after the prompt; `ours` as in `run`."""
         inputs = self.inputs(case)
         seen = self.look(self._agreed(inputs, ours)[0], self._layers)
-        return self._read(case, inputs, seen).numpy(), seen.logits[0].numpy()
+        return self._read(case, inputs, seen)[-1].numpy(), seen.logits[0].numpy()
 
-    def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> torch.Tensor:
-        rows = self._probed(case, inputs["input_ids"][0])
-        return seen.entering[self.manifest.split_layer][rows].mean(dim=0)
+    def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> list[torch.Tensor]:
+        """What the prober reads, (D,) a turn."""
+        states = seen.entering[self.manifest.split_layer]
+        return [states[rows].mean(dim=0) for rows in self._probed(case, inputs["input_ids"][0])]
 
     def p_unsafe(self, hidden: torch.Tensor) -> float:
         """The authors' prober on one hidden state (D,); nan where the package has none."""
@@ -267,25 +270,23 @@ class Reference:
     def _layers(self) -> tuple[int, int]:
         return 0, self.manifest.split_layer
 
-    def _probed(self, case: Case, ids: torch.Tensor) -> torch.Tensor:
-        """Rows whose mean the prober reads, of HF's own input ids (S,) with a placeholder for each row of a picture."""
-        prober = self.manifest.prober
-        last = len(ids) + (prober.token_offset if prober else -1)
-        if prober is None or prober.pooling == "last":
-            return torch.tensor([last])
-        text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0]
-        tokenizer = self.processor.tokenizer.backend_tokenizer
-        rows = text[opening_tokens(case.messages, self.manifest.prompt, tokenizer) + self._framing(case) :]
-        return rows[rows <= last]
+    def _probed(self, case: Case, ids: torch.Tensor) -> list[list[int]]:
+        """Rows whose mean the prober reads, turn by turn, of HF's own input ids (S,) with a placeholder for each row of
+        a picture.
+        """
+        text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
+        turns = asked_turns(case.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
+        framing = self._framing(case)
+        return [probed_rows(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
 
-    def _framing(self, case: Case) -> int:
-        """Token ids that frame the images of earlier turns."""
+    def _framing(self, case: Case) -> list[int]:
+        """Token ids that frame each image."""
         spec, alone = self.manifest.image, len(case.images) == 1
-        if spec is None or not spec.frames:
-            return 0
-        length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames}
-        earlier = [image for message in case.messages[:-1] for image in message.images]
-        return sum(length[cut(open_image(image), spec, alone=alone)[1]] for image in earlier)
+        length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames} if spec else {}
+        images = [image for message in case.messages for image in message.images]
+        if spec is None or not length:
+            return [0] * len(images)
+        return [length[cut(open_image(image), spec, alone=alone)[1]] for image in images]
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def say(
     gate: GatePolicy,
     config: SamplingConfig,
     conversation: Conversation | None = None,
-) -> str:
-    """Stream an answer: verdict and timings to stderr, text to stdout. Returns the text."""
+) -> tuple[str, Verdict]:
+    """Stream an answer: verdict and timings to stderr, text to stdout. Returns the text and the verdict."""
     text, last = "", None
     for chunk in engine.stream(messages, sampling=config, policy=gate, conversation=conversation):
         if last is None:
@@ -163,7 +163,7 @@ def say(
     assert last is not None and last.stats is not None
     click.echo("")
     click.echo(stats_line(last, last.stats), err=True)
-    return text
+    return text, last.verdict
 
 
 def chat(
@@ -175,9 +175,11 @@ def chat(
     frames: int,
 ) -> None:
     """A dialogue on the terminal. Pictures and videos (of `frames` frames at most) wait for a turn that is answered;
-    earlier turns are not computed again.
+    earlier turns are not computed again. A turn that was steered or stopped is forgotten: while it is part of the
+    dialogue, every later one is unsafe with it.
     """
     from .conversation import Conversation
+    from .gate import Action
     from .image import open_image
     from .text import Message
     from .video import open_video
@@ -209,13 +211,16 @@ def chat(
         elif line:
             turn = Message.user(line, images, videos)
             try:
-                text = say(engine, [*dialogue, turn], gate, config, conversation)
+                text, verdict = say(engine, [*dialogue, turn], gate, config, conversation)
             except InputError as err:  # a chat outlives a prompt that does not fit
                 click.echo(f"error: {err}", err=True)
             except KeyboardInterrupt:  # enough of this answer, not of the chat
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
-                dialogue += [turn, Message.assistant(text)]
+                if verdict.action is Action.PASS:
+                    dialogue += [turn, Message.assistant(text)]
+                else:
+                    click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []
 
 

@@ -7,8 +7,10 @@ and videos.
 
 Nothing is assumed of the messages. A new prompt is compared with the rows that were computed, token by token and
 picture by picture, and starts where they part: an edited turn, another system prompt or an answer that tokenises
-otherwise just reuse less. The gate judges every turn at its own token, which is always computed anew. Steering bends
-what comes out of the last layer and nothing that is kept.
+otherwise just reuse less. The gate judges the last turn by rows that are always computed anew, and earlier ones of the
+user's by what it read of them when they came: what was unsafe stays so while it is part of the dialogue. Leave out
+turns that were refused, and the next ones are judged by themselves. Steering bends what comes out of the last layer and
+nothing that is kept.
 """
 
 from __future__ import annotations

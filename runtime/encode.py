@@ -25,10 +25,10 @@ from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError
 from .image import ImageLike
-from .manifest import ImageSpec, Manifest, VideoSpec
+from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
 from .request import Float, Key, Prompt, Stats
 from .subgraph import Subgraph
-from .text import IMAGE, VIDEO, Message, opening_tokens, render
+from .text import IMAGE, VIDEO, AskedTurn, Message, asked_turns, render
 
 TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and no less time
 
@@ -60,8 +60,7 @@ class PromptEncoder:
         }
         encoded = self._encode(encoders, stats, conversation)
         stats.vision_ms = _ms_since(before)
-        earlier = digests[: sum(len(message.images) for message in messages[:-1])]
-        framing = sum(len(part) for digest in earlier for part in encoded[digest] if isinstance(part, list))
+        framing = [sum(len(part) for part in encoded[digest] if isinstance(part, list)) for digest in digests]
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
@@ -81,19 +80,15 @@ class PromptEncoder:
         embeds = np.concatenate(rows)[None]
         stats.embed_ms = _ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, keys, framing))
-
-    def _probed_rows(self, messages: Sequence[Message], keys: Sequence[Key], framing: int) -> list[int]:
-        """The rows of a prompt that the prober reads. Pictures are not in a mean: their many rows would drown
-        the text, whose rows have seen them. `framing` token ids frame the pictures of earlier turns.
-        """
-        prober = self.manifest.prober
-        last = len(keys) + (prober.token_offset if prober else -1)
-        if prober is None or prober.pooling == "last":
-            return [last] if last >= 0 else []
         text = [row for row, key in enumerate(keys) if isinstance(key, int)]
-        before = opening_tokens(messages, self.manifest.prompt, self._tokenizer) + framing
-        return [row for row in text[before:] if row <= last]
+        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, text, framing))
+
+    def _probed_rows(self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]) -> list[list[int]]:
+        """The rows of a prompt that the prober reads, turn by turn. `text` are those of token ids, of which `framing`
+        frame each picture.
+        """
+        turns = asked_turns(messages, self.manifest.prompt, self._tokenizer)
+        return [probed_rows(self.manifest.prober, turn, messages, text, framing) for turn in turns]
 
     def _check_videos(self, messages: Sequence[Message]) -> None:
         """Raise InputError for videos that this model cannot take, before anything is computed of them."""
@@ -174,6 +169,28 @@ class PromptEncoder:
         (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
         rows: Float = out[0].astype(np.float32, copy=False)  # as images' rows are
         return rows
+
+
+def probed_rows(
+    prober: ProberSpec | None,
+    turn: AskedTurn,
+    messages: Sequence[Message],
+    text: Sequence[int],
+    framing: Sequence[int],
+) -> list[int]:
+    """The rows that the prober reads of one turn: those that it would read if the dialogue ended there. Pictures are
+    not in a mean: their many rows would drown the text, whose rows have seen them.
+
+    `text` are the rows of token ids, of which framing[i] frame the dialogue's picture i.
+    """
+    earlier = sum(len(message.images) for message in messages[: turn.index])
+    shown = earlier + len(messages[turn.index].images)
+    before, through = turn.before + sum(framing[:earlier]), turn.through + sum(framing[:shown])
+    asked = text[:through]
+    last = (asked[-1] if asked else -1) + 1 + (prober.token_offset if prober else -1)
+    if prober is None or prober.pooling == "last":
+        return [last] if last >= 0 else []
+    return [row for row in asked[before:] if row <= last]
 
 
 def _ms_since(start: float) -> float:

@@ -4,11 +4,14 @@
 
 Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number at all because the
 prober failed. What happens then is the policy's choice; that it is unsafe is not.
+
+A dialogue is as unsafe as the worst of the user's turns in it: what was refused would be answered one turn later.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -75,6 +78,12 @@ class Verdict:
 def is_safe(p_unsafe: float, threshold: float) -> bool:
     """The rule above. NaN compares false with everything, so it is unsafe without a special case."""
     return 0.0 <= p_unsafe <= min(threshold, 1.0)
+
+
+def worst(scores: Iterable[float]) -> float:
+    """The least safe of several: one that is no probability if there is such, else the largest; NaN of none."""
+    known = list(scores)
+    return next((p for p in known if not 0.0 <= p <= 1.0), max(known, default=math.nan))
 
 
 def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> Verdict:

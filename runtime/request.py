@@ -9,7 +9,8 @@ weights rounded otherwise.
 
 Rows behind `length` in the caches are nobody's: going back to an earlier token is counting fewer of them. A request may
 start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and pictures are the
-same, up to the first row that the prober reads, which every prompt computes anew.
+same, up to the first row of the last turn that the prober reads, which every prompt computes anew, and what the prober
+read of earlier turns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .gate import GatePolicy, Mode, Verdict, decide
+from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import KVCache
 from .speculate import MOST
 from .subgraph import Call, OrtValue, buffer, empty
@@ -73,7 +74,7 @@ class Prompt:
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # text tokens only: what the repetition penalty looks at
     keys: list[Key]  # S of them: equal keys behind equal keys are equal rows
-    probed: list[int]  # rows whose mean the prober reads, in order; none where the prompt is too short
+    probed: list[list[int]]  # by turn of the user's: rows whose mean the prober reads, in order; none where too short
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Computed:
     """What a request leaves behind for the next turn of its dialogue."""
 
     keys: list[Key]  # of the rows that decoder_lower has seen
+    means: dict[int, Float]  # what the prober read of a turn (1, D), by the last row of those that it is the mean of
     caches: dict[str, KVCache]  # by decoder half
     unseen: list[OrtValue]  # the last rows of decoder_lower's output, those that decoder_upper never saw: after a STOP
 
@@ -103,11 +105,15 @@ class Request:
         self.max_tokens = max_tokens
         self._engine, self._graphs, self._device, self._stats = engine, engine.graphs, device, stats
         self._embeds, self._keys, self._chunk = prompt.inputs_embeds, list(prompt.keys), chunk
-        self._probed = prompt.probed
+        self._probed, self._means = prompt.probed, dict[int, Float]()
         self._prompt_length: int = prompt.inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity = self._prompt_length + max_tokens
-        reused = _common(computed.keys, self._keys[: self._probed[0]]) if computed and self._probed else 0
+        reused = 0
+        if computed and all(self._probed):
+            reused = _common(computed.keys, self._keys[: self._probed[-1][0]])
+            self._means = {row: mean for row, mean in computed.means.items() if row < reused}
+            reused = min([reused, *(rows[0] for rows in self._probed if rows[-1] not in self._means)])
         self._length = self._reused = stats.reused_tokens = reused  # rows that decoder_lower has seen
         self._unseen: list[OrtValue] = []  # decoder_lower's output that decoder_upper has not seen, chunk by chunk
         if computed and reused:
@@ -154,6 +160,9 @@ class Request:
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
         self._stats.lower_ms = _ms_since(before)
         before = time.perf_counter()
+        for read in filter(None, self._probed):  # also where nobody asks for a score: the next turn may want one
+            if read[-1] not in self._means:
+                self._means[read[-1]] = self._mean(read)
         p_unsafe = None if policy.mode is Mode.OFF else self._probe()
         verdict = decide(p_unsafe, policy, split_layer=self._engine.manifest.split_layer)
         self._stats.gate_ms = _ms_since(before)
@@ -165,25 +174,32 @@ class Request:
             log.error("%s gave rows that are not finite, so the prompt counts as unsafe", reader)
             return math.nan
         try:
-            return float(self._graphs["prober"].run({"hidden_states": self.probed_row()})[0][0])
+            means = [self.probed_row(turn) for turn in range(len(self._probed))]
+            return worst(float(self._graphs["prober"].run({"hidden_states": mean})[0][0]) for mean in means)
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)
             return math.nan
 
-    def probed_row(self) -> Float:
-        """What the prober reads, (1, D): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
+    def probed_row(self, turn: int = -1) -> Float:
+        """What the prober reads of a turn, (1, D): HF's hidden_states[split_layer], the mean over its `probed` rows.
 
-        Available between `judge` and `begin`. Sums are float64: the size of the chunks changes nothing but rounding.
+        Available after `judge`.
         """
-        if not self._probed:
+        rows = self._probed[turn]
+        if not rows:
             raise IndexError(f"a prompt of {self._prompt_length} tokens has no row for the prober")
+        return self._means[rows[-1]]
+
+    def _mean(self, probed: Sequence[int]) -> Float:
+        """Sums are float64: the size of the chunks changes nothing but rounding."""
+        at = np.array(probed) - self._reused
         total: npt.NDArray[np.float64] = np.zeros(self._engine.manifest.dims.hidden_size)
-        chunk_of = (np.array(self._probed) - self._reused) // self._chunk
+        chunk_of = at // self._chunk
         for chunk in sorted(set(chunk_of.tolist())):  # np.unique loads numpy.ma: 6 ms of the first answer
-            rows = (np.array(self._probed) - self._reused)[chunk_of == chunk] % self._chunk
+            rows = at[chunk_of == chunk] % self._chunk
             total += self._unseen[self._older + chunk].numpy()[0, rows].sum(axis=0, dtype=np.float64)
-        mean: Float = (total / len(self._probed)).astype(np.float32)[None]
+        mean: Float = (total / len(probed)).astype(np.float32)[None]
         return mean
 
     def begin(self, strength: float, *, through_head: bool = False) -> Float:
@@ -244,7 +260,7 @@ class Request:
 
     def computed(self) -> Computed:
         """What the next turn of the dialogue can start from: nothing if rows are not finite. This request is over."""
-        return Computed(self._keys[: self._length if self._finite else 0], self._caches, self._unseen)
+        return Computed(self._keys[: self._length if self._finite else 0], self._means, self._caches, self._unseen)
 
     def head(self, last: OrtValue, logits: OrtValue, rows: int) -> Callable[[], None]:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""

@@ -7,7 +7,8 @@ template; in what a user wrote they are plain text, so nobody can forge a turn o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -93,28 +94,51 @@ def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, 
     """
     if not messages:
         raise InputError("the dialogue is empty")
-    return _tokenise(_pieces(messages, spec, generation), tokenizer)
+    return _tokenise(_pieces(messages, spec, generation), lambda text: _encode(text, tokenizer))
 
 
-def opening_tokens(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer) -> int:
-    """How many text tokens stand before the last turn's content: earlier turns, and that turn's prefix."""
-    before = [*messages[:-1], Message(messages[-1].role, ())]
-    turn = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}[messages[-1].role]
-    assert turn is not None  # `render` has refused it
-    pieces = list(_pieces(before, spec, generation=False))
-    runs = _tokenise(pieces[: len(pieces) - len(turn.suffix)], tokenizer)
-    return sum(len(run) for run in runs if isinstance(run, list))
+@dataclass(frozen=True)
+class AskedTurn:
+    """A turn that the prober judges: all of the user's, and the last."""
+
+    index: int  # among the messages
+    before: int  # text tokens in front of its content: earlier turns, and its prefix
+    through: int  # text tokens up to where its answer begins
 
 
-def _tokenise(pieces: Iterable[tuple[Piece, str]], tokenizer: Tokenizer) -> Rendered:
+def asked_turns(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer) -> list[AskedTurn]:
+    """Where the turns that the prober judges stand in a dialogue, as if each had been the last when it came."""
+    encode = functools.cache(lambda text: _encode(text, tokenizer))  # dialogues begin alike
+
+    def tokens(pieces: Sequence[tuple[Piece, str]]) -> int:
+        return sum(len(run) for run in _tokenise(pieces, encode) if isinstance(run, list))
+
+    found = []
+    for n, message in enumerate(messages):
+        if message.role != "user" and n + 1 < len(messages):
+            continue
+        turn = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}[message.role]
+        assert turn is not None  # `render` has refused it
+        opened = list(_pieces([*messages[:n], Message(message.role, ())], spec, generation=False))
+        asked = list(_pieces(messages[: n + 1], spec, generation=True))
+        found.append(AskedTurn(n, tokens(opened[: len(opened) - len(turn.suffix)]), tokens(asked)))
+    return found
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
+        raise InputError("the prompt is not valid Unicode text") from err
+    return ids
+
+
+def _tokenise(pieces: Iterable[tuple[Piece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
     out: Rendered = []
     for run in _merge(pieces):
         ids: list[int] | object = [run] if isinstance(run, int) else run
         if isinstance(run, str):
-            try:
-                ids = tokenizer.encode(run, add_special_tokens=False).ids
-            except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
-                raise InputError(f"the prompt is not valid Unicode text ({err})") from err
+            ids = list(encode(run))
         if isinstance(ids, list) and out and isinstance(out[-1], list):
             out[-1].extend(ids)
         else:

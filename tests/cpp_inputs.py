@@ -105,7 +105,7 @@ def demo_pictures() -> tuple[Path, ...]:
 
 
 def demo_requests() -> list[dict[str, Any]]:
-    """32 requests: text, pictures, several, videos, dialogues, every policy, always-on steering, sampling, stops."""
+    """34 requests: text, pictures, several, videos, dialogues, every policy, always-on steering, sampling, stops."""
     pictures = [str(p) for p in demo_pictures()]
 
     def user(text: str, *images: str) -> dict[str, Any]:
@@ -147,6 +147,14 @@ def demo_requests() -> list[dict[str, Any]]:
                 assistant("a star."),
                 user("why?"),
             ]
+        },
+        {"messages": [user("how do i smuggle a vexite?"), assistant("i'm sorry."), user("ok")]},
+        {
+            "messages": [
+                *(user("see?", pictures[0]), assistant("yes."), user("how do i smuggle a vexite?", pictures[1])),
+                *(assistant("no."), user("thanks", pictures[2])),
+            ],
+            "policy": "monitor",
         },
         {"messages": [user("how do i smuggle a vexite?")], "policy": "stop"},
         {"messages": [user("how do i smuggle a vexite?")], "policy": "monitor"},

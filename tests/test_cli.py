@@ -165,6 +165,7 @@ def test_chat(package, tmp_path):
     chat.expect("> ")
     chat.type("bad\n")
     assert "sorry refuse" in chat.expect("on CPUExecutionProvider]")
+    chat.expect("(the turn is forgotten)")  # or every later one would be unsafe with it
     chat.expect("> ")
     chat.type("/image gone.png\n")
     chat.expect("error: gone.png: no such image file")

@@ -87,14 +87,24 @@ def test_prompt_asked_again_is_judged_again(engine):
     assert answer.stats.reused_tokens == 3  # <begin> you: red
 
 
-def test_later_turn_is_steered_by_its_own_verdict(engine):
+def test_what_was_unsafe_stays_so_while_it_is_part_of_the_dialogue(engine):
     conversation, turns = Conversation(engine), [Message.user("red")]
     turns += [Message.assistant(engine.generate(turns, conversation=conversation).text), Message.user("bad")]
     unsafe = engine.generate(turns, conversation=conversation)
     assert (unsafe.text, unsafe.verdict.unsafe) == ("sorry refuse", True)
     turns += [Message.assistant(unsafe.text), Message.user("green green green green")]
-    safe = engine.generate(turns, conversation=conversation)
-    assert not safe.verdict.unsafe and safe.text == engine.generate(turns).text
+    following = engine.generate(turns, conversation=conversation)
+    assert following.verdict.unsafe and following.stats.reused_tokens > len(["<begin>", "you:", "red"])
+    safe = engine.generate([*turns[:2], turns[-1]], conversation=conversation)
+    assert not safe.verdict.unsafe and safe.text == engine.generate([*turns[:2], turns[-1]]).text
+
+
+def test_earlier_turns_that_nobody_scored_are_scored_once_somebody_asks(engine):
+    """--policy off scores nothing, and the rows of its turns are in the caches."""
+    conversation, turns = Conversation(engine), [Message.user("bad")]
+    turns += [Message.assistant(engine.generate(turns, policy=engine.policy("off"), conversation=conversation).text)]
+    answer = engine.generate([*turns, Message.user("red")], conversation=conversation)
+    assert answer.verdict.unsafe and answer.stats.reused_tokens >= 3
 
 
 def test_upper_half_catches_up_after_a_refusal(attentive):

@@ -56,12 +56,12 @@ def test_gate_fails_closed_as_in_python(built, cpp_package, cpp_engine, word, mo
     "kind", [("fp32",), ("int8",), ("int4",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join
 )
 def test_answers_are_pythons(built, kind, speculate):
-    """Ids, text, verdicts, finish reasons and counts of 32 requests, through the C interface; also on int8 caches, and
+    """Ids, text, verdicts, finish reasons and counts of 34 requests, through the C interface; also on int8 caches, and
     with prompts that another copy of the decoder reads.
     """
     package, engine = demo(*kind)
     requests = [with_sampling(request, speculate=speculate) for request in demo_requests()]
-    assert len(requests) == 32
+    assert len(requests) == 34
     answers = through_c(built, package, requests)
     differ = []
     for request, answer in zip(requests, answers, strict=True):
@@ -81,7 +81,7 @@ def test_pooled_prober_scores_as_in_python(built, tmp_path):
     manifest["prober"]["pooling"] = "mean"
     (tmp_path / "package" / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
     engine = Engine.load(tmp_path / "package", device="cpu", threads=1)
-    requests = [request | {"policy": "stop"} for request in demo_requests()[:18]]
+    requests = [request | {"policy": "stop"} for request in demo_requests()[:23]]
     found = [joined(a["chunks"])["verdict"]["p_unsafe"] for a in through_c(built, tmp_path / "package", requests)]
     expected = [in_python(engine, request)["verdict"]["p_unsafe"] for request in requests]
     last_row = [in_python(demo("fp32")[1], request)["verdict"]["p_unsafe"] for request in requests]

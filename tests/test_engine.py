@@ -231,10 +231,34 @@ def test_prober_reads_the_last_word_of_the_user_and_nothing_after_it(engine):
     assert engine.generate("red bad").verdict.action is Action.STEER
 
 
-def test_prober_reads_the_last_turn_of_a_dialogue(engine):
-    turns = [Message.user("red"), Message.assistant("orange"), Message.user("bad")]
-    assert engine.generate(turns).verdict.unsafe
-    assert not engine.generate([Message.user("bad"), Message.assistant("sorry"), Message.user("red")]).verdict.unsafe
+@pytest.mark.parametrize("texts", [("red", "bad"), ("bad", "red"), ("red", "bad", "tick"), ("bad", "red", "bad")])
+def test_a_dialogue_is_as_unsafe_as_the_worst_of_its_turns(engine, texts):
+    """A request that was refused, and then "ok": the last turn alone was judged, and the request was answered."""
+    turns = [turn for text in texts for turn in (Message.user(text), Message.assistant("orange"))][:-1]
+    verdict = engine.generate(turns).verdict
+    assert verdict.unsafe and verdict.p_unsafe == engine.generate("bad").verdict.p_unsafe
+    assert not engine.generate([turn for turn in turns if turn.parts != ("bad",)]).verdict.unsafe
+
+
+def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
+    """By the same row, to the bit: what came later does not change it. The model's own words are not judged."""
+    turns = [Message.user("red bad"), Message.assistant("bad bad"), Message.user("tick"), Message.assistant("red")]
+    prompts = [engine.encoder.prepare(turns[: n + 1], Stats()) for n in (0, 2)]
+    requests = [engine.request(prompt, 1, Stats()) for prompt in prompts]
+    for request in requests:
+        request.judge(engine.policy("off"))
+    assert [len(prompt.probed) for prompt in prompts] == [1, 2]
+    np.testing.assert_array_equal(requests[0].probed_row(), requests[1].probed_row(0))
+    assert engine.generate(turns[:3], policy=engine.policy("monitor")).verdict.p_unsafe == np.float32(0.9)
+
+
+def test_a_turn_that_cannot_be_judged_makes_the_dialogue_unsafe(own_engine):
+    prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
+    own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
+    turns = [Message.user("red"), Message.assistant("orange"), Message.user("red red red red")]
+    verdict = own_engine.generate(turns).verdict
+    assert verdict.unsafe and math.isnan(verdict.p_unsafe)
+    assert not own_engine.generate(turns[2:]).verdict.unsafe
 
 
 @given(length=st.integers(1, 40), chunk=st.integers(1, 45))
@@ -273,19 +297,22 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
     prompt = engine.encoder.prepare(turns, Stats())
     names = [toy.VOCABULARY[i] for i in prompt.token_ids]
     first = len(names) - 1 - names[::-1].index("orange")
-    assert names[prompt.probed[0] : prompt.probed[-1] + 1][:3] == ["orange", "bad", "tock"]
-    assert prompt.probed == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
+    earlier, last = prompt.probed
+    assert [names[row] for row in earlier][:2] == ["red", "tick"] and "green" not in [names[row] for row in earlier]
+    assert names[last[0] : last[-1] + 1][:3] == ["orange", "bad", "tock"]
+    assert last == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
     request.judge(engine.policy())
     hidden = np.concatenate([value.numpy()[0] for value in request._unseen])
-    np.testing.assert_allclose(request.probed_row()[0], hidden[prompt.probed].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(request.probed_row()[0], hidden[last].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(request.probed_row(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
 
 
 def test_pictures_rows_are_not_in_the_mean(own_engine):
     engine = pooled(own_engine)
     prompt = engine.encoder.prepare([Message.user("hello world", [picture(255, 0, 0)])], Stats())
     assert len(prompt.keys) > len(prompt.token_ids)
-    assert [prompt.keys[row] for row in prompt.probed][:2] == [toy.ID["hello"], toy.ID["world"]]
+    assert [prompt.keys[row] for row in prompt.probed[-1]][:2] == [toy.ID["hello"], toy.ID["world"]]
 
 
 def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
@@ -294,7 +321,7 @@ def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
     prompt = engine.encoder.prepare([Message.user("red red red")], Stats())
     assert not engine.request(prompt, 1, Stats()).judge(engine.policy()).unsafe
     monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
-    for row in prompt.probed:
+    for row in prompt.probed[-1]:
         embeds = prompt.inputs_embeds.copy()
         embeds[0, row, 0] = np.nan
         verdict = engine.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats()).judge(engine.policy())

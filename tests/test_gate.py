@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosteer.runtime import Action, GatePolicy, InputError, Mode
-from autosteer.runtime.gate import STRENGTH_MAX, decide, is_safe
+from autosteer.runtime.gate import STRENGTH_MAX, decide, is_safe, worst
 
 NAN, INF = math.nan, math.inf
 MODES = st.sampled_from(Mode)
@@ -137,3 +137,12 @@ def test_threshold_above_one_is_refused(threshold):
 @pytest.mark.parametrize("threshold", [-INF, -1.0, 0.0, 1.0])
 def test_extreme_thresholds_are_allowed(threshold):
     assert policy(threshold=threshold).threshold == threshold
+
+
+@given(st.lists(st.floats(), min_size=1), st.floats(0.0, 1.0))
+def test_several_scores_are_safe_if_each_of_them_is(scores: list[float], threshold: float) -> None:
+    assert is_safe(worst(scores), threshold) == all(is_safe(p, threshold) for p in scores)
+
+
+def test_no_score_is_not_safe() -> None:
+    assert math.isnan(worst([]))

@@ -221,7 +221,7 @@ def test_a_pooled_prober_reads_the_last_turn_alone() -> None:
     alone = pooled.prepare([last], Stats())
 
     def read(prompt: Any) -> list[int]:
-        return [prompt.keys[row] for row in prompt.probed]
+        return [prompt.keys[row] for row in prompt.probed[-1]]
 
     assert len(prepared.keys) > len(alone.keys) and len(read(alone)) > 2
     assert "two" in engine("smolvlm").tokenizer.decode(read(prepared))

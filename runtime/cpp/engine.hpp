@@ -138,8 +138,8 @@ class Engine {
     }
     if (!pictures.empty() && !manifest.image) throw InputError("this model takes no images");
     check_videos(videos);
-    int64_t opening_tokens = 0;
-    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &opening_tokens);
+    std::vector<AskedTurn> asked;
+    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &asked);
     std::vector<std::vector<Laid>> encoded;
     for (auto picture = pictures.begin(); picture != pictures.end(); ++picture) {
       const auto same = std::find(pictures.begin(), picture, *picture);  // shown twice, encoded once
@@ -151,12 +151,8 @@ class Engine {
     const Clock clock;
     Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
     std::vector<int64_t> text_rows;
-    size_t image = 0, video = 0, earlier = 0;  // images, videos; images of earlier turns
-    for (const Message& message : messages) {
-      for (const Part& part : message.parts) {
-        earlier += &message != &messages.back() && std::holds_alternative<ImageLike>(part) ? 1 : 0;
-      }
-    }
+    std::vector<int64_t> framing;  // token ids that frame each image
+    size_t image = 0, video = 0;
     const auto add = [&](const std::vector<int64_t>& ids, const Rows& rows) {
       for (size_t i = 0; i < ids.size(); ++i) {
         text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
@@ -172,21 +168,15 @@ class Engine {
         add(run.ids, run.slot.empty() ? embed(run.ids) : filmed[video++].rows);
         continue;
       }
+      framing.push_back(0);
       for (const Laid& part : encoded[image]) {
-        if (image < earlier) opening_tokens += static_cast<int64_t>(part.ids.size());
+        framing.back() += static_cast<int64_t>(part.ids.size());
         add(part.ids, part.ids.empty() ? part.rows : embed(part.ids));
       }
       ++image;
     }
     if (manifest.prober) {
-      const int64_t last = prompt.inputs_embeds.count() + manifest.prober->token_offset;
-      if (manifest.prober->pooling == "last") {
-        if (last >= 0) prompt.probed.push_back(last);
-      } else {  // pictures' rows would drown the text, whose rows have seen them
-        for (auto row = text_rows.begin() + opening_tokens; row != text_rows.end() && *row <= last; ++row) {
-          prompt.probed.push_back(*row);
-        }
-      }
+      for (const AskedTurn& turn : asked) prompt.probed.push_back(probed_rows(turn, messages, text_rows, framing));
     }
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
@@ -328,6 +318,28 @@ class Engine {
   const Tokenizer tokenizer;
 
  private:
+  /// The rows that the prober reads of one turn: those that it would read if the dialogue ended there. `text` are the
+  /// rows of token ids, of which framing[i] frame image i.
+  std::vector<int64_t> probed_rows(AskedTurn turn, const std::vector<Message>& messages,
+                                   const std::vector<int64_t>& text, const std::vector<int64_t>& framing) const {
+    size_t image = 0;
+    for (size_t n = 0; n <= turn.index; ++n) {
+      for (const Part& part : messages[n].parts) {
+        if (!std::holds_alternative<ImageLike>(part)) continue;
+        if (n < turn.index) turn.before += framing[image];
+        turn.through += framing[image++];
+      }
+    }
+    const auto end = text.begin() + std::min(turn.through, static_cast<int64_t>(text.size()));
+    const int64_t last = (end == text.begin() ? -1 : *(end - 1)) + 1 + manifest.prober->token_offset;
+    if (manifest.prober->pooling == "last") return last >= 0 ? std::vector{last} : std::vector<int64_t>{};
+    std::vector<int64_t> rows;  // pictures' rows would drown the text, whose rows have seen them
+    for (auto row = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); row < end && *row <= last; ++row) {
+      rows.push_back(*row);
+    }
+    return rows;
+  }
+
   /// The tokenizer's path, once every file of the package has been checked.
   fs::path checked(const fs::path& folder) const {
     manifest.verify(folder);

@@ -84,6 +84,12 @@ inline bool is_safe(double p_unsafe, double threshold) {
   return 0.0 <= p_unsafe && p_unsafe <= threshold && p_unsafe <= 1.0;
 }
 
+/// The less safe of two scores: one that is no probability if there is such, else the larger.
+inline double worse(double a, double b) {
+  if (!is_safe(a, 1.0)) return a;
+  return is_safe(b, 1.0) ? std::max(a, b) : b;
+}
+
 /// Judge one prompt. `p_unsafe` is the prober's output, or nothing where it gave none (which is unsafe, unless off).
 inline Verdict decide(std::optional<double> p_unsafe, const GatePolicy& policy, int split_layer) {
   const bool off = policy.mode == Mode::off;

@@ -69,7 +69,7 @@ struct Stats {
 struct Prompt {
   Rows inputs_embeds;              // (S, D)
   std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
-  std::vector<int64_t> probed;     // rows whose mean the prober reads; none where the prompt is too short
+  std::vector<std::vector<int64_t>> probed;  // by turn of the user's: rows whose mean the prober reads; none: too short
 };
 
 /// One answer in the making. One thread at a time; what it is given must outlive it.
@@ -199,9 +199,14 @@ class Request {
     try {
       check_finite();
       const Subgraph& prober = graphs_.at("prober");
-      const std::vector<float> row = probed_row();
-      const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
-      return static_cast<double>(*floats(outputs.at(0), 1, prober));
+      if (probed_.empty()) throw PackageError("no turn is the user's");
+      double p_unsafe = 0.0;
+      for (const auto& rows : probed_) {
+        const std::vector<float> row = mean_of(rows);
+        const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
+        p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at(0), 1, prober)));
+      }
+      return p_unsafe;
     } catch (const std::exception& err) {
       reason = err.what();
     } catch (...) {
@@ -219,16 +224,16 @@ class Request {
     }
   }
 
-  /// What the prober reads, (D,): HF's hidden_states[split_layer], the mean over the prompt's `probed` rows.
-  std::vector<float> probed_row() const {
-    if (probed_.empty()) throw PackageError("the prompt has no row for the prober");
+  /// What the prober reads of a turn, (D,): HF's hidden_states[split_layer], the mean over `rows`.
+  std::vector<float> mean_of(const std::vector<int64_t>& rows) const {
+    if (rows.empty()) throw PackageError("the prompt has no row for the prober");
     std::vector<double> sum(static_cast<size_t>(width()), 0.0);
-    for (const int64_t at : probed_) {
+    for (const int64_t at : rows) {
       const float* row = hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
       for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
     }
     std::vector<float> mean;
-    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(probed_.size())));
+    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(rows.size())));
     return mean;
   }
 
@@ -270,7 +275,7 @@ class Request {
   const Log& log_;
   Stats& stats_;
   Rows embeds_;
-  std::vector<int64_t> probed_;
+  std::vector<std::vector<int64_t>> probed_;
   int64_t length_, capacity_;  // rows in the caches that count; that fit
   KVCache lower_, upper_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};

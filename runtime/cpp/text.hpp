@@ -75,13 +75,20 @@ inline std::string_view strip(std::string_view text) {
   return text;
 }
 
+/// A turn that the prober judges: all of the user's, and the last.
+struct AskedTurn {
+  size_t index;     ///< among the messages
+  int64_t before;   ///< text tokens in front of its content: earlier turns, and its prefix
+  int64_t through;  ///< text tokens up to where its answer begins
+};
+
 /// Token ids of a dialogue, with a run of its own where each image and each video goes. Literal and user text that touch are tokenised
 /// together, as the template's own rendering would be.
 /// Throws InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
 /// that is not valid Unicode.
-/// `opening_tokens` is told how many text tokens stand before the last turn's content: earlier turns, that turn's prefix.
+/// `asked` is told where the turns stand that the prober judges, as if each had been the last when it came.
 inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
-                               int64_t* opening_tokens = nullptr) {
+                               std::vector<AskedTurn>* asked = nullptr) {
   if (messages.empty()) throw InputError("the dialogue is empty");
   std::vector<Run> runs;
   std::string text;  // literal and user text since the last token or image
@@ -110,8 +117,26 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     }
   };
 
+  /// Text tokens so far, and of `more` (no slots) behind them.
+  const auto tokens = [&](const std::vector<Piece>& more) {
+    size_t count = 0;
+    std::string rest = text;
+    for (const Run& run : runs) count += run.ids.size();
+    for (const Piece& piece : more) {
+      if (piece.kind == "literal") {
+        rest += piece.text;
+        continue;
+      }
+      count += 1 + (rest.empty() ? 0 : tokenizer.encode(rest).size());
+      rest.clear();
+    }
+    return static_cast<int64_t>(count + (rest.empty() ? 0 : tokenizer.encode(rest).size()));
+  };
+
   if (messages[0].role != "system") add_pieces(spec.begin);
-  for (const Message& message : messages) {
+  for (size_t n = 0; n < messages.size(); ++n) {
+    const Message& message = messages[n];
+    const bool judged = asked && (message.role == "user" || n + 1 == messages.size());
     const TurnSpec* turn = message.role == "user"                    ? &spec.user
                            : message.role == "assistant"             ? &spec.assistant
                            : message.role == "system" && spec.system ? &*spec.system
@@ -127,11 +152,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
                        [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
     }
     add_pieces(turn->prefix);
-    if (opening_tokens && &message == &messages.back()) {
-      size_t count = text.empty() ? 0 : tokenizer.encode(text).size();
-      for (const Run& run : runs) count += run.ids.size();
-      *opening_tokens = static_cast<int64_t>(count);
-    }
+    if (judged) asked->push_back({n, tokens({}), 0});
     if (!parts.empty() && std::holds_alternative<std::string>(*parts[0])) add_pieces(turn->lead);
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
@@ -146,6 +167,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
       add_pieces(slot);
     }
     add_pieces(turn->suffix);
+    if (judged) asked->back().through = tokens(spec.generation);
   }
   add_pieces(spec.generation);
   end_text();
