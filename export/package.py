@@ -10,6 +10,7 @@ from typing import Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
+    WEIGHTS_FILE,
     CacheType,
     Check,
     DataFile,
@@ -35,7 +36,7 @@ from .importance import observe_decoder, sample_rows, with_random_tokens
 from .quantize import Recipe, Scheme, Target, recipe
 from .safety.artifact import SafetyArtifact
 from .vision import image_graph
-from .weights import WEIGHTS_FILE, Advance, WeightStore
+from .weights import Advance, WeightStore
 
 Report = Callable[[str], None]
 

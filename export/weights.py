@@ -18,10 +18,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from autosteer.runtime.manifest import WEIGHTS_FILE
+
 from .checkpoint import Checkpoint
 from .quantize import Blocks, Packed, quantise, quantise_rows
 
-WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 4096
 Advance = Callable[[str, int], None]
 BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time

@@ -9,8 +9,13 @@ Needs numpy, tokenizers, Pillow and one onnxruntime wheel; never torch or transf
         print(chunk.text, end="")
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# onnxruntime 1.32 sends names of files and graphs, errors and the processor's to its makers, unless told otherwise
+# before it is imported. Who wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .conversation import Conversation

@@ -79,6 +79,9 @@ def evaluate(
         raise click.UsageError("give prompts: --data, --unsafe or --benign")
     if images and text_only:
         raise click.UsageError("--images and --text-only exclude each other")
+    read = {path.resolve() for path in (*data, *unsafe, *benign, *exclude)}
+    if output and output.resolve() in read:
+        raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
     from .evaluate import RunFacts, summarise

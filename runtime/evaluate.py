@@ -72,7 +72,10 @@ def run_rows(engine: Engine, rows: Iterable[Row], judge: Judge, *, max_tokens: i
     sampling = SamplingConfig(max_tokens=max_tokens)
     monitor, always = engine.policy(Mode.MONITOR), engine.policy(Mode.STEER, threshold=-1.0)
     for row in rows:
-        off = engine.generate(row.messages, policy=monitor, sampling=sampling)
+        try:
+            off = engine.generate(row.messages, policy=monitor, sampling=sampling)
+        except InputError as err:
+            raise InputError(f"{row.where}: cannot be asked: {err}") from err
         steered = engine.generate(row.messages, policy=always, sampling=sampling).text
         flagged, score = off.verdict.unsafe, off.verdict.p_unsafe
         answers = {

@@ -25,6 +25,7 @@ from .errors import PackageError
 FORMAT_VERSION = 1
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
+WEIGHTS_FILE = "weights.bin"  # the big tensors of all graphs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_upper"}  # both or neither; see `reader`
 GATE_GRAPHS = ("prober", "refusal_head")
@@ -350,7 +351,7 @@ class Manifest:
             for name in (half, self.reader(half)):
                 need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
         if self.prober and self.refusal:
-            need(0.0 <= self.prober.threshold <= 1.0, f"prober: threshold {self.prober.threshold:g} is no probability")
+            need(0.0 <= self.prober.threshold < 1.0, f"prober: threshold {self.prober.threshold:g} is not from 0 to 1")
             need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
             need(self.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
             need(bool(self.refusal.text.strip()), "refusal: text is empty")
@@ -451,6 +452,8 @@ class Manifest:
         """Compare `files` (default: all) with their hashes. Raises PackageError naming the first file that is missing
         or differs.
         """
+        if WEIGHTS_FILE not in self.paths() and (folder / WEIGHTS_FILE).exists():  # graphs read it without being asked
+            raise PackageError(f"{folder / WEIGHTS_FILE}: has no hash in {MANIFEST_FILE}; export the package again")
         for file, expected in self.paths().items():
             if files is not None and file not in files:
                 continue

@@ -579,3 +579,31 @@ def test_eval_without_data_is_wrong_usage(call, package, data):
 
 def test_eval_of_a_package_without_a_gate_is_refused(call, unguarded_package, data):
     assert call("autosteer-eval", unguarded_package, "--data", data).returncode == 3
+
+
+def test_a_row_that_cannot_be_asked_is_named(call, package, tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": text, "unsafe": False}) for text in ("red", "red " * 99)]
+    data.write_text("\n".join(lines) + "\n")
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu")
+    assert done.returncode == 5 and f"{data}:2: cannot be asked: the prompt takes" in done.stderr
+
+
+def test_the_data_is_not_overwritten_by_the_answers(call, package, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text := json.dumps({"prompt": "red", "unsafe": False}) + "\n")
+    done = call("autosteer-eval", package, "--data", data, "--output", data, "--force", "--device", "cpu")
+    assert (done.returncode, data.read_text()) == (2, text) and "is one of the files to read" in done.stderr
+
+
+# --- what nobody asked for -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_at_home_to_be_sent_to_anybody(package, tmp_path):
+    """onnxruntime 1.32 keeps what it sends to its makers in ~/.cache, unless ORT_DISABLE_TELEMETRY says no."""
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [program("autosteer-run"), str(package), "-p", "red", "--device", "cpu"]
+    subprocess.run(
+        command, env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=PATIENCE
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -112,6 +112,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "gate removed": edit(prober=None),
     "gate denied": edit(guarded=False),
     "threshold above one": edit(prober__threshold=1.5),
+    "threshold of one": edit(prober__threshold=1.0),
+    "weights without a hash": lambda folder: (folder / "weights.bin").write_bytes(b"numbers"),
     "offset from the start": edit(prober__token_offset=0),
     "strength zero": edit(refusal__strength=0.0),
     "no refusal text": edit(refusal__text=" "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -73,12 +74,22 @@ def test_model_without_videos_says_so(built, tmp_path):
 
 
 def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
-    done = cli(built, cpp_package, input="bad\r\n")
+    done = cli(built, cpp_package, input="bad\n")
     assert (done.returncode, done.stdout) == (0, "sorryrefuse\n")
     assert done.stderr.startswith("[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]\n")
     assert "tok/s, stop, on CPUExecutionProvider]" in done.stderr
     drafted = cli(built, cpp_package, "-p", "tick", "--max-tokens", "30").stderr
     assert " drafts held) tokens, first after " in drafted
+
+
+@pytest.mark.parametrize("text", ["red\n", "red\n\n", "red\r\n", "\nred", "red\r"])
+def test_standard_input_is_the_prompt_that_python_reads(built, cpp_package, text):
+    """Python took one line end off and C++ none: another prompt, and another score."""
+    run = "from autosteer.runtime.cli import run_main; run_main()"
+    python = [sys.executable, "-c", run, str(cpp_package), "--json", "--threads", "1", "--device", "cpu"]
+    theirs = subprocess.run(python, input=text.encode(), capture_output=True, check=True, timeout=60)
+    ours = cli(built, cpp_package, "--json", input=text)
+    assert timeless(json.loads(ours.stdout)) == timeless(json.loads(theirs.stdout))
 
 
 def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):

@@ -329,8 +329,9 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("graphs", "prefill_lower", "layers"), None, "prefill_lower must hold"),
         (("graphs", "prefill_upper", "layers"), [0, 2], "prefill_upper must hold"),
         (("graphs", "prefill_upper", "inputs", 0, "name"), "x", "graph 'prefill_upper' has no 'hidden_states'"),
-        (("prober", "threshold"), 1.5, "no probability"),
-        (("prober", "threshold"), -0.1, "no probability"),
+        (("prober", "threshold"), 1.0, "not from 0 to 1"),
+        (("prober", "threshold"), 1.5, "not from 0 to 1"),
+        (("prober", "threshold"), -0.1, "not from 0 to 1"),
         (("prober", "token_offset"), 0, "below zero"),
         (("prober", "token_offset"), 3, "below zero"),
         (("refusal", "strength"), 0.0, "nothing is steered"),
@@ -416,6 +417,13 @@ def test_file_that_is_used_must_have_a_hash(tmp_path, document, keys, path):
     """The tokenizer's name and the golden pictures' were opened as they stood: outside the package, and unchecked."""
     with pytest.raises(PackageError, match="is used but has no hash"):
         Manifest.load(written(tmp_path, changed(document, keys, path)))
+
+
+def test_weights_that_have_no_hash_are_not_read(folder):
+    """Graphs name the file, and onnxruntime reads it: an entry less in `files` let any numbers in."""
+    (folder / "weights.bin").write_bytes(b"numbers")
+    with pytest.raises(PackageError, match="has no hash in autosteer"), Manifest.load(folder).verifying(folder):
+        pass
 
 
 def test_whole_package_verifies(full):

@@ -173,17 +173,10 @@ Arguments parse(const std::vector<std::string>& words) {
   return arguments;
 }
 
-/// Standard input as text: line ends become \n, as Python reads it.
+/// Standard input as it stands, but for one line end at its end, which is echo's.
 std::string read_stdin() {
-  const std::string raw{std::istreambuf_iterator<char>(std::cin), {}};
-  std::string text;
-  for (size_t i = 0; i < raw.size(); ++i) {
-    if (raw[i] != '\r') {
-      text += raw[i];
-    } else if (i + 1 == raw.size() || raw[i + 1] != '\n') {
-      text += '\n';
-    }
-  }
+  std::string text{std::istreambuf_iterator<char>(std::cin), {}};
+  if (!text.empty() && text.back() == '\n') text.pop_back();
   return text;
 }
 

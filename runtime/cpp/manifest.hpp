@@ -578,7 +578,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     }
   }
   if (m.prober && m.refusal) {
-    need(0.0 <= m.prober->threshold && m.prober->threshold <= 1.0, "prober: threshold is no probability");
+    need(0.0 <= m.prober->threshold && m.prober->threshold < 1.0, "prober: threshold is not from 0 to 1");
     need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");
     need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
     need(m.refusal->text.find_first_not_of(" \t\r\n") != std::string::npos, "refusal: text is empty");
@@ -695,6 +695,11 @@ inline std::string sha256(const fs::path& path) {
 }
 
 inline void Manifest::verify(const fs::path& folder) const {
+  std::error_code unknown;
+  if (paths().count("weights.bin") == 0 && fs::exists(folder / "weights.bin", unknown)) {
+    throw PackageError((folder / "weights.bin").string() + ": has no hash in " + kManifestFile +
+                       "; export the package again");
+  }
   for (const auto& [file, expected] : paths()) {
     const fs::path path = folder / file;
     if (std::error_code ignored; !fs::is_regular_file(path, ignored)) {

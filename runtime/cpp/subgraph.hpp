@@ -68,6 +68,7 @@ class Environment {
 
  private:
   static Ort::Env make(int threads) {
+    setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 0);  // runtime/__init__.py says why
     if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer"};
     Ort::ThreadingOptions pool;
     pool.SetGlobalIntraOpNumThreads(threads);
