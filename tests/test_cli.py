@@ -603,7 +603,5 @@ def test_nothing_is_kept_at_home_to_be_sent_to_anybody(package, tmp_path):
     """onnxruntime 1.32 keeps what it sends to its makers in ~/.cache, unless ORT_DISABLE_TELEMETRY says no."""
     kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     command = [program("autosteer-run"), str(package), "-p", "red", "--device", "cpu"]
-    subprocess.run(
-        command, env=environment | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=PATIENCE
-    )
+    subprocess.run(command, env=kept | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=PATIENCE)
     assert list(tmp_path.iterdir()) == []
