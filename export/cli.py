@@ -151,6 +151,21 @@ def export(
 
     console = Console(stderr=True)
     started = time.perf_counter()
+    options = ExportOptions(
+        precision=cast(Precision, precision),
+        split_layer=layer,
+        context_length=context_length,
+        block_size=int(block_size) if block_size else None,
+        head_bits=int(head_bits) if head_bits else None,
+        image_precision=cast(Precision | None, image_precision),
+        target=cast(Target, target),
+        kv_cache=cast(CacheType | None, kv_cache),
+        prefill=cast(Precision | None, prefill_precision),
+    )
+    try:
+        _ = options.recipe  # before minutes of work
+    except InputError as err:
+        raise click.UsageError(str(err)) from err
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("opening the checkpoint", total=None)
@@ -162,17 +177,6 @@ def export(
             safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
-        options = ExportOptions(
-            precision=cast(Precision, precision),
-            split_layer=layer,
-            context_length=context_length,
-            block_size=int(block_size) if block_size else None,
-            head_bits=int(head_bits) if head_bits else None,
-            image_precision=cast(Precision | None, image_precision),
-            target=cast(Target, target),
-            kv_cache=cast(CacheType | None, kv_cache),
-            prefill=cast(Precision | None, prefill_precision),
-        )
         check_space(output, checkpoint, options.precision, *([options.prefill] if options.prefill else []))
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             progress.update(task, total=count_weights(checkpoint))

@@ -55,6 +55,19 @@ class ExportOptions:
     kv_cache: CacheType | None = None  # None: the target's own
     prefill: Precision | None = None  # of what reads prompts; None: `precision`, and no second copy
 
+    @property
+    def recipe(self) -> Recipe:
+        """What they come to. Raises InputError where they do not go together."""
+        return recipe(
+            self.precision,
+            target=self.target,
+            caches=self.kv_cache,
+            block_size=self.block_size,
+            head_bits=self.head_bits,
+            image=self.image_precision,
+            prefill=self.prefill,
+        )
+
 
 def write_package(
     folder: Path,
@@ -73,15 +86,7 @@ def write_package(
     layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
     if not 0 < layer < facts.layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
-    chosen = recipe(
-        options.precision,
-        target=options.target,
-        caches=options.kv_cache,
-        block_size=options.block_size,
-        head_bits=options.head_bits,
-        image=options.image_precision,
-        prefill=options.prefill,
-    )
+    chosen = options.recipe
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -17,7 +18,6 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.quantize import PerChannel, recipe
 from autosteer.export.validate import LIMITS, validate_package
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, Stats
-from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Subgraph
 
@@ -151,7 +151,7 @@ def test_a_damaged_copy_is_refused(tmp_path, damaged):
 @pytest.mark.parametrize("more", [["--precision", "int8"], ["--precision", "int4", "--target", "cuda"], []])
 def test_it_goes_with_int4_on_a_cpu_and_nothing_else(more, tmp_path):
     assert recipe("int4", prefill="int8").reading == PerChannel()
-    with pytest.raises(InputError, match=r"--prefill-precision int8: only --precision int4 .* only --target cpu"):
+    with pytest.raises(click.UsageError, match=r"--prefill-precision int8: only --precision int4 .* only --target cpu"):
         export.main(["--model", "demo", "--output", str(tmp_path / "p"), PREFILL, *more], standalone_mode=False)
 
 
