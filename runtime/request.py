@@ -82,7 +82,7 @@ class Computed:
     """What a request leaves behind for the next turn of its dialogue."""
 
     keys: list[Key]  # of the rows that decoder_lower has seen
-    means: dict[int, Float]  # what the prober read of a turn (1, D), by the last row of those that it is the mean of
+    means: dict[tuple[int, int], Float]  # what the prober read of a turn (1, D), by the first and last row it read
     caches: dict[str, KVCache]  # by decoder half
     unseen: list[OrtValue]  # the last rows of decoder_lower's output, those that decoder_upper never saw: after a STOP
 
@@ -105,15 +105,15 @@ class Request:
         self.max_tokens = max_tokens
         self._engine, self._graphs, self._device, self._stats = engine, engine.graphs, device, stats
         self._embeds, self._keys, self._chunk = prompt.inputs_embeds, list(prompt.keys), chunk
-        self._probed, self._means = prompt.probed, dict[int, Float]()
+        self._probed, self._means = prompt.probed, dict[tuple[int, int], Float]()
         self._prompt_length: int = prompt.inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity = self._prompt_length + max_tokens
         reused = 0
         if computed and all(self._probed):
             reused = _common(computed.keys, self._keys[: self._probed[-1][0]])
-            self._means = {row: mean for row, mean in computed.means.items() if row < reused}
-            reused = min([reused, *(rows[0] for rows in self._probed if rows[-1] not in self._means)])
+            self._means = {read: mean for read, mean in computed.means.items() if read[-1] < reused}
+            reused = min([reused, *(rows[0] for rows in self._probed if (rows[0], rows[-1]) not in self._means)])
         self._length = self._reused = stats.reused_tokens = reused  # rows that decoder_lower has seen
         self._unseen: list[OrtValue] = []  # decoder_lower's output that decoder_upper has not seen, chunk by chunk
         if computed and reused:
@@ -161,8 +161,8 @@ class Request:
         self._stats.lower_ms = _ms_since(before)
         before = time.perf_counter()
         for read in filter(None, self._probed):  # also where nobody asks for a score: the next turn may want one
-            if read[-1] not in self._means:
-                self._means[read[-1]] = self._mean(read)
+            if (read[0], read[-1]) not in self._means:
+                self._means[read[0], read[-1]] = self._mean(read)
         p_unsafe = None if policy.mode is Mode.OFF else self._probe()
         verdict = decide(p_unsafe, policy, split_layer=self._engine.manifest.split_layer)
         self._stats.gate_ms = _ms_since(before)
@@ -189,7 +189,7 @@ class Request:
         rows = self._probed[turn]
         if not rows:
             raise IndexError(f"a prompt of {self._prompt_length} tokens has no row for the prober")
-        return self._means[rows[-1]]
+        return self._means[rows[0], rows[-1]]
 
     def _mean(self, probed: Sequence[int]) -> Float:
         """Sums are float64: the size of the chunks changes nothing but rounding."""
