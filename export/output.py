@@ -45,6 +45,7 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
         with _held(scratch):
             scratch.mkdir(mode=0o700)
             yield scratch
+            check_output(destination, marker=marker, force=force)  # again: another run may have been quicker
             scratch.chmod(0o755)
             old = scratch.with_name(f"{scratch.name}-old")
             if destination.exists():

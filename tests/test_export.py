@@ -206,6 +206,19 @@ def test_force_does_not_replace_a_folder_that_is_no_package(tmp_path: Path) -> N
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
 
 
+def test_the_slower_of_two_exports_does_not_replace_the_others_package(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    with (
+        pytest.raises(InputError, match=r"exists.*--force"),
+        atomic_folder(package, marker="autosteer.json", force=False) as folder,
+    ):
+        (folder / "autosteer.json").write_text("late")
+        package.mkdir()
+        (package / "autosteer.json").write_text("first")
+    assert (package / "autosteer.json").read_text() == "first"
+    assert nothing_left(tmp_path, "package")
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autosteer.export import weights
 
