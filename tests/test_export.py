@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -208,13 +209,13 @@ def test_force_does_not_replace_a_folder_that_is_no_package(tmp_path: Path) -> N
 
 def test_the_slower_of_two_exports_does_not_replace_the_others_package(tmp_path: Path) -> None:
     package = tmp_path / "package"
-    with (
-        pytest.raises(InputError, match=r"exists.*--force"),
-        atomic_folder(package, marker="autosteer.json", force=False) as folder,
-    ):
+    with contextlib.ExitStack() as slower:
+        folder = slower.enter_context(atomic_folder(package, marker="autosteer.json", force=False))
         (folder / "autosteer.json").write_text("late")
         package.mkdir()
         (package / "autosteer.json").write_text("first")
+        with pytest.raises(InputError, match=r"exists.*--force"):
+            slower.close()
     assert (package / "autosteer.json").read_text() == "first"
     assert nothing_left(tmp_path, "package")
 
