@@ -20,6 +20,7 @@ class AutoSteer:
     def __init__(self, path: str, threads: int, max_tokens: int, speculate: bool):
         self._engine = Engine.load(path, device="cpu", threads=threads)
         self._speculate = speculate
+        self._rounds = 0
         manifest = self._engine.manifest
         # without end tokens every answer has the length that was asked for
         self._engine.manifest = replace(manifest, prompt=replace(manifest.prompt, end_token_ids=()))
@@ -39,16 +40,20 @@ class AutoSteer:
 
     def round(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer to a prompt that passes; where there is a gate also `steered` and `stopped`, the same prompt
-        under thresholds that call everything unsafe.
+        under thresholds that call everything unsafe. Each comes first in turn.
         """
         if not self._engine.manifest.guarded:
             return self._answer(job, self._engine.policy("off"))
         policy = self._engine.policy
-        return {
-            **self._answer(job, policy("steer", threshold=1.0)),
-            "steered": self._answer(job, policy("steer", threshold=-1.0)),
-            "stopped": self._answer(job, policy("stop", threshold=-1.0)),
+        policies = {
+            "passed": policy("steer", threshold=1.0),
+            "steered": policy("steer", threshold=-1.0),
+            "stopped": policy("stop", threshold=-1.0),
         }
+        order = list(policies)[self._rounds % 3 :] + list(policies)[: self._rounds % 3]
+        self._rounds += 1
+        answers = {name: self._answer(job, policies[name]) for name in order}
+        return answers.pop("passed") | answers
 
     def _answer(self, job: dict[str, Any], policy: GatePolicy) -> dict[str, Any]:
         sampling = SamplingConfig(max_tokens=job["new_tokens"], speculate=self._speculate)
