@@ -2,14 +2,13 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
-import torch
 from exported import demo_checkpoint, demo_package
+from tiny_weights import Weights, random_weights
 
 from autosteer.export.dynamic_int8 import quantise_linears
 from autosteer.export.graph import MICROSOFT, OPSET
@@ -17,23 +16,6 @@ from autosteer.export.weights import WeightStore
 from autosteer.runtime.manifest import Manifest
 
 K, N = 96, 40
-
-
-class Weights:
-    """A checkpoint that holds two matrices."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.tensors = {name: torch.randn(N, K, generator=generator) * 0.1 for name in ("a.weight", "b.weight")}
-
-    def rows(self, name: str, block_bytes: int) -> Any:
-        yield from self.tensors[name].split(7)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        assert self.shape(name) == shape
 
 
 def quantised(folder: Path) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
@@ -51,7 +33,7 @@ def quantised(folder: Path) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
         nodes += [transpose, product, out]
         outputs.append(out.outputs[0])
     graph = ir.Graph([x], outputs, nodes=nodes, initializers=initialisers, opset_imports={"": OPSET, MICROSOFT: 1})
-    weights = Weights()
+    weights = random_weights("a.weight", "b.weight", shape=(N, K))
     store = WeightStore(folder, weights)  # type: ignore[arg-type]
     quantise_linears(graph, store)
     store.close()

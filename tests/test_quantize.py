@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+from tiny_weights import Weights
 
 from autosteer.export import quantize
 from autosteer.export.quantize import Blocks, Packed, dequantise, quantise, recipe
@@ -145,22 +146,11 @@ def test_important_columns_are_rounded_more_closely() -> None:
 
 def test_rounding_does_not_depend_on_how_many_rows_come_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
     """weights.bin, written in blocks of 5 rows and in chunks of 3, holds what the whole matrix gives."""
-
-    class Rows:
-        def rows(self, name: str, block_bytes: int) -> Any:
-            yield from weights(24, 96).split(5)
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return 24, 96
-
-        def expect(self, name: str, shape: tuple[int, ...]) -> None:
-            assert shape == (24, 96)
-
     blocks = Blocks(4, 32, symmetric=False)
     importance = torch.arange(1.0, 97.0)
     whole = quantise(weights(24, 96), blocks, importance)
     monkeypatch.setattr(quantize, "CHUNK", 3 * 96)
-    store = WeightStore(tmp_path, Rows())  # type: ignore[arg-type]
+    store = WeightStore(tmp_path, Weights({"w": weights(24, 96)}, at_a_time=5))  # type: ignore[arg-type]
     store.importance = {"w": importance}
     parts = store.quantised(["w"], blocks, (24, 96))
     store.close()

@@ -1,13 +1,13 @@
 """Tier 4: the decoder's products in 8 bits on both sides are those of the checkpoint, and of what is unpacked."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from exported import demo_package
+from tiny_weights import Weights, random_weights
 
 from autosteer.export.graph import GraphWriter
 from autosteer.export.quantize import Blocks, PerChannel, recipe
@@ -18,27 +18,16 @@ K, N = 96, 40
 X = np.random.default_rng(0).standard_normal((1, 9, K), dtype=np.float32)
 
 
-class Weights:
-    """A checkpoint of three projections, one with a bias."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.tensors = {f"{name}.weight": torch.randn(N, K, generator=generator) * 0.1 for name in "abc"}
-        self.tensors["a.bias"] = torch.randn(N, generator=generator)
-
-    def rows(self, name: str, block_bytes: int) -> Any:
-        yield from self.tensors[name].split(7)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def expect(self, name: str, shape: tuple[int, ...]) -> None:
-        assert self.shape(name) == shape
+def three_projections() -> Weights:
+    """One of them has a bias."""
+    weights = random_weights("a.weight", "b.weight", "c.weight", shape=(N, K))
+    weights.tensors["a.bias"] = torch.randn(N, generator=torch.Generator().manual_seed(2))
+    return weights
 
 
 def written(folder: Path, importance: torch.Tensor | None = None) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
     """x -> a (with its bias); b and c stacked."""
-    weights = Weights()
+    weights = three_projections()
     store = WeightStore(folder, weights)  # type: ignore[arg-type]
     if importance is not None:
         store.importance = {f"{name}.weight": importance for name in "abc"}
@@ -93,7 +82,7 @@ def test_lively_columns_drown_the_others_and_less_so_when_smoothed(tmp_path: Pat
         for name in "abc":  # what matters is that the quiet columns are heard
             weights.tensors[f"{name}.weight"][:, ~quiet] = 0
         ours, theirs = session.run(None, {"x": x})[1], true(weights, x * (liveliness == 1))[1]
-        loud = true(Weights(), x * (liveliness != 1))[1]
+        loud = true(three_projections(), x * (liveliness != 1))[1]
         errors[kind] = error(ours - loud, theirs)
     assert errors["smooth"] < 0.6 * errors["plain"]
 
