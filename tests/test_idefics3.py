@@ -20,9 +20,9 @@ from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export import vision
+from autosteer.export.cases import draw
 from autosteer.export.checkpoint import open_checkpoint
 from autosteer.export.reference import Case
-from autosteer.export.validate import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
 from autosteer.runtime.manifest import Piece

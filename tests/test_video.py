@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from autosteer.export import validate
+from autosteer.export import cases as subject
+from autosteer.export.cases import draw
 from autosteer.export.checkpoint import load_reference
 from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.validate import draw
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
 from autosteer.runtime.encode import TILES_PER_RUN
 from autosteer.runtime.gate import Action, Mode
@@ -163,9 +163,9 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
 
 def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the model is so large that little is compared."""
-    monkeypatch.setattr(validate, "WORK", 0)
-    cases = validate.make_cases(tmp_path, demo_engine("fp32").manifest)
-    kept = validate.affordable(cases, demo_checkpoint(), reference())
+    monkeypatch.setattr(subject, "WORK", 0)
+    cases = subject.make_cases(tmp_path, demo_engine("fp32").manifest)
+    kept = subject.affordable(cases, demo_checkpoint(), reference())
     assert [case.kind for case in kept] == [(False, False), (True, False), (False, True)]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autosteer.export.cases import draw
 from autosteer.export.checkpoint import load_reference, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
@@ -20,7 +21,6 @@ from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.export.safety import original, states
 from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validate import draw
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.manifest import Check, Manifest
