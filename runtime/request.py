@@ -110,7 +110,7 @@ class Request:
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity = self._prompt_length + max_tokens
         reused = 0
-        if computed and all(self._probed):
+        if computed and self._probed and all(self._probed):
             reused = _common(computed.keys, self._keys[: self._probed[-1][0]])
             self._means = {read: mean for read, mean in computed.means.items() if read[-1] < reused}
             reused = min([reused, *(rows[0] for rows in self._probed if (rows[0], rows[-1]) not in self._means)])
