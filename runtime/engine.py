@@ -135,7 +135,7 @@ class Engine:
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        with manifest.verifying(folder), placing(folder):
+        with manifest.verifying(folder), placing():
             chosen, reason = find_device(device, threads, manifest.activations)
             if reason:
                 log.log(logging.WARNING if has_cuda() else logging.INFO, "running on the CPU: %s", reason)

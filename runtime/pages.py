@@ -5,9 +5,9 @@ memory huge pages where it is asked to (`/sys/kernel/mm/transparent_hugepage/ena
 and onnxruntime does not ask. So we ask, a little after the graphs are loaded: MADV_COLLAPSE (Linux 6.1) moves what is
 there at once, MADV_HUGEPAGE leaves it to the kernel's spare time.
 
-And once: onnxruntime maps weights.bin and packs weights anew for its kernels, scales among them, but keeps the map of
-scales (18 MiB of a 0.5B model at int4). MADV_PAGEOUT (Linux 5.4) gives them back; whoever reads them after all finds
-them in the file.
+And once: loading reads more of files than answers do. onnxruntime maps weights.bin and packs weights anew for its
+kernels, scales among them, but keeps the map of scales (18 MiB of a 0.5B model at int4); and much of its own code (10
+MiB) only loads. MADV_PAGEOUT (Linux 5.4) gives them back; whoever reads them after all finds them in the file.
 
 Addresses come out of /proc and may have become another thread's when advice on them is given. None of this advice
 changes what memory holds.
@@ -31,23 +31,24 @@ Range: TypeAlias = "tuple[int, int]"  # addresses: the first, and the first behi
 
 
 @contextlib.contextmanager
-def placing(folder: Path) -> Iterator[threading.Thread]:
-    """Move onto huge pages what memory the block fills, in pieces of 2 MiB and more, and give back what it has mapped
-    of the files in `folder`.
+def placing() -> Iterator[threading.Thread]:
+    """Move onto huge pages what memory the block fills, in pieces of 2 MiB and more, and give back what it has read of
+    mapped files.
 
     A thread moves, SETTLED seconds behind the block: it takes from a tenth of a second to more than one (for 400 MB,
     in a virtual machine), and who touches that memory meanwhile waits.
     """
-    before = {mapping.range for mapping in _mappings() if mapping.is_filled}
+    before = {mapping.range: mapping.resident for mapping in _mappings()}
     filled: list[Range] = []
     mover = threading.Timer(SETTLED, _move, args=(filled,))
     mover.name, mover.daemon = "huge pages", True
     yield mover
-    files = f"{folder.resolve()}/"
     for mapping in _mappings():
-        if mapping.is_filled and mapping.range not in before:
+        if mapping.resident <= before.get(mapping.range, 0):
+            continue
+        if mapping.is_filled:
             filled.append(mapping.range)
-        elif mapping.name.startswith(files):
+        elif mapping.name.startswith("/"):
             _advise(*mapping.range, MADV_PAGEOUT)
     mover.start()
 

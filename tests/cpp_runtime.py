@@ -22,7 +22,7 @@ import pytest
 import toy
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from autosteer.runtime import Engine, Message, SamplingConfig
+from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
 from autosteer.runtime.cli import answer_json
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import ImagePart, Part, VideoPart
@@ -116,7 +116,7 @@ def null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def in_python(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+def in_python(engine: Engine, request: dict[str, Any], conversation: Conversation | None = None) -> dict[str, Any]:
     """A request of the C interface, answered by the Python engine."""
 
     def part(p: Any) -> Part:
@@ -129,7 +129,9 @@ def in_python(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
     )
-    return python_json(engine, messages, sampling=SamplingConfig(**sampling), policy=policy)
+    return python_json(
+        engine, messages, sampling=SamplingConfig(**sampling), policy=policy, conversation=conversation
+    )
 
 
 CTYPES = """
@@ -137,19 +139,26 @@ import ctypes, json, sys
 given = json.load(sys.stdin)
 lib = ctypes.CDLL(given["library"])
 lib.autosteer_error.restype = ctypes.c_char_p
-for function in (lib.autosteer_end, lib.autosteer_close):
+for function in (lib.autosteer_end, lib.autosteer_conversation_end, lib.autosteer_close):
     function.restype, function.argtypes = None, [ctypes.c_void_p]
-lib.autosteer_run.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
+for function in (lib.autosteer_run, lib.autosteer_conversation_run):
+    function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
 lib.autosteer_next.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p)]
 engine, stream, chunk = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_char_p()
 code = lib.autosteer_open(given["package"].encode(), given["options"].encode(), ctypes.byref(engine))
 if code:
     print(json.dumps({"code": code, "error": lib.autosteer_error().decode()}))
     sys.exit()
+run, asked = lib.autosteer_run, engine
+if given["conversation"]:
+    run, asked = lib.autosteer_conversation_run, ctypes.c_void_p()
+    assert lib.autosteer_conversation_begin(engine, ctypes.byref(asked)) == 0
+    lib.autosteer_close(engine)
 for request in given["requests"]:
+    most = request.pop("chunks", None) if isinstance(request, dict) else None
     text = request if isinstance(request, str) else json.dumps(request)
-    code, chunks = lib.autosteer_run(engine, text.encode(), ctypes.byref(stream)), []
-    while not code:
+    code, chunks = run(asked, text.encode(), ctypes.byref(stream)), []
+    while not code and len(chunks) != most:
         code = lib.autosteer_next(stream, ctypes.byref(chunk))
         if code or not chunk.value:
             break
@@ -157,13 +166,18 @@ for request in given["requests"]:
     error = lib.autosteer_error().decode() if code else None
     print(json.dumps({"code": code, "error": error, "chunks": chunks}))
     lib.autosteer_end(stream)
-lib.autosteer_close(engine)
+(lib.autosteer_conversation_end if given["conversation"] else lib.autosteer_close)(asked)
 """
 
 
-def through_c(built: Path, package: Path, requests: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
-    """Requests through libautosteer.so on one thread, in a process without Python's onnxruntime."""
+def through_c(
+    built: Path, package: Path, requests: Sequence[Any], *, conversation: bool = False, **options: Any
+) -> list[dict[str, Any]]:
+    """Requests through libautosteer.so on one thread, in a process without Python's onnxruntime. A request with
+    "chunks" is left after so many. In a conversation the engine is closed before it is used.
+    """
     given = {"library": str(built / "libautosteer.so"), "package": str(package), "requests": requests}
+    given["conversation"] = conversation
     given["options"] = json.dumps({"threads": 1, **options})
     done = subprocess.run(
         [sys.executable, "-c", CTYPES], input=json.dumps(given), capture_output=True, text=True, check=False

@@ -35,10 +35,14 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
     """A thread's stack, mostly untouched, would take its whole 8 MiB; files are mapped and have pages of their own."""
     smaps, moved = tmp_path / "smaps", []
     monkeypatch.setattr(subject, "SMAPS", smaps)
-    monkeypatch.setattr(subject, "_advise", lambda start, end, advice: moved.append((start, end)))
+    monkeypatch.setattr(
+        subject,
+        "_advise",
+        lambda start, end, advice: moved.append((start, end)) if advice == MADV_COLLAPSE else None,
+    )
     earlier = entry(1 * HUGE, 4 * HUGE)
     smaps.write_text(earlier)
-    with placing(tmp_path) as mover:
+    with placing() as mover:
         smaps.write_text(
             earlier
             + entry(10 * HUGE, 8 * HUGE, name="[heap]")
@@ -55,7 +59,7 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
 
 def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subject, "SMAPS", tmp_path / "missing")
-    with placing(tmp_path) as mover:
+    with placing() as mover:
         pass
     mover.join()
 
@@ -65,7 +69,7 @@ def test_memory_that_moves_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch, 
     advised: list[tuple[int, int, int]] = []
     advise = subject._advise
     monkeypatch.setattr(subject, "_advise", lambda *advice: advised.append(advice) or advise(*advice))
-    with placing(tmp_path) as mover:
+    with placing() as mover:
         memory = mmap.mmap(-1, 8 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         values = np.frombuffer(memory, np.uint64)
         values[:] = np.arange(values.size)
@@ -78,7 +82,7 @@ def test_memory_that_moves_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
-def test_files_of_the_package_are_given_back_and_hold_what_they_held(
+def test_what_was_read_of_files_meanwhile_is_given_back_and_holds_what_it_held(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """What a private map has changed is in no file. A first version gave pages back with MADV_DONTNEED, which forgets
@@ -91,21 +95,23 @@ def test_files_of_the_package_are_given_back_and_hold_what_they_held(
         "_advise",
         lambda start, end, advice: given_back.append(start) or advise(start, end, advice),
     )
-    package, elsewhere, size = tmp_path / "package", tmp_path / "elsewhere", 1 << 20
-    maps, starts = {}, {}
-    with placing(package) as mover:
-        for path in (package / "weights.bin", package / "changed.bin", elsewhere / "weights.bin"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"weights!" * (size // 8))
-            with path.open("r+b") as file:
-                maps[path] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-            assert maps[path][::4096] == b"w" * 256  # every page is there
-            starts[path] = np.frombuffer(maps[path], np.uint8).ctypes.data
-        maps[package / "changed.bin"][:7] = b"another"
-    assert [starts[path] in given_back for path in maps] == [True, True, False]
+    size, maps, starts = 1 << 20, {}, {}
+    for name in ("read before", "read further", "read", "changed"):
+        (tmp_path / name).write_bytes(b"weights!" * (size // 8))
+        with (tmp_path / name).open("r+b") as file:
+            maps[name] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        starts[name] = np.frombuffer(maps[name], np.uint8).ctypes.data
+
+    def read(name: str, until: int) -> None:
+        assert maps[name][:until:4096] == b"w" * (until // 4096)
+
+    read("read before", size)
+    read("read further", size // 4)
+    with placing() as mover:
+        for name in ("read further", "read", "changed"):
+            read(name, size)
+        maps["changed"][:7] = b"another"
+    assert [starts[name] in given_back for name in maps] == [False, True, True, True]
     mover.join()
-    assert [maps[path][:8] + maps[path][-8:] for path in maps] == [
-        b"weights!weights!",
-        b"another!weights!",
-        b"weights!weights!",
-    ]
+    for name in maps:
+        assert maps[name][:8] + maps[name][-8:] == (b"another!" if name == "changed" else b"weights!") + b"weights!"

@@ -1,5 +1,5 @@
-/* AutoSteer for other languages: four C functions and their two clean-ups. Text is UTF-8; options, requests and chunks
- * are JSON.
+/* AutoSteer for other languages: a few C functions and their clean-ups. Text is UTF-8; options, requests and chunks are
+ * JSON.
  *
  *     autosteer_engine *engine;
  *     autosteer_stream *stream;
@@ -12,7 +12,7 @@
  *
  * Every int returned is 0, or the exit code that autosteer-run has for the same error (3 bad package, 4 device not
  * available, 5 bad input, 1 anything else); autosteer_error() then says in one line what was wrong. No exception leaves
- * these functions. An engine may be used by several threads, a stream by one.
+ * these functions. An engine may be used by several threads, a stream or a conversation by one at a time.
  */
 #ifndef AUTOSTEER_H
 #define AUTOSTEER_H
@@ -25,6 +25,7 @@ extern "C" {
 
 typedef struct autosteer_engine autosteer_engine;
 typedef struct autosteer_stream autosteer_stream;
+typedef struct autosteer_conversation autosteer_conversation;
 
 /* Check and load a package. options: NULL, or
  *     {"threads": 0 for every CPU this process may use, "max_tiles": cut a picture into at most so many tiles}
@@ -48,7 +49,18 @@ AUTOSTEER_API int autosteer_next(autosteer_stream *stream, const char **chunk);
 /* Free a stream, finished or not. NULL is fine. */
 AUTOSTEER_API void autosteer_end(autosteer_stream *stream);
 
-/* Free an engine. Streams that are still open keep what they need. NULL is fine. */
+/* Begin a dialogue whose turns share what they compute: tokens and pictures that earlier requests had are not computed
+ * again. Each request still holds all messages of the dialogue. */
+AUTOSTEER_API int autosteer_conversation_begin(autosteer_engine *engine, autosteer_conversation **conversation);
+
+/* autosteer_run within a dialogue. End the stream before you run the next one: until then that one would start afresh. */
+AUTOSTEER_API int autosteer_conversation_run(autosteer_conversation *conversation, const char *request,
+                                             autosteer_stream **stream);
+
+/* Free a conversation. Streams that are still open keep what they need. NULL is fine. */
+AUTOSTEER_API void autosteer_conversation_end(autosteer_conversation *conversation);
+
+/* Free an engine. Streams and conversations that are still open keep what they need. NULL is fine. */
 AUTOSTEER_API void autosteer_close(autosteer_engine *engine);
 
 /* What went wrong in this thread's last failed call, in one line. */

@@ -14,6 +14,7 @@
 //                                                    video.hpp     the same of a video's frames
 //     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
 //     request.hpp   one answer's buffers             speculate.hpp what is drafted
+//     conversation.hpp  what turns share             digest.hpp    SHA-256
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
 //                                                    pages.hpp     where weights lie
 //

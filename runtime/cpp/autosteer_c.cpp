@@ -11,8 +11,14 @@ struct autosteer_engine {
   std::shared_ptr<const autosteer::Engine> engine;
 };
 
+struct autosteer_conversation {
+  std::shared_ptr<const autosteer::Engine> engine;
+  std::shared_ptr<autosteer::Conversation> conversation;
+};
+
 struct autosteer_stream {
   std::shared_ptr<const autosteer::Engine> engine;
+  std::shared_ptr<autosteer::Conversation> conversation;  // none: nothing is shared
   autosteer::Stream stream;
   std::string chunk;
 };
@@ -48,6 +54,14 @@ void need(bool given) {
   if (!given) throw autosteer::InputError("a pointer that must not be NULL is NULL");
 }
 
+autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
+                      const std::shared_ptr<autosteer::Conversation>& conversation, const char* request) {
+  auto wanted = autosteer::RequestJson::parse(request);
+  const auto policy = engine->policy(wanted.mode, wanted.threshold, wanted.strength);
+  return new autosteer_stream{
+      engine, conversation, engine->stream(std::move(wanted.messages), wanted.sampling, policy, conversation.get()), {}};
+}
+
 }  // namespace
 
 int autosteer_open(const char* package, const char* options, autosteer_engine** engine) {
@@ -63,11 +77,7 @@ int autosteer_run(autosteer_engine* engine, const char* request, autosteer_strea
   return guarded([&] {
     need(engine && request && stream);
     *stream = nullptr;
-    auto wanted = autosteer::RequestJson::parse(request);
-    const autosteer::Engine& loaded = *engine->engine;
-    const auto policy = loaded.policy(wanted.mode, wanted.threshold, wanted.strength);
-    *stream =
-        new autosteer_stream{engine->engine, loaded.stream(std::move(wanted.messages), wanted.sampling, policy), {}};
+    *stream = run(engine->engine, nullptr, request);
   });
 }
 
@@ -84,6 +94,26 @@ int autosteer_next(autosteer_stream* stream, const char** chunk) {
 
 void autosteer_end(autosteer_stream* stream) {
   delete stream;
+}
+
+int autosteer_conversation_begin(autosteer_engine* engine, autosteer_conversation** conversation) {
+  return guarded([&] {
+    need(engine && conversation);
+    *conversation = nullptr;
+    *conversation = new autosteer_conversation{engine->engine, std::make_shared<autosteer::Conversation>()};
+  });
+}
+
+int autosteer_conversation_run(autosteer_conversation* conversation, const char* request, autosteer_stream** stream) {
+  return guarded([&] {
+    need(conversation && request && stream);
+    *stream = nullptr;
+    *stream = run(conversation->engine, conversation->conversation, request);
+  });
+}
+
+void autosteer_conversation_end(autosteer_conversation* conversation) {
+  delete conversation;
 }
 
 void autosteer_close(autosteer_engine* engine) {

@@ -15,7 +15,8 @@
 //
 // Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (speculate.hpp).
 //
-// All state belongs to a request (request.hpp). One Engine may serve several threads; a Stream belongs to one.
+// All state belongs to a request (request.hpp), or to the Conversation that is handed in. One Engine may serve several
+// threads; a Stream and a Conversation belong to one.
 #pragma once
 
 #include <sched.h>
@@ -31,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+#include "conversation.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
 #include "image.hpp"
@@ -79,6 +81,8 @@ class Stream;
 
 /// A loaded package.
 class Engine {
+  Pages pages_;  // first: what is loaded behind it
+
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
   /// Throws PackageError (damaged, incomplete, other version) or ProviderError (device not available).
@@ -97,7 +101,7 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
-    pages_.place(folder);
+    pages_.place();
   }
 
   /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
@@ -118,16 +122,18 @@ class Engine {
     return policy;
   }
 
-  /// Answer a dialogue piece by piece; every piece carries the verdict. Nothing runs before the first `next()`.
-  /// The engine must outlive the stream.
-  Stream stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy) const;
+  /// Answer a dialogue piece by piece; every piece carries the verdict. With a `conversation` only what is new in the
+  /// dialogue is computed. Nothing runs before the first `next()`. The engine and the conversation must outlive the
+  /// stream. Throws InputError where the conversation is another engine's.
+  Stream stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
+                Conversation* conversation = nullptr) const;
 
   /// The whole answer at once; `on_chunk`, if given, sees every piece as it comes.
   Answer generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
-                  const std::function<void(const Chunk&)>& on_chunk = {}) const;
+                  const std::function<void(const Chunk&)>& on_chunk = {}, Conversation* conversation = nullptr) const;
 
   /// Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows.
-  Prompt prepare(const std::vector<Message>& messages, Stats& stats) const {
+  Prompt prepare(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr) const {
     std::vector<Image> pictures;
     std::vector<const VideoPart*> videos;
     for (const Message& message : messages) {
@@ -140,40 +146,59 @@ class Engine {
     check_videos(videos);
     std::vector<AskedTurn> asked;
     const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &asked);
-    std::vector<std::vector<Laid>> encoded;
-    for (auto picture = pictures.begin(); picture != pictures.end(); ++picture) {
-      const auto same = std::find(pictures.begin(), picture, *picture);  // shown twice, encoded once
-      encoded.push_back(same != picture ? encoded[static_cast<size_t>(same - pictures.begin())]
-                                        : encode_image(*picture, pictures.size() == 1, stats));
+    const Clock seeing;
+    Encoded encoded;
+    const auto see = [&](std::string digest, const std::function<std::vector<Laid>()>& encode) {
+      auto& laid = encoded[digest];  // shown twice, encoded once
+      if (!laid && conversation && conversation->images.count(digest)) laid = conversation->images[digest];
+      if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
+      return digest;
+    };
+    std::vector<std::string> shown, filmed;  // digests
+    const bool alone = pictures.size() == 1;
+    for (const Image& picture : pictures) {
+      shown.push_back(see(digest(&picture, 1, alone), [&] { return encode_image(picture, alone, stats); }));
     }
-    std::vector<Laid> filmed;
-    for (const VideoPart* video : videos) filmed.push_back({{}, encode_video(*video, stats)});
+    for (const VideoPart* video : videos) {
+      const std::vector<Image> frames = tiles(*video);
+      filmed.push_back(see(digest(frames.data(), frames.size(), false), [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
+    }
+    if (conversation) conversation->images = encoded;
+    stats.vision_ms = seeing.ms();
     const Clock clock;
-    Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}};
+    Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}, {}};
     std::vector<int64_t> text_rows;
-    std::vector<int64_t> framing;  // token ids that frame each image
-    size_t image = 0, video = 0;
-    const auto add = [&](const std::vector<int64_t>& ids, const Rows& rows) {
-      for (size_t i = 0; i < ids.size(); ++i) {
-        text_rows.push_back(prompt.inputs_embeds.count() + static_cast<int64_t>(i));
+    const auto add_tokens = [&](const std::vector<int64_t>& ids) {
+      const Rows rows = embed(ids);
+      for (const int64_t id : ids) {
+        text_rows.push_back(static_cast<int64_t>(prompt.keys.size()));
+        prompt.keys.emplace_back("", id);
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
     };
+    std::vector<int64_t> framing;  // token ids that frame each image
+    for (const std::string& picture : shown) {
+      framing.push_back(0);
+      for (const Laid& part : *encoded.at(picture)) framing.back() += static_cast<int64_t>(part.ids.size());
+    }
+    using Digests = std::vector<std::string>::const_iterator;
+    std::map<std::string, std::pair<Digests, Digests>> slots = {{"image", {shown.begin(), shown.end()}},
+                                                                {"video", {filmed.begin(), filmed.end()}}};
     for (const Run& run : runs) {
-      if ((run.slot == "image" && image == encoded.size()) || (run.slot == "video" && video == filmed.size())) {
-        throw PackageError("the prompt template asks for an " + run.slot + " too many");
-      }
-      if (run.slot != "image") {
-        add(run.ids, run.slot.empty() ? embed(run.ids) : filmed[video++].rows);
+      if (run.slot.empty()) {
+        add_tokens(run.ids);
         continue;
       }
-      framing.push_back(0);
-      for (const Laid& part : encoded[image]) {
-        framing.back() += static_cast<int64_t>(part.ids.size());
-        add(part.ids, part.ids.empty() ? part.rows : embed(part.ids));
+      auto& [next, end] = slots.at(run.slot);
+      if (next == end) throw PackageError("the prompt template asks for an " + run.slot + " too many");
+      int64_t row = 0;
+      for (const Laid& part : *encoded.at(*next)) {
+        add_tokens(part.ids);
+        prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
+        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(*next, row++);
       }
-      ++image;
+      ++next;
     }
     if (manifest.prober) {
       for (const AskedTurn& turn : asked) prompt.probed.push_back(probed_rows(turn, messages, text_rows, framing));
@@ -185,7 +210,6 @@ class Engine {
 
   /// One image -> what stands for it in the prompt: its rows, and token ids between.
   std::vector<Laid> encode_image(const Image& picture, bool alone, Stats& stats) const {
-    const Clock clock;
     const ImageSpec& spec = image.value();
     const Tiles tiles = cut(picture, spec, alone);
     const Rows pixel_values = normalise(tiles.images, spec);
@@ -196,7 +220,6 @@ class Engine {
       rows = encode_tiles(pixel_values, picture.height, picture.width);
     }
     stats.image_tiles += pixel_values.count();
-    stats.vision_ms += clock.ms();
     return lay_out(std::move(rows), tiles.grid, spec);
   }
 
@@ -218,16 +241,21 @@ class Engine {
     }
   }
 
-  /// A video -> its rows: of each frame a few, and one newline row at the very end. Frames are opened a few at a time.
-  Rows encode_video(const VideoPart& video, Stats& stats) const {
-    const Clock clock;
+  /// The frames of a video, one tile each.
+  std::vector<Image> tiles(const VideoPart& video) const {
+    std::vector<Image> tiles;
+    for (const ImageLike& frame : video.frames) tiles.push_back(squeeze(open_image(frame), image.value().tile_size));
+    return tiles;
+  }
+
+  /// A video's tiles -> its rows: of each frame a few, and one newline row at the very end.
+  Rows encode_video(const std::vector<Image>& frames, Stats& stats) const {
     const int64_t depth = manifest.dims.hidden_size, side = image.value().anyres.value().tokens_per_side;
     Rows rows{depth, {}}, newline{depth, {}};
-    for (size_t first = 0; first < video.frames.size(); first += kTilesPerRun) {
-      std::vector<Image> tiles;
-      for (size_t i = first; i < std::min<size_t>(first + kTilesPerRun, video.frames.size()); ++i) {
-        tiles.push_back(squeeze(open_image(video.frames[i]), image->tile_size));
-      }
+    for (size_t first = 0; first < frames.size(); first += kTilesPerRun) {
+      const size_t end = std::min<size_t>(first + kTilesPerRun, frames.size());
+      const std::vector<Image> tiles(frames.begin() + static_cast<std::ptrdiff_t>(first),
+                                     frames.begin() + static_cast<std::ptrdiff_t>(end));
       const Rows pixel_values = normalise(tiles, manifest.video.value());
       run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t count, const auto& outputs) {
         const int64_t all = count * side * side;
@@ -240,8 +268,7 @@ class Engine {
       });
     }
     rows.append(newline.row(0), 1);
-    stats.image_tiles += static_cast<int64_t>(video.frames.size());
-    stats.vision_ms += clock.ms();
+    stats.image_tiles += static_cast<int64_t>(frames.size());
     return rows;
   }
 
@@ -300,14 +327,16 @@ class Engine {
   }
 
   /// The state of one answer: buffers and caches. Throws InputError where the prompt does not fit.
-  Request request(Prompt prompt, int64_t max_tokens, Stats& stats) const {
+  Request request(Prompt prompt, int64_t max_tokens, Stats& stats, Conversation* conversation = nullptr) const {
     const int64_t length = prompt.inputs_embeds.count(), context = manifest.dims.context_length;
     if (length == 0) throw InputError("the prompt is empty");
     if (length >= context) {
       throw InputError("the prompt takes " + std::to_string(length) +
                        " tokens (images included); the model's context holds " + std::to_string(context));
     }
-    return {manifest, graphs_, log, std::move(prompt), std::min(max_tokens, context - length), stats};
+    return {manifest, graphs_, log,
+            std::move(prompt), std::min(max_tokens, context - length), stats,
+            conversation ? conversation->take() : std::nullopt};
   }
 
   const Subgraph& graph(const std::string& name) const { return graphs_.at(name); }
@@ -353,7 +382,6 @@ class Engine {
     return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
-  Pages pages_;
   std::optional<Environment> environment_;
   Graphs graphs_;
 };
@@ -361,13 +389,18 @@ class Engine {
 /// An answer as it comes: `next` until it returns nothing.
 class Stream {
  public:
-  Stream(const Engine& engine, std::vector<Message> messages, const SamplingConfig& sampling, GatePolicy policy)
+  Stream(const Engine& engine, std::vector<Message> messages, const SamplingConfig& sampling, GatePolicy policy,
+         Conversation* conversation)
       : engine_(engine),
+        conversation_(conversation),
         messages_(std::move(messages)),
         policy_(std::move(policy)),
         sampling_(sampling),
         sample_(sampling),
         detokeniser_(engine.tokenizer, sampling.stop) {
+    if (conversation && !conversation->belongs_to(engine)) {
+      throw InputError("this conversation was begun with another engine");
+    }
     sampling.check();
     policy_.check();
     for (const std::string& stop : sampling.stop) {
@@ -375,6 +408,7 @@ class Stream {
     }
   }
 
+  ~Stream() { leave(); }
   Stream(const Stream&) = delete;  // the request points into it
   Stream& operator=(const Stream&) = delete;
 
@@ -387,17 +421,23 @@ class Stream {
     ended_ = !chunk.finish_reason.empty();
     if (ended_) {
       chunk.stats = stats_;
-      request_.reset();
+      leave();
     }
     return chunk;
   }
 
  private:
+  /// The answer is over: what the next turn can use of it goes to the conversation.
+  void leave() {
+    if (request_ && conversation_) conversation_->keep(request_->computed());
+    request_.reset();
+  }
+
   Chunk begin_answer() {
     const Clock clock;
-    Prompt prompt = engine_.prepare(messages_, stats_);
+    Prompt prompt = engine_.prepare(messages_, stats_, conversation_);
     tokens_ = prompt.token_ids;
-    request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_));
+    request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     verdict_ = request_->judge(policy_);
     if (verdict_.action == Action::stop) {
       stats_.ttft_ms = clock.ms();
@@ -453,6 +493,7 @@ class Stream {
   }
 
   const Engine& engine_;
+  Conversation* conversation_;
   std::vector<Message> messages_;
   GatePolicy policy_;
   SamplingConfig sampling_;
@@ -469,15 +510,15 @@ class Stream {
   bool ended_ = false;
 };
 
-inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling,
-                             const GatePolicy& policy) const {
-  return {*this, std::move(messages), sampling, policy};
+inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
+                             Conversation* conversation) const {
+  return {*this, std::move(messages), sampling, policy, conversation};
 }
 
 inline Answer Engine::generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
-                               const std::function<void(const Chunk&)>& on_chunk) const {
+                               const std::function<void(const Chunk&)>& on_chunk, Conversation* conversation) const {
   Answer answer;
-  Stream pieces = stream(std::move(messages), sampling, policy);
+  Stream pieces = stream(std::move(messages), sampling, policy, conversation);
   while (const std::optional<Chunk> chunk = pieces.next()) {
     answer.text += chunk->text;
     if (chunk->token) answer.token_ids.push_back(*chunk->token);

@@ -25,6 +25,7 @@
 #include <variant>
 #include <vector>
 
+#include "digest.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "picture.hpp"
@@ -61,6 +62,17 @@ inline Image open_image(const ImageLike& image) {
                      " pixels: sides may differ by " + std::to_string(kMaxAspectRatio) + " times at most");
   }
   return pixels;
+}
+
+/// What tells two pictures, or the tiles of two videos, apart, and how they are cut: `alone`, it is the prompt's only one.
+inline std::string digest(const Image* images, size_t count, bool alone) {
+  Sha256 hash;
+  for (const Image* image = images; image < images + count; ++image) {
+    const std::string shape = std::to_string(image->height) + "x" + std::to_string(image->width) + (alone ? "!" : " ");
+    hash.add(shape.data(), shape.size());
+    hash.add(image->rgb.data(), image->rgb.size());
+  }
+  return hash.hex();
 }
 
 // --- Pillow's resampling

@@ -5,8 +5,6 @@
 // split_layer = k: decoder_lower runs layers 0..k-1, the prober reads what enters layer k, decoder_upper runs k..N-1.
 #pragma once
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -23,6 +21,7 @@
 #include <variant>
 #include <vector>
 
+#include "digest.hpp"
 #include "errors.hpp"
 
 namespace autosteer {
@@ -670,28 +669,6 @@ inline std::map<std::string, std::string> Manifest::paths() const {
   for (const auto& [name, spec] : graphs) all[spec.file] = spec.sha256;
   for (const auto& spec : files) all[spec.file] = spec.sha256;
   return all;
-}
-
-/// Hex digest of a file, read in 1 MiB blocks.
-inline std::string sha256(const fs::path& path) {
-  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
-  if (!context || EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) != 1) throw Error("libcrypto has no SHA-256");
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> block(1 << 20);
-  while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0) {
-    if (EVP_DigestUpdate(context.get(), block.data(), static_cast<size_t>(file.gcount())) != 1) {
-      throw Error("libcrypto cannot hash");
-    }
-  }
-  std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
-  unsigned int size = 0;
-  if (EVP_DigestFinal_ex(context.get(), digest.data(), &size) != 1) throw Error("libcrypto cannot hash");
-  std::string hex;
-  for (unsigned int i = 0; i < size; ++i) {
-    hex += "0123456789abcdef"[digest[i] >> 4];
-    hex += "0123456789abcdef"[digest[i] & 15];
-  }
-  return hex;
 }
 
 inline void Manifest::verify(const fs::path& folder) const {

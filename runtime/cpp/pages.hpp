@@ -1,6 +1,6 @@
 // Which pages of memory the weights lie on: the C++ side of runtime/pages.py. Huge ones: each token reads all weights,
 // and on pages of 4 KiB a tenth of that goes into finding pages; onnxruntime does not ask Linux for larger ones. And
-// once: onnxruntime keeps scales of which it has packed copies mapped. Nothing depends on it.
+// once: files of which loading read more than answers do, scales and libraries. Nothing depends on it.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,10 +9,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
+#include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -23,7 +22,9 @@ namespace autosteer {
 /// What is loaded between its construction and `place`.
 class Pages {
  public:
-  Pages() : before_(filled()) {}
+  Pages() {
+    for (const Mapping& mapping : mappings()) before_[mapping.range] = mapping.resident;
+  }
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
   ~Pages() {
@@ -35,18 +36,18 @@ class Pages {
     if (mover_.joinable()) mover_.join();
   }
 
-  /// Give back what was mapped of the files in `folder`, and move onto huge pages what memory was filled: in a thread
+  /// Give back what loading has read of mapped files, and move onto huge pages what memory it has filled: in a thread
   /// and after kSettled, because it takes from a tenth of a second to more than one, during which the first answer
   /// would wait. Addresses come out of /proc and may have become another thread's by then: none of this advice changes
   /// what memory holds.
-  void place(const std::filesystem::path& folder) {
-    std::error_code ignored;
-    const std::string files = (std::filesystem::canonical(folder, ignored) / "").string();
+  void place() {
     std::vector<Range> now;
     for (const Mapping& mapping : mappings()) {
-      if (mapping.is_filled() && before_.count(mapping.range) == 0) {
+      const auto earlier = before_.find(mapping.range);
+      if (earlier != before_.end() && mapping.resident <= earlier->second) continue;
+      if (mapping.is_filled()) {
         now.push_back(mapping.range);
-      } else if (files.size() > 1 && mapping.name.compare(0, files.size(), files) == 0) {
+      } else if (mapping.is_file()) {
         madvise(at(mapping.range.first), mapping.range.second - mapping.range.first, kPageOut);
       }
     }
@@ -65,6 +66,8 @@ class Pages {
     Range range;
     std::string mode, name;  // a file's path; "", "[heap]" or "[anon...]" for memory of no file
     unsigned long resident = 0;  // KiB
+
+    bool is_file() const { return !name.empty() && name[0] == '/'; }
 
     /// Whether it is memory of no file that is in good part touched. Huge pages fill the rest.
     bool is_filled() const {
@@ -94,14 +97,6 @@ class Pages {
     return found;
   }
 
-  static std::set<Range> filled() {
-    std::set<Range> found;
-    for (const Mapping& mapping : mappings()) {
-      if (mapping.is_filled()) found.insert(mapping.range);
-    }
-    return found;
-  }
-
   static void move(const Range& range) {
     const uintptr_t first = (range.first + kHuge - 1) / kHuge * kHuge, last = range.second / kHuge * kHuge;
     if (first >= last) return;
@@ -110,7 +105,7 @@ class Pages {
 
   static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT: one out of /proc
 
-  std::set<Range> before_;
+  std::map<Range, unsigned long> before_;  // KiB resident
   std::mutex mutex_;
   std::condition_variable woken_;
   bool over_ = false;

@@ -5,7 +5,10 @@
 //              (both through the prefill graphs where there are any: the same layers, their weights rounded otherwise)
 //     verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
 //
-// Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them.
+// Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them. A request
+// may start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and pictures are
+// the same, up to the first row of the last turn that the prober reads, which every prompt computes anew, and what the
+// prober read of earlier turns.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +53,7 @@ class Clock {
 struct Stats {
   std::string device = "CPUExecutionProvider";
   int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
-  int64_t reused_tokens = 0;    ///< 0: only Python's conversations reuse
+  int64_t reused_tokens = 0;    ///< of the prompt's: already in the caches of the conversation
   int64_t drafted_tokens = 0;   ///< fed before they were sampled
   int64_t accepted_tokens = 0;  ///< of those: sampled, too
   double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
@@ -65,11 +68,26 @@ struct Stats {
   }
 };
 
+/// What a row stands for: nothing and a token id, or a picture's digest and a row of it.
+using Key = std::pair<std::string, int64_t>;
+
 /// A dialogue ready for the decoder.
 struct Prompt {
   Rows inputs_embeds;              // (S, D)
   std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
+  std::vector<Key> keys;           // S of them: equal keys behind equal keys are equal rows
   std::vector<std::vector<int64_t>> probed;  // by turn of the user's: rows whose mean the prober reads; none: too short
+};
+
+/// What the prober read of a turn (D,), by the first and last row it read.
+using Means = std::map<std::pair<int64_t, int64_t>, std::vector<float>>;
+
+/// What a request leaves behind for the next turn of its dialogue.
+struct Computed {
+  std::vector<Key> keys;  // of the rows that decoder_lower has seen
+  Means means;
+  KVCache lower, upper;
+  std::vector<Tensor<float>> unseen;  // the last rows of decoder_lower's output, those that decoder_upper never saw
 };
 
 /// One answer in the making. One thread at a time; what it is given must outlive it.
@@ -79,35 +97,50 @@ class Request {
 
   /// Buffers for `prompt` and an answer of `max_tokens`, which together fit the context.
   Request(const Manifest& manifest, const Graphs& graphs, const Log& log, Prompt prompt, int64_t max_tokens,
-          Stats& stats)
+          Stats& stats, std::optional<Computed> computed)
       : max_tokens(max_tokens),
         manifest_(manifest),
         graphs_(graphs),
         log_(log),
         stats_(stats),
         embeds_(std::move(prompt.inputs_embeds)),
+        keys_(std::move(prompt.keys)),
         probed_(std::move(prompt.probed)),
-        length_(embeds_.count()),
-        capacity_(length_ + max_tokens),
-        lower_(manifest.graphs.at("decoder_lower"), manifest, capacity_),
-        upper_(manifest.graphs.at("decoder_upper"), manifest, capacity_),
-        logits_({1, 1 + Drafter::kMost, manifest.dims.vocab_size}) {
+        prompt_length_(embeds_.count()),
+        capacity_(prompt_length_ + max_tokens),
+        reused_(computed ? resume(*computed) : 0),
+        length_(reused_),
+        lower_(reused_ ? std::move(computed->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
+        upper_(reused_ ? std::move(computed->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        logits_({1, 1 + Drafter::kMost, manifest.dims.vocab_size}),
+        older_(unseen_.size()) {
+    lower_.reserve(capacity_, reused_, manifest.dims.context_length);
+    upper_.reserve(capacity_, reused_, manifest.dims.context_length);
+    stats.reused_tokens = reused_;
     stats.kv_bytes = lower_.bytes + upper_.bytes;
   }
 
-  /// Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception.
+  /// Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception. So is a
+  /// row that is not finite, whether the prober reads it or not: int8 caches make a number of NaN, and what later rows
+  /// gather from it looks sound.
   Verdict judge(const GatePolicy& policy) {
     const Clock lower_clock;
-    for (int64_t first = 0; first < length_; first += kPrefillChunk) {
-      const int64_t rows = std::min(kPrefillChunk, length_ - first);
+    for (int64_t first = reused_; first < prompt_length_; first += kPrefillChunk) {
+      const int64_t rows = std::min(kPrefillChunk, prompt_length_ - first);
       const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, rows, width()});
-      hidden_.emplace_back(std::vector<int64_t>{1, rows, width()});
+      Tensor<float> hidden({1, rows, width()});
       set_total(first + rows);
-      lower(Use::reading, {"inputs_embeds", &embeds}, {"hidden_states", &hidden_.back().value()})();
+      lower(Use::reading, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()})();
+      finite_ = finite_ && std::all_of(hidden.data(), hidden.data() + hidden.size(), is_finite);
+      unseen_.push_back(std::move(hidden));
+      length_ = first + rows;
     }
     embeds_ = {};
     stats_.lower_ms = lower_clock.ms();
     const Clock gate_clock;
+    for (const auto& read : probed_) {  // also where nobody asks for a score: the next turn may want one
+      if (!read.empty() && means_.count(ends(read)) == 0) means_[ends(read)] = mean_of(read);
+    }
     std::optional<double> p_unsafe;
     if (policy.mode != Mode::off) p_unsafe = probe();
     const Verdict verdict = decide(p_unsafe, policy, manifest_.split_layer);
@@ -121,15 +154,15 @@ class Request {
     const Clock clock;
     *strength_.data() = static_cast<float>(strength);
     Pass& single = pass(1);
-    int64_t done = 0;
-    for (const auto& hidden : hidden_) {
+    for (int64_t done = prompt_length_ - count(unseen_); !unseen_.empty(); unseen_.erase(unseen_.begin())) {
+      const Tensor<float>& hidden = unseen_.front();
       done += hidden.shape()[1];
       set_total(done);
       upper(Use::reading, {"hidden_states", &hidden.value()}, single)();
     }
-    hidden_.clear();
     stats_.upper_ms = clock.ms();
     for (Call& call : single.head) call();
+    finite_ = finite_ && is_finite(*logits_.data());  // a row of NaN has no other logits
     return logits_.data();
   }
 
@@ -147,12 +180,23 @@ class Request {
     std::copy(tokens.begin(), tokens.end(), all.token_ids.data());
     for (Call& call : all.body) call();
     for (Call& call : all.head) call();
+    keys_.resize(static_cast<size_t>(length_));
+    for (const int64_t token : tokens) keys_.emplace_back("", token);
     ++length_;
+    for (int64_t row = 0; row < rows; ++row) {
+      finite_ = finite_ && is_finite(logits_.data()[row * manifest_.dims.vocab_size]);
+    }
     return logits_.data();
   }
 
   /// The next token of those that `verify` was given came true.
   void accept() { ++length_; }
+
+  /// What the next turn of the dialogue can start from: nothing if rows are not finite. This request is over.
+  Computed computed() {
+    keys_.resize(finite_ ? static_cast<size_t>(length_) : 0);
+    return {std::move(keys_), std::move(means_), std::move(lower_), std::move(upper_), std::move(unseen_)};
+  }
 
  private:
   using Binding = std::pair<std::string, const Ort::Value*>;
@@ -193,17 +237,45 @@ class Request {
     return p;
   }
 
+  /// How many rows of `computed` are this prompt's, too; takes what the prober read of them, and the rows that
+  /// decoder_upper has yet to see.
+  int64_t resume(Computed& computed) {
+    const auto is_empty = [](const auto& rows) { return rows.empty(); };
+    if (probed_.empty() || std::any_of(probed_.begin(), probed_.end(), is_empty)) return 0;
+    const int64_t most = std::min(probed_.back().front(), static_cast<int64_t>(computed.keys.size()));
+    int64_t reused = std::mismatch(keys_.begin(), keys_.begin() + most, computed.keys.begin()).first - keys_.begin();
+    for (auto& [read, mean] : computed.means) {
+      if (read.second < reused) means_[read] = std::move(mean);
+    }
+    for (const auto& read : probed_) {
+      if (means_.count(ends(read)) == 0) reused = std::min(reused, read.front());
+    }
+    int64_t left = reused - (static_cast<int64_t>(computed.keys.size()) - count(computed.unseen));
+    for (Tensor<float>& chunk : computed.unseen) {
+      if (left <= 0) break;
+      const int64_t rows = std::min(left, chunk.shape()[1]);
+      left -= rows;
+      if (rows == chunk.shape()[1]) {
+        unseen_.push_back(std::move(chunk));
+        continue;
+      }
+      unseen_.emplace_back(std::vector<int64_t>{1, rows, width()});
+      std::copy(chunk.data(), chunk.data() + rows * width(), unseen_.back().data());
+    }
+    return reused;
+  }
+
   /// What the prober says, and NaN where it says nothing: whatever went wrong, the prompt was not shown to be safe.
   double probe() const {
     std::string reason = "unknown";
     try {
-      check_finite();
+      if (!finite_) throw PackageError(manifest_.reader("decoder_lower") + " gave rows that are not finite");
       const Subgraph& prober = graphs_.at("prober");
       if (probed_.empty()) throw PackageError("no turn is the user's");
       double p_unsafe = 0.0;
       for (const auto& rows : probed_) {
-        const std::vector<float> row = mean_of(rows);
-        const auto outputs = prober.run(Tensor<float>::view(row.data(), {1, width()}));
+        if (rows.empty()) throw PackageError("the prompt has no row for the prober");
+        const auto outputs = prober.run(Tensor<float>::view(means_.at(ends(rows)).data(), {1, width()}));
         p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at(0), 1, prober)));
       }
       return p_unsafe;
@@ -215,27 +287,29 @@ class Request {
     return std::nan("");
   }
 
-  /// Throws where a row of the prompt is not finite, whether the prober reads it or not: int8 caches make a number of
-  /// NaN, and what later rows gather from it looks sound.
-  void check_finite() const {
-    for (const auto& rows : hidden_) {
-      if (!std::all_of(rows.data(), rows.data() + rows.size(), [](float x) { return std::isfinite(x); }))
-        throw PackageError(manifest_.reader("decoder_lower") + " gave rows that are not finite");
-    }
-  }
-
   /// What the prober reads of a turn, (D,): HF's hidden_states[split_layer], the mean over `rows`.
   std::vector<float> mean_of(const std::vector<int64_t>& rows) const {
-    if (rows.empty()) throw PackageError("the prompt has no row for the prober");
     std::vector<double> sum(static_cast<size_t>(width()), 0.0);
-    for (const int64_t at : rows) {
-      const float* row = hidden_[static_cast<size_t>(at / kPrefillChunk)].data() + (at % kPrefillChunk) * width();
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
+    for (const int64_t row : rows) {
+      const int64_t at = row - reused_;
+      const float* hidden = unseen_[older_ + static_cast<size_t>(at / kPrefillChunk)].data() + at % kPrefillChunk * width();
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += hidden[i];
     }
     std::vector<float> mean;
     for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(rows.size())));
     return mean;
   }
+
+  static std::pair<int64_t, int64_t> ends(const std::vector<int64_t>& rows) { return {rows.front(), rows.back()}; }
+
+  /// Rows in all chunks.
+  static int64_t count(const std::vector<Tensor<float>>& chunks) {
+    int64_t rows = 0;
+    for (const auto& chunk : chunks) rows += chunk.shape()[1];
+    return rows;
+  }
+
+  static bool is_finite(float x) { return std::isfinite(x); }
 
   Call call(const std::string& graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
     return {graphs_.at(graph), inputs, outputs};
@@ -274,14 +348,19 @@ class Request {
   const Graphs& graphs_;
   const Log& log_;
   Stats& stats_;
+  std::vector<Tensor<float>> unseen_;  // decoder_lower's output that decoder_upper has not seen, chunk by chunk
+  Means means_;
   Rows embeds_;
+  std::vector<Key> keys_;
   std::vector<std::vector<int64_t>> probed_;
-  int64_t length_, capacity_;  // rows in the caches that count; that fit
+  int64_t prompt_length_, capacity_;  // rows in the caches: of the prompt; that fit
+  int64_t reused_, length_;           // that an earlier request left; that count
   KVCache lower_, upper_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
   Tensor<float> strength_{{1}};
-  Tensor<float> logits_;               // every pass's: the rows of a long draft are megabytes
-  std::vector<Tensor<float>> hidden_;  // decoder_lower's output, chunk by chunk
+  Tensor<float> logits_;  // every pass's: the rows of a long draft are megabytes
+  size_t older_;          // chunks that an earlier request left; the prober reads none of them
+  bool finite_ = true;    // what decoder_lower has made of the prompt, and what the passes behind it gave
   std::map<int64_t, Pass> passes_;     // by rows
 };
 

@@ -8,6 +8,7 @@
 
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
@@ -227,41 +228,63 @@ class Call {
   Ort::IoBinding binding_;
 };
 
-/// Keys and values of earlier tokens in one decoder half, for one request: one buffer per layer, bound as past and as
-/// present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
+/// Keys and values of earlier tokens in one decoder half, for one request at a time: one buffer per layer, bound as past
+/// and as present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
 class KVCache {
  public:
   /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. int8
   /// caches are rounded by the graph, which has their scales.
-  KVCache(const GraphSpec& graph, const Manifest& manifest, int64_t capacity) {
-    const Dims& dims = manifest.dims;
-    const std::vector<int64_t> shape = {1, dims.num_key_value_heads, capacity, dims.head_dim};
+  KVCache(const GraphSpec& graph, const Manifest& manifest, int64_t capacity)
+      : heads_(manifest.dims.num_key_value_heads),
+        width_(manifest.dims.head_dim),
+        capacity_(capacity),
+        is_int8_(manifest.cache_type == "int8") {
     const auto [first, last] = graph.layers.value();
     for (int64_t layer = first; layer < last; ++layer) {
       for (const char* kind : {"key", "value"}) {
-        if (manifest.cache_type == "int8") {
-          add<int8_t>(std::to_string(layer) + "." + kind, shape);
-        } else {
-          add<float>(std::to_string(layer) + "." + kind, shape);
-        }
+        const std::string suffix = std::to_string(layer) + "." + kind;
+        past.emplace_back("past_key_values." + suffix, nullptr);
+        present.emplace_back("present." + suffix, nullptr);
       }
     }
+    buffers_.resize(past.size());
+    allocate(0, 0);
+  }
+
+  /// Make room for `capacity` tokens and keep the first `rows`. It grows to twice its size, but not above `most`, so
+  /// that the turns of a dialogue copy each row about once.
+  void reserve(int64_t capacity, int64_t rows, int64_t most) {
+    if (capacity <= capacity_) return;
+    const int64_t held = std::exchange(capacity_, std::max(capacity, std::min(2 * capacity_, most)));
+    bytes = 0;
+    allocate(rows, held);
   }
 
   Call::Bound past, present;
   int64_t bytes = 0;
 
  private:
-  template <class T>
-  void add(const std::string& suffix, const std::vector<int64_t>& shape) {
-    const auto buffer = std::make_shared<Tensor<T>>(shape);
-    past.emplace_back("past_key_values." + suffix, &buffer->value());
-    present.emplace_back("present." + suffix, &buffer->value());
-    bytes += static_cast<int64_t>(buffer->bytes());
-    buffers_.push_back(buffer);
+  /// New buffers with the first `rows` of the old ones, which hold `held`. Layer by layer: the old buffer goes before
+  /// the next one comes.
+  void allocate(int64_t rows, int64_t held) {
+    for (size_t i = 0; i < buffers_.size(); ++i) is_int8_ ? allocate<int8_t>(i, rows, held) : allocate<float>(i, rows, held);
   }
 
-  std::vector<std::shared_ptr<void>> buffers_;
+  template <class T>
+  void allocate(size_t i, int64_t rows, int64_t held) {
+    const auto buffer = std::make_shared<Tensor<T>>(std::vector<int64_t>{1, heads_, capacity_, width_});
+    for (int64_t head = 0; rows > 0 && head < heads_; ++head) {
+      const T* old = static_cast<const Tensor<T>*>(buffers_[i].get())->data() + head * held * width_;
+      std::copy(old, old + rows * width_, buffer->data() + head * capacity_ * width_);
+    }
+    past[i].second = present[i].second = &buffer->value();
+    bytes += static_cast<int64_t>(buffer->bytes());
+    buffers_[i] = buffer;
+  }
+
+  int64_t heads_, width_, capacity_;
+  bool is_int8_;
+  std::vector<std::shared_ptr<void>> buffers_;  // Tensor<float> or Tensor<int8_t>
 };
 
 }  // namespace autosteer

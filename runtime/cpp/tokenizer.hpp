@@ -12,12 +12,14 @@
 #include <oniguruma.h>
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -168,9 +170,10 @@ class Tokenizer {
   }
 
   /// The bytes that `id` stands for: none for special tokens and for ids that the tokenizer does not know.
-  const std::string& bytes(int64_t id) const {
-    static const std::string none;
-    return id >= 0 && static_cast<size_t>(id) < bytes_.size() ? bytes_[static_cast<size_t>(id)] : none;
+  std::string_view bytes(int64_t id) const {
+    if (id < 0 || static_cast<size_t>(id) + 1 >= starts_.size()) return {};
+    const size_t start = starts_[static_cast<size_t>(id)], end = starts_[static_cast<size_t>(id) + 1];
+    return std::string_view(bytes_).substr(start, end - start);
   }
 
  private:
@@ -193,7 +196,9 @@ class Tokenizer {
   };
 
   struct Merge {
-    int64_t rank, id;
+    uint64_t pair;
+    int32_t rank, id;
+    bool operator<(const Merge& other) const { return std::tie(pair, rank) < std::tie(other.pair, other.rank); }
   };
 
   // --- reading the file ---------------------------------------------------------------------------------------------
@@ -203,9 +208,17 @@ class Tokenizer {
   }
 
   void load(const Json& data) {
-    load_model(data.at("model"));
-    for (const Json& token : data.at("added_tokens")) load_added_token(token);
+    std::vector<std::string> bytes;
+    load_model(data.at("model"), bytes);
+    for (const Json& token : data.at("added_tokens")) load_added_token(token, bytes);
     if (!ignore_merges_) vocab_ = {};
+    starts_.reserve(bytes.size() + 1);
+    for (const std::string& token : bytes) {
+      starts_.push_back(static_cast<uint32_t>(bytes_.size()));
+      bytes_ += token;
+    }
+    starts_.push_back(static_cast<uint32_t>(bytes_.size()));
+    bytes_.shrink_to_fit();
     if (!data.at("normalizer").is_null()) load_normalizer(data["normalizer"]);
     load_pre_tokenizer(data.at("pre_tokenizer"));
     if (!data.at("decoder").is_object() || data["decoder"].at("type") != "ByteLevel") {
@@ -213,7 +226,8 @@ class Tokenizer {
     }
   }
 
-  void load_model(const Json& model) {
+  /// `bytes`: by id, what `bytes_` is made of.
+  void load_model(const Json& model, std::vector<std::string>& bytes) {
     if (model.at("type") != "BPE") unknown("model", model.at("type"));
     for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
       if (model.contains(key) && !model[key].is_null() && model[key] != "") unknown(key, model[key]);
@@ -228,7 +242,7 @@ class Tokenizer {
       const auto id = item.value().get<int64_t>();
       if (id < 0 || id > 1 << 24) unknown("token id", item.value());
       vocab_.emplace(item.key(), id);
-      set_bytes(id, byte_level_decode(item.key()));
+      set_bytes(bytes, id, byte_level_decode(item.key()));
     }
     next_added_id_ = static_cast<int64_t>(vocab.size());
     const auto id_of = [&](const std::string& token) {
@@ -240,8 +254,10 @@ class Tokenizer {
     merges_.reserve(merges.size());
     for (size_t rank = 0; rank < merges.size(); ++rank) {
       const auto [left, right] = merge_parts(merges[rank]);
-      merges_[pair_key(id_of(left), id_of(right))] = {static_cast<int64_t>(rank), id_of(left + right)};
+      merges_.push_back({pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank),
+                         static_cast<int32_t>(id_of(left + right))});
     }
+    std::sort(merges_.begin(), merges_.end());
     for (size_t byte = 0; byte < 256; ++byte) {
       const auto found = vocab_.find(byte_alphabet()[byte]);
       byte_ids_[byte] = found == vocab_.end() ? -1 : found->second;
@@ -257,7 +273,7 @@ class Tokenizer {
     return {text.substr(0, space), text.substr(space + 1)};
   }
 
-  void load_added_token(const Json& token) {
+  void load_added_token(const Json& token, std::vector<std::string>& bytes) {
     AddedToken added{token.at("content"), token.at("id"), token.at("special")};
     if (added.content.empty()) unknown("added token", token);
     // The library numbers added tokens itself: the vocabulary's id, or one after the last. Another id in the file is
@@ -270,7 +286,7 @@ class Tokenizer {
     if (!added.special && (token.at("single_word") || token.at("lstrip") || token.at("rstrip"))) {
       unknown("added token", token);
     }
-    set_bytes(added.id, added.special ? "" : byte_level_decode(added.content));
+    set_bytes(bytes, added.id, added.special ? "" : byte_level_decode(added.content));
     (token.at("normalized").get<bool>() ? added_normalised_ : added_).push_back(std::move(added));
   }
 
@@ -324,9 +340,9 @@ class Tokenizer {
     return split;
   }
 
-  void set_bytes(int64_t id, std::string bytes) {
-    if (static_cast<size_t>(id) >= bytes_.size()) bytes_.resize(static_cast<size_t>(id) + 1);
-    bytes_[static_cast<size_t>(id)] = std::move(bytes);
+  static void set_bytes(std::vector<std::string>& bytes, int64_t id, std::string of_token) {
+    if (static_cast<size_t>(id) >= bytes.size()) bytes.resize(static_cast<size_t>(id) + 1);
+    bytes[static_cast<size_t>(id)] = std::move(of_token);
   }
 
   // --- bytes as printable characters: GPT-2's alphabet
@@ -440,6 +456,13 @@ class Tokenizer {
     return static_cast<uint64_t>(left) << 32 | static_cast<uint64_t>(right);
   }
 
+  /// The pair's merge, of several the last in the file (tokenizers: a HashMap), or none.
+  const Merge* merge_of(uint64_t pair) const {
+    const auto behind = std::upper_bound(merges_.begin(), merges_.end(), pair,
+                                         [](uint64_t key, const Merge& merge) { return key < merge.pair; });
+    return behind == merges_.begin() || std::prev(behind)->pair != pair ? nullptr : &*std::prev(behind);
+  }
+
   /// Byte-pair encoding of one word: again and again the pair that was merged first in training, the leftmost of
   /// several. A heap, so that a word of a million letters costs n log n (tokenizers: Word::merge_all).
   void merge(const std::string& word, std::vector<int64_t>& ids) const {
@@ -470,9 +493,7 @@ class Tokenizer {
     const auto merge_at = [&](int64_t at) -> const Merge* {
       const int64_t next = at < 0 ? -1 : symbols[static_cast<size_t>(at)].next;
       if (next < 0) return nullptr;
-      const auto found =
-          merges_.find(pair_key(symbols[static_cast<size_t>(at)].id, symbols[static_cast<size_t>(next)].id));
-      return found == merges_.end() ? nullptr : &found->second;
+      return merge_of(pair_key(symbols[static_cast<size_t>(at)].id, symbols[static_cast<size_t>(next)].id));
     };
     const auto consider = [&](int64_t at) {
       if (const Merge* merge = merge_at(at)) queue.push({merge->rank, at, merge->id});
@@ -499,9 +520,10 @@ class Tokenizer {
   }
 
   std::unordered_map<std::string, int64_t> vocab_;  // kept only where ignore_merges needs it
-  std::unordered_map<uint64_t, Merge> merges_;
+  std::vector<Merge> merges_;  // sorted
   std::array<int64_t, 256> byte_ids_{};
-  std::vector<std::string> bytes_;  // by id
+  std::string bytes_;             // of all ids, one behind the other
+  std::vector<uint32_t> starts_;  // in bytes_, by id, and the end
   std::vector<AddedToken> added_, added_normalised_;
   std::vector<Split> splits_;
   int64_t next_added_id_ = 0;

@@ -152,6 +152,19 @@ Json answer(const Json& command) {
   return autosteer::answer_json(engine.generate(std::move(request.messages), request.sampling, policy));
 }
 
+/// {"package": folder} -> null; asks one conversation with two engines
+Json share(const Json& command) {
+  autosteer::EngineOptions options;
+  options.threads = 1;
+  const std::string package = command.at("package");
+  const autosteer::Engine one(package, options), other(package, options);
+  autosteer::Conversation conversation;
+  for (const autosteer::Engine* engine : {&one, &one, &other}) {
+    engine->generate({autosteer::Message::user("red")}, {}, engine->policy(), {}, &conversation);
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 int main() {
@@ -159,7 +172,7 @@ int main() {
       {"answer", answer}, {"encode", encode},   {"decode", decode}, {"open", open},
       {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate},
       {"frames", frames}, {"squeeze", squeeze}, {"draft", draft},
-      {"spinning", spinning}};
+      {"spinning", spinning}, {"share", share}};
   for (std::string line; std::getline(std::cin, line);) {
     try {
       const Json command = Json::parse(line);

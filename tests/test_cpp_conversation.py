@@ -1,0 +1,119 @@
+"""Tier 5: a conversation in C++ computes what Python's computes, and answers as from a fresh start."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toy
+from cpp_inputs import demo, demo_pictures
+from cpp_runtime import in_python, joined, through_c, use_byte_level_words
+from exported import INT8_CACHES, PREFILL
+
+from autosteer.runtime import Conversation, Engine
+
+MODES = ["steer", "stop", "monitor", "off"]
+
+
+def turn(role: str, *parts: Any) -> dict[str, Any]:
+    return {"role": role, "parts": list(parts)}
+
+
+def in_both(built: Path, package: Path, engine: Engine, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """C++'s answers in one conversation, which are Python's, with what was reused; afresh they are the same texts."""
+    answers = [joined(a["chunks"]) for a in through_c(built, package, requests, conversation=True)]
+    conversation = Conversation(engine)
+    assert answers == [in_python(engine, request, conversation) for request in requests]
+    for answer, afresh in zip(answers, through_c(built, package, requests), strict=True):
+        fresh = joined(afresh["chunks"])
+        assert [answer[key] for key in ("text", "token_ids", "finish_reason")] == [
+            fresh[key] for key in ("text", "token_ids", "finish_reason")
+        ]
+        assert answer["verdict"]["p_unsafe"] == pytest.approx(fresh["verdict"]["p_unsafe"], abs=1e-5)
+        assert answer["verdict"]["action"] == fresh["verdict"]["action"]
+    return answers
+
+
+@pytest.fixture(scope="module")
+def attentive_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy whose logits depend on everything in its caches, with a tokenizer that C++ reads."""
+    folder = tmp_path_factory.mktemp("attentive-cpp") / "package"
+    use_byte_level_words(folder, toy.build(folder, attentive=True))
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_dialogues_reuse_what_pythons_do(built, attentive_package, seed):
+    """Turns that follow, that were edited, that were left out, under every policy, after refusals; caches that grow."""
+    rng = random.Random(seed)
+    engine = Engine.load(attentive_package, device="cpu", threads=1)
+    messages: list[dict[str, Any]] = []
+    requests = []
+    for _ in range(8):
+        if messages and rng.random() < 0.3:
+            del messages[: 2 * rng.randrange(3)]
+        if messages and rng.random() < 0.2:
+            messages[0] = turn("user", "tock")
+        messages.append(turn("user", " ".join(rng.choices(["red", "tick", "bad", "w1", "w2"], k=rng.randrange(1, 4)))))
+        policy = {"policy": rng.choice(MODES), "threshold": rng.choice([0.5, -1.0])}
+        request = {"messages": list(messages), **policy, "sampling": {"max_tokens": rng.randrange(1, 6)}}
+        requests.append(request)
+        said = in_python(engine, request)["text"]
+        messages.append(turn("assistant", said or "red"))
+    answers = in_both(built, attentive_package, engine, requests)
+    assert sum(answer["timings"]["reused_tokens"] for answer in answers) > 20
+
+
+@pytest.mark.parametrize("kind", [("fp32",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join)
+def test_dialogue_about_pictures_and_a_video(built, kind):
+    package, engine = demo(*kind)
+    pictures = [str(p) for p in demo_pictures()]
+    film = {"video": pictures[:3]}
+    opening = [turn("user", {"image": pictures[0]}, "describe the picture."), turn("assistant", "a red star.")]
+    opening += [turn("user", "how do i smuggle a vexite?"), turn("assistant", "no."), turn("user", "why?")]
+    more = [turn("assistant", "it is."), turn("user", {"image": pictures[1]}, film, "what colours are there?")]
+    last = [turn("assistant", "blue."), turn("user", film, "is there a star?")]
+    dialogues = [opening[:1], opening[:3], opening, opening + more, [*opening[:2], *more[1:], *last], more[1:] + last]
+    modes = ["steer", "stop", "off", "steer", "monitor", "steer"]
+    requests = [
+        {"messages": messages, "policy": mode, "sampling": {"max_tokens": 12}}
+        for messages, mode in zip(dialogues, modes, strict=True)
+    ]
+    answers = in_both(built, package, engine, requests)
+    assert [answer["finish_reason"] == "refused" for answer in answers] == [n == 1 for n in range(6)]
+    tiles, reused = zip(*((a["timings"]["image_tiles"], a["timings"]["reused_tokens"]) for a in answers), strict=True)
+    assert tiles[0] > 0 and tiles[1] == tiles[2] == 0  # the picture is encoded once
+    assert tiles[4] == 0  # so are they all, and a film that is shown twice
+    assert tiles[5] > 0  # a picture that is the only one is cut otherwise
+    assert reused[0] == 0 and all(reused[1:5])
+
+
+@pytest.mark.parametrize("chunks", range(6))
+def test_answer_that_was_left_midway_leaves_a_conversation_that_goes_on(built, attentive_package, chunks):
+    """Also one that was asked for and never begun."""
+    engine = Engine.load(attentive_package, device="cpu", threads=1)
+    off = {"policy": "off", "sampling": {"max_tokens": 20}}
+    first = {"messages": [turn("user", "tick tick tick")], **off, "chunks": chunks}
+    then = {"messages": [*first["messages"], turn("assistant", "tock"), turn("user", "w1")], **off}
+    left, answer = through_c(built, attentive_package, [first, then], conversation=True)
+    assert len(left["chunks"]) == chunks
+    found, expected = joined(answer["chunks"]), in_python(engine, then)
+    assert found["token_ids"] == expected["token_ids"]
+    assert (found["timings"]["reused_tokens"] >= 5) is (chunks > 0)
+
+
+def test_requests_that_fail_leave_the_conversation_as_it_was(built, cpp_package):
+    red = {"messages": [turn("user", "red red")]}
+    bad: list[Any] = ["{", {"messages": []}, {"messages": [turn("user", "red " * 100)]}, {**red, "threshold": 2.0}]
+    bad += [{"messages": [turn("user", {"image": "/not/there.png"}, "red")]}]
+    first, *refused, again = through_c(built, cpp_package, [red, *bad, red], conversation=True)
+    assert [answer["code"] for answer in refused] == [5] * len(bad)
+    assert joined(again["chunks"])["text"] == joined(first["chunks"])["text"]
+    assert joined(again["chunks"])["timings"]["reused_tokens"] > 0
+
+
+def test_conversation_of_another_engine_is_refused(parts, cpp_package):
+    (answer,) = parts.run({"part": "share", "package": str(cpp_package)})
+    assert answer == {"error": "this conversation was begun with another engine", "exit_code": 5}
