@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from exported import INT8_CACHES, demo_engine, demo_package
+from cpp_inputs import demo
+from exported import INT8_CACHES, PREFILL, demo_package
 
 from autosteer.runtime import Message, SamplingConfig
 from autosteer.runtime.text import render
@@ -44,10 +45,10 @@ def node(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [(), (INT8_CACHES,)], ids="".join)
-def test_node_gives_the_token_ids_and_verdicts_of_python(node, options):
+@pytest.mark.parametrize("kind", [("fp32",), ("fp32", INT8_CACHES), ("int4", PREFILL)], ids="-".join)
+def test_node_gives_the_token_ids_and_verdicts_of_python(node, kind):
     """Free and steered answers, from token ids; nothing of ours but the manifest and the graphs."""
-    engine = demo_engine("fp32", *options)
+    package, engine = demo(*kind)
     requests, expected = [], []
     for prompt in PROMPTS:
         (ids,) = render([Message.user(prompt)], engine.manifest.prompt, engine.tokenizer)
@@ -56,7 +57,7 @@ def test_node_gives_the_token_ids_and_verdicts_of_python(node, options):
             policy = engine.policy("steer", threshold=threshold)
             expected.append(engine.generate(prompt, policy=policy, sampling=SamplingConfig(max_tokens=16)))
     done = subprocess.run(
-        ["node", "smoke.mjs", str(demo_package("fp32", *options))],
+        ["node", "smoke.mjs", str(package)],
         cwd=node,
         input="".join(json.dumps(r) + "\n" for r in requests),
         capture_output=True,

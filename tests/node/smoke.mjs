@@ -47,6 +47,9 @@ function emptyCaches(half) {
   return caches;
 }
 
+/** The graph that reads prompts: a copy of the half, its weights rounded otherwise, where the package has one. */
+const reader = (half) => (sessions[half.replace("decoder", "prefill")] ? half.replace("decoder", "prefill") : half);
+
 /** Run one half over new rows; `total` counts them and all before. The caches grow in place. */
 async function runHalf(half, feeds, caches, total) {
   const lengths = { seqlens_k: int32(total - 1, [1]), total_sequence_length: int32(total, []) };
@@ -72,17 +75,18 @@ async function answer({ token_ids, max_tokens, threshold }) {
   const upper = emptyCaches("decoder_upper");
   let total = token_ids.length;
   const { inputs_embeds } = await sessions.embed_tokens.run({ input_ids: ints(token_ids) });
-  let { hidden_states } = await runHalf("decoder_lower", { inputs_embeds }, lower, total);
+  let { hidden_states } = await runHalf(reader("decoder_lower"), { inputs_embeds }, lower, total);
 
   if (manifest.prober.pooling !== "last") throw new Error("this example knows probers of one row only");
   const at = (total + manifest.prober.token_offset) * D;
-  const p_unsafe = await probe(hidden_states.data.slice(at, at + D));
+  const p_unsafe = hidden_states.data.every(Number.isFinite) ? await probe(hidden_states.data.slice(at, at + D)) : NaN;
   const safe = 0 <= p_unsafe && p_unsafe <= (threshold ?? manifest.prober.threshold) && p_unsafe <= 1;
 
   const generated = [];
   while (true) {
     const num_logits = new ort.Tensor("int64", BigInt64Array.of(1n), [1]);
-    let { last_hidden_state } = await runHalf("decoder_upper", { hidden_states, num_logits }, upper, total);
+    const half = generated.length ? "decoder_upper" : reader("decoder_upper");
+    let { last_hidden_state } = await runHalf(half, { hidden_states, num_logits }, upper, total);
     if (!safe) {
       const strength = floats([manifest.refusal.strength], [1]);
       const steered = await sessions.refusal_head.run({ last_hidden_state, strength });
