@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,8 +186,8 @@ def chat(
     from .text import Message
     from .video import open_video
 
-    commands = "/image FILE, /video FILE, /new, Ctrl-D"
-    click.echo("Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves.", err=True)
+    help_text = "Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves."
+    click.echo(help_text, err=True)
     dialogue: list[Message] = []
     conversation = Conversation(engine)
     while True:
@@ -198,16 +200,20 @@ def chat(
         if command in ("/image", "/video"):
             try:  # here, so that a mistyped name cannot spoil the turns to come
                 if command == "/video":
-                    videos.append(open_video(rest.strip(), frames))
+                    if engine.manifest.video is None:
+                        raise InputError("this model takes no videos")
+                    videos.append(open_video(typed_path(rest), frames))
                 else:
-                    open_image(rest.strip())
-                    images.append(Path(rest.strip()))
+                    if engine.manifest.image is None:
+                        raise InputError("this model takes no images")
+                    open_image(typed_path(rest))
+                    images.append(typed_path(rest))
             except InputError as err:
                 click.echo(f"error: {err}", err=True)
         elif command == "/new":
             dialogue, images, videos, conversation = [], [], [], Conversation(engine)
         elif line.startswith("/"):
-            click.echo(f"{command}: not a command ({commands})", err=True)
+            click.echo(help_text if command == "/help" else f"{command}: not a command. {help_text}", err=True)
         elif line:
             turn = Message.user(line, images, videos)
             try:
@@ -222,6 +228,18 @@ def chat(
                 else:
                     click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []
+
+
+def typed_path(text: str) -> Path:
+    """A file's name as somebody types it, or as a terminal writes the file that is dropped on it: in quotes, or with
+    backslashes.
+    """
+    path = Path(text.strip()).expanduser()
+    with contextlib.suppress(ValueError):  # quotes that nobody closed
+        words = shlex.split(text)
+        if len(words) == 1 and not path.exists():
+            return Path(words[0]).expanduser()
+    return path
 
 
 def verdict_line(verdict: Verdict) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -23,6 +24,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 def run_command(command: click.Command) -> NoReturn:
     """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted."""
     name = command.name
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by `>&-`
+            setattr(sys, stream, open(os.devnull, "r" if stream == "stdin" else "w"))  # noqa: SIM115
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, of pictures that it then opens
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that half-written output is removed
     try:
         code = command.main(standalone_mode=False)

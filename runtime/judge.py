@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import re
 import shlex
+import signal
 import subprocess
 import threading
 from typing import Protocol
@@ -172,7 +174,13 @@ class CommandJudge:
         try:
             words = shlex.split(command)
             self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", bufsize=1
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                bufsize=1,
+                start_new_session=True,  # so that what a script has started ends with it
             )
         except (ValueError, OSError, IndexError) as err:
             raise InputError(f"--judge-command {command!r}: cannot be started ({err})") from err
@@ -221,5 +229,5 @@ class CommandJudge:
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

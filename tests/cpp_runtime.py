@@ -129,9 +129,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
     )
-    return python_json(
-        engine, messages, sampling=SamplingConfig(**sampling), policy=policy, conversation=conversation
-    )
+    return python_json(engine, messages, sampling=SamplingConfig(**sampling), policy=policy, conversation=conversation)
 
 
 CTYPES = """

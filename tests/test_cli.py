@@ -24,7 +24,7 @@ import toy
 from PIL import Image
 
 from autosteer.runtime import Manifest
-from autosteer.runtime.cli import check_main, eval_main, run_main, verdict_line
+from autosteer.runtime.cli import check_main, eval_main, run_main, typed_path, verdict_line
 from autosteer.runtime.console import dumps
 from autosteer.runtime.gate import Action, GatePolicy, Mode, decide
 from autosteer.runtime.judge import RuleJudge
@@ -170,7 +170,7 @@ def test_chat(package, tmp_path):
     chat.type("/image gone.png\n")
     chat.expect("error: gone.png: no such image file")
     chat.expect("> ")
-    chat.type(f"/image {tmp_path / 'red.png'}\n")
+    chat.type(f"/image '{tmp_path / 'red.png'}' \n")  # as a terminal writes what is dropped on it
     chat.expect("> ")
     chat.type("red " * 99 + "\n")
     chat.expect("context holds 64")
@@ -182,7 +182,10 @@ def test_chat(package, tmp_path):
     chat.expect("error: gone: no such video file or folder")
     chat.expect("> ")
     chat.type("/nonsense\n")
-    chat.expect("/nonsense: not a command")
+    chat.expect("/nonsense: not a command. Type a message. ")
+    chat.expect("> ")
+    chat.type("/help\n")
+    chat.expect("/new starts over")
     chat.expect("> ")
     chat.type("/new\n")
     chat.expect("> ")
@@ -195,7 +198,57 @@ def test_chat(package, tmp_path):
     assert chat.exit_code() == 0
 
 
+def test_chat_with_a_model_of_text_keeps_no_picture_that_would_fail_every_turn(unguarded_package, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    chat = Terminal(program("autosteer-run"), unguarded_package, "--device", "cpu", "--threads", "1", "--policy", "off")
+    for kind in ("image", "video"):
+        chat.expect("> ")
+        chat.type(f"/{kind} {tmp_path / 'black.png'}\n")
+        chat.expect(f"error: this model takes no {kind}s")
+    chat.expect("> ")
+    chat.type("red\n")
+    assert "orange yellow green" in chat.expect("on CPUExecutionProvider]")
+    chat.expect("> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("red.png ", "red.png"),
+        ("'a b.png' ", "a b.png"),
+        ('"a b.png"', "a b.png"),
+        ("a\\ b.png", "a b.png"),
+        ("a b.png", "a b.png"),
+        ("don't.png", "don't.png"),
+        ("'odd'.png", "'odd'.png"),  # there is one of that name
+        ("~/red.png", "{home}/red.png"),
+    ],
+)
+def test_files_are_named_as_somebody_types_them_or_drops_them_on_a_terminal(tmp_path, monkeypatch, typed, names):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "'odd'.png").touch()
+    assert typed_path(typed) == Path(names.format(home=tmp_path))
+
+
 # --- autosteer-run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&-", 0)])
+def test_closed_streams_are_no_traceback(package, closed, code):
+    command = f"{program('autosteer-run')} {package} -p red --device cpu --threads 1 {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("orange yellow green" in done.stdout) is (not closed.startswith(">"))
+
+
+def test_picture_of_a_hundred_megapixels_is_opened_without_a_word_of_pillows(package, tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    command = [program("autosteer-run"), package, "-p", "look", "-i", tmp_path / "large.png", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize(

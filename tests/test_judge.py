@@ -149,3 +149,17 @@ def test_judges_have_different_names(tmp_path):
     judge = CommandJudge("cat", timeout_s=1)
     judge.close()
     assert judge.name == "command: cat" != RuleJudge().name
+
+
+def test_what_a_judge_has_started_ends_with_it(tmp_path):
+    """A script's child held the pipe open, and went on computing after the time was up."""
+    script = tmp_path / "judge.sh"
+    script.write_text(f"sleep 60 & echo $! > {tmp_path / 'child'}; wait\n")
+    with pytest.raises(InputError, match="no verdict within"):
+        CommandJudge(f"bash {script}", timeout_s=0.5).refused("a", "b")
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("still there")
