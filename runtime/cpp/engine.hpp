@@ -95,12 +95,14 @@ class Engine {
     environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
+      if (spec.layers) pages_.give_back();  // what the large graphs leave, before the next one comes
     };
     // First what takes the most memory for a moment while it loads, best while nothing else is there.
     for (const char* name : {"vision_encoder", "image_tokenizer", "lm_head"}) {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
+    pages_.give_back();
     pages_.place();
   }
 
@@ -315,14 +317,17 @@ class Engine {
     }
   }
 
-  /// Token ids (n,) -> their rows (n, D).
+  /// Token ids (n,) -> their rows (n, D), a few at a time: onnxruntime's arena keeps what it once had to hold.
   Rows embed(const std::vector<int64_t>& token_ids) const {
-    const auto n = static_cast<int64_t>(token_ids.size());
-    if (n == 0) return {manifest.dims.hidden_size, {}};
     const Subgraph& table = graph("embed_tokens");
-    const auto outputs = table.run(Tensor<int64_t>::view(token_ids.data(), {1, n}));
+    const auto size = static_cast<int64_t>(token_ids.size());
     Rows rows{manifest.dims.hidden_size, {}};
-    rows.append(floats(outputs.at(0), n * rows.width, table), n);
+    rows.data.reserve(token_ids.size() * static_cast<size_t>(rows.width));
+    for (int64_t first = 0; first < size; first += kPrefillChunk) {
+      const int64_t n = std::min(kPrefillChunk, size - first);
+      const auto outputs = table.run(Tensor<int64_t>::view(token_ids.data() + first, {1, n}));
+      rows.append(floats(outputs.at(0), n * rows.width, table), n);
+    }
     return rows;
   }
 

@@ -36,20 +36,22 @@ class Pages {
     if (mover_.joinable()) mover_.join();
   }
 
-  /// Give back what loading has read of mapped files, and move onto huge pages what memory it has filled: in a thread
-  /// and after kSettled, because it takes from a tenth of a second to more than one, during which the first answer
-  /// would wait. Addresses come out of /proc and may have become another thread's by then: none of this advice changes
-  /// what memory holds.
+  // Addresses come out of /proc and may have become another thread's when advice on them is given: none of this advice
+  // changes what memory holds.
+
+  /// Give back what loading has read of mapped files.
+  void give_back() const {
+    for (const Mapping& mapping : grown()) {
+      if (mapping.is_file()) madvise(at(mapping.range.first), mapping.range.second - mapping.range.first, kPageOut);
+    }
+  }
+
+  /// Move onto huge pages what memory loading has filled: in a thread and after kSettled, because it takes from a tenth
+  /// of a second to more than one, during which the first answer would wait.
   void place() {
     std::vector<Range> now;
-    for (const Mapping& mapping : mappings()) {
-      const auto earlier = before_.find(mapping.range);
-      if (earlier != before_.end() && mapping.resident <= earlier->second) continue;
-      if (mapping.is_filled()) {
-        now.push_back(mapping.range);
-      } else if (mapping.is_file()) {
-        madvise(at(mapping.range.first), mapping.range.second - mapping.range.first, kPageOut);
-      }
+    for (const Mapping& mapping : grown()) {
+      if (mapping.is_filled()) now.push_back(mapping.range);
     }
     mover_ = std::thread([this, now = std::move(now)] {
       std::unique_lock lock(mutex_);
@@ -93,6 +95,16 @@ class Pages {
       } else if (!found.empty()) {
         std::sscanf(line.c_str(), "Rss: %lu", &found.back().resident);
       }
+    }
+    return found;
+  }
+
+  /// What is new, or more of which is resident.
+  std::vector<Mapping> grown() const {
+    std::vector<Mapping> found;
+    for (const Mapping& mapping : mappings()) {
+      const auto earlier = before_.find(mapping.range);
+      if (earlier == before_.end() || mapping.resident > earlier->second) found.push_back(mapping);
     }
     return found;
   }

@@ -158,7 +158,8 @@ class Request {
       const Tensor<float>& hidden = unseen_.front();
       done += hidden.shape()[1];
       set_total(done);
-      upper(Use::reading, {"hidden_states", &hidden.value()}, single)();
+      const bool is_last = unseen_.size() == 1;  // the answer's passes need little of what a prompt's take
+      upper(Use::reading, {"hidden_states", &hidden.value()}, single)(is_last ? shrinking() : Ort::RunOptions{nullptr});
     }
     stats_.upper_ms = clock.ms();
     for (Call& call : single.head) call();

@@ -125,6 +125,13 @@ class Tensor {
   Ort::Value value_{nullptr};
 };
 
+/// What the arena holds unused when a run is over goes back.
+inline Ort::RunOptions shrinking() {
+  Ort::RunOptions options;
+  options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
+  return options;
+}
+
 /// A loaded graph.
 class Subgraph {
  public:
@@ -158,9 +165,7 @@ class Subgraph {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    Ort::RunOptions shrinking;
-    shrinking.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
-    return session_.Run(shrinking, &name, &input, 1, outputs.data(), outputs.size());
+    return session_.Run(shrinking(), &name, &input, 1, outputs.data(), outputs.size());
   }
 
   Ort::Session& session() const { return session_; }
@@ -221,7 +226,7 @@ class Call {
   }
 
   /// Run; results are in the output buffers.
-  void operator()() { session_.Run(Ort::RunOptions{nullptr}, binding_); }
+  void operator()(const Ort::RunOptions& options = Ort::RunOptions{nullptr}) { session_.Run(options, binding_); }
 
  private:
   Ort::Session& session_;
