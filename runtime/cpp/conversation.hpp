@@ -30,8 +30,8 @@ class Engine;
 /// What stands for pictures and videos in a prompt, by digest.
 using Encoded = std::map<std::string, std::shared_ptr<const std::vector<Laid>>>;
 
-/// The memory of one dialogue, with the engine that used it first. One thread at a time; a second stream at the same time
-/// finds it empty, and is slower. It must outlive its streams.
+/// The memory of one dialogue, with the engine that used it first and that must outlive it. One thread at a time; a second
+/// stream at the same time finds it empty, and is slower. It must outlive its streams.
 class Conversation {
  public:
   Conversation() = default;
