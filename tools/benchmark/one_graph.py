@@ -76,7 +76,7 @@ class OneGraph:
         self._manifest = Manifest.load(Path(path))
         self._device, _ = find_device("cpu", threads)
         self._spec = join(Path(path), self._manifest, Path(work))
-        with placing(Path(path)):
+        with placing():
             self._graph = Subgraph(Path(work) / self._spec.file, self._spec, self._device)
         self._capacity = max_tokens
 
