@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from .console import dumps
 from .decode import decode
@@ -33,6 +33,11 @@ from .manifest import MANIFEST_FILE, sha256
 from .rates import PairedTest, Rate, mcnemar, rate
 from .readers import Row
 from .sampling import SamplingConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 POLICIES = ("off", "always", "steer", "stop")
 COMPARED = (("off", "steer"), ("always", "steer"), ("steer", "stop"))
@@ -169,15 +174,22 @@ class ResultFile:
     def __init__(self, path: Path, facts: RunFacts, *, force: bool):
         """Open or make it.
 
-        Raises InputError where the file there is of another run, or no result file at all; `force` begins it anew.
+        Raises InputError where the file there is of another run, is being written by one, or is no result file at all;
+        `force` begins it anew.
         """
         self.done: list[Result] = []
-        if path.exists() and not force:
-            self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
-            self._file = path.open("a", encoding="utf-8")
-        else:
-            self._file = path.open("w", encoding="utf-8")
-            self._line({"run": dataclasses.asdict(facts)})
+        existed = path.exists()
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            _lock(self._file, path)
+            if existed and not force:
+                self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
+            else:
+                self._file.truncate(0)
+                self._line({"run": dataclasses.asdict(facts)})
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, result: Result) -> None:
         """Write one result; it is in the file when this returns."""
@@ -192,6 +204,18 @@ class ResultFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Raise InputError where another run has the file; it is this one's until it is closed."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{path}: another autosteer-eval is writing it; wait for it, or choose another --output"
+        ) from None
 
 
 def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list[Result]:

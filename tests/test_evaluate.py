@@ -163,6 +163,20 @@ def test_a_file_of_the_same_run_is_gone_on_with(tmp_path):
         assert [r.group for r in file.done] == ["one", "two"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_another_run_is_writing_is_refused_and_stays(tmp_path, force):
+    """Two runs on one file mixed their lines."""
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        file.append(result(flagged=True))
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"out\.jsonl: another autosteer-eval is writing it"):
+            ResultFile(path, FACTS, force=force)
+        assert path.read_bytes() == before
+    with ResultFile(path, FACTS, force=force) as file:
+        assert len(file.done) == (not force)
+
+
 @pytest.mark.parametrize("cut", [1, 30])
 def test_a_line_that_was_cut_off_is_answered_again(tmp_path, cut):
     path = tmp_path / "out.jsonl"
