@@ -31,7 +31,8 @@ def in_both(built: Path, package: Path, engine: Engine, requests: list[dict[str,
         assert [answer[key] for key in ("text", "token_ids", "finish_reason")] == [
             fresh[key] for key in ("text", "token_ids", "finish_reason")
         ]
-        assert answer["verdict"]["p_unsafe"] == pytest.approx(fresh["verdict"]["p_unsafe"], abs=1e-5)
+        if answer["verdict"]["mode"] != "off":
+            assert answer["verdict"]["p_unsafe"] == pytest.approx(fresh["verdict"]["p_unsafe"], abs=1e-5)
         assert answer["verdict"]["action"] == fresh["verdict"]["action"]
     return answers
 
@@ -64,6 +65,15 @@ def test_random_dialogues_reuse_what_pythons_do(built, attentive_package, seed):
         messages.append(turn("assistant", said or "red"))
     answers = in_both(built, attentive_package, engine, requests)
     assert sum(answer["timings"]["reused_tokens"] for answer in answers) > 20
+
+
+def test_package_without_a_gate_reuses_as_much(built, tmp_path):
+    package = tmp_path / "package"
+    use_byte_level_words(package, toy.build(package, guarded=False, images=False))
+    engine = Engine.load(package, device="cpu", threads=1)
+    turns = [turn("user", "red"), turn("assistant", "orange"), turn("user", "hello")]
+    first, second = in_both(built, package, engine, [{"messages": turns[:n], "policy": "off"} for n in (1, 3)])
+    assert (first["timings"]["reused_tokens"], second["timings"]["reused_tokens"] > 2) == (0, True)
 
 
 @pytest.mark.parametrize("kind", [("fp32",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join)

@@ -58,8 +58,10 @@ autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation, const char* request) {
   auto wanted = autosteer::RequestJson::parse(request);
   const auto policy = engine->policy(wanted.mode, wanted.threshold, wanted.strength);
-  return new autosteer_stream{
-      engine, conversation, engine->stream(std::move(wanted.messages), wanted.sampling, policy, conversation.get()), {}};
+  return new autosteer_stream{engine,
+                              conversation,
+                              engine->stream(std::move(wanted.messages), wanted.sampling, policy, conversation.get()),
+                              {}};
 }
 
 }  // namespace

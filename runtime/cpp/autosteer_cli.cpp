@@ -1,5 +1,5 @@
-// autosteer-cli PACKAGE --prompt TEXT [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the same options, the same
-// --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
+// autosteer-cli PACKAGE --prompt TEXT [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the
+// same options, the same --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
 #include <malloc.h>
 
 #include <cmath>
@@ -104,9 +104,7 @@ Arguments parse(const std::vector<std::string>& words) {
          if (arguments.frames < 1) throw UsageError("Invalid value for '--frames': 1 or more.");
        }},
       {"--policy",
-       [&](auto& o, auto& value) {
-         arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"});
-       }},
+       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"}); }},
       {"--threshold", [&](auto& o, auto& value) { arguments.threshold = as_float(o, value); }},
       {"--strength", [&](auto& o, auto& value) { arguments.strength = as_float(o, value); }},
       {"--max-tokens", [&](auto& o, auto& value) { sampling.max_tokens = as_int(o, value); }},
@@ -122,9 +120,7 @@ Arguments parse(const std::vector<std::string>& words) {
          if (*arguments.engine.max_tiles < 1) throw UsageError("Invalid value for '--max-tiles': 1 or more.");
        }},
       {"--device",
-       [&](auto& o, auto& value) {
-         arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"});
-       }},
+       [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
       {"--threads",
        [&](auto& o, auto& value) {
          const int64_t threads = as_int(o, value);

@@ -7,10 +7,10 @@
 //
 // Nothing is assumed of the messages. A new prompt is compared with the rows that were computed, token by token and
 // picture by picture, and starts where they part: an edited turn, another system prompt or an answer that tokenises
-// otherwise just reuse less. The gate judges the last turn by rows that are always computed anew, and earlier ones of the
-// user's by what it read of them when they came: what was unsafe stays so while it is part of the dialogue. Leave out
-// turns that were refused, and the next ones are judged by themselves. Steering bends what comes out of the last layer
-// and nothing that is kept.
+// otherwise just reuse less. The gate judges the last turn by rows that are always computed anew, and earlier ones of
+// the user's by what it read of them when they came: what was unsafe stays so while it is part of the dialogue. Leave
+// out turns that were refused, and the next ones are judged by themselves. Steering bends what comes out of the last
+// layer and nothing that is kept.
 #pragma once
 
 #include <map>
@@ -30,8 +30,8 @@ class Engine;
 /// What stands for pictures and videos in a prompt, by digest.
 using Encoded = std::map<std::string, std::shared_ptr<const std::vector<Laid>>>;
 
-/// The memory of one dialogue, with the engine that used it first and that must outlive it. One thread at a time; a second
-/// stream at the same time finds it empty, and is slower. It must outlive its streams.
+/// The memory of one dialogue, with the engine that used it first and that must outlive it. One thread at a time; a
+/// second stream at the same time finds it empty, and is slower. It must outlive its streams.
 class Conversation {
  public:
   Conversation() = default;

@@ -48,7 +48,7 @@
 
 namespace autosteer {
 
-constexpr int64_t kTilesPerRun = 2;  // bounds the image graph's activations
+constexpr int64_t kTilesPerRun = 2;     // bounds the image graph's activations
 constexpr int64_t kMostThreads = 1024;  // more of them is a slip
 
 /// A piece of an answer. `text` may be empty while a character is incomplete.
@@ -71,10 +71,10 @@ struct Answer {
 
 /// How to load a package.
 struct EngineOptions {
-  std::string device = "auto";                            ///< auto or cpu
-  int threads = 0;                                        ///< 0: every CPU this process may use
-  std::optional<int64_t> max_tiles = {};                  ///< cut a picture into at most so many tiles
-  Log log = {};                                           ///< told why a prober failed; never prompts
+  std::string device = "auto";            ///< auto or cpu
+  int threads = 0;                        ///< 0: every CPU this process may use
+  std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most so many tiles
+  Log log = {};                           ///< told why a prober failed; never prompts
 };
 
 class Stream;
@@ -163,7 +163,8 @@ class Engine {
     }
     for (const VideoPart* video : videos) {
       const std::vector<Image> frames = tiles(*video);
-      filmed.push_back(see(digest(frames.data(), frames.size(), false), [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
+      filmed.push_back(see(digest(frames.data(), frames.size(), false),
+                           [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
     }
     if (conversation) conversation->images = encoded;
     stats.vision_ms = seeing.ms();
@@ -202,9 +203,7 @@ class Engine {
       }
       ++next;
     }
-    if (manifest.prober) {
-      for (const AskedTurn& turn : asked) prompt.probed.push_back(probed_rows(turn, messages, text_rows, framing));
-    }
+    for (const AskedTurn& turn : asked) prompt.probed.push_back(probed_rows(turn, messages, text_rows, framing));
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;
@@ -284,8 +283,8 @@ class Engine {
     return ids;
   }
 
-  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile, or
-  /// one in all where `anyres` puts tiles together.
+  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile,
+  /// or one in all where `anyres` puts tiles together.
   std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
     const ImageSpec& spec = image.value();
     const int64_t depth = manifest.dims.hidden_size;
@@ -293,8 +292,8 @@ class Engine {
     Rows newline{depth, {}};
     run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t tiles, const auto& outputs) {
       const auto [features, count] = values<float>(outputs.at(0), graph);
-      const int64_t each = spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side
-                                       : count / (tiles * depth);
+      const int64_t each =
+          spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side : count / (tiles * depth);
       floats(outputs.at(0), tiles * each * depth, graph);  // or it throws
       for (int64_t tile = 0; tile < tiles; ++tile) {
         runs.push_back({depth, {features + tile * each * depth, features + (tile + 1) * each * depth}});
@@ -339,8 +338,12 @@ class Engine {
       throw InputError("the prompt takes " + std::to_string(length) +
                        " tokens (images included); the model's context holds " + std::to_string(context));
     }
-    return {manifest, graphs_, log,
-            std::move(prompt), std::min(max_tokens, context - length), stats,
+    return {manifest,
+            graphs_,
+            log,
+            std::move(prompt),
+            std::min(max_tokens, context - length),
+            stats,
             conversation ? conversation->take() : std::nullopt};
   }
 
@@ -353,7 +356,7 @@ class Engine {
 
  private:
   /// The rows that the prober reads of one turn: those that it would read if the dialogue ended there. `text` are the
-  /// rows of token ids, of which framing[i] frame image i.
+  /// rows of token ids, of which framing[i] frame image i. Without a prober the last row: there a conversation goes on.
   std::vector<int64_t> probed_rows(AskedTurn turn, const std::vector<Message>& messages,
                                    const std::vector<int64_t>& text, const std::vector<int64_t>& framing) const {
     size_t image = 0;
@@ -365,10 +368,12 @@ class Engine {
       }
     }
     const auto end = text.begin() + std::min(turn.through, static_cast<int64_t>(text.size()));
-    const int64_t last = (end == text.begin() ? -1 : *(end - 1)) + 1 + manifest.prober->token_offset;
-    if (manifest.prober->pooling == "last") return last >= 0 ? std::vector{last} : std::vector<int64_t>{};
+    const auto& prober = manifest.prober;
+    const int64_t last = (end == text.begin() ? -1 : *(end - 1)) + 1 + (prober ? prober->token_offset : -1);
+    if (!prober || prober->pooling == "last") return last >= 0 ? std::vector{last} : std::vector<int64_t>{};
     std::vector<int64_t> rows;  // pictures' rows would drown the text, whose rows have seen them
-    for (auto row = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); row < end && *row <= last; ++row) {
+    for (auto row = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); row < end && *row <= last;
+         ++row) {
       rows.push_back(*row);
     }
     return rows;

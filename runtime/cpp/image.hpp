@@ -2,8 +2,8 @@
 // runtime/image.py. pixel_values are equal to Python's, bit for bit: the resampling below is Pillow's own fixed-point
 // arithmetic (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-// How an image is cut into tiles is found by ImageSpec.kind in kCut; tokens may stand around and between the tiles' rows
-// (ImageSpec.frames). `anyres` is LLaVA-OneVision's:
+// How an image is cut into tiles is found by ImageSpec.kind in kCut; tokens may stand around and between the tiles'
+// rows (ImageSpec.frames). `anyres` is LLaVA-OneVision's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -64,7 +64,8 @@ inline Image open_image(const ImageLike& image) {
   return pixels;
 }
 
-/// What tells two pictures, or the tiles of two videos, apart, and how they are cut: `alone`, it is the prompt's only one.
+/// What tells two pictures, or the tiles of two videos, apart, and how they are cut: `alone`, it is the prompt's only
+/// one.
 inline std::string digest(const Image* images, size_t count, bool alone) {
   Sha256 hash;
   for (const Image* image = images; image < images + count; ++image) {

@@ -33,11 +33,16 @@ inline OrderedJson timings_json(const Stats& stats) {
           {"completion_tokens", stats.completion_tokens},
           {"drafted_tokens", stats.drafted_tokens},
           {"accepted_tokens", stats.accepted_tokens},
-          {"image_tiles", stats.image_tiles},     {"kv_bytes", stats.kv_bytes},
-          {"vision_ms", stats.vision_ms},         {"embed_ms", stats.embed_ms},
-          {"lower_ms", stats.lower_ms},           {"gate_ms", stats.gate_ms},
-          {"upper_ms", or_null(stats.upper_ms)},  {"ttft_ms", stats.ttft_ms},
-          {"decode_ms", stats.decode_ms},         {"decode_tok_s", or_null(stats.decode_tok_s())}};
+          {"image_tiles", stats.image_tiles},
+          {"kv_bytes", stats.kv_bytes},
+          {"vision_ms", stats.vision_ms},
+          {"embed_ms", stats.embed_ms},
+          {"lower_ms", stats.lower_ms},
+          {"gate_ms", stats.gate_ms},
+          {"upper_ms", or_null(stats.upper_ms)},
+          {"ttft_ms", stats.ttft_ms},
+          {"decode_ms", stats.decode_ms},
+          {"decode_tok_s", or_null(stats.decode_tok_s())}};
 }
 
 inline OrderedJson answer_json(const Answer& answer) {
@@ -115,8 +120,8 @@ struct RequestJson {
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];
-    wishes.object(
-        {}, {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "speculate"});
+    wishes.object({},
+                  {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "speculate"});
     SamplingConfig& sampling = request.sampling;
     if (wishes.has("max_tokens")) sampling.max_tokens = wishes["max_tokens"].as_int();
     if (wishes.has("temperature")) sampling.temperature = wishes["temperature"].as_float();

@@ -36,9 +36,9 @@ inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lowe
                                                                   {"decoder_upper", "prefill_upper"}};
 
 /// Every graph that a package may have.
-inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower",  "decoder_upper",   "lm_head", "prober",
-                                              "refusal_head",  "vision_encoder", "image_tokenizer", "prefill_lower",
-                                              "prefill_upper"};
+inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", "decoder_upper",  "lm_head",
+                                              "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
+                                              "prefill_lower", "prefill_upper"};
 
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
@@ -357,8 +357,7 @@ inline FrameSpec frame(const Node& node) {
 }
 
 inline ImageSpec image(const Node& node) {
-  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "frames"});
+  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"}, {"split", "frames"});
   ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
@@ -403,8 +402,12 @@ inline Piece piece(const Node& node) {
 
 inline TurnSpec turn(const Node& node) {
   node.object({"prefix", "image", "text", "suffix"}, {"lead", "video"});
-  TurnSpec turn{node["prefix"].list(piece), node["image"].list(piece), node["text"].list(piece),
-                node["suffix"].list(piece), {}, {}};
+  TurnSpec turn{node["prefix"].list(piece),
+                node["image"].list(piece),
+                node["text"].list(piece),
+                node["suffix"].list(piece),
+                {},
+                {}};
   if (node.has("lead")) turn.lead = node["lead"].list(piece);
   if (node.has("video")) turn.video = node["video"].list(piece);
   return turn;
@@ -542,7 +545,8 @@ inline std::vector<Piece> pieces(const PromptSpec& prompt) {
   const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
   for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
     if (!turn) continue;
-    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->video, &turn->text, &turn->suffix}) add(*part);
+    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->video, &turn->text, &turn->suffix})
+      add(*part);
   }
   add(prompt.generation);
   return all;
@@ -572,8 +576,8 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
        "of prefill_lower and prefill_upper there are both or neither");
   for (const auto& [half, layers] : {std::pair{"decoder_lower", Layers{0, k}}, {"decoder_upper", Layers{k, n}}}) {
     for (const std::string& name : {std::string(half), m.reader(half)}) {
-      need(m.graphs.at(name).layers == layers, name + " must hold layers " + std::to_string(layers[0]) + " to " +
-                                                   std::to_string(layers[1] - 1));
+      need(m.graphs.at(name).layers == layers,
+           name + " must hold layers " + std::to_string(layers[0]) + " to " + std::to_string(layers[1] - 1));
     }
   }
   if (m.prober && m.refusal) {
@@ -611,7 +615,8 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   for (const FrameSpec& frame : m.image ? m.image->frames : std::vector<FrameSpec>()) {
     need(grids.insert(frame.grid).second, "image: two frames for one grid");
     for (const auto& ids : frame.between) {
-      for (const int64_t id : ids) need(0 <= id && id < m.dims.vocab_size, "image: a frame has an id outside the vocabulary");
+      for (const int64_t id : ids)
+        need(0 <= id && id < m.dims.vocab_size, "image: a frame has an id outside the vocabulary");
     }
   }
   for (const auto& [name, tensors] : expected_tensors(m)) {

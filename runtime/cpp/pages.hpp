@@ -66,7 +66,7 @@ class Pages {
   /// An entry of /proc/self/smaps.
   struct Mapping {
     Range range;
-    std::string mode, name;  // a file's path; "", "[heap]" or "[anon...]" for memory of no file
+    std::string mode, name;      // a file's path; "", "[heap]" or "[anon...]" for memory of no file
     unsigned long resident = 0;  // KiB
 
     bool is_file() const { return !name.empty() && name[0] == '/'; }

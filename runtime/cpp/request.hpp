@@ -5,10 +5,10 @@
 //              (both through the prefill graphs where there are any: the same layers, their weights rounded otherwise)
 //     verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
 //
-// Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them. A request
-// may start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and pictures are
-// the same, up to the first row of the last turn that the prober reads, which every prompt computes anew, and what the
-// prober read of earlier turns.
+// Rows behind the length in the caches are nobody's: going back to an earlier token is counting fewer of them. A
+// request may start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and
+// pictures are the same, up to the first row of the last turn that the prober reads, which every prompt computes anew,
+// and what the prober read of earlier turns.
 #pragma once
 
 #include <algorithm>
@@ -73,9 +73,9 @@ using Key = std::pair<std::string, int64_t>;
 
 /// A dialogue ready for the decoder.
 struct Prompt {
-  Rows inputs_embeds;              // (S, D)
-  std::vector<int64_t> token_ids;  // text tokens only: what the repetition penalty looks at
-  std::vector<Key> keys;           // S of them: equal keys behind equal keys are equal rows
+  Rows inputs_embeds;                        // (S, D)
+  std::vector<int64_t> token_ids;            // text tokens only: what the repetition penalty looks at
+  std::vector<Key> keys;                     // S of them: equal keys behind equal keys are equal rows
   std::vector<std::vector<int64_t>> probed;  // by turn of the user's: rows whose mean the prober reads; none: too short
 };
 
@@ -110,8 +110,10 @@ class Request {
         capacity_(prompt_length_ + max_tokens),
         reused_(computed ? resume(*computed) : 0),
         length_(reused_),
-        lower_(reused_ ? std::move(computed->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
-        upper_(reused_ ? std::move(computed->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        lower_(reused_ ? std::move(computed->lower)
+                       : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
+        upper_(reused_ ? std::move(computed->upper)
+                       : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
         logits_({1, 1 + Drafter::kMost, manifest.dims.vocab_size}),
         older_(unseen_.size()) {
     lower_.reserve(capacity_, reused_, manifest.dims.context_length);
@@ -293,7 +295,8 @@ class Request {
     std::vector<double> sum(static_cast<size_t>(width()), 0.0);
     for (const int64_t row : rows) {
       const int64_t at = row - reused_;
-      const float* hidden = unseen_[older_ + static_cast<size_t>(at / kPrefillChunk)].data() + at % kPrefillChunk * width();
+      const float* hidden =
+          unseen_[older_ + static_cast<size_t>(at / kPrefillChunk)].data() + at % kPrefillChunk * width();
       for (size_t i = 0; i < sum.size(); ++i) sum[i] += hidden[i];
     }
     std::vector<float> mean;
@@ -359,10 +362,10 @@ class Request {
   KVCache lower_, upper_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
   Tensor<float> strength_{{1}};
-  Tensor<float> logits_;  // every pass's: the rows of a long draft are megabytes
-  size_t older_;          // chunks that an earlier request left; the prober reads none of them
-  bool finite_ = true;    // what decoder_lower has made of the prompt, and what the passes behind it gave
-  std::map<int64_t, Pass> passes_;     // by rows
+  Tensor<float> logits_;            // every pass's: the rows of a long draft are megabytes
+  size_t older_;                    // chunks that an earlier request left; the prober reads none of them
+  bool finite_ = true;              // what decoder_lower has made of the prompt, and what the passes behind it gave
+  std::map<int64_t, Pass> passes_;  // by rows
 };
 
 }  // namespace autosteer

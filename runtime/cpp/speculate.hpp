@@ -93,8 +93,7 @@ class Drafter {
   Ngram last(size_t n) const {
     Ngram ngram;
     ngram.fill(-1);
-    std::copy(text_.end() - static_cast<std::ptrdiff_t>(n), text_.end(),
-              ngram.end() - static_cast<std::ptrdiff_t>(n));
+    std::copy(text_.end() - static_cast<std::ptrdiff_t>(n), text_.end(), ngram.end() - static_cast<std::ptrdiff_t>(n));
     return ngram;
   }
 

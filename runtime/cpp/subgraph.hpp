@@ -233,8 +233,8 @@ class Call {
   Ort::IoBinding binding_;
 };
 
-/// Keys and values of earlier tokens in one decoder half, for one request at a time: one buffer per layer, bound as past
-/// and as present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
+/// Keys and values of earlier tokens in one decoder half, for one request at a time: one buffer per layer, bound as
+/// past and as present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
 class KVCache {
  public:
   /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. int8
@@ -272,7 +272,8 @@ class KVCache {
   /// New buffers with the first `rows` of the old ones, which hold `held`. Layer by layer: the old buffer goes before
   /// the next one comes.
   void allocate(int64_t rows, int64_t held) {
-    for (size_t i = 0; i < buffers_.size(); ++i) is_int8_ ? allocate<int8_t>(i, rows, held) : allocate<float>(i, rows, held);
+    for (size_t i = 0; i < buffers_.size(); ++i)
+      is_int8_ ? allocate<int8_t>(i, rows, held) : allocate<float>(i, rows, held);
   }
 
   template <class T>

@@ -82,11 +82,10 @@ struct AskedTurn {
   int64_t through;  ///< text tokens up to where its answer begins
 };
 
-/// Token ids of a dialogue, with a run of its own where each image and each video goes. Literal and user text that touch are tokenised
-/// together, as the template's own rendering would be.
-/// Throws InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
-/// that is not valid Unicode.
-/// `asked` is told where the turns stand that the prober judges, as if each had been the last when it came.
+/// Token ids of a dialogue, with a run of its own where each image and each video goes. Literal and user text that
+/// touch are tokenised together, as the template's own rendering would be. Throws InputError for an empty dialogue, an
+/// unknown role, an image or a video in a turn that takes none, or text that is not valid Unicode. `asked` is told
+/// where the turns stand that the prober judges, as if each had been the last when it came.
 inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
                                std::vector<AskedTurn>* asked = nullptr) {
   if (messages.empty()) throw InputError("the dialogue is empty");
@@ -148,8 +147,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
       const auto rank = [](const Part* part) {  // images, videos, texts
         return std::holds_alternative<std::string>(*part) ? 2 : std::holds_alternative<VideoPart>(*part) ? 1 : 0;
       };
-      std::stable_sort(parts.begin(), parts.end(),
-                       [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
+      std::stable_sort(parts.begin(), parts.end(), [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
     }
     add_pieces(turn->prefix);
     if (judged) asked->push_back({n, tokens({}), 0});

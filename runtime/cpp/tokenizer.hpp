@@ -254,8 +254,8 @@ class Tokenizer {
     merges_.reserve(merges.size());
     for (size_t rank = 0; rank < merges.size(); ++rank) {
       const auto [left, right] = merge_parts(merges[rank]);
-      merges_.push_back({pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank),
-                         static_cast<int32_t>(id_of(left + right))});
+      merges_.push_back(
+          {pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank), static_cast<int32_t>(id_of(left + right))});
     }
     std::sort(merges_.begin(), merges_.end());
     for (size_t byte = 0; byte < 256; ++byte) {
@@ -520,7 +520,7 @@ class Tokenizer {
   }
 
   std::unordered_map<std::string, int64_t> vocab_;  // kept only where ignore_merges needs it
-  std::vector<Merge> merges_;  // sorted
+  std::vector<Merge> merges_;                       // sorted
   std::array<int64_t, 256> byte_ids_{};
   std::string bytes_;             // of all ids, one behind the other
   std::vector<uint32_t> starts_;  // in bytes_, by id, and the end

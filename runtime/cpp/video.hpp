@@ -1,4 +1,5 @@
-// From a video to pixel_values, and from its frames' features to rows among the tokens: the C++ side of runtime/video.py.
+// From a video to pixel_values, and from its frames' features to rows among the tokens: the C++ side of
+// runtime/video.py.
 //
 //     frames    ->  one tile each, squeezed
 //     features  ->  each frame's rows shrunk, frame after frame, and one newline row at the very end
@@ -65,8 +66,8 @@ inline bool before(const std::string& a, const std::string& b) {
 
 }  // namespace video
 
-/// The picture files of a folder, ordered by their names and the numbers in them; of more than `frames`, so many, evenly
-/// spaced. Throws InputError where there are none. The files are not opened.
+/// The picture files of a folder, ordered by their names and the numbers in them; of more than `frames`, so many,
+/// evenly spaced. Throws InputError where there are none. The files are not opened.
 inline std::vector<ImageLike> open_video(const std::filesystem::path& folder, int64_t frames = kFrames) {
   if (frames < 1) throw InputError(std::to_string(frames) + " frames of a video: take at least one");
   std::error_code error;

@@ -169,10 +169,9 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"answer", answer}, {"encode", encode},   {"decode", decode}, {"open", open},
-      {"resize", resize}, {"prepare", prepare}, {"pack", pack},     {"gate", gate},
-      {"frames", frames}, {"squeeze", squeeze}, {"draft", draft},
-      {"spinning", spinning}, {"share", share}};
+      {"answer", answer},   {"encode", encode},     {"decode", decode}, {"open", open},     {"resize", resize},
+      {"prepare", prepare}, {"pack", pack},         {"gate", gate},     {"frames", frames}, {"squeeze", squeeze},
+      {"draft", draft},     {"spinning", spinning}, {"share", share}};
   for (std::string line; std::getline(std::cin, line);) {
     try {
       const Json command = Json::parse(line);
