@@ -8,20 +8,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import toy
 from PIL import Image
+from terminal import PATIENCE, Terminal
 
 from autosteer.runtime import Manifest
 from autosteer.runtime.cli import check_main, eval_main, run_main, typed_path, verdict_line
@@ -31,7 +29,6 @@ from autosteer.runtime.judge import RuleJudge
 from autosteer.runtime.manifest import Golden
 
 MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
-PATIENCE = 60  # seconds: only a hang reaches it
 
 
 def program(name: str) -> str:
@@ -126,33 +123,6 @@ def test_argument_that_is_not_utf8_is_bad_input(package):
         timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (5, b"") and b"not valid Unicode" in done.stderr
-
-
-class Terminal:
-    """A program in a pseudo-terminal."""
-
-    def __init__(self, *command: object):
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "dumb"
-            os.execv(str(command[0]), list(map(str, command)))
-        self.seen = ""
-
-    def expect(self, text: str) -> str:
-        """Read on until `text` is there; everything read since the last call."""
-        end = time.monotonic() + PATIENCE
-        while text not in self.seen:
-            assert time.monotonic() < end, f"waited for {text!r}, saw {self.seen!r}"
-            if select.select([self.fd], [], [], 1)[0]:
-                self.seen += os.read(self.fd, 4096).decode().replace("\r", "")
-        found, self.seen = self.seen, self.seen[self.seen.index(text) + len(text) :]
-        return found
-
-    def type(self, line: str) -> None:
-        os.write(self.fd, line.encode())
-
-    def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def test_chat(package, tmp_path):

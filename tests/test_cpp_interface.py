@@ -13,6 +13,7 @@ from cpp_inputs import SIZES, noise
 from cpp_runtime import cli, joined, python_json, through_c, timeless, use_byte_level_words
 from exported import demo_package
 from PIL import Image
+from terminal import Terminal
 
 from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.cli import answer_json
@@ -80,6 +81,46 @@ def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
     assert "tok/s, stop, on CPUExecutionProvider]" in done.stderr
     drafted = cli(built, cpp_package, "-p", "tick", "--max-tokens", "30").stderr
     assert " drafts held) tokens, first after " in drafted
+
+
+def test_chat(built, cpp_package, tmp_path):
+    """As autosteer-run's: a refused turn is forgotten, a picture waits, nothing is computed twice, Ctrl-C leaves.
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a red.png")
+    chat = Terminal(built / "autosteer-cli", cpp_package, "--threads", "1", "--max-tokens", "3000")
+    for typed, seen in (
+        ("hello", "world"),
+        ("bad", "(the turn is forgotten)"),
+        ("hello", " known) + 2 ("),
+        ("/image gone.png", "error: gone.png: "),
+        (f"/image '{tmp_path / 'a red.png'}' ", ""),
+        (f"/image {tmp_path}/a\\ red.png", ""),
+        ("red " * 99, "context holds 64"),
+        ("/video gone", "error: gone: not a folder"),
+        ("/new", ""),
+        ("/nonsense", "/nonsense: not a command. Type a message."),
+        ("/help", "/new starts over"),
+        ("", ""),
+        ("tick", "tocktick"),
+    ):
+        chat.expect("> ")
+        chat.type(f"{typed}\n")
+        chat.expect(seen)
+    chat.expect("> ")
+    chat.type("\x03")
+    chat.expect("autosteer-cli: interrupted")
+    assert chat.exit_code() == 130
+
+
+def test_chat_about_a_picture_and_its_end(built, cpp_package, tmp_path):
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    chat = Terminal(built / "autosteer-cli", cpp_package, "--threads", "1")
+    for typed, seen in ((f"/image {tmp_path / 'red.png'}", ""), ("look", "orangeyellowgreen"), ("look", " known) + ")):
+        chat.expect("> ")
+        chat.type(f"{typed}\n")
+        chat.expect(seen)
+    chat.expect("> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
 
 
 @pytest.mark.parametrize("text", ["red\n", "red\n\n", "red\r\n", "\nred", "red\r"])

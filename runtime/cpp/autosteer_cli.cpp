@@ -1,8 +1,11 @@
-// autosteer-cli PACKAGE --prompt TEXT [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the
-// same options, the same --json and the same exit codes. The answer goes to stdout, verdict and timings to stderr.
+// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the
+// same options, the same chat, the same --json and the same exit codes. Answers go to stdout, verdicts and timings to
+// stderr.
 #include <malloc.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -12,6 +15,9 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "autosteer.hpp"
@@ -23,7 +29,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
 
   Answer a prompt with the model in PACKAGE, guarded by its gate.
 
-  -p, --prompt TEXT            The prompt; '-' or none reads stdin.
+  -p, --prompt TEXT            The prompt; '-' reads stdin. Without one: a chat on a terminal, else stdin.
   -i, --image FILE             A PNG or JPEG file; repeatable.
   --video FOLDER               A folder of PNG or JPEG files in the order of their names, as
                                `ffmpeg -i clip.mp4 frames/%04d.png` makes it; repeatable.
@@ -206,35 +212,130 @@ std::string stats_line(const std::string& finish_reason, const autosteer::Stats&
   if (stats.drafted_tokens) {
     drafts = " (" + count(stats.accepted_tokens) + " of " + count(stats.drafted_tokens) + " drafts held)";
   }
-  return "[" + count(stats.prompt_tokens) + " + " + count(stats.completion_tokens) + drafts +
+  const std::string reused = stats.reused_tokens ? " (" + count(stats.reused_tokens) + " known)" : "";
+  return "[" + count(stats.prompt_tokens) + reused + " + " + count(stats.completion_tokens) + drafts +
          format(" tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ", stats.ttft_ms, stats.vision_ms,
                 stats.lower_ms, stats.gate_ms) +
          upper + ")" + (tok_s ? format(", then %.0f tok/s", *tok_s) : "") + ", " + finish_reason + ", on " +
          stats.device + "]";
 }
 
-void run(const Arguments& arguments) {
+volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C, in a chat
+
+/// Stream an answer: verdict and timings to stderr, text to stdout. Nothing where it was interrupted.
+std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vector<autosteer::Message> dialogue,
+                                     const autosteer::SamplingConfig& sampling, const autosteer::GatePolicy& policy,
+                                     autosteer::Conversation* conversation = nullptr) {
+  autosteer::Answer answer;
+  bool first = true;
+  autosteer::Stream pieces = engine.stream(std::move(dialogue), sampling, policy, conversation);
+  while (const auto chunk = pieces.next()) {
+    if (std::exchange(first, false)) std::cerr << verdict_line(chunk->verdict) << "\n";
+    std::cout << chunk->text << std::flush;
+    if (interrupted) return std::nullopt;
+    answer.text += chunk->text;
+    if (!chunk->stats) continue;
+    answer.verdict = chunk->verdict;
+    std::cout << std::endl;
+    std::cerr << stats_line(chunk->finish_reason, *chunk->stats) << "\n";
+  }
+  return answer;
+}
+
+/// A file's name as somebody types it, or as a terminal writes the file that is dropped on it: in quotes, or with
+/// backslashes.
+std::string typed_path(std::string_view text) {
+  std::string name(autosteer::strip(text));
+  const bool quoted = name.size() > 1 && (name.front() == '\'' || name.front() == '"') && name.back() == name.front();
+  if (std::error_code ignored; autosteer::fs::exists(name, ignored)) return name;
+  if (quoted) {
+    name = name.substr(1, name.size() - 2);
+  } else {
+    std::string plain;
+    for (size_t i = 0; i < name.size(); ++i) plain += name[i] == '\\' && i + 1 < name.size() ? name[++i] : name[i];
+    name = plain;
+  }
+  const char* home = std::getenv("HOME");
+  return home && name.compare(0, 2, "~/") == 0 ? home + name.substr(1) : name;
+}
+
+/// A dialogue on the terminal. Pictures and videos wait for a turn that is answered; earlier turns are not computed
+/// again. A turn that was steered or stopped is forgotten: while it is part of the dialogue, every later one is unsafe
+/// with it. Returns whether it was left by Ctrl-C.
+bool chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
+          std::vector<std::vector<autosteer::ImageLike>> videos) {
+  const char* const help =
+      "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
+  struct sigaction action = {};  // without SA_RESTART: Ctrl-C ends the wait for a line
+  action.sa_handler = [](int) { interrupted = 1; };
+  sigaction(SIGINT, &action, nullptr);
+  std::vector<autosteer::Message> dialogue;
+  std::vector<autosteer::ImageLike> images = arguments.images;
+  std::optional<autosteer::Conversation> conversation(std::in_place);
+  std::cerr << help;
+  for (std::string typed; std::cerr << "> ", std::getline(std::cin, typed);) {
+    const std::string line(autosteer::strip(typed));
+    const std::string command = line.substr(0, line.find(' ')), rest = line.substr(command.size());
+    try {
+      if (command == "/image") {
+        if (!engine.manifest.image) throw autosteer::InputError("this model takes no images");
+        const autosteer::ImageLike picture = autosteer::fs::path(typed_path(rest));
+        autosteer::open_image(picture);  // here, so that a mistyped name cannot spoil the turns to come
+        images.push_back(picture);
+      } else if (command == "/video") {
+        if (!engine.manifest.video) throw autosteer::InputError("this model takes no videos");
+        videos.push_back(autosteer::open_video(typed_path(rest), arguments.frames));
+      } else if (command == "/new") {
+        dialogue.clear(), images.clear(), videos.clear();
+        conversation.emplace();
+      } else if (command == "/help") {
+        std::cerr << help;
+      } else if (line[0] == '/') {
+        std::cerr << command << ": not a command. " << help;
+      } else if (!line.empty()) {
+        dialogue.push_back(autosteer::Message::user(line, images, videos));
+        const auto answer = say(engine, dialogue, arguments.sampling, policy, &*conversation);
+        if (answer && answer->verdict.action == autosteer::Action::pass) {
+          dialogue.push_back(autosteer::Message::assistant(answer->text));
+        } else {
+          dialogue.pop_back();
+          std::cerr << (answer ? "(the turn is forgotten)\n" : "\n(interrupted; the turn is forgotten)\n");
+        }
+        if (answer) images.clear(), videos.clear();
+        interrupted = 0;
+      }
+    } catch (
+        const autosteer::InputError& err) {  // a chat outlives a name that was mistyped, a prompt that does not fit
+      if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
+      std::cerr << "error: " << err.what() << "\n";
+    }
+  }
+  std::cerr << (interrupted ? "\nautosteer-cli: interrupted\n" : "\n");
+  return interrupted;
+}
+
+/// Returns the exit code.
+int run(const Arguments& arguments) {
   arguments.sampling.check();
-  const bool from_stdin = !arguments.prompt || *arguments.prompt == "-";
-  const std::string prompt = from_stdin ? read_stdin() : *arguments.prompt;
-  if (autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
+  const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
+  const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
+  const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
+  if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<std::vector<autosteer::ImageLike>> videos;
   for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
   const autosteer::Engine engine(*arguments.package, arguments.engine);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
+  if (is_chat) {
+    constexpr int kInterrupted = 130;
+    return chat(engine, arguments, policy, std::move(videos)) ? kInterrupted : 0;
+  }
   std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
   if (arguments.json) {
     std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";
-    return;
+  } else {
+    say(engine, std::move(dialogue), arguments.sampling, policy);
   }
-  bool first = true;
-  const auto answer =
-      engine.generate(std::move(dialogue), arguments.sampling, policy, [&](const autosteer::Chunk& chunk) {
-        if (std::exchange(first, false)) std::cerr << verdict_line(chunk.verdict) << "\n";
-        std::cout << chunk.text << std::flush;
-      });
-  std::cout << std::endl;
-  std::cerr << stats_line(answer.finish_reason, answer.stats) << "\n";
+  return std::cout ? 0 : 1;
 }
 
 }  // namespace
@@ -249,8 +350,7 @@ int main(int argc, char** argv) {
       return 0;
     }
     arguments.engine.log = [](const std::string& line) { std::cerr << line << "\n"; };
-    run(arguments);
-    return std::cout ? 0 : 1;
+    return run(arguments);
   } catch (const UsageError& err) {
     std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()
               << "\n";
