@@ -84,7 +84,7 @@ def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
 
 
 def test_chat(built, cpp_package, tmp_path):
-    """As autosteer-run's: a refused turn is forgotten, a picture waits, nothing is computed twice, Ctrl-C leaves.
+    """As autosteer-run's: a refused turn is forgotten, a picture waits, nothing is computed twice, Ctrl-C leaves."""
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a red.png")
     chat = Terminal(built / "autosteer-cli", cpp_package, "--threads", "1", "--max-tokens", "3000")
     for typed, seen in (
