@@ -154,6 +154,9 @@ if given["conversation"]:
     lib.autosteer_close(engine)
 for request in given["requests"]:
     most = request.pop("chunks", None) if isinstance(request, dict) else None
+    for file, text in [request.pop("append")] if "append" in request else []:
+        with open(file, "a") as damaged:
+            damaged.write(text)
     text = request if isinstance(request, str) else json.dumps(request)
     code, chunks = run(asked, text.encode(), ctypes.byref(stream)), []
     while not code and len(chunks) != most:
@@ -172,7 +175,8 @@ def through_c(
     built: Path, package: Path, requests: Sequence[Any], *, conversation: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
     """Requests through libautosteer.so on one thread, in a process without Python's onnxruntime. A request with
-    "chunks" is left after so many. In a conversation the engine is closed before it is used.
+    "chunks" is left after so many, one with "append" first appends to a file. In a conversation the engine is closed
+    before it is used.
     """
     given = {"library": str(built / "libautosteer.so"), "package": str(package), "requests": requests}
     given["conversation"] = conversation

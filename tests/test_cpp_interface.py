@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -55,6 +56,33 @@ def test_most_tiles_of_a_picture_are_those_of_autosteer_run(built, cpp_package, 
     answers = through_c(built, cpp_package, requests, max_tiles=most)
     assert [joined(answer["chunks"]) for answer in answers] == expected
     assert max(answer["timings"]["image_tiles"] for answer in expected) == max(most if most < 4 else 5, 2)
+
+
+def test_low_memory_answers_alike_and_checks_the_image_graph_again(built, cpp_package, cpp_engine, tmp_path):
+    """By the command and by the C interface, which holds the engine while the package is damaged."""
+    Image.fromarray(noise(30, 20)).save(tmp_path / "a.png")
+    look = {"messages": [{"role": "user", "parts": [{"image": str(tmp_path / "a.png")}, "look"]}]}
+    expected = python_json(cpp_engine, "look", images=[tmp_path / "a.png"])
+    done = cli(built, cpp_package, "--json", "-p", "look", "-i", str(tmp_path / "a.png"), "--low-memory")
+    assert timeless(json.loads(done.stdout)) == expected
+    answers = through_c(built, cpp_package, [look, look], low_memory=True)
+    assert [joined(answer["chunks"]) for answer in answers] == [expected] * 2
+    package = shutil.copytree(cpp_package, tmp_path / "package")
+    damage = {"append": [str(package / "vision_encoder.onnx"), "x"]}
+    fine, refused = through_c(built, package, [look, {**look, **damage}], low_memory=True)
+    assert joined(fine["chunks"]) == expected
+    assert (refused["code"], refused["chunks"]) == (3, []) and "sha256 differs" in refused["error"]
+
+
+def test_command_without_pictures_loads_no_image_graph(built, cpp_package, tmp_path):
+    """As autosteer-run: nobody will need it. A graph that onnxruntime cannot load shows it."""
+    package = shutil.copytree(cpp_package, tmp_path / "package")
+    (package / "vision_encoder.onnx").write_bytes(b"no graph")
+    toy.rehash(package)
+    assert cli(built, package, "-p", "red").stdout == "orangeyellowgreen\n"
+    Image.fromarray(noise(30, 20)).save(tmp_path / "a.png")
+    done = cli(built, package, "-p", "look", "-i", str(tmp_path / "a.png"))
+    assert done.returncode == 3 and "vision_encoder.onnx: onnxruntime cannot load it" in done.stderr
 
 
 def test_command_shows_a_video_as_autosteer_run_does(built, cpp_package, cpp_engine, tmp_path):

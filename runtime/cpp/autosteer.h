@@ -28,7 +28,8 @@ typedef struct autosteer_stream autosteer_stream;
 typedef struct autosteer_conversation autosteer_conversation;
 
 /* Check and load a package. options: NULL, or
- *     {"threads": 0 for every CPU this process may use, "max_tiles": cut a picture into at most so many tiles}
+ *     {"threads": 0 for every CPU this process may use, "max_tiles": cut a picture into at most so many tiles,
+ *      "low_memory": true to load the image graph for each picture only, and to drop it again}
  * No key is required; an unknown one is an error. */
 AUTOSTEER_API int autosteer_open(const char *package, const char *options, autosteer_engine **engine);
 

@@ -49,6 +49,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --speculation / --no-speculation
                                Draft what the answer copies from the prompt: quicker, and the same text.  [on]
   --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
+  --low-memory                 Load the image graph for each picture only, and drop it again.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: all cores.
   --json                       One JSON object on stdout.
@@ -152,6 +153,8 @@ Arguments parse(const std::vector<std::string>& words) {
       only_positional = true;
     } else if (word == "--json") {
       arguments.json = true;
+    } else if (word == "--low-memory") {
+      arguments.engine.low_memory = true;
     } else if (word == "--speculation" || word == "--no-speculation") {
       sampling.speculate = word == "--speculation";
     } else if (word == "--help" || word == "-h") {
@@ -220,7 +223,15 @@ std::string stats_line(const std::string& finish_reason, const autosteer::Stats&
          stats.device + "]";
 }
 
-volatile std::sig_atomic_t interrupted = 0;  // by Ctrl-C, in a chat
+volatile std::sig_atomic_t answering = 0, interrupted = 0;  // in a chat; by Ctrl-C
+
+/// Ctrl-C in a chat: enough of this answer, or of the chat where there is none.
+void interrupt(int) {
+  constexpr char kLast[] = "\nautosteer-cli: interrupted\n";
+  constexpr int kInterrupted = 130;
+  interrupted = 1;
+  if (!answering) _exit(write(STDERR_FILENO, kLast, sizeof kLast - 1) < 0 ? 1 : kInterrupted);
+}
 
 /// Stream an answer: verdict and timings to stderr, text to stdout. Nothing where it was interrupted.
 std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vector<autosteer::Message> dialogue,
@@ -261,14 +272,12 @@ std::string typed_path(std::string_view text) {
 
 /// A dialogue on the terminal. Pictures and videos wait for a turn that is answered; earlier turns are not computed
 /// again. A turn that was steered or stopped is forgotten: while it is part of the dialogue, every later one is unsafe
-/// with it. Returns whether it was left by Ctrl-C.
-bool chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
+/// with it.
+void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
           std::vector<std::vector<autosteer::ImageLike>> videos) {
   const char* const help =
       "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
-  struct sigaction action = {};  // without SA_RESTART: Ctrl-C ends the wait for a line
-  action.sa_handler = [](int) { interrupted = 1; };
-  sigaction(SIGINT, &action, nullptr);
+  std::signal(SIGINT, interrupt);
   std::vector<autosteer::Message> dialogue;
   std::vector<autosteer::ImageLike> images = arguments.images;
   std::optional<autosteer::Conversation> conversation(std::in_place);
@@ -294,6 +303,7 @@ bool chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         std::cerr << command << ": not a command. " << help;
       } else if (!line.empty()) {
         dialogue.push_back(autosteer::Message::user(line, images, videos));
+        answering = 1;
         const auto answer = say(engine, dialogue, arguments.sampling, policy, &*conversation);
         if (answer && answer->verdict.action == autosteer::Action::pass) {
           dialogue.push_back(autosteer::Message::assistant(answer->text));
@@ -302,16 +312,15 @@ bool chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
           std::cerr << (answer ? "(the turn is forgotten)\n" : "\n(interrupted; the turn is forgotten)\n");
         }
         if (answer) images.clear(), videos.clear();
-        interrupted = 0;
       }
     } catch (
         const autosteer::InputError& err) {  // a chat outlives a name that was mistyped, a prompt that does not fit
       if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
       std::cerr << "error: " << err.what() << "\n";
     }
+    answering = interrupted = 0;
   }
-  std::cerr << (interrupted ? "\nautosteer-cli: interrupted\n" : "\n");
-  return interrupted;
+  std::cerr << "\n";
 }
 
 /// Returns the exit code.
@@ -323,11 +332,13 @@ int run(const Arguments& arguments) {
   if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<std::vector<autosteer::ImageLike>> videos;
   for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
-  const autosteer::Engine engine(*arguments.package, arguments.engine);
+  autosteer::EngineOptions options = arguments.engine;  // one text: there will be no picture to load an image graph for
+  options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
+  const autosteer::Engine engine(*arguments.package, options);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
   if (is_chat) {
-    constexpr int kInterrupted = 130;
-    return chat(engine, arguments, policy, std::move(videos)) ? kInterrupted : 0;
+    chat(engine, arguments, policy, std::move(videos));
+    return 0;
   }
   std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
   if (arguments.json) {

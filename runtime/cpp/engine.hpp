@@ -74,6 +74,7 @@ struct EngineOptions {
   std::string device = "auto";            ///< auto or cpu
   int threads = 0;                        ///< 0: every CPU this process may use
   std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most so many tiles
+  bool low_memory = false;                ///< load the image graph for each picture, checked anew, and drop it again
   Log log = {};                           ///< told why a prober failed; never prompts
 };
 
@@ -87,13 +88,14 @@ class Engine {
   /// Check every file of `folder` against the manifest's hashes and load it.
   /// Throws PackageError (damaged, incomplete, other version) or ProviderError (device not available).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
-      : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)) {
+      : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)), folder_(folder) {
     if (manifest.image) image = at_most(*manifest.image, options.max_tiles);
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
     environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
+      if (options.low_memory && kImageGraphs.count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
       if (spec.layers) pages_.give_back();  // what the large graphs leave, before the next one comes
     };
@@ -215,7 +217,7 @@ class Engine {
     const Tiles tiles = cut(picture, spec, alone);
     const Rows pixel_values = normalise(tiles.images, spec);
     std::vector<Rows> rows;
-    if (graphs_.count("image_tokenizer")) {
+    if (manifest.graphs.count("image_tokenizer")) {
       rows.push_back(embed(tokenize_image(pixel_values)));
     } else {
       rows = encode_tiles(pixel_values, picture.height, picture.width);
@@ -306,13 +308,21 @@ class Engine {
     return {pack(together, newline, height, width, spec)};
   }
 
-  /// Run an image graph, a few tiles at a time.
+  /// Run an image graph, a few tiles at a time. What was left out to save memory is loaded, the package checked as if
+  /// for the first time.
   template <class Use>
   void run_tiles(const char* name, const Rows& pixel_values, const Use& use) const {
     const int64_t size = image.value().tile_size;
+    std::optional<Subgraph> for_now;
+    if (!graphs_.count(name)) {
+      manifest.verify(folder_);
+      const GraphSpec& spec = manifest.graphs.at(name);
+      for_now.emplace(*environment_, folder_ / spec.file, spec);
+    }
+    const Subgraph& encoder = for_now ? *for_now : graph(name);
     for (int64_t first = 0; first < pixel_values.count(); first += kTilesPerRun) {
       const int64_t tiles = std::min(kTilesPerRun, pixel_values.count() - first);
-      use(graph(name), tiles, graph(name).run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, size, size})));
+      use(encoder, tiles, encoder.run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, size, size})));
     }
   }
 
@@ -392,6 +402,7 @@ class Engine {
     return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
+  const fs::path folder_;
   std::optional<Environment> environment_;
   Graphs graphs_;
 };

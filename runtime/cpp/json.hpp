@@ -87,7 +87,7 @@ auto from_json(const std::string& text, const std::string& what, const Decode& d
 /// Options of the C interface (autosteer.h says what they look like).
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object({}, {"threads", "max_tiles"});
+    node.object({}, {"threads", "max_tiles", "low_memory"});
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();
@@ -95,6 +95,7 @@ inline EngineOptions options_from_json(const std::string& text) {
       options.threads = static_cast<int>(threads);
     }
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
+    if (node.has("low_memory")) options.low_memory = node["low_memory"].as_bool();
     return options;
   });
 }

@@ -40,6 +40,9 @@ inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", 
                                               "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
                                               "prefill_lower", "prefill_upper"};
 
+/// One of them, where the model takes images.
+inline const std::set<std::string> kImageGraphs = {"vision_encoder", "image_tokenizer"};
+
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
   int64_t context_length;  ///< most tokens a prompt and its answer may take together
