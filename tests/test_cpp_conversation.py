@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import toy
-from cpp_inputs import demo, demo_pictures
+from cpp_inputs import demo, demo_pictures, noise
 from cpp_runtime import in_python, joined, through_c, use_byte_level_words
 from exported import INT8_CACHES, PREFILL
+from PIL import Image
 
 from autosteer.runtime import Conversation, Engine
 
@@ -98,6 +99,24 @@ def test_dialogue_about_pictures_and_a_video(built, kind):
     assert tiles[4] == 0  # so are they all, and a film that is shown twice
     assert tiles[5] > 0  # a picture that is the only one is cut otherwise
     assert reused[0] == 0 and all(reused[1:5])
+
+
+def test_picture_and_the_video_of_it_are_two_things(built, tmp_path):
+    """A frame of a tile's size is its own tile: the same pixels, of which other rows are made."""
+    package, engine = demo("fp32")
+    assert engine.manifest.image is not None
+    side = engine.manifest.image.tile_size
+    files = [str(tmp_path / f"{n}.png") for n in (1, 2)]
+    for file, size in zip(files, ((side, side), (30, 20)), strict=True):
+        Image.fromarray(noise(*size)).save(file)
+    pictures: list[Any] = [{"image": file} for file in files]
+    shown = [*pictures, {"video": files[:1]}]
+    requests = [
+        {"messages": [turn("user", *parts, "what do you see?")], "sampling": {"max_tokens": 8}}
+        for parts in (shown, shown[:2], shown[2:], shown[:1])
+    ]
+    answers = in_both(built, package, engine, requests)
+    assert answers[0]["timings"]["image_tiles"] == 3
 
 
 @pytest.mark.parametrize("chunks", range(6))

@@ -313,8 +313,7 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         }
         if (answer) images.clear(), videos.clear();
       }
-    } catch (
-        const autosteer::InputError& err) {  // a chat outlives a name that was mistyped, a prompt that does not fit
+    } catch (const autosteer::InputError& err) {  // a chat outlives mistyped names, prompts that do not fit
       if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
       std::cerr << "error: " << err.what() << "\n";
     }

@@ -104,7 +104,6 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
-    pages_.give_back();
     pages_.place();
   }
 
@@ -161,11 +160,12 @@ class Engine {
     std::vector<std::string> shown, filmed;  // digests
     const bool alone = pictures.size() == 1;
     for (const Image& picture : pictures) {
-      shown.push_back(see(digest(&picture, 1, alone), [&] { return encode_image(picture, alone, stats); }));
+      shown.push_back(see(digest(&picture, 1, alone ? "a picture" : "one of several"),
+                          [&] { return encode_image(picture, alone, stats); }));
     }
     for (const VideoPart* video : videos) {
       const std::vector<Image> frames = tiles(*video);
-      filmed.push_back(see(digest(frames.data(), frames.size(), false),
+      filmed.push_back(see(digest(frames.data(), frames.size(), "a video"),
                            [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
     }
     if (conversation) conversation->images = encoded;

@@ -64,12 +64,12 @@ inline Image open_image(const ImageLike& image) {
   return pixels;
 }
 
-/// What tells two pictures, or the tiles of two videos, apart, and how they are cut: `alone`, it is the prompt's only
-/// one.
-inline std::string digest(const Image* images, size_t count, bool alone) {
+/// What tells two pictures, or the tiles of two videos, apart, and what is made of them: `use` has a word for each way.
+inline std::string digest(const Image* images, size_t count, const std::string& use) {
   Sha256 hash;
+  hash.add(use.data(), use.size());
   for (const Image* image = images; image < images + count; ++image) {
-    const std::string shape = std::to_string(image->height) + "x" + std::to_string(image->width) + (alone ? "!" : " ");
+    const std::string shape = " " + std::to_string(image->height) + "x" + std::to_string(image->width) + " ";
     hash.add(shape.data(), shape.size());
     hash.add(image->rgb.data(), image->rgb.size());
   }

@@ -41,16 +41,15 @@ class Pages {
 
   /// Give back what loading has read of mapped files.
   void give_back() const {
-    for (const Mapping& mapping : grown()) {
-      if (mapping.is_file()) madvise(at(mapping.range.first), mapping.range.second - mapping.range.first, kPageOut);
-    }
+    for (const Mapping& mapping : grown()) mapping.give_back();
   }
 
-  /// Move onto huge pages what memory loading has filled: in a thread and after kSettled, because it takes from a tenth
-  /// of a second to more than one, during which the first answer would wait.
+  /// Give back, and move onto huge pages what memory loading has filled: in a thread and after kSettled, because it
+  /// takes from a tenth of a second to more than one, during which the first answer would wait.
   void place() {
     std::vector<Range> now;
     for (const Mapping& mapping : grown()) {
+      mapping.give_back();
       if (mapping.is_filled()) now.push_back(mapping.range);
     }
     mover_ = std::thread([this, now = std::move(now)] {
@@ -69,7 +68,10 @@ class Pages {
     std::string mode, name;      // a file's path; "", "[heap]" or "[anon...]" for memory of no file
     unsigned long resident = 0;  // KiB
 
-    bool is_file() const { return !name.empty() && name[0] == '/'; }
+    /// Of a file only.
+    void give_back() const {
+      if (!name.empty() && name[0] == '/') madvise(at(range.first), range.second - range.first, kPageOut);
+    }
 
     /// Whether it is memory of no file that is in good part touched. Huge pages fill the rest.
     bool is_filled() const {

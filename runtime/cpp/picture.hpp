@@ -33,7 +33,6 @@ struct Image {
 
   const uint8_t* at(int64_t y, int64_t x) const { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
   uint8_t* at(int64_t y, int64_t x) { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
-  bool operator==(const Image& o) const { return height == o.height && width == o.width && rgb == o.rgb; }
 };
 
 namespace picture {
