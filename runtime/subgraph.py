@@ -176,12 +176,27 @@ class Subgraph:
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
         """The graph on fixed buffers: calling it runs once, looks nothing up and copies nothing."""
-        binding = self.session.io_binding()
+        return BoundGraph(self.session, inputs, outputs)
+
+
+class BoundGraph:
+    """A graph bound to its buffers, all of which live as long as it does.
+
+    onnxruntime's binding does not keep an OrtValue's numpy array alive (wheels up to 1.28): without the references here
+    the strength of a steered answer was read from memory that had been freed, and nothing was steered.
+    """
+
+    def __init__(self, session: Any, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]):
+        self._session, self._binding = session, session.io_binding()
+        self._buffers = (*inputs.values(), *outputs.values())
         for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
-            binding.bind_ortvalue_output(name, value)
-        return functools.partial(self.session.run_with_iobinding, binding)
+            self._binding.bind_ortvalue_output(name, value)
+
+    def __call__(self) -> None:
+        """Run once; results are in the output buffers."""
+        self._session.run_with_iobinding(self._binding)
 
 
 @functools.cache

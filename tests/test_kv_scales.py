@@ -97,9 +97,13 @@ def attend(qkv: Float, passes: list[int]) -> tuple[Float, Codes, Codes]:
         rows, out = slice(done, done + count), np.zeros((1, count, HEADS * WIDTH), np.float32)
         done += count
         binding = session.io_binding()
-        binding.bind_cpu_input("qkv", np.ascontiguousarray(qkv[:, rows]))
-        binding.bind_cpu_input("seqlens_k", np.array([done - 1], np.int32))
-        binding.bind_cpu_input("total", np.array(done, np.int32))
+        inputs = {  # a binding does not keep them alive
+            "qkv": np.ascontiguousarray(qkv[:, rows]),
+            "seqlens_k": np.array([done - 1], np.int32),
+            "total": np.array(done, np.int32),
+        }
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
         for name, cache in (("key", keys), ("value", values)):
             both = ort.OrtValue.ortvalue_from_numpy(cache)
             binding.bind_ortvalue_input(f"past_{name}", both)

@@ -1,6 +1,8 @@
 """Tier 1: memory that sessions share, on a graph with one large activation; and where operators may run."""
 
 import contextlib
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,25 @@ def test_activations_of_one_session_serve_the_next_and_what_an_image_took_goes_b
         assert out.numpy() == SIZE**2
     first.run({"x": ones})
     assert memory() - at_rest < 10 * MIB
+
+
+def test_a_bound_graph_keeps_its_buffers_alive(tmp_path: Path) -> None:
+    """The strength of a steered answer was an array that only the binding knew of. Up to onnxruntime 1.28 that did not
+    keep it alive: the Refusal Head read memory that had been freed, and unsafe prompts were answered.
+    """
+    session = graph(tmp_path)
+    x, y = (
+        buffer(np.ones((SIZE, 1), np.float32), session.device),
+        empty(TensorSpec("y", "float32", ()), (), session.device),
+    )
+    watched = [weakref.ref(value) for value in (x, y)]
+    call = session.bind({"x": x}, {"y": y})
+    del x, y
+    gc.collect()
+    assert all(value() is not None for value in watched)
+    del call
+    gc.collect()
+    assert all(value() is None for value in watched)
 
 
 @pytest.mark.skipif(
