@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,25 +12,28 @@ import numpy as np
 from PIL import Image
 
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.text import Message
+from autosteer.runtime.text import Message, load_tokenizer
 
 from .checkpoint import Checkpoint
-from .reference import Case, Reference
+from .reference import ANSWER_TOKENS, Case, Reference
+from .safety.artifact import SafetyArtifact
 
 WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five to eight: minutes, on two cores
+LONG = 1000  # tokens: a text beyond, where the context has room
 
 
-def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
-    """Dialogues with no, one, two images; square, wide, tall; a video; two turns; the most telling first. Pictures are
-    drawn and kept in golden/.
+def make_cases(folder: Path, manifest: Manifest, safety: SafetyArtifact | None) -> list[Case]:
+    """The safety folder's prompts, unsafe and benign in turn; then dialogues with no, one, two images; square, wide,
+    tall; a video; two turns, one of them long; the most telling first. Pictures are drawn and kept in golden/.
     """
+    (folder / "golden").mkdir(exist_ok=True)
     cases = [
+        *proof_cases(folder, safety),
         Case((Message.user("Name three colours."),), ()),
-        Case((Message.user("hello"), Message.assistant("hello!"), Message.user("what can you do?")), ()),
+        _dialogue(folder, manifest),
     ]
     if manifest.image is None:
         return cases
-    (folder / "golden").mkdir(exist_ok=True)
     size = manifest.image.tile_size
     shapes = {"small": (33, 21), "tall": (size - 9, size * 3), "square": (size, size), "wide": (size * 2 + 7, size - 5)}
     files = {name: f"golden/{name}.png" for name in shapes}
@@ -38,15 +43,46 @@ def make_cases(folder: Path, manifest: Manifest) -> list[Case]:
     def turn(text: str, *names: str) -> Message:
         return Message.user(text, [folder / files[name] for name in names])
 
-    small, *others = [Case((turn("what is shown here?", name),), (files[name],)) for name in shapes]
-    cases += [
-        small,
+    wide, *others = [Case((turn("what is shown here?", n),), (files[n],)) for n in ("wide", "small", "tall", "square")]
+    return [
+        *cases,
+        wide,
         *([_video_case(folder, size)] if manifest.video else []),
         Case((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
         *others,
         Case((turn("describe it.", "wide"), Message.assistant("a picture."), turn("how many?")), (files["wide"],)),
     ]
+
+
+def proof_cases(folder: Path, safety: SafetyArtifact | None) -> list[Case]:
+    """The prompts that the safety folder brings, unsafe and benign in turn."""
+    prompts = safety.facts.proof if safety else ()
+    pairs = itertools.zip_longest(*([p for p in prompts if p.unsafe is unsafe] for unsafe in (True, False)))
+    cases = []
+    for prompt in filter(None, itertools.chain.from_iterable(pairs)):
+        if prompt.token_ids:
+            cases.append(Case((Message("user", ()),), (), prompt_ids=prompt.token_ids, unsafe=prompt.unsafe))
+        elif prompt.text:
+            assert safety is not None and safety.folder is not None
+            files = tuple(f"golden/{Path(image).name}" for image in prompt.images)
+            for image, file in zip(prompt.images, files, strict=True):
+                shutil.copyfile(safety.folder / image, folder / file)
+            message = Message.user(prompt.text, [folder / file for file in files])
+            cases.append(Case((message,), files, unsafe=prompt.unsafe))
     return cases
+
+
+def _dialogue(folder: Path, manifest: Manifest) -> Case:
+    """Two turns, the first with a text beyond LONG tokens where the context has room for it."""
+    tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
+    text = ""
+    for n in itertools.count(1):
+        text += f"Step {n}: add {n} to what you have and write the result into line {n + 7}.\n"
+        if (tokens := len(tokenizer.encode(text, add_special_tokens=False).ids)) > LONG:
+            break
+    fits = tokens + LONG // 5 + ANSWER_TOKENS < manifest.dims.context_length
+    opening = Message.user(text if fits else "hello")
+    return Case((opening, Message.assistant("hello!"), Message.user("what can you do?")), ())
 
 
 def _video_case(folder: Path, size: int) -> Case:
@@ -69,8 +105,8 @@ def draw(width: int, height: int, seed: int) -> Image.Image:
 
 
 def affordable(cases: Sequence[Case], checkpoint: Checkpoint, reference: Reference) -> list[Case]:
-    """The first of `cases` that PyTorch can go through within WORK; whatever they take, the first without a picture,
-    with one, and with a video.
+    """The first of `cases` that PyTorch can go through within WORK; and the first of each kind, whatever it takes: an
+    unsafe prompt and a benign one, a text, two turns, a picture of several tiles, several pictures, a video.
     """
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
     kept: list[Case] = []

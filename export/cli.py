@@ -186,16 +186,16 @@ def export(
                 advance=lambda name, numbers: progress.update(task, description=f"writing: {name}", advance=numbers),
             )
             progress.reset(task, total=None)
-            checks, golden = validate_package(
+            results = validate_package(
                 *(folder, manifest, checkpoint, safety),
                 report=lambda step: progress.update(task, description=f"validating: {step}"),
             )
             if not as_json:
-                console.print(checks_table(checks), markup=False, highlight=False)
-            if failed := [check.name for check in checks if not check.passed]:
+                console.print(checks_table(results.checks), markup=False, highlight=False)
+            if failed := [check.name for check in results.checks if not check.passed]:
                 closer = CLOSER.get((precision, target, block_size), "")
                 raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
-            manifest = with_results(folder, manifest, checks, golden)
+            manifest = with_results(folder, manifest, results)
             sizes = folder_sizes(folder)
             needs = footprint(folder, manifest)
     facts = {
@@ -208,7 +208,7 @@ def export(
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "checks": [dataclasses.asdict(check) for check in results.checks],
     }
     if as_json:
         click.echo(dumps(facts))

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
+    FORMAT_VERSION,
+    P_UNSAFE_MOST,
     WEIGHTS_FILE,
     CacheType,
-    Check,
     DataFile,
     Dims,
-    Golden,
     GraphSpec,
     ImageSpec,
     KVCacheSpec,
@@ -24,6 +24,7 @@ from autosteer.runtime.manifest import (
     ProberSpec,
     RefusalSpec,
     Source,
+    Tolerance,
     VideoSpec,
     sha256,
 )
@@ -38,6 +39,10 @@ from .safety.artifact import SafetyArtifact
 from .vision import image_graph
 from .weights import Advance, WeightStore
 
+if TYPE_CHECKING:
+    from .validate import Validated
+
+LOWEST_ONNXRUNTIME = "1.22"
 Report = Callable[[str], None]
 
 
@@ -114,7 +119,7 @@ def write_package(
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
     weights_sha256 = store.close()
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         source=Source(checkpoint.name, checkpoint.revision, checkpoint.family.model_type, None),
         precision=options.precision,
         guarded=safety is not None,
@@ -132,11 +137,14 @@ def write_package(
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
+        tolerance=Tolerance(P_UNSAFE_MOST, 0),
+        proof=None,
         validation={},
         versions={
             name: version(name)
             for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
         },
+        onnxruntime=LOWEST_ONNXRUNTIME,
     )
     manifest.save(folder)
     return manifest
@@ -209,14 +217,18 @@ def data_file(folder: Path, name: str) -> DataFile:
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
-def with_results(folder: Path, manifest: Manifest, checks: tuple[Check, ...], golden: tuple[Golden, ...]) -> Manifest:
-    """Complete the manifest with the validation table, the golden outputs and their pictures, and save it again."""
-    pictures = dict.fromkeys(file for g in golden for file in g.pictures())
+def with_results(folder: Path, manifest: Manifest, results: Validated) -> Manifest:
+    """Complete the manifest with what the validation found, and its files, and save it again."""
+    files = dict.fromkeys(file for golden in results.golden for file in golden.pictures())
+    if results.proof:
+        files[results.proof.file] = None
     complete = replace(
         manifest,
-        golden=golden,
-        validation={"CPUExecutionProvider": checks},
-        files=(*manifest.files, *(data_file(folder, picture) for picture in pictures)),
+        golden=results.golden,
+        tolerance=results.tolerance,
+        proof=results.proof,
+        validation={"CPUExecutionProvider": results.checks},
+        files=(*manifest.files, *(data_file(folder, file) for file in files)),
     )
     complete.save(folder)
     return complete

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,17 @@ NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest 
 
 @dataclass(frozen=True)
 class Case:
-    """A dialogue to compare on. Files are relative to the package."""
+    """A dialogue to compare on. Files are relative to the package.
+
+    A prompt whose words are not known is given by its tokens: `prompt_ids` are those of a user turn without pictures as
+    the template renders it, generation prompt included; `messages` is then one empty turn.
+    """
 
     messages: tuple[Message, ...]
     image_files: tuple[str, ...]
     video_files: tuple[tuple[str, ...], ...] = ()  # the frames of each
+    prompt_ids: tuple[int, ...] = ()
+    unsafe: bool | None = None  # what the safety folder says of it; None: not one of its prompts
 
     @property
     def images(self) -> list[ImageLike]:
@@ -50,9 +56,9 @@ class Case:
         return [frames for message in self.messages for frames in message.videos]
 
     @property
-    def kind(self) -> tuple[bool, bool]:
-        """Whether it has images, and videos."""
-        return bool(self.images), bool(self.videos)
+    def kind(self) -> tuple[object, ...]:
+        """What it shows: one of each kind is compared, whatever that takes."""
+        return bool(self.images), len(self.images) > 1, bool(self.videos), len(self.messages) > 1, self.unsafe
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,9 @@ class Reference:
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """The processor's tensors for a case."""
+        if case.prompt_ids:
+            ids = torch.tensor([case.prompt_ids])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         text = self.processor.apply_chat_template(hf_messages(case.messages), add_generation_prompt=True)
         shown: dict[str, Any] = {}
         if case.images:
@@ -276,6 +285,8 @@ class Reference:
         """
         text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
         turns = asked_turns(case.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
+        if case.prompt_ids:  # only the turn's beginning is the template's: it ends where the prompt does
+            turns = [replace(turn, through=len(case.prompt_ids)) for turn in turns]
         framing = self._framing(case)
         return [probed_rows(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
 

@@ -83,6 +83,21 @@ class PromptEncoder:
         text = [row for row, key in enumerate(keys) if isinstance(key, int)]
         return Prompt(embeds, token_ids, keys, self._probed_rows(messages, text, framing))
 
+    def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> Prompt:
+        """A prompt of one user turn without pictures, given as the tokens of its rendering, generation prompt included.
+        Raises InputError where there are none.
+        """
+        if not token_ids:
+            raise InputError("the prompt is empty")
+        before = time.perf_counter()
+        embeds, messages = self.embed(list(token_ids))[None], [Message("user", ())]
+        (empty,) = asked_turns(messages, self.manifest.prompt, self._tokenizer)
+        turn = AskedTurn(0, empty.before, len(token_ids))
+        probed = probed_rows(self.manifest.prober, turn, messages, range(len(token_ids)), [])
+        stats.embed_ms = _ms_since(before)
+        stats.prompt_tokens = len(token_ids)
+        return Prompt(embeds, list(token_ids), list(token_ids), [probed])
+
     def _probed_rows(self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]) -> list[list[int]]:
         """The rows of a prompt that the prober reads, turn by turn. `text` are those of token ids, of which `framing`
         frame each picture.

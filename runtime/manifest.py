@@ -13,7 +13,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,9 +23,12 @@ from typing import Any, Literal
 from .decode import decode, json_schema, no_duplicates
 from .errors import PackageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
+P_UNSAFE_MOST = (
+    0.05  # largest Tolerance.p_unsafe: a gate that moves more from machine to machine is not the one measured
+)
 WEIGHTS_FILE = "weights.bin"  # the big tensors of all graphs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_upper"}  # both or neither; see `reader`
@@ -222,19 +226,54 @@ class RefusalSpec:
 
 @dataclass(frozen=True)
 class Golden:
-    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU."""
+    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU.
+
+    A prompt whose words must not ship is given by its tokens: `prompt_ids` are those of the whole rendered prompt,
+    generation prompt included, and `prompt` is empty.
+    """
 
     prompt: str
     images: tuple[str, ...]
     threshold: float | None  # the policy's; None: the package's own, -1: every prompt is steered
     p_unsafe: float | None
-    action: Literal["pass", "steer", "stop"]
-    token_ids: tuple[int, ...]
+    action: Literal["pass", "steer"]
+    token_ids: tuple[int, ...]  # of the answer; where the action is "steer", the unsteered answer is another one
     videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
+    prompt_ids: tuple[int, ...] = ()
 
     def pictures(self) -> tuple[str, ...]:
         """Every picture file of it."""
         return (*self.images, *(frame for video in self.videos for frame in video))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the golden prompts' results on another machine may be from those recorded here."""
+
+    p_unsafe: float  # largest difference
+    answers: int  # golden prompts whose answer may differ: those with a near tie among their tokens
+
+
+@dataclass(frozen=True)
+class SteeredState:
+    """What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength."""
+
+    token: int  # the likeliest
+    steered_token: int  # the likeliest after steering: another one
+    shift: float  # root mean square, over the vocabulary, of what steering adds to the logits
+
+
+@dataclass(frozen=True)
+class GateProof:
+    """Hidden states and what the gate must make of them: they show, without any text, that it works on a machine.
+
+    `file` holds float32 positions (hidden_size,), little-endian: what the prober read of a prompt, one for each of
+    `p_unsafe`; the last hidden state of a prompt, one for each of `steered`; and the same after the Refusal Head.
+    """
+
+    file: str
+    p_unsafe: tuple[float, ...]
+    steered: tuple[SteeredState, ...]
 
 
 @dataclass(frozen=True)
@@ -265,8 +304,11 @@ class Manifest:
     prober: ProberSpec | None
     refusal: RefusalSpec | None
     golden: tuple[Golden, ...]
+    tolerance: Tolerance
+    proof: GateProof | None  # where guarded
     validation: dict[str, tuple[Check, ...]]  # by execution provider
     versions: dict[str, str]  # what exported it
+    onnxruntime: str  # the oldest version that computes this package right, as "1.23"
     video: VideoSpec | None = None
 
     def save(self, folder: Path) -> None:
@@ -355,6 +397,11 @@ class Manifest:
             need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
             need(self.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
             need(bool(self.refusal.text.strip()), "refusal: text is empty")
+        self._check_proof(need)
+        need(
+            re.fullmatch(r"\d{1,4}\.\d{1,4}", self.onnxruntime) is not None,
+            f"onnxruntime: {self.onnxruntime!r} is not a version like '1.23'",
+        )
         for file in self.paths():
             pure = PurePosixPath(file)
             need(
@@ -363,7 +410,18 @@ class Manifest:
             )
         for file in (self.prompt.tokenizer, *(file for golden in self.golden for file in golden.pictures())):
             need(file in self.paths(), f"{file!r} is used but has no hash in 'files'")
-        need(all(golden.token_ids for golden in self.golden), "golden: an answer without tokens")
+        for golden in self.golden:
+            need(bool(golden.token_ids), "golden: an answer without tokens")
+            need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
+            need(
+                all(0 <= i < self.dims.vocab_size for i in (*golden.token_ids, *golden.prompt_ids)),
+                "golden: an id outside the vocabulary",
+            )
+        need(
+            0.0 < self.tolerance.p_unsafe <= P_UNSAFE_MOST,
+            f"tolerance: p_unsafe is not above 0, up to {P_UNSAFE_MOST:g}",
+        )
+        need(0 <= self.tolerance.answers <= len(self.golden), "tolerance: more answers than golden prompts")
         need(min(dataclasses.astuple(self.dims)) > 0, "dims: a size is not positive")
         for piece in self.prompt.pieces():
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
@@ -375,6 +433,25 @@ class Manifest:
             for tensor, described in tensors.items():
                 need(tensor in found, f"graph {name!r} has no {tensor!r}")
                 need(found[tensor] == described, f"graph {name!r}: {tensor!r} is not {described} as 'dims' says")
+
+    def _check_proof(self, need: Callable[[bool, str], None]) -> None:
+        need(self.guarded == (self.proof is not None), "'guarded' and 'proof' contradict each other")
+        if self.proof is None:
+            return
+        need(bool(self.proof.p_unsafe), "proof: no hidden state for the prober")
+        need(all(0.0 <= p <= 1.0 for p in self.proof.p_unsafe), "proof: a p_unsafe is not from 0 to 1")
+        need(bool(self.proof.steered), "proof: no hidden state for the Refusal Head")
+        for state in self.proof.steered:
+            ids = (state.token, state.steered_token)
+            need(all(0 <= i < self.dims.vocab_size for i in ids), "proof: an id outside the vocabulary")
+            need(
+                state.token != state.steered_token,
+                "proof: a state whose token steering leaves as it was proves nothing",
+            )
+            need(state.shift > 0.0, "proof: a shift is not above zero")
+        size = 4 * self.dims.hidden_size * (len(self.proof.p_unsafe) + 2 * len(self.proof.steered))
+        found = next((file.bytes for file in self.files if file.file == self.proof.file), None)
+        need(found == size, f"proof: {self.proof.file!r} must be in 'files' with {size} bytes")
 
     def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
         """The tensors that the loop binds, by graph, as dtype and shape."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import KVCache
 from .speculate import MOST
-from .subgraph import Call, OrtValue, buffer, empty
+from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -228,6 +228,11 @@ class Request:
         self._finite = self._finite and bool(np.isfinite(first[0]))  # as in `verify`
         return first
 
+    def last_hidden_state(self) -> Float:
+        """What lm_head, or the Refusal Head, read last in a pass of one token, (D,). After `begin`: the prompt's."""
+        last: Float = self._passes[1].last.numpy()[0, 0].astype(np.float32)
+        return last
+
     def step(self, token: int) -> Float:
         """Feed one token; logits (V,) of the next."""
         following: Float = self.verify([token])[0]
@@ -262,22 +267,12 @@ class Request:
         """What the next turn of the dialogue can start from: nothing if rows are not finite. This request is over."""
         return Computed(self._keys[: self._length if self._finite else 0], self._means, self._caches, self._unseen)
 
-    def head(self, last: OrtValue, logits: OrtValue, rows: int) -> Callable[[], None]:
+    def head(self, last: OrtValue, logits: OrtValue, rows: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""
         if not self._steered:
             return self._graphs["lm_head"].bind({"last_hidden_state": last}, {"logits": logits})
         steered = self.empty("refusal_head", "steered_hidden_state", rows)
-        epsilon = buffer(np.array([self._strength], np.float32), self._device)
-        steer = self._graphs["refusal_head"].bind(
-            {"last_hidden_state": last, "strength": epsilon}, {"steered_hidden_state": steered}
-        )
-        project = self._graphs["lm_head"].bind({"last_hidden_state": steered}, {"logits": logits})
-
-        def run() -> None:
-            steer()
-            project()
-
-        return run
+        return steered_head(self._graphs, last, self._strength, steered, logits, self._device)
 
     def half(
         self,
@@ -351,6 +346,23 @@ class Pass:
         """What the head gave, (R, V)."""
         logits: Any = self._logits.numpy()[0]
         return logits  # type: ignore[no-any-return]
+
+
+def steered_head(
+    graphs: Mapping[str, Subgraph], last: OrtValue, strength: float, steered: OrtValue, logits: OrtValue, device: Device
+) -> Call:
+    """refusal_head and lm_head on fixed buffers: last (1, R, D) -> steered (1, R, D) -> logits (1, R, V)."""
+    steer = graphs["refusal_head"].bind(
+        {"last_hidden_state": last, "strength": buffer(np.array([strength], np.float32), device)},
+        {"steered_hidden_state": steered},
+    )
+    project = graphs["lm_head"].bind({"last_hidden_state": steered}, {"logits": logits})
+
+    def run() -> None:
+        steer()
+        project()
+
+    return run
 
 
 def _common(a: Sequence[Key], b: Sequence[Key]) -> int:

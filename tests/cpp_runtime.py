@@ -213,6 +213,7 @@ def use_byte_level_words(folder: Path, manifest: Manifest) -> Manifest:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(toy.SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = replace(manifest, files=(toy.data_file(folder, "tokenizer.json"),))
+    others = tuple(file for file in manifest.files if file.file != "tokenizer.json")
+    manifest = replace(manifest, files=(toy.data_file(folder, "tokenizer.json"), *others))
     manifest.save(folder)
     return manifest

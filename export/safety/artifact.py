@@ -1,6 +1,6 @@
 """The safety folder: what autosteer-fit writes and autosteer-export reads. safetensors and JSON, never a pickle.
 
-    safety/safety.json           layer, threshold, strength, how they were found
+    safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py)
     safety/safety.safetensors    prober.0.weight (64, d), prober.0.bias (64,), prober.2.weight (2, 64), prober.2.bias
                                  (2,), steer_matrix (d, d); all float32
 
@@ -48,6 +48,21 @@ class LayerScore:
 
 
 @dataclass(frozen=True)
+class ProofPrompt:
+    """A held-out prompt that the gate judged rightly: a package made with this gate must judge it so, too.
+
+    Its words need not be here: `token_ids` are what the model reads, the rendered prompt with its generation prompt.
+    """
+
+    unsafe: bool
+    p_unsafe: float  # the gate's, of the float32 model
+    sha256: str  # of the words, in UTF-8: to find the prompt in the data again
+    token_ids: tuple[int, ...] = ()
+    text: str = ""  # in place of token_ids, where the words may be known
+    images: tuple[str, ...] = ()  # with `text`: files in the safety folder
+
+
+@dataclass(frozen=True)
 class SafetyFacts:
     """safety.json"""
 
@@ -63,6 +78,7 @@ class SafetyFacts:
     training: dict[str, float]  # sizes, seeds, epochs
     selected_by: Literal["sas", "prober", "user"] = "sas"  # what chose split_layer
     pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
+    proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
 
 
 @dataclass(frozen=True)
@@ -72,12 +88,16 @@ class SafetyArtifact:
     facts: SafetyFacts
     prober: dict[str, torch.Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
     steer_matrix: torch.Tensor  # (d, d)
+    folder: Path | None = None  # where it was read from, and the proof's images are
 
     def firing_above(self, threshold: float) -> SafetyArtifact:
-        """The same with another threshold, without the facts that were measured at its own. Raises InputError."""
+        """The same with another threshold, without the facts that were measured at its own, and without the prompts
+        that it judges wrongly. Raises InputError.
+        """
         if not 0.0 <= threshold < 1.0:
             raise InputError(f"--threshold {threshold:g}: it must be in [0, 1)")
-        return replace(self, facts=replace(self.facts, threshold=threshold, calibration={}))
+        proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
+        return replace(self, facts=replace(self.facts, threshold=threshold, calibration={}, proof=proof))
 
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, which is made if need be."""
@@ -103,8 +123,11 @@ class SafetyArtifact:
             raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
         facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
         prober = {name.removeprefix("prober."): t for name, t in tensors.items() if name.startswith("prober.")}
-        artifact = SafetyArtifact(facts, prober, tensors.get("steer_matrix"))
+        artifact = SafetyArtifact(facts, prober, tensors.get("steer_matrix"), folder)
         artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        for image in (image for prompt in facts.proof for image in prompt.images):
+            if Path(image).name != image or not (folder / image).is_file():
+                raise PackageError(f"{folder}: {image!r}, a proof prompt's, is no file of this folder; copy it again")
         return artifact
 
     def check(self, where: Path, *, hidden_size: int, num_hidden_layers: int) -> None:
@@ -129,6 +152,8 @@ class SafetyArtifact:
             self.facts.token_offset < 0, f"token_offset {self.facts.token_offset} does not count from the prompt's end"
         )
         need(0.0 < self.facts.strength < float("inf"), f"strength {self.facts.strength} is not a positive number")
+        for prompt in self.facts.proof:
+            need(bool(prompt.token_ids) != bool(prompt.text), "a proof prompt has either token_ids or a text")
         shapes = {"0.weight": (64, d), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
         found = {name: tuple(t.shape) for name, t in self.prober.items()}
         need(found == shapes, f"prober tensors {found} are not {shapes}: fitted for another model?")

@@ -16,7 +16,8 @@
 //     request.hpp   one answer's buffers             speculate.hpp what is drafted
 //     conversation.hpp  what turns share             digest.hpp    SHA-256
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
-//                                                    pages.hpp     where weights lie
+//     self_test.hpp does the gate work here?         pages.hpp     where weights lie
+//     check.hpp     the golden prompts again (not included here)
 //
 // Other languages: autosteer.h (C functions), built as libautosteer.
 #pragma once

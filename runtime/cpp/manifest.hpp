@@ -29,7 +29,8 @@ namespace autosteer {
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
-constexpr int kFormatVersion = 1;
+constexpr int kFormatVersion = 2;
+constexpr double kMostPUnsafe = 0.05;  // largest Tolerance::p_unsafe: a gate that moves more is not the one measured
 constexpr const char* kManifestFile = "autosteer.json";
 /// Both or neither; see Manifest::reader.
 inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
@@ -148,9 +149,31 @@ struct Golden {
   std::string prompt;
   std::vector<std::string> images;
   std::optional<double> threshold, p_unsafe;
-  std::string action;
-  std::vector<int64_t> token_ids;
+  std::string action;              ///< pass or steer
+  std::vector<int64_t> token_ids;  ///< of the answer; where the action is steer, the unsteered answer is another one
   std::vector<std::vector<std::string>> videos;  ///< the frames of each
+  std::vector<int64_t> prompt_ids;               ///< the rendered prompt's tokens, in place of `prompt`
+};
+
+/// How far the golden prompts' results on another machine may be from those recorded.
+struct Tolerance {
+  double p_unsafe;  ///< largest difference
+  int64_t answers;  ///< golden prompts whose answer may differ
+};
+
+/// What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength.
+struct SteeredState {
+  int64_t token, steered_token;  ///< the likeliest; the likeliest after steering: another one
+  double shift;                  ///< root mean square, over the vocabulary, of what steering adds to the logits
+};
+
+/// Hidden states and what the gate must make of them. `file` holds float32 positions (hidden_size,), little-endian:
+/// what the prober read of a prompt, one for each of `p_unsafe`; the last hidden state of a prompt, one for each of
+/// `steered`; and the same after the Refusal Head.
+struct GateProof {
+  std::string file;
+  std::vector<double> p_unsafe;
+  std::vector<SteeredState> steered;
 };
 
 struct Manifest {
@@ -166,6 +189,17 @@ struct Manifest {
   std::optional<ProberSpec> prober;
   std::optional<RefusalSpec> refusal;
   std::vector<Golden> golden;
+  Tolerance tolerance;
+  std::optional<GateProof> proof;  ///< where guarded
+  std::string onnxruntime;         ///< the oldest version that computes this package right, as "1.23"
+  std::string precision;           ///< of the weights: fp32, fp16, int8 or int4
+
+  /// Whether no weight or cache is in 8 bits or 4: all machines say the same tokens.
+  bool exact() const {
+    const auto is_exact = [](const std::string& p) { return p == "fp32" || p == "fp16"; };
+    return cache_type == "float32" && is_exact(precision) &&
+           std::all_of(graphs.begin(), graphs.end(), [&](const auto& g) { return is_exact(g.second.precision); });
+  }
 
   /// Read and check autosteer.json of `folder`; files are checked by `verify`.
   static Manifest load(const fs::path& folder);
@@ -445,15 +479,31 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids"});
   const auto frames = [](const Node& files) { return files.list(as_string); };
   return {node["prompt"].as_string(),
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
           node["p_unsafe"].optional(as_float),
-          node["action"].as_one_of({"pass", "steer", "stop"}),
+          node["action"].as_one_of({"pass", "steer"}),
           node["token_ids"].list(as_int),
-          node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>()};
+          node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>(),
+          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>()};
+}
+
+inline Tolerance tolerance(const Node& node) {
+  node.object({"p_unsafe", "answers"});
+  return {node["p_unsafe"].as_float(), node["answers"].as_int()};
+}
+
+inline SteeredState steered_state(const Node& node) {
+  node.object({"token", "steered_token", "shift"});
+  return {node["token"].as_int(), node["steered_token"].as_int(), node["shift"].as_float()};
+}
+
+inline GateProof proof(const Node& node) {
+  node.object({"file", "p_unsafe", "steered"});
+  return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state)};
 }
 
 /// Keys that only people read: checked like the others, and dropped.
@@ -464,7 +514,6 @@ inline void check_facts(const Node& node) {
   source["model_type"].as_string();
   source["revision"].optional(as_string);
   source["licence"].optional(as_string);
-  as_precision(node["precision"]);
   const Node kv_cache = node["kv_cache"];
   kv_cache.object({"dtype", "layout"});
   kv_cache["layout"].as_one_of({"BNSH"});
@@ -482,7 +531,8 @@ inline void check_facts(const Node& node) {
 
 inline Manifest manifest(const Node& node) {
   node.object({"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-               "prompt", "image", "prober", "refusal", "golden", "validation", "versions"},
+               "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
+               "onnxruntime"},
               {"video"});
   check_facts(node);
   Manifest manifest;
@@ -498,6 +548,10 @@ inline Manifest manifest(const Node& node) {
   manifest.prober = node["prober"].optional(prober);
   manifest.refusal = node["refusal"].optional(refusal);
   manifest.golden = node["golden"].list(golden);
+  manifest.tolerance = tolerance(node["tolerance"]);
+  manifest.proof = node["proof"].optional(proof);
+  manifest.onnxruntime = node["onnxruntime"].as_string();
+  manifest.precision = as_precision(node["precision"]);
   return manifest;
 }
 
@@ -555,6 +609,15 @@ inline std::vector<Piece> pieces(const PromptSpec& prompt) {
   return all;
 }
 
+/// Whether `text` is major and minor, as "1.23".
+inline bool is_version(const std::string& text) {
+  const size_t dot = text.find('.');
+  const auto is_number = [](const std::string& part) {
+    return !part.empty() && part.size() <= 4 && part.find_first_not_of("0123456789") == std::string::npos;
+  };
+  return dot != std::string::npos && is_number(text.substr(0, dot)) && is_number(text.substr(dot + 1));
+}
+
 inline void check_consistency(const Manifest& m, const std::string& where) {
   const auto need = [&](bool condition, const std::string& what) {
     if (!condition) throw PackageError(where + ": " + what);
@@ -594,6 +657,9 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   const auto need_hash = [&](const std::string& file) {
     need(paths.count(file) > 0, "'" + file + "' is used but has no hash in 'files'");
   };
+  const auto in_vocabulary = [&](const std::vector<int64_t>& ids) {
+    return std::all_of(ids.begin(), ids.end(), [&](int64_t id) { return 0 <= id && id < m.dims.vocab_size; });
+  };
   need_hash(m.prompt.tokenizer);
   for (const Golden& golden : m.golden) {
     for (const auto& file : golden.images) need_hash(file);
@@ -601,7 +667,34 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
       for (const auto& file : frames) need_hash(file);
     }
     need(!golden.token_ids.empty(), "golden: an answer without tokens");
+    need(golden.prompt_ids.empty() || (golden.prompt.empty() && golden.images.empty() && golden.videos.empty()),
+         "golden: a prompt is given twice");
+    need(in_vocabulary(golden.token_ids) && in_vocabulary(golden.prompt_ids), "golden: an id outside the vocabulary");
   }
+  need(0.0 < m.tolerance.p_unsafe && m.tolerance.p_unsafe <= kMostPUnsafe,
+       "tolerance: p_unsafe is not above 0, up to 0.05");
+  need(0 <= m.tolerance.answers && m.tolerance.answers <= static_cast<int64_t>(m.golden.size()),
+       "tolerance: more answers than golden prompts");
+  need(m.guarded == m.proof.has_value(), "'guarded' and 'proof' contradict each other");
+  if (m.proof) {
+    const auto is_p = [](double p) { return 0.0 <= p && p <= 1.0; };
+    need(!m.proof->p_unsafe.empty(), "proof: no hidden state for the prober");
+    need(std::all_of(m.proof->p_unsafe.begin(), m.proof->p_unsafe.end(), is_p),
+         "proof: a p_unsafe is not from 0 to 1");
+    need(!m.proof->steered.empty(), "proof: no hidden state for the Refusal Head");
+    for (const SteeredState& state : m.proof->steered) {
+      need(in_vocabulary({state.token, state.steered_token}), "proof: an id outside the vocabulary");
+      need(state.token != state.steered_token, "proof: a state whose token steering leaves as it was proves nothing");
+      need(state.shift > 0.0, "proof: a shift is not above zero");
+    }
+    const auto states = static_cast<int64_t>(m.proof->p_unsafe.size() + 2 * m.proof->steered.size());
+    const int64_t size = 4 * m.dims.hidden_size * states;
+    const auto described = std::find_if(m.files.begin(), m.files.end(),
+                                        [&](const DataFile& file) { return file.file == m.proof->file; });
+    need(described != m.files.end() && described->bytes == size,
+         "proof: '" + m.proof->file + "' must be in 'files' with " + std::to_string(size) + " bytes");
+  }
+  need(is_version(m.onnxruntime), "onnxruntime: '" + m.onnxruntime + "' is not a version like '1.23'");
   bool written = false;
   for (const Piece& piece : pieces(m.prompt)) {
     written = written || piece.kind == "video";

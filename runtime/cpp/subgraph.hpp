@@ -30,11 +30,29 @@ namespace autosteer {
 
 constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
 
-/// Whether an onnxruntime can bound how long threads spin: the version that runs, not the headers'.
-inline bool can_bound_spinning(const char* version = OrtGetApiBase()->GetVersionString()) {
+/// Major and minor of a version; what is no version is older than any.
+inline std::pair<int, int> version_numbers(const char* text) {
   int major = 0, minor = 0;
-  std::sscanf(version, "%d.%d", &major, &minor);
-  return std::pair(major, minor) >= std::pair(1, 26);
+  std::sscanf(text, "%d.%d", &major, &minor);
+  return {major, minor};
+}
+
+/// The version that runs, not the headers'.
+inline const char* onnxruntime_version() {
+  return OrtGetApiBase()->GetVersionString();
+}
+
+/// Throws ProviderError where the onnxruntime that runs is older than `lowest` ("1.23"), which a package says it needs.
+inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
+  if (version_numbers(installed) < version_numbers(lowest.c_str())) {
+    throw ProviderError(std::string("onnxruntime ") + installed + " computes this package wrong; it needs " + lowest +
+                        " or newer");
+  }
+}
+
+/// Whether an onnxruntime can bound how long threads spin.
+inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
+  return version_numbers(version) >= std::pair(1, 26);
 }
 
 /// onnxruntime, as every session of an engine uses it: `threads` threads, and one arena of memory for every session of
