@@ -35,7 +35,7 @@ def full(tmp_path_factory) -> Path:
     (folder / "golden" / "a.ppm").write_bytes(b"P6 1 1 255 abc")
     goldens = (
         Golden("red", ("golden/a.ppm",), None, 0.1, "pass", (6, 7)),
-        Golden("red", (), -1.0, None, "steer", (6,)),
+        Golden("", (), -1.0, None, "steer", (6,), prompt_ids=(5, 6)),
     )
     replace(
         manifest,
@@ -222,7 +222,7 @@ def test_manifest_cut_anywhere_is_refused(folder):
             Manifest.load(folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, True, 1.0])
+@pytest.mark.parametrize("version", [0, 1, 3, "1", None, 1.5, True, 1.0])
 def test_other_format_version_is_refused(tmp_path, document, version):
     with pytest.raises(PackageError, match="format_version"):
         Manifest.load(written(tmp_path, changed(document, ("format_version",), version)))
@@ -239,7 +239,7 @@ def test_key_given_twice_is_refused(folder):
 def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
     optional, data = (
-        {"tokenizer", "text", "id", "formula", "frames", "lead", "split", "video", "videos"},
+        {"tokenizer", "text", "id", "formula", "frames", "lead", "split", "video", "videos", "prompt_ids"},
         {"versions", "validation", "calibration"},
     )
     named = [keys for keys in kinds(document) if isinstance(keys[-1], str) and keys[-1] not in optional]
@@ -337,7 +337,7 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("refusal", "strength"), 0.0, "nothing is steered"),
         (("refusal", "strength"), -0.1, "nothing is steered"),
         (("refusal", "text"), " ", "text is empty"),
-        (("dims", "hidden_size"), 64, "as 'dims' says"),
+        (("dims", "hidden_size"), 64, "proof: .* with 1024 bytes"),
         (("dims", "vocab_size"), 33, "as 'dims' says"),
         (("dims", "head_dim"), 16, "as 'dims' says"),
         (("dims", "num_key_value_heads"), 2, "as 'dims' says"),
@@ -351,6 +351,24 @@ def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, d
         (("prompt", "begin", 0, "id"), -1, "the vocabulary ends at 31"),
         (("golden", 0, "token_ids"), [], "without tokens"),
         (("golden", 0, "action"), "maybe", "action"),
+        (("golden", 0, "token_ids"), [32], "golden: an id outside the vocabulary"),
+        (("golden", 0, "prompt_ids"), [1], "golden: a prompt is given twice"),
+        (("golden", 1, "prompt_ids"), [-1], "golden: an id outside the vocabulary"),
+        (("tolerance", "p_unsafe"), 0.0, "tolerance: p_unsafe is not above 0"),
+        (("tolerance", "p_unsafe"), 0.051, "tolerance: p_unsafe is not above 0, up to 0.05"),
+        (("tolerance", "answers"), -1, "tolerance: more answers than golden prompts"),
+        (("tolerance", "answers"), 3, "tolerance: more answers than golden prompts"),
+        (("proof",), None, "'guarded' and 'proof' contradict each other"),
+        (("proof", "p_unsafe"), [], "no hidden state for the prober"),
+        (("proof", "p_unsafe", 0), 1.5, "a p_unsafe is not from 0 to 1"),
+        (("proof", "steered"), [], "no hidden state for the Refusal Head"),
+        (("proof", "steered", 0, "token"), 32, "proof: an id outside the vocabulary"),
+        (("proof", "steered", 0, "steered_token"), 6, "proves nothing"),
+        (("proof", "steered", 0, "shift"), 0.0, "a shift is not above zero"),
+        (("proof", "file"), "other.f32", "must be in 'files' with 512 bytes"),
+        (("proof", "p_unsafe"), [0.1], "must be in 'files' with 384 bytes"),
+        (("onnxruntime",), "1.x", "is not a version like '1.23'"),
+        (("onnxruntime",), "", "is not a version like '1.23'"),
         (("image",), None, "image"),
         (("image", "anyres"), None, "differ"),
         (("image", "std"), [1.0, 0.0, 1.0], "std is zero"),
@@ -393,7 +411,7 @@ def test_missing_graph_is_named(tmp_path, document, name):
 
 def test_gate_cannot_be_taken_off_by_the_manifest_alone(folder, document):
     """guarded = false with all of the gate removed loads, and then runs under --policy off only."""
-    data = {**document, "guarded": False, "prober": None, "refusal": None, "golden": []}
+    data = {**document, "guarded": False, "prober": None, "refusal": None, "proof": None, "golden": []}
     engine = load(written(folder, data))
     with pytest.raises(PackageError, match="--policy off"):
         engine.generate("bad")
@@ -431,6 +449,7 @@ def test_whole_package_verifies(full):
 
 
 FILES = (
+    "proof.f32",
     *("embed_tokens.onnx", "decoder_lower.onnx", "decoder_upper.onnx", "lm_head.onnx", "prober.onnx"),
     *("prefill_lower.onnx", "prefill_upper.onnx", "refusal_head.onnx", "vision_encoder.onnx", "tokenizer.json"),
     "golden/a.ppm",
