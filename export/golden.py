@@ -7,6 +7,7 @@ prompt may be given by its tokens, and the hidden states prove prober and Refusa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PROOF_FILE = "proof.f32"
 PROOF_STATES = 8  # of each kind: 229 KiB for hidden states of 3584 numbers
 SCORES_MOVE = (1e-3, 0.02)  # from machine to machine, at least: exact packages, others (ARM without dot products 0.011)
+AWAY_MOST = 0.9  # share of states: a sound head turns none away, a head of the wrong sign all
 NEAR_TIE = 0.1  # a token leads by less of the logits' standard deviation: other kernels may choose the runner-up
 
 
@@ -73,30 +75,47 @@ def gate_proof(
     """Write PROOF_FILE, and describe it; unsafe prompts' states come first. What is expected of prober and Refusal Head
     is computed by PyTorch from the safety folder, what is expected of lm_head by the package.
 
-    The check fails where steering changes no state's token: such a Refusal Head steers nothing.
+    The checks fail where steering changes no state's token, and where it turns nearly all away from the refusal's first
+    word: such a Refusal Head is no guard.
     """
     order = sorted(range(len(ours)), key=lambda i: cases[i].unsafe is not True)  # stable
     probed = np.stack([ours[i].plain.hidden for i in order[:PROOF_STATES]]).astype(np.float32)
     scores = p_unsafe(safety.prober, torch.from_numpy(probed))
     last = np.stack([ours[i].plain.last for i in order]).astype(np.float32)
     bent = last + np.float32(safety.facts.strength) * last @ safety.steer_matrix.numpy().T
-    found = [_steered_state(engine, *states) for states in zip(last, bent, strict=True)]
-    telling = [i for i, (state, _) in enumerate(found) if state.token != state.steered_token and state.shift > 0]
-    telling = sorted(telling, key=lambda i: found[i][1] < NEAR_TIE)[:PROOF_STATES]
-    check = Check("states whose token steering changes", float(len(telling)), None, bool(telling))
-    np.concatenate([probed, last[telling], bent[telling]]).astype("<f4").tofile(folder / PROOF_FILE)
-    states = tuple(found[i][0] for i in telling)
-    return GateProof(PROOF_FILE, tuple(map(float, scores)), states), [check]
+    first = engine.tokenizer.encode(safety.facts.refusal_text, add_special_tokens=False).ids[0]
+    found = [_steer(engine, first, *states) for states in zip(last, bent, strict=True)]
+    telling = [
+        i for i, seen in enumerate(found) if seen.state.token != seen.state.steered_token and seen.state.shift > 0
+    ]
+    away = float(np.mean([seen.gain < 0 for seen in found]))
+    checks = [
+        Check("states whose token steering changes", float(len(telling)), None, bool(telling)),
+        Check("states steered away from the refusal", away, AWAY_MOST, away <= AWAY_MOST),
+    ]
+    kept = sorted(telling, key=lambda i: found[i].lead < NEAR_TIE)[:PROOF_STATES]  # stable
+    np.concatenate([probed, last[kept], bent[kept]]).astype("<f4").tofile(folder / PROOF_FILE)
+    return GateProof(PROOF_FILE, tuple(map(float, scores)), tuple(found[i].state for i in kept)), checks
 
 
-def _steered_state(engine: Engine, last: np.ndarray, bent: np.ndarray) -> tuple[SteeredState, float]:
-    """What lm_head makes of a state (D,) as it is and steered, and by how much the likeliest tokens lead."""
+@dataclass(frozen=True)
+class _Steered:
+    """What lm_head makes of a state as it is and steered."""
+
+    state: SteeredState
+    lead: float  # by which the likeliest token leads, the lesser of the two
+    gain: float  # log-probability that steering gives to the refusal's first token
+
+
+def _steer(engine: Engine, first: int, last: np.ndarray, bent: np.ndarray) -> _Steered:
+    """A state (D,) as it is and steered, through lm_head."""
     dtype = engine.manifest.activations
     logits = [
         engine.graphs["lm_head"].run({"last_hidden_state": x.astype(dtype)[None, None]})[0][0, 0] for x in (last, bent)
     ]
     tokens = [int(row.argmax()) for row in logits]
-    return SteeredState(*tokens, logits_shift(*logits)), min(map(lead, logits))
+    before, after = (float(torch.from_numpy(row).double().log_softmax(0)[first]) for row in logits)
+    return _Steered(SteeredState(*tokens, logits_shift(*logits)), min(map(lead, logits)), after - before)
 
 
 def lead(logits: np.ndarray) -> float:

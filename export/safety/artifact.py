@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "safety.safetensors"
-UNTRAINED = 1e-3  # |W - I|_F / |I|_F below this: the steer matrix was never trained (method.md)
+UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained (method.md)
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,14 @@ class SafetyArtifact:
         )
         finite = all(bool(torch.isfinite(t).all()) for t in (*self.prober.values(), self.steer_matrix))
         need(finite, "a weight is NaN or infinite")
-        eye = torch.eye(d)
+        w = self.steer_matrix
+        beyond = w - w.diagonal().mean() * torch.eye(d)  # what does more than scale the logits
         need(
-            bool((self.steer_matrix - eye).norm() / eye.norm() >= UNTRAINED),
-            "steer_matrix is still the identity: it was never trained",
+            float(beyond.norm()) / math.sqrt(d) >= UNTRAINED,
+            "steer_matrix is still the identity, or a multiple of it: it was never trained",
+        )
+        largest, second = torch.svd_lowrank(w, q=min(6, d))[1][:2].tolist()
+        need(
+            second >= UNTRAINED * largest,
+            "steer_matrix has rank one: it can push all tokens one way, and refuse nothing",
         )

@@ -367,8 +367,8 @@ def _warn(
         )
     if {prompt.unsafe for prompt in proof} != {True, False}:
         warnings.append(
-            "packages of this gate cannot show what it catches and what it lets pass: of unsafe or of benign prompts no "
-            "held-out one is judged rightly and can be kept (those with pictures only by --publish-proof)"
+            "packages of this gate cannot show what it catches and what it lets pass: of unsafe prompts, or of benign "
+            "ones, no held-out one is judged rightly and can be kept (those with pictures only by --publish-proof)"
         )
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
