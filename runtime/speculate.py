@@ -6,7 +6,7 @@
 
 The sampler goes through the rows in order and draws as it would without a draft; a drafted token that it draws costs no
 pass of its own, the first other token ends the draft. So the draft changes what an answer costs and never what it says,
-as far as a matrix product of several rows is equal to that of one (CONTRIBUTING.md says how far).
+as far as a matrix product of several rows is equal to that of one (docs/design-notes.md says how far).
 
 Drafting too much costs time. How far a match of n tokens can be trusted is learnt from every token of the answer,
 drafted or not, by comparing it with what would have been drafted: looking costs nothing, so nothing is risked to learn.

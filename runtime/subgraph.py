@@ -3,7 +3,7 @@
 Sessions are chained on one machine, each with threads of its own. A thread that sleeps between operators costs a
 third of decoding on an idle machine; one that spins without end takes the cores from the next session and from other
 programs, and costs two thirds where there are any. So they spin for microseconds and only inside a run (measured,
-CONTRIBUTING.md). Only one of them runs at a time, so activations of all come from one arena.
+docs/design-notes.md). Only one of them runs at a time, so activations of all come from one arena.
 """
 
 from __future__ import annotations

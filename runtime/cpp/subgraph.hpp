@@ -3,7 +3,7 @@
 //
 // Sessions are chained. A thread that sleeps between operators costs a third of decoding on an idle machine; one that
 // spins without end takes the cores from the next session and from other programs. So threads spin for microseconds and
-// only inside a run, where onnxruntime can bound it, and else not at all (measured, CONTRIBUTING.md).
+// only inside a run, where onnxruntime can bound it, and else not at all (measured, docs/design-notes.md).
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
