@@ -15,11 +15,12 @@ import pytest
 import toy
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
-from exported import INT8_CACHES, PREFILL
+from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from autosteer.runtime import Engine, GatePolicy, SamplingConfig
+from autosteer.runtime import Engine, GatePolicy, Manifest, SamplingConfig
+from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.gate import Mode, decide
 from autosteer.runtime.manifest import FrameSpec, Golden, GraphSpec, SplitSpec, TensorSpec
@@ -187,25 +188,32 @@ def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
     assert verdict["p_unsafe"] is None and verdict["unsafe"]
 
 
-def test_golden_answers_are_reproduced(built):
-    """What docs/embedding.md tells an integrator to check first."""
-    package, engine = demo("fp32")
-    assert any(g.videos for g in engine.manifest.golden)
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_the_check_finds_what_python_finds(built, precision):
+    package = demo_package(precision)
+    done = cli(built, package, "--check", "--json")
+    assert done.returncode == 0, done.stderr
+    ours = {check.name: check for check in check_package(demo_engine(precision), package)}
+    theirs = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+    assert theirs.keys() == ours.keys()
+    for name, line in theirs.items():
+        assert (line["limit"], line["passed"]) == (ours[name].limit, ours[name].passed)
+        assert line["value"] == pytest.approx(ours[name].value, abs=1e-6)
 
-    def shown(golden: Golden) -> list[dict[str, Any]]:
-        videos = [{"video": [str(package / frame) for frame in frames]} for frames in golden.videos]
-        return [*({"image": str(package / i)} for i in golden.images), *videos]
 
-    requests = [
-        {
-            "messages": [{"role": "user", "parts": [*shown(g), g.prompt]}],
-            "threshold": g.threshold,
-            "sampling": {"max_tokens": len(g.token_ids), "speculate": False},  # golden answers are the plain loop's
-        }
-        for g in engine.manifest.golden
-    ]
-    assert requests
-    for golden, answer in zip(engine.manifest.golden, through_c(built, package, requests), strict=True):
-        found = joined(answer["chunks"])
-        assert (found["token_ids"], found["verdict"]["action"]) == (list(golden.token_ids), golden.action)
-        assert found["verdict"]["p_unsafe"] == pytest.approx(golden.p_unsafe, abs=1e-3)
+def test_a_check_that_fails_is_exit_code_6(built, cpp_package, tmp_path):
+    package = Path(shutil.copytree(cpp_package, tmp_path / "package"))
+    golden = Golden("red", (), None, 0.1, "pass", (6, 9))
+    replace(Manifest.load(package), golden=(golden,)).save(package)
+    done = cli(built, package, "--check")
+    assert done.returncode == 6
+    assert "FAILED answers that differ" in done.stdout
+    assert "answers that differ: not as on the exporting machine; do not deploy this package here" in done.stderr
+
+
+def test_a_package_that_needs_a_newer_onnxruntime_is_refused(built, cpp_package, tmp_path):
+    package = Path(shutil.copytree(cpp_package, tmp_path / "package"))
+    replace(Manifest.load(package), onnxruntime="99.0").save(package)
+    done = cli(built, package, "--prompt", "red")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "computes this package wrong; it needs 99.0 or newer" in done.stderr
