@@ -15,7 +15,7 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from tiny_weights import Weights
 
 from autosteer.export import quantize
-from autosteer.export.quantize import Blocks, Packed, dequantise, quantise, recipe
+from autosteer.export.quantize import Blocks, Packed, dequantise, flat_nibbles, quantise, recipe
 from autosteer.export.weights import WeightStore
 from autosteer.runtime.errors import InputError
 

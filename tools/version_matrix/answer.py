@@ -1,9 +1,10 @@
 """Answer cases with the Python runtime, in whatever Python and onnxruntime runs this: JSON lines in, JSON lines out.
 
     stdin   {"package": folder}, then one case a line (cases.py)
-    stdout  {"python", "onnxruntime"}, then for each case {"name", "answers": [{"token_ids", "action", "p_unsafe"}]}
+    stdout  {"python", "onnxruntime"}, then for each case {"name", "answers": [{"token_ids", "action", "p_unsafe",
+            "margins": by how much each token's logit led the next one's}]}
 
-A package that does not load, or an answer that raises, is a line {"error": one line} in place of the answer.
+A package that does not load, or an answer that raises, is a line {"error": one line} in place of answers.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnxruntime
 
 from autosteer.runtime import AutoSteerError, Conversation, Engine, Message, SamplingConfig, engine
 from autosteer.runtime.engine import Answer
+from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.text import ImagePart
 
 DRAFT = 5  # tokens
@@ -42,38 +46,59 @@ class Forced:
         return [*tokens[:-1], *([tokens[-1] ^ 1] if tokens else [])]
 
 
+class Margins:
+    """Greedy sampling that notes how close each choice was."""
+
+    def __init__(self) -> None:
+        self.noted: list[float] = []
+
+    def __call__(self, sampling: SamplingConfig) -> Callable[..., int]:
+        """In place of sampling.make_sampler."""
+        sample = make_sampler(sampling)
+
+        def noting(logits: Any, tokens: Any) -> int:
+            second, first = np.partition(logits, -2)[-2:]
+            self.noted.append(round(float(first - second), 5))
+            return sample(logits, tokens)
+
+        return noting
+
+
 def answer(loaded: Engine, case: dict[str, Any]) -> list[dict[str, Any]]:
     """A case's answers, in order."""
     conversation = Conversation(loaded)
     answers = [_generate(loaded, request, conversation) for request in case["requests"]]
-    if not case["forced"]:
-        return list(map(_facts, answers))
-    plain, drafter = answers[-1], engine.Drafter
-    engine.Drafter = Forced(plain.token_ids)  # type: ignore[misc, assignment]
-    try:
-        request = case["requests"][-1]
-        sampling = {**request["sampling"], "speculate": True}
-        drafted = _generate(loaded, {**request, "sampling": sampling}, None)
-    finally:
-        engine.Drafter = drafter  # type: ignore[misc]
-    assert drafted.stats.accepted_tokens or len(plain.token_ids) < DRAFT, "no draft held"
-    return list(map(_facts, (plain, drafted)))
+    if case["forced"]:
+        request, drafter = case["requests"][-1], engine.Drafter
+        engine.Drafter = Forced(tuple(answers[-1]["token_ids"]))  # type: ignore[misc, assignment]
+        try:
+            sampling = {**request["sampling"], "speculate": True}
+            answers.append(_generate(loaded, {**request, "sampling": sampling}, None))
+        finally:
+            engine.Drafter = drafter  # type: ignore[misc]
+    return answers
 
 
-def _generate(loaded: Engine, request: dict[str, Any], conversation: Conversation | None) -> Answer:
+def _generate(loaded: Engine, request: dict[str, Any], conversation: Conversation | None) -> dict[str, Any]:
     messages = [
         Message(m["role"], tuple(p if isinstance(p, str) else ImagePart(p["image"]) for p in m["parts"]))
         for m in request["messages"]
     ]
-    policy = loaded.policy(request["policy"])
-    return loaded.generate(
-        messages, sampling=SamplingConfig(**request["sampling"]), policy=policy, conversation=conversation
+    margins = engine.make_sampler = Margins()  # type: ignore[assignment]
+    given: Answer = loaded.generate(
+        messages,
+        sampling=SamplingConfig(**request["sampling"]),
+        policy=loaded.policy(request["policy"]),
+        conversation=conversation,
     )
-
-
-def _facts(answer: Answer) -> dict[str, Any]:
-    verdict = answer.verdict
-    return {"token_ids": answer.token_ids, "action": verdict.action.value, "p_unsafe": verdict.p_unsafe}
+    verdict = given.verdict
+    return {
+        "token_ids": given.token_ids,
+        "action": verdict.action.value,
+        "p_unsafe": verdict.p_unsafe,
+        "margins": margins.noted,
+        "drafts_held": given.stats.accepted_tokens,
+    }
 
 
 def main() -> None:
