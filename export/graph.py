@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 
 from autosteer.runtime.manifest import GraphSpec, Precision, TensorSpec, sha256
 
-from .quantize import Blocks, PerChannel, Scheme
+from .quantize import Blocks, PerChannel, Scheme, flat_nibbles
 from .w8a8 import MICROSOFT, SMOOTHING, SUFFIX, Rows, product, quantise_activations
 from .weights import WeightStore
 
@@ -105,14 +105,13 @@ class GraphWriter:
             rows = self.op("Gather", self._weight(name, self.store.matrix([name], self.storage, shape=shape)), ids)
             return self.cast(rows, self.storage, self.dtype)
         parts = self.store.quantised([name], blocks, shape, self.dtype)
-        codes = parts["codes"]
-        flat = ir.ExternalTensor(
-            *(codes.location, codes.offset, codes.length, codes.dtype),
-            shape=ir.Shape((shape[0], shape[1] * blocks.bits // 8)),
-            name=name,
-            base_dir=codes.base_dir,
-        )
-        small = (self._weight(f"{name}.{part}", parts[part]) for part in ("scales", "zero_points") if part in parts)
+        codes, zero_points = parts["codes"], parts.get("zero_points")
+        small = [self._weight(f"{name}.scales", parts["scales"])]
+        if zero_points is None:
+            flat = retyped(codes, ir.DataType.UINT8, (shape[0], shape[1] * blocks.bits // 8))
+        else:
+            flat = retyped(codes, ir.DataType.UINT4, shape)
+            small.append(self._weight(f"{name}.flat_zero_points", self._flat(name, zero_points, shape, blocks)))
         return self.op(
             "GatherBlockQuantized",
             *(self._weight(name, flat), ids, *small),
@@ -122,6 +121,21 @@ class GraphWriter:
             bits=blocks.bits,
             block_size=blocks.size,
         )
+
+    def _flat(
+        self, name: str, zero_points: ir.ExternalTensor, shape: tuple[int, int], blocks: Blocks
+    ) -> ir.ExternalTensor:
+        """Zero points (V, ceil(count / 2)) uint8, as MatMulNBits has them, as uint4 (V, count), one behind the other.
+
+        For GatherBlockQuantized. Given as uint8, rows of an odd count are read as if they had no padding, on CPUs by
+        onnxruntime 1.23 to 1.26 and on CUDA by later ones, too: one row in two has its neighbour's zero points, and
+        the model writes noise. As uint4 there is no padding to differ about. With an even count the bytes are the same.
+        """
+        count = shape[1] // blocks.size
+        if count % 2:
+            self.store.flush()
+            zero_points = self.store.array(f"{name}:{blocks}:flat", flat_nibbles(zero_points.numpy(), count))
+        return retyped(zero_points, ir.DataType.UINT4, (shape[0], count))
 
     def linear(
         self, x: ir.Value, *modules: str, shape: tuple[int, int], bias: bool = False, scheme: Scheme | None = None
@@ -202,6 +216,16 @@ def save_model(model: ir.Model, folder: Path, precision: Precision, layers: tupl
         outputs=tuple(_spec(value) for value in model.graph.outputs),
         layers=layers,
         precision=precision,
+    )
+
+
+def retyped(tensor: ir.ExternalTensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+    """The very bytes of `tensor` as another type and shape."""
+    return ir.ExternalTensor(
+        *(tensor.location, tensor.offset, tensor.length, dtype),
+        shape=ir.Shape(shape),
+        name=tensor.name,
+        base_dir=tensor.base_dir,
     )
 
 

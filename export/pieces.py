@@ -22,6 +22,9 @@ from autosteer.runtime.subgraph import Device, session_options, shrinking
 from .convoy import Convoy
 
 PIECE_BYTES = 256 << 20
+# What casts weights while a session is made. The second does what the first would have done, and ends the process where
+# that is missing, from onnxruntime 1.23 to 1.29 ("std::vector<NodeArg*>::operator[]").
+UNFOLDED = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
 # Output types where they are not the first input's, for operators whose outputs the exporter leaves untyped.
@@ -50,12 +53,15 @@ class Piece:
         """Make the session."""
         options = session_options(self._device)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
-        disabled = []
+        disabled: tuple[str, ...] = ()
         if not self.quantised:  # float weights would be there three times: as stored, cast to float32, and packed
             options.add_session_config_entry("session.disable_prepacking", "1")
-            disabled = ["ConstantFolding"]
+            disabled = UNFOLDED
         self.session = ort.InferenceSession(
-            self._model.SerializeToString(), options, providers=[self._device.provider], disabled_optimizers=disabled
+            self._model.SerializeToString(),
+            options,
+            providers=[self._device.provider],
+            disabled_optimizers=list(disabled),
         )
 
     def unload(self) -> None:

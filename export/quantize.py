@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import CacheType, Precision
 
@@ -267,6 +270,24 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+
+
+def flat_nibbles(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """Rows of `count` nibbles, each padded to whole bytes (N, ceil(count / 2)) -> the same without padding between
+    rows, (ceil(N * count / 2),). Low nibble first.
+    """
+    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count].reshape(-1)
+    nibbles = np.pad(nibbles, (0, nibbles.size % 2))
+    flat: npt.NDArray[np.uint8] = nibbles[0::2] | (nibbles[1::2] << 4)
+    return flat
+
+
+def padded_nibbles(flat: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """The inverse of `flat_nibbles`."""
+    nibbles = np.stack([flat & 0xF, flat >> 4], axis=-1).reshape(-1)
+    nibbles = np.pad(nibbles[: nibbles.size // count * count].reshape(-1, count), ((0, 0), (0, count % 2)))
+    padded: npt.NDArray[np.uint8] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return padded
 
 
 def dequantise(packed: Packed, blocks: Blocks, k: int) -> torch.Tensor:

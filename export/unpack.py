@@ -15,7 +15,7 @@ from autosteer.runtime.manifest import Manifest
 
 from .checkpoint import Checkpoint
 from .kv_scales import KVScales
-from .quantize import Blocks, Packed, dequantise
+from .quantize import Blocks, Packed, dequantise, padded_nibbles
 from .w8a8 import smoothing_of
 
 BLOCK_BYTES = 32 << 20  # of float32
@@ -137,11 +137,24 @@ def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> torch.Tensor:
 
 
 def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
-    flat, scales, zero_points = (_tensor(node, i, rows) for i in (0, 2, 3))
-    assert flat is not None and scales is not None
-    blocks, (n, count) = _blocks(node, zero_points), scales.shape
-    packed = Packed(flat.reshape(n, count, -1), scales, zero_points)
-    return dequantise(packed, blocks, flat.shape[1] * 8 // blocks.bits)
+    scales = _tensor(node, 2, rows)
+    assert scales is not None
+    count = scales.shape[1]
+    size = node.attributes["block_size"].as_int()
+    packed, zero_points = _stored_bytes(node.inputs[0]), None
+    if len(node.inputs) > 3:  # uint4, and without padding: graph.py says why
+        flat = _stored_bytes(node.inputs[3])
+        zero_points = torch.from_numpy(padded_nibbles(flat, count)[rows])
+    blocks = _blocks(node, zero_points)
+    codes = torch.from_numpy(np.array(packed.reshape(-1, count, size * blocks.bits // 8)[rows]))
+    return dequantise(Packed(codes, scales, zero_points), blocks, count * size)
+
+
+def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
+    """A weight's bytes as they lie in weights.bin, in one row."""
+    assert value is not None and isinstance(value.const_value, ir.ExternalTensor)
+    stored = value.const_value
+    return np.memmap(stored.path, np.uint8, "r", stored.offset or 0, stored.length)
 
 
 def _mat_mul_integer(node: ir.Node, rows: Rows) -> torch.Tensor:
