@@ -32,6 +32,7 @@ from autosteer.runtime.manifest import (
 from . import decoder, prompt
 from . import gate as gate_graphs
 from .checkpoint import Checkpoint, end_token_ids, load_processor
+from .floor import lowest_onnxruntime
 from .graph import GraphWriter
 from .importance import observe_decoder, sample_rows, with_random_tokens
 from .quantize import Recipe, Scheme, Target, recipe
@@ -42,7 +43,6 @@ from .weights import Advance, WeightStore
 if TYPE_CHECKING:
     from .validate import Validated
 
-LOWEST_ONNXRUNTIME = "1.22"
 Report = Callable[[str], None]
 
 
@@ -144,7 +144,7 @@ def write_package(
             name: version(name)
             for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
         },
-        onnxruntime=LOWEST_ONNXRUNTIME,
+        onnxruntime=lowest_onnxruntime(chosen),
     )
     manifest.save(folder)
     return manifest
