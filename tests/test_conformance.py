@@ -36,6 +36,7 @@ from autosteer.runtime.manifest import ImageSpec
 from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.text import Detokeniser, ImagePart, Message, VideoPart, load_tokenizer
+from autosteer.runtime.video import open_video
 
 Case = dict[str, Any]
 KINDS = {3: "package", 4: "provider", 5: "input"}  # by exit code
@@ -184,6 +185,26 @@ def picture_from_cpp(case: Case, places: Places, answer: Any) -> Any:
     return {"tiles" if "image" in case else "size": answer, "sha256": digest}
 
 
+def film(case: Case, places: Places) -> Path:
+    """The folder of a case's files, which are empty; or one file, or none."""
+    path = places.file(case)
+    if isinstance(case["files"], str):
+        path.write_text("no video")
+    elif case["files"] is not None:
+        path.mkdir(exist_ok=True)
+        for name in case["files"]:
+            (path / name).touch()
+    return path
+
+
+def video_in_python(case: Case, places: Places) -> Any:
+    return {"chosen": [Path(str(frame)).name for frame in open_video(film(case, places), case["frames"])]}
+
+
+def video_in_cpp(case: Case, places: Places) -> Case:
+    return {"part": "frames", "folder": str(film(case, places)), "frames": case["frames"]}
+
+
 def request_in_python(case: Case, places: Places) -> Any:
     engine = Engine.load(places.packages.of(case), device="cpu", threads=1, **case.get("options", {}))
     return in_python(engine, shown(case["request"]))
@@ -232,6 +253,7 @@ THEMES = {
     "prompts": Theme(prompt_in_python, prompt_in_cpp, spelled),
     "stops": Theme(stops_in_python, stops_in_cpp, lambda _case, _places, a: {"pieces": a[0]}),
     "pictures": Theme(picture_in_python, picture_in_cpp, picture_from_cpp),
+    "videos": Theme(video_in_python, video_in_cpp, lambda _case, _places, a: {"chosen": a}),
     "requests": Theme(request_in_python, request_in_cpp, lambda _case, _places, a: a[0]),
     "json_requests": Theme(None, request_in_cpp, lambda _case, _places, a: a[0]),
     "dialogues": Theme(dialogue_in_python, dialogue_in_cpp),
@@ -421,8 +443,26 @@ CPP_FILES = (
     *("sampling.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
-PYTHON_EXEMPT: dict[str, str] = {}
-CPP_EXEMPT: dict[str, str] = {}
+PYTHON_EXEMPT = {
+    "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
+    "this conversation was begun with another engine": "two engines (test_conversation.py)",
+    "image array: expected": "numpy's arrays, which only Python takes (test_image.py)",
+    "pixels: it is empty": "an array or Pillow's image without pixels: files have some (test_image.py)",
+    "{path}: not readable ({err})": "the disk fails (test_manifest.py)",
+    "the prompt is not valid Unicode text": "JSON that two parsers read has none (test_text.py; C++: test_cpp_text.py)",
+    "is no text, image or video": "a part of another Python type (test_text.py)",
+    "not a readable folder": "a folder that may not be read: tests are root's",
+}
+CPP_EXEMPT = {
+    "the prompt template asks for an": "the manifest's template has one place for each; behind it lies other memory",
+    "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
+    "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
+    "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
+    "no turn is the user's": "the last turn counts as one",
+    "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",
+    "the prompt cannot be normalised": "no memory",
+    "not a readable folder": "a folder that may not be read: tests are root's",
+}
 
 
 def test_every_refusal_of_python_has_a_case(python):
