@@ -122,24 +122,20 @@ def test_samplers_do_not_share_their_random_numbers():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("max_tokens", v) for v in (0, -1, NAN, 2.5)),
-        *(("temperature", v) for v in (-0.1, NAN, INF)),
-        *(("top_k", v) for v in (-1, 2.5, NAN)),
-        *(("top_p", v) for v in (0.0, -0.5, 1.0001, NAN, INF)),
-        *(("repetition_penalty", v) for v in (0.0, -1.0, NAN, INF)),
-        *(("seed", v) for v in (-1, 0.5)),
-        *(("stop", v) for v in (("",), ("a", ""), "abc")),  # "abc" would stop at any of its letters
+        *(("max_tokens", v) for v in (NAN, 2.5)),
+        *(("temperature", v) for v in (NAN, INF)),
+        *(("top_k", v) for v in (2.5, NAN)),
+        *(("top_p", v) for v in (NAN, INF)),
+        *(("repetition_penalty", v) for v in (NAN, INF)),
+        *(("seed", v) for v in (0.5,)),
+        *(("stop", v) for v in ("abc",)),  # would stop at any of its letters
     ],
 )
-def test_wish_out_of_range_is_refused_by_name(name, value):
+def test_wish_of_a_kind_that_json_lacks_is_refused_by_name(name, value):
+    """The others are in tests/conformance/sampling.json."""
     with pytest.raises(InputError, match=f"^{name} = "):
         SamplingConfig(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("max_tokens", 1), ("temperature", 0.0), ("top_p", 1.0), ("seed", 2**70), ("stop", ("a",))]
-)
-def test_wish_at_the_edge_of_its_range_is_taken(name, value):
-    config = SamplingConfig(**{name: value})
-    assert getattr(config, name) == value
-    assert make_sampler(config)(logits(0, 1), []) == 1
+def test_seed_beyond_64_bits_is_taken():
+    assert make_sampler(SamplingConfig(seed=2**70, temperature=1.0))(logits(0, 99), []) == 1
