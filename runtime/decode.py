@@ -62,11 +62,17 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if len(args) == len(data):
             return tuple(_decode(a, x, f"{where}[{i}]") for i, (a, x) in enumerate(zip(args, data, strict=True)))
     elif origin is dict and isinstance(data, dict):
-        return {str(key): _decode(args[1], value, f"{where}: {key}") for key, value in data.items()}
+        return {_decode(str, key, where): _decode(args[1], value, f"{where}: {key}") for key, value in data.items()}
     elif kind is float:
         if isinstance(data, (int, float)) and not isinstance(data, bool) and _finite(data):
             return float(data)
-    elif isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+    elif kind is int:
+        if isinstance(data, int) and not isinstance(data, bool) and -(2**63) <= data < 2**63:  # as other languages have
+            return data
+    elif kind is str:
+        if isinstance(data, str) and _is_text(data):
+            return data
+    elif isinstance(kind, type) and isinstance(data, kind):
         return data
     raise PackageError(f"{where}: {data!r} does not fit (expected {getattr(kind, '__name__', kind)})")
 
@@ -77,6 +83,15 @@ def _finite(number: int | float) -> bool:
         return math.isfinite(number)
     except OverflowError:
         return False
+
+
+def _is_text(text: str) -> bool:
+    """Whether every character is one: JSON's \\ud800 alone is half of one, at which other parsers stop."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
-from .errors import InputError
+from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
 from .request import Float, Key, Prompt, Stats
@@ -77,6 +77,8 @@ class PromptEncoder:
                 else:
                     rows.append(part)
                     keys += [(digest, next(row)) for _ in part]
+        if not keys:
+            raise InputError("the prompt is empty")
         embeds = np.concatenate(rows)[None]
         stats.embed_ms = _ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
@@ -175,15 +177,33 @@ class PromptEncoder:
     ) -> Iterator[list[npt.NDArray[Any]]]:
         """Outputs of an image graph for `tiles`, a few of them at a time."""
         loaded = self._graph(graph)
+        assert self._image is not None
+        rows = self._image.anyres.tokens_per_side**2 if self._image.anyres else None
         for first in range(0, len(tiles), TILES_PER_RUN):
             pixel_values = images_.normalise(list(tiles[first : first + TILES_PER_RUN]), spec)
-            yield loaded.run({"pixel_values": pixel_values})
+            outputs = loaded.run({"pixel_values": pixel_values})
+            if graph == "vision_encoder":
+                shapes = [(len(pixel_values), rows, self.manifest.dims.hidden_size), (self.manifest.dims.hidden_size,)]
+                for output, shape in zip(outputs, shapes, strict=False):  # the newline comes with anyres only
+                    self._check_shape(graph, output, shape)
+            yield outputs
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n,) -> their rows (n, D)."""
         (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
+        self._check_shape("embed_tokens", out, (1, len(token_ids), self.manifest.dims.hidden_size))
         rows: Float = out[0].astype(np.float32, copy=False)  # as images' rows are
         return rows
+
+    def _check_shape(self, graph: str, output: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
+        """Raise PackageError where a graph's output has another shape; None: any. Rows that are missing would leave the
+        prober others than it is to read.
+        """
+        fits = [n in (size, None) for size, n in zip(output.shape, shape, strict=False)]
+        if output.ndim != len(shape) or not all(fits):
+            raise PackageError(
+                f"{self.manifest.graphs[graph].file}: its output has not the size that the manifest implies"
+            )
 
 
 def probed_rows(

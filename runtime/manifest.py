@@ -35,6 +35,7 @@ PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_up
 GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
+LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a slip of the manifest must not take all memory
 ACTIVATIONS = ("float32", "float16")  # what hidden states may be: one of them, in all graphs
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 CacheType = Literal["float32", "float16", "int8"]  # numpy names
@@ -198,11 +199,23 @@ class PromptSpec:
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
 
+    def turns(self) -> tuple[TurnSpec, ...]:
+        """How the turns of every role there is are written."""
+        return tuple(turn for turn in (self.system, self.user, self.assistant) if turn)
+
+    def outside(self) -> tuple[Piece, ...]:
+        """Every piece of the template that belongs to no part of a turn."""
+        around = [(*turn.prefix, *turn.lead, *turn.suffix) for turn in self.turns()]
+        return (*self.begin, *(piece for pieces in around for piece in pieces), *self.generation)
+
+    def inside(self) -> list[tuple[str, tuple[Piece, ...]]]:
+        """How turns write their parts, by kind. Pictures and videos are left out where a turn takes none."""
+        kinds = [pair for turn in self.turns() for pair in (("image", turn.image), ("video", turn.video))]
+        return [*((kind, part) for kind, part in kinds if part), *(("text", turn.text) for turn in self.turns())]
+
     def pieces(self) -> tuple[Piece, ...]:
         """Every piece of the template."""
-        turns = [turn for turn in (self.system, self.user, self.assistant) if turn]
-        inside = [(*turn.prefix, *turn.lead, *turn.image, *turn.video, *turn.text, *turn.suffix) for turn in turns]
-        return (*self.begin, *(piece for turn in inside for piece in turn), *self.generation)
+        return (*self.outside(), *(piece for _, part in self.inside() for piece in part))
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,8 @@ class Manifest:
             if not condition:
                 raise PackageError(f"{path}: {what}")
 
+        for name, size in self._sizes():
+            need(0 < size < 2**31, f"{name} is {size}, which is no size")
         gate = GATE_GRAPHS if self.guarded else ()
         for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
@@ -362,12 +377,17 @@ class Manifest:
         if self.image:
             need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
             need((self.image.kind == "split") == (self.image.split is not None), "image: 'kind' and 'split' differ")
-            need(self.image.split is None or self.image.split.longest_edge > 0, "image: longest_edge is not positive")
-            need(self.image.tile_size > 0 and 0.0 not in self.image.std, "image: tile_size or std is zero")
+            if self.image.split:
+                need(self.image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
+            need(self.image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
+            need(0.0 not in self.image.std, "image: std is zero")
             if anyres := self.image.anyres:
-                need(anyres.tokens_per_side > 0 and anyres.max_tiles_side > 0, "image: a size is not positive")
-                whole = [n > 0 and n % self.image.tile_size == 0 for pair in anyres.grid_pinpoints for n in pair]
-                need(bool(whole) and all(whole), "image: grid_pinpoints must be given, in whole tiles")
+                sides = [side for grid in anyres.grid_pinpoints for side in grid]
+                need(bool(sides), "image: grid_pinpoints must be given")
+                need(
+                    not any(side % self.image.tile_size for side in sides), "image: grid_pinpoints must be whole tiles"
+                )
+                need(max(sides) <= LARGEST_GRID, "image: a grid is too large")
             grids = [frame.grid for frame in self.image.frames]
             need(len(grids) == len(set(grids)), "image: two frames for one grid")
             ids = [i for frame in self.image.frames for run in frame.between for i in run]
@@ -377,7 +397,7 @@ class Manifest:
             need(
                 side > 0 and "vision_encoder" in self.graphs, "'video' comes with 'anyres' images and a vision_encoder"
             )
-            need(0 < self.video.pooled_side <= side, f"video: pooled_side is not 1..{side}")
+            need(self.video.pooled_side <= side, "video: pooled_side is above tokens_per_side")
             need(0.0 not in self.video.std, "video: std is zero")
         written = any(piece.kind == "video" for piece in self.prompt.pieces())
         need((self.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
@@ -402,14 +422,15 @@ class Manifest:
             re.fullmatch(r"\d{1,4}\.\d{1,4}", self.onnxruntime) is not None,
             f"onnxruntime: {self.onnxruntime!r} is not a version like '1.23'",
         )
-        for file in self.paths():
+        paths = self.paths()
+        for file in paths:
             pure = PurePosixPath(file)
-            need(
-                not pure.is_absolute() and ".." not in pure.parts and "\\" not in file,
-                f"path {file!r} leaves the package",
-            )
+            inside = not pure.is_absolute() and ".." not in pure.parts and not {"\\", "\0"} & set(file)
+            need(bool(file) and inside, f"path {file!r} leaves the package")
+        for file, digest in self._hashes():
+            need(paths[file] == digest, f"{file!r} has two hashes")
         for file in (self.prompt.tokenizer, *(file for golden in self.golden for file in golden.pictures())):
-            need(file in self.paths(), f"{file!r} is used but has no hash in 'files'")
+            need(file in paths, f"{file!r} is used but has no hash in 'files'")
         for golden in self.golden:
             need(bool(golden.token_ids), "golden: an answer without tokens")
             need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
@@ -422,7 +443,14 @@ class Manifest:
             f"tolerance: p_unsafe is not above 0, up to {P_UNSAFE_MOST:g}",
         )
         need(0 <= self.tolerance.answers <= len(self.golden), "tolerance: more answers than golden prompts")
-        need(min(dataclasses.astuple(self.dims)) > 0, "dims: a size is not positive")
+        for piece in self.prompt.outside():
+            need(
+                piece.kind in ("token", "literal"),
+                f"prompt: a piece {piece.kind!r} stands where no part of a turn goes",
+            )
+        for kind, part in self.prompt.inside():
+            slots = [piece.kind for piece in part if piece.kind not in ("token", "literal")]
+            need(slots == [kind], f"prompt: a turn's {kind!r} must have one piece of that kind and no other")
         for piece in self.prompt.pieces():
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
             need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
@@ -430,9 +458,35 @@ class Manifest:
         for name, tensors in self._expected().items():
             graph = self.graphs[name]
             found = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
+            strange = ", ".join(map(repr, sorted(found.keys() - tensors.keys())))
             for tensor, described in tensors.items():
                 need(tensor in found, f"graph {name!r} has no {tensor!r}")
                 need(found[tensor] == described, f"graph {name!r}: {tensor!r} is not {described} as 'dims' says")
+            need(not strange, f"graph {name!r}: this runtime has no use for {strange}")
+        for name in image:
+            graph = self.graphs[name]
+            given, made = ([(t.name, t.dtype) for t in tensors] for tensors in (graph.inputs, graph.outputs))
+            first = ("image_features", "float32") if name == "vision_encoder" else ("input_ids", "int64")
+            newline = name == "vision_encoder" and self.image is not None and self.image.anyres is not None
+            need(given == [("pixel_values", "float32")], f"graph {name!r} must take 'pixel_values' and nothing else")
+            need(made[:1] == [first], f"graph {name!r} must give {first[0]!r} first")
+            need(
+                not newline or made[1:2] == [("image_newline", "float32")], f"graph {name!r} must give 'image_newline'"
+            )
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Everything that must be a size, by its place: above 0, and so small that products of sizes fit 64 bits."""
+        yield from ((f"dims: {name}", size) for name, size in dataclasses.asdict(self.dims).items())
+        if self.image:
+            yield "image: tile_size", self.image.tile_size
+            if anyres := self.image.anyres:
+                yield "image: tokens_per_side", anyres.tokens_per_side
+                yield "image: max_tiles_side", anyres.max_tiles_side
+                yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
+            if self.image.split:
+                yield "image: longest_edge", self.image.split.longest_edge
+        if self.video:
+            yield "video: pooled_side", self.video.pooled_side
 
     def _check_proof(self, need: Callable[[bool, str], None]) -> None:
         need(self.guarded == (self.proof is not None), "'guarded' and 'proof' contradict each other")
@@ -507,7 +561,10 @@ class Manifest:
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""
-        return {g.file: g.sha256 for g in self.graphs.values()} | {f.file: f.sha256 for f in self.files}
+        return dict(self._hashes())
+
+    def _hashes(self) -> list[tuple[str, str]]:
+        return [*((g.file, g.sha256) for g in self.graphs.values()), *((f.file, f.sha256) for f in self.files)]
 
     @contextlib.contextmanager
     def verifying(self, folder: Path) -> Iterator[None]:

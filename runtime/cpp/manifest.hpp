@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -23,6 +24,7 @@
 
 #include "digest.hpp"
 #include "errors.hpp"
+#include "unicode.hpp"
 
 namespace autosteer {
 
@@ -412,10 +414,10 @@ inline ImageSpec image(const Node& node) {
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;
-  if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints is empty");
+  if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints must be given");
   for (const auto& [height, width] : spec.anyres->grid_pinpoints) {
-    if (height % spec.tile_size || width % spec.tile_size) node.fail("a pinpoint is not whole tiles");
-    if (height > 1 << 16 || width > 1 << 16) node.fail("a pinpoint is too large");
+    if (height % spec.tile_size || width % spec.tile_size) node.fail("grid_pinpoints must be whole tiles");
+    if (height > 1 << 16 || width > 1 << 16) node.fail("a grid is too large");
   }
   return spec;
 }
@@ -514,6 +516,7 @@ inline void check_facts(const Node& node) {
   source["model_type"].as_string();
   source["revision"].optional(as_string);
   source["licence"].optional(as_string);
+  node["format_version"].as_int();  // 1.0 equals 1
   const Node kv_cache = node["kv_cache"];
   kv_cache.object({"dtype", "layout"});
   kv_cache["layout"].as_one_of({"BNSH"});
@@ -558,7 +561,8 @@ inline Manifest manifest(const Node& node) {
 inline bool leaves_package(const std::string& file) {
   const fs::path path(file);
   const bool climbs = std::find(path.begin(), path.end(), fs::path("..")) != path.end();
-  return file.empty() || path.is_absolute() || climbs || file.find('\\') != std::string::npos;
+  return file.empty() || path.is_absolute() || climbs ||
+         file.find_first_of(std::string("\\\0", 2)) != std::string::npos;
 }
 
 /// The tensors that the loop binds, by graph.
@@ -596,14 +600,19 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
   return expected;
 }
 
-/// Every piece of the template.
-inline std::vector<Piece> pieces(const PromptSpec& prompt) {
+/// How the turns of every role there is are written.
+inline std::vector<const TurnSpec*> turns(const PromptSpec& prompt) {
+  std::vector<const TurnSpec*> turns = {&prompt.user, &prompt.assistant};
+  if (prompt.system) turns.push_back(&*prompt.system);
+  return turns;
+}
+
+/// Every piece of the template that belongs to no part of a turn.
+inline std::vector<Piece> outside(const PromptSpec& prompt) {
   std::vector<Piece> all = prompt.begin;
   const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
-  for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
-    if (!turn) continue;
-    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->video, &turn->text, &turn->suffix})
-      add(*part);
+  for (const TurnSpec* turn : turns(prompt)) {
+    for (const auto* part : {&turn->prefix, &turn->lead, &turn->suffix}) add(*part);
   }
   add(prompt.generation);
   return all;
@@ -616,6 +625,32 @@ inline bool is_version(const std::string& text) {
     return !part.empty() && part.size() <= 4 && part.find_first_not_of("0123456789") == std::string::npos;
   };
   return dot != std::string::npos && is_number(text.substr(0, dot)) && is_number(text.substr(dot + 1));
+}
+
+/// How turns write their parts, by kind. Pictures and videos are left out where a turn takes none.
+inline std::vector<std::pair<std::string, std::vector<Piece>>> inside(const PromptSpec& prompt) {
+  std::vector<std::pair<std::string, std::vector<Piece>>> parts;
+  for (const TurnSpec* turn : turns(prompt)) {
+    if (!turn->image.empty()) parts.emplace_back("image", turn->image);
+    if (!turn->video.empty()) parts.emplace_back("video", turn->video);
+    parts.emplace_back("text", turn->text);
+  }
+  return parts;
+}
+
+/// Every piece of the template.
+inline std::vector<Piece> pieces(const PromptSpec& prompt) {
+  std::vector<Piece> all = outside(prompt);
+  for (const auto& [kind, part] : inside(prompt)) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+/// Every file that has a hash, as often as it has one.
+inline std::vector<std::pair<std::string, std::string>> hashes(const Manifest& m) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const auto& [name, spec] : m.graphs) all.emplace_back(spec.file, spec.sha256);
+  for (const auto& spec : m.files) all.emplace_back(spec.file, spec.sha256);
+  return all;
 }
 
 inline void check_consistency(const Manifest& m, const std::string& where) {
@@ -650,10 +685,11 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     need(0.0 <= m.prober->threshold && m.prober->threshold < 1.0, "prober: threshold is not from 0 to 1");
     need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");
     need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
-    need(m.refusal->text.find_first_not_of(" \t\r\n") != std::string::npos, "refusal: text is empty");
+    need(!strip(m.refusal->text).empty(), "refusal: text is empty");
   }
   const auto paths = m.paths();
   for (const auto& [file, hash] : paths) need(!leaves_package(file), "path '" + file + "' leaves the package");
+  for (const auto& [file, hash] : hashes(m)) need(paths.at(file) == hash, "'" + file + "' has two hashes");
   const auto need_hash = [&](const std::string& file) {
     need(paths.count(file) > 0, "'" + file + "' is used but has no hash in 'files'");
   };
@@ -695,11 +731,21 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
          "proof: '" + m.proof->file + "' must be in 'files' with " + std::to_string(size) + " bytes");
   }
   need(is_version(m.onnxruntime), "onnxruntime: '" + m.onnxruntime + "' is not a version like '1.23'");
+  const auto is_slot = [](const Piece& piece) { return piece.kind != "token" && piece.kind != "literal"; };
+  for (const Piece& piece : outside(m.prompt)) {
+    need(!is_slot(piece), "prompt: a piece '" + piece.kind + "' stands where no part of a turn goes");
+  }
+  for (const auto& [kind, part] : inside(m.prompt)) {
+    const auto first = std::find_if(part.begin(), part.end(), is_slot);
+    need(first != part.end() && first->kind == kind && std::count_if(part.begin(), part.end(), is_slot) == 1,
+         "prompt: a turn's '" + kind + "' must have one piece of that kind and no other");
+  }
   bool written = false;
   for (const Piece& piece : pieces(m.prompt)) {
     written = written || piece.kind == "video";
     need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
-         "prompt: '" + piece.text + "' has an id outside the vocabulary");
+         "prompt: '" + piece.text + "' has id " + std::to_string(piece.id) + "; the vocabulary ends at " +
+             std::to_string(m.dims.vocab_size - 1));
   }
   need(m.video.has_value() == written, "'video' and the prompt's pieces of that kind come together");
   if (m.video) {
@@ -723,13 +769,34 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
                          1;
       need(found, "graph '" + name + "' has no '" + tensor.name + "' of the shape and type that 'dims' says");
     }
+    need(graph.inputs.size() + graph.outputs.size() == tensors.size(),
+         "graph '" + name + "': this runtime has no use for one of its inputs or outputs");
+  }
+  for (const auto& name : kImageGraphs) {
+    if (m.graphs.count(name) == 0) continue;
+    const auto is = [](const std::vector<TensorSpec>& tensors, size_t i, const char* tensor, const char* dtype) {
+      return i < tensors.size() && tensors[i].name == tensor && tensors[i].dtype == dtype;
+    };
+    const GraphSpec& graph = m.graphs.at(name);
+    need(is(graph.inputs, 0, "pixel_values", "float32") && graph.inputs.size() == 1,
+         "graph '" + name + "' must take 'pixel_values' and nothing else");
+    const bool rows = name == "vision_encoder";
+    const std::string first = rows ? "image_features" : "input_ids";
+    need(is(graph.outputs, 0, first.c_str(), rows ? "float32" : "int64"),
+         "graph '" + name + "' must give '" + first + "' first");
+    need(!rows || !m.image->anyres || is(graph.outputs, 1, "image_newline", "float32"),
+         "graph '" + name + "' must give 'image_newline'");
   }
 }
 
-/// JSON in which no object has a key twice: readers differ in which of the two they take.
+/// JSON in which no object has a key twice: readers differ in which of the two they take. Nor do they agree on a byte
+/// order mark, and this parser would end at a zero byte.
 inline Json parse_strictly(std::istream& file) {
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (text.compare(0, 3, "\xEF\xBB\xBF") == 0) throw PackageError("it begins with a byte order mark");
+  if (text.find('\0') != std::string::npos) throw PackageError("it has a zero byte");
   std::vector<std::set<std::string>> open;  // the keys seen of every object that is being read
-  return Json::parse(file, [&](int, Json::parse_event_t event, Json& value) {
+  return Json::parse(text, [&](int, Json::parse_event_t event, Json& value) {
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
     if (event == Json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
@@ -766,10 +833,8 @@ inline Manifest Manifest::load(const fs::path& folder) {
 }
 
 inline std::map<std::string, std::string> Manifest::paths() const {
-  std::map<std::string, std::string> all;
-  for (const auto& [name, spec] : graphs) all[spec.file] = spec.sha256;
-  for (const auto& spec : files) all[spec.file] = spec.sha256;
-  return all;
+  const auto all = decoding::hashes(*this);
+  return {all.begin(), all.end()};
 }
 
 inline void Manifest::verify(const fs::path& folder) const {

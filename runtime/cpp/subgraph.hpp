@@ -176,10 +176,9 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input; outputs in the graph's order. What the arena then holds unused goes back: images take
-  /// the most, and their graph may not run again.
+  /// Run a graph of one input (the manifest saw to that); outputs in the graph's order. What the arena then holds
+  /// unused goes back: images take the most, and their graph may not run again.
   std::vector<Ort::Value> run(const Ort::Value& input) const {
-    if (inputs_.size() != 1) throw PackageError(path_.string() + ": expected one input");
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
