@@ -20,6 +20,9 @@ from autosteer.runtime.errors import PackageError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+    from .packed_checkpoint import Matrix
+    from .quantize import Blocks, Packed
+
 BLOCK_BYTES = 64 << 20  # of float32, converted at a time
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 
@@ -31,8 +34,9 @@ class Checkpoint:
     folder: Path
     name: str  # what the user called it: hub id or folder name
     revision: str | None
-    config: Any  # transformers.PretrainedConfig
+    config: Any  # transformers.PretrainedConfig, without a quantization_config
     family: Family
+    quantization: dict[str, Any] | None = None  # config.json's quantization_config: packed_checkpoint.py
 
     @cached_property
     def facts(self) -> Any:
@@ -47,7 +51,26 @@ class Checkpoint:
 
     @cached_property
     def tensor_files(self) -> dict[str, tuple[Path, str]]:
-        """Where each tensor stands: HF module path -> (safetensors file, name in that file)."""
+        """Where each tensor stands: HF module path -> (safetensors file, name in that file). Of a packed matrix, which
+        is one tensor here, where its largest part does.
+        """
+        matrices, parts = self._packed
+        plain = {path: place for path, place in self._stored.items() if path not in parts}
+        return plain | {path: matrix.place for path, matrix in matrices.items()}
+
+    @cached_property
+    def packed(self) -> dict[str, Matrix]:
+        """The matrices that are stored in few bits, by module path."""
+        return self._packed[0]
+
+    @cached_property
+    def _packed(self) -> tuple[dict[str, Matrix], set[str]]:
+        from .packed_checkpoint import Reader, packed_matrices
+
+        return packed_matrices(self.quantization, Reader(self._stored, _open), self.folder / "config.json")
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[Path, str]]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -82,6 +105,8 @@ class Checkpoint:
 
     def shape(self, module_path: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
+        if module_path in self.packed:
+            return self.packed[module_path].shape
         with self._located(module_path) as (file, name):
             return tuple(file.get_slice(name).get_shape())
 
@@ -99,6 +124,9 @@ class Checkpoint:
 
         Raises PackageError where the tensor is missing or its file is damaged.
         """
+        if module_path in self.packed:
+            yield from (self.packed[module_path].floats(*ends) for ends in self._ends(module_path, block_bytes))
+            return
         with self._located(module_path) as (file, name):
             view = file.get_slice(name)
             shape = view.get_shape()
@@ -106,10 +134,30 @@ class Checkpoint:
             for first in range(0, shape[0], step):
                 yield view[first : min(first + step, shape[0])].float()
 
+    def keeps(self, module_path: str, blocks: Blocks) -> bool:
+        """Whether a matrix is stored in these very blocks."""
+        return module_path in self.packed and self.packed[module_path].blocks() == blocks
+
+    def packed_rows(self, module_path: str, block_bytes: int) -> Iterator[Packed]:
+        """As `rows`, of a matrix that `keeps` the blocks: its codes, scales and zero points as they are stored."""
+        yield from (self.packed[module_path].packed(*ends) for ends in self._ends(module_path, block_bytes))
+
+    def _ends(self, module_path: str, block_bytes: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the rows that are read of a packed matrix at a time."""
+        matrix = self.packed[module_path]
+        (n, k), unit = matrix.shape, matrix.rows_at_once
+        step = max(1, block_bytes // (4 * k * unit)) * unit
+        yield from ((first, min(first + step, n)) for first in range(0, n, step))
+
     def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix in float32, in the order given: (len(rows), ...)."""
         import torch
 
+        if module_path in self.packed:
+            matrix, unit = self.packed[module_path], self.packed[module_path].rows_at_once
+            starts = [row - row % unit for row in rows]
+            read = {first: matrix.floats(first, min(first + unit, matrix.shape[0])) for first in sorted(set(starts))}
+            return torch.stack([read[first][row - first] for row, first in zip(rows, starts, strict=True)])
         with self._located(module_path) as (file, name):
             view = file.get_slice(name)
             return torch.cat([view[row : row + 1].float() for row in rows])
@@ -160,14 +208,33 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if not config_file.is_file():
         raise PackageError(f"{folder}: no config.json here; not a Hugging Face checkpoint folder")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as err:
-        raise PackageError(f"{config_file}: not JSON ({err})") from err
+        stated = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = stated.get("model_type")
+    except (ValueError, AttributeError) as err:
+        raise PackageError(f"{config_file}: not a JSON object ({err})") from err
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
         )
-    return Checkpoint(folder, name, revision, AutoConfig.from_pretrained(folder), FAMILIES[model_type])
+    quantization = _quantization(stated, config_file)
+    config = AutoConfig.from_pretrained(folder)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # Hugging Face would look for packed tensors, and for libraries
+    return Checkpoint(folder, name, revision, config, FAMILIES[model_type], quantization)
+
+
+def _quantization(stated: dict[str, Any], config_file: Path) -> dict[str, Any] | None:
+    """The one quantization_config in config.json; it may stand with the decoder's numbers."""
+    from .packed_checkpoint import method_of
+
+    parts = [stated, *(part for part in stated.values() if isinstance(part, dict))]
+    found = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+    if len(found) > 1:
+        raise UnsupportedModelError(f"{config_file}: {len(found)} quantization_configs; one for all modules is read")
+    for config in found:
+        method_of(config, config_file)  # before anything is read
+    return found[0] if found else None
 
 
 def _download(model: str, reference: str, revision: str | None) -> Path:
@@ -239,5 +306,14 @@ def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-    model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    return model, load_processor(checkpoint)
+    if checkpoint.packed:  # which from_pretrained reads only with libraries and kernels of each method's own
+        model = kind.from_config(checkpoint.config, dtype=torch.float32)
+        missing, _ = model.load_state_dict(
+            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
+        )
+        model.tie_weights(missing_keys=set(missing))
+        if gone := set(missing) - set(model.all_tied_weights_keys):
+            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
+    else:
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    return model.eval(), load_processor(checkpoint)
