@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from .quantize import Blocks, Packed
 
 BLOCK_BYTES = 64 << 20  # of float32, converted at a time
+CHANGES_ANSWERS: dict[str, Any] = {  # settings of generation_config.json that no runtime has; what asks for nothing
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
+    "stop_strings": None,
+}
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -86,7 +102,11 @@ class Checkpoint:
             path = self.folder / "model.safetensors"
             with _open(path) as file:
                 stored = dict.fromkeys(file.keys(), path)
-        return {self._module_path(name): (path, name) for name, path in stored.items()}
+        found = {self._module_path(name): (path, name) for name, path in stored.items()}
+        if len(found) < len(stored):
+            twice = [names for names in _grouped(stored, self._module_path).values() if len(names) > 1]
+            raise PackageError(f"{self.folder}: {' and '.join(twice[0])} are one and the same weight; which is it?")
+        return found
 
     def _module_path(self, name: str) -> str:
         for pattern, replacement in self.family.renames:
@@ -185,6 +205,13 @@ def _open(path: Path) -> Any:
         raise PackageError(f"{path}: damaged ({err}); download it again") from err
 
 
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
 def aliases() -> dict[str, str]:
     """Every short name that --model knows."""
     hub = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
@@ -253,15 +280,50 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
 
 def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json, or config.json's eos_token_id."""
-    from transformers import GenerationConfig
-
-    try:
-        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except OSError:
-        eos = None
+    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without one."""
+    eos = generation_settings(checkpoint).get("eos_token_id")
     eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
+        raise PackageError(
+            f"{checkpoint.folder}: neither generation_config.json nor config.json says which token ends an answer "
+            f"(eos_token_id: {eos}); add it to generation_config.json"
+        )
+    return ids
+
+
+def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation_config.json as it stands; empty where there is none."""
+    path = checkpoint.folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as err:
+        raise PackageError(f"{path}: not a JSON object ({err})") from err
+
+
+def recommended_options(checkpoint: Checkpoint) -> list[str]:
+    """The options of autosteer-run that sample as generation_config.json recommends; without them answers are greedy."""
+    given = generation_settings(checkpoint)
+    options = [("repetition_penalty", 1.0)]
+    if given.get("do_sample"):
+        options = [("temperature", None), ("top_p", 1.0), ("top_k", 0), *options]
+        given = {"temperature": 1.0} | given
+    said = [(name, given[name]) for name, neutral in options if given.get(name) not in (None, neutral)]
+    return [part for name, value in said for part in ("--" + name.replace("_", "-"), f"{value:g}")]
+
+
+def check_generation(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError where generation_config.json asks for what changes greedy answers and neither runtime
+    does.
+    """
+    given = generation_settings(checkpoint)
+    if asked := [name for name, neutral in CHANGES_ANSWERS.items() if given.get(name) not in (None, neutral, [], {})]:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and answers "
+            "would not be the model's; delete it there if you can do without"
+        )
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -272,11 +334,18 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+    processor: Any
     if checkpoint.family.vision is None:
-        return TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
-    processor = AutoProcessor.from_pretrained(checkpoint.folder)
-    processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
-    processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+        processor = TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
+    else:
+        processor = AutoProcessor.from_pretrained(checkpoint.folder)
+        processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+        processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
+            "which says how a dialogue is written; take the instruct version of the model, or add its template"
+        )
     return processor
 
 

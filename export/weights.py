@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import WEIGHTS_FILE
 
 from .checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from .quantize import Blocks, Packed, quantise, quantise_rows
 
 ALIGNMENT = 4096
 Advance = Callable[[str, int], None]
+COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old files have among the weights
 BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time
 
 
@@ -46,6 +48,18 @@ class WeightStore:
         """Flush and return the file's sha256."""
         self._file.close()
         return self._digest.hexdigest()
+
+    def expect_all_read(self, *modules: str) -> None:
+        """Raise UnsupportedModelError where the checkpoint has a tensor in `modules` that is not in the file: the model
+        computes with something that no graph does.
+        """
+        names = [n for n in self._checkpoint.tensor_files if any(n.startswith(f"{module}.") for module in modules)]
+        unread = [n for n in names if n not in self.read and not n.endswith(COMPUTED)]
+        if unread:
+            raise UnsupportedModelError(
+                f"{self._checkpoint.folder}: nothing here computes with {unread[0]}"
+                f"{f' and {len(unread) - 1} more tensors' if unread[1:] else ''}: this decoder is not supported yet"
+            )
 
     @property
     def bytes(self) -> int:
