@@ -280,7 +280,7 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
 
 def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without one."""
+    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without."""
     eos = generation_settings(checkpoint).get("eos_token_id")
     eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -304,7 +304,7 @@ def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def recommended_options(checkpoint: Checkpoint) -> list[str]:
-    """The options of autosteer-run that sample as generation_config.json recommends; without them answers are greedy."""
+    """The options of autosteer-run that sample as generation_config.json recommends; without, answers are greedy."""
     given = generation_settings(checkpoint)
     options = [("repetition_penalty", 1.0)]
     if given.get("do_sample"):
@@ -321,8 +321,8 @@ def check_generation(checkpoint: Checkpoint) -> None:
     given = generation_settings(checkpoint)
     if asked := [name for name, neutral in CHANGES_ANSWERS.items() if given.get(name) not in (None, neutral, [], {})]:
         raise UnsupportedModelError(
-            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and answers "
-            "would not be the model's; delete it there if you can do without"
+            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and "
+            "answers would not be the model's; delete it there if you can do without"
         )
 
 

@@ -73,7 +73,7 @@ class Reader:
     def shape(self, path: str) -> tuple[int, ...]:
         """Without reading it."""
         if path not in self._types:
-            raise PackageError(f"{path}: missing beside the packed numbers it belongs to; download the checkpoint again")
+            raise PackageError(f"{path}: missing, although what it belongs to is there; download it again")
         return self._types[path][1]
 
     def read(self, path: str, *index: slice) -> torch.Tensor:
@@ -150,7 +150,7 @@ class Scaled:
 
 
 def packed_matrices(config: dict[str, Any] | None, reader: Reader, where: Path) -> tuple[dict[str, Matrix], set[str]]:
-    """The packed matrices, by the name their weights would have ("<module>.weight"), and the tensors that are only parts
+    """The packed matrices, by the name their weights would have ("<module>.weight"), and the tensors that are but parts
     of them. `config` is config.json's quantization_config, `where` config.json.
 
     Raises UnsupportedModelError for a method or a layout that is not read, PackageError for tensors that do not fit
@@ -174,7 +174,7 @@ def method_of(config: dict[str, Any], where: Path) -> str:
     if method in _METHODS:
         return method
     raise UnsupportedModelError(
-        f"{where}: the weights are quantised by {method!r}, which is not read (read are {', '.join(_METHODS)}); {INSTEAD}"
+        f"{where}: the weights are quantised by {method!r}, which is not read ({', '.join(_METHODS)} are); {INSTEAD}"
     )
 
 
@@ -203,8 +203,8 @@ def _gptq(config: dict[str, Any], reader: Reader, where: Path) -> tuple[dict[str
             top = (1 << (2 * bits)) - 1
             if less_one and bool(((word >> (WORD - 2 * bits)) & top == top).any()):
                 raise PackageError(
-                    f"{module}.qzeros: a zero point of 0, which checkpoint_format gptq of older programs overwrites its "
-                    f"neighbours with; quantise again with checkpoint_format gptq_v2, or {INSTEAD}"
+                    f"{module}.qzeros: a zero point of 0, with which old writers of checkpoint_format gptq spoil its "
+                    f"neighbours; quantise again with checkpoint_format gptq_v2, or {INSTEAD}"
                 )
             zeros = _unpack(((word + less_one) & 0xFFFFFFFF).T, bits).T
             return codes, zeros, reader.read(f"{module}.scales", slice(None), here).T.float()
@@ -231,9 +231,8 @@ def _awq(config: dict[str, Any], reader: Reader, where: Path) -> tuple[dict[str,
 
         def grid(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             here = slice(first // per_word, last // per_word)
-            codes, zeros = (
-                _unpack(reader.read(f"{module}.{part}", slice(None), here), 4, AWQ_ORDER).T for part in ("qweight", "qzeros")
-            )
+            words = (reader.read(f"{module}.{part}", slice(None), here) for part in ("qweight", "qzeros"))
+            codes, zeros = (_unpack(word, 4, AWQ_ORDER).T for word in words)
             return codes, zeros, reader.read(f"{module}.scales", slice(None), slice(first, last)).T.float()
 
         return Integers((n, k), reader.stored[f"{module}.qweight"], 4, group, None, grid, per_word)
@@ -255,18 +254,19 @@ def _compressed_tensors(config: dict[str, Any], reader: Reader, where: Path) -> 
     name = "compressed-tensors"
     schemes = list((config.get("config_groups") or {}).values())
     status = str(config.get("quantization_status", "compressed"))
-    known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense", "None")
     formats = {str(config.get("format")), *(str(scheme.get("format")) for scheme in schemes)}
     _demand(where, name, f"status {status!r}", status == "compressed")
-    _demand(where, name, f"format {', '.join(sorted(formats - set(known)))!r}", formats <= set(known))
+    _demand(where, name, f"format {', '.join(sorted(formats - CT_FORMATS))!r}", formats <= CT_FORMATS)
     _demand(where, name, "sparse weights", (config.get("sparsity_config") or {}).get("format", "dense") == "dense")
-    _demand(where, name, "rotated weights (transform_config)", not (config.get("transform_config") or {}).get("config_groups"))
+    rotated = (config.get("transform_config") or {}).get("config_groups")
+    _demand(where, name, "rotated weights (transform_config)", not rotated)
     shapes = {tuple(shape) for scheme in schemes if (shape := (scheme.get("weights") or {}).get("block_structure"))}
     _demand(where, name, "blocks of several shapes", len(shapes) <= 1)
     block = next(iter(shapes), None)
 
     def eight_bits(module: str) -> Scaled:
-        return _scaled(reader, module, "weight_scale", "I8" if reader.dtype(f"{module}.weight") == "I8" else "F8_E4M3", block)
+        dtype = "I8" if reader.dtype(f"{module}.weight") == "I8" else "F8_E4M3"
+        return _scaled(reader, module, "weight_scale", dtype, block)
 
     def packed(module: str) -> Integers:
         n, k = (int(x) for x in reader.read(f"{module}.weight_shape"))
@@ -302,6 +302,7 @@ def _compressed_tensors(config: dict[str, Any], reader: Reader, where: Path) -> 
     return ours | more, its | others
 
 
+CT_FORMATS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "None"}
 _CT_SMALL = ("weight_shape", "weight_zero_point", "weight_g_idx")
 _METHODS: dict[str, Callable[[dict[str, Any], Reader, Path], tuple[dict[str, Matrix], set[str]]]] = {
     "gptq": _gptq,
@@ -314,12 +315,12 @@ _METHODS: dict[str, Callable[[dict[str, Any], Reader, Path], tuple[dict[str, Mat
 def _all(
     reader: Reader, mark: str, matrix: Callable[[str], Matrix], parts: tuple[str, ...], but: Any = ()
 ) -> tuple[dict[str, Matrix], set[str]]:
-    """Every module that has a tensor `mark`, and the tensors that are parts of it; not those whose weights are in `but`."""
+    """Every module that has a tensor `mark`, and its tensors that are parts; not those whose weights are in `but`."""
     modules = [path.removesuffix(f".{mark}") for path in reader.stored if path.endswith(f".{mark}")]
     modules = [module for module in modules if f"{module}.weight" not in but]
     names = {f"{module}.{part}" for module in modules for part in (*parts, *OF_ACTIVATIONS)}
-    attention = {f"{module.rpartition('.')[0]}.{part}" for module in modules for part in OF_ACTIVATIONS}  # caches' scales
-    return {f"{module}.weight": matrix(module) for module in modules}, (names | attention) & reader.stored.keys()
+    names |= {f"{module.rpartition('.')[0]}.{part}" for module in modules for part in OF_ACTIVATIONS}  # of caches
+    return {f"{module}.weight": matrix(module) for module in modules}, names & reader.stored.keys()
 
 
 def _scaled(reader: Reader, module: str, scale: str, dtype: str, block: Any) -> Scaled:
@@ -359,15 +360,15 @@ def _shape(reader: Reader, path: str, rank: int) -> tuple[int, ...]:
 def _fits(reader: Reader, path: str, shape: tuple[int, ...]) -> None:
     if reader.shape(path) != shape:
         raise PackageError(
-            f"{path} is {list(reader.shape(path))}; the packed numbers beside it want {list(shape)}: download them again"
+            f"{path} is {list(reader.shape(path))}; the packed numbers beside it want {list(shape)}; download it again"
         )
 
 
 def _group(path: str, k: int, count: int, said: int | None) -> int:
     """Columns of a group, from how many groups there are."""
     group = k // max(1, count)
-    if group * count != k or said not in (None, -1, group) and count > 1:
-        raise PackageError(f"{path} has {count} groups of {k} columns, but config.json says groups of {said}; {INSTEAD}")
+    if group * count != k or (count > 1 and said not in (None, -1, group)):
+        raise PackageError(f"{path} has {count} groups of {k} columns, config.json says groups of {said}; {INSTEAD}")
     return group
 
 

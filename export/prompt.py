@@ -301,8 +301,8 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
             continue
         if some_day != another:
             raise UnsupportedModelError(
-                "the chat template writes today's date (strftime_now), and a package would write the date of its export "
-                "for ever; set a fixed date in the template, as {% set date_string = '26 Jul 2024' %}"
+                "the chat template writes today's date (strftime_now), and a package would write that of its export for "
+                "ever; set a fixed date in the template, as {% set date_string = '26 Jul 2024' %}"
             )
 
 

@@ -80,8 +80,9 @@ class WeightStore:
     def quantised(
         self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int], dtype: str = "float32"
     ) -> dict[str, ir.ExternalTensor]:
-        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`. Where
-        the checkpoint has them in these blocks, they are not rounded again.
+        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`.
+
+        Where the checkpoint has them in these blocks, they are not rounded again.
         """
         key = f"{'+'.join(names)}:{blocks}"
         n, count = shape[0], -(-shape[1] // blocks.size)

@@ -20,13 +20,12 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
 
     HF: LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features.
     """
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     vision, cutting = config.vision_config, re.fullmatch(r"anyres_max_(\d+)", str(config.vision_aspect_ratio))
     asked = {  # what config.json says, and whether that is what the graph and the runtime do
         f"vision_aspect_ratio {config.vision_aspect_ratio!r}, not anyres_max_<tiles>": cutting is not None,
-        f"vision_feature_layer {config.vision_feature_layer!r}, not one layer": isinstance(config.vision_feature_layer, int),
-        f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}, not 'full'": (
-            config.vision_feature_select_strategy == "full"
-        ),
+        f"vision_feature_layer {layer!r}, not one layer": isinstance(layer, int),
+        f"vision_feature_select_strategy {strategy!r}, not 'full'": strategy == "full",
     }
     if unsupported := [what for what, done in asked.items() if not done]:
         raise UnsupportedModelError(f"config.json: {unsupported[0]}: pictures are not prepared like that here")
@@ -64,7 +63,7 @@ FAMILY = Family(
         "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     },
     config=with_text_config("text_config"),
-    renames=(  # the hub's files keep the layout of transformers < 4.52; 4.52 put "model." before it, 5 took out the rest
+    renames=(  # the hub's files keep the layout of transformers < 4.52; that put "model." before it
         (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
         (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
         (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),

@@ -133,8 +133,8 @@ def test_spaces_that_a_template_writes_around_a_text_do_not_tell_whether_it_stri
 
 
 def test_a_template_that_strips_answers_and_not_requests_is_refused(tmp_path: Path) -> None:
+    template = LLAMA_2.replace("[INST] ' + m['content'].strip()", "[INST] ' + m['content']")
     with pytest.raises(UnsupportedModelError, match="around the assistant's texts and not around the user's"):
-        template = LLAMA_2.replace("[INST] ' + m['content'].strip()", "[INST] ' + m['content']")
         take_apart(string_processor(template, tmp_path), (2,), tmp_path)
 
 
