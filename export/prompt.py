@@ -301,7 +301,7 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
             continue
         if some_day != another:
             raise UnsupportedModelError(
-                "the chat template writes today's date (strftime_now), and a package would write that of its export for "
+                "the chat template writes today's date (strftime_now); a package would write that of its export for "
                 "ever; set a fixed date in the template, as {% set date_string = '26 Jul 2024' %}"
             )
 
