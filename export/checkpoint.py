@@ -20,7 +20,7 @@ from autosteer.runtime.errors import PackageError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
-    from .packed_checkpoint import Matrix
+    from .packed_checkpoint import Matrix, Reader
     from .quantize import Blocks, Packed
 
 BLOCK_BYTES = 64 << 20  # of float32, converted at a time
@@ -81,9 +81,15 @@ class Checkpoint:
 
     @cached_property
     def _packed(self) -> tuple[dict[str, Matrix], set[str]]:
-        from .packed_checkpoint import Reader, packed_matrices
+        from .packed_checkpoint import packed_matrices
 
-        return packed_matrices(self.quantization, Reader(self._stored, _open), self.folder / "config.json")
+        return packed_matrices(self.quantization, self._reader, self.folder / "config.json")
+
+    @cached_property
+    def _reader(self) -> Reader:
+        from .packed_checkpoint import Reader
+
+        return Reader(self._stored, _open)
 
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, str]]:
@@ -153,6 +159,12 @@ class Checkpoint:
             step = max(1, block_bytes // (4 * math.prod(shape[1:])))
             for first in range(0, shape[0], step):
                 yield view[first : min(first + step, shape[0])].float()
+
+    @property
+    def wide(self) -> bool:
+        """Whether there are matrices that float16 cannot hold as they are: of float32, or packed ones."""
+        plain = [path for path in self.tensor_files if path not in self.packed and len(self.shape(path)) > 1]
+        return bool(self.packed) or any(self._reader.dtype(path) in ("F32", "F64") for path in plain)
 
     def keeps(self, module_path: str, blocks: Blocks) -> bool:
         """Whether a matrix is stored in these very blocks."""

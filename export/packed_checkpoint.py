@@ -199,14 +199,14 @@ def _gptq(config: dict[str, Any], reader: Reader, where: Path) -> tuple[dict[str
         def grid(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             here = slice(first, last)
             codes = _unpack(reader.read(f"{module}.qweight", slice(None), here).T, bits)
-            word = reader.read(f"{module}.qzeros", slice(None), slice(first // per_word, last // per_word)).T.long()
+            word = reader.read(f"{module}.qzeros", slice(None), slice(first // per_word, last // per_word)).T
             top = (1 << (2 * bits)) - 1
             if less_one and bool(((word >> (WORD - 2 * bits)) & top == top).any()):
                 raise PackageError(
                     f"{module}.qzeros: a zero point of 0, with which old writers of checkpoint_format gptq spoil its "
                     f"neighbours; quantise again with checkpoint_format gptq_v2, or {INSTEAD}"
                 )
-            zeros = _unpack(((word + less_one) & 0xFFFFFFFF).T, bits).T
+            zeros = _unpack((word + less_one).T, bits).T  # of int32, as a whole: what writers subtract may borrow
             return codes, zeros, reader.read(f"{module}.scales", slice(None), here).T.float()
 
         return Integers((n, k), reader.stored[f"{module}.qweight"], bits, group, groups, grid, per_word)
@@ -346,8 +346,8 @@ def _scaled(reader: Reader, module: str, scale: str, dtype: str, block: Any) -> 
 
 def _unpack(words: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
     """Words (.., m) of int32 -> the numbers in them (.., m * 32 / bits) uint8."""
-    shifts = torch.tensor(order or range(WORD // bits)) * bits
-    return ((words[..., None].long() >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
+    shifts = torch.tensor(order or range(WORD // bits), dtype=torch.int32) * bits
+    return (words[..., None] >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8).flatten(-2)
 
 
 def _shape(reader: Reader, path: str, rank: int) -> tuple[int, ...]:

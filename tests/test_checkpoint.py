@@ -17,6 +17,7 @@ from autosteer.export.checkpoint import DEMO, open_checkpoint, recommended_optio
 from autosteer.export.cli import export
 from autosteer.export.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.validate import STORED_IN_HALF
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 
@@ -216,6 +217,23 @@ def test_a_package_that_does_not_load_again_is_not_written(tmp_path: Path, monke
     with pytest.raises(PackageError, match=r"weights\.bin"):
         export.main(["--model", "demo", "--output", str(tmp_path / "package")], standalone_mode=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_in_float32_can_be_stored_in_float16_and_one_in_float16_is_held_to_more(checkpoint: Path) -> None:
+    """Its embeddings are off by 3e-4 and no token differs; the limit was 1e-4."""
+    assert not demo_checkpoint().wide
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.float() * (1 + 3e-4 * torch.randn(tensor.shape, generator=generator))
+
+    edit_tensors(checkpoint, lambda tensors: {name: jitter(tensor) for name, tensor in tensors.items()})
+    assert open_checkpoint(str(checkpoint)).wide
+    checks = {
+        c.name: c for c in Manifest.load(run(checkpoint, "--precision", "fp16")).validation["CPUExecutionProvider"]
+    }
+    assert 1e-4 < checks["inputs_embeds"].value < checks["inputs_embeds"].limit == STORED_IN_HALF["inputs_embeds"]
+    assert checks["greedy tokens that differ"].value == checks["steered tokens that differ"].value == 0
 
 
 @pytest.mark.parametrize("free", [None, 1 << 20])

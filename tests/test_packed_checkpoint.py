@@ -114,6 +114,19 @@ def test_the_export_says_the_tokens_of_a_model_with_the_unpacked_weights(kind: s
     assert torch.equal(packed, open_checkpoint(str(tmp_path / "checkpoint")).tensor(f"{QUERY}.weight"))
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["gptq-act-order", "ct-fp8"])
+def test_every_precision_passes_its_table(kind: str, precision: str, tmp_path: Path) -> None:
+    package = run(checkpoint_folder(tmp_path / "checkpoint", kind), "--precision", precision)
+    assert all(check.passed for check in Manifest.load(package).validation["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: kept as they are"), ("64", "--block-size 32 keeps them")])
+def test_the_export_says_whether_the_checkpoints_codes_were_kept(blocks: str, said: str, tmp_path, capsys) -> None:
+    run(checkpoint_folder(tmp_path / "checkpoint", "gptq"), "--precision", "int4", "--block-size", blocks)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", FOUR_BITS)
 def test_int4_in_the_checkpoints_own_blocks_keeps_its_codes_scales_and_zero_points(kind: str, tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "checkpoint", kind)
