@@ -113,7 +113,10 @@ def write_package(
         store.importance = observed.importance
         facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
-    store.expect_all_read(facts.module, checkpoint.family.lm_head.removesuffix(".weight"))
+    store.expect_all_read(
+        *(f"{facts.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
+        checkpoint.family.lm_head.removesuffix(".weight"),
+    )
     weights_sha256 = store.close()
     manifest = Manifest(
         format_version=1,

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from autosteer.export.checkpoint import DEMO, Checkpoint, load_reference, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.quantize import Blocks, dequantise
+from autosteer.export.packed_checkpoint import AWQ_ORDER, Reader, packed_matrices
+from autosteer.export.quantize import BLOCKS, Blocks, dequantise
 from autosteer.export.unpack import PackedWeights
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
@@ -162,6 +163,37 @@ def test_other_blocks_and_other_precisions_round_the_unpacked_weights(tmp_path: 
     assert not checkpoint.keeps(f"{QUERY}.weight", Blocks(4, 64, symmetric=False))
     assert not checkpoint.keeps(f"{QUERY}.weight", Blocks(4, 32, symmetric=True))
     assert not checkpoint.keeps("model.layers.1.self_attn.q_proj.weight", Blocks(4, 32, symmetric=False))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_int4_as_it_is_keeps_groups_of_128(method: str, tmp_path: Path) -> None:
+    """The hub's usual files, laid out here as the fixtures are, of which the first test shows that they are read right."""
+    generator = torch.Generator().manual_seed(2)
+    n, k, group = 64, 256, 128
+    codes = torch.randint(0, 16, (n, k), generator=generator)
+    zeros = torch.randint(1, 16, (n, k // group), generator=generator)
+    scales = (torch.rand(n, k // group, generator=generator) / 100 + 0.001).half()
+    order = AWQ_ORDER if method == "awq" else tuple(range(8))
+
+    def words(numbers: torch.Tensor, dim: int) -> torch.Tensor:
+        eights = numbers.movedim(dim, -1).unflatten(-1, (-1, 8)).to(torch.int64)
+        packed = sum(eights[..., i] << (4 * place) for i, place in enumerate(order))
+        return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).movedim(-1, dim).contiguous()
+
+    stored = {
+        "m.qweight": words(codes.T, 0 if method == "gptq" else 1),
+        "m.qzeros": words(zeros.T - int(method == "gptq"), 1),
+        "m.scales": scales.T.contiguous(),
+    }
+    save_file(stored, tmp_path / "x.safetensors")
+    reader = Reader({name: (tmp_path / "x.safetensors", name) for name in stored}, lambda p: safe_open(p, "pt"))
+    config = {"quant_method": method, "bits": 4, "group_size": group}
+    matrices, parts = packed_matrices(config, reader, tmp_path / "config.json")
+    assert parts == stored.keys()
+    matrix, wanted = matrices["m.weight"], (codes - zeros.repeat_interleave(group, 1)).float()
+    assert torch.equal(matrix.floats(0, n), wanted * scales.float().repeat_interleave(group, 1))
+    assert matrix.blocks() == BLOCKS["int4"]
+    assert torch.equal(dequantise(matrix.packed(0, n), BLOCKS["int4"], k), matrix.floats(0, n))
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "quanto", "mxfp4", "torchao", ""])
