@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,26 @@ from autosteer.runtime.errors import PackageError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+    from .packed_checkpoint import Matrix, Reader
+    from .quantize import Blocks, Packed
+
 BLOCK_BYTES = 64 << 20  # of float32, converted at a time
+CHANGES_ANSWERS: dict[str, Any] = {  # settings of generation_config.json that no runtime has; what asks for nothing
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
+    "stop_strings": None,
+}
 DEMO = Path(__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -31,8 +50,9 @@ class Checkpoint:
     folder: Path
     name: str  # what the user called it: hub id or folder name
     revision: str | None
-    config: Any  # transformers.PretrainedConfig
+    config: Any  # transformers.PretrainedConfig, without a quantization_config
     family: Family
+    quantization: dict[str, Any] | None = None  # config.json's quantization_config: packed_checkpoint.py
 
     @cached_property
     def facts(self) -> Any:
@@ -47,7 +67,32 @@ class Checkpoint:
 
     @cached_property
     def tensor_files(self) -> dict[str, tuple[Path, str]]:
-        """Where each tensor stands: HF module path -> (safetensors file, name in that file)."""
+        """Where each tensor stands: HF module path -> (safetensors file, name in that file). Of a packed matrix, which
+        is one tensor here, where its largest part does.
+        """
+        matrices, parts = self._packed
+        plain = {path: place for path, place in self._stored.items() if path not in parts}
+        return plain | {path: matrix.place for path, matrix in matrices.items()}
+
+    @cached_property
+    def packed(self) -> dict[str, Matrix]:
+        """The matrices that are stored in few bits, by module path."""
+        return self._packed[0]
+
+    @cached_property
+    def _packed(self) -> tuple[dict[str, Matrix], set[str]]:
+        from .packed_checkpoint import packed_matrices
+
+        return packed_matrices(self.quantization, self._reader, self.folder / "config.json")
+
+    @cached_property
+    def _reader(self) -> Reader:
+        from .packed_checkpoint import Reader
+
+        return Reader(self._stored, _open)
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[Path, str]]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -63,7 +108,11 @@ class Checkpoint:
             path = self.folder / "model.safetensors"
             with _open(path) as file:
                 stored = dict.fromkeys(file.keys(), path)
-        return {self._module_path(name): (path, name) for name, path in stored.items()}
+        found = {self._module_path(name): (path, name) for name, path in stored.items()}
+        if len(found) < len(stored):
+            twice = [names for names in _grouped(stored, self._module_path).values() if len(names) > 1]
+            raise PackageError(f"{self.folder}: {' and '.join(twice[0])} are one and the same weight; which is it?")
+        return found
 
     def _module_path(self, name: str) -> str:
         for pattern, replacement in self.family.renames:
@@ -82,6 +131,8 @@ class Checkpoint:
 
     def shape(self, module_path: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
+        if module_path in self.packed:
+            return self.packed[module_path].shape
         with self._located(module_path) as (file, name):
             return tuple(file.get_slice(name).get_shape())
 
@@ -99,6 +150,9 @@ class Checkpoint:
 
         Raises PackageError where the tensor is missing or its file is damaged.
         """
+        if module_path in self.packed:
+            yield from (self.packed[module_path].floats(*ends) for ends in self._ends(module_path, block_bytes))
+            return
         with self._located(module_path) as (file, name):
             view = file.get_slice(name)
             shape = view.get_shape()
@@ -106,10 +160,36 @@ class Checkpoint:
             for first in range(0, shape[0], step):
                 yield view[first : min(first + step, shape[0])].float()
 
+    @property
+    def wide(self) -> bool:
+        """Whether there are matrices that float16 cannot hold as they are: of float32, or packed ones."""
+        plain = [path for path in self.tensor_files if path not in self.packed and len(self.shape(path)) > 1]
+        return bool(self.packed) or any(self._reader.dtype(path) in ("F32", "F64") for path in plain)
+
+    def keeps(self, module_path: str, blocks: Blocks) -> bool:
+        """Whether a matrix is stored in these very blocks."""
+        return module_path in self.packed and self.packed[module_path].blocks() == blocks
+
+    def packed_rows(self, module_path: str, block_bytes: int) -> Iterator[Packed]:
+        """As `rows`, of a matrix that `keeps` the blocks: its codes, scales and zero points as they are stored."""
+        yield from (self.packed[module_path].packed(*ends) for ends in self._ends(module_path, block_bytes))
+
+    def _ends(self, module_path: str, block_bytes: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the rows that are read of a packed matrix at a time."""
+        matrix = self.packed[module_path]
+        (n, k), unit = matrix.shape, matrix.rows_at_once
+        step = max(1, block_bytes // (4 * k * unit)) * unit
+        yield from ((first, min(first + step, n)) for first in range(0, n, step))
+
     def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix in float32, in the order given: (len(rows), ...)."""
         import torch
 
+        if module_path in self.packed:
+            matrix, unit = self.packed[module_path], self.packed[module_path].rows_at_once
+            starts = [row - row % unit for row in rows]
+            read = {first: matrix.floats(first, min(first + unit, matrix.shape[0])) for first in sorted(set(starts))}
+            return torch.stack([read[first][row - first] for row, first in zip(rows, starts, strict=True)])
         with self._located(module_path) as (file, name):
             view = file.get_slice(name)
             return torch.cat([view[row : row + 1].float() for row in rows])
@@ -137,6 +217,13 @@ def _open(path: Path) -> Any:
         raise PackageError(f"{path}: damaged ({err}); download it again") from err
 
 
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
 def aliases() -> dict[str, str]:
     """Every short name that --model knows."""
     hub = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
@@ -160,14 +247,33 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if not config_file.is_file():
         raise PackageError(f"{folder}: no config.json here; not a Hugging Face checkpoint folder")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as err:
-        raise PackageError(f"{config_file}: not JSON ({err})") from err
+        stated = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = stated.get("model_type")
+    except (ValueError, AttributeError) as err:
+        raise PackageError(f"{config_file}: not a JSON object ({err})") from err
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
         )
-    return Checkpoint(folder, name, revision, AutoConfig.from_pretrained(folder), FAMILIES[model_type])
+    quantization = _quantization(stated, config_file)
+    config = AutoConfig.from_pretrained(folder)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # Hugging Face would look for packed tensors, and for libraries
+    return Checkpoint(folder, name, revision, config, FAMILIES[model_type], quantization)
+
+
+def _quantization(stated: dict[str, Any], config_file: Path) -> dict[str, Any] | None:
+    """The one quantization_config in config.json; it may stand with the decoder's numbers."""
+    from .packed_checkpoint import method_of
+
+    parts = [stated, *(part for part in stated.values() if isinstance(part, dict))]
+    found = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+    if len(found) > 1:
+        raise UnsupportedModelError(f"{config_file}: {len(found)} quantization_configs; one for all modules is read")
+    for config in found:
+        method_of(config, config_file)  # before anything is read
+    return found[0] if found else None
 
 
 def _download(model: str, reference: str, revision: str | None) -> Path:
@@ -186,15 +292,50 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
 
 def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json, or config.json's eos_token_id."""
-    from transformers import GenerationConfig
-
-    try:
-        eos = GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id
-    except OSError:
-        eos = None
+    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without."""
+    eos = generation_settings(checkpoint).get("eos_token_id")
     eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
+        raise PackageError(
+            f"{checkpoint.folder}: neither generation_config.json nor config.json says which token ends an answer "
+            f"(eos_token_id: {eos}); add it to generation_config.json"
+        )
+    return ids
+
+
+def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation_config.json as it stands; empty where there is none."""
+    path = checkpoint.folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as err:
+        raise PackageError(f"{path}: not a JSON object ({err})") from err
+
+
+def recommended_options(checkpoint: Checkpoint) -> list[str]:
+    """The options of autosteer-run that sample as generation_config.json recommends; without, answers are greedy."""
+    given = generation_settings(checkpoint)
+    options = [("repetition_penalty", 1.0)]
+    if given.get("do_sample"):
+        options = [("temperature", None), ("top_p", 1.0), ("top_k", 0), *options]
+        given = {"temperature": 1.0} | given
+    said = [(name, given[name]) for name, neutral in options if given.get(name) not in (None, neutral)]
+    return [part for name, value in said for part in ("--" + name.replace("_", "-"), f"{value:g}")]
+
+
+def check_generation(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError where generation_config.json asks for what changes greedy answers and neither runtime
+    does.
+    """
+    given = generation_settings(checkpoint)
+    if asked := [name for name, neutral in CHANGES_ANSWERS.items() if given.get(name) not in (None, neutral, [], {})]:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and "
+            "answers would not be the model's; delete it there if you can do without"
+        )
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -205,11 +346,18 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+    processor: Any
     if checkpoint.family.vision is None:
-        return TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
-    processor = AutoProcessor.from_pretrained(checkpoint.folder)
-    processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
-    processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+        processor = TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
+    else:
+        processor = AutoProcessor.from_pretrained(checkpoint.folder)
+        processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+        processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
+            "which says how a dialogue is written; take the instruct version of the model, or add its template"
+        )
     return processor
 
 
@@ -239,5 +387,14 @@ def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-    model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    return model, load_processor(checkpoint)
+    if checkpoint.packed:  # which from_pretrained reads only with libraries and kernels of each method's own
+        model = kind.from_config(checkpoint.config, dtype=torch.float32)
+        missing, _ = model.load_state_dict(
+            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
+        )
+        model.tie_weights(missing_keys=set(missing))
+        if gone := set(missing) - set(model.all_tied_weights_keys):
+            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
+    else:
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    return model.eval(), load_processor(checkpoint)

@@ -17,7 +17,9 @@ from .output import atomic_folder, check_output
 from .quantize import Target
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
     from .footprint import Footprint
+    from .quantize import Scheme
     from .safety.artifact import SafetyArtifact
 
 CLOSER = {  # to the original, by what was chosen
@@ -25,6 +27,7 @@ CLOSER = {  # to the original, by what was chosen
     ("int4", "cuda", None): "; try --block-size 32, or int8",
     ("int8", "cpu", None): "; try --block-size 128",
 }
+BLOCK_SIZES = {32, 64, 128}
 REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
 
 
@@ -144,9 +147,10 @@ def export(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from .checkpoint import open_checkpoint
+    from .checkpoint import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
+    from .reload import load_again
     from .validate import validate_package
 
     console = Console(stderr=True)
@@ -198,6 +202,9 @@ def export(
             manifest = with_results(folder, manifest, results)
             sizes = folder_sizes(folder)
             needs = footprint(folder, manifest)
+            progress.update(task, description="loading it again")
+            loaded = load_again(folder, needs.running)
+    notes = remarks(checkpoint, options.recipe.body)
     facts = {
         "package": str(output),
         "split_layer": manifest.split_layer,
@@ -208,6 +215,9 @@ def export(
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
+        "loaded": loaded,
+        "recommended_options": recommended_options(checkpoint),
+        "notes": notes,
         "checks": [dataclasses.asdict(check) for check in results.checks],
     }
     if as_json:
@@ -222,6 +232,30 @@ def export(
         soft_wrap=True,
     )
     console.print(needs_text(needs), highlight=False, soft_wrap=True)
+    for line in (loaded, *notes):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
+    """What the checkpoint says that the package does not do by itself, a line each."""
+    from .checkpoint import recommended_options
+
+    said = []
+    if options := recommended_options(checkpoint):
+        said.append(
+            f"the checkpoint's generation_config.json recommends `autosteer-run {' '.join(options)}`; without, answers "
+            "are greedy"
+        )
+    if checkpoint.packed and checkpoint.quantization:
+        grids = [blocks for matrix in checkpoint.packed.values() if (blocks := matrix.blocks())]
+        done = "kept as they are" if body in grids else "unpacked and rounded again" if body else "unpacked"
+        sizes = sorted({blocks.size for blocks in grids} & BLOCK_SIZES)
+        better = f" (--precision int4 --block-size {sizes[0]} keeps them)" if sizes and body not in grids else ""
+        said.append(
+            f"the checkpoint has {len(checkpoint.packed)} matrices in {checkpoint.quantization['quant_method']}: {done}"
+            f"{better}; activations that other runtimes would round for it are not rounded"
+        )
+    return said
 
 
 def needs_text(needs: Footprint) -> str:
@@ -305,4 +339,4 @@ def quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point of autosteer-export."""
-    run_command(export)
+    run_command(export, extra="export")

@@ -29,6 +29,7 @@ from .kv_scales import KVScales
 from .quantize import Blocks, Scheme
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
+DECODERS = ("llama", "qwen2", "chameleon")  # model types whose layer is the one below
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -61,11 +62,17 @@ def decoder_facts(checkpoint: Checkpoint, context_length: int | None = None) -> 
     rope = facts.rope_parameters
     layer = f"{family.decoder}.layers.0"
     head_norm = f"{layer}.self_attn.q_norm.weight"
+    text = checkpoint.config.get_text_config()
+    tied = any(getattr(part, "tie_word_embeddings", True) for part in (checkpoint.config, text))
     per_head = (facts.num_attention_heads, checkpoint.head_dim)
     unsupported = {
         f"hidden_act {facts.hidden_act!r}": facts.hidden_act != "silu",
         f"rope_type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
-        "sliding-window attention": getattr(checkpoint.config.get_text_config(), "use_sliding_window", False),
+        "sliding-window attention": getattr(text, "use_sliding_window", False)
+        or any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()),
+        "rotation of a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        f"a decoder of type {text.model_type!r}": text.model_type not in DECODERS,
+        "tie_word_embeddings false without an lm_head among the weights": not tied and family.lm_head not in checkpoint,
         "this kind of q_norm": head_norm in checkpoint and checkpoint.shape(head_norm) != per_head,
     }
     for what, found in unsupported.items():

@@ -31,7 +31,7 @@ from autosteer.runtime.manifest import (
 
 from . import decoder, prompt
 from . import gate as gate_graphs
-from .checkpoint import Checkpoint, end_token_ids, load_processor
+from .checkpoint import Checkpoint, check_generation, end_token_ids, load_processor
 from .floor import lowest_onnxruntime
 from .graph import GraphWriter
 from .importance import observe_decoder, sample_rows, with_random_tokens
@@ -92,6 +92,7 @@ def write_package(
     if not 0 < layer < facts.layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
     chosen = options.recipe
+    check_generation(checkpoint)
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)
@@ -117,6 +118,10 @@ def write_package(
         store.importance = observed.importance
         facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
+    store.expect_all_read(
+        *(f"{facts.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
+        checkpoint.family.lm_head.removesuffix(".weight"),
+    )
     weights_sha256 = store.close()
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
+from transformers.utils import chat_template_utils
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.image import cut
@@ -22,6 +25,8 @@ from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, 
 from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, VideoPart, load_tokenizer, render
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
+
+DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # unlike in every field
 
 
 class Renderer:
@@ -172,9 +177,10 @@ def take_apart(
         assistant=_turn(split, _after(two, one), REPLY),
         generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
         images_first=_images_first(renderer) if renderer.image_token else False,
-        strip_text=f" {FIRST} " not in renderer.turns(("user", f" {FIRST} ")),
+        strip_text=_strips(renderer),
         end_token_ids=end_token_ids,
     )
+    _refuse_what_changes(renderer, three)
     check(spec, renderer, folder)
     return spec
 
@@ -252,6 +258,64 @@ def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
         return {"type": "image" if isinstance(p, ImagePart) else "video"}
 
     return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in dialogue]
+
+
+def _strips(renderer: Renderer) -> bool:
+    """Whether the template strips white space around texts; the manifest has one answer for all roles."""
+    dialogues = {"user": [("user", FIRST)], "assistant": [("user", FIRST), ("assistant", REPLY), ("user", SECOND)]}
+    found: dict[str, bool] = {}
+    for role, turns in dialogues.items():
+        marker = {"user": FIRST, "assistant": REPLY}[role]
+        plain = renderer.turns(*turns)
+        padded = renderer.turns(*((who, text.replace(marker, f" \n{marker} \n")) for who, text in turns))
+        found[role] = padded == plain
+        if padded not in (plain, plain.replace(marker, f" \n{marker} \n")):
+            raise UnsupportedModelError(f"the chat template changes white space inside the {role}'s turns")
+    if found["user"] != found["assistant"]:
+        which, other = sorted(found, key=lambda role: not found[role])
+        raise UnsupportedModelError(
+            f"the chat template strips white space around the {which}'s texts and not around the {other}'s; "
+            "make it do the same for both"
+        )
+    return found["user"]
+
+
+def _refuse_what_changes(renderer: Renderer, three: str) -> None:
+    """Raise UnsupportedModelError where the template leaves out parts of earlier answers, or writes what day it is.
+
+    `three` is its rendering of the turns FIRST, REPLY and SECOND.
+    """
+    for opening, closing in (("<think>", "</think>"), ("[THINK]", "[/THINK]")):
+        thinking = f"{opening}why{closing}{REPLY}"
+        text = renderer.turns(("user", FIRST), ("assistant", thinking), ("user", SECOND))
+        if text != three.replace(REPLY, thinking):
+            raise UnsupportedModelError(
+                f"the chat template leaves out what earlier answers thought ({opening}...{closing}), so a dialogue is "
+                "not written as it was read; give the checkpoint a template that leaves answers as they are"
+            )
+    dialogues = [[("user", FIRST)], [("system", SYSTEM), ("user", FIRST)]]
+    for turns in dialogues:
+        try:
+            some_day, another = (_rendered_on(day, renderer, turns) for day in DAYS)
+        except Exception:  # templates raise what they like where a role is not theirs
+            continue
+        if some_day != another:
+            raise UnsupportedModelError(
+                "the chat template writes today's date (strftime_now); a package would write that of its export for "
+                "ever; set a fixed date in the template, as {% set date_string = '26 Jul 2024' %}"
+            )
+
+
+def _rendered_on(day: datetime, renderer: Renderer, turns: list[tuple[str, str]]) -> str:
+    """The text of turns, on a day: Hugging Face's `strftime_now` asks `datetime`."""
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return day
+
+    with patch.object(chat_template_utils, "datetime", Then):
+        return renderer.turns(*turns, generation=True)
 
 
 def _after(longer: str, shorter: str) -> str:

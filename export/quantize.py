@@ -176,7 +176,7 @@ def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None
         scales = _symmetric_scales(x, blocks.bits)
         middle = 1 << (blocks.bits - 1)
         codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
-        return Packed(_pack(codes) if blocks.bits == 4 else codes, scales, None)
+        return Packed(pack(codes) if blocks.bits == 4 else codes, scales, None)
     assert blocks.bits == 4, "only 4 bits have zero points"
     weights = torch.ones(k) if importance is None else importance
     weights = torch.nn.functional.pad(weights, (0, pad)).reshape(count, blocks.size)
@@ -184,7 +184,7 @@ def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None
     with _threads_of_our_own() as pool:
         found = list(pool.map(lambda chunk: _best(chunk, weights), chunks))
     codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Packed(_pack(codes), scales, _pack(zeros))
+    return Packed(pack(codes), scales, pack(zeros))
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def _inverse(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales == 0, 0.0, 1 / scales)
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
+def pack(codes: torch.Tensor) -> torch.Tensor:
     """(.., n) uint8 below 16 -> (.., ceil(n / 2)), low nibble first."""
     import torch
 

@@ -84,6 +84,10 @@ HALF_LIMITS = LIMITS | {
     "chunked prefill": 2e-2,
 }
 
+# Where weights of 24 bits are stored in 11 (fp16 of a float32 or packed checkpoint): each is off by up to 2^-11 = 5e-4.
+# The demo in float32: embeddings 5.5e-4, hidden state 8.2e-4, logits 4.9e-4, p_unsafe 1e-5; tokens must still be equal.
+STORED_IN_HALF = {"inputs_embeds": 2e-3, "hidden state at the split": 4e-3, "logits": 4e-3}
+
 Report = Callable[[str], None]
 T = TypeVar("T")
 
@@ -157,7 +161,7 @@ def validate_package(
         return reference.follow(case, own.plain.tokens, steered, own.image_tokens)
 
     report(f"{len(cases)} dialogues, PyTorch")
-    checks = compare(cases, ours, ask(checkpoint, follow), manifest, quantised=quantised) + gate
+    checks = compare(cases, ours, ask(checkpoint, follow), manifest, quantised=quantised, wide=checkpoint.wide) + gate
     for suffix, part in reading_and_answering(manifest).items() if quantised else ():
         report(f"{len(cases)} dialogues, PyTorch on rounded numbers{suffix}")
         seen = read_prompts(folder, part, cases) if suffix else [own.plain for own in ours]
@@ -275,9 +279,12 @@ def compare(
     manifest: Manifest,
     *,
     quantised: bool,
+    wide: bool = False,
 ) -> list[Check]:
-    """The lines of the table that are about the original."""
+    """The lines of the table that are about the original. `wide`: its weights do not fit 16 bits."""
     exact, limits = manifest.exact, limits_of(manifest)
+    if wide and manifest.precision == "fp16" and exact:
+        limits = limits | STORED_IN_HALF
     worst: dict[str, float] = {}
 
     def note(name: str, value: float) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import WEIGHTS_FILE
 
 from .checkpoint import Checkpoint
@@ -25,6 +26,7 @@ from .quantize import Blocks, Packed, quantise, quantise_rows
 
 ALIGNMENT = 4096
 Advance = Callable[[str, int], None]
+COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old files have among the weights
 BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time
 
 
@@ -39,12 +41,25 @@ class WeightStore:
         self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
+        self.read: set[str] = set()  # names of the checkpoint's tensors that are in the file
         self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for schemes that weigh; see quantize.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
         self._file.close()
         return self._digest.hexdigest()
+
+    def expect_all_read(self, *modules: str) -> None:
+        """Raise UnsupportedModelError where the checkpoint has a tensor in `modules` that is not in the file: the model
+        computes with something that no graph does.
+        """
+        names = [n for n in self._checkpoint.tensor_files if any(n.startswith(f"{module}.") for module in modules)]
+        unread = [n for n in names if n not in self.read and not n.endswith(COMPUTED)]
+        if unread:
+            raise UnsupportedModelError(
+                f"{self._checkpoint.folder}: nothing here computes with {unread[0]}"
+                f"{f' and {len(unread) - 1} more tensors' if unread[1:] else ''}: this decoder is not supported yet"
+            )
 
     @property
     def bytes(self) -> int:
@@ -65,15 +80,17 @@ class WeightStore:
     def quantised(
         self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int], dtype: str = "float32"
     ) -> dict[str, ir.ExternalTensor]:
-        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`."""
+        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`.
+
+        Where the checkpoint has them in these blocks, they are not rounded again.
+        """
         key = f"{'+'.join(names)}:{blocks}"
         n, count = shape[0], -(-shape[1] // blocks.size)
         if f"{key}:codes" not in self._places:
             small: list[Packed] = []
 
             def codes() -> Iterator[npt.NDArray[Any]]:
-                for rows in self._rows(names, shape):
-                    packed = quantise(rows, blocks, self.importance.get(names[0]))
+                for packed in self._packed(names, blocks, shape):
                     small.append(replace(packed, codes=packed.codes[:0]))
                     yield packed.codes.numpy()
 
@@ -113,12 +130,28 @@ class WeightStore:
             self._write(key, [array])
         return self._reference(key, array.dtype.name, array.shape)
 
-    def _rows(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The named tensors, which stacked along their rows have `shape`, in blocks of rows."""
+    def _packed(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> Iterator[Packed]:
+        if not all(self._checkpoint.keeps(name, blocks) for name in names):
+            importance = self.importance.get(names[0])
+            yield from (quantise(rows, blocks, importance) for rows in self._rows(names, shape))
+            return
+        for name in self._expected(names, shape):
+            for packed in self._checkpoint.packed_rows(name, BLOCK_BYTES):
+                yield packed
+                self._advance(name, len(packed.codes) * shape[1])
+
+    def _expected(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[str]:
+        """The names, each when its shape is known to be what `shape`, that of all of them stacked, leaves for it."""
         heights = [self._checkpoint.shape(name)[0] for name in names]
         heights[-1] += shape[0] - sum(heights)
         for name, height in zip(names, heights, strict=True):
             self._checkpoint.expect(name, (height, *shape[1:]))
+            self.read.add(name)
+            yield name
+
+    def _rows(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The named tensors, which stacked along their rows have `shape`, in blocks of rows."""
+        for name in self._expected(names, shape):
             for rows in self._checkpoint.rows(name, BLOCK_BYTES):
                 yield rows
                 self._advance(name, rows.numel())

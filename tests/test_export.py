@@ -428,7 +428,7 @@ def test_graphs_of_every_kind_can_be_cut_anywhere(kind: tuple[str, ...], tmp_pat
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     options = ExportOptions(**dict(zip(("precision", "kv_cache"), kind, strict=False)))
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
-    cases = make_cases(tmp_path, manifest)[:3]
+    cases = make_cases(tmp_path, manifest, None)[:3]
     _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 40)
     _, whole = validate.run_package(tmp_path, manifest, cases, tokens=4)

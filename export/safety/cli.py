@@ -211,7 +211,7 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
 
 def main() -> None:
     """Entry point of autosteer-fit."""
-    run_command(fit_command)
+    run_command(fit_command, extra="export")
 
 
 if __name__ == "__main__":
