@@ -36,8 +36,9 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.pieces import GraphInPieces
 from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.unpack import PackedWeights
+from autosteer.export.validate import Validated
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
-from autosteer.runtime.manifest import Check
+from autosteer.runtime.manifest import Check, Tolerance
 from autosteer.runtime.subgraph import OrtValue, find_device
 
 
@@ -164,9 +165,13 @@ def test_a_feature_the_decoder_layer_lacks_is_refused(checkpoint: Path, tmp_path
         run("--model", checkpoint, "--output", tmp_path / "package")
 
 
+def found_wrong(name: str) -> Validated:
+    """A validation that failed."""
+    return Validated((Check(name, 1.0, 1e-3, False),), (), Tolerance(1e-3, 0), None)
+
+
 def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = (Check("logits", 1.0, 1e-3, False),)
-    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: (bad, ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: found_wrong("logits"))
     with pytest.raises(CheckError, match=r"differs from PyTorch \(logits\); nothing was written"):
         run("--model", "demo", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
@@ -193,7 +198,7 @@ def test_force_replaces_a_package_only_when_the_new_one_is_good(
 ) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "autosteer.json").write_text("old")
-    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: ((Check("x", 1.0, 0.0, False),), ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: found_wrong("x"))
     with pytest.raises(CheckError):
         run("--model", "demo", "--force", "--output", tmp_path / "package")
     assert (tmp_path / "package" / "autosteer.json").read_text() == "old"
