@@ -14,6 +14,7 @@ largest code) are the graph's own, and its output shows them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,44 +45,55 @@ class Rounding:
     scale: float  # how much larger or smaller it has become: |<stored, original> / <original, original> - 1|
     row: float  # error of the worst row: relative to it or, where that is less, in steps (rms)
     column: float  # the same of columns; small ones are rounded away as a whole, and are within a step all the same
-    steps: float  # of 8 bits: rms error of the worst row or column in steps; 4 bits cut off what is worth it, and have 0
+    steps: (
+        float  # of 8 bits: rms error of the worst row or column in steps; 4 bits cut off what is worth it, and have 0
+    )
 
     def or_worse(self, other: Rounding | None) -> Rounding:
         """The worst of both."""
         return Rounding(*map(worse, astuple(self), astuple(other))) if other else self
 
 
-@dataclass
+@dataclass(frozen=True)
 class Held:
     """What was found of one graph."""
 
-    differing: int = 0  # numbers that are not the checkpoint's, or the safety folder's
-    rounding: Rounding | None = None  # of the worst matrices; None where none is quantised
-    rotary: float = 0.0  # largest difference from Hugging Face's tables, divided by the place (from 1) it stands at
+    differing: int  # numbers that are not the checkpoint's, or the safety folder's
+    rounding: Rounding | None  # of the worst matrices; None where none is quantised
+    rotary: float  # largest difference from Hugging Face's tables, divided by the place (from 1) it stands at
 
 
-def audit(path: Path, checkpoint: Checkpoint, safety: SafetyArtifact | None, rotary_emb: Any) -> Held:
-    """Read one graph. `rotary_emb` is Hugging Face's module of that name."""
-    held, graph = Held(), ir.load(path).graph
+def audit(
+    path: Path,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    rotary_emb: Any,
+    wanted: Callable[[str], bool] = lambda tensor: True,
+) -> Held:
+    """Read one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module of that name."""
+    graph = ir.load(path).graph
+    differing, rounding, rotary = 0, None, 0.0
     tables = {node.inputs[0] for node in graph if node.op_type == "GatherBlockQuantized"}
     for node in graph:
-        for name, rows in stacked(node, checkpoint).items():
-            held.rounding = _rounding(node, rows, checkpoint, name).or_worse(held.rounding)
+        if any(value is not None and value.name and wanted(value.name) for value in node.inputs):
+            for name, rows in stacked(node, checkpoint).items():
+                rounding = _rounding(node, rows, checkpoint, name).or_worse(rounding)
     gate = _gate_tensors(safety)
     for name, value in graph.initializers.items():
         names = name.split("+")
+        if not wanted(name):
+            continue
         if name in gate:
-            held.differing += _unequal(_array(value), gate[name])
+            differing += _unequal(_array(value), gate[name])
         elif all(part in checkpoint for part in names) and value not in tables:
-            held.differing += _differing(value, names, checkpoint)
+            differing += _differing(value, names, checkpoint)
         elif name in ROTARY:
             theirs = _rotary(rotary_emb, len(_array(value)))[ROTARY.index(name)]
             places = np.arange(1, len(theirs) + 1, dtype=np.float32)[:, None]
-            error = np.abs(_array(value).astype(np.float32) - theirs) / places
-            held.rotary = worse(held.rotary, float(error.max()))
+            rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / places).max()))
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()  # as in unpack.py
-    return held
+    return Held(differing, rounding, rotary)
 
 
 def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> float:

@@ -137,8 +137,9 @@ def _kind(checkpoint: Checkpoint) -> Any:
 def open_skeleton(checkpoint: Checkpoint) -> Any:
     """Hugging Face's model with parameters of no size and buffers that are real."""
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         return _kind(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
 
 

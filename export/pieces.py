@@ -99,7 +99,10 @@ class GraphInPieces:
         self._outputs = [t.name for t in spec.outputs]
         self._convoy, self._watch = convoy, watch
         quantised = spec.precision in ("int8", "int4")
-        self._pieces = [Piece(model, path.parent, size, device, quantised=quantised) for model, size in cut(path, watch.endings if watch else ())]
+        self._pieces = [
+            Piece(model, path.parent, size, device, quantised=quantised)
+            for model, size in cut(path, watch.endings if watch else ())
+        ]
         for piece in self._pieces:
             convoy.add(piece)
         self._needed = [  # after each piece; everything else is dropped, or activations would pile up

@@ -185,9 +185,7 @@ class Reference:
         return Pass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
 
     @torch.no_grad()
-    def branches(
-        self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
-    ) -> dict[str, float]:
+    def branches(self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, float]:
         """How far each branch of the decoder (attention, MLP; the final norm; the head) is from what PyTorch makes of
         the very rows that the package's own branches before it made: errors do not add up from layer to layer, and
         none hides behind a residual stream that others have filled.

@@ -64,8 +64,8 @@ BY_ITSELF = {  # names of Reference.branches by their end
 }
 CHOICES = ("greedy tokens that differ", "steered tokens that differ")  # judged where arithmetic is float32
 
-# Every tolerance, with its reason. Relative: largest difference over the reference's largest value. Where a comment says
-# what sound exports give, docs/validation.md has them all, and the limit is four times the worst unless it says otherwise.
+# Every tolerance, with its reason. Relative: largest difference over the reference's largest value. A number in the
+# comment is the worst of sound exports (docs/validation.md), and the limit four times that, unless it says otherwise.
 LIMITS = {
     "pixel_values": 1e-6,  # the same Pillow calls, then float32 arithmetic
     "inputs_embeds": 1e-4,  # image features among them: float32 sums in another order
@@ -217,7 +217,7 @@ def behaviour_checks(
             caches if scales else uncached,
         )
         if scales:
-            found.append({"int8 caches, relative error": error for error in [functools.reduce(worse, caches.errors)]})
+            found.append({"int8 caches, relative error": functools.reduce(worse, caches.errors)})
         checks += [judged(name + suffix, error, limits[name]) for name, error in worst_of(found).items()]
     return tuple(checks), tuple(g for case, own in zip(cases, ours, strict=True) for g in goldens(case, own, manifest))
 
@@ -432,9 +432,7 @@ def cache_scales_check(folder: Path, manifest: Manifest, checkpoint: Checkpoint)
     return judged("scales of int8 caches", error, LIMITS["scales of int8 caches"])
 
 
-def audits(
-    folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None
-) -> dict[str, Held]:
+def audits(folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None) -> dict[str, Held]:
     """What each graph file holds."""
     rotary_emb = open_skeleton(checkpoint).get_decoder().rotary_emb
     files = (spec.file for spec in manifest.graphs.values())
@@ -492,7 +490,7 @@ def prober_check(engine: Engine, safety: SafetyArtifact) -> Check:
     """On random hidden states of many sizes: for some of them it is in two minds, and every weight counts."""
     reference = Reference(None, None, engine.manifest, safety)
     directions = np.random.default_rng(0).standard_normal((8, 1, engine.manifest.dims.hidden_size))
-    states = (np.geomspace(1e-3, 100, 26)[:, None, None, None] * directions).astype(np.float32).reshape(-1, 1, directions.shape[-1])
+    states = [(size * one).astype(np.float32) for size in np.geomspace(1e-3, 100, 26) for one in directions]
     ours = [float(engine.graphs["prober"].run({"hidden_states": state})[0][0]) for state in states]
     errors = [abs(p - reference.p_unsafe(torch.from_numpy(state[0]))) for p, state in zip(ours, states, strict=True)]
     return judged("prober", functools.reduce(worse, errors), LIMITS["prober"])

@@ -19,7 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,7 +150,8 @@ class Package:
     manifest: Manifest
     checkpoint: Checkpoint
     safety: SafetyArtifact | None
-    held: dict[str, Held]  # of its graph files, while they are sound
+    rotary_emb: Any  # Hugging Face's module
+    held: dict[str, Held]  # what was found in its graph files, while they are sound
 
     @classmethod
     def write(cls, folder: Path, model: str, options: ExportOptions, *, guarded: bool) -> Package:
@@ -158,29 +159,33 @@ class Package:
         checkpoint = open_checkpoint(model)
         safety = find_safety(checkpoint, None, None) if guarded else None
         manifest = write_package(folder, checkpoint, safety, options, lambda _: None)
-        return cls(folder, manifest, checkpoint, safety, validate.audits(folder, manifest, checkpoint, safety))
+        held = validate.audits(folder, manifest, checkpoint, safety)
+        return cls(folder, manifest, checkpoint, safety, open_skeleton(checkpoint).get_decoder().rotary_emb, held)
 
-    def failed(self, damaged: str | None = None, *, behaviour_only: bool = False) -> list[str]:
-        """The lines of validation that fail, or what it stumbled over, with one graph `damaged`; as validate_package,
-        but nothing is looked at again that is as it was, and nothing runs where what is stored is wrong already.
+    def failed(self, damage: Mutation | None = None, *, behaviour_only: bool = False) -> list[str]:
+        """The lines of validation that fail, or what it stumbled over, while the package has this `damage`; as
+        validate_package, but nothing is looked at again that is as it was, and nothing runs where what is stored is
+        wrong already.
         """
         arguments = self.folder, self.manifest, self.checkpoint, self.safety
         try:
-            checks: Sequence[Check] = [] if behaviour_only else self._stored(damaged)
+            checks: Sequence[Check] = [] if behaviour_only else self._stored(damage)
             if all(check.passed for check in checks):
                 checks, _ = validate.behaviour_checks(*arguments, lambda _: None)
         except Exception as err:  # an export that ends so has written nothing
             return [type(err).__name__]
         return [check.name for check in checks if not check.passed]
 
-    def _stored(self, damaged: str | None) -> list[Check]:
+    def _stored(self, damage: Mutation | None) -> list[Check]:
         held = dict(self.held)
-        if damaged:
-            file = self.manifest.graphs[damaged].file
-            rotary_emb = open_skeleton(self.checkpoint).get_decoder().rotary_emb
-            held[file] = audit(self.folder / file, self.checkpoint, self.safety, rotary_emb)
+        if damage:
+            file = self.manifest.graphs[damage.graph].file
+            # a node's matrix is made of several tensors, and of what smooths its activations
+            alike = "" if damage.tensor.endswith(".smoothing") else damage.tensor
+            found = audit(self.folder / file, self.checkpoint, self.safety, self.rotary_emb, lambda name: alike in name)
+            held[file] = replace(found, rounding=found.rounding or held[file].rounding)
         checks = validate.stored_checks(self.manifest, self.checkpoint, held)
-        if self.manifest.kv_cache.dtype == "int8" and damaged and "decoder" in damaged:
+        if self.manifest.kv_cache.dtype == "int8" and all(check.passed for check in checks):
             checks.append(validate.cache_scales_check(self.folder, self.manifest, self.checkpoint))
         return checks
 
@@ -221,12 +226,13 @@ def damaged_tensors(graph: str, path: Path, layers: Sequence[int]) -> Iterator[M
         if part is None or (layers and layer and int(layer[1] or layer[2]) not in layers):
             continue
         array = numpy_helper.to_array(tensor, str(path.parent))
-        others = [t for t in (*tensors[at + 1 :], *tensors[:at]) if t.dims == tensor.dims and t.data_type == tensor.data_type]
+        others = (*tensors[at + 1 :], *tensors[:at])
+        alike = [t for t in others if (t.dims, t.data_type) == (tensor.dims, tensor.data_type)]
         for damage, change in DAMAGES.items():
             if damage in SCALED and array.dtype in (np.uint8, np.int8):
                 continue
             if damage == "next tensor's":
-                damaged = numpy_helper.to_array(others[0], str(path.parent)) if others else array
+                damaged = numpy_helper.to_array(alike[0], str(path.parent)) if alike else array
             else:
                 damaged = change(array)
             if np.array_equal(damaged, array):
@@ -316,7 +322,7 @@ def main(
             if number % every:
                 continue
             with package.damaged(mutation):
-                failed = package.failed(mutation.graph, behaviour_only=behaviour_only)
+                failed = package.failed(mutation, behaviour_only=behaviour_only)
             tried, refused = tried + 1, refused + bool(failed)
             by_line.update(failed[:1])
             if not failed:
