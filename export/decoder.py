@@ -30,6 +30,7 @@ from .quantize import Blocks, Scheme
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
 DECODERS = ("llama", "qwen2", "chameleon")  # model types whose layer is the one below
+BRANCHES = ("self_attn", "mlp")  # of a layer: HF's modules, and our names of what they give
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -128,7 +129,9 @@ def decoder_half(g: GraphWriter, f: DecoderFacts, layers: range, scheme: Scheme 
         attended = _project(g, f, module, "self_attn.o_proj", attended, f.hidden, f.heads * f.head_dim, scheme)
         branch = _leave(g, f, f"{module}.input_layernorm", attended)
         x, residual = _enter(g, f, f"{module}.post_attention_layernorm", residual, branch)
-        branch = _leave(g, f, f"{module}.post_attention_layernorm", _mlp(g, f, module, x, scheme))
+        gathered = _mlp(g, f, module, x, scheme)
+        branch = _leave(g, f, f"{module}.post_attention_layernorm", gathered)
+        attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # by which validation finds them
     assert branch is not None
     if layers.stop == f.layers:
         normed, _ = _norm(g, f, f"{f.module}.norm", residual, branch)

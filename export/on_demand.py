@@ -7,7 +7,9 @@ the head is gone through in blocks of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,8 @@ from .convoy import Convoy
 
 SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
 HEAD_BLOCK_BYTES = 64 << 20
+WHOLE_NUMBERS = 1 << 28  # checkpoints up to it are compared with Hugging Face's loader as a whole, others by a layer
+SAMPLED_ROWS = 256  # of an embedding table, gathered one by one
 
 
 class WeightSource(Protocol):
@@ -41,7 +45,7 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source:
     `source`, which is the checkpoint itself unless given.
     """
     source = source or checkpoint
-    model = _skeleton(checkpoint)
+    model = open_skeleton(checkpoint)
     decoder = checkpoint.family.decoder
     model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight")
     model.lm_head = HeadOnDemand(source, lm_head)
@@ -59,14 +63,84 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source:
     return model
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
-    """Hugging Face's model with parameters of no size and buffers that are real."""
-    from accelerate import init_empty_weights
+@torch.no_grad()
+def read_otherwise(checkpoint: Checkpoint, lm_head: str) -> int:
+    """How many tensors this module gets otherwise from the checkpoint than Hugging Face's own loader does: of a large
+    model those of the first layers of decoder and image tower and of all that is in no layer, the vocabulary's tables
+    among it; else all.
+
+    A package and its reference both read a checkpoint by `Checkpoint`: what that takes for something else is wrong in
+    both, and no comparison of the two shows it.
+    """
+    theirs, missing = _by_hugging_face(checkpoint)
+    ours, decoder = open_skeleton(checkpoint), checkpoint.family.decoder
+    table, head = theirs.get_input_embeddings(), theirs.get_output_embeddings()
+    differing = len(missing)
+    for path, module in theirs.named_modules():
+        if module is table:
+            name = f"{decoder}.embed_tokens.weight"
+            some = torch.linspace(0, len(module.weight) - 1, SAMPLED_ROWS).long()
+            gathered = RowsOnDemand(checkpoint, name)(some)
+            blocks = checkpoint.rows(name, HEAD_BLOCK_BYTES)
+            differing += not (_same([gathered], module.weight[some]) and _same(blocks, module.weight))
+        elif module is head:
+            differing += not _same(HeadOnDemand(checkpoint, lm_head).blocks(), module.weight)
+        elif read := {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" not in missing}:
+            part = Weights(checkpoint, path, mine := ours.get_submodule(path))
+            part.load()
+            differing += sum(not _same([getattr(mine, name)], theirs) for name, theirs in read.items())
+            part.unload()
+    return differing
+
+
+def _same(blocks: Iterable[torch.Tensor], theirs: torch.Tensor) -> bool:
+    """Whether rows, block by block, are those of a tensor, in its type."""
+    first = 0
+    for block in blocks:
+        there = theirs[first : first + len(block)]
+        if block.is_meta or block.shape != there.shape or not torch.equal(block.to(theirs.dtype), there):
+            return False
+        first += len(block)
+    return first == len(theirs)
+
+
+def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
+    """The model by from_pretrained, cut to one layer where it is large, and what that did not find. Weights stay in the
+    file, mapped, as far as nobody reads them.
+    """
+    from transformers.utils import logging
+
+    config = copy.deepcopy(checkpoint.config)
+    if sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files) > WHOLE_NUMBERS:
+        for part in filter(None, (config.get_text_config(), getattr(config, "vision_config", None))):
+            part.num_hidden_layers = 1
+            if getattr(part, "layer_types", None):
+                part.layer_types = part.layer_types[:1]
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports every layer that it was not asked for
+    try:
+        model, info = _kind(checkpoint).from_pretrained(
+            checkpoint.folder, config=config, dtype="auto", output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(before)
+    return model, set(info["missing_keys"])
+
+
+def _kind(checkpoint: Checkpoint) -> Any:
+    """The class that Hugging Face opens such a checkpoint with."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-    with init_empty_weights(include_buffers=False):
-        return kind.from_config(checkpoint.config, dtype=torch.float32).eval()
+    return AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
+
+
+def open_skeleton(checkpoint: Checkpoint) -> Any:
+    """Hugging Face's model with parameters of no size and buffers that are real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return _kind(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
 
 
 class Weights:

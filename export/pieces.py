@@ -7,6 +7,7 @@ piece computes for later ones becomes its output. onnxruntime loads a piece from
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,45 @@ class Piece:
         self.session = None
 
 
+class Watch:
+    """Keeps values inside of graphs, of which each thread sees its own, between `begin` and `take`."""
+
+    def __init__(self, *endings: str):
+        """Values whose names end so."""
+        self.endings = endings
+        self._thread = threading.local()
+
+    def begin(self) -> None:
+        """From now on the calling thread's values are kept; of two by one name the later."""
+        self._thread.seen = {}
+
+    def note(self, name: str, value: ort.OrtValue) -> None:
+        """A value was computed."""
+        seen = getattr(self._thread, "seen", None)
+        if seen is not None and name.endswith(self.endings):
+            seen[name] = np.array(value.numpy())
+
+    def take(self) -> dict[str, npt.NDArray[Any]]:
+        """What was kept; none where nobody began. No more is."""
+        seen: dict[str, npt.NDArray[Any]] = getattr(self._thread, "seen", None) or {}
+        self._thread.seen = None
+        return seen
+
+
 class GraphInPieces:
     """Stands in for runtime.Subgraph where the graph is larger than the memory (Engine's `load`)."""
 
-    def __init__(self, path: Path, spec: GraphSpec, device: Device, *, convoy: Convoy):
-        """Cut the graph at `path` and add its pieces to `convoy`."""
+    def __init__(self, path: Path, spec: GraphSpec, device: Device, *, convoy: Convoy, watch: Watch | None = None):
+        """Cut the graph at `path` and add its pieces to `convoy`; `watch` is shown what it names."""
         self.name = path.stem
         self.device = device
         self._outputs = [t.name for t in spec.outputs]
-        self._convoy = convoy
+        self._convoy, self._watch = convoy, watch
         quantised = spec.precision in ("int8", "int4")
-        self._pieces = [Piece(model, path.parent, size, device, quantised=quantised) for model, size in cut(path)]
+        self._pieces = [
+            Piece(model, path.parent, size, device, quantised=quantised)
+            for model, size in cut(path, watch.endings if watch else ())
+        ]
         for piece in self._pieces:
             convoy.add(piece)
         self._needed = [  # after each piece; everything else is dropped, or activations would pile up
@@ -114,13 +143,16 @@ class GraphInPieces:
             for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
                 # a copy: what onnxruntime allocated keeps the whole session in memory
                 values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))
+                if self._watch:
+                    self._watch.note(name, values[name])
             del binding, value
             values = {name: value for name, value in values.items() if name in needed}
         return values
 
 
-def cut(path: Path) -> list[tuple[onnx.ModelProto, int]]:
+def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto, int]]:
     """Models of consecutive nodes of the graph at `path`, with about PIECE_BYTES of weights each, and those bytes.
+    Values whose names end in one of `watched` are outputs, too.
 
     Nodes that depend on weights alone (casts of weights) go wherever they are used.
     """
@@ -160,7 +192,7 @@ def cut(path: Path) -> list[tuple[onnx.ModelProto, int]]:
             [
                 types[name]
                 for name in dict.fromkeys(n for node in piece for n in node.output)
-                if name in later | outputs
+                if name in later | outputs or name.endswith(watched)
             ],
             [weights[name] for name in read if name in weights],
         )

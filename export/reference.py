@@ -8,8 +8,9 @@ on every choice made so far; so "follows the whole answer" is "generates the sam
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, asked_turns
 
+from .decoder import BRANCHES
 from .kv_scales import uncached
 from .prompt import hf_messages
 from .safety.artifact import SafetyArtifact
@@ -77,7 +79,8 @@ class Original:
     image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) what the prober reads of the last turn
-    logits: np.ndarray  # (V,) after the prompt
+    spread: np.ndarray  # (D,) how much each of its numbers differs from row to row of the prompt: standard deviation
+    logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
     p_unsafe: float
     tokens: list[int]
     steered_tokens: list[int]
@@ -156,7 +159,8 @@ class Reference:
             image_errors=errors,
             embeds=seen.entering[0].numpy(),
             hidden=read[-1].numpy(),
-            logits=seen.logits[0].numpy(),
+            spread=seen.entering[self.manifest.split_layer][1:].std(dim=0).numpy(),  # the first row is like no other
+            logits=seen.logits.numpy(),
             p_unsafe=worst(map(self.p_unsafe, read)),
             tokens=tokens,
             steered_tokens=steered,
@@ -188,6 +192,49 @@ class Reference:
             for handle in handles:
                 handle.remove()
         return Pass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
+
+    @torch.no_grad()
+    def branches(self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, float]:
+        """How far each branch of the decoder (attention, MLP; the final norm; the head) is from what PyTorch makes of
+        the very rows that the package's own branches before it made: errors do not add up from layer to layer, and
+        none hides behind a residual stream that others have filled.
+
+        `embeds` (S, D) enter the decoder. `given` are the last rows of the package's branches by name
+        ("<layer>.self_attn", "<layer>.mlp": HF's modules) and `last_hidden_state`; `logits` (1, V) come after them. The
+        errors (see `row_error`) by the same names; infinite where nothing is given.
+        """
+        decoder, me = self.model.get_decoder(), threading.get_ident()
+
+        def take_over(name: str) -> Callable[..., Any]:
+            def hook(module: Any, args: tuple[Any, ...], out: Any) -> Any:
+                if threading.get_ident() != me:
+                    return out
+                theirs = out[0] if isinstance(out, tuple) else out
+                ours = torch.from_numpy(given[name].astype(np.float32))
+                mixed = theirs.clone()
+                mixed[:, -ours.shape[1] :] = ours
+                errors[name] = row_error(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
+                return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+
+            return hook
+
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
+        modules = {
+            f"{prefix}.layers.{i}.{branch}": getattr(layer, branch)
+            for i, layer in enumerate(decoder.layers)
+            for branch in BRANCHES
+        } | {"last_hidden_state": decoder.norm}
+        errors = dict.fromkeys((*modules, "logits"), math.inf)
+        handles = [module.register_forward_hook(take_over(name)) for name, module in modules.items() if name in given]
+        try:
+            rows = torch.from_numpy(embeds.astype(np.float32))[None]
+            theirs = self.model(inputs_embeds=rows, **self.caching(self.model), logits_to_keep=1).logits[0].numpy()
+        finally:
+            for handle in handles:
+                handle.remove()
+        ours, possible = logits[0], theirs[0] > NEVER
+        errors["logits"] = row_error(*(x[None, possible] - x[possible].mean() for x in (ours, theirs[0])))
+        return errors
 
     @torch.no_grad()
     def _steered_choices(self, seen: Pass, plain: torch.Tensor) -> list[int]:
@@ -232,12 +279,6 @@ class Reference:
         ids = inputs["input_ids"].clone()
         ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
         return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
-
-    def prompt(self, case: Case, ours: list[list[int]] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """What the prober reads (D,), and the logits (V,) after the prompt; `ours` as in `run`."""
-        inputs = self.inputs(case)
-        seen = self.look(self._agreed(inputs, ours)[0], self._layers)
-        return self._read(case, inputs, seen)[-1].numpy(), seen.logits[0].numpy()
 
     def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> list[torch.Tensor]:
         """What the prober reads, (D,) a turn."""
@@ -311,3 +352,9 @@ def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
+
+
+def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How far rows (R, D) are from the reference's, relative to each of those, on average over rows."""
+    sizes = np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)
+    return float((np.linalg.norm(ours - theirs, axis=1) / sizes).mean())

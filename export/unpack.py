@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,13 @@ BLOCK_BYTES = 32 << 20  # of float32
 Rows = slice | npt.NDArray[np.int64]
 
 
+class Unpacked(NamedTuple):
+    """Rows of a quantised matrix (N, K)."""
+
+    weights: torch.Tensor  # (N, K) float32
+    steps: torch.Tensor  # (N, K) float32, above zero or 0: the distance between two numbers that a weight could be
+
+
 class PackedWeights:
     """Every matrix of a package that is quantised under its checkpoint name, and the checkpoint's own for all others.
 
@@ -30,18 +39,13 @@ class PackedWeights:
 
     def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint):
         """`checkpoint` says how many rows each matrix has: some stand stacked in the package."""
-        self.errors: dict[str, float] = {}  # of the matrices read so far: relative to the checkpoint's, Frobenius norm
         self._checkpoint = checkpoint
         self._nodes: dict[str, ir.Node] = {}  # of the stacked matrix, by each name in it
         self._rows: dict[str, slice] = {}
         for spec in manifest.graphs.values():
             for node in ir.load(folder / spec.file).graph:
-                if node.op_type in _READERS:
-                    first = 0
-                    for name in _names(node):
-                        rows = checkpoint.shape(name)[0]
-                        self._nodes[name], self._rows[name] = node, slice(first, first + rows)
-                        first += rows
+                for name, rows in stacked(node, checkpoint).items():
+                    self._nodes[name], self._rows[name] = node, rows
 
     @property
     def names(self) -> list[str]:
@@ -67,25 +71,19 @@ class PackedWeights:
 
     def rows(self, name: str, block_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor in blocks of rows of about `block_bytes`."""
-        first = self._rows[name].start if name in self._nodes else 0
-        for block in self._checkpoint.rows(name, block_bytes):
-            here = slice(first, first + len(block))
-            yield self._read(name, here, block) if name in self._nodes else block
-            first = here.stop
+        if name not in self._nodes:
+            yield from self._checkpoint.rows(name, block_bytes)
+            return
+        all_rows, width = self._rows[name], math.prod(self._checkpoint.shape(name)[1:])
+        step = max(1, block_bytes // (4 * width))
+        for first in range(all_rows.start, all_rows.stop, step):
+            yield read(self._nodes[name], slice(first, min(first + step, all_rows.stop))).weights
 
     def gather(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix, in the order given."""
-        original = self._checkpoint.gather(name, rows)
         if name not in self._nodes:
-            return original
-        return self._read(name, np.array(rows, np.int64) + self._rows[name].start, original)
-
-    def _read(self, name: str, rows: Rows, original: torch.Tensor) -> torch.Tensor:
-        node = self._nodes[name]
-        packed = _READERS[node.op_type](node, rows)
-        error = float((packed - original).norm() / original.norm().clamp_min(1e-30))
-        self.errors[name] = worse(self.errors.get(name, 0.0), error)
-        return packed
+            return self._checkpoint.gather(name, rows)
+        return read(self._nodes[name], np.array(rows, np.int64) + self._rows[name].start).weights
 
 
 def packed_kv_scales(folder: Path, manifest: Manifest) -> tuple[KVScales, ...]:
@@ -105,17 +103,31 @@ def worse(one: float, other: float) -> float:
     return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
-def _names(node: ir.Node) -> list[str]:
+def stacked(node: ir.Node, checkpoint: Checkpoint) -> dict[str, slice]:
+    """Checkpoint names of the matrices that a node multiplies with or gathers from, and the rows each takes there; none
+    where it is not quantised.
+    """
+    if node.op_type not in _READERS:
+        return {}
     value = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
     assert value is not None and value.name is not None
-    return value.name.removesuffix(".codes").split("+")
+    names = value.name.removesuffix(".codes").split("+")
+    ends = list(itertools.accumulate(checkpoint.shape(name)[0] for name in names))
+    return {name: slice(end - checkpoint.shape(name)[0], end) for name, end in zip(names, ends, strict=True)}
 
 
-def _tensor(node: ir.Node, index: int, rows: Rows | None = None) -> torch.Tensor | None:
-    return _values(node.inputs[index] if index < len(node.inputs) else None, rows)
+def read(node: ir.Node, rows: Rows) -> Unpacked:
+    """Rows of the matrix of a node for which there are `stacked` names."""
+    return _READERS[node.op_type](node, rows)
 
 
-def _values(value: ir.Value | None, rows: Rows | None = None) -> torch.Tensor | None:
+def bits_of(node: ir.Node) -> int:
+    """Of each weight of such a matrix."""
+    return node.attributes["bits"].as_int() if "bits" in node.attributes else 8
+
+
+def values_of(value: ir.Value | None, rows: Rows | None = None) -> torch.Tensor | None:
+    """A copy of an initialiser, or of some of its rows; None of what is none."""
     if value is None or value.const_value is None:
         return None
     stored = value.const_value
@@ -125,18 +137,28 @@ def _values(value: ir.Value | None, rows: Rows | None = None) -> torch.Tensor | 
     return copy
 
 
+def _tensor(node: ir.Node, index: int, rows: Rows | None = None) -> torch.Tensor | None:
+    return values_of(node.inputs[index] if index < len(node.inputs) else None, rows)
+
+
 def _blocks(node: ir.Node, zero_points: torch.Tensor | None) -> Blocks:
     bits, size = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
     return Blocks(bits, size, symmetric=zero_points is None)
 
 
-def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> torch.Tensor:
+def _unpacked(packed: Packed, blocks: Blocks, k: int) -> Unpacked:
+    steps = packed.scales.abs().repeat_interleave(blocks.size, dim=1)[:, :k]
+    return Unpacked(dequantise(packed, blocks, k), steps)
+
+
+def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> Unpacked:
     codes, scales, zero_points = (_tensor(node, i, rows) for i in (1, 2, 3))
     assert codes is not None and scales is not None
-    return dequantise(Packed(codes, scales, zero_points), _blocks(node, zero_points), node.attributes["K"].as_int())
+    packed = Packed(codes, scales.float(), zero_points)
+    return _unpacked(packed, _blocks(node, zero_points), node.attributes["K"].as_int())
 
 
-def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
+def _gather_block_quantized(node: ir.Node, rows: Rows) -> Unpacked:
     scales = _tensor(node, 2, rows)
     assert scales is not None
     count = scales.shape[1]
@@ -147,7 +169,7 @@ def _gather_block_quantized(node: ir.Node, rows: Rows) -> torch.Tensor:
         zero_points = torch.from_numpy(padded_nibbles(flat, count)[rows])
     blocks = _blocks(node, zero_points)
     codes = torch.from_numpy(np.array(packed.reshape(-1, count, size * blocks.bits // 8)[rows]))
-    return dequantise(Packed(codes, scales, zero_points), blocks, count * size)
+    return _unpacked(Packed(codes, scales.float(), zero_points), blocks, count * size)
 
 
 def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
@@ -157,11 +179,14 @@ def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
     return np.memmap(stored.path, np.uint8, "r", stored.offset or 0, stored.length)
 
 
-def _mat_mul_integer(node: ir.Node, rows: Rows) -> torch.Tensor:
-    codes, scales, smoothing = _tensor(node, 1), _tensor(node, 3), _values(smoothing_of(node))
+def _mat_mul_integer(node: ir.Node, rows: Rows) -> Unpacked:
+    codes, scales, smoothing = _tensor(node, 1), _tensor(node, 3), values_of(smoothing_of(node))
     assert codes is not None and scales is not None
-    weights = codes.T[rows].float() * scales[rows, None]
-    return weights if smoothing is None else weights * smoothing
+    steps = scales[rows, None].abs().expand(-1, codes.shape[0])
+    codes, scales = codes.T[rows].float(), scales[rows, None]
+    if smoothing is None:
+        return Unpacked(codes * scales, steps)
+    return Unpacked(codes * scales * smoothing, steps * smoothing.abs())
 
 
 _READERS = {
