@@ -383,18 +383,20 @@ OTHERS: tuple[Any, ...] = (
 )
 
 
-def variants(document: Any) -> Iterator[Any]:
-    """A manifest with another value in each kind of place, without each key, with a key too many in each object; and
-    with two places changed at random.
+def variants(document: Any, part: str | None) -> Iterator[Any]:
+    """A manifest, or that part of it, with another value in each kind of place, without each key, with a key too many
+    in each object; and the whole with two places changed at random.
     """
     for keys in kinds(document):
+        if part not in (None, keys[0]):
+            continue
         yield from (changed(document, keys, other) for other in OTHERS)
         if isinstance(keys[-1], str):
             yield without(document, keys)
         if isinstance(value_at(document, keys), dict):
             yield changed(document, (*keys, "hello"), 1)
     rng = random.Random(3)
-    for _ in range(400):
+    for _ in range(0 if part else 400):
         data = document
         for _ in range(2):
             values = [*OTHERS, value_at(data, rng.choice(list(places_of(data))))]
@@ -402,13 +404,13 @@ def variants(document: Any) -> Iterator[Any]:
         yield data
 
 
-@pytest.mark.parametrize("package", ["toy", "split"])
-def test_both_runtimes_refuse_the_same_manifests(parts, places, package, tmp_path):
+@pytest.mark.parametrize(("package", "part"), [("toy", None), ("split", "image")])
+def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, tmp_path):
     """Whatever is changed, and without anybody's list: a field that one of them reads less strictly shows here."""
     source = places.packages.whole(package)
     document = json.loads((source / "autosteer.json").read_text(encoding="utf-8"))
     made, accepted = [], []
-    for i, data in enumerate(variants(document)):
+    for i, data in enumerate(variants(document, part)):
         folder = tmp_path / str(i)
         folder.mkdir()
         for file in source.iterdir():
@@ -429,7 +431,7 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, tmp_pat
         if in_python_ is not (answer is None)
     ]
     assert differ == []
-    assert 50 < sum(accepted) < len(accepted) / 2
+    assert 10 < sum(accepted) < len(accepted) / 2
 
 
 # --- nothing is refused by one runtime alone -------------------------------------------------------------------------
@@ -471,11 +473,12 @@ def test_every_refusal_of_python_has_a_case(python):
     assert unreached(python_sites(*PYTHON_FILES), lines, PYTHON_EXEMPT) == []
 
 
-def test_every_refusal_of_cpp_has_a_case(sanitised, places, cpp):
-    """So that Python is asked for it, too. On the way the sanitizers see all cases, and their answers are the same."""
+def test_every_refusal_of_cpp_has_a_case(sanitised, places):
+    """So that Python is asked for it, too. On the way the sanitizers see all cases."""
     program = sanitised / "autosteer-parts"
     outcomes = in_cpp(Parts(program), places)
-    for case, outcome in outcomes.items():
-        assert (outcome.error, outcome.says, outcome.value) == (cpp[case].error, cpp[case].says, cpp[case].value), case
+    for theme, case in CASE_LIST:
+        if "cpp" not in case.get("pending", ()):
+            check(case, outcomes[theme, case["name"]])
     addresses = {address for outcome in outcomes.values() for _, address in outcome.places}
     assert unreached(cpp_sites(*CPP_FILES), cpp_lines(program, addresses), CPP_EXEMPT) == []

@@ -167,7 +167,7 @@ def test_other_blocks_and_other_precisions_round_the_unpacked_weights(tmp_path: 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_int4_as_it_is_keeps_groups_of_128(method: str, tmp_path: Path) -> None:
-    """The hub's usual files, laid out here as the fixtures are; the first test shows that those are read right."""
+    """The hub's usual files, laid out here as the fixtures are; that those are read right, the first test shows."""
     generator = torch.Generator().manual_seed(2)
     n, k, group = 64, 256, 128
     codes = torch.randint(0, 16, (n, k), generator=generator)

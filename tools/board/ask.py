@@ -1,9 +1,10 @@
 """Answer requests with the Python runtime, wherever this runs: a JSON object on stdin, a JSON line for each package.
 
-    {"packages": [folder], "requests": [{"prompt", "policy", "image": path or null}]}
-    {"package": folder, "onnxruntime", "exact", "limit", "failed": [check of the package], "answers": [as `--json`]}
+    {"packages": [folder], "check": [folder], "requests": [{"prompt", "policy", "image": path or null}], "max_tokens"}
+    {"package": name, "exact", "limit", "failed": [line of autosteer-check], "answers": [as `autosteer-run --json`]}
 
-`exact` says that everything is computed in float32, `limit` how far p_unsafe may be off on another machine.
+`exact` says that everything is computed in float32, `limit` how far p_unsafe may be off on another machine. Only the
+packages of "check" are checked: their golden prompts take longer than the requests.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-
-import onnxruntime
 
 from autosteer.runtime import Engine, Message, SamplingConfig
 from autosteer.runtime.check import P_UNSAFE_LIMIT, check_package
@@ -33,12 +32,12 @@ def main() -> None:
             )
             for request in asked["requests"]
         ]
+        checks = check_package(engine, folder) if name in asked["check"] else []
         said = {
             "package": folder.name,
-            "onnxruntime": onnxruntime.__version__,
             "exact": engine.manifest.exact,
             "limit": P_UNSAFE_LIMIT[engine.manifest.exact],
-            "failed": [check.name for check in check_package(engine, folder) if not check.passed],
+            "failed": [line.name for line in checks if not line.passed],
             "answers": [answer_json(answer) for answer in answers],
         }
         print(dumps(said), flush=True)

@@ -23,9 +23,10 @@ def emulator(core: str, root: Path, **environment: str | Path) -> list[str]:
 
 
 def questions(packages: Sequence[Path], requests: Sequence[Request]) -> str:
-    """What ask.py reads."""
+    """What ask.py reads. The last package is checked, too: of the demo's, it has most kinds of arithmetic."""
     wishes = [{"prompt": r.prompt, "image": r.image, "policy": r.policy} for r in requests]
-    return json.dumps({"packages": [str(p) for p in packages], "requests": wishes, "max_tokens": MAX_TOKENS})
+    names = [str(package) for package in packages]
+    return json.dumps({"packages": names, "check": names[-1:], "requests": wishes, "max_tokens": MAX_TOKENS})
 
 
 def python_interpreter(root: Path) -> Path:

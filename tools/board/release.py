@@ -40,6 +40,8 @@ set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER clang++)
 set(CMAKE_CXX_COMPILER_TARGET {triple})
+# By itself clang finds /lib/gcc, a link, and calls headers by names with `..` that make does not find.
+set(CMAKE_CXX_COMPILER_EXTERNAL_TOOLCHAIN {root}/usr)
 set(CMAKE_SYSROOT {root})
 set(CMAKE_FIND_ROOT_PATH {root})
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
