@@ -13,14 +13,14 @@ from autosteer.runtime.console import debug_option, dumps, json_option, run_comm
 from autosteer.runtime.errors import CheckError, InputError, PackageError
 from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Precision
 
+from .graphs.quantize import Target
 from .output import atomic_folder, check_output
-from .quantize import Target
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .checkpoint.open import Checkpoint
     from .footprint import Footprint
-    from .quantize import Scheme
-    from .safety.artifact import SafetyArtifact
+    from .graphs.quantize import Scheme
+    from .safety_folder import SafetyArtifact
 
 CLOSER = {  # to the original, by what was chosen
     ("int4", "cpu", None): "; try --block-size 32, or int8",
@@ -147,11 +147,11 @@ def export(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from .checkpoint import open_checkpoint, recommended_options
+    from .checkpoint.open import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
-    from .reload import load_again
-    from .validate import validate_package
+    from .validation.reload import load_again
+    from .validation.validate import validate_package
 
     console = Console(stderr=True)
     started = time.perf_counter()
@@ -238,7 +238,7 @@ def export(
 
 def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
     """What the checkpoint says that the package does not do by itself, a line each."""
-    from .checkpoint import recommended_options
+    from .checkpoint.open import recommended_options
 
     said = []
     if options := recommended_options(checkpoint):
@@ -271,7 +271,7 @@ def needs_text(needs: Footprint) -> str:
 
 def find_safety(checkpoint: Any, folder: Path | None, layer: int | None) -> SafetyArtifact:
     """The safety folder that was named, or the one inside the checkpoint. Raises PackageError where there is none."""
-    from .safety.artifact import SafetyArtifact
+    from .safety_folder import SafetyArtifact
 
     where = folder or checkpoint.folder / "safety"
     if not where.is_dir():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .quantize import Blocks, Recipe
+from .graphs.quantize import Blocks, Recipe
 
 NEEDS: tuple[tuple[str, Callable[[Recipe], bool]], ...] = (
     # GroupQueryAttention with an int8 cache on the CPU. 1.24 and older refuse the graph (no k_quant_type), 1.25 and

@@ -29,19 +29,20 @@ from autosteer.runtime.manifest import (
     sha256,
 )
 
-from . import decoder, prompt
-from . import gate as gate_graphs
-from .checkpoint import Checkpoint, check_generation, end_token_ids, load_processor
+from .checkpoint import chat_template as prompt
+from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_processor
 from .floor import lowest_onnxruntime
-from .graph import GraphWriter
-from .importance import observe_decoder, sample_rows, with_random_tokens
-from .quantize import Recipe, Scheme, Target, recipe
-from .safety.artifact import SafetyArtifact
-from .vision import image_graph
-from .weights import Advance, WeightStore
+from .graphs import decoder
+from .graphs import gate as gate_graphs
+from .graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from .graphs.quantize import Recipe, Scheme, Target, recipe
+from .graphs.vision import image_graph
+from .graphs.weights import Advance, WeightStore
+from .graphs.writer import GraphWriter
+from .safety_folder import SafetyArtifact
 
 if TYPE_CHECKING:
-    from .validate import Validated
+    from .validation.validate import Validated
 
 Report = Callable[[str], None]
 

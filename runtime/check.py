@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .engine import Answer, Engine
 from .gate import Mode
+from .generation import Prompt, Stats
 from .manifest import Check, Golden
-from .request import Prompt, Stats
 from .sampling import SamplingConfig
 from .text import Message
 

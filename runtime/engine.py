@@ -12,10 +12,10 @@ Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads on
 does decoder_upper run. The gate changes the head and never the KV caches, so this is the same computation as layer by
 layer; and a stopped prompt costs k/N of prefill and no decoding.
 
-Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (speculate.py); where a
+Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (drafting.py); where a
 dialogue goes on, a Conversation keeps what its earlier turns have computed.
 
-All state belongs to a request or a conversation (request.py, conversation.py). One Engine may serve several threads.
+All state belongs to a request or a conversation (generation.py, conversation.py). One Engine may serve several threads.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pathlib import Path
 from typing import Literal
 
 from .conversation import Conversation
-from .encode import PromptEncoder
+from .drafting import ROW_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
+from .generation import PREFILL_CHUNK, Prompt, Request, Stats
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
-from .request import PREFILL_CHUNK, Prompt, Request, Stats
+from .prompt_encoder import PromptEncoder
 from .sampling import SamplingConfig, make_sampler
 from .self_test import check_gate
-from .speculate import ROW_COST, Drafter
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
@@ -307,7 +307,8 @@ class Engine:
         if length >= context:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
         computed = conversation.take() if conversation else None
-        return Request(self, prompt, min(max_tokens, context - length), stats, chunk=chunk, computed=computed)
+        room = min(max_tokens, context - length)
+        return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, computed=computed)
 
 
 def _ms_since(start: float) -> float:

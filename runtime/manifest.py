@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .decode import decode, json_schema, no_duplicates
 from .errors import PackageError
+from .strict_json import decode, json_schema, no_duplicates
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"

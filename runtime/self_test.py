@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import PackageError
+from .generation import Float, steered_head
 from .manifest import GateProof, Manifest
-from .request import Float, steered_head
 from .subgraph import Device, Subgraph, buffer, empty
 
 PROBER_LIMIT = 1e-3  # of p_unsafe: the prober is float32 on the CPU in every package

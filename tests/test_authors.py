@@ -14,11 +14,11 @@ import torch
 from exported import demo_package
 from torch import nn
 
-from autosteer.export.checkpoint import DEMO
+from autosteer.export.checkpoint.open.open import DEMO
 from autosteer.export.cli import export
-from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.safety.authors import AuthorsFiles, load_authors
 from autosteer.export.safety.prober import p_unsafe, prober_logits
+from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.models.chameleon import FAMILY as CHAMELEON
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError

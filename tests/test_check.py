@@ -11,7 +11,8 @@ import toy
 from conftest import load
 from PIL import Image
 
-from autosteer.runtime import Message, PackageError, Stats, request
+from autosteer.runtime import Message, PackageError, Stats
+from autosteer.runtime import generation as request
 from autosteer.runtime.check import check_package, describe_host, golden_prompt
 from autosteer.runtime.gate import Mode
 from autosteer.runtime.manifest import Golden, Tolerance

@@ -12,12 +12,12 @@ import torch
 from exported import demo_checkpoint
 from safetensors.torch import load_file, save_file
 
-from autosteer.export import reload
-from autosteer.export.checkpoint import DEMO, open_checkpoint, recommended_options
+from autosteer.export.checkpoint.open.open import DEMO, open_checkpoint, recommended_options
 from autosteer.export.cli import export
-from autosteer.export.decoder import decoder_facts
+from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.validate import STORED_IN_HALF
+from autosteer.export.validation import reload
+from autosteer.export.validation.validate import STORED_IN_HALF
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 

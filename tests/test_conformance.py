@@ -28,13 +28,13 @@ from refusals import cpp_lines, cpp_sites, python_sites, unreached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, GatePolicy, Manifest, SamplingConfig
-from autosteer.runtime.decode import decode
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.gate import Mode, decide, is_safe
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import at_most, open_image, prepare
 from autosteer.runtime.manifest import ImageSpec
-from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import make_sampler
+from autosteer.runtime.strict_json import decode
 from autosteer.runtime.text import Detokeniser, ImagePart, Message, VideoPart, load_tokenizer
 from autosteer.runtime.video import open_video
 
@@ -437,7 +437,16 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 # --- nothing is refused by one runtime alone -------------------------------------------------------------------------
 
 PYTHON_FILES = (
-    *("decode.py", "encode.py", "engine.py", "gate.py", "image.py", "manifest.py", "sampling.py", "subgraph.py"),
+    *(
+        "strict_json.py",
+        "prompt_encoder.py",
+        "engine.py",
+        "gate.py",
+        "image.py",
+        "manifest.py",
+        "sampling.py",
+        "subgraph.py",
+    ),
     *("text.py", "video.py"),
 )
 CPP_FILES = (

@@ -21,17 +21,18 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export import on_demand
-from autosteer.export.checkpoint import load_processor, open_checkpoint
-from autosteer.export.on_demand import Weights
-from autosteer.export.safety import batches, calibrate, cli, original, prober
+from autosteer.export.checkpoint.open import on_demand
+from autosteer.export.checkpoint.open.on_demand import Weights
+from autosteer.export.checkpoint.open.open import load_processor, open_checkpoint
+from autosteer.export.safety import batches, calibrate, cli, prober
 from autosteer.export.safety import fit as fit_module
+from autosteer.export.safety import model as original
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
-from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
 from autosteer.export.safety.store import FeatureStore
+from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.errors import InputError, PackageError
 
 TEMPLATE = (

@@ -3,7 +3,7 @@
 import pytest
 
 from autosteer.export.floor import NEEDS, lowest_onnxruntime
-from autosteer.export.quantize import recipe
+from autosteer.export.graphs.quantize import recipe
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from exported import demo_checkpoint, demo_engine, demo_package
 
-from autosteer.export.cases import make_cases, proof_cases
 from autosteer.export.cli import find_safety
-from autosteer.export.golden import gate_proof, goldens, lead
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.validate import refusal_checks, run_package
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.golden import gate_proof, goldens, lead
+from autosteer.export.validation.prompts import make_cases, proof_cases
+from autosteer.export.validation.validate import refusal_checks, run_package
 from autosteer.runtime import Message, Stats
 from autosteer.runtime.check import check_package
 from autosteer.runtime.manifest import Check, Golden

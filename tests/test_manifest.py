@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Manifest, PackageError
-from autosteer.runtime.decode import json_schema
 from autosteer.runtime.manifest import Check, Golden, schema_text
+from autosteer.runtime.strict_json import json_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 

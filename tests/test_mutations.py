@@ -17,11 +17,12 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
-from autosteer.export import on_demand, validate
-from autosteer.export.checkpoint import Checkpoint
-from autosteer.export.decoder import decoder_facts
+from autosteer.export.checkpoint.open import on_demand
+from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.validate import divergence
+from autosteer.export.validation import validate
+from autosteer.export.validation.validate import divergence
 
 KINDS = {
     "fp32": ExportOptions("fp32"),

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from test_text_only import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint import DEMO, Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.open.open import DEMO, Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.open.packed import AWQ_ORDER, Reader, packed_matrices
 from autosteer.export.cli import export
+from autosteer.export.graphs.quantize import BLOCKS, Blocks, dequantise
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.packed_checkpoint import AWQ_ORDER, Reader, packed_matrices
-from autosteer.export.quantize import BLOCKS, Blocks, dequantise
-from autosteer.export.unpack import PackedWeights
+from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from tiny_weights import Weights
 
-from autosteer.export import quantize
-from autosteer.export.quantize import Blocks, Packed, dequantise, flat_nibbles, quantise, recipe
-from autosteer.export.weights import WeightStore
+from autosteer.export.graphs import quantize
+from autosteer.export.graphs.quantize import Blocks, Packed, dequantise, flat_nibbles, quantise, recipe
+from autosteer.export.graphs.weights import WeightStore
 from autosteer.runtime.errors import InputError
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]

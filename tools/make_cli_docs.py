@@ -15,7 +15,7 @@ import click
 from autosteer.export.cli import export
 from autosteer.export.safety.cli import fit_command
 from autosteer.runtime.cli import check, run
-from autosteer.runtime.eval_cli import evaluate
+from autosteer.runtime.evaluation.cli import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"

@@ -28,7 +28,7 @@ from version_matrix.compare import Cell, compare
 from version_matrix.environments import BUILD, ROOT, Interpreter, NoWheel, installed
 
 from autosteer.export.floor import lowest_onnxruntime
-from autosteer.export.quantize import recipe
+from autosteer.export.graphs.quantize import recipe
 from autosteer.runtime.console import dumps, run_command, table
 
 VERSIONS = (

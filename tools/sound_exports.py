@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from autosteer.export.checkpoint import open_checkpoint
+from autosteer.export.checkpoint.open.open import open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.unpack import worse
-from autosteer.export.validate import validate_package
+from autosteer.export.validation.dequantize import worse
+from autosteer.export.validation.validate import validate_package
 
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},

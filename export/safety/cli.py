@@ -1,8 +1,8 @@
-"""autosteer-fit: checkpoint + safe/unsafe pairs -> safety/, the folder that autosteer-export reads (artifact.py).
+"""autosteer-fit: checkpoint + safe/unsafe pairs -> safety/, the folder that autosteer-export reads (safety_folder.py).
 
     read and check the prompts      pairs.py
     fit                             fit.py        hidden states are kept beside --output until it is written
-    write safety/, all or nothing   artifact.py, report.py
+    write safety/, all or nothing   safety_folder.py, report.py
 
 Progress, the table of layers, warnings and errors go to stderr; the summary, or with --json one object, to stdout.
 """

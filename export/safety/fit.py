@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
 from .answers import steered_answers
-from .artifact import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .original import Reference, open_reference
+from .model import Reference, open_reference
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
 from .proof import choose_proof
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
@@ -94,7 +94,7 @@ def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
     """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
-    from autosteer.export.checkpoint import open_checkpoint
+    from autosteer.export.checkpoint.open.open import open_checkpoint
     from autosteer.export.cli import quiet_transformers
 
     quiet_transformers()

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .artifact import ProofPrompt
+from autosteer.export.safety_folder import ProofPrompt
+
 from .batches import encode
 
 if TYPE_CHECKING:
-    from .original import Reference
+    from .model import Reference
     from .pairs import Labelled, Prompt
 
 PER_LABEL = 6  # prompts of either kind

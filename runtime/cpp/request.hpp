@@ -1,4 +1,4 @@
-// One answer's state, from the gate to the last token: the C++ side of runtime/request.py.
+// One answer's state, from the gate to the last token: the C++ side of runtime/generation.py.
 //
 //     judge    decoder_lower over the prompt, the prober, the decision
 //     begin    decoder_upper over the prompt, then the head: logits of the first answer token
