@@ -77,6 +77,20 @@ def test_runtime_imports_nothing_of_ours_and_nothing_heavy(path):
     assert wrong == set()
 
 
+def test_no_module_leads_back_to_itself():
+    """Imports for type checkers count, too: what two modules need of each other belongs in a third."""
+    modules = {
+        "autosteer." + ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for folder in ("runtime", "models", "export")
+        for path in sources(folder)
+        if path.name != "__init__.py"
+    }
+    arrows = {name: imports(path) & modules.keys() for name, path in modules.items()}
+    while leaves := {name for name, targets in arrows.items() if not targets}:
+        arrows = {name: targets - leaves for name, targets in arrows.items() if name not in leaves}
+    assert arrows == {}  # what is left stands in a circle, or leads to one
+
+
 @pytest.mark.parametrize("path", sources("models"), ids=lambda p: p.name)
 def test_models_import_nothing_of_the_exporter(path):
     assert {name for name in imports(path) if name.startswith("autosteer.export")} == set()

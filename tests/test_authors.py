@@ -14,7 +14,7 @@ import torch
 from exported import demo_package
 from torch import nn
 
-from autosteer.export.checkpoint.open.open import DEMO
+from autosteer.export.checkpoint.open import DEMO
 from autosteer.export.cli import export
 from autosteer.export.safety.authors import AuthorsFiles, load_authors
 from autosteer.export.safety.prober import p_unsafe, prober_logits

@@ -12,7 +12,7 @@ import torch
 from exported import demo_checkpoint
 from safetensors.torch import load_file, save_file
 
-from autosteer.export.checkpoint.open.open import DEMO, open_checkpoint, recommended_options
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_options
 from autosteer.export.cli import export
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package

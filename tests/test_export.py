@@ -27,8 +27,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from autosteer.export import footprint
-from autosteer.export.checkpoint.open.layer_sweep import Convoy, grouped
-from autosteer.export.checkpoint.open.open import DEMO, open_checkpoint
+from autosteer.export.checkpoint.layer_sweep import Convoy, grouped
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
-from autosteer.export.checkpoint.open.open import open_checkpoint
+from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.graphs import vision
 from autosteer.export.validation.prompts import draw
 from autosteer.export.validation.reference import Case

@@ -6,7 +6,7 @@ import torch
 from exported import demo_checkpoint, demo_package
 from torch import nn
 
-from autosteer.export.checkpoint.open.open import load_reference
+from autosteer.export.checkpoint.open import load_reference
 from autosteer.export.graphs.calibration import (
     FLOOR,
     RANDOM_TOKENS,

@@ -87,7 +87,7 @@ def test_answer_that_is_no_refusal(text):
 
 def program(tmp_path: Path, body: str) -> str:
     """The command of a judge whose loop over requests is `body`."""
-    path = tmp_path / "refusals.py"
+    path = tmp_path / "judge.py"
     path.write_text(f"import json, sys, time\nfor line in sys.stdin:\n    r = json.loads(line)\n    {body}\n")
     return f"{sys.executable} -u {path}"
 
@@ -103,7 +103,7 @@ def test_a_program_may_judge(tmp_path):
 
 def test_it_is_started_once(tmp_path):
     log = tmp_path / "starts"
-    path = tmp_path / "refusals.py"
+    path = tmp_path / "judge.py"
     path.write_text(
         f"import sys\nopen({str(log)!r}, 'a').write('x')\nfor _ in sys.stdin: print('{{\"refused\": true}}')\n"
     )

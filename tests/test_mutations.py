@@ -17,8 +17,7 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
-from autosteer.export.checkpoint.open import on_demand
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint, on_demand
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate

@@ -14,7 +14,7 @@ import pytest
 import torch
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
-from autosteer.export.checkpoint.open.open import load_reference
+from autosteer.export.checkpoint.open import load_reference
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Original, Reference
 from autosteer.export.validation.validate import VERDICT_BAND

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from autosteer.export.checkpoint.open.chat_template import generation_length, take_apart
-from autosteer.export.checkpoint.open.open import DEMO, TextProcessor, load_processor, open_checkpoint
+from autosteer.export.checkpoint.chat_template import generation_length, take_apart
+from autosteer.export.checkpoint.open import DEMO, TextProcessor, load_processor, open_checkpoint
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import Piece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from autosteer.export.checkpoint.open.open import DEMO, open_checkpoint
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.reference import ANSWER_TOKENS

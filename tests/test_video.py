@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from autosteer.export.checkpoint.open.open import load_reference
+from autosteer.export.checkpoint.open import load_reference
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import prompts as subject
 from autosteer.export.validation.prompts import draw

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.open.open import load_reference, open_checkpoint
+from autosteer.export.checkpoint.open import load_reference, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import model as original

@@ -29,8 +29,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from autosteer.export.checkpoint.open.on_demand import open_skeleton
-from autosteer.export.checkpoint.open.open import Checkpoint, open_checkpoint
+from autosteer.export.checkpoint.on_demand import open_skeleton
+from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.export.cli import find_safety, quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from autosteer.export.checkpoint.open.open import open_checkpoint
+from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation.dequantize import worse

@@ -24,9 +24,9 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from autosteer.export.checkpoint.open.layer_sweep import Convoy
-from autosteer.export.checkpoint.open.on_demand import open_on_demand
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.on_demand import open_on_demand
+from autosteer.export.checkpoint.open import Checkpoint
 
 from .decoder import DecoderFacts, rotary_tables
 from .kv_scales import KVScales, Watching, through

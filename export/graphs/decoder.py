@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.runtime.errors import UnsupportedModelError
 
 from .kv_scales import KVScales

@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import GraphSpec, Precision
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import WEIGHTS_FILE
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.open.chat_template import Renderer
-from autosteer.export.checkpoint.open.layer_sweep import grouped
+from autosteer.export.checkpoint.chat_template import Renderer
+from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 

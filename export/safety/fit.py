@@ -94,7 +94,7 @@ def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
     """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
-    from autosteer.export.checkpoint.open.open import open_checkpoint
+    from autosteer.export.checkpoint.open import open_checkpoint
     from autosteer.export.cli import quiet_transformers
 
     quiet_transformers()

@@ -1,8 +1,8 @@
 """The PyTorch original that a gate is fitted on: Hugging Face's own model, asked in one place, `forward`.
 
-On the CPU a model of up to KEPT_BYTES is loaded matrix by matrix, when each is first used, and stays in memory. A larger
-one remains on disk (on_demand.py): each matrix is loaded once for all batches of a sweep (layer_sweep.py), so that a 7B
-model is fitted in a few GiB. On CUDA the model is loaded as a whole.
+On the CPU a model of up to KEPT_BYTES is loaded matrix by matrix, when each is first used, and stays in memory. A
+larger one remains on disk (on_demand.py): each matrix is loaded once for all batches of a sweep (layer_sweep.py), so
+that a 7B model is fitted in a few GiB. On CUDA the model is loaded as a whole.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from autosteer.export.checkpoint.open.chat_template import FIRST, Renderer, text_lead
-from autosteer.export.checkpoint.open.layer_sweep import Convoy
-from autosteer.export.checkpoint.open.on_demand import open_on_demand
-from autosteer.export.checkpoint.open.open import Checkpoint, end_token_ids, load_processor, load_reference
+from autosteer.export.checkpoint.chat_template import FIRST, Renderer, text_lead
+from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.on_demand import open_on_demand
+from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor, load_reference
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.graphs.kv_scales import cache_name
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError

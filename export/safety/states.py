@@ -25,7 +25,7 @@ from .pairs import Prompt
 from .store import FeatureStore, States, digest, file_digest
 
 if TYPE_CHECKING:
-    from autosteer.export.checkpoint.open.open import Checkpoint
+    from autosteer.export.checkpoint.open import Checkpoint
 
 TOKEN_OFFSET = -1
 POSITIONS = ("last", "mean")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from autosteer.export.checkpoint.open.open import Checkpoint, load_processor
+from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.graphs.calibration import observe_decoder, sample_rows, with_random_tokens
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.safety_folder import SafetyArtifact

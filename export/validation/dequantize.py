@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.graphs.int8_matmul import smoothing_of
 from autosteer.export.graphs.kv_scales import KVScales
 from autosteer.export.graphs.quantize import Blocks, Packed, dequantise, padded_nibbles

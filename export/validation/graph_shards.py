@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from autosteer.export.checkpoint.open.layer_sweep import Convoy
+from autosteer.export.checkpoint.layer_sweep import Convoy
 from autosteer.runtime.manifest import GraphSpec
 from autosteer.runtime.subgraph import Device, session_options, shrinking
 

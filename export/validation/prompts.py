@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from autosteer.export.checkpoint.open.open import Checkpoint
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, load_tokenizer

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.open.chat_template import hf_messages
+from autosteer.export.checkpoint.chat_template import hf_messages
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer

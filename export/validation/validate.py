@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from autosteer.export.checkpoint.open.layer_sweep import Convoy, grouped
-from autosteer.export.checkpoint.open.on_demand import WeightSource, open_on_demand, open_skeleton, read_otherwise
-from autosteer.export.checkpoint.open.open import Checkpoint, load_processor
+from autosteer.export.checkpoint.layer_sweep import Convoy, grouped
+from autosteer.export.checkpoint.on_demand import WeightSource, open_on_demand, open_skeleton, read_otherwise
+from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.footprint import package_kv_bytes_per_token
 from autosteer.export.graphs.decoder import BRANCHES, decoder_facts
 from autosteer.export.graphs.kv_scales import RoundedCaches, uncached

@@ -1,6 +1,6 @@
 """Answer cases with the Python runtime, in whatever Python and onnxruntime runs this: JSON lines in, JSON lines out.
 
-    stdin   {"package": folder}, then one case a line (prompts.py)
+    stdin   {"package": folder}, then one case a line (cases.py)
     stdout  {"python", "onnxruntime"}, then for each case {"name", "answers": [{"token_ids", "action", "p_unsafe",
             "margins": by how much each token's logit led the next one's}]}
 
