@@ -5,13 +5,11 @@ The wheel is installed once, into build/matrix.
 """
 
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cpp_runtime
 import pytest
 from exported import INT8_CACHES, PREFILL, demo_package
 from onnxruntime_matrix import KINDS, Row, Runtimes, as_table, numbers, oldest, rows
@@ -39,13 +37,15 @@ def packages() -> dict[str, Path]:
 @pytest.fixture(scope="module", params=["Python", "C++"])
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     """The oldest and the installed onnxruntime, with one of the runtimes."""
-    if request.param == "C++" and (tool := next((t for t in ("cmake", "g++") if not shutil.which(t)), None)):
-        cpp_runtime.missing(f"no {tool}")
-    runtimes = Runtimes(Interpreter(), tmp_path_factory.mktemp("versions"))
-    both, none = [oldest(), installed()], list[str]()
-    chosen = (none, both) if request.param == "C++" else (both, none)
-    found = rows(chosen[0], packages(), tmp_path_factory.mktemp("pictures"), runtimes, chosen[1], "Python")
-    return list(found)
+    both, pictures = [oldest(), installed()], tmp_path_factory.mktemp("pictures")
+    if request.param == "Python":
+        return list(rows(both, packages(), pictures, Runtimes(Interpreter()), (), "Python"))
+    build = request.getfixturevalue("built")
+    runtimes = Runtimes(Interpreter(), build, tmp_path_factory.mktemp("libraries"))
+    try:
+        return list(rows((), packages(), pictures, runtimes, both, "Python"))
+    finally:
+        runtimes.cpp(installed())  # other tests use what is built there
 
 
 def test_the_oldest_and_the_newest_onnxruntime_answer_alike(table: list[Row]) -> None:
