@@ -92,6 +92,7 @@ def test_the_questions_have_pictures_and_texts_harmless_and_unsafe():
         policies = [r.policy for r in asked if (r.image is not None) is shown]
         assert {"off", "steer", "stop"} <= set(policies) and policies.count("steer") >= 2
     assert all(Path(r.image).is_file() for r in asked if r.image)
+    assert len(set(asked)) == len(asked)
 
 
 def test_a_runtime_that_does_not_answer_is_a_line_with_its_reason():
