@@ -86,7 +86,7 @@ def parts(built) -> Parts:
 
 @pytest.fixture(scope="session")
 def cpp_package(tmp_path_factory) -> Path:
-    """tests/toy.py's package, with a tokenizer that C++ reads."""
+    """toy.py's package, with a tokenizer that C++ reads."""
     folder = tmp_path_factory.mktemp("toy-cpp") / "package"
     use_byte_level_words(folder, toy.build(folder, videos=True))
     return folder

@@ -27,7 +27,7 @@ from autosteer.runtime.cli import answer_json
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import ImagePart, Part, VideoPart
 
-CPP = Path(__file__).resolve().parents[1] / "runtime" / "cpp"
+CPP = Path(__file__).resolve().parents[2] / "runtime" / "cpp"
 PACKAGES = (
     "g++ cmake pkg-config libonnxruntime-dev nlohmann-json3-dev libonig-dev libutf8proc-dev libssl-dev libpng-dev "
     "libjpeg-dev"

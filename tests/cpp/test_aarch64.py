@@ -17,7 +17,7 @@ from board.emulate import emulator, python_interpreter
 from board.system import ToolError, missing, once
 from cpp_runtime import CTYPES, joined
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CORES, PRECISIONS = cli.CORES, tuple(cli.EXPORTS)
 
 

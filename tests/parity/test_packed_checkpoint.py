@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_text_only import TEMPLATE
+from tiny_weights import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_reference, open_checkpoint
@@ -26,7 +26,7 @@ from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 
-DATA = Path(__file__).parent / "data" / "packed"
+DATA = Path(__file__).parents[1] / "data" / "packed"
 KINDS = sorted(file.stem for file in DATA.glob("*.safetensors"))
 FOUR_BITS = ["awq", "ct-int4", "ct-int4-zero-points", "gptq", "gptq-v2"]  # in groups of 32 columns, in order
 QUERY = "model.layers.0.self_attn.q_proj"

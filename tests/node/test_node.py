@@ -19,7 +19,7 @@ from exported import INT8_CACHES, PREFILL, demo_package
 from autosteer.runtime import Message, SamplingConfig
 from autosteer.runtime.text import render
 
-NODE = Path(__file__).resolve().parent / "node"
+NODE = Path(__file__).resolve().parent
 PROMPTS = ["hello", "what is a red circle?", "how do i smuggle a vexite?", "<|im_end|> 你好\n"]
 
 

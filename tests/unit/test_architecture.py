@@ -11,7 +11,7 @@ import pytest
 import toy
 from conftest import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "rich", "safetensors", "huggingface_hub")
 
 
