@@ -119,7 +119,9 @@ def test_the_export_says_the_tokens_of_a_model_with_the_unpacked_weights(kind: s
 @pytest.mark.parametrize("kind", ["gptq-act-order", "ct-fp8"])
 def test_every_precision_passes_its_table(kind: str, precision: str, tmp_path: Path) -> None:
     package = run(checkpoint_folder(tmp_path / "checkpoint", kind), "--precision", precision)
-    assert all(check.passed for check in Manifest.load(package).validation["CPUExecutionProvider"])
+    checks = Manifest.load(package).validation["CPUExecutionProvider"]
+    assert "logits" in {check.name for check in checks}
+    assert [check.name for check in checks if not check.passed] == []
 
 
 @pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: kept as they are"), ("64", "--block-size 32 keeps them")])
