@@ -8,11 +8,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from traced import trace_once
+
 from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime.engine import Engine
 
+trace_once()
 SCRATCH = Path(tempfile.mkdtemp(prefix="autosteer-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from traced import trace_once
 
 from autosteer.export.checkpoint.open import load_reference, open_checkpoint
 from autosteer.export.cli import export
@@ -29,6 +30,7 @@ from autosteer.runtime.manifest import Check, Manifest
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import ImagePart, Message
 
+trace_once()
 READ_IN_8_BITS = "int4 --prefill-precision int8 --kv-cache int8"
 
 
