@@ -104,9 +104,9 @@ def test_what_cuda_has_no_kernel_for_is_refused_with_what_there_is() -> None:
 def test_onnxruntime_gpu_runs_all_of_it_on_the_device_and_a_token_costs_no_copy_but_ids_and_logits(
     package: Path,
 ) -> None:
-    """Its own CUDA provider, on a stand-in for NVIDIA's libraries (tools/cuda_dry_run.py)."""
+    """Its own CUDA provider, on a stand-in for NVIDIA's libraries (tools/cuda/cuda_dry_run.py)."""
     environment = os.environ | {"PYTHONPATH": f"{os.environ['AUTOSTEER_ORT_GPU']}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "tools/cuda_dry_run.py", str(package), "--json"]
+    command = [sys.executable, "tools/cuda/cuda_dry_run.py", str(package), "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     facts, vocabulary = json.loads(done.stdout), Manifest.load(package).dims.vocab_size
     assert {"decoder_lower", "decoder_upper", "lm_head"} <= facts["placement"].keys()

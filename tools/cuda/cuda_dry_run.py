@@ -1,7 +1,7 @@
 """What onnxruntime-gpu would do with a package, on a machine without a GPU: where each operator goes, what is copied.
 
     pip install --no-deps --target build/ort-gpu onnxruntime-gpu      # the wheel alone: 250 MB, no CUDA
-    PYTHONPATH=build/ort-gpu python tools/cuda_dry_run.py PACKAGE
+    PYTHONPATH=build/ort-gpu python tools/cuda/cuda_dry_run.py PACKAGE
 
 onnxruntime's own CUDA provider is loaded on a stand-in for NVIDIA's libraries (fake_cuda.c; needs gcc, nm and readelf),
 and the real Engine answers a prompt with it. Placement, buffers and copies are what they would be. Kernels compute

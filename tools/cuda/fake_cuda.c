@@ -1,8 +1,8 @@
 /* A stand-in for NVIDIA's libraries: one device, whose memory is the host's and whose kernels compute nothing.
 
    onnxruntime-gpu loads on it and decides where operators go and what is copied, as it would on a GPU; numbers that
-   come out mean nothing. tools/cuda_dry_run.py compiles this once for each library, with a `return 0` for every other
-   function that onnxruntime's CUDA provider wants of it. Nothing that ships uses it. */
+   come out mean nothing. tools/cuda/cuda_dry_run.py compiles this once for each library, with a `return 0` for every
+   other function that onnxruntime's CUDA provider wants of it. Nothing that ships uses it. */
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
