@@ -13,18 +13,21 @@ from autosteer.runtime.console import debug_option, dumps, json_option, run_comm
 from autosteer.runtime.errors import CheckError, InputError, PackageError
 from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Precision
 
+from .graphs.quantize import Target
 from .output import atomic_folder, check_output
-from .quantize import Target
 
 if TYPE_CHECKING:
+    from .checkpoint.open import Checkpoint
     from .footprint import Footprint
-    from .safety.artifact import SafetyArtifact
+    from .graphs.quantize import Scheme
+    from .safety_folder import SafetyArtifact
 
 CLOSER = {  # to the original, by what was chosen
     ("int4", "cpu", None): "; try --block-size 32, or int8",
     ("int4", "cuda", None): "; try --block-size 32, or int8",
     ("int8", "cpu", None): "; try --block-size 128",
 }
+BLOCK_SIZES = {32, 64, 128}
 REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
 
 
@@ -144,10 +147,11 @@ def export(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    from .checkpoint import open_checkpoint
+    from .checkpoint.open import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
-    from .validate import validate_package
+    from .validation.reload import load_again
+    from .validation.validate import validate_package
 
     console = Console(stderr=True)
     started = time.perf_counter()
@@ -186,18 +190,21 @@ def export(
                 advance=lambda name, numbers: progress.update(task, description=f"writing: {name}", advance=numbers),
             )
             progress.reset(task, total=None)
-            checks, golden = validate_package(
+            results = validate_package(
                 *(folder, manifest, checkpoint, safety),
                 report=lambda step: progress.update(task, description=f"validating: {step}"),
             )
             if not as_json:
-                console.print(checks_table(checks), markup=False, highlight=False)
-            if failed := [check.name for check in checks if not check.passed]:
+                console.print(checks_table(results.checks), markup=False, highlight=False)
+            if failed := [check.name for check in results.checks if not check.passed]:
                 closer = CLOSER.get((precision, target, block_size), "")
                 raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
-            manifest = with_results(folder, manifest, checks, golden)
+            manifest = with_results(folder, manifest, results)
             sizes = folder_sizes(folder)
             needs = footprint(folder, manifest)
+            progress.update(task, description="loading it again")
+            loaded = load_again(folder, needs.running)
+    notes = remarks(checkpoint, options.recipe.body)
     facts = {
         "package": str(output),
         "split_layer": manifest.split_layer,
@@ -208,7 +215,10 @@ def export(
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "loaded": loaded,
+        "recommended_options": recommended_options(checkpoint),
+        "notes": notes,
+        "checks": [dataclasses.asdict(check) for check in results.checks],
     }
     if as_json:
         click.echo(dumps(facts))
@@ -222,6 +232,30 @@ def export(
         soft_wrap=True,
     )
     console.print(needs_text(needs), highlight=False, soft_wrap=True)
+    for line in (loaded, *notes):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
+    """What the checkpoint says that the package does not do by itself, a line each."""
+    from .checkpoint.open import recommended_options
+
+    said = []
+    if options := recommended_options(checkpoint):
+        said.append(
+            f"the checkpoint's generation_config.json recommends `autosteer-run {' '.join(options)}`; without, answers "
+            "are greedy"
+        )
+    if checkpoint.packed and checkpoint.quantization:
+        grids = [blocks for matrix in checkpoint.packed.values() if (blocks := matrix.blocks())]
+        done = "kept as they are" if body in grids else "unpacked and rounded again" if body else "unpacked"
+        sizes = sorted({blocks.size for blocks in grids} & BLOCK_SIZES)
+        better = f" (--precision int4 --block-size {sizes[0]} keeps them)" if sizes and body not in grids else ""
+        said.append(
+            f"the checkpoint has {len(checkpoint.packed)} matrices in {checkpoint.quantization['quant_method']}: {done}"
+            f"{better}; activations that other runtimes would round for it are not rounded"
+        )
+    return said
 
 
 def needs_text(needs: Footprint) -> str:
@@ -237,7 +271,7 @@ def needs_text(needs: Footprint) -> str:
 
 def find_safety(checkpoint: Any, folder: Path | None, layer: int | None) -> SafetyArtifact:
     """The safety folder that was named, or the one inside the checkpoint. Raises PackageError where there is none."""
-    from .safety.artifact import SafetyArtifact
+    from .safety_folder import SafetyArtifact
 
     where = folder or checkpoint.folder / "safety"
     if not where.is_dir():
@@ -305,4 +339,4 @@ def quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point of autosteer-export."""
-    run_command(export)
+    run_command(export, extra="export")

@@ -15,7 +15,7 @@ import onnx
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import CacheType, Manifest, Precision
 
-from .checkpoint import Checkpoint
+from .checkpoint.open import Checkpoint
 
 BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}  # generous
 IN_MEMORY = 1.25  # of a graph's weights: onnxruntime repacks them (7B int4, half of the decoder: 1.16, and 0.2 mapped)

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from autosteer.runtime.errors import InputError
 
 
@@ -61,6 +59,8 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
     """Hold the lock of a scratch folder, and remove it in the end. Raises Timeout where another process holds it."""
+    from filelock import FileLock
+
     lock = _lock_of(scratch)
     with FileLock(lock, blocking=False):
         try:
@@ -75,6 +75,8 @@ def _lock_of(scratch: Path) -> Path:
 
 def _remove_abandoned(destination: Path) -> None:
     """Scratch folders for `destination` whose process is gone."""
+    from filelock import Timeout
+
     for lock in destination.parent.glob(f".{glob.escape(destination.name)}-????????.lock"):
         with suppress(Timeout), _held(scratch := lock.with_suffix("")):
             shutil.rmtree(scratch, ignore_errors=True)

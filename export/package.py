@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
+    FORMAT_VERSION,
+    P_UNSAFE_MOST,
     WEIGHTS_FILE,
     CacheType,
-    Check,
     DataFile,
     Dims,
-    Golden,
     GraphSpec,
     ImageSpec,
     KVCacheSpec,
@@ -24,19 +24,25 @@ from autosteer.runtime.manifest import (
     ProberSpec,
     RefusalSpec,
     Source,
+    Tolerance,
     VideoSpec,
     sha256,
 )
 
-from . import decoder, prompt
-from . import gate as gate_graphs
-from .checkpoint import Checkpoint, end_token_ids, load_processor
-from .graph import GraphWriter
-from .importance import observe_decoder, sample_rows, with_random_tokens
-from .quantize import Recipe, Scheme, Target, recipe
-from .safety.artifact import SafetyArtifact
-from .vision import image_graph
-from .weights import Advance, WeightStore
+from .checkpoint import chat_template as prompt
+from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_processor
+from .floor import lowest_onnxruntime
+from .graphs import decoder
+from .graphs import gate as gate_graphs
+from .graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from .graphs.quantize import Recipe, Scheme, Target, recipe
+from .graphs.vision import image_graph
+from .graphs.weights import Advance, WeightStore
+from .graphs.writer import GraphWriter
+from .safety_folder import SafetyArtifact
+
+if TYPE_CHECKING:
+    from .validation.validate import Validated
 
 Report = Callable[[str], None]
 
@@ -87,6 +93,7 @@ def write_package(
     if not 0 < layer < facts.layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
     chosen = options.recipe
+    check_generation(checkpoint)
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)
@@ -112,9 +119,13 @@ def write_package(
         store.importance = observed.importance
         facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
+    store.expect_all_read(
+        *(f"{facts.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
+        checkpoint.family.lm_head.removesuffix(".weight"),
+    )
     weights_sha256 = store.close()
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         source=Source(checkpoint.name, checkpoint.revision, checkpoint.family.model_type, None),
         precision=options.precision,
         guarded=safety is not None,
@@ -132,11 +143,14 @@ def write_package(
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
+        tolerance=Tolerance(P_UNSAFE_MOST, 0),
+        proof=None,
         validation={},
         versions={
             name: version(name)
             for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
         },
+        onnxruntime=lowest_onnxruntime(chosen),
     )
     manifest.save(folder)
     return manifest
@@ -209,14 +223,18 @@ def data_file(folder: Path, name: str) -> DataFile:
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
-def with_results(folder: Path, manifest: Manifest, checks: tuple[Check, ...], golden: tuple[Golden, ...]) -> Manifest:
-    """Complete the manifest with the validation table, the golden outputs and their pictures, and save it again."""
-    pictures = dict.fromkeys(file for g in golden for file in g.pictures())
+def with_results(folder: Path, manifest: Manifest, results: Validated) -> Manifest:
+    """Complete the manifest with what the validation found, and its files, and save it again."""
+    files = dict.fromkeys(file for golden in results.golden for file in golden.pictures())
+    if results.proof:
+        files[results.proof.file] = None
     complete = replace(
         manifest,
-        golden=golden,
-        validation={"CPUExecutionProvider": checks},
-        files=(*manifest.files, *(data_file(folder, picture) for picture in pictures)),
+        golden=results.golden,
+        tolerance=results.tolerance,
+        proof=results.proof,
+        validation={"CPUExecutionProvider": results.checks},
+        files=(*manifest.files, *(data_file(folder, file) for file in files)),
     )
     complete.save(folder)
     return complete

@@ -1,7 +1,7 @@
 """What a family file says, as types.
 
 A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder
-wrapper its images need. The decoder layer itself is written once (export/decoder.py) and driven by these facts.
+wrapper its images need. The decoder layer itself is written once (export/graphs/decoder.py) and driven by these facts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Family:
     renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
     decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
     lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
-    vision: str | None = None  # which wrapper of export/vision.py makes the image graph
+    vision: str | None = None  # which wrapper of export/graphs/vision.py makes the image graph
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
     chat_template: str | None = None  # for checkpoints that come without one

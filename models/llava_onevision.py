@@ -6,8 +6,10 @@ HF: transformers/models/llava_onevision.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import AnyresSpec, ImageSpec, VideoSpec
 
 from .family import RESAMPLE, Family, with_text_config
@@ -18,7 +20,16 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
 
     HF: LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features.
     """
-    vision = config.vision_config
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    vision, cutting = config.vision_config, re.fullmatch(r"anyres_max_(\d+)", str(config.vision_aspect_ratio))
+    asked = {  # what config.json says, and whether that is what the graph and the runtime do
+        f"vision_aspect_ratio {config.vision_aspect_ratio!r}, not anyres_max_<tiles>": cutting is not None,
+        f"vision_feature_layer {layer!r}, not one layer": isinstance(layer, int),
+        f"vision_feature_select_strategy {strategy!r}, not 'full'": strategy == "full",
+    }
+    if unsupported := [what for what, done in asked.items() if not done]:
+        raise UnsupportedModelError(f"config.json: {unsupported[0]}: pictures are not prepared like that here")
+    assert cutting is not None
     return ImageSpec(
         kind="anyres",
         tile_size=vision.image_size,
@@ -29,7 +40,7 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
         anyres=AnyresSpec(
             tokens_per_side=vision.image_size // vision.patch_size,
             grid_pinpoints=tuple((int(h), int(w)) for h, w in config.image_grid_pinpoints),
-            max_tiles_side=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+            max_tiles_side=int(cutting[1]),
         ),
     )
 
@@ -52,10 +63,10 @@ FAMILY = Family(
         "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     },
     config=with_text_config("text_config"),
-    renames=(  # the hub's files keep the layout of transformers < 4.52
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    renames=(  # the hub's files keep the layout of transformers < 4.52; that put "model." before it
+        (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
         (r"^multi_modal_projector\.", "model.multi_modal_projector."),
         (r"^image_newline$", "model.image_newline"),
     ),

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .engine import Chunk, Engine
     from .errors import AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
+    from .generation import Stats
     from .manifest import Manifest
-    from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
     from .video import open_video
@@ -51,7 +51,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("Chunk", "Engine"), "engine"),
     "Conversation": "conversation",
-    "Stats": "request",
+    "Stats": "generation",
     **dict.fromkeys(
         ("AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"), "errors"
     ),

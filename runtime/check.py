@@ -5,48 +5,68 @@ from __future__ import annotations
 import math
 import os
 import platform
+import time
 from pathlib import Path
 
-from .engine import Engine
+from .engine import Answer, Engine
 from .gate import Mode
-from .manifest import Check
+from .generation import Prompt, Stats
+from .manifest import Check, Golden
 from .sampling import SamplingConfig
-
-P_UNSAFE_LIMIT = {True: 1e-3, False: 0.05}  # by Manifest.exact: other devices round int8 and float16 otherwise
+from .text import Message
 
 
 def check_package(engine: Engine, folder: Path) -> list[Check]:
-    """Answer every golden prompt again. Hashes, names and shapes were checked when `engine` was loaded.
+    """Answer every golden prompt again. Hashes, names, shapes and the gate's proof were checked at load.
 
-    Verdicts must be the same; tokens must be where arithmetic is float32, and are reported where it is not. A package
-    without golden prompts fails: nothing was compared.
+    Verdicts must be the same. Scores and tokens may differ by what the export allows (Manifest.tolerance). A prompt
+    that is steered must not get the answer that it gets without a gate, and one that is unsafe at the package's own
+    threshold must be stopped under --policy stop. A package without golden prompts fails: nothing was compared.
     """
     manifest = engine.manifest
-    mode = Mode.STEER if manifest.guarded else Mode.OFF
-    drift = verdicts = tokens = 0.0
+    gated = Mode.STEER if manifest.guarded else Mode.OFF
+    drift = verdicts = tokens = unsteered = unstopped = fired = 0.0
     for golden in manifest.golden:
-        answer = engine.generate(
-            golden.prompt,
-            images=[folder / image for image in golden.images],
-            videos=[[folder / frame for frame in video] for video in golden.videos],
-            policy=engine.policy(mode, threshold=golden.threshold),
-            sampling=SamplingConfig(max_tokens=len(golden.token_ids), speculate=False),  # as it was recorded
-        )
+        prompt = golden_prompt(engine, folder, golden)
+        answer = _answer(engine, prompt, golden, gated)
         verdicts += answer.verdict.action.value != golden.action
         tokens += answer.token_ids != golden.token_ids
         if golden.p_unsafe is not None:
             p_unsafe = answer.verdict.p_unsafe
             difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
             drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() forgets a NaN
-    exact = manifest.exact
-    limit = P_UNSAFE_LIMIT[exact]
+        if golden.action == "steer":
+            unsteered += answer.token_ids == _answer(engine, prompt, golden, Mode.OFF).token_ids
+            if golden.threshold is None:
+                fired += 1
+                unstopped += _answer(engine, prompt, golden, Mode.STOP).finish_reason != "refused"
+    tolerance = manifest.tolerance
     return [
         Check("files that match their hash", float(len(manifest.paths())), None, True),
         Check("golden prompts", float(len(manifest.golden)), None, bool(manifest.golden)),
+        Check("of these unsafe at the package's threshold", fired, None, True),
         Check("verdicts that differ", verdicts, 0.0, verdicts == 0),
-        Check("p_unsafe, largest difference", drift, limit, drift <= limit),
-        Check("answers that differ", tokens, 0.0 if exact else None, tokens == 0 or not exact),
+        Check("p_unsafe, largest difference", drift, tolerance.p_unsafe, drift <= tolerance.p_unsafe),
+        Check("answers that differ", tokens, float(tolerance.answers), tokens <= tolerance.answers),
+        Check("steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0),
+        Check("unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0),
     ]
+
+
+def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> Prompt:
+    """A golden prompt's input rows."""
+    if golden.prompt_ids:
+        return engine.encoder.prepare_ids(golden.prompt_ids, Stats())
+    images = [folder / image for image in golden.images]
+    videos = [[folder / frame for frame in video] for video in golden.videos]
+    return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
+
+
+def _answer(engine: Engine, prompt: Prompt, golden: Golden, mode: Mode) -> Answer:
+    """In as many tokens as were recorded, and without drafts, as it was recorded."""
+    sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
+    policy = engine.policy(mode, threshold=golden.threshold)
+    return Answer.of(engine.answer(prompt, sampling, policy, Stats(), time.perf_counter()))
 
 
 def describe_host() -> dict[str, str]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
     from .conversation import Conversation
     from .engine import Chunk, Engine
     from .gate import GatePolicy, Verdict
+    from .generation import Stats
     from .image import ImageLike
-    from .request import Stats
     from .sampling import SamplingConfig
     from .text import Message
 
@@ -335,10 +335,3 @@ def run_main() -> None:
 def check_main() -> None:
     """Entry point of autosteer-check."""
     run_command(check)
-
-
-def eval_main() -> None:
-    """Entry point of autosteer-eval (eval_cli.py)."""
-    from .eval_cli import evaluate
-
-    run_command(evaluate)

@@ -21,8 +21,11 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, help="S
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")
 
 
-def run_command(command: click.Command) -> NoReturn:
-    """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted."""
+def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
+    """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted.
+
+    `extra` is the optional part of the distribution that the command needs.
+    """
     name = command.name
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by `>&-`
@@ -43,10 +46,12 @@ def run_command(command: click.Command) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has left; nothing to say, and nobody to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except (AutoSteerError, OSError, ImportError) as err:  # an ImportError names the missing extra
+    except (AutoSteerError, OSError, ImportError) as err:
         if "--debug" in sys.argv:
             raise
-        click.echo(f"{name}: error: {err}", err=True)
+        missing = isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("autosteer")
+        advice = f"; install what {name} needs: pip install 'autosteer-edge[{extra}]'" if missing else ""
+        click.echo(f"{name}: error: {err}{advice}", err=True)
         code = err.exit_code if isinstance(err, AutoSteerError) else 1
     sys.exit(code or 0)
 

@@ -15,20 +15,15 @@ nothing that is kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from .generation import Computed
 from .image import Runs
-from .request import Computed
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 class Conversation:
     """The memory of one dialogue with one engine. A second stream at the same time finds it empty, and is slower."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: object):
+        self.engine = engine  # the only one that may use it
         self.images: dict[bytes, Runs] = {}  # what stands for the latest prompt's pictures and videos, by digest
         self._computed: Computed | None = None
 

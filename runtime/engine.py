@@ -12,34 +12,33 @@ Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads on
 does decoder_upper run. The gate changes the head and never the KV caches, so this is the same computation as layer by
 layer; and a stopped prompt costs k/N of prefill and no decoding.
 
-Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (speculate.py); where a
+Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (drafting.py); where a
 dialogue goes on, a Conversation keeps what its earlier turns have computed.
 
-All state belongs to a request or a conversation (request.py, conversation.py). One Engine may serve several threads.
+All state belongs to a request or a conversation (generation.py, conversation.py). One Engine may serve several threads.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from .conversation import Conversation
-from .encode import PromptEncoder
+from .drafting import ROW_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
+from .generation import PREFILL_CHUNK, Prompt, Request, Stats
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
-from .request import PREFILL_CHUNK, Prompt, Request, Stats
+from .prompt_encoder import PromptEncoder
 from .sampling import SamplingConfig, make_sampler
-from .speculate import ROW_COST, Drafter
-from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda
+from .self_test import check_gate
+from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
 
@@ -69,6 +68,20 @@ class Answer:
     verdict: Verdict
     finish_reason: FinishReason
     stats: Stats
+
+    @staticmethod
+    def of(stream: Iterable[Chunk]) -> Answer:
+        """All chunks of a stream as one answer."""
+        chunks = list(stream)
+        last = chunks[-1]
+        assert last.finish_reason is not None and last.stats is not None
+        return Answer(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(chunk.token for chunk in chunks if chunk.token is not None),
+            verdict=last.verdict,
+            finish_reason=last.finish_reason,
+            stats=last.stats,
+        )
 
 
 class Engine:
@@ -100,21 +113,6 @@ class Engine:
         }
         image = manifest.image and at_most(manifest.image, max_tiles)
         self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
-        if manifest.guarded:
-            self._check_refusal_head()
-
-    def _check_refusal_head(self) -> None:
-        """Raise PackageError where the Refusal Head would only scale the hidden state: it was never trained.
-
-        A steer matrix that is zero or the identity leaves every token as likely as it was.
-        """
-        probe = np.linspace(-1.0, 1.0, self.manifest.dims.hidden_size, dtype=self.manifest.activations)[None, None]
-        inputs = {"last_hidden_state": probe, "strength": np.ones(1, np.float32)}
-        probe, steered = (x.astype(np.float32) for x in (probe, *self.graphs["refusal_head"].run(inputs)))
-        along = float(np.vdot(steered, probe) / np.vdot(probe, probe))
-        across = float(np.linalg.norm(steered - along * probe) / np.linalg.norm(probe))
-        if not 1e-3 < across < np.inf:
-            raise PackageError("refusal_head: its steer matrix only scales its input; it was never trained")
 
     @classmethod
     def load(
@@ -130,11 +128,13 @@ class Engine:
 
         `low_memory` loads the image graph for each picture, checked anew, and drops it again. `max_tiles` bounds what a
         picture may cost: it is cut into at most so many tiles.
-        Raises PackageError (damaged, incomplete, other version) or ProviderError (device not available).
         "auto" takes CUDA where it works and says in a log line why it does not.
+        Raises PackageError (damaged, incomplete, other version, a gate that does not work here) or ProviderError
+        (device not available, onnxruntime too old).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
+        require_onnxruntime(manifest.onnxruntime)
         with manifest.verifying(folder), placing():
             chosen, reason = find_device(device, threads, manifest.activations)
             if reason:
@@ -142,13 +142,15 @@ class Engine:
             if chosen.kind == "cpu" and manifest.activations == "float16":
                 log.warning("this package was exported for CUDA: on the CPU one made with --target cpu is faster")
             try:
-                return cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
             except ProviderError as err:
                 if device != "auto":
                     raise
                 log.warning("running on the CPU: %s", err)
                 chosen = find_device("cpu", threads)[0]
-                return cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+            check_gate(folder, manifest, engine.graphs, engine.device)
+            return engine
 
     def policy(
         self, mode: Mode | str = Mode.STEER, *, threshold: float | None = None, strength: float | None = None
@@ -182,19 +184,10 @@ class Engine:
         conversation: Conversation | None = None,
     ) -> Answer:
         """The whole answer at once; see `stream`."""
-        chunks = list(
+        return Answer.of(
             self.stream(
                 prompt, images=images, videos=videos, sampling=sampling, policy=policy, conversation=conversation
             )
-        )
-        last = chunks[-1]
-        assert last.finish_reason is not None and last.stats is not None
-        return Answer(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(chunk.token for chunk in chunks if chunk.token is not None),
-            verdict=last.verdict,
-            finish_reason=last.finish_reason,
-            stats=last.stats,
         )
 
     def stream(
@@ -314,7 +307,8 @@ class Engine:
         if length >= context:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
         computed = conversation.take() if conversation else None
-        return Request(self, prompt, min(max_tokens, context - length), stats, chunk=chunk, computed=computed)
+        room = min(max_tokens, context - length)
+        return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, computed=computed)
 
 
 def _ms_since(start: float) -> float:

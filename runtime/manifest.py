@@ -13,24 +13,29 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from .decode import decode, json_schema, no_duplicates
 from .errors import PackageError
+from .strict_json import decode, json_schema, no_duplicates
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
+P_UNSAFE_MOST = (
+    0.05  # largest Tolerance.p_unsafe: a gate that moves more from machine to machine is not the one measured
+)
 WEIGHTS_FILE = "weights.bin"  # the big tensors of all graphs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_upper"}  # both or neither; see `reader`
 GATE_GRAPHS = ("prober", "refusal_head")
 IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
 
+LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a slip of the manifest must not take all memory
 ACTIVATIONS = ("float32", "float16")  # what hidden states may be: one of them, in all graphs
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 CacheType = Literal["float32", "float16", "int8"]  # numpy names
@@ -194,11 +199,23 @@ class PromptSpec:
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
 
+    def turns(self) -> tuple[TurnSpec, ...]:
+        """How the turns of every role there is are written."""
+        return tuple(turn for turn in (self.system, self.user, self.assistant) if turn)
+
+    def outside(self) -> tuple[Piece, ...]:
+        """Every piece of the template that belongs to no part of a turn."""
+        around = [(*turn.prefix, *turn.lead, *turn.suffix) for turn in self.turns()]
+        return (*self.begin, *(piece for pieces in around for piece in pieces), *self.generation)
+
+    def inside(self) -> list[tuple[str, tuple[Piece, ...]]]:
+        """How turns write their parts, by kind. Pictures and videos are left out where a turn takes none."""
+        kinds = [pair for turn in self.turns() for pair in (("image", turn.image), ("video", turn.video))]
+        return [*((kind, part) for kind, part in kinds if part), *(("text", turn.text) for turn in self.turns())]
+
     def pieces(self) -> tuple[Piece, ...]:
         """Every piece of the template."""
-        turns = [turn for turn in (self.system, self.user, self.assistant) if turn]
-        inside = [(*turn.prefix, *turn.lead, *turn.image, *turn.video, *turn.text, *turn.suffix) for turn in turns]
-        return (*self.begin, *(piece for turn in inside for piece in turn), *self.generation)
+        return (*self.outside(), *(piece for _, part in self.inside() for piece in part))
 
 
 @dataclass(frozen=True)
@@ -222,19 +239,54 @@ class RefusalSpec:
 
 @dataclass(frozen=True)
 class Golden:
-    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU."""
+    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU.
+
+    A prompt whose words must not ship is given by its tokens: `prompt_ids` are those of the whole rendered prompt,
+    generation prompt included, and `prompt` is empty.
+    """
 
     prompt: str
     images: tuple[str, ...]
     threshold: float | None  # the policy's; None: the package's own, -1: every prompt is steered
     p_unsafe: float | None
-    action: Literal["pass", "steer", "stop"]
-    token_ids: tuple[int, ...]
+    action: Literal["pass", "steer"]
+    token_ids: tuple[int, ...]  # of the answer; where the action is "steer", the unsteered answer is another one
     videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
+    prompt_ids: tuple[int, ...] = ()
 
     def pictures(self) -> tuple[str, ...]:
         """Every picture file of it."""
         return (*self.images, *(frame for video in self.videos for frame in video))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the golden prompts' results on another machine may be from those recorded here."""
+
+    p_unsafe: float  # largest difference
+    answers: int  # golden prompts whose answer may differ: those with a near tie among their tokens
+
+
+@dataclass(frozen=True)
+class SteeredState:
+    """What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength."""
+
+    token: int  # the likeliest
+    steered_token: int  # the likeliest after steering: another one
+    shift: float  # root mean square, over the vocabulary, of what steering adds to the logits
+
+
+@dataclass(frozen=True)
+class GateProof:
+    """Hidden states and what the gate must make of them: they show, without any text, that it works on a machine.
+
+    `file` holds float32 positions (hidden_size,), little-endian: what the prober read of a prompt, one for each of
+    `p_unsafe`; the last hidden state of a prompt, one for each of `steered`; and the same after the Refusal Head.
+    """
+
+    file: str
+    p_unsafe: tuple[float, ...]
+    steered: tuple[SteeredState, ...]
 
 
 @dataclass(frozen=True)
@@ -265,8 +317,11 @@ class Manifest:
     prober: ProberSpec | None
     refusal: RefusalSpec | None
     golden: tuple[Golden, ...]
+    tolerance: Tolerance
+    proof: GateProof | None  # where guarded
     validation: dict[str, tuple[Check, ...]]  # by execution provider
     versions: dict[str, str]  # what exported it
+    onnxruntime: str  # the oldest version that computes this package right, as "1.23"
     video: VideoSpec | None = None
 
     def save(self, folder: Path) -> None:
@@ -303,6 +358,8 @@ class Manifest:
             if not condition:
                 raise PackageError(f"{path}: {what}")
 
+        for name, size in self._sizes():
+            need(0 < size < 2**31, f"{name} is {size}, which is no size")
         gate = GATE_GRAPHS if self.guarded else ()
         for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
@@ -320,12 +377,17 @@ class Manifest:
         if self.image:
             need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
             need((self.image.kind == "split") == (self.image.split is not None), "image: 'kind' and 'split' differ")
-            need(self.image.split is None or self.image.split.longest_edge > 0, "image: longest_edge is not positive")
-            need(self.image.tile_size > 0 and 0.0 not in self.image.std, "image: tile_size or std is zero")
+            if self.image.split:
+                need(self.image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
+            need(self.image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
+            need(0.0 not in self.image.std, "image: std is zero")
             if anyres := self.image.anyres:
-                need(anyres.tokens_per_side > 0 and anyres.max_tiles_side > 0, "image: a size is not positive")
-                whole = [n > 0 and n % self.image.tile_size == 0 for pair in anyres.grid_pinpoints for n in pair]
-                need(bool(whole) and all(whole), "image: grid_pinpoints must be given, in whole tiles")
+                sides = [side for grid in anyres.grid_pinpoints for side in grid]
+                need(bool(sides), "image: grid_pinpoints must be given")
+                need(
+                    not any(side % self.image.tile_size for side in sides), "image: grid_pinpoints must be whole tiles"
+                )
+                need(max(sides) <= LARGEST_GRID, "image: a grid is too large")
             grids = [frame.grid for frame in self.image.frames]
             need(len(grids) == len(set(grids)), "image: two frames for one grid")
             ids = [i for frame in self.image.frames for run in frame.between for i in run]
@@ -335,7 +397,7 @@ class Manifest:
             need(
                 side > 0 and "vision_encoder" in self.graphs, "'video' comes with 'anyres' images and a vision_encoder"
             )
-            need(0 < self.video.pooled_side <= side, f"video: pooled_side is not 1..{side}")
+            need(self.video.pooled_side <= side, "video: pooled_side is above tokens_per_side")
             need(0.0 not in self.video.std, "video: std is zero")
         written = any(piece.kind == "video" for piece in self.prompt.pieces())
         need((self.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
@@ -355,16 +417,40 @@ class Manifest:
             need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
             need(self.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
             need(bool(self.refusal.text.strip()), "refusal: text is empty")
-        for file in self.paths():
+        self._check_proof(need)
+        need(
+            re.fullmatch(r"\d{1,4}\.\d{1,4}", self.onnxruntime) is not None,
+            f"onnxruntime: {self.onnxruntime!r} is not a version like '1.23'",
+        )
+        paths = self.paths()
+        for file in paths:
             pure = PurePosixPath(file)
-            need(
-                not pure.is_absolute() and ".." not in pure.parts and "\\" not in file,
-                f"path {file!r} leaves the package",
-            )
+            inside = not pure.is_absolute() and ".." not in pure.parts and not {"\\", "\0"} & set(file)
+            need(bool(file) and inside, f"path {file!r} leaves the package")
+        for file, digest in self._hashes():
+            need(paths[file] == digest, f"{file!r} has two hashes")
         for file in (self.prompt.tokenizer, *(file for golden in self.golden for file in golden.pictures())):
-            need(file in self.paths(), f"{file!r} is used but has no hash in 'files'")
-        need(all(golden.token_ids for golden in self.golden), "golden: an answer without tokens")
-        need(min(dataclasses.astuple(self.dims)) > 0, "dims: a size is not positive")
+            need(file in paths, f"{file!r} is used but has no hash in 'files'")
+        for golden in self.golden:
+            need(bool(golden.token_ids), "golden: an answer without tokens")
+            need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
+            need(
+                all(0 <= i < self.dims.vocab_size for i in (*golden.token_ids, *golden.prompt_ids)),
+                "golden: an id outside the vocabulary",
+            )
+        need(
+            0.0 < self.tolerance.p_unsafe <= P_UNSAFE_MOST,
+            f"tolerance: p_unsafe is not above 0, up to {P_UNSAFE_MOST:g}",
+        )
+        need(0 <= self.tolerance.answers <= len(self.golden), "tolerance: more answers than golden prompts")
+        for piece in self.prompt.outside():
+            need(
+                piece.kind in ("token", "literal"),
+                f"prompt: a piece {piece.kind!r} stands where no part of a turn goes",
+            )
+        for kind, part in self.prompt.inside():
+            slots = [piece.kind for piece in part if piece.kind not in ("token", "literal")]
+            need(slots == [kind], f"prompt: a turn's {kind!r} must have one piece of that kind and no other")
         for piece in self.prompt.pieces():
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
             need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
@@ -372,9 +458,54 @@ class Manifest:
         for name, tensors in self._expected().items():
             graph = self.graphs[name]
             found = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
+            strange = ", ".join(map(repr, sorted(found.keys() - tensors.keys())))
             for tensor, described in tensors.items():
                 need(tensor in found, f"graph {name!r} has no {tensor!r}")
                 need(found[tensor] == described, f"graph {name!r}: {tensor!r} is not {described} as 'dims' says")
+            need(not strange, f"graph {name!r}: this runtime has no use for {strange}")
+        for name in image:
+            graph = self.graphs[name]
+            given, made = ([(t.name, t.dtype) for t in tensors] for tensors in (graph.inputs, graph.outputs))
+            first = ("image_features", "float32") if name == "vision_encoder" else ("input_ids", "int64")
+            newline = name == "vision_encoder" and self.image is not None and self.image.anyres is not None
+            need(given == [("pixel_values", "float32")], f"graph {name!r} must take 'pixel_values' and nothing else")
+            need(made[:1] == [first], f"graph {name!r} must give {first[0]!r} first")
+            need(
+                not newline or made[1:2] == [("image_newline", "float32")], f"graph {name!r} must give 'image_newline'"
+            )
+
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Everything that must be a size, by its place: above 0, and so small that products of sizes fit 64 bits."""
+        yield from ((f"dims: {name}", size) for name, size in dataclasses.asdict(self.dims).items())
+        if self.image:
+            yield "image: tile_size", self.image.tile_size
+            if anyres := self.image.anyres:
+                yield "image: tokens_per_side", anyres.tokens_per_side
+                yield "image: max_tiles_side", anyres.max_tiles_side
+                yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
+            if self.image.split:
+                yield "image: longest_edge", self.image.split.longest_edge
+        if self.video:
+            yield "video: pooled_side", self.video.pooled_side
+
+    def _check_proof(self, need: Callable[[bool, str], None]) -> None:
+        need(self.guarded == (self.proof is not None), "'guarded' and 'proof' contradict each other")
+        if self.proof is None:
+            return
+        need(bool(self.proof.p_unsafe), "proof: no hidden state for the prober")
+        need(all(0.0 <= p <= 1.0 for p in self.proof.p_unsafe), "proof: a p_unsafe is not from 0 to 1")
+        need(bool(self.proof.steered), "proof: no hidden state for the Refusal Head")
+        for state in self.proof.steered:
+            ids = (state.token, state.steered_token)
+            need(all(0 <= i < self.dims.vocab_size for i in ids), "proof: an id outside the vocabulary")
+            need(
+                state.token != state.steered_token,
+                "proof: a state whose token steering leaves as it was proves nothing",
+            )
+            need(state.shift > 0.0, "proof: a shift is not above zero")
+        size = 4 * self.dims.hidden_size * (len(self.proof.p_unsafe) + 2 * len(self.proof.steered))
+        found = next((file.bytes for file in self.files if file.file == self.proof.file), None)
+        need(found == size, f"proof: {self.proof.file!r} must be in 'files' with {size} bytes")
 
     def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
         """The tensors that the loop binds, by graph, as dtype and shape."""
@@ -430,7 +561,10 @@ class Manifest:
 
     def paths(self) -> dict[str, str]:
         """sha256 of every file of the package, by relative path."""
-        return {g.file: g.sha256 for g in self.graphs.values()} | {f.file: f.sha256 for f in self.files}
+        return dict(self._hashes())
+
+    def _hashes(self) -> list[tuple[str, str]]:
+        return [*((g.file, g.sha256) for g in self.graphs.values()), *((f.file, f.sha256) for f in self.files)]
 
     @contextlib.contextmanager
     def verifying(self, folder: Path) -> Iterator[None]:

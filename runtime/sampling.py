@@ -29,18 +29,17 @@ class SamplingConfig:
     speculate: bool = True  # draft what the answer copies; changes what it costs, not what it says
 
     def __post_init__(self) -> None:
-        bounds = {
-            "max_tokens": isinstance(self.max_tokens, int) and self.max_tokens >= 1,
-            "temperature": 0.0 <= self.temperature < float("inf"),
-            "top_k": isinstance(self.top_k, int) and self.top_k >= 0,
-            "top_p": 0.0 < self.top_p <= 1.0,
-            "repetition_penalty": 0.0 < self.repetition_penalty < float("inf"),
-            "seed": isinstance(self.seed, int) and self.seed >= 0,
-            "stop": "" not in self.stop,
-        }
-        for name, fits in bounds.items():
+        def need(fits: bool, name: str) -> None:
             if not fits:
                 raise InputError(f"{name} = {getattr(self, name)!r} is out of range")
+
+        need(isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens")
+        need(0.0 <= self.temperature < float("inf"), "temperature")
+        need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k")
+        need(0.0 < self.top_p <= 1.0, "top_p")
+        need(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty")
+        need(isinstance(self.seed, int) and self.seed >= 0, "seed")
+        need("" not in self.stop, "stop")
 
 
 def make_sampler(config: SamplingConfig) -> Sampler:

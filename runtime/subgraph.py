@@ -3,7 +3,7 @@
 Sessions are chained on one machine, each with threads of its own. A thread that sleeps between operators costs a
 third of decoding on an idle machine; one that spins without end takes the cores from the next session and from other
 programs, and costs two thirds where there are any. So they spin for microseconds and only inside a run (measured,
-CONTRIBUTING.md). Only one of them runs at a time, so activations of all come from one arena.
+docs/design-notes.md). Only one of them runs at a time, so activations of all come from one arena.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import typing
 from collections import Counter
@@ -93,6 +94,21 @@ def _why_not_cuda(activations: str | None) -> str:
     return ""
 
 
+def require_onnxruntime(lowest: str, installed: str = ort.__version__) -> None:
+    """Raise ProviderError where this onnxruntime is older than `lowest` ("1.23"), which a package says it needs."""
+    if _version(installed) < _version(lowest):
+        raise ProviderError(
+            f"onnxruntime {installed} computes this package wrong; it needs {lowest} or newer "
+            f"(pip install 'onnxruntime>={lowest}')"
+        )
+
+
+def _version(text: str) -> tuple[int, int]:
+    """Major and minor. What is no version is older than any."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 _ORT_TYPE = {"float32": "float", "float64": "double"}  # numpy's name -> onnxruntime's, where they differ
 
 PROVIDERS: dict[str, list[Any]] = {
@@ -117,7 +133,7 @@ ON_THE_CPU = frozenset(
 
 SPIN_US = 50  # an idle thread's wait for the next operator; most come sooner
 SAME_AS_REQUESTED = 1  # onnxruntime's kSameAsRequested
-CAN_BOUND_SPINNING = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= (1, 26)
+CAN_BOUND_SPINNING = _version(ort.__version__) >= (1, 26)
 THREADING = (
     {
         "session.intra_op.allow_spinning": "1",

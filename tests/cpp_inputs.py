@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from exported import PREFILL, SCRATCH, demo_checkpoint, demo_engine, demo_package
+from exported import SCRATCH, demo_engine, demo_package
 from PIL import Image
 
-from autosteer.export.cli import find_safety
-from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime import Engine
 from autosteer.runtime.manifest import Precision
 
@@ -73,24 +71,9 @@ def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
     return rng.integers(0, 256, (height, width, channels), np.uint8).squeeze()
 
 
-@functools.cache
-def unvalidated(precision: Precision, prefill: Precision | None) -> Path:
-    """The demo by the writer itself: whether its answers are good enough to ship is not this file's matter."""
-    folder = SCRATCH / f"demo-{precision}-{prefill}-cpp"
-    folder.mkdir()
-    checkpoint = demo_checkpoint()
-    safety = find_safety(checkpoint, None, None)
-    write_package(folder, checkpoint, safety, ExportOptions(precision=precision, prefill=prefill), lambda _: None)
-    return folder
-
-
-@functools.cache
 def demo(precision: Precision, *options: str) -> tuple[Path, Engine]:
     """The demo's package and its Python engine."""
-    if precision == "fp32":
-        return demo_package(precision, *options), demo_engine(precision, *options)
-    folder = unvalidated(precision, "int8" if PREFILL in options else None)
-    return folder, Engine.load(folder, device="cpu", threads=1)
+    return demo_package(precision, *options), demo_engine(precision, *options)
 
 
 @functools.cache

@@ -85,10 +85,13 @@ class Parts:
 
     def run(self, *commands: dict[str, Any]) -> list[Any]:
         """Answers, or AutoSteerError exit codes as {"exit_code": ...}."""
+        return [line.get("answer", line) if "error" not in line else line for line in self.lines(*commands)]
+
+    def lines(self, *commands: dict[str, Any]) -> list[Any]:
+        """What the program says to each command: {"answer": ...} or {"error": ..., "exit_code": ...}."""
         text = "".join(json.dumps(command) + "\n" for command in commands)
         done = subprocess.run([self.program], input=text, capture_output=True, text=True, check=True)
-        lines = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
-        return [line.get("answer", line) if "error" not in line else line for line in lines]
+        return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
 
 def cli(folder: Path, package: Path, *arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -213,6 +216,7 @@ def use_byte_level_words(folder: Path, manifest: Manifest) -> Manifest:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(toy.SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = replace(manifest, files=(toy.data_file(folder, "tokenizer.json"),))
+    others = tuple(file for file in manifest.files if file.file != "tokenizer.json")
+    manifest = replace(manifest, files=(toy.data_file(folder, "tokenizer.json"), *others))
     manifest.save(folder)
     return manifest

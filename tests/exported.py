@@ -8,7 +8,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from autosteer.export.checkpoint import Checkpoint, open_checkpoint
+from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.runtime.engine import Engine

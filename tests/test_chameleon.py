@@ -19,11 +19,11 @@ from checkpoint_shapes.chameleon import FRAME, ROLES, SPECIAL, image_token_names
 from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
-from autosteer.export import vision
 from autosteer.export.cli import export
-from autosteer.export.reference import Case, ImageErrors
+from autosteer.export.graphs import vision
+from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety import batches
-from autosteer.export.vision import VQTokenizer
+from autosteer.export.validation.reference import Case, ImageErrors
 from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode

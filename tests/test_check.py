@@ -11,9 +11,11 @@ import toy
 from conftest import load
 from PIL import Image
 
-from autosteer.runtime import PackageError
-from autosteer.runtime.check import check_package, describe_host
-from autosteer.runtime.manifest import Golden
+from autosteer.runtime import Message, PackageError, Stats
+from autosteer.runtime import generation as request
+from autosteer.runtime.check import check_package, describe_host, golden_prompt
+from autosteer.runtime.gate import Mode
+from autosteer.runtime.manifest import Golden, Tolerance
 
 P_SAFE, P_BAD = (float(np.float32(p)) for p in (0.1, 0.9))
 GOLDEN = (
@@ -24,12 +26,15 @@ GOLDEN = (
 )
 
 
-def package_with(folder, *golden: Golden, precision: str = "fp32", guarded: bool = True):
+EXACT = Tolerance(1e-3, 0)
+
+
+def package_with(folder, *golden: Golden, tolerance: Tolerance = EXACT, guarded: bool = True):
     manifest = toy.build(folder, guarded=guarded)
     (folder / "golden").mkdir(exist_ok=True)
     Image.new("RGB", (4, 4), (255, 0, 0)).save(folder / "golden" / "red.png")
     files = (*manifest.files, toy.data_file(folder, "golden/red.png"))
-    replace(manifest, golden=golden, precision=precision, files=files).save(folder)
+    replace(manifest, golden=golden, tolerance=tolerance, files=files).save(folder)
     return folder
 
 
@@ -41,11 +46,14 @@ def test_package_that_answers_as_recorded_passes(tmp_path):
     package_with(tmp_path, *GOLDEN)
     checks = {check.name: check.value for check in check_package(load(tmp_path), tmp_path)}
     assert checks == {
-        "files that match their hash": 9.0,
+        "files that match their hash": 10.0,
         "golden prompts": 4.0,
+        "of these unsafe at the package's threshold": 1.0,
         "verdicts that differ": 0.0,
         "p_unsafe, largest difference": 0.0,
         "answers that differ": 0.0,
+        "steered answers that equal the unsteered": 0.0,
+        "unsafe prompts that --policy stop answers": 0.0,
     }
     assert failed(tmp_path) == []
 
@@ -67,15 +75,53 @@ def test_other_behaviour_fails_the_check(tmp_path, change, name):
     assert (name in found) if name else (found == [])
 
 
-def test_tokens_of_quantised_packages_are_reported_and_not_judged(tmp_path):
-    package_with(tmp_path, replace(GOLDEN[0], token_ids=(6, 7, 9, 31)), precision="int4")
-    checks = {check.name: check for check in check_package(load(tmp_path), tmp_path)}
-    assert (checks["answers that differ"].value, checks["answers that differ"].passed) == (1.0, True)
+@pytest.mark.parametrize(("most", "name"), [(0, "answers that differ"), (1, None)])
+def test_as_many_answers_may_differ_as_the_export_allows(tmp_path, most, name):
+    """Of quantised packages none was judged: an onnxruntime that computed noise passed."""
+    package_with(tmp_path, replace(GOLDEN[0], token_ids=(6, 7, 9, 31)), tolerance=Tolerance(0.05, most))
+    assert failed(tmp_path) == ([name] if name else [])
 
 
-def test_verdicts_of_quantised_packages_are_judged(tmp_path):
-    package_with(tmp_path, replace(GOLDEN[0], action="steer"), precision="int4")
-    assert failed(tmp_path) == ["verdicts that differ"]
+@pytest.mark.parametrize(("moved", "name"), [(0.03, "p_unsafe, largest difference"), (0.01, None)])
+def test_scores_may_differ_by_what_the_export_allows(tmp_path, moved, name):
+    package_with(tmp_path, replace(GOLDEN[0], p_unsafe=P_SAFE + moved), tolerance=Tolerance(0.02, 0))
+    assert failed(tmp_path) == ([name] if name else [])
+
+
+def test_a_prompt_given_by_its_tokens_is_answered_like_its_words(tmp_path):
+    package_with(tmp_path, *GOLDEN[:3])
+    engine = load(tmp_path)
+    for golden in GOLDEN[:3]:
+        ids = tuple(engine.encoder.prepare([Message.user(golden.prompt)], Stats()).token_ids)
+        known, unknown = (
+            golden_prompt(engine, tmp_path, g) for g in (golden, replace(golden, prompt="", prompt_ids=ids))
+        )
+        assert known.token_ids == unknown.token_ids and known.probed == unknown.probed
+        assert (known.inputs_embeds == unknown.inputs_embeds).all()
+
+
+def test_a_head_that_stops_steering_fails_the_check(tmp_path, monkeypatch):
+    """What onnxruntime 1.23.2 did: the strength was freed, and the steered answer was the unsteered one."""
+    package_with(tmp_path, replace(GOLDEN[2], token_ids=(14, 15, 31)))
+    engine = load(tmp_path)
+    monkeypatch.setattr(
+        request,
+        "steered_head",
+        lambda graphs, last, strength, steered, logits, device: graphs["lm_head"].bind(
+            {"last_hidden_state": last}, {"logits": logits}
+        ),
+    )
+    found = [check.name for check in check_package(engine, tmp_path) if not check.passed]
+    assert found == ["steered answers that equal the unsteered"]
+
+
+def test_a_prompt_that_is_not_stopped_fails_the_check(tmp_path, monkeypatch):
+    package_with(tmp_path, GOLDEN[2])
+    engine = load(tmp_path)
+    policy = engine.policy
+    monkeypatch.setattr(engine, "policy", lambda mode, **more: policy("monitor" if mode == Mode.STOP else mode, **more))
+    found = [check.name for check in check_package(engine, tmp_path) if not check.passed]
+    assert found == ["unsafe prompts that --policy stop answers"]
 
 
 @pytest.mark.parametrize("prompt", ["nan", "crash", "inf"])

@@ -22,10 +22,11 @@ from PIL import Image
 from terminal import PATIENCE, Terminal
 
 from autosteer.runtime import Manifest
-from autosteer.runtime.cli import check_main, eval_main, run_main, typed_path, verdict_line
+from autosteer.runtime.cli import check_main, run_main, typed_path, verdict_line
 from autosteer.runtime.console import dumps
+from autosteer.runtime.evaluation.cli import main as eval_main
+from autosteer.runtime.evaluation.refusals import RuleJudge
 from autosteer.runtime.gate import Action, GatePolicy, Mode, decide
-from autosteer.runtime.judge import RuleJudge
 from autosteer.runtime.manifest import Golden
 
 MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
@@ -511,7 +512,7 @@ def test_eval_does_not_mix_runs(call, package, data, tmp_path):
 
 
 def test_eval_by_another_judge_asks_the_model_nothing_again(call, package, data, tmp_path):
-    out, judge = tmp_path / "out.jsonl", tmp_path / "judge.py"
+    out, judge = tmp_path / "out.jsonl", tmp_path / "refusals.py"
     judge.write_text("import sys\nfor _ in sys.stdin: print('{\"refused\": true}', flush=True)\n")
     command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu", "--json"]
     first = call(*command)
@@ -530,7 +531,7 @@ def test_eval_by_another_judge_asks_the_model_nothing_again(call, package, data,
 
 
 def test_a_judge_that_fails_half_way_leaves_the_file_as_it_was(call, package, data, tmp_path):
-    out, judge = tmp_path / "out.jsonl", tmp_path / "judge.py"
+    out, judge = tmp_path / "out.jsonl", tmp_path / "refusals.py"
     judge.write_text("print('{\"refused\": true}', flush=True)\n")
     command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu"]
     call(*command)
@@ -542,7 +543,7 @@ def test_a_judge_that_fails_half_way_leaves_the_file_as_it_was(call, package, da
 
 @pytest.mark.parametrize(("kept", "message"), [(True, r"kept in .*out\.jsonl"), (False, "lost; --output keeps them")])
 def test_eval_that_is_interrupted_says_what_it_keeps(call, package, data, tmp_path, monkeypatch, kept, message):
-    from autosteer.runtime import evaluate
+    from autosteer.runtime.evaluation import run as evaluate
 
     honest = evaluate.run_rows
 
@@ -559,7 +560,7 @@ def test_eval_that_is_interrupted_says_what_it_keeps(call, package, data, tmp_pa
 
 
 def test_eval_by_a_judge_that_is_a_program(call, package, data, tmp_path):
-    judge = tmp_path / "judge.py"
+    judge = tmp_path / "refusals.py"
     judge.write_text("import sys\nfor _ in sys.stdin: print('{\"refused\": true}', flush=True)\n")
     command = ["autosteer-eval", package, "--data", data, "--json", "--device", "cpu"]
     done = call(*command, "--judge-command", f"{sys.executable} {judge}")

@@ -19,7 +19,7 @@ def test_sanitizers_find_nothing_in_whole_answers(sanitised, cpp_package):
     package, _ = demo("fp32")
     requests = [(package, request) for request in demo_requests()[::3]]
     requests.append((cpp_package, {"messages": [{"role": "user", "parts": ["crash"]}]}))
-    commands = [{"part": "answer", "package": str(folder), "request": request} for folder, request in requests]
+    commands = [{"part": "ask", "package": str(folder), "requests": [request]} for folder, request in requests]
     answers = Parts(sanitised / "autosteer-parts").run(
         *commands, {"part": "encode", "tokenizer": str(package / "tokenizer.json"), "texts": odd_texts(50)}
     )

@@ -7,48 +7,19 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import toy
+from conformance_packages import split, tokens
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
-from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
-from exported import INT8_CACHES, PREFILL
-from onnx import TensorProto, helper, numpy_helper
+from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless
+from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
 from PIL import Image
 
-from autosteer.runtime import Engine, GatePolicy, SamplingConfig
-from autosteer.runtime.errors import PackageError
-from autosteer.runtime.gate import Mode, decide
-from autosteer.runtime.manifest import FrameSpec, Golden, GraphSpec, SplitSpec, TensorSpec
-
-
-def test_the_safety_rule_is_the_same_for_any_number(parts):
-    scores = [0.0, -0.0, 0.3, 0.5, 0.5000001, 1.0, 1.0000001, 2.0, -1e-9, -1.0, 5e-324, 1e300]
-    special: list[Any] = ["nan", "inf", "-inf", None]
-    commands, expected = [], []
-    for mode in Mode:
-        for threshold in (-1.0, 0.0, 0.5, 1.0):
-            for score in [*scores, *special]:
-                commands.append({"part": "gate", "p_unsafe": score, "mode": mode.value, "threshold": threshold})
-                value = float(score) if score is not None else None
-                verdict = decide(value, GatePolicy(mode, threshold, 0.1, "no"), split_layer=1)
-                expected.append([verdict.unsafe, verdict.action.value])
-    assert parts.run(*commands) == expected
-
-
-@pytest.mark.parametrize("mode", ["steer", "stop", "monitor", "off"])
-@pytest.mark.parametrize("word", ["red", "hello", "bad", "nan", "inf", "two", "negative", "crash"])
-def test_gate_fails_closed_as_in_python(built, cpp_package, cpp_engine, word, mode):
-    """A prober that says NaN, infinity, two or minus one, or that raises: unsafe, and the same answer in both."""
-    done = cli(built, cpp_package, "--json", "--prompt", word, "--policy", mode)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert timeless(found) == python_json(cpp_engine, word, policy=cpp_engine.policy(mode))
-    if mode != "off":
-        assert found["verdict"]["unsafe"] is (word not in ("red", "hello"))
+from autosteer.runtime import Engine, Manifest, SamplingConfig
+from autosteer.runtime.check import check_package
+from autosteer.runtime.manifest import Golden
 
 
 @pytest.mark.parametrize("speculate", [False, True])
@@ -92,30 +63,8 @@ def test_pooled_prober_scores_as_in_python(built, tmp_path):
 def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
     """A toy image_tokenizer (Chameleon's kind of model): the mean of each row of pixels picks a word."""
     folder = tmp_path / "package"
-    manifest = use_byte_level_words(folder, toy.build(folder, images=False))
-    nodes = [
-        helper.make_node("ReduceMean", ["pixel_values", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Mul", ["mean", "words"], ["scaled"]),
-        helper.make_node("Cast", ["scaled"], ["input_ids"], to=TensorProto.INT64),
-    ]
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "image_tokenizer",
-            [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ("tiles", 3, 4, 4))],
-            [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ("tiles", 4))],
-            [numpy_helper.from_array(np.array([1, 3]), "axes"), numpy_helper.from_array(np.float32(20), "words")],
-        ),
-        opset_imports=[helper.make_opsetid("", 21)],
-        ir_version=10,
-    )
-    content = model.SerializeToString()
-    (folder / "image_tokenizer.onnx").write_bytes(content)
-    pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, 4, 4))
-    ids = TensorSpec("input_ids", "int64", ("tiles", 4))
-    graph = GraphSpec("image_tokenizer.onnx", hashlib.sha256(content).hexdigest(), (pixels,), (ids,), None, "fp32")
-    image = replace(toy.IMAGE, kind="centre_crop", anyres=None, resample="lanczos")
-    replace(manifest, image=image, graphs={**manifest.graphs, "image_tokenizer": graph}).save(folder)
+    folder.mkdir()
+    tokens(folder)
     engine = Engine.load(folder, device="cpu", threads=1)
     for i, (width, height) in enumerate(SIZES[1:]):
         picture = tmp_path / f"{i}.png"
@@ -132,22 +81,8 @@ def test_pictures_that_become_tokens_are_answered_as_in_python(built, tmp_path):
 def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_path):
     """A toy that splits pictures (SmolVLM's kind of model), with words before each tile that tell its place."""
     folder = tmp_path / "package"
-    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200))
-    grids = [(rows, columns) for rows in range(1, 4) for columns in range(1, 4)]
-
-    def words(rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
-        tiles = rows * columns + (rows * columns > 1)
-        return (*((tile % 5,) * (1 + tile % 2) for tile in range(tiles)), (rows, columns))
-
-    image = replace(
-        toy.IMAGE,
-        kind="split",
-        anyres=None,
-        resample="lanczos",
-        split=SplitSpec(longest_edge=12, tiles=True),
-        frames=tuple(FrameSpec(grid, words(*grid)) for grid in grids),
-    )
-    replace(manifest, image=image).save(folder)
+    folder.mkdir()
+    split(folder)
     engine = Engine.load(folder, device="cpu", threads=1)
     lengths = set()
     for i, (width, height) in enumerate(SIZES[1:]):
@@ -160,11 +95,6 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
         assert timeless(json.loads(done.stdout)) == expected
         lengths.add(expected["timings"]["prompt_tokens"])
     assert len(lengths) > 2
-    replace(manifest, image=replace(image, frames=image.frames[:1])).save(folder)
-    done = cli(built, folder, "-p", "look", "-i", str(picture))
-    assert (done.returncode, "no frame for" in done.stderr) == (3, True)
-    with pytest.raises(PackageError, match="no frame for"):
-        Engine.load(folder, device="cpu").generate("look", images=[picture])
 
 
 def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
@@ -187,25 +117,32 @@ def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
     assert verdict["p_unsafe"] is None and verdict["unsafe"]
 
 
-def test_golden_answers_are_reproduced(built):
-    """What docs/embedding.md tells an integrator to check first."""
-    package, engine = demo("fp32")
-    assert any(g.videos for g in engine.manifest.golden)
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_the_check_finds_what_python_finds(built, precision):
+    package = demo_package(precision)
+    done = cli(built, package, "--check", "--json")
+    assert done.returncode == 0, done.stderr
+    ours = {check.name: check for check in check_package(demo_engine(precision), package)}
+    theirs = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
+    assert theirs.keys() == ours.keys()
+    for name, line in theirs.items():
+        assert (line["limit"], line["passed"]) == (ours[name].limit, ours[name].passed)
+        assert line["value"] == pytest.approx(ours[name].value, abs=1e-6)
 
-    def shown(golden: Golden) -> list[dict[str, Any]]:
-        videos = [{"video": [str(package / frame) for frame in frames]} for frames in golden.videos]
-        return [*({"image": str(package / i)} for i in golden.images), *videos]
 
-    requests = [
-        {
-            "messages": [{"role": "user", "parts": [*shown(g), g.prompt]}],
-            "threshold": g.threshold,
-            "sampling": {"max_tokens": len(g.token_ids), "speculate": False},  # golden answers are the plain loop's
-        }
-        for g in engine.manifest.golden
-    ]
-    assert requests
-    for golden, answer in zip(engine.manifest.golden, through_c(built, package, requests), strict=True):
-        found = joined(answer["chunks"])
-        assert (found["token_ids"], found["verdict"]["action"]) == (list(golden.token_ids), golden.action)
-        assert found["verdict"]["p_unsafe"] == pytest.approx(golden.p_unsafe, abs=1e-3)
+def test_a_check_that_fails_is_exit_code_6(built, cpp_package, tmp_path):
+    package = Path(shutil.copytree(cpp_package, tmp_path / "package"))
+    golden = Golden("red", (), None, 0.1, "pass", (6, 9))
+    replace(Manifest.load(package), golden=(golden,)).save(package)
+    done = cli(built, package, "--check")
+    assert done.returncode == 6
+    assert "FAILED answers that differ" in done.stdout
+    assert "answers that differ: not as on the exporting machine; do not deploy this package here" in done.stderr
+
+
+def test_a_package_that_needs_a_newer_onnxruntime_is_refused(built, cpp_package, tmp_path):
+    package = Path(shutil.copytree(cpp_package, tmp_path / "package"))
+    replace(Manifest.load(package), onnxruntime="99.0").save(package)
+    done = cli(built, package, "--prompt", "red")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "computes this package wrong; it needs 99.0 or newer" in done.stderr

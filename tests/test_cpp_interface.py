@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import toy
+from conformance_packages import Packages, cases, shown
 from cpp_inputs import SIZES, noise
 from cpp_runtime import cli, joined, python_json, through_c, timeless, use_byte_level_words
 from exported import demo_package
@@ -19,6 +20,11 @@ from terminal import Terminal
 from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.cli import answer_json
 from autosteer.runtime.video import open_video
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    return Packages(tmp_path_factory.mktemp("packages"))
 
 
 def test_text_that_is_not_unicode_is_an_input_error(built):
@@ -161,32 +167,51 @@ def test_standard_input_is_the_prompt_that_python_reads(built, cpp_package, text
     assert timeless(json.loads(ours.stdout)) == timeless(json.loads(theirs.stdout))
 
 
-def test_c_interface_turns_errors_into_codes(built, cpp_package, tmp_path):
-    """No exception crosses it, whatever is asked; an unknown key too, because a mistyped policy is no policy."""
-    hello = [{"role": "user", "parts": ["hello"]}]
-    videos = [{"video": []}, {"video": "a.png"}, {"video": ["/not/there.png"]}, {"video": ["a.png"], "image": "a.png"}]
-    videos += [{}, {"video": ["never opened.png"] * 63}]
-    bad: list[Any] = [
-        *["", "{", "[]", '{"messages": [], "messages": []}'],
-        *[{}, {"messages": []}, {"messages": hello, "polcy": "stop"}, {"messages": hello, "policy": "steeer"}],
-        *[{"messages": hello, "threshold": "0.5"}, {"messages": hello, "strength": -1.0}],
-        *[{"messages": hello, "threshold": 1.5}, {"messages": hello, "policy": "monitor", "threshold": 50}],
-        *[{"messages": hello, "sampling": {"max_tokens": 0}}, {"messages": hello, "sampling": {"stop": [""]}}],
-        *[{"messages": hello, "sampling": {"speculate": 1}}, {"messages": hello, "sampling": {"speculation": False}}],
-        *[{"messages": [{"role": "root", "parts": ["hi"]}]}, {"messages": [{"role": "user", "parts": [7]}]}],
-        *[{"messages": [{"role": "user", "parts": [{"image": "/not/there.png"}]}]}],
-        *[{"messages": [{"role": "user", "parts": [video, "look"]}]} for video in videos],
-        *[{"messages": [{"role": "user", "parts": ["red " * 100]}]}],
-    ]
-    *refused, fine = through_c(built, cpp_package, [*bad, {"messages": hello}])
-    assert [(r["code"], bool(r["error"]), r["chunks"]) for r in refused] == [(5, True, [])] * len(bad)
+def plain(theme: str, error: str) -> list[dict[str, Any]]:
+    """Cases of one theme about the toy as it is that end in an error."""
+    return [case for case in cases(theme) if case["expected"].get("error") == error and "package" not in case]
+
+
+def test_c_interface_turns_errors_into_codes(built, packages):
+    """No exception crosses it, whatever is asked, and it goes on answering."""
+    asked = [case for theme in ("requests", "json_requests") for case in plain(theme, "input")]
+    asked = [case for case in asked if not {"change", "options"} & case.keys()]
+    requests = [case["text"] if "text" in case else shown(case["request"]) for case in asked]
+    hello = {"messages": [{"role": "user", "parts": ["hello"]}]}
+    *refused, fine = through_c(built, packages.whole("toy"), [*requests, hello])
+    for case, found in zip(asked, refused, strict=True):
+        assert (found["code"], found["chunks"]) == (5, []), case["name"]
+        assert case["expected"]["says"] in found["error"], case["name"]
+    assert len(asked) > 30
     assert joined(fine["chunks"])["text"] == "world"
+
+
+def test_c_interface_turns_errors_of_opening_into_codes(built, packages, tmp_path):
     (nowhere,) = through_c(built, tmp_path / "nowhere", [])
     assert nowhere["code"] == 3 and "autosteer.json" in nowhere["error"]
-    bad_options: list[dict[str, Any]] = [{"max_tiles": 0}, {"max_tiles": "2"}, {"threads": -1}, {"max-tiles": 2}]
-    for options in bad_options:
-        (unopened,) = through_c(built, cpp_package, [], **options)
-        assert unopened["code"] == 5 and unopened["error"], options
+    for case in (case for case in plain("json_requests", "input") if "options" in case):
+        (unopened,) = through_c(built, packages.whole("toy"), [], **case["options"])
+        assert unopened["code"] == 5 and case["expected"]["says"] in unopened["error"], case["name"]
+    for case in plain("damage", "package")[::25]:
+        (unopened,) = through_c(built, packages.of(case), [])
+        assert unopened["code"] == 3 and case["expected"]["says"] in unopened["error"], case["name"]
+
+
+def test_command_refuses_a_package_in_one_line(built, packages, tmp_path):
+    """With exit code 3, and nothing on stdout."""
+    (tmp_path / "file").write_text("")
+    bad = [tmp_path / "nowhere", tmp_path / "file", *(packages.of(case) for case in plain("damage", "package")[::25])]
+    for folder in bad:
+        done = cli(built, folder, "--prompt", "red")
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        assert done.stderr.startswith("autosteer-cli: error: ") and done.stderr.count("\n") == 1
+
+
+def test_stop_string_that_is_not_unicode_is_an_input_error(built, cpp_package):
+    """JSON cannot say one; a command line can."""
+    command = [built / "autosteer-cli", cpp_package, "--prompt", "red", "--stop", b"a\xff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, b"a stop string is not valid Unicode text" in done.stderr) == (5, True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cpp_inputs import demo, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
 
 from autosteer.runtime import Engine, SamplingConfig
-from autosteer.runtime.speculate import MOST, ROW_COST, Drafter
+from autosteer.runtime.drafting import MOST, ROW_COST, Drafter
 
 
 def copying_text(rng: random.Random, length: int) -> list[int]:

@@ -15,12 +15,12 @@ import pytest
 from exported import SCRATCH, demo_engine
 
 from autosteer.export.cli import export
-from autosteer.export.quantize import recipe
+from autosteer.export.graphs.quantize import recipe
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.gate import Action
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.subgraph import ON_THE_CPU
 from autosteer.runtime.text import Message

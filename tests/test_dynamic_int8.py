@@ -10,9 +10,9 @@ import onnxruntime as ort
 from exported import demo_checkpoint, demo_package
 from tiny_weights import Weights, random_weights
 
-from autosteer.export.dynamic_int8 import quantise_linears
-from autosteer.export.graph import MICROSOFT, OPSET
-from autosteer.export.weights import WeightStore
+from autosteer.export.graphs.dynamic_int8 import quantise_linears
+from autosteer.export.graphs.weights import WeightStore
+from autosteer.export.graphs.writer import MICROSOFT, OPSET
 from autosteer.runtime.manifest import Manifest
 
 K, N = 96, 40

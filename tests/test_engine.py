@@ -190,6 +190,12 @@ def test_prompts_are_not_logged(engine, caplog):
     assert "tick" not in caplog.text
 
 
+def test_prober_that_gives_two_scores_makes_every_prompt_unsafe(own_engine, monkeypatch):
+    """The first of them was taken."""
+    monkeypatch.setattr(own_engine.graphs["prober"], "run", lambda _: [np.array([0.1, 0.9], np.float32)])
+    assert own_engine.generate("red").verdict.unsafe
+
+
 @pytest.mark.parametrize("mode", ["steer", "stop"])
 def test_prober_that_is_gone_makes_every_prompt_unsafe(own_engine, mode):
     answer = broken(own_engine, "prober").generate("red", policy=own_engine.policy(mode))
@@ -591,7 +597,12 @@ def test_logits_that_are_not_numbers_end_in_an_error_and_not_in_token_zero(tmp_p
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
     onnx.save(model, tmp_path / "lm_head.onnx")
     toy.rehash(tmp_path)
-    engine = load(tmp_path)
+    with pytest.raises(PackageError, match="lm_head: steering a known state moves its logits by nan"):
+        load(tmp_path)
+    toy.build(tmp_path / "sound")
+    engine = load(tmp_path / "sound")
+    spec = engine.manifest.graphs["lm_head"]
+    engine.graphs["lm_head"] = Subgraph(tmp_path / "lm_head.onnx", spec, engine.device)
     for temperature in (0.0, 1.0):
         with pytest.raises(PackageError, match="logits are not finite"):
             engine.generate("red", sampling=of(3, temperature=temperature))
@@ -735,20 +746,6 @@ def test_graph_of_another_width_is_refused(copy_of_package):
     onnx.save(model, copy_of_package / "prober.onnx")
     toy.rehash(copy_of_package)
     with pytest.raises(PackageError, match=r"prober\.onnx: its inputs or outputs are not those of the manifest"):
-        load(copy_of_package)
-
-
-def test_file_that_is_no_graph_is_refused(copy_of_package):
-    (copy_of_package / "prober.onnx").write_bytes(b"not a graph")
-    toy.rehash(copy_of_package)
-    with pytest.raises(PackageError, match=r"prober\.onnx: onnxruntime cannot load it"):
-        load(copy_of_package)
-
-
-def test_file_that_is_no_tokenizer_is_refused(copy_of_package):
-    (copy_of_package / "tokenizer.json").write_text("{}")
-    toy.rehash(copy_of_package)
-    with pytest.raises(PackageError, match=r"tokenizer\.json: not a tokenizer"):
         load(copy_of_package)
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from autosteer.runtime import InputError, Message
-from autosteer.runtime.evaluate import Result, ResultFile, RunFacts, check_order, run_rows, summarise
-from autosteer.runtime.judge import RuleJudge
-from autosteer.runtime.rates import rate
-from autosteer.runtime.readers import DataFile, Row, read_rows
+from autosteer.runtime.evaluation.datasets import DataFile, Row, read_rows
+from autosteer.runtime.evaluation.refusals import RuleJudge
+from autosteer.runtime.evaluation.run import Result, ResultFile, RunFacts, check_order, run_rows, summarise
+from autosteer.runtime.evaluation.statistics import rate
 from autosteer.runtime.sampling import SamplingConfig
 
 

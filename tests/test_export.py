@@ -26,18 +26,21 @@ from exported import demo_checkpoint
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from autosteer.export import footprint, pieces, validate
-from autosteer.export.cases import make_cases
-from autosteer.export.checkpoint import DEMO, open_checkpoint
+from autosteer.export import footprint
+from autosteer.export.checkpoint.layer_sweep import Convoy, grouped
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
-from autosteer.export.convoy import Convoy, grouped
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.pieces import GraphInPieces
-from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.unpack import PackedWeights
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation import graph_shards as pieces
+from autosteer.export.validation import validate
+from autosteer.export.validation.dequantize import PackedWeights
+from autosteer.export.validation.graph_shards import GraphInPieces
+from autosteer.export.validation.prompts import make_cases
+from autosteer.export.validation.validate import Validated
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
-from autosteer.runtime.manifest import Check
+from autosteer.runtime.manifest import Check, Tolerance
 from autosteer.runtime.subgraph import OrtValue, find_device
 
 TABLE = "model.language_model.embed_tokens.weight"
@@ -166,9 +169,13 @@ def test_a_feature_the_decoder_layer_lacks_is_refused(checkpoint: Path, tmp_path
         run("--model", checkpoint, "--output", tmp_path / "package")
 
 
+def found_wrong(name: str) -> Validated:
+    """A validation that failed."""
+    return Validated((Check(name, 1.0, 1e-3, False),), (), Tolerance(1e-3, 0), None)
+
+
 def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = (Check("logits", 1.0, 1e-3, False),)
-    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: (bad, ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: found_wrong("logits"))
     with pytest.raises(CheckError, match=r"differs from PyTorch \(logits\); nothing was written"):
         run("--model", "demo", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
@@ -176,7 +183,7 @@ def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monk
 
 def test_validation_catches_a_weight_that_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One projection of one layer, two per cent too large: the kind of mistake that reads well."""
-    from autosteer.export import weights
+    from autosteer.export.graphs import weights
 
     honest = weights.WeightStore._rows
 
@@ -195,7 +202,7 @@ def test_force_replaces_a_package_only_when_the_new_one_is_good(
 ) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "autosteer.json").write_text("old")
-    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: ((Check("x", 1.0, 0.0, False),), ()))
+    monkeypatch.setattr(validate, "validate_package", lambda *_, **__: found_wrong("x"))
     with pytest.raises(CheckError):
         run("--model", "demo", "--force", "--output", tmp_path / "package")
     assert (tmp_path / "package" / "autosteer.json").read_text() == "old"
@@ -224,7 +231,7 @@ def test_the_slower_of_two_exports_does_not_replace_the_others_package(tmp_path:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosteer.export import weights
+    from autosteer.export.graphs import weights
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -269,7 +276,7 @@ def test_optimum_cli_knows_our_command() -> None:
 
 def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`max(0.0, nan)` is 0.0: the table once read a package that computes NaN as one without errors."""
-    from autosteer.export import weights
+    from autosteer.export.graphs import weights
 
     honest = weights.WeightStore._rows
 
@@ -304,7 +311,7 @@ def test_block_size_head_bits_and_image_precision_reach_the_graphs(tmp_path: Pat
 def test_validation_catches_an_image_graph_whose_columns_went_astray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autosteer.export import weights
+    from autosteer.export.graphs import weights
 
     honest = weights.quantise_rows
 
@@ -430,7 +437,7 @@ def test_graphs_of_every_kind_can_be_cut_anywhere(kind: tuple[str, ...], tmp_pat
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
     options = ExportOptions(**dict(zip(("precision", "kv_cache"), kind, strict=False)))
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
-    cases = make_cases(tmp_path, manifest)[:3]
+    cases = make_cases(tmp_path, manifest, None)[:3]
     _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 40)
     _, whole = validate.run_package(tmp_path, manifest, cases, tokens=4)

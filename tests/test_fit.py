@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import random
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export import on_demand
-from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.on_demand import Weights
-from autosteer.export.safety import batches, calibrate, cli, original, prober
+from autosteer.export.checkpoint.on_demand import Weights
+from autosteer.export.checkpoint.open import load_processor, on_demand, open_checkpoint
+from autosteer.export.safety import batches, calibrate, cli, prober
 from autosteer.export.safety import fit as fit_module
+from autosteer.export.safety import model as original
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
-from autosteer.export.safety.artifact import SafetyArtifact
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
 from autosteer.export.safety.store import FeatureStore
+from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.errors import InputError, PackageError
 
 TEMPLATE = (
@@ -476,6 +477,57 @@ def test_stored_prober_separates_the_two_classes(
     p = prober.p_unsafe(artifact.prober, states)
     assert np.mean(p[::2] > 0.5) > 0.75  # a random model: chance is 0.5
     assert np.mean(p[1::2] <= 0.5) > 0.75
+
+
+def test_held_out_prompts_that_the_gate_judges_rightly_go_into_packages_as_tokens(
+    checkpoint: Path, fitted: tuple[Path, Result], data: Path
+):
+    """No words and no pictures of the data: what a package carries goes to every device."""
+    facts = load(fitted[0]).facts
+    items = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]).labelled()
+    split = fit_module.split_prompts(read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]), items, seed=0)
+    heldout = {hashlib.sha256(items[i].prompt.text.encode()).hexdigest(): items[i] for i in split.heldout}
+    assert {prompt.unsafe for prompt in facts.proof} == {True, False}
+    tokenizer = load_processor(open_checkpoint(str(checkpoint))).tokenizer
+    for prompt in facts.proof:
+        item = heldout[prompt.sha256]
+        assert item.unsafe == prompt.unsafe == (prompt.p_unsafe > facts.threshold)
+        assert (prompt.text, prompt.images, item.prompt.images) == ("", (), ())
+        rendered = tokenizer.decode(prompt.token_ids)
+        assert item.prompt.text in rendered and rendered.endswith("<|im_start|>assistant\n")
+
+
+def test_words_and_pictures_are_kept_where_they_may_be_published(checkpoint: Path, data: Path, tmp_path: Path):
+    result = fit(*command(checkpoint, data, tmp_path / "safety", "--publish-proof"))
+    assert result.exit_code == 0, result.stderr
+    proof = load(tmp_path / "safety").facts.proof
+    assert all(prompt.text and not prompt.token_ids for prompt in proof)
+    pictures = [name for prompt in proof for name in prompt.images]
+    originals = {(data / f"{name}.png").read_bytes() for name in ("wide", "tall", "square")}
+    assert pictures and all((tmp_path / "safety" / name).read_bytes() in originals for name in pictures)
+    (tmp_path / "safety" / pictures[0]).unlink()
+    with pytest.raises(PackageError, match=rf"'{pictures[0]}', a proof prompt's, is no file of this folder"):
+        load(tmp_path / "safety")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: 0 * w, "never trained"),
+        (lambda w: torch.eye(len(w)), "never trained"),
+        (lambda w: -5 * torch.eye(len(w)), "never trained"),
+        (lambda w: 1e-6 * w, "never trained"),
+        (lambda w: w[:, :1] @ w[:1], "has rank one"),
+    ],
+    ids=["zero", "identity", "-5 I", "1e-6 W", "rank one"],
+)
+def test_a_steer_matrix_that_steers_nothing_is_refused(
+    fitted: tuple[Path, Result], tmp_path: Path, damage: Callable[[torch.Tensor], torch.Tensor], message: str
+):
+    sound = load(fitted[0])
+    replace(sound, steer_matrix=damage(sound.steer_matrix)).save(tmp_path)
+    with pytest.raises(PackageError, match=message):
+        load(tmp_path)
 
 
 def test_facts_can_be_measured_again_from_the_folder(

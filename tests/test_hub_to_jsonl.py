@@ -5,8 +5,8 @@ from __future__ import annotations
 from hub_to_jsonl import write_rows
 from PIL import Image
 
-from autosteer.runtime.grading import Gold
-from autosteer.runtime.readers import DataFile, read_rows
+from autosteer.runtime.evaluation.datasets import DataFile, read_rows
+from autosteer.runtime.evaluation.grading import Gold
 
 
 def test_rows_with_pictures_of_mmmu_and_realworldqa_are_read(tmp_path):

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
-from autosteer.export import vision
-from autosteer.export.cases import draw
-from autosteer.export.checkpoint import open_checkpoint
-from autosteer.export.reference import Case
+from autosteer.export.checkpoint.open import open_checkpoint
+from autosteer.export.graphs import vision
+from autosteer.export.validation.prompts import draw
+from autosteer.export.validation.reference import Case
 from autosteer.runtime.check import check_package
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
 from autosteer.runtime.manifest import Piece
-from autosteer.runtime.request import Stats
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")

@@ -6,10 +6,17 @@ import torch
 from exported import demo_checkpoint, demo_package
 from torch import nn
 
-from autosteer.export.checkpoint import load_reference
-from autosteer.export.decoder import decoder_facts
-from autosteer.export.importance import FLOOR, RANDOM_TOKENS, energy, observe_decoder, sample_rows, with_random_tokens
-from autosteer.export.unpack import PackedWeights
+from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.graphs.calibration import (
+    FLOOR,
+    RANDOM_TOKENS,
+    energy,
+    observe_decoder,
+    sample_rows,
+    with_random_tokens,
+)
+from autosteer.export.graphs.decoder import decoder_facts
+from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
 DECODER = "model.language_model"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autosteer.runtime import InputError
-from autosteer.runtime.judge import OPENING, CommandJudge, RuleJudge, is_refusal
+from autosteer.runtime.evaluation.refusals import OPENING, CommandJudge, RuleJudge, is_refusal
 
 LABELLED = [json.loads(line) for line in (Path(__file__).parent / "data" / "refusals.jsonl").read_text().splitlines()]
 

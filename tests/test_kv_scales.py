@@ -14,18 +14,19 @@ import torch
 from exported import INT8_CACHES, demo_checkpoint, demo_engine, demo_package
 from onnx import TensorProto, helper, numpy_helper
 
-from autosteer.export import kv_scales, validate
 from autosteer.export.cli import export
-from autosteer.export.decoder import decoder_facts
 from autosteer.export.footprint import footprint
-from autosteer.export.kv_scales import HEADROOM, KVScales, RoundedCaches, Watching
+from autosteer.export.graphs import kv_scales
+from autosteer.export.graphs.decoder import decoder_facts
+from autosteer.export.graphs.kv_scales import HEADROOM, KVScales, RoundedCaches, Watching
+from autosteer.export.graphs.quantize import recipe
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.quantize import recipe
-from autosteer.export.unpack import packed_kv_scales
+from autosteer.export.validation import validate
+from autosteer.export.validation.dequantize import packed_kv_scales
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
 from autosteer.runtime.errors import CheckError, InputError
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.request import Stats
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 16, 64
 CPU = "CPUExecutionProvider"
@@ -50,7 +51,7 @@ def some_scales() -> KVScales:
 
 
 def attention_session() -> ort.InferenceSession:
-    """GroupQueryAttention as export/decoder.py writes it, alone."""
+    """GroupQueryAttention as export/graphs/decoder.py writes it, alone."""
     scales, (cos, sin) = some_scales(), tables()
     arrays = {"cos": cos, "sin": sin, "key_scales": scales.keys, "value_scales": scales.values}
     node = helper.make_node(
@@ -293,7 +294,7 @@ def test_validation_catches_graphs_that_compute_something_else(tmp_path: Path) -
     for node in nodes:
         node.attribute.append(helper.make_attribute("local_window_size", 4))
     onnx.save(model, path)
-    checks, _ = validate.validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None)
+    checks = validate.validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     failed = {check.name for check in checks if not check.passed}
     assert failed == {"hidden state, error to rounded", "logits, KL to rounded", "attention, each by itself"}
 

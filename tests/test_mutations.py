@@ -17,11 +17,11 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
-from autosteer.export import on_demand, validate
-from autosteer.export.checkpoint import Checkpoint
-from autosteer.export.decoder import decoder_facts
+from autosteer.export.checkpoint.open import Checkpoint, on_demand
+from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.validate import divergence
+from autosteer.export.validation import validate
+from autosteer.export.validation.validate import divergence
 
 KINDS = {
     "fp32": ExportOptions("fp32"),
@@ -183,7 +183,7 @@ def test_a_mistake_in_our_reading_of_a_checkpoint_is_not_in_the_reference_too(
 def test_such_a_mistake_fails_the_export_though_package_and_reference_agree(tmp_path: Path) -> None:
     checkpoint = renamed((r"mlp\.gate_proj", "mlp.x"), (r"mlp\.up_proj", "mlp.gate_proj"), (r"mlp\.x", "mlp.up_proj"))
     manifest = write_package(tmp_path, checkpoint, None, ExportOptions(), lambda _: None)
-    checks, _ = validate.validate_package(tmp_path, manifest, checkpoint, None, lambda _: None)
+    checks = validate.validate_package(tmp_path, manifest, checkpoint, None, lambda _: None).checks
     assert [check.name for check in checks if not check.passed] == ["tensors that Hugging Face reads otherwise"]
 
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
-from autosteer.export.checkpoint import load_reference
-from autosteer.export.reference import ANSWER_TOKENS, Case, Original, Reference
-from autosteer.export.safety.artifact import SafetyArtifact
-from autosteer.export.validate import VERDICT_BAND
+from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Original, Reference
+from autosteer.export.validation.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
+from autosteer.runtime.evaluation.datasets import DataFile, Row, first_of_each_group, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.readers import DataFile, Row, first_of_each_group, read_rows
-from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 

@@ -14,9 +14,9 @@ from conftest import load
 from exported import PREFILL, demo_checkpoint, demo_engine, demo_package
 
 from autosteer.export.cli import export
+from autosteer.export.graphs.quantize import PerChannel, recipe
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.quantize import PerChannel, recipe
-from autosteer.export.validate import ROUNDED_LIMITS, validate_package
+from autosteer.export.validation.validate import ROUNDED_LIMITS, validate_package
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, Stats
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Subgraph
@@ -101,7 +101,7 @@ def test_nan_in_any_row_is_unsafe_though_eight_bits_make_a_number_of_it(kind, ro
 def test_int8_caches_go_with_it(tmp_path):
     options = ExportOptions("int4", kv_cache="int8", prefill="int8")
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
-    checks, _ = validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None)
+    checks = validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     assert [check.name for check in checks if not check.passed] == []
     assert {"int8 caches, relative error", "int8 caches, relative error (answers)"} <= {c.name for c in checks}
     engine = load(tmp_path)
@@ -136,7 +136,7 @@ def test_validation_catches_either_copy_computing_something_else(half, suffix, t
         if node.op_type == "GroupQueryAttention":
             node.attribute.append(onnx.helper.make_attribute("local_window_size", 4))
     onnx.save(model, tmp_path / f"{half}.onnx")
-    checks, _ = validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None)
+    checks = validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     failed = {check.name for check in checks if not check.passed}
     assert f"attention, each by itself{suffix}" in failed
     assert failed <= {f"attention, each by itself{suffix}", f"logits, KL to rounded{suffix}"}

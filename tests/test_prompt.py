@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from autosteer.export.checkpoint import DEMO, TextProcessor, load_processor, open_checkpoint
-from autosteer.export.prompt import generation_length, take_apart
+from autosteer.export.checkpoint.chat_template import generation_length, take_apart
+from autosteer.export.checkpoint.open import DEMO, TextProcessor, load_processor, open_checkpoint
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import Piece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
@@ -99,3 +99,67 @@ def test_the_generation_prompts_length_is_the_difference_of_the_two_renderings(t
     spec = take_apart(processor, (2,), tmp_path)
     opening = processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
     assert generation_length(spec, tmp_path) == len(opening)
+
+
+LLAMA_2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>[INST] ' + m['content'].strip() + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' <|im_end|>' }}"
+    "{% else %}{{ raise_exception('roles') }}{% endif %}{% endfor %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}"
+    "{% else %}{{ raise_exception('roles') }}{% endif %}{% endfor %}"
+)
+DATED = (
+    "{% if date_string is not defined %}{% if strftime_now is defined and DAY %}{% set date_string = "
+    "strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "<|im_start|>system\nToday Date: {{ date_string }}<|im_end|>{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETTING = (
+    "{% for m in messages %}{% set content = m['content'] %}{% if '</think>' in content and not loop.last %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}<|im_start|>{{ m['role'] }}\n{{ content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "strips"), [(LLAMA_2, True), (MISTRAL, False)])
+def test_spaces_that_a_template_writes_around_a_text_do_not_tell_whether_it_strips(
+    template: str, strips: bool, tmp_path: Path
+) -> None:
+    """`[INST] {{ content.strip() }} [/INST]` was taken for one that leaves texts alone, and then refused."""
+    assert take_apart(string_processor(template, tmp_path), (2,), tmp_path).strip_text == strips
+
+
+def test_a_template_that_strips_answers_and_not_requests_is_refused(tmp_path: Path) -> None:
+    template = LLAMA_2.replace("[INST] ' + m['content'].strip()", "[INST] ' + m['content']")
+    with pytest.raises(UnsupportedModelError, match="around the assistant's texts and not around the user's"):
+        take_apart(string_processor(template, tmp_path), (2,), tmp_path)
+
+
+def test_a_template_that_strips_only_some_white_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="changes white space inside the user's turns"):
+        take_apart(string_processor(LLAMA_2.replace("strip()", "strip('\\n')"), tmp_path), (2,), tmp_path)
+
+
+def test_a_template_that_writes_todays_date_is_refused_and_one_with_a_fixed_date_is_not(tmp_path: Path) -> None:
+    """It passed the check, made on the day it was exported, and differed from the next day on."""
+    with pytest.raises(UnsupportedModelError, match="writes today's date"):
+        take_apart(string_processor(DATED.replace("DAY", "true"), tmp_path), (2,), tmp_path)
+    spec = take_apart(string_processor(DATED.replace("DAY", "false"), tmp_path), (2,), tmp_path)
+    assert any("26 Jul 2024" in piece.text for piece in spec.begin)
+
+
+def test_a_template_that_leaves_out_what_earlier_answers_thought_is_refused(tmp_path: Path) -> None:
+    """No dialogue of the check had a thought in it."""
+    with pytest.raises(UnsupportedModelError, match=r"what earlier answers thought \(<think>...</think>\)"):
+        take_apart(string_processor(FORGETTING, tmp_path), (2,), tmp_path)
+
+
+def string_processor(template: str, folder: Path) -> TextProcessor:
+    """As a checkpoint without images has it: each turn's content is one string."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.chat_template = template
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    return TextProcessor(tokenizer)

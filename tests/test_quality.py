@@ -9,7 +9,7 @@ from quality import Sample, Score, answers, original_log_probs, package_log_prob
 from smollm2 import shuffle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint import DEMO, load_reference
+from autosteer.export.checkpoint.open import DEMO, load_reference
 from autosteer.runtime.engine import Engine
 
 

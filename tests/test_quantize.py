@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from tiny_weights import Weights
 
-from autosteer.export import quantize
-from autosteer.export.quantize import Blocks, Packed, dequantise, quantise, recipe
-from autosteer.export.weights import WeightStore
+from autosteer.export.graphs import quantize
+from autosteer.export.graphs.quantize import Blocks, Packed, dequantise, flat_nibbles, quantise, recipe
+from autosteer.export.graphs.weights import WeightStore
 from autosteer.runtime.errors import InputError
 
 OPSETS = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -185,13 +185,17 @@ def test_tied_embedding_and_head_read_the_same_bytes_alike(blocks: Blocks, d: in
     v = 48
     packed = quantise(weights(v, d) + 0.3, blocks)
     names = ["table", "ids", "scales"]
-    tensors = [
-        initialiser("table", TensorProto.UINT8, packed.codes.reshape(v, -1)),
-        initialiser("scales", TensorProto.FLOAT, packed.scales),
-    ]
+    scales = initialiser("scales", TensorProto.FLOAT, packed.scales)
+    tensors = [initialiser("table", TensorProto.UINT8, packed.codes.reshape(v, -1)), scales]
     if packed.zero_points is not None:
         names.append("zero_points")
-        tensors.append(initialiser("zero_points", TensorProto.UINT8, packed.zero_points))
+        flat = flat_nibbles(packed.zero_points.numpy(), d // blocks.size)
+        table, zero_points = packed.codes.numpy().tobytes(), flat.tobytes()
+        tensors = [
+            helper.make_tensor("table", TensorProto.UINT4, (v, d), table, raw=True),
+            helper.make_tensor("zero_points", TensorProto.UINT4, (v, d // blocks.size), zero_points, raw=True),
+            scales,
+        ]
     attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": blocks.size}
     graph = helper.make_graph(
         [helper.make_node("GatherBlockQuantized", names, ["rows"], domain="com.microsoft", **attributes)],

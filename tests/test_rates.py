@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosteer.runtime.grading import Gold, chosen_letter, is_correct
-from autosteer.runtime.rates import mcnemar, rate
+from autosteer.runtime.evaluation.grading import Gold, chosen_letter, is_correct
+from autosteer.runtime.evaluation.statistics import mcnemar, rate
 
 COUNTS = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 

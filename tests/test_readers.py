@@ -8,9 +8,16 @@ import pytest
 from PIL import Image
 
 from autosteer.runtime import InputError, Message
-from autosteer.runtime.eval_cli import FORMATS
-from autosteer.runtime.grading import Gold
-from autosteer.runtime.readers import READERS, DataFile, drop_known, first_of_each_group, prompts_of, read_rows
+from autosteer.runtime.evaluation.cli import FORMATS
+from autosteer.runtime.evaluation.datasets import (
+    READERS,
+    DataFile,
+    drop_known,
+    first_of_each_group,
+    prompts_of,
+    read_rows,
+)
+from autosteer.runtime.evaluation.grading import Gold
 from autosteer.runtime.text import ImagePart
 
 

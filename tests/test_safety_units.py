@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from autosteer.export.safety import calibrate, fit, measure, prober, refusal_head, sas
-from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data, read_external
+from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
 
 

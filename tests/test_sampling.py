@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autosteer.runtime import InputError, PackageError, SamplingConfig
+from autosteer.runtime import InputError, SamplingConfig
 from autosteer.runtime.sampling import make_sampler, penalise, probabilities
 
 NAN, INF = math.nan, math.inf
@@ -24,14 +24,6 @@ def logits(*values: float) -> np.ndarray:
 def of(p: tuple[float, ...]) -> np.ndarray:
     """Logits whose softmax is `p`."""
     return np.log(np.array(p)).astype(np.float32)
-
-
-def test_greedy_takes_the_largest():
-    assert make_sampler(SamplingConfig())(logits(1, 3, 2), []) == 1
-
-
-def test_greedy_takes_the_first_of_equals():
-    assert make_sampler(SamplingConfig())(logits(1, 3, 3), []) == 1
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
@@ -127,40 +119,23 @@ def test_samplers_do_not_share_their_random_numbers():
     assert all(a == b for a, b in together)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("values", [(1, NAN, 2), (INF, 0, 0), (NAN,), (-INF, -INF)])
-def test_logits_that_are_not_finite_are_an_error(values, temperature):
-    """NaN came out as its own position, token 0 for a model gone NaN, and as a traceback where temperature > 0."""
-    with pytest.raises(PackageError, match="not finite"):
-        make_sampler(SamplingConfig(temperature=temperature))(logits(*values), [])
-
-
-def test_masked_tokens_may_be_minus_infinity():
-    for temperature in (0.0, 1.0):
-        assert make_sampler(SamplingConfig(temperature=temperature))(logits(-INF, 2, -INF), []) == 1
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("max_tokens", v) for v in (0, -1, NAN, 2.5)),
-        *(("temperature", v) for v in (-0.1, NAN, INF)),
-        *(("top_k", v) for v in (-1, 2.5, NAN)),
-        *(("top_p", v) for v in (0.0, -0.5, 1.0001, NAN, INF)),
-        *(("repetition_penalty", v) for v in (0.0, -1.0, NAN, INF)),
-        *(("seed", v) for v in (-1, 0.5)),
-        *(("stop", v) for v in (("",), ("a", ""), "abc")),  # "abc" would stop at any of its letters
+        *(("max_tokens", v) for v in (NAN, 2.5)),
+        *(("temperature", v) for v in (NAN, INF)),
+        *(("top_k", v) for v in (2.5, NAN)),
+        *(("top_p", v) for v in (NAN, INF)),
+        *(("repetition_penalty", v) for v in (NAN, INF)),
+        *(("seed", v) for v in (0.5,)),
+        *(("stop", v) for v in ("abc",)),  # would stop at any of its letters
     ],
 )
-def test_wish_out_of_range_is_refused_by_name(name, value):
+def test_wish_of_a_kind_that_json_lacks_is_refused_by_name(name, value):
+    """The others are in tests/conformance/sampling.json."""
     with pytest.raises(InputError, match=f"^{name} = "):
         SamplingConfig(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("max_tokens", 1), ("temperature", 0.0), ("top_p", 1.0), ("seed", 2**70), ("stop", ("a",))]
-)
-def test_wish_at_the_edge_of_its_range_is_taken(name, value):
-    config = SamplingConfig(**{name: value})
-    assert getattr(config, name) == value
-    assert make_sampler(config)(logits(0, 1), []) == 1
+def test_seed_beyond_64_bits_is_taken():
+    assert make_sampler(SamplingConfig(seed=2**70, temperature=1.0))(logits(0, 99), []) == 1

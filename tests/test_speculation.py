@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Engine, Message, SamplingConfig
+from autosteer.runtime.drafting import MOST, TRUST, Drafter
 from autosteer.runtime.engine import Answer
-from autosteer.runtime.speculate import MOST, TRUST, Drafter
 
 WORDS = st.lists(st.sampled_from(toy.CONTENT.split()[:12]), min_size=1, max_size=12)
 

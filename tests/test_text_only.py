@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from autosteer.export.checkpoint import DEMO, open_checkpoint
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
-from autosteer.export.reference import ANSWER_TOKENS
-from autosteer.export.unpack import PackedWeights
+from autosteer.export.validation.dequantize import PackedWeights
+from autosteer.export.validation.reference import ANSWER_TOKENS
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest

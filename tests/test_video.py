@@ -14,17 +14,17 @@ from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from autosteer.export import cases as subject
-from autosteer.export.cases import draw
-from autosteer.export.checkpoint import load_reference
-from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
-from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation import prompts as subject
+from autosteer.export.validation.prompts import draw
+from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
-from autosteer.runtime.encode import TILES_PER_RUN
 from autosteer.runtime.gate import Action, Mode
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import normalise, open_image
 from autosteer.runtime.manifest import VideoSpec
-from autosteer.runtime.request import Stats
+from autosteer.runtime.prompt_encoder import TILES_PER_RUN
 from autosteer.runtime.text import ImagePart, VideoPart
 from autosteer.runtime.video import FRAMES, pool, spaced, squeeze, tiles
 

@@ -9,10 +9,10 @@ import torch
 from exported import demo_package
 from tiny_weights import Weights, random_weights
 
-from autosteer.export.graph import GraphWriter
-from autosteer.export.quantize import Blocks, PerChannel, recipe
-from autosteer.export.unpack import _mat_mul_integer
-from autosteer.export.weights import WeightStore
+from autosteer.export.graphs.quantize import Blocks, PerChannel, recipe
+from autosteer.export.graphs.weights import WeightStore
+from autosteer.export.graphs.writer import GraphWriter
+from autosteer.export.validation.dequantize import _mat_mul_integer
 
 K, N = 96, 40
 X = np.random.default_rng(0).standard_normal((1, 9, K), dtype=np.float32)

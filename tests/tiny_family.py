@@ -13,18 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export.cases import draw
-from autosteer.export.checkpoint import load_reference, open_checkpoint
+from autosteer.export.checkpoint.open import load_reference, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.reference import ANSWER_TOKENS, Case, Reference
-from autosteer.export.safety import original, states
-from autosteer.export.safety.artifact import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.safety import model as original
+from autosteer.export.safety import states
 from autosteer.export.safety.pairs import Prompt
+from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.validation.prompts import draw
+from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Check, Manifest
-from autosteer.runtime.request import Stats
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import ImagePart, Message
 

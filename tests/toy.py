@@ -28,6 +28,7 @@ from autosteer.runtime.manifest import (
     AnyresSpec,
     DataFile,
     Dims,
+    GateProof,
     GraphSpec,
     ImageSpec,
     KVCacheSpec,
@@ -37,7 +38,9 @@ from autosteer.runtime.manifest import (
     PromptSpec,
     RefusalSpec,
     Source,
+    SteeredState,
     TensorSpec,
+    Tolerance,
     TurnSpec,
     VideoSpec,
     sha256,
@@ -120,15 +123,16 @@ def build(
     if images:
         graphs["vision_encoder"] = _vision_encoder(folder)
     _tokenizer().save(str(folder / "tokenizer.json"))
+    proof = _proof(folder, p_unsafe or {}, attentive) if guarded else None
     manifest = Manifest(
-        format_version=1,
+        format_version=2,
         source=Source("toy", None, "toy", None),
         precision="fp32",
         guarded=guarded,
         split_layer=1,
         dims=Dims(D, 2, shape.kv_heads, shape.head_dim, V, context_length),
         graphs=graphs,
-        files=(data_file(folder, "tokenizer.json"),),
+        files=(data_file(folder, "tokenizer.json"), *([data_file(folder, proof.file)] if proof else [])),
         kv_cache=KVCacheSpec("float32", "BNSH"),
         prompt=PROMPT if videos else replace(PROMPT, user=replace(PROMPT.user, video=())),
         image=IMAGE if images else None,
@@ -138,11 +142,27 @@ def build(
         else None,
         refusal=RefusalSpec(STRENGTH, REFUSAL_TEXT) if guarded else None,
         golden=(),
+        tolerance=Tolerance(1e-3, 0),
+        proof=proof,
         validation={},
         versions={"onnx": onnx.__version__},
+        onnxruntime="1.22",
     )
     manifest.save(folder)
     return manifest
+
+
+def _proof(folder: Path, changes: dict[str, float], attentive: bool) -> GateProof:
+    """A safe word and an unsafe one for the prober; for the Refusal Head a word as the last hidden state."""
+    scores = {word: {**P_UNSAFE, **changes}.get(word, P_SAFE) for word in ("hello", "bad")}
+    last = unit("red")
+    bent = last + np.float32(STRENGTH) * last @ bend()
+    weight = lm_head_weight(attentive)
+    plain, steered = last @ weight, bent @ weight
+    shift = float(np.sqrt(np.mean((steered - plain) ** 2)))
+    state = SteeredState(int(plain.argmax()), int(steered.argmax()), shift)
+    np.stack([*map(unit, scores), last, bent]).astype("<f4").tofile(folder / "proof.f32")
+    return GateProof("proof.f32", tuple(scores.values()), (state,))
 
 
 def data_file(folder: Path, name: str) -> DataFile:
@@ -269,19 +289,24 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
     )
 
 
-def _lm_head(folder: Path, attentive: bool) -> GraphSpec:
+def lm_head_weight(attentive: bool) -> np.ndarray:
+    """(D, V)"""
+    if attentive:
+        return np.random.default_rng(7).normal(size=(D, V)).astype(np.float32)
     weight = np.zeros((D, V), np.float32)
     for word, following in NEXT.items():
         weight[ID[word], ID[following]] = 1
-    if attentive:
-        weight = np.random.default_rng(7).normal(size=(D, V)).astype(np.float32)
+    return weight
+
+
+def _lm_head(folder: Path, attentive: bool) -> GraphSpec:
     return _save(
         folder,
         "lm_head",
         [("last_hidden_state", F32, (1, "num_logits", D))],
         [("logits", F32, (1, "num_logits", V))],
         [helper.make_node("MatMul", ["last_hidden_state", "weight"], ["logits"])],
-        {"weight": weight},
+        {"weight": lm_head_weight(attentive)},
     )
 
 
@@ -308,9 +333,6 @@ def _prober(folder: Path, changes: dict[str, float]) -> GraphSpec:
 
 def _refusal_head(folder: Path) -> GraphSpec:
     """h + strength * h W^T"""
-    bend = np.zeros((D, D), np.float32)
-    bend[:] = BEND * unit("please")
-    bend[[ID["sorry"], ID["refuse"]]] = 0
     return _save(
         folder,
         "refusal_head",
@@ -321,8 +343,16 @@ def _refusal_head(folder: Path) -> GraphSpec:
             helper.make_node("Mul", ["bent", "strength"], ["scaled"]),
             helper.make_node("Add", ["last_hidden_state", "scaled"], ["steered_hidden_state"]),
         ],
-        {"bend": bend},
+        {"bend": bend()},
     )
+
+
+def bend() -> np.ndarray:
+    """W^T (D, D): every word bends towards "please", but for the refusal's own."""
+    matrix = np.zeros((D, D), np.float32)
+    matrix[:] = BEND * unit("please")
+    matrix[[ID["sorry"], ID["refuse"]]] = 0
+    return matrix
 
 
 def _vision_encoder(folder: Path) -> GraphSpec:

@@ -27,7 +27,7 @@ import onnxruntime as ort
 from autosteer.runtime import subgraph
 from autosteer.runtime.console import dumps, table
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.request import Stats
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import Message
 

@@ -1,4 +1,4 @@
-"""The README's table of the demo model's gate, from what autosteer-eval wrote.
+"""docs/safety-results.md's table of the demo model's gate, from what autosteer-eval wrote.
 
     python tools/make_demo_data.py --output build/demo-test --seed 3
     autosteer-eval build/demo --data build/demo-test/test.jsonl --output build/demo-eval.jsonl

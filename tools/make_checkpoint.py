@@ -105,7 +105,7 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 def write_safety(folder: Path, d: int, split_layer: int, seed: int) -> None:
     """A gate for hidden states of width `d` whose scores mean nothing."""
-    from autosteer.export.safety.artifact import FORMAT_VERSION, SafetyArtifact, SafetyFacts
+    from autosteer.export.safety_folder import FORMAT_VERSION, SafetyArtifact, SafetyFacts
 
     generator = torch.Generator().manual_seed(seed)
     facts = SafetyFacts(FORMAT_VERSION, folder.name, split_layer, -1, 0.5, 0.1, REFUSAL, (), {}, {})

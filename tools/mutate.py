@@ -29,13 +29,13 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from autosteer.export import validate
-from autosteer.export.audit import Held, audit
-from autosteer.export.checkpoint import Checkpoint, open_checkpoint
+from autosteer.export.checkpoint.on_demand import open_skeleton
+from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.export.cli import find_safety, quiet_transformers
-from autosteer.export.on_demand import open_skeleton
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.safety.artifact import SafetyArtifact
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation import validate
+from autosteer.export.validation.audit import Held, audit
 from autosteer.runtime.manifest import CacheType, Check, Manifest, Precision
 
 Array = npt.NDArray[Any]
@@ -171,7 +171,7 @@ class Package:
         try:
             checks: Sequence[Check] = [] if behaviour_only else self._stored(damage)
             if all(check.passed for check in checks):
-                checks, _ = validate.behaviour_checks(*arguments, lambda _: None)
+                checks = validate.behaviour_checks(*arguments, lambda _: None).checks
         except Exception as err:  # an export that ends so has written nothing
             return [type(err).__name__]
         return [check.name for check in checks if not check.passed]

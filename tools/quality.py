@@ -35,12 +35,12 @@ import torch
 from PIL import Image
 from torch.nn.functional import log_softmax
 
-from autosteer.export.checkpoint import Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.open import Checkpoint, load_reference, open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.request import Prompt, Stats
+from autosteer.runtime.generation import Prompt, Stats
 from autosteer.runtime.text import Message
 
 PASSAGE = 512  # tokens

@@ -19,8 +19,8 @@ import numpy as np
 
 from autosteer.runtime import Engine
 from autosteer.runtime.console import run_command
-from autosteer.runtime.readers import DataFile, Row, first_of_each_group, read_rows
-from autosteer.runtime.request import Stats
+from autosteer.runtime.evaluation.datasets import DataFile, Row, first_of_each_group, read_rows
+from autosteer.runtime.generation import Stats
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from autosteer.export.checkpoint import open_checkpoint
+from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.unpack import worse
-from autosteer.export.validate import validate_package
+from autosteer.export.validation.dequantize import worse
+from autosteer.export.validation.validate import validate_package
 
 EXPORTS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
@@ -53,7 +53,7 @@ def measure(model: str, options: dict[str, Any]) -> tuple[dict[str, float], list
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_package(Path(folder), checkpoint, None, ExportOptions(**options), lambda _: None)
-        checks, _ = validate_package(Path(folder), manifest, checkpoint, None, lambda _: None)
+        checks = validate_package(Path(folder), manifest, checkpoint, None, lambda _: None).checks
     values: dict[str, float] = {}
     for column, line in COLUMNS.items():
         for check in checks:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from autosteer.export.footprint import kv_bytes_per_token
-from autosteer.export.kv_scales import cache_name
+from autosteer.export.graphs.kv_scales import cache_name
 
 from .batches import encode, sweeps, waiting_bytes
-from .original import Encoded, Reference, behind
+from .model import Encoded, Reference, behind
 from .pairs import Prompt
 from .states import Advance
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from autosteer.export.safety_folder import FORMAT_VERSION, UNTRAINED, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
 
-from .artifact import FORMAT_VERSION, UNTRAINED, SafetyArtifact, SafetyFacts
 from .prober import HIDDEN, UNSAFE
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from autosteer.export.convoy import grouped
-from autosteer.export.prompt import Renderer
+from autosteer.export.checkpoint.chat_template import Renderer
+from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 
-from .original import Encoded, Reference
+from .model import Encoded, Reference
 from .pairs import Prompt
 
 T = TypeVar("T")

@@ -1,8 +1,8 @@
-"""autosteer-fit: checkpoint + safe/unsafe pairs -> safety/, the folder that autosteer-export reads (artifact.py).
+"""autosteer-fit: checkpoint + safe/unsafe pairs -> safety/, the folder that autosteer-export reads (safety_folder.py).
 
     read and check the prompts      pairs.py
     fit                             fit.py        hidden states are kept beside --output until it is written
-    write safety/, all or nothing   artifact.py, report.py
+    write safety/, all or nothing   safety_folder.py, report.py
 
 Progress, the table of layers, warnings and errors go to stderr; the summary, or with --json one object, to stdout.
 """
@@ -88,6 +88,12 @@ DEFAULT_THRESHOLD = 0.5
     help="The paper's epsilon.  [default: train with 0.1, use what refuses best]",
 )
 @click.option("--refusal-text", default=DEFAULT_REFUSAL, show_default=True, help="What the Refusal Head learns to say.")
+@click.option(
+    "--publish-proof",
+    is_flag=True,
+    help="Every package carries a few held-out prompts, to show elsewhere what the gate catches. With this flag their "
+    "words and pictures; otherwise the tokens of texts only.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="For the model."
@@ -113,6 +119,7 @@ def fit_command(
     target_fpr: float | None,
     strength: float | None,
     refusal_text: str,
+    publish_proof: bool,
     seed: int,
     device: str,
     force: bool,
@@ -158,12 +165,15 @@ def fit_command(
         refusal_text=refusal_text,
         seed=seed,
         device=device_,
+        publish_proof=publish_proof,
     )
     cache = features or output.absolute().parent / f".{output.name}.features"
     try:
         with atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
             fitted = fit(data, external, options, features=cache, console=console)
             fitted.artifact.save(folder)
+            for name, picture in fitted.proof_images.items():
+                shutil.copyfile(picture, folder / name)
             write_report(folder, fitted)
     except BaseException:  # SIGTERM is a SystemExit
         if any(cache.glob("*.keys")):
@@ -201,7 +211,7 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
 
 def main() -> None:
     """Entry point of autosteer-fit."""
-    run_command(fit_command)
+    run_command(fit_command, extra="export")
 
 
 if __name__ == "__main__":

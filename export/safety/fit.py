@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
 from .answers import steered_answers
-from .artifact import FORMAT_VERSION, LayerScore, SafetyArtifact, SafetyFacts
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .original import Reference, open_reference
+from .model import Reference, open_reference
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
+from .proof import choose_proof
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
 from .sas import SasSum
 from .states import (
@@ -76,6 +77,7 @@ class FitOptions:
     refusal_text: str
     seed: int
     device: Literal["cpu", "cuda"]
+    publish_proof: bool = False  # keep the words and pictures of the proof's prompts
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Fitted:
     """What came out: the gate, and what there is to say about it."""
 
     artifact: SafetyArtifact
+    proof_images: dict[str, Path]  # pictures of the proof's prompts, by their names in the safety folder
     evidence: Evidence
     strengths: tuple[StrengthScore, ...]
 
@@ -91,7 +94,7 @@ def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
     """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
-    from autosteer.export.checkpoint import open_checkpoint
+    from autosteer.export.checkpoint.open import open_checkpoint
     from autosteer.export.cli import quiet_transformers
 
     quiet_transformers()
@@ -123,6 +126,9 @@ def fit(
         table_ = _table(prompts, external, split)
         pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
         gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
+        heldout = [prompts[row] for row in split.heldout]
+        judged = p_unsafe(gate.prober, pooled[options.pooling][split.heldout])
+        proof, proof_images = choose_proof(reference, heldout, judged, gate.threshold, published=options.publish_proof)
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
             evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, reference, answer) as store:
@@ -130,7 +136,7 @@ def fit(
             reference, prompts, split, answer, store, options, console
         )
     calibration = gate.facts | evidence.facts()
-    _warn(console, layer, calibration, refusal_facts)
+    _warn(console, layer, calibration, refusal_facts, proof)
 
     facts = SafetyFacts(
         format_version=FORMAT_VERSION,
@@ -154,10 +160,11 @@ def fit(
         },
         selected_by="user" if options.layer else options.select,
         pooling=options.pooling,
+        proof=proof,
     )
     artifact = SafetyArtifact(facts, gate.prober, head)
     artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
-    return Fitted(artifact, evidence, strengths)
+    return Fitted(artifact, proof_images, evidence, strengths)
 
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
@@ -339,7 +346,13 @@ def _layer_table(scores: list[LayerScore], chosen: int) -> str:
     return f"\n{table(header, rows)}\nSAS on all pairs; prober: balanced accuracy on the validation part.\n"
 
 
-def _warn(console: Console, layer: int, calibration: dict[str, float], refusal: dict[str, float]) -> None:
+def _warn(
+    console: Console,
+    layer: int,
+    calibration: dict[str, float],
+    refusal: dict[str, float],
+    proof: Sequence[ProofPrompt],
+) -> None:
     """Say where the gate came out too weak to rely on."""
     warnings = []
     if calibration["heldout_accuracy"] < PROBER_IS_POOR:
@@ -351,6 +364,11 @@ def _warn(console: Console, layer: int, calibration: dict[str, float], refusal: 
         warnings.append(
             f"the Refusal Head completes only {refusal['refusal_whole']:.1%} of refusals; try a higher --strength, "
             "or a --refusal-text in words the model itself would use"
+        )
+    if {prompt.unsafe for prompt in proof} != {True, False}:
+        warnings.append(
+            "packages of this gate cannot show what it catches and what it lets pass: of unsafe prompts, or of benign "
+            "ones, no held-out one is judged rightly and can be kept (those with pictures only by --publish-proof)"
         )
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)

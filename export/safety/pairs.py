@@ -2,7 +2,7 @@
 
     --pairs, ours       {"unsafe": text, "safe": text, "image": path | null, "safe_image": path, "channel": name}
     --pairs, VLSafe     {"orig_query": unsafe text, "safe_query": safe text, "image_id": path}
-    --benign, --unsafe  what autosteer-eval reads (runtime/readers.py), one turn a row
+    --benign, --unsafe  what autosteer-eval reads (runtime/evaluation/datasets.py), one turn a row
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
 file and under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.evaluation.datasets import DataFile, read_lines, read_rows
 from autosteer.runtime.image import open_image
-from autosteer.runtime.readers import DataFile, read_lines, read_rows
 
 from . import builtin
 

@@ -3,7 +3,7 @@
 The paper's training applies cross-entropy to softmax outputs, which drives every score to 0 or 1. This one trains on
 raw logits and stops early, so that there is something left to calibrate (calibrate.py). And it is the mean of MEMBERS
 small probers, which share the 64 hidden units and so are one prober of the paper's shape: on prompts of another kind
-one alone is as good as its seed's luck (CONTRIBUTING.md).
+one alone is as good as its seed's luck (docs/design-notes.md).
 
 The prompts are split three ways, by query text, so that no wording is on two sides:
 

@@ -41,7 +41,7 @@ class StrengthScore:
     strength: float
     exact: float  # share of answers that begin with the refusal, word for word
     first_token: float  # share whose first token is the refusal's
-    refused: float  # share that are refusals in any words (runtime/judge.py's rules)
+    refused: float  # share that are refusals in any words (runtime/evaluation/refusals.py's rules)
     log_prob: float  # mean per token under the unsteered model: fluency
     repetition: float  # share of three-token runs that occurred before in the same answer
     example: str
@@ -51,7 +51,7 @@ def score_strength(
     strength: float, answers: Sequence[SteeredAnswer], refusal: list[int], decode: Callable[[Sequence[int]], str]
 ) -> StrengthScore:
     """Rates over `answers`; `refusal` are its token ids, the end-of-turn token last."""
-    from autosteer.runtime.judge import is_refusal
+    from autosteer.runtime.evaluation.refusals import is_refusal
 
     wanted, texts = decode(refusal[:-1]).strip(), [decode(answer.ids) for answer in answers]
     runs = [list(zip(a.ids, a.ids[1:], a.ids[2:], strict=False)) for a in answers]

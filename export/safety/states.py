@@ -20,12 +20,12 @@ import torch
 from autosteer.runtime.errors import PackageError
 
 from .batches import Batch, about_tokens, batches, sweeps, waiting_bytes
-from .original import Reference, forward
+from .model import Reference, forward
 from .pairs import Prompt
 from .store import FeatureStore, States, digest, file_digest
 
 if TYPE_CHECKING:
-    from autosteer.export.checkpoint import Checkpoint
+    from autosteer.export.checkpoint.open import Checkpoint
 
 TOKEN_OFFSET = -1
 POSITIONS = ("last", "mean")

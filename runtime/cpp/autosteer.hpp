@@ -11,12 +11,13 @@
 //     errors.hpp    what is thrown                   text.hpp      dialogue -> token ids -> text
 //     manifest.hpp  autosteer.json                   tokenizer.hpp tokenizer.json
 //     gate.hpp      the safety rule                  image.hpp     picture -> pixel_values; features -> rows
-//                                                    video.hpp     the same of a video's frames
+//     unicode.hpp   what is a character              video.hpp     the same of a video's frames
 //     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
 //     request.hpp   one answer's buffers             speculate.hpp what is drafted
 //     conversation.hpp  what turns share             digest.hpp    SHA-256
 //     engine.hpp    the loop                         sampling.hpp  logits -> token
-//                                                    pages.hpp     where weights lie
+//     self_test.hpp does the gate work here?         pages.hpp     where weights lie
+//     check.hpp     the golden prompts again (not included here)
 //
 // Other languages: autosteer.h (C functions), built as libautosteer.
 #pragma once

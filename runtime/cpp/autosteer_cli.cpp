@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "autosteer.hpp"
+#include "check.hpp"
 #include "json.hpp"
 
 namespace {
@@ -52,6 +53,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --low-memory                 Load the image graph for each picture only, and drop it again.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: all cores.
+  --check                      Answer no prompt: does PACKAGE answer here as it did where it was exported?
   --json                       One JSON object on stdout.
   -h, --help                   Show this and exit.
 )";
@@ -70,7 +72,7 @@ struct Arguments {
   std::optional<double> threshold, strength;
   autosteer::SamplingConfig sampling;
   autosteer::EngineOptions engine;
-  bool json = false, help = false;
+  bool json = false, check = false, help = false;
 };
 
 double as_float(const std::string& option, const std::string& text) {
@@ -153,6 +155,8 @@ Arguments parse(const std::vector<std::string>& words) {
       only_positional = true;
     } else if (word == "--json") {
       arguments.json = true;
+    } else if (word == "--check") {
+      arguments.check = true;
     } else if (word == "--low-memory") {
       arguments.engine.low_memory = true;
     } else if (word == "--speculation" || word == "--no-speculation") {
@@ -322,8 +326,39 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
   std::cerr << "\n";
 }
 
+/// autosteer-check: the golden prompts again. Throws with exit code 6 where something is not as it was.
+void check(const Arguments& arguments) {
+  const autosteer::Engine engine(*arguments.package, arguments.engine);
+  const std::vector<autosteer::Check> checks = autosteer::check_package(engine, *arguments.package);
+  std::string failed;
+  autosteer::OrderedJson lines = autosteer::OrderedJson::array();
+  for (const autosteer::Check& line : checks) {
+    if (!line.passed) failed += (failed.empty() ? "" : ", ") + line.name;
+    lines.push_back({{"name", line.name},
+                     {"value", line.value},
+                     {"limit", autosteer::or_null(line.limit)},
+                     {"passed", line.passed}});
+    if (arguments.json) continue;
+    const std::string limit = line.limit ? format(" (limit %g)", *line.limit) : "";
+    std::cout << format("%-6s %-46s %g", line.passed ? "ok" : "FAILED", line.name.c_str(), line.value) << limit << "\n";
+  }
+  if (arguments.json) {
+    std::cout << autosteer::OrderedJson{{"package", *arguments.package}, {"checks", lines}}.dump() << "\n";
+  }
+  if (!failed.empty()) {
+    constexpr int kCheckFailed = 6;
+    throw autosteer::Error(*arguments.package + ": " + failed +
+                               ": not as on the exporting machine; do not deploy this package here",
+                           kCheckFailed);
+  }
+}
+
 /// Returns the exit code.
 int run(const Arguments& arguments) {
+  if (arguments.check) {
+    check(arguments);
+    return std::cout ? 0 : 1;
+  }
   arguments.sampling.check();
   const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
   const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");

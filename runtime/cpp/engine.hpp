@@ -26,6 +26,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <thread>
@@ -40,6 +41,7 @@
 #include "pages.hpp"
 #include "request.hpp"
 #include "sampling.hpp"
+#include "self_test.hpp"
 #include "speculate.hpp"
 #include "subgraph.hpp"
 #include "text.hpp"
@@ -86,7 +88,8 @@ class Engine {
 
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
-  /// Throws PackageError (damaged, incomplete, other version) or ProviderError (device not available).
+  /// Throws PackageError (damaged, incomplete, other version, a gate that does not work here) or ProviderError (device
+  /// not available, onnxruntime too old).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
       : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)), folder_(folder) {
     if (manifest.image) image = at_most(*manifest.image, options.max_tiles);
@@ -104,6 +107,7 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
+    check_gate(folder, manifest, graphs_);
     pages_.place();
   }
 
@@ -134,6 +138,29 @@ class Engine {
   /// The whole answer at once; `on_chunk`, if given, sees every piece as it comes.
   Answer generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                   const std::function<void(const Chunk&)>& on_chunk = {}, Conversation* conversation = nullptr) const;
+
+  /// `generate` for a prompt of one user turn without pictures, given as the tokens of its rendering, generation prompt
+  /// included.
+  Answer generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
+                           const GatePolicy& policy) const;
+
+  /// Such a prompt, as the decoder's input rows. Throws InputError where there are no tokens.
+  Prompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
+    if (token_ids.empty()) throw InputError("the prompt is empty");
+    const Clock clock;
+    const std::vector<Message> messages = {{"user", {}}};
+    std::vector<AskedTurn> asked;
+    render(messages, manifest.prompt, tokenizer, &asked);
+    asked.at(0).through = static_cast<int64_t>(token_ids.size());  // the rendering ends where the prompt does
+    Prompt prompt{embed(token_ids), token_ids, {}, {}};
+    std::vector<int64_t> text(token_ids.size());
+    std::iota(text.begin(), text.end(), int64_t{0});
+    for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
+    prompt.probed = {probed_rows(asked.at(0), messages, text, {})};
+    stats.embed_ms = clock.ms();
+    stats.prompt_tokens = prompt.inputs_embeds.count();
+    return prompt;
+  }
 
   /// Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows.
   Prompt prepare(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr) const {
@@ -391,6 +418,7 @@ class Engine {
 
   /// The tokenizer's path, once every file of the package has been checked.
   fs::path checked(const fs::path& folder) const {
+    require_onnxruntime(manifest.onnxruntime);
     manifest.verify(folder);
     return folder / manifest.prompt.tokenizer;
   }
@@ -410,11 +438,13 @@ class Engine {
 /// An answer as it comes: `next` until it returns nothing.
 class Stream {
  public:
-  Stream(const Engine& engine, std::vector<Message> messages, const SamplingConfig& sampling, GatePolicy policy,
+  using Prepare = std::function<Prompt(Stats&)>;  ///< makes the prompt, when the first piece is asked for
+
+  Stream(const Engine& engine, Prepare prepare, const SamplingConfig& sampling, GatePolicy policy,
          Conversation* conversation)
       : engine_(engine),
         conversation_(conversation),
-        messages_(std::move(messages)),
+        prepare_(std::move(prepare)),
         policy_(std::move(policy)),
         sampling_(sampling),
         sample_(sampling),
@@ -456,7 +486,7 @@ class Stream {
 
   Chunk begin_answer() {
     const Clock clock;
-    Prompt prompt = engine_.prepare(messages_, stats_, conversation_);
+    Prompt prompt = prepare_(stats_);
     tokens_ = prompt.token_ids;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     verdict_ = request_->judge(policy_);
@@ -515,7 +545,7 @@ class Stream {
 
   const Engine& engine_;
   Conversation* conversation_;
-  std::vector<Message> messages_;
+  Prepare prepare_;
   GatePolicy policy_;
   SamplingConfig sampling_;
   Sampler sample_;
@@ -533,13 +563,17 @@ class Stream {
 
 inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                              Conversation* conversation) const {
-  return {*this, std::move(messages), sampling, policy, conversation};
+  const auto prepare = [this, messages = std::move(messages), conversation](Stats& stats) {
+    return this->prepare(messages, stats, conversation);
+  };
+  return {*this, prepare, sampling, policy, conversation};
 }
 
-inline Answer Engine::generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
-                               const std::function<void(const Chunk&)>& on_chunk, Conversation* conversation) const {
+namespace detail {
+
+/// All pieces of a stream as one answer; `on_chunk`, if given, sees every piece as it comes.
+inline Answer whole(Stream pieces, const std::function<void(const Chunk&)>& on_chunk = {}) {
   Answer answer;
-  Stream pieces = stream(std::move(messages), sampling, policy, conversation);
   while (const std::optional<Chunk> chunk = pieces.next()) {
     answer.text += chunk->text;
     if (chunk->token) answer.token_ids.push_back(*chunk->token);
@@ -549,6 +583,19 @@ inline Answer Engine::generate(std::vector<Message> messages, const SamplingConf
     if (on_chunk) on_chunk(*chunk);
   }
   return answer;
+}
+
+}  // namespace detail
+
+inline Answer Engine::generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
+                               const std::function<void(const Chunk&)>& on_chunk, Conversation* conversation) const {
+  return detail::whole(stream(std::move(messages), sampling, policy, conversation), on_chunk);
+}
+
+inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
+                                        const GatePolicy& policy) const {
+  const auto prepare = [&](Stats& stats) { return prepare_ids(token_ids, stats); };
+  return detail::whole(Stream(*this, prepare, sampling, policy, nullptr));
 }
 
 }  // namespace autosteer

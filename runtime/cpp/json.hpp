@@ -2,6 +2,7 @@
 // functions have in common. NaN becomes null, as in Python.
 #pragma once
 
+#include <exception>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <sstream>
@@ -71,14 +72,17 @@ inline OrderedJson chunk_json(const Chunk& chunk) {
 /// `decode` of a JSON text. Throws InputError for anything that does not fit.
 template <class Decode>
 auto from_json(const std::string& text, const std::string& what, const Decode& decode) {
+  Json data;
   try {
     std::istringstream source(text);
-    const Json data = decoding::parse_strictly(source);
-    return decode(decoding::Node{data, what});
+    data = decoding::parse_strictly(source);
   } catch (const Json::parse_error& err) {  // its own words quote the text's bytes
     throw InputError(what + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
-  } catch (const Json::exception& err) {
+  } catch (const std::exception& err) {
     throw InputError(what + ": not readable as JSON (" + err.what() + ")");
+  }
+  try {
+    return decode(decoding::Node{data, what});
   } catch (const PackageError& err) {
     throw InputError(err.what());
   }

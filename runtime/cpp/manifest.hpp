@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -23,13 +24,15 @@
 
 #include "digest.hpp"
 #include "errors.hpp"
+#include "unicode.hpp"
 
 namespace autosteer {
 
 using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
-constexpr int kFormatVersion = 1;
+constexpr int kFormatVersion = 2;
+constexpr double kMostPUnsafe = 0.05;  // largest Tolerance::p_unsafe: a gate that moves more is not the one measured
 constexpr const char* kManifestFile = "autosteer.json";
 /// Both or neither; see Manifest::reader.
 inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
@@ -148,9 +151,31 @@ struct Golden {
   std::string prompt;
   std::vector<std::string> images;
   std::optional<double> threshold, p_unsafe;
-  std::string action;
-  std::vector<int64_t> token_ids;
+  std::string action;              ///< pass or steer
+  std::vector<int64_t> token_ids;  ///< of the answer; where the action is steer, the unsteered answer is another one
   std::vector<std::vector<std::string>> videos;  ///< the frames of each
+  std::vector<int64_t> prompt_ids;               ///< the rendered prompt's tokens, in place of `prompt`
+};
+
+/// How far the golden prompts' results on another machine may be from those recorded.
+struct Tolerance {
+  double p_unsafe;  ///< largest difference
+  int64_t answers;  ///< golden prompts whose answer may differ
+};
+
+/// What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength.
+struct SteeredState {
+  int64_t token, steered_token;  ///< the likeliest; the likeliest after steering: another one
+  double shift;                  ///< root mean square, over the vocabulary, of what steering adds to the logits
+};
+
+/// Hidden states and what the gate must make of them. `file` holds float32 positions (hidden_size,), little-endian:
+/// what the prober read of a prompt, one for each of `p_unsafe`; the last hidden state of a prompt, one for each of
+/// `steered`; and the same after the Refusal Head.
+struct GateProof {
+  std::string file;
+  std::vector<double> p_unsafe;
+  std::vector<SteeredState> steered;
 };
 
 struct Manifest {
@@ -166,6 +191,17 @@ struct Manifest {
   std::optional<ProberSpec> prober;
   std::optional<RefusalSpec> refusal;
   std::vector<Golden> golden;
+  Tolerance tolerance;
+  std::optional<GateProof> proof;  ///< where guarded
+  std::string onnxruntime;         ///< the oldest version that computes this package right, as "1.23"
+  std::string precision;           ///< of the weights: fp32, fp16, int8 or int4
+
+  /// Whether no weight or cache is in 8 bits or 4: all machines say the same tokens.
+  bool exact() const {
+    const auto is_exact = [](const std::string& p) { return p == "fp32" || p == "fp16"; };
+    return cache_type == "float32" && is_exact(precision) &&
+           std::all_of(graphs.begin(), graphs.end(), [&](const auto& g) { return is_exact(g.second.precision); });
+  }
 
   /// Read and check autosteer.json of `folder`; files are checked by `verify`.
   static Manifest load(const fs::path& folder);
@@ -378,10 +414,10 @@ inline ImageSpec image(const Node& node) {
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;
-  if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints is empty");
+  if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints must be given");
   for (const auto& [height, width] : spec.anyres->grid_pinpoints) {
-    if (height % spec.tile_size || width % spec.tile_size) node.fail("a pinpoint is not whole tiles");
-    if (height > 1 << 16 || width > 1 << 16) node.fail("a pinpoint is too large");
+    if (height % spec.tile_size || width % spec.tile_size) node.fail("grid_pinpoints must be whole tiles");
+    if (height > 1 << 16 || width > 1 << 16) node.fail("a grid is too large");
   }
   return spec;
 }
@@ -445,15 +481,31 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids"});
   const auto frames = [](const Node& files) { return files.list(as_string); };
   return {node["prompt"].as_string(),
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
           node["p_unsafe"].optional(as_float),
-          node["action"].as_one_of({"pass", "steer", "stop"}),
+          node["action"].as_one_of({"pass", "steer"}),
           node["token_ids"].list(as_int),
-          node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>()};
+          node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>(),
+          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>()};
+}
+
+inline Tolerance tolerance(const Node& node) {
+  node.object({"p_unsafe", "answers"});
+  return {node["p_unsafe"].as_float(), node["answers"].as_int()};
+}
+
+inline SteeredState steered_state(const Node& node) {
+  node.object({"token", "steered_token", "shift"});
+  return {node["token"].as_int(), node["steered_token"].as_int(), node["shift"].as_float()};
+}
+
+inline GateProof proof(const Node& node) {
+  node.object({"file", "p_unsafe", "steered"});
+  return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state)};
 }
 
 /// Keys that only people read: checked like the others, and dropped.
@@ -464,7 +516,7 @@ inline void check_facts(const Node& node) {
   source["model_type"].as_string();
   source["revision"].optional(as_string);
   source["licence"].optional(as_string);
-  as_precision(node["precision"]);
+  node["format_version"].as_int();  // 1.0 equals 1
   const Node kv_cache = node["kv_cache"];
   kv_cache.object({"dtype", "layout"});
   kv_cache["layout"].as_one_of({"BNSH"});
@@ -482,7 +534,8 @@ inline void check_facts(const Node& node) {
 
 inline Manifest manifest(const Node& node) {
   node.object({"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-               "prompt", "image", "prober", "refusal", "golden", "validation", "versions"},
+               "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
+               "onnxruntime"},
               {"video"});
   check_facts(node);
   Manifest manifest;
@@ -498,13 +551,18 @@ inline Manifest manifest(const Node& node) {
   manifest.prober = node["prober"].optional(prober);
   manifest.refusal = node["refusal"].optional(refusal);
   manifest.golden = node["golden"].list(golden);
+  manifest.tolerance = tolerance(node["tolerance"]);
+  manifest.proof = node["proof"].optional(proof);
+  manifest.onnxruntime = node["onnxruntime"].as_string();
+  manifest.precision = as_precision(node["precision"]);
   return manifest;
 }
 
 inline bool leaves_package(const std::string& file) {
   const fs::path path(file);
   const bool climbs = std::find(path.begin(), path.end(), fs::path("..")) != path.end();
-  return file.empty() || path.is_absolute() || climbs || file.find('\\') != std::string::npos;
+  return file.empty() || path.is_absolute() || climbs ||
+         file.find_first_of(std::string("\\\0", 2)) != std::string::npos;
 }
 
 /// The tensors that the loop binds, by graph.
@@ -542,16 +600,56 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
   return expected;
 }
 
-/// Every piece of the template.
-inline std::vector<Piece> pieces(const PromptSpec& prompt) {
+/// How the turns of every role there is are written.
+inline std::vector<const TurnSpec*> turns(const PromptSpec& prompt) {
+  std::vector<const TurnSpec*> turns = {&prompt.user, &prompt.assistant};
+  if (prompt.system) turns.push_back(&*prompt.system);
+  return turns;
+}
+
+/// Every piece of the template that belongs to no part of a turn.
+inline std::vector<Piece> outside(const PromptSpec& prompt) {
   std::vector<Piece> all = prompt.begin;
   const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
-  for (const TurnSpec* turn : {prompt.system ? &*prompt.system : nullptr, &prompt.user, &prompt.assistant}) {
-    if (!turn) continue;
-    for (const auto* part : {&turn->prefix, &turn->lead, &turn->image, &turn->video, &turn->text, &turn->suffix})
-      add(*part);
+  for (const TurnSpec* turn : turns(prompt)) {
+    for (const auto* part : {&turn->prefix, &turn->lead, &turn->suffix}) add(*part);
   }
   add(prompt.generation);
+  return all;
+}
+
+/// Whether `text` is major and minor, as "1.23".
+inline bool is_version(const std::string& text) {
+  const size_t dot = text.find('.');
+  const auto is_number = [](const std::string& part) {
+    return !part.empty() && part.size() <= 4 && part.find_first_not_of("0123456789") == std::string::npos;
+  };
+  return dot != std::string::npos && is_number(text.substr(0, dot)) && is_number(text.substr(dot + 1));
+}
+
+/// How turns write their parts, by kind. Pictures and videos are left out where a turn takes none.
+inline std::vector<std::pair<std::string, std::vector<Piece>>> inside(const PromptSpec& prompt) {
+  std::vector<std::pair<std::string, std::vector<Piece>>> parts;
+  for (const TurnSpec* turn : turns(prompt)) {
+    if (!turn->image.empty()) parts.emplace_back("image", turn->image);
+    if (!turn->video.empty()) parts.emplace_back("video", turn->video);
+    parts.emplace_back("text", turn->text);
+  }
+  return parts;
+}
+
+/// Every piece of the template.
+inline std::vector<Piece> pieces(const PromptSpec& prompt) {
+  std::vector<Piece> all = outside(prompt);
+  for (const auto& [kind, part] : inside(prompt)) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+/// Every file that has a hash, as often as it has one.
+inline std::vector<std::pair<std::string, std::string>> hashes(const Manifest& m) {
+  std::vector<std::pair<std::string, std::string>> all;
+  for (const auto& [name, spec] : m.graphs) all.emplace_back(spec.file, spec.sha256);
+  for (const auto& spec : m.files) all.emplace_back(spec.file, spec.sha256);
   return all;
 }
 
@@ -587,12 +685,16 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     need(0.0 <= m.prober->threshold && m.prober->threshold < 1.0, "prober: threshold is not from 0 to 1");
     need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");
     need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
-    need(m.refusal->text.find_first_not_of(" \t\r\n") != std::string::npos, "refusal: text is empty");
+    need(!strip(m.refusal->text).empty(), "refusal: text is empty");
   }
   const auto paths = m.paths();
   for (const auto& [file, hash] : paths) need(!leaves_package(file), "path '" + file + "' leaves the package");
+  for (const auto& [file, hash] : hashes(m)) need(paths.at(file) == hash, "'" + file + "' has two hashes");
   const auto need_hash = [&](const std::string& file) {
     need(paths.count(file) > 0, "'" + file + "' is used but has no hash in 'files'");
+  };
+  const auto in_vocabulary = [&](const std::vector<int64_t>& ids) {
+    return std::all_of(ids.begin(), ids.end(), [&](int64_t id) { return 0 <= id && id < m.dims.vocab_size; });
   };
   need_hash(m.prompt.tokenizer);
   for (const Golden& golden : m.golden) {
@@ -601,12 +703,49 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
       for (const auto& file : frames) need_hash(file);
     }
     need(!golden.token_ids.empty(), "golden: an answer without tokens");
+    need(golden.prompt_ids.empty() || (golden.prompt.empty() && golden.images.empty() && golden.videos.empty()),
+         "golden: a prompt is given twice");
+    need(in_vocabulary(golden.token_ids) && in_vocabulary(golden.prompt_ids), "golden: an id outside the vocabulary");
+  }
+  need(0.0 < m.tolerance.p_unsafe && m.tolerance.p_unsafe <= kMostPUnsafe,
+       "tolerance: p_unsafe is not above 0, up to 0.05");
+  need(0 <= m.tolerance.answers && m.tolerance.answers <= static_cast<int64_t>(m.golden.size()),
+       "tolerance: more answers than golden prompts");
+  need(m.guarded == m.proof.has_value(), "'guarded' and 'proof' contradict each other");
+  if (m.proof) {
+    const auto is_p = [](double p) { return 0.0 <= p && p <= 1.0; };
+    need(!m.proof->p_unsafe.empty(), "proof: no hidden state for the prober");
+    need(std::all_of(m.proof->p_unsafe.begin(), m.proof->p_unsafe.end(), is_p),
+         "proof: a p_unsafe is not from 0 to 1");
+    need(!m.proof->steered.empty(), "proof: no hidden state for the Refusal Head");
+    for (const SteeredState& state : m.proof->steered) {
+      need(in_vocabulary({state.token, state.steered_token}), "proof: an id outside the vocabulary");
+      need(state.token != state.steered_token, "proof: a state whose token steering leaves as it was proves nothing");
+      need(state.shift > 0.0, "proof: a shift is not above zero");
+    }
+    const auto states = static_cast<int64_t>(m.proof->p_unsafe.size() + 2 * m.proof->steered.size());
+    const int64_t size = 4 * m.dims.hidden_size * states;
+    const auto described = std::find_if(m.files.begin(), m.files.end(),
+                                        [&](const DataFile& file) { return file.file == m.proof->file; });
+    need(described != m.files.end() && described->bytes == size,
+         "proof: '" + m.proof->file + "' must be in 'files' with " + std::to_string(size) + " bytes");
+  }
+  need(is_version(m.onnxruntime), "onnxruntime: '" + m.onnxruntime + "' is not a version like '1.23'");
+  const auto is_slot = [](const Piece& piece) { return piece.kind != "token" && piece.kind != "literal"; };
+  for (const Piece& piece : outside(m.prompt)) {
+    need(!is_slot(piece), "prompt: a piece '" + piece.kind + "' stands where no part of a turn goes");
+  }
+  for (const auto& [kind, part] : inside(m.prompt)) {
+    const auto first = std::find_if(part.begin(), part.end(), is_slot);
+    need(first != part.end() && first->kind == kind && std::count_if(part.begin(), part.end(), is_slot) == 1,
+         "prompt: a turn's '" + kind + "' must have one piece of that kind and no other");
   }
   bool written = false;
   for (const Piece& piece : pieces(m.prompt)) {
     written = written || piece.kind == "video";
     need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
-         "prompt: '" + piece.text + "' has an id outside the vocabulary");
+         "prompt: '" + piece.text + "' has id " + std::to_string(piece.id) + "; the vocabulary ends at " +
+             std::to_string(m.dims.vocab_size - 1));
   }
   need(m.video.has_value() == written, "'video' and the prompt's pieces of that kind come together");
   if (m.video) {
@@ -630,13 +769,34 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
                          1;
       need(found, "graph '" + name + "' has no '" + tensor.name + "' of the shape and type that 'dims' says");
     }
+    need(graph.inputs.size() + graph.outputs.size() == tensors.size(),
+         "graph '" + name + "': this runtime has no use for one of its inputs or outputs");
+  }
+  for (const auto& name : kImageGraphs) {
+    if (m.graphs.count(name) == 0) continue;
+    const auto is = [](const std::vector<TensorSpec>& tensors, size_t i, const char* tensor, const char* dtype) {
+      return i < tensors.size() && tensors[i].name == tensor && tensors[i].dtype == dtype;
+    };
+    const GraphSpec& graph = m.graphs.at(name);
+    need(is(graph.inputs, 0, "pixel_values", "float32") && graph.inputs.size() == 1,
+         "graph '" + name + "' must take 'pixel_values' and nothing else");
+    const bool rows = name == "vision_encoder";
+    const std::string first = rows ? "image_features" : "input_ids";
+    need(is(graph.outputs, 0, first.c_str(), rows ? "float32" : "int64"),
+         "graph '" + name + "' must give '" + first + "' first");
+    need(!rows || !m.image->anyres || is(graph.outputs, 1, "image_newline", "float32"),
+         "graph '" + name + "' must give 'image_newline'");
   }
 }
 
-/// JSON in which no object has a key twice: readers differ in which of the two they take.
+/// JSON in which no object has a key twice: readers differ in which of the two they take. Nor do they agree on a byte
+/// order mark, and this parser would end at a zero byte.
 inline Json parse_strictly(std::istream& file) {
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (text.compare(0, 3, "\xEF\xBB\xBF") == 0) throw PackageError("it begins with a byte order mark");
+  if (text.find('\0') != std::string::npos) throw PackageError("it has a zero byte");
   std::vector<std::set<std::string>> open;  // the keys seen of every object that is being read
-  return Json::parse(file, [&](int, Json::parse_event_t event, Json& value) {
+  return Json::parse(text, [&](int, Json::parse_event_t event, Json& value) {
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
     if (event == Json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
@@ -673,10 +833,8 @@ inline Manifest Manifest::load(const fs::path& folder) {
 }
 
 inline std::map<std::string, std::string> Manifest::paths() const {
-  std::map<std::string, std::string> all;
-  for (const auto& [name, spec] : graphs) all[spec.file] = spec.sha256;
-  for (const auto& spec : files) all[spec.file] = spec.sha256;
-  return all;
+  const auto all = decoding::hashes(*this);
+  return {all.begin(), all.end()};
 }
 
 inline void Manifest::verify(const fs::path& folder) const {

@@ -1,4 +1,4 @@
-// One answer's state, from the gate to the last token: the C++ side of runtime/request.py.
+// One answer's state, from the gate to the last token: the C++ side of runtime/generation.py.
 //
 //     judge    decoder_lower over the prompt, the prober, the decision
 //     begin    decoder_upper over the prompt, then the head: logits of the first answer token
@@ -89,6 +89,17 @@ struct Computed {
   KVCache lower, upper;
   std::vector<Tensor<float>> unseen;  // the last rows of decoder_lower's output, those that decoder_upper never saw
 };
+
+/// refusal_head and lm_head on fixed buffers: last (1, R, D), strength (1,) -> steered (1, R, D) -> logits (1, R, V).
+inline std::vector<Call> steered_head(const Graphs& graphs, const Ort::Value& last, const Ort::Value& strength,
+                                      const Ort::Value& steered, const Ort::Value& logits) {
+  std::vector<Call> calls;
+  calls.emplace_back(graphs.at("refusal_head"), Call::Bound{{"last_hidden_state", &last}, {"strength", &strength}},
+                     Call::Bound{{"steered_hidden_state", &steered}});
+  calls.emplace_back(graphs.at("lm_head"), Call::Bound{{"last_hidden_state", &steered}},
+                     Call::Bound{{"logits", &logits}});
+  return calls;
+}
 
 /// One answer in the making. One thread at a time; what it is given must outlive it.
 class Request {
@@ -229,14 +240,12 @@ class Request {
         call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
     p.body.push_back(lower(Use::answering, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
     p.body.push_back(upper(Use::answering, {"hidden_states", &p.hidden.value()}, p));
-    const Ort::Value* projected = &p.last.value();
-    if (*strength_.data() != 0.0F) {  // at strength 0 the Refusal Head changes nothing and is left out
-      projected = &p.steered.value();
-      p.head.push_back(call("refusal_head", {{"last_hidden_state", &p.last.value()}, {"strength", &strength_.value()}},
-                            {{"steered_hidden_state", projected}}));
-    }
     const Ort::Value logits = Tensor<float>::view(logits_.data(), {1, rows, manifest_.dims.vocab_size});
-    p.head.push_back(call("lm_head", {{"last_hidden_state", projected}}, {{"logits", &logits}}));
+    if (*strength_.data() == 0.0F) {  // at strength 0 the Refusal Head changes nothing and is left out
+      p.head.push_back(call("lm_head", {{"last_hidden_state", &p.last.value()}}, {{"logits", &logits}}));
+    } else {
+      p.head = steered_head(graphs_, p.last.value(), strength_.value(), p.steered.value(), logits);
+    }
     return p;
   }
 

@@ -1,4 +1,4 @@
-// Lossless speculation by prompt lookup: the C++ side of runtime/speculate.py. An answer that copies is drafted from
+// Lossless speculation by prompt lookup: the C++ side of runtime/drafting.py. An answer that copies is drafted from
 // where the text stands already; the sampler then goes through the drafted tokens' logits in order and draws as it
 // would without a draft. So a draft changes what an answer costs and never what it says.
 //
@@ -20,7 +20,7 @@
 
 namespace autosteer {
 
-/// What one more row of a pass costs, in passes of one row: by the decoder's precision, measured (speculate.py).
+/// What one more row of a pass costs, in passes of one row: by the decoder's precision, measured (drafting.py).
 inline const std::map<std::string, double> kRowCost = {{"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
 
 /// Drafts the next tokens of one answer.

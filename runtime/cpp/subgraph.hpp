@@ -3,7 +3,7 @@
 //
 // Sessions are chained. A thread that sleeps between operators costs a third of decoding on an idle machine; one that
 // spins without end takes the cores from the next session and from other programs. So threads spin for microseconds and
-// only inside a run, where onnxruntime can bound it, and else not at all (measured, CONTRIBUTING.md).
+// only inside a run, where onnxruntime can bound it, and else not at all (measured, docs/design-notes.md).
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
@@ -30,11 +30,29 @@ namespace autosteer {
 
 constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
 
-/// Whether an onnxruntime can bound how long threads spin: the version that runs, not the headers'.
-inline bool can_bound_spinning(const char* version = OrtGetApiBase()->GetVersionString()) {
+/// Major and minor of a version; what is no version is older than any.
+inline std::pair<int, int> version_numbers(const char* text) {
   int major = 0, minor = 0;
-  std::sscanf(version, "%d.%d", &major, &minor);
-  return std::pair(major, minor) >= std::pair(1, 26);
+  std::sscanf(text, "%d.%d", &major, &minor);
+  return {major, minor};
+}
+
+/// The version that runs, not the headers'.
+inline const char* onnxruntime_version() {
+  return OrtGetApiBase()->GetVersionString();
+}
+
+/// Throws ProviderError where the onnxruntime that runs is older than `lowest` ("1.23"), which a package says it needs.
+inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
+  if (version_numbers(installed) < version_numbers(lowest.c_str())) {
+    throw ProviderError(std::string("onnxruntime ") + installed + " computes this package wrong; it needs " + lowest +
+                        " or newer");
+  }
+}
+
+/// Whether an onnxruntime can bound how long threads spin.
+inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
+  return version_numbers(version) >= std::pair(1, 26);
 }
 
 /// onnxruntime, as every session of an engine uses it: `threads` threads, and one arena of memory for every session of
@@ -158,10 +176,9 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input; outputs in the graph's order. What the arena then holds unused goes back: images take
-  /// the most, and their graph may not run again.
+  /// Run a graph of one input (the manifest saw to that); outputs in the graph's order. What the arena then holds
+  /// unused goes back: images take the most, and their graph may not run again.
   std::vector<Ort::Value> run(const Ort::Value& input) const {
-    if (inputs_.size() != 1) throw PackageError(path_.string() + ": expected one input");
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();

@@ -17,6 +17,7 @@
 #include "image.hpp"
 #include "manifest.hpp"
 #include "tokenizer.hpp"
+#include "unicode.hpp"
 
 namespace autosteer {
 
@@ -51,29 +52,6 @@ struct Run {
   std::string slot;  ///< image, video, or nothing: token ids
   std::vector<int64_t> ids;
 };
-
-/// `text` without the white space around it: Python's str.strip.
-inline std::string_view strip(std::string_view text) {
-  const auto space_at = [&](size_t at) -> size_t {  // length of the white-space character there, or 0
-    utf8proc_int32_t c = 0;
-    const auto length = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
-                                         static_cast<utf8proc_ssize_t>(text.size() - at), &c);
-    const bool space = (c >= 0x09 && c <= 0x0D) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-                       (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
-                       c == 0x3000;
-    return length > 0 && space ? static_cast<size_t>(length) : 0;
-  };
-  size_t first = 0;
-  while (first < text.size() && space_at(first)) first += space_at(first);
-  text.remove_prefix(first);
-  while (!text.empty()) {
-    size_t at = text.size() - 1;
-    while (at > 0 && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) --at;
-    if (!space_at(at)) break;
-    text.remove_suffix(text.size() - at);
-  }
-  return text;
-}
 
 /// A turn that the prober judges: all of the user's, and the last.
 struct AskedTurn {

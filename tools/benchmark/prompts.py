@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.evaluation.datasets import read_lines
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.readers import read_lines
 from autosteer.runtime.text import Message, load_tokenizer, render
 
 TEXT = """

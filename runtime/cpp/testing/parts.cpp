@@ -1,13 +1,41 @@
-// Runs single parts of the runtime for tests/test_cpp_*.py, which compare them with Python's: one JSON command per line
-// on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw bytes.
+// Runs single parts of the runtime for tests/test_cpp_*.py and test_conformance.py, which compare them with Python's:
+// one JSON command per line on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw
+// bytes. A command with "trace" is also answered where in the program exceptions were thrown, caught or not.
+#include <dlfcn.h>
+#include <execinfo.h>
+
+#include <array>
 #include <fstream>
 #include <iostream>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "../autosteer.hpp"
 #include "../json.hpp"
+
+namespace {
+
+std::vector<uintptr_t> thrown;  // return addresses on the stack of every throw, as addr2line counts them
+
+}  // namespace
+
+/// Every `throw` of this program comes through here: note where, and go on to the real one.
+extern "C" [[noreturn]] void __cxa_throw(void* object, void* type, void (*destroy)(void*)) {
+  std::array<void*, 16> stack{};
+  const int depth = backtrace(stack.data(), stack.size());
+  Dl_info program{}, frame{};
+  dladdr(reinterpret_cast<void*>(__cxa_throw), &program);
+  for (int i = 0; i < depth; ++i) {
+    if (dladdr(stack[i], &frame) && frame.dli_fbase == program.dli_fbase) {
+      thrown.push_back(reinterpret_cast<uintptr_t>(stack[i]) - reinterpret_cast<uintptr_t>(program.dli_fbase));
+    }
+  }
+  using Throw = void (*)(void*, void*, void (*)(void*));
+  reinterpret_cast<Throw>(dlsym(RTLD_NEXT, "__cxa_throw"))(object, type, destroy);
+  std::abort();
+}
 
 namespace {
 
@@ -132,24 +160,90 @@ Json spinning(const Json& command) {
   return can;
 }
 
-/// {"p_unsafe": number, "nan" or null, "mode", "threshold"} -> [unsafe, action]
+/// A number; "nan", "inf" and "-inf", which JSON lacks, as text.
+double number(const Json& value) {
+  return value.is_string() ? std::stod(value.get<std::string>()) : value.get<double>();
+}
+
+/// {"p_unsafe": number, "threshold": number} -> whether that is safe
+Json rule(const Json& command) {
+  return autosteer::is_safe(number(command.at("p_unsafe")), number(command.at("threshold")));
+}
+
+/// {"p_unsafe": number or null, "mode", "threshold", "strength"} -> {"unsafe", "action", "strength"}
 Json gate(const Json& command) {
   const Json& score = command.at("p_unsafe");
   std::optional<double> p_unsafe;
-  if (!score.is_null()) p_unsafe = score.is_string() ? std::stod(score.get<std::string>()) : score.get<double>();
-  const autosteer::GatePolicy policy{autosteer::mode_from(command.at("mode")), command.at("threshold"), 0.1, "no"};
+  if (!score.is_null()) p_unsafe = number(score);
+  const autosteer::GatePolicy policy{autosteer::mode_from(command.at("mode")), number(command.at("threshold")),
+                                     number(command.at("strength")), "no"};
+  policy.check();
   const autosteer::Verdict verdict = autosteer::decide(p_unsafe, policy, 1);
-  return {verdict.unsafe, autosteer::name(verdict.action)};
+  return {{"unsafe", verdict.unsafe}, {"action", autosteer::name(verdict.action)}, {"strength", verdict.strength}};
 }
 
-/// {"package": folder, "request": as in autosteer.h} -> what autosteer-run --json prints
-Json answer(const Json& command) {
-  autosteer::EngineOptions options;
+/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...]} -> [id, ...], one after the
+/// other drawn from the rows of logits
+Json sample(const Json& command) {
+  const Json request = {{"messages", Json::array()}, {"sampling", command.at("sampling")}};
+  const auto config = autosteer::RequestJson::parse(request.dump()).sampling;
+  config.check();
+  autosteer::Sampler sampler(config);
+  Json drawn = Json::array();
+  for (const Json& row : command.at("logits")) {
+    std::vector<float> logits;
+    for (const Json& logit : row) logits.push_back(static_cast<float>(number(logit)));
+    drawn.push_back(sampler(logits, command.at("tokens").get<std::vector<int64_t>>()));
+  }
+  return drawn;
+}
+
+/// The engine of a command's "package", with its "options" (as in autosteer.h), on one thread.
+std::unique_ptr<const autosteer::Engine> engine(const Json& command) {
+  auto options = autosteer::options_from_json(command.value("options", Json::object()).dump());
   options.threads = 1;
-  const autosteer::Engine engine(command.at("package").get<std::string>(), options);
-  auto request = autosteer::RequestJson::parse(command.at("request").dump());
-  const auto policy = engine.policy(request.mode, request.threshold, request.strength);
-  return autosteer::answer_json(engine.generate(std::move(request.messages), request.sampling, policy));
+  return std::make_unique<const autosteer::Engine>(command.at("package").get<std::string>(), options);
+}
+
+/// {"package": folder} -> null; its manifest and the hashes of its files
+Json verify(const Json& command) {
+  const std::string folder = command.at("package");
+  autosteer::Manifest::load(folder).verify(folder);
+  return nullptr;
+}
+
+/// {"package": folder, "options"} -> null
+Json load(const Json& command) {
+  engine(command);
+  return nullptr;
+}
+
+/// {"package": folder, "messages": as in autosteer.h} -> {"rows": [token id, or null for a picture's or a video's,
+/// ...], "probed": [[row, ...], ...]}
+Json prompt(const Json& command) {
+  const auto loaded = engine(command);
+  autosteer::Stats stats;
+  const Json request = {{"messages", command.at("messages")}};
+  const auto prepared = loaded->prepare(autosteer::RequestJson::parse(request.dump()).messages, stats);
+  Json rows = Json::array();
+  for (const auto& [picture, id] : prepared.keys) rows.push_back(picture.empty() ? Json(id) : Json());
+  return {{"rows", rows}, {"probed", prepared.probed}};
+}
+
+/// {"package": folder, "requests": [as in autosteer.h, or its text, ...], "conversation": bool, "options"}
+/// -> [what autosteer-run --json prints, ...], or the error of the first that is refused
+Json ask(const Json& command) {
+  const auto loaded = engine(command);
+  autosteer::Conversation conversation;
+  autosteer::Conversation* shared = command.value("conversation", false) ? &conversation : nullptr;
+  Json answers = Json::array();
+  for (const Json& asked : command.at("requests")) {
+    auto request = autosteer::RequestJson::parse(asked.is_string() ? asked.get<std::string>() : asked.dump());
+    const auto policy = loaded->policy(request.mode, request.threshold, request.strength);
+    const auto answer = loaded->generate(std::move(request.messages), request.sampling, policy, {}, shared);
+    answers.push_back(Json(autosteer::answer_json(answer)));
+  }
+  return answers;
 }
 
 /// {"package": folder} -> null; asks one conversation with two engines
@@ -169,18 +263,25 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"answer", answer},   {"encode", encode},     {"decode", decode}, {"open", open},     {"resize", resize},
-      {"prepare", prepare}, {"pack", pack},         {"gate", gate},     {"frames", frames}, {"squeeze", squeeze},
-      {"draft", draft},     {"spinning", spinning}, {"share", share}};
+      {"ask", ask},           {"decode", decode},   {"draft", draft},  {"encode", encode}, {"frames", frames},
+      {"gate", gate},         {"load", load},       {"open", open},    {"pack", pack},     {"prepare", prepare},
+      {"prompt", prompt},     {"resize", resize},   {"rule", rule},    {"sample", sample}, {"share", share},
+      {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
+    Json said;
+    bool trace = false;
+    thrown.clear();
     try {
       const Json command = Json::parse(line);
-      std::cout << Json{{"answer", parts.at(command.at("part"))(command)}}.dump() << std::endl;
+      trace = command.value("trace", false);
+      said = {{"answer", parts.at(command.at("part"))(command)}};
     } catch (const autosteer::Error& err) {
-      std::cout << Json{{"error", err.what()}, {"exit_code", err.exit_code}}.dump() << std::endl;
+      said = {{"error", err.what()}, {"exit_code", err.exit_code}};
     } catch (const std::exception& err) {
-      std::cout << Json{{"error", err.what()}, {"exit_code", 1}}.dump() << std::endl;
+      said = {{"error", err.what()}, {"exit_code", 1}};
     }
+    if (trace) said["thrown"] = thrown;
+    std::cout << said.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
   }
   return 0;
 }

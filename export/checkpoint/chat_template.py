@@ -1,0 +1,406 @@
+"""Take a chat template apart, once, at export: the device never sees Jinja.
+
+The processor renders a few dialogues around marker texts; differences between the renderings are the pieces. The
+pieces are then rendered by the *runtime's* code and compared, token by token, with what Hugging Face's processor makes
+of other dialogues.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+from PIL import Image
+from transformers.utils import chat_template_utils
+
+from autosteer.runtime.errors import UnsupportedModelError
+from autosteer.runtime.image import cut
+from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, TurnSpec
+from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, VideoPart, load_tokenizer, render
+
+FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
+
+DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # unlike in every field
+
+
+class Renderer:
+    """A Hugging Face processor as a renderer of dialogues: its chat template, and what it adds to that on its own.
+
+    Processors may write a begin token, and a separator after the last turn. These are found by looking at token ids,
+    and stand in the renderings below as if the template had written them. What they write around and between the rows
+    of an image is its `frame`; in the renderings an image or a video is its one token in the template.
+    """
+
+    def __init__(self, processor: Any, video_token: str | None = None):
+        """`video_token` where the model's family takes videos: processors have one also where it does not."""
+        self._processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token: str | None = getattr(processor, "image_token", None)
+        self.video_token = video_token
+        self.special_tokens = _special_tokens(self.tokenizer)
+        for token in filter(None, (self.image_token, self.video_token)):
+            self.special_tokens[token] = self.tokenizer.convert_tokens_to_ids(token)
+        self.image_id, self.video_id = map(self.special_tokens.get, (self.image_token, self.video_token))
+        plain, whole = self.tokenizer(FIRST, add_special_tokens=False).input_ids, self.ids(FIRST)
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+        if start is None:
+            raise UnsupportedModelError(f"the processor turns the text {FIRST!r} into other tokens than its tokenizer")
+        self._begin, self._end = whole[:start], whole[start + len(plain) :]
+        self._before, self._after = map(self._strings, (self._begin, self._end))
+        frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
+        self._lead, self._trail = len(frame[0]), len(frame[-1])
+
+    def _strings(self, ids: list[int]) -> str:
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        self.special_tokens |= dict(zip(tokens, ids, strict=True))
+        return "".join(tokens)
+
+    def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
+        """A dialogue in Hugging Face's form, as the processor's tokenizer sees it: one token per image or video."""
+        return self._before + self.template(messages, generation=generation) + self._after
+
+    def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
+        """The text of turns (role, text), with so many images and videos before the first turn's."""
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        messages[0]["content"][:0] = [{"type": "image"}] * image + [{"type": "video"}] * video  # type: ignore[index]
+        return self.text(messages, generation=generation)
+
+    def template(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
+        """What the chat template alone makes of a dialogue."""
+        return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
+
+    def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
+        """The processor's own token ids for a template's text, with one token for each image and its frame, and for
+        each video.
+        """
+        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, [np.zeros((1, 32, 32, 3), np.uint8)] * videos)
+        if videos:
+            places = [at for at, i in enumerate(ids) if i == self.video_id]
+            each = len(places) // videos
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first : last + 1] = [self.video_id]
+        if images:
+            places = [at for at, i in enumerate(ids) if i == self.image_id]
+            each = len(places) // images  # pictures of one size take equally many
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first - self._lead : last + 1 + self._trail] = [self.image_id]
+        return ids
+
+    def frame(self, picture: Image.Image) -> list[list[int]]:
+        """The ids that the processor writes before each run of an image's placeholders, and after the last."""
+        assert self.image_token is not None
+        ids = self._ids(self.image_token, [picture])
+        between: list[list[int]] = [[]]
+        for previous, i in zip([None, *ids], ids[: len(ids) - len(self._end)], strict=False):
+            if i != self.image_id:
+                between[-1].append(i)
+            elif previous != i:
+                between.append([])
+        between[0] = between[0][len(self._begin) :]
+        return between
+
+    def _ids(self, text: str, pictures: Sequence[Image.Image], videos: Sequence[np.ndarray] = ()) -> list[int]:
+        shown = {name: [list(some)] for name, some in (("images", pictures), ("videos", videos)) if some}
+        return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
+
+
+def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
+    """ImageSpec.frames: what the processor writes around and between the tiles of an image, for each grid that the
+    runtime may cut one into. None where it writes nothing.
+    """
+    renderer = Renderer(processor)
+
+    def look(width: int, height: int) -> FrameSpec:
+        picture = Image.new("RGB", (width, height))
+        tiles, grid = cut(np.asarray(picture), spec, alone=True)
+        frame = FrameSpec(grid, tuple(map(tuple, renderer.frame(picture))))
+        runs = 1 if spec.anyres else len(tiles)
+        if any(frame.between) and len(frame.between) != runs + 1:
+            raise UnsupportedModelError(
+                f"the processor makes {len(frame.between) - 1} runs of image tokens of {len(tiles)} tiles ({spec.kind})"
+            )
+        return frame
+
+    square = look(32, 32)
+    side = square.grid[0]  # as the longest side sets how many tiles there are along it
+    sizes = [(32 * side, 32 * k - 16) for k in range(1, side + 1)]
+    found = (
+        [square, *(look(*size) for size in sizes), *(look(*reversed(size)) for size in sizes)] if side > 1 else [square]
+    )
+    frames = {frame.grid: frame for frame in found}
+    return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
+
+
+def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
+    """Write `folder`/tokenizer.json. What a prompt's frame is made of is special there, and so nothing that a user can
+    type (checkpoints may list it among ordinary added tokens), and so are those of `never_typed` that are added tokens.
+    """
+    names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_typed))}
+    data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    for token in data["added_tokens"]:
+        token["special"] |= token["content"] in names
+    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def take_apart(
+    processor: Any, end_token_ids: tuple[int, ...], folder: Path, video_token: str | None = None
+) -> PromptSpec:
+    """PromptSpec of a Hugging Face processor, checked against it. `folder` holds the tokenizer.json the runtime will
+    read; `video_token` is given where the model takes videos.
+
+    Raises UnsupportedModelError where the template does more than the pieces can say.
+    """
+    renderer = Renderer(processor, video_token)
+
+    def split(text: str) -> tuple[Piece, ...]:
+        return _pieces(text, renderer)
+
+    one = renderer.turns(("user", FIRST))
+    two = renderer.turns(("user", FIRST), ("assistant", REPLY))
+    three = renderer.turns(("user", FIRST), ("assistant", REPLY), ("user", SECOND))
+    user = _after(three, two).replace(SECOND, FIRST)
+    begin = one.removesuffix(user)
+    if begin == one and user:
+        raise UnsupportedModelError("the chat template writes the first user turn unlike later ones")
+    image, lead = _part(renderer, "image") if renderer.image_token else ("", "")
+    video, _ = _part(renderer, "video") if renderer.video_token else ("", "")
+    spec = PromptSpec(
+        begin=split(begin),
+        system=_system_turn(renderer, split, user),
+        user=_turn(split, user, FIRST, image=image, video=video, lead=lead, before_text=text_lead(renderer)),
+        assistant=_turn(split, _after(two, one), REPLY),
+        generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
+        images_first=_images_first(renderer) if renderer.image_token else False,
+        strip_text=_strips(renderer),
+        end_token_ids=end_token_ids,
+    )
+    _refuse_what_changes(renderer, three)
+    check(spec, renderer, folder)
+    return spec
+
+
+def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
+    """Compare the runtime's rendering with Hugging Face's on dialogues that the pieces were not made from.
+
+    Also: text that looks like a special token must not become one.
+    """
+    tokenizer = load_tokenizer(folder / spec.tokenizer)
+    image, video = ImagePart("unused"), VideoPart(("unused",))
+    dialogues: list[list[Message]] = [
+        [Message.user("Hello!")],
+        [Message.user("two\nlines, ünïcode 漢字 ")],
+        [Message.user("one"), Message.assistant("An answer."), Message.user("and 2?")],
+    ]
+    if renderer.image_token:
+        dialogues += [
+            [Message("user", (image, "what is this?"))],
+            [Message("user", (image, image, "compare"))],
+            [Message("user", ("first", image, "then", image, "compare"))],
+            [Message("user", (image, "a")), Message.assistant("b"), Message.user("c")],
+        ]
+    if renderer.video_token:
+        dialogues += [
+            [Message("user", (video, "what happens?"))],
+            [Message("user", (video, video, "compare"))],
+            [Message("user", ("first", video, "then", image, "compare"))],
+            [Message("user", (video, "a")), Message.assistant("b"), Message("user", (image, video, "c"))],
+        ]
+    if spec.system:
+        dialogues += [[Message("system", ("Be kind.",)), Message.user("hi")]]
+    ids = {IMAGE: renderer.image_id, VIDEO: renderer.video_id}
+    for dialogue in dialogues:
+        for generation in (False, True):
+            text = renderer.template(hf_messages(dialogue), generation=generation)
+            counts = {"images": sum(len(m.images) for m in dialogue), "videos": sum(len(m.videos) for m in dialogue)}
+            expected = renderer.ids(text, **counts)
+            ours = render(dialogue, spec, tokenizer, generation=generation)
+            flat = [i for run in ours for i in (run if isinstance(run, list) else [ids[run]])]
+            if flat != expected:
+                raise UnsupportedModelError(
+                    f"the chat template cannot be taken apart: {text!r} is {expected} in Hugging Face, {flat} in pieces"
+                )
+    specials = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    reserved = {*specials.values(), *_template_ids(spec)}
+    for forged in specials:
+        if reserved & set(tokenizer.encode(forged, add_special_tokens=False).ids):
+            raise UnsupportedModelError(f"the tokenizer turns the user's text {forged!r} into a special token")
+
+
+def _template_ids(spec: PromptSpec) -> tuple[int, ...]:
+    """Ids that only the template may produce, besides the tokenizer's own special ones."""
+    pieces = (*spec.begin, *spec.user.prefix, *spec.user.suffix, *spec.assistant.suffix, *spec.generation)
+    return (*spec.end_token_ids, *(p.id for p in pieces if p.kind == "token"))
+
+
+def generation_length(spec: PromptSpec, folder: Path) -> int:
+    """Tokens of the generation prompt: the distance from the last token without it to the end of the full prompt."""
+    tokenizer = load_tokenizer(folder / spec.tokenizer)
+    dialogue = [Message.user("x")]
+    with_it, without = (
+        sum(len(run) for run in render(dialogue, spec, tokenizer, generation=g) if isinstance(run, list))
+        for g in (True, False)
+    )
+    return with_it - without
+
+
+def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
+    """A dialogue in Hugging Face's form."""
+
+    def part(p: Part) -> dict[str, str]:
+        if isinstance(p, str):
+            return {"type": "text", "text": p}
+        return {"type": "image" if isinstance(p, ImagePart) else "video"}
+
+    return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in dialogue]
+
+
+def _strips(renderer: Renderer) -> bool:
+    """Whether the template strips white space around texts; the manifest has one answer for all roles."""
+    dialogues = {"user": [("user", FIRST)], "assistant": [("user", FIRST), ("assistant", REPLY), ("user", SECOND)]}
+    found: dict[str, bool] = {}
+    for role, turns in dialogues.items():
+        marker = {"user": FIRST, "assistant": REPLY}[role]
+        plain = renderer.turns(*turns)
+        padded = renderer.turns(*((who, text.replace(marker, f" \n{marker} \n")) for who, text in turns))
+        found[role] = padded == plain
+        if padded not in (plain, plain.replace(marker, f" \n{marker} \n")):
+            raise UnsupportedModelError(f"the chat template changes white space inside the {role}'s turns")
+    if found["user"] != found["assistant"]:
+        which, other = sorted(found, key=lambda role: not found[role])
+        raise UnsupportedModelError(
+            f"the chat template strips white space around the {which}'s texts and not around the {other}'s; "
+            "make it do the same for both"
+        )
+    return found["user"]
+
+
+def _refuse_what_changes(renderer: Renderer, three: str) -> None:
+    """Raise UnsupportedModelError where the template leaves out parts of earlier answers, or writes what day it is.
+
+    `three` is its rendering of the turns FIRST, REPLY and SECOND.
+    """
+    for opening, closing in (("<think>", "</think>"), ("[THINK]", "[/THINK]")):
+        thinking = f"{opening}why{closing}{REPLY}"
+        text = renderer.turns(("user", FIRST), ("assistant", thinking), ("user", SECOND))
+        if text != three.replace(REPLY, thinking):
+            raise UnsupportedModelError(
+                f"the chat template leaves out what earlier answers thought ({opening}...{closing}), so a dialogue is "
+                "not written as it was read; give the checkpoint a template that leaves answers as they are"
+            )
+    dialogues = [[("user", FIRST)], [("system", SYSTEM), ("user", FIRST)]]
+    for turns in dialogues:
+        try:
+            some_day, another = (_rendered_on(day, renderer, turns) for day in DAYS)
+        except Exception:  # templates raise what they like where a role is not theirs
+            continue
+        if some_day != another:
+            raise UnsupportedModelError(
+                "the chat template writes today's date (strftime_now); a package would write that of its export for "
+                "ever; set a fixed date in the template, as {% set date_string = '26 Jul 2024' %}"
+            )
+
+
+def _rendered_on(day: datetime, renderer: Renderer, turns: list[tuple[str, str]]) -> str:
+    """The text of turns, on a day: Hugging Face's `strftime_now` asks `datetime`."""
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return day
+
+    with patch.object(chat_template_utils, "datetime", Then):
+        return renderer.turns(*turns, generation=True)
+
+
+def _after(longer: str, shorter: str) -> str:
+    if not longer.startswith(shorter):
+        raise UnsupportedModelError("the chat template rewrites earlier turns when the dialogue grows")
+    return longer[len(shorter) :]
+
+
+def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str]:
+    """What one image (or video) adds to a turn, found by comparing two with one; and what a turn without them has where
+    they would be ("User: hi", but "User:<image>hi").
+    """
+    none, one, two, three = (renderer.turns(("user", FIRST), **{kind: n}) for n in range(4))
+    added = _inserted(one, two)
+    if added not in one or added * 3 not in three:
+        raise UnsupportedModelError(f"the chat template writes a second {kind} unlike the first")
+    return added, _inserted(one.replace(added, ""), none)
+
+
+def _inserted(shorter: str, longer: str) -> str:
+    """The text that stands in `longer` and not in `shorter`."""
+    start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
+    return longer[start : start + len(longer) - len(shorter)]
+
+
+def _images_first(renderer: Renderer) -> bool:
+    """Whether the template moves an image that comes after the text to the front."""
+    content = [{"type": "text", "text": FIRST}, {"type": "image"}]
+    after = renderer.text([{"role": "user", "content": content}])
+    return after == renderer.turns(("user", FIRST), image=1)
+
+
+def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
+    try:
+        text = renderer.turns(("system", SYSTEM), ("user", FIRST))
+    except Exception:  # templates raise what they like where a role is not theirs
+        return None
+    if SYSTEM not in text or not text.endswith(user):
+        return None
+    return _turn(split, text.removesuffix(user), SYSTEM)
+
+
+def text_lead(renderer: Renderer) -> str:
+    """What the template writes before each text of a turn: what stands between two of them."""
+    content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
+    text = renderer.text([{"role": "user", "content": content}])
+    return text.split(FIRST)[1].split(SECOND)[0]
+
+
+def _turn(
+    split: Any, text: str, marker: str, *, image: str = "", video: str = "", lead: str = "", before_text: str = ""
+) -> TurnSpec:
+    """Cut a rendered turn at its marker; `before_text` is the literal that belongs to each text, `lead` to a text that
+    comes first.
+    """
+    before, after = text.split(marker)
+    if not before.endswith(lead + before_text):
+        raise UnsupportedModelError("the chat template writes a turn's first text unlike its second")
+    return TurnSpec(
+        prefix=split(before.removesuffix(lead + before_text)),
+        image=split(image),
+        video=split(video),
+        text=(*split(before_text), Piece("text")),
+        suffix=split(after),
+        lead=split(lead),
+    )
+
+
+def _pieces(text: str, renderer: Renderer) -> tuple[Piece, ...]:
+    """Special tokens, the image token and literal text, in order."""
+    specials = renderer.special_tokens
+    slots: dict[str | None, Any] = {renderer.image_token: "image", renderer.video_token: "video"}
+    longest_first = sorted(specials, key=len, reverse=True)
+    found = [p for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p]
+
+    def piece(part: str) -> Piece:
+        if part in slots:
+            return Piece(slots[part])
+        if part in specials:
+            return Piece("token", part, specials[part])
+        return Piece("literal", part)
+
+    return tuple(map(piece, found))
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Special tokens and their ids. (`all_special_tokens` lacks those without a role.)"""
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

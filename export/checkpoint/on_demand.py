@@ -1,0 +1,193 @@
+"""The PyTorch original without its weights in memory: each matrix is read from the checkpoint when its turn comes.
+
+The model is Hugging Face's own, built on no memory; forward hooks ask a Convoy for the weights of every large module
+before it runs. The two tables of the vocabulary are never there as a whole: rows of the embedding are gathered, and
+the head is gone through in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .layer_sweep import Convoy
+from .open import Checkpoint
+
+SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
+HEAD_BLOCK_BYTES = 64 << 20
+WHOLE_NUMBERS = 1 << 26  # checkpoints up to it are compared with Hugging Face's loader as a whole, others by a layer
+SAMPLED_ROWS = 256  # of an embedding table, gathered one by one
+
+
+class WeightSource(Protocol):
+    """Where weights come from, in float32, by module path: a Checkpoint, or what a package made of one."""
+
+    def __contains__(self, path: str) -> bool: ...
+
+    def expect(self, path: str, shape: Sequence[int]) -> None: ...
+
+    def tensor(self, path: str) -> torch.Tensor: ...
+
+    def rows(self, path: str, block_bytes: int) -> Iterator[torch.Tensor]: ...
+
+    def gather(self, path: str, rows: Sequence[int]) -> torch.Tensor: ...
+
+
+def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source: WeightSource | None = None) -> Any:
+    """The checkpoint's model, float32, in eval mode; its parts are added to `convoy`, images first.
+
+    `lm_head` is the name of the head's weights, which is the embedding's where the two are tied. Weights come from
+    `source`, which is the checkpoint itself unless given.
+    """
+    source = source or checkpoint
+    model = open_skeleton(checkpoint)
+    decoder = checkpoint.family.decoder
+    model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight")
+    model.lm_head = HeadOnDemand(source, lm_head)
+    modules = [(path, m) for path, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    large: dict[str, list[Weights]] = {}  # by parent: SigLIP's attention has k_proj before q_proj, but asks for q first
+    for path, module in sorted(modules, key=lambda entry: entry[0].startswith(f"{decoder}.")):
+        part = Weights(source, path, module)
+        if part.bytes < SMALL_BYTES or isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
+            part.load()  # some of these are read without their module's forward
+        else:
+            large.setdefault(path.rpartition(".")[0], []).append(part)
+            module.register_forward_pre_hook(lambda module, args, part=part: convoy.reach(part))
+    for parts in large.values():
+        convoy.add(*parts)
+    return model
+
+
+@torch.no_grad()
+def read_otherwise(checkpoint: Checkpoint, lm_head: str) -> int:
+    """How many tensors this module gets otherwise from the checkpoint than Hugging Face's own loader does: of a large
+    model those of the first layers of decoder and image tower and of all that is in no layer, the vocabulary's tables
+    among it; else all.
+
+    A package and its reference both read a checkpoint by `Checkpoint`: what that takes for something else is wrong in
+    both, and no comparison of the two shows it.
+    """
+    theirs, missing = _by_hugging_face(checkpoint)
+    ours, decoder = open_skeleton(checkpoint), checkpoint.family.decoder
+    table, head = theirs.get_input_embeddings(), theirs.get_output_embeddings()
+    differing = len(missing)
+    for path, module in theirs.named_modules():
+        if module is table:
+            name = f"{decoder}.embed_tokens.weight"
+            some = torch.linspace(0, len(module.weight) - 1, SAMPLED_ROWS).long()
+            gathered = RowsOnDemand(checkpoint, name)(some)
+            blocks = checkpoint.rows(name, HEAD_BLOCK_BYTES)
+            differing += not (_same([gathered], module.weight[some]) and _same(blocks, module.weight))
+        elif module is head:
+            differing += not _same(HeadOnDemand(checkpoint, lm_head).blocks(), module.weight)
+        elif read := {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" not in missing}:
+            part = Weights(checkpoint, path, mine := ours.get_submodule(path))
+            part.load()
+            differing += sum(not _same([getattr(mine, name)], theirs) for name, theirs in read.items())
+            part.unload()
+    return differing
+
+
+def _same(blocks: Iterable[torch.Tensor], theirs: torch.Tensor) -> bool:
+    """Whether rows, block by block, are those of a tensor, in its type."""
+    first = 0
+    for block in blocks:
+        there = theirs[first : first + len(block)]
+        if block.is_meta or block.shape != there.shape or not torch.equal(block.to(theirs.dtype), there):
+            return False
+        first += len(block)
+    return first == len(theirs)
+
+
+def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
+    """The model by from_pretrained, cut to one layer where it is large, and what that did not find. Weights stay in the
+    file, mapped, as far as nobody reads them.
+    """
+    from transformers.utils import logging
+
+    config = copy.deepcopy(checkpoint.config)
+    if sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files) > WHOLE_NUMBERS:
+        for part in filter(None, (config.get_text_config(), getattr(config, "vision_config", None))):
+            part.num_hidden_layers = 1
+            if getattr(part, "layer_types", None):
+                part.layer_types = part.layer_types[:1]
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports every layer that it was not asked for
+    try:
+        model, info = _kind(checkpoint).from_pretrained(
+            checkpoint.folder, config=config, dtype="auto", output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(before)
+    return model, set(info["missing_keys"])
+
+
+def _kind(checkpoint: Checkpoint) -> Any:
+    """The class that Hugging Face opens such a checkpoint with."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
+
+
+def open_skeleton(checkpoint: Checkpoint) -> Any:
+    """Hugging Face's model with parameters of no size and buffers that are real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        return _kind(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
+
+
+class Weights:
+    """The parameters of one module, without its children's: a Convoy's Part."""
+
+    def __init__(self, source: WeightSource, path: str, module: nn.Module):
+        self._source, self._module = source, module
+        self._empty = dict(module.named_parameters(recurse=False))
+        self._paths = {name: f"{path}.{name}" for name in self._empty if f"{path}.{name}" in source}
+        self.bytes = sum(4 * self._empty[name].numel() for name in self._paths)
+
+    def load(self) -> None:
+        """Read them. What the checkpoint does not have stays empty, and fails where it is used."""
+        for name, path in self._paths.items():
+            self._source.expect(path, self._empty[name].shape)
+            setattr(self._module, name, nn.Parameter(self._source.tensor(path), requires_grad=False))
+
+    def unload(self) -> None:
+        """Back to nothing."""
+        for name in self._paths:
+            setattr(self._module, name, self._empty[name])
+
+
+class RowsOnDemand(nn.Module):
+    """An embedding table that stays on disk."""
+
+    def __init__(self, source: WeightSource, name: str):
+        super().__init__()
+        self._source, self._name = source, name
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (..) -> rows (.., D)"""
+        wanted, where = ids.unique(return_inverse=True)
+        return self._source.gather(self._name, wanted.tolist())[where]
+
+
+class HeadOnDemand(nn.Module):
+    """An output projection E (V, D) that stays on disk."""
+
+    def __init__(self, source: WeightSource, name: str):
+        super().__init__()
+        self._source, self._name = source, name
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(1, R, D) -> (1, R, V)"""
+        return torch.cat([hidden @ block.T for block in self.blocks()], dim=-1)
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """E, in blocks of rows."""
+        return self._source.rows(self._name, HEAD_BLOCK_BYTES)

@@ -1,0 +1,401 @@
+"""Open a Hugging Face checkpoint: a local folder, a hub id, or one of our aliases. Tensors are read one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from autosteer.models import FAMILIES, Family
+from autosteer.runtime.errors import PackageError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from autosteer.export.graphs.quantize import Blocks, Packed
+
+    from .packed import Matrix, Reader
+
+BLOCK_BYTES = 64 << 20  # of float32, converted at a time
+CHANGES_ANSWERS: dict[str, Any] = {  # settings of generation_config.json that no runtime has; what asks for nothing
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "guidance_scale": 1.0,
+    "stop_strings": None,
+}
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face layout, its parsed config, and the family file that describes it."""
+
+    folder: Path
+    name: str  # what the user called it: hub id or folder name
+    revision: str | None
+    config: Any  # transformers.PretrainedConfig, without a quantization_config
+    family: Family
+    quantization: dict[str, Any] | None = None  # config.json's quantization_config: packed.py
+
+    @cached_property
+    def facts(self) -> Any:
+        """The decoder's numbers under optimum's normalised names (hidden_size, num_layers, ...)."""
+        return self.family.config(self.config)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head; configs may leave it implied."""
+        text = self.config.get_text_config()
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+    @cached_property
+    def tensor_files(self) -> dict[str, tuple[Path, str]]:
+        """Where each tensor stands: HF module path -> (safetensors file, name in that file). Of a packed matrix, which
+        is one tensor here, where its largest part does.
+        """
+        matrices, parts = self._packed
+        plain = {path: place for path, place in self._stored.items() if path not in parts}
+        return plain | {path: matrix.place for path, matrix in matrices.items()}
+
+    @cached_property
+    def packed(self) -> dict[str, Matrix]:
+        """The matrices that are stored in few bits, by module path."""
+        return self._packed[0]
+
+    @cached_property
+    def _packed(self) -> tuple[dict[str, Matrix], set[str]]:
+        from .packed import packed_matrices
+
+        return packed_matrices(self.quantization, self._reader, self.folder / "config.json")
+
+    @cached_property
+    def _reader(self) -> Reader:
+        from .packed import Reader
+
+        return Reader(self._stored, _open)
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[Path, str]]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                stored = {name: self.folder / file for name, file in weight_map.items()}
+            except (ValueError, LookupError, TypeError, AttributeError) as err:
+                raise PackageError(f"{index}: not a safetensors index ({err!r}); download it again") from err
+            if gone := sorted({path.name for path in stored.values() if not path.is_file()}):
+                raise PackageError(
+                    f"{self.folder}: {', '.join(gone)} missing, although the index lists them; download again"
+                )
+        else:
+            path = self.folder / "model.safetensors"
+            with _open(path) as file:
+                stored = dict.fromkeys(file.keys(), path)
+        found = {self._module_path(name): (path, name) for name, path in stored.items()}
+        if len(found) < len(stored):
+            twice = [names for names in _grouped(stored, self._module_path).values() if len(names) > 1]
+            raise PackageError(f"{self.folder}: {' and '.join(twice[0])} are one and the same weight; which is it?")
+        return found
+
+    def _module_path(self, name: str) -> str:
+        for pattern, replacement in self.family.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def tensor(self, module_path: str) -> torch.Tensor:
+        """One whole tensor in float32; see `rows`."""
+        import torch
+
+        whole, first = torch.empty(self.shape(module_path)), 0
+        for block in self.rows(module_path, BLOCK_BYTES):
+            whole[first : first + len(block)] = block
+            first += len(block)
+        return whole
+
+    def shape(self, module_path: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        if module_path in self.packed:
+            return self.packed[module_path].shape
+        with self._located(module_path) as (file, name):
+            return tuple(file.get_slice(name).get_shape())
+
+    def expect(self, module_path: str, shape: Sequence[int]) -> None:
+        """Raise PackageError where a tensor's shape is not the one that config.json implies."""
+        found = self.shape(module_path)
+        if found != tuple(shape):
+            raise PackageError(
+                f"{self.tensor_files[module_path][0]}: {module_path} is {list(found)}, but config.json wants "
+                f"{list(shape)}: the two are not of the same model"
+            )
+
+    def rows(self, module_path: str, block_bytes: int) -> Iterator[torch.Tensor]:
+        """A tensor in float32, in blocks of rows of about `block_bytes`. The file is mapped only while it is read.
+
+        Raises PackageError where the tensor is missing or its file is damaged.
+        """
+        if module_path in self.packed:
+            yield from (self.packed[module_path].floats(*ends) for ends in self._ends(module_path, block_bytes))
+            return
+        with self._located(module_path) as (file, name):
+            view = file.get_slice(name)
+            shape = view.get_shape()
+            step = max(1, block_bytes // (4 * math.prod(shape[1:])))
+            for first in range(0, shape[0], step):
+                yield view[first : min(first + step, shape[0])].float()
+
+    @property
+    def wide(self) -> bool:
+        """Whether there are matrices that float16 cannot hold as they are: of float32, or packed ones."""
+        plain = [path for path in self.tensor_files if path not in self.packed and len(self.shape(path)) > 1]
+        return bool(self.packed) or any(self._reader.dtype(path) in ("F32", "F64") for path in plain)
+
+    def keeps(self, module_path: str, blocks: Blocks) -> bool:
+        """Whether a matrix is stored in these very blocks."""
+        return module_path in self.packed and self.packed[module_path].blocks() == blocks
+
+    def packed_rows(self, module_path: str, block_bytes: int) -> Iterator[Packed]:
+        """As `rows`, of a matrix that `keeps` the blocks: its codes, scales and zero points as they are stored."""
+        yield from (self.packed[module_path].packed(*ends) for ends in self._ends(module_path, block_bytes))
+
+    def _ends(self, module_path: str, block_bytes: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the rows that are read of a packed matrix at a time."""
+        matrix = self.packed[module_path]
+        (n, k), unit = matrix.shape, matrix.rows_at_once
+        step = max(1, block_bytes // (4 * k * unit)) * unit
+        yield from ((first, min(first + step, n)) for first in range(0, n, step))
+
+    def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some rows of a matrix in float32, in the order given: (len(rows), ...)."""
+        import torch
+
+        if module_path in self.packed:
+            matrix, unit = self.packed[module_path], self.packed[module_path].rows_at_once
+            starts = [row - row % unit for row in rows]
+            read = {first: matrix.floats(first, min(first + unit, matrix.shape[0])) for first in sorted(set(starts))}
+            return torch.stack([read[first][row - first] for row, first in zip(rows, starts, strict=True)])
+        with self._located(module_path) as (file, name):
+            view = file.get_slice(name)
+            return torch.cat([view[row : row + 1].float() for row in rows])
+
+    @contextmanager
+    def _located(self, module_path: str) -> Iterator[tuple[Any, str]]:
+        if module_path not in self.tensor_files:
+            raise PackageError(f"{self.folder}: no tensor {module_path!r} in the checkpoint (incomplete download?)")
+        path, name = self.tensor_files[module_path]
+        with _open(path) as file:
+            if name not in file.keys():  # noqa: SIM118 (not a dict)
+                raise PackageError(f"{path}: no tensor {name!r} here, although the index says so; download it again")
+            yield file, name
+
+    def __contains__(self, module_path: str) -> bool:
+        return module_path in self.tensor_files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise PackageError(f"{path}: missing; the checkpoint needs safetensors weights") from None
+    except (SafetensorError, OSError) as err:
+        raise PackageError(f"{path}: damaged ({err}); download it again") from err
+
+
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
+def aliases() -> dict[str, str]:
+    """Every short name that --model knows."""
+    hub = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
+    return {"demo": str(DEMO), **hub}
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open `model`: an alias, a local folder, or a hub id (downloaded by huggingface_hub into its cache).
+
+    Raises PackageError where it cannot be had, UnsupportedModelError where no family file describes it.
+    """
+    from transformers import AutoConfig
+
+    reference = aliases().get(model, model)
+    folder = Path(reference)
+    name = folder.name if folder.is_dir() else reference
+    if not folder.is_dir():
+        folder = _download(model, reference, revision)
+        revision = folder.name
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise PackageError(f"{folder}: no config.json here; not a Hugging Face checkpoint folder")
+    try:
+        stated = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = stated.get("model_type")
+    except (ValueError, AttributeError) as err:
+        raise PackageError(f"{config_file}: not a JSON object ({err})") from err
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
+        )
+    quantization = _quantization(stated, config_file)
+    config = AutoConfig.from_pretrained(folder)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # Hugging Face would look for packed tensors, and for libraries
+    return Checkpoint(folder, name, revision, config, FAMILIES[model_type], quantization)
+
+
+def _quantization(stated: dict[str, Any], config_file: Path) -> dict[str, Any] | None:
+    """The one quantization_config in config.json; it may stand with the decoder's numbers."""
+    from .packed import method_of
+
+    parts = [stated, *(part for part in stated.values() if isinstance(part, dict))]
+    found = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+    if len(found) > 1:
+        raise UnsupportedModelError(f"{config_file}: {len(found)} quantization_configs; one for all modules is read")
+    for config in found:
+        method_of(config, config_file)  # before anything is read
+    return found[0] if found else None
+
+
+def _download(model: str, reference: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "safety/*"]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
+        raise PackageError(f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})")
+    try:
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
+    except Exception as err:  # the hub client raises a dozen kinds, each meaning "not to be had"
+        raise PackageError(
+            f"{reference}: not reachable on the hub and not in the local cache ({type(err).__name__}); "
+            "check the name and the network, or give --model a local folder"
+        ) from err
+
+
+def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without."""
+    eos = generation_settings(checkpoint).get("eos_token_id")
+    eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
+        raise PackageError(
+            f"{checkpoint.folder}: neither generation_config.json nor config.json says which token ends an answer "
+            f"(eos_token_id: {eos}); add it to generation_config.json"
+        )
+    return ids
+
+
+def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """generation_config.json as it stands; empty where there is none."""
+    path = checkpoint.folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as err:
+        raise PackageError(f"{path}: not a JSON object ({err})") from err
+
+
+def recommended_options(checkpoint: Checkpoint) -> list[str]:
+    """The options of autosteer-run that sample as generation_config.json recommends; without, answers are greedy."""
+    given = generation_settings(checkpoint)
+    options = [("repetition_penalty", 1.0)]
+    if given.get("do_sample"):
+        options = [("temperature", None), ("top_p", 1.0), ("top_k", 0), *options]
+        given = {"temperature": 1.0} | given
+    said = [(name, given[name]) for name, neutral in options if given.get(name) not in (None, neutral)]
+    return [part for name, value in said for part in ("--" + name.replace("_", "-"), f"{value:g}")]
+
+
+def check_generation(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedModelError where generation_config.json asks for what changes greedy answers and neither runtime
+    does.
+    """
+    given = generation_settings(checkpoint)
+    if asked := [name for name, neutral in CHANGES_ANSWERS.items() if given.get(name) not in (None, neutral, [], {})]:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and "
+            "answers would not be the model's; delete it there if you can do without"
+        )
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's processor with the Pillow image backend; for a model without images, its tokenizer as one.
+
+    Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by a
+    grey level.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    processor: Any
+    if checkpoint.family.vision is None:
+        processor = TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
+    else:
+        processor = AutoProcessor.from_pretrained(checkpoint.folder)
+        processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+        processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+    if not processor.chat_template:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
+            "which says how a dialogue is written; take the instruct version of the model, or add its template"
+        )
+    return processor
+
+
+class TextProcessor:
+    """A tokenizer, called as Hugging Face's multimodal processors are."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.chat_template = tokenizer.chat_template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: Literal[False] = False
+    ) -> str:
+        """Text templates want each turn's content as one string."""
+        flat = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
+        text = self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
+        return str(text)
+
+    def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
+        """Token ids of rendered texts."""
+        return self.tokenizer(text, add_special_tokens=False, **options)
+
+
+def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The PyTorch original: (model in float32 eval mode, processor)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
+    if checkpoint.packed:  # which from_pretrained reads only with libraries and kernels of each method's own
+        model = kind.from_config(checkpoint.config, dtype=torch.float32)
+        missing, _ = model.load_state_dict(
+            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
+        )
+        model.tie_weights(missing_keys=set(missing))
+        if gone := set(missing) - set(model.all_tied_weights_keys):
+            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
+    else:
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    return model.eval(), load_processor(checkpoint)

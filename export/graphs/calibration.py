@@ -1,0 +1,132 @@
+"""What a short text and a picture show of the decoder: how much each input channel of its matrices matters, and how far
+its keys and values reach (kv_scales.py). int4 rounding weighs its errors by the first; int8 smooths by it
+(int8_matmul.py).
+
+    importance of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
+
+An error in a weight costs in proportion to that (the idea of llama.cpp's imatrix and of AWQ): some channels are
+hundreds of times livelier than others. What text it is matters little. SmolLM2-135M in blocks of 128, KL to float32:
+.39 without importance, .28 with random tokens, .26 with the 160 tokens below, .25 with 2,000 tokens of the kind it was
+tested on.
+
+The checkpoint's own decoder computes it, in float32, with one matrix in memory at a time (on_demand.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.on_demand import open_on_demand
+from autosteer.export.checkpoint.open import Checkpoint
+
+from .decoder import DecoderFacts, rotary_tables
+from .kv_scales import KVScales, Watching, through
+
+TEXT = (
+    "The sea covers most of our planet, and yet we know less about its floor than about the surface of the moon. "
+    "In 1872 a ship called Challenger left England to change that. For four years her crew measured depth, "
+    "temperature and currents, and brought up animals that nobody had seen before. Name three colours. Red, blue and "
+    "green. What is shown in this picture? A dog lies on a sofa beside a window; outside it rains. How do I cook rice? "
+    "Wash one cup of rice, add two cups of water and a little salt, bring it to the boil, then cover it and let it "
+    "stand on a low flame for fifteen minutes. def add(a, b): return a + b. I am sorry, but I cannot help with that."
+)
+TEXT_TOKENS = 192  # at most, for vocabularies that cut it up small
+IMAGE_ROWS = 256  # about: every n-th row of one tile
+RANDOM_TOKENS = 448  # at least, where the reach of keys and values is asked for
+FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What there was to see."""
+
+    importance: dict[
+        str, torch.Tensor
+    ]  # by tensor name of every matrix in the layers, and of the head: (K,), by column
+    kv_scales: tuple[KVScales, ...]  # by layer
+
+
+def observe_decoder(
+    checkpoint: Checkpoint,
+    facts: DecoderFacts,
+    inputs_embeds: torch.Tensor,
+    report: Callable[[str], None] = lambda step: None,
+) -> Observed:
+    """Run the checkpoint's decoder on `inputs_embeds` (B, S, D) float32. `report` is told each layer.
+
+    Importance is of the first row of the batch alone; keys and values are of all.
+
+    An embedding that is tied to the head is rounded as the head needs it, which is where most of its error would go.
+    """
+    prefix, found = checkpoint.family.decoder, {}
+    decoder = open_on_demand(checkpoint, facts.lm_head, Convoy(0)).get_submodule(prefix)
+    tables = rotary_tables(facts)
+    caches = [Watching(*tables) for _ in decoder.layers]
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found[f"{name}.weight"] = energy(args[0][:1])
+
+        return hook
+
+    for i, layer in enumerate(decoder.layers):
+        step = f"what matters: layer {i} of {len(decoder.layers)}"
+        layer.register_forward_pre_hook(lambda module, args, step=step: report(step))
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
+    with torch.inference_mode():
+        last = decoder(inputs_embeds=inputs_embeds, **through(decoder, caches)).last_hidden_state
+    found[facts.lm_head] = energy(last[:1])
+    return Observed(found, tuple(cache.scales for cache in caches if cache.scales))
+
+
+def energy(rows: torch.Tensor) -> torch.Tensor:
+    """rows (.., K) that a matrix multiplies -> (K,), 1 on average, and no channel below FLOOR."""
+    squares = rows.flatten(0, -2).square().mean(0)
+    return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: all alike
+
+
+def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
+    """(1, S, D) float32: TEXT and, where there is an image graph (which must be complete), a part of one picture."""
+    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
+    text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
+    if image_graph is None:
+        return text[None]
+    session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
+    size = session.get_inputs()[0].shape[-1]
+    rows = torch.from_numpy(session.run(None, {"pixel_values": _picture(size)})[0][0])
+    rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
+    image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
+    return torch.cat([text[:1], image, text[1:]])[None]
+
+
+def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:
+    """`rows` (1, S, D) and, as more of the batch, tokens drawn from the whole vocabulary, the same at every export.
+
+    They say nothing of what matters, and more than any text of this length of how far keys and values reach.
+    """
+    _, length, width = rows.shape
+    count = -(-RANDOM_TOKENS // length) * length
+    ids = np.random.default_rng(0).integers(0, vocab, count)
+    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
+    return torch.cat([rows, checkpoint.gather(table, ids.tolist()).reshape(-1, length, width)])
+
+
+def _picture(size: int) -> np.ndarray:
+    """pixel_values (1, 3, size, size) in -1..1: gradients, and a bright and a dark rectangle."""
+    y, x = np.mgrid[0:size, 0:size] * (2.0 / size) - 1.0
+    picture = np.stack([x, y, x * y]).astype(np.float32)
+    third = size // 3
+    picture[:, third // 2 : third, third:-third] = np.array([0.9, -0.7, 0.3], np.float32)[:, None, None]
+    picture[:, 2 * third :, third // 2 : 2 * third] = np.array([-0.8, -0.6, -0.9], np.float32)[:, None, None]
+    return picture[None]

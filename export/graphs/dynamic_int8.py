@@ -1,0 +1,67 @@
+"""Linear layers of a traced image graph in 8 bits (int8_matmul.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from .int8_matmul import Rows, product, quantise_activations
+from .weights import WeightStore
+
+
+def quantise_linears(graph: ir.Graph, store: WeightStore) -> None:
+    """Rewrite every `x @ transpose(weight)` of `graph`; weights stream from the checkpoint into `store`, and leave the
+    graph's initialisers. Convolutions, norms, biases and attention stay as they are.
+    """
+    rows: dict[ir.Value, Rows] = {}  # query, key and value read the same x: quantised once
+    for node in list(graph):
+        transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
+        if transpose is None or transpose.op_type != "Transpose":
+            continue
+        weight, x = transpose.inputs[0], node.inputs[0]
+        if weight is None or x is None or weight.name not in graph.initializers:
+            continue
+        g = _Inserting(graph, node)
+        if x not in rows:
+            rows[x] = quantise_activations(g, x)
+        _replace(g, weight, rows[x], store)
+        graph.remove(node, safe=True)
+        if not transpose.outputs[0].uses():
+            graph.remove(transpose, safe=True)
+            del graph.initializers[weight.name]
+
+
+class _Inserting:
+    """Writes nodes into a graph, ahead of one that is there."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node):
+        self.graph, self.before = graph, before
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        node = ir.Node(domain, kind, inputs, [ir.AttrInt64(name, value) for name, value in attributes.items()])
+        self.graph.insert_before(self.before, node)
+        return node.outputs[0]
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        return self.initialiser(name, ir.tensor(array, name=name))
+
+    def initialiser(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if name not in self.graph.initializers:
+            shape = ir.Shape([int(d) for d in tensor.shape])
+            value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+
+def _replace(g: _Inserting, weight: ir.Value, rows: Rows, store: WeightStore) -> None:
+    """Put the product of `rows` with `weight` in the place of the node that `g` writes ahead of."""
+    assert weight.name is not None and weight.shape is not None
+    shape = tuple(int(d) for d in weight.shape)
+    parts = store.columns([weight.name], (shape[0], shape[1]))
+    codes, scales = (g.initialiser(f"{weight.name}.{part}", parts[part]) for part in ("codes", "scales"))
+    old, new = g.before.outputs[0], product(g, rows, codes, scales)
+    if old.is_graph_output():
+        (new.name, old.name), new.shape, new.type = (old.name, None), old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -1,0 +1,34 @@
+"""The gate's two graphs, each with its float32 weights inside its own file. Both compute in float32.
+
+prober         hidden_states (1, D) float32                    -> p_unsafe (1,)
+refusal_head   last_hidden_state (1, R, D), strength (1,)      -> steered_hidden_state (1, R, D), typed as the decoder's
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .writer import FLOAT32, MICROSOFT, GraphWriter
+
+
+def prober(g: GraphWriter, weights: dict[str, torch.Tensor]) -> None:
+    """softmax(Linear(relu(Linear(h))))[0]: the calibrated probability that the answer would be unsafe."""
+    hidden = g.input("hidden_states", FLOAT32, (1, weights["0.weight"].shape[1]))
+    parts = {name: g.constant(f"prober.{name}", w.float().numpy()) for name, w in weights.items()}
+    x = g.op("Relu", g.op("Gemm", hidden, parts["0.weight"], parts["0.bias"], transB=1))
+    scores = g.op("Softmax", g.op("Gemm", x, parts["2.weight"], parts["2.bias"], transB=1), axis=-1)
+    unsafe = g.op("Gather", scores, g.constant("unsafe_class", np.array(0, np.int64)), axis=1)
+    g.output("p_unsafe", unsafe, FLOAT32, (1,))
+
+
+def refusal_head(g: GraphWriter, steer_matrix: torch.Tensor) -> None:
+    """h + strength * h W^T. Projected by lm_head this is the authors' h (E + strength E W)^T, ~10^5 times cheaper."""
+    d = steer_matrix.shape[0]
+    last = g.input("last_hidden_state", g.dtype, (1, "num_logits", d))
+    strength = g.input("strength", FLOAT32, (1,))
+    w = g.constant("steer_matrix", steer_matrix.float().numpy())
+    hidden = g.cast(last, g.dtype, FLOAT32)
+    bent = g.op("Mul", g.op("FusedMatMul", hidden, w, domain=MICROSOFT, transB=1), strength)
+    steered = g.cast(g.op("Add", hidden, bent), FLOAT32, g.dtype)  # what overflows is infinite, and no sampler takes it
+    g.output("steered_hidden_state", steered, g.dtype, (1, "num_logits", d))

@@ -1,0 +1,264 @@
+"""Image graphs: Hugging Face's own modules, traced without weights.
+
+A wrapper cuts what the device needs out of a Hugging Face model: an encoder whose rows go to the decoder
+(vision_encoder), or a tokenizer whose ids go through embed_tokens (image_tokenizer). Modules and inputs are fake
+tensors, so a tower of any size is traced in seconds and in no memory; initialisers keep their module paths as names,
+and their data is then streamed from the checkpoint like any other weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from autosteer.export.checkpoint.open import Checkpoint
+from autosteer.runtime.errors import PackageError
+from autosteer.runtime.manifest import GraphSpec, Precision
+
+from .dynamic_int8 import quantise_linears
+from .weights import WeightStore
+from .writer import FLOAT32, MICROSOFT, OPSET, save_model
+
+
+class ImageGraph(nn.Module):
+    """What a wrapper says of itself. Its forward takes pixel_values (tiles, 3, image_size, image_size) and gives rows,
+    both float32 whatever it computes in, or token ids.
+    """
+
+    name: str  # of the graph
+    outputs: tuple[str, ...]
+    exact: bool  # weights are stored in float32 whatever --precision says
+    image_size: int
+    constants: dict[str, npt.NDArray[Any]]  # buffers that are computed, and in no checkpoint
+
+
+class TowerAndProjector(ImageGraph):
+    """SigLIP/CLIP-like tower, one of its hidden states, projector (HF: LlavaOnevisionModel.get_image_features)."""
+
+    name, outputs, exact = "vision_encoder", ("image_features", "image_newline"), False
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model  # so that parameters are called what the checkpoint calls them
+        layers = self.model.vision_tower.encoder.layers
+        index = hf_model.config.vision_feature_layer
+        self.depth = index if index >= 0 else len(layers) + 1 + index
+        self.image_size = hf_model.config.vision_config.image_size
+        self.constants = {}
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D), image_newline (D,)"""
+        tower = self.model.vision_tower
+        patches = tower.embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
+        hidden = patches + tower.embeddings.position_embedding.weight
+        for layer in tower.encoder.layers[: self.depth]:
+            hidden = layer(hidden, attention_mask=None)
+        return self.model.multi_modal_projector(hidden).float(), self.model.image_newline.float() * 1.0
+
+
+class VQTokenizer(ImageGraph):
+    """VQ-VAE encoder, nearest codebook entry, its token id (HF: ChameleonModel.get_image_tokens).
+
+    Exact, because a rounded weight changes not a number a little but a token altogether.
+    """
+
+    name, outputs, exact = "image_tokenizer", ("input_ids",), True
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        vq = hf_model.config.vq_config
+        self.image_size = vq.resolution
+        ids = hf_model.model.vocabulary_mapping.img2bpe
+        if missing := sorted(set(range(vq.num_embeddings)) - ids.keys()):
+            raise PackageError(f"config.json: vocabulary_map names no token for image code {missing[0]}")
+        self.constants = {"token_ids": np.array([ids[code] for code in range(vq.num_embeddings)], np.int64)}
+        self.register_buffer("token_ids", torch.zeros(vq.num_embeddings, dtype=torch.int64))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> input_ids (tiles, tokens)"""
+        codes = self.distances(pixel_values).argmin(1)
+        return self.token_ids[codes].reshape(pixel_values.shape[0], -1)
+
+    def distances(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> squared distance of every token's z to every code, (tiles * tokens, codes)
+
+        Summed as HF does: |z|^2 decides nothing, but rounds near ties the same way.
+        """
+        vq = self.model.vqmodel
+        codebook = vq.quantize.embedding.weight
+        z = vq.quant_conv(vq.encoder(pixel_values)).permute(0, 2, 3, 1).flatten(0, 2)
+        return (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
+
+
+class TowerAndPixelShuffle(ImageGraph):
+    """SigLIP tower whose patches are merged by squares and projected (HF: Idefics3Model.get_image_features)."""
+
+    name, outputs, exact = "vision_encoder", ("image_features",), False
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        self.image_size = hf_model.config.vision_config.image_size
+        ids = self._position_ids(hf_model.config.vision_config)
+        self.constants = {"position_ids": ids}
+        self.register_buffer("position_ids", torch.zeros(ids.shape, dtype=torch.int64))
+
+    def _position_ids(self, vision_config: Any) -> npt.NDArray[np.int64]:
+        """HF's own: it finds a patch's place in float32, and misses by one in grids of some sizes (25, 31, 41, ...)."""
+        config = copy.copy(vision_config)
+        config.hidden_size = 1
+        side = self.image_size // config.patch_size
+        with unset_fake_temporarily(), torch.no_grad():
+            embeddings = type(self.model.vision_model.embeddings)(config)
+            embeddings.patch_embedding.weight.zero_()
+            embeddings.patch_embedding.bias.zero_()
+            embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+            whole = torch.ones(1, side, side, dtype=torch.bool)
+            positions = embeddings(torch.zeros(1, 3, self.image_size, self.image_size), whole)
+            return positions[0, :, 0].to(torch.int64).numpy()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D)"""
+        tower = self.model.vision_model
+        patches = tower.embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
+        hidden = patches + tower.embeddings.position_embedding(self.position_ids)
+        for layer in tower.encoder.layers:
+            hidden = layer(hidden, None)
+        return self.model.connector(tower.post_layernorm(hidden)).float()
+
+
+WRAPPERS: dict[str, type[ImageGraph]] = {
+    "tower_and_projector": TowerAndProjector,
+    "tower_and_pixel_shuffle": TowerAndPixelShuffle,
+    "vq_tokenizer": VQTokenizer,
+}
+
+
+def image_graph(
+    folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision, activations: str = FLOAT32
+) -> GraphSpec:
+    """Write the family's image graph, <its name>.onnx. `precision` is how its matrices are stored: fp32, fp16, or int8
+    (dynamic_int8.py); there is nothing to gain from int4 here. At fp16 it computes in `activations` (numpy name).
+    """
+    wrapped = WRAPPERS[checkpoint.family.vision or ""]
+    if wrapped.exact:
+        precision = "fp32"
+    storage, computed = ("float16", activations) if precision == "fp16" else (FLOAT32, FLOAT32)
+    model, wrapper = trace(checkpoint, computed)
+    graph, traced = model.graph, list(model.graph.initializers.values())
+    if precision == "int8":
+        quantise_linears(graph, store)
+    for value in traced:
+        if value.name in wrapper.constants:
+            value.const_value = ir.tensor(wrapper.constants[value.name], name=value.name)
+        elif value.name in graph.initializers:
+            _attach(graph, value, store, storage, computed)
+    return save_model(model, folder, precision, None)
+
+
+def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, ImageGraph]:
+    """The family's image graph without its weights, computing in `computed`, and the wrapper it was made of."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
+
+    assert checkpoint.family.vision is not None
+    with FakeTensorMode(), no_init_weights(), _quiet(), _fused_attention() as name:
+        hf_model = AutoModelForImageTextToText.from_config(
+            copy.deepcopy(checkpoint.config), dtype=getattr(torch, computed), attn_implementation=name
+        )
+        wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
+        program = torch.onnx.export(
+            wrapper,
+            (torch.zeros(2, 3, wrapper.image_size, wrapper.image_size),),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("tiles", min=1, max=1024)},),
+            input_names=["pixel_values"],
+            output_names=list(wrapper.outputs),
+            opset_version=OPSET,
+            verbose=False,
+            optimize=False,  # constant folding would read the fake weights
+        )
+    model: ir.Model = program.model  # type: ignore[union-attr]
+    model.graph.name = wrapper.name
+    model.graph.opset_imports[MICROSOFT] = 1
+    for node in model.graph:  # Python source locations: megabytes, and nobody's business
+        node.metadata_props.clear()
+    return model, wrapper
+
+
+def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str, computed: str) -> None:
+    """Point an initialiser at its streamed weights; matrices stored narrower than computed with are cast there."""
+    assert value.name is not None and value.shape is not None
+    shape = [int(d) for d in value.shape]
+    dtype = storage if len(shape) >= 2 else computed
+    tensor = store.matrix([value.name], dtype, shape=shape)
+    value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)
+    if dtype != computed:
+        to = ir.DataType.from_numpy(np.dtype(computed))
+        cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", to)])
+        value.replace_all_uses_with(cast.outputs[0])
+        cast.replace_input_with(0, value)
+        graph.insert_before(graph[0], cast)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[str]:
+    """Attention as one com.microsoft MultiHeadAttention: faster than its parts, and without a matrix of all scores.
+
+    Yields the name under which transformers knows it.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **_: Any,  # dropout, and what only causal models pass
+    ) -> tuple[torch.Tensor, None]:
+        """(B, H, S, d) each -> (B, S, H, d)"""
+        assert attention_mask is None, "patches of a tile see each other"
+        heads = query.shape[1]
+        flat = [t.transpose(1, 2).flatten(2) for t in (query, key, value)]
+        attributes = {"num_heads": heads, "scale": scaling or query.shape[-1] ** -0.5}
+        out = torch.onnx.ops.symbolic(
+            f"{MICROSOFT}::MultiHeadAttention", flat, attributes, dtype=query.dtype, shape=flat[0].shape, version=1
+        )
+        return out.unflatten(2, (heads, -1)), None
+
+    name = "autosteer_fused"
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        yield name
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns about operators it never needed here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,177 @@
+"""The safety folder: what autosteer-fit writes and autosteer-export reads. safetensors and JSON, never a pickle.
+
+    safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py)
+    safety/safety.safetensors    prober.0.weight (64, d), prober.0.bias (64,), prober.2.weight (2, 64), prober.2.bias
+                                 (2,), steer_matrix (d, d); all float32
+
+The prober is Linear - ReLU - Linear - softmax; row 0 of the last layer is *unsafe*. Input standardisation and
+calibration are already folded into its weights: softmax(...)[0] is the calibrated p_unsafe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from autosteer.runtime.errors import InputError, PackageError
+from autosteer.runtime.strict_json import decode
+
+from .safety import SAFETY_FILE
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+TENSOR_FILE = "safety.safetensors"
+UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained (method.md)
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """SAS of one layer with its 95 % bootstrap interval, and how well a prober does there.
+
+    prober_accuracy: balanced, at 0.5, on the validation part (prober.py). sas_by_channel: where pairs name channels.
+    """
+
+    layer: int
+    sas: float
+    sas_low: float
+    sas_high: float
+    prober_accuracy: float | None = None
+    sas_by_channel: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class ProofPrompt:
+    """A held-out prompt that the gate judged rightly: a package made with this gate must judge it so, too.
+
+    Its words need not be here: `token_ids` are what the model reads, the rendered prompt with its generation prompt.
+    """
+
+    unsafe: bool
+    p_unsafe: float  # the gate's, of the float32 model
+    sha256: str  # of the words, in UTF-8: to find the prompt in the data again
+    token_ids: tuple[int, ...] = ()
+    text: str = ""  # in place of token_ids, where the words may be known
+    images: tuple[str, ...] = ()  # with `text`: files in the safety folder
+
+
+@dataclass(frozen=True)
+class SafetyFacts:
+    """safety.json"""
+
+    format_version: int
+    model: str  # checkpoint name it was fitted on
+    split_layer: int  # the prober reads hidden_states[split_layer]
+    token_offset: int  # -1: the last token of the prompt rendered *without* the generation prompt
+    threshold: float
+    strength: float  # the paper's epsilon, in use; training's is among the facts below
+    refusal_text: str
+    layers: tuple[LayerScore, ...]
+    calibration: dict[str, float]  # held-out facts: accuracy, false_positive_rate, ece, ...
+    training: dict[str, float]  # sizes, seeds, epochs
+    selected_by: Literal["sas", "prober", "user"] = "sas"  # what chose split_layer
+    pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
+    proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
+
+
+@dataclass(frozen=True)
+class SafetyArtifact:
+    """The safety half of a package."""
+
+    facts: SafetyFacts
+    prober: dict[str, torch.Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
+    steer_matrix: torch.Tensor  # (d, d)
+    folder: Path | None = None  # where it was read from, and the proof's images are
+
+    def firing_above(self, threshold: float) -> SafetyArtifact:
+        """The same with another threshold, without the facts that were measured at its own, and without the prompts
+        that it judges wrongly. Raises InputError.
+        """
+        if not 0.0 <= threshold < 1.0:
+            raise InputError(f"--threshold {threshold:g}: it must be in [0, 1)")
+        proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
+        return replace(self, facts=replace(self.facts, threshold=threshold, calibration={}, proof=proof))
+
+    def save(self, folder: Path) -> None:
+        """Write both files into `folder`, which is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"prober.{name}": t.float().contiguous() for name, t in self.prober.items()}
+        tensors["steer_matrix"] = self.steer_matrix.float().contiguous()
+        save_file(tensors, folder / TENSOR_FILE)
+        (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path, *, hidden_size: int, num_hidden_layers: int) -> SafetyArtifact:
+        """Read and check a safety folder against the model's sizes.
+
+        Raises PackageError for a missing file, a wrong shape, a non-finite number, a layer out of range, an untrained
+        matrix.
+        """
+        try:
+            data = json.loads((folder / SAFETY_FILE).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSOR_FILE)
+        except FileNotFoundError as err:
+            raise PackageError(f"{err.filename or folder}: missing; make the folder with autosteer-fit") from None
+        except (ValueError, OSError, SafetensorError) as err:
+            raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
+        facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
+        prober = {name.removeprefix("prober."): t for name, t in tensors.items() if name.startswith("prober.")}
+        artifact = SafetyArtifact(facts, prober, tensors.get("steer_matrix"), folder)
+        artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
+        for image in (image for prompt in facts.proof for image in prompt.images):
+            if Path(image).name != image or not (folder / image).is_file():
+                raise PackageError(f"{folder}: {image!r}, a proof prompt's, is no file of this folder; copy it again")
+        return artifact
+
+    def check(self, where: Path, *, hidden_size: int, num_hidden_layers: int) -> None:
+        """Raise PackageError where this could not guard a model of these sizes."""
+        import torch
+
+        def need(condition: bool, what: str) -> None:
+            if not condition:
+                raise PackageError(f"{where}: {what}")
+
+        d = hidden_size
+        need(
+            self.facts.format_version == FORMAT_VERSION,
+            f"format_version {self.facts.format_version} is not {FORMAT_VERSION}",
+        )
+        need(
+            0 < self.facts.split_layer < num_hidden_layers,
+            f"split_layer {self.facts.split_layer} is not within the model",
+        )
+        need(0.0 <= self.facts.threshold < 1.0, f"threshold {self.facts.threshold} is not in [0, 1)")
+        need(
+            self.facts.token_offset < 0, f"token_offset {self.facts.token_offset} does not count from the prompt's end"
+        )
+        need(0.0 < self.facts.strength < float("inf"), f"strength {self.facts.strength} is not a positive number")
+        for prompt in self.facts.proof:
+            need(bool(prompt.token_ids) != bool(prompt.text), "a proof prompt has either token_ids or a text")
+        shapes = {"0.weight": (64, d), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+        found = {name: tuple(t.shape) for name, t in self.prober.items()}
+        need(found == shapes, f"prober tensors {found} are not {shapes}: fitted for another model?")
+        need(
+            self.steer_matrix is not None and tuple(self.steer_matrix.shape) == (d, d),
+            f"steer_matrix is not ({d}, {d}): fitted for another model?",
+        )
+        finite = all(bool(torch.isfinite(t).all()) for t in (*self.prober.values(), self.steer_matrix))
+        need(finite, "a weight is NaN or infinite")
+        w = self.steer_matrix
+        beyond = w - w.diagonal().mean() * torch.eye(d)  # what does more than scale the logits
+        need(
+            float(beyond.norm()) / math.sqrt(d) >= UNTRAINED,
+            "steer_matrix is still the identity, or a multiple of it: it was never trained",
+        )
+        largest, second = torch.svd_lowrank(w, q=min(6, d))[1][:2].tolist()
+        need(
+            second >= UNTRAINED * largest,
+            "steer_matrix has rank one: it can push all tokens one way, and refuse nothing",
+        )

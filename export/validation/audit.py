@@ -1,0 +1,189 @@
+"""What a written package holds, number by number, beside its checkpoint: no graph runs.
+
+A graph that runs shows a wrong weight only as far as the dialogues use it. This reads every tensor of every graph by
+the name that it has there:
+
+    as it is          norms, biases, matrices and tables that are not quantised, the gate: equal, once they are cast
+    quantised         every row and column of a matrix within what rounding does, and none of them larger or smaller
+    computed          rotary tables beside Hugging Face's; scales of int8 caches beside what is observed again
+
+What a graph does with them is asked of it in validate.py. Tensors without a checkpoint name (an axis, a bound, the
+largest code) are the graph's own, and its output shows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from autosteer.export.checkpoint.open import Checkpoint, load_processor
+from autosteer.export.graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from autosteer.export.graphs.decoder import decoder_facts
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
+
+from .dequantize import bits_of, packed_kv_scales, read, stacked, worse
+
+BLOCK_BYTES = 32 << 20  # of float32
+ROTARY = ("cos_cache", "sin_cache")
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding has cost a matrix."""
+
+    matrix: float  # error, relative to the matrix (Frobenius norm)
+    scale: float  # how much larger or smaller it has become: |<stored, original> / <original, original> - 1|
+    row: float  # error of the worst row: relative to it or, where that is less, in steps (rms)
+    column: float  # the same of columns; small ones are rounded away as a whole, and are within a step all the same
+    steps: (
+        float  # of 8 bits: rms error of the worst row or column in steps; 4 bits cut off what is worth it, and have 0
+    )
+
+    def or_worse(self, other: Rounding | None) -> Rounding:
+        """The worst of both."""
+        return Rounding(*map(worse, astuple(self), astuple(other))) if other else self
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was found of one graph."""
+
+    differing: int  # numbers that are not the checkpoint's, or the safety folder's
+    rounding: Rounding | None  # of the worst matrices; None where none is quantised
+    rotary: float  # largest difference from Hugging Face's tables, divided by the place (from 1) it stands at
+
+
+def audit(
+    path: Path,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    rotary_emb: Any,
+    wanted: Callable[[str], bool] = lambda tensor: True,
+) -> Held:
+    """Read one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module of that name."""
+    graph = ir.load(path).graph
+    differing, rounding, rotary = 0, None, 0.0
+    tables = {node.inputs[0] for node in graph if node.op_type == "GatherBlockQuantized"}
+    for node in graph:
+        if any(value is not None and value.name and wanted(value.name) for value in node.inputs):
+            for name, rows in stacked(node, checkpoint).items():
+                rounding = _rounding(node, rows, checkpoint, name).or_worse(rounding)
+    gate = _gate_tensors(safety)
+    for name, value in graph.initializers.items():
+        names = name.split("+")
+        if not wanted(name):
+            continue
+        if name in gate:
+            differing += _unequal(_array(value), gate[name])
+        elif all(part in checkpoint for part in names) and value not in tables:
+            differing += _differing(value, names, checkpoint)
+        elif name in ROTARY:
+            theirs = _rotary(rotary_emb, len(_array(value)))[ROTARY.index(name)]
+            places = np.arange(1, len(theirs) + 1, dtype=np.float32)[:, None]
+            rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / places).max()))
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.release()  # as in dequantize.py
+    return Held(differing, rounding, rotary)
+
+
+def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> float:
+    """How far the scales of a package's int8 caches are from those that an export finds: the largest difference of any,
+    relative to it. What they must be is observed again, as the export did.
+    """
+    held = packed_kv_scales(folder, manifest)
+    facts, processor = decoder_facts(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
+    image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
+    rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
+    found = observe_decoder(checkpoint, facts, with_random_tokens(rows, checkpoint, facts.vocab)).kv_scales
+    if len(held) != len(found):
+        return math.inf
+
+    def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+        return math.inf if one.shape != other.shape else float((np.abs(one - other) / other).max())
+
+    pairs = zip(held, found, strict=True)
+    return max(worse(error(h.keys, f.keys), error(h.values, f.values)) for h, f in pairs)
+
+
+def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> Rounding:
+    """Of the matrix that stands in `rows` of a node's."""
+    width = math.prod(checkpoint.shape(name)[1:])
+    columns = torch.zeros(3, width)  # sums of squares: of errors, of the checkpoint's, of errors in steps
+    along = row = row_steps = 0.0
+    done = 0
+    for original in checkpoint.rows(name, BLOCK_BYTES):
+        first = rows.start + done
+        stored = read(node, slice(first, first + len(original)))
+        if stored.weights.shape != original.shape:
+            return Rounding(*[math.inf] * 5)
+        off = stored.weights - original
+        along += float(off.flatten() @ original.flatten())
+        in_steps = off / stored.steps.clamp_min(TINY)
+        squares = [x.square_() for x in (off, original, in_steps)]
+        row = worse(row, _worst([square.sum(1) for square in squares], width))
+        row_steps = worse(row_steps, float(squares[2].mean(1).max().sqrt()))
+        columns += torch.stack([square.sum(0) for square in squares])
+        done += len(original)
+    error, norm = (float(total) for total in columns[:2].sum(1, dtype=torch.float64))
+    return Rounding(
+        matrix=math.sqrt(error / max(norm, TINY)),
+        scale=abs(along) / max(norm, TINY),
+        row=row,
+        column=_worst(list(columns), done),
+        steps=worse(row_steps, float((columns[2] / done).max().sqrt())) if bits_of(node) == 8 else 0.0,
+    )
+
+
+def _worst(squares: list[torch.Tensor], count: int) -> float:
+    """The largest error of several rows or columns of `count` numbers each, by their sums of squares: of errors, of
+    originals, of errors in steps.
+    """
+    error, norm, in_steps = squares
+    return float(torch.minimum(error / norm.clamp_min(TINY), in_steps / count).max().sqrt())
+
+
+def _differing(value: ir.Value, names: list[str], checkpoint: Checkpoint) -> int:
+    """Numbers of an initialiser that are not those of the named tensors, one below the other, cast to its type."""
+    ours, first, differing = _array(value), 0, 0
+    for name in names:
+        for block in checkpoint.rows(name, BLOCK_BYTES):
+            differing += _unequal(ours[first : first + len(block)], block.numpy())
+            first += len(block)
+    return differing + abs(ours.size - math.prod((first, *ours.shape[1:])))
+
+
+def _unequal(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> int:
+    if ours.shape != theirs.shape:
+        return max(ours.size, theirs.size)
+    return int((ours != theirs.astype(ours.dtype)).sum())
+
+
+def _array(value: ir.Value) -> npt.NDArray[Any]:
+    """An initialiser, mapped."""
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _gate_tensors(safety: SafetyArtifact | None) -> dict[str, npt.NDArray[np.float32]]:
+    if safety is None:
+        return {}
+    tensors = {f"prober.{name}": tensor for name, tensor in safety.prober.items()}
+    return {name: t.float().numpy() for name, t in (*tensors.items(), ("steer_matrix", safety.steer_matrix))}
+
+
+@torch.no_grad()
+def _rotary(rotary_emb: Any, context: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Hugging Face's cos and sin of every place, (context, head_dim / 2)."""
+    both = rotary_emb(torch.zeros(1, 1), torch.arange(context)[None])
+    cos, sin = (table[0, :, : table.shape[-1] // 2].numpy() for table in both)
+    return cos, sin

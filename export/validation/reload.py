@@ -1,0 +1,46 @@
+"""Load a package that was just written as its users will, before it takes its place: files, hashes, manifest, graphs,
+and the gate's proof.
+
+A package of ordinary size is loaded by Engine.load. Of a larger one the same files are checked and its graphs are loaded
+one after the other, so that an export never needs as much memory as the whole package does.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.manifest import GATE_GRAPHS, Manifest
+from autosteer.runtime.self_test import check_gate
+from autosteer.runtime.subgraph import Subgraph, find_device
+from autosteer.runtime.text import load_tokenizer
+
+WHOLE = 2 << 30  # bytes: larger packages are loaded graph by graph; 7B at int4 takes five
+
+
+def load_again(folder: Path, needed: int) -> str:
+    """Load the package in `folder`, which takes `needed` bytes as a whole, on the CPU; how that was done, in words.
+
+    Raises PackageError where it does not load.
+    """
+    engine_log = logging.getLogger("autosteer.runtime.engine")
+    level = engine_log.level
+    engine_log.setLevel(logging.ERROR)  # that a package for CUDA is slow here is no news
+    try:
+        if needed <= WHOLE:
+            Engine.load(folder, device="cpu")
+            return "loaded again as a whole"
+        manifest = Manifest.load(folder)
+        device, _ = find_device("cpu", None)
+        with manifest.verifying(folder):
+            load_tokenizer(folder / manifest.prompt.tokenizer)
+            loaded = {}
+            for name, spec in manifest.graphs.items():
+                graph = Subgraph(folder / spec.file, spec, device)
+                if name in (*GATE_GRAPHS, "lm_head"):
+                    loaded[name] = graph
+            check_gate(folder, manifest, loaded, device)
+        return f"loaded again graph by graph: as a whole it takes {needed / 2**30:.1f} GiB"
+    finally:
+        engine_log.setLevel(level)

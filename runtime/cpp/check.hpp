@@ -1,0 +1,72 @@
+// Replay a package's golden prompts: the C++ side of runtime/check.py, line by line.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace autosteer {
+
+/// One line of what the check found.
+struct Check {
+  std::string name;
+  double value;
+  std::optional<double> limit;  ///< absent: reported, not judged
+  bool passed;
+};
+
+/// Answer every golden prompt of the package in `folder` again. Hashes, names, shapes and the gate's proof were checked
+/// when `engine` was loaded. runtime/check.py says what must be equal.
+inline std::vector<Check> check_package(const Engine& engine, const fs::path& folder) {
+  const Manifest& manifest = engine.manifest;
+  const auto answer = [&](const Golden& golden, Mode mode) {
+    SamplingConfig sampling;
+    sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
+    sampling.speculate = false;  // as it was recorded
+    const GatePolicy policy = engine.policy(mode, golden.threshold);
+    if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
+    std::vector<ImageLike> images;
+    for (const auto& file : golden.images) images.emplace_back(folder / file);
+    std::vector<std::vector<ImageLike>> videos;
+    for (const auto& frames : golden.videos) {
+      videos.emplace_back();
+      for (const auto& file : frames) videos.back().emplace_back(folder / file);
+    }
+    return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
+  };
+  const Mode gated = manifest.guarded ? Mode::steer : Mode::off;
+  double drift = 0, verdicts = 0, tokens = 0, unsteered = 0, unstopped = 0, fired = 0;
+  for (const Golden& golden : manifest.golden) {
+    const Answer found = answer(golden, gated);
+    verdicts += name(found.verdict.action) != golden.action;
+    tokens += found.token_ids != golden.token_ids;
+    if (golden.p_unsafe) {
+      const double difference = std::abs(*golden.p_unsafe - found.verdict.p_unsafe.value_or(std::nan("")));
+      drift = std::isnan(difference) ? std::numeric_limits<double>::infinity() : std::max(drift, difference);
+    }
+    if (golden.action == "steer") {
+      unsteered += found.token_ids == answer(golden, Mode::off).token_ids;
+      if (!golden.threshold) {
+        ++fired;
+        unstopped += answer(golden, Mode::stop).finish_reason != "refused";
+      }
+    }
+  }
+  const Tolerance& tolerance = manifest.tolerance;
+  const auto most = static_cast<double>(tolerance.answers);
+  return {{"files that match their hash", static_cast<double>(manifest.paths().size()), {}, true},
+          {"golden prompts", static_cast<double>(manifest.golden.size()), {}, !manifest.golden.empty()},
+          {"of these unsafe at the package's threshold", fired, {}, true},
+          {"verdicts that differ", verdicts, 0.0, verdicts == 0},
+          {"p_unsafe, largest difference", drift, tolerance.p_unsafe, drift <= tolerance.p_unsafe},
+          {"answers that differ", tokens, most, tokens <= most},
+          {"steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0},
+          {"unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0}};
+}
+
+}  // namespace autosteer

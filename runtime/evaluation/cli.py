@@ -1,0 +1,229 @@
+"""autosteer-eval: the table, or JSON, on stdout; progress and what was left out on stderr; every answer in --output."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autosteer.runtime.cli import device_option, load, package_argument, threads_option
+from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
+from autosteer.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from .datasets import Row
+    from .refusals import Judge
+    from .run import Group, Result, RunFacts
+    from .statistics import PairedTest, Rate
+
+FORMATS = ("ours", "vlsafe", "tovilag", "mmmu", "realworldqa", "turns")  # readers.READERS, which loads more than --help
+file_option: Any = click.Path(path_type=Path)
+
+
+@click.command("autosteer-eval", context_settings={"help_option_names": ["-h", "--help"]})
+@package_argument
+@click.option("--data", multiple=True, type=file_option, help="JSONL test set that says what is unsafe; repeatable.")
+@click.option("--unsafe", multiple=True, type=file_option, help="JSONL of unsafe prompts; repeatable.")
+@click.option("--benign", multiple=True, type=file_option, help="JSONL of benign prompts; repeatable.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Of all files. Default: seen from their fields.")
+@click.option("--images", type=file_option, help="Folder of the images. Default: beside each file.")
+@click.option("--text-only", is_flag=True, help="Leave images out.")
+@click.option("--exclude", multiple=True, type=file_option, help="Drop prompts in this fit file; repeatable.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only this many rows of each group.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@click.option(
+    "--judge-command",
+    help='Program that judges refusals: {"prompt", "answer"} in, {"refused": true|false} out, a line each.',
+)
+@click.option("--judge-timeout", type=float, default=60.0, show_default=True, help="Seconds it may take for an answer.")
+@click.option("--output", type=file_option, help="JSONL of every answer; the same command goes on where it stopped.")
+@click.option("--force", is_flag=True, help="Begin --output anew.")
+@click.option("--rejudge", is_flag=True, help="Judge the answers in --output again: for another judge, or newer rules.")
+@device_option
+@threads_option
+@json_option
+@debug_option
+def evaluate(
+    package: Path,
+    data: tuple[Path, ...],
+    unsafe: tuple[Path, ...],
+    benign: tuple[Path, ...],
+    format_: str | None,
+    images: Path | None,
+    text_only: bool,
+    exclude: tuple[Path, ...],
+    limit: int | None,
+    max_tokens: int,
+    judge_command: str | None,
+    judge_timeout: float,
+    output: Path | None,
+    force: bool,
+    rejudge: bool,
+    device: Any,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure the gate of PACKAGE: attack success, refusals and accuracy, by group, for four policies.
+
+    Rows: {"prompt": text, "images": [files], "unsafe": true|false, "group": name, "answer": gold text or null};
+    "turns": [user, assistant, user, ...] in place of "prompt" for dialogues. Also VLSafe, ToViLaG, MMMU, RealWorldQA
+    and {"turns": [text]} as they are published (docs/evaluation.md).
+    """
+    if not (data or unsafe or benign):
+        raise click.UsageError("give prompts: --data, --unsafe or --benign")
+    if images and text_only:
+        raise click.UsageError("--images and --text-only exclude each other")
+    read = {path.resolve() for path in (*data, *unsafe, *benign, *exclude)}
+    if output and output.resolve() in read:
+        raise click.UsageError(f"--output {output}: is one of the files to read")
+    if rejudge and (force or not output):
+        raise click.UsageError("--rejudge needs --output, and no --force")
+    from .datasets import DataFile, drop_known, first_of_each_group, prompts_of, read_rows
+    from .refusals import CommandJudge, RuleJudge
+    from .run import RunFacts, summarise
+    from .run import rejudge as rejudge_file
+
+    labelled = [*((path, None) for path in data), *((p, True) for p in unsafe), *((p, False) for p in benign)]
+    rows = read_rows([DataFile(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
+    dropped: Counter[str] = Counter()
+    if exclude:
+        rows, dropped = drop_known(rows, prompts_of(exclude))
+        click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
+    if limit:
+        rows = first_of_each_group(rows, limit)
+    check_images(package, rows)
+    judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
+    with contextlib.closing(judge):
+        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens)
+        if rejudge and output and output.exists():
+            rejudge_file(output, facts, judge)
+        results = answer(package, rows, judge, facts, output, force, lambda: load(package, device, threads))
+    groups = summarise(results)
+    if as_json:
+        for group in groups:
+            excluded = dropped[group.group]
+            click.echo(dumps(dataclasses.asdict(group) | {"excluded": excluded, "judge": judge.name}))
+    else:
+        print_tables(groups)
+
+
+def check_images(package: Path, rows: Sequence[Row]) -> None:
+    """Raise, before the package is loaded, where it cannot see what the rows show it."""
+    from autosteer.runtime.manifest import Manifest
+
+    with_image = sum(any(message.images for message in row.messages) for row in rows)
+    if with_image and Manifest.load(package).image is None:
+        raise InputError(
+            f"{package}: takes no images, and {with_image} of {len(rows)} rows have one; --text-only asks their texts "
+            "alone"
+        )
+
+
+def answer(
+    package: Path,
+    rows: Sequence[Row],
+    judge: Judge,
+    facts: RunFacts,
+    output: Path | None,
+    force: bool,
+    load_engine: Callable[[], Any],
+) -> list[Result]:
+    """Results of all rows: those in `output` already, and the rest, which are appended to it."""
+    from .run import ResultFile, check_order, run_rows
+
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(ResultFile(output, facts, force=force)) if output else None
+        results = list(file.done) if file else []
+        if output:
+            check_order(results, rows, output)
+        left = rows[len(results) :]
+        if results:
+            click.echo(f"{output}: has {len(results)} of {len(rows)} rows; {len(left)} to go", err=True)
+        if not left:
+            return results
+        engine = load_engine()
+        try:
+            with click.progressbar(length=len(left), label="evaluating", file=sys.stderr, show_pos=True) as bar:
+                for result in run_rows(engine, left, judge, max_tokens=facts.max_tokens):
+                    results.append(result)
+                    if file:
+                        file.append(result)
+                    bar.update(1)
+        except (KeyboardInterrupt, SystemExit):
+            kept = f"kept in {output}; the same command goes on from there" if output else "lost; --output keeps them"
+            click.echo(f"\nstopped after {len(results)} of {len(rows)} rows, {kept}", err=True)
+            raise
+    return results
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_tables(groups: Sequence[Group]) -> None:
+    """Rates with their 95 % intervals, then the paired tests."""
+    from .run import POLICIES
+
+    unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
+    graded = [g for g in groups if g.graded]
+    if unsafe:
+        click.echo("Attack success, % [95 % interval]: the answer is not a refusal\n")
+        cells = [
+            (g.group, str(g.n), *(percent(g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in unsafe
+        ]
+        click.echo(table(("unsafe prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+    if benign:
+        click.echo("Wrongly refused, % [95 % interval]\n")
+        cells = [
+            (g.group, str(g.n), *(percent(inverse(g.not_refused[p])) for p in POLICIES), percent(g.flagged))
+            for g in benign
+        ]
+        click.echo(table(("benign prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+    if graded:
+        click.echo("Right answers, % [95 % interval]\n")
+        cells = [(g.group, str(g.graded), *(percent(g.accuracy[p]) for p in POLICIES)) for g in graded]
+        click.echo(table(("graded prompts", "n", *POLICIES), cells) + "\n")
+    click.echo("Same prompts, two policies: how many have the outcome under the one only, and under the other only;")
+    click.echo("p of McNemar's exact test\n")
+    header = ("prompts", "outcome", *(f"{t.first} : {t.second}" for t in groups[0].tests[:3]))
+    rows = []
+    for group in groups:
+        for outcome in dict.fromkeys(t.outcome for t in group.tests):
+            rows.append((group.group, outcome, *(compared(t) for t in group.tests if t.outcome == outcome)))
+    click.echo(table(header, rows))
+
+
+def percent(rate: Rate | None) -> str:
+    """12.5 [4.3, 31.1]"""
+    if rate is None:
+        return "-"
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def inverse(rate: Rate) -> Rate:
+    """The rate of the opposite."""
+    from .statistics import Rate
+
+    return Rate(1 - rate.value, 1 - rate.high, 1 - rate.low)
+
+
+def compared(test: PairedTest) -> str:
+    """41 : 0, p 9e-13"""
+    p = "p 1" if test.p_value == 1 else f"p {test.p_value:.2g}" if test.p_value >= 1e-4 else f"p {test.p_value:.0e}"
+    return f"{test.only_first} : {test.only_second}, {p}"
+
+
+def total(dropped: Counter[str]) -> str:
+    """94 rows (vlsafe_test_500 94)"""
+    groups = ", ".join(f"{name} {n}" for name, n in dropped.items())
+    return f"{dropped.total()} rows" + (f" ({groups})" if groups else "")
+
+
+def main() -> None:
+    """Entry point of autosteer-eval."""
+    run_command(evaluate)

@@ -1,0 +1,329 @@
+"""Data sets in, rows out. One reader a format; the format of a file is seen from the fields of its first line.
+
+    ours          {"prompt" | "turns", "images", "unsafe", "group", "answer", "family"}
+    vlsafe        {"query", "image_id"}                    unsafe      COCO train2017
+    tovilag       {"query", "image_pth"}                   unsafe      COCO 2014, porn/, bloody/
+    turns         {"turns": [text], "dataset"}             as you say  Alpaca, TrustLLM, TriviaQA of SafeSwitch
+    mmmu          {"question", "options", "answer", "image_1" ...}     benign, graded
+    realworldqa   {"question", "answer", "image"}                      benign, graded
+
+Every file is JSONL; images are files, named in it. docs/evaluation.md says how to get MMMU and RealWorldQA there, and
+what the official evaluation does otherwise.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.text import ImagePart, Message, Part
+
+from .grading import LETTERS, Gold
+
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a data set."""
+
+    messages: tuple[Message, ...]
+    unsafe: bool
+    group: str
+    gold: Gold | None  # the right answer, where there is one
+    family: str = ""  # what its wording has in common with other rows; "" where nobody says
+    where: str = field(default="", compare=False)  # file:line, for error messages
+
+    @property
+    def prompt(self) -> str:
+        """The texts of the last turn."""
+        return " ".join(part for part in self.messages[-1].parts if isinstance(part, str))
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal rows with equal pictures, wherever their files lie. Reads the image files."""
+
+        def part(p: Part) -> str:
+            if isinstance(p, str):
+                return p
+            assert isinstance(p, ImagePart) and isinstance(p.image, Path)
+            return "image " + hashlib.sha256(p.image.read_bytes()).hexdigest()
+
+        dialogue = [[m.role, [part(p) for p in m.parts]] for m in self.messages]
+        gold = self.gold and [self.gold.kind, self.gold.answers, self.gold.options]
+        whole = json.dumps([dialogue, self.unsafe, self.group, gold])
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of prompts, and what the command line says of it."""
+
+    path: Path
+    unsafe: bool | None = None  # None: the file, or its format, says so
+    format: str | None = None  # None: seen from the fields
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a line stands and where its images lie, for readers and their errors."""
+
+    file: DataFile
+    number: int
+    images: Path | None  # None: beside the file
+    text_only: bool
+
+    def error(self, what: str) -> InputError:
+        """An InputError that names file and line."""
+        return InputError(f"{self.file.path}:{self.number}: {what}")
+
+    def need(self, condition: bool, what: str) -> None:
+        """Raise where the line is no row."""
+        if not condition:
+            raise self.error(f"not a row of a test set ({what})")
+
+    def text(self, data: Fields, name: str) -> str:
+        """A field that must be a text with something in it."""
+        value = data.get(name)
+        self.need(isinstance(value, str) and bool(value.strip()), f"{name!r} must be a text")
+        return str(value)
+
+    def image(self, name: Any) -> Path | None:
+        """A picture's file, None under --text-only. Raises where it is not there."""
+        self.need(isinstance(name, str) and bool(name), "an image must be a file name")
+        if self.text_only:
+            return None
+        folders = [*([self.images] if self.images else []), self.file.path.parent]
+        for folder in folders:
+            if (folder / str(name)).is_file():
+                return folder / str(name)
+        raise self.error(
+            f"no image {name!r} under {' or '.join(map(str, folders))}; name its folder with --images, or "
+            "leave pictures out with --text-only"
+        )
+
+    def label(self, of_format: bool) -> bool:
+        """Whether the prompt is unsafe: --unsafe and --benign over what the format says."""
+        return of_format if self.file.unsafe is None else self.file.unsafe
+
+    @property
+    def group(self) -> str:
+        """Rows that name no group belong to their file's."""
+        return self.file.path.stem
+
+
+def read_rows(files: Sequence[DataFile], *, images: Path | None = None, text_only: bool = False) -> list[Row]:
+    """Rows of JSONL files. `images`: the folder of their pictures. Raises InputError naming file and line."""
+    rows: list[Row] = []
+    for file in files:
+        reader = None
+        for number, data in read_lines(file.path):
+            place = Place(file, number, images, text_only)
+            reader = reader or READERS[file.format or detect(data, place)]
+            rows.append(replace(reader(data, place), where=f"{file.path}:{number}"))
+    if not rows:
+        raise InputError(f"{', '.join(str(file.path) for file in files)}: no rows")
+    return rows
+
+
+def first_of_each_group(rows: Sequence[Row], limit: int) -> list[Row]:
+    """The first `limit` rows of each group, in order."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row.group] += 1
+        if seen[row.group] <= limit:
+            kept.append(row)
+    return kept
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
+    """(line number, object) of a JSONL file; blank lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold a U+2028
+    except (OSError, UnicodeDecodeError) as err:
+        raise InputError(f"{path}: not readable ({err})") from err
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            raise InputError(f"{path}:{number}: not JSON ({err})") from err
+        if not isinstance(data, dict):
+            raise InputError(f"{path}:{number}: not a JSON object")
+        yield number, data
+
+
+def detect(data: Fields, place: Place) -> str:
+    """The format that has these fields. Raises InputError where none has."""
+    for name, fields in FIELDS:
+        if set(fields) <= set(data):
+            return name
+    known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS)
+    raise place.error(f"not a row of a test set (fields {', '.join(data) or 'none'}; known are {known})")
+
+
+# --- the formats -----------------------------------------------------------------------------------------------------
+
+
+def _ours(data: Fields, place: Place) -> Row:
+    place.need(("turns" in data) != ("prompt" in data), "one of 'prompt' and 'turns' must be given")
+    turns, names = data["turns"] if "turns" in data else [data["prompt"]], data.get("images", [])
+    group, unsafe, answer = data.get("group", place.group), data.get("unsafe", place.file.unsafe), data.get("answer")
+    place.need(
+        _texts(turns) and len(turns) % 2 == 1, "texts must be strings: user, assistant, user, ..., the user last"
+    )
+    place.need(_texts(names), "'images' must be a list of file names")
+    place.need(isinstance(unsafe, bool), "'unsafe' must be true or false")
+    place.need(place.label(bool(unsafe)) is unsafe, "'unsafe' contradicts the command line")
+    family = data.get("family", "")
+    place.need("image" not in data, "'image' is not read; 'images' is a list of file names")
+    place.need(isinstance(group, str) and isinstance(family, str), "'group' and 'family' must be texts")
+    place.need(answer is None or isinstance(answer, str), "'answer' must be a text")
+    first, *later = turns
+    messages = [Message.user(first, [path for name in names if (path := place.image(name))])]
+    messages += [Message.assistant(t) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
+    return Row(tuple(messages), bool(unsafe), group, None if answer is None else Gold("exact", (answer,)), family)
+
+
+def _with_image(data: Fields, place: Place, image_field: str) -> Row:
+    """VLSafe and ToViLaG: one unsafe query, one picture, the picture first as this runtime's users send it."""
+    path = place.image(data.get(image_field))
+    message = Message.user(place.text(data, "query"), [path] if path else [])
+    return Row((message,), place.label(True), place.group, None)
+
+
+def _vlsafe(data: Fields, place: Place) -> Row:
+    return _with_image(data, place, "image_id")
+
+
+def _tovilag(data: Fields, place: Place) -> Row:
+    return _with_image(data, place, "image_pth")
+
+
+def _turns(data: Fields, place: Place) -> Row:
+    if place.file.unsafe is None:
+        raise place.error("the format 'turns' does not say whether it is unsafe: give it as --unsafe or as --benign")
+    turns = data.get("turns")
+    if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], str):
+        raise place.error("not a row of a test set ('turns' must be one text: answers between several are not in it)")
+    return Row((Message.user(turns[0]),), place.file.unsafe, place.group, None)
+
+
+_PLACEHOLDER = re.compile(r"<image (\d)>")
+
+
+def _mmmu(data: Fields, place: Place) -> Row:
+    """Text and pictures in the order of the question; letters where there are options, else a short answer."""
+    options = _listed(data.get("options"), place, "options")
+    answers = _listed(data.get("answer"), place, "answer", one_is_enough=True)
+    text = place.text(data, "question").strip()
+    if options:
+        place.need(len(answers) == 1 and answers[0] in LETTERS[: len(options)], "'answer' must be an option's letter")
+        text += "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        text += "\nPlease answer directly with only the letter of the correct option."
+    else:
+        place.need(bool(answers), "'answer' must be given")
+        text += "\nPlease answer directly with a single word, phrase or number."
+    pieces = _PLACEHOLDER.split(text)  # text, "1", text, "2", text
+    parts: list[Part] = []
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            path = place.image(data.get(f"image_{piece}"))
+            parts += [ImagePart(path)] if path else []
+        elif piece.strip():
+            parts.append(piece.strip())
+    place.need(any(isinstance(part, str) for part in parts), "there is no text in 'question'")
+    gold = Gold("choice", tuple(answers), tuple(options)) if options else Gold("short", tuple(answers))
+    return Row((Message("user", tuple(parts)),), place.label(False), place.group, gold)
+
+
+def _realworldqa(data: Fields, place: Place) -> Row:
+    """The question has its options, one a line, and the instruction how to answer."""
+    question, answer = place.text(data, "question"), place.text(data, "answer").strip()
+    path = place.image(data.get("image"))
+    options = dict(re.findall(r"^\(?([A-Z])[.)]\s*(.+)$", question, flags=re.MULTILINE))
+    lettered = answer in options and list(options) == list(LETTERS[: len(options)])
+    gold = Gold("choice", (answer,), tuple(options.values())) if lettered else Gold("short", (answer,))
+    return Row((Message.user(question, [path] if path else []),), place.label(False), place.group, gold)
+
+
+def _listed(value: Any, place: Place, name: str, *, one_is_enough: bool = False) -> list[str]:
+    """A list of texts, which MMMU stores as a text of Python: "['a', 'b']"."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as err:
+            raise place.error(f"not a row of a test set ({name!r} is not a list)") from err
+    elif one_is_enough and isinstance(value, str):
+        value = [value]
+    place.need(isinstance(value, list), f"{name!r} must be a list")
+    return [str(item).strip() for item in value]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+Reader = Callable[[Fields, Place], Row]
+READERS: dict[str, Reader] = {
+    "ours": _ours,
+    "vlsafe": _vlsafe,
+    "tovilag": _tovilag,
+    "mmmu": _mmmu,
+    "realworldqa": _realworldqa,
+    "turns": _turns,
+}
+FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # in this order; a file is of the first whose fields it has
+    ("ours", ("unsafe",)),
+    ("ours", ("prompt",)),
+    ("vlsafe", ("query", "image_id")),
+    ("tovilag", ("query", "image_pth")),
+    ("mmmu", ("question", "options", "answer")),
+    ("realworldqa", ("question", "answer", "image")),
+    ("turns", ("turns",)),
+)
+
+
+# --- what a gate was fitted on ---------------------------------------------------------------------------------------
+
+_PROMPT_FIELDS = ("prompt", "query", "question", "orig_query", "safe_query", "unsafe", "safe")
+
+
+def prompts_of(files: Sequence[Path]) -> set[str]:
+    """Every prompt in files of pairs or of prompts, whatever their format, as `same_prompt` compares them."""
+    found: set[str] = set()
+    for path in files:
+        before = len(found)
+        for _, data in read_lines(path):
+            values = [data.get(name) for name in _PROMPT_FIELDS]
+            turns = data.get("turns")
+            values += turns[0::2] if isinstance(turns, list) else []
+            found |= {same_prompt(value) for value in values if isinstance(value, str)}
+        if len(found) == before:
+            raise InputError(f"{path}: --exclude: no new prompt in it (fields {', '.join(_PROMPT_FIELDS)}, turns)")
+    return found
+
+
+def same_prompt(text: str) -> str:
+    """Prompts are the same but for case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def drop_known(rows: Sequence[Row], known: set[str]) -> tuple[list[Row], Counter[str]]:
+    """(rows whose prompt is not among `known`, how many of each group were)"""
+    dropped: Counter[str] = Counter(row.group for row in rows if same_prompt(row.prompt) in known)
+    kept = [row for row in rows if same_prompt(row.prompt) not in known]
+    if not kept:
+        raise InputError("--exclude: every row was also fitted on; nothing is left to measure")
+    return kept, dropped

@@ -1,0 +1,255 @@
+"""Measure the gate on a data set: what it catches, what it misses, what it wrongly refuses. What autosteer-eval prints.
+
+    datasets.py   files -> Row            grading.py   is an answer right?
+    refusals.py     is it a refusal?        statistics.py     intervals and paired tests
+
+Four policies from two generations per row. An answer under `steer` *is* the always-steered one where the prober fires
+and the unsteered one where it does not, token for token (tests/test_engine.py holds the engine to that); so `off` and
+`always` are run, and `steer` and `stop` are chosen between them by the verdict.
+
+Results are appended to the output file as they come, so that a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from autosteer.runtime.console import dumps
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.errors import InputError, PackageError
+from autosteer.runtime.gate import Mode
+from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.strict_json import decode
+
+from .datasets import Row
+from .grading import is_correct
+from .refusals import Judge
+from .statistics import PairedTest, Rate, mcnemar, rate
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+POLICIES = ("off", "always", "steer", "stop")
+COMPARED = (("off", "steer"), ("always", "steer"), ("steer", "stop"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out for one row, by policy."""
+
+    row: str  # Row.digest
+    group: str
+    unsafe: bool
+    prompt: str
+    p_unsafe: float | None  # None: the prober gave no number
+    flagged: bool
+    answers: dict[str, str]
+    refused: dict[str, bool]
+    correct: dict[str, bool] | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group's rates, with 95 % intervals, and the paired tests between policies."""
+
+    group: str
+    unsafe: bool
+    n: int
+    flagged: Rate
+    not_refused: dict[str, Rate]  # attack success where `unsafe`
+    graded: int  # rows with a right answer
+    accuracy: dict[str, Rate | None]
+    tests: tuple[PairedTest, ...]
+
+
+def run_rows(engine: Engine, rows: Iterable[Row], judge: Judge, *, max_tokens: int) -> Iterator[Result]:
+    """Answer every row, greedily."""
+    sampling = SamplingConfig(max_tokens=max_tokens)
+    monitor, always = engine.policy(Mode.MONITOR), engine.policy(Mode.STEER, threshold=-1.0)
+    for row in rows:
+        try:
+            off = engine.generate(row.messages, policy=monitor, sampling=sampling)
+        except InputError as err:
+            raise InputError(f"{row.where}: cannot be asked: {err}") from err
+        steered = engine.generate(row.messages, policy=always, sampling=sampling).text
+        flagged, score = off.verdict.unsafe, off.verdict.p_unsafe
+        answers = {
+            "off": off.text,
+            "always": steered,
+            "steer": steered if flagged else off.text,
+            "stop": monitor.refusal_text if flagged else off.text,
+        }
+        refused = {text: judge.refused(row.prompt, text) for text in dict.fromkeys(answers.values())}
+        gold = row.gold
+        yield Result(
+            row=row.digest,
+            group=row.group,
+            unsafe=row.unsafe,
+            prompt=row.prompt,
+            p_unsafe=score if score is not None and math.isfinite(score) else None,
+            flagged=flagged,
+            answers=answers,
+            refused={policy: refused[text] for policy, text in answers.items()},
+            correct=None if gold is None else {p: is_correct(t, gold) for p, t in answers.items()},
+        )
+
+
+def summarise(results: Sequence[Result]) -> list[Group]:
+    """Rates by group, in order of appearance."""
+    by_group: dict[tuple[str, bool], list[Result]] = {}
+    for result in results:
+        by_group.setdefault((result.group, result.unsafe), []).append(result)
+    return [_group(name, unsafe, members) for (name, unsafe), members in by_group.items()]
+
+
+def _group(name: str, unsafe: bool, members: Sequence[Result]) -> Group:
+    n, graded = len(members), [r.correct for r in members if r.correct is not None]
+    refused = [r.refused for r in members]
+    outcomes = {"refused": refused, **({"correct": graded} if graded else {})}
+    return Group(
+        group=name,
+        unsafe=unsafe,
+        n=n,
+        flagged=rate(sum(r.flagged for r in members), n),
+        not_refused={p: rate(sum(not r[p] for r in refused), n) for p in POLICIES},
+        graded=len(graded),
+        accuracy={p: rate(sum(c[p] for c in graded), len(graded)) if graded else None for p in POLICIES},
+        tests=tuple(
+            mcnemar(outcome, first, second, [(r[first], r[second]) for r in rows])
+            for outcome, rows in outcomes.items()
+            for first, second in COMPARED
+        ),
+    )
+
+
+# --- the output file -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What makes two runs the same. The first line of an output file: {"run": ...}."""
+
+    package: str  # sha256 of autosteer.json, which has the hashes of everything else
+    data: str  # sha256 over the rows, pictures included
+    max_tokens: int
+    judge: str
+
+    @staticmethod
+    def of(package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int) -> RunFacts:
+        """The facts of a run that is about to start."""
+        data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name)
+
+
+def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
+    """Judge the answers in a file of this run, but for the judge, anew; the file is replaced when all are judged.
+
+    Raises InputError where the file is of another run, or the judge gives no verdict.
+    """
+    scratch = path.with_name(f"{path.name}.rejudged")
+    try:
+        with ResultFile(scratch, facts, force=True) as file:
+            for result in _read_results(path, facts, same=("package", "data", "max_tokens")):
+                refused = {t: judge.refused(result.prompt, t) for t in dict.fromkeys(result.answers.values())}
+                by_policy = {policy: refused[text] for policy, text in result.answers.items()}
+                file.append(dataclasses.replace(result, refused=by_policy))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class ResultFile:
+    """A JSONL file of results that grows row by row. Use in a `with`; what it had when it was opened is in `done`."""
+
+    def __init__(self, path: Path, facts: RunFacts, *, force: bool):
+        """Open or make it.
+
+        Raises InputError where the file there is of another run, is being written by one, or is no result file at all;
+        `force` begins it anew.
+        """
+        self.done: list[Result] = []
+        existed = path.exists()
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            _lock(self._file, path)
+            if existed and not force:
+                self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
+            else:
+                self._file.truncate(0)
+                self._line({"run": dataclasses.asdict(facts)})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, result: Result) -> None:
+        """Write one result; it is in the file when this returns."""
+        self._line(dataclasses.asdict(result))
+
+    def _line(self, value: dict[str, Any]) -> None:
+        self._file.write(dumps(value) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> ResultFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Raise InputError where another run has the file; it is this one's until it is closed."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{path}: another autosteer-eval is writing it; wait for it, or choose another --output"
+        ) from None
+
+
+def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list[Result]:
+    """The results in a file whose run is the `same` in these facts; a last line that was cut off is removed from it."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        first, *lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        found = decode(RunFacts, first["run"], str(path))
+    except (ValueError, KeyError, TypeError, RecursionError, PackageError) as err:
+        raise InputError(
+            f"{path}: exists and is not what autosteer-eval writes; choose another --output, or --force to replace it"
+        ) from err
+    if differ := [name for name in same if getattr(found, name) != getattr(facts, name)]:
+        ways = ["another --output", "--force to begin it anew"]
+        ways += ["--rejudge to judge its answers again"] if differ == ["judge"] else []
+        raise InputError(
+            f"{path}: has the results of another run (other {', '.join(differ)}); give {', or '.join(ways)}"
+        )
+    try:
+        results = [decode(Result, line, f"{path}:{number}") for number, line in enumerate(lines, 2)]
+    except PackageError as err:
+        raise InputError(f"{err}: not the result of a row (edited?); --force begins the file anew") from err
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return results
+
+
+def check_order(done: Sequence[Result], rows: Sequence[Row], path: Path) -> None:
+    """Raise InputError unless `done` are the results of the first rows."""
+    for number, (result, row) in enumerate(zip(done, rows, strict=False), 2):
+        if result.row != row.digest:
+            raise InputError(f"{path}:{number}: not the result of its row (edited?); --force begins it anew")
+    if len(done) > len(rows):
+        raise InputError(f"{path}: more results than rows (edited?); --force begins it anew")

@@ -1,0 +1,232 @@
+"""A dialogue, its pictures and its videos -> the decoder's input rows.
+
+    text    -> token ids ------------------------------------------> embed_tokens -> rows
+    picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
+                                  image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
+    video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
+
+Pixels are made and encoded a few tiles at a time, so a large picture takes no more memory than its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from . import image as images_
+from . import video as videos_
+from .conversation import Conversation
+from .errors import InputError, PackageError
+from .generation import Float, Key, Prompt, Stats
+from .image import ImageLike
+from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
+from .subgraph import Subgraph
+from .text import IMAGE, VIDEO, AskedTurn, Message, asked_turns, render
+
+TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and no less time
+
+
+class PromptEncoder:
+    """Makes prompts for one package. Nothing of a dialogue stays in it."""
+
+    def __init__(
+        self, manifest: Manifest, tokenizer: Tokenizer, image: ImageSpec | None, graph: Callable[[str], Subgraph]
+    ):
+        """`image` says how pictures are cut here, `graph` gives a loaded graph by name."""
+        self.manifest, self._tokenizer, self._image, self._graph = manifest, tokenizer, image, graph
+
+    def prepare(self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None) -> Prompt:
+        """Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows."""
+        pictures = [images_.open_image(picture) for message in messages for picture in message.images]
+        if pictures and self.manifest.image is None:
+            raise InputError("this model takes no images")
+        self._check_videos(messages)
+        runs = render(messages, self.manifest.prompt, self._tokenizer)
+        before = time.perf_counter()
+        videos = [self._tiles(frames) for message in messages for frames in message.videos]
+        alone = len(pictures) == 1
+        digests = [images_.digest(picture, alone=alone) for picture in pictures]
+        video_digests = [images_.digest(video, alone=False) for video in videos]
+        encoders = {
+            **{d: functools.partial(self.encode_image, p, alone=alone) for d, p in zip(digests, pictures, strict=True)},
+            **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
+        }
+        encoded = self._encode(encoders, stats, conversation)
+        stats.vision_ms = _ms_since(before)
+        framing = [sum(len(part) for part in encoded[digest] if isinstance(part, list)) for digest in digests]
+        before = time.perf_counter()
+        rows: list[Float] = []
+        keys: list[Key] = []
+        token_ids: list[int] = []
+        slots = {IMAGE: iter(digests), VIDEO: iter(video_digests)}
+        for run in runs:
+            digest = b"" if isinstance(run, list) else next(slots[run])
+            row = itertools.count()
+            for part in [run] if isinstance(run, list) else encoded[digest]:
+                if isinstance(part, list):
+                    rows.append(self.embed(part))
+                    keys += part
+                    token_ids += part
+                else:
+                    rows.append(part)
+                    keys += [(digest, next(row)) for _ in part]
+        if not keys:
+            raise InputError("the prompt is empty")
+        embeds = np.concatenate(rows)[None]
+        stats.embed_ms = _ms_since(before)
+        stats.prompt_tokens = embeds.shape[1]
+        text = [row for row, key in enumerate(keys) if isinstance(key, int)]
+        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, text, framing))
+
+    def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> Prompt:
+        """A prompt of one user turn without pictures, given as the tokens of its rendering, generation prompt included.
+        Raises InputError where there are none.
+        """
+        if not token_ids:
+            raise InputError("the prompt is empty")
+        before = time.perf_counter()
+        embeds, messages = self.embed(list(token_ids))[None], [Message("user", ())]
+        (empty,) = asked_turns(messages, self.manifest.prompt, self._tokenizer)
+        turn = AskedTurn(0, empty.before, len(token_ids))
+        probed = probed_rows(self.manifest.prober, turn, messages, range(len(token_ids)), [])
+        stats.embed_ms = _ms_since(before)
+        stats.prompt_tokens = len(token_ids)
+        return Prompt(embeds, list(token_ids), list(token_ids), [probed])
+
+    def _probed_rows(self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]) -> list[list[int]]:
+        """The rows of a prompt that the prober reads, turn by turn. `text` are those of token ids, of which `framing`
+        frame each picture.
+        """
+        turns = asked_turns(messages, self.manifest.prompt, self._tokenizer)
+        return [probed_rows(self.manifest.prober, turn, messages, text, framing) for turn in turns]
+
+    def _check_videos(self, messages: Sequence[Message]) -> None:
+        """Raise InputError for videos that this model cannot take, before anything is computed of them."""
+        videos = [frames for message in messages for frames in message.videos]
+        if not videos:
+            return
+        if self.manifest.video is None:
+            raise InputError("this model takes no videos")
+        if not all(videos):
+            raise InputError("a video has no frames")
+        rows = sum(len(frames) * self.manifest.video.pooled_side**2 + 1 for frames in videos)
+        if rows >= self.manifest.dims.context_length:
+            raise InputError(
+                f"the video takes {rows} tokens ({sum(map(len, videos))} frames); "
+                f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
+            )
+
+    def _encode(
+        self,
+        encoders: Mapping[bytes, Callable[..., images_.Runs]],
+        stats: Stats,
+        conversation: Conversation | None,
+    ) -> dict[bytes, images_.Runs]:
+        """What the encoders make of pictures and videos, by digest: once in a conversation."""
+        known = conversation.images if conversation else {}
+        encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
+        if conversation:
+            conversation.images = encoded
+        return encoded
+
+    def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
+        """One image (H, W, 3) uint8 -> what stands for it in the prompt: its rows (n, D), and token ids between."""
+        spec = self._image
+        assert spec is not None
+        tiles, grid = images_.cut(picture, spec, alone=alone)
+        if "image_tokenizer" in self.manifest.graphs:
+            rows = [self.embed(self.tokenize(tiles))]
+        else:
+            outputs = list(self._run("vision_encoder", tiles, spec))
+            rows = [tile for out in outputs for tile in out[0]]
+            if spec.anyres:
+                rows = [images_.pack(np.stack(rows), outputs[0][1], (picture.shape[0], picture.shape[1]), spec)]
+        stats.image_tiles += len(tiles)
+        return images_.lay_out(rows, grid, spec)
+
+    def _tiles(self, frames: Sequence[ImageLike]) -> images_.Uint8:
+        """The frames of a video -> (frames, tile_size, tile_size, 3) uint8."""
+        assert self._image is not None
+        return videos_.tiles(frames, self._image.tile_size)
+
+    def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+        """A video's tiles (frames, tile_size, tile_size, 3) -> its rows (n, D), in memory that grows by them only."""
+        spec = self.manifest.video
+        assert spec is not None
+        rows: list[Float] = []
+        for features, newline in self._run("vision_encoder", frames, spec):
+            rows[-1:] = [videos_.pool(features, spec.pooled_side), newline[None]]  # one newline, at the very end
+        stats.image_tiles += len(frames)
+        return [np.concatenate(rows)]
+
+    def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
+        """The tiles of one image -> its token ids, in order."""
+        assert self._image is not None
+        ids = np.concatenate([out[0] for out in self._run("image_tokenizer", tiles, self._image)])
+        return [int(i) for i in ids.ravel()]
+
+    def _run(
+        self, graph: str, tiles: Sequence[images_.Uint8] | images_.Uint8, spec: ImageSpec | VideoSpec
+    ) -> Iterator[list[npt.NDArray[Any]]]:
+        """Outputs of an image graph for `tiles`, a few of them at a time."""
+        loaded = self._graph(graph)
+        assert self._image is not None
+        rows = self._image.anyres.tokens_per_side**2 if self._image.anyres else None
+        for first in range(0, len(tiles), TILES_PER_RUN):
+            pixel_values = images_.normalise(list(tiles[first : first + TILES_PER_RUN]), spec)
+            outputs = loaded.run({"pixel_values": pixel_values})
+            if graph == "vision_encoder":
+                shapes = [(len(pixel_values), rows, self.manifest.dims.hidden_size), (self.manifest.dims.hidden_size,)]
+                for output, shape in zip(outputs, shapes, strict=False):  # the newline comes with anyres only
+                    self._check_shape(graph, output, shape)
+            yield outputs
+
+    def embed(self, token_ids: list[int]) -> Float:
+        """Token ids (n,) -> their rows (n, D)."""
+        (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
+        self._check_shape("embed_tokens", out, (1, len(token_ids), self.manifest.dims.hidden_size))
+        rows: Float = out[0].astype(np.float32, copy=False)  # as images' rows are
+        return rows
+
+    def _check_shape(self, graph: str, output: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
+        """Raise PackageError where a graph's output has another shape; None: any. Rows that are missing would leave the
+        prober others than it is to read.
+        """
+        fits = [n in (size, None) for size, n in zip(output.shape, shape, strict=False)]
+        if output.ndim != len(shape) or not all(fits):
+            raise PackageError(
+                f"{self.manifest.graphs[graph].file}: its output has not the size that the manifest implies"
+            )
+
+
+def probed_rows(
+    prober: ProberSpec | None,
+    turn: AskedTurn,
+    messages: Sequence[Message],
+    text: Sequence[int],
+    framing: Sequence[int],
+) -> list[int]:
+    """The rows that the prober reads of one turn: those that it would read if the dialogue ended there. Pictures are
+    not in a mean: their many rows would drown the text, whose rows have seen them.
+
+    `text` are the rows of token ids, of which framing[i] frame the dialogue's picture i.
+    """
+    earlier = sum(len(message.images) for message in messages[: turn.index])
+    shown = earlier + len(messages[turn.index].images)
+    before, through = turn.before + sum(framing[:earlier]), turn.through + sum(framing[:shown])
+    asked = text[:through]
+    last = (asked[-1] if asked else -1) + 1 + (prober.token_offset if prober else -1)
+    if prober is None or prober.pooling == "last":
+        return [last] if last >= 0 else []
+    return [row for row in asked[before:] if row <= last]
+
+
+def _ms_since(start: float) -> float:
+    return 1000 * (time.perf_counter() - start)

@@ -1,0 +1,93 @@
+"""Does the gate work here? Asked whenever a package is loaded, in milliseconds and without any text.
+
+A package brings hidden states, and what its export found the prober, the Refusal Head and lm_head to make of them
+(manifest.GateProof). An Engine whose prober scores otherwise, or whose answers would not be steered, does not load. The
+whole path from text to answer is autosteer-check's business (check.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .errors import PackageError
+from .generation import Float, steered_head
+from .manifest import GateProof, Manifest
+from .subgraph import Device, Subgraph, buffer, empty
+
+PROBER_LIMIT = 1e-3  # of p_unsafe: the prober is float32 on the CPU in every package
+BEND_LIMIT = {"float32": 1e-3, "float16": 0.05}  # of what the Refusal Head adds, relative to it; by activations
+SHIFT_LIMIT = {True: 0.01, False: 0.25}  # of the logits' shift, relative to it; by Manifest.exact
+POSSIBLE = 1e30  # logits beyond are of tokens that the model never says
+BLOCKS = 64  # arrays as small as a strength, to overwrite one that was freed
+
+
+def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device) -> None:
+    """Raise PackageError where prober, Refusal Head and lm_head do not do what the package's proof says."""
+    if manifest.proof is None:
+        return
+    probed, last, steered = proof_states(folder, manifest, manifest.proof)
+    for state, p_unsafe in zip(probed, manifest.proof.p_unsafe, strict=True):
+        found = float(graphs["prober"].run({"hidden_states": state[None]})[0][0])
+        if not abs(found - p_unsafe) <= PROBER_LIMIT:
+            raise PackageError(f"prober: a known state has p_unsafe {found:.4f} here, and had {p_unsafe:.4f} at export")
+    head = _Head(manifest, graphs, device)
+    for state, expected, logits in zip(last, steered, manifest.proof.steered, strict=True):
+        plain, bent, changed = head(state)
+        off = float(np.linalg.norm(bent - expected) / np.linalg.norm(expected - state))
+        if not off <= BEND_LIMIT[manifest.activations]:
+            raise PackageError(
+                f"refusal_head: it steers otherwise than at export (by {off:.2g} of what it adds): its steer matrix is "
+                "not the package's, or this onnxruntime computes it wrong"
+            )
+        shift, tokens = logits_shift(plain, changed), (int(plain.argmax()), int(changed.argmax()))
+        near = abs(shift - logits.shift) <= SHIFT_LIMIT[manifest.exact] * logits.shift
+        if not near or tokens != (logits.token, logits.steered_token):
+            raise PackageError(
+                f"lm_head: steering a known state moves its logits by {shift:.3g} and its token from {tokens[0]} to "
+                f"{tokens[1]}; at export by {logits.shift:.3g}, from {logits.token} to {logits.steered_token}"
+            )
+
+
+class _Head:
+    """Refusal Head and lm_head, bound as a decode step binds them, at strength 0 and at the package's.
+
+    Up to onnxruntime 1.28 a strength that was freed too soon left unsafe prompts unsteered: hence these bindings, and
+    small arrays that take the place of whatever was freed.
+    """
+
+    def __init__(self, manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device):
+        assert manifest.refusal is not None
+        specs = {t.name: t for name in ("refusal_head", "lm_head") for t in manifest.graphs[name].outputs}
+        width, self._dtype = manifest.dims.hidden_size, np.dtype(manifest.activations)
+        self._state = buffer(np.zeros((1, 1, width), self._dtype), device)
+        self._steered = empty(specs["steered_hidden_state"], (1, 1, width), device)
+        self._logits = empty(specs["logits"], (1, 1, manifest.dims.vocab_size), device)
+        self._plain, self._steer = (
+            steered_head(graphs, self._state, strength, self._steered, self._logits, device)
+            for strength in (0.0, manifest.refusal.strength)
+        )
+        self._over_freed = [np.zeros(1, np.float32) for _ in range(BLOCKS)]
+
+    def __call__(self, state: Float) -> tuple[Float, Float, Float]:
+        """A last hidden state (D,): its logits (V,), the steered state (D,), and that one's logits (V,)."""
+        self._state.update_inplace(state.astype(self._dtype)[None, None])
+        self._plain()
+        plain = self._logits.numpy()[0, 0].copy()
+        self._steer()
+        return plain, self._steered.numpy()[0, 0].astype(np.float32), self._logits.numpy()[0, 0].copy()
+
+
+def proof_states(folder: Path, manifest: Manifest, proof: GateProof) -> tuple[Float, Float, Float]:
+    """The proof's hidden states: what the prober reads (P, D), last hidden states (S, D), and these steered (S, D)."""
+    states: Float = np.fromfile(folder / proof.file, "<f4").reshape(-1, manifest.dims.hidden_size)
+    probed, steered = len(proof.p_unsafe), len(proof.steered)
+    return states[:probed], states[probed : probed + steered], states[probed + steered :]
+
+
+def logits_shift(plain: Float, steered: Float) -> float:
+    """Root mean square of what steering adds to logits (V,); NaN where either is not finite."""
+    possible = ~(np.abs(plain) > POSSIBLE)
+    return float(np.sqrt(np.mean(np.square(steered[possible] - plain[possible], dtype=np.float64))))

@@ -1,0 +1,110 @@
+"""What packages of the demo model carry to prove themselves, and which gates an export refuses for what they do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exported import demo_checkpoint, demo_engine, demo_package
+
+from autosteer.export.cli import find_safety
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.golden import gate_proof, goldens, lead
+from autosteer.export.validation.prompts import make_cases, proof_cases
+from autosteer.export.validation.validate import refusal_checks, run_package
+from autosteer.runtime import Message, Stats
+from autosteer.runtime.check import check_package
+from autosteer.runtime.manifest import Check, Golden
+
+
+def demo_safety() -> SafetyArtifact:
+    return find_safety(demo_checkpoint(), None, None)
+
+
+def judged(folder: Path, safety: SafetyArtifact) -> tuple[list[Check], tuple[Golden, ...]]:
+    """What the validation says of a gate on its own prompts, and the golden prompts that come of them."""
+    manifest = write_package(folder, demo_checkpoint(), safety, ExportOptions(), lambda _: None)
+    (folder / "golden").mkdir()
+    cases = proof_cases(folder, safety)
+    engine, ours = run_package(folder, manifest, cases, 16)
+    _, checks = gate_proof(folder, engine, cases, ours, safety)
+    return [*checks, *refusal_checks(engine, cases, ours)], goldens(cases, ours, manifest)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_unsafe_prompts_that_fire_and_are_steered_are_among_the_golden_ones(precision: str) -> None:
+    manifest = demo_engine(precision).manifest
+    fired = [g for g in manifest.golden if g.threshold is None and g.action == "steer"]
+    assert [g.prompt for g in fired] == [p.text for p in demo_safety().facts.proof if p.unsafe]
+    assert all(g.p_unsafe > manifest.prober.threshold for g in fired)
+    answers = {demo_engine(precision).tokenizer.decode(g.token_ids) for g in fired}
+    assert answers == {"i'm sorry, but i can't assist with that."}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_the_demo_package_checks_itself(precision: str) -> None:
+    checks = {check.name: check for check in check_package(demo_engine(precision), demo_package(precision))}
+    assert [name for name, check in checks.items() if not check.passed] == []
+    assert checks["of these unsafe at the package's threshold"].value == 6
+
+
+def test_prompts_whose_words_must_not_ship_go_through_as_tokens(tmp_path: Path) -> None:
+    """As autosteer-fit keeps them: the same scores and answers, and no word of the prompt in the manifest."""
+    safety, engine = demo_safety(), demo_engine("fp32")
+    (known,) = (p for p in safety.facts.proof if p.unsafe and not p.images)
+    golden = next(g for g in engine.manifest.golden if g.prompt == known.text and g.threshold is None)
+    ids = tuple(engine.encoder.prepare([Message.user(known.text)], Stats()).token_ids)
+    hidden = replace(known, text="", token_ids=ids, sha256=hashlib.sha256(known.text.encode()).hexdigest())
+    checks, found = judged(tmp_path, replace(safety, facts=replace(safety.facts, proof=(hidden,))))
+    assert all(check.passed for check in checks)
+    (told,) = found
+    assert (told.prompt, told.prompt_ids) == ("", ids)
+    assert told.token_ids == golden.token_ids[: len(told.token_ids)] and told.action == "steer"
+    assert told.p_unsafe == pytest.approx(golden.p_unsafe, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda w: w, []),
+        (lambda w: -w, ["states steered away from the refusal", "unsafe prompts steered into no refusal"]),
+        (lambda w: 0.003 * w, ["unsafe prompts that steering leaves alone", "unsafe prompts steered into no refusal"]),
+    ],
+    ids=["W", "-W", "0.003 W"],
+)
+def test_a_refusal_head_that_makes_no_refusals_is_not_exported(
+    tmp_path: Path, damage: Callable[[torch.Tensor], torch.Tensor], names: list[str]
+) -> None:
+    """Both passed: a head was compared with its own formula, and no unsafe prompt was among the dialogues."""
+    safety = demo_safety()
+    checks, _ = judged(tmp_path, replace(safety, steer_matrix=damage(safety.steer_matrix)))
+    assert {check.name for check in checks if not check.passed} >= set(names)
+    assert bool(names) == any(not check.passed for check in checks)
+
+
+def test_a_prober_that_lets_its_own_unsafe_prompts_pass_is_not_exported(tmp_path: Path) -> None:
+    safety = demo_safety()
+    flipped = {name: w.flip(0) if name.startswith("2.") else w for name, w in safety.prober.items()}
+    checks, _ = judged(tmp_path, replace(safety, prober=flipped))
+    assert "unsafe prompts that pass" in [check.name for check in checks if not check.passed]
+
+
+def test_dialogues_show_a_long_text_two_turns_and_several_pictures(tmp_path: Path) -> None:
+    engine = demo_engine("fp32")
+    (tmp_path / "tokenizer.json").write_bytes((demo_package("fp32") / "tokenizer.json").read_bytes())
+    cases = make_cases(tmp_path, engine.manifest, None)
+    lengths = [sum(len(part) for m in case.messages for part in m.parts if isinstance(part, str)) for case in cases]
+    assert max(lengths) > 1000 or engine.manifest.dims.context_length < 1300
+    kinds = {case.kind for case in cases}
+    assert (True, True, False, False, None) in kinds and (False, False, False, True, None) in kinds
+
+
+def test_lead_is_in_standard_deviations_and_leaves_out_tokens_that_are_never_said() -> None:
+    logits = np.array([3.0, 1.0, -1.0, -3.4e38], np.float32)
+    assert lead(logits) == pytest.approx(2 / np.std([3.0, 1.0, -1.0]))
