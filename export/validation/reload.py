@@ -1,8 +1,8 @@
 """Load a package that was just written as its users will, before it takes its place: files, hashes, manifest, graphs,
 and the gate's proof.
 
-A package of ordinary size is loaded by Engine.load. Of a larger one the same files are checked and its graphs are loaded
-one after the other, so that an export never needs as much memory as the whole package does.
+A package of ordinary size is loaded by Engine.load. Of a larger one the same files are checked, and its graphs are
+loaded one after the other, so that an export never needs as much memory as the whole package does.
 """
 
 from __future__ import annotations
