@@ -55,6 +55,7 @@ from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference, row_erro
 
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
 CACHE_BYTES = 3 << 29  # KV caches of answers that are under way together; each group of them costs its own sweeps
+WATCHED = ("last_hidden_state", "inputs_embeds")  # beside the branches: what goes into the head, and tokens' rows
 WATCHED_BYTES = 32 << 20  # of branches of one prompt
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
@@ -263,7 +264,7 @@ def watched_rows(manifest: Manifest, prompts: Sequence[Prompt]) -> int:
 
 
 def _open(folder: Path, manifest: Manifest) -> tuple[Engine, Convoy, Watch]:
-    convoy, watch = Convoy(BUDGET_BYTES), Watch(*(f".{branch}" for branch in BRANCHES), "last_hidden_state")
+    convoy, watch = Convoy(BUDGET_BYTES), Watch(*(f".{branch}" for branch in BRANCHES), *WATCHED)
     device, _ = find_device("cpu", None)
     load = functools.partial(GraphInPieces, convoy=convoy, watch=watch)
     return Engine(folder, manifest, device, load=load), convoy, watch
@@ -320,12 +321,11 @@ def _answer(
     hidden = request.probed_row()[0].copy()
     logits = [request.begin(strength).copy()]
     last = request.last_hidden_state()
-    branches = watch.take() if watch else {}
     answer = [int(logits[0].argmax())]
     while len(answer) < request.max_tokens and answer[-1] not in engine.manifest.prompt.end_token_ids:
         logits.append(request.step(answer[-1]).copy())
         answer.append(int(logits[-1].argmax()))
-    least = min(map(lead, logits))
+    least, branches = min(map(lead, logits)), watch.take() if watch else {}
     return Answered(verdict, hidden, last, np.stack(logits if watch else logits[:1]), least, answer, branches)
 
 
@@ -409,7 +409,7 @@ def beside_exact(reference: Reference, case: Case, own: Ours) -> dict[str, float
     """The same, branch by branch alone."""
     if not own.plain.branches:
         return {}
-    errors = reference.branches(own.prompt.inputs_embeds[0], own.plain.branches, own.plain.logits[:1])
+    errors = reference.branches(own.prompt.inputs_embeds[0], own.plain.branches, own.plain.logits)
     lines: dict[str, float] = {}
     for name, error in errors.items():
         line = BY_ITSELF[name.rpartition(".")[2]]
