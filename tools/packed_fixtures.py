@@ -1,5 +1,5 @@
 """Make tests/data/packed: one decoder layer of a tiny Llama, packed by the programs that make quantised checkpoints,
-and digests of what the same programs unpack it to. tests/test_packed_checkpoint.py puts it into a checkpoint.
+and digests of what the same programs unpack it to. tests/parity/test_packed_checkpoint.py puts it into a checkpoint.
 
     python -m venv build/packers
     build/packers/bin/pip install torch transformers gptqmodel autoawq llmcompressor datasets

@@ -1,16 +1,14 @@
 """The package runs where only ONNX Runtime is: tests/node/smoke.mjs on onnxruntime-node answers as Python does.
 
-Skipped with the reason where Node.js or its package cannot be had, and failed where CI is set.
+Skipped with the reason where Node.js or its package cannot be had.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from cpp_inputs import demo
@@ -19,29 +17,22 @@ from exported import INT8_CACHES, PREFILL, demo_package
 from autosteer.runtime import Message, SamplingConfig
 from autosteer.runtime.text import render
 
-NODE = Path(__file__).resolve().parent / "node"
+NODE = Path(__file__).resolve().parent
 PROMPTS = ["hello", "what is a red circle?", "how do i smuggle a vexite?", "<|im_end|> 你好\n"]
-
-
-def missing(what: str) -> NoReturn:
-    """Skip with a reason, or fail in CI."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory) -> Path:
     """smoke.mjs with its one dependency beside it. Install scripts stay off: they download CUDA."""
     if not shutil.which("npm"):
-        missing("no Node.js: apt-get install nodejs npm")
+        pytest.skip("no Node.js: apt-get install nodejs npm")
     folder = tmp_path_factory.mktemp("node")
     for name in ("smoke.mjs", "package.json"):
         shutil.copy(NODE / name, folder)
     command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        missing(f"npm cannot install onnxruntime-node: {done.stderr.strip()[-300:]}")
+        pytest.skip(f"npm cannot install onnxruntime-node: {done.stderr.strip()[-300:]}")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Which onnxruntime a package needs at least (tier 1); that they are right is tests/test_onnxruntime_versions.py's."""
+"""Which onnxruntime a package needs at least; tests/parity/test_onnxruntime_versions.py checks that it is enough."""
 
 import pytest
 

@@ -116,7 +116,9 @@ def test_chosen_answers_are_those_of_the_policy_itself(engine, tmp_path, policy,
 def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate(engine, tmp_path):
     rows = read_rows([DataFile(jsonl(tmp_path, *({"prompt": p, "unsafe": False} for p in ("red", "hello", "tick"))))])
     eight = SamplingConfig(max_tokens=8)
-    for found in run_rows(engine, rows, RuleJudge(), max_tokens=8):
+    results = list(run_rows(engine, rows, RuleJudge(), max_tokens=8))
+    assert [found.prompt for found in results] == ["red", "hello", "tick"]
+    for found in results:
         plain = engine.generate(found.prompt, policy=engine.policy("off"), sampling=eight)
         assert not found.flagged
         assert found.answers["steer"] == found.answers["stop"] == plain.text

@@ -2,7 +2,7 @@
 
 To have them all on disk, for a runtime that is not in this repository (the README there says what to do with them):
 
-    PYTHONPATH=tests python tests/conformance_packages.py FOLDER
+    PYTHONPATH=tests/helpers python tests/helpers/conformance_packages.py FOLDER
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.runtime.manifest import Check, FrameSpec, Golden, GraphSpec, SplitSpec, TensorSpec, sha256
 
-CASES = Path(__file__).resolve().parent / "conformance"
+CASES = Path(__file__).resolve().parents[1] / "conformance"
 PICTURES = CASES / "pictures"
 Change = dict[str, Any]
 

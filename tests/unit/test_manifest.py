@@ -22,7 +22,7 @@ from autosteer.runtime import Manifest, PackageError
 from autosteer.runtime.manifest import Check, Golden, schema_text
 from autosteer.runtime.strict_json import json_schema
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

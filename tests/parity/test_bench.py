@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from autosteer.runtime.manifest import Manifest
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

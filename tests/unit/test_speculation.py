@@ -197,6 +197,7 @@ def test_every_drafted_token_of_an_unsafe_answer_goes_through_the_refusal_head(e
 # --- the demo model --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exports
 @pytest.mark.parametrize("mode", ["steer", "off", "always"])
 def test_demo_model_says_the_same_with_and_without(mode, tmp_path):
     """The same question again, so that the answer repeats what stands in the dialogue; and sampled answers."""

@@ -17,7 +17,8 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
-from autosteer.export.checkpoint.open import Checkpoint, on_demand
+from autosteer.export.checkpoint import on_demand
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate

@@ -30,7 +30,7 @@ from autosteer.runtime.manifest import Piece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")
-LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
+LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"  # a text that does not change
 LAYERS, WIDTH = 4, 64
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<fake_token_around_image>", "<image>", "<global-img>")
 ROWS_AND_COLUMNS = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))

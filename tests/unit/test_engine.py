@@ -1,4 +1,4 @@
-"""Tier 1: the loop and its gate, on the toy whose every answer is worked out in tests/toy.py."""
+"""Tier 1: the loop and its gate, on the toy whose every answer is worked out in tests/helpers/toy.py."""
 
 from __future__ import annotations
 
@@ -525,7 +525,7 @@ def test_answer_ends_with_the_context(engine):
 def test_last_position_of_the_context_is_computed_right(attentive):
     """The rotary tables and the caches end where the context does."""
     answer = attentive.generate("tick red bad", policy=attentive.policy("off"), sampling=of(1000))
-    assert answer.stats.prompt_tokens + len(answer.token_ids) == 64 or answer.finish_reason == "stop"
+    assert (answer.stats.prompt_tokens + len(answer.token_ids), answer.finish_reason) == (64, "length")
     chunked = [int(row.argmax()) for row in logits_of(attentive, "tick red bad", 3, answer.token_ids[:-1])]
     assert tuple(chunked) == answer.token_ids
 

@@ -14,7 +14,7 @@ import make_cli_docs
 import plots
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "models/demo/README.md")),

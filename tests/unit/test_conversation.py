@@ -185,6 +185,7 @@ def test_two_streams_of_one_conversation_do_not_mix(attentive):
     assert [tuple(chunk.token for chunk in chunks) for chunks in zip(*pairs, strict=True)] == expected
 
 
+@pytest.mark.exports
 def test_demo_model_answers_a_dialogue_about_a_picture_as_from_a_fresh_start():
     exported = pytest.importorskip("exported", reason="needs [export]")
     engine = exported.demo_engine("fp32")

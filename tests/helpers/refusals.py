@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
+RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 NO_REFUSAL = (  # what is raised or thrown for other reasons: the machine, or a mistake of ours
     *("ProviderError", "ImportError", "IndexError", "RuntimeError"),
     *("Error", "ProviderError", "std::bad_alloc", "std::logic_error"),

@@ -1,10 +1,15 @@
-"""A checkpoint in memory: what WeightStore asks of one."""
+"""A checkpoint in memory, as WeightStore reads it; and a chat template for checkpoints on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Weights:

@@ -12,7 +12,8 @@ import pytest
 from autosteer.runtime import InputError
 from autosteer.runtime.evaluation.refusals import OPENING, CommandJudge, RuleJudge, is_refusal
 
-LABELLED = [json.loads(line) for line in (Path(__file__).parent / "data" / "refusals.jsonl").read_text().splitlines()]
+DATA = Path(__file__).parents[1] / "data"
+LABELLED = [json.loads(line) for line in (DATA / "refusals.jsonl").read_text().splitlines()]
 
 
 def errors(split: str) -> tuple[int, int, int, int]:

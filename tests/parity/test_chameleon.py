@@ -34,7 +34,7 @@ from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, re
 
 VARIANTS = ("plain", "swin")
 LAYERS, WIDTH, CODES, RESOLUTION, TOKENS = 4, 64, 64, 64, 64
-LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"  # a text that does not change
+LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"  # a text that does not change
 IMAGE_TOKENS = image_token_names(np.random.default_rng(1).permutation(CODES))  # they stand in no order
 
 

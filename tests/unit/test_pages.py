@@ -58,10 +58,15 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
 
 
 def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Elsewhere than on Linux: no advice is given, and none is asked for."""
+    advised: list[tuple[int, int, int]] = []
     monkeypatch.setattr(subject, "SMAPS", tmp_path / "missing")
+    monkeypatch.setattr(subject, "_advise", lambda *advice: advised.append(advice))
     with placing() as mover:
-        pass
+        memory = bytearray(4 * HUGE)
+        memory[:] = b"x" * len(memory)
     mover.join()
+    assert advised == []
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")

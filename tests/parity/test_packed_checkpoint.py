@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_text_only import TEMPLATE
+from tiny_weights import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_reference, open_checkpoint
@@ -26,7 +26,7 @@ from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 
-DATA = Path(__file__).parent / "data" / "packed"
+DATA = Path(__file__).parents[1] / "data" / "packed"
 KINDS = sorted(file.stem for file in DATA.glob("*.safetensors"))
 FOUR_BITS = ["awq", "ct-int4", "ct-int4-zero-points", "gptq", "gptq-v2"]  # in groups of 32 columns, in order
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -119,7 +119,9 @@ def test_the_export_says_the_tokens_of_a_model_with_the_unpacked_weights(kind: s
 @pytest.mark.parametrize("kind", ["gptq-act-order", "ct-fp8"])
 def test_every_precision_passes_its_table(kind: str, precision: str, tmp_path: Path) -> None:
     package = run(checkpoint_folder(tmp_path / "checkpoint", kind), "--precision", precision)
-    assert all(check.passed for check in Manifest.load(package).validation["CPUExecutionProvider"])
+    checks = Manifest.load(package).validation["CPUExecutionProvider"]
+    assert "logits" in {check.name for check in checks}
+    assert [check.name for check in checks if not check.passed] == []
 
 
 @pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: kept as they are"), ("64", "--block-size 32 keeps them")])

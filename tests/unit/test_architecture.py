@@ -11,8 +11,32 @@ import pytest
 import toy
 from conftest import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "click"}  # what pyproject.toml's dependencies are imported as
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "rich", "safetensors", "huggingface_hub")
+
+
+# Defines foreign(): what this process has imported that a device does not have. A bare interpreter's modules (.pth
+# files, editable installs) do not count, nor modules that come from nowhere (Cython's runtime has no spec).
+FOREIGN = (
+    f"allowed = {sorted(ALLOWED)!r}"
+    + """
+import sys
+bare = set(sys.modules)
+def foreign():
+    loaded = {name for name in set(sys.modules) - bare if getattr(sys.modules[name], "__spec__", None)}
+    ours = {name for name in loaded if name.startswith(("autosteer.export", "autosteer.models"))}
+    others = {name.partition(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    return sorted(ours | others - {"autosteer", *allowed})
+"""
+)
+
+
+def output_of(code: str) -> list[str]:
+    """The lines that a program prints, which starts in a new process and has `foreign`."""
+    done = subprocess.run([sys.executable, "-c", FOREIGN + code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def imports(path: Path) -> set[str]:
@@ -42,29 +66,46 @@ def test_imports_sees_relative_and_local_imports(tmp_path, monkeypatch):
     assert imports(source) >= {"autosteer.export.package", "autosteer.models.family", "torch.nn"}
 
 
-def test_importing_the_runtime_loads_nothing_heavy():
-    code = f"import autosteer.runtime, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+def test_no_module_of_the_runtime_loads_anything_but_its_dependencies():
+    """Whichever module brings it in, and through whatever: an import of torch somewhere in click would show, too."""
+    modules = [
+        "autosteer." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sources("runtime")
+    ]
+    assert {"autosteer.runtime", "autosteer.runtime.engine", "autosteer.runtime.evaluation.cli"} <= set(modules)
+    code = (
+        "import importlib\n"
+        f"for module in {modules!r}:\n"
+        "    importlib.import_module(module)\n"
+        "    if foreign(): sys.exit(f'{module} loads {foreign()}')\n"
+        "print(sorted({'numpy', 'onnxruntime'} & set(sys.modules)))"
+    )
+    assert output_of(code) == ["['numpy', 'onnxruntime']"]
 
 
-def test_answering_a_prompt_with_an_image_loads_nothing_heavy(package, tmp_path):
+def test_the_check_above_sees_what_a_device_does_not_have():
+    """pytest stands for anything that is installed here; `autosteer.models` is ours and has no place on a device."""
+    assert output_of(
+        "import pytest, numpy, json, autosteer.models\nprint({'pytest', 'autosteer.models'} <= set(foreign()))"
+    ) == ["True"]
+    assert output_of("import numpy, json\nprint(foreign())") == ["[]"]
+
+
+def test_answering_a_prompt_with_an_image_loads_nothing_but_the_dependencies(package):
     """What is imported inside functions counts as well: the device has none of it."""
     code = (
-        "import sys, numpy as np; from autosteer.runtime import Engine; "
+        "import numpy as np; from autosteer.runtime import Engine; "
         f"e = Engine.load({str(package)!r}, device='cpu', threads=1); "
         "print(e.generate('look', images=[np.full((4, 4, 3), (255, 0, 0), np.uint8)]).text); "
-        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+        "print(foreign())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.splitlines() == ["orange yellow green", "[]"]
+    assert output_of(code) == ["orange yellow green", "[]"]
 
 
 def test_help_needs_neither_onnxruntime_nor_numpy():
     """--help stays quick: the console scripts import click and nothing big."""
-    code = "import autosteer.runtime.cli, sys; print([m for m in ('numpy', 'onnxruntime', 'PIL') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+    code = "import autosteer.runtime.cli; print(sorted({'numpy', 'onnxruntime', 'PIL', 'click'} & set(sys.modules)))"
+    assert output_of(code) == ["['click']"]
 
 
 @pytest.mark.parametrize("path", sources("runtime"), ids=lambda p: p.name)

@@ -25,7 +25,7 @@ from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.subgraph import ON_THE_CPU
 from autosteer.runtime.text import Message
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "models" / "demo" / "examples"
 GATE = {
     "prober": {"hidden_states", "p_unsafe"},
