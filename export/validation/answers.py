@@ -20,11 +20,13 @@ class Answered:
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
     lead: float  # least by which a token of the answer leads the next likely: see golden.lead
     tokens: list[int]
-    branches: dict[str, np.ndarray]  # what each layer's attention and MLP made of the prompt; none of long prompts
+    branches: dict[str, np.ndarray]  # what Watch saw of prompt and answer: see Reference.branches; none of long prompts
 
     def first(self) -> Answered:
-        """As if it had been the first token."""
-        return replace(self, logits=self.logits[:1], tokens=self.tokens[:1])
+        """As if the answer had ended with its first token."""
+        more = len(self.logits) - 1  # rows
+        branches = {name: rows[:, : rows.shape[1] - more] for name, rows in self.branches.items()}
+        return replace(self, logits=self.logits[:1], tokens=self.tokens[:1], branches=branches)
 
 
 @dataclass(frozen=True)

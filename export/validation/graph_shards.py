@@ -78,20 +78,20 @@ class Watch:
         self._thread = threading.local()
 
     def begin(self) -> None:
-        """From now on the calling thread's values are kept; of two by one name the later."""
+        """From now on the calling thread's values are kept."""
         self._thread.seen = {}
 
     def note(self, name: str, value: ort.OrtValue) -> None:
         """A value was computed."""
         seen = getattr(self._thread, "seen", None)
         if seen is not None and name.endswith(self.endings):
-            seen[name] = np.array(value.numpy())
+            seen.setdefault(name, []).append(np.array(value.numpy()))
 
     def take(self) -> dict[str, npt.NDArray[Any]]:
-        """What was kept; none where nobody began. No more is."""
-        seen: dict[str, npt.NDArray[Any]] = getattr(self._thread, "seen", None) or {}
+        """What was kept, of one name (1, rows, ..) after the other; none where nobody began. No more is."""
+        seen: dict[str, list[npt.NDArray[Any]]] = getattr(self._thread, "seen", None) or {}
         self._thread.seen = None
-        return seen
+        return {name: np.concatenate(values, axis=1) for name, values in seen.items()}
 
 
 class GraphInPieces:

@@ -8,6 +8,7 @@ on every choice made so far; so "follows the whole answer" is "generates the sam
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.dequantize import worse
 from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
@@ -198,11 +200,18 @@ class Reference:
         the very rows that the package's own branches before it made: errors do not add up from layer to layer, and
         none hides behind a residual stream that others have filled.
 
-        `embeds` (S, D) enter the decoder. `given` are the last rows of the package's branches by name
-        ("<layer>.self_attn", "<layer>.mlp": HF's modules) and `last_hidden_state`; `logits` (1, V) come after them. The
-        errors (see `row_error`) by the same names; infinite where nothing is given.
+        `embeds` (S, D) enter the decoder, and then `inputs_embeds` of `given`, the tokens of an answer but the last,
+        each in a pass of its own on the package's caches. The rest of `given` are the last rows of the package's
+        branches by name ("<layer>.self_attn", "<layer>.mlp": HF's modules) and `last_hidden_state`; `logits` (n, V)
+        come after prompt and tokens. The errors (see `row_error`) by the same names, of the prompt's rows or the
+        answer's, whichever are worse; infinite where nothing is given.
         """
-        decoder, me = self.model.get_decoder(), threading.get_ident()
+        decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
+
+        def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+            read = len(ours) - answered  # rows of the prompt
+            parts = (slice(read), slice(read, None)) if answered else (slice(None),)
+            return functools.reduce(worse, (row_error(ours[rows], theirs[rows]) for rows in parts))
 
         def take_over(name: str) -> Callable[..., Any]:
             def hook(module: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -212,7 +221,7 @@ class Reference:
                 ours = torch.from_numpy(given[name].astype(np.float32))
                 mixed = theirs.clone()
                 mixed[:, -ours.shape[1] :] = ours
-                errors[name] = row_error(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
+                errors[name] = apart(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
                 return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
             return hook
@@ -226,13 +235,15 @@ class Reference:
         errors = dict.fromkeys((*modules, "logits"), math.inf)
         handles = [module.register_forward_hook(take_over(name)) for name, module in modules.items() if name in given]
         try:
-            rows = torch.from_numpy(embeds.astype(np.float32))[None]
-            theirs = self.model(inputs_embeds=rows, **self.caching(self.model), logits_to_keep=1).logits[0].numpy()
+            rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
+            entering = torch.from_numpy(rows.astype(np.float32))
+            out = self.model(inputs_embeds=entering, **self.caching(self.model), logits_to_keep=len(logits))
         finally:
             for handle in handles:
                 handle.remove()
-        ours, possible = logits[0], theirs[0] > NEVER
-        errors["logits"] = row_error(*(x[None, possible] - x[possible].mean() for x in (ours, theirs[0])))
+        theirs = out.logits[0].numpy()
+        possible = theirs[0] > NEVER
+        errors["logits"] = apart(*(x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)))
         return errors
 
     @torch.no_grad()

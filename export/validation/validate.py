@@ -55,6 +55,7 @@ from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference, row_erro
 
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
 CACHE_BYTES = 3 << 29  # KV caches of answers that are under way together; each group of them costs its own sweeps
+WATCHED = ("last_hidden_state", "inputs_embeds")  # beside the branches: what goes into the head, and tokens' rows
 WATCHED_BYTES = 32 << 20  # of branches of one prompt
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
@@ -78,7 +79,7 @@ LIMITS = {
     "p_unsafe": 1e-3,  # absolute: the hidden state's error through a steep softmax
     "attention, each by itself": 1e-5,  # sound ones up to 2e-6: float32 sums in another order
     "MLP, each by itself": 1e-5,
-    "final norm, by itself": 1e-6,  # 2.6e-7
+    "final norm, by itself": 2e-6,  # 4.5e-7
     "head, by itself": 1e-5,  # 1.1e-6
     "quantised weights, relative error": 0.5,  # of one matrix; int4 leaves 0.1 to 0.2, misplaced codes 1
     "quantised weights, scale": 0.05,  # one matrix larger or smaller than the checkpoint's
@@ -121,10 +122,10 @@ HALF_LIMITS = {
     "logits": 5e-2,
     "logits, KL to original": 1e-3,
     "p_unsafe": 2e-2,
-    "attention, each by itself": 1e-2,  # 2.2e-3
-    "MLP, each by itself": 1e-2,
+    "attention, each by itself": 1.2e-2,  # 2.8e-3
+    "MLP, each by itself": 1.2e-2,
     "final norm, by itself": 3e-3,  # 7.5e-4
-    "head, by itself": 3e-3,
+    "head, by itself": 5e-3,  # 1.3e-3
     "rotary tables": 5e-4,  # half of float16's last digit of 1
     "embedded text, to rounded": 1.5e-3,  # 3.3e-4
     "refusal head": 1e-3,  # float32, but its input and output are rounded
@@ -263,7 +264,7 @@ def watched_rows(manifest: Manifest, prompts: Sequence[Prompt]) -> int:
 
 
 def _open(folder: Path, manifest: Manifest) -> tuple[Engine, Convoy, Watch]:
-    convoy, watch = Convoy(BUDGET_BYTES), Watch(*(f".{branch}" for branch in BRANCHES), "last_hidden_state")
+    convoy, watch = Convoy(BUDGET_BYTES), Watch(*(f".{branch}" for branch in BRANCHES), *WATCHED)
     device, _ = find_device("cpu", None)
     load = functools.partial(GraphInPieces, convoy=convoy, watch=watch)
     return Engine(folder, manifest, device, load=load), convoy, watch
@@ -320,12 +321,11 @@ def _answer(
     hidden = request.probed_row()[0].copy()
     logits = [request.begin(strength).copy()]
     last = request.last_hidden_state()
-    branches = watch.take() if watch else {}
     answer = [int(logits[0].argmax())]
     while len(answer) < request.max_tokens and answer[-1] not in engine.manifest.prompt.end_token_ids:
         logits.append(request.step(answer[-1]).copy())
         answer.append(int(logits[-1].argmax()))
-    least = min(map(lead, logits))
+    least, branches = min(map(lead, logits)), watch.take() if watch else {}
     return Answered(verdict, hidden, last, np.stack(logits if watch else logits[:1]), least, answer, branches)
 
 
@@ -409,7 +409,7 @@ def beside_exact(reference: Reference, case: Case, own: Ours) -> dict[str, float
     """The same, branch by branch alone."""
     if not own.plain.branches:
         return {}
-    errors = reference.branches(own.prompt.inputs_embeds[0], own.plain.branches, own.plain.logits[:1])
+    errors = reference.branches(own.prompt.inputs_embeds[0], own.plain.branches, own.plain.logits)
     lines: dict[str, float] = {}
     for name, error in errors.items():
         line = BY_ITSELF[name.rpartition(".")[2]]

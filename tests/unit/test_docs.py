@@ -74,8 +74,10 @@ def options() -> dict[str, set[str]]:
 
     found = {command.name or "": of(command) for command in make_cli_docs.COMMANDS}
     found["autosteer-cli"] = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", make_cli_docs.cpp_help()))
-    for tool in (ROOT / "tools").rglob("*.py"):  # some use click, some argparse
-        found[tool.name] = set(re.findall(r'"(--[a-z][a-z-]*)"', tool.read_text(encoding="utf-8"))) | {"--help"}
+    tools = {tool.name: tool for tool in (ROOT / "tools").rglob("*.py")}
+    tools |= {"aarch64": ROOT / "tools/board/cli.py", "matrix": ROOT / "tools/onnxruntime_matrix.py"}
+    for name, source in tools.items():  # some use click, some argparse
+        found[name] = set(re.findall(r'"(--[a-z][a-z-]*)"', source.read_text(encoding="utf-8"))) | {"--help"}
     return found
 
 
