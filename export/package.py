@@ -34,7 +34,7 @@ from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_p
 from .floor import lowest_onnxruntime
 from .graphs import decoder
 from .graphs import gate as gate_graphs
-from .graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from .graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from .graphs.quantize import Recipe, Scheme, Target, recipe
 from .graphs.vision import image_graph
 from .graphs.weights import Advance, WeightStore
@@ -42,7 +42,7 @@ from .graphs.writer import GraphWriter
 from .safety_folder import SafetyArtifact
 
 if TYPE_CHECKING:
-    from .validation.validate import Validated
+    from .validation.validate import ValidationResult
 
 Report = Callable[[str], None]
 
@@ -113,10 +113,10 @@ def write_package(
         graphs[image_file.stem] = image
     if chosen.int8_caches or (chosen.body and chosen.body.weighs):
         store.flush()
-        rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
+        rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
         rows = with_random_tokens(rows, checkpoint, facts.vocab) if chosen.int8_caches else rows
-        observed = observe_decoder(checkpoint, facts, rows, report)
-        store.importance = observed.importance
+        observed = calibrate_decoder(checkpoint, facts, rows, report)
+        store.channel_energy = observed.channel_energy
         facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
     graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
     store.expect_all_read(
@@ -199,9 +199,9 @@ def _write_graphs(
     write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
     write_half("decoder_lower", lower, recipe.body)
     write_half("decoder_upper", upper, recipe.body)
-    if recipe.reading:
-        write_half("prefill_lower", lower, recipe.reading, "int8")
-        write_half("prefill_upper", upper, recipe.reading, "int8")
+    if recipe.prefill:
+        write_half("prefill_lower", lower, recipe.prefill, "int8")
+        write_half("prefill_upper", upper, recipe.prefill, "int8")
     write("lm_head", lambda g: decoder.lm_head(g, facts, head))
     if safety:
         write("prober", lambda g: gate_graphs.prober(g, safety.prober), "fp32")
@@ -223,7 +223,7 @@ def data_file(folder: Path, name: str) -> DataFile:
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
-def with_results(folder: Path, manifest: Manifest, results: Validated) -> Manifest:
+def with_results(folder: Path, manifest: Manifest, results: ValidationResult) -> Manifest:
     """Complete the manifest with what the validation found, and its files, and save it again."""
     files = dict.fromkeys(file for golden in results.golden for file in golden.pictures())
     if results.proof:

@@ -18,7 +18,7 @@ from autosteer.export.cli import export
 from autosteer.export.footprint import footprint
 from autosteer.export.graphs import kv_scales
 from autosteer.export.graphs.decoder import decoder_facts
-from autosteer.export.graphs.kv_scales import HEADROOM, KVScales, RoundedCaches, Watching
+from autosteer.export.graphs.kv_scales import HEADROOM, KVScales, ReachObserver, RoundedCaches
 from autosteer.export.graphs.quantize import recipe
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
@@ -161,7 +161,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
     rng = np.random.default_rng(2)
     keys, values = (torch.from_numpy(rng.normal(size=(1, KV_HEADS, 40, WIDTH)).astype(np.float32)) for _ in range(2))
     cos, sin = tables()
-    layer = Watching(cos, sin)
+    layer = ReachObserver(cos, sin)
     kept = layer.update(keys, values)
     assert kept[0] is keys and kept[1] is values and layer.get_seq_length() == 0
     assert layer.scales is not None
@@ -178,7 +178,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
 def test_a_channel_that_was_silent_has_a_scale_above_zero() -> None:
     keys = torch.zeros(1, KV_HEADS, 3, WIDTH)
     keys[..., 1] = 1.0
-    layer = Watching(*tables())
+    layer = ReachObserver(*tables())
     layer.update(keys, torch.zeros_like(keys))
     assert layer.scales is not None
     assert layer.scales.keys.min() > 0.0 and layer.scales.values.min() > 0.0

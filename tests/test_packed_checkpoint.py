@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_text_only import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_hf_model, open_checkpoint
 from autosteer.export.checkpoint.packed import AWQ_ORDER, Reader, packed_matrices
 from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import BLOCKS, Blocks, dequantise
@@ -110,7 +110,7 @@ def test_the_export_says_the_tokens_of_a_model_with_the_unpacked_weights(kind: s
     package = run(checkpoint_folder(tmp_path / "checkpoint", kind))
     checks = {check.name: check for check in Manifest.load(package).validation["CPUExecutionProvider"]}
     assert checks["greedy tokens that differ"].value == 0 and checks["logits"].value < 1e-4
-    model, _ = load_reference(open_checkpoint(str(tmp_path / "checkpoint")))
+    model, _ = load_hf_model(open_checkpoint(str(tmp_path / "checkpoint")))
     packed = model.get_submodule(QUERY).weight
     assert torch.equal(packed, open_checkpoint(str(tmp_path / "checkpoint")).tensor(f"{QUERY}.weight"))
 

@@ -35,7 +35,7 @@ from autosteer.export.cli import find_safety, quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import validate
-from autosteer.export.validation.audit import Held, audit
+from autosteer.export.validation.audit import GraphAudit, audit
 from autosteer.runtime.manifest import CacheType, Check, Manifest, Precision
 
 Array = npt.NDArray[Any]
@@ -151,7 +151,7 @@ class Package:
     checkpoint: Checkpoint
     safety: SafetyArtifact | None
     rotary_emb: Any  # Hugging Face's module
-    held: dict[str, Held]  # what was found in its graph files, while they are sound
+    held: dict[str, GraphAudit]  # what was found in its graph files, while they are sound
 
     @classmethod
     def write(cls, folder: Path, model: str, options: ExportOptions, *, guarded: bool) -> Package:

@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import log_softmax
 
-from autosteer.export.checkpoint.open import Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.open import Checkpoint, load_hf_model, open_checkpoint
 from autosteer.export.cli import quiet_transformers
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
@@ -199,7 +199,7 @@ def quality(
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
-    original, processor = load_reference(checkpoint)
+    original, processor = load_hf_model(checkpoint)
     tokenizer = getattr(processor, "tokenizer", processor)
     samples = list(answers(data, tokenizer, tokens) if data else passages(tokenizer, tokens, given))
     if not samples:
@@ -211,7 +211,7 @@ def quality(
         engine = Engine.load(package, device="cpu", threads=threads)
         scores[str(package)] = measure(samples, originals, partial(package_log_probs, engine))
     for kind in kinds:
-        rounded, _ = load_reference(checkpoint)
+        rounded, _ = load_hf_model(checkpoint)
         round_like_gguf(rounded, checkpoint, kind)
         ask = partial(original_log_probs, rounded, processor)
         scores[f"gguf {kind}"] = measure(samples, originals, ask)

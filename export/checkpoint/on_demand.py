@@ -1,6 +1,6 @@
 """The PyTorch original without its weights in memory: each matrix is read from the checkpoint when its turn comes.
 
-The model is Hugging Face's own, built on no memory; forward hooks ask a Convoy for the weights of every large module
+The model is Hugging Face's own, built on no memory; forward hooks ask a LayerSweep for the weights of every large module
 before it runs. The two tables of the vocabulary are never there as a whole: rows of the embedding are gathered, and
 the head is gone through in blocks of rows.
 """
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .layer_sweep import Convoy
+from .layer_sweep import LayerSweep
 from .open import Checkpoint
 
 SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
@@ -38,8 +38,8 @@ class WeightSource(Protocol):
     def gather(self, path: str, rows: Sequence[int]) -> torch.Tensor: ...
 
 
-def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source: WeightSource | None = None) -> Any:
-    """The checkpoint's model, float32, in eval mode; its parts are added to `convoy`, images first.
+def open_on_demand(checkpoint: Checkpoint, lm_head: str, sweep: LayerSweep, source: WeightSource | None = None) -> Any:
+    """The checkpoint's model, float32, in eval mode; its parts are added to `sweep`, images first.
 
     `lm_head` is the name of the head's weights, which is the embedding's where the two are tied. Weights come from
     `source`, which is the checkpoint itself unless given.
@@ -57,14 +57,14 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source:
             part.load()  # some of these are read without their module's forward
         else:
             large.setdefault(path.rpartition(".")[0], []).append(part)
-            module.register_forward_pre_hook(lambda module, args, part=part: convoy.reach(part))
+            module.register_forward_pre_hook(lambda module, args, part=part: sweep.wait_for(part))
     for parts in large.values():
-        convoy.add(*parts)
+        sweep.add(*parts)
     return model
 
 
 @torch.no_grad()
-def read_otherwise(checkpoint: Checkpoint, lm_head: str) -> int:
+def tensors_read_differently(checkpoint: Checkpoint, lm_head: str) -> int:
     """How many tensors this module gets otherwise from the checkpoint than Hugging Face's own loader does: of a large
     model those of the first layers of decoder and image tower and of all that is in no layer, the vocabulary's tables
     among it; else all.
@@ -144,7 +144,7 @@ def open_skeleton(checkpoint: Checkpoint) -> Any:
 
 
 class Weights:
-    """The parameters of one module, without its children's: a Convoy's Part."""
+    """The parameters of one module, without its children's: a LayerSweep's Part."""
 
     def __init__(self, source: WeightSource, path: str, module: nn.Module):
         self._source, self._module = source, module

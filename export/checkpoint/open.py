@@ -382,7 +382,7 @@ class TextProcessor:
         return self.tokenizer(text, add_special_tokens=False, **options)
 
 
-def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
+def load_hf_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The PyTorch original: (model in float32 eval mode, processor)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

@@ -2,11 +2,11 @@
 its keys and values reach (kv_scales.py). int4 rounding weighs its errors by the first; int8 smooths by it
 (int8_matmul.py).
 
-    importance of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
+    channel_energy of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
 
 An error in a weight costs in proportion to that (the idea of llama.cpp's imatrix and of AWQ): some channels are
 hundreds of times livelier than others. What text it is matters little. SmolLM2-135M in blocks of 128, KL to float32:
-.39 without importance, .28 with random tokens, .26 with the 160 tokens below, .25 with 2,000 tokens of the kind it was
+.39 without channel_energy, .28 with random tokens, .26 with the 160 tokens below, .25 with 2,000 tokens of the kind it was
 tested on.
 
 The checkpoint's own decoder computes it, in float32, with one matrix in memory at a time (on_demand.py).
@@ -24,12 +24,12 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint
 
 from .decoder import DecoderFacts, rotary_tables
-from .kv_scales import KVScales, Watching, through
+from .kv_scales import KVScales, ReachObserver, through
 
 TEXT = (
     "The sea covers most of our planet, and yet we know less about its floor than about the surface of the moon. "
@@ -46,21 +46,21 @@ FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
 
 
 @dataclass(frozen=True)
-class Observed:
+class Calibration:
     """What there was to see."""
 
-    importance: dict[
+    channel_energy: dict[
         str, torch.Tensor
     ]  # by tensor name of every matrix in the layers, and of the head: (K,), by column
     kv_scales: tuple[KVScales, ...]  # by layer
 
 
-def observe_decoder(
+def calibrate_decoder(
     checkpoint: Checkpoint,
     facts: DecoderFacts,
     inputs_embeds: torch.Tensor,
     report: Callable[[str], None] = lambda step: None,
-) -> Observed:
+) -> Calibration:
     """Run the checkpoint's decoder on `inputs_embeds` (B, S, D) float32. `report` is told each layer.
 
     Importance is of the first row of the batch alone; keys and values are of all.
@@ -68,9 +68,9 @@ def observe_decoder(
     An embedding that is tied to the head is rounded as the head needs it, which is where most of its error would go.
     """
     prefix, found = checkpoint.family.decoder, {}
-    decoder = open_on_demand(checkpoint, facts.lm_head, Convoy(0)).get_submodule(prefix)
+    decoder = open_on_demand(checkpoint, facts.lm_head, LayerSweep(0)).get_submodule(prefix)
     tables = rotary_tables(facts)
-    caches = [Watching(*tables) for _ in decoder.layers]
+    caches = [ReachObserver(*tables) for _ in decoder.layers]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -87,7 +87,7 @@ def observe_decoder(
     with torch.inference_mode():
         last = decoder(inputs_embeds=inputs_embeds, **through(decoder, caches)).last_hidden_state
     found[facts.lm_head] = energy(last[:1])
-    return Observed(found, tuple(cache.scales for cache in caches if cache.scales))
+    return Calibration(found, tuple(cache.scales for cache in caches if cache.scales))
 
 
 def energy(rows: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def energy(rows: torch.Tensor) -> torch.Tensor:
     return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: all alike
 
 
-def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
+def calibration_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
     """(1, S, D) float32: TEXT and, where there is an image graph (which must be complete), a part of one picture."""
     table = f"{checkpoint.family.decoder}.embed_tokens.weight"
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])

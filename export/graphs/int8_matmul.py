@@ -8,7 +8,7 @@ and with one scale for all, as onnxruntime's own DynamicQuantizeMatMul has it, t
 tower: an error of 22 % with one such patch among 729, against 1.1 %; 1.1 to 1.3 times the time).
 
 Some columns of x have larger activations than others, in every row. Smoothing divides them by a factor and multiplies
-the weights by it (SmoothQuant, arXiv 2211.10438): x_j / s_j meets W_j * s_j, with s = importance ^ SMOOTHING
+the weights by it (SmoothQuant, arXiv 2211.10438): x_j / s_j meets W_j * s_j, with s = channel_energy ^ SMOOTHING
 (calibration.py).
 
 On x86 processors without VNNI onnxruntime adds pairs of products in 16 bits, which clips about one pair in 10,000:

@@ -38,7 +38,7 @@ class KVScales:
     values: npt.NDArray[np.float32]
 
 
-class Watching(DynamicLayer):
+class ReachObserver(DynamicLayer):
     """A layer's cache for one pass, which keeps nothing but the `scales` that fit what it saw."""
 
     def __init__(self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]):

@@ -73,7 +73,7 @@ class Recipe:
     image: Precision  # of the image graph
     activations: Literal["float32", "float16"]  # numpy dtype of hidden states: what the decoder computes in
     int8_caches: bool = False  # keys and values are rounded; else they are as the activations
-    reading: Scheme | None = None  # of a second copy of the decoder's projections, which reads prompts; None: no such
+    prefill: Scheme | None = None  # of a second copy of the decoder's projections, which reads prompts; None: no such
 
     @property
     def caches(self) -> CacheType:
@@ -136,7 +136,7 @@ def recipe(
             f"(here: {precision}, {target})"
         )
     chosen = replace(
-        RECIPES[target][precision], int8_caches=caches == "int8", reading=PerChannel() if prefill else None
+        RECIPES[target][precision], int8_caches=caches == "int8", prefill=PerChannel() if prefill else None
     )
     if block_size is not None:
         if precision not in BLOCKS:
@@ -161,10 +161,10 @@ class Packed:
     zero_points: torch.Tensor | None  # (N, ceil(ceil(K / size) / 2)) uint8, two a byte; None: symmetric
 
 
-def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None = None) -> Packed:
+def quantise(rows: torch.Tensor, blocks: Blocks, channel_energy: torch.Tensor | None = None) -> Packed:
     """Quantise rows (N, K) float32.
 
-    `importance` (K,) >= 0 weighs the squared errors of columns, in asymmetric blocks; None: all alike.
+    `channel_energy` (K,) >= 0 weighs the squared errors of columns, in asymmetric blocks; None: all alike.
     """
     import torch
 
@@ -178,7 +178,7 @@ def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None
         codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
         return Packed(pack(codes) if blocks.bits == 4 else codes, scales, None)
     assert blocks.bits == 4, "only 4 bits have zero points"
-    weights = torch.ones(k) if importance is None else importance
+    weights = torch.ones(k) if channel_energy is None else channel_energy
     weights = torch.nn.functional.pad(weights, (0, pad)).reshape(count, blocks.size)
     chunks = x.split(max(1, CHUNK // (count * blocks.size)))
     with _threads_of_our_own() as pool:

@@ -42,7 +42,9 @@ class WeightStore:
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
         self.read: set[str] = set()  # names of the checkpoint's tensors that are in the file
-        self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for schemes that weigh; see quantize.py
+        self.channel_energy: dict[
+            str, torch.Tensor
+        ] = {}  # tensor name -> (K,), for schemes that weigh; see quantize.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
@@ -132,8 +134,8 @@ class WeightStore:
 
     def _packed(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> Iterator[Packed]:
         if not all(self._checkpoint.keeps(name, blocks) for name in names):
-            importance = self.importance.get(names[0])
-            yield from (quantise(rows, blocks, importance) for rows in self._rows(names, shape))
+            channel_energy = self.channel_energy.get(names[0])
+            yield from (quantise(rows, blocks, channel_energy) for rows in self._rows(names, shape))
             return
         for name in self._expected(names, shape):
             for packed in self._checkpoint.packed_rows(name, BLOCK_BYTES):

@@ -150,7 +150,7 @@ class GraphWriter:
         if isinstance(scheme, Blocks):
             return self._mat_mul_n_bits(x, names, shape, b, scheme)
         if isinstance(scheme, PerChannel):
-            y = self._w8a8(x, names, shape)
+            y = self._int8_mat_mul(x, names, shape)
         else:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
         return y if b is None else self.op("Add", y, b)
@@ -170,11 +170,11 @@ class GraphWriter:
             accuracy_level=4,  # int8 activations; anything else has no fast 8-bit kernel. CUDA ignores it
         )
 
-    def _w8a8(self, x: ir.Value, names: list[str], shape: tuple[int, int]) -> ir.Value:
+    def _int8_mat_mul(self, x: ir.Value, names: list[str], shape: tuple[int, int]) -> ir.Value:
         """Matrices that multiply the same x share its codes, and the smoothing of the first of them."""
         first, rows = self._rows.get(x, (names[0], None))
-        importance = self.store.importance.get(first)
-        smoothing = None if importance is None else (importance**-SMOOTHING).numpy()
+        channel_energy = self.store.channel_energy.get(first)
+        smoothing = None if channel_energy is None else (channel_energy**-SMOOTHING).numpy()
         if rows is None:
             factor = None if smoothing is None else self.shared(f"{first}{SUFFIX}", smoothing)
             rows = quantise_activations(self, x, factor)

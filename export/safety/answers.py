@@ -11,8 +11,8 @@ import torch
 from autosteer.export.footprint import kv_bytes_per_token
 from autosteer.export.graphs.kv_scales import cache_name
 
-from .batches import encode, sweeps, waiting_bytes
-from .model import Encoded, Reference, behind
+from .batches import encode, sweep_groups, waiting_bytes
+from .model import Encoded, FitModel, cache_after
 from .pairs import Prompt
 from .states import Advance
 
@@ -26,7 +26,7 @@ class SteeredAnswer:
 
 
 def steered_answers(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: Sequence[Prompt],
     steer_matrix: torch.Tensor,
     embeddings: torch.Tensor,
@@ -40,13 +40,13 @@ def steered_answers(
     A prompt is read once, and its strengths are one batch. All prompts write their next token in the same sweep over
     the model's parts. embeddings (vocab, d), on the model's device.
     """
-    model, device, end = reference.model.base_model, reference.device, reference.end_token
+    model, device, end = fit_model.hf_model.base_model, fit_model.device, fit_model.end_token
     matrix, epsilon = steer_matrix.to(device), torch.tensor(strengths, device=device)[:, None]
 
     @torch.inference_mode()
     def answer(inputs: Encoded) -> list[SteeredAnswer]:
         out = model(**{key: t.to(device) for key, t in inputs.items()}, use_cache=True)
-        cache = {cache_name(model): behind(out.past_key_values, keep=True)}
+        cache = {cache_name(model): cache_after(out.past_key_values, keep=True)}
         hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
         ids, log_probs = [], []
         for step in range(tokens):
@@ -62,15 +62,17 @@ def steered_answers(
         return [_up_to(end, row, scores) for row, scores in rows]
 
     answers: list[list[SteeredAnswer]] = []
-    encoded = (encode(reference, prompt, generation=True) for prompt in prompts)
-    for sweep in sweeps(encoded, lambda inputs: waiting_bytes(reference, inputs) + _cache_bytes(reference, inputs)):
-        answers += reference.convoy.run([functools.partial(answer, inputs) for inputs in sweep])
+    encoded = (encode(fit_model, prompt, generation=True) for prompt in prompts)
+    for group in sweep_groups(
+        encoded, lambda inputs: waiting_bytes(fit_model, inputs) + _cache_bytes(fit_model, inputs)
+    ):
+        answers += fit_model.sweep.run([functools.partial(answer, inputs) for inputs in group])
     return answers
 
 
-def _cache_bytes(reference: Reference, inputs: Encoded) -> int:
+def _cache_bytes(fit_model: FitModel, inputs: Encoded) -> int:
     """Keys and values of a prompt."""
-    facts, head_dim = reference.checkpoint.facts, reference.checkpoint.head_dim
+    facts, head_dim = fit_model.checkpoint.facts, fit_model.checkpoint.head_dim
     tokens = inputs["input_ids"].numel()
     return tokens * kv_bytes_per_token(facts.num_layers, facts.num_key_value_heads, head_dim)
 

@@ -26,7 +26,7 @@ from .answers import steered_answers
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .model import Reference, open_reference
+from .model import FitModel, open_fit_model
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
 from .proof import choose_proof
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
@@ -108,17 +108,17 @@ def fit(
     depth = int(checkpoint.facts.num_layers)
     if options.layer is not None and not 0 < options.layer < depth:
         raise InputError(f"--layer {options.layer}: {checkpoint.name} has layers to cut at from 1 to {depth - 1}")
-    reference = open_reference(checkpoint, device=options.device)
+    fit_model = open_fit_model(checkpoint, device=options.device)
     everything = [item.prompt for item in (*prompts, *external)]
-    check_text(reference, everything)
-    answer = answer_tokens(reference, options.refusal_text)
+    check_text(fit_model, everything)
+    answer = answer_tokens(fit_model, options.refusal_text)
 
     files = checkpoint_files(checkpoint)
     with progress(console, "checkpoint files", len(files)) as advance:
         identity = digests(files, advance=advance)
-    with prompt_store(features, identity, reference) as store:
+    with prompt_store(features, identity, fit_model) as store:
         with progress(console, "hidden states", len(everything)) as advance:
-            states = prompt_states(reference, everything, store, advance=advance)
+            states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
         scores, probers, dropped = _score_layers(data, prompts, states, split, options, console)
         layer = options.layer or choose_layer(scores, options.select)
@@ -128,12 +128,12 @@ def fit(
         gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
         heldout = [prompts[row] for row in split.heldout]
         judged = p_unsafe(gate.prober, pooled[options.pooling][split.heldout])
-        proof, proof_images = choose_proof(reference, heldout, judged, gate.threshold, published=options.publish_proof)
+        proof, proof_images = choose_proof(fit_model, heldout, judged, gate.threshold, published=options.publish_proof)
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
             evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
-    with answer_store(features, identity, reference, answer) as store:
+    with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = _refusal_head(
-            reference, prompts, split, answer, store, options, console
+            fit_model, prompts, split, answer, store, options, console
         )
     calibration = gate.facts | evidence.facts()
     _warn(console, layer, calibration, refusal_facts, proof)
@@ -265,7 +265,7 @@ def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
 
 
 def _refusal_head(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: list[Labelled],
     split: Split,
     answer: torch.Tensor,
@@ -286,8 +286,8 @@ def _refusal_head(
     heldout = some(split.heldout, REFUSAL_HELDOUT)
     trained_with = options.strength or PAPER_STRENGTH
     with progress(console, "refusal states", len(seen) + len(heldout)) as advance:
-        states = answer_states(reference, [*seen, *heldout], answer, store, advance=advance).layer(0)
-    embeddings = reference.embeddings()
+        states = answer_states(fit_model, [*seen, *heldout], answer, store, advance=advance).layer(0)
+    embeddings = fit_model.embeddings()
     with progress(console, "refusal head", STEPS) as advance:
         head = train_refusal_head(
             states[: len(seen)],
@@ -302,10 +302,10 @@ def _refusal_head(
     strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
     with progress(console, "strengths", len(tried)) as advance:
         answers = steered_answers(
-            reference, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
+            fit_model, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
         )
     scores = tuple(
-        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), reference.decode)
+        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
         for i, strength in enumerate(strengths)
     )
     strength = options.strength or choose_strength(scores, trained_with)

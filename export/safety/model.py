@@ -17,9 +17,9 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autosteer.export.checkpoint.chat_template import FIRST, Renderer, text_lead
-from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
-from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor, load_reference
+from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_hf_model, load_processor
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.graphs.kv_scales import cache_name
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError
@@ -31,14 +31,14 @@ Watch = Callable[[int, torch.Tensor], None]
 
 
 @dataclass
-class Reference:
+class FitModel:
     """The PyTorch original, ready to be looked into."""
 
     checkpoint: Checkpoint
-    model: Any  # transformers.PreTrainedModel, float32, eval
+    hf_model: Any  # transformers.PreTrainedModel, float32, eval
     processor: Any  # transformers.ProcessorMixin
     layers: Any  # its decoder layers, torch.nn.ModuleList of length N
-    convoy: Convoy  # runs forward passes as jobs
+    sweep: LayerSweep  # runs forward passes as jobs
     device: torch.device
     opening: torch.Tensor  # (O,) ids every prompt begins with, before the user's first word or image
     end_token: int  # closes a turn
@@ -48,7 +48,7 @@ class Reference:
     @property
     def config(self) -> Any:
         """The decoder's part of the model's config."""
-        return self.model.config.get_text_config()
+        return self.hf_model.config.get_text_config()
 
     @property
     def width(self) -> int:
@@ -59,7 +59,7 @@ class Reference:
         """Compute the opening's keys and values, which `forward` then does not compute again for every prompt."""
         if self.opening_cache is None and len(self.opening):
             with torch.inference_mode():
-                out = self.model.base_model(input_ids=self.opening[None].to(self.device), use_cache=True)
+                out = self.hf_model.base_model(input_ids=self.opening[None].to(self.device), use_cache=True)
             self.opening_cache = out.past_key_values
 
     def embeddings(self) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Reference:
         return str(self.processor.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def open_reference(checkpoint: Checkpoint, *, device: str) -> Reference:
+def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
     """Make the checkpoint's model ready for a fit on "cpu" or "cuda".
 
     Raises UnsupportedModelError for a processor without a chat template, or a tokenizer without an end of turn.
@@ -83,14 +83,14 @@ def open_reference(checkpoint: Checkpoint, *, device: str) -> Reference:
         )
     renderer = Renderer(processor)
     text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(text_lead(renderer))
-    convoy, head = Convoy(KEPT_BYTES), decoder_facts(checkpoint, None).lm_head
-    model = open_on_demand(checkpoint, head, convoy) if device == "cpu" else _on_cuda(checkpoint)
-    return Reference(
+    sweep, head = LayerSweep(KEPT_BYTES), decoder_facts(checkpoint, None).lm_head
+    model = open_on_demand(checkpoint, head, sweep) if device == "cpu" else _on_cuda(checkpoint)
+    return FitModel(
         checkpoint,
         model,
         processor,
         model.get_submodule(checkpoint.family.decoder).layers,
-        convoy,
+        sweep,
         torch.device(device),
         torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long),
         _end_token(checkpoint, processor),
@@ -102,7 +102,7 @@ def _on_cuda(checkpoint: Checkpoint) -> Any:
     """The whole model on the GPU; where it has no room, in the machine's memory, layers visiting the GPU in turn."""
     from accelerate import cpu_offload
 
-    model, _ = load_reference(checkpoint)
+    model, _ = load_hf_model(checkpoint)
     try:
         return model.to("cuda")
     except torch.OutOfMemoryError:
@@ -117,20 +117,20 @@ def _end_token(checkpoint: Checkpoint, processor: Any) -> int:
     return int(chosen)
 
 
-def forward(reference: Reference, inputs: Encoded, *, watch: Watch | None = None) -> torch.Tensor:
+def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None) -> torch.Tensor:
     """One pass without lm_head: (B, S - O, d) after the final norm, on the model's device, of what follows the opening.
 
     `watch(k, hidden)` is called with what enters layer k, (B, S - O, d), for k = 0..N-1 in turn. Nothing is kept:
     output_hidden_states=True would hold every layer at once, gigabytes for a 7B model. The opening's O rows are the
     same for all prompts; once read, its keys and values are taken from the cache where no image is to be placed.
     """
-    cache, opening = reference.opening_cache, len(reference.opening)
-    on_device = {name: t.to(reference.device) for name, t in inputs.items()}
+    cache, opening = fit_model.opening_cache, len(fit_model.opening)
+    on_device = {name: t.to(fit_model.device) for name, t in inputs.items()}
     cached = (
-        cache is not None and len(inputs) == 1 and bool((inputs["input_ids"][:, :opening] == reference.opening).all())
+        cache is not None and len(inputs) == 1 and bool((inputs["input_ids"][:, :opening] == fit_model.opening).all())
     )
     if cached:
-        after = {cache_name(reference.model.base_model): behind(cache, keep=False)}
+        after = {cache_name(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
         on_device = {"input_ids": on_device["input_ids"][:, opening:], **after}
     skip = 0 if cached else opening
 
@@ -139,23 +139,23 @@ def forward(reference: Reference, inputs: Encoded, *, watch: Watch | None = None
         watch(k, hidden[:, skip:])
 
     try:
-        with torch.inference_mode(), _watching(reference.layers, shown if watch else None):
-            return reference.model.base_model(**on_device, use_cache=cached).last_hidden_state[:, skip:]
+        with torch.inference_mode(), _watching(fit_model.layers, shown if watch else None):
+            return fit_model.hf_model.base_model(**on_device, use_cache=cached).last_hidden_state[:, skip:]
     except torch.OutOfMemoryError as err:
         raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
 
 
-def behind(prefix: DynamicCache, *, keep: bool) -> DynamicCache:
+def cache_after(prefix: DynamicCache, *, keep: bool) -> DynamicCache:
     """An empty cache for any number of rows that all follow `prefix` (batch 1); it is shared, not copied.
 
     Without `keep` nothing is added: enough for a single forward pass.
     """
     cache = DynamicCache()
-    cache.layers = [_Behind(layer, keep=keep) for layer in prefix.layers]
+    cache.layers = [_PrefixedLayer(layer, keep=keep) for layer in prefix.layers]
     return cache
 
 
-class _Behind(DynamicLayer):
+class _PrefixedLayer(DynamicLayer):
     """Keys and values (B, H, T, D) behind a prefix (1, H, P, D)."""
 
     def __init__(self, prefix: DynamicLayer, *, keep: bool):

@@ -20,7 +20,7 @@ from autosteer.export.safety_folder import ProofPrompt
 from .batches import encode
 
 if TYPE_CHECKING:
-    from .model import Reference
+    from .model import FitModel
     from .pairs import Labelled, Prompt
 
 PER_LABEL = 6  # prompts of either kind
@@ -29,7 +29,7 @@ CLEAR = 0.8  # of the way from the threshold to 0 or 1: rounding to 4 bits seldo
 
 
 def choose_proof(
-    reference: Reference, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
+    fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
 ) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
     """Of held-out `prompts`, with the gate's scores (n,), up to PER_LABEL of either label, from every group in turn;
     and the pictures of `published` ones, by their names in the safety folder.
@@ -47,7 +47,7 @@ def choose_proof(
         for i in rows:
             groups.setdefault(prompts[i].group, []).append(i)
         turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
-        short = (i for i in turns if i is not None and _tokens(reference, prompts[i].prompt) is not None)
+        short = (i for i in turns if i is not None and _tokens(fit_model, prompts[i].prompt) is not None)
         for i in itertools.islice(short, PER_LABEL):
             prompt = prompts[i].prompt
             names = tuple(f"proof-{len(files) + n}{path.suffix}" for n, path in enumerate(prompt.images, 1))
@@ -57,7 +57,7 @@ def choose_proof(
                     unsafe,
                     round(float(p_unsafe[i]), 6),
                     hashlib.sha256(prompt.text.encode()).hexdigest(),
-                    () if published else _tokens(reference, prompt) or (),
+                    () if published else _tokens(fit_model, prompt) or (),
                     prompt.text if published else "",
                     names,
                 )
@@ -65,7 +65,7 @@ def choose_proof(
     return tuple(chosen), files
 
 
-def _tokens(reference: Reference, prompt: Prompt) -> tuple[int, ...] | None:
+def _tokens(fit_model: FitModel, prompt: Prompt) -> tuple[int, ...] | None:
     """The rendered prompt's; None where it is too long."""
-    ids = encode(reference, prompt, generation=True)["input_ids"][0].tolist()
+    ids = encode(fit_model, prompt, generation=True)["input_ids"][0].tolist()
     return tuple(ids) if prompt.images or len(ids) <= MOST_TOKENS else None

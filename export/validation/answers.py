@@ -11,7 +11,7 @@ from autosteer.runtime.generation import Prompt
 
 
 @dataclass(frozen=True)
-class Answered:
+class PackageAnswer:
     """One answer of the package."""
 
     verdict: Verdict
@@ -22,17 +22,17 @@ class Answered:
     tokens: list[int]
     branches: dict[str, np.ndarray]  # what each layer's attention and MLP made of the prompt; none of long prompts
 
-    def first(self) -> Answered:
+    def first(self) -> PackageAnswer:
         """As if it had been the first token."""
         return replace(self, logits=self.logits[:1], tokens=self.tokens[:1])
 
 
 @dataclass(frozen=True)
-class Ours:
+class PackageAnswers:
     """What the package made of a case."""
 
     prompt: Prompt
     image_tokens: list[list[int]] | None  # where images are tokens
-    plain: Answered
-    chunked: Answered  # with the prompt in chunks, one token
-    steered: Answered | None  # None without a gate
+    plain: PackageAnswer
+    chunked: PackageAnswer  # with the prompt in chunks, one token
+    steered: PackageAnswer | None  # None without a gate

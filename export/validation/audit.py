@@ -25,7 +25,7 @@ import onnx_ir as ir
 import torch
 
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
-from autosteer.export.graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
@@ -55,7 +55,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Held:
+class GraphAudit:
     """What was found of one graph."""
 
     differing: int  # numbers that are not the checkpoint's, or the safety folder's
@@ -69,7 +69,7 @@ def audit(
     safety: SafetyArtifact | None,
     rotary_emb: Any,
     wanted: Callable[[str], bool] = lambda tensor: True,
-) -> Held:
+) -> GraphAudit:
     """Read one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module of that name."""
     graph = ir.load(path).graph
     differing, rounding, rotary = 0, None, 0.0
@@ -93,7 +93,7 @@ def audit(
             rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / places).max()))
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()  # as in dequantize.py
-    return Held(differing, rounding, rotary)
+    return GraphAudit(differing, rounding, rotary)
 
 
 def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> float:
@@ -103,8 +103,8 @@ def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint)
     held = packed_kv_scales(folder, manifest)
     facts, processor = decoder_facts(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
-    rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
-    found = observe_decoder(checkpoint, facts, with_random_tokens(rows, checkpoint, facts.vocab)).kv_scales
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
+    found = calibrate_decoder(checkpoint, facts, with_random_tokens(rows, checkpoint, facts.vocab)).kv_scales
     if len(held) != len(found):
         return math.inf
 

@@ -23,7 +23,7 @@ BLOCK_BYTES = 32 << 20  # of float32
 Rows = slice | npt.NDArray[np.int64]
 
 
-class Unpacked(NamedTuple):
+class Dequantised(NamedTuple):
     """Rows of a quantised matrix (N, K)."""
 
     weights: torch.Tensor  # (N, K) float32
@@ -115,7 +115,7 @@ def stacked(node: ir.Node, checkpoint: Checkpoint) -> dict[str, slice]:
     return {name: slice(end - checkpoint.shape(name)[0], end) for name, end in zip(names, ends, strict=True)}
 
 
-def read(node: ir.Node, rows: Rows) -> Unpacked:
+def read(node: ir.Node, rows: Rows) -> Dequantised:
     """Rows of the matrix of a node for which there are `stacked` names."""
     return _READERS[node.op_type](node, rows)
 
@@ -145,19 +145,19 @@ def _blocks(node: ir.Node, zero_points: torch.Tensor | None) -> Blocks:
     return Blocks(bits, size, symmetric=zero_points is None)
 
 
-def _unpacked(packed: Packed, blocks: Blocks, k: int) -> Unpacked:
+def _dequantised(packed: Packed, blocks: Blocks, k: int) -> Dequantised:
     steps = packed.scales.abs().repeat_interleave(blocks.size, dim=1)[:, :k]
-    return Unpacked(dequantise(packed, blocks, k), steps)
+    return Dequantised(dequantise(packed, blocks, k), steps)
 
 
-def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> Unpacked:
+def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> Dequantised:
     codes, scales, zero_points = (_tensor(node, i, rows) for i in (1, 2, 3))
     assert codes is not None and scales is not None
     packed = Packed(codes, scales.float(), zero_points)
-    return _unpacked(packed, _blocks(node, zero_points), node.attributes["K"].as_int())
+    return _dequantised(packed, _blocks(node, zero_points), node.attributes["K"].as_int())
 
 
-def _gather_block_quantized(node: ir.Node, rows: Rows) -> Unpacked:
+def _gather_block_quantized(node: ir.Node, rows: Rows) -> Dequantised:
     scales = _tensor(node, 2, rows)
     assert scales is not None
     count = scales.shape[1]
@@ -168,7 +168,7 @@ def _gather_block_quantized(node: ir.Node, rows: Rows) -> Unpacked:
         zero_points = torch.from_numpy(padded_nibbles(flat, count)[rows])
     blocks = _blocks(node, zero_points)
     codes = torch.from_numpy(np.array(packed.reshape(-1, count, size * blocks.bits // 8)[rows]))
-    return _unpacked(Packed(codes, scales.float(), zero_points), blocks, count * size)
+    return _dequantised(Packed(codes, scales.float(), zero_points), blocks, count * size)
 
 
 def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
@@ -178,14 +178,14 @@ def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
     return np.memmap(stored.path, np.uint8, "r", stored.offset or 0, stored.length)
 
 
-def _mat_mul_integer(node: ir.Node, rows: Rows) -> Unpacked:
+def _mat_mul_integer(node: ir.Node, rows: Rows) -> Dequantised:
     codes, scales, smoothing = _tensor(node, 1), _tensor(node, 3), values_of(smoothing_of(node))
     assert codes is not None and scales is not None
     steps = scales[rows, None].abs().expand(-1, codes.shape[0])
     codes, scales = codes.T[rows].float(), scales[rows, None]
     if smoothing is None:
-        return Unpacked(codes * scales, steps)
-    return Unpacked(codes * scales * smoothing, steps * smoothing.abs())
+        return Dequantised(codes * scales, steps)
+    return Dequantised(codes * scales * smoothing, steps * smoothing.abs())
 
 
 _READERS = {

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from autosteer.export.safety_folder import SafetyArtifact
     from autosteer.runtime.engine import Engine
 
-    from .answers import Answered, Ours
-    from .reference import Case
+    from .answers import PackageAnswer, PackageAnswers
+    from .reference import ValidationPrompt
 
 PROOF_FILE = "proof.f32"
 PROOF_STATES = 8  # of each kind: 229 KiB for hidden states of 3584 numbers
@@ -33,7 +33,9 @@ AWAY_MOST = 0.9  # share of states: a sound head turns none away, a head of the 
 NEAR_TIE = 0.1  # a token leads by less of the logits' standard deviation: other kernels may choose the runner-up
 
 
-def goldens(cases: Sequence[Case], ours: Sequence[Ours], manifest: Manifest) -> tuple[tuple[Golden, ...], Tolerance]:
+def goldens(
+    cases: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers], manifest: Manifest
+) -> tuple[tuple[Golden, ...], Tolerance]:
     """What the package answers to single-turn cases, gated as it is and with every prompt found unsafe; and how far
     another machine's results may be from these.
     """
@@ -45,14 +47,14 @@ def goldens(cases: Sequence[Case], ours: Sequence[Ours], manifest: Manifest) -> 
     return tuple(golden for golden, _ in recorded), tolerance
 
 
-def _goldens(case: Case, own: Ours) -> list[tuple[Golden, Answered]]:
+def _goldens(case: ValidationPrompt, own: PackageAnswers) -> list[tuple[Golden, PackageAnswer]]:
     """Each with the answer that it records. None is recorded as steered whose answer steering leaves as it was."""
     if len(case.messages) > 1:
         return []
     text = "" if case.prompt_ids else next(part for part in case.messages[0].parts if isinstance(part, str))
     verdict, plain, steered = own.plain.verdict, own.plain, own.steered
 
-    def golden(threshold: float | None, action: Action, answered: Answered) -> tuple[Golden, Answered]:
+    def golden(threshold: float | None, action: Action, answered: PackageAnswer) -> tuple[Golden, PackageAnswer]:
         tokens = tuple(answered.tokens)
         p = None if steered is None else verdict.p_unsafe
         return (
@@ -69,7 +71,11 @@ def _goldens(case: Case, own: Ours) -> list[tuple[Golden, Answered]]:
 
 
 def gate_proof(
-    folder: Path, engine: Engine, cases: Sequence[Case], ours: Sequence[Ours], safety: SafetyArtifact
+    folder: Path,
+    engine: Engine,
+    cases: Sequence[ValidationPrompt],
+    ours: Sequence[PackageAnswers],
+    safety: SafetyArtifact,
 ) -> tuple[GateProof, list[Check]]:
     """Write PROOF_FILE, and describe it; unsafe prompts' states come first. What is expected of prober and Refusal Head
     is computed by PyTorch from the safety folder, what is expected of lm_head by the package.

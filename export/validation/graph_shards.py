@@ -1,8 +1,8 @@
-"""An ONNX graph of a package, run in pieces of a few hundred megabytes, so that a 7B package can be validated in less
+"""An ONNX graph of a package, run in shards of a few hundred megabytes, so that a 7B package can be validated in less
 memory than it takes.
 
-The pieces are cut from the very file that ships: consecutive nodes, until their weights exceed PIECE_BYTES. What a
-piece computes for later ones becomes its output. onnxruntime loads a piece from memory, its weights from weights.bin.
+The shards are cut from the very file that ships: consecutive nodes, until their weights exceed SHARD_BYTES. What a
+shard computes for later ones becomes its output. onnxruntime loads a shard from memory, its weights from weights.bin.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.runtime.manifest import GraphSpec
 from autosteer.runtime.subgraph import Device, session_options, shrinking
 
-PIECE_BYTES = 256 << 20
+SHARD_BYTES = 256 << 20
 # What casts weights while a session is made. The second does what the first would have done, and ends the process where
 # that is missing, from onnxruntime 1.23 to 1.29 ("std::vector<NodeArg*>::operator[]").
 UNFOLDED = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
@@ -38,7 +38,7 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
 }
 
 
-class Piece:
+class GraphShard:
     """A few consecutive nodes of a graph, in a session of their own while they are loaded."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path, size: int, device: Device, *, quantised: bool):
@@ -69,7 +69,7 @@ class Piece:
         self.session = None
 
 
-class Watch:
+class ActivationRecorder:
     """Keeps values inside of graphs, of which each thread sees its own, between `begin` and `take`."""
 
     def __init__(self, *endings: str):
@@ -94,25 +94,33 @@ class Watch:
         return seen
 
 
-class GraphInPieces:
+class ShardedGraph:
     """Stands in for runtime.Subgraph where the graph is larger than the memory (Engine's `load`)."""
 
-    def __init__(self, path: Path, spec: GraphSpec, device: Device, *, convoy: Convoy, watch: Watch | None = None):
-        """Cut the graph at `path` and add its pieces to `convoy`; `watch` is shown what it names."""
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        device: Device,
+        *,
+        sweep: LayerSweep,
+        recorder: ActivationRecorder | None = None,
+    ):
+        """Cut the graph at `path` and add its shards to `sweep`; `recorder` is shown what it names."""
         self.name = path.stem
         self.device = device
         self._outputs = [t.name for t in spec.outputs]
-        self._convoy, self._watch = convoy, watch
+        self._convoy, self._recorder = sweep, recorder
         quantised = spec.precision in ("int8", "int4")
-        self._pieces = [
-            Piece(model, path.parent, size, device, quantised=quantised)
-            for model, size in cut(path, watch.endings if watch else ())
+        self._shards = [
+            GraphShard(model, path.parent, size, device, quantised=quantised)
+            for model, size in cut(path, recorder.endings if recorder else ())
         ]
-        for piece in self._pieces:
-            convoy.add(piece)
-        self._needed = [  # after each piece; everything else is dropped, or activations would pile up
-            {*self._outputs, *(name for later in self._pieces[i + 1 :] for name in later.inputs)}
-            for i in range(len(self._pieces))
+        for shard in self._shards:
+            sweep.add(shard)
+        self._needed = [  # after each shard; everything else is dropped, or activations would pile up
+            {*self._outputs, *(name for later in self._shards[i + 1 :] for name in later.inputs)}
+            for i in range(len(self._shards))
         ]
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -126,31 +134,31 @@ class GraphInPieces:
 
     def _run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         values = dict(inputs)
-        for piece, needed in zip(self._pieces, self._needed, strict=True):
-            self._convoy.reach(piece)
-            binding = piece.session.io_binding()
-            for name in piece.inputs:
+        for shard, needed in zip(self._shards, self._needed, strict=True):
+            self._convoy.wait_for(shard)
+            binding = shard.session.io_binding()
+            for name in shard.inputs:
                 binding.bind_ortvalue_input(name, values[name])
-            for name in piece.outputs:
+            for name in shard.outputs:
                 if name in outputs:
                     binding.bind_ortvalue_output(name, outputs[name])
                 else:
                     binding.bind_output(name, "cpu")
-            piece.session.run_with_iobinding(
+            shard.session.run_with_iobinding(
                 binding, shrinking(self.device)
-            )  # or the arena keeps what the largest piece took
-            for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
+            )  # or the arena keeps what the largest shard took
+            for name, value in zip(shard.outputs, binding.get_outputs(), strict=True):
                 # a copy: what onnxruntime allocated keeps the whole session in memory
                 values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))
-                if self._watch:
-                    self._watch.note(name, values[name])
+                if self._recorder:
+                    self._recorder.record(name, values[name])
             del binding, value
             values = {name: value for name, value in values.items() if name in needed}
         return values
 
 
 def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto, int]]:
-    """Models of consecutive nodes of the graph at `path`, with about PIECE_BYTES of weights each, and those bytes.
+    """Models of consecutive nodes of the graph at `path`, with about SHARD_BYTES of weights each, and those bytes.
     Values whose names end in one of `watched` are outputs, too.
 
     Nodes that depend on weights alone (casts of weights) go wherever they are used.
@@ -166,31 +174,31 @@ def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto
         if all(name in constant for name in node.input if name) and outputs.isdisjoint(node.output):
             constant.update(node.output)
 
-    pieces: list[list[onnx.NodeProto]] = [[]]
-    taken: dict[str, int] = {}  # weight -> bytes, of the piece being filled
+    shards: list[list[onnx.NodeProto]] = [[]]
+    taken: dict[str, int] = {}  # weight -> bytes, of the shard being filled
     for node in (n for n in graph.node if not set(n.output) <= constant):
-        if sum(taken.values()) > PIECE_BYTES:
-            pieces.append([])
+        if sum(taken.values()) > SHARD_BYTES:
+            shards.append([])
             taken = {}
-        pieces[-1].append(node)
+        shards[-1].append(node)
         needed = _closure(node, maker, constant)
         taken |= {name: _bytes(weights[name]) for n in (node, *needed) for name in n.input if name in weights}
 
-    used_by = [{name for node in piece for name in node.input if name} for piece in pieces]
+    used_by = [{name for node in shard for name in node.input if name} for shard in shards]
     models = []
-    for number, piece in enumerate(pieces):
-        helpers = {id(n): n for node in piece for n in _closure(node, maker, constant)}
-        nodes = [n for n in graph.node if id(n) in helpers] + piece
+    for number, shard in enumerate(shards):
+        helpers = {id(n): n for node in shard for n in _closure(node, maker, constant)}
+        nodes = [n for n in graph.node if id(n) in helpers] + shard
         made = {name for node in nodes for name in node.output if name}
         read = dict.fromkeys(name for node in nodes for name in node.input if name)
-        later = set().union(*used_by[number + 1 :]) if number + 1 < len(pieces) else set()
+        later = set().union(*used_by[number + 1 :]) if number + 1 < len(shards) else set()
         part = onnx.helper.make_graph(
             nodes,
             f"{graph.name}.{number}",
             [types[name] for name in read if name not in made and name not in weights],
             [
                 types[name]
-                for name in dict.fromkeys(n for node in piece for n in node.output)
+                for name in dict.fromkeys(n for node in shard for n in node.output)
                 if name in later | outputs or name.endswith(watched)
             ],
             [weights[name] for name in read if name in weights],

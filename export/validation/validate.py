@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from autosteer.export.checkpoint.layer_sweep import Convoy, grouped
-from autosteer.export.checkpoint.on_demand import WeightSource, open_on_demand, open_skeleton, read_otherwise
+from autosteer.export.checkpoint.layer_sweep import LayerSweep, grouped
+from autosteer.export.checkpoint.on_demand import WeightSource, open_on_demand, open_skeleton, tensors_read_differently
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.footprint import package_kv_bytes_per_token
 from autosteer.export.graphs.decoder import BRANCHES, decoder_facts
@@ -45,21 +45,21 @@ from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, GateProof, Golden,
 from autosteer.runtime.subgraph import find_device
 from autosteer.runtime.video import tiles
 
-from .answers import Answered, Ours
-from .audit import Held, Rounding, audit, cache_scales_error
+from .answers import PackageAnswer, PackageAnswers
+from .audit import GraphAudit, Rounding, audit, cache_scales_error
 from .dequantize import PackedWeights, packed_kv_scales, worse
 from .golden import gate_proof, goldens, lead
-from .graph_shards import GraphInPieces, Watch
-from .prompts import affordable, make_cases
-from .reference import ANSWER_TOKENS, NEVER, Case, Original, Reference, row_error
+from .graph_shards import ActivationRecorder, ShardedGraph
+from .prompts import affordable, make_validation_prompts
+from .reference import ANSWER_TOKENS, NEVER, OriginalAnswer, OriginalModel, ValidationPrompt, row_error
 
 BUDGET_BYTES = 512 << 20  # weights of a package, or of an original, that stay loaded
 CACHE_BYTES = 3 << 29  # KV caches of answers that are under way together; each group of them costs its own sweeps
-WATCHED_BYTES = 32 << 20  # of branches of one prompt
+RECORDED_BYTES = 32 << 20  # of branches of one prompt
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # of an answer, where they are not judged: each costs a sweep over the package
 VERDICT_BAND = 0.1  # quantised packages: verdicts may differ where the original's p_unsafe is this near the threshold
 REPORTED = ("image tokens at near ties", "dialogues compared")  # never judged
-BY_ITSELF = {  # names of Reference.branches by their end
+BY_ITSELF = {  # names of OriginalModel.branches by their end
     "self_attn": "attention, each by itself",
     "mlp": "MLP, each by itself",
     "last_hidden_state": "final norm, by itself",
@@ -140,7 +140,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Validated:
+class ValidationResult:
     """What came of a validation."""
 
     checks: tuple[Check, ...]  # the table
@@ -151,13 +151,13 @@ class Validated:
 
 def validate_package(
     folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None, report: Report
-) -> Validated:
+) -> ValidationResult:
     """Compare the package in `folder` with its checkpoint: the table, and what the package proves itself by elsewhere.
 
     The caller decides what to do with failed lines.
     """
     report("what the package holds")
-    held = reading_check(checkpoint), *stored_checks(manifest, checkpoint, audits(folder, manifest, checkpoint, safety))
+    held = loader_check(checkpoint), *stored_checks(manifest, checkpoint, audits(folder, manifest, checkpoint, safety))
     if manifest.kv_cache.dtype == "int8":
         held = *held, cache_scales_check(folder, manifest, checkpoint)
     behaves = behaviour_checks(folder, manifest, checkpoint, safety, report)
@@ -166,13 +166,13 @@ def validate_package(
 
 def behaviour_checks(
     folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None, report: Report
-) -> Validated:
+) -> ValidationResult:
     """The lines of the table that come of running the package, and what it proves itself by."""
     scales = packed_kv_scales(folder, manifest)
     quantised = any(spec.precision in ("int8", "int4") for spec in manifest.graphs.values()) or bool(scales)
     processor, lm_head = load_processor(checkpoint), decoder_facts(checkpoint, None).lm_head
-    cases = make_cases(folder, manifest, safety)
-    cases = affordable(cases, checkpoint, Reference(None, processor, manifest, safety))
+    cases = make_validation_prompts(folder, manifest, safety)
+    cases = affordable(cases, checkpoint, OriginalModel(None, processor, manifest, safety))
     report(f"{len(cases)} dialogues, the package")
     engine, ours = run_package(folder, manifest, cases, REPORTED_TOKENS if quantised else ANSWER_TOKENS)
     gate, proof = list[Check](), None
@@ -183,16 +183,16 @@ def behaviour_checks(
 
     def ask(
         source: WeightSource,
-        question: Callable[[Reference, Case, Ours], T],
-        said: Sequence[Ours],
+        question: Callable[[OriginalModel, ValidationPrompt, PackageAnswers], T],
+        said: Sequence[PackageAnswers],
         caching: Callable[[Any], dict[str, Any]] = uncached,
     ) -> list[T]:
-        convoy = Convoy(BUDGET_BYTES)
-        model = open_on_demand(checkpoint, lm_head, convoy, source)
-        reference = Reference(model, processor, manifest, safety, caching)
-        return convoy.run([functools.partial(question, reference, *pair) for pair in zip(cases, said, strict=True)])
+        sweep = LayerSweep(BUDGET_BYTES)
+        model = open_on_demand(checkpoint, lm_head, sweep, source)
+        reference = OriginalModel(model, processor, manifest, safety, caching)
+        return sweep.run([functools.partial(question, reference, *pair) for pair in zip(cases, said, strict=True)])
 
-    def follow(reference: Reference, case: Case, own: Ours) -> Original:
+    def follow(reference: OriginalModel, case: ValidationPrompt, own: PackageAnswers) -> OriginalAnswer:
         steered = own.steered.tokens if own.steered and not quantised else []
         return reference.follow(case, own.plain.tokens, steered, own.image_tokens)
 
@@ -200,7 +200,7 @@ def behaviour_checks(
     checks = (
         compare(cases, ours, ask(checkpoint, follow, ours), manifest, quantised=quantised, wide=checkpoint.wide) + gate
     )
-    limits, parts = limits_of(manifest), reading_and_answering(manifest)
+    limits, parts = limits_of(manifest), manifests_to_validate(manifest)
     for suffix, part in parts.items():
         report(f"{len(cases)} dialogues, PyTorch on the package's own numbers{suffix}")
         said = answer_plainly(folder, part, cases, REPORTED_TOKENS) if suffix else [own.plain for own in ours]
@@ -215,12 +215,12 @@ def behaviour_checks(
         )
         if scales:
             found.append({"int8 caches, relative error": functools.reduce(worse, caches.errors)})
-        checks += [judged(name + suffix, error, limits[name]) for name, error in worst_of(found).items()]
+        checks += [check_line(name + suffix, error, limits[name]) for name, error in worst_of(found).items()]
     golden, tolerance = goldens(cases, ours, manifest)
-    return Validated(tuple(checks), golden, tolerance, proof)
+    return ValidationResult(tuple(checks), golden, tolerance, proof)
 
 
-def reading_and_answering(manifest: Manifest) -> dict[str, Manifest]:
+def manifests_to_validate(manifest: Manifest) -> dict[str, Manifest]:
     """What reads prompts as a package of its own and, where that is not the same, what writes answers; by what is added
     to the names of its lines.
     """
@@ -230,52 +230,61 @@ def reading_and_answering(manifest: Manifest) -> dict[str, Manifest]:
     return parts if reading == answering else parts | {" (answers)": replace(manifest, graphs=answering)}
 
 
-def run_package(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens: int) -> tuple[Engine, list[Ours]]:
-    """The real Engine, on graphs in pieces, and what it makes of each case, in `tokens` tokens at most."""
-    engine, convoy, watch = _open(folder, manifest)
-    prompts = convoy.run([functools.partial(_prepare, engine, case) for case in cases])
-    rows = watched_rows(manifest, [prompt for prompt, _ in prompts])
+def run_package(
+    folder: Path, manifest: Manifest, cases: Sequence[ValidationPrompt], tokens: int
+) -> tuple[Engine, list[PackageAnswers]]:
+    """The real Engine, on graphs in shards, and what it makes of each case, in `tokens` tokens at most."""
+    engine, sweep, recorder = _open(folder, manifest)
+    prompts = sweep.run([functools.partial(_prepare, engine, case) for case in cases])
+    rows = recorded_length(manifest, [prompt for prompt, _ in prompts])
     n, strength = len(cases), manifest.refusal.strength if manifest.refusal else 0.0
     ways = [
-        functools.partial(_answer, engine, tokens=tokens, watch=watch, watched_rows=rows),
+        functools.partial(_answer, engine, tokens=tokens, recorder=recorder, recorded_length=rows),
         functools.partial(_answer, engine, tokens=1, chunks=3),
         *([functools.partial(_answer, engine, tokens=tokens, strength=strength)] if strength else []),
     ]
-    answers = _answers(convoy, manifest, ways, [prompt for prompt, _ in prompts], tokens)
+    answers = _answers(sweep, manifest, ways, [prompt for prompt, _ in prompts], tokens)
     plain, chunked, steered = answers[:n], answers[n : 2 * n], answers[2 * n :] or [None] * n
-    return engine, [Ours(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)]
+    return engine, [
+        PackageAnswers(*entry) for entry in zip(*zip(*prompts, strict=True), plain, chunked, steered, strict=True)
+    ]
 
 
-def answer_plainly(folder: Path, manifest: Manifest, cases: Sequence[Case], tokens: int) -> list[Answered]:
+def answer_plainly(
+    folder: Path, manifest: Manifest, cases: Sequence[ValidationPrompt], tokens: int
+) -> list[PackageAnswer]:
     """As `run_package`, but the plain answers alone."""
-    engine, convoy, watch = _open(folder, manifest)
-    prompts = [prompt for prompt, _ in convoy.run([functools.partial(_prepare, engine, case) for case in cases])]
-    rows = watched_rows(manifest, prompts)
-    way = functools.partial(_answer, engine, tokens=tokens, watch=watch, watched_rows=rows)
-    return _answers(convoy, manifest, [way], prompts, tokens)
+    engine, sweep, recorder = _open(folder, manifest)
+    prompts = [prompt for prompt, _ in sweep.run([functools.partial(_prepare, engine, case) for case in cases])]
+    rows = recorded_length(manifest, prompts)
+    way = functools.partial(_answer, engine, tokens=tokens, recorder=recorder, recorded_length=rows)
+    return _answers(sweep, manifest, [way], prompts, tokens)
 
 
-def watched_rows(manifest: Manifest, prompts: Sequence[Prompt]) -> int:
-    """The longest prompt whose branches are looked at: one of WATCHED_BYTES, or the shortest there is."""
+def recorded_length(manifest: Manifest, prompts: Sequence[Prompt]) -> int:
+    """The longest prompt whose branches are looked at: one of RECORDED_BYTES, or the shortest there is."""
     dims = manifest.dims
     per_row = 4 * dims.hidden_size * len(BRANCHES) * dims.num_hidden_layers
-    return max(WATCHED_BYTES // per_row, min(prompt.inputs_embeds.shape[1] for prompt in prompts))
+    return max(RECORDED_BYTES // per_row, min(prompt.inputs_embeds.shape[1] for prompt in prompts))
 
 
-def _open(folder: Path, manifest: Manifest) -> tuple[Engine, Convoy, Watch]:
-    convoy, watch = Convoy(BUDGET_BYTES), Watch(*(f".{branch}" for branch in BRANCHES), "last_hidden_state")
+def _open(folder: Path, manifest: Manifest) -> tuple[Engine, LayerSweep, ActivationRecorder]:
+    sweep, recorder = (
+        LayerSweep(BUDGET_BYTES),
+        ActivationRecorder(*(f".{branch}" for branch in BRANCHES), "last_hidden_state"),
+    )
     device, _ = find_device("cpu", None)
-    load = functools.partial(GraphInPieces, convoy=convoy, watch=watch)
-    return Engine(folder, manifest, device, load=load), convoy, watch
+    load = functools.partial(ShardedGraph, sweep=sweep, recorder=recorder)
+    return Engine(folder, manifest, device, load=load), sweep, recorder
 
 
 def _answers(
-    convoy: Convoy,
+    sweep: LayerSweep,
     manifest: Manifest,
-    ways: Sequence[Callable[[Prompt], Answered]],
+    ways: Sequence[Callable[[Prompt], PackageAnswer]],
     prompts: Sequence[Prompt],
     tokens: int,
-) -> list[Answered]:
+) -> list[PackageAnswer]:
     """Each prompt answered in the first of `ways`, each in the second, ...; as many at a time as caches allow."""
     per_token = package_kv_bytes_per_token(manifest)
     jobs = [
@@ -284,10 +293,10 @@ def _answers(
         for prompt in prompts
     ]
     groups = grouped(jobs, lambda job: job[1], CACHE_BYTES)
-    return [answer for group in groups for answer in convoy.run([job for job, _ in group])]
+    return [answer for group in groups for answer in sweep.run([job for job, _ in group])]
 
 
-def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None]:
+def _prepare(engine: Engine, case: ValidationPrompt) -> tuple[Prompt, list[list[int]] | None]:
     """A case's prompt and, where images are tokens, those."""
     spec = engine.manifest.image
     tokens = None
@@ -306,33 +315,33 @@ def _answer(
     tokens: int,
     strength: float = 0.0,
     chunks: int = 1,
-    watch: Watch | None = None,
-    watched_rows: int = 0,
-) -> Answered:
-    """Greedy, in `tokens` tokens at most, with the prompt in so many chunks. With a `watch`, logits of every token are
-    kept, and branches of prompts up to `watched_rows`.
+    recorder: ActivationRecorder | None = None,
+    recorded_length: int = 0,
+) -> PackageAnswer:
+    """Greedy, in `tokens` tokens at most, with the prompt in so many chunks. With a `recorder`, logits of every token are
+    kept, and branches of prompts up to `recorded_length`.
     """
     length = prompt.inputs_embeds.shape[1]
-    if watch and length <= watched_rows:
-        watch.begin()
+    if recorder and length <= recorded_length:
+        recorder.start()
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
     verdict = request.judge(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
     hidden = request.probed_row()[0].copy()
     logits = [request.begin(strength).copy()]
     last = request.last_hidden_state()
-    branches = watch.take() if watch else {}
+    branches = recorder.stop() if recorder else {}
     answer = [int(logits[0].argmax())]
     while len(answer) < request.max_tokens and answer[-1] not in engine.manifest.prompt.end_token_ids:
         logits.append(request.step(answer[-1]).copy())
         answer.append(int(logits[-1].argmax()))
     least = min(map(lead, logits))
-    return Answered(verdict, hidden, last, np.stack(logits if watch else logits[:1]), least, answer, branches)
+    return PackageAnswer(verdict, hidden, last, np.stack(logits if recorder else logits[:1]), least, answer, branches)
 
 
 def compare(
-    cases: Sequence[Case],
-    ours: Sequence[Ours],
-    theirs: Sequence[Original],
+    cases: Sequence[ValidationPrompt],
+    ours: Sequence[PackageAnswers],
+    theirs: Sequence[OriginalAnswer],
     manifest: Manifest,
     *,
     quantised: bool,
@@ -383,12 +392,12 @@ def compare(
         always = name.startswith(("pixel_values", "image tokens that", "masked", "verdicts", "image rows"))
         reported = quantised or name in REPORTED or (name in CHOICES and not exact)
         limit = limits.get(name, 0.0) if always or not reported else None
-        return judged(name, value, limit)
+        return check_line(name, value, limit)
 
     return [Check("dialogues compared", float(len(cases)), None, True), *(check(*line) for line in worst.items())]
 
 
-def beside_rounded(reference: Reference, case: Case, own: Ours) -> dict[str, float]:
+def beside_rounded(reference: OriginalModel, case: ValidationPrompt, own: PackageAnswers) -> dict[str, float]:
     """How far a package is from PyTorch on the very numbers that it holds, as a whole and branch by branch."""
     rounded = reference.follow(case, own.plain.tokens, (), own.image_tokens)
     embeds, theirs = own.prompt.inputs_embeds[0], rounded.embeds
@@ -405,7 +414,7 @@ def beside_rounded(reference: Reference, case: Case, own: Ours) -> dict[str, flo
     return lines | beside_exact(reference, case, own)
 
 
-def beside_exact(reference: Reference, case: Case, own: Ours) -> dict[str, float]:
+def beside_exact(reference: OriginalModel, case: ValidationPrompt, own: PackageAnswers) -> dict[str, float]:
     """The same, branch by branch alone."""
     if not own.plain.branches:
         return {}
@@ -425,32 +434,34 @@ def worst_of(found: Iterable[dict[str, float]]) -> dict[str, float]:
     return lines
 
 
-def reading_check(checkpoint: Checkpoint) -> Check:
+def loader_check(checkpoint: Checkpoint) -> Check:
     """The line about how the checkpoint is read: what it is mistaken for would be in package and reference alike."""
-    differing = read_otherwise(checkpoint, decoder_facts(checkpoint, None).lm_head)
-    return judged("tensors that Hugging Face reads otherwise", float(differing), 0.0)
+    differing = tensors_read_differently(checkpoint, decoder_facts(checkpoint, None).lm_head)
+    return check_line("tensors that Hugging Face reads otherwise", float(differing), 0.0)
 
 
 def cache_scales_check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
     """The line about the scales of int8 caches."""
     error = cache_scales_error(folder, manifest, checkpoint)
-    return judged("scales of int8 caches", error, LIMITS["scales of int8 caches"])
+    return check_line("scales of int8 caches", error, LIMITS["scales of int8 caches"])
 
 
-def audits(folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None) -> dict[str, Held]:
+def audits(
+    folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None
+) -> dict[str, GraphAudit]:
     """What each graph file holds."""
     rotary_emb = open_skeleton(checkpoint).get_decoder().rotary_emb
     files = (spec.file for spec in manifest.graphs.values())
     return {file: audit(folder / file, checkpoint, safety, rotary_emb) for file in files}
 
 
-def stored_checks(manifest: Manifest, checkpoint: Checkpoint, held: dict[str, Held]) -> list[Check]:
+def stored_checks(manifest: Manifest, checkpoint: Checkpoint, held: dict[str, GraphAudit]) -> list[Check]:
     """The lines about what graph files hold."""
     lines = {
         "stored numbers that differ": float(sum(graph.differing for graph in held.values())),
         "rotary tables": functools.reduce(worse, (graph.rotary for graph in held.values())),
     }
-    for suffix, part in reading_and_answering(manifest).items():
+    for suffix, part in manifests_to_validate(manifest).items():
         if rounded := [found for spec in part.graphs.values() if (found := held[spec.file].rounding)]:
             worst = functools.reduce(Rounding.or_worse, rounded)
             lines |= {
@@ -461,7 +472,7 @@ def stored_checks(manifest: Manifest, checkpoint: Checkpoint, held: dict[str, He
                 f"8-bit weights, steps{suffix}": worst.steps,
             }
     limits = limits_of(manifest)
-    return [judged(name, value, limits.get(name.partition(" (")[0], 0.0)) for name, value in lines.items()]
+    return [check_line(name, value, limits.get(name.partition(" (")[0], 0.0)) for name, value in lines.items()]
 
 
 def limits_of(manifest: Manifest) -> dict[str, float]:
@@ -474,7 +485,7 @@ def limits_of(manifest: Manifest) -> dict[str, float]:
     return limits
 
 
-def _pixel_values(case: Case, manifest: Manifest) -> np.ndarray:
+def _pixel_values(case: ValidationPrompt, manifest: Manifest) -> np.ndarray:
     """Of a case's images and then its videos, (tiles, 3, size, size)."""
     spec, alone = manifest.image, len(case.images) == 1
     assert spec is not None
@@ -493,12 +504,12 @@ def gate_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
 
 def prober_check(engine: Engine, safety: SafetyArtifact) -> Check:
     """On random hidden states of many sizes: for some of them it is in two minds, and every weight counts."""
-    reference = Reference(None, None, engine.manifest, safety)
+    reference = OriginalModel(None, None, engine.manifest, safety)
     directions = np.random.default_rng(0).standard_normal((8, 1, engine.manifest.dims.hidden_size))
     states = [(size * one).astype(np.float32) for size in np.geomspace(1e-3, 100, 26) for one in directions]
     ours = [float(engine.graphs["prober"].run({"hidden_states": state})[0][0]) for state in states]
     errors = [abs(p - reference.p_unsafe(torch.from_numpy(state[0]))) for p, state in zip(ours, states, strict=True)]
-    return judged("prober", functools.reduce(worse, errors), LIMITS["prober"])
+    return check_line("prober", functools.reduce(worse, errors), LIMITS["prober"])
 
 
 def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
@@ -514,10 +525,10 @@ def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
     error = _relative(steered(strength), hidden + np.float32(strength) * hidden @ matrix.T)
     changes = float(np.abs(steered(0.0) - hidden).max())
     limit = limits_of(engine.manifest)["refusal head"]
-    return [judged("refusal head", error, limit), judged("strength 0 changes", changes, 0.0)]
+    return [check_line("refusal head", error, limit), check_line("strength 0 changes", changes, 0.0)]
 
 
-def refusal_checks(engine: Engine, cases: Sequence[Case], ours: Sequence[Ours]) -> list[Check]:
+def refusal_checks(engine: Engine, cases: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers]) -> list[Check]:
     """What becomes of the safety folder's own unsafe prompts: caught, and steered into refusals. None without such."""
     pairs = [(own.plain, own.steered) for case, own in zip(cases, ours, strict=True) if case.unsafe and own.steered]
     if not pairs:
@@ -545,7 +556,7 @@ def _refuses(engine: Engine, tokens: Sequence[int]) -> bool:
     return is_refusal(said) or said.startswith(refusal) or (len(said) > 2 and refusal.startswith(said))
 
 
-def judged(name: str, value: float, limit: float | None) -> Check:
+def check_line(name: str, value: float, limit: float | None) -> Check:
     """A line of the table; an error without bound fails even where it is only reported."""
     return Check(name, value, limit, value < math.inf and (limit is None or value <= limit))
 

@@ -1,6 +1,6 @@
 """The PyTorch original, asked the questions that the runtime is asked.
 
-The model may be Hugging Face's as it comes (checkpoint.load_reference), or one whose weights stay on disk
+The model may be Hugging Face's as it comes (checkpoint.load_hf_model), or one whose weights stay on disk
 (on_demand.py); the first can generate, the second can follow an answer: given the prompt and an answer in one forward
 pass, it says which token it would have written at each place. As long as that is the answer's own token, the two agree
 on every choice made so far; so "follows the whole answer" is "generates the same answer".
@@ -35,7 +35,7 @@ NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest 
 
 
 @dataclass(frozen=True)
-class Case:
+class ValidationPrompt:
     """A dialogue to compare on. Files are relative to the package.
 
     A prompt whose words are not known is given by its tokens: `prompt_ids` are those of a user turn without pictures as
@@ -71,7 +71,7 @@ class ImageErrors:
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalAnswer:
     """What PyTorch made of a case."""
 
     pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
@@ -86,7 +86,7 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardPass:
     """What one forward pass showed."""
 
     entering: dict[int, torch.Tensor]  # by layer: the residual entering it, of the prompt's rows (S, D)
@@ -94,7 +94,7 @@ class Pass:
     logits: torch.Tensor  # (n, V) after the prompt, and after each token of an answer but the last
 
 
-class Reference:
+class OriginalModel:
     """The PyTorch original, asked the questions that the runtime is asked."""
 
     def __init__(
@@ -109,7 +109,7 @@ class Reference:
         self.caching = caching
         self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
 
-    def inputs(self, case: Case) -> dict[str, Any]:
+    def inputs(self, case: ValidationPrompt) -> dict[str, Any]:
         """The processor's tensors for a case."""
         if case.prompt_ids:
             ids = torch.tensor([case.prompt_ids])
@@ -122,7 +122,7 @@ class Reference:
             shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in case.videos]]
         return dict(self.processor(text=[text], **shown, return_tensors="pt"))
 
-    def run(self, case: Case, ours: list[list[int]] | None = None) -> Original:
+    def run(self, case: ValidationPrompt, ours: list[list[int]] | None = None) -> OriginalAnswer:
         """Everything PyTorch computes of a case, its own greedy answers among it; for a model in memory.
 
         `ours` are the package's image tokens. Where they differ from HF's at near ties only, PyTorch goes on with ours,
@@ -131,29 +131,34 @@ class Reference:
         inputs, errors = self._agreed(self.inputs(case), ours)
         strength = self.safety.facts.strength if self.safety else 0.0
         steered = self.generate(inputs, strength=strength) if strength else []
-        return self._original(case, errors, self.look(inputs, self._layers), self.generate(inputs), steered)
+        return self._original(case, errors, self.forward(inputs, self._layers), self.generate(inputs), steered)
 
     def follow(
-        self, case: Case, answer: Sequence[int], steered: Sequence[int], ours: list[list[int]] | None = None
-    ) -> Original:
+        self, case: ValidationPrompt, answer: Sequence[int], steered: Sequence[int], ours: list[list[int]] | None = None
+    ) -> OriginalAnswer:
         """As `run`, but along the package's answers, plain and steered: `tokens` and `steered_tokens` are what PyTorch
         would have written at each of their places. An empty `steered` is not followed, and no answer beyond a token
         that stands for an image: HF would look for the image. For a model on demand.
         """
         inputs, errors = self._agreed(self.inputs(case), ours)
-        seen = self.look(inputs, self._layers, self._until_image(answer))
+        seen = self.forward(inputs, self._layers, self._until_image(answer))
         bent = (
-            self._steered_choices(self.look(inputs, (), self._until_image(steered)), seen.logits[0]) if steered else []
+            self._steered_choices(self.forward(inputs, (), self._until_image(steered)), seen.logits[0]) if steered else []
         )
         return self._original(case, errors, seen, seen.logits.argmax(-1).tolist(), bent)
 
     def _original(
-        self, case: Case, errors: ImageErrors | None, seen: Pass, tokens: list[int], steered: list[int]
-    ) -> Original:
+        self,
+        case: ValidationPrompt,
+        errors: ImageErrors | None,
+        seen: ForwardPass,
+        tokens: list[int],
+        steered: list[int],
+    ) -> OriginalAnswer:
         inputs = self.inputs(case)
         pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
         read = self._read(case, inputs, seen)
-        return Original(
+        return OriginalAnswer(
             pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
             image_errors=errors,
             embeds=seen.entering[0].numpy(),
@@ -166,7 +171,7 @@ class Reference:
         )
 
     @torch.no_grad()
-    def look(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> Pass:
+    def forward(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> ForwardPass:
         """One forward pass over a prompt and all but the last token of an answer: what enters `layers`, and what comes
         out.
         """
@@ -190,7 +195,7 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        return Pass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
+        return ForwardPass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
 
     @torch.no_grad()
     def branches(self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, float]:
@@ -236,7 +241,7 @@ class Reference:
         return errors
 
     @torch.no_grad()
-    def _steered_choices(self, seen: Pass, plain: torch.Tensor) -> list[int]:
+    def _steered_choices(self, seen: ForwardPass, plain: torch.Tensor) -> list[int]:
         """The tokens that the authors' formula prefers, logits = h (E + strength * E W)^T, for every row of the head's
         input; E in blocks. Tokens that `plain` (V,) masks stay masked.
         """
@@ -279,7 +284,7 @@ class Reference:
         ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
         return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
 
-    def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> list[torch.Tensor]:
+    def _read(self, case: ValidationPrompt, inputs: dict[str, Any], seen: ForwardPass) -> list[torch.Tensor]:
         """What the prober reads, (D,) a turn."""
         states = seen.entering[self.manifest.split_layer]
         return [states[rows].mean(dim=0) for rows in self._probed(case, inputs["input_ids"][0])]
@@ -319,7 +324,7 @@ class Reference:
     def _layers(self) -> tuple[int, int]:
         return 0, self.manifest.split_layer
 
-    def _probed(self, case: Case, ids: torch.Tensor) -> list[list[int]]:
+    def _probed(self, case: ValidationPrompt, ids: torch.Tensor) -> list[list[int]]:
         """Rows whose mean the prober reads, turn by turn, of HF's own input ids (S,) with a placeholder for each row of
         a picture.
         """
@@ -330,7 +335,7 @@ class Reference:
         framing = self._framing(case)
         return [probed_rows(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
 
-    def _framing(self, case: Case) -> list[int]:
+    def _framing(self, case: ValidationPrompt) -> list[int]:
         """Token ids that frame each image."""
         spec, alone = self.manifest.image, len(case.images) == 1
         length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames} if spec else {}
