@@ -147,6 +147,7 @@ def export(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+    from .checkpoint.hf_model import quiet_transformers
     from .checkpoint.open import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
@@ -327,14 +328,6 @@ def checks_table(checks: tuple[Check, ...]) -> str:
         for c in checks
     ]
     return table(("against PyTorch", "worst", "limit", ""), rows)
-
-
-def quiet_transformers() -> None:
-    """Its progress bars and notices are about loading files, not about our work."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.manifest import CacheType, Manifest, Precision
+from autosteer.runtime.manifest import Manifest, Precision
 
+from .checkpoint.decoder_config import kv_bytes_per_token
 from .checkpoint.open import Checkpoint
 
 BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}  # generous
@@ -55,11 +55,6 @@ def check_space(output: Path, checkpoint: Checkpoint, *precisions: Precision) ->
             f"{output}: at {' and '.join(precisions)} the package takes about {needed / 2**30:.1f} GiB, and {parent} "
             f"has {free / 2**30:.1f} GiB left; make room, or choose another --output or --precision"
         )
-
-
-def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: CacheType = "float32") -> int:
-    """What a token takes in the KV caches of so many layers."""
-    return 2 * layers * kv_heads * head_dim * np.dtype(dtype).itemsize
 
 
 def package_kv_bytes_per_token(manifest: Manifest) -> int:

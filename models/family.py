@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from optimum.utils import NormalizedTextConfig
-
 from autosteer.runtime.manifest import ImageSpec, Resample, VideoSpec
 
 RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
@@ -23,7 +21,6 @@ class Family:
 
     model_type: str
     aliases: dict[str, str]  # short name -> hub id, for --model
-    config: type[NormalizedTextConfig]  # where vocab_size, hidden_size, num_layers, ... stand in config.json
     renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
     decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
     lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
@@ -34,21 +31,3 @@ class Family:
     norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
     authors_token_offset: int = -1  # the token that AutoSteer's authors probe, in the prompt without generation prompt
-
-
-def with_text_config(prefix: str) -> type[NormalizedTextConfig]:
-    """optimum's normalised names, for a config that keeps its decoder's numbers under `prefix` ("": at the top)."""
-    path = f"{prefix}." if prefix else ""
-    return NormalizedTextConfig.with_args(  # type: ignore[no-any-return]
-        allow_new=True,
-        vocab_size=f"{path}vocab_size",
-        hidden_size=f"{path}hidden_size",
-        num_layers=f"{path}num_hidden_layers",
-        num_attention_heads=f"{path}num_attention_heads",
-        num_key_value_heads=f"{path}num_key_value_heads",
-        intermediate_size=f"{path}intermediate_size",
-        context_length=f"{path}max_position_embeddings",
-        norm_eps=f"{path}rms_norm_eps",
-        rope_parameters=f"{path}rope_parameters",
-        hidden_act=f"{path}hidden_act",
-    )

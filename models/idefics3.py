@@ -12,7 +12,7 @@ from typing import Any
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import ImageSpec, SplitSpec
 
-from .family import RESAMPLE, Family, with_text_config
+from .family import RESAMPLE, Family
 
 LARGEST_EDGE = 4096  # HF: MAX_IMAGE_SIZE; it makes larger pictures smaller in a second step
 
@@ -41,7 +41,6 @@ def _family(model_type: str, aliases: dict[str, str]) -> Family:
     return Family(
         model_type=model_type,
         aliases=aliases,
-        config=with_text_config("text_config"),
         renames=(),
         decoder="model.text_model",
         lm_head="lm_head.weight",

@@ -12,7 +12,7 @@ from typing import Any
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import AnyresSpec, ImageSpec, VideoSpec
 
-from .family import RESAMPLE, Family, with_text_config
+from .family import RESAMPLE, Family
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -62,7 +62,6 @@ FAMILY = Family(
         "llava-ov": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     },
-    config=with_text_config("text_config"),
     renames=(  # the hub's files keep the layout of transformers < 4.52; that put "model." before it
         (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
         (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),

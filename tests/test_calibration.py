@@ -6,7 +6,8 @@ import torch
 from exported import demo_checkpoint, demo_package
 from torch import nn
 
-from autosteer.export.checkpoint.open import load_hf_model
+from autosteer.export.checkpoint.decoder_config import decoder_config
+from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.graphs.calibration import (
     FLOOR,
     RANDOM_TOKENS,
@@ -15,7 +16,6 @@ from autosteer.export.graphs.calibration import (
     energy,
     with_random_tokens,
 )
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
@@ -42,7 +42,7 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
     model.get_output_embeddings().register_forward_pre_hook(watch(f"{DECODER}.embed_tokens.weight"))
     with torch.no_grad():
         model(inputs_embeds=rows)
-    found = calibrate_decoder(checkpoint, decoder_facts(checkpoint), rows).channel_energy
+    found = calibrate_decoder(checkpoint, decoder_config(checkpoint), rows).channel_energy
     assert found.keys() == seen.keys() and len(found) == 7 * 8 + 1
     for name, squares in seen.items():
         torch.testing.assert_close(found[name], squares / squares.mean() + FLOOR, rtol=1e-4, atol=1e-4)
@@ -76,7 +76,7 @@ def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
 
 def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     checkpoint = demo_checkpoint()
-    facts = decoder_facts(checkpoint)
+    facts = decoder_config(checkpoint)
     _, processor = load_hf_model(checkpoint)
     text = calibration_rows(checkpoint, processor.tokenizer, None)
     more = with_random_tokens(text, checkpoint, facts.vocab)

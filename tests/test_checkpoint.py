@@ -12,9 +12,9 @@ import torch
 from exported import demo_checkpoint
 from safetensors.torch import load_file, save_file
 
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_options
 from autosteer.export.cli import export
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.validate import STORED_IN_HALF
@@ -99,7 +99,7 @@ def test_a_decoder_that_computes_otherwise_is_refused(
     text.pop("rope_parameters" if "rope_scaling" in change else "", None)
     edit(checkpoint / "config.json", text_config=text | change)
     with pytest.raises(UnsupportedModelError, match=message):
-        decoder_facts(open_checkpoint(str(checkpoint)))
+        decoder_config(open_checkpoint(str(checkpoint)))
 
 
 def test_a_head_that_is_neither_tied_nor_there_is_refused(checkpoint: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_head_that_is_neither_tied_nor_there_is_refused(checkpoint: Path) -> N
     text = json.loads((checkpoint / "config.json").read_text())["text_config"]
     edit(checkpoint / "config.json", tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": False})
     with pytest.raises(UnsupportedModelError, match="tie_word_embeddings false without an lm_head"):
-        decoder_facts(open_checkpoint(str(checkpoint)))
+        decoder_config(open_checkpoint(str(checkpoint)))
 
 
 @pytest.mark.parametrize("extra", ["layers.3.self_attn.sinks", "layers.3.mlp.up_proj.lora_A.weight"])
@@ -115,7 +115,7 @@ def test_a_tensor_of_the_decoder_that_no_graph_computes_with_is_refused(extra: s
     """A checkpoint with an adapter was exported without it."""
     name = f"model.language_model.{extra}"
     edit_tensors(checkpoint, lambda tensors: tensors | {name: torch.ones(2, 2)})
-    refused(checkpoint, rf"nothing here computes with {re.escape(name)}: this decoder is not supported")
+    refused(checkpoint, rf"no graph uses {re.escape(name)}: this decoder is not supported")
 
 
 def test_buffers_that_old_files_have_among_the_weights_are_no_reason_to_refuse(

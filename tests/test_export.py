@@ -94,8 +94,8 @@ def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
 
 
 def demo_safety(folder: Path) -> SafetyArtifact:
-    facts = demo_checkpoint().facts
-    return SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
+    text = demo_checkpoint().config.get_text_config()
+    return SafetyArtifact.load(folder, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from autosteer.export.checkpoint.on_demand import Weights
 from autosteer.export.checkpoint.open import load_processor, on_demand, open_checkpoint
 from autosteer.export.safety import batches, calibrate, cli, prober
 from autosteer.export.safety import fit as fit_module
-from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
+from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
 from autosteer.export.safety.store import FeatureStore
@@ -282,9 +282,7 @@ def test_images_are_held_a_window_at_a_time(
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_are_gone_afterwards(
-    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
-):
+def test_hooks_are_gone_afterwards(fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]):
     prompt_states(prompts(data)[:1])
     assert not any(layer._forward_pre_hooks for layer in fit_model.layers)
 
@@ -321,7 +319,7 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
 
     monkeypatch.setattr(Weights, "load", counted)
     monkeypatch.setattr(on_demand, "SMALL_BYTES", 1024)
-    monkeypatch.setattr(original, "KEPT_BYTES", 0)
+    monkeypatch.setattr("autosteer.export.safety.model.KEPT_BYTES", 0)
     large = open_fit_model(open_checkpoint(str(checkpoint)), device="cpu")
     some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
     both = []

@@ -17,8 +17,8 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import Checkpoint, on_demand
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
 from autosteer.export.validation.validate import divergence
@@ -116,7 +116,7 @@ def test_every_rewiring_changes_some_graph(package: Package) -> None:
 
 
 def tensors_read_differently(checkpoint: Checkpoint) -> int:
-    return on_demand.tensors_read_differently(checkpoint, decoder_facts(checkpoint, None).lm_head)
+    return on_demand.tensors_read_differently(checkpoint, decoder_config(checkpoint).lm_head)
 
 
 def test_the_demo_is_read_as_hugging_face_reads_it_as_a_whole_and_by_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:

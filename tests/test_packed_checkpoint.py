@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_text_only import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_hf_model, open_checkpoint
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import DEMO, Checkpoint, open_checkpoint
 from autosteer.export.checkpoint.packed import AWQ_ORDER, Reader, packed_matrices
 from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import BLOCKS, Blocks, dequantise

@@ -9,7 +9,8 @@ from quality import Sample, Score, answers, original_log_probs, package_log_prob
 from smollm2 import shuffle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint.open import DEMO, load_hf_model
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime.engine import Engine
 
 

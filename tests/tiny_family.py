@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.open import load_hf_model, open_checkpoint
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety import states
+from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt

@@ -29,9 +29,10 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from autosteer.export.checkpoint.hf_model import quiet_transformers
 from autosteer.export.checkpoint.on_demand import open_skeleton
 from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
-from autosteer.export.cli import find_safety, quiet_transformers
+from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import validate

@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import log_softmax
 
-from autosteer.export.checkpoint.open import Checkpoint, load_hf_model, open_checkpoint
-from autosteer.export.cli import quiet_transformers
+from autosteer.export.checkpoint.hf_model import load_hf_model, quiet_transformers
+from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
+from autosteer.export.checkpoint.hf_model import quiet_transformers
 from autosteer.export.checkpoint.open import open_checkpoint
-from autosteer.export.cli import quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation.dequantize import worse
 from autosteer.export.validation.validate import validate_package

@@ -56,17 +56,6 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None  # config.json's quantization_config: packed.py
 
     @cached_property
-    def facts(self) -> Any:
-        """The decoder's numbers under optimum's normalised names (hidden_size, num_layers, ...)."""
-        return self.family.config(self.config)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head; configs may leave it implied."""
-        text = self.config.get_text_config()
-        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-    @cached_property
     def tensor_files(self) -> dict[str, tuple[Path, str]]:
         """Where each tensor stands: HF module path -> (safetensors file, name in that file). Of a packed matrix, which
         is one tensor here, where its largest part does.
@@ -380,22 +369,3 @@ class TextProcessor:
     def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
         """Token ids of rendered texts."""
         return self.tokenizer(text, add_special_tokens=False, **options)
-
-
-def load_hf_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The PyTorch original: (model in float32 eval mode, processor)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-    if checkpoint.packed:  # which from_pretrained reads only with libraries and kernels of each method's own
-        model = kind.from_config(checkpoint.config, dtype=torch.float32)
-        missing, _ = model.load_state_dict(
-            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
-        )
-        model.tie_weights(missing_keys=set(missing))
-        if gone := set(missing) - set(model.all_tied_weights_keys):
-            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
-    else:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    return model.eval(), load_processor(checkpoint)

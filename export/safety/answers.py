@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from autosteer.export.footprint import kv_bytes_per_token
-from autosteer.export.graphs.kv_scales import cache_name
+from autosteer.export.checkpoint.decoder_config import kv_bytes_per_token
+from autosteer.export.checkpoint.hf_model import cache_argument
 
 from .batches import encode, sweep_groups, waiting_bytes
 from .model import Encoded, FitModel, cache_after
@@ -46,7 +46,7 @@ def steered_answers(
     @torch.inference_mode()
     def answer(inputs: Encoded) -> list[SteeredAnswer]:
         out = model(**{key: t.to(device) for key, t in inputs.items()}, use_cache=True)
-        cache = {cache_name(model): cache_after(out.past_key_values, keep=True)}
+        cache = {cache_argument(model): cache_after(out.past_key_values, keep=True)}
         hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
         ids, log_probs = [], []
         for step in range(tokens):
@@ -72,9 +72,9 @@ def steered_answers(
 
 def _cache_bytes(fit_model: FitModel, inputs: Encoded) -> int:
     """Keys and values of a prompt."""
-    facts, head_dim = fit_model.checkpoint.facts, fit_model.checkpoint.head_dim
-    tokens = inputs["input_ids"].numel()
-    return tokens * kv_bytes_per_token(facts.num_layers, facts.num_key_value_heads, head_dim)
+    config = fit_model.decoder
+    per_token = kv_bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    return inputs["input_ids"].numel() * per_token
 
 
 def _up_to(end: int, ids: list[int], log_probs: list[float]) -> SteeredAnswer:

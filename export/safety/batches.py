@@ -66,7 +66,7 @@ def encode(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> Encoded:
 
 
 def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
-    if tokens > (limit := fit_model.config.max_position_embeddings):
+    if tokens > (limit := fit_model.decoder.context_length):
         raise InputError(f"{prompt.where}: the prompt takes {tokens} tokens, the model {limit} at most; shorten it")
 
 
@@ -142,7 +142,7 @@ def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:
 
 def waiting_bytes(fit_model: FitModel, inputs: Encoded) -> int:
     """About what a forward pass over `inputs` holds at most while it waits: in an MLP, or in the image encoder."""
-    config = fit_model.config
+    config = fit_model.decoder
     token = 4 * (config.intermediate_size + 4 * config.hidden_size)
     images = sum(t.nbytes for t in inputs.values() if t.is_floating_point())
     return max(inputs["input_ids"].numel() * token, IMAGE_ACTIVATIONS * images) + images

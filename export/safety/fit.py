@@ -94,8 +94,9 @@ def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
     """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
+    from autosteer.export.checkpoint.decoder_config import decoder_config
+    from autosteer.export.checkpoint.hf_model import quiet_transformers
     from autosteer.export.checkpoint.open import open_checkpoint
-    from autosteer.export.cli import quiet_transformers
 
     quiet_transformers()
     started = time.perf_counter()
@@ -105,7 +106,7 @@ def fit(
         benign = sum(not prompts[row].unsafe for row in split.heldout)
         allowed_false_positives(benign, target_fpr=options.target_fpr)
     checkpoint = open_checkpoint(options.model)
-    depth = int(checkpoint.facts.num_layers)
+    depth = decoder_config(checkpoint).num_hidden_layers
     if options.layer is not None and not 0 < options.layer < depth:
         raise InputError(f"--layer {options.layer}: {checkpoint.name} has layers to cut at from 1 to {depth - 1}")
     fit_model = open_fit_model(checkpoint, device=options.device)

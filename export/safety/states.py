@@ -50,14 +50,14 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
 
 def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel) -> FeatureStore:
     """The place in `folder` for the prompt states of a model of these `digests`, records (N-1, P, d)."""
-    shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.width)
+    shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
     return FeatureStore(folder, digest(repr((POSITIONS, TOKEN_OFFSET)).encode(), *model), shape)
 
 
 def answer_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor) -> FeatureStore:
     """As `prompt_store`, for answer states, records (1, T, d)."""
     what = repr(("answer", answer.tolist())).encode()
-    return FeatureStore(folder, digest(what, *model), (1, len(answer), fit_model.width))
+    return FeatureStore(folder, digest(what, *model), (1, len(answer), fit_model.decoder.hidden_size))
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""What a package made of a validation prompt."""
+"""A package's answers to a validation prompt."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class PackageAnswer:
     """One answer of the package."""
 
     verdict: Verdict
-    hidden: np.ndarray  # (D,) what the prober read
+    hidden: np.ndarray  # (D,) the prober's input
     last: np.ndarray  # (D,) the last hidden state of the prompt, before the Refusal Head
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
-    lead: float  # least by which a token of the answer leads the next likely: see golden.lead
+    lead: float  # least margin of a token of the answer over the runner-up: see golden.lead
     tokens: list[int]
-    branches: dict[str, np.ndarray]  # what each layer's attention and MLP made of the prompt; none of long prompts
+    branches: dict[str, np.ndarray]  # prefill output of each layer's attention and MLP; empty for long prompts
 
     def first(self) -> PackageAnswer:
-        """As if it had been the first token."""
+        """Only the first token."""
         return replace(self, logits=self.logits[:1], tokens=self.tokens[:1])
 
 
 @dataclass(frozen=True)
 class PackageAnswers:
-    """What the package made of a case."""
+    """The package's answers to one prompt, and what it made of the prompt."""
 
-    prompt: Prompt
-    image_tokens: list[list[int]] | None  # where images are tokens
+    encoded: Prompt
+    image_tokens: list[list[int]] | None  # None unless images are tokens
     plain: PackageAnswer
-    chunked: PackageAnswer  # with the prompt in chunks, one token
+    chunked: PackageAnswer  # one token, after prefill in chunks
     steered: PackageAnswer | None  # None without a gate

@@ -1,8 +1,7 @@
-"""Load a package that was just written as its users will, before it takes its place: files, hashes, manifest, graphs.
+"""Load a package that was just written, as its users will: files, hashes, manifest, graphs.
 
-Where the machine has memory to spare that is Engine.load, as it stands. Where it has not, the same files are checked
-and the graphs loaded one after the other: what fits an export fits that, and a package may be larger than the machine
-that makes it.
+If memory suffices, this is Engine.load. If not, the same files are checked and the graphs are loaded one after the
+other: an export needs no more memory than that, and may write a package that is larger than its machine's memory.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Subgraph, find_device
 from autosteer.runtime.text import load_tokenizer
 
-SPARE = 0.5  # of the free memory: the export's own is still held, and others may want some
+SPARE = 0.5  # share of free memory to use: the export still holds its own, and other programs need some
 
 
 def load_again(folder: Path, needed: int) -> str:
-    """Load the package in `folder`, which takes `needed` bytes as a whole, on the CPU; how that was done, in words.
+    """Load the package in `folder` on the CPU, and say how. As a whole it takes `needed` bytes.
 
-    Raises PackageError where it does not load.
+    Raises PackageError if it does not load.
     """
     free = free_bytes()
     engine_log = logging.getLogger("autosteer.runtime.engine")
     level = engine_log.level
-    engine_log.setLevel(logging.ERROR)  # that a package for CUDA is slow here is no news
+    engine_log.setLevel(logging.ERROR)  # it would warn that a package for CUDA is slow here
     try:
         if free is not None and needed <= SPARE * free:
             Engine.load(folder, device="cpu")
@@ -37,25 +36,23 @@ def load_again(folder: Path, needed: int) -> str:
             load_tokenizer(folder / manifest.prompt.tokenizer)
             for spec in manifest.graphs.values():
                 Subgraph(folder / spec.file, spec, device)
-        return (
-            f"loaded again graph by graph, for it takes {needed / 2**30:.1f} GiB as a whole and {_said(free)} free here"
-        )
+        return f"loaded again graph by graph: as a whole it takes {needed / 2**30:.1f} GiB, and {_in_words(free)} free"
     finally:
         engine_log.setLevel(level)
 
 
 def free_bytes() -> int | None:
-    """Memory that this process may still take, by /proc/meminfo and its container's limit; None where neither says."""
+    """Memory that this process may still allocate, by /proc/meminfo and its container's limit; None if unknown."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no Linux, no cgroup, or no limit ("max")
+    except (OSError, ValueError):  # not Linux, no cgroup, or no limit ("max")
         pass
     return min(found, default=None)
 
 
-def _said(free: int | None) -> str:
-    return "nobody says what is" if free is None else f"{free / 2**30:.1f} GiB are"
+def _in_words(free: int | None) -> str:
+    return "an unknown amount is" if free is None else f"{free / 2**30:.1f} GiB are"
