@@ -123,7 +123,7 @@ def test_every_precision_passes_its_table(kind: str, precision: str, tmp_path: P
     assert all(check.passed for check in Manifest.load(package).validation["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: kept as they are"), ("64", "--block-size 32 keeps them")])
+@pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: copied unchanged"), ("64", "--block-size 32 keeps them")])
 def test_the_export_says_whether_the_checkpoints_codes_were_kept(blocks: str, said: str, tmp_path, capsys) -> None:
     run(checkpoint_folder(tmp_path / "checkpoint", "gptq"), "--precision", "int4", "--block-size", blocks)
     assert said in capsys.readouterr().err

@@ -22,6 +22,7 @@ from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofProm
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
+from . import DEFAULT_THRESHOLD
 from .answers import steered_answers
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from .sas import SasScores
     from .store import FeatureStore, States
 
-DEFAULT_THRESHOLD = 0.5
 PAPER_STRENGTH = 0.1
 READ_PAIRS = 128  # differences in memory at a time
 REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; the last are really answered
