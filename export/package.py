@@ -61,11 +61,11 @@ class ExportOptions:
     image_precision: Precision | None = None  # None: the precision's
     target: Target = "cpu"
     kv_cache: CacheType | None = None  # None: the target's own
-    prefill: Precision | None = None  # of what reads prompts; None: `precision`, and no second copy
+    prefill: Precision | None = None  # of a second copy of the decoder, for prefill; None: no such copy
 
     @property
     def recipe(self) -> Recipe:
-        """What they come to. Raises InputError where they do not go together."""
+        """The recipe of these options. Raises InputError if they do not go together."""
         return recipe(
             self.precision,
             target=self.target,
@@ -88,7 +88,7 @@ def write_package(
     """Write every file of an unvalidated package into `folder` and return its manifest (saved there, too).
 
     `safety` None makes an unguarded package, which runs only with --policy off. `report` is told each step, `advance`
-    what is written of each tensor.
+    the name of a tensor and how many of its numbers were written.
     """
     config = decoder_config(checkpoint, options.context_length)
     layer = options.split_layer or (safety.facts.split_layer if safety else config.num_hidden_layers // 2)
@@ -229,13 +229,13 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
 
 
 def data_file(folder: Path, name: str) -> DataFile:
-    """Describe a file of the package."""
+    """The manifest's entry for a file of the package."""
     path = folder / name
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
 def with_results(folder: Path, manifest: Manifest, results: ValidationResult) -> Manifest:
-    """Complete the manifest with what the validation found, and its files, and save it again."""
+    """Add the validation's results and their files to the manifest, and save it again."""
     files = dict.fromkeys(file for golden in results.golden for file in golden.pictures())
     if results.proof:
         files[results.proof.file] = None

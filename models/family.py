@@ -1,7 +1,7 @@
-"""What a family file says, as types.
+"""The fields of a family file.
 
-A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder
-wrapper its images need. The decoder layer itself is written once (export/graphs/decoder.py) and driven by these facts.
+A family states what its tensors are called and which image wrapper it needs. The decoder layer is written once, for all
+families (export/graphs/decoder.py); its sizes come from config.json (export/checkpoint/decoder_config.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Family:
     aliases: dict[str, str]  # short name -> hub id, for --model
     renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
     decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
-    lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
-    vision: str | None = None  # which wrapper of export/graphs/vision.py makes the image graph
+    lm_head: str  # tensor name of the LM head (not in the checkpoint if it is tied to the embedding)
+    vision: str | None = None  # the wrapper in export/graphs/vision.py that makes the image graph; None: no images
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
-    chat_template: str | None = None  # for checkpoints that come without one
+    chat_template: str | None = None  # used if the checkpoint has none
     norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
-    authors_token_offset: int = -1  # the token that AutoSteer's authors probe, in the prompt without generation prompt
+    authors_token_offset: int = -1  # the token that the authors' prober reads, in the prompt without generation prompt

@@ -164,7 +164,7 @@ def test_an_export_with_other_tensor_names_is_whole(checkpoint: Path) -> None:
 def test_one_weight_under_two_names_is_refused(checkpoint: Path) -> None:
     again = {"model.language_model.norm.weight": torch.ones(256)}
     edit_tensors(checkpoint, lambda tensors: tensors | again)
-    refused(checkpoint, "are one and the same weight; which is it", PackageError)
+    refused(checkpoint, "have the same module path; keep only one", PackageError)
 
 
 def test_what_generation_config_recommends_is_said_as_options_of_autosteer_run(checkpoint: Path, capsys) -> None:
@@ -202,7 +202,7 @@ def test_only_what_changes_answers_is_recommended(settings: dict[str, object], o
 )
 def test_a_setting_that_changes_greedy_answers_and_that_no_runtime_has_is_refused(settings, checkpoint: Path) -> None:
     edit(checkpoint / "generation_config.json", **settings)
-    refused(checkpoint, f"{next(iter(settings))}: neither runtime does this")
+    refused(checkpoint, f"{next(iter(settings))}: neither runtime supports this")
 
 
 def test_a_package_that_does_not_load_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -253,6 +254,14 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: sign
     assert process.returncode == code
     assert "Traceback" not in errors
     assert nothing_left(tmp_path)
+
+
+def test_a_package_without_a_gate_has_no_threshold(tmp_path: Path) -> None:
+    with pytest.raises(click.UsageError, match="--unguarded and --threshold exclude"):
+        export.main(
+            ["--model", "demo", "--output", str(tmp_path / "p"), "--unguarded", "--threshold", "0.4"],
+            standalone_mode=False,
+        )
 
 
 def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Path) -> None:

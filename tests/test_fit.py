@@ -548,7 +548,7 @@ def test_facts_can_be_measured_again_from_the_folder(
 
 def test_table_and_progress_go_to_stderr(fitted: tuple[Path, Result]):
     stderr = fitted[1].stderr
-    assert [line.split()[1] for line in stderr.splitlines() if "<- cut here" in line] == ["2"]
+    assert [line.split()[1] for line in stderr.splitlines() if "<- split here" in line] == ["2"]
     assert "SAS with picture" in stderr
     assert "hidden states" in stderr
 
@@ -605,7 +605,7 @@ def test_target_fpr_sets_a_threshold_whose_bound_is_within_it(checkpoint: Path, 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--layer", "4"), 5, "--layer 4: tiny has layers to cut at from 1 to 3"),
+        (("--layer", "4"), 5, "--layer 4: tiny can be split at 1..3"),
         (("--target-fpr", "0.01"), 5, "it takes 299"),
         (("--benign", "none.jsonl"), 5, "none.jsonl: not readable"),
         (("--layer", "1", "--select", "sas"), 2, "exclude each other"),

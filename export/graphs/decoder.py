@@ -1,11 +1,11 @@
-"""The decoder as ONNX graphs: one decoder layer for every family, driven by the checkpoint's facts.
+"""The decoder as ONNX graphs: one decoder layer for every family, driven by a DecoderConfig.
 
     embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D)
     decoder_lower   inputs_embeds (1, S, D), caches -> hidden_states (1, S, D)      layers 0..k-1; HF's hidden_states[k]
     decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, R, D)  layers k..N-1, last R rows, norm
     lm_head         last_hidden_state (1, R, D)     -> logits (1, R, V)
 
-R is the input `num_logits` (HF: logits_to_keep). 1 is what decoding needs; a few drafted tokens are verified at once.
+R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft.
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; a LayerNorm per query and key head, where the checkpoint has one; gated SiLU. HF:
@@ -28,11 +28,11 @@ from .quantize import Blocks, Scheme
 from .writer import FLOAT32, MICROSOFT, GraphWriter
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
-BRANCHES = ("self_attn", "mlp")  # of a layer: HF's modules, and our names of what they give
+BRANCHES = ("self_attn", "mlp")  # of a layer: HF's modules, and the names of their outputs in our graphs
 
 
 def embed_tokens(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -> None:
-    """The embedding table: rows are gathered from the mapped file, so its size costs no memory."""
+    """The embedding: rows are gathered from the mapped file, so it takes no memory."""
     ids = g.input("input_ids", "int64", (1, "sequence_length"))
     rows = g.embedding(
         ids, f"{config.module}.embed_tokens.weight", shape=(config.vocab_size, config.hidden_size), blocks=blocks
@@ -43,7 +43,11 @@ def embed_tokens(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -
 def decoder_half(
     g: GraphWriter, config: DecoderConfig, layers: range, scheme: Scheme | None, kv_scales: Sequence[KVScales] = ()
 ) -> None:
-    """`layers` of the decoder. Where all rows have attended in the last layer, it goes on with the last ones."""
+    """Write `layers` of the decoder. After the last layer's attention, only the last `num_logits` rows are computed.
+
+    `kv_scales`, one per layer of the whole decoder, make int8 KV caches; without them caches have the activations'
+    type.
+    """
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, g.dtype, (1, "sequence_length", config.hidden_size))
     lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
@@ -61,7 +65,7 @@ def decoder_half(
             g, config, i, x, past, lengths, rotary, scheme, kv_scales[i] if kv_scales else None
         )
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
-        if i == config.num_hidden_layers - 1:  # no later layer looks at the other rows
+        if i == config.num_hidden_layers - 1:  # no later layer needs the other rows
             attended, residual = _last_rows(g, attended, residual)
         attended = _project(
             g,
@@ -77,7 +81,9 @@ def decoder_half(
         x, residual = _enter(g, config, f"{module}.post_attention_layernorm", residual, branch)
         gathered = _mlp(g, config, module, x, scheme)
         branch = _leave(g, config, f"{module}.post_attention_layernorm", gathered)
-        attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # by which validation finds them
+        attended.name, gathered.name = (
+            f"{module}.{name}" for name in BRANCHES
+        )  # validation records them by these names
     assert branch is not None
     if layers.stop == config.num_hidden_layers:
         normed, _ = _norm(g, config, f"{config.module}.norm", residual, branch)
@@ -89,7 +95,7 @@ def decoder_half(
 
 
 def lm_head(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -> None:
-    """The projection to the vocabulary; tokens that are never generated get the lowest logit there is."""
+    """The LM head. Tokens that are never generated get the lowest float32 as their logit."""
     hidden = g.input("last_hidden_state", g.dtype, (1, "num_logits", config.hidden_size))
     logits = g.linear(
         hidden, config.lm_head.removesuffix(".weight"), shape=(config.vocab_size, config.hidden_size), scheme=blocks
@@ -105,8 +111,8 @@ def lm_head(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -> Non
 def _last_rows(g: GraphWriter, *values: ir.Value) -> tuple[ir.Value, ...]:
     """The last `num_logits` rows of each (1, S, ...).
 
-    Counted from the first row: where they begin is then computed on the CPU, which is where a Slice wants it. `Neg` is
-    computed on CUDA, where there is one, and every pass waits for it.
+    The start is counted from the first row, because it is then computed on the CPU, where Slice needs it. A negative
+    start would need `Neg`, which runs on CUDA, and every pass would wait for it.
     """
     first = g.op("Sub", g.op("Shape", values[0], start=1, end=2), g.input("num_logits", "int64", (1,)))
     end, axis = (g.constant(name, np.array([at], np.int64)) for name, at in (("end", 2**63 - 1), ("axis", 1)))
@@ -116,7 +122,7 @@ def _last_rows(g: GraphWriter, *values: ir.Value) -> tuple[ir.Value, ...]:
 def _enter(
     g: GraphWriter, config: DecoderConfig, norm: str, residual: ir.Value, branch: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """What attention or MLP sees, and the residual stream so far (residual + branch)."""
+    """(the input of attention or MLP, the residual stream so far: residual + branch)."""
     if not config.norm_after:
         return _norm(g, config, norm, residual, branch)
     total = residual if branch is None else g.op("Add", residual, branch)
@@ -124,7 +130,7 @@ def _enter(
 
 
 def _leave(g: GraphWriter, config: DecoderConfig, norm: str, branch: ir.Value) -> ir.Value:
-    """What attention or MLP adds to the residual stream."""
+    """The output of attention or MLP that is added to the residual stream."""
     return _norm(g, config, norm, branch, None)[0] if config.norm_after else branch
 
 
@@ -159,7 +165,7 @@ def _attention(
     scheme: Scheme | None,
     kv_scales: KVScales | None,
 ) -> tuple[ir.Value, ...]:
-    """What the heads gather (1, S, H * d), present key, present value. ORT: com.microsoft GroupQueryAttention."""
+    """(the heads' output (1, S, H * d), present key, present value). ORT: com.microsoft GroupQueryAttention."""
     module = f"{config.module}.layers.{layer}.self_attn"
     projections = tuple(f"{module}.{p}_proj" for p in "qkv")
     widths = (
@@ -203,7 +209,7 @@ def _attention(
 def _rounding(
     g: GraphWriter, kv_scales: KVScales | None, layer: int
 ) -> tuple[tuple[ir.Value | None, ...], dict[str, Any]]:
-    """The last inputs of GroupQueryAttention where it rounds its caches, and what tells it how; nothing elsewhere."""
+    """GroupQueryAttention's inputs and attributes for int8 caches; empty for others."""
     if kv_scales is None:
         return (), {}
     keys = g.constant(f"key_scales.{layer}", kv_scales.keys)
@@ -213,7 +219,7 @@ def _rounding(
 
 
 def _head_norm(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
-    """LayerNorm of each head of x (1, S, H * d) on its own, with its own scale and bias (H, d)."""
+    """LayerNorm of each head of x (1, S, H * d), each with its own scale and bias (H, d)."""
     ones = g.constant("head_ones", np.ones(config.head_dim, g.dtype))
     normed = g.op(
         "LayerNormalization",

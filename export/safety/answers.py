@@ -1,4 +1,4 @@
-"""What the model really says when its last hidden state is bent: greedy answers, at several strengths side by side."""
+"""Generate greedy answers with the Refusal Head, at several strengths side by side."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .states import Advance
 
 @dataclass(frozen=True)
 class SteeredAnswer:
-    """Greedy tokens, the end-of-turn token included where it came."""
+    """Greedy tokens, with the end-of-turn token if it was generated."""
 
     ids: list[int]
-    log_probs: list[float]  # of each under the unsteered model, after the same tokens: how natural the answer is
+    log_probs: list[float]  # of each token under the unsteered model: how natural the answer is
 
 
 def steered_answers(
@@ -35,10 +35,10 @@ def steered_answers(
     tokens: int,
     advance: Advance = lambda done: None,
 ) -> list[list[SteeredAnswer]]:
-    """What the model says to each prompt at each strength, greedily and for at most `tokens`: [prompt][strength].
+    """Greedy answers of at most `tokens` tokens to each prompt at each strength: [prompt][strength].
 
-    A prompt is read once, and its strengths are one batch. All prompts write their next token in the same sweep over
-    the model's parts. embeddings (vocab, d), on the model's device.
+    Prefill runs once per prompt, and the strengths are one batch of decode steps. All prompts share each sweep over the
+    model. steer_matrix (d, d), embeddings (vocab, d), which are on the model's device.
     """
     model, device, end = fit_model.hf_model.base_model, fit_model.device, fit_model.end_token
     matrix, epsilon = steer_matrix.to(device), torch.tensor(strengths, device=device)[:, None]
@@ -71,7 +71,7 @@ def steered_answers(
 
 
 def _cache_bytes(fit_model: FitModel, inputs: Encoded) -> int:
-    """Keys and values of a prompt."""
+    """Bytes of a prompt's keys and values."""
     config = fit_model.decoder
     per_token = kv_bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     return inputs["input_ids"].numel() * per_token

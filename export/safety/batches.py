@@ -1,7 +1,7 @@
-"""Prompts as a model takes them: rendered, encoded, and in batches.
+"""Render prompts, encode them, and group them into batches.
 
-Prompts of a batch are padded on the right: attention is causal, so no token of a prompt sees what follows it, and a
-state depends on its neighbours by rounding alone.
+Prompts are padded on the right. Attention is causal, so no token sees the padding, and the rest of a batch changes a
+hidden state only by rounding.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ T = TypeVar("T")
 TOKENS_PER_FORWARD = 2048  # bounds activations, not quality
 WINDOW_BYTES = 256 << 20  # preprocessed images held at a time
 WINDOW_PROMPTS = 512
-SWEEP_BYTES = 512 << 20  # what waits while a part of the model that does not stay in memory serves others
-IMAGE_ACTIVATIONS = 16  # times the bytes of its pixels: a SigLIP patch of 3 x 14 x 14 has d 1152 and an MLP of 4304
+SWEEP_BYTES = 512 << 20  # activations of forward passes that share a sweep
+IMAGE_ACTIVATIONS = (
+    16  # times the bytes of an image's pixels: a SigLIP patch of 3 x 14 x 14 has d 1152 and an MLP of 4304
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that go through the model together."""
+    """Prompts of one forward pass."""
 
-    rows: list[int]  # which prompts
+    rows: list[int]  # indices of the prompts
     inputs: Encoded  # input_ids (B, S), padded on the right; images
     lengths: torch.Tensor  # (B,) tokens of each prompt
 
@@ -71,9 +73,9 @@ def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
 
 
 def about_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: bool) -> list[int]:
-    """How many tokens each prompt takes, its pictures taken to be like those of the first one with as many.
+    """Estimate how many tokens each prompt takes; images are assumed to take as many as in the first such prompt.
 
-    Raises InputError for a text longer than the model's context: before the first forward pass.
+    Raises InputError for a text longer than the model's context, before the first forward pass.
     """
     texts = [render(fit_model, prompt, generation=generation) for prompt in prompts]
     lengths = [len(ids) for ids in fit_model.processor.tokenizer(texts, add_special_tokens=False).input_ids]
@@ -92,7 +94,9 @@ def answer_tokens(fit_model: FitModel, answer: str) -> torch.Tensor:
     opening = Renderer(fit_model.processor).turns(("user", "x"), generation=True)
     before = tokenizer(opening, add_special_tokens=False).input_ids
     after = tokenizer(opening + answer, add_special_tokens=False).input_ids
-    if after[: len(before)] != before:  # answer and template merge into one token, which generation never does
+    if (
+        after[: len(before)] != before
+    ):  # the tokenizer merged template and answer into one token, which generation cannot do
         after = before + tokenizer(answer, add_special_tokens=False).input_ids
     return torch.tensor([*after[len(before) :], fit_model.end_token])
 
@@ -100,7 +104,7 @@ def answer_tokens(fit_model: FitModel, answer: str) -> torch.Tensor:
 def batches(
     fit_model: FitModel, prompts: Sequence[Prompt], wanted: Sequence[int], *, generation: bool
 ) -> Iterator[Batch]:
-    """Batches such that every wanted row comes once, like prompts together."""
+    """Batches of the prompts `wanted`, each once. Prompts of like length are batched together."""
     order = sorted(wanted, key=lambda row: (len(prompts[row].images), len(prompts[row].text)))
     window: list[tuple[int, Encoded]] = []
     held = 0
@@ -136,12 +140,13 @@ def _padded(window: list[tuple[int, Encoded]]) -> Iterator[Batch]:
 
 
 def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:
-    """ids (S,) -> (length,), the last one repeated: it closes a turn, so it is no image's."""
+    """ids (S,) -> (length,), padded with the last one: it closes a turn, so it is no image placeholder."""
     return torch.cat([ids, ids[-1:].expand(length - len(ids))])
 
 
 def waiting_bytes(fit_model: FitModel, inputs: Encoded) -> int:
-    """About what a forward pass over `inputs` holds at most while it waits: in an MLP, or in the image encoder."""
+    """Estimate of the most bytes that a forward pass over `inputs` holds while it waits: in an MLP or the image tower.
+    """
     config = fit_model.decoder
     token = 4 * (config.intermediate_size + 4 * config.hidden_size)
     images = sum(t.nbytes for t in inputs.values() if t.is_floating_point())
@@ -149,5 +154,5 @@ def waiting_bytes(fit_model: FitModel, inputs: Encoded) -> int:
 
 
 def sweep_groups(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """`items` in lists of SWEEP_BYTES at most by `size`, and one item at least."""
+    """Cut `items` into lists of at most SWEEP_BYTES by `size`, each with at least one item."""
     return grouped(items, size, SWEEP_BYTES)

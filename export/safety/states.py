@@ -1,10 +1,10 @@
-"""Hidden states of prompts: what SAS, prober and Refusal Head are fitted on.
+"""Compute hidden states of prompts, on which SAS, prober and Refusal Head are fitted.
 
     prompt_states   prompt without generation prompt          ->  residual entering each layer k = 1..N-1, at POSITIONS
     answer_states   prompt + generation prompt + the refusal  ->  final-norm output before each of its tokens
 
-"Entering layer k" is Hugging Face's hidden_states[k]. [0] knows nothing but the token itself; [N] is past the final
-norm, where no package can be cut; so both are left out. Both kinds are kept in a store, sweep by sweep.
+"Entering layer k" is Hugging Face's hidden_states[k]. [0] depends on the token alone, and [N] comes after the final
+norm, where no package can be split; both are left out. Both functions keep their states in a store, sweep by sweep.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 TOKEN_OFFSET = -1
 POSITIONS = ("last", "mean")
 
-Advance = Callable[[float], None]  # told how many prompts more are done; a long one counts for several short ones
-Look = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch's records; calls back at each layer
+Advance = Callable[[float], None]  # told how many more prompts are done; a long one counts for several short ones
+Compute = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch -> its records; calls back at each layer
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
-    """What every hidden state depends on."""
+    """The files that hidden states depend on."""
     return sorted(f for f in checkpoint.folder.iterdir() if f.suffix in {".safetensors", ".json", ".jinja"})
 
 
 def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> list[bytes]:
-    """Names and digests of `files`: reads them all."""
+    """Names and digests of `files`, which are read."""
     parts = []
     for file in files:
         parts += [file.name.encode(), file_digest(file)]
@@ -49,7 +49,7 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
 
 
 def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel) -> FeatureStore:
-    """The place in `folder` for the prompt states of a model of these `digests`, records (N-1, P, d)."""
+    """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files."""
     shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
     return FeatureStore(folder, digest(repr((POSITIONS, TOKEN_OFFSET)).encode(), *model), shape)
 
@@ -71,15 +71,15 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
 def prompt_states(
     fit_model: FitModel, prompts: Sequence[Prompt], store: FeatureStore, *, advance: Advance = lambda done: None
 ) -> States:
-    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only what `store` lacks is
-    computed.
+    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only records that `store`
+    lacks are computed.
 
     "last" is the last prompt token; "mean" the mean over the text tokens of the user's turn up to that one, images and
     what precedes the turn left out. Raises InputError for an image that cannot be read, PackageError naming the layer
     where a state is not finite.
     """
 
-    def look(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
+    def compute(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
         taps, read = torch.empty(len(batch.rows), *store.shape), _tap(fit_model, batch)
 
         def keep(k: int, hidden: torch.Tensor) -> None:
@@ -97,7 +97,7 @@ def prompt_states(
         forward(fit_model, batch.inputs, watch=keep)
         return taps
 
-    return _complete(fit_model, prompts, store, look, generation=False, advance=advance)
+    return _complete(fit_model, prompts, store, compute, generation=False, advance=advance)
 
 
 def answer_states(
@@ -108,12 +108,12 @@ def answer_states(
     *,
     advance: Advance = lambda done: None,
 ) -> States:
-    """n records (1, T, d): what lm_head would see before each of the T answer tokens, teacher-forced. answer (T,) ids.
-    Only what `store` lacks is computed.
+    """n records (1, T, d): the LM head's input before each of the T answer tokens, teacher-forced. answer (T,) ids.
+    Only records that `store` lacks are computed.
     """
     length = len(answer)
 
-    def look(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
+    def compute(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
         ids = torch.cat([batch.inputs["input_ids"], answer[:-1].expand(len(batch.rows), -1)], dim=1)
         places = batch.lengths[:, None] + torch.arange(-1, length - 1)  # (B, T): the token before each of the answer's
         ids.scatter_(1, places[:, 1:], answer[:-1].expand(len(batch.rows), -1))  # over the padding of shorter prompts
@@ -126,21 +126,19 @@ def answer_states(
             )
         return states[:, None]
 
-    return _complete(fit_model, prompts, store, look, generation=True, advance=advance)
+    return _complete(fit_model, prompts, store, compute, generation=True, advance=advance)
 
 
 def _complete(
     fit_model: FitModel,
     prompts: Sequence[Prompt],
     store: FeatureStore,
-    look: Look,
+    compute: Compute,
     *,
     generation: bool,
     advance: Advance,
 ) -> States:
-    """Add to `store` the records that it lacks. Batches of a sweep go through the model side by side, and are kept
-    when all of them are through.
-    """
+    """Add the records that `store` lacks. Batches that share a sweep are stored when all of them are done."""
     keys = prompt_keys(prompts)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     wanted = [row for key, row in first.items() if key not in store]
@@ -155,7 +153,7 @@ def _complete(
 
     def job(batch: Batch) -> torch.Tensor:
         done = share * sum(lengths[row] for row in batch.rows)
-        return look(batch, lambda: advance(done))
+        return compute(batch, lambda: advance(done))
 
     ready = batches(fit_model, prompts, wanted, generation=generation)
     record = 4 * math.prod(store.shape)
