@@ -1,4 +1,4 @@
-"""What rounding costs: perplexity, agreement and divergence of packages against the PyTorch original in float32.
+"""What rounding costs: perplexity, agreement and KL divergence of packages against the PyTorch model in float32.
 
     python tools/quality.py --model build/smollm2 --package build/smol-int4 --package build/smol-int8 --gguf Q4_0
     python tools/quality.py --model demo --package build/demo-int4 --data build/demo-data/test.jsonl
@@ -174,13 +174,19 @@ def measure(samples: Sequence[Sample], originals: Sequence[LogProbs], ask: Calla
 
 @click.command()
 @click.option("--model", required=True, help="The checkpoint that the packages were made of.")
-@click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Several go.")
-@click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0; several go.")
+@click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Repeatable.")
+@click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0. Repeatable.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A test file instead of passages.")
 @click.option(
-    "--given", type=click.IntRange(1, PASSAGE - 1), default=1, show_default=True, help="Tokens of a passage read first."
+    "--given",
+    type=click.IntRange(1, PASSAGE - 1),
+    default=1,
+    show_default=True,
+    help="Tokens of each passage that are the prompt.",
 )
-@click.option("--tokens", default=4096, show_default=True, help="Of passages; with --data, rows of the file.")
+@click.option(
+    "--tokens", default=4096, show_default=True, help="Tokens of passages in all; with --data, rows of the file."
+)
 @click.option("--threads", type=int, help="Default: all cores.")
 @json_option
 @debug_option

@@ -81,9 +81,7 @@ def decoder_half(
         x, residual = _enter(g, config, f"{module}.post_attention_layernorm", residual, branch)
         gathered = _mlp(g, config, module, x, scheme)
         branch = _leave(g, config, f"{module}.post_attention_layernorm", gathered)
-        attended.name, gathered.name = (
-            f"{module}.{name}" for name in BRANCHES
-        )  # validation records them by these names
+        attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # validation records these
     assert branch is not None
     if layers.stop == config.num_hidden_layers:
         normed, _ = _norm(g, config, f"{config.module}.norm", residual, branch)
