@@ -31,9 +31,11 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--unsafe", multiple=True, required=True, type=FILE, help="JSONL of unsafe prompts.")
 @click.option("--benign", multiple=True, required=True, type=FILE, help="JSONL of benign prompts.")
 @click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of their images.")
-@click.option("--text-only", is_flag=True, help="Leave out images.")
-@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each file.")
-@click.option("--budget", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share that may flip.")
+@click.option("--text-only", is_flag=True, help="Ignore images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most prompts of each file.")
+@click.option(
+    "--budget", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of verdicts that may change."
+)
 def main(
     original: Path,
     other: Path,

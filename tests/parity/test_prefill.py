@@ -152,7 +152,7 @@ def test_a_damaged_copy_is_refused(tmp_path, damaged):
 
 @pytest.mark.parametrize("more", [["--precision", "int8"], ["--precision", "int4", "--target", "cuda"], []])
 def test_it_goes_with_int4_on_a_cpu_and_nothing_else(more, tmp_path):
-    assert recipe("int4", prefill="int8").reading == PerChannel()
+    assert recipe("int4", prefill="int8").prefill == PerChannel()
     with pytest.raises(click.UsageError, match=r"--prefill-precision int8: only --precision int4 .* only --target cpu"):
         export.main(["--model", "demo", "--output", str(tmp_path / "p"), PREFILL, *more], standalone_mode=False)
 

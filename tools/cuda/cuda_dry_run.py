@@ -116,7 +116,7 @@ def crossings(engine: Engine) -> dict[str, dict[str, int]]:
 
 @click.command(help=__doc__)
 @click.argument("package", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(package: Path, as_json: bool) -> None:
     """See the module."""
     if not PROVIDER.exists():
@@ -127,7 +127,7 @@ def main(package: Path, as_json: bool) -> None:
             environment = os.environ | {FAKED: "1", "LD_LIBRARY_PATH": folder}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     Engine._check_refusal_head = lambda self: None  # type: ignore[method-assign]  # nothing is computed here
-    Subgraph._check_placement = lambda self, path: None  # type: ignore[method-assign]  # shown, not judged
+    Subgraph._check_placement = lambda self, path: None  # type: ignore[method-assign]  # shown, not checked
     subgraph._why_not_cuda = lambda activations: ""
     engine = Engine.load(package, device="cuda", threads=1)
     facts: dict[str, Any] = {"onnxruntime": ort.__version__, "placement": placement(engine)}

@@ -1,9 +1,8 @@
-"""The PyTorch original, asked the questions that the runtime is asked.
+"""Ask the PyTorch model what the package was asked: hidden states, logits, p_unsafe, greedy tokens.
 
-The model may be Hugging Face's as it comes (checkpoint.load_reference), or one whose weights stay on disk
-(on_demand.py); the first can generate, the second can follow an answer: given the prompt and an answer in one forward
-pass, it says which token it would have written at each place. As long as that is the answer's own token, the two agree
-on every choice made so far; so "follows the whole answer" is "generates the same answer".
+The model is in memory (hf_model.load_hf_model), or its weights stay on disk (on_demand.py). One in memory can generate
+(`run`). One on disk is teacher-forced (`follow`): one forward pass over the prompt and the package's answer gives the
+token that PyTorch prefers at each position. If each is the answer's own token, PyTorch generates the same answer.
 """
 
 from __future__ import annotations
@@ -20,9 +19,11 @@ import torch
 from PIL import Image
 
 from autosteer.export.checkpoint.chat_template import hf_messages
+from autosteer.export.checkpoint.hf_model import watching_inputs
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
+from autosteer.export.safety.prober import p_unsafe
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation.dequantize import worse
 from autosteer.runtime.gate import worst
@@ -31,24 +32,24 @@ from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_rows
 from autosteer.runtime.text import Message, asked_turns
 
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 32  # per answer, at most
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
-NEVER = -1e38  # logits below it belong to tokens that HF masks with the lowest float32
+MASKED_LOGIT = -1e38  # a logit below it belongs to a token that HF masks with the lowest float32
 
 
 @dataclass(frozen=True)
-class Case:
-    """A dialogue to compare on. Files are relative to the package.
+class ValidationPrompt:
+    """A dialogue that package and PyTorch model both answer. Files are relative to the package.
 
-    A prompt whose words are not known is given by its tokens: `prompt_ids` are those of a user turn without pictures as
-    the template renders it, generation prompt included; `messages` is then one empty turn.
+    If the safety folder keeps a prompt's words secret, the prompt is given by `prompt_ids`: the token ids of a rendered
+    user turn without images, generation prompt included. `messages` is then one empty turn.
     """
 
     messages: tuple[Message, ...]
     image_files: tuple[str, ...]
     video_files: tuple[tuple[str, ...], ...] = ()  # the frames of each
     prompt_ids: tuple[int, ...] = ()
-    unsafe: bool | None = None  # what the safety folder says of it; None: not one of its prompts
+    unsafe: bool | None = None  # its label in the safety folder; None: not from the safety folder
 
     @property
     def images(self) -> list[ImageLike]:
@@ -60,27 +61,27 @@ class Case:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What it shows: one of each kind is compared, whatever that takes."""
+        """Whether it has images, several images, videos, several turns, and its label: see prompts.affordable."""
         return bool(self.images), len(self.images) > 1, bool(self.videos), len(self.messages) > 1, self.unsafe
 
 
 @dataclass(frozen=True)
 class ImageErrors:
-    """The package's image tokens that are not Hugging Face's."""
+    """How many of the package's image tokens differ from Hugging Face's."""
 
     wrong: int
-    near_ties: int  # two codes were equally near, up to rounding; there is no right one
+    near_ties: int  # two codes were equally near, up to rounding: either is right
 
 
 @dataclass(frozen=True)
-class Original:
-    """What PyTorch made of a case."""
+class OriginalAnswer:
+    """The PyTorch model's results for a prompt."""
 
     pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
-    image_errors: ImageErrors | None  # of the package's image tokens, where images are tokens
+    image_errors: ImageErrors | None  # None unless images are tokens of the vocabulary
     embeds: np.ndarray  # (S, D)
-    hidden: np.ndarray  # (D,) what the prober reads of the last turn
-    spread: np.ndarray  # (D,) how much each of its numbers differs from row to row of the prompt: standard deviation
+    hidden: np.ndarray  # (D,) the prober's input for the last turn
+    spread: np.ndarray  # (D,) standard deviation over the prompt's positions of the residual at the split
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
     p_unsafe: float
     tokens: list[int]
@@ -88,16 +89,16 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What one forward pass showed."""
+class ForwardPass:
+    """Hidden states and logits of one forward pass."""
 
-    entering: dict[int, torch.Tensor]  # by layer: the residual entering it, of the prompt's rows (S, D)
-    head: torch.Tensor  # (n, D) what the head was given
+    entering: dict[int, torch.Tensor]  # by layer: the residual (S, D) that enters it at the prompt's positions
+    head: torch.Tensor  # (n, D) the LM head's input
     logits: torch.Tensor  # (n, V) after the prompt, and after each token of an answer but the last
 
 
-class Reference:
-    """The PyTorch original, asked the questions that the runtime is asked."""
+class OriginalModel:
+    """The PyTorch model, its processor, and the gate that the package should have."""
 
     def __init__(
         self,
@@ -107,104 +108,101 @@ class Reference:
         safety: SafetyArtifact | None,
         caching: Callable[[Any], dict[str, Any]] = uncached,
     ):
-        """`caching` makes, of a model, the arguments of one pass that say what becomes of keys and values."""
+        """`caching` maps the model to forward's KV cache arguments: no cache, or caches that round to int8."""
         self.caching = caching
         self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
 
-    def inputs(self, case: Case) -> dict[str, Any]:
-        """The processor's tensors for a case."""
-        if case.prompt_ids:
-            ids = torch.tensor([case.prompt_ids])
+    def inputs(self, prompt: ValidationPrompt) -> dict[str, Any]:
+        """The processor's tensors for a prompt."""
+        if prompt.prompt_ids:
+            ids = torch.tensor([prompt.prompt_ids])
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        text = self.processor.apply_chat_template(hf_messages(case.messages), add_generation_prompt=True)
+        text = self.processor.apply_chat_template(hf_messages(prompt.messages), add_generation_prompt=True)
         shown: dict[str, Any] = {}
-        if case.images:
-            shown["images"] = [[Image.fromarray(open_image(image)) for image in case.images]]
-        if case.videos:
-            shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in case.videos]]
+        if prompt.images:
+            shown["images"] = [[Image.fromarray(open_image(image)) for image in prompt.images]]
+        if prompt.videos:
+            shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in prompt.videos]]
         return dict(self.processor(text=[text], **shown, return_tensors="pt"))
 
-    def run(self, case: Case, ours: list[list[int]] | None = None) -> Original:
-        """Everything PyTorch computes of a case, its own greedy answers among it; for a model in memory.
+    def run(self, prompt: ValidationPrompt, ours: list[list[int]] | None = None) -> OriginalAnswer:
+        """PyTorch's results, with its own greedy answers. The model must be in memory.
 
-        `ours` are the package's image tokens. Where they differ from HF's at near ties only, PyTorch goes on with ours,
-        so that what follows is still compared.
+        `ours` are the package's image tokens. If they differ from Hugging Face's at near ties only, PyTorch continues
+        with ours, so that everything after the images can still be compared.
         """
-        inputs, errors = self._agreed(self.inputs(case), ours)
+        inputs, errors = self._with_our_image_tokens(self.inputs(prompt), ours)
         strength = self.safety.facts.strength if self.safety else 0.0
         steered = self.generate(inputs, strength=strength) if strength else []
-        return self._original(case, errors, self.look(inputs, self._layers), self.generate(inputs), steered)
+        passed = self.forward(inputs, self._layers)
+        return self._original_answer(prompt, errors, passed, self.generate(inputs), steered)
 
     def follow(
-        self, case: Case, answer: Sequence[int], steered: Sequence[int], ours: list[list[int]] | None = None
-    ) -> Original:
-        """As `run`, but along the package's answers, plain and steered: `tokens` and `steered_tokens` are what PyTorch
-        would have written at each of their places. An empty `steered` is not followed, and no answer beyond a token
-        that stands for an image: HF would look for the image. For a model on demand.
+        self,
+        prompt: ValidationPrompt,
+        answer: Sequence[int],
+        steered: Sequence[int],
+        ours: list[list[int]] | None = None,
+    ) -> OriginalAnswer:
+        """As `run`, for a model on disk: `tokens` and `steered_tokens` are the tokens that PyTorch prefers at each
+        position of the package's answers, plain and steered. An empty `steered` is skipped. An answer is followed up to
+        its first image placeholder, for which Hugging Face would expect an image.
         """
-        inputs, errors = self._agreed(self.inputs(case), ours)
-        seen = self.look(inputs, self._layers, self._until_image(answer))
-        bent = (
-            self._steered_choices(self.look(inputs, (), self._until_image(steered)), seen.logits[0]) if steered else []
-        )
-        return self._original(case, errors, seen, seen.logits.argmax(-1).tolist(), bent)
+        inputs, errors = self._with_our_image_tokens(self.inputs(prompt), ours)
+        passed = self.forward(inputs, self._layers, self._until_image(answer))
+        steered_tokens: list[int] = []
+        if steered:
+            steered_pass = self.forward(inputs, (), self._until_image(steered))
+            steered_tokens = self._steered_choices(steered_pass, passed.logits[0])
+        return self._original_answer(prompt, errors, passed, passed.logits.argmax(-1).tolist(), steered_tokens)
 
-    def _original(
-        self, case: Case, errors: ImageErrors | None, seen: Pass, tokens: list[int], steered: list[int]
-    ) -> Original:
-        inputs = self.inputs(case)
+    def _original_answer(
+        self,
+        prompt: ValidationPrompt,
+        errors: ImageErrors | None,
+        passed: ForwardPass,
+        tokens: list[int],
+        steered: list[int],
+    ) -> OriginalAnswer:
+        inputs = self.inputs(prompt)
         pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
-        read = self._read(case, inputs, seen)
-        return Original(
+        probed = self._prober_inputs(prompt, inputs, passed)
+        return OriginalAnswer(
             pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
             image_errors=errors,
-            embeds=seen.entering[0].numpy(),
-            hidden=read[-1].numpy(),
-            spread=seen.entering[self.manifest.split_layer][1:].std(dim=0).numpy(),  # the first row is like no other
-            logits=seen.logits.numpy(),
-            p_unsafe=worst(map(self.p_unsafe, read)),
+            embeds=passed.entering[0].numpy(),
+            hidden=probed[-1].numpy(),
+            spread=passed.entering[self.manifest.split_layer][1:].std(dim=0).numpy(),  # position 0 is an outlier
+            logits=passed.logits.numpy(),
+            p_unsafe=worst(map(self.p_unsafe, probed)),
             tokens=tokens,
             steered_tokens=steered,
         )
 
     @torch.no_grad()
-    def look(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> Pass:
-        """One forward pass over a prompt and all but the last token of an answer: what enters `layers`, and what comes
-        out.
-        """
-        length, seen, me = inputs["input_ids"].shape[1], {}, threading.get_ident()
-
-        def note(name: int | str) -> Callable[..., None]:
-            def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if threading.get_ident() == me:
-                    seen[name] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
+    def forward(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> ForwardPass:
+        """One forward pass over a prompt and all but the last token of an answer; keeps what enters `layers`."""
+        length, entering = inputs["input_ids"].shape[1], dict[int | str, torch.Tensor]()
         decoder = self.model.get_decoder()
-        watched = {i: decoder.layers[i] for i in layers}
-        handles = [
-            module.register_forward_pre_hook(note(name), with_kwargs=True)
-            for name, module in (*watched.items(), ("head", self.model.lm_head))
-        ]
-        try:
+        watched: dict[int | str, Any] = {i: decoder.layers[i] for i in layers} | {"head": self.model.lm_head}
+        with watching_inputs(watched, entering.__setitem__):
             out = self.model(**_extended(inputs, answer[:-1]), **self.caching(self.model), logits_to_keep=len(answer))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return Pass({i: seen[i][0, :length] for i in watched}, seen["head"][0], out.logits[0])
+        return ForwardPass({i: entering[i][0, :length] for i in layers}, entering["head"][0], out.logits[0])
 
     @torch.no_grad()
-    def branches(self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray) -> dict[str, float]:
-        """How far each branch of the decoder (attention, MLP; the final norm; the head) is from what PyTorch makes of
-        the very rows that the package's own branches before it made: errors do not add up from layer to layer, and
-        none hides behind a residual stream that others have filled.
+    def branch_errors(
+        self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
+    ) -> dict[str, float]:
+        """Error of each branch of the decoder by itself: attention and MLP of every layer, the final norm, the LM head.
 
-        `embeds` (S, D) enter the decoder, and then `inputs_embeds` of `given`, the tokens of an answer but the last,
-        each in a pass of its own on the package's caches. The rest of `given` are the last rows of the package's
-        branches by name ("<layer>.self_attn", "<layer>.mlp": HF's modules) and `last_hidden_state`; `logits` (n, V)
-        come after prompt and tokens. The errors (see `row_error`) by the same names, of the prompt's rows or the
-        answer's, whichever are worse; infinite where nothing is given.
+        PyTorch computes each branch on the output of the package's earlier branches. So errors do not add up from layer
+        to layer, and a small branch's error is not hidden by a large residual stream.
+
+        `embeds` (S, D) enter the decoder. `inputs_embeds` of `given`, the tokens of an answer but the last, follow in
+        passes of their own. The rest of `given` are the package's branch outputs at the last positions, by name
+        ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (n, V) are the package's,
+        after prompt and tokens. Returns a `row_error` for each of these names: the prompt's or the answer's, whichever
+        is worse; infinite for a branch that is missing in `given`.
         """
         decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
 
@@ -242,20 +240,20 @@ class Reference:
             for handle in handles:
                 handle.remove()
         theirs = out.logits[0].numpy()
-        possible = theirs[0] > NEVER
+        possible = theirs[0] > MASKED_LOGIT
         errors["logits"] = apart(*(x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)))
         return errors
 
     @torch.no_grad()
-    def _steered_choices(self, seen: Pass, plain: torch.Tensor) -> list[int]:
-        """The tokens that the authors' formula prefers, logits = h (E + strength * E W)^T, for every row of the head's
-        input; E in blocks. Tokens that `plain` (V,) masks stay masked.
+    def _steered_choices(self, passed: ForwardPass, plain: torch.Tensor) -> list[int]:
+        """The steered choice at every position of the LM head's input, by the authors' formula: argmax of
+        h (E + strength * E W)^T, computed in blocks of E. Tokens that are masked in `plain` (V,) stay masked.
         """
         assert self.safety is not None
         strength, matrix = self.safety.facts.strength, self.safety.steer_matrix
         blocks = self.model.lm_head.blocks()
-        logits = torch.cat([seen.head @ (block + strength * block @ matrix).T for block in blocks], dim=-1)
-        return logits.masked_fill(plain < NEVER, NEVER).argmax(-1).tolist()
+        logits = torch.cat([passed.head @ (block + strength * block @ matrix).T for block in blocks], dim=-1)
+        return logits.masked_fill(plain < MASKED_LOGIT, MASKED_LOGIT).argmax(-1).tolist()
 
     @torch.no_grad()
     def image_tokens(self, pixel_values: torch.Tensor) -> list[list[int]]:
@@ -277,10 +275,10 @@ class Reference:
         ties = int((excess <= NEAR_TIE * distances.amax(1)).sum())
         return ImageErrors(len(differ) - ties, ties)
 
-    def _agreed(
+    def _with_our_image_tokens(
         self, inputs: dict[str, Any], ours: list[list[int]] | None
     ) -> tuple[dict[str, Any], ImageErrors | None]:
-        """The inputs, with our image tokens instead of pixels where they differ from HF's at near ties only."""
+        """The inputs; with our image tokens in place of pixels if they differ from HF's at near ties only."""
         if not ours:
             return inputs, None
         errors = self.image_errors(inputs["pixel_values"], ours)
@@ -290,21 +288,21 @@ class Reference:
         ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
         return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
 
-    def _read(self, case: Case, inputs: dict[str, Any], seen: Pass) -> list[torch.Tensor]:
-        """What the prober reads, (D,) a turn."""
-        states = seen.entering[self.manifest.split_layer]
-        return [states[rows].mean(dim=0) for rows in self._probed(case, inputs["input_ids"][0])]
+    def _prober_inputs(
+        self, prompt: ValidationPrompt, inputs: dict[str, Any], passed: ForwardPass
+    ) -> list[torch.Tensor]:
+        """The prober's input (D,) for each turn."""
+        states = passed.entering[self.manifest.split_layer]
+        return [states[rows].mean(dim=0) for rows in self._probed(prompt, inputs["input_ids"][0])]
 
     def p_unsafe(self, hidden: torch.Tensor) -> float:
-        """The authors' prober on one hidden state (D,); nan where the package has none."""
+        """The prober's score of one hidden state (D,); NaN without a gate."""
         if self.safety is None:
             return float("nan")
-        w = self.safety.prober
-        x = torch.relu(w["0.weight"] @ hidden + w["0.bias"])
-        return float(torch.softmax(w["2.weight"] @ x + w["2.bias"], 0)[0])
+        return float(p_unsafe(self.safety.prober, hidden[None])[0])
 
     def generate(self, inputs: dict[str, Any], strength: float = 0.0, tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Greedy tokens; steered as the authors do, by an output embedding E + strength * E W."""
+        """Greedy tokens. Steering replaces the LM head E by E + strength * E W, as the authors do."""
         head, plain = self.model.lm_head, self.model.lm_head.weight
         if strength:
             assert self.safety is not None
@@ -322,7 +320,7 @@ class Reference:
 
     @property
     def _placeholders(self) -> list[int]:
-        """The tokens that stand for rows of images and videos in HF's input ids."""
+        """Token ids of HF's placeholders for image and video rows."""
         names = ("image_token_id", "video_token_id") if self.manifest.video else ("image_token_id",)
         return [token for name in names if (token := getattr(self.processor, name, None)) is not None]
 
@@ -330,29 +328,29 @@ class Reference:
     def _layers(self) -> tuple[int, int]:
         return 0, self.manifest.split_layer
 
-    def _probed(self, case: Case, ids: torch.Tensor) -> list[list[int]]:
-        """Rows whose mean the prober reads, turn by turn, of HF's own input ids (S,) with a placeholder for each row of
-        a picture.
+    def _probed(self, prompt: ValidationPrompt, ids: torch.Tensor) -> list[list[int]]:
+        """Positions whose mean the prober reads, for each turn. `ids` (S,) are HF's, with a placeholder for each image
+        row.
         """
         text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
-        turns = asked_turns(case.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
-        if case.prompt_ids:  # only the turn's beginning is the template's: it ends where the prompt does
-            turns = [replace(turn, through=len(case.prompt_ids)) for turn in turns]
-        framing = self._framing(case)
-        return [probed_rows(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
+        turns = asked_turns(prompt.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
+        if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
+            turns = [replace(turn, through=len(prompt.prompt_ids)) for turn in turns]
+        framing = self._framing(prompt)
+        return [probed_rows(self.manifest.prober, turn, prompt.messages, text, framing) for turn in turns]
 
-    def _framing(self, case: Case) -> list[int]:
-        """Token ids that frame each image."""
-        spec, alone = self.manifest.image, len(case.images) == 1
+    def _framing(self, prompt: ValidationPrompt) -> list[int]:
+        """How many separator tokens each image has between its tiles."""
+        spec, alone = self.manifest.image, len(prompt.images) == 1
         length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames} if spec else {}
-        images = [image for message in case.messages for image in message.images]
+        images = [image for message in prompt.messages for image in message.images]
         if spec is None or not length:
             return [0] * len(images)
         return [length[cut(open_image(image), spec, alone=alone)[1]] for image in images]
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
-    """A processor's tensors with text tokens added at the end."""
+    """The processor's tensors with text tokens appended."""
     more = torch.tensor([list(tokens)], dtype=torch.int64)
     fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
     shape = inputs["input_ids"].shape
@@ -365,6 +363,6 @@ def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
 
 
 def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """How far rows (R, D) are from the reference's, relative to each of those, on average over rows."""
+    """Mean over rows (R, D) of |ours - theirs| / |theirs|."""
     sizes = np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)
     return float((np.linalg.norm(ours - theirs, axis=1) / sizes).mean())
