@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .engine import Answer, Engine
 from .gate import Mode
-from .generation import Prompt, Stats
+from .generation import EncodedPrompt, Stats
 from .manifest import Check, Golden
 from .sampling import SamplingConfig
 from .text import Message
@@ -53,7 +53,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
     ]
 
 
-def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> Prompt:
+def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt:
     """A golden prompt's input rows."""
     if golden.prompt_ids:
         return engine.encoder.prepare_ids(golden.prompt_ids, Stats())
@@ -62,7 +62,7 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> Prompt:
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 
-def _answer(engine: Engine, prompt: Prompt, golden: Golden, mode: Mode) -> Answer:
+def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode) -> Answer:
     """In as many tokens as were recorded, and without drafts, as it was recorded."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
     policy = engine.policy(mode, threshold=golden.threshold)

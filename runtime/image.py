@@ -1,7 +1,7 @@
 """From an image to pixel_values, and from an encoder's features to rows among the tokens. Pure numpy and Pillow.
 
 How an image is cut into tiles is found by ImageSpec.kind in CUT; tokens may stand around and between the tiles' rows
-(ImageSpec.frames). `anyres` is LLaVA-OneVision's:
+(ImageSpec.tile_separators). `anyres` is LLaVA-OneVision's:
 
     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -31,7 +31,7 @@ Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
 Runs: TypeAlias = "list[list[int] | Float]"  # what stands for an image in a prompt: token ids, and rows (n, D)
-Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and the rows and columns of ImageSpec.frames
+Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their TileSeparators.grid
 
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
@@ -117,15 +117,17 @@ def normalise(tiles: Sequence[Uint8], spec: ImageSpec | VideoSpec) -> Float:
 def lay_out(runs: Sequence[Float], grid: tuple[int, int], spec: ImageSpec) -> Runs:
     """Runs of an image's rows (n, D) -> the same with the token ids that stand around and between them.
 
-    Raises PackageError where ImageSpec.frames does not know `grid`, or as many runs.
+    Raises PackageError where ImageSpec.tile_separators does not know `grid`, or as many runs.
     """
-    if not spec.frames:
+    if not spec.tile_separators:
         return list(runs)
-    between = {frame.grid: frame.between for frame in spec.frames}.get(grid, ())
-    if len(between) != len(runs) + 1:
-        raise PackageError(f"image: no frame for {len(runs)} runs of rows in a grid of {grid[0]}x{grid[1]} tiles")
-    laid: Runs = [list(between[0])]
-    for rows, ids in zip(runs, between[1:], strict=True):
+    separators = {s.grid: s.token_ids for s in spec.tile_separators}.get(grid, ())
+    if len(separators) != len(runs) + 1:
+        raise PackageError(
+            f"image: no tile_separators for {len(runs)} runs of rows in a grid of {grid[0]}x{grid[1]} tiles"
+        )
+    laid: Runs = [list(separators[0])]
+    for rows, ids in zip(runs, separators[1:], strict=True):
         laid += [rows, list(ids)]
     return [run for run in laid if len(run)]
 

@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from .errors import InputError, PackageError
 from .image import ImageLike
-from .manifest import Piece, PromptSpec, TurnSpec
+from .manifest import PromptSpec, TemplatePiece, TurnSpec
 from .video import VideoLike, open_video
 
 
@@ -70,7 +70,7 @@ class VideoPart:
 Part: TypeAlias = "str | ImagePart | VideoPart"
 
 IMAGE, VIDEO = object(), object()  # stand among rendered token runs where the rows of an image or a video go
-SLOTS = {"image": IMAGE, "video": VIDEO}  # by kind of Piece
+SLOTS = {"image": IMAGE, "video": VIDEO}  # by kind of TemplatePiece
 Rendered = list["list[int] | object"]  # runs of token ids, IMAGE and VIDEO between them
 
 
@@ -110,7 +110,7 @@ def asked_turns(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokeni
     """Where the turns that the prober judges stand in a dialogue, as if each had been the last when it came."""
     encode = functools.cache(lambda text: _encode(text, tokenizer))  # dialogues begin alike
 
-    def tokens(pieces: Sequence[tuple[Piece, str]]) -> int:
+    def tokens(pieces: Sequence[tuple[TemplatePiece, str]]) -> int:
         return sum(len(run) for run in _tokenise(pieces, encode) if isinstance(run, list))
 
     found = []
@@ -133,7 +133,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _tokenise(pieces: Iterable[tuple[Piece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
+def _tokenise(pieces: Iterable[tuple[TemplatePiece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
     out: Rendered = []
     for run in _merge(pieces):
         ids: list[int] | object = [run] if isinstance(run, int) else run
@@ -146,7 +146,7 @@ def _tokenise(pieces: Iterable[tuple[Piece, str]], encode: Callable[[str], Seque
     return out
 
 
-def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[Piece, str]]:
+def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[TemplatePiece, str]]:
     """Every piece of the rendered dialogue with the user's text that fills it (for `text` pieces)."""
     turns: dict[str, TurnSpec | None] = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}
     if messages[0].role != "system":
@@ -179,7 +179,7 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
         yield from ((piece, "") for piece in spec.generation)
 
 
-def _merge(pieces: Iterable[tuple[Piece, str]]) -> Iterator[str | int | object]:
+def _merge(pieces: Iterable[tuple[TemplatePiece, str]]) -> Iterator[str | int | object]:
     """Join literal and user text that touch: they are tokenised together, as the template's own rendering would be."""
     text = ""
     for piece, filling in pieces:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autosteer.runtime.gate import Verdict
-from autosteer.runtime.generation import Prompt
+from autosteer.runtime.generation import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Answered:
 class Ours:
     """What the package made of a case."""
 
-    prompt: Prompt
+    prompt: EncodedPrompt
     image_tokens: list[list[int]] | None  # where images are tokens
     plain: Answered
     chunked: Answered  # with the prompt in chunks, one token

@@ -26,7 +26,7 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.prompt_encoder import probed_rows
+from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import Message, asked_turns
 
 ANSWER_TOKENS = 32
@@ -328,12 +328,12 @@ class Reference:
         if case.prompt_ids:  # only the turn's beginning is the template's: it ends where the prompt does
             turns = [replace(turn, through=len(case.prompt_ids)) for turn in turns]
         framing = self._framing(case)
-        return [probed_rows(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
+        return [probed_positions(self.manifest.prober, turn, case.messages, text, framing) for turn in turns]
 
     def _framing(self, case: Case) -> list[int]:
         """Token ids that frame each image."""
         spec, alone = self.manifest.image, len(case.images) == 1
-        length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames} if spec else {}
+        length = {frame.grid: sum(map(len, frame.token_ids)) for frame in spec.tile_separators} if spec else {}
         images = [image for message in case.messages for image in message.images]
         if spec is None or not length:
             return [0] * len(images)

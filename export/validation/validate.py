@@ -39,7 +39,7 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.refusals import is_refusal
 from autosteer.runtime.gate import Mode, is_safe
-from autosteer.runtime.generation import Prompt, Stats
+from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.image import cut, normalise, open_image, prepare
 from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, GateProof, Golden, Manifest, Tolerance
 from autosteer.runtime.subgraph import find_device
@@ -225,7 +225,7 @@ def reading_and_answering(manifest: Manifest) -> dict[str, Manifest]:
     to the names of its lines.
     """
     answering = {name: spec for name, spec in manifest.graphs.items() if name not in PREFILL_GRAPHS.values()}
-    reading = answering | {half: manifest.graphs[manifest.reader(half)] for half in PREFILL_GRAPHS}
+    reading = answering | {half: manifest.graphs[manifest.prefill_graph(half)] for half in PREFILL_GRAPHS}
     parts = {"": replace(manifest, graphs=reading)}
     return parts if reading == answering else parts | {" (answers)": replace(manifest, graphs=answering)}
 
@@ -255,7 +255,7 @@ def answer_plainly(folder: Path, manifest: Manifest, cases: Sequence[Case], toke
     return _answers(convoy, manifest, [way], prompts, tokens)
 
 
-def watched_rows(manifest: Manifest, prompts: Sequence[Prompt]) -> int:
+def watched_rows(manifest: Manifest, prompts: Sequence[EncodedPrompt]) -> int:
     """The longest prompt whose branches are looked at: one of WATCHED_BYTES, or the shortest there is."""
     dims = manifest.dims
     per_row = 4 * dims.hidden_size * len(BRANCHES) * dims.num_hidden_layers
@@ -272,8 +272,8 @@ def _open(folder: Path, manifest: Manifest) -> tuple[Engine, Convoy, Watch]:
 def _answers(
     convoy: Convoy,
     manifest: Manifest,
-    ways: Sequence[Callable[[Prompt], Answered]],
-    prompts: Sequence[Prompt],
+    ways: Sequence[Callable[[EncodedPrompt], Answered]],
+    prompts: Sequence[EncodedPrompt],
     tokens: int,
 ) -> list[Answered]:
     """Each prompt answered in the first of `ways`, each in the second, ...; as many at a time as caches allow."""
@@ -287,7 +287,7 @@ def _answers(
     return [answer for group in groups for answer in convoy.run([job for job, _ in group])]
 
 
-def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None]:
+def _prepare(engine: Engine, case: Case) -> tuple[EncodedPrompt, list[list[int]] | None]:
     """A case's prompt and, where images are tokens, those."""
     spec = engine.manifest.image
     tokens = None
@@ -301,7 +301,7 @@ def _prepare(engine: Engine, case: Case) -> tuple[Prompt, list[list[int]] | None
 
 def _answer(
     engine: Engine,
-    prompt: Prompt,
+    prompt: EncodedPrompt,
     *,
     tokens: int,
     strength: float = 0.0,
@@ -316,14 +316,14 @@ def _answer(
     if watch and length <= watched_rows:
         watch.begin()
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
-    verdict = request.judge(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
-    hidden = request.probed_row()[0].copy()
-    logits = [request.begin(strength).copy()]
+    verdict = request.prefill_lower(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+    hidden = request.probed_mean()[0].copy()
+    logits = [request.prefill_upper(strength).copy()]
     last = request.last_hidden_state()
     branches = watch.take() if watch else {}
     answer = [int(logits[0].argmax())]
     while len(answer) < request.max_tokens and answer[-1] not in engine.manifest.prompt.end_token_ids:
-        logits.append(request.step(answer[-1]).copy())
+        logits.append(request.decode_step(answer[-1]).copy())
         answer.append(int(logits[-1].argmax()))
     least = min(map(lead, logits))
     return Answered(verdict, hidden, last, np.stack(logits if watch else logits[:1]), least, answer, branches)

@@ -133,8 +133,8 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--threads",
        [&](auto& o, auto& value) {
          const int64_t threads = as_int(o, value);
-         if (threads < 1 || threads > autosteer::kMostThreads) {
-           const std::string most = std::to_string(autosteer::kMostThreads);
+         if (threads < 1 || threads > autosteer::kMaxThreads) {
+           const std::string most = std::to_string(autosteer::kMaxThreads);
            throw UsageError("Invalid value for '--threads': from 1 to " + most + ".");
          }
          arguments.engine.threads = static_cast<int>(threads);

@@ -95,7 +95,7 @@ inline EngineOptions options_from_json(const std::string& text) {
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();
-      if (threads < 0 || threads > kMostThreads) node["threads"].fail("from 0 to " + std::to_string(kMostThreads));
+      if (threads < 0 || threads > kMaxThreads) node["threads"].fail("from 0 to " + std::to_string(kMaxThreads));
       options.threads = static_cast<int>(threads);
     }
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);

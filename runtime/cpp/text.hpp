@@ -77,8 +77,8 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     if (!text.empty()) add_ids(tokenizer.encode(text));
     text.clear();
   };
-  const auto add_pieces = [&](const std::vector<Piece>& pieces, std::string_view filling = {}) {
-    for (const Piece& piece : pieces) {
+  const auto add_pieces = [&](const std::vector<TemplatePiece>& pieces, std::string_view filling = {}) {
+    for (const TemplatePiece& piece : pieces) {
       if (piece.kind == "literal") {
         text += piece.text;
       } else if (piece.kind == "text") {
@@ -95,11 +95,11 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
   };
 
   /// Text tokens so far, and of `more` (no slots) behind them.
-  const auto tokens = [&](const std::vector<Piece>& more) {
+  const auto tokens = [&](const std::vector<TemplatePiece>& more) {
     size_t count = 0;
     std::string rest = text;
     for (const Run& run : runs) count += run.ids.size();
-    for (const Piece& piece : more) {
+    for (const TemplatePiece& piece : more) {
       if (piece.kind == "literal") {
         rest += piece.text;
         continue;
@@ -136,7 +136,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
         continue;
       }
       const bool video = std::holds_alternative<VideoPart>(*part);
-      const std::vector<Piece>& slot = video ? turn->video : turn->image;
+      const std::vector<TemplatePiece>& slot = video ? turn->video : turn->image;
       if (slot.empty()) {  // never drop a picture in silence, nor let another turn have it
         throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
       }

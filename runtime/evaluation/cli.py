@@ -84,13 +84,13 @@ def evaluate(
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
-    from .datasets import DataFile, drop_known, first_of_each_group, prompts_of, read_rows
+    from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
     from .refusals import CommandJudge, RuleJudge
     from .run import RunFacts, summarise
     from .run import rejudge as rejudge_file
 
     labelled = [*((path, None) for path in data), *((p, True) for p in unsafe), *((p, False) for p in benign)]
-    rows = read_rows([DataFile(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
+    rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
     dropped: Counter[str] = Counter()
     if exclude:
         rows, dropped = drop_known(rows, prompts_of(exclude))

@@ -65,7 +65,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DataFile:
+class DataSource:
     """A file of prompts, and what the command line says of it."""
 
     path: Path
@@ -77,7 +77,7 @@ class DataFile:
 class Place:
     """Where a line stands and where its images lie, for readers and their errors."""
 
-    file: DataFile
+    file: DataSource
     number: int
     images: Path | None  # None: beside the file
     text_only: bool
@@ -121,7 +121,7 @@ class Place:
         return self.file.path.stem
 
 
-def read_rows(files: Sequence[DataFile], *, images: Path | None = None, text_only: bool = False) -> list[Row]:
+def read_rows(files: Sequence[DataSource], *, images: Path | None = None, text_only: bool = False) -> list[Row]:
     """Rows of JSONL files. `images`: the folder of their pictures. Raises InputError naming file and line."""
     rows: list[Row] = []
     for file in files:
