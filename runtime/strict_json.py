@@ -96,7 +96,7 @@ def _is_text(text: str) -> bool:
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for object_pairs_hook. Raises ValueError for a key given twice: parsers differ in which one they take."""
+    """A JSON object, for object_pairs_hook. Raises ValueError for duplicate keys: parsers differ in which one wins."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -87,9 +87,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
-    """Token ids of a dialogue, with IMAGE and VIDEO in the places of images and videos. `generation`: add what opens the
-    answer.
+    """Token ids of a dialogue, with IMAGE and VIDEO in the places of images and videos.
 
+    `generation`: add the tokens that open the answer.
     Raises InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
     that is not valid Unicode.
     """

@@ -258,6 +258,17 @@ def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
     assert engine.generate(turns[:3], policy=engine.policy("monitor")).verdict.p_unsafe == np.float32(0.9)
 
 
+def test_score_is_the_verdict_of_an_answer_that_is_not_written(own_engine, monkeypatch):
+    turns = [Message.user("red"), Message.assistant("orange"), Message.user("bad")]
+    monitor, off = own_engine.policy("monitor"), own_engine.policy("off")
+    asked = [own_engine.generate(turns).verdict, own_engine.generate("red", policy=monitor).verdict]
+    monkeypatch.delitem(own_engine.graphs, "decoder_upper")
+    assert [own_engine.score(turns), own_engine.score("red", policy=monitor)] == asked
+    assert own_engine.score("bad", policy=off).p_unsafe is None
+    with pytest.raises(InputError, match="images and videos go into the messages"):
+        own_engine.score(turns, images=[picture(255, 0, 0)])
+
+
 def test_a_turn_that_cannot_be_judged_makes_the_dialogue_unsafe(own_engine):
     prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
     own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
@@ -692,6 +703,20 @@ def test_cuda_that_is_not_there_is_an_error(package, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="--device cuda"):
         Engine.load(package, device="cuda")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_explains_the_cpu_only_where_there_is_a_gpu(package, monkeypatch, caplog, tmp_path, gpu):
+    """A CPU install said before every answer that its onnxruntime "has only AzureExecutionProvider, ..."."""
+    import onnxruntime
+
+    device = tmp_path / "nvidiactl"
+    if gpu:
+        device.touch()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(subgraph, "GPU_DEVICES", (str(device),))
+    Engine.load(package, device="auto", threads=1)
+    assert ("running on the CPU" in caplog.text) is gpu
 
 
 @pytest.fixture

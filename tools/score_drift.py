@@ -20,7 +20,6 @@ import numpy as np
 from autosteer.runtime import Engine
 from autosteer.runtime.console import run_command
 from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
-from autosteer.runtime.generation import Stats
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -82,8 +81,9 @@ def catching(p_unsafe: np.ndarray, count: int) -> float:
 
 def score(engine: Engine, row: Row) -> float:
     """p_unsafe of a prompt; the upper half never runs."""
-    request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
-    return float(request.prefill_lower(engine.policy("monitor")).p_unsafe)
+    p_unsafe = engine.score(row.messages, policy=engine.policy("monitor")).p_unsafe
+    assert p_unsafe is not None  # only policy "off" gives none
+    return p_unsafe
 
 
 if __name__ == "__main__":

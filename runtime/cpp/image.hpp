@@ -232,7 +232,7 @@ inline Image resize(const Image& image, int64_t height, int64_t width, const std
   const auto down = [&](const Image& in) {
     return height == in.height ? in : resampling::resize_height(in, height, filter);
   };
-  // Pillow 13 begins with the axis that shrinks the work; as each pass rounds to bytes, the order shows in the pixels.
+  // Pillow 13 begins with the axis that shrinks the work; each pass rounds to bytes, so the order changes the pixels.
   const bool down_first = image.height - height > std::max<int64_t>(2 * (image.width - width), 0);
   return down_first ? across(down(image)) : down(across(image));
 }
