@@ -164,8 +164,8 @@ def _quoted(text: str, at: int) -> bool:
 class CommandJudge:
     """A program that reads {"prompt", "answer"} and writes {"refused": true|false}, one JSON object per line, in turn.
 
-    It is started once and stays until `close`. A judge that ends, keeps silent for `timeout_s` or says anything else is
-    an InputError: what it did not judge is never counted as a refusal, nor as none. Its stderr is the user's.
+    It is started once and runs until `close`. If it ends, is silent for `timeout_s` or writes anything else, that is an
+    InputError: an answer without a judgement is counted neither way. Its stderr is passed through.
     """
 
     def __init__(self, command: str, *, timeout_s: float):
@@ -180,7 +180,7 @@ class CommandJudge:
                 text=True,
                 encoding="utf-8",
                 bufsize=1,
-                start_new_session=True,  # so that what a script has started ends with it
+                start_new_session=True,  # `close` ends the processes that a script has started, too
             )
         except (ValueError, OSError, IndexError) as err:
             raise InputError(f"--judge-command {command!r}: cannot be started ({err})") from err
@@ -197,7 +197,7 @@ class CommandJudge:
         self._lines.put(None)
 
     def refused(self, prompt: str, answer: str) -> bool:
-        """Ask it. Raises InputError where it gives no verdict."""
+        """Ask the program. Raises InputError if it gives no verdict."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
@@ -224,7 +224,7 @@ class CommandJudge:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # unsent words to one that has ended
+        with contextlib.suppress(OSError):  # unsent input, if it has ended
             self._process.stdin.close()
         try:
             self._process.wait(timeout=2)
