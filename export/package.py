@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
     FORMAT_VERSION,
-    P_UNSAFE_MOST,
+    MAX_P_UNSAFE_TOLERANCE,
     WEIGHTS_FILE,
     CacheType,
     DataFile,
@@ -99,7 +99,9 @@ def write_package(
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)
-    framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
+    framing = tuple(
+        i for frame in (pictures.tile_separators if pictures else ()) for ids in frame.token_ids for i in ids
+    )
     videos = video_spec(checkpoint, processor)
     video_ids = (processor.video_token_id,) if videos else ()
     prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
@@ -153,7 +155,7 @@ def write_package(
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
-        tolerance=Tolerance(P_UNSAFE_MOST, 0),
+        tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
         proof=None,
         validation={},
         versions={
@@ -171,7 +173,7 @@ def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
     if checkpoint.family.image_spec is None:
         return None
     spec = checkpoint.family.image_spec(checkpoint.config, processor.image_processor)
-    return replace(spec, frames=prompt.image_frames(processor, spec))
+    return replace(spec, tile_separators=prompt.image_frames(processor, spec))
 
 
 def video_spec(checkpoint: Checkpoint, processor: Any) -> VideoSpec | None:

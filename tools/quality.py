@@ -40,7 +40,7 @@ from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.generation import Prompt, Stats
+from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.text import Message
 
 PASSAGE = 512  # tokens
@@ -116,16 +116,16 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
         prompt = engine.encoder.prepare(sample.messages, Stats())
     else:
         ids = sample.targets[: sample.given]
-        prompt = Prompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
+        prompt = EncodedPrompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
     request = engine.request(prompt, len(sample.targets) - sample.given, Stats())
-    request.judge(engine.policy(Mode.OFF))
-    logits = [request.begin(0.0)[None].copy()]
+    request.prefill_lower(engine.policy(Mode.OFF))
+    logits = [request.prefill_upper(0.0)[None].copy()]
     rest = sample.targets[sample.given : -1]
     for first in range(0, len(rest), ROWS):
         tokens = rest[first : first + ROWS]
-        logits.append(request.verify(tokens).copy())
+        logits.append(request.verify_draft(tokens).copy())
         for _ in tokens[1:]:
-            request.accept()
+            request.accept_draft()
     return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
 
 

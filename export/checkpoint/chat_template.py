@@ -21,7 +21,7 @@ from transformers.utils import chat_template_utils
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.image import cut
-from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, TurnSpec
+from autosteer.runtime.manifest import ImageSpec, PromptSpec, TemplatePiece, TileSeparators, TurnSpec
 from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, VideoPart, load_tokenizer, render
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
@@ -110,20 +110,21 @@ class Renderer:
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
 
 
-def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
-    """ImageSpec.frames: what the processor writes around and between the tiles of an image, for each grid that the
-    runtime may cut one into. None where it writes nothing.
+def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
+    """ImageSpec.tile_separators: what the processor writes around and between the tiles of an image, for each grid that
+    the runtime may cut one into. None where it writes nothing.
     """
     renderer = Renderer(processor)
 
-    def look(width: int, height: int) -> FrameSpec:
+    def look(width: int, height: int) -> TileSeparators:
         picture = Image.new("RGB", (width, height))
         tiles, grid = cut(np.asarray(picture), spec, alone=True)
-        frame = FrameSpec(grid, tuple(map(tuple, renderer.frame(picture))))
+        frame = TileSeparators(grid, tuple(map(tuple, renderer.frame(picture))))
         runs = 1 if spec.anyres else len(tiles)
-        if any(frame.between) and len(frame.between) != runs + 1:
+        if any(frame.token_ids) and len(frame.token_ids) != runs + 1:
             raise UnsupportedModelError(
-                f"the processor makes {len(frame.between) - 1} runs of image tokens of {len(tiles)} tiles ({spec.kind})"
+                f"the processor makes {len(frame.token_ids) - 1} runs of image tokens of {len(tiles)} tiles "
+                f"({spec.kind})"
             )
         return frame
 
@@ -134,7 +135,7 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
         [square, *(look(*size) for size in sizes), *(look(*reversed(size)) for size in sizes)] if side > 1 else [square]
     )
     frames = {frame.grid: frame for frame in found}
-    return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
+    return tuple(frames.values()) if any(any(frame.token_ids) for frame in found) else ()
 
 
 def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
@@ -158,7 +159,7 @@ def take_apart(
     """
     renderer = Renderer(processor, video_token)
 
-    def split(text: str) -> tuple[Piece, ...]:
+    def split(text: str) -> tuple[TemplatePiece, ...]:
         return _pieces(text, renderer)
 
     one = renderer.turns(("user", FIRST))
@@ -378,25 +379,25 @@ def _turn(
         prefix=split(before.removesuffix(lead + before_text)),
         image=split(image),
         video=split(video),
-        text=(*split(before_text), Piece("text")),
+        text=(*split(before_text), TemplatePiece("text")),
         suffix=split(after),
         lead=split(lead),
     )
 
 
-def _pieces(text: str, renderer: Renderer) -> tuple[Piece, ...]:
+def _pieces(text: str, renderer: Renderer) -> tuple[TemplatePiece, ...]:
     """Special tokens, the image token and literal text, in order."""
     specials = renderer.special_tokens
     slots: dict[str | None, Any] = {renderer.image_token: "image", renderer.video_token: "video"}
     longest_first = sorted(specials, key=len, reverse=True)
     found = [p for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p]
 
-    def piece(part: str) -> Piece:
+    def piece(part: str) -> TemplatePiece:
         if part in slots:
-            return Piece(slots[part])
+            return TemplatePiece(slots[part])
         if part in specials:
-            return Piece("token", part, specials[part])
-        return Piece("literal", part)
+            return TemplatePiece("token", part, specials[part])
+        return TemplatePiece("literal", part)
 
     return tuple(map(piece, found))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.evaluation.datasets import DataFile, read_lines, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows
 from autosteer.runtime.image import open_image
 
 from . import builtin
@@ -204,7 +204,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
 
 
 def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool) -> Iterator[Labelled]:
-    for row in read_rows([DataFile(path, unsafe)], images=images, text_only=text_only):
+    for row in read_rows([DataSource(path, unsafe)], images=images, text_only=text_only):
         if len(row.messages) > 1:
             raise InputError(f"{row.where}: a dialogue of {len(row.messages)} turns; a gate is fitted on single ones")
         if not row.prompt.strip():

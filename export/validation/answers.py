@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autosteer.runtime.gate import Verdict
-from autosteer.runtime.generation import Prompt
+from autosteer.runtime.generation import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PackageAnswer:
 class PackageAnswers:
     """The package's answers to one prompt, and what it made of the prompt."""
 
-    encoded: Prompt
+    encoded: EncodedPrompt
     image_tokens: list[list[int]] | None  # None unless images are tokens
     plain: PackageAnswer
     chunked: PackageAnswer  # one token, after prefill in chunks

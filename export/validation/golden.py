@@ -16,7 +16,15 @@ import torch
 
 from autosteer.export.safety.prober import p_unsafe
 from autosteer.runtime.gate import Action
-from autosteer.runtime.manifest import P_UNSAFE_MOST, Check, GateProof, Golden, Manifest, SteeredState, Tolerance
+from autosteer.runtime.manifest import (
+    MAX_P_UNSAFE_TOLERANCE,
+    Check,
+    GateProof,
+    Golden,
+    Manifest,
+    SteeredState,
+    Tolerance,
+)
 from autosteer.runtime.self_test import POSSIBLE, logits_shift
 
 if TYPE_CHECKING:
@@ -43,7 +51,7 @@ def goldens(
     ties = sum(answered.lead < NEAR_TIE for _, answered in recorded)
     exact = manifest.exact
     tolerance = Tolerance(P_UNSAFE_TOLERANCE[0] if exact else P_UNSAFE_TOLERANCE[1], 0 if exact else ties)
-    assert tolerance.p_unsafe <= P_UNSAFE_MOST
+    assert tolerance.p_unsafe <= MAX_P_UNSAFE_TOLERANCE
     return tuple(golden for golden, _ in recorded), tolerance
 
 

@@ -29,7 +29,7 @@ from autosteer.export.validation.dequantize import worse
 from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.prompt_encoder import probed_rows
+from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import Message, asked_turns
 
 ANSWER_TOKENS = 32  # per answer, at most
@@ -337,12 +337,12 @@ class OriginalModel:
         if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
             turns = [replace(turn, through=len(prompt.prompt_ids)) for turn in turns]
         framing = self._framing(prompt)
-        return [probed_rows(self.manifest.prober, turn, prompt.messages, text, framing) for turn in turns]
+        return [probed_positions(self.manifest.prober, turn, prompt.messages, text, framing) for turn in turns]
 
     def _framing(self, prompt: ValidationPrompt) -> list[int]:
         """How many separator tokens each image has between its tiles."""
         spec, alone = self.manifest.image, len(prompt.images) == 1
-        length = {frame.grid: sum(map(len, frame.between)) for frame in spec.frames} if spec else {}
+        length = {frame.grid: sum(map(len, frame.token_ids)) for frame in spec.tile_separators} if spec else {}
         images = [image for message in prompt.messages for image in message.images]
         if spec is None or not length:
             return [0] * len(images)

@@ -41,7 +41,7 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.refusals import is_refusal
 from autosteer.runtime.gate import Mode, is_safe
-from autosteer.runtime.generation import Prompt, Stats
+from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.image import cut, normalise, open_image, prepare
 from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, GateProof, Golden, Manifest, Tolerance
 from autosteer.runtime.subgraph import find_device
@@ -233,7 +233,7 @@ def manifests_to_validate(manifest: Manifest) -> dict[str, Manifest]:
     check's name.
     """
     decode = {name: spec for name, spec in manifest.graphs.items() if name not in PREFILL_GRAPHS.values()}
-    prefill = decode | {half: manifest.graphs[manifest.reader(half)] for half in PREFILL_GRAPHS}
+    prefill = decode | {half: manifest.graphs[manifest.prefill_graph(half)] for half in PREFILL_GRAPHS}
     parts = {"": replace(manifest, graphs=prefill)}
     return parts if prefill == decode else parts | {" (answers)": replace(manifest, graphs=decode)}
 
@@ -268,7 +268,7 @@ def answer_plainly(
     return _answers(sweep, manifest, [way], encoded, tokens)
 
 
-def recorded_length(manifest: Manifest, encoded: Sequence[Prompt]) -> int:
+def recorded_length(manifest: Manifest, encoded: Sequence[EncodedPrompt]) -> int:
     """Prompts up to this many positions have their branch outputs recorded: RECORDED_BYTES, or the shortest prompt."""
     dims = manifest.dims
     per_position = 4 * dims.hidden_size * len(BRANCHES) * dims.num_hidden_layers
@@ -286,8 +286,8 @@ def _open(folder: Path, manifest: Manifest) -> tuple[Engine, LayerSweep, Activat
 def _answers(
     sweep: LayerSweep,
     manifest: Manifest,
-    ways: Sequence[Callable[[Prompt], PackageAnswer]],
-    encoded: Sequence[Prompt],
+    ways: Sequence[Callable[[EncodedPrompt], PackageAnswer]],
+    encoded: Sequence[EncodedPrompt],
     tokens: int,
 ) -> list[PackageAnswer]:
     """Answers to all prompts by the first of `ways`, then by the second, ...; CACHE_BYTES of KV caches at a time."""
@@ -301,7 +301,7 @@ def _answers(
     return [answer for group in groups for answer in sweep.run([job for job, _ in group])]
 
 
-def _encode(engine: Engine, prompt: ValidationPrompt) -> tuple[Prompt, list[list[int]] | None]:
+def _encode(engine: Engine, prompt: ValidationPrompt) -> tuple[EncodedPrompt, list[list[int]] | None]:
     """A prompt as the engine encodes it, and the token ids of its images if images are tokens."""
     spec = engine.manifest.image
     tokens = None
@@ -315,7 +315,7 @@ def _encode(engine: Engine, prompt: ValidationPrompt) -> tuple[Prompt, list[list
 
 def _answer(
     engine: Engine,
-    prompt: Prompt,
+    prompt: EncodedPrompt,
     *,
     tokens: int,
     strength: float = 0.0,
@@ -330,13 +330,13 @@ def _answer(
     if recorder and length <= recorded_length:
         recorder.start()
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
-    verdict = request.judge(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
-    hidden = request.probed_row()[0].copy()
-    logits = [request.begin(strength).copy()]
+    verdict = request.prefill_lower(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+    hidden = request.probed_mean()[0].copy()
+    logits = [request.prefill_upper(strength).copy()]
     last = request.last_hidden_state()
     answer = [int(logits[0].argmax())]
     while len(answer) < request.max_tokens and answer[-1] not in engine.manifest.prompt.end_token_ids:
-        logits.append(request.step(answer[-1]).copy())
+        logits.append(request.decode_step(answer[-1]).copy())
         answer.append(int(logits[-1].argmax()))
     least, branches = min(map(lead, logits)), recorder.stop() if recorder else {}
     return PackageAnswer(verdict, hidden, last, np.stack(logits if recorder else logits[:1]), least, answer, branches)

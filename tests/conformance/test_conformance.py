@@ -450,7 +450,7 @@ PYTHON_FILES = (
     *("text.py", "video.py"),
 )
 CPP_FILES = (
-    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "request.hpp"),
+    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "generation.hpp"),
     *("sampling.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.

@@ -147,9 +147,9 @@ class TinyFamily:
         for messages in (self.interleaved(0), self.interleaved(1)):
             inputs = theirs.inputs(ValidationPrompt(messages, ()))
             request = e.request(e.encoder.prepare(messages, Stats()), 1, Stats())
-            request.judge(e.policy(Mode.OFF))
+            request.prefill_lower(e.policy(Mode.OFF))
             expected = theirs.forward(inputs, [split_layer]).entering[split_layer][-1].numpy()
-            np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+            np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())
             answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
             assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
 
@@ -175,5 +175,5 @@ class TinyFamily:
             kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
             expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
         request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
-        request.judge(e.policy(Mode.OFF))
-        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+        request.prefill_lower(e.policy(Mode.OFF))
+        np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())

@@ -28,7 +28,7 @@ from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
 from autosteer.runtime.image import cut, normalise, open_image
-from autosteer.runtime.manifest import FrameSpec, Piece
+from autosteer.runtime.manifest import TemplatePiece, TileSeparators
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
@@ -202,16 +202,16 @@ def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str, tmp_p
 def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
     spec, ids = engine("plain").manifest.prompt, original_model("plain").processor.tokenizer.convert_tokens_to_ids
 
-    def token(text: str) -> Piece:
-        return Piece("token", text, ids(text))
+    def token(text: str) -> TemplatePiece:
+        return TemplatePiece("token", text, ids(text))
 
     assert spec.begin == (token("<s>"),)
-    assert spec.user.image == (Piece("image"),)
-    assert spec.user.text == spec.assistant.text == (Piece("text"),)
+    assert spec.user.image == (TemplatePiece("image"),)
+    assert spec.user.text == spec.assistant.text == (TemplatePiece("text"),)
     assert spec.user.suffix == spec.assistant.suffix == (token("<reserved08706>"),)
     assert (spec.generation, spec.images_first, spec.system) == ((), False, None)
     assert (image := engine("plain").manifest.image) is not None
-    assert image.frames == (FrameSpec((1, 1), ((ids("<racm3:break>"),), (ids("<eoss>"),))),)
+    assert image.tile_separators == (TileSeparators((1, 1), ((ids("<racm3:break>"),), (ids("<eoss>"),))),)
 
 
 def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:

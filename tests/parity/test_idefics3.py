@@ -26,7 +26,7 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
-from autosteer.runtime.manifest import Piece
+from autosteer.runtime.manifest import TemplatePiece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")
@@ -232,11 +232,11 @@ def test_a_turn_that_begins_with_a_text_has_a_space_before_it() -> None:
     """ "User: hi", but "User:<image>hi": the template's own words, and so ours."""
     spec = engine("smolvlm").manifest.prompt
     start = spec.begin[0].id
-    assert spec.begin == (Piece("token", "<|im_start|>", start),)
-    assert spec.user.prefix == (Piece("literal", "User:"),)
-    assert spec.user.lead == (Piece("literal", " "),)
-    assert spec.user.image == (Piece("image"),)
-    assert spec.generation == (Piece("literal", "Assistant:"),)
+    assert spec.begin == (TemplatePiece("token", "<|im_start|>", start),)
+    assert spec.user.prefix == (TemplatePiece("literal", "User:"),)
+    assert spec.user.lead == (TemplatePiece("literal", " "),)
+    assert spec.user.image == (TemplatePiece("image"),)
+    assert spec.generation == (TemplatePiece("literal", "Assistant:"),)
     assert spec.system is not None
 
 

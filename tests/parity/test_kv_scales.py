@@ -269,9 +269,9 @@ def test_nan_in_any_row_is_unsafe_though_int8_caches_make_a_number_of_it(row: in
     assert embeds.shape[1] == 13
     embeds[0, row, 5] = np.nan
     request = engine.request(replace(prompt, inputs_embeds=embeds), 2, Stats())
-    verdict = request.judge(engine.policy("steer"))
+    verdict = request.prefill_lower(engine.policy("steer"))
     assert verdict.unsafe and np.isnan(verdict.p_unsafe)
-    assert request.computed().keys == [], "the next turn must not start from such rows"
+    assert request.cached_prefix().keys == [], "the next turn must not start from such rows"
 
 
 @pytest.mark.parametrize("headroom", [0.2, 40.0])

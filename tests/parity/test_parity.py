@@ -19,7 +19,7 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt
 from autosteer.export.validation.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.evaluation.datasets import DataFile, Row, first_of_each_group, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
@@ -41,7 +41,7 @@ def held_out() -> list[Row]:
     folder = SCRATCH / "data"
     make_demo_data.PAIRS_PER_CHANNEL = make_demo_data.BENIGN_PER_FAMILY = make_demo_data.BENIGN_PICTURE_QUESTIONS = 1
     make_demo_data.main(["--output", str(folder), "--seed", "7"])
-    return first_of_each_group(read_rows([DataFile(folder / "test.jsonl")]), ROWS_PER_GROUP)
+    return first_of_each_group(read_rows([DataSource(folder / "test.jsonl")]), ROWS_PER_GROUP)
 
 
 @cache
@@ -100,8 +100,8 @@ def test_the_gated_answer_is_pytorchs_for_the_same_verdict() -> None:
 
 def probed(engine: Engine, row: Row) -> np.ndarray:
     request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
-    request.judge(engine.policy(Mode.OFF))
-    return request.probed_row()[0]
+    request.prefill_lower(engine.policy(Mode.OFF))
+    return request.probed_mean()[0]
 
 
 def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
@@ -195,8 +195,8 @@ def test_chunked_prefill_equals_one_shot() -> None:
         logits = []
         for chunk in (1 << 20, 7, 1):
             request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats(), chunk=chunk)
-            request.judge(engine.policy())
-            logits.append(request.begin(0.0).copy())
+            request.prefill_lower(engine.policy())
+            logits.append(request.prefill_upper(0.0).copy())
         assert np.abs(logits[0] - logits[1]).max() <= 1e-4
         assert np.abs(logits[0] - logits[2]).max() <= 1e-4
 

@@ -104,12 +104,12 @@ def crossings(engine: Engine) -> dict[str, dict[str, int]]:
     stages["embed the prompt"] = meter.read()
     request = engine.request(prompt, ANSWER, Stats())
     stages["caches"] = meter.read()
-    request.judge(engine.policy() if engine.manifest.guarded else engine.policy("off"))
+    request.prefill_lower(engine.policy() if engine.manifest.guarded else engine.policy("off"))
     stages["lower half, gate"] = meter.read()
-    request.begin(0.0)
+    request.prefill_upper(0.0)
     stages["upper half, first token"] = meter.read()
     for stage in ("a token", "another token"):
-        request.step(0)
+        request.decode_step(0)
         stages[stage] = meter.read()
     return stages
 
