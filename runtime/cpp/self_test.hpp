@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <fstream>
 #include <ios>
 #include <string>
@@ -67,6 +68,17 @@ inline std::string number(double value) {
   return text;
 }
 
+/// p_unsafe of a state (D,); NaN where the prober fails, or gives no number.
+inline double score(const Subgraph& prober, const float* state, int64_t width) {
+  try {
+    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
+    const auto [data, count] = values<float>(outputs.at(0), prober);
+    return count == 1 ? *data : std::nan("");
+  } catch (const std::exception&) {
+    return std::nan("");
+  }
+}
+
 }  // namespace self_test
 
 /// Throws PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof. Steering is
@@ -78,9 +90,7 @@ inline void check_gate(const fs::path& folder, const Manifest& manifest, const G
   const std::vector<float> states = self_test::states(folder, manifest);
   const float* state = states.data();
   for (const double p_unsafe : proof.p_unsafe) {
-    const Subgraph& prober = graphs.at("prober");
-    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
-    const double found = *floats(outputs.at(0), 1, prober);
+    const double found = self_test::score(graphs.at("prober"), state, width);
     if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
       throw PackageError("prober: a known state has p_unsafe " + self_test::number(found) + " here, and had " +
                          self_test::number(p_unsafe) + " at export");

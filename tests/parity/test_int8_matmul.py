@@ -94,7 +94,7 @@ def test_what_is_unpacked_is_what_the_kernel_multiplies_with(tmp_path: Path) -> 
     a, bc = session.run(None, {"x": np.eye(K, dtype=np.float32)[None]})
     first, second = (node for node in graph if node.op_type == "MatMulIntegerToFloat")
     for node, kernel in ((first, a[0] - bias), (second, bc[0])):
-        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).numpy(), kernel.T, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).weights.numpy(), kernel.T, rtol=1e-5, atol=1e-6)
 
 
 def test_what_multiplies_the_same_rows_quantises_them_once(tmp_path: Path) -> None:
