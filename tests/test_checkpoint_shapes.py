@@ -10,8 +10,8 @@ import pytest
 from checkpoint_shapes import SHAPES
 from make_checkpoint import tensor_shapes
 
+from autosteer.export.checkpoint import chat_template as prompt
 from autosteer.export.checkpoint.open import TextProcessor
-from autosteer.export.checkpoint.open import chat_template as prompt
 from autosteer.models import FAMILIES
 
 PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 0.49B

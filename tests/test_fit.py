@@ -21,8 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+from autosteer.export.checkpoint import on_demand
 from autosteer.export.checkpoint.on_demand import Weights
-from autosteer.export.checkpoint.open import load_processor, on_demand, open_checkpoint
+from autosteer.export.checkpoint.open import load_processor, open_checkpoint
 from autosteer.export.safety import batches, calibrate, cli, prober
 from autosteer.export.safety import fit as fit_module
 from autosteer.export.safety import states as states_module

@@ -87,14 +87,14 @@ def test_lively_columns_drown_the_others_and_less_so_when_smoothed(tmp_path: Pat
     assert errors["smooth"] < 0.6 * errors["plain"]
 
 
-def test_what_is_unpacked_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
+def test_what_is_dequantised_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
     """Rows of one number each are exact in 8 bits; what comes out is the matrix. With smoothing, taken off again."""
     session, weights, graph = written(tmp_path, torch.linspace(0.01, 4, K))
     bias = weights.tensors["a.bias"].numpy()
     a, bc = session.run(None, {"x": np.eye(K, dtype=np.float32)[None]})
     first, second = (node for node in graph if node.op_type == "MatMulIntegerToFloat")
     for node, kernel in ((first, a[0] - bias), (second, bc[0])):
-        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).numpy(), kernel.T, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).weights.numpy(), kernel.T, rtol=1e-5, atol=1e-6)
 
 
 def test_what_multiplies_the_same_rows_quantises_them_once(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import torch
 from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
+from autosteer.export.checkpoint import on_demand
 from autosteer.export.checkpoint.decoder_config import decoder_config
-from autosteer.export.checkpoint.open import Checkpoint, on_demand
+from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
 from autosteer.export.validation.validate import divergence

@@ -164,9 +164,9 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
 def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the model is so large that little is compared."""
     monkeypatch.setattr(subject, "WORK", 0)
-    cases = subject.make_cases(tmp_path, demo_engine("fp32").manifest)
-    kept = subject.affordable(cases, demo_checkpoint(), original_model())
-    assert [case.kind for case in kept] == [(False, False), (True, False), (False, True)]
+    prompts = subject.make_validation_prompts(tmp_path, demo_engine("fp32").manifest, None)
+    kept = subject.affordable(prompts, demo_checkpoint(), original_model())
+    assert [prompt.kind for prompt in kept] == [(False, False), (True, False), (False, True)]
 
 
 # --- what is no video ------------------------------------------------------------------------------------------------
