@@ -1,21 +1,84 @@
-"""The toy packages and the C++ runtime, built once per session, and the engines that run packages on one thread."""
+"""The toy packages and the C++ runtime, built once per session, and the engines that run packages on one thread.
+
+Also what becomes of skipped tests: locally, one line says how to run those of the C++ runtime; in CI they fail.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy
-from cpp_runtime import ALL, Parts, build, build_folder, use_byte_level_words
+from cpp_runtime import ALL, NO_CPP, PACKAGES, Parts, build, build_folder, use_byte_level_words
 
 from autosteer.runtime import Engine
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the command-line tools that tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, and so would the tools we start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Why tests may be skipped in CI, too: any other reason is a failure there.
+ALLOWED_IN_CI = (
+    "AUTOSTEER_ORT_GPU names no folder",  # no onnxruntime-gpu
+    "this machine has CUDA",
+    "only root may change its root folder",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the C++ runtime, so that `tools/test --fast` can leave it out."""
+    for item in items:
+        if {"built", "sanitised"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("cpp")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    outcome: Any = yield
+    _fail_in_ci(outcome.get_result())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    outcome: Any = yield
+    _fail_in_ci(outcome.get_result())
+
+
+def _fail_in_ci(report: Any) -> None:
+    """Make a failure of a skipped test, or a skipped file, where CI is set. Expected failures stay what they are."""
+    if not (os.environ.get("CI") and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = _reason(report)
+    if not any(allowed in reason for allowed in ALLOWED_IN_CI):
+        report.outcome = "failed"
+        report.longrepr = f"CI is set, so a skipped test fails: {reason}"
+
+
+def _reason(report: Any) -> str:
+    """Why a test was skipped."""
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
+    """One line at the end for all tests of the C++ runtime that were skipped: why, and what to install."""
+    stats = terminalreporter.stats
+    skipped = stats.get("skipped", [])
+    cpp = [_reason(report) for report in skipped if NO_CPP in _reason(report)]
+    if cpp:
+        stats["skipped"] = [report for report in skipped if NO_CPP not in _reason(report)]
+    yield
+    if cpp:
+        stats["skipped"] = skipped
+        why = cpp[0].partition(f"{NO_CPP}: ")[2]
+        terminalreporter.write_line(f"{len(cpp)} tests of the C++ runtime skipped ({why}): apt-get install {PACKAGES}")
 
 
 def load(folder: Path) -> Engine:
@@ -86,7 +149,7 @@ def parts(built) -> Parts:
 
 @pytest.fixture(scope="session")
 def cpp_package(tmp_path_factory) -> Path:
-    """tests/toy.py's package, with a tokenizer that C++ reads."""
+    """toy.py's package, with a tokenizer that C++ reads."""
     folder = tmp_path_factory.mktemp("toy-cpp") / "package"
     use_byte_level_words(folder, toy.build(folder, videos=True))
     return folder

@@ -1,6 +1,6 @@
 """docs/cli.md: the help of every command, from the commands themselves.
 
-    python tools/make_cli_docs.py        # after a help text has changed; tests/test_docs.py compares
+    python tools/make_cli_docs.py        # after a help text has changed; tests/unit/test_docs.py compares
 
 autosteer-cli's help is read from its source, so that no compiler is needed.
 """

@@ -114,8 +114,8 @@ def no_residual(graph: onnx.GraphProto) -> None:
     node.input[1] = node.input[0]
 
 
-def keys_are_old(graph: onnx.GraphProto) -> None:
-    """The first attention's values are kept as its keys are scaled, or its caches are each other's."""
+def caches_exchanged(graph: onnx.GraphProto) -> None:
+    """The first attention finds earlier rows' values where their keys should be: a prompt of one pass shows nothing."""
     node = _first(graph, "GroupQueryAttention")
     node.input[3], node.input[4] = node.input[4], node.input[3]
 
@@ -128,7 +128,7 @@ REWIRINGS: tuple[Callable[[onnx.GraphProto], None], ...] = (
     gate_and_up_exchanged,
     layers_exchanged,
     no_residual,
-    keys_are_old,
+    caches_exchanged,
 )
 
 

@@ -93,8 +93,9 @@ def ask(command: Sequence[str], environ: dict[str, str], package: Path, cases: S
 class Runtimes:
     """The commands that answer, by version."""
 
-    def __init__(self, interpreter: Interpreter, scratch: Path = BUILD):
-        self._interpreter, self._scratch = interpreter, scratch
+    def __init__(self, interpreter: Interpreter, build: Path = BUILD / "cpp", libraries: Path = BUILD / "libraries"):
+        """`build`: a folder of CMake's for runtime/cpp; what is linked goes to `libraries`."""
+        self._interpreter, self._build, self._libraries = interpreter, build, libraries
 
     def python(self, version: str) -> tuple[list[str], dict[str, str]]:
         """The Python runtime on that onnxruntime. Raises NoWheel."""
@@ -106,7 +107,7 @@ class Runtimes:
         One folder serves all versions: what is compiled knows only the headers, so another library is one more link.
         """
         library = self._interpreter.library(version)
-        build, links = self._scratch / "cpp", self._scratch / "libraries" / version
+        build, links = self._build, self._libraries / version
         _run(["cmake", "-S", str(CPP), "-B", str(build), f"-DONNXRUNTIME_LIBRARY={library}"])
         _run(["cmake", "--build", str(build), "-j2", "--target", "autosteer"])
         links.mkdir(parents=True, exist_ok=True)

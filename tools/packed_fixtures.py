@@ -1,12 +1,13 @@
 """Make tests/data/packed: one decoder layer of a tiny Llama, packed by the programs that make quantised checkpoints,
-and digests of what the same programs unpack it to. tests/test_packed_checkpoint.py puts it into a checkpoint.
+and digests of what the same programs unpack it to. tests/parity/test_packed_checkpoint.py puts it into a checkpoint.
 
     python -m venv build/packers
     build/packers/bin/pip install torch transformers gptqmodel autoawq llmcompressor datasets
     GPTQMODEL_CPU_WORKERS=2 build/packers/bin/python tools/packed_fixtures.py gptq --output tests/data/packed
 
-No GPU. Made with gptqmodel 7.7.0, autoawq 0.2.9, llmcompressor 0.14.0.1 (compressed-tensors 0.20.0) and transformers
-5.24.0. Hugging Face's fp8 wants a GPU to pack, and packs without one if it is not asked (`no_gpu`).
+No GPU. Made with gptqmodel 7.7.0 (which leaves a folder logs/ behind where it is run), autoawq 0.2.9, llmcompressor
+0.14.0.1 (compressed-tensors 0.20.0) and transformers 5.24.0. Hugging Face's fp8 wants a GPU to pack, and packs
+without one if it is not asked (`no_gpu`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .open import Checkpoint
 
 SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
 HEAD_BLOCK_BYTES = 64 << 20
-WHOLE_NUMBERS = 1 << 28  # weights; smaller checkpoints are compared with Hugging Face's loader as a whole
+WHOLE_NUMBERS = 1 << 26  # weights; smaller checkpoints are compared with Hugging Face's loader as a whole
 SAMPLED_ROWS = 256  # of an embedding table, gathered one by one
 
 

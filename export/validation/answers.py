@@ -20,11 +20,13 @@ class PackageAnswer:
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
     lead: float  # least margin of a token of the answer over the runner-up: see golden.lead
     tokens: list[int]
-    branches: dict[str, np.ndarray]  # prefill output of each layer's attention and MLP; empty for long prompts
+    branches: dict[str, np.ndarray]  # recorded for prompt and answer: see OriginalModel.branch_errors; empty if long
 
     def first(self) -> PackageAnswer:
-        """Only the first token."""
-        return replace(self, logits=self.logits[:1], tokens=self.tokens[:1])
+        """The same, cut after the answer's first token."""
+        more = len(self.logits) - 1  # positions of the answer
+        branches = {name: rows[:, : rows.shape[1] - more] for name, rows in self.branches.items()}
+        return replace(self, logits=self.logits[:1], tokens=self.tokens[:1], branches=branches)
 
 
 @dataclass(frozen=True)

@@ -123,12 +123,12 @@ def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> 
         if stored.weights.shape != original.shape:
             return Rounding(*[math.inf] * 5)
         off = stored.weights - original
-        in_steps = torch.where(off == 0, 0.0, off / stored.steps)
-        squares = [x.square() for x in (off, original, in_steps)]
+        along += float(off.flatten() @ original.flatten())
+        in_steps = off / stored.steps.clamp_min(TINY)
+        squares = [x.square_() for x in (off, original, in_steps)]
         row = worse(row, _worst([square.sum(1) for square in squares], width))
         row_steps = worse(row_steps, float(squares[2].mean(1).max().sqrt()))
         columns += torch.stack([square.sum(0) for square in squares])
-        along += float((off * original).sum(dtype=torch.float64))
         done += len(original)
     error, norm = (float(total) for total in columns[:2].sum(1, dtype=torch.float64))
     return Rounding(

@@ -77,20 +77,20 @@ class ActivationRecorder:
         self._thread = threading.local()
 
     def start(self) -> None:
-        """Record the calling thread's values from now on. A later value replaces one of the same name."""
+        """Record the calling thread's values from now on."""
         self._thread.values = {}
 
     def record(self, name: str, value: ort.OrtValue) -> None:
         """Called for each value that crosses shards."""
         values = getattr(self._thread, "values", None)
         if values is not None and name.endswith(self.endings):
-            values[name] = np.array(value.numpy())
+            values.setdefault(name, []).append(np.array(value.numpy()))
 
     def stop(self) -> dict[str, npt.NDArray[Any]]:
-        """Stop recording; the recorded values by name. Empty without a `start`."""
-        values: dict[str, npt.NDArray[Any]] = getattr(self._thread, "values", None) or {}
+        """Stop recording; the values by name, those of one name concatenated (1, rows, ..). Empty without a `start`."""
+        values: dict[str, list[npt.NDArray[Any]]] = getattr(self._thread, "values", None) or {}
         self._thread.values = None
-        return values
+        return {name: np.concatenate(parts, axis=1) for name, parts in values.items()}
 
 
 class ShardedGraph:

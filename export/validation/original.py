@@ -7,6 +7,7 @@ token that PyTorch prefers at each position. If each is the answer's own token, 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_rows
 from autosteer.runtime.text import Message, asked_turns
+
+from .dequantize import worse
 
 ANSWER_TOKENS = 32  # per answer, at most
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
@@ -196,11 +199,18 @@ class OriginalModel:
         PyTorch computes each branch on the output of the package's earlier branches. So errors do not add up from layer
         to layer, and a small branch's error is not hidden by a large residual stream.
 
-        `embeds` (S, D) enter the decoder. `given` are the package's branch outputs at the last positions, by name
-        ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (1, V) are the package's.
-        Returns a `row_error` for each of these names; infinite for a branch that is missing in `given`.
+        `embeds` (S, D) are the prompt's rows. `given` has the package's branch outputs at the last positions, by name
+        ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`), and `inputs_embeds` of the answer's
+        tokens but the last, each computed in a decode step of its own. `logits` (n, V) are the package's, after the
+        prompt and after each of these tokens. Returns a `row_error` for each of these names, of the prompt's rows or
+        the answer's, whichever is larger; infinite for a branch that is missing in `given`.
         """
-        decoder, me = self.model.get_decoder(), threading.get_ident()
+        decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
+
+        def separate_errors(ours: np.ndarray, theirs: np.ndarray) -> float:
+            prefill = len(ours) - answered  # rows of the prompt
+            parts = (slice(prefill), slice(prefill, None)) if answered else (slice(None),)
+            return functools.reduce(worse, (row_error(ours[rows], theirs[rows]) for rows in parts))
 
         def take_over(name: str) -> Callable[..., Any]:
             def hook(module: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -210,7 +220,7 @@ class OriginalModel:
                 ours = torch.from_numpy(given[name].astype(np.float32))
                 mixed = theirs.clone()
                 mixed[:, -ours.shape[1] :] = ours
-                errors[name] = row_error(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
+                errors[name] = separate_errors(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
                 return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
             return hook
@@ -224,13 +234,17 @@ class OriginalModel:
         errors = dict.fromkeys((*modules, "logits"), math.inf)
         handles = [module.register_forward_hook(take_over(name)) for name, module in modules.items() if name in given]
         try:
-            rows = torch.from_numpy(embeds.astype(np.float32))[None]
-            theirs = self.model(inputs_embeds=rows, **self.caching(self.model), logits_to_keep=1).logits[0].numpy()
+            rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
+            entering = torch.from_numpy(rows.astype(np.float32))
+            out = self.model(inputs_embeds=entering, **self.caching(self.model), logits_to_keep=len(logits))
         finally:
             for handle in handles:
                 handle.remove()
-        ours, possible = logits[0], theirs[0] > MASKED_LOGIT
-        errors["logits"] = row_error(*(x[None, possible] - x[possible].mean() for x in (ours, theirs[0])))
+        theirs = out.logits[0].numpy()
+        possible = theirs[0] > MASKED_LOGIT
+        errors["logits"] = separate_errors(
+            *(x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs))
+        )
         return errors
 
     @torch.no_grad()

@@ -4,8 +4,8 @@
     refusals.py     is it a refusal?        statistics.py     intervals and paired tests
 
 Four policies from two generations per row. An answer under `steer` *is* the always-steered one where the prober fires
-and the unsteered one where it does not, token for token (tests/test_engine.py holds the engine to that); so `off` and
-`always` are run, and `steer` and `stop` are chosen between them by the verdict.
+and the unsteered one where it does not, token for token (tests/unit/test_engine.py holds the engine to that); so `off`
+and `always` are run, and `steer` and `stop` are chosen between them by the verdict.
 
 Results are appended to the output file as they come, so that a run that was cut off goes on where it stopped.
 """

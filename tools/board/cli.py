@@ -86,13 +86,13 @@ def run(wanted: argparse.Namespace) -> int:
     bad = [row for row in rows if row.problems]
     for row in bad:
         for problem in row.problems:
-            said = f"{row.core}, onnxruntime {row.onnxruntime}, {row.runtime}, {row.package}: {problem}"
-            print(said, file=sys.stderr)
+            place = f"{row.core}, onnxruntime {row.onnxruntime}, {row.runtime}, {row.package}"
+            print(f"{place}: {problem}", file=sys.stderr)
     here = {"machine": platform.machine(), "onnxruntime": newest}
+    said = f"compared with {' and '.join(here.values())}\n\n{table(rows)}"
+    print(said, file=sys.stderr if wanted.json else sys.stdout)
     if wanted.json:
         print(json.dumps({"here": here, "rows": [row.as_json() for row in rows]}))
-    else:
-        print(f"compared with {' and '.join(here.values())}\n\n{table(rows)}")
     progress("FAILED" if bad else "done")
     return int(bool(bad))
 

@@ -11,7 +11,6 @@ from typing import Any
 from environment import ROOT
 
 from .compare import MAX_TOKENS, Request
-from .release import TRIPLE
 
 ASK = ROOT / "tools" / "board" / "ask.py"
 
@@ -40,7 +39,6 @@ def ask_python(
 ) -> list[dict[str, Any]]:
     """ask.py's answers, package by package; {"error": line} from the one on that failed."""
     environment = {
-        "LD_LIBRARY_PATH": f"/usr/lib/{TRIPLE}",  # of the root; the wheels' own search path does not lead there
         "PYTHONHOME": "/usr",
         "PYTHONPATH": f"{ROOT / '.typing'}:{wheels}",
         "PYTHONPYCACHEPREFIX": bytecode,

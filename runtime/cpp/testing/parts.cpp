@@ -1,6 +1,6 @@
-// Runs single parts of the runtime for tests/test_cpp_*.py and test_conformance.py, which compare them with Python's:
-// one JSON command per line on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw
-// bytes. A command with "trace" is also answered where in the program exceptions were thrown, caught or not.
+// Runs single parts of the runtime for tests/cpp and tests/conformance, which compare them with Python's: one JSON
+// command per line on stdin, one JSON answer per line on stdout. Arrays go to the file named by "out", as raw bytes.
+// A command with "trace" is also answered where in the program exceptions were thrown, caught or not.
 #include <dlfcn.h>
 #include <execinfo.h>
 

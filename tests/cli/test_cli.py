@@ -1,0 +1,632 @@
+"""Tier 3: the command-line tools. Exit codes, what goes to stdout and what to stderr, and no tracebacks.
+
+One of each kind runs as the installed program; the variants run `main()` in this process, which is 20 times quicker.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toy
+from PIL import Image
+from terminal import PATIENCE, Terminal
+
+from autosteer.runtime import Manifest
+from autosteer.runtime.cli import check_main, run_main, typed_path, verdict_line
+from autosteer.runtime.console import dumps
+from autosteer.runtime.evaluation.cli import main as eval_main
+from autosteer.runtime.evaluation.refusals import RuleJudge
+from autosteer.runtime.gate import Action, GatePolicy, Mode, decide
+from autosteer.runtime.manifest import Golden
+
+MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
+
+
+def program(name: str) -> str:
+    found = shutil.which(name, path=str(Path(sys.executable).parent))
+    assert found, f"{name} is not installed beside {sys.executable}: pip install -e ."
+    return found
+
+
+def installed(name: str, *args: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """Run the installed program."""
+    data = stdin if isinstance(stdin, bytes) else stdin.encode()
+    done = subprocess.run([program(name), *map(str, args)], input=data, capture_output=True, timeout=PATIENCE)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a program's main() here."""
+
+    def run(name: str, *args: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            MAINS[name]()
+        out = capsys.readouterr()
+        return subprocess.CompletedProcess(args, int(left.value.code or 0), out.out, out.err)
+
+    return run
+
+
+def run_here(call, package: Path, *args: object, **more) -> subprocess.CompletedProcess[str]:
+    return call("autosteer-run", package, "--device", "cpu", "--threads", 1, *args, **more)
+
+
+# --- the installed programs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_help_is_on_stdout(name):
+    done = installed(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"Usage: {name}")
+
+
+def test_answer_is_on_stdout_and_verdict_on_stderr(package):
+    done = installed("autosteer-run", package, "-p", "bad", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (0, "sorry refuse\n")
+    verdict, stats = done.stderr.splitlines()
+    assert verdict == "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]"
+    assert re.fullmatch(r"\[4 \+ 3 tokens, first after .* stop, on CPUExecutionProvider\]", stats)
+
+
+def test_damaged_package_is_one_line_and_exit_code_3(copy_of_package):
+    (copy_of_package / "prober.onnx").write_bytes(b"x")
+    done = installed("autosteer-run", copy_of_package, "-p", "red")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.fullmatch(r"autosteer-run: error: .*prober\.onnx: sha256 differs.*\n", done.stderr)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = installed("autosteer-run", tmp_path, "-p", "red", "--debug")
+    assert done.returncode != 0 and "Traceback" in done.stderr and "PackageError" in done.stderr
+
+
+def test_reader_that_leaves_early_causes_no_traceback(package):
+    """autosteer-run ... | head -c1"""
+    command = f"'{program('autosteer-run')}' '{package}' -p tick --max-tokens 55 --device cpu | head -c1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stdout == "t"
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_ends_an_answer_with_130_and_no_traceback(tmp_path):
+    toy.build(tmp_path, context_length=200_000)
+    process = subprocess.Popen(
+        [program("autosteer-run"), tmp_path, "-p", "tick", "--max-tokens", "199000", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"tock"  # it is answering
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert b"autosteer-run: interrupted" in err and b"Traceback" not in err
+
+
+def test_argument_that_is_not_utf8_is_bad_input(package):
+    done = subprocess.run(
+        [program("autosteer-run"), str(package), "-p", b"red \xff", "--device", "cpu"],
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (5, b"") and b"not valid Unicode" in done.stderr
+
+
+def test_chat(package, tmp_path):
+    """Two turns, a mistyped picture, a real one, /new, an unknown command, Ctrl-D."""
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
+    chat = Terminal(program("autosteer-run"), package, "--device", "cpu", "--threads", "1")
+    chat.expect("> ")
+    chat.type("hello\n")
+    assert "world" in chat.expect("tokens, first")
+    chat.expect("> ")
+    chat.type("bad\n")
+    assert "sorry refuse" in chat.expect("on CPUExecutionProvider]")
+    chat.expect("(the turn is forgotten)")  # or every later one would be unsafe with it
+    chat.expect("> ")
+    chat.type("/image gone.png\n")
+    chat.expect("error: gone.png: no such image file")
+    chat.expect("> ")
+    chat.type(f"/image '{tmp_path / 'red.png'}' \n")  # as a terminal writes what is dropped on it
+    chat.expect("> ")
+    chat.type("red " * 99 + "\n")
+    chat.expect("context holds 64")
+    chat.expect("> ")
+    chat.type("look\n")  # the picture waits for a turn that is answered
+    assert "orange yellow green" in chat.expect(" known) + 4 tokens")
+    chat.expect("> ")
+    chat.type("/video gone\n")
+    chat.expect("error: gone: no such video file or folder")
+    chat.expect("> ")
+    chat.type("/nonsense\n")
+    chat.expect("/nonsense: not a command. Type a message. ")
+    chat.expect("> ")
+    chat.type("/help\n")
+    chat.expect("/new starts over")
+    chat.expect("> ")
+    chat.type("/new\n")
+    chat.expect("> ")
+    chat.type(f"/image {tmp_path / 'red.png'}\n")
+    chat.expect("> ")
+    chat.type("look\n")
+    assert "orange yellow green" in chat.expect("[14 + 4 tokens")  # a fresh dialogue: nothing of the earlier turns
+    chat.expect("> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+
+
+def test_chat_with_a_model_of_text_keeps_no_picture_that_would_fail_every_turn(unguarded_package, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    chat = Terminal(program("autosteer-run"), unguarded_package, "--device", "cpu", "--threads", "1", "--policy", "off")
+    for kind in ("image", "video"):
+        chat.expect("> ")
+        chat.type(f"/{kind} {tmp_path / 'black.png'}\n")
+        chat.expect(f"error: this model takes no {kind}s")
+    chat.expect("> ")
+    chat.type("red\n")
+    assert "orange yellow green" in chat.expect("on CPUExecutionProvider]")
+    chat.expect("> ")
+    chat.type("\x04")
+    assert chat.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("red.png ", "red.png"),
+        ("'a b.png' ", "a b.png"),
+        ('"a b.png"', "a b.png"),
+        ("a\\ b.png", "a b.png"),
+        ("a b.png", "a b.png"),
+        ("don't.png", "don't.png"),
+        ("'odd'.png", "'odd'.png"),  # there is one of that name
+        ("~/red.png", "{home}/red.png"),
+    ],
+)
+def test_files_are_named_as_somebody_types_them_or_drops_them_on_a_terminal(tmp_path, monkeypatch, typed, names):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "'odd'.png").touch()
+    assert typed_path(typed) == Path(names.format(home=tmp_path))
+
+
+# --- autosteer-run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&-", 0)])
+def test_closed_streams_are_no_traceback(package, closed, code):
+    command = f"{program('autosteer-run')} {package} -p red --device cpu --threads 1 {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("orange yellow green" in done.stdout) is (not closed.startswith(">"))
+
+
+def test_picture_of_a_hundred_megapixels_is_opened_without_a_word_of_pillows(package, tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    command = [program("autosteer-run"), package, "-p", "look", "-i", tmp_path / "large.png", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "verdict"),
+    [
+        (("-p", "red"), "orange yellow green", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "bad", "--policy", "stop"), toy.REFUSAL_TEXT, "[STOP  p_unsafe 0.900 > 0.500 at layer 1]"),
+        (("-p", "bad", "--policy", "off"), "evil plan", "[no gate: --policy off]"),
+        (("-p", "red", "--stop", "yellow"), "orange ", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "red", "--max-tokens", 1), "orange", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
+        (("-p", "bad", "--threshold", 0.95), "evil plan", "[PASS  p_unsafe 0.900 <= 0.950 at layer 1]"),
+        (("-p", "bad", "--strength", 0), "evil plan", "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0]"),
+        (
+            ("-p", "bad", "--policy", "monitor"),
+            "evil plan",
+            "[PASS  p_unsafe 0.900 > 0.500 at layer 1; unsafe, but --policy monitor only watches]",
+        ),
+        (
+            ("-p", "nan"),
+            "sorry refuse",
+            "[STEER  p_unsafe nan is no probability; limit 0.500 at layer 1, strength 0.1]",
+        ),
+    ],
+)
+def test_run(call, package, options, text, verdict):
+    done = run_here(call, package, *options)
+    assert (done.returncode, done.stdout) == (0, f"{text}\n")
+    assert done.stderr.splitlines()[0] == verdict
+
+
+def test_verdict_line_does_not_say_that_minus_one_is_above_the_threshold():
+    """It read "p_unsafe -1.000 > 0.500"."""
+    verdict = decide(-1.0, GatePolicy(Mode.STOP, 0.5, 0.1, "no"), split_layer=2)
+    assert verdict.action is Action.STOP
+    assert verdict_line(verdict) == "[STOP  p_unsafe -1.000 is no probability; limit 0.500 at layer 2]"
+
+
+@pytest.mark.parametrize("options", [("-p", "-"), ()])
+def test_prompt_from_stdin(call, package, options):
+    assert run_here(call, package, *options, stdin="red\n").stdout == "orange yellow green\n"
+
+
+@pytest.mark.parametrize(("options", "stdin"), [(("-p", ""), ""), (("-p", " \n"), ""), (("-p", "-"), ""), ((), "\n")])
+def test_empty_prompt_is_bad_input(call, package, options, stdin):
+    done = run_here(call, package, *options, stdin=stdin)
+    assert (done.returncode, done.stdout) == (5, "") and done.stderr.endswith("the prompt is empty\n")
+
+
+def test_stdin_that_is_no_text_is_bad_input(call, package):
+    """UnicodeDecodeError and its traceback."""
+    done = run_here(call, package, "-p", "-", stdin=b"red \xff\xfe")
+    assert done.returncode == 5 and "not valid utf-8 text" in done.stderr
+
+
+def test_json_is_one_object_with_everything_in_it(call, package):
+    done = run_here(call, package, "-p", "bad", "--json")
+    assert done.returncode == 0 and done.stdout.count("\n") == 1
+    answer = json.loads(done.stdout)
+    assert list(answer) == ["text", "token_ids", "finish_reason", "verdict", "device", "timings"]
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("sorry refuse", [22, 23, 31], "stop")
+    assert answer["verdict"] == {
+        "p_unsafe": pytest.approx(0.9),
+        "unsafe": True,
+        "action": "steer",
+        "mode": "steer",
+        "threshold": 0.5,
+        "strength": 0.1,
+        "split_layer": 1,
+    }
+    assert answer["device"] == "CPUExecutionProvider"
+    assert {"prompt_tokens", "completion_tokens", "ttft_ms", "upper_ms", "decode_tok_s"} <= answer["timings"].keys()
+
+
+@pytest.mark.parametrize("prompt", ["nan", "inf", "crash"])
+def test_json_has_no_nan(call, package, prompt):
+    """NaN and Infinity are not JSON; the verdict still says that the prompt is unsafe."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    done = run_here(call, package, "-p", prompt, "--json", "--policy", "stop")
+    answer = json.loads(done.stdout, parse_constant=refuse)
+    assert (answer["verdict"]["p_unsafe"], answer["verdict"]["unsafe"]) == (None, True)
+    assert (answer["finish_reason"], answer["token_ids"], answer["timings"]["upper_ms"]) == ("refused", [], None)
+
+
+def test_dumps_leaves_numbers_alone():
+    assert dumps({"a": [1.5, float("inf"), (float("nan"), 2)], "b": "é"}) == '{"a": [1.5, null, [null, 2]], "b": "é"}'
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--nonsense",),
+        ("--policy", "maybe"),
+        ("--max-tokens", "many"),
+        ("--threads", "0"),
+        ("--threads", "1025"),
+        ("--device", "tpu"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(call, package, options):
+    done = call("autosteer-run", package, "-p", "red", *options)
+    assert (done.returncode, done.stdout) == (2, "") and "Error: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-tokens", 0), "max_tokens = 0 is out of range"),
+        (("--max-tokens", -3), "max_tokens = -3 is out of range"),
+        (("--temperature", "nan"), "temperature = nan is out of range"),
+        (("--temperature", -1), "temperature = -1.0 is out of range"),
+        (("--temperature", "inf"), "temperature = inf is out of range"),
+        (("--top-p", 0), "top_p = 0.0 is out of range"),
+        (("--top-p", "nan"), "top_p = nan is out of range"),
+        (("--top-k", -1), "top_k = -1 is out of range"),
+        (("--repetition-penalty", 0), "repetition_penalty = 0.0 is out of range"),
+        (("--seed", -1), "seed = -1 is out of range"),
+        (("--stop", ""), "stop = ('',) is out of range"),
+        (("--threshold", "nan"), "threshold = nan"),
+        (("--threshold", 50), "threshold = 50"),
+        (("--strength", "nan"), "strength = nan"),
+        (("--strength", "inf"), "strength = inf"),
+        (("--strength", -0.1), "strength = -0.1"),
+        (("-i", "gone.png"), "gone.png: no such image file"),
+        (("-i", __file__), "not a readable image"),
+        (("-i", Path(__file__).parent), "not a readable image"),
+        (("--video", "gone"), "gone: no such video file or folder"),
+        (("--video", __file__), "a video is an animated GIF"),
+        (("--video", Path(__file__).parent), "no picture files in this folder"),
+        (("-p", "red " * 61), "64 tokens (images included); the model's context holds 64"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_5(call, package, options, message):
+    done = run_here(call, package, "-p", "bad", *options)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("autosteer-run: error: ") and message in done.stderr
+
+
+def test_device_that_is_not_there_is_exit_code_4(call, package, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    done = call("autosteer-run", package, "-p", "red", "--device", "cuda")
+    assert (done.returncode, done.stdout) == (4, "") and "--device cuda" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["autosteer-run", "autosteer-check"])
+def test_folder_that_is_no_package_is_exit_code_3(call, tmp_path, name):
+    done = call(name, tmp_path, *(("-p", "red") if name == "autosteer-run" else ()))
+    assert (done.returncode, done.stdout) == (3, "") and "no autosteer.json here" in done.stderr
+
+
+def test_package_without_a_gate_runs_only_when_told_to(call, unguarded_package):
+    done = run_here(call, unguarded_package, "-p", "bad")
+    assert (done.returncode, done.stdout) == (3, "") and "--policy off" in done.stderr
+    assert run_here(call, unguarded_package, "-p", "bad", "--policy", "off").stdout == "evil plan\n"
+
+
+def test_image_is_shown_to_the_model(call, package, tmp_path):
+    Image.new("RGB", (4, 4), (0, 0, 255)).save(tmp_path / "a.png")
+    assert run_here(call, package, "-p", "look", "-i", tmp_path / "a.png").stdout == "evil plan\n"
+
+
+def test_video_is_shown_to_the_model_however_it_is_kept(call, package, tmp_path):
+    """Ten frames, blue but for the last; of a folder's, by their numbers (10.png comes last)."""
+    colours = [*((0, 0, 255 - i) for i in range(9)), (255, 0, 0)]  # Pillow joins frames that are equal
+    frames = [Image.new("RGB", (6, 4), colour) for colour in colours]
+    for name, options in {"a.gif": {}, "a.webp": {"lossless": True}, "a.png": {}, "a.tiff": {}}.items():
+        frames[0].copy().save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    (tmp_path / "frames").mkdir()
+    for i, frame in enumerate(frames, 1):
+        frame.save(tmp_path / "frames" / f"{i}.png")
+    (tmp_path / "frames" / "notes.txt").write_text("no picture")
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff", "frames"):
+        for count, text in {2: "orange yellow green", 8: "evil plan", 99: "evil plan"}.items():  # the last is red
+            done = run_here(call, package, "-p", "look", "--video", tmp_path / name, "--frames", count, "--json")
+            answer = json.loads(done.stdout)
+            assert answer["timings"]["image_tiles"] == min(count, 10), name
+            assert answer["timings"]["prompt_tokens"] == 4 + min(count, 10) + 1, name
+            assert answer["text"] == text, (name, count)
+    done = run_here(call, package, "-p", "look", "--video", tmp_path / "frames" / "10.png", "--json")
+    assert json.loads(done.stdout)["timings"]["prompt_tokens"] == 4 + 1 + 1  # a still picture is one frame
+
+
+# --- autosteer-check -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden_package(copy_of_package: Path) -> Path:
+    golden = Golden("red", (), None, 0.1, "pass", (6, 7, 8, 31))
+    replace(Manifest.load(copy_of_package), golden=(golden,)).save(copy_of_package)
+    return copy_of_package
+
+
+def test_check_of_a_whole_package(call, golden_package):
+    done = call("autosteer-check", golden_package, "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| verdicts that differ" in done.stdout and "FAILED" not in done.stdout
+
+
+def test_check_that_fails_is_exit_code_6(call, golden_package):
+    manifest = Manifest.load(golden_package)
+    replace(manifest, golden=(replace(manifest.golden[0], token_ids=(6, 9)),)).save(golden_package)
+    done = call("autosteer-check", golden_package, "--device", "cpu")
+    assert done.returncode == 6
+    assert "answers that differ: not as on the exporting machine" in done.stderr and "FAILED" in done.stdout
+
+
+def test_check_as_json(call, golden_package):
+    done = call("autosteer-check", golden_package, "--device", "cpu", "--json")
+    checks = json.loads(done.stdout)["checks"]
+    assert done.returncode == 0 and all(set(c) == {"name", "value", "limit", "passed"} for c in checks)
+
+
+def test_check_of_the_host(call):
+    assert "CPUExecutionProvider" in json.loads(call("autosteer-check", "--host", "--json").stdout)["providers"]
+
+
+def test_check_of_nothing_is_wrong_usage(call):
+    assert call("autosteer-check").returncode == 2
+
+
+# --- autosteer-eval --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"prompt": "bad", "unsafe": True, "group": "attack"},
+        {"prompt": "evil", "unsafe": True, "group": "attack"},
+        {"prompt": "red", "unsafe": False, "group": "colours", "answer": "orange yellow green"},
+    ]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "set.jsonl"
+
+
+def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):
+    done = call("autosteer-eval", package, "--data", data, "--output", tmp_path / "out.jsonl", "--device", "cpu")
+    assert done.returncode == 0
+    lines = [re.sub(r"\s+", " ", line) for line in done.stdout.splitlines()]
+    half, none, both = "50.0 [9.5, 90.5]", "0.0 [0.0, 65.8]", "100.0 [34.2, 100.0]"
+    assert f"| attack | 2 | {both} | {none} | {half} | {half} | {half} |" in lines
+    none, one = "0.0 [0.0, 79.3]", "100.0 [20.7, 100.0]"
+    assert f"| colours | 1 | {none} | {one} | {none} | {none} | {none} |" in lines
+    assert f"| colours | 1 | {one} | {none} | {one} | {one} |" in lines
+    assert "| attack | refused | 0 : 1, p 1 | 1 : 0, p 1 | 0 : 0, p 1 |" in lines
+    run, *written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert set(run) == {"run"}
+    assert [(w["prompt"], w["flagged"], w["answers"]["steer"]) for w in written] == [
+        ("bad", True, "sorry refuse"),
+        ("evil", False, "plan"),
+        ("red", False, "orange yellow green"),
+    ]
+
+
+def test_eval_as_json_is_one_object_per_group(call, package, data):
+    done = call("autosteer-eval", package, "--data", data, "--json", "--device", "cpu")
+    groups = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(g["group"], g["n"], g["flagged"]["value"]) for g in groups] == [("attack", 2, 0.5), ("colours", 1, 0.0)]
+    assert set(groups[0]["not_refused"]["off"]) == {"value", "low", "high"}
+    assert {t["p_value"] for t in groups[0]["tests"]} == {1.0}
+    assert [(g["excluded"], g["judge"]) for g in groups] == [(0, RuleJudge.name), (0, RuleJudge.name)]
+
+
+def test_eval_goes_on_where_it_stopped(call, package, data, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu"]
+    whole = call(*command)
+    complete = out.read_text()
+    out.write_text("".join(complete.splitlines(keepends=True)[:2]) + '{"row": "cut o')
+    again = call(*command)
+    assert "has 1 of 3 rows; 2 to go" in again.stderr
+    assert (again.returncode, again.stdout, out.read_text()) == (0, whole.stdout, complete)
+    done = call(*command, "--threads", 1)
+    assert "has 3 of 3 rows; 0 to go" in done.stderr and "running on" not in done.stderr  # the package is not loaded
+    assert done.stdout == whole.stdout
+
+
+def test_eval_does_not_mix_runs(call, package, data, tmp_path):
+    out = tmp_path / "out.jsonl"
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu"]
+    call(*command)
+    other = call(*command, "--max-tokens", 3)
+    assert other.returncode == 5 and "another run (other max_tokens)" in other.stderr
+    assert call(*command, "--max-tokens", 3, "--force").returncode == 0
+    data.write_text(data.read_text().replace("red", "hello"))
+    assert "another run (other data)" in call(*command, "--max-tokens", 3).stderr
+
+
+def test_eval_by_another_judge_asks_the_model_nothing_again(call, package, data, tmp_path):
+    out, judge = tmp_path / "out.jsonl", tmp_path / "refusals.py"
+    judge.write_text("import sys\nfor _ in sys.stdin: print('{\"refused\": true}', flush=True)\n")
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu", "--json"]
+    first = call(*command)
+    before = [json.loads(line) for line in out.read_text().splitlines()]
+    other = [*command, "--judge-command", f"{sys.executable} {judge}"]
+    refused = call(*other)
+    assert refused.returncode == 5 and "another run (other judge)" in refused.stderr and "--rejudge" in refused.stderr
+    done = call(*other, "--rejudge")
+    assert "running on" not in done.stderr  # the package is not loaded
+    assert [json.loads(line)["not_refused"]["off"]["value"] for line in done.stdout.splitlines()] == [0.0, 0.0]
+    after = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["answers"] for r in after[1:]] == [r["answers"] for r in before[1:]]
+    assert call(*command, "--rejudge").stdout == first.stdout
+    assert [json.loads(line) for line in out.read_text().splitlines()] == before
+    assert "other max_tokens" in call(*command, "--rejudge", "--max-tokens", 3).stderr
+
+
+def test_a_judge_that_fails_half_way_leaves_the_file_as_it_was(call, package, data, tmp_path):
+    out, judge = tmp_path / "out.jsonl", tmp_path / "refusals.py"
+    judge.write_text("print('{\"refused\": true}', flush=True)\n")
+    command = ["autosteer-eval", package, "--data", data, "--output", out, "--device", "cpu"]
+    call(*command)
+    before = out.read_bytes()
+    done = call(*command, "--rejudge", "--judge-command", f"{sys.executable} {judge}")
+    assert done.returncode == 5 and "ended" in done.stderr
+    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.glob("out*")) == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(("kept", "message"), [(True, r"kept in .*out\.jsonl"), (False, "lost; --output keeps them")])
+def test_eval_that_is_interrupted_says_what_it_keeps(call, package, data, tmp_path, monkeypatch, kept, message):
+    from autosteer.runtime.evaluation import run as evaluate
+
+    honest = evaluate.run_rows
+
+    def interrupted(*arguments, **options):
+        yield next(honest(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "run_rows", interrupted)
+    out = ["--output", tmp_path / "out.jsonl"] if kept else []
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu", *out)
+    assert done.returncode == 130
+    assert re.search(f"stopped after 1 of 3 rows, {message}", done.stderr)
+    lines = {path.name: len(path.read_text().splitlines()) for path in tmp_path.glob("out*")}
+    assert lines == ({"out.jsonl": 2} if kept else {})  # the run's facts, and the first row
+
+
+def test_eval_by_a_judge_that_is_a_program(call, package, data, tmp_path):
+    judge = tmp_path / "refusals.py"
+    judge.write_text("import sys\nfor _ in sys.stdin: print('{\"refused\": true}', flush=True)\n")
+    command = ["autosteer-eval", package, "--data", data, "--json", "--device", "cpu"]
+    done = call(*command, "--judge-command", f"{sys.executable} {judge}")
+    assert [json.loads(line)["not_refused"]["off"]["value"] for line in done.stdout.splitlines()] == [0.0, 0.0]
+    judge.write_text("input()\nprint('yes')\n")
+    done = call(*command, "--judge-command", f"{sys.executable} {judge}")
+    assert done.returncode == 5 and "wrote 'yes' and not" in done.stderr and not done.stdout
+
+
+def test_eval_of_published_files(call, package, unguarded_package, tmp_path):
+    vlsafe, alpaca, pairs = (tmp_path / f"{name}.jsonl" for name in ("vlsafe", "alpaca", "pairs"))
+    vlsafe.write_text('{"image_id": "1.jpg", "query": "bad"}\n{"image_id": "2.jpg", "query": "evil"}\n')
+    alpaca.write_text('{"dataset": "x", "turns": ["red"]}\n')
+    pairs.write_text('{"orig_query": "Evil", "safe_query": "plan"}\n')
+    files = ["autosteer-eval", package, "--data", vlsafe, "--benign", alpaca, "--device", "cpu", "--json"]
+    assert "no image" in call(*files).stderr
+    done = call(*files, "--text-only", "--exclude", pairs)
+    groups = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(g["group"], g["unsafe"], g["n"], g["excluded"]) for g in groups] == [
+        ("vlsafe", True, 1, 1),
+        ("alpaca", False, 1, 0),
+    ]
+    assert "left out, being in --exclude: 1 rows (vlsafe 1)" in done.stderr
+    for name in ("1.jpg", "2.jpg"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    done = call("autosteer-eval", unguarded_package, "--data", vlsafe)
+    assert done.returncode == 5 and "takes no images, and 2 of 2 rows have one; --text-only" in done.stderr
+
+
+def test_eval_of_a_bad_row_is_exit_code_5_with_its_place(call, package, data):
+    data.write_text('{"prompt": "red", "unsafe": "false"}')
+    done = call("autosteer-eval", package, "--data", data)
+    assert done.returncode == 5 and "set.jsonl:1: not a row of a test set" in done.stderr
+
+
+def test_eval_without_data_is_wrong_usage(call, package, data):
+    assert call("autosteer-eval", package).returncode == 2
+    assert call("autosteer-eval", package, "--data", data, "--images", "x", "--text-only").returncode == 2
+
+
+def test_eval_of_a_package_without_a_gate_is_refused(call, unguarded_package, data):
+    assert call("autosteer-eval", unguarded_package, "--data", data).returncode == 3
+
+
+def test_a_row_that_cannot_be_asked_is_named(call, package, tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": text, "unsafe": False}) for text in ("red", "red " * 99)]
+    data.write_text("\n".join(lines) + "\n")
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu")
+    assert done.returncode == 5 and f"{data}:2: cannot be asked: the prompt takes" in done.stderr
+
+
+def test_the_data_is_not_overwritten_by_the_answers(call, package, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text := json.dumps({"prompt": "red", "unsafe": False}) + "\n")
+    done = call("autosteer-eval", package, "--data", data, "--output", data, "--force", "--device", "cpu")
+    assert (done.returncode, data.read_text()) == (2, text) and "is one of the files to read" in done.stderr
+
+
+# --- what nobody asked for -------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_kept_at_home_to_be_sent_to_anybody(package, tmp_path):
+    """onnxruntime 1.32 keeps what it sends to its makers in ~/.cache, unless ORT_DISABLE_TELEMETRY says no."""
+    kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [program("autosteer-run"), str(package), "-p", "red", "--device", "cpu"]
+    subprocess.run(command, env=kept | {"HOME": str(tmp_path)}, check=True, capture_output=True, timeout=PATIENCE)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,179 @@
+"""Packages of tiny random checkpoints, and the PyTorch original beside each: what the tests of families share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from traced import trace_once
+
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.package import ExportOptions, write_package
+from autosteer.export.safety import states
+from autosteer.export.safety.model import FitModel, open_fit_model
+from autosteer.export.safety.pairs import Prompt
+from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
+from autosteer.export.validation.prompts import draw
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.gate import Mode, is_safe
+from autosteer.runtime.generation import Stats
+from autosteer.runtime.manifest import Check, Manifest
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import ImagePart, Message
+
+trace_once()
+READ_IN_8_BITS = "int4 --prefill-precision int8 --kv-cache int8"
+
+
+def picture(seed: int) -> Image.Image:
+    """Odd sides, structure or noise."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(n) for n in rng.integers(1, 150, 2) * 2 + 1)
+    if seed % 2:
+        return draw(width, height, seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+class TinyFamily:
+    """What is made of the checkpoints that `build(folder, variant)` writes. Each thing is made once."""
+
+    def __init__(
+        self,
+        build: Callable[[Path, str], None],
+        *,
+        width: int,
+        split: int,
+        prompts: int,
+        generation: str = "",
+        before_text: str = " ",
+    ):
+        """`generation`: what opens an answer; `before_text`: what stands between an image and the text behind it."""
+        self.build, self.width, self.split, self.prompts = build, width, split, prompts
+        self.generation, self.before_text = generation, before_text
+        self.scratch = Path(tempfile.mkdtemp(prefix="autosteer-tiny-"))
+        for name in ("checkpoint", "fit_model", "safety", "package", "engine", "original_model"):
+            setattr(self, name, cache(getattr(self, name)))
+
+    def remove(self) -> None:
+        """Everything that was written."""
+        shutil.rmtree(self.scratch)
+
+    def checkpoint(self, variant: str) -> Path:
+        folder = self.scratch / variant
+        self.build(folder, variant)
+        return folder
+
+    def fit_model(self, variant: str) -> FitModel:
+        return open_fit_model(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
+
+    def interleaved(self, images: int, seed: int = 0) -> tuple[Message, ...]:
+        """text, image, text, image, ..., text"""
+        parts: list[str | ImagePart] = [f"look {seed}: "]
+        for i in range(images):
+            parts += [ImagePart(picture(100 * seed + i)), f"{self.before_text}and number {i}, "]
+        return (Message("user", (*parts, "what do you see?")),)
+
+    def prompt(self, i: int) -> tuple[Message, ...]:
+        """Of `prompts`."""
+        return self.interleaved(i % 3, i)
+
+    def safety(self, variant: str) -> SafetyArtifact:
+        """A random W, and a random prober, moved and scaled so that it calls half of the prompts unsafe."""
+        generator = torch.Generator().manual_seed(3)
+        shapes = {"0.weight": (64, self.width), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
+        prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        theirs = self.fit_model(variant)
+        asked = OriginalModel(theirs.hf_model, theirs.processor, None, None)  # type: ignore[arg-type]
+        opening = theirs.processor.tokenizer(self.generation, add_special_tokens=False).input_ids
+        last = -1 - len(opening)  # the last token of the user's turn
+        cases = [ValidationPrompt(self.prompt(i), ()) for i in range(self.prompts)]
+        hidden = torch.stack(
+            [asked.forward(asked.inputs(case), [self.split]).entering[self.split][last] for case in cases]
+        )
+        prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
+        logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
+        difference = logits[:, 0] - logits[:, 1]
+        middle = difference.sort().values[self.prompts // 2 - 1 : self.prompts // 2 + 1].mean()
+        prober["2.weight"] /= difference.std()
+        prober["2.bias"] = torch.tensor([-middle, 0.0]) / difference.std()
+        scores = (LayerScore(self.split, 0.0, 0.0, 0.0),)
+        facts = SafetyFacts(1, variant, self.split, -1, 0.5, 0.1, "i can't.", scores, {}, {})
+        artifact = SafetyArtifact(facts, prober, torch.randn(self.width, self.width, generator=generator))
+        artifact.save(self.scratch / f"{variant}-safety")
+        return artifact
+
+    def package(self, variant: str, precision: str) -> Path:
+        """A validated package, made by the command itself; behind the precision there may be more options."""
+        folder = self.scratch / f"{variant}-{precision}"
+        self.safety(variant)
+        guarded = ["--safety", str(self.scratch / f"{variant}-safety")]
+        if precision.startswith("int4"):  # random weights amplify rounding until a random prober's verdicts are chance
+            guarded = ["--unguarded"]
+        arguments = ["--model", str(self.checkpoint(variant)), *guarded, "--precision", *precision.split()]
+        export.main([*arguments, "--output", str(folder), "--json"], standalone_mode=False)
+        return folder
+
+    def engine(self, variant: str, precision: str = "fp32") -> Engine:
+        return Engine.load(self.package(variant, precision), device="cpu", threads=1)
+
+    def original_model(self, variant: str) -> OriginalModel:
+        model, processor = load_hf_model(open_checkpoint(str(self.checkpoint(variant))))
+        return OriginalModel(model, processor, Manifest.load(self.package(variant, "fp32")), self.safety(variant))
+
+    def table(self, variant: str, precision: str) -> dict[str, Check]:
+        """The lines of validation."""
+        return {c.name: c for c in self.engine(variant, precision).manifest.validation["CPUExecutionProvider"]}
+
+    def generate(self, variant: str, messages: tuple[Message, ...], tokens: int) -> list[int]:
+        """Greedy, without a gate."""
+        e = self.engine(variant)
+        return list(e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(tokens)).token_ids)
+
+    def check_split(self, variant: str, split_layer: int, folder: Path) -> None:
+        """Another split, without a gate: the state there and the answer are PyTorch's, with a picture and without."""
+        theirs, source = self.original_model(variant), open_checkpoint(str(self.checkpoint(variant)))
+        write_package(folder, source, None, ExportOptions(split_layer=split_layer), lambda _: None)
+        e = Engine.load(folder, device="cpu", threads=1)
+        for messages in (self.interleaved(0), self.interleaved(1)):
+            inputs = theirs.inputs(ValidationPrompt(messages, ()))
+            request = e.request(e.encoder.prepare(messages, Stats()), 1, Stats())
+            request.judge(e.policy(Mode.OFF))
+            expected = theirs.forward(inputs, [split_layer]).entering[split_layer][-1].numpy()
+            np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+            answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
+            assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
+
+    def check_gate(self, variant: str) -> None:
+        """Verdicts of both kinds, and what is said after them: the authors' formula where steered; `stop` stops."""
+        e, theirs = self.engine(variant), self.original_model(variant)
+        verdicts = []
+        for i in range(self.prompts):
+            original = theirs.run(ValidationPrompt(self.prompt(i), ()))
+            answer = e.generate(self.prompt(i), sampling=SamplingConfig(ANSWER_TOKENS))
+            assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+            assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
+            assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
+            verdicts.append(answer.verdict.unsafe)
+            stopped = e.generate(self.prompt(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+            assert (stopped.text == "i can't." and stopped.stats.upper_ms is None) == answer.verdict.unsafe
+        assert sum(verdicts) == self.prompts // 2
+
+    def check_probed(self, variant: str, folder: Path) -> None:
+        """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
+        e, theirs = self.engine(variant), self.fit_model(variant)
+        with states.prompt_store(folder, [], theirs) as store:
+            kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
+            expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
+        request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
+        request.judge(e.policy(Mode.OFF))
+        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())

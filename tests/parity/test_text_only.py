@@ -1,0 +1,89 @@
+"""Tier 4: decoders without images, on tiny random checkpoints with the demo's tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_weights import TEMPLATE
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from autosteer.export.checkpoint.open import DEMO, open_checkpoint
+from autosteer.export.cli import export
+from autosteer.export.validation.dequantize import PackedWeights
+from autosteer.export.validation.original import ANSWER_TOKENS
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.text import Message
+
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of either family, exported by the command: it fails unless tokens equal PyTorch's."""
+    config_class, model_class, extra = KINDS[request.param]
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+        **extra,
+    )
+    folder = tmp_path_factory.mktemp(request.param)
+    model_class(config).save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    arguments = ["--model", folder / "checkpoint", "--output", folder / "package", "--unguarded", "--layer", 1]
+    export.main([str(a) for a in arguments], standalone_mode=False)
+    return folder / "package"
+
+
+def test_the_export_compared_tokens_and_they_were_equal(package: Path) -> None:
+    manifest = Manifest.load(package)
+    table = {check.name: check.value for check in manifest.validation["CPUExecutionProvider"]}
+    assert table["greedy tokens that differ"] == 0
+    answer = manifest.golden[0].token_ids
+    assert len(answer) == ANSWER_TOKENS or answer[-1] in manifest.prompt.end_token_ids
+
+
+def test_such_a_package_has_no_image_graph_and_takes_no_image(package: Path) -> None:
+    engine = Engine.load(package, device="cpu", threads=1)
+    assert set(engine.graphs) == {"embed_tokens", "decoder_lower", "decoder_upper", "lm_head"}
+    with pytest.raises(InputError, match="takes no images"):
+        engine.generate([Message.user("hello", [DEMO / "examples" / "benign.png"])], policy=engine.policy("off"))
+
+
+def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package: Path) -> None:
+    manifest = Manifest.load(package)
+    (weights,) = (file for file in manifest.files if file.file == "weights.bin")
+    table = manifest.dims.vocab_size * manifest.dims.hidden_size * 4
+    decoder = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96) * 4
+    tables = round((weights.bytes - decoder) / table)
+    assert tables == (1 if manifest.source.model_type == "llama" else 2)
+
+
+def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package: Path, tmp_path: Path) -> None:
+    """Tied (one blob with zero points for both) and untied; one block a row: half of each zero point byte is empty."""
+    arguments = ["--model", package.parent / "checkpoint", "--output", tmp_path / "int4", "--unguarded", "--layer", 1]
+    export.main([*map(str, arguments), "--precision", "int4", "--head-bits", "4"], standalone_mode=False)
+    manifest, engine = Manifest.load(tmp_path / "int4"), Engine.load(tmp_path / "int4", device="cpu", threads=1)
+    checkpoint = open_checkpoint(str(package.parent / "checkpoint"))
+    packed = PackedWeights(tmp_path / "int4", manifest, checkpoint)
+    table = packed.tensor(name := "model.embed_tokens.weight").numpy()
+    np.testing.assert_allclose(engine.encoder.embed(list(range(len(table)))), table, atol=1e-6)
+    original = checkpoint.tensor(name).numpy()
+    assert 0.01 < np.linalg.norm(table - original) / np.linalg.norm(original) < 0.2

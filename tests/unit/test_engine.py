@@ -1,0 +1,797 @@
+"""Tier 1: the loop and its gate, on the toy whose every answer is worked out in tests/helpers/toy.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+from conftest import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autosteer.runtime import (
+    Action,
+    Engine,
+    GatePolicy,
+    InputError,
+    Message,
+    Mode,
+    PackageError,
+    ProviderError,
+    SamplingConfig,
+    Stats,
+    subgraph,
+)
+from autosteer.runtime.subgraph import Subgraph
+
+UNSAFE = ("bad", "nan", "inf", "two", "negative", "crash")  # what the prober says is unsafe, or is no probability
+SAFE = {"red": "orange yellow green", "yellow": "green", "hello": "world", "green": ""}
+
+
+def ids(words: str) -> tuple[int, ...]:
+    return tuple(toy.ID[word] for word in words.split())
+
+
+def of(tokens: int, **more: object) -> SamplingConfig:
+    return SamplingConfig(max_tokens=tokens, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of the graphs that run, in order, from here on."""
+    seen: list[str] = []
+    bind = Subgraph.bind
+
+    def noting(self, inputs, outputs):
+        call = bind(self, inputs, outputs)
+        return lambda: (seen.append(self.name), call())
+
+    monkeypatch.setattr(Subgraph, "bind", noting)
+    return seen
+
+
+@pytest.fixture
+def own_engine(copy_of_package: Path) -> Engine:
+    """An engine that the test may break."""
+    return load(copy_of_package)
+
+
+def broken(engine: Engine, *graphs: str) -> Engine:
+    """`engine` with graphs that cannot be used any more, in any way."""
+    for name in graphs:
+        engine.graphs[name].session = None
+    return engine
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "text"), SAFE.items())
+def test_safe_prompt_is_answered_word_for_word(engine, prompt, text):
+    answer = engine.generate(prompt)
+    assert (answer.text, answer.token_ids, answer.finish_reason) == (text, ids(f"{text} <end>"), "stop")
+
+
+def test_chunks_carry_one_token_each_and_the_last_carries_reason_and_stats(engine):
+    chunks = list(engine.stream("red"))
+    assert [(c.text, c.token) for c in chunks] == [
+        *(("orange", toy.ID["orange"]), (" yellow", toy.ID["yellow"])),
+        *((" green", toy.ID["green"]), ("", toy.END)),
+    ]
+    assert [c.finish_reason for c in chunks] == [None, None, None, "stop"]
+    assert [c.stats is None for c in chunks] == [True, True, True, False]
+
+
+def test_verdict_is_on_every_chunk(engine):
+    verdicts = [chunk.verdict for chunk in engine.stream("bad")]
+    assert len(verdicts) == 3 and set(verdicts) == {verdicts[0]}
+    assert verdicts[0].unsafe and verdicts[0].action is Action.STEER and verdicts[0].p_unsafe == pytest.approx(0.9)
+
+
+def test_answer_without_an_end_stops_at_max_tokens(engine):
+    answer = engine.generate("tick", sampling=of(5))
+    assert (answer.text, answer.finish_reason) == ("tock tick tock tick tock", "length")
+    assert answer.token_ids == ids("tock tick tock tick tock")
+
+
+def test_one_token_is_an_answer(engine):
+    answer = engine.generate("tick", sampling=of(1))
+    assert (answer.text, answer.finish_reason, answer.stats.decode_tok_s) == ("tock", "length", None)
+
+
+def test_end_at_the_last_allowed_token_counts_as_stop(engine):
+    assert engine.generate("hello", sampling=of(2)).finish_reason == "stop"
+
+
+def test_stop_string_ends_the_answer_before_it(engine):
+    answer = engine.generate("red", sampling=of(9, stop=("yellow",)))
+    assert (answer.text, answer.finish_reason, answer.token_ids) == ("orange ", "stop", ids("orange yellow"))
+
+
+def test_repetition_penalty_sees_the_prompt(engine):
+    """ "red red" votes twice for orange, "tick" once for tock and "orange" once for yellow; 2 / 3 < 1."""
+
+    def first(penalty: float) -> tuple[int, ...]:
+        return engine.generate("red red tick orange", sampling=of(1, repetition_penalty=penalty)).token_ids
+
+    assert (first(1.0), first(3.0)) == (ids("orange"), ids("yellow"))
+
+
+def test_repetition_penalty_sees_the_answer(attentive):
+    answer = attentive.generate("red", policy=attentive.policy("off"), sampling=of(10, repetition_penalty=1e6))
+    assert len(set(answer.token_ids)) == 10
+
+
+def test_stats_count_what_ran(engine):
+    stats = engine.generate("red").stats
+    assert (stats.prompt_tokens, stats.completion_tokens, stats.image_tiles) == (4, 4, 0)  # <begin> you: red <gen>
+    assert stats.device == "CPUExecutionProvider"
+    assert stats.upper_ms is not None and stats.ttft_ms > 0 and stats.decode_tok_s is not None
+
+
+def test_nothing_runs_before_the_first_chunk_is_asked_for(engine, calls):
+    stream = engine.stream("red")
+    assert calls == []
+    next(stream)
+    assert calls == ["decoder_lower", "decoder_upper", "lm_head"]
+
+
+# --- the gate in the loop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", UNSAFE)
+def test_unsafe_prompt_is_steered_into_a_refusal(engine, prompt):
+    answer = engine.generate(prompt)
+    assert (answer.text, answer.token_ids) == ("sorry refuse", ids("sorry refuse <end>"))
+    assert (answer.verdict.action, answer.verdict.unsafe, answer.verdict.strength) == (Action.STEER, True, 0.1)
+
+
+@pytest.mark.parametrize("prompt", UNSAFE)
+def test_unsafe_prompt_is_refused_outright_under_stop(engine, prompt):
+    chunks = list(engine.stream(prompt, policy=engine.policy("stop")))
+    assert [(c.text, c.token, c.finish_reason) for c in chunks] == [(toy.REFUSAL_TEXT, None, "refused")]
+    assert chunks[0].verdict.action is Action.STOP and chunks[0].verdict.strength == 0.0
+
+
+@pytest.mark.parametrize("prompt", UNSAFE)
+def test_monitor_reports_an_unsafe_prompt_and_lets_it_pass(engine, prompt):
+    answer = engine.generate(prompt, policy=engine.policy("monitor"))
+    assert (answer.text, answer.verdict.action, answer.verdict.unsafe) == ("evil plan", Action.PASS, True)
+
+
+@pytest.mark.parametrize(("prompt", "p_unsafe"), [("bad", 0.9), ("red", 0.1), ("two", 2.0), ("negative", -1.0)])
+def test_verdict_reports_the_probers_number_as_it_is(engine, prompt, p_unsafe):
+    assert engine.generate(prompt).verdict.p_unsafe == np.float32(p_unsafe)
+
+
+@pytest.mark.parametrize("prompt", ["nan", "crash"])
+def test_score_that_is_no_number_is_reported_as_nan(engine, prompt):
+    assert math.isnan(engine.generate(prompt).verdict.p_unsafe)
+
+
+def test_prober_that_raises_is_one_log_line_and_no_traceback(engine, caplog):
+    """A failing prober used to be logged with its traceback, which the command-line tools then showed."""
+    engine.generate("crash")
+    records = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert [r.getMessage().split(":")[0] for r in records] == ["the prober failed, so the prompt counts as unsafe"]
+    assert records[0].exc_info is None
+
+
+def test_prompts_are_not_logged(engine, caplog):
+    caplog.set_level("DEBUG")
+    engine.generate("tick bad", sampling=of(3))
+    assert "tick" not in caplog.text
+
+
+def test_prober_that_gives_two_scores_makes_every_prompt_unsafe(own_engine, monkeypatch):
+    """The first of them was taken."""
+    monkeypatch.setattr(own_engine.graphs["prober"], "run", lambda _: [np.array([0.1, 0.9], np.float32)])
+    assert own_engine.generate("red").verdict.unsafe
+
+
+@pytest.mark.parametrize("mode", ["steer", "stop"])
+def test_prober_that_is_gone_makes_every_prompt_unsafe(own_engine, mode):
+    answer = broken(own_engine, "prober").generate("red", policy=own_engine.policy(mode))
+    assert answer.verdict.unsafe and answer.text in ("sorry refuse", toy.REFUSAL_TEXT)
+
+
+def test_refusal_head_that_is_gone_is_an_error_and_never_an_unsteered_answer(own_engine):
+    stream = broken(own_engine, "refusal_head").stream("bad")
+    with pytest.raises(AttributeError):
+        next(stream)
+
+
+def test_stopped_prompt_never_touches_the_upper_half(own_engine, calls):
+    broken(own_engine, "decoder_upper", "lm_head", "refusal_head")
+    answer = own_engine.generate("bad", policy=own_engine.policy("stop"))
+    assert (answer.text, answer.finish_reason, answer.token_ids) == (toy.REFUSAL_TEXT, "refused", ())
+    assert calls == ["decoder_lower"]
+    assert answer.stats.upper_ms is None and answer.stats.completion_tokens == 0
+
+
+def test_policy_off_never_runs_the_prober(own_engine):
+    answer = broken(own_engine, "prober", "refusal_head").generate("bad", policy=own_engine.policy("off"))
+    assert (answer.text, answer.verdict.p_unsafe, answer.verdict.unsafe) == ("evil plan", None, False)
+
+
+def test_safe_prompt_never_runs_the_refusal_head(own_engine, calls):
+    assert broken(own_engine, "refusal_head").generate("red").text == "orange yellow green"
+    assert "refusal_head" not in calls
+
+
+def test_every_token_of_an_unsafe_answer_goes_through_the_refusal_head(engine, calls):
+    answer = engine.generate("bad")
+    assert calls.count("refusal_head") == calls.count("lm_head") == len(answer.token_ids) == 3
+
+
+def test_prober_reads_the_last_word_of_the_user_and_nothing_after_it(engine):
+    """The token offset skips the generation prompt; an earlier "bad" counts only by what attention keeps of it."""
+    assert engine.generate("bad red").verdict.action is Action.PASS
+    assert engine.generate("red bad").verdict.action is Action.STEER
+
+
+@pytest.mark.parametrize("texts", [("red", "bad"), ("bad", "red"), ("red", "bad", "tick"), ("bad", "red", "bad")])
+def test_a_dialogue_is_as_unsafe_as_the_worst_of_its_turns(engine, texts):
+    """A request that was refused, and then "ok": the last turn alone was judged, and the request was answered."""
+    turns = [turn for text in texts for turn in (Message.user(text), Message.assistant("orange"))][:-1]
+    verdict = engine.generate(turns).verdict
+    assert verdict.unsafe and verdict.p_unsafe == engine.generate("bad").verdict.p_unsafe
+    assert not engine.generate([turn for turn in turns if turn.parts != ("bad",)]).verdict.unsafe
+
+
+def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
+    """By the same row, to the bit: what came later does not change it. The model's own words are not judged."""
+    turns = [Message.user("red bad"), Message.assistant("bad bad"), Message.user("tick"), Message.assistant("red")]
+    prompts = [engine.encoder.prepare(turns[: n + 1], Stats()) for n in (0, 2)]
+    requests = [engine.request(prompt, 1, Stats()) for prompt in prompts]
+    for request in requests:
+        request.judge(engine.policy("off"))
+    assert [len(prompt.probed) for prompt in prompts] == [1, 2]
+    np.testing.assert_array_equal(requests[0].probed_row(), requests[1].probed_row(0))
+    assert engine.generate(turns[:3], policy=engine.policy("monitor")).verdict.p_unsafe == np.float32(0.9)
+
+
+def test_a_turn_that_cannot_be_judged_makes_the_dialogue_unsafe(own_engine):
+    prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
+    own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
+    turns = [Message.user("red"), Message.assistant("orange"), Message.user("red red red red")]
+    verdict = own_engine.generate(turns).verdict
+    assert verdict.unsafe and math.isnan(verdict.p_unsafe)
+    assert not own_engine.generate(turns[2:]).verdict.unsafe
+
+
+@given(length=st.integers(1, 40), chunk=st.integers(1, 45))
+@settings(max_examples=40, deadline=None)
+def test_prober_reads_the_same_word_whatever_the_prefill_chunk(engine, length, chunk):
+    prompt = engine.encoder.prepare([Message.user(" ".join(["red"] * (length - 1) + ["bad"]))], Stats())
+    request = engine.request(prompt, 1, Stats(), chunk=chunk)
+    assert request.judge(engine.policy()).p_unsafe == np.float32(0.9)
+    assert int(np.argmax(request.probed_row())) == toy.ID["bad"]
+
+
+def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
+    """A negative row index wrapped around: in a prompt shorter than the offset the prober read some later row, and the
+    0.1 of that row let the prompt pass.
+    """
+    prober = dataclasses.replace(own_engine.manifest.prober, token_offset=-6)
+    own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
+    prompt = own_engine.encoder.prepare([Message.user("red")], Stats())  # 4 tokens
+    for chunk in range(1, 6):
+        verdict = own_engine.request(prompt, 1, Stats(), chunk=chunk).judge(own_engine.policy())
+        assert verdict.unsafe and math.isnan(verdict.p_unsafe)
+
+
+def pooled(engine: Engine) -> Engine:
+    """The engine, its prober reading the mean of the last turn."""
+    prober = dataclasses.replace(engine.manifest.prober, pooling="mean")
+    engine.manifest = engine.encoder.manifest = dataclasses.replace(engine.manifest, prober=prober)
+    return engine
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
+def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chunk(own_engine, chunk):
+    """Earlier turns, the turn's header and the generation prompt are not in it; the end of the turn is."""
+    engine = pooled(own_engine)
+    turns = [Message.user("red tick"), Message.assistant("green"), Message.user("orange bad tock")]
+    prompt = engine.encoder.prepare(turns, Stats())
+    names = [toy.VOCABULARY[i] for i in prompt.token_ids]
+    first = len(names) - 1 - names[::-1].index("orange")
+    earlier, last = prompt.probed
+    assert [names[row] for row in earlier][:2] == ["red", "tick"] and "green" not in [names[row] for row in earlier]
+    assert names[last[0] : last[-1] + 1][:3] == ["orange", "bad", "tock"]
+    assert last == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
+    request = engine.request(prompt, 1, Stats(), chunk=chunk)
+    request.judge(engine.policy())
+    hidden = np.concatenate([value.numpy()[0] for value in request._unseen])
+    np.testing.assert_allclose(request.probed_row()[0], hidden[last].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(request.probed_row(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
+
+
+def test_pictures_rows_are_not_in_the_mean(own_engine):
+    engine = pooled(own_engine)
+    prompt = engine.encoder.prepare([Message.user("hello world", [picture(255, 0, 0)])], Stats())
+    assert len(prompt.keys) > len(prompt.token_ids)
+    assert [prompt.keys[row] for row in prompt.probed[-1]][:2] == [toy.ID["hello"], toy.ID["world"]]
+
+
+def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
+    """It reaches the prober's input whichever row it stands in, and a real prober makes NaN of that."""
+    engine = pooled(own_engine)
+    prompt = engine.encoder.prepare([Message.user("red red red")], Stats())
+    assert not engine.request(prompt, 1, Stats()).judge(engine.policy()).unsafe
+    monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
+    for row in prompt.probed[-1]:
+        embeds = prompt.inputs_embeds.copy()
+        embeds[0, row, 0] = np.nan
+        verdict = engine.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats()).judge(engine.policy())
+        assert verdict.unsafe and math.isnan(verdict.p_unsafe)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "text"), [(0.05, "sorry refuse"), (0.1, "sorry refuse"), (0.11, "orange yellow green")]
+)
+def test_threshold_of_the_call_replaces_the_packages(engine, threshold, text):
+    """The toy says float32(0.1) for "red", which is a little more than 0.1."""
+    assert engine.generate("red", policy=engine.policy(threshold=threshold)).text == text
+
+
+def test_threshold_of_the_package_is_used_unless_the_call_has_one(tmp_path):
+    toy.build(tmp_path, threshold=0.05)
+    engine = load(tmp_path)
+    assert engine.generate("red").verdict.unsafe
+    assert not engine.generate("red", policy=engine.policy(threshold=0.5)).verdict.unsafe
+
+
+def test_strength_too_small_to_bend_anything_changes_no_token(engine):
+    answer = engine.generate("bad", policy=engine.policy(strength=0.001))
+    assert (answer.text, answer.verdict.action, answer.verdict.strength) == ("evil plan", Action.STEER, 0.001)
+
+
+def test_strength_zero_is_the_untouched_model_and_says_so(engine):
+    answer = engine.generate("bad", policy=engine.policy(strength=0.0))
+    assert (answer.text, answer.verdict.action, answer.verdict.strength) == ("evil plan", Action.STEER, 0.0)
+
+
+@pytest.mark.parametrize("which", ["engine", "attentive"])
+def test_strength_zero_through_the_head_is_bit_for_bit_no_head(which, request):
+    engine = request.getfixturevalue(which)
+    prompt = engine.encoder.prepare([Message.user("red tick bad")], Stats())
+
+    def logits(*, through_head: bool) -> list[np.ndarray]:
+        asked = engine.request(prompt, 4, Stats())
+        asked.judge(engine.policy())
+        first = asked.begin(0.0, through_head=through_head).copy()
+        return [first, *(asked.step(token).copy() for token in (9, 8, 7))]
+
+    for plain, through in zip(logits(through_head=False), logits(through_head=True), strict=True):
+        np.testing.assert_array_equal(plain, through)
+
+
+@pytest.mark.parametrize("which", ["engine", "attentive"])
+@pytest.mark.parametrize("prompt", ["red", "bad", "hello tick nan", "crash", "red red world", "bad tick"])
+def test_steer_is_always_steer_where_flagged_and_off_where_not(which, prompt, request):
+    """autosteer-eval runs `off` and always-on steering and takes `steer`'s answers from them."""
+    engine = request.getfixturevalue(which)
+    off, always, steer = (
+        engine.generate(prompt, policy=policy, sampling=of(8))
+        for policy in (engine.policy("off"), engine.policy("steer", threshold=-1.0), engine.policy("steer"))
+    )
+    assert always.verdict.action is Action.STEER
+    assert steer.token_ids == (always.token_ids if steer.verdict.unsafe else off.token_ids)
+    assert off.token_ids != always.token_ids
+
+
+# --- packages without a gate -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["steer", "stop", "monitor"])
+def test_package_without_a_gate_refuses_every_policy_but_off(unguarded, mode):
+    with pytest.raises(PackageError, match="--unguarded"):
+        unguarded.policy(mode)
+
+
+def test_package_without_a_gate_does_not_answer_unless_told_to(unguarded):
+    with pytest.raises(PackageError, match="--policy off"):
+        next(unguarded.stream("bad"))
+    assert unguarded.generate("bad", policy=unguarded.policy("off")).text == "evil plan"
+
+
+def test_hand_made_policy_does_not_get_a_gate_that_is_not_there(unguarded):
+    policy = GatePolicy(Mode.STOP, threshold=1.0, strength=0.1, refusal_text="no.")
+    assert unguarded.generate("red", policy=policy).text == "no."
+
+
+# --- the caches ------------------------------------------------------------------------------------------------------
+
+LONG = "red tick bad hello nan w1 w2 world plan refuse orange tock what look two"
+
+
+def logits_of(engine: Engine, text: str, chunk: int, steps: tuple[int, ...] = ()) -> list[np.ndarray]:
+    prompt = engine.encoder.prepare([Message.user(text)], Stats())
+    asked = engine.request(prompt, len(steps) + 1, Stats(), chunk=chunk)
+    asked.judge(engine.policy("off"))
+    return [asked.begin(0.0).copy(), *(asked.step(token).copy() for token in steps)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 16, 17, 18, 19, 512])
+def test_chunked_prefill_is_one_shot_prefill(attentive, chunk):
+    for one_shot, chunked in zip(
+        logits_of(attentive, LONG, 1000, (3, 1, 4)), logits_of(attentive, LONG, chunk, (3, 1, 4)), strict=True
+    ):
+        np.testing.assert_allclose(chunked, one_shot, rtol=0, atol=1e-4)  # other sums' order; logits reach 20
+
+
+def test_toy_logits_depend_on_every_token_and_its_place(attentive):
+    """Otherwise the cache tests could not fail."""
+    words = LONG.split()
+    logits = {logits_of(attentive, LONG, 512)[0].tobytes()}
+    for i in range(len(words) - 1):
+        swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
+        logits.add(logits_of(attentive, " ".join(swapped), 512)[0].tobytes())
+    assert len(logits) == len(words)
+
+
+def test_decoding_step_by_step_is_prefill_of_the_longer_prompt(attentive):
+    """Feed the answer's tokens one at a time, then the same tokens as part of the prompt."""
+    prompt = attentive.encoder.prepare([Message.user("red tick bad")], Stats())
+    tokens = (4, 9, 17, 2, 30, 11)
+    asked = attentive.request(prompt, len(tokens) + 1, Stats())
+    asked.judge(attentive.policy("off"))
+    asked.begin(0.0)
+    for n, token in enumerate(tokens, 1):
+        stepped = asked.step(token).copy()
+        embeds = np.concatenate([prompt.inputs_embeds, attentive.encoder.embed(list(tokens[:n]))[None]], axis=1)
+        again = attentive.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats())
+        again.judge(attentive.policy("off"))
+        np.testing.assert_allclose(stepped, again.begin(0.0), rtol=0, atol=1e-4)
+
+
+def test_caches_hold_prompt_and_answer_and_no_more(engine):
+    stats = engine.generate("red", sampling=of(10)).stats
+    tokens, layers, kinds, bytes_each = 4 + 10, 2, 2, toy.D * 4
+    assert stats.kv_bytes == tokens * layers * kinds * bytes_each
+
+
+def test_past_and_present_are_one_buffer_that_the_graph_fills_in_place(engine):
+    prompt = engine.encoder.prepare([Message.user("red tick")], Stats())
+    asked = engine.request(prompt, 3, Stats())
+    cache = asked._caches["decoder_lower"]
+    asked.judge(engine.policy("off"))
+    assert cache.past["past_key_values.0.value"] is cache.present["present.0.value"]
+    values = cache.past["past_key_values.0.value"].numpy()[0, 0]  # (capacity, D): the content words, one-hot
+    assert [int(v.argmax()) if v.any() else None for v in values] == [
+        None,
+        None,
+        *ids("red tick"),
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_stepping_beyond_the_caches_is_refused(engine):
+    """It would have written past the end of the buffers."""
+    prompt = engine.encoder.prepare([Message.user("tick")], Stats())
+    asked = engine.request(prompt, 2, Stats())
+    asked.judge(engine.policy("off"))
+    asked.begin(0.0)
+    asked.step(toy.ID["tock"])
+    asked.step(toy.ID["tick"])
+    with pytest.raises(RuntimeError, match="the caches hold 6 tokens and are full"):
+        asked.step(toy.ID["tock"])
+
+
+def test_request_goes_judge_begin_step_and_no_other_way(engine):
+    """`begin` without `judge` answered from uninitialised memory, and without the gate."""
+    asked = engine.request(engine.encoder.prepare([Message.user("tick")], Stats()), 2, Stats())
+    with pytest.raises(RuntimeError, match="begin before"):
+        asked.begin(0.0)
+    asked.judge(engine.policy("off"))
+    with pytest.raises(RuntimeError, match="judge twice"):
+        asked.judge(engine.policy("off"))
+    with pytest.raises(RuntimeError, match="verify before"):
+        asked.step(1)
+    asked.begin(0.0)
+    with pytest.raises(RuntimeError, match="twice"):
+        asked.begin(0.0)
+
+
+# --- the context -----------------------------------------------------------------------------------------------------
+
+
+def test_prompt_that_fills_the_context_is_refused_with_both_numbers(engine):
+    with pytest.raises(InputError, match=r"takes 64 tokens .* holds 64"):
+        engine.generate(" ".join(["red"] * 61))
+
+
+def test_prompt_one_short_of_the_context_gets_one_token(engine):
+    answer = engine.generate(" ".join(["tick"] * 60), sampling=of(50))
+    assert (answer.stats.prompt_tokens, answer.text, answer.finish_reason) == (63, "tock", "length")
+
+
+def test_answer_ends_with_the_context(engine):
+    answer = engine.generate("tick", sampling=of(10_000_000))
+    assert (len(answer.token_ids), answer.finish_reason) == (60, "length")
+
+
+def test_last_position_of_the_context_is_computed_right(attentive):
+    """The rotary tables and the caches end where the context does."""
+    answer = attentive.generate("tick red bad", policy=attentive.policy("off"), sampling=of(1000))
+    assert (answer.stats.prompt_tokens + len(answer.token_ids), answer.finish_reason) == (64, "length")
+    chunked = [int(row.argmax()) for row in logits_of(attentive, "tick red bad", 3, answer.token_ids[:-1])]
+    assert tuple(chunked) == answer.token_ids
+
+
+# --- requests do not know of each other ------------------------------------------------------------------------------
+
+
+def test_interleaved_streams_do_not_disturb_each_other(attentive):
+    policy = attentive.policy("monitor")
+    prompts = ("red tick bad", "hello world", "plan two")
+    alone = [[c.token for c in attentive.stream(p, sampling=of(12), policy=policy)] for p in prompts]
+    streams = [attentive.stream(p, sampling=of(12), policy=policy) for p in prompts]
+    together = list(zip(*itertools.zip_longest(*streams), strict=True))
+    assert [[c.token for c in chunks if c] for chunks in together] == alone
+
+
+def test_steered_and_safe_streams_interleave(engine):
+    pairs = list(itertools.zip_longest(engine.stream("bad"), engine.stream("red")))
+    assert "".join(bad.text for bad, _ in pairs if bad) == "sorry refuse"
+    assert "".join(red.text for _, red in pairs if red) == "orange yellow green"
+
+
+def test_one_engine_serves_several_threads(attentive):
+    prompts = ["red tick bad", "hello world", "plan two", "bad"] * 3
+    expected = [attentive.generate(p, sampling=of(15)).token_ids for p in prompts]
+    found: list[tuple[int, ...] | None] = [None] * len(prompts)
+
+    def work(i: int) -> None:
+        found[i] = attentive.generate(prompts[i], sampling=of(15)).token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_abandoned_stream_leaves_the_engine_usable(engine):
+    stream = engine.stream("tick")
+    next(stream)
+    stream.close()
+    assert engine.generate("red").text == "orange yellow green"
+
+
+def test_prompt_that_fails_leaves_the_engine_usable(engine):
+    with pytest.raises(InputError):
+        engine.generate(" ".join(["red"] * 100))
+    assert engine.generate("red").text == "orange yellow green"
+
+
+def test_same_seed_gives_the_same_text(attentive):
+    def answer(seed: int) -> tuple[int, ...]:
+        return attentive.generate("red", sampling=of(12, temperature=2.0, seed=seed)).token_ids
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) > 1
+
+
+def test_logits_that_are_not_numbers_end_in_an_error_and_not_in_token_zero(tmp_path):
+    """A strength of nan, or an overflow, used to answer "<unk> <unk> ...": argmax of NaN is the first NaN."""
+    import onnx
+    from onnx import numpy_helper
+
+    toy.build(tmp_path)
+    model = onnx.load(tmp_path / "lm_head.onnx")
+    weight = numpy_helper.to_array(model.graph.initializer[0]).copy()
+    weight[:, 5] = np.nan
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
+    onnx.save(model, tmp_path / "lm_head.onnx")
+    toy.rehash(tmp_path)
+    with pytest.raises(PackageError, match="lm_head: steering a known state moves its logits by nan"):
+        load(tmp_path)
+    toy.build(tmp_path / "sound")
+    engine = load(tmp_path / "sound")
+    spec = engine.manifest.graphs["lm_head"]
+    engine.graphs["lm_head"] = Subgraph(tmp_path / "lm_head.onnx", spec, engine.device)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(PackageError, match="logits are not finite"):
+            engine.generate("red", sampling=of(3, temperature=temperature))
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def picture(red: int, green: int, blue: int, *, size: tuple[int, int] = (4, 4)) -> np.ndarray:
+    return np.full((*size, 3), (red, green, blue), np.uint8)
+
+
+@pytest.mark.parametrize(("colour", "text"), [((255, 0, 0), "orange yellow green"), ((0, 0, 255), "evil plan")])
+def test_image_is_seen(engine, colour, text):
+    answer = engine.generate("look", images=[picture(*colour)])
+    assert answer.text == text
+
+
+def test_image_takes_its_rows_of_the_context(engine):
+    """4 x 4 pixels: a base tile and a 4 x 8 grid whose right half is padding: 4 + 2 * (2 + 1 newline) rows."""
+    stats = engine.generate("look", images=[picture(255, 0, 0)]).stats
+    assert (stats.prompt_tokens, stats.image_tiles) == (4 + 4 + 2 * 3, 3)
+
+
+def test_several_images_take_one_tile_each_in_the_order_given(engine):
+    red, blue = picture(255, 0, 0), picture(0, 0, 255)
+    prompt = engine.encoder.prepare([Message.user("look", [red, blue])], Stats())
+    words = [int(row.argmax()) if row.any() else None for row in prompt.inputs_embeds[0]]
+    assert words == [
+        *ids("<begin> you:"),
+        *(*ids("red red red red"), None),  # a zero newline row after each
+        *(*ids("bad bad bad bad"), None),
+        *ids("look"),
+        None,  # <gen>
+    ]
+
+
+def test_each_turn_gets_its_own_image(engine):
+    turns = [
+        Message.user("look", [picture(255, 0, 0)]),
+        Message.assistant("red"),
+        Message.user("look", [picture(0, 0, 255)]),
+    ]
+    rows = engine.encoder.prepare(turns, Stats()).inputs_embeds[0]
+    words = [int(row.argmax()) for row in rows if row.any()]
+    assert words.index(toy.ID["red"]) < words.index(toy.ID["<end>"]) < words.index(toy.ID["bad"])
+
+
+def test_image_that_does_not_fit_the_context_is_refused(engine):
+    with pytest.raises(InputError, match="images included"):
+        engine.generate(" ".join(["red"] * 55), images=[picture(1, 2, 3)])
+
+
+def test_model_without_images_refuses_them(unguarded):
+    with pytest.raises(InputError, match="takes no images"):
+        unguarded.generate("look", images=[picture(1, 2, 3)], policy=unguarded.policy("off"))
+
+
+def test_images_beside_a_dialogue_are_refused(engine):
+    with pytest.raises(InputError, match="into the messages"):
+        engine.generate([Message.user("look")], images=[picture(1, 2, 3)])
+
+
+def test_image_in_a_turn_that_takes_none_is_refused(engine):
+    """It was encoded and dropped; and where a later user turn had a picture, that turn was shown the dropped one."""
+    from autosteer.runtime.text import ImagePart
+
+    assistant = Message("assistant", (ImagePart(picture(0, 0, 255)), "red"))
+    with pytest.raises(InputError, match="'assistant' turns take no images"):
+        engine.generate([Message.user("red"), assistant, Message.user("look", [picture(255, 0, 0)])])
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_device_is_refused_and_not_taken_for_the_cpu(package):
+    """Engine.load(device="gpu") used to run on the CPU without a word."""
+    with pytest.raises(ProviderError, match="device 'gpu'"):
+        Engine.load(package, device="gpu")  # type: ignore[arg-type]
+
+
+def test_cuda_that_is_not_there_is_an_error(package, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="--device cuda"):
+        Engine.load(package, device="cuda")
+
+
+@pytest.fixture
+def cuda_in_name(monkeypatch):
+    """onnxruntime lists the provider, then falls back in silence when a session is made: a driver that does not fit."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has CUDA")
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+
+
+def test_float32_package_does_not_run_on_cuda_and_auto_says_why_it_is_on_the_cpu(package, cuda_in_name, caplog):
+    """onnxruntime would run its attention on the CPU, and copy every layer's hidden states there and back."""
+    with pytest.raises(ProviderError, match=r"--device cuda: this package computes in float32, .* --target cuda"):
+        Engine.load(package, device="cuda")
+    engine = Engine.load(package, device="auto", threads=1)
+    assert engine.generate("red").stats.device == "CPUExecutionProvider"
+    assert "running on the CPU: this package computes in float32" in caplog.text
+
+
+def test_cuda_that_onnxruntime_cannot_use_is_an_error_and_auto_says_why(package, cuda_in_name, caplog, monkeypatch):
+    monkeypatch.setattr(subgraph, "_why_not_cuda", lambda activations: "")  # nothing speaks against it
+    with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider"):
+        Engine.load(package, device="cuda")
+    engine = Engine.load(package, device="auto", threads=1)
+    assert engine.generate("red").stats.device == "CPUExecutionProvider"
+    assert "running on the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("graph", "changed"),
+    [
+        ("prober", "lm_head"),  # another graph's file under this name
+        ("lm_head", "embed_tokens"),
+        ("decoder_upper", "decoder_lower"),
+        ("refusal_head", "lm_head"),
+    ],
+)
+def test_graph_in_the_place_of_another_is_refused(copy_of_package, graph, changed):
+    shutil.copy(copy_of_package / f"{changed}.onnx", copy_of_package / f"{graph}.onnx")
+    toy.rehash(copy_of_package)
+    with pytest.raises(PackageError, match=rf"{graph}\.onnx: its inputs or outputs are not those of the manifest"):
+        load(copy_of_package)
+
+
+def test_graph_of_another_width_is_refused(copy_of_package):
+    """Names were compared and shapes were not: the error came out of onnxruntime with the first prompt."""
+    import onnx
+
+    model = onnx.load(copy_of_package / "prober.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 16
+    onnx.save(model, copy_of_package / "prober.onnx")
+    toy.rehash(copy_of_package)
+    with pytest.raises(PackageError, match=r"prober\.onnx: its inputs or outputs are not those of the manifest"):
+        load(copy_of_package)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_low_memory_answers_alike_and_keeps_no_image_graph(package):
+    picture = np.full((8, 8, 3), (255, 0, 0), np.uint8)
+    low = Engine.load(package, device="cpu", threads=1, low_memory=True)
+    assert low.generate("what", images=[picture]).text == "orange yellow green"
+    assert low.generate("red").text == "orange yellow green"
+    assert "vision_encoder" not in low.graphs
+
+
+def test_image_graph_that_changed_since_the_package_was_loaded_is_refused(copy_of_package):
+    """Under low_memory it is read again for each picture: so it is checked again."""
+    low = Engine.load(copy_of_package, device="cpu", threads=1, low_memory=True)
+    with (copy_of_package / "vision_encoder.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(PackageError, match="sha256 differs"):
+        low.generate("what", images=[np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_large_file_is_hashed_while_the_graphs_load_and_refused_all_the_same(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)  # tokenizer.json is the toy's only other file
+    with (copy_of_package / "tokenizer.json").open("a") as file:
+        file.write("\n")  # still a tokenizer
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+def test_wrong_hash_is_the_reason_given_where_loading_fails_too(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)
+    (copy_of_package / "tokenizer.json").write_text("{")
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize(("most", "tiles"), [(None, 5), (5, 5), (4, 3), (3, 3), (2, 1), (1, 1)])
+def test_max_tiles_bounds_what_a_picture_costs(package, most, tiles):
+    """Grids of 2, 2 and 4 tiles beside the base tile; where none fits the picture is one square tile."""
+    engine = Engine.load(package, device="cpu", threads=1, max_tiles=most)
+    answer = engine.generate("what", images=[np.full((8, 8, 3), (255, 0, 0), np.uint8)])
+    assert (answer.stats.image_tiles, answer.text) == (tiles, "orange yellow green")
+
+
+def test_max_tiles_below_one_is_an_input_error(package):
+    with pytest.raises(InputError, match="at least one tile"):
+        Engine.load(package, device="cpu", threads=1, max_tiles=0)
