@@ -26,7 +26,7 @@ from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, Video
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
-DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # unlike in every field
+DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # they differ in every field
 
 
 class Renderer:
@@ -38,7 +38,7 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, video_token: str | None = None):
-        """`video_token` where the model's family takes videos: processors have one also where it does not."""
+        """`video_token`: only if the family takes videos; processors have one even if it does not."""
         self._processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str | None = getattr(processor, "image_token", None)
@@ -66,13 +66,13 @@ class Renderer:
         return self._before + self.template(messages, generation=generation) + self._after
 
     def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
-        """The text of turns (role, text), with so many images and videos before the first turn's."""
+        """Render turns (role, text), with `image` images and `video` videos before the first turn's text."""
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[0]["content"][:0] = [{"type": "image"}] * image + [{"type": "video"}] * video  # type: ignore[index]
         return self.text(messages, generation=generation)
 
     def template(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
-        """What the chat template alone makes of a dialogue."""
+        """Render a dialogue with the chat template alone."""
         return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
 
     def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
@@ -87,7 +87,7 @@ class Renderer:
                 ids[first : last + 1] = [self.video_id]
         if images:
             places = [at for at, i in enumerate(ids) if i == self.image_id]
-            each = len(places) // images  # pictures of one size take equally many
+            each = len(places) // images  # images of one size take equally many tokens
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
                 ids[first - self._lead : last + 1 + self._trail] = [self.image_id]
         return ids
@@ -129,7 +129,7 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
         return frame
 
     square = look(32, 32)
-    side = square.grid[0]  # as the longest side sets how many tiles there are along it
+    side = square.grid[0]  # the longest side determines how many tiles there are along it
     sizes = [(32 * side, 32 * k - 16) for k in range(1, side + 1)]
     found = (
         [square, *(look(*size) for size in sizes), *(look(*reversed(size)) for size in sizes)] if side > 1 else [square]
@@ -234,7 +234,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
 
 
 def _template_ids(spec: PromptSpec) -> tuple[int, ...]:
-    """Ids that only the template may produce, besides the tokenizer's own special ones."""
+    """Token ids that only the template may produce, besides the tokenizer's special tokens."""
     pieces = (*spec.begin, *spec.user.prefix, *spec.user.suffix, *spec.assistant.suffix, *spec.generation)
     return (*spec.end_token_ids, *(p.id for p in pieces if p.kind == "token"))
 
@@ -262,7 +262,7 @@ def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _strips(renderer: Renderer) -> bool:
-    """Whether the template strips white space around texts; the manifest has one answer for all roles."""
+    """Whether the template strips white space around texts. The manifest has one setting for all roles."""
     dialogues = {"user": [("user", FIRST)], "assistant": [("user", FIRST), ("assistant", REPLY), ("user", SECOND)]}
     found: dict[str, bool] = {}
     for role, turns in dialogues.items():
@@ -298,7 +298,7 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
     for turns in dialogues:
         try:
             some_day, another = (_rendered_on(day, renderer, turns) for day in DAYS)
-        except Exception:  # templates raise what they like where a role is not theirs
+        except Exception:  # templates raise any exception for a role that they do not support
             continue
         if some_day != another:
             raise UnsupportedModelError(
@@ -308,7 +308,7 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
 
 
 def _rendered_on(day: datetime, renderer: Renderer, turns: list[tuple[str, str]]) -> str:
-    """The text of turns, on a day: Hugging Face's `strftime_now` asks `datetime`."""
+    """Render turns as on the date `day`: Hugging Face's `strftime_now` uses `datetime`."""
 
     class Then(datetime):
         @classmethod
@@ -337,7 +337,7 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
 
 
 def _inserted(shorter: str, longer: str) -> str:
-    """The text that stands in `longer` and not in `shorter`."""
+    """The text that `longer` has in addition to `shorter`."""
     start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
     return longer[start : start + len(longer) - len(shorter)]
 
@@ -352,7 +352,7 @@ def _images_first(renderer: Renderer) -> bool:
 def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
     try:
         text = renderer.turns(("system", SYSTEM), ("user", FIRST))
-    except Exception:  # templates raise what they like where a role is not theirs
+    except Exception:  # templates raise any exception for a role that they do not support
         return None
     if SYSTEM not in text or not text.endswith(user):
         return None
@@ -360,7 +360,7 @@ def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
 
 
 def text_lead(renderer: Renderer) -> str:
-    """What the template writes before each text of a turn: what stands between two of them."""
+    """The literal before each text of a turn: what the template writes between two texts."""
     content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
     text = renderer.text([{"role": "user", "content": content}])
     return text.split(FIRST)[1].split(SECOND)[0]
@@ -403,5 +403,5 @@ def _pieces(text: str, renderer: Renderer) -> tuple[TemplatePiece, ...]:
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Special tokens and their ids. (`all_special_tokens` lacks those without a role.)"""
+    """Special tokens and their ids. `all_special_tokens` omits those without a role."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

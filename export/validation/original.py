@@ -25,12 +25,13 @@ from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety.prober import p_unsafe
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.export.validation.dequantize import worse
 from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import Message, asked_turns
+
+from .dequantize import worse
 
 ANSWER_TOKENS = 32  # per answer, at most
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
@@ -206,9 +207,9 @@ class OriginalModel:
         """
         decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
 
-        def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
-            read = len(ours) - answered  # rows of the prompt
-            parts = (slice(read), slice(read, None)) if answered else (slice(None),)
+        def separate_errors(ours: np.ndarray, theirs: np.ndarray) -> float:
+            prefill = len(ours) - answered  # rows of the prompt
+            parts = (slice(prefill), slice(prefill, None)) if answered else (slice(None),)
             return functools.reduce(worse, (row_error(ours[rows], theirs[rows]) for rows in parts))
 
         def take_over(name: str) -> Callable[..., Any]:
@@ -219,7 +220,7 @@ class OriginalModel:
                 ours = torch.from_numpy(given[name].astype(np.float32))
                 mixed = theirs.clone()
                 mixed[:, -ours.shape[1] :] = ours
-                errors[name] = apart(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
+                errors[name] = separate_errors(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
                 return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
             return hook

@@ -22,7 +22,7 @@ from autosteer.runtime.manifest import Manifest
 DECODER = "model.language_model"
 
 
-def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_sees() -> None:
+def test_channel_energy_is_the_mean_square_of_what_each_matrix_of_the_whole_model_sees() -> None:
     checkpoint = demo_checkpoint()
     model, _ = load_hf_model(checkpoint)
     decoder = model.get_submodule(DECODER)
@@ -76,13 +76,13 @@ def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
 
 def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     checkpoint = demo_checkpoint()
-    facts = decoder_config(checkpoint)
+    config = decoder_config(checkpoint)
     _, processor = load_hf_model(checkpoint)
     text = calibration_rows(checkpoint, processor.tokenizer, None)
-    more = with_random_tokens(text, checkpoint, facts.vocab)
+    more = with_random_tokens(text, checkpoint, config.vocab_size)
     assert len(more) == 1 + -(-RANDOM_TOKENS // text.shape[1]) and more[1:].flatten(0, 1).unique(dim=0).shape[0] > 200
     torch.testing.assert_close(more[:1], text)
-    without, with_them = (calibrate_decoder(checkpoint, facts, rows) for rows in (text, more))
+    without, with_them = (calibrate_decoder(checkpoint, config, rows) for rows in (text, more))
     for name, channel_energy in without.channel_energy.items():
         torch.testing.assert_close(with_them.channel_energy[name], channel_energy, rtol=1e-3, atol=1e-3)
     for near, far in zip(without.kv_scales, with_them.kv_scales, strict=True):

@@ -87,7 +87,7 @@ def test_lively_columns_drown_the_others_and_less_so_when_smoothed(tmp_path: Pat
     assert errors["smooth"] < 0.6 * errors["plain"]
 
 
-def test_what_is_unpacked_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
+def test_what_is_dequantised_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
     """Rows of one number each are exact in 8 bits; what comes out is the matrix. With smoothing, taken off again."""
     session, weights, graph = written(tmp_path, torch.linspace(0.01, 4, K))
     bias = weights.tensors["a.bias"].numpy()
