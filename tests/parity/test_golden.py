@@ -96,6 +96,7 @@ def test_a_prober_that_lets_its_own_unsafe_prompts_pass_is_not_exported(tmp_path
 
 
 def test_dialogues_show_a_long_text_two_turns_and_several_pictures(tmp_path: Path) -> None:
+    """A long one only where the context has room for it, which the demo's has not."""
     engine = demo_engine("fp32")
     (tmp_path / "tokenizer.json").write_bytes((demo_package("fp32") / "tokenizer.json").read_bytes())
     cases = make_validation_prompts(tmp_path, engine.manifest, None)

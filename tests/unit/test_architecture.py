@@ -132,6 +132,14 @@ def test_no_module_leads_back_to_itself():
     assert arrows == {}  # what is left stands in a circle, or leads to one
 
 
+def test_the_fast_rooms_import_no_helper_that_exports():
+    """`tools/test --fast` runs them. Tests marked `exports` import inside the function."""
+    slow = {"exported", "tiny_family", "cpp_inputs"}
+    tests = [*sources("tests/unit"), *sources("tests/cli")]
+    assert len(tests) > 20
+    assert {path.name: found for path in tests if (found := imports(path) & slow)} == {}
+
+
 @pytest.mark.parametrize("path", sources("models"), ids=lambda p: p.name)
 def test_models_import_nothing_of_the_exporter(path):
     assert {name for name in imports(path) if name.startswith("autosteer.export")} == set()
