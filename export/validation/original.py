@@ -242,7 +242,8 @@ class OriginalModel:
                 handle.remove()
         theirs = out.logits[0].numpy()
         possible = theirs[0] > MASKED_LOGIT
-        errors["logits"] = apart(*(x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)))
+        centred = [x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)]
+        errors["logits"] = separate_errors(*centred)
         return errors
 
     @torch.no_grad()
