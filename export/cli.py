@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from .graphs.quantize import Scheme
     from .safety_folder import SafetyArtifact
 
-CLOSER = {  # to the original, by what was chosen
+ADVICE = {  # on a package that differs too much, by --precision, --target and --block-size
     ("int4", "cpu", None): "; try --block-size 32, or int8",
     ("int4", "cuda", None): "; try --block-size 32, or int8",
     ("int8", "cpu", None): "; try --block-size 128",
 }
 BLOCK_SIZES = {32, 64, 128}
-REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
 
 
 @click.command("autosteer-export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,77 +37,63 @@ REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # the paper's
     "--safety",
     "safety_folder",
     type=click.Path(path_type=Path),
-    help="Folder made by autosteer-fit. Default: safety/ inside the checkpoint.",
+    help="Folder made by autosteer-fit or autosteer-import-authors. Default: safety/ inside the checkpoint.",
 )
-@click.option("--prober", type=click.Path(path_type=Path), help="The authors' prober (.pt), in place of --safety.")
-@click.option("--steer-matrix", type=click.Path(path_type=Path), help="The authors' steer matrix, with --prober.")
-@click.option(
-    "--unsafe-class",
-    type=click.IntRange(0, 1),
-    help="With --prober: its row that means unsafe. Default: 0, the paper's; 1 in SafeSwitch's training.",
-)
-@click.option(
-    "--token-offset",
-    type=int,
-    help="With --prober: the token it reads, from the end of the prompt without generation prompt. Default: the "
-    "authors' (-1, the last; Chameleon -2, before the separator they do not write).",
-)
-@click.option("--strength", type=float, help="With --prober: the paper's epsilon.  [default: 0.1]")
-@click.option("--refusal-text", help=f"With --prober: what --policy stop says.  [default: {REFUSAL_TEXT}]")
-@click.option(
-    "--threshold", type=float, help="The gate fires above this p_unsafe. Default: the fit's; with --prober 0.5."
-)
+@click.option("--threshold", type=float, help="The gate fires above this p_unsafe. Default: the safety folder's.")
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
 @click.option(
     "--layer",
     type=int,
-    help="Split before this decoder layer. Default: the safety folder's (SAS) layer; --prober needs it.",
+    help="Split before this decoder layer. Default: the safety folder's.",
 )
 @click.option(
     "--precision",
     type=click.Choice(get_args(Precision)),
     default="fp32",
     show_default=True,
-    help="How weights are stored.",
+    help="How decoder weights are stored.",
 )
 @click.option(
     "--block-size",
     type=click.Choice(["32", "64", "128"]),
     help="int8, int4: weights that share a scale. Smaller is closer to the original, and slower. Default: 128; at "
-    "int8 on a CPU the decoder has a scale for each output instead, which reads prompts fastest.",
+    "int8 on a CPU the decoder has one scale per output channel instead, which makes prefill fastest.",
 )
 @click.option(
     "--head-bits",
     type=click.Choice(["4", "8"]),
-    help="int4: of the projection to the vocabulary and the embedding. 4 is faster and smaller, and further from the "
-    "original.  [default: 8]",
+    help="int4: bits of the LM head and the embedding. 4 is faster and smaller, and further from the original.  "
+    "[default: 8]",
 )
 @click.option(
     "--prefill-precision",
     type=click.Choice(["int8"]),
-    help="int4: prompts are read by a second copy of the decoder, in 8 bits: the first token comes 1.7 to 3 "
-    "times sooner, if the prompt is not very long, and answers are closer to the original. The package takes that "
-    "much more disk and memory. Default: no such copy.",
+    help="int4: do prefill with a second, 8-bit copy of the decoder: 1.7 to 3 times as fast, 1.7 times the memory. "
+    "Answers are closer to the original. Default: no such copy.",
 )
 @click.option(
     "--image-precision",
     type=click.Choice(["fp32", "fp16", "int8"]),
-    help="Of the image graph. Default: as --precision; int8 at int4.",
+    help="Precision of the image graph. Default: that of --precision; int8 at int4.",
 )
 @click.option(
     "--target",
     type=click.Choice(get_args(Target)),
     default="cpu",
     show_default=True,
-    help="What the package will run on. cuda: it computes in float16, and not in fp32 (docs/gpu.md).",
+    help="The device that the package will run on. cuda packages compute in float16 (docs/gpu.md).",
 )
 @click.option(
     "--kv-cache",
     type=click.Choice(get_args(CacheType)),
-    help="What keys and values of earlier tokens are kept as. int8 takes a quarter of the memory, reads long prompts "
-    "more slowly, and is close to the original, not equal. Default: float32; float16 for cuda, which has no other.",
+    help="Type of the KV cache. int8 takes a quarter of the memory, makes prefill of long prompts slower, and changes "
+    "answers slightly. Default: float32; cuda has float16 only.",
 )
-@click.option("--context-length", type=click.IntRange(min=16), help="Tokens a dialogue may take. Default: the model's.")
+@click.option(
+    "--context-length",
+    type=click.IntRange(min=16),
+    help="Largest number of tokens in a dialogue. Default: the model's.",
+)
 @click.option("--revision", help="Commit, branch or tag on the hub.")
 @click.option("--force", is_flag=True, help="Replace --output if it exists.")
 @json_option
@@ -131,9 +116,8 @@ def export(
     revision: str | None,
     force: bool,
     as_json: bool,
-    **authors: Any,
 ) -> None:
-    """Export a multimodal LLM, split at its SAS layer, with its gate, to ONNX; validate it against PyTorch.
+    """Export a multimodal LLM with its safety gate to ONNX, and validate it against PyTorch.
 
     Nothing is written unless the validation passes.
     """
@@ -141,12 +125,12 @@ def export(
         raise click.UsageError("--unguarded and --safety exclude each other")
     if unguarded and threshold is not None:
         raise click.UsageError("--unguarded and --threshold exclude each other")
-    authors = given_authors(authors, layer, excluded="--unguarded" if unguarded else safety_folder and "--safety")
     check_output(output, marker=MANIFEST_FILE, force=force)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+    from .checkpoint.hf_model import quiet_transformers
     from .checkpoint.open import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
     from .package import ExportOptions, folder_sizes, with_results, write_package
@@ -167,7 +151,7 @@ def export(
         prefill=cast(Precision | None, prefill_precision),
     )
     try:
-        _ = options.recipe  # before minutes of work
+        _ = options.recipe  # raises for options that do not go together, before minutes of work
     except InputError as err:
         raise click.UsageError(str(err)) from err
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -175,10 +159,7 @@ def export(
         task = progress.add_task("opening the checkpoint", total=None)
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)
-        if authors:
-            safety = authors_safety(checkpoint, layer, authors)
-        else:
-            safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
+        safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
         check_space(output, checkpoint, options.precision, *([options.prefill] if options.prefill else []))
@@ -197,12 +178,12 @@ def export(
             if not as_json:
                 console.print(checks_table(results.checks), markup=False, highlight=False)
             if failed := [check.name for check in results.checks if not check.passed]:
-                closer = CLOSER.get((precision, target, block_size), "")
-                raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{closer}")
+                advice = ADVICE.get((precision, target, block_size), "")
+                raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{advice}")
             manifest = with_results(folder, manifest, results)
             sizes = folder_sizes(folder)
             needs = footprint(folder, manifest)
-            progress.update(task, description="loading it again")
+            progress.update(task, description="loading the package")
             loaded = load_again(folder, needs.running)
     notes = remarks(checkpoint, options.recipe.body)
     facts = {
@@ -237,29 +218,29 @@ def export(
 
 
 def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
-    """What the checkpoint says that the package does not do by itself, a line each."""
+    """Notes on the checkpoint's sampling settings and on its quantised matrices, a line each."""
     from .checkpoint.open import recommended_options
 
-    said = []
+    notes = []
     if options := recommended_options(checkpoint):
-        said.append(
-            f"the checkpoint's generation_config.json recommends `autosteer-run {' '.join(options)}`; without, answers "
-            "are greedy"
+        notes.append(
+            f"the checkpoint's generation_config.json recommends `autosteer-run {' '.join(options)}`; without these, "
+            "answers are greedy"
         )
     if checkpoint.packed and checkpoint.quantization:
         grids = [blocks for matrix in checkpoint.packed.values() if (blocks := matrix.blocks())]
-        done = "kept as they are" if body in grids else "unpacked and rounded again" if body else "unpacked"
+        done = "copied unchanged" if body in grids else "dequantised and quantised again" if body else "dequantised"
         sizes = sorted({blocks.size for blocks in grids} & BLOCK_SIZES)
         better = f" (--precision int4 --block-size {sizes[0]} keeps them)" if sizes and body not in grids else ""
-        said.append(
+        notes.append(
             f"the checkpoint has {len(checkpoint.packed)} matrices in {checkpoint.quantization['quant_method']}: {done}"
-            f"{better}; activations that other runtimes would round for it are not rounded"
+            f"{better}; if the checkpoint's method also rounds activations, the package does not"
         )
-    return said
+    return notes
 
 
 def needs_text(needs: Footprint) -> str:
-    """What the package takes, for people."""
+    """The package's memory needs, for the terminal."""
     weights = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in needs.weights.items())
     fits = ", ".join(f"{size} {'yes' if fits else 'no'}" for size, fits in needs.fits().items())
     return (
@@ -269,18 +250,19 @@ def needs_text(needs: Footprint) -> str:
     )
 
 
-def find_safety(checkpoint: Any, folder: Path | None, layer: int | None) -> SafetyArtifact:
-    """The safety folder that was named, or the one inside the checkpoint. Raises PackageError where there is none."""
+def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) -> SafetyArtifact:
+    """Load the safety folder that was named, or else the one inside the checkpoint. Raises PackageError without one."""
+    from .checkpoint.decoder_config import decoder_config
     from .safety_folder import SafetyArtifact
 
     where = folder or checkpoint.folder / "safety"
     if not where.is_dir():
         raise PackageError(
             f"{where}: no safety folder; make one with `autosteer-fit --model {checkpoint.name} --pairs FILE "
-            "--output DIR` and give it as --safety DIR, or ask for a package without a gate with --unguarded"
+            "--output DIR` and give it as --safety DIR, or export without a gate with --unguarded"
         )
-    facts = checkpoint.facts
-    safety = SafetyArtifact.load(where, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
+    config = decoder_config(checkpoint)
+    safety = SafetyArtifact.load(where, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers)
     if layer not in (None, safety.facts.split_layer):
         raise InputError(
             f"--layer {layer}: the prober in {where} was trained on layer {safety.facts.split_layer}; "
@@ -289,52 +271,13 @@ def find_safety(checkpoint: Any, folder: Path | None, layer: int | None) -> Safe
     return safety
 
 
-def given_authors(options: dict[str, Any], layer: int | None, *, excluded: str | None) -> dict[str, Any]:
-    """Those of the options of --prober that were given; none without it. Raises UsageError where they do not fit."""
-    given = {name: value for name, value in options.items() if value is not None}
-    flags = ", ".join("--" + name.replace("_", "-") for name in given)
-    if given and not {"prober", "steer_matrix"} <= set(given):
-        raise click.UsageError(f"--prober and --steer-matrix belong together, and the rest to them (here: {flags})")
-    if given and excluded:
-        raise click.UsageError(f"--prober and {excluded} exclude each other")
-    if given and layer is None:
-        raise click.UsageError(
-            "--prober needs --layer: the authors' files do not say which one it reads (paper: 20, 24)"
-        )
-    return given
-
-
-def authors_safety(checkpoint: Any, layer: int | None, given: dict[str, Any]) -> SafetyArtifact:
-    """The safety half from the authors' two files."""
-    from .safety.authors import AuthorsFiles, load_authors
-
-    unsaid = {
-        "unsafe_class": 0,
-        "token_offset": checkpoint.family.authors_token_offset,
-        "threshold": 0.5,
-        "strength": 0.1,
-        "refusal_text": REFUSAL_TEXT,
-    }
-    files = AuthorsFiles(layer=cast(int, layer), **(unsaid | given))
-    facts = checkpoint.facts
-    return load_authors(files, model=checkpoint.name, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
-
-
 def checks_table(checks: tuple[Check, ...]) -> str:
-    """The validation table."""
+    """The table of checks, for the terminal."""
     rows = [
         (c.name, f"{c.value:.3g}", "reported" if c.limit is None else f"<= {c.limit:g}", "ok" if c.passed else "FAILED")
         for c in checks
     ]
     return table(("against PyTorch", "worst", "limit", ""), rows)
-
-
-def quiet_transformers() -> None:
-    """Its progress bars and notices are about loading files, not about our work."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def main() -> None:

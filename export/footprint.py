@@ -1,4 +1,4 @@
-"""What a package takes: on disk before it is written, by subgraph when it is, and in memory when it runs."""
+"""A package's size: an estimate before it is written, its weights by graph, and its memory when it runs."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.manifest import CacheType, Manifest, Precision
+from autosteer.runtime.manifest import Manifest, Precision
 
+from .checkpoint.decoder_config import kv_bytes_per_token
 from .checkpoint.open import Checkpoint
 
-BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}  # generous
+BYTES_PER_WEIGHT: dict[Precision, float] = {"fp32": 4.0, "fp16": 2.0, "int8": 1.1, "int4": 0.8}  # upper estimates
 IN_MEMORY = 1.25  # of a graph's weights: onnxruntime repacks them (7B int4, half of the decoder: 1.16, and 0.2 mapped)
 BASE_BYTES = 250 << 20  # Python, onnxruntime, activations
-CONTEXT = 4096  # tokens the estimate allows for
+CONTEXT = 4096  # tokens in the KV caches of the estimate
 JETSONS = (8, 16, 32, 64)  # GB of memory that CPU and GPU share
-USABLE = 0.75  # of it: the rest is the system's
+USABLE = 0.75  # share of it; the system needs the rest
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes."""
+    """Memory needs of a package, in bytes."""
 
-    weights: dict[str, int]  # by subgraph; a tied embedding counts in both of its graphs
+    weights: dict[str, int]  # by graph; a tied embedding counts in both of its graphs
     kv_per_1000_tokens: int
     running: int  # everything loaded, and a context of CONTEXT tokens
 
@@ -39,12 +39,12 @@ class Footprint:
 
 
 def count_weights(checkpoint: Checkpoint) -> int:
-    """Numbers in the checkpoint."""
+    """How many weights the checkpoint has."""
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
 
 
 def check_space(output: Path, checkpoint: Checkpoint, *precisions: Precision) -> None:
-    """Raise InputError where the disk under `output` has no room for the package, which has its weights in each of
+    """Raise InputError if the disk under `output` has no room for the package, whose weights are stored once in each of
     `precisions`.
     """
     parent = next(p for p in output.resolve().parents if p.exists())
@@ -57,19 +57,14 @@ def check_space(output: Path, checkpoint: Checkpoint, *precisions: Precision) ->
         )
 
 
-def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: CacheType = "float32") -> int:
-    """What a token takes in the KV caches of so many layers."""
-    return 2 * layers * kv_heads * head_dim * np.dtype(dtype).itemsize
-
-
 def package_kv_bytes_per_token(manifest: Manifest) -> int:
-    """What a token takes in the KV caches of a package."""
+    """Bytes of one token's keys and values in a package's KV caches."""
     dims = manifest.dims
     return kv_bytes_per_token(dims.num_hidden_layers, dims.num_key_value_heads, dims.head_dim, manifest.kv_cache.dtype)
 
 
 def footprint(folder: Path, manifest: Manifest) -> Footprint:
-    """Of a written package, from its graphs."""
+    """The footprint of a written package, from its graphs."""
     dims = manifest.dims
     weights = {name: _weight_bytes(folder / spec.file) for name, spec in manifest.graphs.items()}
     per_token = package_kv_bytes_per_token(manifest)
@@ -80,7 +75,7 @@ def footprint(folder: Path, manifest: Manifest) -> Footprint:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has had so far."""
+    """Peak memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

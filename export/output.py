@@ -1,8 +1,8 @@
-"""Folders that are written whole or not at all.
+"""Write a folder completely or not at all.
 
-A folder grows hidden beside its destination and is renamed when it is complete; Ctrl-C, a full disk or a failed check
-leave nothing behind, and what was there before stays until then. What a kill or a power cut left is removed by the next
-run: a lock beside each growing folder says whether anybody is still at it.
+A folder is written under a hidden name beside its destination, and renamed when it is complete. After Ctrl-C, a full
+disk or a failed check nothing is left, and an old folder stays until the new one replaces it. The next run removes what
+a kill or a power cut left: a lock beside each scratch folder tells whether a process still writes it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from autosteer.runtime.errors import InputError
 
 
 def check_output(destination: Path, *, marker: str, force: bool) -> None:
-    """Raise InputError, before any work, where `destination` must not be written.
+    """Raise InputError if `destination` must not be written. Called before any work.
 
-    --force replaces a folder of our own kind only: one that holds the file `marker`, or nothing.
+    --force replaces only a folder that holds the file `marker`, or an empty one.
     """
     if not destination.exists():
         return
@@ -34,7 +34,7 @@ def check_output(destination: Path, *, marker: str, force: bool) -> None:
 
 @contextmanager
 def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
-    """A scratch folder that becomes `destination` when the block ends well, and vanishes when it does not."""
+    """A scratch folder that becomes `destination` if the block succeeds, and is deleted if it raises."""
     check_output(destination, marker=marker, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
@@ -43,7 +43,7 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
         with _held(scratch):
             scratch.mkdir(mode=0o700)
             yield scratch
-            check_output(destination, marker=marker, force=force)  # again: another run may have been quicker
+            check_output(destination, marker=marker, force=force)  # again: another run may have finished first
             scratch.chmod(0o755)
             old = scratch.with_name(f"{scratch.name}-old")
             if destination.exists():
@@ -58,7 +58,7 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
 
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
-    """Hold the lock of a scratch folder, and remove it in the end. Raises Timeout where another process holds it."""
+    """Hold the lock of a scratch folder, then remove it. Raises Timeout if another process holds it."""
     from filelock import FileLock
 
     lock = _lock_of(scratch)
@@ -74,7 +74,7 @@ def _lock_of(scratch: Path) -> Path:
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Scratch folders for `destination` whose process is gone."""
+    """Delete scratch folders for `destination` whose process has ended."""
     from filelock import Timeout
 
     for lock in destination.parent.glob(f".{glob.escape(destination.name)}-????????.lock"):

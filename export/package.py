@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import (
     FORMAT_VERSION,
-    P_UNSAFE_MOST,
+    MAX_P_UNSAFE_TOLERANCE,
     WEIGHTS_FILE,
     CacheType,
     DataFile,
@@ -30,11 +30,13 @@ from autosteer.runtime.manifest import (
 )
 
 from .checkpoint import chat_template as prompt
+from .checkpoint.decoder_config import DecoderConfig, decoder_config
 from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_processor
 from .floor import lowest_onnxruntime
 from .graphs import decoder
 from .graphs import gate as gate_graphs
-from .graphs.calibration import observe_decoder, sample_rows, with_random_tokens
+from .graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
+from .graphs.kv_scales import KVScales
 from .graphs.quantize import Recipe, Scheme, Target, recipe
 from .graphs.vision import image_graph
 from .graphs.weights import Advance, WeightStore
@@ -42,7 +44,7 @@ from .graphs.writer import GraphWriter
 from .safety_folder import SafetyArtifact
 
 if TYPE_CHECKING:
-    from .validation.validate import Validated
+    from .validation.validate import ValidationResult
 
 Report = Callable[[str], None]
 
@@ -59,11 +61,11 @@ class ExportOptions:
     image_precision: Precision | None = None  # None: the precision's
     target: Target = "cpu"
     kv_cache: CacheType | None = None  # None: the target's own
-    prefill: Precision | None = None  # of what reads prompts; None: `precision`, and no second copy
+    prefill: Precision | None = None  # of a second copy of the decoder, for prefill; None: no such copy
 
     @property
     def recipe(self) -> Recipe:
-        """What they come to. Raises InputError where they do not go together."""
+        """The recipe of these options. Raises InputError if they do not go together."""
         return recipe(
             self.precision,
             target=self.target,
@@ -86,21 +88,23 @@ def write_package(
     """Write every file of an unvalidated package into `folder` and return its manifest (saved there, too).
 
     `safety` None makes an unguarded package, which runs only with --policy off. `report` is told each step, `advance`
-    what is written of each tensor.
+    the name of a tensor and how many of its numbers were written.
     """
-    facts = decoder.decoder_facts(checkpoint, options.context_length)
-    layer = options.split_layer or (safety.facts.split_layer if safety else facts.layers // 2)
-    if not 0 < layer < facts.layers:
-        raise InputError(f"--layer {layer}: this model can be split at 1..{facts.layers - 1}")
+    config = decoder_config(checkpoint, options.context_length)
+    layer = options.split_layer or (safety.facts.split_layer if safety else config.num_hidden_layers // 2)
+    if not 0 < layer < config.num_hidden_layers:
+        raise InputError(f"--layer {layer}: this model can be split at 1..{config.num_hidden_layers - 1}")
     chosen = options.recipe
     check_generation(checkpoint)
     report("prompt template")
     processor = load_processor(checkpoint)
     pictures = image_spec(checkpoint, processor)
-    framing = tuple(i for frame in (pictures.frames if pictures else ()) for ids in frame.between for i in ids)
+    framing = tuple(
+        i for frame in (pictures.tile_separators if pictures else ()) for ids in frame.token_ids for i in ids
+    )
     videos = video_spec(checkpoint, processor)
     video_ids = (processor.video_token_id,) if videos else ()
-    prompt.save_tokenizer(processor, folder, (*facts.never_generated, *framing, *video_ids))
+    prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
     video_token = processor.video_token if videos else None
     prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
     store = WeightStore(folder, checkpoint, advance)
@@ -111,16 +115,17 @@ def write_package(
         image = image_graph(folder, checkpoint, store, chosen.image, chosen.activations)
         image_file = folder / image.file
         graphs[image_file.stem] = image
-    if chosen.int8_caches or (chosen.body and chosen.body.weighs):
+    kv_scales: tuple[KVScales, ...] = ()
+    if chosen.int8_caches or (chosen.body and chosen.body.needs_calibration):
         store.flush()
-        rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
-        rows = with_random_tokens(rows, checkpoint, facts.vocab) if chosen.int8_caches else rows
-        observed = observe_decoder(checkpoint, facts, rows, report)
-        store.importance = observed.importance
-        facts = replace(facts, kv_scales=observed.kv_scales if chosen.int8_caches else ())
-    graphs |= _write_graphs(folder, chosen, safety, options.precision, facts, layer, store, report)
+        rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
+        rows = with_random_tokens(rows, checkpoint, config.vocab_size) if chosen.int8_caches else rows
+        observed = calibrate_decoder(checkpoint, config, rows, report)
+        store.channel_energy = observed.channel_energy
+        kv_scales = observed.kv_scales if chosen.int8_caches else ()
+    graphs |= _write_graphs(folder, chosen, safety, options.precision, config, kv_scales, layer, store, report)
     store.expect_all_read(
-        *(f"{facts.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
+        *(f"{config.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
         checkpoint.family.lm_head.removesuffix(".weight"),
     )
     weights_sha256 = store.close()
@@ -130,7 +135,14 @@ def write_package(
         precision=options.precision,
         guarded=safety is not None,
         split_layer=layer,
-        dims=Dims(facts.hidden, facts.layers, facts.kv_heads, facts.head_dim, facts.vocab, facts.context),
+        dims=Dims(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.vocab_size,
+            config.context_length,
+        ),
         graphs=graphs,
         files=(
             DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256),
@@ -143,7 +155,7 @@ def write_package(
         prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
         refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
         golden=(),
-        tolerance=Tolerance(P_UNSAFE_MOST, 0),
+        tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
         proof=None,
         validation={},
         versions={
@@ -161,7 +173,7 @@ def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
     if checkpoint.family.image_spec is None:
         return None
     spec = checkpoint.family.image_spec(checkpoint.config, processor.image_processor)
-    return replace(spec, frames=prompt.image_frames(processor, spec))
+    return replace(spec, tile_separators=prompt.image_frames(processor, spec))
 
 
 def video_spec(checkpoint: Checkpoint, processor: Any) -> VideoSpec | None:
@@ -175,13 +187,14 @@ def _write_graphs(
     recipe: Recipe,
     safety: SafetyArtifact | None,
     precision: Precision,
-    facts: decoder.DecoderFacts,
+    config: DecoderConfig,
+    kv_scales: Sequence[KVScales],
     layer: int,
     store: WeightStore,
     report: Report,
 ) -> dict[str, GraphSpec]:
     """The decoder's graphs and the gate's."""
-    head = recipe.head and recipe.head.fitted(facts.hidden)
+    head = recipe.head and recipe.head.fitted(config.hidden_size)
     graphs: dict[str, GraphSpec] = {}
 
     def write(
@@ -193,16 +206,16 @@ def _write_graphs(
         graphs[name] = writer.save(folder, precision, layers and (layers.start, layers.stop))
 
     def write_half(name: str, layers: range, scheme: Scheme | None, precision: Precision = precision) -> None:
-        write(name, lambda g: decoder.decoder_half(g, facts, layers, scheme), precision, layers)
+        write(name, lambda g: decoder.decoder_half(g, config, layers, scheme, kv_scales), precision, layers)
 
-    lower, upper = range(layer), range(layer, facts.layers)
-    write("embed_tokens", lambda g: decoder.embed_tokens(g, facts, head))
+    lower, upper = range(layer), range(layer, config.num_hidden_layers)
+    write("embed_tokens", lambda g: decoder.embed_tokens(g, config, head))
     write_half("decoder_lower", lower, recipe.body)
     write_half("decoder_upper", upper, recipe.body)
-    if recipe.reading:
-        write_half("prefill_lower", lower, recipe.reading, "int8")
-        write_half("prefill_upper", upper, recipe.reading, "int8")
-    write("lm_head", lambda g: decoder.lm_head(g, facts, head))
+    if recipe.prefill:
+        write_half("prefill_lower", lower, recipe.prefill, "int8")
+        write_half("prefill_upper", upper, recipe.prefill, "int8")
+    write("lm_head", lambda g: decoder.lm_head(g, config, head))
     if safety:
         write("prober", lambda g: gate_graphs.prober(g, safety.prober), "fp32")
         write("refusal_head", lambda g: gate_graphs.refusal_head(g, safety.steer_matrix), "fp32")
@@ -218,13 +231,13 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
 
 
 def data_file(folder: Path, name: str) -> DataFile:
-    """Describe a file of the package."""
+    """The manifest's entry for a file of the package."""
     path = folder / name
     return DataFile(name, path.stat().st_size, sha256(path))
 
 
-def with_results(folder: Path, manifest: Manifest, results: Validated) -> Manifest:
-    """Complete the manifest with what the validation found, and its files, and save it again."""
+def with_results(folder: Path, manifest: Manifest, results: ValidationResult) -> Manifest:
+    """Add the validation's results and their files to the manifest, and save it again."""
     files = dict.fromkeys(file for golden in results.golden for file in golden.pictures())
     if results.proof:
         files[results.proof.file] = None

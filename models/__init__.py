@@ -1,4 +1,4 @@
-"""The model families: one small file each, named after Hugging Face's config.model_type, facts and no torch.
+"""The model families: one small file each, named after Hugging Face's config.model_type, without torch.
 
 To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
 """

@@ -10,7 +10,7 @@ from typing import Any
 
 from autosteer.runtime.manifest import ImageSpec
 
-from .family import RESAMPLE, Family, with_text_config
+from .family import RESAMPLE, Family
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -38,7 +38,6 @@ FAMILY = Family(
         "chameleon-30b": "facebook/chameleon-30b",
         "anole": "leloy/Anole-7b-v0.1-hf",
     },
-    config=with_text_config(""),
     renames=(),
     decoder="model",
     lm_head="lm_head.weight",

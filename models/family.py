@@ -1,7 +1,7 @@
-"""What a family file says, as types.
+"""The fields of a family file.
 
-A family names things: where the decoder's numbers stand in config.json, what its tensors are called, which encoder
-wrapper its images need. The decoder layer itself is written once (export/graphs/decoder.py) and driven by these facts.
+A family states what its tensors are called and which image wrapper it needs. The decoder layer is written once, for all
+families (export/graphs/decoder.py); its sizes come from config.json (export/checkpoint/decoder_config.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from optimum.utils import NormalizedTextConfig
 
 from autosteer.runtime.manifest import ImageSpec, Resample, VideoSpec
 
@@ -23,32 +21,13 @@ class Family:
 
     model_type: str
     aliases: dict[str, str]  # short name -> hub id, for --model
-    config: type[NormalizedTextConfig]  # where vocab_size, hidden_size, num_layers, ... stand in config.json
     renames: tuple[tuple[str, str], ...]  # regex, replacement: checkpoint tensor names -> today's HF module paths
     decoder: str  # module path of the decoder: "<decoder>.layers.0...", "<decoder>.norm", "<decoder>.embed_tokens"
-    lm_head: str  # tensor name of the output projection (absent in the checkpoint where embeddings are tied)
-    vision: str | None = None  # which wrapper of export/graphs/vision.py makes the image graph
+    lm_head: str  # tensor name of the LM head (not in the checkpoint if it is tied to the embedding)
+    vision: str | None = None  # the wrapper in export/graphs/vision.py that makes the image graph; None: no images
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
-    chat_template: str | None = None  # for checkpoints that come without one
+    chat_template: str | None = None  # used if the checkpoint has none
     norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
-    authors_token_offset: int = -1  # the token that AutoSteer's authors probe, in the prompt without generation prompt
-
-
-def with_text_config(prefix: str) -> type[NormalizedTextConfig]:
-    """optimum's normalised names, for a config that keeps its decoder's numbers under `prefix` ("": at the top)."""
-    path = f"{prefix}." if prefix else ""
-    return NormalizedTextConfig.with_args(  # type: ignore[no-any-return]
-        allow_new=True,
-        vocab_size=f"{path}vocab_size",
-        hidden_size=f"{path}hidden_size",
-        num_layers=f"{path}num_hidden_layers",
-        num_attention_heads=f"{path}num_attention_heads",
-        num_key_value_heads=f"{path}num_key_value_heads",
-        intermediate_size=f"{path}intermediate_size",
-        context_length=f"{path}max_position_embeddings",
-        norm_eps=f"{path}rms_norm_eps",
-        rope_parameters=f"{path}rope_parameters",
-        hidden_act=f"{path}hidden_act",
-    )
+    authors_token_offset: int = -1  # the token that the authors' prober reads, in the prompt without generation prompt

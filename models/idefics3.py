@@ -1,8 +1,8 @@
 """Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP tower, pixel shuffle, Llama decoder.
 
-A picture is cut into tiles and seen once more as a whole; tokens between tell which tile is which. HF:
-transformers/models/idefics3 and smolvlm, which are one model: SmolVLM-256M and -500M are of type idefics3, SmolVLM2 is
-of type smolvlm.
+An image is cut into tiles, followed by a thumbnail of the whole; separator tokens number the tiles. HF:
+transformers/models/idefics3 and smolvlm, which are one model: SmolVLM-256M and -500M have model_type idefics3, SmolVLM2
+has smolvlm.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import ImageSpec, SplitSpec
 
-from .family import RESAMPLE, Family, with_text_config
+from .family import RESAMPLE, Family
 
-LARGEST_EDGE = 4096  # HF: MAX_IMAGE_SIZE; it makes larger pictures smaller in a second step
+LARGEST_EDGE = 4096  # HF: MAX_IMAGE_SIZE; HF shrinks larger images in a second step
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -41,7 +41,6 @@ def _family(model_type: str, aliases: dict[str, str]) -> Family:
     return Family(
         model_type=model_type,
         aliases=aliases,
-        config=with_text_config("text_config"),
         renames=(),
         decoder="model.text_model",
         lm_head="lm_head.weight",

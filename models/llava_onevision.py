@@ -12,23 +12,23 @@ from typing import Any
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import AnyresSpec, ImageSpec, VideoSpec
 
-from .family import RESAMPLE, Family, with_text_config
+from .family import RESAMPLE, Family
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
-    """Anyres facts from config.json and the HF image processor.
+    """Anyres settings from config.json and the HF image processor.
 
     HF: LlavaOnevisionImageProcessorPil and LlavaOnevisionModel.pack_image_features.
     """
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     vision, cutting = config.vision_config, re.fullmatch(r"anyres_max_(\d+)", str(config.vision_aspect_ratio))
-    asked = {  # what config.json says, and whether that is what the graph and the runtime do
+    settings = {  # of config.json, and whether graph and runtime support them
         f"vision_aspect_ratio {config.vision_aspect_ratio!r}, not anyres_max_<tiles>": cutting is not None,
         f"vision_feature_layer {layer!r}, not one layer": isinstance(layer, int),
         f"vision_feature_select_strategy {strategy!r}, not 'full'": strategy == "full",
     }
-    if unsupported := [what for what, done in asked.items() if not done]:
-        raise UnsupportedModelError(f"config.json: {unsupported[0]}: pictures are not prepared like that here")
+    if unsupported := [what for what, done in settings.items() if not done]:
+        raise UnsupportedModelError(f"config.json: {unsupported[0]}: this way to prepare images is not supported")
     assert cutting is not None
     return ImageSpec(
         kind="anyres",
@@ -62,8 +62,7 @@ FAMILY = Family(
         "llava-ov": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     },
-    config=with_text_config("text_config"),
-    renames=(  # the hub's files keep the layout of transformers < 4.52; that put "model." before it
+    renames=(  # the hub's files have the layout of transformers < 4.52, some with "model." in front
         (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
         (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
         (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),

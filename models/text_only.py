@@ -5,14 +5,13 @@ HF: transformers/models/llama, transformers/models/qwen2.
 
 from __future__ import annotations
 
-from .family import Family, with_text_config
+from .family import Family
 
 
 def _family(model_type: str) -> Family:
     return Family(
         model_type=model_type,
         aliases={},
-        config=with_text_config(""),
         renames=(),
         decoder="model",
         lm_head="lm_head.weight",

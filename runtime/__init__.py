@@ -13,8 +13,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# onnxruntime 1.32 sends names of files and graphs, errors and the processor's to its makers, unless told otherwise
-# before it is imported. Who wants that sets the variable to 0.
+# onnxruntime 1.32 sends telemetry to its makers (names of files and graphs, errors, the processor), unless this is set
+# before it is imported. Set it to 0 to allow that.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ _HOME = {
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Load a name's module when it is first asked for: --help and the exporter need no onnxruntime."""
+        """Import a name's module on first use: --help and the exporter need no onnxruntime."""
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOME[name]}", __name__), name)

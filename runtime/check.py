@@ -10,18 +10,18 @@ from pathlib import Path
 
 from .engine import Answer, Engine
 from .gate import Mode
-from .generation import Prompt, Stats
+from .generation import EncodedPrompt, Stats
 from .manifest import Check, Golden
 from .sampling import SamplingConfig
 from .text import Message
 
 
 def check_package(engine: Engine, folder: Path) -> list[Check]:
-    """Answer every golden prompt again. Hashes, names, shapes and the gate's proof were checked at load.
+    """Answer every golden prompt again. Loading has already checked hashes, names, shapes and the gate's proof.
 
-    Verdicts must be the same. Scores and tokens may differ by what the export allows (Manifest.tolerance). A prompt
-    that is steered must not get the answer that it gets without a gate, and one that is unsafe at the package's own
-    threshold must be stopped under --policy stop. A package without golden prompts fails: nothing was compared.
+    Verdicts must be equal. Scores and tokens may differ by Manifest.tolerance. The answer to a steered prompt must
+    differ from its answer without a gate. --policy stop must refuse a prompt that is unsafe at the package's own
+    threshold. A package without golden prompts fails.
     """
     manifest = engine.manifest
     gated = Mode.STEER if manifest.guarded else Mode.OFF
@@ -34,7 +34,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         if golden.p_unsafe is not None:
             p_unsafe = answer.verdict.p_unsafe
             difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
-            drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() forgets a NaN
+            drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() drops a NaN
         if golden.action == "steer":
             unsteered += answer.token_ids == _answer(engine, prompt, golden, Mode.OFF).token_ids
             if golden.threshold is None:
@@ -53,8 +53,8 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
     ]
 
 
-def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> Prompt:
-    """A golden prompt's input rows."""
+def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt:
+    """A golden prompt, encoded."""
     if golden.prompt_ids:
         return engine.encoder.prepare_ids(golden.prompt_ids, Stats())
     images = [folder / image for image in golden.images]
@@ -62,15 +62,15 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> Prompt:
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 
-def _answer(engine: Engine, prompt: Prompt, golden: Golden, mode: Mode) -> Answer:
-    """In as many tokens as were recorded, and without drafts, as it was recorded."""
+def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode) -> Answer:
+    """Answer as at the recording: without drafts, and in as many tokens."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
     policy = engine.policy(mode, threshold=golden.threshold)
     return Answer.of(engine.answer(prompt, sampling, policy, Stats(), time.perf_counter()))
 
 
 def describe_host() -> dict[str, str]:
-    """What matters here for running packages."""
+    """What decides how packages run on this machine, for --host."""
     import onnxruntime as ort
 
     return {

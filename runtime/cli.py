@@ -24,23 +24,21 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
     from .sampling import SamplingConfig
     from .text import Message
 
-MOST_THREADS = 1024  # more of them is a slip, and leaves none to other programs
+MAX_THREADS = 1024  # more is taken for a typing error
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-threads_option = click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads. Default: all cores."
-)
+threads_option = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. Default: all cores.")
 package_argument = click.argument("package", type=click.Path(path_type=Path))
 
 
 def load(
     package: Path, device: Any, threads: int | None, *, low_memory: bool = False, max_tiles: int | None = None
 ) -> Engine:
-    """Load a package, its log lines on stderr."""
+    """Load a package, with log lines on stderr."""
     import logging
 
     from .engine import Engine
@@ -64,29 +62,35 @@ def load(
     "videos",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An animated GIF, WebP, PNG or TIFF, or a folder of pictures in the order of their names, as "
-    "`ffmpeg -i clip.mp4 frames/%04d.png` makes it; repeatable.",
+    help="An animated GIF, WebP, PNG or TIFF, or a folder of pictures, ordered by name, as made by "
+    "`ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.",
 )
 @click.option(
     "--frames",
     type=click.IntRange(min=1),
     default=8,  # video.FRAMES, without loading numpy
     show_default=True,
-    help="Of a longer video, take so many frames, evenly spaced.",
+    help="Number of frames to take from a longer video, evenly spaced.",
 )
 @click.option(
     "--policy",
     type=click.Choice(["steer", "stop", "monitor", "off"]),
     default="steer",
     show_default=True,
-    help="An unsafe prompt: bend the answer towards a refusal, refuse outright, only report it; or no gate at all.",
+    help="For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only report it; or no gate.",
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
-@click.option("--strength", type=float, help="How hard to steer. Default: the package's.")
+@click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, help="Sample among the k likeliest tokens.  [0: all]")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample within this much probability.")
+@click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens.  [0: all]")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens with this total probability.",
+)
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer before this string; repeatable.")
@@ -94,10 +98,10 @@ def load(
     "--speculation/--no-speculation",
     "speculate",
     default=True,
-    help="Draft what the answer copies from the prompt: quicker, and the same text.  [on]",
+    help="Draft what the answer copies from the prompt. Faster. Near ties may differ at int8 and int4.  [on]",
 )
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
-@click.option("--low-memory", is_flag=True, help="Load the image graph for each picture only, and drop it again.")
+@click.option("--low-memory", is_flag=True, help="Load the image graph for each picture, and drop it afterwards.")
 @device_option
 @threads_option
 @json_option
@@ -133,7 +137,7 @@ def run(
     if prompt is not None and not prompt.strip():
         raise InputError("the prompt is empty")
     shown = [open_video(video, frames) for video in videos]
-    one_text = prompt is not None and not images and not videos  # there will be no picture to load an image graph for
+    one_text = prompt is not None and not images and not videos  # no picture will need the image graph
     engine = load(package, device, threads, low_memory=low_memory or one_text, max_tiles=max_tiles)
     gate = engine.policy(policy, threshold=threshold, strength=strength)
     if prompt is None:
@@ -176,9 +180,9 @@ def chat(
     videos: list[list[ImageLike]],
     frames: int,
 ) -> None:
-    """A dialogue on the terminal. Pictures and videos (of `frames` frames at most) wait for a turn that is answered;
-    earlier turns are not computed again. A turn that was steered or stopped is forgotten: while it is part of the
-    dialogue, every later one is unsafe with it.
+    """A dialogue on the terminal. Pictures and videos (at most `frames` frames each) go into the next answered turn.
+
+    A turn that was steered or stopped is forgotten: as part of the dialogue it would make every later turn unsafe.
     """
     from .conversation import Conversation
     from .gate import Action
@@ -198,7 +202,7 @@ def chat(
             return
         command, _, rest = line.partition(" ")
         if command in ("/image", "/video"):
-            try:  # here, so that a mistyped name cannot spoil the turns to come
+            try:  # open it now, so that a mistyped name does not fail every later turn
                 if command == "/video":
                     if engine.manifest.video is None:
                         raise InputError("this model takes no videos")
@@ -218,9 +222,9 @@ def chat(
             turn = Message.user(line, images, videos)
             try:
                 text, verdict = say(engine, [*dialogue, turn], gate, config, conversation)
-            except InputError as err:  # a chat outlives a prompt that does not fit
+            except InputError as err:  # the chat goes on after a prompt that does not fit
                 click.echo(f"error: {err}", err=True)
-            except KeyboardInterrupt:  # enough of this answer, not of the chat
+            except KeyboardInterrupt:  # ends the answer, not the chat
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 if verdict.action is Action.PASS:
@@ -231,11 +235,9 @@ def chat(
 
 
 def typed_path(text: str) -> Path:
-    """A file's name as somebody types it, or as a terminal writes the file that is dropped on it: in quotes, or with
-    backslashes.
-    """
+    """The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes."""
     path = Path(text.strip()).expanduser()
-    with contextlib.suppress(ValueError):  # quotes that nobody closed
+    with contextlib.suppress(ValueError):  # an unclosed quote
         words = shlex.split(text)
         if len(words) == 1 and not path.exists():
             return Path(words[0]).expanduser()
@@ -293,15 +295,15 @@ def answer_json(answer: Any) -> dict[str, Any]:
 
 @click.command("autosteer-check", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("package", required=False, type=click.Path(path_type=Path))
-@click.option("--host", is_flag=True, help="Say what this machine can run instead.")
+@click.option("--host", is_flag=True, help="Print what this machine can run, and exit.")
 @device_option
 @threads_option
 @json_option
 @debug_option
 def check(package: Path | None, host: bool, device: Any, threads: int | None, as_json: bool) -> None:
-    """Is PACKAGE whole, and does it answer here as it did where it was exported?
+    """Verify the files of PACKAGE and replay its golden prompts on this machine.
 
-    Compares every file with its hash, every graph with the manifest, and replays the golden prompts. Needs no torch.
+    Compares every file with its hash, every graph with the manifest, and every answer with the recorded one.
     """
     from .check import check_package, describe_host
 
@@ -311,7 +313,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
         return
     if package is None:
         raise click.UsageError("give a PACKAGE, or --host")
-    engine = load(package, device, threads)  # hashes, names, providers: raises what is wrong
+    engine = load(package, device, threads)  # checks hashes, graphs and the gate's proof
     results = check_package(engine, package)
     if as_json:
         click.echo(dumps({"package": str(package), "checks": [dataclasses.asdict(r) for r in results]}))

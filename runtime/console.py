@@ -1,4 +1,4 @@
-"""What all our command-line tools share: errors as one line and an exit code, tables, JSON without NaN."""
+"""Shared by all command-line tools: errors as one line and an exit code, tables, JSON without NaN."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 
 def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
-    """Run a click command and exit: 0, 2 for usage, the error's own code for ours, 130 when interrupted.
+    """Run a click command and exit: 0, 1 for an error of the operating system, 2 for usage, 130 if interrupted, or the
+    code of an AutoSteerError.
 
     `extra` is the optional part of the distribution that the command needs.
     """
@@ -30,8 +31,10 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by `>&-`
             setattr(sys, stream, open(os.devnull, "r" if stream == "stdin" else "w"))  # noqa: SIM115
-    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, of pictures that it then opens
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that half-written output is removed
+    warnings.filterwarnings(
+        "ignore", "Image size .* exceeds limit"
+    )  # Pillow warns about large pictures, and opens them
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that partial output is removed
     try:
         code = command.main(standalone_mode=False)
         sys.stdout.flush()
@@ -43,7 +46,7 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo(f"\n{name}: interrupted", err=True)
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left; nothing to say, and nobody to say it to
+    except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (AutoSteerError, OSError, ImportError) as err:
@@ -57,7 +60,7 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
 
 
 def dumps(value: Any) -> str:
-    """JSON on one line; NaN and infinities, which JSON lacks, become null."""
+    """JSON on one line; NaN and infinities become null."""
     return json.dumps(_finite(value), ensure_ascii=False)
 
 
@@ -72,7 +75,7 @@ def _finite(value: Any) -> Any:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, the first left, the others right; a Markdown table as it happens."""
+    """A Markdown table with padded columns: the first is left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -1,37 +1,37 @@
-"""What the turns of one dialogue need not compute again: keys and values of earlier rows, and the rows of its pictures
-and videos.
+"""What the turns of one dialogue share: the KV caches of earlier positions, and the rows of its pictures and videos.
 
     conversation = Conversation(engine)
     engine.stream(messages, conversation=conversation)                                    # the first turn
-    engine.stream([*messages, answer, question], conversation=conversation)               # runs what is new
+    engine.stream([*messages, answer, question], conversation=conversation)               # runs only what is new
 
-Nothing is assumed of the messages. A new prompt is compared with the rows that were computed, token by token and
-picture by picture, and starts where they part: an edited turn, another system prompt or an answer that tokenises
-otherwise just reuse less. The gate judges the last turn by rows that are always computed anew, and earlier ones of the
-user's by what it read of them when they came: what was unsafe stays so while it is part of the dialogue. Leave out
-turns that were refused, and the next ones are judged by themselves. Steering bends what comes out of the last layer and
-nothing that is kept.
+You still pass all messages. A new prompt is compared with the cached one, token by token and picture by picture, and
+computed from the first difference on. An edited turn, another system prompt, or an answer that tokenises differently
+just reuses less.
+
+The positions that the prober reads of the last turn are never reused. For earlier user turns, what the prober read
+when they came is kept. So a dialogue stays unsafe while an unsafe turn is part of it; leave refused turns out. Steering
+changes only the output of the last layer, never what is cached.
 """
 
 from __future__ import annotations
 
-from .generation import Computed
+from .generation import CachedPrefix
 from .image import Runs
 
 
 class Conversation:
-    """The memory of one dialogue with one engine. A second stream at the same time finds it empty, and is slower."""
+    """The cache of one dialogue with one engine. A second stream at the same time finds it empty and computes all."""
 
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it
-        self.images: dict[bytes, Runs] = {}  # what stands for the latest prompt's pictures and videos, by digest
-        self._computed: Computed | None = None
+        self.images: dict[bytes, Runs] = {}  # rows and token ids of the latest prompt's pictures and videos, by digest
+        self._prefix: CachedPrefix | None = None
 
-    def take(self) -> Computed | None:
-        """What earlier turns have computed; a request that takes it writes into it, so it can be taken once."""
-        computed, self._computed = self._computed, None
-        return computed
+    def take_prefix(self) -> CachedPrefix | None:
+        """Hand the cached prefix over to a request, which writes into it: None until `keep_prefix` brings one back."""
+        prefix, self._prefix = self._prefix, None
+        return prefix
 
-    def keep(self, computed: Computed) -> None:
-        """Put back what a request that is over leaves."""
-        self._computed = computed
+    def keep_prefix(self, prefix: CachedPrefix) -> None:
+        """Store what a finished request leaves."""
+        self._prefix = prefix

@@ -8,14 +8,14 @@
                  ^                                             |
                  +---- decoder_lower <- embed_tokens <---------+
 
-Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only then
-does decoder_upper run. The gate changes the head and never the KV caches, so this is the same computation as layer by
-layer; and a stopped prompt costs k/N of prefill and no decoding.
+Prefill is layer-major: decoder_lower runs over the whole prompt, the prober reads its output, and only then does
+decoder_upper run. The gate changes the head and never the KV caches, so this computes the same as running layer by
+layer. A stopped prompt costs k/N of prefill and no decoding.
 
-Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (drafting.py); where a
-dialogue goes on, a Conversation keeps what its earlier turns have computed.
+If an answer copies from its prompt, the decoder verifies several tokens per pass (drafting.py). A Conversation keeps
+the caches of a dialogue's earlier turns (conversation.py).
 
-All state belongs to a request or a conversation (generation.py, conversation.py). One Engine may serve several threads.
+All state belongs to a Request or a Conversation (generation.py, conversation.py). One Engine may serve several threads.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ from pathlib import Path
 from typing import Literal
 
 from .conversation import Conversation
-from .drafting import ROW_COST, Drafter
+from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
-from .generation import PREFILL_CHUNK, Prompt, Request, Stats
+from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
 from .prompt_encoder import PromptEncoder
 from .sampling import SamplingConfig, make_sampler
 from .self_test import check_gate
-from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, require_onnxruntime
+from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "refused"]
-ON_THE_HOST = ("prober",)  # reads one row, which the host has summed; and in float32, whatever a GPU makes of that
+ON_THE_HOST = ("prober",)  # its input is a mean that the host computes; float32 on every device
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. `text` may be empty while a character is incomplete."""
+    """A piece of an answer. `text` is empty while a character is incomplete."""
 
     text: str
-    token: int | None  # None for the refusal text of --policy stop, which no model wrote
+    token: int | None  # None for the refusal text of --policy stop
     verdict: Verdict
     finish_reason: FinishReason | None = None  # set on the last chunk
     stats: Stats | None = None  # set on the last chunk
@@ -64,7 +64,7 @@ class Answer:
     """A whole answer, as `generate` returns it."""
 
     text: str
-    token_ids: tuple[int, ...]  # the end-of-turn token included where the model wrote one
+    token_ids: tuple[int, ...]  # with the end-of-turn token if the model wrote one
     verdict: Verdict
     finish_reason: FinishReason
     stats: Stats
@@ -97,14 +97,15 @@ class Engine:
         max_tiles: int | None = None,
         load: Callable[..., Subgraph] = Subgraph,
     ):
-        """Load every graph of a verified package on `device`. Use Engine.load; `load` is for the export's validation,
-        which runs graphs that are larger than its memory.
+        """Load every graph of a verified package on `device`. Use Engine.load instead.
+
+        `load` makes a graph; the export's validation passes one that can run graphs larger than memory.
         """
         self.manifest = manifest
         self.device = device
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
         self._folder, self._load = folder, load
-        names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # first what takes most while it loads
+        names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # lm_head first: it peaks most
         specs = {n: manifest.graphs[n] for n in names if not (low_memory and n in IMAGE_GRAPHS)}
         host = find_device("cpu", device.threads)[0]
         self.graphs = {
@@ -126,21 +127,21 @@ class Engine:
     ) -> Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
-        `low_memory` loads the image graph for each picture, checked anew, and drops it again. `max_tiles` bounds what a
-        picture may cost: it is cut into at most so many tiles.
-        "auto" takes CUDA where it works and says in a log line why it does not.
-        Raises PackageError (damaged, incomplete, other version, a gate that does not work here) or ProviderError
-        (device not available, onnxruntime too old).
+        `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
+        the CPU, None for all cores. `low_memory`: check and load the image graph for each picture, and drop it
+        afterwards. `max_tiles`: cut a picture into at most this many tiles.
+        Raises PackageError (package damaged or incomplete, another version, a gate that does not work here) or
+        ProviderError (device not available, onnxruntime too old).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
         require_onnxruntime(manifest.onnxruntime)
         with manifest.verifying(folder), placing():
             chosen, reason = find_device(device, threads, manifest.activations)
-            if reason:
-                log.log(logging.WARNING if has_cuda() else logging.INFO, "running on the CPU: %s", reason)
+            if reason and (has_cuda() or has_gpu()):
+                log.warning("running on the CPU: %s", reason)
             if chosen.kind == "cpu" and manifest.activations == "float16":
-                log.warning("this package was exported for CUDA: on the CPU one made with --target cpu is faster")
+                log.warning("this package was exported for CUDA; on the CPU a package made with --target cpu is faster")
             try:
                 engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
             except ProviderError as err:
@@ -155,8 +156,9 @@ class Engine:
     def policy(
         self, mode: Mode | str = Mode.STEER, *, threshold: float | None = None, strength: float | None = None
     ) -> GatePolicy:
-        """The package's own policy, with what you override. Raises PackageError where it has no gate and `mode` needs
-        one.
+        """The package's policy with your overrides.
+
+        Raises PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range.
         """
         mode, prober, refusal = Mode(mode), self.manifest.prober, self.manifest.refusal
         if prober is None or refusal is None:
@@ -200,40 +202,54 @@ class Engine:
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
     ) -> Iterator[Chunk]:
-        """Answer a prompt (with its images and videos) or a dialogue, piece by piece; every piece carries the verdict.
+        """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
-        A video is a file or folder (see open_video), or its frames. `sampling` is greedy and `policy` the package's own
-        unless given. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the first
-        `next()`.
-        Raises InputError where the prompt or an image is unusable or does not fit the context.
+        A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
+        package's `policy`. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
+        first `next()`.
+        Raises InputError if the prompt, an image or a video is unusable, or does not fit the context.
         """
         start = time.perf_counter()
         stats = Stats(device=self.device.provider)
-        messages = [Message.user(prompt, images, videos)] if isinstance(prompt, str) else list(prompt)
-        if (images or videos) and not isinstance(prompt, str):
-            raise InputError("images and videos go into the messages of a dialogue, not beside it")
+        messages = _dialogue(prompt, images, videos)
         policy = policy or self.policy()
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")
         prepared = self.encoder.prepare(messages, stats, conversation)
         yield from self.answer(prepared, sampling or SamplingConfig(), policy, stats, start, conversation)
 
+    def score(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        images: Sequence[ImageLike] = (),
+        videos: Sequence[VideoLike] = (),
+        policy: GatePolicy | None = None,
+    ) -> Verdict:
+        """The verdict on a prompt or a dialogue, without an answer: decoder_upper never runs.
+
+        Raises InputError as `stream` does.
+        """
+        stats = Stats(device=self.device.provider)
+        encoded = self.encoder.prepare(_dialogue(prompt, images, videos), stats)
+        return self.request(encoded, 1, stats).prefill_lower(policy or self.policy())
+
     def answer(
         self,
-        prompt: Prompt,
+        prompt: EncodedPrompt,
         sampling: SamplingConfig,
         policy: GatePolicy,
         stats: Stats,
         start: float,
         conversation: Conversation | None = None,
     ) -> Iterator[Chunk]:
-        """Answer a prepared prompt; see `stream`. `start` is the time.perf_counter() that times count from."""
+        """Answer an encoded prompt; see `stream`. `start`: the time.perf_counter() at which the call began."""
         request = self.request(prompt, sampling.max_tokens, stats, conversation=conversation)
         try:
             yield from self._answer(request, list(prompt.token_ids), sampling, policy, stats, start)
         finally:
             if conversation:
-                conversation.keep(request.computed())
+                conversation.keep_prefix(request.cached_prefix())
 
     def _answer(
         self,
@@ -244,25 +260,25 @@ class Engine:
         stats: Stats,
         start: float,
     ) -> Iterator[Chunk]:
-        """THE loop. `tokens` are the prompt's, and grow."""
-        verdict = request.judge(policy)
+        """THE loop. `tokens`: the prompt's; the answer's are appended."""
+        verdict = request.prefill_lower(policy)
         if verdict.action is Action.STOP:
-            stats.ttft_ms = _ms_since(start)
+            stats.ttft_ms = ms_since(start)
             yield Chunk(policy.refusal_text, None, verdict, "refused", stats)
             return
 
         sample = make_sampler(sampling)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision
-        drafting = sampling.speculate and self.device.kind == "cpu"  # what a row costs was measured there only
-        drafter = Drafter(tokens, ROW_COST[precision]) if drafting else None
-        logits, row = request.begin(verdict.strength)[None], 0  # the last pass, and the row of it that comes next
+        drafting = sampling.speculate and self.device.kind == "cpu"  # POSITION_COST was measured on CPUs only
+        drafter = Drafter(tokens, POSITION_COST[precision]) if drafting else None
+        logits, row = request.prefill_upper(verdict.strength)[None], 0  # of the latest pass; the row to sample from
         draft: list[int] = []
         while True:
             token = sample(logits[row], tokens)
             tokens.append(token)
             stats.completion_tokens += 1
-            stats.ttft_ms = stats.ttft_ms or _ms_since(start)
+            stats.ttft_ms = stats.ttft_ms or ms_since(start)
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
             reason: FinishReason | None = "stop" if ended or detokeniser.stopped else None
@@ -276,17 +292,17 @@ class Engine:
             if drafter:
                 drafter.push(token)
             if row < len(draft) and draft[row] == token:
-                request.accept()
+                request.accept_draft()
                 stats.accepted_tokens += 1
                 row += 1
             else:
                 draft = drafter.draft(request.max_tokens - stats.completion_tokens - 1) if drafter else []
                 stats.drafted_tokens += len(draft)
-                logits, row = request.verify([token, *draft]), 0
-            stats.decode_ms += _ms_since(before)
+                logits, row = request.verify_draft([token, *draft]), 0
+            stats.decode_ms += ms_since(before)
 
     def _graph(self, name: str) -> Subgraph:
-        """A graph by name. What was left out to save memory is loaded, its files checked as if for the first time."""
+        """A graph by name. If low_memory left it out, the package is verified and the graph loaded for this call."""
         if name in self.graphs:
             return self.graphs[name]
         spec = self.manifest.graphs[name]
@@ -295,21 +311,31 @@ class Engine:
 
     def request(
         self,
-        prompt: Prompt,
+        prompt: EncodedPrompt,
         max_tokens: int,
         stats: Stats,
         *,
         chunk: int = PREFILL_CHUNK,
         conversation: Conversation | None = None,
     ) -> Request:
-        """The state of one answer: buffers and caches. Raises InputError where the prompt does not fit."""
+        """Buffers and caches for one answer. `chunk`: positions per prefill pass.
+
+        Raises InputError if the prompt does not fit the context.
+        """
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
         if length >= context:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
-        computed = conversation.take() if conversation else None
+        cached = conversation.take_prefix() if conversation else None
         room = min(max_tokens, context - length)
-        return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, computed=computed)
+        return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
 
 
-def _ms_since(start: float) -> float:
-    return 1000 * (time.perf_counter() - start)
+def _dialogue(
+    prompt: str | Sequence[Message], images: Sequence[ImageLike], videos: Sequence[VideoLike]
+) -> list[Message]:
+    """The messages of a call. Raises InputError if a dialogue comes with separate images or videos."""
+    if isinstance(prompt, str):
+        return [Message.user(prompt, images, videos)]
+    if images or videos:
+        raise InputError("images and videos go into the messages of a dialogue, not beside it")
+    return list(prompt)

@@ -2,19 +2,19 @@
 
 
 class AutoSteerError(Exception):
-    """Base of all our errors: one line that says what was wrong, where, and what to do."""
+    """Base of all our errors: one line that says what is wrong, where, and what to do."""
 
     exit_code = 1
 
 
 class PackageError(AutoSteerError):
-    """A package, checkpoint or safety folder is missing, damaged, of another version, or not what it says."""
+    """A package, checkpoint or safety folder is missing, damaged, of another version, or inconsistent."""
 
     exit_code = 3
 
 
 class UnsupportedModelError(PackageError):
-    """The checkpoint is whole, but of a kind that no file in models/ describes."""
+    """The checkpoint is intact, but no file in models/ describes its kind."""
 
 
 class ProviderError(AutoSteerError):

@@ -2,10 +2,10 @@
 
     safe = 0.0 <= p_unsafe <= threshold
 
-Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number at all because the
-prober failed. What happens then is the policy's choice; that it is unsafe is not.
+Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
+failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 
-A dialogue is as unsafe as the worst of the user's turns in it: what was refused would be answered one turn later.
+A dialogue is as unsafe as the worst user turn in it. Otherwise a refused request would be answered one turn later.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STRENGTH_MAX = 1e6  # the paper's is 0.1; far beyond it float32 overflows and th
 class Mode(str, Enum):
     """What a policy does with an unsafe prompt (`--policy`)."""
 
-    STEER = "steer"  # bend every answer token towards a refusal: the paper
-    STOP = "stop"  # say the refusal text; decoder_upper never runs
+    STEER = "steer"  # steer every answer token towards a refusal, as in the paper
+    STOP = "stop"  # answer with the refusal text; decoder_upper never runs
     MONITOR = "monitor"  # score and report, never intervene
     OFF = "off"  # no gate at all; must be asked for
 
@@ -42,29 +42,29 @@ _ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.MONI
 
 @dataclass(frozen=True)
 class GatePolicy:
-    """How a request is guarded. A threshold below zero calls every prompt unsafe (always-on steering)."""
+    """How the gate treats a request. A threshold below zero makes every prompt unsafe: always-on steering."""
 
     mode: Mode
     threshold: float
-    strength: float  # the paper's epsilon: how far the Refusal Head bends the hidden state; 0.1 there
+    strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
     refusal_text: str
 
     def __post_init__(self) -> None:
         if not self.threshold <= 1.0:
             raise InputError(
-                f"threshold = {self.threshold:g}: give a number up to 1; unsafe is what lies above it, and no p_unsafe "
-                "lies above 1 (to let every prompt pass, say --policy monitor or off)"
+                f"threshold = {self.threshold:g}: give a number up to 1; a prompt is unsafe above it, and no p_unsafe "
+                "is above 1 (to let every prompt pass, use --policy monitor or off)"
             )
         if not 0.0 <= self.strength <= STRENGTH_MAX:
             raise InputError(
                 f"strength = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; "
-                "below 0 it would bend answers away from the refusal"
+                "below 0 it would steer answers away from the refusal"
             )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate saw and did. Always reaches the caller."""
+    """What the gate saw and did. Every answer carries one."""
 
     p_unsafe: float | None  # None only under Mode.OFF, where nothing is scored
     unsafe: bool
@@ -81,13 +81,13 @@ def is_safe(p_unsafe: float, threshold: float) -> bool:
 
 
 def worst(scores: Iterable[float]) -> float:
-    """The least safe of several: one that is no probability if there is such, else the largest; NaN of none."""
+    """The least safe score: the first that is not a probability if there is one, else the largest; NaN of none."""
     known = list(scores)
     return next((p for p in known if not 0.0 <= p <= 1.0), max(known, default=math.nan))
 
 
 def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> Verdict:
-    """Judge one prompt. `p_unsafe` is the prober's output, or None where it gave none (which is unsafe, unless OFF)."""
+    """The verdict on a prompt. `p_unsafe`: the prober's output; None if it gave none, which is unsafe unless OFF."""
     score = math.nan if p_unsafe is None else p_unsafe
     unsafe = policy.mode is not Mode.OFF and not is_safe(score, policy.threshold)
     action = _ACTION_ON_UNSAFE[policy.mode] if unsafe else Action.PASS

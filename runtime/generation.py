@@ -1,16 +1,17 @@
-"""One answer in the making: its buffers, its caches, and how many rows of them are valid.
+"""One answer being generated: its buffers, its KV caches, and how many of their positions are valid.
 
-    judge    decoder_lower over the prompt, prober, decide
-    begin    decoder_upper over the prompt, then the head: logits of the first answer token
-    verify   embed, lower, upper, head over the last token and drafted ones, as rows of one pass; `accept` keeps them
+    prefill_lower   decoder_lower over the prompt; the prober; the gate's verdict
+    prefill_upper   decoder_upper over the prompt, then the head: logits of the first answer token
+    verify_draft    one pass over the last token and drafted ones; `accept_draft` keeps a drafted token
 
-`judge` and `begin` go through the package's prefill graphs where it has them: the same layers on the same caches, their
-weights rounded otherwise.
+If the package has prefill graphs, prefill_lower and prefill_upper run them: the same layers on the same caches, with
+weights at another precision.
 
-Rows behind `length` in the caches are nobody's: going back to an earlier token is counting fewer of them. A request may
-start from what an earlier one has computed of the same dialogue (`Computed`): rows whose tokens and pictures are the
-same, up to the first row of the last turn that the prober reads, which every prompt computes anew, and what the prober
-read of earlier turns.
+Cache positions past `length` are invalid, so returning to an earlier token only lowers `length`.
+
+A request may start from the cached prefix of an earlier one (CachedPrefix). It reuses the positions whose tokens and
+pictures are equal, but stops before the first position that the prober reads of the last turn: those are always
+computed. It also reuses what the prober read of earlier turns.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .drafting import MOST
+from .drafting import MAX_DRAFT
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import KVCache
 from .manifest import Manifest
@@ -35,19 +36,19 @@ log = logging.getLogger(__name__)
 
 Float = npt.NDArray[np.float32]
 PREFILL_CHUNK = 128  # tokens: bounds activations; larger ones are not faster; results do not depend on it
-Key: TypeAlias = "int | tuple[bytes, int]"  # what a row stands for: a token, or a picture's digest and a row of it
+Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
 
 
 @dataclass
 class Stats:
-    """What an answer cost. Milliseconds are wall time; `upper_ms` is None where decoder_upper never ran."""
+    """What an answer cost. Milliseconds are wall time; `upper_ms` is None if decoder_upper never ran."""
 
     device: str = ""
     prompt_tokens: int = 0
-    reused_tokens: int = 0  # of the prompt's: already in the caches of the conversation
+    reused_tokens: int = 0  # prompt tokens whose keys and values were cached by the conversation
     completion_tokens: int = 0
-    drafted_tokens: int = 0  # fed before they were sampled
-    accepted_tokens: int = 0  # of those: sampled, too
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # drafted tokens that the sampler then chose
     image_tiles: int = 0  # encoded for this answer
     kv_bytes: int = 0
     vision_ms: float = 0.0
@@ -65,60 +66,72 @@ class Stats:
         return 1000 * steps / self.decode_ms if steps > 0 and self.decode_ms > 0 else None
 
 
+def ms_since(start: float) -> float:
+    """Milliseconds since time.perf_counter() was `start`."""
+    return 1000 * (time.perf_counter() - start)
+
+
 @dataclass(frozen=True)
-class Prompt:
-    """A dialogue ready for the decoder."""
+class EncodedPrompt:
+    """A dialogue as the decoder's input: S positions."""
 
     inputs_embeds: Float  # (1, S, D)
-    token_ids: list[int]  # text tokens only: what the repetition penalty looks at
-    keys: list[Key]  # S of them: equal keys behind equal keys are equal rows
-    probed: list[list[int]]  # by turn of the user's: rows whose mean the prober reads, in order; none where too short
+    token_ids: list[int]  # of the text only; the repetition penalty reads them
+    keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
+    probed: list[list[int]]  # for each user turn the positions whose mean the prober reads, ascending; [] if too short
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a request leaves behind for the next turn of its dialogue."""
+class CachedPrefix:
+    """What a request leaves for the next turn of its dialogue."""
 
-    keys: list[Key]  # of the rows that decoder_lower has seen
-    means: dict[tuple[int, int], Float]  # what the prober read of a turn (1, D), by the first and last row it read
+    keys: list[Key]  # of the positions that decoder_lower has run over
+    probed_means: dict[tuple[int, int], Float]  # what the prober read of a turn (1, D), by first and last position
     caches: dict[str, KVCache]  # by decoder half
-    unseen: list[OrtValue]  # the last rows of decoder_lower's output, those that decoder_upper never saw: after a STOP
+    pending: list[OrtValue]  # hidden states (1, n, D) of the last positions: after a STOP, decoder_upper has not run
 
 
 class Request:
-    """One answer in the making. One thread at a time."""
+    """One answer being generated. Not thread-safe.
+
+    Call prefill_lower, then prefill_upper, then decode_step or verify_draft for each further pass.
+    """
 
     def __init__(
         self,
         manifest: Manifest,
         graphs: Mapping[str, Subgraph],
         device: Device,
-        prompt: Prompt,
+        prompt: EncodedPrompt,
         max_tokens: int,
         stats: Stats,
         *,
         chunk: int = PREFILL_CHUNK,
-        computed: Computed | None = None,
+        cached: CachedPrefix | None = None,
     ):
-        """Buffers for `prompt` and an answer of `max_tokens`, which together fit the context; `computed` is used up."""
+        """Allocate for `prompt` and an answer of `max_tokens`, which together must fit the context.
+
+        `chunk`: positions per prefill pass. `cached`: taken over, the caller must not use it again.
+        """
         self.max_tokens = max_tokens
         self._manifest, self._graphs, self._device, self._stats = manifest, graphs, device, stats
         self._embeds, self._keys, self._chunk = prompt.inputs_embeds, list(prompt.keys), chunk
-        self._probed, self._means = prompt.probed, dict[tuple[int, int], Float]()
+        self._probed, self._probed_means = prompt.probed, dict[tuple[int, int], Float]()
         self._prompt_length: int = prompt.inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity = self._prompt_length + max_tokens
         reused = 0
-        if computed and self._probed and all(self._probed):
-            reused = _common(computed.keys, self._keys[: self._probed[-1][0]])
-            self._means = {read: mean for read, mean in computed.means.items() if read[-1] < reused}
-            reused = min([reused, *(rows[0] for rows in self._probed if (rows[0], rows[-1]) not in self._means)])
-        self._length = self._reused = stats.reused_tokens = reused  # rows that decoder_lower has seen
-        self._unseen: list[OrtValue] = []  # decoder_lower's output that decoder_upper has not seen, chunk by chunk
-        if computed and reused:
-            unseen = sum(value.shape()[1] for value in computed.unseen)
-            self._unseen = _first_rows(computed.unseen, reused - (len(computed.keys) - unseen), device)
-            self._caches = computed.caches
+        if cached and self._probed and all(self._probed):
+            reused = _common_length(cached.keys, self._keys[: self._probed[-1][0]])
+            self._probed_means = {read: mean for read, mean in cached.probed_means.items() if read[-1] < reused}
+            missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)
+            reused = min([reused, *missing])
+        self._length = self._reused = stats.reused_tokens = reused  # positions that decoder_lower has run over
+        self._pending: list[OrtValue] = []  # hidden states that decoder_upper has not run over, chunk by chunk
+        if cached and reused:
+            pending = sum(value.shape()[1] for value in cached.pending)
+            self._pending = _first_positions(cached.pending, reused - (len(cached.keys) - pending), device)
+            self._caches = cached.caches
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
         else:
@@ -126,151 +139,156 @@ class Request:
                 half: KVCache(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity, device)
                 for half in ("decoder_lower", "decoder_upper")
             }
-        self._older = len(self._unseen)  # chunks that an earlier request left; the prober reads none of them
+        self._cached_chunks = len(self._pending)  # pending chunks of an earlier request; the prober reads none of them
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
-        self._finite = True  # what decoder_lower has made of the prompt, and what the passes behind it gave
-        self._judged = self._begun = False
+        self._finite = True  # hidden states of the prompt, and logits of every pass
+        self._lower_done = self._upper_done = False
         self._strength = 0.0
         self._steered = False
-        self._passes: dict[int, Pass] = {}  # by rows
+        self._passes: dict[int, DecoderPass] = {}  # by number of tokens
         self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
 
-    def judge(self, policy: GatePolicy) -> Verdict:
-        """Run decoder_lower over the prompt and decide. A prober that fails is an unsafe verdict, not an exception.
+    def prefill_lower(self, policy: GatePolicy) -> Verdict:
+        """Run decoder_lower over the prompt, then the prober, and apply `policy`.
 
-        So is a row that is not finite, whether the prober reads it or not: int8 caches make a number of NaN, and what
-        later rows gather from it looks sound.
+        If the prober fails, the verdict is unsafe; nothing is raised. The verdict is also unsafe if any hidden state is
+        not finite, whether the prober reads it or not: int8 caches turn NaN into a number, and later positions that
+        attend to it look sound.
         """
-        if self._judged:
-            raise RuntimeError("Request.judge twice")
-        self._judged = True
+        if self._lower_done:
+            raise RuntimeError("Request.prefill_lower twice")
+        self._lower_done = True
         before = time.perf_counter()
         dtype = self._specs["decoder_lower"]["inputs_embeds"].dtype
         for first in range(self._reused, self._prompt_length, self._chunk):
-            rows = np.ascontiguousarray(self._embeds[:, first : first + self._chunk], dtype)
-            hidden = self.empty("decoder_lower", "hidden_states", rows.shape[1])
-            self.set_total(first + rows.shape[1])
-            source = buffer(rows, self._device)
-            self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, reading=True)()
-            self._unseen.append(hidden)
-            self._length = first + rows.shape[1]
+            embeds = np.ascontiguousarray(self._embeds[:, first : first + self._chunk], dtype)
+            hidden = self.empty("decoder_lower", "hidden_states", embeds.shape[1])
+            self.set_total(first + embeds.shape[1])
+            source = buffer(embeds, self._device)
+            self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, prefill=True)()
+            self._pending.append(hidden)
+            self._length = first + embeds.shape[1]
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
-        self._stats.lower_ms = _ms_since(before)
+        self._stats.lower_ms = ms_since(before)
         before = time.perf_counter()
-        for read in filter(None, self._probed):  # also where nobody asks for a score: the next turn may want one
-            if (read[0], read[-1]) not in self._means:
-                self._means[read[0], read[-1]] = self._mean(read)
+        for read in filter(None, self._probed):  # under Mode.OFF, too: the conversation's next turn may need them
+            if (read[0], read[-1]) not in self._probed_means:
+                self._probed_means[read[0], read[-1]] = self._mean(read)
         p_unsafe = None if policy.mode is Mode.OFF else self._probe()
         verdict = decide(p_unsafe, policy, split_layer=self._manifest.split_layer)
-        self._stats.gate_ms = _ms_since(before)
+        self._stats.gate_ms = ms_since(before)
         return verdict
 
     def _probe(self) -> float:
+        """The worst p_unsafe of all user turns; NaN if there is none."""
         if not self._finite:
-            reader = self._manifest.reader("decoder_lower")
-            log.error("%s gave rows that are not finite, so the prompt counts as unsafe", reader)
+            graph = self._manifest.prefill_graph("decoder_lower")
+            log.error("%s gave hidden states that are not finite, so the prompt counts as unsafe", graph)
             return math.nan
         try:
-            means = [self.probed_row(turn) for turn in range(len(self._probed))]
+            means = [self.probed_mean(turn) for turn in range(len(self._probed))]
             return worst(self._graphs["prober"].run({"hidden_states": mean})[0].item() for mean in means)
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)
             return math.nan
 
-    def probed_row(self, turn: int = -1) -> Float:
-        """What the prober reads of a turn, (1, D): HF's hidden_states[split_layer], the mean over its `probed` rows.
+    def probed_mean(self, turn: int = -1) -> Float:
+        """What the prober reads of a user turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
+        positions.
 
-        Available after `judge`.
+        Available after `prefill_lower`. Raises IndexError if the turn has no probed position.
         """
-        rows = self._probed[turn]
-        if not rows:
-            raise IndexError(f"a prompt of {self._prompt_length} tokens has no row for the prober")
-        return self._means[rows[0], rows[-1]]
+        positions = self._probed[turn]
+        if not positions:
+            raise IndexError(f"a prompt of {self._prompt_length} tokens has no position for the prober")
+        return self._probed_means[positions[0], positions[-1]]
 
     def _mean(self, probed: Sequence[int]) -> Float:
-        """Sums are float64: the size of the chunks changes nothing but rounding."""
+        """Mean hidden state (1, D) of positions. Sums in float64, so the chunk size changes nothing but rounding."""
         at = np.array(probed) - self._reused
         total: npt.NDArray[np.float64] = np.zeros(self._manifest.dims.hidden_size)
         chunk_of = at // self._chunk
         for chunk in sorted(set(chunk_of.tolist())):  # np.unique loads numpy.ma: 6 ms of the first answer
-            rows = at[chunk_of == chunk] % self._chunk
-            total += self._unseen[self._older + chunk].numpy()[0, rows].sum(axis=0, dtype=np.float64)
+            within = at[chunk_of == chunk] % self._chunk
+            total += self._pending[self._cached_chunks + chunk].numpy()[0, within].sum(axis=0, dtype=np.float64)
         mean: Float = (total / len(probed)).astype(np.float32)[None]
         return mean
 
-    def begin(self, strength: float, *, through_head: bool = False) -> Float:
+    def prefill_upper(self, strength: float, *, through_head: bool = False) -> Float:
         """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.
 
-        At strength 0 the Refusal Head changes nothing and is left out, unless `through_head` (which is how that is
-        tested).
+        At strength 0 the Refusal Head changes nothing and is skipped. `through_head` runs it anyway, to test that.
         """
-        if not self._judged or self._begun:
-            raise RuntimeError("Request.begin before Request.judge, or twice")
-        self._begun = True
+        if not self._lower_done or self._upper_done:
+            raise RuntimeError("Request.prefill_upper before Request.prefill_lower, or twice")
+        self._upper_done = True
         self._strength, self._steered = strength, bool(strength) or through_head
         before = time.perf_counter()
-        single = self._passes[1] = Pass(self, 1)
-        done = self._prompt_length - sum(value.shape()[1] for value in self._unseen)
-        while self._unseen:
-            hidden = self._unseen[0]
+        single = self._passes[1] = DecoderPass(self, 1)
+        done = self._prompt_length - sum(value.shape()[1] for value in self._pending)
+        while self._pending:
+            hidden = self._pending[0]
             done += hidden.shape()[1]
             self.set_total(done)
             target = "last_hidden_state", single.last, single.num_logits
-            self.half("decoder_upper", "hidden_states", hidden, *target, reading=True)()
-            del self._unseen[0]
-        self._stats.upper_ms = _ms_since(before)
+            self.half("decoder_upper", "hidden_states", hidden, *target, prefill=True)()
+            del self._pending[0]
+        self._stats.upper_ms = ms_since(before)
         single.head()
         first: Float = single.logits()[0]
-        self._finite = self._finite and bool(np.isfinite(first[0]))  # as in `verify`
+        self._finite = self._finite and bool(np.isfinite(first[0]))  # as in `verify_draft`
         return first
 
     def last_hidden_state(self) -> Float:
-        """What lm_head, or the Refusal Head, read last in a pass of one token, (D,). After `begin`: the prompt's."""
+        """Input (D,) of lm_head, or of the Refusal Head, in the latest pass of one token, or at the prompt's end."""
         last: Float = self._passes[1].last.numpy()[0, 0].astype(np.float32)
         return last
 
-    def step(self, token: int) -> Float:
-        """Feed one token; logits (V,) of the next."""
-        following: Float = self.verify([token])[0]
+    def decode_step(self, token: int) -> Float:
+        """Run the decoder on one token; logits (V,) of the next."""
+        following: Float = self.verify_draft([token])[0]
         return following
 
-    def verify(self, tokens: Sequence[int]) -> Float:
-        """Feed a token that was sampled and drafts (R in all): logits (R, V) of what follows each of them.
+    def verify_draft(self, tokens: Sequence[int]) -> Float:
+        """Run the decoder on a sampled token and the draft after it (R tokens in all); logits (R, V) of what follows
+        each of them.
 
-        Row i holds if tokens[1..i] come true: say so by `accept(i)`, or by feeding others over them.
+        Row i holds only if the sampler chooses tokens[1..i]. Call `accept_draft` for each one that it does choose; the
+        next pass overwrites the others.
         """
-        if not self._begun:
-            raise RuntimeError("Request.verify before Request.begin")
+        if not self._upper_done:
+            raise RuntimeError("Request.verify_draft before Request.prefill_upper")
         if self._length + len(tokens) > self._capacity:
-            raise RuntimeError(f"Request.verify: the caches hold {self._capacity} tokens and are full")
-        rows = len(tokens)
-        if rows not in self._passes:
-            self._passes[rows] = Pass(self, rows)
-        one_pass = self._passes[rows]
-        self.set_total(self._length + rows)
-        one_pass.run(tokens)
+            raise RuntimeError(f"Request.verify_draft: the caches hold {self._capacity} tokens and are full")
+        count = len(tokens)
+        if count not in self._passes:
+            self._passes[count] = DecoderPass(self, count)
+        decoder_pass = self._passes[count]
+        self.set_total(self._length + count)
+        decoder_pass.run(tokens)
         self._keys[self._length :] = tokens
         self._length += 1
-        logits = one_pass.logits()
-        self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # a row of NaN has no other logits
+        logits = decoder_pass.logits()
+        self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # NaN makes all of its row NaN
         return logits
 
-    def accept(self) -> None:
-        """The next token of those that `verify` was given came true."""
+    def accept_draft(self) -> None:
+        """Keep the next drafted token of the latest `verify_draft`: the sampler chose it."""
         self._length += 1
 
-    def computed(self) -> Computed:
-        """What the next turn of the dialogue can start from: nothing if rows are not finite. This request is over."""
-        return Computed(self._keys[: self._length if self._finite else 0], self._means, self._caches, self._unseen)
+    def cached_prefix(self) -> CachedPrefix:
+        """What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request."""
+        keys = self._keys[: self._length if self._finite else 0]
+        return CachedPrefix(keys, self._probed_means, self._caches, self._pending)
 
-    def head(self, last: OrtValue, logits: OrtValue, rows: int) -> Call:
+    def head(self, last: OrtValue, logits: OrtValue, count: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""
         if not self._steered:
             return self._graphs["lm_head"].bind({"last_hidden_state": last}, {"logits": logits})
-        steered = self.empty("refusal_head", "steered_hidden_state", rows)
+        steered = self.empty("refusal_head", "steered_hidden_state", count)
         return steered_head(self._graphs, last, self._strength, steered, logits, self._device)
 
     def half(
@@ -282,59 +300,59 @@ class Request:
         hidden_out: OrtValue,
         num_logits: OrtValue | None = None,
         *,
-        reading: bool = False,
+        prefill: bool = False,
     ) -> Call:
-        """A decoder half on its caches; `reading`: a prompt."""
+        """A decoder half bound to its caches. `prefill`: its prefill graph, if the package has one."""
         cache = self._caches[half]
         more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
         if num_logits is not None:
             more["num_logits"] = num_logits
-        graph = self._graphs[self._manifest.reader(half) if reading else half]
+        graph = self._graphs[self._manifest.prefill_graph(half) if prefill else half]
         return graph.bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
 
-    def empty(self, graph: str, output: str, rows: int) -> OrtValue:
-        """A buffer for an output (1, rows, D or V)."""
+    def empty(self, graph: str, output: str, count: int) -> OrtValue:
+        """A buffer for an output (1, count, D or V)."""
         spec = self._specs[graph][output]
         width = spec.shape[-1]
         assert isinstance(width, int)
-        return empty(spec, (1, rows, width), self._device)
+        return empty(spec, (1, count, width), self._device)
 
-    def logits(self, rows: int) -> OrtValue:
-        """A buffer for logits (1, rows, V). On the CPU all passes have the same one: a draft's rows are megabytes."""
-        if rows > self._logits.shape[1]:
-            shape = (1, max(rows, 1 + MOST), self._manifest.dims.vocab_size)
-            self._logits = np.empty(shape, self._specs["lm_head"]["logits"].dtype)  # costs what is written to it
-        return buffer(self._logits[:, :rows], self._device)
+    def logits(self, count: int) -> OrtValue:
+        """A buffer for logits (1, count, V). On the CPU all passes share one: logits of a draft take megabytes."""
+        if count > self._logits.shape[1]:
+            shape = (1, max(count, 1 + MAX_DRAFT), self._manifest.dims.vocab_size)
+            self._logits = np.empty(shape, self._specs["lm_head"]["logits"].dtype)  # untouched pages cost no memory
+        return buffer(self._logits[:, :count], self._device)
 
-    def tokens(self, rows: int) -> tuple[OrtValue, Call, OrtValue]:
-        """A buffer for token ids (1, rows), embed_tokens on it, and what comes out (1, rows, D)."""
-        token_ids = buffer(np.zeros((1, rows), np.int64), self._device)
-        embeds = self.empty("embed_tokens", "inputs_embeds", rows)
+    def tokens(self, count: int) -> tuple[OrtValue, Call, OrtValue]:
+        """A buffer for token ids (1, count), embed_tokens bound to it, and its output (1, count, D)."""
+        token_ids = buffer(np.zeros((1, count), np.int64), self._device)
+        embeds = self.empty("embed_tokens", "inputs_embeds", count)
         return token_ids, self._graphs["embed_tokens"].bind({"input_ids": token_ids}, {"inputs_embeds": embeds}), embeds
 
     def set_total(self, total: int) -> None:
-        """How many rows the caches hold once the next graph has run."""
+        """Set how many positions the caches hold once the next graph has run."""
         self._seqlens_k.update_inplace(np.array([total - 1], np.int32))
         self._total.update_inplace(np.array(total, np.int32))
 
 
-class Pass:
-    """The whole decoder on R tokens, every buffer bound once."""
+class DecoderPass:
+    """The whole decoder on R tokens, with every buffer bound once."""
 
-    def __init__(self, request: Request, rows: int):
-        self._token_ids, self._embed, embeds = request.tokens(rows)
-        self.num_logits = OrtValue.ortvalue_from_numpy(np.array([rows], np.int64))  # a slice's bound: on the CPU
-        self.last = request.empty("decoder_upper", "last_hidden_state", rows)
-        self._logits = request.logits(rows)
-        hidden = request.empty("decoder_lower", "hidden_states", rows)
+    def __init__(self, request: Request, count: int):
+        self._token_ids, self._embed, embeds = request.tokens(count)
+        self.num_logits = OrtValue.ortvalue_from_numpy(np.array([count], np.int64))  # a slice's bound: on the CPU
+        self.last = request.empty("decoder_upper", "last_hidden_state", count)
+        self._logits = request.logits(count)
+        hidden = request.empty("decoder_lower", "hidden_states", count)
         self._lower = request.half("decoder_lower", "inputs_embeds", embeds, "hidden_states", hidden)
         self._upper = request.half(
             "decoder_upper", "hidden_states", hidden, "last_hidden_state", self.last, self.num_logits
         )
-        self.head = request.head(self.last, self._logits, rows)
+        self.head = request.head(self.last, self._logits, count)
 
     def run(self, tokens: Sequence[int]) -> None:
-        """Feed R tokens."""
+        """Run embed_tokens, both halves and the head on R tokens."""
         self._token_ids.update_inplace(np.array([tokens], np.int64))
         self._embed()
         self._lower()
@@ -342,7 +360,7 @@ class Pass:
         self.head()
 
     def logits(self) -> Float:
-        """What the head gave, (R, V)."""
+        """The head's output, (R, V). Valid until the next pass."""
         logits: Any = self._logits.numpy()[0]
         return logits  # type: ignore[no-any-return]
 
@@ -364,24 +382,20 @@ def steered_head(
     return run
 
 
-def _common(a: Sequence[Key], b: Sequence[Key]) -> int:
-    """Length of the longest beginning that both have."""
+def _common_length(a: Sequence[Key], b: Sequence[Key]) -> int:
+    """Length of the longest common prefix."""
     differing = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differing, min(len(a), len(b)))
 
 
-def _first_rows(values: Sequence[OrtValue], count: int, device: Any) -> list[OrtValue]:
-    """The first `count` rows of chunks (1, n, D); none where `count` is not above zero."""
+def _first_positions(values: Sequence[OrtValue], count: int, device: Any) -> list[OrtValue]:
+    """The first `count` positions of chunks (1, n, D); none if `count` is not above zero."""
     out = []
     for value in values:
-        rows = value.shape()[1]
-        if 0 < count < rows:
+        length = value.shape()[1]
+        if 0 < count < length:
             out.append(buffer(np.ascontiguousarray(value.numpy()[:, :count]), device))
-        elif count >= rows:
+        elif count >= length:
             out.append(value)
-        count -= rows
+        count -= length
     return out
-
-
-def _ms_since(start: float) -> float:
-    return 1000 * (time.perf_counter() - start)

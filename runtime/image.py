@@ -1,7 +1,7 @@
-"""From an image to pixel_values, and from an encoder's features to rows among the tokens. Pure numpy and Pillow.
+"""An image -> pixel_values; the vision encoder's features -> the image's rows in the prompt. Pure numpy and Pillow.
 
-How an image is cut into tiles is found by ImageSpec.kind in CUT; tokens may stand around and between the tiles' rows
-(ImageSpec.frames). `anyres` is LLaVA-OneVision's:
+ImageSpec.kind selects a function in CUT that cuts an image into tiles. ImageSpec.tile_separators are the token ids
+around and between the tiles' rows. `anyres` is LLaVA-OneVision's:
 
     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -30,14 +30,14 @@ from .manifest import AnyresSpec, ImageSpec, VideoSpec
 Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
-Runs: TypeAlias = "list[list[int] | Float]"  # what stands for an image in a prompt: token ids, and rows (n, D)
-Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and the rows and columns of ImageSpec.frames
+Runs: TypeAlias = "list[list[int] | Float]"  # an image in a prompt: token ids, and rows (n, D)
+Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their TileSeparators.grid
 
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
 def open_image(image: ImageLike) -> Uint8:
-    """Any image a user may hand over, as RGB (H, W, 3) uint8, turned upright by its EXIF tag.
+    """Open an image as RGB (H, W, 3) uint8, turned upright by its EXIF tag.
 
     Raises InputError for a missing file, something that is not an image, a damaged one, or an extreme shape.
     """
@@ -47,14 +47,14 @@ def open_image(image: ImageLike) -> Uint8:
         pixels = image
     else:
         try:
-            if isinstance(image, Image.Image):  # opened by the caller, but not necessarily read yet
+            if isinstance(image, Image.Image):  # opened by the caller, but perhaps not read yet
                 pixels = to_rgb(image)
             else:
                 with Image.open(image) as opened:
                     pixels = to_rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
-        except Exception as err:  # damaged files make Pillow's decoders raise whatever they like
+        except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{image}: not a readable image ({err or type(err).__name__})") from err
     height, width = pixels.shape[:2]
     if pixels.size == 0:
@@ -65,20 +65,20 @@ def open_image(image: ImageLike) -> Uint8:
 
 
 def to_rgb(image: Image.Image) -> Uint8:
-    """Upright, and transparency on white: what somebody looking at the picture sees (HF: convert_to_rgb)."""
+    """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
-    if upright.mode.startswith("I;16"):  # 16-bit grey, as cameras and scanners write it: convert() makes it all white
+    if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return np.asarray(upright.convert("RGB"))
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
-    """`spec` without the grids that make more than `tiles` tiles of a picture, its base tile counted.
+    """`spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included.
 
-    Where no grid is left a picture becomes one square tile, as several pictures do. Other kinds make one tile anyway.
+    If no grid is left, a picture becomes one square tile, like each of several pictures. Only `anyres` has grids.
     """
     if tiles is None or spec.anyres is None:
         return spec
@@ -90,7 +90,7 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
 
 
 def digest(image: Uint8, *, alone: bool) -> bytes:
-    """What tells two pictures (H, W, 3), or the tiles of two videos, apart, and how they are cut."""
+    """SHA-256 of a picture (H, W, 3) or of a video's tiles, and of how it is cut."""
     return hashlib.sha256(repr((image.shape, alone)).encode() + image.tobytes()).digest()
 
 
@@ -102,7 +102,7 @@ def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
 def cut(image: Uint8, spec: ImageSpec, *, alone: bool) -> Tiles:
     """(H, W, 3) uint8 -> its tiles (tile_size, tile_size, 3) uint8, and their grid.
 
-    `alone`: it is the prompt's only image; of several, `anyres` makes one tile each.
+    `alone`: it is the prompt's only image. `anyres` makes one tile of each of several.
     """
     return CUT[spec.kind](image, spec, alone)
 
@@ -115,17 +115,19 @@ def normalise(tiles: Sequence[Uint8], spec: ImageSpec | VideoSpec) -> Float:
 
 
 def lay_out(runs: Sequence[Float], grid: tuple[int, int], spec: ImageSpec) -> Runs:
-    """Runs of an image's rows (n, D) -> the same with the token ids that stand around and between them.
+    """Runs of an image's rows (n, D) -> the same with the token ids around and between them.
 
-    Raises PackageError where ImageSpec.frames does not know `grid`, or as many runs.
+    Raises PackageError if ImageSpec.tile_separators has no entry for `grid`, or one for another number of runs.
     """
-    if not spec.frames:
+    if not spec.tile_separators:
         return list(runs)
-    between = {frame.grid: frame.between for frame in spec.frames}.get(grid, ())
-    if len(between) != len(runs) + 1:
-        raise PackageError(f"image: no frame for {len(runs)} runs of rows in a grid of {grid[0]}x{grid[1]} tiles")
-    laid: Runs = [list(between[0])]
-    for rows, ids in zip(runs, between[1:], strict=True):
+    separators = {s.grid: s.token_ids for s in spec.tile_separators}.get(grid, ())
+    if len(separators) != len(runs) + 1:
+        raise PackageError(
+            f"image: no tile_separators for {len(runs)} runs of rows in a grid of {grid[0]}x{grid[1]} tiles"
+        )
+    laid: Runs = [list(separators[0])]
+    for rows, ids in zip(runs, separators[1:], strict=True):
         laid += [rows, list(ids)]
     return [run for run in laid if len(run)]
 
@@ -158,7 +160,7 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - pinpoint[0] * pinpoint[1]
 
-    return max(pinpoints, key=fit)  # the first of equals, as HF
+    return max(pinpoints, key=fit)  # of equals the first, as in HF
 
 
 def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
@@ -175,11 +177,11 @@ def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     padded[top : top + fitted[0], left : left + fitted[1]] = _resize(image, *fitted, spec)
     n = spec.tile_size
     grid = [padded[y : y + n, x : x + n] for y in range(0, height, n) for x in range(0, width, n)]
-    return [_squeeze(image, spec), *grid], (1, 1)  # `pack` makes one run of them
+    return [_squeeze(image, spec), *grid], (1, 1)  # `pack` joins them into one run
 
 
 def _anyres(spec: ImageSpec) -> AnyresSpec:
-    assert spec.anyres is not None  # Manifest.load saw to it
+    assert spec.anyres is not None  # Manifest.load checks it
     return spec.anyres
 
 
@@ -198,7 +200,7 @@ def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
 
 
 def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
-    """The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil)."""
+    """Scale the shortest side to tile_size and keep the middle of the other (HF: ChameleonImageProcessorPil)."""
     size, shortest = spec.tile_size, min(image.shape[:2])
     height, width = (int(size * side / shortest) for side in image.shape[:2])
     top, left = (height - size) // 2, (width - size) // 2
@@ -206,11 +208,11 @@ def _centre_crop(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
 
 
 def _split(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
-    """Scaled to the longest edge, stretched to whole tiles and cut; the whole comes last, squeezed into one tile.
+    """Scale to the longest edge, stretch to whole tiles and cut. The whole image comes last, squeezed into one tile.
 
     HF: Idefics3ImageProcessorPil.
     """
-    assert spec.split is not None  # Manifest.load saw to it
+    assert spec.split is not None  # Manifest.load checks it
     n, edge, ratio = spec.tile_size, spec.split.longest_edge, image.shape[1] / image.shape[0]
     even = int(edge / ratio if ratio >= 1 else edge * ratio)
     even = max(even + even % 2, 1)
@@ -244,7 +246,7 @@ def _resize(image: Uint8, height: int, width: int, spec: ImageSpec) -> Uint8:
 
 
 def _unpad(grid: Float, size: tuple[int, int]) -> Float:
-    """Drop the rows or columns of `grid` (h, w, D) that stand on padding (HF: unpad_image)."""
+    """Drop the rows or columns of `grid` (h, w, D) that are padding (HF: unpad_image). `size`: the original's."""
     height, width = grid.shape[:2]
     if size[1] / size[0] > width / height:
         padding = (height - int(round(size[0] * (width / size[1]), 7))) // 2

@@ -1,7 +1,7 @@
-"""Keys and values of earlier tokens: one preallocated buffer per layer, bound as past and as present.
+"""Keys and values of earlier positions: one preallocated buffer per layer and kind, bound as past and as present.
 
-GroupQueryAttention writes the new rows into it in place; `seqlens_k` tells it how many are valid. Nothing is copied
-as an answer grows, and memory the operating system has not been asked to touch is not used.
+GroupQueryAttention writes new positions into it in place; `seqlens_k` tells it how many are valid. Nothing is copied as
+an answer grows, and pages that have not been written take no memory.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class KVCache:
             for kind in ("key", "value"):
                 self._set(f"{layer}.{kind}", np.zeros(self._shape, np.dtype(spec.dtype)))
 
-    def reserve(self, capacity: int, rows: int, most: int) -> None:
-        """Make room for `capacity` tokens and keep the first `rows`. It grows to twice its size, but not above `most`,
-        so that the turns of a dialogue copy each row about once.
+    def reserve(self, capacity: int, length: int, limit: int) -> None:
+        """Make room for `capacity` tokens and keep the first `length` positions.
+
+        A cache that is too small doubles, up to `limit`, so a dialogue copies each position about once.
         """
         batch, heads, held, width = self._shape
         if capacity <= held:
             return
-        self._shape = (batch, heads, max(capacity, min(2 * held, most)), width)
+        self._shape = (batch, heads, max(capacity, min(2 * held, limit)), width)
         self.bytes = 0
-        for name, value in self.past.items():  # layer by layer: the old buffer goes before the next one comes
+        for name, value in self.past.items():  # one buffer at a time: each old one is freed before the next is made
             old = value.numpy()
             new = np.zeros(self._shape, old.dtype)
-            new[:, :, :rows] = old[:, :, :rows]
+            new[:, :, :length] = old[:, :, :length]
             self._set(name.removeprefix("past_key_values."), new)
 
     def _set(self, name: str, array: np.ndarray) -> None:

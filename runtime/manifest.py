@@ -1,7 +1,7 @@
-"""autosteer.json: everything export knows about a package. The one file a loader must parse, in any language.
+"""autosteer.json: everything that the export knows about a package. A loader in any language must parse it.
 
-The runtime never guesses: a fact that is not here is not known. Unknown keys, missing keys and wrong types are errors,
-because a manifest that is half understood is a gate that is half closed.
+The runtime never guesses what is not here. Unknown keys, missing keys and wrong types are errors: a runtime that
+ignored a key might run the gate wrongly.
 
 `split_layer` = k means: `decoder_lower` runs layers 0..k-1, the prober reads the residual stream *entering* layer k
 (Hugging Face's `hidden_states[k]`), `decoder_upper` runs layers k..N-1 and the final norm.
@@ -25,18 +25,19 @@ from .strict_json import decode, json_schema, no_duplicates
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"
-LARGE_FILE = 16 << 20  # bytes: hashing more takes long enough to be done while something else runs
-P_UNSAFE_MOST = (
-    0.05  # largest Tolerance.p_unsafe: a gate that moves more from machine to machine is not the one measured
-)
-WEIGHTS_FILE = "weights.bin"  # the big tensors of all graphs
+LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
+MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
+WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
-PREFILL_GRAPHS = {"decoder_lower": "prefill_lower", "decoder_upper": "prefill_upper"}  # both or neither; see `reader`
+PREFILL_GRAPHS = {
+    "decoder_lower": "prefill_lower",
+    "decoder_upper": "prefill_upper",
+}  # both or neither
 GATE_GRAPHS = ("prober", "refusal_head")
-IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # one of them, where the model takes images
+IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # exactly one, if the model takes images
 
-LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a slip of the manifest must not take all memory
-ACTIVATIONS = ("float32", "float16")  # what hidden states may be: one of them, in all graphs
+LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
+ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 CacheType = Literal["float32", "float16", "int8"]  # numpy names
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
@@ -47,7 +48,7 @@ class Source:
     """The checkpoint a package was made from."""
 
     repo: str  # hub id or the name of the local folder
-    revision: str | None  # commit on the hub, where there is one
+    revision: str | None  # commit on the hub; None for a local folder
     model_type: str  # Hugging Face config.model_type
     licence: str | None
 
@@ -61,7 +62,7 @@ class Dims:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    context_length: int  # most tokens a prompt and its answer may take together
+    context_length: int  # most tokens of a prompt and its answer together
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that the graphs or the runtime need besides the graphs: weights, tokenizer."""
+    """A file of the package that is not a graph: weights, tokenizer, golden pictures, proof states."""
 
     file: str
     bytes: int
@@ -96,9 +97,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); capacity is yours.
+    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); you choose capacity.
 
-    The graphs round what they write and know their scales: int8 buffers are all that int8 caches need.
+    For int8 caches allocate int8 buffers; the graphs have the scales and quantise what they write.
     """
 
     dtype: CacheType
@@ -116,26 +117,26 @@ class AnyresSpec:
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """How ImageSpec.kind "split" cuts an image into tiles and the whole."""
+    """How ImageSpec.kind "split" cuts an image into tiles, and adds the whole image as one more."""
 
-    longest_edge: int  # pixels; every picture is first scaled to it
-    tiles: bool  # false: the whole only
+    longest_edge: int  # pixels; every picture is scaled to it first
+    tiles: bool  # false: only the whole image
 
 
 @dataclass(frozen=True)
-class FrameSpec:
-    """The token ids around and between the rows of an image: some before each of its runs of rows, some at the end."""
+class TileSeparators:
+    """The token ids around and between the tiles of an image that was cut into `grid` (rows, columns)."""
 
-    grid: tuple[int, int]  # of images cut into so many rows and columns of tiles
-    between: tuple[tuple[int, ...], ...]
+    grid: tuple[int, int]
+    token_ids: tuple[tuple[int, ...], ...]  # [i]: before the rows of tile i; the last: after all tiles
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How an RGB image becomes pixel_values (see image.py).
 
-    The package's image graph says what becomes of them: `vision_encoder` makes rows for the decoder, `image_tokenizer`
-    token ids, which go through embed_tokens like any other.
+    The image graph `vision_encoder` turns them into rows for the decoder; `image_tokenizer` turns them into token ids,
+    which go through embed_tokens like text.
     """
 
     kind: Literal["anyres", "centre_crop", "split"]
@@ -144,27 +145,27 @@ class ImageSpec:
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Resample
-    anyres: AnyresSpec | None  # where kind is "anyres"
-    split: SplitSpec | None = None  # where kind is "split"
-    frames: tuple[FrameSpec, ...] = ()  # none: nothing stands around or between rows; else one for every grid there is
+    anyres: AnyresSpec | None  # if kind is "anyres"
+    split: SplitSpec | None = None  # if kind is "split"
+    tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
 
 
 @dataclass(frozen=True)
 class VideoSpec:
-    """How the frames of a video become pixel_values for the vision_encoder, and its features rows (see video.py)."""
+    """How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.py)."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
-    pooled_side: int  # a frame's ImageSpec.anyres.tokens_per_side ** 2 rows are shrunk to pooled_side ** 2
+    pooled_side: int  # ImageSpec.anyres.tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One piece of a rendered prompt.
+class TemplatePiece:
+    """One piece of the chat template.
 
-    `token` is the special token `id` (its string in `text`); `literal` is plain text; `text` is where the turn's text
-    goes, `image` where an image's rows go and `video` where a video's do. Literal and user text that touch are
+    Kinds: `token` is the special token `id` (its string in `text`); `literal` is the plain text `text`; `text`, `image`
+    and `video` stand for the user's text, an image's rows and a video's rows. Adjacent literal and user text are
     tokenised together, as plain text.
     """
 
@@ -175,57 +176,57 @@ class Piece:
 
 @dataclass(frozen=True)
 class TurnSpec:
-    """How one role's turn is written: prefix, its parts (an image, a video or a text each), suffix."""
+    """How one role's turn is written: prefix, parts (each an image, a video or a text), suffix."""
 
-    prefix: tuple[Piece, ...]
-    image: tuple[Piece, ...]
-    text: tuple[Piece, ...]
-    suffix: tuple[Piece, ...]
-    lead: tuple[Piece, ...] = ()  # between the prefix and a text, where the turn's first part is one
-    video: tuple[Piece, ...] = ()
+    prefix: tuple[TemplatePiece, ...]
+    image: tuple[TemplatePiece, ...]
+    text: tuple[TemplatePiece, ...]
+    suffix: tuple[TemplatePiece, ...]
+    lead: tuple[TemplatePiece, ...] = ()  # after the prefix, if the turn's first part is a text
+    video: tuple[TemplatePiece, ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The chat template, taken apart at export and checked there against Hugging Face's rendering."""
+    """The chat template as pieces. The export checks that they render as Hugging Face's template does."""
 
-    begin: tuple[Piece, ...]  # before a dialogue that has no system turn
+    begin: tuple[TemplatePiece, ...]  # opens a dialogue without a system turn
     system: TurnSpec | None
     user: TurnSpec
     assistant: TurnSpec
-    generation: tuple[Piece, ...]  # opens the answer
-    images_first: bool  # a turn's images come before its videos, and those before its texts, whatever the user's order
+    generation: tuple[TemplatePiece, ...]  # opens the answer
+    images_first: bool  # reorder a turn's parts: images, videos, texts
     strip_text: bool  # the template strips white space around a turn's text
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
 
     def turns(self) -> tuple[TurnSpec, ...]:
-        """How the turns of every role there is are written."""
+        """The turns of all roles that the model has."""
         return tuple(turn for turn in (self.system, self.user, self.assistant) if turn)
 
-    def outside(self) -> tuple[Piece, ...]:
-        """Every piece of the template that belongs to no part of a turn."""
+    def outside(self) -> tuple[TemplatePiece, ...]:
+        """Every piece that is not inside a part of a turn."""
         around = [(*turn.prefix, *turn.lead, *turn.suffix) for turn in self.turns()]
         return (*self.begin, *(piece for pieces in around for piece in pieces), *self.generation)
 
-    def inside(self) -> list[tuple[str, tuple[Piece, ...]]]:
-        """How turns write their parts, by kind. Pictures and videos are left out where a turn takes none."""
+    def inside(self) -> list[tuple[str, tuple[TemplatePiece, ...]]]:
+        """(kind, pieces) of every part that a turn can have. Turns that take no images or videos have none of them."""
         kinds = [pair for turn in self.turns() for pair in (("image", turn.image), ("video", turn.video))]
         return [*((kind, part) for kind, part in kinds if part), *(("text", turn.text) for turn in self.turns())]
 
-    def pieces(self) -> tuple[Piece, ...]:
+    def pieces(self) -> tuple[TemplatePiece, ...]:
         """Every piece of the template."""
         return (*self.outside(), *(piece for _, part in self.inside() for piece in part))
 
 
 @dataclass(frozen=True)
 class ProberSpec:
-    """Where the prober reads, and when it fires."""
+    """What the prober reads, and when it fires."""
 
-    token_offset: int  # row of hidden_states it reads, from the end of the full prompt (generation prompt included)
-    pooling: Literal["last", "mean"]  # "mean": of that row and all text rows before it that the last turn's content has
+    token_offset: int  # position of hidden_states that it reads, from the end of the prompt with its generation prompt
+    pooling: Literal["last", "mean"]  # "mean": over that position and all text positions of the turn before it
     threshold: float  # safe = 0 <= p_unsafe <= threshold
-    calibration: dict[str, float]  # facts measured by autosteer-fit on held-out data
+    calibration: dict[str, float]  # measured by autosteer-fit on held-out data
 
 
 @dataclass(frozen=True)
@@ -233,54 +234,54 @@ class RefusalSpec:
     """steered = hidden_states + strength * hidden_states @ W.T, before lm_head (the paper's Refusal Head)."""
 
     strength: float  # the paper's epsilon
-    text: str  # said instead of an answer under --policy stop
+    text: str  # the answer to an unsafe prompt under --policy stop
     formula: str = "hidden_states + strength * hidden_states @ W.T"
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A prompt and what the package answered to it under --policy steer, greedily, on the exporting machine's CPU.
+    """A prompt and the package's greedy answer to it under --policy steer, on the exporting machine's CPU.
 
-    A prompt whose words must not ship is given by its tokens: `prompt_ids` are those of the whole rendered prompt,
-    generation prompt included, and `prompt` is empty.
+    A prompt whose words must not ship is given as `prompt_ids`: the token ids of the whole rendered prompt. Then
+    `prompt` is empty.
     """
 
     prompt: str
     images: tuple[str, ...]
-    threshold: float | None  # the policy's; None: the package's own, -1: every prompt is steered
+    threshold: float | None  # the policy's; None: the package's; -1: every prompt is steered
     p_unsafe: float | None
     action: Literal["pass", "steer"]
-    token_ids: tuple[int, ...]  # of the answer; where the action is "steer", the unsteered answer is another one
+    token_ids: tuple[int, ...]  # of the answer; if the action is "steer", the unsteered answer differs
     videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
     prompt_ids: tuple[int, ...] = ()
 
     def pictures(self) -> tuple[str, ...]:
-        """Every picture file of it."""
+        """All its picture files, frames of videos included."""
         return (*self.images, *(frame for video in self.videos for frame in video))
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far the golden prompts' results on another machine may be from those recorded here."""
+    """How far results on another machine may differ from the golden ones."""
 
     p_unsafe: float  # largest difference
-    answers: int  # golden prompts whose answer may differ: those with a near tie among their tokens
+    answers: int  # how many golden answers may differ: those with a near tie between tokens
 
 
 @dataclass(frozen=True)
 class SteeredState:
-    """What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength."""
+    """lm_head's output for one hidden state, unsteered, and steered at the package's strength."""
 
-    token: int  # the likeliest
-    steered_token: int  # the likeliest after steering: another one
-    shift: float  # root mean square, over the vocabulary, of what steering adds to the logits
+    token: int  # the most likely
+    steered_token: int  # the most likely after steering; always another one
+    shift: float  # root mean square over the vocabulary of what steering adds to the logits
 
 
 @dataclass(frozen=True)
 class GateProof:
-    """Hidden states and what the gate must make of them: they show, without any text, that it works on a machine.
+    """Hidden states and the gate's outputs for them, to show on any machine and without text that the gate works.
 
-    `file` holds float32 positions (hidden_size,), little-endian: what the prober read of a prompt, one for each of
+    `file` holds little-endian float32 vectors of hidden_size: what the prober read of a prompt, one for each of
     `p_unsafe`; the last hidden state of a prompt, one for each of `steered`; and the same after the Refusal Head.
     """
 
@@ -318,22 +319,22 @@ class Manifest:
     refusal: RefusalSpec | None
     golden: tuple[Golden, ...]
     tolerance: Tolerance
-    proof: GateProof | None  # where guarded
+    proof: GateProof | None  # if guarded
     validation: dict[str, tuple[Check, ...]]  # by execution provider
     versions: dict[str, str]  # what exported it
-    onnxruntime: str  # the oldest version that computes this package right, as "1.23"
+    onnxruntime: str  # the oldest version that computes this package correctly, for example "1.23"
     video: VideoSpec | None = None
 
     def save(self, folder: Path) -> None:
-        """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON lacks."""
+        """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON does not have."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Read and check autosteer.json. Files are checked by `verify`.
+        """Read and check autosteer.json. `verify` checks the files.
 
-        Raises PackageError where the file is missing, not JSON, of another format version, or inconsistent.
+        Raises PackageError if it is missing, not JSON, of another format version, or inconsistent.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -388,10 +389,13 @@ class Manifest:
                     not any(side % self.image.tile_size for side in sides), "image: grid_pinpoints must be whole tiles"
                 )
                 need(max(sides) <= LARGEST_GRID, "image: a grid is too large")
-            grids = [frame.grid for frame in self.image.frames]
-            need(len(grids) == len(set(grids)), "image: two frames for one grid")
-            ids = [i for frame in self.image.frames for run in frame.between for i in run]
-            need(all(0 <= i < self.dims.vocab_size for i in ids), "image: a frame has an id outside the vocabulary")
+            grids = [separators.grid for separators in self.image.tile_separators]
+            need(len(grids) == len(set(grids)), "image: two tile_separators for one grid")
+            ids = [i for separators in self.image.tile_separators for run in separators.token_ids for i in run]
+            need(
+                all(0 <= i < self.dims.vocab_size for i in ids),
+                "image: tile_separators have an id outside the vocabulary",
+            )
         if self.video:
             side = self.image.anyres.tokens_per_side if self.image and self.image.anyres else 0
             need(
@@ -410,7 +414,7 @@ class Manifest:
         prefill = [name for name in PREFILL_GRAPHS.values() if name in self.graphs]
         need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
         for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
-            for name in (half, self.reader(half)):
+            for name in (half, self.prefill_graph(half)):
                 need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
         if self.prober and self.refusal:
             need(0.0 <= self.prober.threshold < 1.0, f"prober: threshold {self.prober.threshold:g} is not from 0 to 1")
@@ -439,8 +443,8 @@ class Manifest:
                 "golden: an id outside the vocabulary",
             )
         need(
-            0.0 < self.tolerance.p_unsafe <= P_UNSAFE_MOST,
-            f"tolerance: p_unsafe is not above 0, up to {P_UNSAFE_MOST:g}",
+            0.0 < self.tolerance.p_unsafe <= MAX_P_UNSAFE_TOLERANCE,
+            f"tolerance: p_unsafe is not above 0, up to {MAX_P_UNSAFE_TOLERANCE:g}",
         )
         need(0 <= self.tolerance.answers <= len(self.golden), "tolerance: more answers than golden prompts")
         for piece in self.prompt.outside():
@@ -475,7 +479,7 @@ class Manifest:
             )
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
-        """Everything that must be a size, by its place: above 0, and so small that products of sizes fit 64 bits."""
+        """(place, value) of everything that must be above 0, and small enough that products of sizes fit 64 bits."""
         yield from ((f"dims: {name}", size) for name, size in dataclasses.asdict(self.dims).items())
         if self.image:
             yield "image: tile_size", self.image.tile_size
@@ -508,7 +512,7 @@ class Manifest:
         need(found == size, f"proof: {self.proof.file!r} must be in 'files' with {size} bytes")
 
     def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
-        """The tensors that the loop binds, by graph, as dtype and shape."""
+        """By graph and tensor: the (dtype, shape) that the loop binds."""
         d, f32, act = self.dims, "float32", self.activations
         rows, last = (1, "sequence_length", d.hidden_size), (1, "num_logits", d.hidden_size)
 
@@ -534,7 +538,7 @@ class Manifest:
             | {"num_logits": ("int64", (1,))},
             "lm_head": {"last_hidden_state": (act, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
         }
-        expected |= {self.reader(half): expected[half] for half in PREFILL_GRAPHS}
+        expected |= {self.prefill_graph(half): expected[half] for half in PREFILL_GRAPHS}
         if self.guarded:
             expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
             expected["refusal_head"] = {
@@ -544,18 +548,18 @@ class Manifest:
             }
         return expected
 
-    def reader(self, half: str) -> str:
-        """The graph that reads prompts for a decoder half: a copy whose weights are rounded otherwise, or that half."""
+    def prefill_graph(self, half: str) -> str:
+        """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""
         return PREFILL_GRAPHS[half] if PREFILL_GRAPHS[half] in self.graphs else half
 
     @property
     def activations(self) -> str:
-        """numpy name of what the decoder computes in, and hands from graph to graph: float16 in packages for CUDA."""
+        """numpy name of the type of hidden states: float16 in packages for CUDA, else float32."""
         return next((t.dtype for t in self.graphs["decoder_lower"].outputs if t.name == "hidden_states"), "float32")
 
     @property
     def exact(self) -> bool:
-        """Whether arithmetic is float32, and no weight or cache is in 8 bits or 4: all machines say the same tokens."""
+        """Whether all machines give the same tokens: float32 arithmetic, and no int8 or int4 weights or caches."""
         precisions = {self.precision, *(graph.precision for graph in self.graphs.values())}
         return {self.activations, self.kv_cache.dtype} == {"float32"} and precisions <= {"fp32", "fp16"}
 
@@ -568,10 +572,10 @@ class Manifest:
 
     @contextlib.contextmanager
     def verifying(self, folder: Path) -> Iterator[None]:
-        """Compare every file with its hash: small ones before the block, large ones while it runs.
+        """Compare every file with its hash: small ones before the block, large ones in a thread while it runs.
 
-        The block may map the large files, which are plain numbers, but must not answer from them: only its end says
-        that they are right. Raises PackageError naming a file that is missing or differs.
+        The block may load the large files, which are plain numbers, but must not answer from them: they are verified
+        only when it ends. Raises PackageError naming a file that is missing or differs.
         """
         large = {file.file for file in self.files if file.bytes >= LARGE_FILE}
         self.verify(folder, self.paths().keys() - large)
@@ -580,13 +584,13 @@ class Manifest:
             try:
                 yield
             finally:
-                checked.result()  # a wrong hash is the better reason for whatever went wrong in the block
+                checked.result()  # raise for a wrong hash rather than for what it broke in the block
 
     def verify(self, folder: Path, files: Collection[str] | None = None) -> None:
         """Compare `files` (default: all) with their hashes. Raises PackageError naming the first file that is missing
         or differs.
         """
-        if WEIGHTS_FILE not in self.paths() and (folder / WEIGHTS_FILE).exists():  # graphs read it without being asked
+        if WEIGHTS_FILE not in self.paths() and (folder / WEIGHTS_FILE).exists():  # graphs read it all the same
             raise PackageError(f"{folder / WEIGHTS_FILE}: has no hash in {MANIFEST_FILE}; export the package again")
         for file, expected in self.paths().items():
             if files is not None and file not in files:
@@ -615,7 +619,7 @@ def sha256(path: Path) -> str:
 
 
 def schema_text() -> str:
-    """The content of autosteer.schema.json, from the dataclasses above. To write it again after a change above:
+    """The content of autosteer.schema.json, from the dataclasses above. To regenerate it:
 
     python -m autosteer.runtime.manifest > runtime/autosteer.schema.json
     """

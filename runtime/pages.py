@@ -1,16 +1,15 @@
-"""Which pages of memory the weights lie on, once they are loaded. Linux only, and nothing depends on it.
+"""Huge pages for the loaded weights, and mapped pages given back. Linux only; everything works without it.
 
-Huge ones: each token reads all weights, and on pages of 4 KiB a tenth of that goes into finding pages. Linux gives
-memory huge pages where it is asked to (`/sys/kernel/mm/transparent_hugepage/enabled` says "madvise" on most systems),
-and onnxruntime does not ask. So we ask, a little after the graphs are loaded: MADV_COLLAPSE (Linux 6.1) moves what is
-there at once, MADV_HUGEPAGE leaves it to the kernel's spare time.
+Huge pages: each token reads all weights, and with pages of 4 KiB a tenth of that time goes into address translation.
+On most systems Linux uses huge pages only where a program asks (`/sys/kernel/mm/transparent_hugepage/enabled` is
+"madvise"), and onnxruntime does not. So we ask, shortly after loading: MADV_COLLAPSE (Linux 6.1) moves memory onto huge
+pages at once; MADV_HUGEPAGE leaves it to a kernel thread.
 
-And once: loading reads more of files than answers do. onnxruntime maps weights.bin and packs weights anew for its
-kernels, scales among them, but keeps the map of scales (18 MiB of a 0.5B model at int4); and much of its own code (10
-MiB) only loads. MADV_PAGEOUT (Linux 5.4) gives them back; whoever reads them after all finds them in the file.
+Mapped pages: loading reads pages that answers do not need. onnxruntime copies scales out of the mapped weights.bin (18
+MiB for a 0.5B model at int4), and 10 MiB of its code runs only while it loads. MADV_PAGEOUT (Linux 5.4) drops such
+pages; if one is needed again, it is read from its file.
 
-Addresses come out of /proc and may have become another thread's when advice on them is given. None of this advice
-changes what memory holds.
+Addresses come from /proc and may be stale when advice on them is given. No advice used here changes memory's content.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from typing import NamedTuple, TypeAlias
 
 SMAPS = Path("/proc/self/smaps")
 HUGE = 2 << 20  # bytes
-SETTLED = 2.0  # seconds after a load: the first answer, which moving would hold up, has begun
+SETTLED = 2.0  # seconds after a load; moving memory earlier would delay the first answer
 MADV_HUGEPAGE, MADV_PAGEOUT, MADV_COLLAPSE = 14, 21, 25  # linux/mman.h
-Range: TypeAlias = "tuple[int, int]"  # addresses: the first, and the first behind
+Range: TypeAlias = "tuple[int, int]"  # addresses: first, one past the last
 
 
 @contextlib.contextmanager
 def placing() -> Iterator[threading.Thread]:
-    """Move onto huge pages what memory the block fills, in pieces of 2 MiB and more, and give back what it has read of
-    mapped files.
+    """Move the memory that the block fills onto huge pages, and drop the mapped pages that it has read.
 
-    A thread moves, SETTLED seconds behind the block: it takes from a tenth of a second to more than one (for 400 MB,
-    in a virtual machine), and who touches that memory meanwhile waits.
+    A thread moves it SETTLED seconds after the block. That takes from 0.1 s to more than 1 s (400 MB, in a virtual
+    machine), and any access to that memory waits meanwhile.
     """
     before = {mapping.range: mapping.resident for mapping in _mappings()}
     filled: list[Range] = []
@@ -58,12 +56,12 @@ class Mapping(NamedTuple):
 
     range: Range
     mode: str
-    name: str  # a file's path; "", "[heap]" or "[anon...]" for memory of no file
+    name: str  # a file's path; "", "[heap]" or "[anon...]" for anonymous memory
     resident: int  # bytes
 
     @property
     def is_filled(self) -> bool:
-        """Whether it is memory of no file that is in good part touched. Huge pages fill the rest."""
+        """Whether it is anonymous memory of which at least 90 % is resident. Huge pages would fill the rest."""
         anonymous = self.name in ("", "[heap]") or self.name.startswith("[anon")
         return anonymous and self.mode == "rw-p" and self.resident >= 0.9 * (self.range[1] - self.range[0])
 
@@ -88,6 +86,6 @@ def _move(filled: Iterable[Range]) -> None:
 
 
 def _advise(start: int, end: int, advice: int) -> int:
-    """Linux's madvise: 0 where it has taken the advice."""
+    """Linux's madvise; 0 if it took the advice."""
     status: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
     return status

@@ -1,11 +1,11 @@
-"""A dialogue, its pictures and its videos -> the decoder's input rows.
+"""A dialogue, its pictures and its videos -> the decoder's input embeddings.
 
     text    -> token ids ------------------------------------------> embed_tokens -> rows
     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
     video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
 
-Pixels are made and encoded a few tiles at a time, so a large picture takes no more memory than its rows.
+Pixels are made and encoded a few tiles at a time, so that a large picture needs no more memory than its rows.
 """
 
 from __future__ import annotations
@@ -24,26 +24,31 @@ from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError
-from .generation import Float, Key, Prompt, Stats
+from .generation import EncodedPrompt, Float, Key, Stats, ms_since
 from .image import ImageLike
 from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
 from .subgraph import Subgraph
 from .text import IMAGE, VIDEO, AskedTurn, Message, asked_turns, render
 
-TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and no less time
+TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and as long
 
 
 class PromptEncoder:
-    """Makes prompts for one package. Nothing of a dialogue stays in it."""
+    """Encodes prompts for one package. Keeps no state of a dialogue."""
 
     def __init__(
         self, manifest: Manifest, tokenizer: Tokenizer, image: ImageSpec | None, graph: Callable[[str], Subgraph]
     ):
-        """`image` says how pictures are cut here, `graph` gives a loaded graph by name."""
+        """`image`: how pictures are cut, None if the model takes none. `graph`: returns a loaded graph by name."""
         self.manifest, self._tokenizer, self._image, self._graph = manifest, tokenizer, image, graph
 
-    def prepare(self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None) -> Prompt:
-        """Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows."""
+    def prepare(
+        self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None
+    ) -> EncodedPrompt:
+        """Render a dialogue, encode its images and videos, and lay everything out as the decoder's input.
+
+        Raises InputError for an unusable message, image or video.
+        """
         pictures = [images_.open_image(picture) for message in messages for picture in message.images]
         if pictures and self.manifest.image is None:
             raise InputError("this model takes no images")
@@ -59,7 +64,7 @@ class PromptEncoder:
             **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
         }
         encoded = self._encode(encoders, stats, conversation)
-        stats.vision_ms = _ms_since(before)
+        stats.vision_ms = ms_since(before)
         framing = [sum(len(part) for part in encoded[digest] if isinstance(part, list)) for digest in digests]
         before = time.perf_counter()
         rows: list[Float] = []
@@ -68,7 +73,7 @@ class PromptEncoder:
         slots = {IMAGE: iter(digests), VIDEO: iter(video_digests)}
         for run in runs:
             digest = b"" if isinstance(run, list) else next(slots[run])
-            row = itertools.count()
+            row = itertools.count()  # of the picture
             for part in [run] if isinstance(run, list) else encoded[digest]:
                 if isinstance(part, list):
                     rows.append(self.embed(part))
@@ -80,14 +85,15 @@ class PromptEncoder:
         if not keys:
             raise InputError("the prompt is empty")
         embeds = np.concatenate(rows)[None]
-        stats.embed_ms = _ms_since(before)
+        stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        text = [row for row, key in enumerate(keys) if isinstance(key, int)]
-        return Prompt(embeds, token_ids, keys, self._probed_rows(messages, text, framing))
+        text = [position for position, key in enumerate(keys) if isinstance(key, int)]
+        return EncodedPrompt(embeds, token_ids, keys, self._probed_positions(messages, text, framing))
 
-    def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> Prompt:
-        """A prompt of one user turn without pictures, given as the tokens of its rendering, generation prompt included.
-        Raises InputError where there are none.
+    def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
+        """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
+
+        Raises InputError if there are none.
         """
         if not token_ids:
             raise InputError("the prompt is empty")
@@ -95,20 +101,23 @@ class PromptEncoder:
         embeds, messages = self.embed(list(token_ids))[None], [Message("user", ())]
         (empty,) = asked_turns(messages, self.manifest.prompt, self._tokenizer)
         turn = AskedTurn(0, empty.before, len(token_ids))
-        probed = probed_rows(self.manifest.prober, turn, messages, range(len(token_ids)), [])
-        stats.embed_ms = _ms_since(before)
+        probed = probed_positions(self.manifest.prober, turn, messages, range(len(token_ids)), [])
+        stats.embed_ms = ms_since(before)
         stats.prompt_tokens = len(token_ids)
-        return Prompt(embeds, list(token_ids), list(token_ids), [probed])
+        return EncodedPrompt(embeds, list(token_ids), list(token_ids), [probed])
 
-    def _probed_rows(self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]) -> list[list[int]]:
-        """The rows of a prompt that the prober reads, turn by turn. `text` are those of token ids, of which `framing`
-        frame each picture.
+    def _probed_positions(
+        self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]
+    ) -> list[list[int]]:
+        """The positions that the prober reads, for each user turn.
+
+        `text`: the positions of token ids. `framing`: how many of them are separators of each picture.
         """
         turns = asked_turns(messages, self.manifest.prompt, self._tokenizer)
-        return [probed_rows(self.manifest.prober, turn, messages, text, framing) for turn in turns]
+        return [probed_positions(self.manifest.prober, turn, messages, text, framing) for turn in turns]
 
     def _check_videos(self, messages: Sequence[Message]) -> None:
-        """Raise InputError for videos that this model cannot take, before anything is computed of them."""
+        """Raise InputError for videos that this model cannot take, before any frame is opened."""
         videos = [frames for message in messages for frames in message.videos]
         if not videos:
             return
@@ -129,7 +138,7 @@ class PromptEncoder:
         stats: Stats,
         conversation: Conversation | None,
     ) -> dict[bytes, images_.Runs]:
-        """What the encoders make of pictures and videos, by digest: once in a conversation."""
+        """Rows and token ids of pictures and videos, by digest. A conversation's are not encoded again."""
         known = conversation.images if conversation else {}
         encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
         if conversation:
@@ -137,7 +146,7 @@ class PromptEncoder:
         return encoded
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
-        """One image (H, W, 3) uint8 -> what stands for it in the prompt: its rows (n, D), and token ids between."""
+        """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them."""
         spec = self._image
         assert spec is not None
         tiles, grid = images_.cut(picture, spec, alone=alone)
@@ -157,12 +166,15 @@ class PromptEncoder:
         return videos_.tiles(frames, self._image.tile_size)
 
     def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
-        """A video's tiles (frames, tile_size, tile_size, 3) -> its rows (n, D), in memory that grows by them only."""
+        """A video's tiles (frames, tile_size, tile_size, 3) uint8 -> its rows (n, D)."""
         spec = self.manifest.video
         assert spec is not None
         rows: list[Float] = []
         for features, newline in self._run("vision_encoder", frames, spec):
-            rows[-1:] = [videos_.pool(features, spec.pooled_side), newline[None]]  # one newline, at the very end
+            rows[-1:] = [
+                videos_.pool(features, spec.pooled_side),
+                newline[None],
+            ]  # the newline ends the video, not the batch
         stats.image_tiles += len(frames)
         return [np.concatenate(rows)]
 
@@ -175,7 +187,7 @@ class PromptEncoder:
     def _run(
         self, graph: str, tiles: Sequence[images_.Uint8] | images_.Uint8, spec: ImageSpec | VideoSpec
     ) -> Iterator[list[npt.NDArray[Any]]]:
-        """Outputs of an image graph for `tiles`, a few of them at a time."""
+        """Run an image graph on `tiles`, a few at a time; the outputs of each run."""
         loaded = self._graph(graph)
         assert self._image is not None
         rows = self._image.anyres.tokens_per_side**2 if self._image.anyres else None
@@ -184,20 +196,21 @@ class PromptEncoder:
             outputs = loaded.run({"pixel_values": pixel_values})
             if graph == "vision_encoder":
                 shapes = [(len(pixel_values), rows, self.manifest.dims.hidden_size), (self.manifest.dims.hidden_size,)]
-                for output, shape in zip(outputs, shapes, strict=False):  # the newline comes with anyres only
+                for output, shape in zip(outputs, shapes, strict=False):  # only anyres has a newline
                     self._check_shape(graph, output, shape)
             yield outputs
 
     def embed(self, token_ids: list[int]) -> Float:
-        """Token ids (n,) -> their rows (n, D)."""
+        """Token ids (n) -> their embeddings (n, D) float32."""
         (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
         self._check_shape("embed_tokens", out, (1, len(token_ids), self.manifest.dims.hidden_size))
-        rows: Float = out[0].astype(np.float32, copy=False)  # as images' rows are
+        rows: Float = out[0].astype(np.float32, copy=False)
         return rows
 
     def _check_shape(self, graph: str, output: npt.NDArray[Any], shape: tuple[int | None, ...]) -> None:
-        """Raise PackageError where a graph's output has another shape; None: any. Rows that are missing would leave the
-        prober others than it is to read.
+        """Raise PackageError if a graph's output has another shape; None matches any size.
+
+        A missing row would shift the positions that the prober reads.
         """
         fits = [n in (size, None) for size, n in zip(output.shape, shape, strict=False)]
         if output.ndim != len(shape) or not all(fits):
@@ -206,17 +219,18 @@ class PromptEncoder:
             )
 
 
-def probed_rows(
+def probed_positions(
     prober: ProberSpec | None,
     turn: AskedTurn,
     messages: Sequence[Message],
     text: Sequence[int],
     framing: Sequence[int],
 ) -> list[int]:
-    """The rows that the prober reads of one turn: those that it would read if the dialogue ended there. Pictures are
-    not in a mean: their many rows would drown the text, whose rows have seen them.
+    """The positions that the prober reads of one turn, ascending: the same as if the dialogue ended there. Without a
+    prober, the last one: a conversation continues from it.
 
-    `text` are the rows of token ids, of which framing[i] frame the dialogue's picture i.
+    `text`: the positions of token ids; framing[i] of them are separators of the dialogue's picture i. A mean leaves out
+    pictures: their many rows would outweigh the text, whose hidden states have attended to them.
     """
     earlier = sum(len(message.images) for message in messages[: turn.index])
     shown = earlier + len(messages[turn.index].images)
@@ -225,8 +239,4 @@ def probed_rows(
     last = (asked[-1] if asked else -1) + 1 + (prober.token_offset if prober else -1)
     if prober is None or prober.pooling == "last":
         return [last] if last >= 0 else []
-    return [row for row in asked[before:] if row <= last]
-
-
-def _ms_since(start: float) -> float:
-    return 1000 * (time.perf_counter() - start)
+    return [position for position in asked[before:] if position <= last]

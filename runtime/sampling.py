@@ -1,4 +1,4 @@
-"""From logits to the next token. A sampler is a function (logits, tokens so far) -> token id."""
+"""Logits -> the next token. A sampler is a function (logits (V,), tokens so far) -> token id."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """A caller's wishes for one answer. The default is greedy and so the same every time."""
+    """Sampling options for one answer. The default is greedy, so the same prompt gives the same answer."""
 
     max_tokens: int = 256
     temperature: float = 0.0  # 0: greedy
@@ -25,8 +25,8 @@ class SamplingConfig:
         1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
     )
     seed: int = 0  # same seed, same text
-    stop: tuple[str, ...] = ()  # end the answer before any of these strings
-    speculate: bool = True  # draft what the answer copies; changes what it costs, not what it says
+    stop: tuple[str, ...] = ()  # end the answer before the first of these strings
+    speculate: bool = True  # draft what the answer copies: faster; near ties may differ at int8 and int4
 
     def __post_init__(self) -> None:
         def need(fits: bool, name: str) -> None:
@@ -43,15 +43,16 @@ class SamplingConfig:
 
 
 def make_sampler(config: SamplingConfig) -> Sampler:
-    """The sampler for `config`. Order of the filters as in Hugging Face's generate: penalty, temperature, top-k,
-    top-p. It raises PackageError for logits that are NaN or infinite: there is no right token to say.
+    """The sampler for `config`. The order is that of Hugging Face's generate: penalty, temperature, top-k, top-p.
+
+    The sampler raises PackageError if the largest logit is NaN or infinite.
     """
     rng = np.random.default_rng(config.seed)
 
     def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
         if config.repetition_penalty != 1.0:
             logits = penalise(logits, tokens, config.repetition_penalty)
-        best = int(np.argmax(logits))  # the first NaN, where there is one
+        best = int(np.argmax(logits))  # argmax returns the first NaN if there is one
         if not np.isfinite(logits[best]):
             raise PackageError(
                 f"the model's logits are not finite ({logits[best]}): a strength too large, a damaged package, or an "
@@ -65,7 +66,7 @@ def make_sampler(config: SamplingConfig) -> Sampler:
 
 
 def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
-    """A copy of `logits` (V,) in which tokens already seen are less likely (HF: RepetitionPenaltyLogitsProcessor)."""
+    """A copy of `logits` (V,) with earlier `tokens` made less likely (HF: RepetitionPenaltyLogitsProcessor)."""
     seen = np.unique(np.asarray(tokens, np.int64))
     out = logits.copy()
     out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
@@ -73,10 +74,10 @@ def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: fl
 
 
 def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> npt.NDArray[np.float64]:
-    """Temperature, top-k and top-p applied to `logits` (V,): probabilities that sum to 1, zero where filtered."""
+    """Apply temperature, top-k and top-p to `logits` (V,): probabilities that sum to 1, zero for dropped tokens."""
     order = np.argsort(-logits, kind="stable")
     below_best = logits[order].astype(np.float64) - logits[order[0]]
-    with np.errstate(over="ignore"):  # the coldest temperatures: minus infinity, probability zero
+    with np.errstate(over="ignore"):  # at tiny temperatures: minus infinity, probability 0
         p = np.exp(below_best / config.temperature)
     if 0 < config.top_k < len(p):
         p[config.top_k :] = 0.0

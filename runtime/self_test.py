@@ -1,12 +1,13 @@
-"""Does the gate work here? Asked whenever a package is loaded, in milliseconds and without any text.
+"""Check that the gate works on this machine. Every load of a package does so, in milliseconds and without any text.
 
-A package brings hidden states, and what its export found the prober, the Refusal Head and lm_head to make of them
-(manifest.GateProof). An Engine whose prober scores otherwise, or whose answers would not be steered, does not load. The
-whole path from text to answer is autosteer-check's business (check.py).
+A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
+(manifest.GateProof). If their outputs differ here, the package does not load. autosteer-check tests the whole path from
+text to answer (check.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,27 +18,27 @@ from .generation import Float, steered_head
 from .manifest import GateProof, Manifest
 from .subgraph import Device, Subgraph, buffer, empty
 
-PROBER_LIMIT = 1e-3  # of p_unsafe: the prober is float32 on the CPU in every package
-BEND_LIMIT = {"float32": 1e-3, "float16": 0.05}  # of what the Refusal Head adds, relative to it; by activations
-SHIFT_LIMIT = {True: 0.01, False: 0.25}  # of the logits' shift, relative to it; by Manifest.exact
-POSSIBLE = 1e30  # logits beyond are of tokens that the model never says
-BLOCKS = 64  # arrays as small as a strength, to overwrite one that was freed
+PROBER_LIMIT = 1e-3  # difference of p_unsafe: the prober is float32 on the CPU in every package
+STEER_LIMIT = {"float32": 1e-3, "float16": 0.05}  # error of what the Refusal Head adds, relative to it; by activations
+SHIFT_LIMIT = {True: 0.01, False: 0.25}  # error of the logits' shift, relative to it; by Manifest.exact
+POSSIBLE = 1e30  # larger logits mask tokens that the model never generates
+BLOCKS = 64  # arrays of a strength's size, to overwrite one that was freed
 
 
 def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device) -> None:
-    """Raise PackageError where prober, Refusal Head and lm_head do not do what the package's proof says."""
+    """Raise PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof."""
     if manifest.proof is None:
         return
     probed, last, steered = proof_states(folder, manifest, manifest.proof)
     for state, p_unsafe in zip(probed, manifest.proof.p_unsafe, strict=True):
-        found = float(graphs["prober"].run({"hidden_states": state[None]})[0][0])
+        found = _score(graphs["prober"], state)
         if not abs(found - p_unsafe) <= PROBER_LIMIT:
             raise PackageError(f"prober: a known state has p_unsafe {found:.4f} here, and had {p_unsafe:.4f} at export")
     head = _Head(manifest, graphs, device)
     for state, expected, logits in zip(last, steered, manifest.proof.steered, strict=True):
-        plain, bent, changed = head(state)
-        off = float(np.linalg.norm(bent - expected) / np.linalg.norm(expected - state))
-        if not off <= BEND_LIMIT[manifest.activations]:
+        plain, moved, changed = head(state)
+        off = float(np.linalg.norm(moved - expected) / np.linalg.norm(expected - state))
+        if not off <= STEER_LIMIT[manifest.activations]:
             raise PackageError(
                 f"refusal_head: it steers otherwise than at export (by {off:.2g} of what it adds): its steer matrix is "
                 "not the package's, or this onnxruntime computes it wrong"
@@ -51,11 +52,20 @@ def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph],
             )
 
 
+def _score(prober: Subgraph, state: Float) -> float:
+    """p_unsafe of a state (D,); NaN where the prober fails, or gives no number."""
+    try:
+        (p_unsafe,) = prober.run({"hidden_states": state[None]})[0]
+        return float(p_unsafe)
+    except Exception:  # onnxruntime's own hierarchy is not public
+        return math.nan
+
+
 class _Head:
     """Refusal Head and lm_head, bound as a decode step binds them, at strength 0 and at the package's.
 
-    Up to onnxruntime 1.28 a strength that was freed too soon left unsafe prompts unsteered: hence these bindings, and
-    small arrays that take the place of whatever was freed.
+    With onnxruntime up to 1.28, a strength that was freed too soon left unsafe prompts unsteered. To find that, this
+    uses the same bindings, and makes small arrays that overwrite freed memory.
     """
 
     def __init__(self, manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device):
@@ -88,6 +98,6 @@ def proof_states(folder: Path, manifest: Manifest, proof: GateProof) -> tuple[Fl
 
 
 def logits_shift(plain: Float, steered: Float) -> float:
-    """Root mean square of what steering adds to logits (V,); NaN where either is not finite."""
+    """Root mean square of what steering adds to logits (V,); NaN if either is not finite."""
     possible = ~(np.abs(plain) > POSSIBLE)
     return float(np.sqrt(np.mean(np.square(steered[possible] - plain[possible], dtype=np.float64))))

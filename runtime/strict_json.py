@@ -1,7 +1,6 @@
-"""JSON to frozen dataclasses, strictly, and the JSON Schema that says the same to other languages.
+"""Decode JSON strictly into frozen dataclasses, and write the equivalent JSON Schema for other languages.
 
-A key that is not a field, a field that is not there, a value of another type, a key given twice: each is an error, with
-its path.
+Unknown keys, missing keys, values of another type and keys given twice are errors that name the path.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ T = TypeVar("T")
 
 
 def decode(cls: type[T], data: Any, where: str) -> T:
-    """Build the frozen dataclass `cls` from parsed JSON; every key and type must fit.
+    """Build the frozen dataclass `cls` from parsed JSON. `where`: its path, for errors.
 
-    Raises PackageError with the path of the first value that does not. Keys with a default may be absent.
+    Raises PackageError with the path of the first value that does not fit. Keys with a default may be absent.
     """
     return typing.cast(T, _decode(cls, data, where))
 
 
 @functools.cache
 def _type_hints(kind: type) -> dict[str, Any]:
-    """typing.get_type_hints, which evaluates every annotation anew: nine tenths of the time of reading a manifest."""
+    """typing.get_type_hints, cached: it evaluates every annotation, and took 90 % of the time of reading a manifest."""
     return typing.get_type_hints(kind)
 
 
@@ -67,7 +66,9 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if isinstance(data, (int, float)) and not isinstance(data, bool) and _finite(data):
             return float(data)
     elif kind is int:
-        if isinstance(data, int) and not isinstance(data, bool) and -(2**63) <= data < 2**63:  # as other languages have
+        if (
+            isinstance(data, int) and not isinstance(data, bool) and -(2**63) <= data < 2**63
+        ):  # int64, as in other languages
             return data
     elif kind is str:
         if isinstance(data, str) and _is_text(data):
@@ -78,7 +79,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 
 
 def _finite(number: int | float) -> bool:
-    """Whether it is a float64: not NaN, infinite (Python reads them in JSON) or too large."""
+    """Whether it is a finite float64. Python's parser accepts NaN and infinities."""
     try:
         return math.isfinite(number)
     except OverflowError:
@@ -86,7 +87,7 @@ def _finite(number: int | float) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    """Whether every character is one: JSON's \\ud800 alone is half of one, at which other parsers stop."""
+    """Whether it is valid Unicode: no lone surrogate such as JSON's \\ud800, which other parsers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -95,7 +96,7 @@ def _is_text(text: str) -> bool:
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key given twice is an error, because readers differ in which of the two they take."""
+    """A JSON object, for object_pairs_hook. Raises ValueError for duplicate keys: parsers differ in which one wins."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -104,7 +105,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """JSON Schema of what `decode` takes for a dataclass, or any type of its fields."""
+    """The JSON Schema of what `decode` accepts for a dataclass, or for the type of a field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)

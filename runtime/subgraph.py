@@ -1,9 +1,9 @@
 """One ONNX graph in one onnxruntime session. Every onnxruntime option of the runtime is in this file.
 
-Sessions are chained on one machine, each with threads of its own. A thread that sleeps between operators costs a
-third of decoding on an idle machine; one that spins without end takes the cores from the next session and from other
-programs, and costs two thirds where there are any. So they spin for microseconds and only inside a run (measured,
-docs/design-notes.md). Only one of them runs at a time, so activations of all come from one arena.
+Sessions run one after the other, each with its own threads. Threads that sleep between operators cost a third of the
+decode speed on an idle machine. Threads that spin without limit take the cores from the next session and from other
+programs, and cost two thirds beside other load. So they spin for microseconds and only inside a run (measured,
+docs/design-notes.md). Only one session runs at a time, so all take their activations from one arena.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .manifest import GraphSpec, TensorSpec
 
 try:
     import onnxruntime as ort
-    from onnxruntime import OrtValue as OrtValue  # for the files beside this one: all say the same where it is missing
-except ImportError as error:  # neither wheel is a hard dependency: on a Jetson pip would put the CPU one over NVIDIA's
+    from onnxruntime import OrtValue as OrtValue  # other modules import it from here, and so show the message below
+except ImportError as error:  # no wheel is a hard dependency: on a Jetson, pip would replace NVIDIA's
     raise ImportError(
         "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]', or [gpu], or NVIDIA's Jetson wheel"
     ) from error
@@ -48,13 +48,14 @@ class Device:
 
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
 
 
 def find_device(name: DeviceName, threads: int | None, activations: str | None = None) -> tuple[Device, str]:
-    """The device for `name`, and for "auto" the reason why it is the CPU ("" otherwise).
+    """The device for `name`, and for "auto" the reason if it is the CPU ("" otherwise).
 
-    `activations` (numpy name) are what a package computes in; None: no matter. Raises ProviderError where "cuda" was
-    asked for and this onnxruntime has none, or none that suits the package, or for a name that is no device.
+    `threads`: of the CPU, None for all cores. `activations`: numpy name of the type that a package computes in, None
+    for any. Raises ProviderError for "cuda" if this onnxruntime cannot run the package there, and for unknown names.
     """
     if name not in typing.get_args(DeviceName):
         raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
@@ -67,18 +68,23 @@ def find_device(name: DeviceName, threads: int | None, activations: str | None =
     if name == "cpu" or why_not:
         return Device(CPU, "cpu", threads), why_not
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            ort.preload_dlls()  # CUDA from NVIDIA's Python packages, where it is not the system's
+        with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
+            ort.preload_dlls()  # CUDA libraries from NVIDIA's Python packages, if the system has none
     return Device(CUDA, "cuda", threads), ""
 
 
 def has_cuda() -> bool:
-    """Whether this onnxruntime was built with CUDA; whether there is a GPU, only a session shows."""
+    """Whether this onnxruntime was built with CUDA. Only a session shows whether it works."""
     return CUDA in ort.get_available_providers()
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU: the driver's device files, a Jetson's, or WSL's."""
+    return any(Path(device).exists() for device in GPU_DEVICES)
+
+
 def _why_not_cuda(activations: str | None) -> str:
-    """Why a package cannot run on CUDA here, and what to do about it; "" where nothing speaks against it."""
+    """Why a package cannot run on CUDA here, and what to do about it; "" if it can, as far as one can tell now."""
     if not has_cuda():
         return (
             f"this onnxruntime ({ort.__version__}) has only {', '.join(ort.get_available_providers())}; "
@@ -95,7 +101,7 @@ def _why_not_cuda(activations: str | None) -> str:
 
 
 def require_onnxruntime(lowest: str, installed: str = ort.__version__) -> None:
-    """Raise ProviderError where this onnxruntime is older than `lowest` ("1.23"), which a package says it needs."""
+    """Raise ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs."""
     if _version(installed) < _version(lowest):
         raise ProviderError(
             f"onnxruntime {installed} computes this package wrong; it needs {lowest} or newer "
@@ -104,7 +110,7 @@ def require_onnxruntime(lowest: str, installed: str = ort.__version__) -> None:
 
 
 def _version(text: str) -> tuple[int, int]:
-    """Major and minor. What is no version is older than any."""
+    """(major, minor); (0, 0) for text that is not a version."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
@@ -118,15 +124,15 @@ PROVIDERS: dict[str, list[Any]] = {
             CUDA,
             {
                 "arena_extend_strategy": "kSameAsRequested",  # as on the CPU
-                "use_tf32": "0",  # what is float32 is so for a reason: the refusal head, image tokens
+                "use_tf32": "0",  # the refusal head and image tokens need real float32
             },
         ),
         CPU,
     ],
 }
 ARENAS = {"cpu": "cpu:0", "cuda": "cpu:0;gpu:0"}
-# What shapes and bounds are computed with: onnxruntime has that on the CPU on purpose. It has CUDA kernels for all of
-# these, so none of them is there because it has to be.
+# Operators of shape arithmetic, which onnxruntime places on the CPU on purpose. It has CUDA kernels for all of them, so
+# one on the CPU does not mean that a kernel is missing.
 ON_THE_CPU = frozenset(
     {"Add", "Cast", "Concat", "Div", "Gather", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 )
@@ -138,7 +144,7 @@ THREADING = (
     {
         "session.intra_op.allow_spinning": "1",
         "session.intra_op.spin_duration_us": str(SPIN_US),
-        "session.force_spinning_stop": "1",  # the next session has the cores
+        "session.force_spinning_stop": "1",  # free the cores for the next session
     }
     if CAN_BOUND_SPINNING
     else {"session.intra_op.allow_spinning": "0"}
@@ -151,8 +157,8 @@ class Subgraph:
     def __init__(self, path: Path, spec: GraphSpec, device: Device):
         """Load `path` on `device`.
 
-        Raises PackageError where the file is no usable graph or its inputs and outputs are not the manifest's,
-        ProviderError where onnxruntime quietly chose another provider.
+        Raises PackageError if the file is not a usable graph, or its inputs and outputs are not the manifest's;
+        ProviderError if onnxruntime chose another provider without saying so.
         """
         self.name = path.stem
         self.device = device
@@ -172,7 +178,7 @@ class Subgraph:
                 raise PackageError(f"{path}: its inputs or outputs are not those of the manifest; export it again")
 
     def _check_placement(self, path: Path) -> None:
-        """Raise ProviderError where operators of a GPU's session went to the CPU, as they do in silence."""
+        """Raise ProviderError if onnxruntime put operators of a GPU session on the CPU, which it does silently."""
         if self.device.provider == CPU:
             return
         parts = self.session.get_provider_graph_assignment_info()
@@ -185,21 +191,22 @@ class Subgraph:
             )
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run once on numpy arrays; outputs in the graph's order. What the arena then holds unused goes back: images
-        take the most, and their graph may not run again.
+        """Run once on numpy arrays; outputs in the graph's order.
+
+        The arena then frees its unused memory: image graphs take the most, and may not run again.
         """
         return list(self.session.run(None, dict(inputs), shrinking(self.device)))
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
-        """The graph on fixed buffers: calling it runs once, looks nothing up and copies nothing."""
+        """The graph bound to fixed buffers. Each call runs it once, without look-ups or copies."""
         return BoundGraph(self.session, inputs, outputs)
 
 
 class BoundGraph:
-    """A graph bound to its buffers, all of which live as long as it does.
+    """A graph bound to its buffers, which it keeps alive.
 
-    onnxruntime's binding does not keep an OrtValue's numpy array alive (wheels up to 1.28): without the references here
-    the strength of a steered answer was read from memory that had been freed, and nothing was steered.
+    onnxruntime's binding does not keep an OrtValue's numpy array alive (wheels up to 1.28). Without the references
+    here, the strength of a steered answer was read from freed memory, and nothing was steered.
     """
 
     def __init__(self, session: Any, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]):
@@ -217,29 +224,30 @@ class BoundGraph:
 
 @functools.cache
 def share_arena() -> None:
-    """Register one arena of CPU memory for this process's sessions; only those that ask for it use it.
+    """Register one arena of CPU memory, for all sessions of this process that have session.use_env_allocators.
 
-    It grows by what is asked for: doubling, its default, and an arena a session held 130 MB more of a 0.5B model.
+    It grows by the size requested. Arenas that double (the default), one for each session, held 130 MB more for a 0.5B
+    model.
     """
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": SAME_AS_REQUESTED}))
 
 
 def shrinking(device: Device) -> ort.RunOptions:
-    """Options of a run after which the arena gives back what it then holds unused."""
+    """Options of a run after which the arena frees its unused memory."""
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", ARENAS[device.kind])
     return options
 
 
 def session_options(device: Device) -> ort.SessionOptions:
-    """onnxruntime's options for one session among several that are chained."""
+    """onnxruntime's options for one of the chained sessions."""
     share_arena()
     options = ort.SessionOptions()
     options.intra_op_num_threads = device.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.enable_mem_pattern = False  # it reserves each input length's activations in one piece
+    options.enable_mem_pattern = False  # a pattern for each input length would hold memory
     options.add_session_config_entry("session.use_env_allocators", "1")
     if device.kind != "cpu":
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -249,7 +257,7 @@ def session_options(device: Device) -> ort.SessionOptions:
 
 
 def buffer(array: npt.NDArray[Any], device: Device) -> ort.OrtValue:
-    """An onnxruntime buffer on `device` that holds `array`. On the CPU it *is* the array: zero pages cost no memory."""
+    """An onnxruntime buffer on `device` with the content of `array`. On the CPU it shares the array's memory."""
     return ort.OrtValue.ortvalue_from_numpy(array, device.kind, 0)
 
 

@@ -1,8 +1,7 @@
 """From a dialogue to token ids and image slots, and from token ids back to text.
 
-The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the
-template; in what a user wrote they are plain text, so nobody can forge a turn or an image by typing `<|im_end|>` or
-`<image>`.
+The export took the chat template apart into pieces (PromptSpec). Special tokens enter a prompt only as pieces of the
+template. In user text they are plain text, so nobody can forge a turn or an image by typing `<|im_end|>` or `<image>`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from .errors import InputError, PackageError
 from .image import ImageLike
-from .manifest import Piece, PromptSpec, TurnSpec
+from .manifest import PromptSpec, TemplatePiece, TurnSpec
 from .video import VideoLike, open_video
 
 
@@ -31,8 +30,9 @@ class Message:
 
     @staticmethod
     def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[VideoLike] = ()) -> Message:
-        """Images, videos, then a text: what most people send. Of a video's file or folder see open_video; of a list of
-        frames all are taken.
+        """A user turn: images, videos, then a text.
+
+        A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used.
         """
         films = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
         return Message("user", (*map(ImagePart, images), *(VideoPart(tuple(frames)) for frames in films), text))
@@ -69,13 +69,13 @@ class VideoPart:
 
 Part: TypeAlias = "str | ImagePart | VideoPart"
 
-IMAGE, VIDEO = object(), object()  # stand among rendered token runs where the rows of an image or a video go
-SLOTS = {"image": IMAGE, "video": VIDEO}  # by kind of Piece
-Rendered = list["list[int] | object"]  # runs of token ids, IMAGE and VIDEO between them
+IMAGE, VIDEO = object(), object()  # mark the place of an image or a video in a rendered prompt
+SLOTS = {"image": IMAGE, "video": VIDEO}  # by TemplatePiece.kind
+Rendered = list["list[int] | object"]  # runs of token ids, and IMAGE and VIDEO
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """tokenizer.json, set to read special tokens in text as plain text. Raises PackageError where it is damaged."""
+    """Load tokenizer.json, with special tokens in text treated as plain text. Raises PackageError if it is damaged."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as err:  # tokenizers raises plain Exception
@@ -87,8 +87,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
-    """Token ids of a dialogue, with IMAGE where each image goes, and VIDEO where a video does.
+    """Token ids of a dialogue, with IMAGE and VIDEO in the places of images and videos.
 
+    `generation`: add the tokens that open the answer.
     Raises InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
     that is not valid Unicode.
     """
@@ -99,18 +100,18 @@ def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, 
 
 @dataclass(frozen=True)
 class AskedTurn:
-    """A turn that the prober judges: all of the user's, and the last."""
+    """A turn that the prober scores: every user turn, and the last turn."""
 
     index: int  # among the messages
-    before: int  # text tokens in front of its content: earlier turns, and its prefix
-    through: int  # text tokens up to where its answer begins
+    before: int  # text tokens before its content: earlier turns and its prefix
+    through: int  # text tokens before its answer
 
 
 def asked_turns(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer) -> list[AskedTurn]:
-    """Where the turns that the prober judges stand in a dialogue, as if each had been the last when it came."""
-    encode = functools.cache(lambda text: _encode(text, tokenizer))  # dialogues begin alike
+    """The turns of a dialogue that the prober scores, each counted as if the dialogue ended there."""
+    encode = functools.cache(lambda text: _encode(text, tokenizer))  # each turn repeats the text before it
 
-    def tokens(pieces: Sequence[tuple[Piece, str]]) -> int:
+    def tokens(pieces: Sequence[tuple[TemplatePiece, str]]) -> int:
         return sum(len(run) for run in _tokenise(pieces, encode) if isinstance(run, list))
 
     found = []
@@ -133,7 +134,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def _tokenise(pieces: Iterable[tuple[Piece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
+def _tokenise(pieces: Iterable[tuple[TemplatePiece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
     out: Rendered = []
     for run in _merge(pieces):
         ids: list[int] | object = [run] if isinstance(run, int) else run
@@ -146,8 +147,8 @@ def _tokenise(pieces: Iterable[tuple[Piece, str]], encode: Callable[[str], Seque
     return out
 
 
-def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[Piece, str]]:
-    """Every piece of the rendered dialogue with the user's text that fills it (for `text` pieces)."""
+def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[TemplatePiece, str]]:
+    """(piece, text) of the rendered dialogue; the text fills pieces of kind `text`."""
     turns: dict[str, TurnSpec | None] = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}
     if messages[0].role != "system":
         yield from ((piece, "") for piece in spec.begin)
@@ -171,7 +172,7 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
                     f"a part of the {message.role!r} turn is no text, image or video: {type(part).__name__}"
                 )
             kind, slot = ("image", turn.image) if isinstance(part, ImagePart) else ("video", turn.video)
-            if not slot:  # never drop a picture in silence, nor let another turn have it
+            if not slot:  # never drop a picture silently, nor move it to another turn
                 raise InputError(f"this model's {message.role!r} turns take no {kind}s")
             yield from ((piece, "") for piece in slot)
         yield from ((piece, "") for piece in turn.suffix)
@@ -179,8 +180,8 @@ def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> 
         yield from ((piece, "") for piece in spec.generation)
 
 
-def _merge(pieces: Iterable[tuple[Piece, str]]) -> Iterator[str | int | object]:
-    """Join literal and user text that touch: they are tokenised together, as the template's own rendering would be."""
+def _merge(pieces: Iterable[tuple[TemplatePiece, str]]) -> Iterator[str | int | object]:
+    """Join adjacent literal and user text: they are tokenised together, as in the template's own rendering."""
     text = ""
     for piece, filling in pieces:
         if piece.kind in ("literal", "text"):
@@ -195,13 +196,13 @@ def _merge(pieces: Iterable[tuple[Piece, str]]) -> Iterator[str | int | object]:
 
 
 class Detokeniser:
-    """Streams text out of token ids: whole characters only, and nothing of a stop string."""
+    """Turns token ids into text as they come. Emits whole characters only, and no part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = stop
-        self._held = ""  # text that may yet turn out to begin a stop string
+        self._held = ""  # text that may be the start of a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -217,11 +218,11 @@ class Detokeniser:
         return text
 
     def flush(self) -> str:
-        """What was held back, when the answer ends without its stop string."""
+        """The text held back, if the answer ends without a stop string."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

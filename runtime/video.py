@@ -1,10 +1,10 @@
-"""From a video to pixel_values, and from its frames' features to rows among the tokens. Pure numpy and Pillow.
+"""A video -> pixel_values; its frames' features -> the video's rows in the prompt. Pure numpy and Pillow.
 
     frames    ->  one tile each, squeezed
-    features  ->  each frame's rows shrunk, frame after frame, and one newline row at the very end
+    features  ->  each frame's rows pooled, frame after frame, and one newline row at the very end
 
-As Hugging Face does it for LLaVA-OneVision (LlavaOnevisionVideoProcessor, LlavaOnevisionModel.get_video_features),
-whose video processor resizes with torchvision: its filter weights have 16 bits, Pillow's more, so pixels differ.
+The same as Hugging Face for LLaVA-OneVision (LlavaOnevisionVideoProcessor, LlavaOnevisionModel.get_video_features). Its
+video processor resizes with torchvision, whose filter weights have 16 bits; Pillow's have more, so the pixels differ.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .image import Float, ImageLike, Uint8, bilinear, open_image, to_rgb
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
-FRAMES = 8  # of a video, unless you say otherwise
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of a folder's files, the frames
+FRAMES = 8  # taken from a video by default
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # the files of a folder that are frames
 KINDS = "an animated GIF, WebP, PNG or TIFF, or a folder of frames (ffmpeg -i VIDEO FOLDER/%04d.png)"
 
 
 def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
-    """The frames of an animated picture, or of a folder of picture files ordered by their names and the numbers in
-    them; of more than `frames`, so many, evenly spaced from the first to the last.
+    """The frames of an animated picture, or of a folder of picture files, which are ordered by name, with numbers in a
+    name compared as numbers. At most `frames` of them, evenly spaced from the first to the last.
 
-    Raises InputError where there is nothing to see, or `frames` is not positive. A folder's files are not opened.
+    Raises InputError if there are none, or `frames` is not positive. A folder's files are not opened.
     """
     path = Path(path)
     if frames < 1:
@@ -55,22 +55,22 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
                 found.append(to_rgb(opened))
     except FileNotFoundError:
         raise InputError(f"{path}: no such video file or folder") from None
-    except Exception as err:  # damaged files make Pillow's decoders raise whatever they like
+    except Exception as err:  # on damaged files Pillow's decoders raise any exception
         raise InputError(f"{path}: not a readable video ({err or type(err).__name__}); a video is {KINDS}") from err
     return found
 
 
 def spaced(total: int, count: int) -> list[int]:
-    """`count` of `total` frames, evenly from the first to the last; all of them where there are not more.
+    """Indices of `count` frames out of `total`, evenly spaced from the first to the last; all if there are not more.
 
-    LLaVA: np.linspace(0, total - 1, count, dtype=int), whose rounding now and then takes the frame before.
+    LLaVA uses np.linspace(0, total - 1, count, dtype=int), whose rounding sometimes takes the frame before.
     """
     count = min(total, count)
     return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def tiles(frames: Iterable[ImageLike], side: int) -> Uint8:
-    """Frames -> (frames, side, side, 3) uint8, one after the other: a long video is never in memory at its full size.
+    """Frames -> (frames, side, side, 3) uint8. Opens one at a time, so that a long video fits in memory.
 
     Raises InputError for a frame that cannot be read.
     """
@@ -86,7 +86,7 @@ def pool(features: Float, side: int) -> Float:
 def squeeze(frame: Uint8, side: int) -> Uint8:
     """(H, W, 3) -> (side, side, 3) uint8: torchvision's resize, bicubic with antialiasing.
 
-    ATen: upsample_avx_bilinear_bicubic_uint8. It begins with the width, always.
+    ATen: upsample_avx_bilinear_bicubic_uint8. It always resizes the width first.
     """
     narrow = _resize_height(frame.transpose(1, 0, 2), side).transpose(1, 0, 2)
     return np.ascontiguousarray(_resize_height(narrow, side))
@@ -104,7 +104,7 @@ def _resize_height(image: Uint8, height: int) -> Uint8:
 
 
 def _taps(old: int, new: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], int]:
-    """Which of `old` rows make each of `new` (new, taps), their fixed-point weights, and the bits behind the point.
+    """Which of `old` rows make each of `new` (new, taps), their fixed-point weights, and the number of fraction bits.
 
     ATen: compute_index_ranges_int16_weights.
     """
@@ -130,6 +130,6 @@ def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _numbered(file: Path) -> tuple[list[str | int], str]:
-    """A name with its numbers as numbers, so that 2.png comes before 10.png; then as it is."""
+    """Sort key: the name with its numbers as numbers, so that 2.png comes before 10.png; then the name itself."""
     parts = re.split("([0-9]+)", file.name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name

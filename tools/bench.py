@@ -1,4 +1,4 @@
-"""How fast a package is, how much memory it takes, what its gate costs; beside other runtimes with the same weights.
+"""Measure a package's speed, memory and gate, beside other runtimes with the same weights.
 
     python tools/bench.py --package build/package
     python tools/bench.py --package build/package --checkpoint build/checkpoint --vs genai,llama.cpp,torch \\
@@ -45,22 +45,36 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
 @click.option(
     "--package", "packages", type=click.Path(path_type=Path), multiple=True, required=True, help="Repeatable."
 )
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of text.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Text tokens in the prompt."
+)
 @click.option(
     "--prompts",
     "prompt_file",
     type=click.Path(path_type=Path, exists=True),
-    help='Instead, one round for each of these: lines of {"prompt": ...}.',
+    help='JSONL of {"prompt": ...}: one round for each of these prompts instead.',
 )
-@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of the answer, at most.")
-@click.option("--image", type=click.Path(path_type=Path, exists=True), help="Show the model this picture, too.")
-@click.option("--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="The first is dropped.")
-@click.option("--cold-starts", type=click.IntRange(min=0), default=3, show_default=True, help="Ditto; 0: none.")
-@click.option("--speculation", is_flag=True, help="More rows: with drafted tokens, where there are any.")
-@click.option("--one-graph", is_flag=True, help="A row more for each package: unsplit, without a gate.")
+@click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Most tokens in an answer.")
+@click.option("--image", type=click.Path(path_type=Path, exists=True), help="Add this image to the prompt.")
+@click.option(
+    "--rounds", type=click.IntRange(min=2), default=6, show_default=True, help="Rounds; the first is not counted."
+)
+@click.option(
+    "--cold-starts",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Starts in a new process; the first is not counted. 0: none.",
+)
+@click.option("--speculation", is_flag=True, help="Also measure with speculative decoding.")
+@click.option("--one-graph", is_flag=True, help="Also measure each package as one graph, without a gate.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of every configuration.  [default: all cores]")
-@click.option("--vs", default="", callback=peer_names, help=f"Peers, with commas: {', '.join(PEERS)}.")
-@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), help="What the package was made from.")
+@click.option("--vs", default="", callback=peer_names, help=f"Peers, comma-separated: {', '.join(PEERS)}.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path, exists=True),
+    help="The checkpoint that the package was made of; for --vs.",
+)
 @click.option(
     "--peer-python",
     envvar="AUTOSTEER_PEER_PYTHON",
@@ -72,7 +86,7 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
     type=click.Path(path_type=Path),
     default="build/bench",
     show_default=True,
-    help="Peers' models are kept here.",
+    help="Folder that keeps the peers' models.",
 )
 @json_option
 @debug_option

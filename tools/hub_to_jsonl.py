@@ -39,7 +39,7 @@ def main() -> None:
     """Read the command line, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="hub id, or a .parquet file")
-    parser.add_argument("--config", help="of the data set: MMMU's subject")
+    parser.add_argument("--config", help="configuration of the data set, such as MMMU's subject")
     parser.add_argument("--split", required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()

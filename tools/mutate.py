@@ -1,4 +1,4 @@
-"""Damage a sound package in every way that a mistake of the exporter could, one at a time: validation must refuse each.
+"""Damage a correct package in every way that an exporter's mistake could, one at a time: validation must refuse each.
 
     python tools/mutate.py --model demo --precision int4 --prefill-precision int8 --kv-cache int8
     python tools/mutate.py --model build/smollm2 --unguarded --precision int8 --layers 3,22
@@ -29,13 +29,14 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from autosteer.export.checkpoint.hf_model import quiet_transformers
 from autosteer.export.checkpoint.on_demand import open_skeleton
 from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
-from autosteer.export.cli import find_safety, quiet_transformers
+from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import validate
-from autosteer.export.validation.audit import Held, audit
+from autosteer.export.validation.audit import GraphAudit, audit
 from autosteer.runtime.manifest import CacheType, Check, Manifest, Precision
 
 Array = npt.NDArray[Any]
@@ -151,7 +152,7 @@ class Package:
     checkpoint: Checkpoint
     safety: SafetyArtifact | None
     rotary_emb: Any  # Hugging Face's module
-    held: dict[str, Held]  # what was found in its graph files, while they are sound
+    held: dict[str, GraphAudit]  # what was found in its graph files, while they are sound
 
     @classmethod
     def write(cls, folder: Path, model: str, options: ExportOptions, *, guarded: bool) -> Package:
@@ -283,13 +284,15 @@ def _attribute(node: onnx.NodeProto, name: str, value: float) -> None:
 @click.command()
 @click.option("--model", default="demo", show_default=True)
 @click.option("--unguarded", is_flag=True)
-@click.option("--layer", type=int, help="As autosteer-export's.")
+@click.option("--layer", type=int, help="Split layer, as in autosteer-export.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="fp32", show_default=True)
 @click.option("--prefill-precision", type=click.Choice(["int8"]))
 @click.option("--kv-cache", type=click.Choice(["float32", "int8"]))
-@click.option("--layers", default="", help="Only of these decoder layers, by commas. Default: all.")
-@click.option("--every", default=1, show_default=True, help="Try each n-th mutation only.")
-@click.option("--behaviour-only", is_flag=True, help="Judge by what the package does alone, not by what it holds.")
+@click.option("--layers", default="", help="Damage only these decoder layers, comma-separated. Default: all.")
+@click.option("--every", default=1, show_default=True, help="Try only every n-th mutation.")
+@click.option(
+    "--behaviour-only", is_flag=True, help="Run only the checks that run the package, not those of stored weights."
+)
 def main(
     model: str,
     unguarded: bool,

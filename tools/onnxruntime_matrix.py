@@ -147,7 +147,9 @@ def rows(
     reference = {name: ask(*own, package, cases) for name, package in packages.items()}
     for name, lines in reference.items():
         if broken := [line["error"] for line in lines if "error" in line]:
-            raise click.ClickException(f"{name} on onnxruntime {installed()}, by which others are judged: {broken[0]}")
+            raise click.ClickException(
+                f"{name} on onnxruntime {installed()}, the reference for all others: {broken[0]}"
+            )
     for runtime, find, chosen in ((who, runtimes.python, versions), ("C++", runtimes.cpp, cpp)):
         for version in chosen:
             try:
@@ -189,10 +191,10 @@ def _choice(text: str | None, allowed: Sequence[str], what: str) -> list[str]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
-@click.option("--versions", "--only", help="Comma-separated; 'oldest' and 'newest' are words for two of them. [all]")
+@click.option("--versions", "--only", help="Comma-separated; may contain 'oldest' and 'newest'. [all]")
 @click.option("--packages", help=f"Comma-separated, of {', '.join(KINDS)}. [all]")
-@click.option("--python", default=sys.executable, help="The interpreter that answers. [this one]")
-@click.option("--cpp", help="Versions to run the C++ runtime on, too; needs what docs/embedding.md installs. [none]")
+@click.option("--python", default=sys.executable, help="The interpreter that runs the packages. [this one]")
+@click.option("--cpp", help="Versions to run the C++ runtime on, too; needs the packages of docs/embedding.md. [none]")
 @click.option("--keep", is_flag=True, help="Use the packages of the last run instead of exporting them anew.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every cell to this file.")
 def main(

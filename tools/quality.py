@@ -1,4 +1,4 @@
-"""What rounding costs: perplexity, agreement and divergence of packages against the PyTorch original in float32.
+"""What rounding costs: perplexity, agreement and KL divergence of packages against the PyTorch model in float32.
 
     python tools/quality.py --model build/smollm2 --package build/smol-int4 --package build/smol-int8 --gguf Q4_0
     python tools/quality.py --model demo --package build/demo-int4 --data build/demo-data/test.jsonl
@@ -35,12 +35,12 @@ import torch
 from PIL import Image
 from torch.nn.functional import log_softmax
 
-from autosteer.export.checkpoint.open import Checkpoint, load_reference, open_checkpoint
-from autosteer.export.cli import quiet_transformers
+from autosteer.export.checkpoint.hf_model import load_hf_model, quiet_transformers
+from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.generation import Prompt, Stats
+from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.text import Message
 
 PASSAGE = 512  # tokens
@@ -116,16 +116,16 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
         prompt = engine.encoder.prepare(sample.messages, Stats())
     else:
         ids = sample.targets[: sample.given]
-        prompt = Prompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
+        prompt = EncodedPrompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
     request = engine.request(prompt, len(sample.targets) - sample.given, Stats())
-    request.judge(engine.policy(Mode.OFF))
-    logits = [request.begin(0.0)[None].copy()]
+    request.prefill_lower(engine.policy(Mode.OFF))
+    logits = [request.prefill_upper(0.0)[None].copy()]
     rest = sample.targets[sample.given : -1]
     for first in range(0, len(rest), ROWS):
         tokens = rest[first : first + ROWS]
-        logits.append(request.verify(tokens).copy())
+        logits.append(request.verify_draft(tokens).copy())
         for _ in tokens[1:]:
-            request.accept()
+            request.accept_draft()
     return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
 
 
@@ -174,13 +174,19 @@ def measure(samples: Sequence[Sample], originals: Sequence[LogProbs], ask: Calla
 
 @click.command()
 @click.option("--model", required=True, help="The checkpoint that the packages were made of.")
-@click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Several go.")
-@click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0; several go.")
+@click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Repeatable.")
+@click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0. Repeatable.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A test file instead of passages.")
 @click.option(
-    "--given", type=click.IntRange(1, PASSAGE - 1), default=1, show_default=True, help="Tokens of a passage read first."
+    "--given",
+    type=click.IntRange(1, PASSAGE - 1),
+    default=1,
+    show_default=True,
+    help="Tokens of each passage that are the prompt.",
 )
-@click.option("--tokens", default=4096, show_default=True, help="Of passages; with --data, rows of the file.")
+@click.option(
+    "--tokens", default=4096, show_default=True, help="Tokens of passages in all; with --data, rows of the file."
+)
 @click.option("--threads", type=int, help="Default: all cores.")
 @json_option
 @debug_option
@@ -199,7 +205,7 @@ def quality(
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(model)
-    original, processor = load_reference(checkpoint)
+    original, processor = load_hf_model(checkpoint)
     tokenizer = getattr(processor, "tokenizer", processor)
     samples = list(answers(data, tokenizer, tokens) if data else passages(tokenizer, tokens, given))
     if not samples:
@@ -211,7 +217,7 @@ def quality(
         engine = Engine.load(package, device="cpu", threads=threads)
         scores[str(package)] = measure(samples, originals, partial(package_log_probs, engine))
     for kind in kinds:
-        rounded, _ = load_reference(checkpoint)
+        rounded, _ = load_hf_model(checkpoint)
         round_like_gguf(rounded, checkpoint, kind)
         ask = partial(original_log_probs, rounded, processor)
         scores[f"gguf {kind}"] = measure(samples, originals, ask)

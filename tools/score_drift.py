@@ -19,8 +19,7 @@ import numpy as np
 
 from autosteer.runtime import Engine
 from autosteer.runtime.console import run_command
-from autosteer.runtime.evaluation.datasets import DataFile, Row, first_of_each_group, read_rows
-from autosteer.runtime.generation import Stats
+from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -31,9 +30,11 @@ FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--unsafe", multiple=True, required=True, type=FILE, help="JSONL of unsafe prompts.")
 @click.option("--benign", multiple=True, required=True, type=FILE, help="JSONL of benign prompts.")
 @click.option("--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of their images.")
-@click.option("--text-only", is_flag=True, help="Leave out images.")
-@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each file.")
-@click.option("--budget", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share that may flip.")
+@click.option("--text-only", is_flag=True, help="Ignore images.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most prompts of each file.")
+@click.option(
+    "--budget", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Share of verdicts that may change."
+)
 def main(
     original: Path,
     other: Path,
@@ -45,7 +46,7 @@ def main(
     budget: float,
 ) -> None:
     """Compare the scores of two packages."""
-    files = [DataFile(path, label) for paths, label in ((unsafe, True), (benign, False)) for path in paths]
+    files = [DataSource(path, label) for paths, label in ((unsafe, True), (benign, False)) for path in paths]
     rows = read_rows(files, images=images, text_only=text_only)
     if limit:
         rows = first_of_each_group(rows, limit)
@@ -82,8 +83,9 @@ def catching(p_unsafe: np.ndarray, count: int) -> float:
 
 def score(engine: Engine, row: Row) -> float:
     """p_unsafe of a prompt; the upper half never runs."""
-    request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
-    return float(request.judge(engine.policy("monitor")).p_unsafe)
+    p_unsafe = engine.score(row.messages, policy=engine.policy("monitor")).p_unsafe
+    assert p_unsafe is not None  # only policy "off" gives none
+    return p_unsafe
 
 
 if __name__ == "__main__":

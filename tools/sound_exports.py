@@ -1,9 +1,9 @@
-"""What the lines of validation give for sound exports: the table of docs/validation.md, which its limits come from.
+"""Errors of correct exports in every check of the validation: the table of docs/validation.md, which sets the limits.
 
     python tools/sound_exports.py --model demo --model build/smollm2 > build/sound.md
 
-Each row is a package that is written, compared with PyTorch and thrown away; without a gate, which none of these lines
-is about. The last row has the worst of each column.
+Each row is a package that is written, compared with PyTorch and deleted. It has no gate, because these checks do not
+concern the gate. The last row has the worst of each column.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
+from autosteer.export.checkpoint.hf_model import quiet_transformers
 from autosteer.export.checkpoint.open import open_checkpoint
-from autosteer.export.cli import quiet_transformers
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation.dequantize import worse
 from autosteer.export.validation.validate import validate_package
@@ -64,7 +64,7 @@ def measure(model: str, options: dict[str, Any]) -> tuple[dict[str, float], list
 
 @click.command()
 @click.option("--model", "models", multiple=True, required=True)
-@click.option("--layer", type=int, help="Where to split.")
+@click.option("--layer", type=int, help="Split layer.")
 def main(models: tuple[str, ...], layer: int | None) -> None:
     """Export every model at every kind of precision, and print what validation gives."""
     quiet_transformers()

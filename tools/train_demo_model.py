@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=2, help="single-threaded processes, one per core (default: %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the training state")
+    parser.add_argument("--resume", action="store_true", help="continue from the training state")
     args = parser.parse_args(argv)
     state = args.state or args.output.with_name(args.output.name + ".training.pt")
     if args.resume and not state.is_file():

@@ -21,12 +21,12 @@ from transformers.utils import chat_template_utils
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.image import cut
-from autosteer.runtime.manifest import FrameSpec, ImageSpec, Piece, PromptSpec, TurnSpec
+from autosteer.runtime.manifest import ImageSpec, PromptSpec, TemplatePiece, TileSeparators, TurnSpec
 from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, Part, VideoPart, load_tokenizer, render
 
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
-DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # unlike in every field
+DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # they differ in every field
 
 
 class Renderer:
@@ -38,7 +38,7 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, video_token: str | None = None):
-        """`video_token` where the model's family takes videos: processors have one also where it does not."""
+        """`video_token`: only if the family takes videos; processors have one even if it does not."""
         self._processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token: str | None = getattr(processor, "image_token", None)
@@ -66,13 +66,13 @@ class Renderer:
         return self._before + self.template(messages, generation=generation) + self._after
 
     def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
-        """The text of turns (role, text), with so many images and videos before the first turn's."""
+        """Render turns (role, text), with `image` images and `video` videos before the first turn's text."""
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[0]["content"][:0] = [{"type": "image"}] * image + [{"type": "video"}] * video  # type: ignore[index]
         return self.text(messages, generation=generation)
 
     def template(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
-        """What the chat template alone makes of a dialogue."""
+        """Render a dialogue with the chat template alone."""
         return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
 
     def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
@@ -87,7 +87,7 @@ class Renderer:
                 ids[first : last + 1] = [self.video_id]
         if images:
             places = [at for at, i in enumerate(ids) if i == self.image_id]
-            each = len(places) // images  # pictures of one size take equally many
+            each = len(places) // images  # images of one size take equally many tokens
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
                 ids[first - self._lead : last + 1 + self._trail] = [self.image_id]
         return ids
@@ -110,31 +110,32 @@ class Renderer:
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
 
 
-def image_frames(processor: Any, spec: ImageSpec) -> tuple[FrameSpec, ...]:
-    """ImageSpec.frames: what the processor writes around and between the tiles of an image, for each grid that the
-    runtime may cut one into. None where it writes nothing.
+def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
+    """ImageSpec.tile_separators: what the processor writes around and between the tiles of an image, for each grid that
+    the runtime may cut one into. None where it writes nothing.
     """
     renderer = Renderer(processor)
 
-    def look(width: int, height: int) -> FrameSpec:
+    def look(width: int, height: int) -> TileSeparators:
         picture = Image.new("RGB", (width, height))
         tiles, grid = cut(np.asarray(picture), spec, alone=True)
-        frame = FrameSpec(grid, tuple(map(tuple, renderer.frame(picture))))
+        frame = TileSeparators(grid, tuple(map(tuple, renderer.frame(picture))))
         runs = 1 if spec.anyres else len(tiles)
-        if any(frame.between) and len(frame.between) != runs + 1:
+        if any(frame.token_ids) and len(frame.token_ids) != runs + 1:
             raise UnsupportedModelError(
-                f"the processor makes {len(frame.between) - 1} runs of image tokens of {len(tiles)} tiles ({spec.kind})"
+                f"the processor makes {len(frame.token_ids) - 1} runs of image tokens of {len(tiles)} tiles "
+                f"({spec.kind})"
             )
         return frame
 
     square = look(32, 32)
-    side = square.grid[0]  # as the longest side sets how many tiles there are along it
+    side = square.grid[0]  # the longest side determines how many tiles there are along it
     sizes = [(32 * side, 32 * k - 16) for k in range(1, side + 1)]
     found = (
         [square, *(look(*size) for size in sizes), *(look(*reversed(size)) for size in sizes)] if side > 1 else [square]
     )
     frames = {frame.grid: frame for frame in found}
-    return tuple(frames.values()) if any(any(frame.between) for frame in found) else ()
+    return tuple(frames.values()) if any(any(frame.token_ids) for frame in found) else ()
 
 
 def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = ()) -> None:
@@ -158,7 +159,7 @@ def take_apart(
     """
     renderer = Renderer(processor, video_token)
 
-    def split(text: str) -> tuple[Piece, ...]:
+    def split(text: str) -> tuple[TemplatePiece, ...]:
         return _pieces(text, renderer)
 
     one = renderer.turns(("user", FIRST))
@@ -233,7 +234,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
 
 
 def _template_ids(spec: PromptSpec) -> tuple[int, ...]:
-    """Ids that only the template may produce, besides the tokenizer's own special ones."""
+    """Token ids that only the template may produce, besides the tokenizer's special tokens."""
     pieces = (*spec.begin, *spec.user.prefix, *spec.user.suffix, *spec.assistant.suffix, *spec.generation)
     return (*spec.end_token_ids, *(p.id for p in pieces if p.kind == "token"))
 
@@ -261,7 +262,7 @@ def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _strips(renderer: Renderer) -> bool:
-    """Whether the template strips white space around texts; the manifest has one answer for all roles."""
+    """Whether the template strips white space around texts. The manifest has one setting for all roles."""
     dialogues = {"user": [("user", FIRST)], "assistant": [("user", FIRST), ("assistant", REPLY), ("user", SECOND)]}
     found: dict[str, bool] = {}
     for role, turns in dialogues.items():
@@ -297,7 +298,7 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
     for turns in dialogues:
         try:
             some_day, another = (_rendered_on(day, renderer, turns) for day in DAYS)
-        except Exception:  # templates raise what they like where a role is not theirs
+        except Exception:  # templates raise any exception for a role that they do not support
             continue
         if some_day != another:
             raise UnsupportedModelError(
@@ -307,7 +308,7 @@ def _refuse_what_changes(renderer: Renderer, three: str) -> None:
 
 
 def _rendered_on(day: datetime, renderer: Renderer, turns: list[tuple[str, str]]) -> str:
-    """The text of turns, on a day: Hugging Face's `strftime_now` asks `datetime`."""
+    """Render turns as on the date `day`: Hugging Face's `strftime_now` uses `datetime`."""
 
     class Then(datetime):
         @classmethod
@@ -336,7 +337,7 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
 
 
 def _inserted(shorter: str, longer: str) -> str:
-    """The text that stands in `longer` and not in `shorter`."""
+    """The text that `longer` has in addition to `shorter`."""
     start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
     return longer[start : start + len(longer) - len(shorter)]
 
@@ -351,7 +352,7 @@ def _images_first(renderer: Renderer) -> bool:
 def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
     try:
         text = renderer.turns(("system", SYSTEM), ("user", FIRST))
-    except Exception:  # templates raise what they like where a role is not theirs
+    except Exception:  # templates raise any exception for a role that they do not support
         return None
     if SYSTEM not in text or not text.endswith(user):
         return None
@@ -359,7 +360,7 @@ def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
 
 
 def text_lead(renderer: Renderer) -> str:
-    """What the template writes before each text of a turn: what stands between two of them."""
+    """The literal before each text of a turn: what the template writes between two texts."""
     content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
     text = renderer.text([{"role": "user", "content": content}])
     return text.split(FIRST)[1].split(SECOND)[0]
@@ -378,29 +379,29 @@ def _turn(
         prefix=split(before.removesuffix(lead + before_text)),
         image=split(image),
         video=split(video),
-        text=(*split(before_text), Piece("text")),
+        text=(*split(before_text), TemplatePiece("text")),
         suffix=split(after),
         lead=split(lead),
     )
 
 
-def _pieces(text: str, renderer: Renderer) -> tuple[Piece, ...]:
+def _pieces(text: str, renderer: Renderer) -> tuple[TemplatePiece, ...]:
     """Special tokens, the image token and literal text, in order."""
     specials = renderer.special_tokens
     slots: dict[str | None, Any] = {renderer.image_token: "image", renderer.video_token: "video"}
     longest_first = sorted(specials, key=len, reverse=True)
     found = [p for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p]
 
-    def piece(part: str) -> Piece:
+    def piece(part: str) -> TemplatePiece:
         if part in slots:
-            return Piece(slots[part])
+            return TemplatePiece(slots[part])
         if part in specials:
-            return Piece("token", part, specials[part])
-        return Piece("literal", part)
+            return TemplatePiece("token", part, specials[part])
+        return TemplatePiece("literal", part)
 
     return tuple(map(piece, found))
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Special tokens and their ids. (`all_special_tokens` lacks those without a role.)"""
+    """Special tokens and their ids. `all_special_tokens` omits those without a role."""
     return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

@@ -1,10 +1,11 @@
-"""Many computations through a model that does not fit into memory: its parts go by, and whoever waits gets on.
+"""Run many forward passes over a model larger than RAM, loading each layer once per sweep.
 
-Each job is a thread that calls `reach(part)` before it uses a part: a piece of an ONNX graph, a layer of PyTorch. One
-job runs at a time. When all of them wait, the next part in the model's order for which any of them waits is loaded,
-and serves each in turn until it waits for another one. So in one sweep over the parts every job gets its forward pass
-done, each part was loaded once, and no more than one of them was in memory. A model within a budget stays: its parts
-are loaded once, nobody waits for them, and the jobs go through it one after the other, without threads.
+Each forward pass is a job in a thread of its own. It calls `wait_for(part)` before it uses a part of the model: a layer
+of the PyTorch model, or a shard of an ONNX graph. Only one job runs at a time. When all of them wait, the next part in
+the model's order that any job waits for is loaded, and those jobs run in turn until each waits for another part. So one
+sweep over the parts completes one forward pass of every job, and one part at a time is in memory.
+
+A model within the budget stays loaded: its parts are loaded once, and the jobs run one after the other without threads.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 
-class Part(Protocol):
-    """Something that can be loaded when it is needed."""
+class Loadable(Protocol):
+    """A part of a model that can be loaded when it is needed."""
 
-    bytes: int  # in memory, when loaded
+    bytes: int  # memory that it takes when loaded
 
     def load(self) -> None:
         """Read it from disk."""
@@ -30,41 +31,41 @@ class Part(Protocol):
         """Free its memory."""
 
 
-class Abandoned(Exception):
-    """Ends a job whose run is over."""
+class SweepAborted(Exception):
+    """Ends a job after its run was stopped."""
 
 
-class Convoy:
-    """The parts of one model in the order in which a forward pass uses them, and the jobs that use them."""
+class LayerSweep:
+    """The parts of one model, in the order of a forward pass, and the jobs that use them."""
 
     def __init__(self, budget_bytes: int):
-        """Keep parts loaded if all of them together take up to `budget_bytes`; else they come and go."""
+        """Keep all parts loaded if together they take at most `budget_bytes`; else keep one at a time."""
         self._budget = budget_bytes
         self._bytes = 0  # of all parts
-        self._order: dict[int, int] = {}  # id(part) -> its place
-        self._kept: set[int] = set()
-        self._passing: Part | None = None  # the one that is loaded, where none is kept
-        self._turn = threading.Condition()
-        self._waiting: dict[int, deque[threading.Event]] = {}  # place -> jobs that wait there
-        self._jobs: set[int] = set()  # idents of the threads of this run
-        self._own = threading.local()  # says to a thread that it is a job
-        self._place = 0
+        self._order: dict[int, int] = {}  # id(part) -> its position in the forward pass
+        self._resident: set[int] = set()
+        self._loaded: Loadable | None = None  # the one loaded part, if the model exceeds the budget
+        self._lock = threading.Condition()
+        self._waiting: dict[int, deque[threading.Event]] = {}  # position -> jobs that wait for that part
+        self._jobs: set[int] = set()  # thread idents of the current run
+        self._thread = threading.local()  # .job is True in the threads of jobs
+        self._position = 0
         self._error: BaseException | None = None
 
-    def add(self, *parts: Part) -> None:
-        """Say that `parts` come after those added before them. Among themselves every job takes them alike."""
+    def add(self, *parts: Loadable) -> None:
+        """Append `parts` to the model. Parts of one call share a position: jobs must use them in the same order."""
         self._order |= dict.fromkeys(map(id, parts), len(self._order))
         self._bytes += sum(part.bytes for part in parts)
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """Run all jobs to their end; their results in order. The first error ends them all and is raised."""
+        """Run all jobs and return their results in order. The first error stops all jobs and is raised."""
         if self._bytes <= self._budget:
             return [job() for job in jobs]
         results: dict[int, T] = {}
         self._error = None
 
         def work(number: int, begin: threading.Event) -> None:
-            self._own.job = True
+            self._thread.job = True
             begin.wait()
             error: BaseException | None = None
             try:
@@ -72,13 +73,13 @@ class Convoy:
                 results[number] = jobs[number]()
             except BaseException as err:
                 error = err
-            with self._turn:
-                if threading.get_ident() in self._jobs:  # else the run is over, and nothing here is its business
+            with self._lock:
+                if threading.get_ident() in self._jobs:  # else the run was stopped
                     self._error = self._error or error
                     self._jobs.discard(threading.get_ident())
-                    self._pass_on()
+                    self._wake_next()
 
-        with self._turn:
+        with self._lock:
             start = deque(threading.Event() for _ in jobs)
             threads = [
                 threading.Thread(target=work, args=(i, event), daemon=True) for i, event in enumerate(list(start))
@@ -87,12 +88,12 @@ class Convoy:
                 thread.start()
                 assert thread.ident is not None
                 self._jobs.add(thread.ident)
-            self._place = -1
+            self._position = -1
             self._waiting[-1] = start
-            self._pass_on()
+            self._wake_next()
             try:
-                self._turn.wait_for(lambda: self._error is not None or not self._jobs)
-            finally:  # after an error, or Ctrl-C: whoever is still under way ends at the next part
+                self._lock.wait_for(lambda: self._error is not None or not self._jobs)
+            finally:  # after an error, or Ctrl-C: jobs that still run stop at their next part
                 self._jobs.clear()
                 for event in itertools.chain.from_iterable(self._waiting.values()):
                     event.set()
@@ -101,51 +102,49 @@ class Convoy:
             raise self._error
         return [results[i] for i in range(len(jobs))]
 
-    def reach(self, part: Part) -> None:
-        """Return when it is the calling job's turn and `part` is loaded. Outside `run`: load it."""
-        if getattr(self._own, "job", False):
+    def wait_for(self, part: Loadable) -> None:
+        """Block until it is the calling job's turn, then load `part`. Outside `run`: just load it."""
+        if getattr(self._thread, "job", False):
             event = threading.Event()
-            with self._turn:
+            with self._lock:
                 self._still_running()
                 self._waiting.setdefault(self._order[id(part)], deque()).append(event)
-                self._pass_on()
+                self._wake_next()
             event.wait()
             self._still_running()
-        self._bring(part)
+        self._load(part)
 
     def _still_running(self) -> None:
         if threading.get_ident() not in self._jobs:
-            raise Abandoned
+            raise SweepAborted
 
     def clear(self) -> None:
-        """Unload the part that is loaded, where none is kept."""
-        if self._passing is not None:
-            self._passing.unload()
-            self._passing = None
+        """Unload the loaded part, if the model exceeds the budget."""
+        if self._loaded is not None:
+            self._loaded.unload()
+            self._loaded = None
 
-    def _pass_on(self) -> None:
-        """Let the next waiting job run. Called when the one that ran waits or has ended."""
-        self._turn.notify_all()
-        places = sorted(place for place, queue in self._waiting.items() if queue)
-        if places and self._error is None:
-            self._place = next((place for place in places if place >= self._place), places[0])
-            self._waiting[self._place].popleft().set()
+    def _wake_next(self) -> None:
+        """Let the next waiting job run. Called when the running job waits or ends."""
+        self._lock.notify_all()
+        positions = sorted(position for position, queue in self._waiting.items() if queue)
+        if positions and self._error is None:
+            self._position = next((p for p in positions if p >= self._position), positions[0])
+            self._waiting[self._position].popleft().set()
 
-    def _bring(self, part: Part) -> None:
-        if id(part) in self._kept or part is self._passing:
+    def _load(self, part: Loadable) -> None:
+        if id(part) in self._resident or part is self._loaded:
             return
         self.clear()
         part.load()
         if self._bytes <= self._budget:
-            self._kept.add(id(part))
+            self._resident.add(id(part))
         else:
-            self._passing = part
+            self._loaded = part
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Cut `items`, as they come, into lists of `most` at most by `size`, and one item at least: jobs of a run that may
-    wait together.
-    """
+    """Cut `items`, in order, into lists whose sizes sum to at most `most`, each with at least one item."""
     group: list[T] = []
     held = 0
     for item in items:

@@ -1,8 +1,8 @@
-"""The PyTorch original without its weights in memory: each matrix is read from the checkpoint when its turn comes.
+"""The Hugging Face model with its weights on disk: each matrix is read from the checkpoint when it is first used.
 
-The model is Hugging Face's own, built on no memory; forward hooks ask a Convoy for the weights of every large module
-before it runs. The two tables of the vocabulary are never there as a whole: rows of the embedding are gathered, and
-the head is gone through in blocks of rows.
+The model is built with empty parameters. Forward hooks ask a LayerSweep for the weights of every large module before it
+runs. Embedding and LM head are never in memory as a whole: rows of the embedding are gathered, and the head is
+multiplied in blocks of rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from .layer_sweep import Convoy
+from .hf_model import auto_class
+from .layer_sweep import LayerSweep
 from .open import Checkpoint
 
 SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
 HEAD_BLOCK_BYTES = 64 << 20
-WHOLE_NUMBERS = 1 << 26  # checkpoints up to it are compared with Hugging Face's loader as a whole, others by a layer
+WHOLE_NUMBERS = 1 << 26  # weights; smaller checkpoints are compared with Hugging Face's loader as a whole
 SAMPLED_ROWS = 256  # of an embedding table, gathered one by one
 
 
 class WeightSource(Protocol):
-    """Where weights come from, in float32, by module path: a Checkpoint, or what a package made of one."""
+    """Float32 weights by module path: a Checkpoint, or the dequantised weights of a package."""
 
     def __contains__(self, path: str) -> bool: ...
 
@@ -38,11 +39,10 @@ class WeightSource(Protocol):
     def gather(self, path: str, rows: Sequence[int]) -> torch.Tensor: ...
 
 
-def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source: WeightSource | None = None) -> Any:
-    """The checkpoint's model, float32, in eval mode; its parts are added to `convoy`, images first.
+def open_on_demand(checkpoint: Checkpoint, lm_head: str, sweep: LayerSweep, source: WeightSource | None = None) -> Any:
+    """The checkpoint's model, float32, in eval mode. Its large modules are added to `sweep`, the image tower first.
 
-    `lm_head` is the name of the head's weights, which is the embedding's where the two are tied. Weights come from
-    `source`, which is the checkpoint itself unless given.
+    `lm_head` names the LM head's weights: the embedding's if the two are tied. `source` defaults to the checkpoint.
     """
     source = source or checkpoint
     model = open_skeleton(checkpoint)
@@ -50,27 +50,28 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, convoy: Convoy, source:
     model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight")
     model.lm_head = HeadOnDemand(source, lm_head)
     modules = [(path, m) for path, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    large: dict[str, list[Weights]] = {}  # by parent: SigLIP's attention has k_proj before q_proj, but asks for q first
+    large: dict[
+        str, list[Weights]
+    ] = {}  # by parent: SigLIP's attention declares k_proj before q_proj, but uses q_proj first
     for path, module in sorted(modules, key=lambda entry: entry[0].startswith(f"{decoder}.")):
         part = Weights(source, path, module)
         if part.bytes < SMALL_BYTES or isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
-            part.load()  # some of these are read without their module's forward
+            part.load()  # some of these are used without a call of their module's forward
         else:
             large.setdefault(path.rpartition(".")[0], []).append(part)
-            module.register_forward_pre_hook(lambda module, args, part=part: convoy.reach(part))
+            module.register_forward_pre_hook(lambda module, args, part=part: sweep.wait_for(part))
     for parts in large.values():
-        convoy.add(*parts)
+        sweep.add(*parts)
     return model
 
 
 @torch.no_grad()
-def read_otherwise(checkpoint: Checkpoint, lm_head: str) -> int:
-    """How many tensors this module gets otherwise from the checkpoint than Hugging Face's own loader does: of a large
-    model those of the first layers of decoder and image tower and of all that is in no layer, the vocabulary's tables
-    among it; else all.
+def tensors_read_differently(checkpoint: Checkpoint, lm_head: str) -> int:
+    """How many tensors differ between our reading of the checkpoint and Hugging Face's own loader.
 
-    A package and its reference both read a checkpoint by `Checkpoint`: what that takes for something else is wrong in
-    both, and no comparison of the two shows it.
+    Package and PyTorch model both read the checkpoint through `Checkpoint`, so comparing the two does not show a tensor
+    that `Checkpoint` maps to the wrong module. This does. Above WHOLE_NUMBERS weights, only the first layer of decoder
+    and image tower is compared, and everything outside the layers.
     """
     theirs, missing = _by_hugging_face(checkpoint)
     ours, decoder = open_skeleton(checkpoint), checkpoint.family.decoder
@@ -94,7 +95,7 @@ def read_otherwise(checkpoint: Checkpoint, lm_head: str) -> int:
 
 
 def _same(blocks: Iterable[torch.Tensor], theirs: torch.Tensor) -> bool:
-    """Whether rows, block by block, are those of a tensor, in its type."""
+    """Whether blocks of rows equal a tensor, compared in the tensor's dtype."""
     first = 0
     for block in blocks:
         there = theirs[first : first + len(block)]
@@ -105,8 +106,8 @@ def _same(blocks: Iterable[torch.Tensor], theirs: torch.Tensor) -> bool:
 
 
 def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
-    """The model by from_pretrained, cut to one layer where it is large, and what that did not find. Weights stay in the
-    file, mapped, as far as nobody reads them.
+    """The model as from_pretrained loads it, cut to one layer if it is large, and the names of missing weights. Weights
+    stay mapped from the file until they are read.
     """
     from transformers.utils import logging
 
@@ -117,9 +118,9 @@ def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
             if getattr(part, "layer_types", None):
                 part.layer_types = part.layer_types[:1]
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports every layer that it was not asked for
+    logging.set_verbosity_error()  # it would report every layer that was cut off
     try:
-        model, info = _kind(checkpoint).from_pretrained(
+        model, info = auto_class(checkpoint).from_pretrained(
             checkpoint.folder, config=config, dtype="auto", output_loading_info=True
         )
     finally:
@@ -127,24 +128,17 @@ def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
     return model, set(info["missing_keys"])
 
 
-def _kind(checkpoint: Checkpoint) -> Any:
-    """The class that Hugging Face opens such a checkpoint with."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    return AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-
-
 def open_skeleton(checkpoint: Checkpoint) -> Any:
-    """Hugging Face's model with parameters of no size and buffers that are real."""
+    """The Hugging Face model with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        return _kind(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
+        return auto_class(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
 
 
 class Weights:
-    """The parameters of one module, without its children's: a Convoy's Part."""
+    """The parameters of one module, without its children's: a Loadable of a LayerSweep."""
 
     def __init__(self, source: WeightSource, path: str, module: nn.Module):
         self._source, self._module = source, module
@@ -153,13 +147,13 @@ class Weights:
         self.bytes = sum(4 * self._empty[name].numel() for name in self._paths)
 
     def load(self) -> None:
-        """Read them. What the checkpoint does not have stays empty, and fails where it is used."""
+        """Read the parameters. One that the checkpoint lacks stays on the meta device, and fails when it is used."""
         for name, path in self._paths.items():
             self._source.expect(path, self._empty[name].shape)
             setattr(self._module, name, nn.Parameter(self._source.tensor(path), requires_grad=False))
 
     def unload(self) -> None:
-        """Back to nothing."""
+        """Free the parameters."""
         for name in self._paths:
             setattr(self._module, name, self._empty[name])
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .packed import Matrix, Reader
 
 BLOCK_BYTES = 64 << 20  # of float32, converted at a time
-CHANGES_ANSWERS: dict[str, Any] = {  # settings of generation_config.json that no runtime has; what asks for nothing
+CHANGES_ANSWERS: dict[str, Any] = {  # settings of generation_config.json that neither runtime has: neutral values
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "bad_words_ids": None,
@@ -56,20 +56,9 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None  # config.json's quantization_config: packed.py
 
     @cached_property
-    def facts(self) -> Any:
-        """The decoder's numbers under optimum's normalised names (hidden_size, num_layers, ...)."""
-        return self.family.config(self.config)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head; configs may leave it implied."""
-        text = self.config.get_text_config()
-        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-    @cached_property
     def tensor_files(self) -> dict[str, tuple[Path, str]]:
-        """Where each tensor stands: HF module path -> (safetensors file, name in that file). Of a packed matrix, which
-        is one tensor here, where its largest part does.
+        """Where each tensor is stored: HF module path -> (safetensors file, name in that file). A packed matrix is one
+        tensor here, at the place of its largest part.
         """
         matrices, parts = self._packed
         plain = {path: place for path, place in self._stored.items() if path not in parts}
@@ -77,7 +66,7 @@ class Checkpoint:
 
     @cached_property
     def packed(self) -> dict[str, Matrix]:
-        """The matrices that are stored in few bits, by module path."""
+        """The matrices that are stored in 4 or 8 bits, by module path."""
         return self._packed[0]
 
     @cached_property
@@ -112,7 +101,7 @@ class Checkpoint:
         found = {self._module_path(name): (path, name) for name, path in stored.items()}
         if len(found) < len(stored):
             twice = [names for names in _grouped(stored, self._module_path).values() if len(names) > 1]
-            raise PackageError(f"{self.folder}: {' and '.join(twice[0])} are one and the same weight; which is it?")
+            raise PackageError(f"{self.folder}: {' and '.join(twice[0])} have the same module path; keep only one")
         return found
 
     def _module_path(self, name: str) -> str:
@@ -138,18 +127,18 @@ class Checkpoint:
             return tuple(file.get_slice(name).get_shape())
 
     def expect(self, module_path: str, shape: Sequence[int]) -> None:
-        """Raise PackageError where a tensor's shape is not the one that config.json implies."""
+        """Raise PackageError if a tensor's shape is not the one that config.json implies."""
         found = self.shape(module_path)
         if found != tuple(shape):
             raise PackageError(
                 f"{self.tensor_files[module_path][0]}: {module_path} is {list(found)}, but config.json wants "
-                f"{list(shape)}: the two are not of the same model"
+                f"{list(shape)}: they belong to different models"
             )
 
     def rows(self, module_path: str, block_bytes: int) -> Iterator[torch.Tensor]:
         """A tensor in float32, in blocks of rows of about `block_bytes`. The file is mapped only while it is read.
 
-        Raises PackageError where the tensor is missing or its file is damaged.
+        Raises PackageError if the tensor is missing or its file is damaged.
         """
         if module_path in self.packed:
             yield from (self.packed[module_path].floats(*ends) for ends in self._ends(module_path, block_bytes))
@@ -163,27 +152,27 @@ class Checkpoint:
 
     @property
     def wide(self) -> bool:
-        """Whether there are matrices that float16 cannot hold as they are: of float32, or packed ones."""
+        """Whether float16 cannot hold all matrices exactly: some are float32, or packed."""
         plain = [path for path in self.tensor_files if path not in self.packed and len(self.shape(path)) > 1]
         return bool(self.packed) or any(self._reader.dtype(path) in ("F32", "F64") for path in plain)
 
     def keeps(self, module_path: str, blocks: Blocks) -> bool:
-        """Whether a matrix is stored in these very blocks."""
+        """Whether a matrix is packed in exactly these blocks."""
         return module_path in self.packed and self.packed[module_path].blocks() == blocks
 
     def packed_rows(self, module_path: str, block_bytes: int) -> Iterator[Packed]:
-        """As `rows`, of a matrix that `keeps` the blocks: its codes, scales and zero points as they are stored."""
+        """As `rows`, for a matrix that `keeps` the blocks: its stored codes, scales and zero points."""
         yield from (self.packed[module_path].packed(*ends) for ends in self._ends(module_path, block_bytes))
 
     def _ends(self, module_path: str, block_bytes: int) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the rows that are read of a packed matrix at a time."""
+        """(first, last + 1) of the rows that are read at a time from a packed matrix."""
         matrix = self.packed[module_path]
         (n, k), unit = matrix.shape, matrix.rows_at_once
         step = max(1, block_bytes // (4 * k * unit)) * unit
         yield from ((first, min(first + step, n)) for first in range(0, n, step))
 
     def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of a matrix in float32, in the order given: (len(rows), ...)."""
+        """Some rows of a matrix in float32, in the given order: (len(rows), ...)."""
         import torch
 
         if module_path in self.packed:
@@ -226,7 +215,7 @@ def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[
 
 
 def aliases() -> dict[str, str]:
-    """Every short name that --model knows."""
+    """Every short name that --model accepts: alias -> hub id or folder."""
     hub = {alias: repo for family in FAMILIES.values() for alias, repo in family.aliases.items()}
     return {"demo": str(DEMO), **hub}
 
@@ -234,7 +223,7 @@ def aliases() -> dict[str, str]:
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     """Open `model`: an alias, a local folder, or a hub id (downloaded by huggingface_hub into its cache).
 
-    Raises PackageError where it cannot be had, UnsupportedModelError where no family file describes it.
+    Raises PackageError if it cannot be found or downloaded, UnsupportedModelError if no family file describes it.
     """
     from transformers import AutoConfig
 
@@ -260,12 +249,14 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     config = AutoConfig.from_pretrained(folder)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
-            del part.quantization_config  # Hugging Face would look for packed tensors, and for libraries
+            del (
+                part.quantization_config
+            )  # Hugging Face would look for packed tensors, and for the libraries that read them
     return Checkpoint(folder, name, revision, config, FAMILIES[model_type], quantization)
 
 
 def _quantization(stated: dict[str, Any], config_file: Path) -> dict[str, Any] | None:
-    """The one quantization_config in config.json; it may stand with the decoder's numbers."""
+    """The quantization_config in config.json; it may be inside the decoder's config."""
     from .packed import method_of
 
     parts = [stated, *(part for part in stated.values() if isinstance(part, dict))]
@@ -285,7 +276,7 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
         raise PackageError(f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})")
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
-    except Exception as err:  # the hub client raises a dozen kinds, each meaning "not to be had"
+    except Exception as err:  # the hub client raises a dozen types, all of which mean "not available"
         raise PackageError(
             f"{reference}: not reachable on the hub and not in the local cache ({type(err).__name__}); "
             "check the name and the network, or give --model a local folder"
@@ -293,7 +284,7 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
 
 
 def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json, or config.json's eos_token_id. Raises PackageError without."""
+    """The tokens that end an answer, from generation_config.json or config.json. Raises PackageError without any."""
     eos = generation_settings(checkpoint).get("eos_token_id")
     eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
@@ -306,7 +297,7 @@ def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """generation_config.json as it stands; empty where there is none."""
+    """generation_config.json; empty if there is none."""
     path = checkpoint.folder / "generation_config.json"
     if not path.is_file():
         return {}
@@ -317,30 +308,30 @@ def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def recommended_options(checkpoint: Checkpoint) -> list[str]:
-    """The options of autosteer-run that sample as generation_config.json recommends; without, answers are greedy."""
+    """The options with which autosteer-run samples as generation_config.json recommends; the default is greedy."""
     given = generation_settings(checkpoint)
     options = [("repetition_penalty", 1.0)]
     if given.get("do_sample"):
         options = [("temperature", None), ("top_p", 1.0), ("top_k", 0), *options]
         given = {"temperature": 1.0} | given
-    said = [(name, given[name]) for name, neutral in options if given.get(name) not in (None, neutral)]
-    return [part for name, value in said for part in ("--" + name.replace("_", "-"), f"{value:g}")]
+    chosen = [(name, given[name]) for name, neutral in options if given.get(name) not in (None, neutral)]
+    return [part for name, value in chosen for part in ("--" + name.replace("_", "-"), f"{value:g}")]
 
 
 def check_generation(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedModelError where generation_config.json asks for what changes greedy answers and neither runtime
-    does.
+    """Raise UnsupportedModelError if generation_config.json has a setting that changes greedy answers and that neither
+    runtime has.
     """
     given = generation_settings(checkpoint)
     if asked := [name for name, neutral in CHANGES_ANSWERS.items() if given.get(name) not in (None, neutral, [], {})]:
         raise UnsupportedModelError(
-            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime does this, and "
-            "answers would not be the model's; delete it there if you can do without"
+            f"{checkpoint.folder / 'generation_config.json'}: {', '.join(asked)}: neither runtime supports this, so "
+            "answers would differ from the model's; delete it there if you do not need it"
         )
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's processor with the Pillow image backend; for a model without images, its tokenizer as one.
+    """The checkpoint's processor with the Pillow image backend; for a model without images, a TextProcessor.
 
     Pillow's resampling is what the checkpoints were trained with and what the runtime uses; torchvision's differs by a
     grey level.
@@ -363,7 +354,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
 
 
 class TextProcessor:
-    """A tokenizer, called as Hugging Face's multimodal processors are."""
+    """A tokenizer with the interface of Hugging Face's multimodal processors."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -372,7 +363,7 @@ class TextProcessor:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: Literal[False] = False
     ) -> str:
-        """Text templates want each turn's content as one string."""
+        """Render a dialogue. Text templates want each turn's content as one string."""
         flat = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
         text = self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
         return str(text)
@@ -380,22 +371,3 @@ class TextProcessor:
     def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
         """Token ids of rendered texts."""
         return self.tokenizer(text, add_special_tokens=False, **options)
-
-
-def load_reference(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The PyTorch original: (model in float32 eval mode, processor)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    kind = AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
-    if checkpoint.packed:  # which from_pretrained reads only with libraries and kernels of each method's own
-        model = kind.from_config(checkpoint.config, dtype=torch.float32)
-        missing, _ = model.load_state_dict(
-            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
-        )
-        model.tie_weights(missing_keys=set(missing))
-        if gone := set(missing) - set(model.all_tied_weights_keys):
-            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
-    else:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    return model.eval(), load_processor(checkpoint)

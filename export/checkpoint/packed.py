@@ -1,4 +1,4 @@
-"""Checkpoints whose matrices are stored in 4 or 8 bits: each is read as the matrix it stands for, in blocks of rows.
+"""Read checkpoints whose matrices are stored in 4 or 8 bits: each is dequantised, in blocks of rows.
 
     gptq                 qweight, qzeros, scales, g_idx      words along K; zero points less 1 (checkpoint_format gptq)
     awq                  qweight, qzeros, scales             words along N, its eight numbers in an order of their own
@@ -8,8 +8,8 @@
 A word is an int32, its lowest bits first. A matrix of 4 bits in groups is what MatMulNBits computes with, so an int4
 export in blocks of the same size keeps its very codes, scales and zero points.
 
-What no method here explains is refused: numbers of another type than a float that nobody unpacks would be read as
-weights. Which modules are packed follows from their tensors; config.json says only how.
+Tensors that are neither floats nor parts of a known packed matrix are refused, because they would be taken for weights.
+Which modules are packed follows from their tensors; config.json only states how.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Place = tuple[Path, str]  # a safetensors file, and a tensor's name in it
 FLOATS = ("F64", "F32", "F16", "BF16")
 WORD = 32  # bits
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word each of eight neighbours stands
-COUNTERS = ("position_ids", "num_batches_tracked")  # integers that are no weights
+COUNTERS = ("position_ids", "num_batches_tracked")  # integer tensors that are not weights
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale", "k_scale", "v_scale", "output_scale")
 INSTEAD = "give --model the checkpoint that it was quantised from, and choose --precision"
 
@@ -38,16 +38,16 @@ class Matrix(Protocol):
 
     shape: tuple[int, int]
     place: Place  # of its largest part
-    rows_at_once: int  # rows are asked for in multiples of it
+    rows_at_once: int  # rows are read in multiples of it
 
     def floats(self, first: int, last: int) -> torch.Tensor:
         """Rows first..last-1, (n, K) float32."""
 
     def blocks(self) -> Blocks | None:
-        """What MatMulNBits would call its grid; None where it has no such."""
+        """Its grid as MatMulNBits blocks; None if MatMulNBits has no such grid."""
 
     def packed(self, first: int, last: int) -> Packed:
-        """The rows in that grid, not rounded again."""
+        """The rows in that grid, copied and not rounded again."""
 
 
 class Reader:
@@ -168,7 +168,7 @@ def packed_matrices(config: dict[str, Any] | None, reader: Reader, where: Path) 
 
 
 def method_of(config: dict[str, Any], where: Path) -> str:
-    """The method of a quantization_config; raises UnsupportedModelError where it is not read."""
+    """The method of a quantization_config; raises UnsupportedModelError if it is not supported."""
     method = str(config.get("quant_method", "")) or ("bitsandbytes" if "load_in_4bit" in config else "unnamed")
     if method in _METHODS:
         return method

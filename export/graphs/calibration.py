@@ -1,15 +1,15 @@
-"""What a short text and a picture show of the decoder: how much each input channel of its matrices matters, and how far
-its keys and values reach (kv_scales.py). int4 rounding weighs its errors by the first; int8 smooths by it
-(int8_matmul.py).
+"""Run the decoder on calibration data: the energy of each input channel, and the scales of int8 KV caches.
 
-    importance of channel j = mean of x_j^2 over the rows x of a short text and a picture that a matrix multiplies
+    channel energy of channel j = mean of x_j^2 over the rows x that a matrix multiplies
 
-An error in a weight costs in proportion to that (the idea of llama.cpp's imatrix and of AWQ): some channels are
-hundreds of times livelier than others. What text it is matters little. SmolLM2-135M in blocks of 128, KL to float32:
-.39 without importance, .28 with random tokens, .26 with the 160 tokens below, .25 with 2,000 tokens of the kind it was
-tested on.
+The error of a weight costs in proportion to its channel's energy (the idea of llama.cpp's imatrix and of AWQ), and some
+channels have hundreds of times the energy of others. So int4 rounding weighs errors by it (quantize.py), and int8
+smoothing uses it (int8_matmul.py). Which text is used matters little. SmolLM2-135M in blocks of 128, KL to float32:
+0.39 without channel energy, 0.28 from random tokens, 0.26 from the 160 tokens below, 0.25 from 2,000 tokens of the test
+set's kind.
 
-The checkpoint's own decoder computes it, in float32, with one matrix in memory at a time (on_demand.py).
+The checkpoint's own decoder computes both, in float32, with one matrix in memory at a time (on_demand.py). The rows are
+a short text and, for models with images, a part of one image.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.decoder_config import DecoderConfig
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint
 
-from .decoder import DecoderFacts, rotary_tables
-from .kv_scales import KVScales, Watching, through
+from .decoder import rotary_tables
+from .kv_scales import KVScales, RangeObserver, through
 
 TEXT = (
     "The sea covers most of our planet, and yet we know less about its floor than about the surface of the moon. "
@@ -39,38 +40,36 @@ TEXT = (
     "Wash one cup of rice, add two cups of water and a little salt, bring it to the boil, then cover it and let it "
     "stand on a low flame for fifteen minutes. def add(a, b): return a + b. I am sorry, but I cannot help with that."
 )
-TEXT_TOKENS = 192  # at most, for vocabularies that cut it up small
-IMAGE_ROWS = 256  # about: every n-th row of one tile
-RANDOM_TOKENS = 448  # at least, where the reach of keys and values is asked for
-FLOOR = 1e-3  # of the mean: a channel that was silent here may speak elsewhere
+TEXT_TOKENS = 192  # at most; TEXT may be more in a small vocabulary
+IMAGE_ROWS = 256  # about; every n-th row of one tile
+RANDOM_TOKENS = 448  # at least, for the scales of int8 caches
+FLOOR = 1e-3  # of the mean energy: a channel without energy here may have some elsewhere
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What there was to see."""
+class Calibration:
+    """Results of a calibration."""
 
-    importance: dict[
-        str, torch.Tensor
-    ]  # by tensor name of every matrix in the layers, and of the head: (K,), by column
+    channel_energy: dict[str, torch.Tensor]  # (K,) by tensor name, for every matrix of the layers and for the LM head
     kv_scales: tuple[KVScales, ...]  # by layer
 
 
-def observe_decoder(
+def calibrate_decoder(
     checkpoint: Checkpoint,
-    facts: DecoderFacts,
+    config: DecoderConfig,
     inputs_embeds: torch.Tensor,
     report: Callable[[str], None] = lambda step: None,
-) -> Observed:
+) -> Calibration:
     """Run the checkpoint's decoder on `inputs_embeds` (B, S, D) float32. `report` is told each layer.
 
-    Importance is of the first row of the batch alone; keys and values are of all.
+    Channel energy is taken from the first sequence of the batch, the scales of keys and values from all.
 
-    An embedding that is tied to the head is rounded as the head needs it, which is where most of its error would go.
+    A tied embedding is rounded with the LM head's channel energy, because that is where its error costs most.
     """
     prefix, found = checkpoint.family.decoder, {}
-    decoder = open_on_demand(checkpoint, facts.lm_head, Convoy(0)).get_submodule(prefix)
-    tables = rotary_tables(facts)
-    caches = [Watching(*tables) for _ in decoder.layers]
+    decoder = open_on_demand(checkpoint, config.lm_head, LayerSweep(0)).get_submodule(prefix)
+    tables = rotary_tables(config)
+    caches = [RangeObserver(*tables) for _ in decoder.layers]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -79,25 +78,25 @@ def observe_decoder(
         return hook
 
     for i, layer in enumerate(decoder.layers):
-        step = f"what matters: layer {i} of {len(decoder.layers)}"
+        step = f"calibrating: layer {i} of {len(decoder.layers)}"
         layer.register_forward_pre_hook(lambda module, args, step=step: report(step))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
     with torch.inference_mode():
         last = decoder(inputs_embeds=inputs_embeds, **through(decoder, caches)).last_hidden_state
-    found[facts.lm_head] = energy(last[:1])
-    return Observed(found, tuple(cache.scales for cache in caches if cache.scales))
+    found[config.lm_head] = energy(last[:1])
+    return Calibration(found, tuple(cache.scales for cache in caches if cache.scales))
 
 
 def energy(rows: torch.Tensor) -> torch.Tensor:
-    """rows (.., K) that a matrix multiplies -> (K,), 1 on average, and no channel below FLOOR."""
+    """rows (.., K) that a matrix multiplies -> channel energy (K,), 1 on average, at least FLOOR."""
     squares = rows.flatten(0, -2).square().mean(0)
-    return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: all alike
+    return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: FLOOR everywhere
 
 
-def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
-    """(1, S, D) float32: TEXT and, where there is an image graph (which must be complete), a part of one picture."""
+def calibration_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
+    """(1, S, D) float32: TEXT and, if there is an image graph, a part of one image. Its weights must be on disk."""
     table = f"{checkpoint.family.decoder}.embed_tokens.weight"
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None:
@@ -111,9 +110,9 @@ def sample_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None
 
 
 def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:
-    """`rows` (1, S, D) and, as more of the batch, tokens drawn from the whole vocabulary, the same at every export.
+    """`rows` (1, S, D) with sequences of random tokens added to the batch; the same tokens in every export.
 
-    They say nothing of what matters, and more than any text of this length of how far keys and values reach.
+    They reveal the range of keys and values better than any text of this length. They say nothing about channel energy.
     """
     _, length, width = rows.shape
     count = -(-RANDOM_TOKENS // length) * length

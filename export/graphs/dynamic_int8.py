@@ -1,4 +1,4 @@
-"""Linear layers of a traced image graph in 8 bits (int8_matmul.py)."""
+"""Rewrite the linear layers of a traced image graph as int8 matmul (int8_matmul.py)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .weights import WeightStore
 
 
 def quantise_linears(graph: ir.Graph, store: WeightStore) -> None:
-    """Rewrite every `x @ transpose(weight)` of `graph`; weights stream from the checkpoint into `store`, and leave the
-    graph's initialisers. Convolutions, norms, biases and attention stay as they are.
+    """Rewrite every `x @ transpose(weight)` of `graph`. Its weights leave the graph's initialisers, and `store` streams
+    them from the checkpoint. Convolutions, norms, biases and attention are unchanged.
     """
-    rows: dict[ir.Value, Rows] = {}  # query, key and value read the same x: quantised once
+    rows: dict[ir.Value, Rows] = {}  # query, key and value have the same input: quantise it once
     for node in list(graph):
         transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
         if transpose is None or transpose.op_type != "Transpose":
@@ -34,7 +34,7 @@ def quantise_linears(graph: ir.Graph, store: WeightStore) -> None:
 
 
 class _Inserting:
-    """Writes nodes into a graph, ahead of one that is there."""
+    """A Writer that inserts nodes into a graph before a given node."""
 
     def __init__(self, graph: ir.Graph, before: ir.Node):
         self.graph, self.before = graph, before
@@ -56,7 +56,7 @@ class _Inserting:
 
 
 def _replace(g: _Inserting, weight: ir.Value, rows: Rows, store: WeightStore) -> None:
-    """Put the product of `rows` with `weight` in the place of the node that `g` writes ahead of."""
+    """Replace the node that `g` inserts before by the product of `rows` and `weight`."""
     assert weight.name is not None and weight.shape is not None
     shape = tuple(int(d) for d in weight.shape)
     parts = store.columns([weight.name], (shape[0], shape[1]))

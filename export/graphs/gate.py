@@ -29,6 +29,6 @@ def refusal_head(g: GraphWriter, steer_matrix: torch.Tensor) -> None:
     strength = g.input("strength", FLOAT32, (1,))
     w = g.constant("steer_matrix", steer_matrix.float().numpy())
     hidden = g.cast(last, g.dtype, FLOAT32)
-    bent = g.op("Mul", g.op("FusedMatMul", hidden, w, domain=MICROSOFT, transB=1), strength)
-    steered = g.cast(g.op("Add", hidden, bent), FLOAT32, g.dtype)  # what overflows is infinite, and no sampler takes it
+    step = g.op("Mul", g.op("FusedMatMul", hidden, w, domain=MICROSOFT, transB=1), strength)
+    steered = g.cast(g.op("Add", hidden, step), FLOAT32, g.dtype)  # an overflow becomes infinite, which samplers refuse
     g.output("steered_hidden_state", steered, g.dtype, (1, "num_logits", d))

@@ -1,18 +1,19 @@
-"""Products in 8 bits on both sides: int8 weights, and activations that are quantised as they come.
+"""int8 matmul: int8 weights, and activations that are quantised on the fly.
 
     x (.., K) [* smoothing] -> a row's scale = max|row| / 127 -> codes uint8, 128 for zero
               -> MatMulInteger with (K, N) int8 -> * the row's scale * the column's scale + bias
 
-Every row (a token, a patch of a tile) has its own scale: some have activations tens of times larger than the others',
-and with one scale for all, as onnxruntime's own DynamicQuantizeMatMul has it, those others drown (measured in an image
-tower: an error of 22 % with one such patch among 729, against 1.1 %; 1.1 to 1.3 times the time).
+Every row (a token, a patch of a tile) has its own scale. Some rows have activations tens of times larger than others.
+With one scale for all rows, as in onnxruntime's own DynamicQuantizeMatMul, such a row ruins all others: in an image
+tower, one such patch among 729 causes an error of 22 %, against 1.1 % here. Scales per row take 1.1 to 1.3 times the
+time.
 
-Some columns of x have larger activations than others, in every row. Smoothing divides them by a factor and multiplies
-the weights by it (SmoothQuant, arXiv 2211.10438): x_j / s_j meets W_j * s_j, with s = importance ^ SMOOTHING
-(calibration.py).
+Some columns of x have larger activations than others, in every row. Smoothing divides a column by a factor and
+multiplies its weights by it (SmoothQuant, arXiv 2211.10438): x_j / s_j meets W_j * s_j. The factor is
+s = channel_energy ^ SMOOTHING (calibration.py).
 
-On x86 processors without VNNI onnxruntime adds pairs of products in 16 bits, which clips about one pair in 10,000:
-another 1 to 2 % of error there.
+On x86 processors without VNNI, onnxruntime adds pairs of products in 16 bits. About one pair in 10,000 is clipped,
+which adds an error of 1 to 2 %.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
-SMOOTHING = 0.2  # SmolLM2-135M: any from .1 to .3 is as good
-SUFFIX = ".smoothing"  # of the name of 1 / s in a graph
+SMOOTHING = 0.2  # SmolLM2-135M: 0.1 to 0.3 are as good
+SUFFIX = ".smoothing"  # end of the name of 1 / s in a graph
 
 
 class Writer(Protocol):
-    """What nodes are written with: graph.GraphWriter, and dynamic_int8's for graphs that were traced."""
+    """Adds nodes to a graph: writer.GraphWriter, and dynamic_int8's for traced graphs."""
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """One operator with one output."""
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A small array kept inside the graph file, once for each name."""
+        """A small array inside the graph file, stored once per name."""
 
 
 class Rows(NamedTuple):
@@ -46,11 +47,11 @@ class Rows(NamedTuple):
 
 
 def quantise_activations(g: Writer, x: ir.Value, smoothing: ir.Value | None = None) -> Rows:
-    """x (.., K) float32, times `smoothing` (K,), in 8 bits."""
+    """Quantise x (.., K) float32, multiplied by `smoothing` (K,)."""
     if smoothing is not None:
         x = g.op("Mul", x, smoothing)
     axis, tiny = g.constant("int8.axis", np.array([-1], np.int64)), g.constant("int8.tiny", np.array(1e-30, np.float32))
-    largest = g.op("ReduceMax", g.op("Abs", x), axis, keepdims=1)  # of a row of zeros: tiny
+    largest = g.op("ReduceMax", g.op("Abs", x), axis, keepdims=1)  # 0 for a row of zeros
     scales = g.op("Div", g.op("Max", largest, tiny), g.constant("int8.top", np.array(127, np.float32)))
     return Rows(g.op("QuantizeLinear", g.op("Div", x, scales), *_unit(g)), scales)
 
@@ -68,9 +69,7 @@ def _unit(g: Writer) -> tuple[ir.Value, ir.Value]:
 
 
 def smoothing_of(node: ir.Node) -> ir.Value | None:
-    """What the activations of a MatMulIntegerToFloat are multiplied with before they are quantised, (K,); None: as they
-    are.
-    """
+    """The smoothing (K,) that a MatMulIntegerToFloat's activations are multiplied by; None without smoothing."""
     quantize = node.inputs[0] and node.inputs[0].producer()
     divide = quantize and quantize.inputs[0] and quantize.inputs[0].producer()
     multiply = divide and divide.inputs[0] and divide.inputs[0].producer()

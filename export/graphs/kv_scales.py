@@ -1,21 +1,24 @@
-"""int8 KV caches: how far each of their channels reaches, and Hugging Face's model with caches rounded alike.
+"""int8 KV caches: the scale of each channel, and Hugging Face's model with caches that round in the same way.
 
     code = clamp(round(x / scale), -128, 127)        read again: code * scale
 
 That is onnxruntime's GroupQueryAttention with k_quant_type and v_quant_type PER_CHANNEL: keys after rotary and values,
-one scale for each channel of each head of each layer. A row attends to rounded keys and values from the start, its own
-among them; so chunks and drafts see what a whole prompt sees.
+one scale for each channel of each head of each layer. A position attends to rounded keys and values only, its own
+included. So prefill in chunks and drafts see what prefill of the whole prompt sees.
 
-Scales are fixed at export, by the text, the picture and the random tokens of calibration.py. What is beyond a scale's
-reach is cut off, which costs far more than coarser steps do. So the largest of what was seen counts, and gets HEADROOM;
-and because a channel of a key holds other numbers at other places, each key is turned to places all over the context.
-SmolLM2-135M, KL to float32 caches: HEADROOM 1 .0130, 1.25 .0045, 1.5 .0034; without random tokens .0261, .0085, .0052;
-without turning, too, .055 and .0064 (at 1.5); the 99.9th percentile instead of the largest .030.
+Scales are fixed at export, from the text, the image and the random tokens of calibration.py. Clipping a value costs far
+more than a coarser step. So the scale covers the largest value seen, times HEADROOM. A key's channels change with its
+position, so each key is rotated to positions all over the context. SmolLM2-135M, KL to float32 caches:
+
+    HEADROOM                                    1        1.25     1.5
+    as it is                                    0.0130   0.0045   0.0034
+    without random tokens                       0.0261   0.0085   0.0052
+    also without rotation                       0.055             0.0064
+    99.9th percentile instead of the largest    0.030
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,66 +28,68 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from autosteer.export.checkpoint.hf_model import cache_argument
+
 HEADROOM = 1.5
-PLACES = 64  # of a key, all over the context
-FLOOR = 1e-3  # of a layer's mean reach: a channel that was silent here may speak elsewhere
+POSITIONS = 64  # that each key is rotated to
+FLOOR = 1e-3  # of a layer's mean: a channel that is small here may be larger elsewhere
 
 
 @dataclass(frozen=True)
 class KVScales:
-    """Of one layer; (num_key_value_heads * head_dim,) float32 each, above zero."""
+    """Scales of one layer's caches, (num_key_value_heads * head_dim,) float32 each, above zero."""
 
     keys: npt.NDArray[np.float32]
     values: npt.NDArray[np.float32]
 
 
-class Watching(DynamicLayer):
-    """A layer's cache for one pass, which keeps nothing but the `scales` that fit what it saw."""
+class RangeObserver(DynamicLayer):
+    """A layer's cache that stores nothing, and computes the `scales` that fit one forward pass."""
 
     def __init__(self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]):
         """cos, sin (context, head_dim / 2): the rotary tables."""
         super().__init__()
-        places = np.linspace(0, len(cos) - 1, PLACES).astype(int)
-        self._turns = [(torch.from_numpy(cos[i]), torch.from_numpy(sin[i])) for i in places]
+        positions = np.linspace(0, len(cos) - 1, POSITIONS).astype(int)
+        self._rotations = [(torch.from_numpy(cos[i]), torch.from_numpy(sin[i])) for i in positions]
         self.scales: KVScales | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """keys after rotary and values, (B, H, T, d) each, as they came."""
+        """Returns keys (after rotary) and values unchanged, (B, H, T, d) each."""
         first, second = key_states.chunk(2, dim=-1)
         keys = [
             torch.cat([first * cos - second * sin, second * cos + first * sin], -1).abs().amax((0, 2))
-            for cos, sin in self._turns
+            for cos, sin in self._rotations
         ]
         self.scales = KVScales(_scales(torch.stack(keys).amax(0)), _scales(value_states.abs().amax((0, 2))))
         return key_states, value_states
 
 
 class RoundedCaches:
-    """Makes the caches of passes through which keys and values come as int8 caches hold them."""
+    """Caches for forward passes that round keys and values as int8 caches do."""
 
     def __init__(self, scales: Sequence[KVScales]):
-        self.errors: list[float] = []  # of each layer's keys and values in each pass: relative, Frobenius norm
+        self.errors: list[float] = []  # relative (Frobenius norm) of each layer's keys and values in each pass
         self._scales = scales
 
     def __call__(self, model: Any) -> dict[str, Any]:
-        """Keyword arguments of one pass of `model`."""
+        """Keyword arguments of one forward pass of `model`."""
         return through(model, [Rounding(scales, self.errors.append) for scales in self._scales])
 
 
 class Rounding(DynamicLayer):
-    """A layer's cache for one pass, which keeps nothing and gives back keys and values rounded."""
+    """A layer's cache that stores nothing, and returns keys and values rounded."""
 
     def __init__(self, scales: KVScales, note: Callable[[float], None]):
-        """`note` is told the error of keys, and of values: relative, Frobenius norm."""
+        """`note` is called with the relative error (Frobenius norm) of keys, and of values."""
         super().__init__()
         self._scales, self._note = scales, note
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1, H, T, d) each"""
+        """Returns rounded keys and values, (1, H, T, d) each."""
         return self._round(key_states, self._scales.keys), self._round(value_states, self._scales.values)
 
     def _round(self, x: torch.Tensor, scales: npt.NDArray[np.float32]) -> torch.Tensor:
@@ -96,24 +101,19 @@ class Rounding(DynamicLayer):
 
 
 def through(model: Any, layers: Sequence[DynamicLayer]) -> dict[str, Any]:
-    """Keyword arguments of `model` for a pass whose keys and values go through `layers`."""
+    """Keyword arguments of a forward pass of `model` with the caches `layers`."""
     cache = DynamicCache()
     cache.layers = list(layers)
-    return {cache_name(model): cache, "use_cache": True}
+    return {cache_argument(model): cache, "use_cache": True}
 
 
 def uncached(model: Any) -> dict[str, Any]:
-    """The same where they go nowhere."""
+    """Keyword arguments of a forward pass without caches."""
     return {"use_cache": False}
 
 
-def cache_name(model: Any) -> str:
-    """transformers calls the cache `past_key_values`, and from 5.24 on `cache`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _scales(reach: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Of channels that reach so far, (H, d)."""
-    floor = FLOOR * reach.mean() + torch.finfo(torch.float32).tiny
-    scales: npt.NDArray[np.float32] = (HEADROOM / 127 * reach.clamp_min(floor)).flatten().numpy()
+def _scales(largest: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Scales for channels whose largest values are `largest` (H, d)."""
+    floor = FLOOR * largest.mean() + torch.finfo(torch.float32).tiny
+    scales: npt.NDArray[np.float32] = (HEADROOM / 127 * largest.clamp_min(floor)).flatten().numpy()
     return scales

@@ -1,15 +1,15 @@
-"""How matrices are quantised, and the recipes behind --precision.
+"""Quantise matrices, and the recipes of --precision.
 
-In blocks, as onnxruntime's MatMulNBits wants them: a row of K weights is cut into blocks, each with a scale of its own.
+In blocks, for onnxruntime's MatMulNBits: a row of K weights is cut into blocks, each with a scale of its own.
 weight = (code - zero point) * scale.
 
     symmetric    the zero point is 2^(bits-1); the scale is signed so that the block's largest weight hits code 0
                  exactly, as in onnxruntime's own quantize_matmul_4bits and llama.cpp's Q4_0; rounded to nearest
-    asymmetric   4 bits; each block has its zero point, too. Of a few scales the best is taken, with the error of
-                 each weight weighted by how much its column matters (calibration.py)
+    asymmetric   4 bits; each block also has a zero point. The best of a few scales is used, with each weight's error
+                 weighted by its column's channel energy (calibration.py)
 
-Or per channel, in 8 bits: one scale for each row of weights, which the products of int8_matmul.py need. Blocks are
-closer to the original, but they are unpacked for every product: prefill takes 1.7 to 3 times as long.
+Per channel, in 8 bits: one scale for each row of weights, for the int8 matmul of int8_matmul.py. Blocks are closer to
+the original, but they are dequantised for every matrix product: prefill takes 1.7 to 3 times as long.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from autosteer.runtime.manifest import CacheType, Precision
 if TYPE_CHECKING:
     import torch
 
-SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's range; what then lies outside is clipped
-Target = Literal["cpu", "cuda"]  # what a package is for
-CHUNK = 1 << 17  # weights in the processor's cache while scales are tried
+SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a block's range; weights outside are clipped
+Target = Literal["cpu", "cuda"]  # the device that a package will run on
+CHUNK = 1 << 17  # weights that are quantised at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Blocks:
     symmetric: bool = True  # False: 4 bits only
 
     def fitted(self, k: int) -> Blocks:
-        """The largest block not above `size` that divides `k`; embeddings cannot pad a row."""
+        """The same with the largest block of at most `size` that divides `k`: rows of embeddings cannot be padded."""
         size = next((b for b in (128, 64, 32, 16) if b <= self.size and k % b == 0), self.size)
         return replace(self, size=size)
 
     @property
-    def weighs(self) -> bool:
-        """Whether it makes use of what calibration.py says."""
+    def needs_calibration(self) -> bool:
+        """Whether it uses the channel energy of calibration.py."""
         return not self.symmetric
 
 
 @dataclass(frozen=True)
 class PerChannel:
-    """A matrix in 8 bits, one scale for each of its rows; activations are quantised, too (int8_matmul.py). CPU only."""
+    """A matrix in 8 bits with one scale per row. Activations are quantised as well (int8_matmul.py). CPU only."""
 
-    weighs = True
+    needs_calibration = True
 
 
 Scheme = Blocks | PerChannel
@@ -65,15 +65,15 @@ Scheme = Blocks | PerChannel
 
 @dataclass(frozen=True)
 class Recipe:
-    """What --precision means. None: not quantised. The prober and the refusal head stay float32 in every recipe."""
+    """How a package stores its weights. None: not quantised. Prober and Refusal Head are always float32."""
 
     body: Scheme | None  # decoder projections
     head: Blocks | None  # lm_head and embed_tokens
     storage: str  # numpy dtype of matrices that are not quantised
     image: Precision  # of the image graph
-    activations: Literal["float32", "float16"]  # numpy dtype of hidden states: what the decoder computes in
-    int8_caches: bool = False  # keys and values are rounded; else they are as the activations
-    reading: Scheme | None = None  # of a second copy of the decoder's projections, which reads prompts; None: no such
+    activations: Literal["float32", "float16"]  # numpy dtype of hidden states, and of the decoder's arithmetic
+    int8_caches: bool = False  # KV caches are int8; else they have the type of the activations
+    prefill: Scheme | None = None  # of a second copy of the decoder's projections, for prefill; None: no such copy
 
     @property
     def caches(self) -> CacheType:
@@ -82,7 +82,7 @@ class Recipe:
 
 
 BLOCKS = {"int8": Blocks(8, 128), "int4": Blocks(4, 128, symmetric=False)}
-HEAD = BLOCKS["int8"]  # costs what int4 in blocks of 32 would
+HEAD = BLOCKS["int8"]  # the LM head and the embedding
 RECIPES: dict[Target, dict[Precision, Recipe]] = {
     "cpu": {
         "fp32": Recipe(None, None, "float32", "fp32", "float32"),
@@ -90,7 +90,7 @@ RECIPES: dict[Target, dict[Precision, Recipe]] = {
         "int8": Recipe(PerChannel(), HEAD, "float32", "int8", "float32"),
         "int4": Recipe(BLOCKS["int4"], HEAD, "float32", "int8", "float32"),
     },
-    "cuda": {  # no fp32: attention there computes in 16 bits; no int8 image graph: it has no such product
+    "cuda": {  # no fp32: attention on CUDA is float16 only; no int8 image graph: CUDA has no int8 matmul for it
         "fp16": Recipe(None, None, "float16", "fp16", "float16"),
         "int8": Recipe(BLOCKS["int8"], HEAD, "float16", "fp16", "float16"),
         "int4": Recipe(BLOCKS["int4"], HEAD, "float16", "fp16", "float16"),
@@ -110,10 +110,9 @@ def recipe(
     caches: CacheType | None = None,
     prefill: Precision | None = None,
 ) -> Recipe:
-    """The recipe of a precision, with what the user chose otherwise: 4 head bits are blocks like the body's.
+    """The recipe of a precision, changed by the options that are given. 4 head bits: blocks like the body's.
 
-    Raises InputError for blocks of what has none, for head bits and prefill that the precision does not go with, and
-    for what `target` has no kernels for.
+    Raises InputError for options that do not fit the precision, or that `target` has no kernels for.
     """
     if precision not in RECIPES[target]:
         raise InputError(
@@ -122,12 +121,12 @@ def recipe(
         )
     if image is not None and image not in IMAGES[target]:
         raise InputError(
-            f"--image-precision {image}: onnxruntime has no product for it on {target}; "
+            f"--image-precision {image}: onnxruntime has no matrix product for it on {target}; "
             f"--target {target} goes with {', '.join(IMAGES[target])}"
         )
     if caches is not None and caches not in CACHES[target]:
         raise InputError(
-            f"--kv-cache {caches}: packages for {target} have none like that; "
+            f"--kv-cache {caches}: packages for {target} cannot have such a cache; "
             f"--target {target} goes with {', '.join(CACHES[target])}"
         )
     if prefill is not None and (target, precision, prefill) != ("cpu", "int4", "int8"):
@@ -136,7 +135,7 @@ def recipe(
             f"(here: {precision}, {target})"
         )
     chosen = replace(
-        RECIPES[target][precision], int8_caches=caches == "int8", reading=PerChannel() if prefill else None
+        RECIPES[target][precision], int8_caches=caches == "int8", prefill=PerChannel() if prefill else None
     )
     if block_size is not None:
         if precision not in BLOCKS:
@@ -154,17 +153,17 @@ def recipe(
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised matrix (N, K), or rows of it, as MatMulNBits reads them. K is padded with zeros to whole blocks."""
+    """A quantised matrix (N, K), or rows of it, in MatMulNBits' layout. K is padded with zeros to whole blocks."""
 
     codes: torch.Tensor  # (N, ceil(K / size), size * bits / 8) uint8; 4-bit codes low nibble first
     scales: torch.Tensor  # (N, ceil(K / size)) float32
     zero_points: torch.Tensor | None  # (N, ceil(ceil(K / size) / 2)) uint8, two a byte; None: symmetric
 
 
-def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None = None) -> Packed:
+def quantise(rows: torch.Tensor, blocks: Blocks, channel_energy: torch.Tensor | None = None) -> Packed:
     """Quantise rows (N, K) float32.
 
-    `importance` (K,) >= 0 weighs the squared errors of columns, in asymmetric blocks; None: all alike.
+    `channel_energy` (K,) >= 0 weighs the squared errors of columns in asymmetric blocks; None: equal weights.
     """
     import torch
 
@@ -178,19 +177,19 @@ def quantise(rows: torch.Tensor, blocks: Blocks, importance: torch.Tensor | None
         codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
         return Packed(pack(codes) if blocks.bits == 4 else codes, scales, None)
     assert blocks.bits == 4, "only 4 bits have zero points"
-    weights = torch.ones(k) if importance is None else importance
+    weights = torch.ones(k) if channel_energy is None else channel_energy
     weights = torch.nn.functional.pad(weights, (0, pad)).reshape(count, blocks.size)
     chunks = x.split(max(1, CHUNK // (count * blocks.size)))
-    with _threads_of_our_own() as pool:
+    with _one_thread_per_chunk() as pool:
         found = list(pool.map(lambda chunk: _best(chunk, weights), chunks))
     codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Packed(pack(codes), scales, pack(zeros))
 
 
 @contextmanager
-def _threads_of_our_own() -> Iterator[ThreadPoolExecutor]:
-    """A thread a core, for whole chunks. torch would share out each of a chunk's fifty short steps and wait for all
-    shares of each: five times the work, more where others use the processor, too.
+def _one_thread_per_chunk() -> Iterator[ThreadPoolExecutor]:
+    """One thread per core, each for whole chunks. torch itself would split each of a chunk's fifty short steps over all
+    cores and wait for them: five times slower, and worse on a busy machine.
     """
     import torch
 
@@ -206,9 +205,9 @@ def _threads_of_our_own() -> Iterator[ThreadPoolExecutor]:
 def _best(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (n, count, size) uint8, scales (n, count), zero points (n, count) uint8 of blocks x (n, count, size).
 
-    Candidates: the blocks' whole range and parts of it, and the symmetric grid, so that no error is above rounding to
-    nearest, either way. For given codes the best scale is that of least squares, <x, q> / <q, q>. Errors are summed as
-    they are: <x, x> - <x, q>^2 / <q, q> would be cheaper, and in float32 blind to the small ones of weights on a grid.
+    Candidates: the block's whole range, parts of it, and the symmetric grid; so no error exceeds plain rounding to
+    nearest on either grid. For given codes the best scale is that of least squares, <x, q> / <q, q>. Errors are summed
+    explicitly: <x, x> - <x, q>^2 / <q, q> is cheaper, but loses small errors to cancellation in float32.
     """
     import torch
 
@@ -251,7 +250,7 @@ def _symmetric_scales(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _inverse(scales: torch.Tensor) -> torch.Tensor:
-    """1 / scale; 0 where a block is all zeros."""
+    """1 / scale; 0 for a block of zeros."""
     import torch
 
     return torch.where(scales == 0, 0.0, 1 / scales)
@@ -291,7 +290,7 @@ def padded_nibbles(flat: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.ui
 
 
 def dequantise(packed: Packed, blocks: Blocks, k: int) -> torch.Tensor:
-    """The weights (N, K) float32 that onnxruntime computes with: inverse of `quantise`."""
+    """The weights (N, K) float32 that onnxruntime computes with; the inverse of `quantise`."""
     codes = (_unpack(packed.codes) if blocks.bits == 4 else packed.codes).float()
     if packed.zero_points is None:
         codes -= float(1 << (blocks.bits - 1))
@@ -301,7 +300,7 @@ def dequantise(packed: Packed, blocks: Blocks, k: int) -> torch.Tensor:
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K) float32 -> codes (N, K) int8 in -127..127 and one scale a row (N,) float32: `PerChannel`."""
+    """The scheme `PerChannel`: (N, K) float32 -> codes (N, K) int8 in -127..127, and one scale per row (N,) float32."""
     import torch
 
     scales = rows.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny) / 127

@@ -34,15 +34,15 @@ from .writer import FLOAT32, MICROSOFT, OPSET, save_model
 
 
 class ImageGraph(nn.Module):
-    """What a wrapper says of itself. Its forward takes pixel_values (tiles, 3, image_size, image_size) and gives rows,
-    both float32 whatever it computes in, or token ids.
+    """Base of the wrappers. forward takes float32 pixel_values (tiles, 3, image_size, image_size) and returns float32
+    rows, whatever dtype it computes in, or token ids.
     """
 
     name: str  # of the graph
     outputs: tuple[str, ...]
     exact: bool  # weights are stored in float32 whatever --precision says
     image_size: int
-    constants: dict[str, npt.NDArray[Any]]  # buffers that are computed, and in no checkpoint
+    constants: dict[str, npt.NDArray[Any]]  # computed buffers, which no checkpoint has
 
 
 class TowerAndProjector(ImageGraph):
@@ -52,7 +52,7 @@ class TowerAndProjector(ImageGraph):
 
     def __init__(self, hf_model: Any):
         super().__init__()
-        self.model = hf_model.model  # so that parameters are called what the checkpoint calls them
+        self.model = hf_model.model  # parameters must have the checkpoint's names
         layers = self.model.vision_tower.encoder.layers
         index = hf_model.config.vision_feature_layer
         self.depth = index if index >= 0 else len(layers) + 1 + index
@@ -72,7 +72,7 @@ class TowerAndProjector(ImageGraph):
 class VQTokenizer(ImageGraph):
     """VQ-VAE encoder, nearest codebook entry, its token id (HF: ChameleonModel.get_image_tokens).
 
-    Exact, because a rounded weight changes not a number a little but a token altogether.
+    Exact, because a rounded weight would change whole tokens.
     """
 
     name, outputs, exact = "image_tokenizer", ("input_ids",), True
@@ -96,7 +96,7 @@ class VQTokenizer(ImageGraph):
     def distances(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) -> squared distance of every token's z to every code, (tiles * tokens, codes)
 
-        Summed as HF does: |z|^2 decides nothing, but rounds near ties the same way.
+        Summed as HF does: |z|^2 does not change the order, but it makes near ties round in the same way.
         """
         vq = self.model.vqmodel
         codebook = vq.quantize.embedding.weight
@@ -105,7 +105,7 @@ class VQTokenizer(ImageGraph):
 
 
 class TowerAndPixelShuffle(ImageGraph):
-    """SigLIP tower whose patches are merged by squares and projected (HF: Idefics3Model.get_image_features)."""
+    """SigLIP tower whose patches are merged in squares and projected (HF: Idefics3Model.get_image_features)."""
 
     name, outputs, exact = "vision_encoder", ("image_features",), False
 
@@ -118,7 +118,7 @@ class TowerAndPixelShuffle(ImageGraph):
         self.register_buffer("position_ids", torch.zeros(ids.shape, dtype=torch.int64))
 
     def _position_ids(self, vision_config: Any) -> npt.NDArray[np.int64]:
-        """HF's own: it finds a patch's place in float32, and misses by one in grids of some sizes (25, 31, 41, ...)."""
+        """HF's position ids. HF computes them in float32, which is off by one for some grid sizes (25, 31, 41, ...)."""
         config = copy.copy(vision_config)
         config.hidden_size = 1
         side = self.image_size // config.patch_size
@@ -152,7 +152,7 @@ def image_graph(
     folder: Path, checkpoint: Checkpoint, store: WeightStore, precision: Precision, activations: str = FLOAT32
 ) -> GraphSpec:
     """Write the family's image graph, <its name>.onnx. `precision` is how its matrices are stored: fp32, fp16, or int8
-    (dynamic_int8.py); there is nothing to gain from int4 here. At fp16 it computes in `activations` (numpy name).
+    (dynamic_int8.py); int4 has no advantage here. At fp16 it computes in `activations` (numpy name).
     """
     wrapped = WRAPPERS[checkpoint.family.vision or ""]
     if wrapped.exact:
@@ -195,7 +195,7 @@ def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, Im
     model: ir.Model = program.model  # type: ignore[union-attr]
     model.graph.name = wrapper.name
     model.graph.opset_imports[MICROSOFT] = 1
-    for node in model.graph:  # Python source locations: megabytes, and nobody's business
+    for node in model.graph:  # Python source locations, which take megabytes
         node.metadata_props.clear()
     return model, wrapper
 
@@ -217,9 +217,9 @@ def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str, 
 
 @contextmanager
 def _fused_attention() -> Iterator[str]:
-    """Attention as one com.microsoft MultiHeadAttention: faster than its parts, and without a matrix of all scores.
+    """Trace attention as one com.microsoft MultiHeadAttention: faster, and without a matrix of all scores.
 
-    Yields the name under which transformers knows it.
+    Yields the name under which it is registered in transformers.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -230,7 +230,7 @@ def _fused_attention() -> Iterator[str]:
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
-        **_: Any,  # dropout, and what only causal models pass
+        **_: Any,  # dropout, and arguments of causal models
     ) -> tuple[torch.Tensor, None]:
         """(B, H, S, d) each -> (B, S, H, d)"""
         assert attention_mask is None, "patches of a tile see each other"
@@ -252,7 +252,7 @@ def _fused_attention() -> Iterator[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx warns about operators it never needed here."""
+    """Silence torch.onnx's warnings about operators that are not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

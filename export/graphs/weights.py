@@ -1,7 +1,7 @@
-"""weights.bin: the one file with the big tensors, written while they are read, so that the model is never in memory.
+"""weights.bin: the one file with all large tensors. It is written block by block, so the model is never in memory.
 
-A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended, aligned to 4096 bytes so that
-onnxruntime can map it. Graphs refer to it by offset; a tensor that several graphs use (tied embeddings, rotary
+A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended. It is aligned to 4096 bytes, so
+that onnxruntime can map it. Graphs refer to it by offset. A tensor that several graphs use (tied embeddings, rotary
 tables) is stored once.
 """
 
@@ -26,7 +26,7 @@ from .quantize import Blocks, Packed, quantise, quantise_rows
 
 ALIGNMENT = 4096
 Advance = Callable[[str, int], None]
-COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old files have among the weights
+COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # buffers that old checkpoints store as weights
 BLOCK_BYTES = 64 << 20  # of float32 rows in memory at a time
 
 
@@ -34,7 +34,7 @@ class WeightStore:
     """Appends tensors to `folder`/weights.bin and hands out onnx_ir.ExternalTensor references to them."""
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, advance: Advance = lambda name, numbers: None):
-        """`advance` is told the name of a tensor and how many of its numbers were just written."""
+        """`advance` is told a tensor's name, and how many of its numbers were just written."""
         self._advance = advance
         self._folder = folder
         self._checkpoint = checkpoint
@@ -42,7 +42,7 @@ class WeightStore:
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
         self.read: set[str] = set()  # names of the checkpoint's tensors that are in the file
-        self.importance: dict[str, torch.Tensor] = {}  # tensor name -> (K,), for schemes that weigh; see quantize.py
+        self.channel_energy: dict[str, torch.Tensor] = {}  # (K,) by tensor name: see calibration.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
@@ -50,14 +50,14 @@ class WeightStore:
         return self._digest.hexdigest()
 
     def expect_all_read(self, *modules: str) -> None:
-        """Raise UnsupportedModelError where the checkpoint has a tensor in `modules` that is not in the file: the model
-        computes with something that no graph does.
+        """Raise UnsupportedModelError if a tensor of `modules` is not in the file: the model has weights that no graph
+        uses.
         """
         names = [n for n in self._checkpoint.tensor_files if any(n.startswith(f"{module}.") for module in modules)]
         unread = [n for n in names if n not in self.read and not n.endswith(COMPUTED)]
         if unread:
             raise UnsupportedModelError(
-                f"{self._checkpoint.folder}: nothing here computes with {unread[0]}"
+                f"{self._checkpoint.folder}: no graph uses {unread[0]}"
                 f"{f' and {len(unread) - 1} more tensors' if unread[1:] else ''}: this decoder is not supported yet"
             )
 
@@ -67,7 +67,7 @@ class WeightStore:
         return self._file.tell()
 
     def flush(self) -> None:
-        """Make what was written so far readable by others."""
+        """Make everything written so far readable through the file system."""
         self._file.flush()
 
     def matrix(self, names: Sequence[str], dtype: str, *, shape: Sequence[int]) -> ir.ExternalTensor:
@@ -80,9 +80,9 @@ class WeightStore:
     def quantised(
         self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int], dtype: str = "float32"
     ) -> dict[str, ir.ExternalTensor]:
-        """Checkpoint matrices (N, K) stacked along N: the parts of `Packed` that `blocks` have, scales as `dtype`.
+        """Checkpoint matrices (N, K) stacked along N and quantised: the parts of `Packed`, scales as `dtype`.
 
-        Where the checkpoint has them in these blocks, they are not rounded again.
+        If the checkpoint stores them in these blocks, they are copied and not rounded again.
         """
         key = f"{'+'.join(names)}:{blocks}"
         n, count = shape[0], -(-shape[1] // blocks.size)
@@ -111,7 +111,7 @@ class WeightStore:
     ) -> dict[str, ir.ExternalTensor]:
         """Checkpoint matrices (N, K) stacked along N, for MatMulIntegerToFloat: `codes` (K, N) int8 and `scales` (N,).
 
-        Activations come multiplied with `smoothing` (K,), so weights are divided by it.
+        Activations will be multiplied by `smoothing` (K,), so weights are divided by it.
         """
         key, (n, k) = f"{'+'.join(names)}:columns", shape
         if f"{key}:codes" not in self._places:
@@ -132,8 +132,8 @@ class WeightStore:
 
     def _packed(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> Iterator[Packed]:
         if not all(self._checkpoint.keeps(name, blocks) for name in names):
-            importance = self.importance.get(names[0])
-            yield from (quantise(rows, blocks, importance) for rows in self._rows(names, shape))
+            channel_energy = self.channel_energy.get(names[0])
+            yield from (quantise(rows, blocks, channel_energy) for rows in self._rows(names, shape))
             return
         for name in self._expected(names, shape):
             for packed in self._checkpoint.packed_rows(name, BLOCK_BYTES):
@@ -141,7 +141,7 @@ class WeightStore:
                 self._advance(name, len(packed.codes) * shape[1])
 
     def _expected(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[str]:
-        """The names, each when its shape is known to be what `shape`, that of all of them stacked, leaves for it."""
+        """The names, after a check that the tensors stacked along their rows have `shape`."""
         heights = [self._checkpoint.shape(name)[0] for name in names]
         heights[-1] += shape[0] - sum(heights)
         for name, height in zip(names, heights, strict=True):
@@ -150,7 +150,7 @@ class WeightStore:
             yield name
 
     def _rows(self, names: Sequence[str], shape: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The named tensors, which stacked along their rows have `shape`, in blocks of rows."""
+        """The named tensors in blocks of rows. Stacked along their rows they have `shape`."""
         for name in self._expected(names, shape):
             for rows in self._checkpoint.rows(name, BLOCK_BYTES):
                 yield rows

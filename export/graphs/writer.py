@@ -1,9 +1,9 @@
-"""Write an ONNX graph node by node: what the decoder's graphs are made with.
+"""Write the decoder's ONNX graphs node by node.
 
-Tracing PyTorch costs seconds, gigabytes and surprises; a decoder layer is twenty operators that we want to choose one
-by one. So they are written down as such, with onnxruntime's fused operators (com.microsoft), and checked against
-PyTorch at every export. Weights come from a WeightStore as references: building a graph reads each tensor once and
-keeps none.
+Tracing PyTorch costs seconds and gigabytes, and its result is hard to predict. A decoder layer is twenty operators, and
+we want to choose each of them. So they are written here, with onnxruntime's fused operators (com.microsoft), and every
+export compares the result with PyTorch. Weights are references into a WeightStore: each tensor is read once, and none
+stays in memory.
 """
 
 from __future__ import annotations
@@ -28,18 +28,20 @@ FLOAT32 = "float32"
 
 
 class GraphWriter:
-    """An ONNX graph being written. Values are onnx_ir Values; shapes are given only where the outside needs them."""
+    """Writes one ONNX graph. Values are onnx_ir Values; only the graph's inputs and outputs have shapes."""
 
     def __init__(self, name: str, store: WeightStore, storage: str, dtype: str = FLOAT32):
         self.name = name
         self.store = store
         self.storage = storage  # numpy dtype that unquantised matrices are stored in
-        self.dtype = dtype  # numpy dtype of activations: what the graph computes in
+        self.dtype = dtype  # numpy dtype of activations, and of the graph's arithmetic
         self._tape = Tape()
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._weights: dict[str, ir.Value] = {}
-        self._rows: dict[ir.Value, tuple[str, Rows]] = {}  # activations in 8 bits, and whose smoothing they have
+        self._rows: dict[
+            ir.Value, tuple[str, Rows]
+        ] = {}  # x -> the first matrix that multiplied it, whose smoothing it got; x in 8 bits
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> ir.Value:
         """Declare a graph input."""
@@ -76,30 +78,30 @@ class GraphWriter:
         return tuple(values[i] for i in used)
 
     def cast(self, value: ir.Value, source: str, target: str) -> ir.Value:
-        """`value` of numpy dtype `source` as `target`; the value itself where they are equal."""
+        """Cast `value` from numpy dtype `source` to `target`; nothing to do if they are equal."""
         return value if source == target else self.op("Cast", value, to=ir.DataType.from_numpy(np.dtype(target)))
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A small array kept inside the graph file."""
+        """A small array inside the graph file, stored once per name."""
         return self._weight(name, ir.tensor(array, name=name))
 
     def shared(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A computed array kept in weights.bin, once for all graphs that use it."""
+        """A computed array in weights.bin, stored once for all graphs."""
         return self._weight(name, self.store.array(name, array))
 
     def vector(self, *names: str, shape: tuple[int, ...]) -> ir.Value:
-        """Checkpoint vectors (biases, norms), end to end, as activations are whatever matrices are stored as."""
+        """Checkpoint vectors (biases, norms), concatenated, in the activations' dtype."""
         return self._weight("+".join(names), self.store.matrix(names, self.dtype, shape=shape))
 
     def matrix(self, *names: str, shape: tuple[int, int]) -> ir.Value:
-        """Checkpoint matrices stacked along their rows, as activations are whatever they are stored as."""
+        """Checkpoint matrices, stacked along their rows; stored as `storage`, cast to the activations' dtype."""
         value = self._weight("+".join(names), self.store.matrix(names, self.storage, shape=shape))
         return self.cast(value, self.storage, self.dtype)  # folded when the session is created
 
     def embedding(self, ids: ir.Value, name: str, *, shape: tuple[int, int], blocks: Blocks | None = None) -> ir.Value:
         """Rows `ids` (1, S) of the checkpoint matrix `name` (V, D): (1, S, D).
 
-        The very bytes that `linear` uses for a tied lm_head. ORT: Gather; com.microsoft GatherBlockQuantized.
+        Shares the bytes that `linear` uses for a tied lm_head. ORT: Gather; com.microsoft GatherBlockQuantized.
         """
         if blocks is None:
             rows = self.op("Gather", self._weight(name, self.store.matrix([name], self.storage, shape=shape)), ids)
@@ -125,11 +127,11 @@ class GraphWriter:
     def _flat(
         self, name: str, zero_points: ir.ExternalTensor, shape: tuple[int, int], blocks: Blocks
     ) -> ir.ExternalTensor:
-        """Zero points (V, ceil(count / 2)) uint8, as MatMulNBits has them, as uint4 (V, count), one behind the other.
+        """MatMulNBits' zero points (V, ceil(count / 2)) uint8, as uint4 (V, count) without padding between rows.
 
-        For GatherBlockQuantized. Given as uint8, rows of an odd count are read as if they had no padding, on CPUs by
-        onnxruntime 1.23 to 1.26 and on CUDA by later ones, too: one row in two has its neighbour's zero points, and
-        the model writes noise. As uint4 there is no padding to differ about. With an even count the bytes are the same.
+        For GatherBlockQuantized. If zero points are uint8 and `count` is odd, onnxruntime 1.23 to 1.26 (on CUDA also
+        later ones) ignores the padding: every second row gets its neighbour's zero points, and the model writes noise.
+        uint4 has no padding. If `count` is even, the bytes are the same.
         """
         count = shape[1] // blocks.size
         if count % 2:
@@ -142,15 +144,15 @@ class GraphWriter:
     ) -> ir.Value:
         """x (1, S, K) through the projections `modules`, packed into one of `shape` (N, K): (1, S, N).
 
-        ORT: com.microsoft FusedMatMul takes the checkpoint's (N, K) as it stands; MatMulNBits its blocks;
-        MatMulIntegerToFloat its transpose in 8 bits (int8_matmul.py).
+        ORT: com.microsoft FusedMatMul on the checkpoint's (N, K); MatMulNBits on its blocks; MatMulIntegerToFloat on
+        its transpose in 8 bits (int8_matmul.py).
         """
         names = [f"{module}.weight" for module in modules]
         b = self.vector(*(f"{module}.bias" for module in modules), shape=shape[:1]) if bias else None
         if isinstance(scheme, Blocks):
             return self._mat_mul_n_bits(x, names, shape, b, scheme)
         if isinstance(scheme, PerChannel):
-            y = self._w8a8(x, names, shape)
+            y = self._int8_mat_mul(x, names, shape)
         else:
             y = self.op("FusedMatMul", x, self.matrix(*names, shape=shape), domain=MICROSOFT, transB=1)
         return y if b is None else self.op("Add", y, b)
@@ -167,14 +169,14 @@ class GraphWriter:
             N=shape[0],
             bits=blocks.bits,
             block_size=blocks.size,
-            accuracy_level=4,  # int8 activations; anything else has no fast 8-bit kernel. CUDA ignores it
+            accuracy_level=4,  # int8 activations: the only fast kernel for 8 bits. CUDA ignores it
         )
 
-    def _w8a8(self, x: ir.Value, names: list[str], shape: tuple[int, int]) -> ir.Value:
-        """Matrices that multiply the same x share its codes, and the smoothing of the first of them."""
+    def _int8_mat_mul(self, x: ir.Value, names: list[str], shape: tuple[int, int]) -> ir.Value:
+        """int8 matmul. Matrices that multiply the same x share its codes, and the smoothing of the first matrix."""
         first, rows = self._rows.get(x, (names[0], None))
-        importance = self.store.importance.get(first)
-        smoothing = None if importance is None else (importance**-SMOOTHING).numpy()
+        channel_energy = self.store.channel_energy.get(first)
+        smoothing = None if channel_energy is None else (channel_energy**-SMOOTHING).numpy()
         if rows is None:
             factor = None if smoothing is None else self.shared(f"{first}{SUFFIX}", smoothing)
             rows = quantise_activations(self, x, factor)
@@ -206,7 +208,7 @@ class GraphWriter:
 
 
 def save_model(model: ir.Model, folder: Path, precision: Precision, layers: tuple[int, int] | None) -> GraphSpec:
-    """Write a model whose big tensors already stand in weights.bin; describe it for the manifest."""
+    """Write a model whose large tensors are in weights.bin already; describe it for the manifest."""
     path = folder / f"{model.graph.name}.onnx"
     ir.save(model, path)
     return GraphSpec(
@@ -220,7 +222,7 @@ def save_model(model: ir.Model, folder: Path, precision: Precision, layers: tupl
 
 
 def retyped(tensor: ir.ExternalTensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
-    """The very bytes of `tensor` as another type and shape."""
+    """The bytes of `tensor` as another type and shape."""
     return ir.ExternalTensor(
         *(tensor.location, tensor.offset, tensor.length, dtype),
         shape=ir.Shape(shape),

@@ -1,3 +1,5 @@
-"""Fit the safety half: SAS chooses a layer, the prober scores it, the Refusal Head bends the answer (autosteer-fit)."""
+"""Fit a safety gate (autosteer-fit): SAS chooses a layer, the prober scores prompts, the Refusal Head steers."""
 
-SAFETY_FILE = "safety.json"  # what makes a folder a safety folder
+SAFETY_FILE = "safety.json"  # a folder with this file is a safety folder
+REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # default; the paper's
+DEFAULT_THRESHOLD = 0.5

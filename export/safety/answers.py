@@ -1,4 +1,4 @@
-"""What the model really says when its last hidden state is bent: greedy answers, at several strengths side by side."""
+"""Generate greedy answers with the Refusal Head, at several strengths side by side."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 import torch
 
-from autosteer.export.footprint import kv_bytes_per_token
-from autosteer.export.graphs.kv_scales import cache_name
+from autosteer.export.checkpoint.decoder_config import kv_bytes_per_token
+from autosteer.export.checkpoint.hf_model import cache_argument
 
-from .batches import encode, sweeps, waiting_bytes
-from .model import Encoded, Reference, behind
+from .batches import encode, sweep_groups, waiting_bytes
+from .model import Encoded, FitModel, cache_after
 from .pairs import Prompt
 from .states import Advance
 
 
 @dataclass(frozen=True)
 class SteeredAnswer:
-    """Greedy tokens, the end-of-turn token included where it came."""
+    """Greedy tokens, with the end-of-turn token if it was generated."""
 
     ids: list[int]
-    log_probs: list[float]  # of each under the unsteered model, after the same tokens: how natural the answer is
+    log_probs: list[float]  # of each token under the unsteered model: how natural the answer is
 
 
 def steered_answers(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: Sequence[Prompt],
     steer_matrix: torch.Tensor,
     embeddings: torch.Tensor,
@@ -35,18 +35,18 @@ def steered_answers(
     tokens: int,
     advance: Advance = lambda done: None,
 ) -> list[list[SteeredAnswer]]:
-    """What the model says to each prompt at each strength, greedily and for at most `tokens`: [prompt][strength].
+    """Greedy answers of at most `tokens` tokens to each prompt at each strength: [prompt][strength].
 
-    A prompt is read once, and its strengths are one batch. All prompts write their next token in the same sweep over
-    the model's parts. embeddings (vocab, d), on the model's device.
+    Prefill runs once per prompt, and the strengths are one batch of decode steps. All prompts share each sweep over the
+    model. steer_matrix (d, d), embeddings (vocab, d), which are on the model's device.
     """
-    model, device, end = reference.model.base_model, reference.device, reference.end_token
+    model, device, end = fit_model.hf_model.base_model, fit_model.device, fit_model.end_token
     matrix, epsilon = steer_matrix.to(device), torch.tensor(strengths, device=device)[:, None]
 
     @torch.inference_mode()
     def answer(inputs: Encoded) -> list[SteeredAnswer]:
         out = model(**{key: t.to(device) for key, t in inputs.items()}, use_cache=True)
-        cache = {cache_name(model): behind(out.past_key_values, keep=True)}
+        cache = {cache_argument(model): cache_after(out.past_key_values, keep=True)}
         hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
         ids, log_probs = [], []
         for step in range(tokens):
@@ -62,17 +62,19 @@ def steered_answers(
         return [_up_to(end, row, scores) for row, scores in rows]
 
     answers: list[list[SteeredAnswer]] = []
-    encoded = (encode(reference, prompt, generation=True) for prompt in prompts)
-    for sweep in sweeps(encoded, lambda inputs: waiting_bytes(reference, inputs) + _cache_bytes(reference, inputs)):
-        answers += reference.convoy.run([functools.partial(answer, inputs) for inputs in sweep])
+    encoded = (encode(fit_model, prompt, generation=True) for prompt in prompts)
+    for group in sweep_groups(
+        encoded, lambda inputs: waiting_bytes(fit_model, inputs) + _cache_bytes(fit_model, inputs)
+    ):
+        answers += fit_model.sweep.run([functools.partial(answer, inputs) for inputs in group])
     return answers
 
 
-def _cache_bytes(reference: Reference, inputs: Encoded) -> int:
-    """Keys and values of a prompt."""
-    facts, head_dim = reference.checkpoint.facts, reference.checkpoint.head_dim
-    tokens = inputs["input_ids"].numel()
-    return tokens * kv_bytes_per_token(facts.num_layers, facts.num_key_value_heads, head_dim)
+def _cache_bytes(fit_model: FitModel, inputs: Encoded) -> int:
+    """Bytes of a prompt's keys and values."""
+    config = fit_model.decoder
+    per_token = kv_bytes_per_token(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    return inputs["input_ids"].numel() * per_token
 
 
 def _up_to(end: int, ids: list[int], log_probs: list[float]) -> SteeredAnswer:

@@ -1,11 +1,11 @@
-"""The authors' own checkpoints, made with github.com/zjunlp/AutoSteer, as a safety half.
+"""Read the authors' own checkpoints, made with github.com/zjunlp/AutoSteer, as a safety artifact.
 
     prober          state_dict: layers.0.weight (64, d), layers.0.bias (64), layers.2.weight (2, 64), layers.2.bias (2)
     steer matrix    one bare tensor (d, d), possibly an nn.Parameter, possibly saved on a GPU
 
-Both are pickles and are read with weights_only=True: a file that would have to run code to be read is refused. They
-say nothing of the layer, the token, the order of the two classes, the threshold or the strength; the caller does. What
-was measured of them nobody says either, so the artifact has no calibration facts.
+Both are pickles and are read with weights_only=True: a file that needs code to run is refused. They do not state the
+layer, the token, the order of the two classes, the threshold or the strength, so the caller does. They state no
+measurements either, so the artifact has no calibration facts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AuthorsFiles:
-    """The two files and what they leave unsaid."""
+    """The two files, and what they do not state."""
 
     prober: Path
     steer_matrix: Path
@@ -69,7 +69,7 @@ def load_authors(files: AuthorsFiles, *, model: str, hidden_size: int, num_hidde
 
 
 def _check_numbers(files: AuthorsFiles, num_hidden_layers: int) -> None:
-    """What was asked for, before a file is opened."""
+    """Check the numbers before a file is opened."""
     if not 0 < files.layer < num_hidden_layers:
         raise InputError(f"--layer {files.layer}: this model can be split at 1..{num_hidden_layers - 1}")
     if files.token_offset >= 0:
@@ -83,7 +83,7 @@ def _check_numbers(files: AuthorsFiles, num_hidden_layers: int) -> None:
 
 
 def _prober(path: Path, hidden_size: int) -> dict[str, torch.Tensor]:
-    """The four tensors under our names, float32."""
+    """The four tensors under the safety folder's names, float32."""
     import torch
 
     state = _load(path)
@@ -120,26 +120,26 @@ def _steer_matrix(path: Path, hidden_size: int) -> torch.Tensor:
 
 
 def _load(path: Path) -> Any:
-    """What torch.save wrote into a file, on the CPU. Never runs code from it."""
+    """Load what torch.save wrote, onto the CPU. Never runs code from the file."""
     import torch
 
     if not path.is_file():
         raise PackageError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings():  # torch's notices about file formats advise to trust the file
+        with warnings.catch_warnings():  # torch would advise to trust the file
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err:  # the restricted unpickler raises nearly anything on a file that is none
+    except Exception as err:  # the restricted unpickler raises many types for a damaged file
         if refused := re.search(r"GLOBAL (\S+)", str(err)):
             raise PackageError(
                 f"{path}: is more than tensors: loading it would call {refused[1]}, which is refused; "
-                "take the state_dict, or the tensor, out of it on a machine where you may trust it"
+                "extract the state_dict, or the tensor, on a machine where you trust the file"
             ) from err
         raise PackageError(f"{path}: damaged, or not what torch.save writes of tensors ({type(err).__name__})") from err
 
 
 def _tensor(value: Any, shape: tuple[int, ...], path: Path, name: str) -> torch.Tensor:
-    """A dense finite floating-point tensor of `shape`, as float32 of its own. Raises PackageError for anything else."""
+    """A float32 copy of a dense finite floating-point tensor of `shape`. Raises PackageError for anything else."""
     import torch
 
     if not isinstance(value, torch.Tensor):

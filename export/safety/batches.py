@@ -1,7 +1,7 @@
-"""Prompts as a model takes them: rendered, encoded, and in batches.
+"""Render prompts, encode them, and group them into batches.
 
-Prompts of a batch are padded on the right: attention is causal, so no token of a prompt sees what follows it, and a
-state depends on its neighbours by rounding alone.
+Prompts are padded on the right. Attention is causal, so no token sees the padding, and the rest of a batch changes a
+hidden state only by rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 
-from .model import Encoded, Reference
+from .model import Encoded, FitModel
 from .pairs import Prompt
 
 T = TypeVar("T")
@@ -26,86 +26,90 @@ T = TypeVar("T")
 TOKENS_PER_FORWARD = 2048  # bounds activations, not quality
 WINDOW_BYTES = 256 << 20  # preprocessed images held at a time
 WINDOW_PROMPTS = 512
-SWEEP_BYTES = 512 << 20  # what waits while a part of the model that does not stay in memory serves others
-IMAGE_ACTIVATIONS = 16  # times the bytes of its pixels: a SigLIP patch of 3 x 14 x 14 has d 1152 and an MLP of 4304
+SWEEP_BYTES = 512 << 20  # activations of forward passes that share a sweep
+IMAGE_ACTIVATIONS = (
+    16  # times the bytes of an image's pixels: a SigLIP patch of 3 x 14 x 14 has d 1152 and an MLP of 4304
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that go through the model together."""
+    """Prompts of one forward pass."""
 
-    rows: list[int]  # which prompts
+    rows: list[int]  # indices of the prompts
     inputs: Encoded  # input_ids (B, S), padded on the right; images
     lengths: torch.Tensor  # (B,) tokens of each prompt
 
 
-def check_text(reference: Reference, prompts: Sequence[Prompt]) -> None:
+def check_text(fit_model: FitModel, prompts: Sequence[Prompt]) -> None:
     """Raise InputError for a prompt whose text holds a special token: Hugging Face would read `<image>` as an image."""
-    special = reference.processor.tokenizer.get_added_vocab()
+    special = fit_model.processor.tokenizer.get_added_vocab()
     for prompt in prompts:
         if found := [token for token in special if token in prompt.text]:
             raise InputError(f"{prompt.where}: the text holds the special token {found[0]!r}; take it out")
 
 
-def render(reference: Reference, prompt: Prompt, *, generation: bool) -> str:
+def render(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> str:
     """The checkpoint's chat template around one user turn, images first."""
     content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": prompt.text}]
-    return reference.processor.apply_chat_template(
+    return fit_model.processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=generation, tokenize=False
     )
 
 
-def encode(reference: Reference, prompt: Prompt, *, generation: bool) -> Encoded:
+def encode(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> Encoded:
     """Model inputs of one prompt, batch dimension 1. Raises InputError for one longer than the model's context."""
     images = [[Image.fromarray(open_image(path)) for path in prompt.images]] if prompt.images else None
-    text = render(reference, prompt, generation=generation)
-    encoded = dict(reference.processor(text=[text], images=images, return_tensors="pt"))
+    text = render(fit_model, prompt, generation=generation)
+    encoded = dict(fit_model.processor(text=[text], images=images, return_tensors="pt"))
     encoded.pop("attention_mask", None)  # nothing to hide: padding comes last, and attention is causal
-    _check_length(reference, prompt, encoded["input_ids"].shape[1])
+    _check_length(fit_model, prompt, encoded["input_ids"].shape[1])
     return encoded
 
 
-def _check_length(reference: Reference, prompt: Prompt, tokens: int) -> None:
-    if tokens > (limit := reference.config.max_position_embeddings):
+def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
+    if tokens > (limit := fit_model.decoder.context_length):
         raise InputError(f"{prompt.where}: the prompt takes {tokens} tokens, the model {limit} at most; shorten it")
 
 
-def about_tokens(reference: Reference, prompts: Sequence[Prompt], *, generation: bool) -> list[int]:
-    """How many tokens each prompt takes, its pictures taken to be like those of the first one with as many.
+def about_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: bool) -> list[int]:
+    """Estimate how many tokens each prompt takes; images are assumed to take as many as in the first such prompt.
 
-    Raises InputError for a text longer than the model's context: before the first forward pass.
+    Raises InputError for a text longer than the model's context, before the first forward pass.
     """
-    texts = [render(reference, prompt, generation=generation) for prompt in prompts]
-    lengths = [len(ids) for ids in reference.processor.tokenizer(texts, add_special_tokens=False).input_ids]
+    texts = [render(fit_model, prompt, generation=generation) for prompt in prompts]
+    lengths = [len(ids) for ids in fit_model.processor.tokenizer(texts, add_special_tokens=False).input_ids]
     pictures = {0: 0}  # tokens, by how many there are
     for prompt, length in zip(prompts, lengths, strict=True):
-        _check_length(reference, prompt, length)
+        _check_length(fit_model, prompt, length)
         if len(prompt.images) not in pictures:
-            whole = encode(reference, prompt, generation=generation)["input_ids"].shape[1]
+            whole = encode(fit_model, prompt, generation=generation)["input_ids"].shape[1]
             pictures[len(prompt.images)] = whole - length
     return [length + pictures[len(prompt.images)] for prompt, length in zip(prompts, lengths, strict=True)]
 
 
-def answer_tokens(reference: Reference, answer: str) -> torch.Tensor:
+def answer_tokens(fit_model: FitModel, answer: str) -> torch.Tensor:
     """Ids (T,) of `answer` as it continues the generation prompt, closed by the end-of-turn token."""
-    tokenizer = reference.processor.tokenizer
-    opening = Renderer(reference.processor).turns(("user", "x"), generation=True)
+    tokenizer = fit_model.processor.tokenizer
+    opening = Renderer(fit_model.processor).turns(("user", "x"), generation=True)
     before = tokenizer(opening, add_special_tokens=False).input_ids
     after = tokenizer(opening + answer, add_special_tokens=False).input_ids
-    if after[: len(before)] != before:  # answer and template merge into one token, which generation never does
+    if (
+        after[: len(before)] != before
+    ):  # the tokenizer merged template and answer into one token, which generation cannot do
         after = before + tokenizer(answer, add_special_tokens=False).input_ids
-    return torch.tensor([*after[len(before) :], reference.end_token])
+    return torch.tensor([*after[len(before) :], fit_model.end_token])
 
 
 def batches(
-    reference: Reference, prompts: Sequence[Prompt], wanted: Sequence[int], *, generation: bool
+    fit_model: FitModel, prompts: Sequence[Prompt], wanted: Sequence[int], *, generation: bool
 ) -> Iterator[Batch]:
-    """Batches such that every wanted row comes once, like prompts together."""
+    """Batches of the prompts `wanted`, each once. Prompts of like length are batched together."""
     order = sorted(wanted, key=lambda row: (len(prompts[row].images), len(prompts[row].text)))
     window: list[tuple[int, Encoded]] = []
     held = 0
     for row in order:
-        encoded = encode(reference, prompts[row], generation=generation)
+        encoded = encode(fit_model, prompts[row], generation=generation)
         window.append((row, encoded))
         held += sum(t.nbytes for t in encoded.values())
         if held > WINDOW_BYTES or len(window) == WINDOW_PROMPTS:
@@ -136,18 +140,18 @@ def _padded(window: list[tuple[int, Encoded]]) -> Iterator[Batch]:
 
 
 def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:
-    """ids (S,) -> (length,), the last one repeated: it closes a turn, so it is no image's."""
+    """ids (S,) -> (length,), padded with the last one: it closes a turn, so it is no image placeholder."""
     return torch.cat([ids, ids[-1:].expand(length - len(ids))])
 
 
-def waiting_bytes(reference: Reference, inputs: Encoded) -> int:
-    """About what a forward pass over `inputs` holds at most while it waits: in an MLP, or in the image encoder."""
-    config = reference.config
+def waiting_bytes(fit_model: FitModel, inputs: Encoded) -> int:
+    """About the most bytes that a forward pass over `inputs` holds while it waits, in an MLP or the image tower."""
+    config = fit_model.decoder
     token = 4 * (config.intermediate_size + 4 * config.hidden_size)
     images = sum(t.nbytes for t in inputs.values() if t.is_floating_point())
     return max(inputs["input_ids"].numel() * token, IMAGE_ACTIVATIONS * images) + images
 
 
-def sweeps(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """`items` in lists of SWEEP_BYTES at most by `size`, and one item at least."""
+def sweep_groups(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut `items` into lists of at most SWEEP_BYTES by `size`, each with at least one item."""
     return grouped(items, size, SWEEP_BYTES)

@@ -7,9 +7,9 @@
     lookalikes.txt   harmless, with alarming words                 \\
     everyday.txt     harmless, plain                                >  as they stand
 
-Twins wear the same form, so a form says nothing about the label. Everything that grew from one line (of acts, things or
-twins) is one family: prober.split_by_text keeps it on one side. No randomness but that of `random.Random` seeded with
-the line itself: a line added or changed does not change what others become.
+Twins have the same form, so a form says nothing about the label. All prompts made from one line (of acts, things or
+twins) are one family: prober.split_by_text keeps it in one part. The only randomness is `random.Random` seeded with the
+line itself, so adding or changing a line does not change the prompts of others.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAME = "builtin"  # what --pairs takes
-PLAIN_FORMS = ("question", "order")  # every act once in one of these,
-DRAWN_FORMS = 2  # and in so many of the others, drawn for it
-OFTEN = ("jailbreak", "gerund")  # of those with twice the chance
+PLAIN_FORMS = ("question", "order")  # every act appears in one of these
+DRAWN_FORMS = 2  # and in this many of the others, drawn at random
+OFTEN = ("jailbreak", "gerund")  # drawn with twice the probability
 TYPED_BADLY = "typed badly"
-THING_USES = 5  # of each thing
+THING_USES = 5  # prompts about each thing
 
 Typist = Callable[[str, random.Random], str]
 
@@ -60,7 +60,7 @@ def builtin_twins() -> list[Twins]:
 
 
 def builtin_harmless() -> list[Harmless]:
-    """The prompts that only the benign class has."""
+    """The prompts without an unsafe twin."""
     return [
         Harmless(line, topic, group)
         for group in ("everyday", "lookalikes")

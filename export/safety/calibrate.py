@@ -1,11 +1,11 @@
-"""From raw prober to a number that means something: temperature, threshold, and facts about both.
+"""Calibrate a prober: temperature and threshold, with measurements of both.
 
 Temperature is fitted on the validation part; the threshold and every fact come from the held-out part (prober.py). Both
 classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if unsafe prompts were as common as benign
-ones". How common they are where the package runs, nobody here knows.
+ones". How common they are in use is unknown.
 
-A false-positive rate measured on n prompts is not the true one. `clopper_pearson_upper` bounds it; --target-fpr asks
-for a threshold at which that bound, not the measured rate, is within the budget.
+A false-positive rate measured on n prompts is only an estimate. `clopper_pearson_upper` bounds the true rate, and
+--target-fpr applies to that bound, not to the measured rate.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def class_weights(unsafe: np.ndarray) -> np.ndarray:
 def fit_temperature(logits: torch.Tensor, unsafe: np.ndarray) -> float:
     """T that minimises the class-balanced cross-entropy of softmax(logits / T); logits (n, 2).
 
-    Platt's smoothed targets, (n + 1) / (n + 2) for n prompts of a class: on data without an error, hard ones would
-    drive T to 0 and every score to 0 or 1.
+    Uses Platt's smoothed targets, (n + 1) / (n + 2) for n prompts of a class. On data that are separated perfectly,
+    targets of 0 and 1 would drive T to 0 and every score to 0 or 1.
     """
     margin = (logits[:, UNSAFE] - logits[:, 1 - UNSAFE]).double().numpy()
     counts = np.where(unsafe, unsafe.sum(), (~unsafe).sum())
@@ -86,14 +86,14 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def prompts_needed(target_fpr: float, *, confidence: float = CONFIDENCE) -> int:
-    """Held-out benign prompts without a single false positive that it takes to state `target_fpr`."""
+    """How many held-out benign prompts are needed to show `target_fpr`, if none of them fires."""
     return math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr))
 
 
 def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float = CONFIDENCE) -> int:
-    """The most false positives among `benign` held-out prompts with which `target_fpr` can still be stated.
+    """The most false positives among `benign` held-out prompts that still show `target_fpr`.
 
-    Raises InputError where not even zero would do. Needs no scores: it is asked before the expensive part.
+    Raises InputError if not even zero would. Needs no scores, so it is called before the expensive part.
     """
     allowed = -1
     while allowed + 1 < benign and clopper_pearson_upper(allowed + 1, benign, confidence=confidence) <= target_fpr:
@@ -110,10 +110,10 @@ def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float
 def choose_threshold(p: np.ndarray, unsafe: np.ndarray, *, target_fpr: float, confidence: float = CONFIDENCE) -> float:
     """The threshold with the highest recall whose upper bound on the false-positive rate is at most `target_fpr`.
 
-    p (n,) scores, unsafe (n,) bool. Of thresholds with equal recall the one with the fewest false positives is taken,
-    half way to the next score above it, so that rounding on a device flips nothing. The number of false positives
-    allowed depends on n alone, so choosing among the scores does not spoil the bound.
-    Raises InputError where there are too few benign prompts to state the target, or no threshold below 1 meets it.
+    p (n,) scores, unsafe (n,) bool. Of thresholds with equal recall, the one with the fewest false positives is used,
+    moved half way to the next score above it, so that rounding on a device changes no verdict. The allowed number of
+    false positives depends on n alone, so choosing among the scores does not invalidate the bound. Raises InputError if
+    there are too few benign prompts to show the target, or no threshold below 1 meets it.
     """
     benign = np.sort(p[~unsafe])[::-1]
     allowed = allowed_false_positives(len(benign), target_fpr=target_fpr, confidence=confidence)
@@ -139,9 +139,9 @@ def expected_calibration_error(p: np.ndarray, unsafe: np.ndarray) -> float:
 
 
 def heldout_facts(p: np.ndarray, unsafe: np.ndarray, groups: Sequence[str], *, threshold: float) -> dict[str, float]:
-    """What safety.json says about the gate, measured on the held-out part.
+    """Measurements of the gate on the held-out part, for safety.json.
 
-    p (n,) calibrated scores, unsafe (n,) bool, groups (n,) channel or group names: where there are several, recall and
+    p (n,) calibrated scores, unsafe (n,) bool, groups (n,) channel or group names: if there are several, recall and
     false-positive rate are also given for each, as "heldout_recall.<channel>" and "heldout_fpr.<group>".
     """
     fires = ~(p <= threshold)

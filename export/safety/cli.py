@@ -1,7 +1,7 @@
 """autosteer-fit: checkpoint + safe/unsafe pairs -> safety/, the folder that autosteer-export reads (safety_folder.py).
 
     read and check the prompts      pairs.py
-    fit                             fit.py        hidden states are kept beside --output until it is written
+    fit                             fit.py        hidden states stay on disk beside --output until it is written
     write safety/, all or nothing   safety_folder.py, report.py
 
 Progress, the table of layers, warnings and errors go to stderr; the summary, or with --json one object, to stdout.
@@ -20,13 +20,10 @@ from autosteer.export.output import atomic_folder, check_output
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command
 from autosteer.runtime.errors import ProviderError
 
-from . import SAFETY_FILE
+from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
 
 if TYPE_CHECKING:
     from .fit import Fitted
-
-DEFAULT_REFUSAL = "I'm sorry, but I can't assist with that."
-DEFAULT_THRESHOLD = 0.5
 
 
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -36,41 +33,53 @@ DEFAULT_THRESHOLD = 0.5
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with the package.",
+    help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer. Repeatable.",
 )
 @click.option(
     "--benign",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="JSONL of more benign prompts, as for autosteer-eval.",
+    help="JSONL of more benign prompts, as for autosteer-eval. Repeatable.",
 )
-@click.option("--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts.")
 @click.option(
-    "--test-benign", multiple=True, type=click.Path(path_type=Path), help="JSONL that only judges, in the report."
+    "--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts. Repeatable."
 )
-@click.option("--test-unsafe", multiple=True, type=click.Path(path_type=Path), help="The same, of unsafe prompts.")
 @click.option(
-    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of images named in the JSONL files."
+    "--test-benign",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Benign prompts for the report only; not used in the fit. Repeatable.",
 )
-@click.option("--text-only", is_flag=True, help="Leave out the images of --benign, --unsafe and --test- files.")
+@click.option(
+    "--test-unsafe",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Unsafe prompts for the report only. Repeatable.",
+)
+@click.option(
+    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of the images that the JSONL files name."
+)
+@click.option(
+    "--text-only", is_flag=True, help="Ignore the images of --benign, --unsafe, --test-benign and --test-unsafe files."
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option(
     "--features",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep hidden states in this folder, for other fits.  [default: beside --output, until it is written]",
+    help="Keep hidden states in this folder, for later fits.  [default: beside --output, deleted at the end]",
 )
 @click.option(
     "--prober",
     type=click.Choice(["pooled", "paper"]),
     default="pooled",
     show_default=True,
-    help="Read the mean of the user's turn, or its last token as the paper does.",
+    help="The prober reads the mean over the user's turn (pooled), or its last token (paper).",
 )
-@click.option("--layer", type=int, help="Probe and cut at this layer, whatever the scores say.")
+@click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
     "--select",
     type=click.Choice(["sas", "prober"]),
-    help="Choose the layer by SAS (the paper; default) or by the best prober.",
+    help="Choose the layer by SAS, as the paper does (default), or by the best prober.",
 )
 @click.option(
     "--threshold",
@@ -80,23 +89,27 @@ DEFAULT_THRESHOLD = 0.5
 @click.option(
     "--target-fpr",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Choose the threshold so that at most this share of benign prompts fires (95 % bound, held-out data).",
+    help="Choose the threshold so that at most this share of benign prompts fires (95 % upper bound, held-out data).",
 )
 @click.option(
     "--strength",
     type=click.FloatRange(min=0, min_open=True),
-    help="The paper's epsilon.  [default: train with 0.1, use what refuses best]",
+    help="The paper's epsilon.  [default: train with 0.1, then use the strength that refuses best]",
 )
-@click.option("--refusal-text", default=DEFAULT_REFUSAL, show_default=True, help="What the Refusal Head learns to say.")
+@click.option("--refusal-text", default=REFUSAL_TEXT, show_default=True, help="What the Refusal Head learns to say.")
 @click.option(
     "--publish-proof",
     is_flag=True,
-    help="Every package carries a few held-out prompts, to show elsewhere what the gate catches. With this flag their "
-    "words and pictures; otherwise the tokens of texts only.",
+    help="Every package carries a few held-out prompts, with which other machines check the gate. Keep their words and "
+    "images; the default keeps only the token ids of prompts without images.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split and of all training.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="For the model."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device that runs the model.",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @json_option
@@ -125,8 +138,8 @@ def fit_command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Fit a safety gate: find the layer where unsafe prompts stand apart, train and calibrate a prober there, train the
-    Refusal Head. Writes the safety folder that autosteer-export takes."""
+    """Fit a safety gate: choose the layer that best tells safe prompts from unsafe ones, train and calibrate a prober
+    there, and train the Refusal Head. Writes the safety folder that autosteer-export takes."""
     if layer is not None and select is not None:
         raise click.UsageError("--layer and --select exclude each other")
     if threshold is not None and target_fpr is not None:
@@ -177,7 +190,7 @@ def fit_command(
             write_report(folder, fitted)
     except BaseException:  # SIGTERM is a SystemExit
         if any(cache.glob("*.keys")):
-            console.print(f"hidden states are kept in {cache}; the same command goes on from there", soft_wrap=True)
+            console.print(f"hidden states are kept in {cache}; the same command continues from there", soft_wrap=True)
         raise
     if features is None:
         shutil.rmtree(cache, ignore_errors=True)
@@ -192,12 +205,12 @@ def _summary(fitted: Fitted, output: Path) -> str:
         f"Held out, {c['heldout_unsafe']:.0f} unsafe and {c['heldout_benign']:.0f} benign prompts at threshold "
         f"{facts.threshold:.3g}: recall {c['heldout_recall']:.1%}, false positives {c['heldout_fpr']:.1%} (at most "
         f"{c['fpr_upper_95']:.1%} with 95 % confidence), calibration error {c['ece']:.3f}. Balanced accuracy "
-        f"{c['heldout_accuracy']:.1%}; a prober that sees the words alone: {c['words_only_accuracy']:.1%}.\n"
+        f"{c['heldout_accuracy']:.1%}; a prober that sees only the words: {c['words_only_accuracy']:.1%}.\n"
         f"Refusal Head: {t['refusal_tokens_right']:.1%} of the refusal's tokens are the first choice, "
         f"{t['refusal_whole']:.1%} of held-out unsafe prompts get it word for word (teacher-forced, trained at "
-        f"strength {t['refusal_strength_trained']:g}); really answered at {facts.strength:g}: "
+        f"strength {t['refusal_strength_trained']:g}); in generated answers at {facts.strength:g}: "
         f"{t['refusal_answers_exact']:.0%} of {t['refusal_answers_tried']:.0f}.\n"
-        f"{t['total_s']:.0f} s. All of it, with plots: {output / 'report.md'}"
+        f"{t['total_s']:.0f} s. Full report, with plots: {output / 'report.md'}"
     )
 
 

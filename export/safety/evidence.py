@@ -1,7 +1,7 @@
-"""What a fitted gate is worth: on held-out prompts, on each data set left out of the fit, on external ones.
+"""Measure a fitted gate: on held-out prompts, on each data set left out of the fit, on external prompts.
 
-Three probers, trained and calibrated alike, stand side by side: the gate's own; the paper's, which reads the last token
-(left out where the gate's own does that); and one that sees words alone (measure.py).
+Three probers are compared, trained and calibrated in the same way: the gate's own; the paper's, which reads the last
+token (left out if the gate's own does); and one that sees only the words (measure.py).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from .prober import Prober
 
 OURS, PAPER, WORDS = "prober", "paper's prober", "words alone"
-SMALLEST = 10  # prompts of a class: fewer say nothing about a data set
-NO_BETTER = 0.01  # AUC within this of the words' is no better than the words
+SMALLEST = 10  # prompts of a class; a smaller data set is not left out
+NO_BETTER = 0.01  # an AUC counts as better only if it exceeds the words-only AUC by more
 
 
 @dataclass(frozen=True)
 class Table:
-    """All prompts, the fit's and the external ones behind them; arrays (n,)."""
+    """All prompts, first the fit's, then external ones; arrays (n,)."""
 
     texts: list[str]
     unsafe: np.ndarray  # bool
     groups: list[str]
     source_of: list[str]  # data set
-    split: Split  # of the fit's own
+    split: Split  # of the fit's prompts
     external: np.ndarray  # row numbers
 
     @property
@@ -49,7 +49,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Gate:
-    """A calibrated prober with its threshold, and facts about both."""
+    """A calibrated prober with its threshold, and measurements of both."""
 
     prober: Prober
     threshold: float
@@ -71,8 +71,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """How many of a group's prompts are flagged, by prober."""
+class FlagRate:
+    """Share of a group's prompts that is flagged, by prober."""
 
     kind: str  # "held out" or "external"
     group: str
@@ -89,18 +89,18 @@ class Evidence:
 
     threshold: float
     comparisons: tuple[Comparison, ...]
-    rates: tuple[Rate, ...]
+    rates: tuple[FlagRate, ...]
     reliability: tuple[dict[str, float], ...]  # of the held-out part
     words_accuracy: float  # balanced, held out, at 0.5
 
     def facts(self) -> dict[str, float]:
-        """The few numbers that belong into safety.json."""
+        """The numbers for safety.json."""
         held = next(c for c in self.comparisons if c.kind == "held out")
         names = {OURS: "heldout_auc", PAPER: "paper_heldout_auc", WORDS: "words_heldout_auc"}
         return {names[name]: value for name, value in held.auc.items()} | {"words_only_accuracy": self.words_accuracy}
 
     def no_better_than_words(self) -> list[Comparison]:
-        """Where the prober knows no more than the words say."""
+        """Comparisons in which the prober is no better than the words-only baseline."""
         return [c for c in self.comparisons if c.auc[OURS] < c.auc[WORDS] + NO_BETTER]
 
 
@@ -185,9 +185,9 @@ class _Comparer:
 def _leave_out(
     t: Table, source: str, scores_of: Callable[[Split], dict[str, np.ndarray]], compare: _Comparer
 ) -> list[Comparison]:
-    """Train without `source`; its prompts against each other, and against the held-out ones of the rest.
+    """Train without `source`, then compare its prompts with each other and with the rest's held-out ones.
 
-    Nothing where the rest lacks a class: a gate cannot be trained on benign prompts alone.
+    Empty if the rest lacks a class: a gate cannot be trained on benign prompts alone.
     """
     left = t.rows_of(source)
     rest = Split(*(np.setdiff1d(rows, left) for rows in (t.split.train, t.split.validation, t.split.heldout)))
@@ -202,14 +202,16 @@ def _leave_out(
     return [compare("left out", one, other, u, b, scores) for one, other, u, b in sides]
 
 
-def _rates(kind: str, rows: np.ndarray, t: Table, scores: dict[str, np.ndarray], gate: Gate) -> list[Rate]:
+def _rates(kind: str, rows: np.ndarray, t: Table, scores: dict[str, np.ndarray], gate: Gate) -> list[FlagRate]:
     rates = []
     for unsafe, group in sorted({(bool(t.unsafe[i]), t.groups[i]) for i in rows}, reverse=True):
         mine = _of(kind, group, unsafe, t)
         flagged = {name: _flagged(p[mine], gate.threshold) for name, p in scores.items()}
         events = round(flagged[OURS] * len(mine))
         rates.append(
-            Rate(kind, group, unsafe, len(mine), flagged, clopper_pearson_upper(events, len(mine)), scores[OURS][mine])
+            FlagRate(
+                kind, group, unsafe, len(mine), flagged, clopper_pearson_upper(events, len(mine)), scores[OURS][mine]
+            )
         )
     return rates
 
@@ -224,5 +226,5 @@ def _names(t: Table) -> list[str]:
 
 
 def _flagged(p: np.ndarray, threshold: float) -> float:
-    """Like the runtime's gate: whatever is not at or below the threshold fires."""
+    """Share of scores that fire: as in the runtime's gate, all that are not at or below the threshold."""
     return float((~(p <= threshold)).mean())

@@ -1,9 +1,9 @@
-"""Everything between the prompts and the safety folder.
+"""Fit a gate: from prompts to the contents of the safety folder.
 
 hidden states of every layer        states.py, store.py       one forward pass per distinct prompt
 SAS and a prober at every layer     sas.py, prober.py
 choose the layer, calibrate         calibrate.py
-leave each data set out in turn     evidence.py               beside the paper's prober and the words alone
+leave each data set out in turn     evidence.py               compared with the paper's prober and the words alone
 train the Refusal Head, try it      refusal_head.py, answers.py
 """
 
@@ -22,11 +22,12 @@ from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofProm
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
+from . import DEFAULT_THRESHOLD
 from .answers import steered_answers
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .model import Reference, open_reference
+from .model import FitModel, open_fit_model
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
 from .proof import choose_proof
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
@@ -47,45 +48,44 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from .pairs import FitData, Labelled
+    from .pairs import FitData, Labelled, Prompt
     from .prober import Prober, Split
     from .sas import SasScores
     from .store import FeatureStore, States
 
-DEFAULT_THRESHOLD = 0.5
 PAPER_STRENGTH = 0.1
 READ_PAIRS = 128  # differences in memory at a time
-REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; the last are really answered
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the one trained with
-SPEED_SECONDS = 300  # the time left follows from the last minutes: a pass of a large model takes as long
-PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # balanced accuracy, share of whole refusals: a warning below
+REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; answers are generated to 12
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
+SPEED_SECONDS = 300  # window of the estimate of the time left: a pass of a large model takes minutes
+PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # warn below: balanced accuracy, share of complete refusals
 
 Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What the command line asks for, beside the data."""
+    """The options of autosteer-fit, without the data."""
 
     model: str
     layer: int | None  # None: `select` chooses
     select: Literal["sas", "prober"]
-    pooling: Pooling  # what the prober reads: "last" is the paper's
+    pooling: Pooling  # the prober's input: the last token's state (the paper), or the turn's mean
     threshold: float | None  # None: from target_fpr
     target_fpr: float | None
-    strength: float | None  # None: trained with the paper's, used with the best of STRENGTHS
+    strength: float | None  # None: train with the paper's, then use the best of STRENGTHS
     refusal_text: str
     seed: int
     device: Literal["cpu", "cuda"]
-    publish_proof: bool = False  # keep the words and pictures of the proof's prompts
+    publish_proof: bool = False  # keep the words and images of the prompts in the proof
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came out: the gate, and what there is to say about it."""
+    """The fitted gate, and the contents of its report."""
 
     artifact: SafetyArtifact
-    proof_images: dict[str, Path]  # pictures of the proof's prompts, by their names in the safety folder
+    proof_images: dict[str, Path]  # images of the proof's prompts, by their names in the safety folder
     evidence: Evidence
     strengths: tuple[StrengthScore, ...]
 
@@ -93,9 +93,10 @@ class Fitted:
 def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
-    """Fit a gate on `data`; `external` prompts judge it and teach it nothing. `features` keeps the hidden states."""
+    """Fit a gate on `data`. `external` prompts are only for the report. `features`: folder for hidden states."""
+    from autosteer.export.checkpoint.decoder_config import decoder_config
+    from autosteer.export.checkpoint.hf_model import quiet_transformers
     from autosteer.export.checkpoint.open import open_checkpoint
-    from autosteer.export.cli import quiet_transformers
 
     quiet_transformers()
     started = time.perf_counter()
@@ -105,20 +106,20 @@ def fit(
         benign = sum(not prompts[row].unsafe for row in split.heldout)
         allowed_false_positives(benign, target_fpr=options.target_fpr)
     checkpoint = open_checkpoint(options.model)
-    depth = int(checkpoint.facts.num_layers)
+    depth = decoder_config(checkpoint).num_hidden_layers
     if options.layer is not None and not 0 < options.layer < depth:
-        raise InputError(f"--layer {options.layer}: {checkpoint.name} has layers to cut at from 1 to {depth - 1}")
-    reference = open_reference(checkpoint, device=options.device)
+        raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
+    fit_model = open_fit_model(checkpoint, device=options.device)
     everything = [item.prompt for item in (*prompts, *external)]
-    check_text(reference, everything)
-    answer = answer_tokens(reference, options.refusal_text)
+    check_text(fit_model, everything)
+    answer = answer_tokens(fit_model, options.refusal_text)
 
     files = checkpoint_files(checkpoint)
     with progress(console, "checkpoint files", len(files)) as advance:
         identity = digests(files, advance=advance)
-    with prompt_store(features, identity, reference) as store:
+    with prompt_store(features, identity, fit_model) as store:
         with progress(console, "hidden states", len(everything)) as advance:
-            states = prompt_states(reference, everything, store, advance=advance)
+            states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
         scores, probers, dropped = _score_layers(data, prompts, states, split, options, console)
         layer = options.layer or choose_layer(scores, options.select)
@@ -127,13 +128,15 @@ def fit(
         pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
         gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
         heldout = [prompts[row] for row in split.heldout]
-        judged = p_unsafe(gate.prober, pooled[options.pooling][split.heldout])
-        proof, proof_images = choose_proof(reference, heldout, judged, gate.threshold, published=options.publish_proof)
+        scores_heldout = p_unsafe(gate.prober, pooled[options.pooling][split.heldout])
+        proof, proof_images = choose_proof(
+            fit_model, heldout, scores_heldout, gate.threshold, published=options.publish_proof
+        )
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
             evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
-    with answer_store(features, identity, reference, answer) as store:
+    with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = _refusal_head(
-            reference, prompts, split, answer, store, options, console
+            fit_model, prompts, split, answer, store, options, console
         )
     calibration = gate.facts | evidence.facts()
     _warn(console, layer, calibration, refusal_facts, proof)
@@ -168,7 +171,7 @@ def fit(
 
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
-    """The two prompts of a pair, equal texts and families stay on one side."""
+    """Split such that the two prompts of a pair, equal texts and families stay in one part."""
     row = {item.prompt: i for i, item in enumerate(prompts)}
     return split_by_text(
         [item.cluster for item in prompts],
@@ -181,7 +184,7 @@ def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split
 def _score_layers(
     data: FitData, prompts: list[Labelled], states: States, split: Split, options: FitOptions, console: Console
 ) -> tuple[list[LayerScore], list[Prober], int]:
-    """SAS and a prober for every layer; entry 0 is layer 1. The last value counts pairs whose prompts look the same."""
+    """SAS and a prober for every layer; entry 0 is layer 1. The last value counts pairs whose states are equal."""
     with progress(console, "SAS", len(data.pairs)) as advance:
         pooled, by_channel, dropped = _sas(data, prompts, states, options.seed, advance)
     unsafe, weight = _labels(prompts), row_weights(_labels(prompts), [item.source for item in prompts])
@@ -209,7 +212,7 @@ def _score_layers(
 def _sas(
     data: FitData, prompts: list[Labelled], states: States, seed: int, advance: Callable[[int], None]
 ) -> tuple[SasScores, dict[str, torch.Tensor], int]:
-    """SAS of all pairs and, where there are several channels, of each; the number of pairs without a direction."""
+    """SAS of all pairs; SAS of each channel, if there are several; the number of pairs without a direction."""
     row = {item.prompt: i for i, item in enumerate(prompts)}
     members: dict[str, list[int]] = {}
     for i, pair in enumerate(data.pairs):
@@ -228,7 +231,7 @@ def _sas(
 
 
 def choose_layer(scores: list[LayerScore], select: Literal["sas", "prober"]) -> int:
-    """The layer with the highest score; of equal ones the first, because it stops a refused prompt soonest."""
+    """The layer with the highest score; of equal ones the first, where a refused prompt stops soonest."""
     key = {"sas": lambda s: s.sas, "prober": lambda s: s.prober_accuracy}[select]
     return max(scores, key=key).layer
 
@@ -265,7 +268,7 @@ def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
 
 
 def _refusal_head(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: list[Labelled],
     split: Split,
     answer: torch.Tensor,
@@ -278,20 +281,20 @@ def _refusal_head(
     """
     rng = np.random.default_rng(options.seed)
 
-    def some(rows: np.ndarray, most: int) -> list:
+    def some(rows: np.ndarray, most: int) -> list[Prompt]:
         unsafe = rows[_labels(prompts)[rows]]
         return [prompts[i].prompt for i in sorted(rng.permutation(unsafe)[:most])]
 
-    seen = some(np.concatenate([split.train, split.validation]), REFUSAL_TRAIN)
+    train = some(np.concatenate([split.train, split.validation]), REFUSAL_TRAIN)
     heldout = some(split.heldout, REFUSAL_HELDOUT)
     trained_with = options.strength or PAPER_STRENGTH
-    with progress(console, "refusal states", len(seen) + len(heldout)) as advance:
-        states = answer_states(reference, [*seen, *heldout], answer, store, advance=advance).layer(0)
-    embeddings = reference.embeddings()
+    with progress(console, "refusal states", len(train) + len(heldout)) as advance:
+        states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
+    embeddings = fit_model.embeddings()
     with progress(console, "refusal head", STEPS) as advance:
         head = train_refusal_head(
-            states[: len(seen)],
-            states[len(seen) :],
+            states[: len(train)],
+            states[len(train) :],
             answer,
             embeddings,
             strength=trained_with,
@@ -302,10 +305,10 @@ def _refusal_head(
     strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
     with progress(console, "strengths", len(tried)) as advance:
         answers = steered_answers(
-            reference, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
+            fit_model, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
         )
     scores = tuple(
-        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), reference.decode)
+        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
         for i, strength in enumerate(strengths)
     )
     strength = options.strength or choose_strength(scores, trained_with)
@@ -313,7 +316,7 @@ def _refusal_head(
     return (
         head.steer_matrix,
         {
-            "refusal_prompts": float(len(seen)),
+            "refusal_prompts": float(len(train)),
             "refusal_steps": float(STEPS),
             "refusal_initial_loss": head.initial_loss,
             "refusal_loss": head.loss,
@@ -339,7 +342,7 @@ def _layer_table(scores: list[LayerScore], chosen: int) -> str:
             f"{s.sas_low:.3f} .. {s.sas_high:.3f}",
             *(f"{(s.sas_by_channel or {})[name]:.3f}" for name in channels),
             f"{s.prober_accuracy:.3f}",
-            "<- cut here" if s.layer == chosen else "",
+            "<- split here" if s.layer == chosen else "",
         )
         for s in scores
     ]
@@ -353,7 +356,7 @@ def _warn(
     refusal: dict[str, float],
     proof: Sequence[ProofPrompt],
 ) -> None:
-    """Say where the gate came out too weak to rely on."""
+    """Warn if the gate is too weak to rely on."""
     warnings = []
     if calibration["heldout_accuracy"] < PROBER_IS_POOR:
         warnings.append(
@@ -367,8 +370,8 @@ def _warn(
         )
     if {prompt.unsafe for prompt in proof} != {True, False}:
         warnings.append(
-            "packages of this gate cannot show what it catches and what it lets pass: of unsafe prompts, or of benign "
-            "ones, no held-out one is judged rightly and can be kept (those with pictures only by --publish-proof)"
+            "packages with this gate cannot be checked on other machines: no held-out unsafe prompt, or no benign one, "
+            "is both classified correctly and allowed to ship (prompts with images need --publish-proof)"
         )
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
@@ -376,7 +379,7 @@ def _warn(
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
-    """A bar with the time left; yields a function that is told how many more are done, or what part of one."""
+    """A progress bar with the time left. Yields a function to call with how many more are done, or a fraction."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -401,6 +404,6 @@ def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
         def advance(done: float) -> None:
             nonlocal sum_
             sum_ += done
-            bars.update(task, completed=round(sum_, 6))  # parts of one add up to a hair less than one
+            bars.update(task, completed=round(sum_, 6))  # fractions may sum to slightly less than a whole
 
         yield advance

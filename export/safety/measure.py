@@ -1,7 +1,7 @@
-"""How well scores tell unsafe prompts from benign ones: AUC, ROC, reliability, and the words-only yardstick.
+"""How well scores tell unsafe prompts from benign ones: AUC, ROC, reliability, and the words-only baseline.
 
-The yardstick is the same prober on hashed word 1- and 2-grams instead of hidden states. A gate that is no better than
-it knows words, not what the model makes of them; and it costs nothing, so it stands beside every number.
+The baseline is the same prober on hashed word 1- and 2-grams instead of hidden states. A gate that is no better uses
+the words alone, and nothing of the model's understanding. The baseline is cheap, so every number is reported beside it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def reliability(p: np.ndarray, unsafe: np.ndarray) -> list[dict[str, float]]:
 
 
 def word_features(texts: Sequence[str]) -> torch.Tensor:
-    """(n, WORD_HASHES) float32: 1 where a word or a pair of neighbours hashes to."""
+    """(n, WORD_HASHES) float32: 1 at the hash of each word and of each pair of neighbouring words."""
     import torch
 
-    seen = torch.zeros(len(texts), WORD_HASHES)
+    features = torch.zeros(len(texts), WORD_HASHES)
     for row, text in enumerate(texts):
         words = re.findall(r"\w+", text.casefold())
         for gram in (*words, *map(" ".join, pairwise(words))):
-            seen[row, zlib.crc32(gram.encode()) % WORD_HASHES] = 1
-    return seen
+            features[row, zlib.crc32(gram.encode()) % WORD_HASHES] = 1
+    return features

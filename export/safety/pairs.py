@@ -6,12 +6,12 @@
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
 file and under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
-of our own formats may have a "family": prompts of one family say the same thing in other words and are never on two
-sides of the split.
+of our own formats may have a "family": prompts of one family say the same thing in other words, and stay in one part of
+the split.
 
-`--pairs builtin` is no file: it stands for the pairs and the harmless prompts that come with the package (builtin.py).
+`--pairs builtin` is not a file: it means the pairs and the harmless prompts that come with AutoSteer (builtin.py).
 
-This file knows nothing of models; what a tokenizer objects to is checked by batches.py.
+Nothing here depends on the model; batches.py checks prompts against the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.evaluation.datasets import DataFile, read_lines, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows
 from autosteer.runtime.image import open_image
 
 from . import builtin
@@ -50,7 +50,7 @@ class Pair:
     unsafe: Prompt
     safe: Prompt
     channel: str = ""  # where the harm lies: text, image, ...; SAS and recall are reported for each
-    family: str = ""  # what its wording has in common with other pairs; "" where nobody says
+    family: str = ""  # name shared by pairs in similar words; "" if unknown
     source: str = ""  # the data set: its file's name, or "builtin"
 
 
@@ -135,7 +135,7 @@ def read_data(
 def read_external(
     files: Iterable[Path], *, unsafe: bool, images: Path | None = None, text_only: bool = False
 ) -> list[Labelled]:
-    """Prompts that only judge: rows as in --benign and --unsafe, each file a data set of its own. Raises InputError."""
+    """Prompts for the report only: rows as in --benign and --unsafe, each file a data set. Raises InputError."""
     rows = [item for path in files for item in _labelled(path, images, unsafe=unsafe, text_only=text_only)]
     return [replace(item, group=item.source) for item in rows]
 
@@ -204,7 +204,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
 
 
 def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool) -> Iterator[Labelled]:
-    for row in read_rows([DataFile(path, unsafe)], images=images, text_only=text_only):
+    for row in read_rows([DataSource(path, unsafe)], images=images, text_only=text_only):
         if len(row.messages) > 1:
             raise InputError(f"{row.where}: a dialogue of {len(row.messages)} turns; a gate is fitted on single ones")
         if not row.prompt.strip():

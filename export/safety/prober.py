@@ -1,15 +1,15 @@
 """The prober: Linear(d, 64) - ReLU - Linear(64, 2) - softmax on one hidden state, row 0 = unsafe.
 
 The paper's training applies cross-entropy to softmax outputs, which drives every score to 0 or 1. This one trains on
-raw logits and stops early, so that there is something left to calibrate (calibrate.py). And it is the mean of MEMBERS
-small probers, which share the 64 hidden units and so are one prober of the paper's shape: on prompts of another kind
-one alone is as good as its seed's luck (docs/design-notes.md).
+raw logits and stops early, so that it can be calibrated (calibrate.py). It is the mean of MEMBERS small probers that
+share the 64 hidden units, and so has the paper's shape. On prompts of another kind, the quality of a single prober
+depends on its seed (docs/design-notes.md).
 
-The prompts are split three ways, by query text, so that no wording is on two sides:
+The prompts are split into three parts by query text, so that no wording is in two parts:
 
     train       gradients
     validation  early stopping, temperature, the accuracy in the table of layers
-    held-out    touched once, by the final prober: every fact in safety.json is measured here
+    held-out    used once, for the final prober: every measurement in safety.json
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 HIDDEN = 64
 MEMBERS = 8
-UNSAFE = 0  # row of the last layer (method.md: the official prober's order)
-MAX_CLUSTER = 0.02  # of all prompts: what a chain of pairs that share prompts may bind together
+UNSAFE = 0  # row of the last layer, as in the authors' prober
+MAX_CLUSTER = 0.02  # share of all prompts that a chain of pairs with common prompts may put into one cluster
 FOLDS = 5  # one held out, one for validation, three to train on
 READ_ROWS = 256  # states in memory at a time: (256, K, w)
 LEARNING_RATE, WEIGHT_DECAY, BATCH, MAX_EPOCHS, PATIENCE = 3e-3, 1e-2, 64, 40, 6
-DROPOUT = 0.5  # of the inputs: costs nothing on known data and is worth .03 AUC on prompts of another kind
+DROPOUT = 0.5  # of the inputs; no loss on known data, 0.03 more AUC on prompts of another kind
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def split_by_text(
     seed: int,
     together: Iterable[tuple[int, int]] = (),
 ) -> Split:
-    """Three parts (3/5, 1/5, 1/5) such that equal texts (but for case and white space) stay together.
+    """Three parts (3/5, 1/5, 1/5) such that equal texts (up to case and white space) stay together.
 
-    strata: (unsafe, group) of each prompt; each is spread over the parts as evenly as its texts allow. together: rows
-    that belong together as well, such as the two prompts of a pair, unless that would chain too many into one part.
-    Raises InputError where a part would lack one of the two classes.
+    strata: (unsafe, group) of each prompt; each stratum is spread over the parts as evenly as possible. together: rows
+    that also stay together, such as the two prompts of a pair, unless that puts more than MAX_CLUSTER into one cluster.
+    Raises InputError if a part would lack one of the two classes.
     """
     by_text: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
@@ -102,9 +102,9 @@ def _need_both_classes(split: Split, unsafe: np.ndarray) -> None:
 
 
 def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
-    """(n,) weights that sum to 1, half of it on each class; within a class a data set weighs as the root of its size.
+    """(n,) weights that sum to 0.5 in each class; within a class, a data set weighs as the square root of its size.
 
-    By size, three thousand prompts of one kind would drown three hundred of another; all alike, a handful would count
+    Weighted by size, 3,000 prompts of one kind would outweigh 300 of another; weighted equally, a handful would count
     as much as thousands.
     """
     names = np.array(sources)
@@ -121,10 +121,10 @@ def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
 def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Split, *, seed: int) -> list[Prober]:
     """Fit K probers at once, as many as there are columns in `read(rows)`, (len(rows), K, w) float32 of raw states.
 
-    Gradients from split.train, each prober kept as it was at its lowest loss on split.validation. unsafe (n,) bool,
-    weight (n,). Inputs are standardised in training; the results take raw states. K matrices side by side in one
-    `baddbmm` take a fraction of the time of K trainings, and the states are read from disk once for all of them. Each
-    of a prober's MEMBERS has its own start and its own loss, and is kept as it was at its own best.
+    Gradients come from split.train; each member is kept from the epoch with its lowest loss on split.validation. unsafe
+    (n,) bool, weight (n,). Inputs are standardised in training, and the results take raw states. Training K probers
+    with one `baddbmm` takes a fraction of the time, and reads the states from disk once. Each of a prober's MEMBERS has
+    its own initial weights and its own loss.
     """
     import torch
     from torch.nn import functional
@@ -190,13 +190,13 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
 def train_prober(
     states: torch.Tensor, unsafe: np.ndarray, split: Split, *, seed: int, weight: np.ndarray | None = None
 ) -> Prober:
-    """One prober of states (n, w) that are in memory; without `weight` both classes weigh the same."""
+    """Train one prober on states (n, w) in memory. Without `weight`, both classes weigh the same."""
     weight = row_weights(unsafe, [""] * len(unsafe)) if weight is None else weight
     return train_probers(lambda rows: states[rows][:, None], unsafe, weight, split, seed=seed)[0]
 
 
 def _moments(read: Read, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard deviation) over `rows`, (K, w) each; 1 where a feature is constant, which says nothing."""
+    """(mean, standard deviation) over `rows`, (K, w) each; 1 for a constant feature."""
     import torch
 
     total = square = 0.0
@@ -223,14 +223,15 @@ def prober_logits(prober: Prober, states: torch.Tensor) -> torch.Tensor:
 
 
 def p_unsafe(prober: Prober, states: torch.Tensor) -> np.ndarray:
-    """states (n, d) -> (n,) float64, what the package's prober graph will compute."""
+    """states (n, d) -> p_unsafe (n,) float64, as the package's prober graph computes it."""
     return prober_logits(prober, states).softmax(dim=-1)[:, UNSAFE].double().numpy()
 
 
 def balanced_accuracy(p: np.ndarray, unsafe: np.ndarray, threshold: float, weight: np.ndarray | None = None) -> float:
-    """Mean of recall and specificity. Like the runtime's gate: whatever is not at or below the threshold fires.
+    """Mean of recall and specificity. As in the runtime's gate, every score that is not at or below the threshold
+    fires.
 
-    `weight` (n,), as of `row_weights`, makes both means over data sets rather than prompts.
+    `weight` (n,), as from `row_weights`, weighs data sets instead of prompts.
     """
     right = (~(p <= threshold)) == unsafe
     each = np.ones(len(p)) if weight is None else weight

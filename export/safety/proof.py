@@ -1,8 +1,8 @@
-"""Held-out prompts that go into every package of a gate, so that the package can show elsewhere what it catches.
+"""Choose held-out prompts that go into every package, so that other machines can check what the gate catches.
 
-They are judged rightly and clearly, but not by the widest margin: a score of 0.9999 hides what rounding does to it. As
-a rule only their tokens are kept, and no prompt with pictures; a safety folder that is to be published whole may keep
-words and pictures.
+The gate classifies them correctly and clearly, but not by the widest margin: a score of 0.9999 hides the effect of
+rounding. By default only token ids are kept, and only of prompts without images. With --publish-proof, words and images
+are kept.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from autosteer.export.safety_folder import ProofPrompt
 from .batches import encode
 
 if TYPE_CHECKING:
-    from .model import Reference
+    from .model import FitModel
     from .pairs import Labelled, Prompt
 
-PER_LABEL = 6  # prompts of either kind
-MOST_TOKENS = 256  # of a prompt: every export and every autosteer-check runs them
-CLEAR = 0.8  # of the way from the threshold to 0 or 1: rounding to 4 bits seldom moves a score that far
+PER_LABEL = 6  # prompts of each label
+MOST_TOKENS = 256  # of a prompt; every export and every autosteer-check runs all prompts
+CLEAR = 0.8  # margin: share of the way from the threshold to 0 or 1; rounding to 4 bits rarely moves a score that far
 
 
 def choose_proof(
-    reference: Reference, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
+    fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
 ) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
-    """Of held-out `prompts`, with the gate's scores (n,), up to PER_LABEL of either label, from every group in turn;
-    and the pictures of `published` ones, by their names in the safety folder.
+    """Choose up to PER_LABEL of the held-out `prompts` per label, from every group in turn. p_unsafe (n,): their
+    scores.
+
+    Also returns the images of `published` prompts, by their names in the safety folder.
     """
     chosen: list[ProofPrompt] = []
     files: dict[str, Path] = {}
@@ -47,7 +49,7 @@ def choose_proof(
         for i in rows:
             groups.setdefault(prompts[i].group, []).append(i)
         turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
-        short = (i for i in turns if i is not None and _tokens(reference, prompts[i].prompt) is not None)
+        short = (i for i in turns if i is not None and _tokens(fit_model, prompts[i].prompt) is not None)
         for i in itertools.islice(short, PER_LABEL):
             prompt = prompts[i].prompt
             names = tuple(f"proof-{len(files) + n}{path.suffix}" for n, path in enumerate(prompt.images, 1))
@@ -57,7 +59,7 @@ def choose_proof(
                     unsafe,
                     round(float(p_unsafe[i]), 6),
                     hashlib.sha256(prompt.text.encode()).hexdigest(),
-                    () if published else _tokens(reference, prompt) or (),
+                    () if published else _tokens(fit_model, prompt) or (),
                     prompt.text if published else "",
                     names,
                 )
@@ -65,7 +67,7 @@ def choose_proof(
     return tuple(chosen), files
 
 
-def _tokens(reference: Reference, prompt: Prompt) -> tuple[int, ...] | None:
-    """The rendered prompt's; None where it is too long."""
-    ids = encode(reference, prompt, generation=True)["input_ids"][0].tolist()
+def _tokens(fit_model: FitModel, prompt: Prompt) -> tuple[int, ...] | None:
+    """Token ids of the rendered prompt; None if it is too long."""
+    ids = encode(fit_model, prompt, generation=True)["input_ids"][0].tolist()
     return tuple(ids) if prompt.images or len(ids) <= MOST_TOKENS else None

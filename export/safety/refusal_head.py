@@ -1,10 +1,10 @@
-"""The Refusal Head: a matrix W that bends the last hidden state towards the refusal, the base model frozen.
+"""Train the Refusal Head: a matrix W that steers the last hidden state towards the refusal. The model stays frozen.
 
     logits = (h + strength * h @ W.T) @ E.T          =  h @ (E + strength * E @ W).T, the authors' form (LM-Steer)
 
-W starts as the identity, which changes no argmax, and learns on unsafe prompts alone to say the refusal. It has seen no
-benign prompt: without the gate it may refuse those as well. The base model's states do not depend on W under teacher
-forcing, so they are computed once (states.answer_states) and the training is a few hundred small steps.
+W starts as the identity, which changes no argmax. It is trained on unsafe prompts alone, so without the gate it may
+refuse benign prompts, too. Under teacher forcing the model's states do not depend on W. So they are computed once
+(states.answer_states), and training takes a few hundred small steps.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ STEPS, BATCH, LEARNING_RATE = 400, 64, 1e-2  # Adam; the rate falls linearly to 
 
 @dataclass(frozen=True)
 class RefusalHead:
-    """A trained steer matrix and how well it does."""
+    """A trained steer matrix, and measurements of it."""
 
     steer_matrix: torch.Tensor  # (d, d)
     initial_loss: float  # mean cross-entropy of the refusal's tokens with W = I, on held-out unsafe prompts
     loss: float  # the same with the trained W
-    argmax_share: float  # of those tokens: share that greedy decoding would pick under teacher forcing
-    whole_share: float  # of those prompts: share where it would pick every one, so the refusal comes out word for word
+    argmax_share: float  # share of those tokens that greedy decoding picks under teacher forcing
+    whole_share: float  # share of those prompts in which it picks every token: the refusal, word for word
 
 
 @dataclass(frozen=True)
 class StrengthScore:
-    """What the model really said to unsafe prompts at one strength."""
+    """Measurements of generated answers to unsafe prompts at one strength."""
 
     strength: float
     exact: float  # share of answers that begin with the refusal, word for word
     first_token: float  # share whose first token is the refusal's
-    refused: float  # share that are refusals in any words (runtime/evaluation/refusals.py's rules)
+    refused: float  # share that are refusals in any words, by the rules of runtime/evaluation/refusals.py
     log_prob: float  # mean per token under the unsteered model: fluency
-    repetition: float  # share of three-token runs that occurred before in the same answer
+    repetition: float  # share of token 3-grams that occur earlier in the same answer
     example: str
 
 
@@ -72,9 +72,9 @@ def score_strength(
 
 
 def choose_strength(scores: Sequence[StrengthScore], trained_with: float) -> float:
-    """The strength at which most answers are the refusal, then most refuse; of equals the nearest to training's.
+    """The strength at which most answers are the refusal, then most refuse, then the one nearest to the training's.
 
-    Steering is not monotone: past its best, a stronger push spoils the words.
+    Steering is not monotone: beyond the best strength, the words degrade.
     """
     steered = [score for score in scores if score.strength > 0]
     return max(steered, key=lambda s: (s.exact, s.refused, -abs(s.strength - trained_with))).strength
@@ -100,8 +100,8 @@ def train_refusal_head(
 ) -> RefusalHead:
     """Fit W on cached states.
 
-    train (n, T, d), heldout (m, T, d), answer (T,) token ids, embeddings (vocab, d); runs where `embeddings` lies.
-    Raises InputError where training did not lower the held-out loss.
+    train (n, T, d), heldout (m, T, d), answer (T,) token ids, embeddings (vocab, d); runs on the device of
+    `embeddings`. Raises InputError if training did not lower the held-out loss.
     """
     import torch
     from torch.nn import functional

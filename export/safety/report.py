@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .evidence import NO_BETTER, OURS, Comparison, Rate
+from .evidence import NO_BETTER, OURS, Comparison, FlagRate
 from .measure import roc
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> str:
     return _table(header, rows)
 
 
-def _rate_table(rates: Sequence[Rate]) -> str:
+def _rate_table(rates: Sequence[FlagRate]) -> str:
     names = list(rates[0].flagged)
     rows = [
         (

@@ -1,11 +1,11 @@
-"""Safety Awareness Score: how much the layers agree with themselves about what "unsafe" is.
+"""Safety Awareness Score: how consistently a layer separates unsafe prompts from their safe twins.
 
     delta_l = h_l(unsafe) - h_l(safe)          one per pair, last prompt token
     SAS(l)  = mean over pairs i < j of cos(delta_l^i, delta_l^j)          (arXiv 2507.13255)
 
-With u = delta / |delta| the mean over all N (N - 1) / 2 cosines is (|sum u|^2 - N) / (N (N - 1)): O(N d), not O(N^2 d).
-The layer with the highest SAS is the one the paper probes. Published margins between layers are small, hence the
-bootstrap interval: resample the pairs, look how far the score moves.
+With u = delta / |delta|, the mean over all N (N - 1) / 2 cosines is (|sum u|^2 - N) / (N (N - 1)), which costs O(N d)
+instead of O(N^2 d). The paper probes the layer with the highest SAS. Published margins between layers are small, so
+each score gets a bootstrap interval: the pairs are resampled, and the score is computed again.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def directions(deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def mean_cosine(total: torch.Tensor, n: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Mean pairwise cosine from a sum of unit vectors (..., d): (|sum|^2 - own) / (n^2 - own).
 
-    Vectors drawn c times: n = sum c, own = sum c^2; each once: n = own. A pair drawn twice has cosine 1 with itself;
-    counted, it would lift every interval of a bootstrap.
+    For vectors drawn c times each, n = sum c and own = sum c^2; without resampling, n = own. Subtracting `own` leaves
+    out the cosine of 1 between two draws of the same pair, which would raise every interval.
     """
     return (total.double().square().sum(dim=-1) - own) / (n * n - own)
 
 
 class SasSum:
-    """SAS of pairs that come block by block, per layer, with a percentile bootstrap: O(resamples * L * d) of memory."""
+    """SAS per layer with a percentile bootstrap, over pairs added block by block. Memory: O(resamples * L * d)."""
 
     def __init__(self, pairs: int, *, seed: int, resamples: int = RESAMPLES):
-        """`pairs` is how many will come."""
+        """`pairs`: how many will be added in all."""
         import torch
 
         draws = torch.randint(pairs, (resamples, pairs), generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ class SasSum:
         self._drawn = self._own = torch.zeros(resamples, dtype=torch.float64)
 
     def add(self, deltas: torch.Tensor) -> torch.Tensor:
-        """A block of deltas (n, L, d); returns which of them have a direction at every layer, (n,) bool."""
+        """Add deltas (n, L, d); returns which of them have a direction at every layer, (n,) bool."""
         units, usable = directions(deltas)
         counts = self._counts[:, self._seen : self._seen + len(deltas)][:, usable]
         self._seen += len(deltas)
@@ -90,7 +90,7 @@ class SasSum:
         """SAS and its interval; raises as `sas`."""
         import torch
 
-        sas, some = self.sas(), self._own < self._drawn**2  # a draw of one pair n times has no cosine in it
+        sas, some = self.sas(), self._own < self._drawn**2  # a resample that drew one pair n times has no cosine
         resampled = mean_cosine(self._resampled[some], self._drawn[some, None], self._own[some, None])
         low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
         return SasScores(sas, low, high)

@@ -1,10 +1,10 @@
-"""Hidden states of prompts: what SAS, prober and Refusal Head are fitted on.
+"""Compute hidden states of prompts, on which SAS, prober and Refusal Head are fitted.
 
     prompt_states   prompt without generation prompt          ->  residual entering each layer k = 1..N-1, at POSITIONS
     answer_states   prompt + generation prompt + the refusal  ->  final-norm output before each of its tokens
 
-"Entering layer k" is Hugging Face's hidden_states[k]. [0] knows nothing but the token itself; [N] is past the final
-norm, where no package can be cut; so both are left out. Both kinds are kept in a store, sweep by sweep.
+"Entering layer k" is Hugging Face's hidden_states[k]. [0] depends on the token alone, and [N] comes after the final
+norm, where no package can be split; both are left out. Both functions keep their states in a store, sweep by sweep.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from autosteer.runtime.errors import PackageError
 
-from .batches import Batch, about_tokens, batches, sweeps, waiting_bytes
-from .model import Reference, forward
+from .batches import Batch, about_tokens, batches, sweep_groups, waiting_bytes
+from .model import FitModel, forward
 from .pairs import Prompt
 from .store import FeatureStore, States, digest, file_digest
 
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 TOKEN_OFFSET = -1
 POSITIONS = ("last", "mean")
 
-Advance = Callable[[float], None]  # told how many prompts more are done; a long one counts for several short ones
-Look = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch's records; calls back at each layer
+Advance = Callable[[float], None]  # told how many more prompts are done; a long one counts for several short ones
+Compute = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch -> its records; calls back at each layer
 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
-    """What every hidden state depends on."""
+    """The files that hidden states depend on."""
     return sorted(f for f in checkpoint.folder.iterdir() if f.suffix in {".safetensors", ".json", ".jinja"})
 
 
 def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> list[bytes]:
-    """Names and digests of `files`: reads them all."""
+    """Names and digests of `files`, which are read."""
     parts = []
     for file in files:
         parts += [file.name.encode(), file_digest(file)]
@@ -48,16 +48,16 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
     return parts
 
 
-def prompt_store(folder: Path, model: Sequence[bytes], reference: Reference) -> FeatureStore:
-    """The place in `folder` for the prompt states of a model of these `digests`, records (N-1, P, d)."""
-    shape = (len(reference.layers) - 1, len(POSITIONS), reference.width)
+def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel) -> FeatureStore:
+    """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files."""
+    shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
     return FeatureStore(folder, digest(repr((POSITIONS, TOKEN_OFFSET)).encode(), *model), shape)
 
 
-def answer_store(folder: Path, model: Sequence[bytes], reference: Reference, answer: torch.Tensor) -> FeatureStore:
+def answer_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor) -> FeatureStore:
     """As `prompt_store`, for answer states, records (1, T, d)."""
     what = repr(("answer", answer.tolist())).encode()
-    return FeatureStore(folder, digest(what, *model), (1, len(answer), reference.width))
+    return FeatureStore(folder, digest(what, *model), (1, len(answer), fit_model.decoder.hidden_size))
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
@@ -69,18 +69,18 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
 
 
 def prompt_states(
-    reference: Reference, prompts: Sequence[Prompt], store: FeatureStore, *, advance: Advance = lambda done: None
+    fit_model: FitModel, prompts: Sequence[Prompt], store: FeatureStore, *, advance: Advance = lambda done: None
 ) -> States:
-    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only what `store` lacks is
-    computed.
+    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only records that `store`
+    lacks are computed.
 
     "last" is the last prompt token; "mean" the mean over the text tokens of the user's turn up to that one, images and
     what precedes the turn left out. Raises InputError for an image that cannot be read, PackageError naming the layer
     where a state is not finite.
     """
 
-    def look(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
-        taps, read = torch.empty(len(batch.rows), *store.shape), _tap(reference, batch)
+    def compute(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
+        taps, read = torch.empty(len(batch.rows), *store.shape), _tap(fit_model, batch)
 
         def keep(k: int, hidden: torch.Tensor) -> None:
             if k > 0:
@@ -94,31 +94,31 @@ def prompt_states(
                     )
             passed()
 
-        forward(reference, batch.inputs, watch=keep)
+        forward(fit_model, batch.inputs, watch=keep)
         return taps
 
-    return _complete(reference, prompts, store, look, generation=False, advance=advance)
+    return _complete(fit_model, prompts, store, compute, generation=False, advance=advance)
 
 
 def answer_states(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: Sequence[Prompt],
     answer: torch.Tensor,
     store: FeatureStore,
     *,
     advance: Advance = lambda done: None,
 ) -> States:
-    """n records (1, T, d): what lm_head would see before each of the T answer tokens, teacher-forced. answer (T,) ids.
-    Only what `store` lacks is computed.
+    """n records (1, T, d): the LM head's input before each of the T answer tokens, teacher-forced. answer (T,) ids.
+    Only records that `store` lacks are computed.
     """
     length = len(answer)
 
-    def look(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
+    def compute(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
         ids = torch.cat([batch.inputs["input_ids"], answer[:-1].expand(len(batch.rows), -1)], dim=1)
         places = batch.lengths[:, None] + torch.arange(-1, length - 1)  # (B, T): the token before each of the answer's
         ids.scatter_(1, places[:, 1:], answer[:-1].expand(len(batch.rows), -1))  # over the padding of shorter prompts
-        hidden = forward(reference, batch.inputs | {"input_ids": ids}, watch=lambda k, hidden: passed()).float().cpu()
-        places = (places - len(reference.opening))[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = forward(fit_model, batch.inputs | {"input_ids": ids}, watch=lambda k, hidden: passed()).float().cpu()
+        places = (places - len(fit_model.opening))[..., None].expand(-1, -1, hidden.shape[-1])
         states = hidden.gather(1, places)
         if not torch.isfinite(states).all():
             raise PackageError(
@@ -126,21 +126,19 @@ def answer_states(
             )
         return states[:, None]
 
-    return _complete(reference, prompts, store, look, generation=True, advance=advance)
+    return _complete(fit_model, prompts, store, compute, generation=True, advance=advance)
 
 
 def _complete(
-    reference: Reference,
+    fit_model: FitModel,
     prompts: Sequence[Prompt],
     store: FeatureStore,
-    look: Look,
+    compute: Compute,
     *,
     generation: bool,
     advance: Advance,
 ) -> States:
-    """Add to `store` the records that it lacks. Batches of a sweep go through the model side by side, and are kept
-    when all of them are through.
-    """
+    """Add the records that `store` lacks. Batches that share a sweep are stored when all of them are done."""
     keys = prompt_keys(prompts)
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     wanted = [row for key, row in first.items() if key not in store]
@@ -148,32 +146,32 @@ def _complete(
     if not wanted:
         return store.view(keys)
     lengths = dict(
-        zip(wanted, about_tokens(reference, [prompts[row] for row in wanted], generation=generation), strict=True)
+        zip(wanted, about_tokens(fit_model, [prompts[row] for row in wanted], generation=generation), strict=True)
     )
-    share = len(wanted) / sum(lengths.values()) / len(reference.layers)
-    reference.read_opening()
+    share = len(wanted) / sum(lengths.values()) / len(fit_model.layers)
+    fit_model.read_opening()
 
     def job(batch: Batch) -> torch.Tensor:
         done = share * sum(lengths[row] for row in batch.rows)
-        return look(batch, lambda: advance(done))
+        return compute(batch, lambda: advance(done))
 
-    ready = batches(reference, prompts, wanted, generation=generation)
+    ready = batches(fit_model, prompts, wanted, generation=generation)
     record = 4 * math.prod(store.shape)
-    for sweep in sweeps(ready, lambda batch: waiting_bytes(reference, batch.inputs) + len(batch.rows) * record):
-        found = reference.convoy.run([functools.partial(job, batch) for batch in sweep])
-        for batch, records in zip(sweep, found, strict=True):
+    for group in sweep_groups(ready, lambda batch: waiting_bytes(fit_model, batch.inputs) + len(batch.rows) * record):
+        found = fit_model.sweep.run([functools.partial(job, batch) for batch in group])
+        for batch, records in zip(group, found, strict=True):
             store.append([keys[row] for row in batch.rows], records)
     return store.view(keys)
 
 
-def _tap(reference: Reference, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
+def _tap(fit_model: FitModel, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
     """(B, S - O, d) -> (B, P, d): the states at POSITIONS."""
-    ids, device, skipped = batch.inputs["input_ids"], reference.device, len(reference.opening)
+    ids, device, skipped = batch.inputs["input_ids"], fit_model.device, len(fit_model.opening)
     place = torch.arange(ids.shape[1])
     last = batch.lengths + TOKEN_OFFSET
     pooled = (place >= skipped) & (place <= last[:, None])
-    if reference.image_token_id is not None:
-        pooled &= ids != reference.image_token_id
+    if fit_model.image_token_id is not None:
+        pooled &= ids != fit_model.image_token_id
     share = (pooled / pooled.sum(dim=1, keepdim=True))[:, skipped:].to(device)
     each, last = torch.arange(len(ids), device=device), (last - skipped).to(device)
     return lambda hidden: torch.stack([hidden[each, last], (share[:, None] @ hidden)[:, 0]], dim=1)

@@ -1,11 +1,12 @@
-"""Hidden states on disk: what a fit reads layer by layer, and takes up again after it was killed.
+"""Hidden states on disk. A fit reads them layer by layer, and continues from them after it was killed.
 
     <folder>/<identity>.states    one record (L, P, d) float32 per prompt, appended block by block
     <folder>/<identity>.keys      its prompt's digest, 16 bytes, written once the record is safe
 
-A record belongs to a prompt's content, not to a row of a file, and `identity` names the model's bytes and the taps: a
-folder may serve several fits and models, and never gives a state of another model. Whatever a kill left half written
-is cut off when the file is opened again. Reads go through pread, so memory holds what was asked for and no more.
+A record belongs to a prompt's content, not to a row of a data file. `identity` is a digest of the model's files and of
+what is recorded. So one folder can serve several fits and models, and never returns another model's states. A record
+that a kill left half written is cut off when the file is opened again. Reads use pread, so that only the requested
+records are in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DIGEST_BYTES = 16
 
 
 def digest(*parts: bytes) -> bytes:
-    """16 bytes that stand for `parts`, in their order."""
+    """A 16-byte digest of `parts`, in order."""
     h = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         h.update(len(part).to_bytes(8, "little"))
@@ -38,7 +39,7 @@ def digest(*parts: bytes) -> bytes:
 
 
 def file_digest(path: Path) -> bytes:
-    """16 bytes that stand for a file's content."""
+    """A 16-byte digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).digest()
 
@@ -47,7 +48,7 @@ class FeatureStore:
     """Records of shape (L, P, d) float32 by 16-byte digest. Use as a context manager; one process at a time."""
 
     def __init__(self, folder: Path, identity: bytes, shape: tuple[int, int, int]):
-        """Open or begin `folder`. Raises InputError where another process holds it, or it cannot be written."""
+        """Open or create the files. Raises InputError if another process uses them, or `folder` is not writable."""
         self.shape = shape
         self._bytes = int(np.prod(shape)) * 4
         try:
@@ -74,7 +75,7 @@ class FeatureStore:
     def __exit__(self, *error: object) -> None:
         os.close(self._states)
         os.close(self._keys)
-        if not self._count:  # nothing is kept: leave nothing behind
+        if not self._count:  # no record was stored: delete the files
             for file in self._files:
                 file.unlink()
             with contextlib.suppress(OSError):
@@ -85,7 +86,7 @@ class FeatureStore:
         return key in self._record
 
     def append(self, keys: Sequence[bytes], records: torch.Tensor) -> None:
-        """Keep a block of records (b, L, P, d). It is on disk when this returns. Raises InputError on a full disk."""
+        """Store records (b, L, P, d). They are on disk when this returns. Raises InputError on a full disk."""
         assert records.shape == (len(keys), *self.shape)
         blob = records.float().contiguous().numpy()
         try:
@@ -94,7 +95,7 @@ class FeatureStore:
         except OSError as err:
             raise InputError(
                 f"the hidden states do not fit on the disk ({err.strerror}; {self._bytes >> 10} KiB a prompt); make "
-                "room, or name a folder elsewhere with --features; what is written is kept"
+                "room, or name a folder elsewhere with --features; what is stored already is kept"
             ) from err
         for key in keys:
             self._record[key] = self._count
@@ -106,7 +107,7 @@ class FeatureStore:
 
 
 class States:
-    """Hidden states of n prompts, on disk. Indexing reads: states[rows] is (len(rows), L, P, d) float32."""
+    """Hidden states of n prompts, on disk. Indexing reads them: states[rows] is (len(rows), L, P, d) float32."""
 
     def __init__(self, descriptor: int, records: np.ndarray, shape: tuple[int, int, int]):
         self._descriptor, self._records, self.shape = descriptor, records, shape

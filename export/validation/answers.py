@@ -1,4 +1,4 @@
-"""What a package made of a validation prompt."""
+"""A package's answers to a validation prompt."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autosteer.runtime.gate import Verdict
-from autosteer.runtime.generation import Prompt
+from autosteer.runtime.generation import EncodedPrompt
 
 
 @dataclass(frozen=True)
-class Answered:
+class PackageAnswer:
     """One answer of the package."""
 
     verdict: Verdict
-    hidden: np.ndarray  # (D,) what the prober read
+    hidden: np.ndarray  # (D,) the prober's input
     last: np.ndarray  # (D,) the last hidden state of the prompt, before the Refusal Head
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
-    lead: float  # least by which a token of the answer leads the next likely: see golden.lead
+    lead: float  # least margin of a token of the answer over the runner-up: see golden.lead
     tokens: list[int]
-    branches: dict[str, np.ndarray]  # what Watch saw of prompt and answer: see Reference.branches; none of long prompts
+    branches: dict[str, np.ndarray]  # see OriginalModel.branch_errors, of prompt and answer; empty for long prompts
 
-    def first(self) -> Answered:
-        """As if the answer had ended with its first token."""
-        more = len(self.logits) - 1  # rows
-        branches = {name: rows[:, : rows.shape[1] - more] for name, rows in self.branches.items()}
+    def first(self) -> PackageAnswer:
+        """Only the first token."""
+        later = len(self.logits) - 1  # positions
+        branches = {name: values[:, : values.shape[1] - later] for name, values in self.branches.items()}
         return replace(self, logits=self.logits[:1], tokens=self.tokens[:1], branches=branches)
 
 
 @dataclass(frozen=True)
-class Ours:
-    """What the package made of a case."""
+class PackageAnswers:
+    """The package's answers to one prompt, and what it made of the prompt."""
 
-    prompt: Prompt
-    image_tokens: list[list[int]] | None  # where images are tokens
-    plain: Answered
-    chunked: Answered  # with the prompt in chunks, one token
-    steered: Answered | None  # None without a gate
+    encoded: EncodedPrompt
+    image_tokens: list[list[int]] | None  # None unless images are tokens
+    plain: PackageAnswer
+    chunked: PackageAnswer  # one token, after prefill in chunks
+    steered: PackageAnswer | None  # None without a gate

@@ -1,14 +1,14 @@
-"""What a written package holds, number by number, beside its checkpoint: no graph runs.
+"""Compare every tensor in a package's graphs with the checkpoint, without running a graph.
 
-A graph that runs shows a wrong weight only as far as the dialogues use it. This reads every tensor of every graph by
-the name that it has there:
+Running a graph shows a wrong weight only if the validation prompts use it. This finds every tensor of every graph by
+its checkpoint name:
 
-    as it is          norms, biases, matrices and tables that are not quantised, the gate: equal, once they are cast
-    quantised         every row and column of a matrix within what rounding does, and none of them larger or smaller
-    computed          rotary tables beside Hugging Face's; scales of int8 caches beside what is observed again
+    unquantised       norms, biases, matrices, embeddings, the gate: must be equal after the cast to their type
+    quantised         the error of every row and column of a matrix must be small, and must not change its scale
+    computed          rotary tables must equal Hugging Face's, scales of int8 caches those of a second calibration
 
-What a graph does with them is asked of it in validate.py. Tensors without a checkpoint name (an axis, a bound, the
-largest code) are the graph's own, and its output shows them.
+What graphs compute with them is checked in validate.py. Constants without a checkpoint name (an axis, a bound, the
+largest code) are not compared here: an error in one shows in the graph's output.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
-from autosteer.export.graphs.calibration import observe_decoder, sample_rows, with_random_tokens
-from autosteer.export.graphs.decoder import decoder_facts
+from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
 
@@ -39,28 +39,26 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding has cost a matrix."""
+    """Rounding errors of a matrix."""
 
     matrix: float  # error, relative to the matrix (Frobenius norm)
     scale: float  # how much larger or smaller it has become: |<stored, original> / <original, original> - 1|
-    row: float  # error of the worst row: relative to it or, where that is less, in steps (rms)
-    column: float  # the same of columns; small ones are rounded away as a whole, and are within a step all the same
-    steps: (
-        float  # of 8 bits: rms error of the worst row or column in steps; 4 bits cut off what is worth it, and have 0
-    )
+    row: float  # error of the worst row: the lesser of its relative error and its rms error in steps
+    column: float  # the same for columns; a small column may round to zero, and is still within a step
+    steps: float  # 8 bits: rms error of the worst row or column in steps; 0 for 4 bits, where scales are chosen to clip
 
     def or_worse(self, other: Rounding | None) -> Rounding:
-        """The worst of both."""
+        """The larger of each error."""
         return Rounding(*map(worse, astuple(self), astuple(other))) if other else self
 
 
 @dataclass(frozen=True)
-class Held:
-    """What was found of one graph."""
+class GraphAudit:
+    """Results for one graph."""
 
-    differing: int  # numbers that are not the checkpoint's, or the safety folder's
-    rounding: Rounding | None  # of the worst matrices; None where none is quantised
-    rotary: float  # largest difference from Hugging Face's tables, divided by the place (from 1) it stands at
+    differing: int  # unquantised numbers that differ from the checkpoint or the safety folder
+    rounding: Rounding | None  # worst of all matrices; None if none is quantised
+    rotary: float  # largest difference from Hugging Face's tables, divided by the position (from 1)
 
 
 def audit(
@@ -69,8 +67,8 @@ def audit(
     safety: SafetyArtifact | None,
     rotary_emb: Any,
     wanted: Callable[[str], bool] = lambda tensor: True,
-) -> Held:
-    """Read one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module of that name."""
+) -> GraphAudit:
+    """Compare one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module."""
     graph = ir.load(path).graph
     differing, rounding, rotary = 0, None, 0.0
     tables = {node.inputs[0] for node in graph if node.op_type == "GatherBlockQuantized"}
@@ -89,34 +87,32 @@ def audit(
             differing += _differing(value, names, checkpoint)
         elif name in ROTARY:
             theirs = _rotary(rotary_emb, len(_array(value)))[ROTARY.index(name)]
-            places = np.arange(1, len(theirs) + 1, dtype=np.float32)[:, None]
-            rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / places).max()))
+            positions = np.arange(1, len(theirs) + 1, dtype=np.float32)[:, None]
+            rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / positions).max()))
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()  # as in dequantize.py
-    return Held(differing, rounding, rotary)
+    return GraphAudit(differing, rounding, rotary)
 
 
 def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> float:
-    """How far the scales of a package's int8 caches are from those that an export finds: the largest difference of any,
-    relative to it. What they must be is observed again, as the export did.
-    """
-    held = packed_kv_scales(folder, manifest)
-    facts, processor = decoder_facts(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
+    """Largest relative difference between the scales of a package's int8 caches and those of a second calibration."""
+    stored = packed_kv_scales(folder, manifest)
+    config, processor = decoder_config(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
-    rows = sample_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
-    found = observe_decoder(checkpoint, facts, with_random_tokens(rows, checkpoint, facts.vocab)).kv_scales
-    if len(held) != len(found):
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
+    found = calibrate_decoder(checkpoint, config, with_random_tokens(rows, checkpoint, config.vocab_size)).kv_scales
+    if len(stored) != len(found):
         return math.inf
 
     def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
         return math.inf if one.shape != other.shape else float((np.abs(one - other) / other).max())
 
-    pairs = zip(held, found, strict=True)
-    return max(worse(error(h.keys, f.keys), error(h.values, f.values)) for h, f in pairs)
+    pairs = zip(stored, found, strict=True)
+    return max(worse(error(s.keys, f.keys), error(s.values, f.values)) for s, f in pairs)
 
 
 def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> Rounding:
-    """Of the matrix that stands in `rows` of a node's."""
+    """Rounding errors of the checkpoint's matrix `name`, which is `rows` of a node's stacked matrix."""
     width = math.prod(checkpoint.shape(name)[1:])
     columns = torch.zeros(3, width)  # sums of squares: of errors, of the checkpoint's, of errors in steps
     along = row = row_steps = 0.0
@@ -145,15 +141,15 @@ def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> 
 
 
 def _worst(squares: list[torch.Tensor], count: int) -> float:
-    """The largest error of several rows or columns of `count` numbers each, by their sums of squares: of errors, of
-    originals, of errors in steps.
+    """The largest error of several rows or columns of `count` numbers each. `squares`: sums of squared errors, of
+    squared originals, of squared errors in steps.
     """
     error, norm, in_steps = squares
     return float(torch.minimum(error / norm.clamp_min(TINY), in_steps / count).max().sqrt())
 
 
 def _differing(value: ir.Value, names: list[str], checkpoint: Checkpoint) -> int:
-    """Numbers of an initialiser that are not those of the named tensors, one below the other, cast to its type."""
+    """How many numbers of an initialiser differ from the named tensors, stacked and cast to its type."""
     ours, first, differing = _array(value), 0, 0
     for name in names:
         for block in checkpoint.rows(name, BLOCK_BYTES):
@@ -169,7 +165,7 @@ def _unequal(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> int:
 
 
 def _array(value: ir.Value) -> npt.NDArray[Any]:
-    """An initialiser, mapped."""
+    """An initialiser as a memory map."""
     assert value.const_value is not None
     return value.const_value.numpy()
 
@@ -183,7 +179,7 @@ def _gate_tensors(safety: SafetyArtifact | None) -> dict[str, npt.NDArray[np.flo
 
 @torch.no_grad()
 def _rotary(rotary_emb: Any, context: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Hugging Face's cos and sin of every place, (context, head_dim / 2)."""
+    """Hugging Face's cos and sin of every position, (context, head_dim / 2)."""
     both = rotary_emb(torch.zeros(1, 1), torch.arange(context)[None])
     cos, sin = (table[0, :, : table.shape[-1] // 2].numpy() for table in both)
     return cos, sin

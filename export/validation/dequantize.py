@@ -1,4 +1,4 @@
-"""The matrices of a written package, as onnxruntime computes with them: read back from its graphs and weights.bin."""
+"""Dequantise the matrices of a written package, from its graphs and weights.bin, as onnxruntime does."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ BLOCK_BYTES = 32 << 20  # of float32
 Rows = slice | npt.NDArray[np.int64]
 
 
-class Unpacked(NamedTuple):
-    """Rows of a quantised matrix (N, K)."""
+class Dequantised(NamedTuple):
+    """Dequantised rows of a matrix (N, K)."""
 
     weights: torch.Tensor  # (N, K) float32
-    steps: torch.Tensor  # (N, K) float32, above zero or 0: the distance between two numbers that a weight could be
+    steps: torch.Tensor  # (N, K) float32, at least 0: the distance between neighbouring values of each weight
 
 
 class PackedWeights:
-    """Every matrix of a package that is quantised under its checkpoint name, and the checkpoint's own for all others.
+    """A package's weights under their checkpoint names: its quantised matrices, and the checkpoint's for all others.
 
-    Opening it reads the graphs, and no weights. It stands in for the checkpoint (on_demand.WeightSource).
+    A WeightSource of on_demand.py. Opening it reads the graphs, and no weights.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, checkpoint: Checkpoint):
-        """`checkpoint` says how many rows each matrix has: some stand stacked in the package."""
+        """`checkpoint` tells how many rows each matrix has, because the package stacks some of them."""
         self._checkpoint = checkpoint
-        self._nodes: dict[str, ir.Node] = {}  # of the stacked matrix, by each name in it
+        self._nodes: dict[str, ir.Node] = {}  # checkpoint name -> the node with its (stacked) matrix
         self._rows: dict[str, slice] = {}
         for spec in manifest.graphs.values():
             for node in ir.load(folder / spec.file).graph:
@@ -59,7 +59,7 @@ class PackedWeights:
         self._checkpoint.expect(name, shape)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, float32. Its blocks are unpacked one by one: what that takes is many times their size."""
+        """A whole tensor, float32. Dequantised block by block, because that takes many times a block's memory."""
         if name not in self._nodes:
             return self._checkpoint.tensor(name)
         out, first = torch.empty(self._checkpoint.shape(name)), 0
@@ -98,14 +98,12 @@ def packed_kv_scales(folder: Path, manifest: Manifest) -> tuple[KVScales, ...]:
 
 
 def worse(one: float, other: float) -> float:
-    """The larger of two errors. NaN is the largest: `max` forgets it, and a graph of NaNs would pass for exact."""
+    """The larger of two errors; NaN counts as infinite. `max` may drop a NaN, and a graph of NaNs would pass."""
     return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def stacked(node: ir.Node, checkpoint: Checkpoint) -> dict[str, slice]:
-    """Checkpoint names of the matrices that a node multiplies with or gathers from, and the rows each takes there; none
-    where it is not quantised.
-    """
+    """Checkpoint names of the matrices in a quantised node, and which rows each takes; empty for other nodes."""
     if node.op_type not in _READERS:
         return {}
     value = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
@@ -115,24 +113,24 @@ def stacked(node: ir.Node, checkpoint: Checkpoint) -> dict[str, slice]:
     return {name: slice(end - checkpoint.shape(name)[0], end) for name, end in zip(names, ends, strict=True)}
 
 
-def read(node: ir.Node, rows: Rows) -> Unpacked:
-    """Rows of the matrix of a node for which there are `stacked` names."""
+def read(node: ir.Node, rows: Rows) -> Dequantised:
+    """Some rows of a quantised node's matrix, dequantised."""
     return _READERS[node.op_type](node, rows)
 
 
 def bits_of(node: ir.Node) -> int:
-    """Of each weight of such a matrix."""
+    """Bits of each weight of a quantised node's matrix."""
     return node.attributes["bits"].as_int() if "bits" in node.attributes else 8
 
 
 def values_of(value: ir.Value | None, rows: Rows | None = None) -> torch.Tensor | None:
-    """A copy of an initialiser, or of some of its rows; None of what is none."""
+    """A copy of an initialiser, or of some of its rows; None if there is none."""
     if value is None or value.const_value is None:
         return None
     stored = value.const_value
     copy = torch.from_numpy(np.array(stored.numpy() if rows is None else stored.numpy()[rows]))
     if isinstance(stored, ir.ExternalTensor):
-        stored.release()  # its map of weights.bin would count as memory, matrix by matrix
+        stored.release()  # else the map of weights.bin adds up to memory, matrix by matrix
     return copy
 
 
@@ -145,47 +143,47 @@ def _blocks(node: ir.Node, zero_points: torch.Tensor | None) -> Blocks:
     return Blocks(bits, size, symmetric=zero_points is None)
 
 
-def _unpacked(packed: Packed, blocks: Blocks, k: int) -> Unpacked:
+def _dequantised(packed: Packed, blocks: Blocks, k: int) -> Dequantised:
     steps = packed.scales.abs().repeat_interleave(blocks.size, dim=1)[:, :k]
-    return Unpacked(dequantise(packed, blocks, k), steps)
+    return Dequantised(dequantise(packed, blocks, k), steps)
 
 
-def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> Unpacked:
+def _mat_mul_n_bits(node: ir.Node, rows: Rows) -> Dequantised:
     codes, scales, zero_points = (_tensor(node, i, rows) for i in (1, 2, 3))
     assert codes is not None and scales is not None
     packed = Packed(codes, scales.float(), zero_points)
-    return _unpacked(packed, _blocks(node, zero_points), node.attributes["K"].as_int())
+    return _dequantised(packed, _blocks(node, zero_points), node.attributes["K"].as_int())
 
 
-def _gather_block_quantized(node: ir.Node, rows: Rows) -> Unpacked:
+def _gather_block_quantized(node: ir.Node, rows: Rows) -> Dequantised:
     scales = _tensor(node, 2, rows)
     assert scales is not None
     count = scales.shape[1]
     size = node.attributes["block_size"].as_int()
     packed, zero_points = _stored_bytes(node.inputs[0]), None
-    if len(node.inputs) > 3:  # uint4, and without padding: writer.py says why
+    if len(node.inputs) > 3:  # uint4 without padding: see writer.py
         flat = _stored_bytes(node.inputs[3])
         zero_points = torch.from_numpy(padded_nibbles(flat, count)[rows])
     blocks = _blocks(node, zero_points)
     codes = torch.from_numpy(np.array(packed.reshape(-1, count, size * blocks.bits // 8)[rows]))
-    return _unpacked(Packed(codes, scales.float(), zero_points), blocks, count * size)
+    return _dequantised(Packed(codes, scales.float(), zero_points), blocks, count * size)
 
 
 def _stored_bytes(value: ir.Value | None) -> npt.NDArray[np.uint8]:
-    """A weight's bytes as they lie in weights.bin, in one row."""
+    """A weight's bytes in weights.bin, flat."""
     assert value is not None and isinstance(value.const_value, ir.ExternalTensor)
     stored = value.const_value
     return np.memmap(stored.path, np.uint8, "r", stored.offset or 0, stored.length)
 
 
-def _mat_mul_integer(node: ir.Node, rows: Rows) -> Unpacked:
+def _mat_mul_integer(node: ir.Node, rows: Rows) -> Dequantised:
     codes, scales, smoothing = _tensor(node, 1), _tensor(node, 3), values_of(smoothing_of(node))
     assert codes is not None and scales is not None
     steps = scales[rows, None].abs().expand(-1, codes.shape[0])
     codes, scales = codes.T[rows].float(), scales[rows, None]
     if smoothing is None:
-        return Unpacked(codes * scales, steps)
-    return Unpacked(codes * scales * smoothing, steps * smoothing.abs())
+        return Dequantised(codes * scales, steps)
+    return Dequantised(codes * scales * smoothing, steps * smoothing.abs())
 
 
 _READERS = {

@@ -1,7 +1,7 @@
-"""What a package carries to prove itself on other machines: golden prompts, and hidden states that the gate must know.
+"""What a package carries so that other machines can check it: golden prompts, and hidden states for the gate.
 
-Unsafe prompts are among them where the safety folder brings some (safety/proof.py). Their words need not ship: a golden
-prompt may be given by its tokens, and the hidden states prove prober and Refusal Head without any.
+Some prompts are unsafe if the safety folder has unsafe ones (safety/proof.py). Their words need not ship: a golden
+prompt may be given by its token ids, and the hidden states check prober and Refusal Head without any prompt.
 """
 
 from __future__ import annotations
@@ -16,47 +16,57 @@ import torch
 
 from autosteer.export.safety.prober import p_unsafe
 from autosteer.runtime.gate import Action
-from autosteer.runtime.manifest import P_UNSAFE_MOST, Check, GateProof, Golden, Manifest, SteeredState, Tolerance
+from autosteer.runtime.manifest import (
+    MAX_P_UNSAFE_TOLERANCE,
+    Check,
+    GateProof,
+    Golden,
+    Manifest,
+    SteeredState,
+    Tolerance,
+)
 from autosteer.runtime.self_test import POSSIBLE, logits_shift
 
 if TYPE_CHECKING:
     from autosteer.export.safety_folder import SafetyArtifact
     from autosteer.runtime.engine import Engine
 
-    from .answers import Answered, Ours
-    from .reference import Case
+    from .answers import PackageAnswer, PackageAnswers
+    from .original import ValidationPrompt
 
 PROOF_FILE = "proof.f32"
-PROOF_STATES = 8  # of each kind: 229 KiB for hidden states of 3584 numbers
-SCORES_MOVE = (1e-3, 0.02)  # from machine to machine, at least: exact packages, others (ARM without dot products 0.011)
-AWAY_MOST = 0.9  # share of states: a sound head turns none away, a head of the wrong sign all
-NEAR_TIE = 0.1  # a token leads by less of the logits' standard deviation: other kernels may choose the runner-up
+PROOF_STATES = 8  # of each kind; 229 KiB for hidden states of 3584 numbers
+P_UNSAFE_TOLERANCE = (1e-3, 0.02)  # exact packages, others; measured: 0.011 (ARM without dot products)
+AWAY_LIMIT = 0.9  # share of states: 0 for a correct Refusal Head, 1 for one of the wrong sign
+NEAR_TIE = 0.1  # standard deviations of the logits: if a token leads by less, other kernels may choose the runner-up
 
 
-def goldens(cases: Sequence[Case], ours: Sequence[Ours], manifest: Manifest) -> tuple[tuple[Golden, ...], Tolerance]:
-    """What the package answers to single-turn cases, gated as it is and with every prompt found unsafe; and how far
-    another machine's results may be from these.
+def goldens(
+    prompts: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers], manifest: Manifest
+) -> tuple[tuple[Golden, ...], Tolerance]:
+    """Golden prompts: the package's answers to single-turn prompts, with its own threshold and with one that makes
+    every prompt unsafe; and how far another machine's results may differ.
     """
-    recorded = [pair for case, own in zip(cases, ours, strict=True) for pair in _goldens(case, own)]
+    recorded = [pair for prompt, answers in zip(prompts, ours, strict=True) for pair in _goldens(prompt, answers)]
     ties = sum(answered.lead < NEAR_TIE for _, answered in recorded)
     exact = manifest.exact
-    tolerance = Tolerance(SCORES_MOVE[0] if exact else SCORES_MOVE[1], 0 if exact else ties)
-    assert tolerance.p_unsafe <= P_UNSAFE_MOST
+    tolerance = Tolerance(P_UNSAFE_TOLERANCE[0] if exact else P_UNSAFE_TOLERANCE[1], 0 if exact else ties)
+    assert tolerance.p_unsafe <= MAX_P_UNSAFE_TOLERANCE
     return tuple(golden for golden, _ in recorded), tolerance
 
 
-def _goldens(case: Case, own: Ours) -> list[tuple[Golden, Answered]]:
-    """Each with the answer that it records. None is recorded as steered whose answer steering leaves as it was."""
-    if len(case.messages) > 1:
+def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Golden, PackageAnswer]]:
+    """Golden prompts, each with the answer it records. A steered answer is left out if it equals the plain one."""
+    if len(prompt.messages) > 1:
         return []
-    text = "" if case.prompt_ids else next(part for part in case.messages[0].parts if isinstance(part, str))
-    verdict, plain, steered = own.plain.verdict, own.plain, own.steered
+    text = "" if prompt.prompt_ids else next(part for part in prompt.messages[0].parts if isinstance(part, str))
+    verdict, plain, steered = answers.plain.verdict, answers.plain, answers.steered
 
-    def golden(threshold: float | None, action: Action, answered: Answered) -> tuple[Golden, Answered]:
+    def golden(threshold: float | None, action: Action, answered: PackageAnswer) -> tuple[Golden, PackageAnswer]:
         tokens = tuple(answered.tokens)
         p = None if steered is None else verdict.p_unsafe
         return (
-            Golden(text, case.image_files, threshold, p, action.value, tokens, case.video_files, case.prompt_ids),
+            Golden(text, prompt.image_files, threshold, p, action.value, tokens, prompt.video_files, prompt.prompt_ids),
             answered,
         )
 
@@ -69,48 +79,53 @@ def _goldens(case: Case, own: Ours) -> list[tuple[Golden, Answered]]:
 
 
 def gate_proof(
-    folder: Path, engine: Engine, cases: Sequence[Case], ours: Sequence[Ours], safety: SafetyArtifact
+    folder: Path,
+    engine: Engine,
+    prompts: Sequence[ValidationPrompt],
+    ours: Sequence[PackageAnswers],
+    safety: SafetyArtifact,
 ) -> tuple[GateProof, list[Check]]:
-    """Write PROOF_FILE, and describe it; unsafe prompts' states come first. What is expected of prober and Refusal Head
-    is computed by PyTorch from the safety folder, what is expected of lm_head by the package.
+    """Write PROOF_FILE and describe it, and check that steering works. States of unsafe prompts come first.
 
-    The checks fail where steering changes no state's token, and where it turns nearly all away from the refusal's first
-    word: such a Refusal Head is no guard.
+    PyTorch computes from the safety folder what prober and Refusal Head must give; the package's own lm_head gives the
+    tokens. The checks fail if steering changes no state's token, or if it makes the refusal's first token less likely
+    in nearly all states: such a Refusal Head does not protect.
     """
-    order = sorted(range(len(ours)), key=lambda i: cases[i].unsafe is not True)  # stable
+    order = sorted(range(len(ours)), key=lambda i: prompts[i].unsafe is not True)  # stable
     probed = np.stack([ours[i].plain.hidden for i in order[:PROOF_STATES]]).astype(np.float32)
     scores = p_unsafe(safety.prober, torch.from_numpy(probed))
     last = np.stack([ours[i].plain.last for i in order]).astype(np.float32)
-    bent = last + np.float32(safety.facts.strength) * last @ safety.steer_matrix.numpy().T
+    steered = last + np.float32(safety.facts.strength) * last @ safety.steer_matrix.numpy().T
     first = engine.tokenizer.encode(safety.facts.refusal_text, add_special_tokens=False).ids[0]
-    found = [_steer(engine, first, *states) for states in zip(last, bent, strict=True)]
-    telling = [
+    found = [_steer(engine, first, *states) for states in zip(last, steered, strict=True)]
+    effective = [
         i for i, seen in enumerate(found) if seen.state.token != seen.state.steered_token and seen.state.shift > 0
     ]
     away = float(np.mean([seen.gain < 0 for seen in found]))
     checks = [
-        Check("states whose token steering changes", float(len(telling)), None, bool(telling)),
-        Check("states steered away from the refusal", away, AWAY_MOST, away <= AWAY_MOST),
+        Check("states whose token steering changes", float(len(effective)), None, bool(effective)),
+        Check("states steered away from the refusal", away, AWAY_LIMIT, away <= AWAY_LIMIT),
     ]
-    kept = sorted(telling, key=lambda i: found[i].lead < NEAR_TIE)[:PROOF_STATES]  # stable
-    np.concatenate([probed, last[kept], bent[kept]]).astype("<f4").tofile(folder / PROOF_FILE)
+    kept = sorted(effective, key=lambda i: found[i].lead < NEAR_TIE)[:PROOF_STATES]  # stable
+    np.concatenate([probed, last[kept], steered[kept]]).astype("<f4").tofile(folder / PROOF_FILE)
     return GateProof(PROOF_FILE, tuple(map(float, scores)), tuple(found[i].state for i in kept)), checks
 
 
 @dataclass(frozen=True)
 class _Steered:
-    """What lm_head makes of a state as it is and steered."""
+    """The LM head's results for a state, plain and steered."""
 
     state: SteeredState
-    lead: float  # by which the likeliest token leads, the lesser of the two
-    gain: float  # log-probability that steering gives to the refusal's first token
+    lead: float  # margin of the likeliest token over the runner-up, the lesser of both results
+    gain: float  # log-probability that steering adds to the refusal's first token
 
 
-def _steer(engine: Engine, first: int, last: np.ndarray, bent: np.ndarray) -> _Steered:
-    """A state (D,) as it is and steered, through lm_head."""
+def _steer(engine: Engine, first: int, last: np.ndarray, steered: np.ndarray) -> _Steered:
+    """Run a state (D,), plain and steered, through lm_head."""
     dtype = engine.manifest.activations
     logits = [
-        engine.graphs["lm_head"].run({"last_hidden_state": x.astype(dtype)[None, None]})[0][0, 0] for x in (last, bent)
+        engine.graphs["lm_head"].run({"last_hidden_state": x.astype(dtype)[None, None]})[0][0, 0]
+        for x in (last, steered)
     ]
     tokens = [int(row.argmax()) for row in logits]
     before, after = (float(torch.from_numpy(row).double().log_softmax(0)[first]) for row in logits)
@@ -118,7 +133,7 @@ def _steer(engine: Engine, first: int, last: np.ndarray, bent: np.ndarray) -> _S
 
 
 def lead(logits: np.ndarray) -> float:
-    """By how much the likeliest token leads the next, in standard deviations of the logits (V,)."""
+    """Margin of the likeliest token over the runner-up, in standard deviations of the logits (V,)."""
     possible = logits[~(np.abs(logits) > POSSIBLE)]
     second, first = np.partition(possible, -2)[-2:]
     return float((first - second) / max(float(possible.std()), 1e-30))

@@ -1,8 +1,7 @@
-"""An ONNX graph of a package, run in pieces of a few hundred megabytes, so that a 7B package can be validated in less
-memory than it takes.
+"""Run an ONNX graph of a package in shards, so that a 7B package is validated in less memory than it needs to run.
 
-The pieces are cut from the very file that ships: consecutive nodes, until their weights exceed PIECE_BYTES. What a
-piece computes for later ones becomes its output. onnxruntime loads a piece from memory, its weights from weights.bin.
+The graph file that ships is cut into shards: consecutive nodes, until their weights exceed SHARD_BYTES. Values that
+later shards need are a shard's outputs. onnxruntime loads a shard's nodes from memory and its weights from weights.bin.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 
-from autosteer.export.checkpoint.layer_sweep import Convoy
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.runtime.manifest import GraphSpec
 from autosteer.runtime.subgraph import Device, session_options, shrinking
 
-PIECE_BYTES = 256 << 20
-# What casts weights while a session is made. The second does what the first would have done, and ends the process where
-# that is missing, from onnxruntime 1.23 to 1.29 ("std::vector<NodeArg*>::operator[]").
+SHARD_BYTES = 256 << 20
+# The optimizers that cast weights when a session is created. Both must be off: without the first, the second crashes
+# onnxruntime 1.23 to 1.29 ("std::vector<NodeArg*>::operator[]").
 UNFOLDED = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 
-# Output types where they are not the first input's, for operators whose outputs the exporter leaves untyped.
+# Output types of operators that the exporter leaves untyped, if they are not the first input's type.
 OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
     "Shape": (INT64,),
     "ArgMin": (INT64,),
@@ -38,8 +37,8 @@ OUTPUT_TYPES: dict[str, tuple[int, ...]] = {
 }
 
 
-class Piece:
-    """A few consecutive nodes of a graph, in a session of their own while they are loaded."""
+class GraphShard:
+    """Consecutive nodes of a graph. While loaded, they have a session of their own."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path, size: int, device: Device, *, quantised: bool):
         self.bytes = size
@@ -50,11 +49,11 @@ class Piece:
         self._model, self._folder, self._device = model, folder, device
 
     def load(self) -> None:
-        """Make the session."""
+        """Create the session."""
         options = session_options(self._device)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         disabled: tuple[str, ...] = ()
-        if not self.quantised:  # float weights would be there three times: as stored, cast to float32, and packed
+        if not self.quantised:  # else float weights are in memory three times: as stored, cast to float32, prepacked
             options.add_session_config_entry("session.disable_prepacking", "1")
             disabled = UNFOLDED
         self.session = ort.InferenceSession(
@@ -69,50 +68,60 @@ class Piece:
         self.session = None
 
 
-class Watch:
-    """Keeps values inside of graphs, of which each thread sees its own, between `begin` and `take`."""
+class ActivationRecorder:
+    """Records intermediate values of graphs between `start` and `stop`, for each thread separately."""
 
     def __init__(self, *endings: str):
-        """Values whose names end so."""
+        """Record values whose names have one of these `endings`."""
         self.endings = endings
         self._thread = threading.local()
 
-    def begin(self) -> None:
-        """From now on the calling thread's values are kept."""
-        self._thread.seen = {}
+    def start(self) -> None:
+        """Record the calling thread's values from now on."""
+        self._thread.values = {}
 
-    def note(self, name: str, value: ort.OrtValue) -> None:
-        """A value was computed."""
-        seen = getattr(self._thread, "seen", None)
-        if seen is not None and name.endswith(self.endings):
-            seen.setdefault(name, []).append(np.array(value.numpy()))
+    def record(self, name: str, value: ort.OrtValue) -> None:
+        """Called for each value that crosses shards."""
+        values = getattr(self._thread, "values", None)
+        if values is not None and name.endswith(self.endings):
+            values.setdefault(name, []).append(np.array(value.numpy()))
 
-    def take(self) -> dict[str, npt.NDArray[Any]]:
-        """What was kept, of one name (1, rows, ..) after the other; none where nobody began. No more is."""
-        seen: dict[str, list[npt.NDArray[Any]]] = getattr(self._thread, "seen", None) or {}
-        self._thread.seen = None
-        return {name: np.concatenate(values, axis=1) for name, values in seen.items()}
+    def stop(self) -> dict[str, npt.NDArray[Any]]:
+        """Stop recording. The recorded values (1, positions, ..) by name, those of one name joined in order; empty
+        without a `start`.
+        """
+        values: dict[str, list[npt.NDArray[Any]]] = getattr(self._thread, "values", None) or {}
+        self._thread.values = None
+        return {name: np.concatenate(parts, axis=1) for name, parts in values.items()}
 
 
-class GraphInPieces:
-    """Stands in for runtime.Subgraph where the graph is larger than the memory (Engine's `load`)."""
+class ShardedGraph:
+    """Stands in for runtime.Subgraph if the graph is larger than memory: Engine's `load`."""
 
-    def __init__(self, path: Path, spec: GraphSpec, device: Device, *, convoy: Convoy, watch: Watch | None = None):
-        """Cut the graph at `path` and add its pieces to `convoy`; `watch` is shown what it names."""
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        device: Device,
+        *,
+        sweep: LayerSweep,
+        recorder: ActivationRecorder | None = None,
+    ):
+        """Cut the graph at `path` and add its shards to `sweep`. `recorder` gets the values that it names."""
         self.name = path.stem
         self.device = device
         self._outputs = [t.name for t in spec.outputs]
-        self._convoy, self._watch = convoy, watch
+        self._sweep, self._recorder = sweep, recorder
         quantised = spec.precision in ("int8", "int4")
-        self._pieces = [
-            Piece(model, path.parent, size, device, quantised=quantised)
-            for model, size in cut(path, watch.endings if watch else ())
+        self._shards = [
+            GraphShard(model, path.parent, size, device, quantised=quantised)
+            for model, size in split_graph(path, recorder.endings if recorder else ())
         ]
-        for piece in self._pieces:
-            convoy.add(piece)
-        self._needed = [  # after each piece; everything else is dropped, or activations would pile up
-            {*self._outputs, *(name for later in self._pieces[i + 1 :] for name in later.inputs)}
-            for i in range(len(self._pieces))
+        for shard in self._shards:
+            sweep.add(shard)
+        self._needed = [  # values needed after each shard; all others are freed
+            {*self._outputs, *(name for later in self._shards[i + 1 :] for name in later.inputs)}
+            for i in range(len(self._shards))
         ]
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -126,34 +135,34 @@ class GraphInPieces:
 
     def _run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         values = dict(inputs)
-        for piece, needed in zip(self._pieces, self._needed, strict=True):
-            self._convoy.reach(piece)
-            binding = piece.session.io_binding()
-            for name in piece.inputs:
+        for shard, needed in zip(self._shards, self._needed, strict=True):
+            self._sweep.wait_for(shard)
+            binding = shard.session.io_binding()
+            for name in shard.inputs:
                 binding.bind_ortvalue_input(name, values[name])
-            for name in piece.outputs:
+            for name in shard.outputs:
                 if name in outputs:
                     binding.bind_ortvalue_output(name, outputs[name])
                 else:
                     binding.bind_output(name, "cpu")
-            piece.session.run_with_iobinding(
+            shard.session.run_with_iobinding(
                 binding, shrinking(self.device)
-            )  # or the arena keeps what the largest piece took
-            for name, value in zip(piece.outputs, binding.get_outputs(), strict=True):
-                # a copy: what onnxruntime allocated keeps the whole session in memory
+            )  # or the arena keeps what the largest shard took
+            for name, value in zip(shard.outputs, binding.get_outputs(), strict=True):
+                # copied: an output that onnxruntime allocated keeps its session in memory
                 values[name] = outputs.get(name) or ort.OrtValue.ortvalue_from_numpy(np.array(value.numpy()))
-                if self._watch:
-                    self._watch.note(name, values[name])
+                if self._recorder:
+                    self._recorder.record(name, values[name])
             del binding, value
             values = {name: value for name, value in values.items() if name in needed}
         return values
 
 
-def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto, int]]:
-    """Models of consecutive nodes of the graph at `path`, with about PIECE_BYTES of weights each, and those bytes.
-    Values whose names end in one of `watched` are outputs, too.
+def split_graph(path: Path, recorded: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto, int]]:
+    """Cut the graph at `path` into models with about SHARD_BYTES of weights each: (model, bytes of its weights).
 
-    Nodes that depend on weights alone (casts of weights) go wherever they are used.
+    Values whose names end in one of `recorded` become outputs as well. Nodes that depend on weights alone (casts of
+    weights) are copied into every shard that uses them.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
@@ -166,32 +175,32 @@ def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto
         if all(name in constant for name in node.input if name) and outputs.isdisjoint(node.output):
             constant.update(node.output)
 
-    pieces: list[list[onnx.NodeProto]] = [[]]
-    taken: dict[str, int] = {}  # weight -> bytes, of the piece being filled
+    shards: list[list[onnx.NodeProto]] = [[]]
+    taken: dict[str, int] = {}  # weight -> bytes, of the current shard
     for node in (n for n in graph.node if not set(n.output) <= constant):
-        if sum(taken.values()) > PIECE_BYTES:
-            pieces.append([])
+        if sum(taken.values()) > SHARD_BYTES:
+            shards.append([])
             taken = {}
-        pieces[-1].append(node)
+        shards[-1].append(node)
         needed = _closure(node, maker, constant)
         taken |= {name: _bytes(weights[name]) for n in (node, *needed) for name in n.input if name in weights}
 
-    used_by = [{name for node in piece for name in node.input if name} for piece in pieces]
+    used_by = [{name for node in shard for name in node.input if name} for shard in shards]
     models = []
-    for number, piece in enumerate(pieces):
-        helpers = {id(n): n for node in piece for n in _closure(node, maker, constant)}
-        nodes = [n for n in graph.node if id(n) in helpers] + piece
+    for number, shard in enumerate(shards):
+        helpers = {id(n): n for node in shard for n in _closure(node, maker, constant)}
+        nodes = [n for n in graph.node if id(n) in helpers] + shard
         made = {name for node in nodes for name in node.output if name}
         read = dict.fromkeys(name for node in nodes for name in node.input if name)
-        later = set().union(*used_by[number + 1 :]) if number + 1 < len(pieces) else set()
+        later = set().union(*used_by[number + 1 :]) if number + 1 < len(shards) else set()
         part = onnx.helper.make_graph(
             nodes,
             f"{graph.name}.{number}",
             [types[name] for name in read if name not in made and name not in weights],
             [
                 types[name]
-                for name in dict.fromkeys(n for node in piece for n in node.output)
-                if name in later | outputs or name.endswith(watched)
+                for name in dict.fromkeys(n for node in shard for n in node.output)
+                if name in later | outputs or name.endswith(recorded)
             ],
             [weights[name] for name in read if name in weights],
         )
@@ -205,7 +214,7 @@ def cut(path: Path, watched: tuple[str, ...] = ()) -> list[tuple[onnx.ModelProto
 def _closure(
     node: onnx.NodeProto, maker: Mapping[str, onnx.NodeProto], constant: Iterable[str]
 ) -> list[onnx.NodeProto]:
-    """The weights-only nodes that `node` reads from, nearest last."""
+    """The nodes that `node` depends on and that depend on weights alone, nearest last."""
     found: list[onnx.NodeProto] = []
     for name in node.input:
         if name in maker and name in constant:
@@ -214,26 +223,26 @@ def _closure(
 
 
 def _types(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
-    """Element types of all values; shapes only where the graph itself says them at its inputs and outputs."""
+    """Element types of all values; shapes of the graph's inputs and outputs only."""
     known = {value.name: value for value in (*graph.input, *graph.output)}
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *known.values())}
     kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     for node in graph.node:
         first = next((kinds[name] for name in node.input if name), FLOAT)
-        said = OUTPUT_TYPES.get(node.op_type, ())
+        outputs = OUTPUT_TYPES.get(node.op_type, ())
         if node.op_type == "GatherBlockQuantized":
-            said = (kinds[node.input[2]],)  # its scales'
+            outputs = (kinds[node.input[2]],)  # the type of its scales
         if node.op_type == "Cast":
-            said = (next(a.i for a in node.attribute if a.name == "to"),)
+            outputs = (next(a.i for a in node.attribute if a.name == "to"),)
         for i, name in enumerate(node.output):
             if name and not kinds.get(name):
-                kinds[name] = said[i] if i < len(said) else first
+                kinds[name] = outputs[i] if i < len(outputs) else first
     return {
         name: known.get(name) or onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()
     }
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    """What a weight takes when it is used: float16 is cast to float32."""
+    """Bytes of a weight in memory: float16 is cast to float32."""
     stored = next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), tensor.ByteSize())
     return 2 * stored if tensor.data_type == onnx.TensorProto.FLOAT16 else stored

@@ -1,4 +1,4 @@
-"""The dialogues that a package and its original are compared on, and as many of them as there is time for."""
+"""The validation prompts: what package and PyTorch model both answer, as many as time allows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, load_tokenizer
 
-from .reference import ANSWER_TOKENS, Case, Reference
+from .original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 
-WORK = 3e12  # multiplications that one pass over all dialogues may take; there are five to eight: minutes, on two cores
-LONG = 1000  # tokens: a text beyond, where the context has room
+WORK = 3e12  # multiplications of one forward pass over all prompts; with five to eight passes: minutes, on two cores
+LONG = 1000  # tokens: one prompt is longer, if the context has room
 
 
-def make_cases(folder: Path, manifest: Manifest, safety: SafetyArtifact | None) -> list[Case]:
-    """The safety folder's prompts, unsafe and benign in turn; then dialogues with no, one, two images; square, wide,
-    tall; a video; two turns, one of them long; the most telling first. Pictures are drawn and kept in golden/.
+def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArtifact | None) -> list[ValidationPrompt]:
+    """The safety folder's prompts, then dialogues without, with one and with two images of several shapes, a video, and
+    two turns, one of them long. The prompts that show most come first. Images are drawn and written to golden/.
     """
     (folder / "golden").mkdir(exist_ok=True)
-    cases = [
-        *proof_cases(folder, safety),
-        Case((Message.user("Name three colours."),), ()),
+    prompts = [
+        *proof_prompts(folder, safety),
+        ValidationPrompt((Message.user("Name three colours."),), ()),
         _dialogue(folder, manifest),
     ]
     if manifest.image is None:
-        return cases
+        return prompts
     size = manifest.image.tile_size
     shapes = {"small": (33, 21), "tall": (size - 9, size * 3), "square": (size, size), "wide": (size * 2 + 7, size - 5)}
     files = {name: f"golden/{name}.png" for name in shapes}
@@ -43,37 +43,43 @@ def make_cases(folder: Path, manifest: Manifest, safety: SafetyArtifact | None) 
     def turn(text: str, *names: str) -> Message:
         return Message.user(text, [folder / files[name] for name in names])
 
-    wide, *others = [Case((turn("what is shown here?", n),), (files[n],)) for n in ("wide", "small", "tall", "square")]
+    wide, *others = [
+        ValidationPrompt((turn("what is shown here?", n),), (files[n],)) for n in ("wide", "small", "tall", "square")
+    ]
     return [
-        *cases,
+        *prompts,
         wide,
-        *([_video_case(folder, size)] if manifest.video else []),
-        Case((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
+        *([_video_prompt(folder, size)] if manifest.video else []),
+        ValidationPrompt((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
         *others,
-        Case((turn("describe it.", "wide"), Message.assistant("a picture."), turn("how many?")), (files["wide"],)),
+        ValidationPrompt(
+            (turn("describe it.", "wide"), Message.assistant("a picture."), turn("how many?")), (files["wide"],)
+        ),
     ]
 
 
-def proof_cases(folder: Path, safety: SafetyArtifact | None) -> list[Case]:
-    """The prompts that the safety folder brings, unsafe and benign in turn."""
-    prompts = safety.facts.proof if safety else ()
-    pairs = itertools.zip_longest(*([p for p in prompts if p.unsafe is unsafe] for unsafe in (True, False)))
-    cases = []
+def proof_prompts(folder: Path, safety: SafetyArtifact | None) -> list[ValidationPrompt]:
+    """The safety folder's prompts, unsafe and benign ones in turn."""
+    proof = safety.facts.proof if safety else ()
+    pairs = itertools.zip_longest(*([p for p in proof if p.unsafe is unsafe] for unsafe in (True, False)))
+    found = []
     for prompt in filter(None, itertools.chain.from_iterable(pairs)):
         if prompt.token_ids:
-            cases.append(Case((Message("user", ()),), (), prompt_ids=prompt.token_ids, unsafe=prompt.unsafe))
+            found.append(
+                ValidationPrompt((Message("user", ()),), (), prompt_ids=prompt.token_ids, unsafe=prompt.unsafe)
+            )
         elif prompt.text:
             assert safety is not None and safety.folder is not None
             files = tuple(f"golden/{Path(image).name}" for image in prompt.images)
             for image, file in zip(prompt.images, files, strict=True):
                 shutil.copyfile(safety.folder / image, folder / file)
             message = Message.user(prompt.text, [folder / file for file in files])
-            cases.append(Case((message,), files, unsafe=prompt.unsafe))
-    return cases
+            found.append(ValidationPrompt((message,), files, unsafe=prompt.unsafe))
+    return found
 
 
-def _dialogue(folder: Path, manifest: Manifest) -> Case:
-    """Two turns, the first with a text beyond LONG tokens where the context has room for it."""
+def _dialogue(folder: Path, manifest: Manifest) -> ValidationPrompt:
+    """Two turns, the first longer than LONG tokens if the context has room."""
     tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
     text = ""
     for n in itertools.count(1):
@@ -82,15 +88,15 @@ def _dialogue(folder: Path, manifest: Manifest) -> Case:
             break
     fits = tokens + LONG // 5 + ANSWER_TOKENS < manifest.dims.context_length
     opening = Message.user(text if fits else "hello")
-    return Case((opening, Message.assistant("hello!"), Message.user("what can you do?")), ())
+    return ValidationPrompt((opening, Message.assistant("hello!"), Message.user("what can you do?")), ())
 
 
-def _video_case(folder: Path, size: int) -> Case:
+def _video_prompt(folder: Path, size: int) -> ValidationPrompt:
     """Two frames, wider and flatter than a tile."""
     files = ("golden/frame1.png", "golden/frame2.png")
     for seed, file in enumerate(files, 10):
         draw(size * 3 // 2 + 1, size // 2 + 3, seed).save(folder / file)
-    return Case((Message.user("what happens?", videos=[[folder / file for file in files]]),), (), (files,))
+    return ValidationPrompt((Message.user("what happens?", videos=[[folder / file for file in files]]),), (), (files,))
 
 
 def draw(width: int, height: int, seed: int) -> Image.Image:
@@ -104,15 +110,17 @@ def draw(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(base.astype(np.uint8))
 
 
-def affordable(cases: Sequence[Case], checkpoint: Checkpoint, reference: Reference) -> list[Case]:
-    """The first of `cases` that PyTorch can go through within WORK; and the first of each kind, whatever it takes: an
-    unsafe prompt and a benign one, a text, two turns, a picture of several tiles, several pictures, a video.
+def affordable(
+    prompts: Sequence[ValidationPrompt], checkpoint: Checkpoint, original: OriginalModel
+) -> list[ValidationPrompt]:
+    """The first of `prompts` that fit into WORK, and in any case the first of each kind: an unsafe prompt and a benign
+    one, a text, two turns, an image of several tiles, several images, a video.
     """
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
-    kept: list[Case] = []
+    kept: list[ValidationPrompt] = []
     work = 0.0
-    for case in cases:
-        work += weights * reference.inputs(case)["input_ids"].shape[1]
-        if work <= WORK or case.kind not in {other.kind for other in kept}:
-            kept.append(case)
+    for prompt in prompts:
+        work += weights * original.inputs(prompt)["input_ids"].shape[1]
+        if work <= WORK or prompt.kind not in {other.kind for other in kept}:
+            kept.append(prompt)
     return kept

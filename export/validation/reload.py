@@ -1,5 +1,4 @@
-"""Load a package that was just written as its users will, before it takes its place: files, hashes, manifest, graphs,
-and the gate's proof.
+"""Load a package that was just written, as its users will: files, hashes, manifest, graphs, and the gate's proof.
 
 A package of ordinary size is loaded by Engine.load. Of a larger one the same files are checked, and its graphs are
 loaded one after the other, so that an export never needs as much memory as the whole package does.
@@ -20,13 +19,13 @@ WHOLE = 2 << 30  # bytes: larger packages are loaded graph by graph; 7B at int4 
 
 
 def load_again(folder: Path, needed: int) -> str:
-    """Load the package in `folder`, which takes `needed` bytes as a whole, on the CPU; how that was done, in words.
+    """Load the package in `folder` on the CPU, and say how. As a whole it takes `needed` bytes.
 
-    Raises PackageError where it does not load.
+    Raises PackageError if it does not load.
     """
     engine_log = logging.getLogger("autosteer.runtime.engine")
     level = engine_log.level
-    engine_log.setLevel(logging.ERROR)  # that a package for CUDA is slow here is no news
+    engine_log.setLevel(logging.ERROR)  # it would warn that a package for CUDA is slow here
     try:
         if needed <= WHOLE:
             Engine.load(folder, device="cpu")

@@ -8,16 +8,16 @@
 // Headers only. Needs onnxruntime (1.21 or newer), nlohmann/json, Oniguruma, utf8proc, libcrypto, libpng and libjpeg;
 // CMakeLists.txt beside this file finds them. docs/embedding.md explains the package and this loop.
 //
-//     errors.hpp    what is thrown                   text.hpp      dialogue -> token ids -> text
-//     manifest.hpp  autosteer.json                   tokenizer.hpp tokenizer.json
-//     gate.hpp      the safety rule                  image.hpp     picture -> pixel_values; features -> rows
-//     unicode.hpp   what is a character              video.hpp     the same of a video's frames
-//     subgraph.hpp  one session, buffers, caches     picture.hpp   PNG, JPEG -> pixels
-//     request.hpp   one answer's buffers             speculate.hpp what is drafted
-//     conversation.hpp  what turns share             digest.hpp    SHA-256
-//     engine.hpp    the loop                         sampling.hpp  logits -> token
-//     self_test.hpp does the gate work here?         pages.hpp     where weights lie
-//     check.hpp     the golden prompts again (not included here)
+//     engine.hpp        the loop                         text.hpp       dialogue -> token ids -> text
+//     generation.hpp    one answer's buffers             tokenizer.hpp  tokenizer.json
+//     conversation.hpp  what turns share                 unicode.hpp    UTF-8
+//     gate.hpp          the safety rule                  image.hpp      picture -> pixel_values; features -> rows
+//     self_test.hpp     check the gate at load           video.hpp      the same for a video's frames
+//     manifest.hpp      autosteer.json                   picture.hpp    PNG, JPEG -> pixels
+//     subgraph.hpp      sessions, buffers, KV caches     sampling.hpp   logits -> token
+//     pages.hpp         huge pages for the weights       drafting.hpp   speculative decoding
+//     errors.hpp        exceptions                       digest.hpp     SHA-256
+//     check.hpp         replay the golden prompts (not included here)
 //
 // Other languages: autosteer.h (C functions), built as libautosteer.
 #pragma once

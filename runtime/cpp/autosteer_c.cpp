@@ -1,4 +1,4 @@
-// The C functions of autosteer.h over the C++ engine: exceptions become codes here, and nothing else happens.
+// The C functions of autosteer.h, on the C++ engine. Exceptions become error codes here.
 #include "autosteer.h"
 
 #include <exception>
@@ -18,7 +18,7 @@ struct autosteer_conversation {
 
 struct autosteer_stream {
   std::shared_ptr<const autosteer::Engine> engine;
-  std::shared_ptr<autosteer::Conversation> conversation;  // none: nothing is shared
+  std::shared_ptr<autosteer::Conversation> conversation;  // null: nothing is shared
   autosteer::Stream stream;
   std::string chunk;
 };
@@ -27,7 +27,7 @@ namespace {
 
 thread_local std::string last_error;
 
-/// Run `body`; its exception becomes the error line and the code that is returned.
+/// Run `body`; 0, or the code of its exception, whose message becomes the error line.
 template <class Body>
 int guarded(const Body& body) noexcept {
   int code = 1;
@@ -44,7 +44,7 @@ int guarded(const Body& body) noexcept {
     } catch (...) {
       last_error = what;
     }
-  } catch (...) {  // no memory for the message
+  } catch (...) {  // out of memory for the message
     last_error.clear();
   }
   return code;

@@ -1,6 +1,7 @@
-// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...: autosteer-run without Python, with the
-// same options, the same chat, the same --json and the same exit codes. Answers go to stdout, verdicts and timings to
-// stderr.
+// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...
+//
+// autosteer-run without Python: the same options, chat, --json and exit codes. Answers go to stdout, verdicts and
+// timings to stderr.
 #include <malloc.h>
 #include <unistd.h>
 
@@ -32,28 +33,29 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
 
   -p, --prompt TEXT            The prompt; '-' reads stdin. Without one: a chat on a terminal, else stdin.
   -i, --image FILE             A PNG or JPEG file; repeatable.
-  --video FOLDER               A folder of PNG or JPEG files in the order of their names, as
-                               `ffmpeg -i clip.mp4 frames/%04d.png` makes it; repeatable.
-  --frames INTEGER             Of a longer video, take so many frames, evenly spaced.  [default: 8]
+  --video FOLDER               A folder of PNG or JPEG files, ordered by name, as made by
+                               `ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.
+  --frames INTEGER             Number of frames to take from a longer video, evenly spaced.  [default: 8]
   --policy [steer|stop|monitor|off]
-                               An unsafe prompt: bend the answer towards a refusal, refuse outright, only report
-                               it; or no gate at all.  [default: steer]
+                               For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only
+                               report it; or no gate.  [default: steer]
   --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
-  --strength FLOAT             How hard to steer. Default: the package's.
+  --strength FLOAT             Strength of steering. Default: the package's.
   --max-tokens INTEGER         Longest answer.  [default: 256]
   --temperature FLOAT          0 is greedy.  [default: 0]
-  --top-k INTEGER              Sample among the k likeliest tokens.  [0: all]
-  --top-p FLOAT                Sample within this much probability.  [default: 1]
+  --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
+  --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
   --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
   --speculation / --no-speculation
-                               Draft what the answer copies from the prompt: quicker, and the same text.  [on]
+                               Draft what the answer copies from the prompt. Faster. Near ties may differ at int8
+                               and int4.  [on]
   --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
-  --low-memory                 Load the image graph for each picture only, and drop it again.
+  --low-memory                 Load the image graph for each picture, and drop it afterwards.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: all cores.
-  --check                      Answer no prompt: does PACKAGE answer here as it did where it was exported?
+  --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.
   --json                       One JSON object on stdout.
   -h, --help                   Show this and exit.
 )";
@@ -133,8 +135,8 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--threads",
        [&](auto& o, auto& value) {
          const int64_t threads = as_int(o, value);
-         if (threads < 1 || threads > autosteer::kMostThreads) {
-           const std::string most = std::to_string(autosteer::kMostThreads);
+         if (threads < 1 || threads > autosteer::kMaxThreads) {
+           const std::string most = std::to_string(autosteer::kMaxThreads);
            throw UsageError("Invalid value for '--threads': from 1 to " + most + ".");
          }
          arguments.engine.threads = static_cast<int>(threads);
@@ -182,7 +184,7 @@ Arguments parse(const std::vector<std::string>& words) {
   return arguments;
 }
 
-/// Standard input as it stands, but for one line end at its end, which is echo's.
+/// Standard input without one line end at its end, which `echo` adds.
 std::string read_stdin() {
   std::string text{std::istreambuf_iterator<char>(std::cin), {}};
   if (!text.empty() && text.back() == '\n') text.pop_back();
@@ -229,7 +231,7 @@ std::string stats_line(const std::string& finish_reason, const autosteer::Stats&
 
 volatile std::sig_atomic_t answering = 0, interrupted = 0;  // in a chat; by Ctrl-C
 
-/// Ctrl-C in a chat: enough of this answer, or of the chat where there is none.
+/// Ctrl-C in a chat: end the answer, or the chat if none is being written.
 void interrupt(int) {
   constexpr char kLast[] = "\nautosteer-cli: interrupted\n";
   constexpr int kInterrupted = 130;
@@ -237,7 +239,7 @@ void interrupt(int) {
   if (!answering) _exit(write(STDERR_FILENO, kLast, sizeof kLast - 1) < 0 ? 1 : kInterrupted);
 }
 
-/// Stream an answer: verdict and timings to stderr, text to stdout. Nothing where it was interrupted.
+/// Stream an answer: verdict and timings to stderr, text to stdout. Nothing if it was interrupted.
 std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vector<autosteer::Message> dialogue,
                                      const autosteer::SamplingConfig& sampling, const autosteer::GatePolicy& policy,
                                      autosteer::Conversation* conversation = nullptr) {
@@ -257,8 +259,7 @@ std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vecto
   return answer;
 }
 
-/// A file's name as somebody types it, or as a terminal writes the file that is dropped on it: in quotes, or with
-/// backslashes.
+/// The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes.
 std::string typed_path(std::string_view text) {
   std::string name(autosteer::strip(text));
   const bool quoted = name.size() > 1 && (name.front() == '\'' || name.front() == '"') && name.back() == name.front();
@@ -274,9 +275,8 @@ std::string typed_path(std::string_view text) {
   return home && name.compare(0, 2, "~/") == 0 ? home + name.substr(1) : name;
 }
 
-/// A dialogue on the terminal. Pictures and videos wait for a turn that is answered; earlier turns are not computed
-/// again. A turn that was steered or stopped is forgotten: while it is part of the dialogue, every later one is unsafe
-/// with it.
+/// A dialogue on the terminal. Pictures and videos go into the next turn that is answered. A turn that was steered or
+/// stopped is forgotten: as part of the dialogue it would make every later turn unsafe.
 void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
           std::vector<std::vector<autosteer::ImageLike>> videos) {
   const char* const help =
@@ -293,7 +293,7 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
       if (command == "/image") {
         if (!engine.manifest.image) throw autosteer::InputError("this model takes no images");
         const autosteer::ImageLike picture = autosteer::fs::path(typed_path(rest));
-        autosteer::open_image(picture);  // here, so that a mistyped name cannot spoil the turns to come
+        autosteer::open_image(picture);  // open it now, so that a mistyped name does not fail every later turn
         images.push_back(picture);
       } else if (command == "/video") {
         if (!engine.manifest.video) throw autosteer::InputError("this model takes no videos");
@@ -317,7 +317,7 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         }
         if (answer) images.clear(), videos.clear();
       }
-    } catch (const autosteer::InputError& err) {  // a chat outlives mistyped names, prompts that do not fit
+    } catch (const autosteer::InputError& err) {  // the chat goes on after mistyped names and prompts that do not fit
       if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
       std::cerr << "error: " << err.what() << "\n";
     }
@@ -326,7 +326,7 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
   std::cerr << "\n";
 }
 
-/// autosteer-check: the golden prompts again. Throws with exit code 6 where something is not as it was.
+/// autosteer-check: replay the golden prompts. Throws an Error with exit code 6 if something differs.
 void check(const Arguments& arguments) {
   const autosteer::Engine engine(*arguments.package, arguments.engine);
   const std::vector<autosteer::Check> checks = autosteer::check_package(engine, *arguments.package);
@@ -347,9 +347,9 @@ void check(const Arguments& arguments) {
   }
   if (!failed.empty()) {
     constexpr int kCheckFailed = 6;
-    throw autosteer::Error(*arguments.package + ": " + failed +
-                               ": not as on the exporting machine; do not deploy this package here",
-                           kCheckFailed);
+    throw autosteer::Error(
+        *arguments.package + ": " + failed + ": not as on the exporting machine; do not deploy this package here",
+        kCheckFailed);
   }
 }
 
@@ -366,7 +366,7 @@ int run(const Arguments& arguments) {
   if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<std::vector<autosteer::ImageLike>> videos;
   for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
-  autosteer::EngineOptions options = arguments.engine;  // one text: there will be no picture to load an image graph for
+  autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
   const autosteer::Engine engine(*arguments.package, options);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
@@ -386,7 +386,7 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // What onnxruntime frees while it packs weights goes back to the system at once: an eighth less memory at the peak.
+  // Give memory back to the system as soon as onnxruntime frees it, while it packs weights: an eighth less at the peak.
   mallopt(M_MMAP_THRESHOLD, 1 << 18);
   try {
     Arguments arguments = parse({argv + 1, argv + argc});

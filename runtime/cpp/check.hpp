@@ -1,4 +1,4 @@
-// Replay a package's golden prompts: the C++ side of runtime/check.py, line by line.
+// Replay a package's golden prompts. The C++ side of runtime/check.py, with the same lines.
 #pragma once
 
 #include <algorithm>
@@ -12,16 +12,16 @@
 
 namespace autosteer {
 
-/// One line of what the check found.
+/// One line of the check's table.
 struct Check {
   std::string name;
   double value;
-  std::optional<double> limit;  ///< absent: reported, not judged
+  std::optional<double> limit;  ///< absent: reported, not enforced
   bool passed;
 };
 
-/// Answer every golden prompt of the package in `folder` again. Hashes, names, shapes and the gate's proof were checked
-/// when `engine` was loaded. runtime/check.py says what must be equal.
+/// Answer every golden prompt of the package in `folder` again; runtime/check.py says what must be equal. Loading
+/// `engine` has already checked hashes, names, shapes and the gate's proof.
 inline std::vector<Check> check_package(const Engine& engine, const fs::path& folder) {
   const Manifest& manifest = engine.manifest;
   const auto answer = [&](const Golden& golden, Mode mode) {

@@ -1,16 +1,17 @@
-// What the turns of one dialogue need not compute again: keys and values of earlier rows, and the rows of its pictures
-// and videos. The C++ side of runtime/conversation.py.
+// What the turns of one dialogue share: the KV caches of earlier positions, and the rows of its pictures and videos.
+// The C++ side of runtime/conversation.py.
 //
 //     autosteer::Conversation conversation;
 //     engine.generate(messages, sampling, policy, {}, &conversation);   // the first turn
-//     engine.generate(longer, sampling, policy, {}, &conversation);     // runs what is new
+//     engine.generate(longer, sampling, policy, {}, &conversation);     // runs only what is new
 //
-// Nothing is assumed of the messages. A new prompt is compared with the rows that were computed, token by token and
-// picture by picture, and starts where they part: an edited turn, another system prompt or an answer that tokenises
-// otherwise just reuse less. The gate judges the last turn by rows that are always computed anew, and earlier ones of
-// the user's by what it read of them when they came: what was unsafe stays so while it is part of the dialogue. Leave
-// out turns that were refused, and the next ones are judged by themselves. Steering bends what comes out of the last
-// layer and nothing that is kept.
+// You still pass all messages. A new prompt is compared with the cached one, token by token and picture by picture, and
+// computed from the first difference on. An edited turn, another system prompt, or an answer that tokenises differently
+// just reuses less.
+//
+// The positions that the prober reads of the last turn are never reused. For earlier user turns, what the prober read
+// when they came is kept. So a dialogue stays unsafe while an unsafe turn is part of it; leave refused turns out.
+// Steering changes only the output of the last layer, never what is cached.
 #pragma once
 
 #include <map>
@@ -20,41 +21,41 @@
 #include <utility>
 #include <vector>
 
+#include "generation.hpp"
 #include "image.hpp"
-#include "request.hpp"
 
 namespace autosteer {
 
 class Engine;
 
-/// What stands for pictures and videos in a prompt, by digest.
+/// Rows and token ids of pictures and videos, by digest.
 using Encoded = std::map<std::string, std::shared_ptr<const std::vector<Laid>>>;
 
-/// The memory of one dialogue, with the engine that used it first and that must outlive it. One thread at a time; a
-/// second stream at the same time finds it empty, and is slower. It must outlive its streams.
+/// The cache of one dialogue. It belongs to the engine that used it first, which must outlive it. Not thread-safe. A
+/// second stream at the same time finds it empty and computes all. It must outlive its streams.
 class Conversation {
  public:
   Conversation() = default;
   Conversation(const Conversation&) = delete;
   Conversation& operator=(const Conversation&) = delete;
 
-  /// Whether it is `engine`'s; it is from now on if it was nobody's.
+  /// Whether it belongs to `engine`, which becomes its owner if it has none.
   bool belongs_to(const Engine& engine) {
     if (!engine_) engine_ = &engine;
     return engine_ == &engine;
   }
 
-  /// What earlier turns have computed; a request that takes it writes into it, so it can be taken once.
-  std::optional<Computed> take() { return std::exchange(computed_, std::nullopt); }
+  /// Hand the cached prefix over to a request, which writes into it: none until `keep_prefix` brings one back.
+  std::optional<CachedPrefix> take_prefix() { return std::exchange(prefix_, std::nullopt); }
 
-  /// Put back what a request that is over leaves.
-  void keep(Computed computed) { computed_ = std::move(computed); }
+  /// Store what a finished request leaves.
+  void keep_prefix(CachedPrefix prefix) { prefix_ = std::move(prefix); }
 
-  Encoded images;  ///< the latest prompt's
+  Encoded images;  ///< of the latest prompt
 
  private:
   const Engine* engine_ = nullptr;
-  std::optional<Computed> computed_;
+  std::optional<CachedPrefix> prefix_;
 };
 
 }  // namespace autosteer

@@ -15,7 +15,7 @@
 
 namespace autosteer {
 
-/// The hash of what it is given piece by piece.
+/// An incremental hash.
 class Sha256 {
  public:
   Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
@@ -28,7 +28,7 @@ class Sha256 {
     if (EVP_DigestUpdate(context_.get(), data, size) != 1) throw Error("libcrypto cannot hash");
   }
 
-  /// In hexadecimal digits. Nothing can be added any more.
+  /// The hash in hexadecimal digits. Call once, after the last `add`.
   std::string hex() {
     std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
     unsigned int size = 0;
@@ -45,7 +45,7 @@ class Sha256 {
   std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
 };
 
-/// Of a file, read in 1 MiB blocks.
+/// The hash of a file, read in 1 MiB blocks.
 inline std::string sha256(const std::filesystem::path& path) {
   Sha256 hash;
   std::ifstream file(path, std::ios::binary);

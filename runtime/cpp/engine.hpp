@@ -9,13 +9,13 @@
 //                  ^                                             |
 //                  +---- decoder_lower <- embed_tokens <---------+
 //
-// Prefill is layer-major: decoder_lower sees the whole prompt, the prober reads one row of what comes out, and only
-// then does decoder_upper run. The gate changes the head and never the caches, so this is the same computation as layer
-// by layer; and a stopped prompt costs k/N of prefill and no decoding.
+// Prefill is layer-major: decoder_lower runs over the whole prompt, the prober reads its output, and only then does
+// decoder_upper run. The gate changes the head and never the caches, so this computes the same as running layer by
+// layer. A stopped prompt costs k/N of prefill and no decoding.
 //
-// Where an answer copies what stands in its prompt, the decoder is fed several tokens at a time (speculate.hpp).
+// If an answer copies from its prompt, the decoder verifies several tokens per pass (drafting.hpp).
 //
-// All state belongs to a request (request.hpp), or to the Conversation that is handed in. One Engine may serve several
+// All state belongs to a Request (generation.hpp) or to the Conversation that you pass. One Engine may serve several
 // threads; a Stream and a Conversation belong to one.
 #pragma once
 
@@ -34,15 +34,15 @@
 #include <vector>
 
 #include "conversation.hpp"
+#include "drafting.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
+#include "generation.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
 #include "pages.hpp"
-#include "request.hpp"
 #include "sampling.hpp"
 #include "self_test.hpp"
-#include "speculate.hpp"
 #include "subgraph.hpp"
 #include "text.hpp"
 #include "tokenizer.hpp"
@@ -50,22 +50,22 @@
 
 namespace autosteer {
 
-constexpr int64_t kTilesPerRun = 2;     // bounds the image graph's activations
-constexpr int64_t kMostThreads = 1024;  // more of them is a slip
+constexpr int64_t kTilesPerRun = 2;    // bounds the image graph's activations
+constexpr int64_t kMaxThreads = 1024;  // more is taken for a typing error
 
-/// A piece of an answer. `text` may be empty while a character is incomplete.
+/// A piece of an answer. `text` is empty while a character is incomplete.
 struct Chunk {
   std::string text;
-  std::optional<int64_t> token;  ///< absent for the refusal text of Mode::stop, which no model wrote
+  std::optional<int64_t> token;  ///< absent for the refusal text of Mode::stop
   Verdict verdict;
-  std::string finish_reason;   ///< stop, length or refused on the last chunk; empty before
+  std::string finish_reason;   ///< "stop", "length" or "refused" on the last chunk, else empty
   std::optional<Stats> stats;  ///< on the last chunk
 };
 
 /// A whole answer, as `generate` returns it.
 struct Answer {
   std::string text;
-  std::vector<int64_t> token_ids;  ///< the end-of-turn token included where the model wrote one
+  std::vector<int64_t> token_ids;  ///< with the end-of-turn token if the model wrote one
   Verdict verdict;
   std::string finish_reason;
   Stats stats;
@@ -75,21 +75,21 @@ struct Answer {
 struct EngineOptions {
   std::string device = "auto";            ///< auto or cpu
   int threads = 0;                        ///< 0: every CPU this process may use
-  std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most so many tiles
-  bool low_memory = false;                ///< load the image graph for each picture, checked anew, and drop it again
-  Log log = {};                           ///< told why a prober failed; never prompts
+  std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most this many tiles
+  bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
+  Log log = {};                           ///< receives the reason if a prober fails; never prompts
 };
 
 class Stream;
 
 /// A loaded package.
 class Engine {
-  Pages pages_;  // first: what is loaded behind it
+  Pages pages_;  // first member: it sees what the others load
 
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
-  /// Throws PackageError (damaged, incomplete, other version, a gate that does not work here) or ProviderError (device
-  /// not available, onnxruntime too old).
+  /// Throws PackageError (package damaged or incomplete, another version, a gate that does not work here) or
+  /// ProviderError (device not available, onnxruntime too old).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
       : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)), folder_(folder) {
     if (manifest.image) image = at_most(*manifest.image, options.max_tiles);
@@ -100,9 +100,9 @@ class Engine {
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       if (options.low_memory && kImageGraphs.count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
-      if (spec.layers) pages_.give_back();  // what the large graphs leave, before the next one comes
+      if (spec.layers) pages_.give_back();  // before the next large graph loads
     };
-    // First what takes the most memory for a moment while it loads, best while nothing else is there.
+    // First the graphs whose loading peaks highest, while nothing else is in memory.
     for (const char* name : {"vision_encoder", "image_tokenizer", "lm_head"}) {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
@@ -111,8 +111,8 @@ class Engine {
     pages_.place();
   }
 
-  /// The package's own policy, with what you override. Throws PackageError where it has no gate and `mode` needs one.
-  /// Throws InputError for numbers that would not guard.
+  /// The package's policy with your overrides. Throws PackageError if `mode` needs a gate and the package has none,
+  /// InputError for numbers out of range.
   GatePolicy policy(Mode mode = Mode::steer, std::optional<double> threshold = {},
                     std::optional<double> strength = {}) const {
     if (!manifest.prober || !manifest.refusal) {
@@ -129,41 +129,50 @@ class Engine {
     return policy;
   }
 
-  /// Answer a dialogue piece by piece; every piece carries the verdict. With a `conversation` only what is new in the
-  /// dialogue is computed. Nothing runs before the first `next()`. The engine and the conversation must outlive the
-  /// stream. Throws InputError where the conversation is another engine's.
+  /// Answer a dialogue in chunks; each carries the verdict. With a `conversation` only what is new in the dialogue is
+  /// computed. Nothing runs before the first `next()`. The engine and the conversation must outlive the stream. Throws
+  /// InputError if the conversation belongs to another engine.
   Stream stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                 Conversation* conversation = nullptr) const;
 
-  /// The whole answer at once; `on_chunk`, if given, sees every piece as it comes.
+  /// The whole answer at once. `on_chunk`, if given, is called with every chunk.
   Answer generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                   const std::function<void(const Chunk&)>& on_chunk = {}, Conversation* conversation = nullptr) const;
 
-  /// `generate` for a prompt of one user turn without pictures, given as the tokens of its rendering, generation prompt
-  /// included.
+  /// The verdict on a dialogue, without an answer: decoder_upper never runs. Throws InputError if the prompt, an image
+  /// or a video is unusable, or does not fit the context.
+  Verdict score(const std::vector<Message>& messages, const GatePolicy& policy) const {
+    policy.check();
+    Stats stats;
+    return request(prepare(messages, stats), 1, stats).prefill_lower(policy);
+  }
+
+  /// `generate` for a prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
   Answer generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
                            const GatePolicy& policy) const;
 
-  /// Such a prompt, as the decoder's input rows. Throws InputError where there are no tokens.
-  Prompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
+  /// Encode such a prompt. Throws InputError if there are no tokens.
+  EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
     if (token_ids.empty()) throw InputError("the prompt is empty");
     const Clock clock;
     const std::vector<Message> messages = {{"user", {}}};
     std::vector<AskedTurn> asked;
     render(messages, manifest.prompt, tokenizer, &asked);
     asked.at(0).through = static_cast<int64_t>(token_ids.size());  // the rendering ends where the prompt does
-    Prompt prompt{embed(token_ids), token_ids, {}, {}};
+    EncodedPrompt prompt{embed(token_ids), token_ids, {}, {}};
     std::vector<int64_t> text(token_ids.size());
     std::iota(text.begin(), text.end(), int64_t{0});
     for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
-    prompt.probed = {probed_rows(asked.at(0), messages, text, {})};
+    prompt.probed = {probed_positions(asked.at(0), messages, text, {})};
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;
   }
 
-  /// Render a dialogue, encode its images and videos, and lay all out as the decoder's input rows.
-  Prompt prepare(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr) const {
+  /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. Throws InputError
+  /// for an unusable message, image or video.
+  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
+                        Conversation* conversation = nullptr) const {
     std::vector<Image> pictures;
     std::vector<const VideoPart*> videos;
     for (const Message& message : messages) {
@@ -198,18 +207,18 @@ class Engine {
     if (conversation) conversation->images = encoded;
     stats.vision_ms = seeing.ms();
     const Clock clock;
-    Prompt prompt{{manifest.dims.hidden_size, {}}, {}, {}, {}};
-    std::vector<int64_t> text_rows;
+    EncodedPrompt prompt{{manifest.dims.hidden_size, {}}, {}, {}, {}};
+    std::vector<int64_t> text_positions;
     const auto add_tokens = [&](const std::vector<int64_t>& ids) {
       const Rows rows = embed(ids);
       for (const int64_t id : ids) {
-        text_rows.push_back(static_cast<int64_t>(prompt.keys.size()));
+        text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
         prompt.keys.emplace_back("", id);
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
     };
-    std::vector<int64_t> framing;  // token ids that frame each image
+    std::vector<int64_t> framing;  // number of separators of each image
     for (const std::string& picture : shown) {
       framing.push_back(0);
       for (const Laid& part : *encoded.at(picture)) framing.back() += static_cast<int64_t>(part.ids.size());
@@ -232,13 +241,14 @@ class Engine {
       }
       ++next;
     }
-    for (const AskedTurn& turn : asked) prompt.probed.push_back(probed_rows(turn, messages, text_rows, framing));
+    for (const AskedTurn& turn : asked)
+      prompt.probed.push_back(probed_positions(turn, messages, text_positions, framing));
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;
   }
 
-  /// One image -> what stands for it in the prompt: its rows, and token ids between.
+  /// One image -> its rows, with the token ids around and between them.
   std::vector<Laid> encode_image(const Image& picture, bool alone, Stats& stats) const {
     const ImageSpec& spec = image.value();
     const Tiles tiles = cut(picture, spec, alone);
@@ -253,7 +263,7 @@ class Engine {
     return lay_out(std::move(rows), tiles.grid, spec);
   }
 
-  /// Throws InputError for videos that this model cannot take, before anything is computed of them.
+  /// Throws InputError for videos that this model cannot take, before any frame is opened.
   void check_videos(const std::vector<const VideoPart*>& videos) const {
     if (videos.empty()) return;
     if (!manifest.video) throw InputError("this model takes no videos");
@@ -278,7 +288,7 @@ class Engine {
     return tiles;
   }
 
-  /// A video's tiles -> its rows: of each frame a few, and one newline row at the very end.
+  /// A video's tiles -> its rows: pooled rows of each frame, and one newline row at the very end.
   Rows encode_video(const std::vector<Image>& frames, Stats& stats) const {
     const int64_t depth = manifest.dims.hidden_size, side = image.value().anyres.value().tokens_per_side;
     Rows rows{depth, {}}, newline{depth, {}};
@@ -313,7 +323,7 @@ class Engine {
   }
 
   /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile,
-  /// or one in all where `anyres` puts tiles together.
+  /// or a single one for `anyres`, which joins the tiles.
   std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
     const ImageSpec& spec = image.value();
     const int64_t depth = manifest.dims.hidden_size;
@@ -323,7 +333,7 @@ class Engine {
       const auto [features, count] = values<float>(outputs.at(0), graph);
       const int64_t each =
           spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side : count / (tiles * depth);
-      floats(outputs.at(0), tiles * each * depth, graph);  // or it throws
+      floats(outputs.at(0), tiles * each * depth, graph);  // checks the size
       for (int64_t tile = 0; tile < tiles; ++tile) {
         runs.push_back({depth, {features + tile * each * depth, features + (tile + 1) * each * depth}});
       }
@@ -335,8 +345,8 @@ class Engine {
     return {pack(together, newline, height, width, spec)};
   }
 
-  /// Run an image graph, a few tiles at a time. What was left out to save memory is loaded, the package checked as if
-  /// for the first time.
+  /// Run an image graph, a few tiles at a time. If low_memory left it out, verify the package and load it for this
+  /// call.
   template <class Use>
   void run_tiles(const char* name, const Rows& pixel_values, const Use& use) const {
     const int64_t size = image.value().tile_size;
@@ -353,7 +363,8 @@ class Engine {
     }
   }
 
-  /// Token ids (n,) -> their rows (n, D), a few at a time: onnxruntime's arena keeps what it once had to hold.
+  /// Token ids (n) -> their embeddings (n, D), a few at a time: onnxruntime's arena keeps the memory of its largest
+  /// run.
   Rows embed(const std::vector<int64_t>& token_ids) const {
     const Subgraph& table = graph("embed_tokens");
     const auto size = static_cast<int64_t>(token_ids.size());
@@ -367,8 +378,8 @@ class Engine {
     return rows;
   }
 
-  /// The state of one answer: buffers and caches. Throws InputError where the prompt does not fit.
-  Request request(Prompt prompt, int64_t max_tokens, Stats& stats, Conversation* conversation = nullptr) const {
+  /// Buffers and caches for one answer. Throws InputError if the prompt does not fit the context.
+  Request request(EncodedPrompt prompt, int64_t max_tokens, Stats& stats, Conversation* conversation = nullptr) const {
     const int64_t length = prompt.inputs_embeds.count(), context = manifest.dims.context_length;
     if (length == 0) throw InputError("the prompt is empty");
     if (length >= context) {
@@ -381,7 +392,7 @@ class Engine {
             std::move(prompt),
             std::min(max_tokens, context - length),
             stats,
-            conversation ? conversation->take() : std::nullopt};
+            conversation ? conversation->take_prefix() : std::nullopt};
   }
 
   const Subgraph& graph(const std::string& name) const { return graphs_.at(name); }
@@ -392,10 +403,11 @@ class Engine {
   const Tokenizer tokenizer;
 
  private:
-  /// The rows that the prober reads of one turn: those that it would read if the dialogue ended there. `text` are the
-  /// rows of token ids, of which framing[i] frame image i. Without a prober the last row: there a conversation goes on.
-  std::vector<int64_t> probed_rows(AskedTurn turn, const std::vector<Message>& messages,
-                                   const std::vector<int64_t>& text, const std::vector<int64_t>& framing) const {
+  /// The positions that the prober reads of one turn, ascending: the same as if the dialogue ended there. Without a
+  /// prober, the last one: a conversation continues from it. `text`: the positions of token ids; framing[i] of them are
+  /// separators of image i.
+  std::vector<int64_t> probed_positions(AskedTurn turn, const std::vector<Message>& messages,
+                                        const std::vector<int64_t>& text, const std::vector<int64_t>& framing) const {
     size_t image = 0;
     for (size_t n = 0; n <= turn.index; ++n) {
       for (const Part& part : messages[n].parts) {
@@ -408,15 +420,14 @@ class Engine {
     const auto& prober = manifest.prober;
     const int64_t last = (end == text.begin() ? -1 : *(end - 1)) + 1 + (prober ? prober->token_offset : -1);
     if (!prober || prober->pooling == "last") return last >= 0 ? std::vector{last} : std::vector<int64_t>{};
-    std::vector<int64_t> rows;  // pictures' rows would drown the text, whose rows have seen them
-    for (auto row = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); row < end && *row <= last;
-         ++row) {
-      rows.push_back(*row);
+    std::vector<int64_t> positions;  // without pictures: their many rows would outweigh the text
+    for (auto at = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); at < end && *at <= last; ++at) {
+      positions.push_back(*at);
     }
-    return rows;
+    return positions;
   }
 
-  /// The tokenizer's path, once every file of the package has been checked.
+  /// Check every file of the package; the tokenizer's path.
   fs::path checked(const fs::path& folder) const {
     require_onnxruntime(manifest.onnxruntime);
     manifest.verify(folder);
@@ -435,10 +446,10 @@ class Engine {
   Graphs graphs_;
 };
 
-/// An answer as it comes: `next` until it returns nothing.
+/// An answer in chunks: call `next` until it returns nothing.
 class Stream {
  public:
-  using Prepare = std::function<Prompt(Stats&)>;  ///< makes the prompt, when the first piece is asked for
+  using Prepare = std::function<EncodedPrompt(Stats&)>;  ///< encodes the prompt when the first chunk is requested
 
   Stream(const Engine& engine, Prepare prepare, const SamplingConfig& sampling, GatePolicy policy,
          Conversation* conversation)
@@ -463,11 +474,11 @@ class Stream {
   Stream(const Stream&) = delete;  // the request points into it
   Stream& operator=(const Stream&) = delete;
 
-  /// The next piece. Throws InputError where the prompt or an image is unusable or does not fit the context.
+  /// The next chunk. Throws InputError if the prompt, an image or a video is unusable, or does not fit the context.
   /// After an exception the stream has ended.
   std::optional<Chunk> next() {
     if (ended_) return std::nullopt;
-    ended_ = true;  // unless this piece is made and is not the last
+    ended_ = true;  // also if this call throws
     Chunk chunk = request_ ? continue_answer() : begin_answer();
     ended_ = !chunk.finish_reason.empty();
     if (ended_) {
@@ -478,26 +489,26 @@ class Stream {
   }
 
  private:
-  /// The answer is over: what the next turn can use of it goes to the conversation.
+  /// End the answer, and give the cached prefix back to the conversation.
   void leave() {
-    if (request_ && conversation_) conversation_->keep(request_->computed());
+    if (request_ && conversation_) conversation_->keep_prefix(request_->cached_prefix());
     request_.reset();
   }
 
   Chunk begin_answer() {
     const Clock clock;
-    Prompt prompt = prepare_(stats_);
+    EncodedPrompt prompt = prepare_(stats_);
     tokens_ = prompt.token_ids;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
-    verdict_ = request_->judge(policy_);
+    verdict_ = request_->prefill_lower(policy_);
     if (verdict_.action == Action::stop) {
       stats_.ttft_ms = clock.ms();
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
     if (sampling_.speculate) {
-      drafter_.emplace(tokens_, kRowCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
+      drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
     }
-    logits_ = request_->begin(verdict_.strength);
+    logits_ = request_->prefill_upper(verdict_.strength);
     Chunk chunk = choose();
     stats_.ttft_ms = clock.ms();
     return chunk;
@@ -508,7 +519,7 @@ class Stream {
     const int64_t token = tokens_.back();
     if (drafter_) drafter_->push(token);
     if (row_ < draft_.size() && draft_[row_] == token) {
-      request_->accept();
+      request_->accept_draft();
       ++stats_.accepted_tokens;
       ++row_;
     } else {
@@ -517,14 +528,14 @@ class Stream {
       stats_.drafted_tokens += static_cast<int64_t>(draft_.size());
       std::vector<int64_t> fed = {token};
       fed.insert(fed.end(), draft_.begin(), draft_.end());
-      logits_ = request_->verify(fed);
+      logits_ = request_->verify_draft(fed);
       row_ = 0;
     }
     stats_.decode_ms += clock.ms();
     return choose();
   }
 
-  /// The next token, and whether it is the last.
+  /// Sample the next token; its chunk.
   Chunk choose() {
     const auto vocabulary = static_cast<size_t>(engine_.manifest.dims.vocab_size);
     const float* row = logits_ + row_ * vocabulary;
@@ -556,8 +567,8 @@ class Stream {
   std::optional<Request> request_;
   std::optional<Drafter> drafter_;
   std::vector<int64_t> draft_;
-  const float* logits_ = nullptr;  // (R, V) of the last pass
-  size_t row_ = 0;                 // of them: what comes next
+  const float* logits_ = nullptr;  // (R, V) of the latest pass
+  size_t row_ = 0;                 // the one to sample from
   bool ended_ = false;
 };
 
@@ -571,7 +582,7 @@ inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig
 
 namespace detail {
 
-/// All pieces of a stream as one answer; `on_chunk`, if given, sees every piece as it comes.
+/// All chunks of a stream as one answer.
 inline Answer whole(Stream pieces, const std::function<void(const Chunk&)>& on_chunk = {}) {
   Answer answer;
   while (const std::optional<Chunk> chunk = pieces.next()) {

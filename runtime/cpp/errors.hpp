@@ -1,4 +1,4 @@
-// Every error a user can cause or meet: the C++ side of runtime/errors.py, with the same exit codes.
+// Every error that a user can cause or meet. The C++ side of runtime/errors.py, with the same exit codes.
 #pragma once
 
 #include <stdexcept>
@@ -6,11 +6,11 @@
 
 namespace autosteer {
 
-/// Base of all our errors: one line that says what was wrong, where, and what to do.
+/// Base of all our errors: one line that says what is wrong, where, and what to do.
 class Error : public std::runtime_error {
  public:
   explicit Error(const std::string& what, int exit_code = 1) : std::runtime_error(what), exit_code(exit_code) {}
-  const int exit_code;  ///< what autosteer-cli exits with, and what the C functions return
+  const int exit_code;  ///< of autosteer-cli; also what the C functions return
 };
 
 /// A package is missing, damaged, of another version, or not what it says.

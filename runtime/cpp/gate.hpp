@@ -2,8 +2,10 @@
 //
 //     safe = 0.0 <= p_unsafe <= threshold
 //
-// Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number at all because the
-// prober failed. What happens then is the policy's choice; that it is unsafe is not.
+// Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
+// failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
+//
+// A dialogue is as unsafe as the worst user turn in it. Otherwise a refused request would be answered one turn later.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +19,8 @@ namespace autosteer {
 
 /// What a policy does with an unsafe prompt (--policy).
 enum class Mode {
-  steer,    ///< bend every answer token towards a refusal: the paper
-  stop,     ///< say the refusal text; decoder_upper never runs
+  steer,    ///< steer every answer token towards a refusal, as in the paper
+  stop,     ///< answer with the refusal text; decoder_upper never runs
   monitor,  ///< score and report, never intervene
   off       ///< no gate at all; must be asked for
 };
@@ -36,7 +38,7 @@ inline const char* name(Action action) {
   return names[static_cast<int>(action)];
 }
 
-/// The mode called `text`. Throws InputError for any other word: a mistyped policy must not become a weaker one.
+/// The mode named `text`. Throws InputError for any other word: a mistyped policy must not become a weaker one.
 inline Mode mode_from(const std::string& text) {
   for (Mode mode : {Mode::steer, Mode::stop, Mode::monitor, Mode::off}) {
     if (text == name(mode)) return mode;
@@ -46,29 +48,29 @@ inline Mode mode_from(const std::string& text) {
 
 constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
 
-/// How a request is guarded. A threshold below zero calls every prompt unsafe (always-on steering).
+/// How the gate treats a request. A threshold below zero makes every prompt unsafe: always-on steering.
 struct GatePolicy {
   Mode mode = Mode::steer;
   double threshold = 0.0;
-  double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head bends the hidden state
+  double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
   std::string refusal_text;
 
-  /// Throws InputError for numbers that would not guard.
+  /// Throws InputError for numbers out of range.
   void check() const {
     if (!(threshold <= 1.0)) {
       throw InputError(
-          "threshold: give a number up to 1; unsafe is what lies above it, and no p_unsafe lies above 1 (to let every "
-          "prompt pass, say policy monitor or off)");
+          "threshold: give a number up to 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
+          "prompt pass, use policy monitor or off)");
     }
     if (!(0.0 <= strength && strength <= kMaxStrength)) {
       throw InputError(
-          "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would bend answers away from the "
+          "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would steer answers away from the "
           "refusal");
     }
   }
 };
 
-/// What the gate saw and did. Always reaches the caller.
+/// What the gate saw and did. Every answer carries one.
 struct Verdict {
   std::optional<double> p_unsafe;  ///< absent only under Mode::off, where nothing is scored
   bool unsafe = true;
@@ -84,13 +86,13 @@ inline bool is_safe(double p_unsafe, double threshold) {
   return 0.0 <= p_unsafe && p_unsafe <= threshold && p_unsafe <= 1.0;
 }
 
-/// The less safe of two scores: one that is no probability if there is such, else the larger.
+/// The less safe of two scores: one that is not a probability if there is one, else the larger.
 inline double worse(double a, double b) {
   if (!is_safe(a, 1.0)) return a;
   return is_safe(b, 1.0) ? std::max(a, b) : b;
 }
 
-/// Judge one prompt. `p_unsafe` is the prober's output, or nothing where it gave none (which is unsafe, unless off).
+/// The verdict on a prompt. `p_unsafe`: the prober's output; nothing if it gave none, which is unsafe unless off.
 inline Verdict decide(std::optional<double> p_unsafe, const GatePolicy& policy, int split_layer) {
   const bool off = policy.mode == Mode::off;
   const double score = p_unsafe.value_or(std::nan(""));

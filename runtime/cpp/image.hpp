@@ -1,9 +1,9 @@
-// From an image to pixel_values, and from the encoder's features to rows among the tokens: the C++ side of
-// runtime/image.py. pixel_values are equal to Python's, bit for bit: the resampling below is Pillow's own fixed-point
-// arithmetic (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
+// An image -> pixel_values; the vision encoder's features -> the image's rows in the prompt. The C++ side of
+// runtime/image.py. pixel_values equal Python's bit for bit: the resampling below is Pillow's fixed-point arithmetic
+// (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-// How an image is cut into tiles is found by ImageSpec.kind in kCut; tokens may stand around and between the tiles'
-// rows (ImageSpec.frames). `anyres` is LLaVA-OneVision's:
+// ImageSpec.kind selects a function in kCut that cuts an image into tiles. ImageSpec.tile_separators are the token ids
+// around and between the tiles' rows. `anyres` is LLaVA-OneVision's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each
@@ -48,7 +48,7 @@ struct Rows {
   void append(const float* rows, int64_t n) { data.insert(data.end(), rows, rows + n * width); }
 };
 
-/// Any image a user may hand over, upright. Throws InputError where it is unusable.
+/// Open an image and turn it upright. Throws InputError if it is unusable.
 inline Image open_image(const ImageLike& image) {
   const auto* path = std::get_if<std::filesystem::path>(&image);
   Image pixels = path ? read_picture(*path) : std::get<Image>(image);
@@ -64,7 +64,7 @@ inline Image open_image(const ImageLike& image) {
   return pixels;
 }
 
-/// What tells two pictures, or the tiles of two videos, apart, and what is made of them: `use` has a word for each way.
+/// SHA-256 of a picture, or of a video's tiles. `use`: how they are encoded, so that another use is another digest.
 inline std::string digest(const Image* images, size_t count, const std::string& use) {
   Sha256 hash;
   hash.add(use.data(), use.size());
@@ -86,7 +86,7 @@ constexpr int kPrecisionBits = 32 - 8 - 2;  // 8 bits of result, 2 for sums of n
 struct Filter {
   double (*weight)(double);
   double support;
-  bool narrow = false;  // torchvision's arithmetic: weights of 16 bits, as many of them behind the point as fit
+  bool narrow = false;  // torchvision's arithmetic: weights of 16 bits, with as many fraction bits as fit
 };
 
 inline double bilinear(double x) {
@@ -122,7 +122,7 @@ struct Window {
   std::vector<int32_t> weights;
 };
 
-/// A window for each pixel along an axis of the result, and how many bits of their weights are behind the point.
+/// A window for each pixel along an axis of the result, and the number of fraction bits of the weights.
 struct Axis {
   std::vector<Window> windows;
   int bits = kPrecisionBits;
@@ -232,7 +232,7 @@ inline Image resize(const Image& image, int64_t height, int64_t width, const std
   const auto down = [&](const Image& in) {
     return height == in.height ? in : resampling::resize_height(in, height, filter);
   };
-  // Pillow 13 begins with the axis that shrinks the work; as each pass rounds to bytes, the order shows in the pixels.
+  // Pillow 13 begins with the axis that shrinks the work; each pass rounds to bytes, so the order changes the pixels.
   const bool down_first = image.height - height > std::max<int64_t>(2 * (image.width - width), 0);
   return down_first ? across(down(image)) : down(across(image));
 }
@@ -285,13 +285,13 @@ inline Image cut(const Image& image, int64_t top, int64_t left, int64_t height, 
   return out;
 }
 
-/// A picture, cut: its tiles, and the rows and columns of ImageSpec.frames.
+/// The tiles of a picture, and their TileSeparators::grid.
 struct Tiles {
   std::vector<Image> images;
   std::array<int64_t, 2> grid{1, 1};
 };
 
-/// The shortest side becomes tile_size; of the other, the middle is kept (HF: ChameleonImageProcessorPil).
+/// Scale the shortest side to tile_size and keep the middle of the other (HF: ChameleonImageProcessorPil).
 inline Tiles centre_crop(const Image& image, const ImageSpec& spec, bool) {
   const int64_t size = spec.tile_size, shortest = std::min(image.height, image.width);
   const auto scaled = [&](int64_t side) {
@@ -318,15 +318,15 @@ inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone)
   }
   Image padded{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
   paste(resize(image, fitted_h, fitted_w, spec.resample), padded, (height - fitted_h) / 2, (width - fitted_w) / 2);
-  Tiles tiles{{resize(image, n, n, spec.resample)}};  // the grid is 1x1: `pack` makes one run of them
+  Tiles tiles{{resize(image, n, n, spec.resample)}};  // grid 1x1: `pack` joins the tiles into one run
   for (int64_t y = 0; y < height; y += n) {
     for (int64_t x = 0; x < width; x += n) tiles.images.push_back(cut(padded, y, x, n, n));
   }
   return tiles;
 }
 
-/// Scaled to the longest edge, stretched to whole tiles and cut; the whole comes last, squeezed into one tile
-/// (HF: Idefics3ImageProcessorPil).
+/// Scale to the longest edge, stretch to whole tiles and cut. The whole image comes last, squeezed into one tile (HF:
+/// Idefics3ImageProcessorPil).
 inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   const int64_t n = spec.tile_size, edge = spec.split.value().longest_edge;
   const auto squeeze = [&](const Image& whole) { return resize(whole, n, n, spec.resample); };
@@ -355,8 +355,8 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   return tiles;
 }
 
-/// `spec` without the grids that make more than `tiles` tiles of a picture, its base tile counted. Where no grid is
-/// left a picture becomes one square tile, as several pictures do. Other kinds than `anyres` stay as they are.
+/// `spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included. If no grid is
+/// left, a picture becomes one square tile, like each of several pictures. Only `anyres` has grids.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
   if (!tiles || !spec.anyres) return spec;
   if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
@@ -372,7 +372,7 @@ inline const std::map<std::string, Cut> kCut = {
     {"anyres", anyres_tiles}, {"centre_crop", centre_crop}, {"split", split_tiles}};
 
 /// An image -> its tiles (tile_size, tile_size), and their grid.
-/// `alone`: it is the prompt's only image; of several, `anyres` makes one tile each.
+/// `alone`: it is the prompt's only image. `anyres` makes one tile of each of several.
 inline Tiles cut(const Image& image, const ImageSpec& spec, bool alone) {
   return kCut.at(spec.kind)(image, spec, alone);
 }
@@ -404,7 +404,7 @@ inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
 // --- features to rows
 // -------------------------------------------------------------------------------------------------------
 
-/// Python's int(round(x, 7)): seven decimals correctly rounded, then cut.
+/// Python's int(round(x, 7)): correctly rounded to seven decimals, then truncated.
 inline int64_t rounded(double x) {
   char text[64];
   std::snprintf(text, sizeof text, "%.7f", x);
@@ -417,7 +417,7 @@ struct Grid {
   Rows cells;
 };
 
-/// Drop the rows or columns that stand on padding (HF: unpad_image). `height`, `width`: the original picture's.
+/// Drop the rows or columns that are padding (HF: unpad_image). `height`, `width`: the original picture's.
 inline Grid unpad(const Grid& grid, int64_t height, int64_t width) {
   const double wide = static_cast<double>(width) / static_cast<double>(height);
   int64_t top = 0, left = 0;
@@ -509,20 +509,20 @@ struct Laid {
   Rows rows;
 };
 
-/// Runs of an image's rows -> the same with the token ids that stand around and between them.
-/// Throws PackageError where ImageSpec.frames does not know `grid`, or as many runs.
+/// Runs of an image's rows -> the same with the token ids around and between them. Throws PackageError if
+/// ImageSpec.tile_separators has no entry for `grid`, or one for another number of runs.
 inline std::vector<Laid> lay_out(std::vector<Rows> runs, const std::array<int64_t, 2>& grid, const ImageSpec& spec) {
-  std::vector<std::vector<int64_t>> between(spec.frames.empty() ? runs.size() + 1 : 0);
-  for (const FrameSpec& frame : spec.frames) {
-    if (frame.grid == grid) between = frame.between;
+  std::vector<std::vector<int64_t>> separators(spec.tile_separators.empty() ? runs.size() + 1 : 0);
+  for (const TileSeparators& known : spec.tile_separators) {
+    if (known.grid == grid) separators = known.token_ids;
   }
-  if (between.size() != runs.size() + 1) {
-    throw PackageError("image: no frame for " + std::to_string(runs.size()) + " runs of rows in a grid of " +
+  if (separators.size() != runs.size() + 1) {
+    throw PackageError("image: no tile_separators for " + std::to_string(runs.size()) + " runs of rows in a grid of " +
                        std::to_string(grid[0]) + "x" + std::to_string(grid[1]) + " tiles");
   }
   std::vector<Laid> laid;
-  for (size_t i = 0; i < between.size(); ++i) {
-    if (!between[i].empty()) laid.push_back({between[i], {}});
+  for (size_t i = 0; i < separators.size(); ++i) {
+    if (!separators[i].empty()) laid.push_back({separators[i], {}});
     if (i < runs.size()) laid.push_back({{}, std::move(runs[i])});
   }
   return laid;

@@ -1,5 +1,5 @@
-// Answers as JSON, with the keys of `autosteer-run --json`, and requests from JSON: what the command and the C
-// functions have in common. NaN becomes null, as in Python.
+// Answers to JSON, with the keys of `autosteer-run --json`, and requests from JSON. Used by autosteer-cli and the C
+// functions. NaN becomes null, as in Python.
 #pragma once
 
 #include <exception>
@@ -69,14 +69,14 @@ inline OrderedJson chunk_json(const Chunk& chunk) {
   return json;
 }
 
-/// `decode` of a JSON text. Throws InputError for anything that does not fit.
+/// Parse a JSON text and `decode` it. Throws InputError for anything that does not fit.
 template <class Decode>
 auto from_json(const std::string& text, const std::string& what, const Decode& decode) {
   Json data;
   try {
     std::istringstream source(text);
     data = decoding::parse_strictly(source);
-  } catch (const Json::parse_error& err) {  // its own words quote the text's bytes
+  } catch (const Json::parse_error& err) {  // its message would quote the text's bytes
     throw InputError(what + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {
     throw InputError(what + ": not readable as JSON (" + err.what() + ")");
@@ -88,14 +88,14 @@ auto from_json(const std::string& text, const std::string& what, const Decode& d
   }
 }
 
-/// Options of the C interface (autosteer.h says what they look like).
+/// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
     node.object({}, {"threads", "max_tiles", "low_memory"});
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();
-      if (threads < 0 || threads > kMostThreads) node["threads"].fail("from 0 to " + std::to_string(kMostThreads));
+      if (threads < 0 || threads > kMaxThreads) node["threads"].fail("from 0 to " + std::to_string(kMaxThreads));
       options.threads = static_cast<int>(threads);
     }
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
@@ -104,14 +104,14 @@ inline EngineOptions options_from_json(const std::string& text) {
   });
 }
 
-/// A request of the C interface (autosteer.h says what it looks like).
+/// A request of the C interface; autosteer.h describes it.
 struct RequestJson {
   std::vector<Message> messages;
   SamplingConfig sampling;
   Mode mode = Mode::steer;
   std::optional<double> threshold, strength;
 
-  /// Throws InputError for anything that does not fit; an unknown key too, because a mistyped "policy" is no policy.
+  /// Throws InputError for anything that does not fit, and for unknown keys: a mistyped "policy" must not be ignored.
   static RequestJson parse(const std::string& text) { return from_json(text, "request", decode); }
 
  private:

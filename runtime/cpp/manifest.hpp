@@ -1,6 +1,6 @@
-// autosteer.json, read as strictly as runtime/manifest.py reads it: unknown keys, missing keys, wrong types, a wrong
-// hash, a path that leaves the folder are all a PackageError, because a manifest that is half understood is a gate that
-// is half closed. The structs are the Python dataclasses; every field is explained in docs/embedding.md.
+// autosteer.json, read as strictly as runtime/manifest.py reads it. Unknown keys, missing keys, wrong types, a wrong
+// hash and a path that leaves the folder are each a PackageError: a runtime that ignored a key might run the gate
+// wrongly. The structs are the Python dataclasses; docs/embedding.md explains every field.
 //
 // split_layer = k: decoder_lower runs layers 0..k-1, the prober reads what enters layer k, decoder_upper runs k..N-1.
 #pragma once
@@ -32,9 +32,9 @@ using Json = nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr int kFormatVersion = 2;
-constexpr double kMostPUnsafe = 0.05;  // largest Tolerance::p_unsafe: a gate that moves more is not the one measured
+constexpr double kMaxPUnsafeTolerance = 0.05;  // scores that differ more are not the measured gate's
 constexpr const char* kManifestFile = "autosteer.json";
-/// Both or neither; see Manifest::reader.
+/// A package has both or neither.
 inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
                                                                   {"decoder_upper", "prefill_upper"}};
 
@@ -43,12 +43,12 @@ inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", 
                                               "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
                                               "prefill_lower", "prefill_upper"};
 
-/// One of them, where the model takes images.
+/// Exactly one, if the model takes images.
 inline const std::set<std::string> kImageGraphs = {"vision_encoder", "image_tokenizer"};
 
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
-  int64_t context_length;  ///< most tokens a prompt and its answer may take together
+  int64_t context_length;  ///< most tokens of a prompt and its answer together
 };
 
 using Dimension = std::variant<int64_t, std::string>;  ///< a size, or the name of a symbolic one
@@ -81,19 +81,19 @@ struct AnyresSpec {
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
 };
 
-/// How image kind "split" cuts an image into tiles and the whole.
+/// How image kind "split" cuts an image into tiles, and adds the whole image as one more.
 struct SplitSpec {
-  int64_t longest_edge;  ///< pixels; every picture is first scaled to it
-  bool tiles;            ///< false: the whole only
+  int64_t longest_edge;  ///< pixels; every picture is scaled to it first
+  bool tiles;            ///< false: only the whole image
 };
 
-/// The token ids around and between the rows of an image: some before each of its runs of rows, some at the end.
-struct FrameSpec {
-  std::array<int64_t, 2> grid;  ///< of images cut into so many rows and columns of tiles
-  std::vector<std::vector<int64_t>> between;
+/// The token ids around and between the tiles of an image that was cut into `grid` (rows, columns).
+struct TileSeparators {
+  std::array<int64_t, 2> grid;
+  std::vector<std::vector<int64_t>> token_ids;  ///< [i]: before the rows of tile i; the last: after all tiles
 };
 
-/// How an RGB image becomes pixel_values. The graph `vision_encoder` makes rows of them, `image_tokenizer` token ids.
+/// How an RGB image becomes pixel_values. `vision_encoder` turns them into rows, `image_tokenizer` into token ids.
 struct ImageSpec {
   std::string kind;   ///< anyres, centre_crop or split
   int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
@@ -102,49 +102,49 @@ struct ImageSpec {
   std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
   std::optional<AnyresSpec> anyres;
   std::optional<SplitSpec> split;
-  std::vector<FrameSpec> frames;  ///< none: nothing stands around or between rows; else one for every grid there is
+  std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
 };
 
-/// How the frames of a video become pixel_values for the vision_encoder, and its features rows (see video.hpp).
+/// How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.hpp).
 struct VideoSpec {
   std::array<double, 3> mean, std;
   double rescale_factor;
-  int64_t pooled_side;  ///< a frame's tokens_per_side ** 2 rows are shrunk to pooled_side ** 2
+  int64_t pooled_side;  ///< tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
 };
 
-/// One piece of a rendered prompt (see text.hpp).
-struct Piece {
+/// One piece of the chat template (see text.hpp).
+struct TemplatePiece {
   std::string kind;  ///< token, literal, text, image or video
   std::string text;
   int64_t id = -1;
 };
 
 struct TurnSpec {
-  std::vector<Piece> prefix, image, text, suffix;
-  std::vector<Piece> lead;  ///< between the prefix and a text, where the turn's first part is one
-  std::vector<Piece> video;
+  std::vector<TemplatePiece> prefix, image, text, suffix;
+  std::vector<TemplatePiece> lead;  ///< after the prefix, if the turn's first part is a text
+  std::vector<TemplatePiece> video;
 };
 
 struct PromptSpec {
-  std::vector<Piece> begin;  ///< before a dialogue that has no system turn
+  std::vector<TemplatePiece> begin;  ///< opens a dialogue without a system turn
   std::optional<TurnSpec> system;
   TurnSpec user, assistant;
-  std::vector<Piece> generation;  ///< opens the answer
-  bool images_first;              ///< a turn's images come before its videos, and those before its texts
-  bool strip_text;                ///< white space around a turn's text is dropped
+  std::vector<TemplatePiece> generation;  ///< opens the answer
+  bool images_first;                      ///< reorder a turn's parts: images, videos, texts
+  bool strip_text;                        ///< strip white space around a turn's text
   std::vector<int64_t> end_token_ids;
   std::string tokenizer = "tokenizer.json";
 };
 
 struct ProberSpec {
-  int64_t token_offset;  ///< row of hidden_states it reads, from the end of the full prompt
-  std::string pooling;   ///< "last": that row; "mean": of it and the text rows before it in the last turn's content
+  int64_t token_offset;  ///< position of hidden_states that it reads, from the end of the prompt
+  std::string pooling;   ///< "last": that position; "mean": over it and all text positions of the turn before it
   double threshold;      ///< safe = 0 <= p_unsafe <= threshold
 };
 
 struct RefusalSpec {
   double strength;
-  std::string text;  ///< said instead of an answer under --policy stop
+  std::string text;  ///< the answer to an unsafe prompt under --policy stop
 };
 
 struct Golden {
@@ -152,26 +152,26 @@ struct Golden {
   std::vector<std::string> images;
   std::optional<double> threshold, p_unsafe;
   std::string action;              ///< pass or steer
-  std::vector<int64_t> token_ids;  ///< of the answer; where the action is steer, the unsteered answer is another one
+  std::vector<int64_t> token_ids;  ///< of the answer; if the action is steer, the unsteered answer differs
   std::vector<std::vector<std::string>> videos;  ///< the frames of each
-  std::vector<int64_t> prompt_ids;               ///< the rendered prompt's tokens, in place of `prompt`
+  std::vector<int64_t> prompt_ids;               ///< token ids of the rendered prompt, instead of `prompt`
 };
 
-/// How far the golden prompts' results on another machine may be from those recorded.
+/// How far results on another machine may differ from the golden ones.
 struct Tolerance {
   double p_unsafe;  ///< largest difference
-  int64_t answers;  ///< golden prompts whose answer may differ
+  int64_t answers;  ///< how many golden answers may differ
 };
 
-/// What lm_head makes of one hidden state, as it is and after the Refusal Head at the package's strength.
+/// lm_head's output for one hidden state, unsteered, and steered at the package's strength.
 struct SteeredState {
-  int64_t token, steered_token;  ///< the likeliest; the likeliest after steering: another one
-  double shift;                  ///< root mean square, over the vocabulary, of what steering adds to the logits
+  int64_t token, steered_token;  ///< the most likely; the most likely after steering, always another one
+  double shift;                  ///< root mean square over the vocabulary of what steering adds to the logits
 };
 
-/// Hidden states and what the gate must make of them. `file` holds float32 positions (hidden_size,), little-endian:
-/// what the prober read of a prompt, one for each of `p_unsafe`; the last hidden state of a prompt, one for each of
-/// `steered`; and the same after the Refusal Head.
+/// Hidden states and the gate's outputs for them. `file` holds little-endian float32 vectors of hidden_size: what the
+/// prober read of a prompt, one for each of `p_unsafe`; the last hidden state of a prompt, one for each of `steered`;
+/// and the same after the Refusal Head.
 struct GateProof {
   std::string file;
   std::vector<double> p_unsafe;
@@ -182,7 +182,7 @@ struct Manifest {
   bool guarded;
   int split_layer;
   Dims dims;
-  std::string cache_type;  ///< numpy's name of what the caches hold: float32 or int8
+  std::string cache_type;  ///< numpy's name for the type of the caches: float32 or int8
   std::map<std::string, GraphSpec> graphs;
   std::vector<DataFile> files;
   PromptSpec prompt;
@@ -192,11 +192,11 @@ struct Manifest {
   std::optional<RefusalSpec> refusal;
   std::vector<Golden> golden;
   Tolerance tolerance;
-  std::optional<GateProof> proof;  ///< where guarded
-  std::string onnxruntime;         ///< the oldest version that computes this package right, as "1.23"
+  std::optional<GateProof> proof;  ///< if guarded
+  std::string onnxruntime;         ///< the oldest version that computes this package correctly, for example "1.23"
   std::string precision;           ///< of the weights: fp32, fp16, int8 or int4
 
-  /// Whether no weight or cache is in 8 bits or 4: all machines say the same tokens.
+  /// Whether all machines give the same tokens: no int8 or int4 weights or caches.
   bool exact() const {
     const auto is_exact = [](const std::string& p) { return p == "fp32" || p == "fp16"; };
     return cache_type == "float32" && is_exact(precision) &&
@@ -206,8 +206,8 @@ struct Manifest {
   /// Read and check autosteer.json of `folder`; files are checked by `verify`.
   static Manifest load(const fs::path& folder);
 
-  /// The graph that reads prompts for a decoder half: a copy whose weights are rounded otherwise, or that half.
-  std::string reader(const std::string& half) const {
+  /// The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself.
+  std::string prefill_graph(const std::string& half) const {
     const std::string& copy = kPrefillGraphs.at(half);
     return graphs.count(copy) > 0 ? copy : half;
   }
@@ -221,14 +221,14 @@ struct Manifest {
 
 namespace decoding {
 
-/// A JSON value and where it stands; every `as_...` throws PackageError where the value does not fit.
+/// A JSON value and its path. Each `as_...` throws PackageError if the value does not fit.
 class Node {
  public:
   Node(const Json& data, std::string where) : data_(data), where_(std::move(where)) {}
 
   [[noreturn]] void fail(const std::string& what) const { throw PackageError(where_ + ": " + what); }
 
-  /// This object, having exactly `required` and perhaps some of `optional`.
+  /// Check that this is an object with all `required` keys, and no others but `optional` ones.
   const Node& object(const std::vector<std::string>& required, const std::vector<std::string>& optional = {}) const {
     if (!data_.is_object()) fail("expected an object");
     for (const auto& item : data_.items()) {
@@ -285,7 +285,7 @@ class Node {
     return nodes;
   }
 
-  /// Elements of an object whose keys are free.
+  /// Elements of an object with any keys.
   std::vector<std::pair<std::string, Node>> entries() const {
     if (!data_.is_object()) misfit("dict");
     std::vector<std::pair<std::string, Node>> nodes;
@@ -311,7 +311,7 @@ class Node {
     return values;
   }
 
-  /// Nothing where the value is null.
+  /// Nothing if the value is null.
   template <class Read>
   auto optional(Read read) const {
     using Value = decltype(read(*this));
@@ -390,13 +390,14 @@ inline SplitSpec split(const Node& node) {
   return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
 }
 
-inline FrameSpec frame(const Node& node) {
-  node.object({"grid", "between"});
-  return {node["grid"].tuple<2>(as_int), node["between"].list([](const Node& ids) { return ids.list(as_int); })};
+inline TileSeparators tile_separators(const Node& node) {
+  node.object({"grid", "token_ids"});
+  return {node["grid"].tuple<2>(as_int), node["token_ids"].list([](const Node& ids) { return ids.list(as_int); })};
 }
 
 inline ImageSpec image(const Node& node) {
-  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"}, {"split", "frames"});
+  node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
+              {"split", "tile_separators"});
   ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
@@ -407,7 +408,7 @@ inline ImageSpec image(const Node& node) {
                  {},
                  {}};
   if (node.has("split")) spec.split = node["split"].optional(split);
-  if (node.has("frames")) spec.frames = node["frames"].list(frame);
+  if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
@@ -430,9 +431,9 @@ inline VideoSpec video(const Node& node) {
   return spec;
 }
 
-inline Piece piece(const Node& node) {
+inline TemplatePiece piece(const Node& node) {
   node.object({"kind"}, {"text", "id"});
-  Piece piece;
+  TemplatePiece piece;
   piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video"});
   if (node.has("text")) piece.text = node["text"].as_string();
   if (node.has("id")) piece.id = node["id"].as_int();
@@ -508,7 +509,7 @@ inline GateProof proof(const Node& node) {
   return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state)};
 }
 
-/// Keys that only people read: checked like the others, and dropped.
+/// Check the keys that only people read. They are not kept.
 inline void check_facts(const Node& node) {
   const Node source = node["source"];
   source.object({"repo", "revision", "model_type", "licence"});
@@ -516,7 +517,7 @@ inline void check_facts(const Node& node) {
   source["model_type"].as_string();
   source["revision"].optional(as_string);
   source["licence"].optional(as_string);
-  node["format_version"].as_int();  // 1.0 equals 1
+  node["format_version"].as_int();  // refuses 2.0, which equals 2
   const Node kv_cache = node["kv_cache"];
   kv_cache.object({"dtype", "layout"});
   kv_cache["layout"].as_one_of({"BNSH"});
@@ -533,10 +534,10 @@ inline void check_facts(const Node& node) {
 }
 
 inline Manifest manifest(const Node& node) {
-  node.object({"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-               "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
-               "onnxruntime"},
-              {"video"});
+  node.object(
+      {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
+       "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
+      {"video"});
   check_facts(node);
   Manifest manifest;
   manifest.guarded = node["guarded"].as_bool();
@@ -591,7 +592,7 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
       {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", last)},
       {"lm_head", {{"last_hidden_state", f32, last}, {"logits", f32, {1, "num_logits", d.vocab_size}}}}};
   expected["decoder_upper"].push_back({"num_logits", "int64", {1}});
-  for (const auto& [name, copy] : kPrefillGraphs) expected[m.reader(name)] = expected.at(name);
+  for (const auto& [name, copy] : kPrefillGraphs) expected[m.prefill_graph(name)] = expected.at(name);
   if (m.guarded) {
     expected["prober"] = {{"hidden_states", f32, {1, d.hidden_size}}, {"p_unsafe", f32, {1}}};
     expected["refusal_head"] = {
@@ -600,17 +601,17 @@ inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Man
   return expected;
 }
 
-/// How the turns of every role there is are written.
+/// The turns of all roles that the model has.
 inline std::vector<const TurnSpec*> turns(const PromptSpec& prompt) {
   std::vector<const TurnSpec*> turns = {&prompt.user, &prompt.assistant};
   if (prompt.system) turns.push_back(&*prompt.system);
   return turns;
 }
 
-/// Every piece of the template that belongs to no part of a turn.
-inline std::vector<Piece> outside(const PromptSpec& prompt) {
-  std::vector<Piece> all = prompt.begin;
-  const auto add = [&](const std::vector<Piece>& more) { all.insert(all.end(), more.begin(), more.end()); };
+/// Every piece that is not inside a part of a turn.
+inline std::vector<TemplatePiece> outside(const PromptSpec& prompt) {
+  std::vector<TemplatePiece> all = prompt.begin;
+  const auto add = [&](const std::vector<TemplatePiece>& more) { all.insert(all.end(), more.begin(), more.end()); };
   for (const TurnSpec* turn : turns(prompt)) {
     for (const auto* part : {&turn->prefix, &turn->lead, &turn->suffix}) add(*part);
   }
@@ -618,7 +619,7 @@ inline std::vector<Piece> outside(const PromptSpec& prompt) {
   return all;
 }
 
-/// Whether `text` is major and minor, as "1.23".
+/// Whether `text` is "major.minor", for example "1.23".
 inline bool is_version(const std::string& text) {
   const size_t dot = text.find('.');
   const auto is_number = [](const std::string& part) {
@@ -627,9 +628,9 @@ inline bool is_version(const std::string& text) {
   return dot != std::string::npos && is_number(text.substr(0, dot)) && is_number(text.substr(dot + 1));
 }
 
-/// How turns write their parts, by kind. Pictures and videos are left out where a turn takes none.
-inline std::vector<std::pair<std::string, std::vector<Piece>>> inside(const PromptSpec& prompt) {
-  std::vector<std::pair<std::string, std::vector<Piece>>> parts;
+/// (kind, pieces) of every part that a turn can have. Turns that take no images or videos have none of them.
+inline std::vector<std::pair<std::string, std::vector<TemplatePiece>>> inside(const PromptSpec& prompt) {
+  std::vector<std::pair<std::string, std::vector<TemplatePiece>>> parts;
   for (const TurnSpec* turn : turns(prompt)) {
     if (!turn->image.empty()) parts.emplace_back("image", turn->image);
     if (!turn->video.empty()) parts.emplace_back("video", turn->video);
@@ -639,13 +640,13 @@ inline std::vector<std::pair<std::string, std::vector<Piece>>> inside(const Prom
 }
 
 /// Every piece of the template.
-inline std::vector<Piece> pieces(const PromptSpec& prompt) {
-  std::vector<Piece> all = outside(prompt);
+inline std::vector<TemplatePiece> pieces(const PromptSpec& prompt) {
+  std::vector<TemplatePiece> all = outside(prompt);
   for (const auto& [kind, part] : inside(prompt)) all.insert(all.end(), part.begin(), part.end());
   return all;
 }
 
-/// Every file that has a hash, as often as it has one.
+/// (file, hash) of every entry; a file may have several.
 inline std::vector<std::pair<std::string, std::string>> hashes(const Manifest& m) {
   std::vector<std::pair<std::string, std::string>> all;
   for (const auto& [name, spec] : m.graphs) all.emplace_back(spec.file, spec.sha256);
@@ -676,7 +677,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   need(m.graphs.count("prefill_lower") == m.graphs.count("prefill_upper"),
        "of prefill_lower and prefill_upper there are both or neither");
   for (const auto& [half, layers] : {std::pair{"decoder_lower", Layers{0, k}}, {"decoder_upper", Layers{k, n}}}) {
-    for (const std::string& name : {std::string(half), m.reader(half)}) {
+    for (const std::string& name : {std::string(half), m.prefill_graph(half)}) {
       need(m.graphs.at(name).layers == layers,
            name + " must hold layers " + std::to_string(layers[0]) + " to " + std::to_string(layers[1] - 1));
     }
@@ -707,7 +708,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
          "golden: a prompt is given twice");
     need(in_vocabulary(golden.token_ids) && in_vocabulary(golden.prompt_ids), "golden: an id outside the vocabulary");
   }
-  need(0.0 < m.tolerance.p_unsafe && m.tolerance.p_unsafe <= kMostPUnsafe,
+  need(0.0 < m.tolerance.p_unsafe && m.tolerance.p_unsafe <= kMaxPUnsafeTolerance,
        "tolerance: p_unsafe is not above 0, up to 0.05");
   need(0 <= m.tolerance.answers && m.tolerance.answers <= static_cast<int64_t>(m.golden.size()),
        "tolerance: more answers than golden prompts");
@@ -715,8 +716,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   if (m.proof) {
     const auto is_p = [](double p) { return 0.0 <= p && p <= 1.0; };
     need(!m.proof->p_unsafe.empty(), "proof: no hidden state for the prober");
-    need(std::all_of(m.proof->p_unsafe.begin(), m.proof->p_unsafe.end(), is_p),
-         "proof: a p_unsafe is not from 0 to 1");
+    need(std::all_of(m.proof->p_unsafe.begin(), m.proof->p_unsafe.end(), is_p), "proof: a p_unsafe is not from 0 to 1");
     need(!m.proof->steered.empty(), "proof: no hidden state for the Refusal Head");
     for (const SteeredState& state : m.proof->steered) {
       need(in_vocabulary({state.token, state.steered_token}), "proof: an id outside the vocabulary");
@@ -725,14 +725,14 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     }
     const auto states = static_cast<int64_t>(m.proof->p_unsafe.size() + 2 * m.proof->steered.size());
     const int64_t size = 4 * m.dims.hidden_size * states;
-    const auto described = std::find_if(m.files.begin(), m.files.end(),
-                                        [&](const DataFile& file) { return file.file == m.proof->file; });
+    const auto described =
+        std::find_if(m.files.begin(), m.files.end(), [&](const DataFile& file) { return file.file == m.proof->file; });
     need(described != m.files.end() && described->bytes == size,
          "proof: '" + m.proof->file + "' must be in 'files' with " + std::to_string(size) + " bytes");
   }
   need(is_version(m.onnxruntime), "onnxruntime: '" + m.onnxruntime + "' is not a version like '1.23'");
-  const auto is_slot = [](const Piece& piece) { return piece.kind != "token" && piece.kind != "literal"; };
-  for (const Piece& piece : outside(m.prompt)) {
+  const auto is_slot = [](const TemplatePiece& piece) { return piece.kind != "token" && piece.kind != "literal"; };
+  for (const TemplatePiece& piece : outside(m.prompt)) {
     need(!is_slot(piece), "prompt: a piece '" + piece.kind + "' stands where no part of a turn goes");
   }
   for (const auto& [kind, part] : inside(m.prompt)) {
@@ -741,7 +741,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
          "prompt: a turn's '" + kind + "' must have one piece of that kind and no other");
   }
   bool written = false;
-  for (const Piece& piece : pieces(m.prompt)) {
+  for (const TemplatePiece& piece : pieces(m.prompt)) {
     written = written || piece.kind == "video";
     need(piece.kind != "token" || (0 <= piece.id && piece.id < m.dims.vocab_size),
          "prompt: '" + piece.text + "' has id " + std::to_string(piece.id) + "; the vocabulary ends at " +
@@ -754,11 +754,10 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     need(m.video->pooled_side <= m.image->anyres->tokens_per_side, "video: pooled_side is above tokens_per_side");
   }
   std::set<std::array<int64_t, 2>> grids;
-  for (const FrameSpec& frame : m.image ? m.image->frames : std::vector<FrameSpec>()) {
-    need(grids.insert(frame.grid).second, "image: two frames for one grid");
-    for (const auto& ids : frame.between) {
-      for (const int64_t id : ids)
-        need(0 <= id && id < m.dims.vocab_size, "image: a frame has an id outside the vocabulary");
+  for (const TileSeparators& separators : m.image ? m.image->tile_separators : std::vector<TileSeparators>()) {
+    need(grids.insert(separators.grid).second, "image: two tile_separators for one grid");
+    for (const auto& ids : separators.token_ids) {
+      need(in_vocabulary(ids), "image: tile_separators have an id outside the vocabulary");
     }
   }
   for (const auto& [name, tensors] : expected_tensors(m)) {
@@ -789,13 +788,13 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   }
 }
 
-/// JSON in which no object has a key twice: readers differ in which of the two they take. Nor do they agree on a byte
-/// order mark, and this parser would end at a zero byte.
+/// Parse JSON. Throws PackageError for a key given twice or a byte order mark, which parsers treat differently, and for
+/// a zero byte, at which this parser would stop.
 inline Json parse_strictly(std::istream& file) {
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   if (text.compare(0, 3, "\xEF\xBB\xBF") == 0) throw PackageError("it begins with a byte order mark");
   if (text.find('\0') != std::string::npos) throw PackageError("it has a zero byte");
-  std::vector<std::set<std::string>> open;  // the keys seen of every object that is being read
+  std::vector<std::set<std::string>> open;  // keys seen so far, for each object being parsed
   return Json::parse(text, [&](int, Json::parse_event_t event, Json& value) {
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
@@ -817,7 +816,7 @@ inline Manifest Manifest::load(const fs::path& folder) {
   try {
     std::ifstream file(path, std::ios::binary);
     data = decoding::parse_strictly(file);
-  } catch (const Json::parse_error& err) {  // its own words quote the file's bytes
+  } catch (const Json::parse_error& err) {  // its message would quote the file's bytes
     throw PackageError(path.string() + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {
     throw PackageError(path.string() + ": not readable as JSON (" + err.what() + ")");

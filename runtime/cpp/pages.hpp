@@ -1,6 +1,5 @@
-// Which pages of memory the weights lie on: the C++ side of runtime/pages.py. Huge ones: each token reads all weights,
-// and on pages of 4 KiB a tenth of that goes into finding pages; onnxruntime does not ask Linux for larger ones. And
-// once: files of which loading read more than answers do, scales and libraries. Nothing depends on it.
+// Huge pages for the loaded weights, and mapped pages given back. The C++ side of runtime/pages.py, which explains
+// both. Linux only; everything works without it.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,7 +18,7 @@
 
 namespace autosteer {
 
-/// What is loaded between its construction and `place`.
+/// Manages the memory that is loaded between its construction and `place`.
 class Pages {
  public:
   Pages() {
@@ -36,16 +35,16 @@ class Pages {
     if (mover_.joinable()) mover_.join();
   }
 
-  // Addresses come out of /proc and may have become another thread's when advice on them is given: none of this advice
-  // changes what memory holds.
+  // Addresses come from /proc and may be stale when advice on them is given. No advice used here changes memory's
+  // content.
 
-  /// Give back what loading has read of mapped files.
+  /// Drop the mapped pages of files that loading has read.
   void give_back() const {
     for (const Mapping& mapping : grown()) mapping.give_back();
   }
 
-  /// Give back, and move onto huge pages what memory loading has filled: in a thread and after kSettled, because it
-  /// takes from a tenth of a second to more than one, during which the first answer would wait.
+  /// Drop mapped pages, and move the memory that loading has filled onto huge pages. A thread moves it after kSettled:
+  /// it takes from 0.1 s to more than 1 s, during which the first answer would wait.
   void place() {
     std::vector<Range> now;
     for (const Mapping& mapping : grown()) {
@@ -60,20 +59,20 @@ class Pages {
   }
 
  private:
-  using Range = std::pair<uintptr_t, uintptr_t>;  // addresses: the first, and the first behind
+  using Range = std::pair<uintptr_t, uintptr_t>;  // addresses: first, one past the last
 
   /// An entry of /proc/self/smaps.
   struct Mapping {
     Range range;
-    std::string mode, name;      // a file's path; "", "[heap]" or "[anon...]" for memory of no file
+    std::string mode, name;      // a file's path; "", "[heap]" or "[anon...]" for anonymous memory
     unsigned long resident = 0;  // KiB
 
-    /// Of a file only.
+    /// Drop its pages, if it is a file's.
     void give_back() const {
       if (!name.empty() && name[0] == '/') madvise(at(range.first), range.second - range.first, kPageOut);
     }
 
-    /// Whether it is memory of no file that is in good part touched. Huge pages fill the rest.
+    /// Whether it is anonymous memory of which at least 90 % is resident. Huge pages would fill the rest.
     bool is_filled() const {
       const bool anonymous = name.empty() || name == "[heap]" || name.compare(0, 5, "[anon") == 0;
       return anonymous && mode == "rw-p" && resident << 10U >= (range.second - range.first) / 10 * 9;
@@ -83,7 +82,7 @@ class Pages {
   static constexpr std::chrono::seconds kSettled{2};
   static constexpr uintptr_t kHuge = 2U << 20U;  // bytes
   static constexpr int kPageOut = 21;            // MADV_PAGEOUT, Linux 5.4
-  static constexpr int kCollapse = 25;           // MADV_COLLAPSE, Linux 6.1: moves what is there at once
+  static constexpr int kCollapse = 25;           // MADV_COLLAPSE, Linux 6.1: moves memory at once
 
   static std::vector<Mapping> mappings() {
     std::vector<Mapping> found;
@@ -101,7 +100,7 @@ class Pages {
     return found;
   }
 
-  /// What is new, or more of which is resident.
+  /// Mappings that are new, or of which more is resident than before.
   std::vector<Mapping> grown() const {
     std::vector<Mapping> found;
     for (const Mapping& mapping : mappings()) {
@@ -117,7 +116,7 @@ class Pages {
     if (madvise(at(first), last - first, kCollapse) != 0) madvise(at(first), last - first, MADV_HUGEPAGE);
   }
 
-  static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT: one out of /proc
+  static void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }  // NOLINT: from /proc
 
   std::map<Range, unsigned long> before_;  // KiB resident
   std::mutex mutex_;

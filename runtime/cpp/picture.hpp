@@ -1,8 +1,8 @@
-// PNG and JPEG files to pixels, upright: what runtime/image.py's open_image gets from Pillow, byte for byte.
+// PNG and JPEG files -> upright pixels, byte for byte what runtime/image.py's open_image gets from Pillow.
 //
-// libpng and libjpeg-turbo, the libraries inside Pillow, with the choices Pillow makes: transparency on white, 16 bits
-// cut to 8, no gamma correction, EXIF (or XMP) orientation applied, CMYK read as Adobe writes it, a truncated file
-// refused. Both report errors by longjmp: the functions that call setjmp keep what has a destructor outside.
+// Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
+// gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
+// report errors by longjmp, so functions that call setjmp keep objects with destructors outside.
 #pragma once
 
 #include <csetjmp>
@@ -37,9 +37,9 @@ struct Image {
 
 namespace picture {
 
-constexpr int64_t kMostPixels = 178956970;  // where Pillow refuses a decompression bomb
+constexpr int64_t kMostPixels = 178956970;  // Pillow's limit against decompression bombs
 
-/// What a decoder leaves: pixels, and the metadata blocks that may say which way is up.
+/// A decoder's result: pixels, and the metadata blocks that may have the orientation.
 struct Decoded {
   Image image;
   std::vector<uint8_t> exif;  // a TIFF structure
@@ -47,7 +47,7 @@ struct Decoded {
   std::string error;
 };
 
-/// Room for the pixels; false where there are too many.
+/// Allocate the pixels; false if there are too many.
 inline bool allocate(Decoded& out, int64_t height, int64_t width) {
   if (height < 1 || width < 1 || height > kMostPixels / width) return false;
   out.image = {height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
@@ -87,12 +87,12 @@ inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
   }
 }
 
-/// Transparency on white: what somebody looking at the picture sees (Pillow's alpha_composite, AlphaComposite.c).
+/// Blend with white (Pillow's alpha_composite, AlphaComposite.c).
 inline void over_white(const std::vector<uint8_t>& rgba, Image& image) {
   for (size_t i = 0; i < rgba.size() / 4; ++i) {
     const uint32_t alpha = rgba[4 * i + 3], behind = 255 - alpha;
     for (size_t c = 0; c < 3; ++c) {
-      const uint32_t sum = (rgba[4 * i + c] * alpha + 255 * behind + 128) << 7;  // 7 more bits, as Pillow has them
+      const uint32_t sum = (rgba[4 * i + c] * alpha + 255 * behind + 128) << 7;  // 7 more bits, as in Pillow
       image.rgb[3 * i + c] = static_cast<uint8_t>((((sum >> 8) + sum) >> 8) >> 7);
     }
   }
@@ -214,10 +214,10 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   jpeg_finish_decompress(&info);
 }
 
-// --- which way is up
+// --- orientation
 // --------------------------------------------------------------------------------------------------
 
-/// The orientation tag (0x0112) of a TIFF structure, 0 where it has none.
+/// The orientation tag (0x0112) of a TIFF structure, 0 if it has none.
 inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {
   if (tiff.size() < 8) return 0;
   const bool little = tiff[0] == 'I';

@@ -1,5 +1,5 @@
-// From logits to the next token: the C++ side of runtime/sampling.py, with numpy's random numbers, so that a seed gives
-// the same text in both languages.
+// Logits -> the next token. The C++ side of runtime/sampling.py, with numpy's random numbers: a seed gives the same
+// text in both languages.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace autosteer {
 
-/// A caller's wishes for one answer. The default is greedy and so the same every time.
+/// Sampling options for one answer. The default is greedy, so the same prompt gives the same answer.
 struct SamplingConfig {
   int64_t max_tokens = 256;
   double temperature = 0.0;         ///< 0: greedy
@@ -21,10 +21,10 @@ struct SamplingConfig {
   double top_p = 1.0;               ///< keep the smallest set of tokens with this much probability
   double repetition_penalty = 1.0;  ///< > 1 divides (positive) or multiplies (negative) logits of tokens already there
   int64_t seed = 0;                 ///< same seed, same text
-  std::vector<std::string> stop;    ///< end the answer before any of these strings
-  bool speculate = true;            ///< draft what the answer copies; changes what it costs, not what it says
+  std::vector<std::string> stop;    ///< end the answer before the first of these strings
+  bool speculate = true;            ///< draft what the answer copies: faster; near ties may differ at int8 and int4
 
-  /// Throws InputError where a value is out of range.
+  /// Throws InputError if a value is out of range.
   void check() const {
     const auto need = [](bool fits, const char* what) {
       if (!fits) throw InputError(std::string(what) + " is out of range");
@@ -96,8 +96,8 @@ class Sampler {
  public:
   explicit Sampler(const SamplingConfig& config) : config_(config), random_(static_cast<uint64_t>(config.seed)) {}
 
-  /// The next token after `tokens`, which the repetition penalty looks at.
-  /// Throws PackageError for logits that are NaN or infinite: there is no right token to say.
+  /// The next token after `tokens`, which the repetition penalty reads. Throws PackageError if the largest logit is NaN
+  /// or infinite.
   int64_t operator()(std::vector<float> logits, const std::vector<int64_t>& tokens) {
     if (config_.repetition_penalty != 1.0) penalise(logits, tokens);
     const int64_t best = likeliest(logits);
@@ -128,7 +128,7 @@ class Sampler {
     }
   }
 
-  /// numpy.argmax: the first of equals, and a NaN before anything else.
+  /// numpy.argmax: of equals the first; a NaN counts as the largest.
   static int64_t likeliest(const std::vector<float>& logits) {
     size_t best = 0;
     for (size_t i = 0; i < logits.size(); ++i) {
@@ -138,7 +138,7 @@ class Sampler {
     return static_cast<int64_t>(best);
   }
 
-  /// Temperature, top-k and top-p applied: probabilities that sum to 1, zero where filtered.
+  /// Apply temperature, top-k and top-p: probabilities that sum to 1, zero for dropped tokens.
   std::vector<double> probabilities(const std::vector<float>& logits) const {
     const size_t n = logits.size();
     std::vector<size_t> order(n);

@@ -1,37 +1,39 @@
-// Does the gate work here? Asked whenever a package is loaded, in milliseconds and without any text: the C++ side of
-// runtime/self_test.py.
+// Check that the gate works on this machine. Every load of a package does so, in milliseconds and without any text. The
+// C++ side of runtime/self_test.py.
 //
-// A package brings hidden states, and what its export found the prober, the Refusal Head and lm_head to make of them
-// (GateProof). An Engine whose prober scores otherwise, or whose answers would not be steered, does not load.
+// A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
+// (GateProof). If their outputs differ here, the package does not load.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <fstream>
 #include <ios>
 #include <string>
 #include <vector>
 
 #include "errors.hpp"
+#include "generation.hpp"
 #include "manifest.hpp"
-#include "request.hpp"
 #include "subgraph.hpp"
 
 namespace autosteer {
 
-constexpr double kProberLimit = 1e-3;  // of p_unsafe: the prober is float32 in every package
-constexpr double kBendLimit = 1e-3;    // of what the Refusal Head adds, relative to it
-constexpr double kExactShiftLimit = 0.01, kShiftLimit = 0.25;  // of the logits' shift, relative to it
-constexpr float kPossible = 1e30F;                             // logits beyond are of tokens that the model never says
+constexpr double kProberLimit = 1e-3;  // difference of p_unsafe: the prober is float32 in every package
+constexpr double kSteerLimit = 1e-3;   // error of what the Refusal Head adds, relative to it
+constexpr double kExactShiftLimit = 0.01, kShiftLimit = 0.25;  // error of the logits' shift, relative to it
+constexpr float kPossible = 1e30F;  // larger logits mask tokens that the model never generates
 
 namespace self_test {
 
-/// The proof's hidden states, position after position.
+/// The proof's hidden states, one vector after the other.
 inline std::vector<float> states(const fs::path& folder, const Manifest& manifest) {
   const GateProof& proof = manifest.proof.value();
-  const auto count = static_cast<size_t>(manifest.dims.hidden_size) * (proof.p_unsafe.size() + 2 * proof.steered.size());
+  const auto count =
+      static_cast<size_t>(manifest.dims.hidden_size) * (proof.p_unsafe.size() + 2 * proof.steered.size());
   std::vector<float> all(count);
   std::ifstream file(folder / proof.file, std::ios::binary);
   file.read(reinterpret_cast<char*>(all.data()), static_cast<std::streamsize>(count * sizeof(float)));
@@ -49,7 +51,7 @@ inline double relative(const float* a, const float* b, const float* c, const flo
   return std::sqrt(off / all);
 }
 
-/// Root mean square of what steering adds to logits (V,); NaN where either is not finite.
+/// Root mean square of what steering adds to logits (V,); NaN if either is not finite.
 inline double logits_shift(const std::vector<float>& plain, const float* steered) {
   double sum = 0, count = 0;
   for (size_t i = 0; i < plain.size(); ++i) {
@@ -66,10 +68,21 @@ inline std::string number(double value) {
   return text;
 }
 
+/// p_unsafe of a state (D,); NaN where the prober fails, or gives no number.
+inline double score(const Subgraph& prober, const float* state, int64_t width) {
+  try {
+    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
+    const auto [data, count] = values<float>(outputs.at(0), prober);
+    return count == 1 ? *data : std::nan("");
+  } catch (const std::exception&) {
+    return std::nan("");
+  }
+}
+
 }  // namespace self_test
 
-/// Throws PackageError where prober, Refusal Head and lm_head do not do what the package's proof says. Steering is
-/// tested through the bindings that a decode step has.
+/// Throws PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof. Steering is
+/// tested through the bindings of a decode step.
 inline void check_gate(const fs::path& folder, const Manifest& manifest, const Graphs& graphs) {
   if (!manifest.proof || !manifest.refusal) return;
   const int64_t width = manifest.dims.hidden_size, vocabulary = manifest.dims.vocab_size;
@@ -77,9 +90,7 @@ inline void check_gate(const fs::path& folder, const Manifest& manifest, const G
   const std::vector<float> states = self_test::states(folder, manifest);
   const float* state = states.data();
   for (const double p_unsafe : proof.p_unsafe) {
-    const Subgraph& prober = graphs.at("prober");
-    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
-    const double found = *floats(outputs.at(0), 1, prober);
+    const double found = self_test::score(graphs.at("prober"), state, width);
     if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
       throw PackageError("prober: a known state has p_unsafe " + self_test::number(found) + " here, and had " +
                          self_test::number(p_unsafe) + " at export");
@@ -97,7 +108,7 @@ inline void check_gate(const fs::path& folder, const Manifest& manifest, const G
     const std::vector<float> as_it_is(logits.data(), logits.data() + vocabulary);
     for (Call& call : steer) call();
     const double off = self_test::relative(steered.data(), expected, expected, state, width);
-    if (!(off <= kBendLimit)) {
+    if (!(off <= kSteerLimit)) {
       throw PackageError("refusal_head: it steers otherwise than at export (by " + self_test::number(off) +
                          " of what it adds): its steer matrix is not the package's, or this onnxruntime computes it "
                          "wrong");

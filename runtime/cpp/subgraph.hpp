@@ -1,9 +1,10 @@
 // One ONNX graph in one onnxruntime session: the C++ side of runtime/subgraph.py and kv_cache.py. Every onnxruntime
 // option of the runtime is in this file.
 //
-// Sessions are chained. A thread that sleeps between operators costs a third of decoding on an idle machine; one that
-// spins without end takes the cores from the next session and from other programs. So threads spin for microseconds and
-// only inside a run, where onnxruntime can bound it, and else not at all (measured, docs/design-notes.md).
+// Sessions run one after the other. Threads that sleep between operators cost a third of the decode speed on an idle
+// machine. Threads that spin without limit take the cores from the next session and from other programs. So they spin
+// for microseconds and only inside a run; if this onnxruntime cannot bound that, they do not spin (measured,
+// docs/design-notes.md).
 #pragma once
 
 #include <onnxruntime_cxx_api.h>
@@ -30,19 +31,19 @@ namespace autosteer {
 
 constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
 
-/// Major and minor of a version; what is no version is older than any.
+/// {major, minor}; {0, 0} for text that is not a version.
 inline std::pair<int, int> version_numbers(const char* text) {
   int major = 0, minor = 0;
   std::sscanf(text, "%d.%d", &major, &minor);
   return {major, minor};
 }
 
-/// The version that runs, not the headers'.
+/// The version of the library, not of the headers.
 inline const char* onnxruntime_version() {
   return OrtGetApiBase()->GetVersionString();
 }
 
-/// Throws ProviderError where the onnxruntime that runs is older than `lowest` ("1.23"), which a package says it needs.
+/// Throws ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs.
 inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
   if (version_numbers(installed) < version_numbers(lowest.c_str())) {
     throw ProviderError(std::string("onnxruntime ") + installed + " computes this package wrong; it needs " + lowest +
@@ -55,11 +56,11 @@ inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
   return version_numbers(version) >= std::pair(1, 26);
 }
 
-/// onnxruntime, as every session of an engine uses it: `threads` threads, and one arena of memory for every session of
-/// the process, which grows by what is asked for.
+/// onnxruntime's environment for the sessions of an engine: `threads` threads, and one arena of memory for all sessions
+/// of the process, which grows by the size requested.
 ///
-/// Where spinning cannot be bounded, all sessions of the process share one pool whose threads do not spin. The process
-/// has one such environment: where one exists already, its pool serves this engine too, and `threads` is its maker's.
+/// If spinning cannot be bounded, all sessions of the process share one pool whose threads do not spin. A process has
+/// only one such environment: if it exists already, its pool and its number of threads are used.
 class Environment {
  public:
   explicit Environment(int threads) : threads_(threads), environment_(make(threads)) {
@@ -67,7 +68,7 @@ class Environment {
     environment_.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
   }
 
-  /// Throws Ort::Exception where onnxruntime cannot load the graph.
+  /// Throws Ort::Exception if onnxruntime cannot load the graph.
   Ort::Session load(const fs::path& graph) const {
     Ort::SessionOptions options;
     if (can_bound_spinning()) {
@@ -75,11 +76,11 @@ class Environment {
       options.SetInterOpNumThreads(1);
       options.AddConfigEntry("session.intra_op.allow_spinning", "1");
       options.AddConfigEntry("session.intra_op.spin_duration_us", std::to_string(kSpinUs).c_str());
-      options.AddConfigEntry("session.force_spinning_stop", "1");  // the next session has the cores
+      options.AddConfigEntry("session.force_spinning_stop", "1");  // free the cores for the next session
     } else {
       options.DisablePerSessionThreads();
     }
-    options.DisableMemPattern();  // it reserves each input length's activations in one piece
+    options.DisableMemPattern();  // a pattern for each input length would hold memory
     options.AddConfigEntry("session.use_env_allocators", "1");
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
     return {environment_, graph.c_str(), options};
@@ -100,7 +101,7 @@ class Environment {
   Ort::Env environment_;
 };
 
-/// An array of T on the CPU and onnxruntime's view of it. Zero pages that nobody writes cost no memory.
+/// An array of T on the CPU, zero at first, and onnxruntime's view of it. Pages that are not written take no memory.
 template <class T>
 class Tensor {
  public:
@@ -119,7 +120,7 @@ class Tensor {
     std::copy(values.begin(), values.end(), data_.get());
   }
 
-  /// onnxruntime's view of an array that somebody else keeps.
+  /// onnxruntime's view of an array that the caller keeps alive.
   static Ort::Value view(const T* data, const std::vector<int64_t>& shape) {
     static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     const int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
@@ -143,7 +144,7 @@ class Tensor {
   Ort::Value value_{nullptr};
 };
 
-/// What the arena holds unused when a run is over goes back.
+/// Options of a run after which the arena frees its unused memory.
 inline Ort::RunOptions shrinking() {
   Ort::RunOptions options;
   options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
@@ -153,7 +154,7 @@ inline Ort::RunOptions shrinking() {
 /// A loaded graph.
 class Subgraph {
  public:
-  /// Throws PackageError where `path` is no usable graph, or its inputs and outputs are not the manifest's.
+  /// Throws PackageError if `path` is not a usable graph, or its inputs and outputs are not the manifest's.
   Subgraph(const Environment& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
     try {
       session_ = environment.load(path);
@@ -176,8 +177,8 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input (the manifest saw to that); outputs in the graph's order. What the arena then holds
-  /// unused goes back: images take the most, and their graph may not run again.
+  /// Run a graph of one input (Manifest::load checks that); outputs in the graph's order. The arena then frees its
+  /// unused memory: image graphs take the most, and may not run again.
   std::vector<Ort::Value> run(const Ort::Value& input) const {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
@@ -209,11 +210,11 @@ class Subgraph {
   }
 
   fs::path path_;
-  mutable Ort::Session session_{nullptr};  // Run is thread-safe, and not const only in name
+  mutable Ort::Session session_{nullptr};  // Run is thread-safe, though not declared const
   std::vector<std::string> inputs_, outputs_;
 };
 
-/// A graph's output as an array and its length.
+/// A graph's output as an array and its length. Throws PackageError for another type.
 template <class T>
 std::pair<const T*, int64_t> values(const Ort::Value& value, const Subgraph& graph) {
   const auto info = value.GetTensorTypeAndShapeInfo();
@@ -223,7 +224,7 @@ std::pair<const T*, int64_t> values(const Ort::Value& value, const Subgraph& gra
   return {value.GetTensorData<T>(), static_cast<int64_t>(info.GetElementCount())};
 }
 
-/// The floats of a graph's output, which must be this many.
+/// A graph's output of `count` floats. Throws PackageError for another type or count.
 inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
   const auto [data, found] = values<float>(value, graph);
   if (found != count)
@@ -231,7 +232,7 @@ inline const float* floats(const Ort::Value& value, int64_t count, const Subgrap
   return data;
 }
 
-/// A graph bound to fixed buffers. Running it looks nothing up and copies nothing.
+/// A graph bound to fixed buffers. Each call runs it once, without look-ups or copies.
 class Call {
  public:
   using Bound = std::vector<std::pair<std::string, const Ort::Value*>>;
@@ -250,12 +251,13 @@ class Call {
   Ort::IoBinding binding_;
 };
 
-/// Keys and values of earlier tokens in one decoder half, for one request at a time: one buffer per layer, bound as
-/// past and as present. GroupQueryAttention writes new rows into it in place; `seqlens_k` tells it how many are valid.
+/// Keys and values of earlier positions in one decoder half, for one request at a time: one buffer per layer and kind,
+/// bound as past and as present. GroupQueryAttention writes new positions into it in place; `seqlens_k` tells it how
+/// many are valid.
 class KVCache {
  public:
-  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. int8
-  /// caches are rounded by the graph, which has their scales.
+  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. The
+  /// graph has the scales of int8 caches, and quantises what it writes.
   KVCache(const GraphSpec& graph, const Manifest& manifest, int64_t capacity)
       : heads_(manifest.dims.num_key_value_heads),
         width_(manifest.dims.head_dim),
@@ -273,32 +275,32 @@ class KVCache {
     allocate(0, 0);
   }
 
-  /// Make room for `capacity` tokens and keep the first `rows`. It grows to twice its size, but not above `most`, so
-  /// that the turns of a dialogue copy each row about once.
-  void reserve(int64_t capacity, int64_t rows, int64_t most) {
+  /// Make room for `capacity` tokens and keep the first `length` positions. A cache that is too small doubles, up to
+  /// `limit`, so a dialogue copies each position about once.
+  void reserve(int64_t capacity, int64_t length, int64_t limit) {
     if (capacity <= capacity_) return;
-    const int64_t held = std::exchange(capacity_, std::max(capacity, std::min(2 * capacity_, most)));
+    const int64_t held = std::exchange(capacity_, std::max(capacity, std::min(2 * capacity_, limit)));
     bytes = 0;
-    allocate(rows, held);
+    allocate(length, held);
   }
 
   Call::Bound past, present;
   int64_t bytes = 0;
 
  private:
-  /// New buffers with the first `rows` of the old ones, which hold `held`. Layer by layer: the old buffer goes before
-  /// the next one comes.
-  void allocate(int64_t rows, int64_t held) {
+  /// New buffers with the first `length` positions of the old ones, whose capacity is `held`. One buffer at a time:
+  /// each old one is freed before the next is made.
+  void allocate(int64_t length, int64_t held) {
     for (size_t i = 0; i < buffers_.size(); ++i)
-      is_int8_ ? allocate<int8_t>(i, rows, held) : allocate<float>(i, rows, held);
+      is_int8_ ? allocate<int8_t>(i, length, held) : allocate<float>(i, length, held);
   }
 
   template <class T>
-  void allocate(size_t i, int64_t rows, int64_t held) {
+  void allocate(size_t i, int64_t length, int64_t held) {
     const auto buffer = std::make_shared<Tensor<T>>(std::vector<int64_t>{1, heads_, capacity_, width_});
-    for (int64_t head = 0; rows > 0 && head < heads_; ++head) {
+    for (int64_t head = 0; length > 0 && head < heads_; ++head) {
       const T* old = static_cast<const Tensor<T>*>(buffers_[i].get())->data() + head * held * width_;
-      std::copy(old, old + rows * width_, buffer->data() + head * capacity_ * width_);
+      std::copy(old, old + length * width_, buffer->data() + head * capacity_ * width_);
     }
     past[i].second = present[i].second = &buffer->value();
     bytes += static_cast<int64_t>(buffer->bytes());

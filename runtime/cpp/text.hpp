@@ -1,8 +1,7 @@
 // From a dialogue to token ids and image slots, and from token ids back to text: the C++ side of runtime/text.py.
 //
-// The chat template was taken apart at export (PromptSpec). Special tokens enter a prompt only as pieces of the
-// template; in what a user wrote they are plain text, so nobody can forge a turn or an image by typing <|im_end|> or
-// <image>.
+// The export took the chat template apart into pieces (PromptSpec). Special tokens enter a prompt only as pieces of the
+// template. In user text they are plain text, so nobody can forge a turn or an image by typing <|im_end|> or <image>.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +33,7 @@ struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
 
-  /// Images, videos (the frames of each; see open_video), then a text: what most people send.
+  /// A user turn: images, videos (the frames of each; see open_video), then a text.
   static Message user(std::string text, std::vector<ImageLike> images = {},
                       std::vector<std::vector<ImageLike>> videos = {}) {
     Message message{"user", {}};
@@ -47,23 +46,23 @@ struct Message {
   static Message assistant(std::string text) { return {"assistant", {std::move(text)}}; }
 };
 
-/// Token ids, or the place of the rows of an image or a video.
+/// Token ids, or the place of an image or a video.
 struct Run {
-  std::string slot;  ///< image, video, or nothing: token ids
+  std::string slot;  ///< "image", "video", or "" for token ids
   std::vector<int64_t> ids;
 };
 
-/// A turn that the prober judges: all of the user's, and the last.
+/// A turn that the prober scores: every user turn, and the last turn.
 struct AskedTurn {
   size_t index;     ///< among the messages
-  int64_t before;   ///< text tokens in front of its content: earlier turns, and its prefix
-  int64_t through;  ///< text tokens up to where its answer begins
+  int64_t before;   ///< text tokens before its content: earlier turns and its prefix
+  int64_t through;  ///< text tokens before its answer
 };
 
-/// Token ids of a dialogue, with a run of its own where each image and each video goes. Literal and user text that
-/// touch are tokenised together, as the template's own rendering would be. Throws InputError for an empty dialogue, an
-/// unknown role, an image or a video in a turn that takes none, or text that is not valid Unicode. `asked` is told
-/// where the turns stand that the prober judges, as if each had been the last when it came.
+/// Token ids of a dialogue, with a run of its own for each image and each video. Adjacent literal and user text are
+/// tokenised together, as in the template's own rendering. `asked`, if given, receives the turns that the prober
+/// scores, each counted as if the dialogue ended there. Throws InputError for an empty dialogue, an unknown role, an
+/// image or a video in a turn that takes none, or text that is not valid Unicode.
 inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
                                std::vector<AskedTurn>* asked = nullptr) {
   if (messages.empty()) throw InputError("the dialogue is empty");
@@ -77,8 +76,8 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     if (!text.empty()) add_ids(tokenizer.encode(text));
     text.clear();
   };
-  const auto add_pieces = [&](const std::vector<Piece>& pieces, std::string_view filling = {}) {
-    for (const Piece& piece : pieces) {
+  const auto add_pieces = [&](const std::vector<TemplatePiece>& pieces, std::string_view filling = {}) {
+    for (const TemplatePiece& piece : pieces) {
       if (piece.kind == "literal") {
         text += piece.text;
       } else if (piece.kind == "text") {
@@ -94,12 +93,12 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     }
   };
 
-  /// Text tokens so far, and of `more` (no slots) behind them.
-  const auto tokens = [&](const std::vector<Piece>& more) {
+  // Number of text tokens so far and of `more`, which has no slots.
+  const auto tokens = [&](const std::vector<TemplatePiece>& more) {
     size_t count = 0;
     std::string rest = text;
     for (const Run& run : runs) count += run.ids.size();
-    for (const Piece& piece : more) {
+    for (const TemplatePiece& piece : more) {
       if (piece.kind == "literal") {
         rest += piece.text;
         continue;
@@ -113,7 +112,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
   if (messages[0].role != "system") add_pieces(spec.begin);
   for (size_t n = 0; n < messages.size(); ++n) {
     const Message& message = messages[n];
-    const bool judged = asked && (message.role == "user" || n + 1 == messages.size());
+    const bool scored = asked && (message.role == "user" || n + 1 == messages.size());
     const TurnSpec* turn = message.role == "user"                    ? &spec.user
                            : message.role == "assistant"             ? &spec.assistant
                            : message.role == "system" && spec.system ? &*spec.system
@@ -128,7 +127,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
       std::stable_sort(parts.begin(), parts.end(), [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
     }
     add_pieces(turn->prefix);
-    if (judged) asked->push_back({n, tokens({}), 0});
+    if (scored) asked->push_back({n, tokens({}), 0});
     if (!parts.empty() && std::holds_alternative<std::string>(*parts[0])) add_pieces(turn->lead);
     for (const Part* part : parts) {
       if (const auto* words = std::get_if<std::string>(part)) {
@@ -136,21 +135,21 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
         continue;
       }
       const bool video = std::holds_alternative<VideoPart>(*part);
-      const std::vector<Piece>& slot = video ? turn->video : turn->image;
-      if (slot.empty()) {  // never drop a picture in silence, nor let another turn have it
+      const std::vector<TemplatePiece>& slot = video ? turn->video : turn->image;
+      if (slot.empty()) {  // never drop a picture silently, nor move it to another turn
         throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
       }
       add_pieces(slot);
     }
     add_pieces(turn->suffix);
-    if (judged) asked->back().through = tokens(spec.generation);
+    if (scored) asked->back().through = tokens(spec.generation);
   }
   add_pieces(spec.generation);
   end_text();
   return runs;
 }
 
-/// Streams text out of token ids: whole characters only, and nothing of a stop string.
+/// Turns token ids into text as they come. Emits whole characters only, and no part of a stop string.
 class Detokeniser {
  public:
   Detokeniser(const Tokenizer& tokenizer, std::vector<std::string> stop)
@@ -176,11 +175,11 @@ class Detokeniser {
     return text;
   }
 
-  /// What was held back, when the answer ends without its stop string.
+  /// The text held back, if the answer ends without a stop string.
   std::string flush() { return std::exchange(held_, {}); }
 
  private:
-  /// What may be shown now of the bytes so far: nothing while they end within a character.
+  /// The text of the bytes so far; empty while they end within a character.
   std::string characters(int64_t token) {
     bytes_ += tokenizer_.bytes(token);
     std::string text = unicode::lossy(bytes_);
@@ -192,7 +191,7 @@ class Detokeniser {
     return text;
   }
 
-  /// Length of the longest end of `text` that begins `stop`.
+  /// Length of the longest suffix of `text` that is a proper prefix of `stop`.
   static size_t overlap(std::string_view text, std::string_view stop) {
     for (size_t n = std::min(text.size(), stop.size() - 1); n > 0; --n) {
       if (text.substr(text.size() - n) == stop.substr(0, n)) return n;
@@ -202,8 +201,8 @@ class Detokeniser {
 
   const Tokenizer& tokenizer_;
   std::vector<std::string> stop_;
-  std::string bytes_;  // of a character that is not complete
-  std::string held_;   // text that may yet turn out to begin a stop string
+  std::string bytes_;  // of an incomplete character
+  std::string held_;   // text that may be the start of a stop string
 };
 
 }  // namespace autosteer

@@ -2,11 +2,11 @@
 //
 //     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
 //
-// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). Whatever the file asks for
-// that is not here is a PackageError that names it: a tokenizer that is half understood gives wrong ids, silently.
+// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). If the file asks for anything
+// that is not implemented here, a PackageError names it; ignoring it would silently give wrong ids.
 //
-// Regular expressions run in Oniguruma and not in another library, because tokenizer.json is written in its dialect and
-// Python's tokenizers runs them in it as well. docs/embedding.md says why the tokenizer is our own.
+// Regular expressions run in Oniguruma: tokenizer.json is written in its dialect, and Python's tokenizers uses it too.
+// docs/embedding.md says why the tokenizer is our own.
 #pragma once
 
 #include <oniguruma.h>
@@ -61,7 +61,7 @@ class Regex {
     if (status != ONIG_NORMAL) throw PackageError("pattern '" + pattern + "' is not a regular expression");
   }
 
-  /// The first match in `text` at or after `from`, if there is one.
+  /// The first match in `text` at or after `from`, if any.
   std::optional<Span> find(std::string_view text, size_t from) const {
     const std::unique_ptr<OnigRegion, void (*)(OnigRegion*)> region(onig_region_new(),
                                                                     [](OnigRegion* r) { onig_region_free(r, 1); });
@@ -82,25 +82,25 @@ class Regex {
 
 class Tokenizer {
  public:
-  /// Read tokenizer.json. Throws PackageError where it is damaged or not byte-level BPE.
+  /// Read tokenizer.json. Throws PackageError if it is damaged or not byte-level BPE.
   explicit Tokenizer(const std::filesystem::path& path) {
     try {
       std::ifstream file(path, std::ios::binary);
       load(nlohmann::json::parse(file));
 #ifdef __GLIBC__
-      malloc_trim(0);  // the document took tens of megabytes in small pieces, which glibc keeps
+      malloc_trim(0);  // glibc would keep the tens of megabytes that the JSON document took
 #endif
     } catch (const PackageError& err) {
       throw PackageError(path.string() + ": " + err.what());
-    } catch (const nlohmann::json::parse_error& err) {  // its own words quote the file's bytes
+    } catch (const nlohmann::json::parse_error& err) {  // its message would quote the file's bytes
       throw PackageError(path.string() + ": not a tokenizer (no JSON at byte " + std::to_string(err.byte) + ")");
     } catch (const nlohmann::json::exception& err) {
       throw PackageError(path.string() + ": not a tokenizer (" + err.what() + ")");
     }
   }
 
-  /// Token ids of `text`, without any the model adds by itself; special tokens in it are plain text.
-  /// Throws InputError where it is not valid UTF-8.
+  /// Token ids of `text`, without begin or end tokens; special tokens in it are plain text. Throws InputError if it is
+  /// not valid UTF-8.
   std::vector<int64_t> encode(std::string_view text) const {
     if (!unicode::is_valid(text)) throw InputError("the prompt is not valid Unicode text");
     std::vector<int64_t> ids;
@@ -111,7 +111,7 @@ class Tokenizer {
     return ids;
   }
 
-  /// The bytes that `id` stands for: none for special tokens and for ids that the tokenizer does not know.
+  /// The bytes of token `id`; empty for special tokens and unknown ids.
   std::string_view bytes(int64_t id) const {
     if (id < 0 || static_cast<size_t>(id) + 1 >= starts_.size()) return {};
     const size_t start = starts_[static_cast<size_t>(id)], end = starts_[static_cast<size_t>(id) + 1];
@@ -131,8 +131,8 @@ class Tokenizer {
   struct Split {
     std::optional<Regex> regex;  ///< absent: `literal`
     std::string literal;
-    bool invert = false;            ///< what does not match is the piece
-    bool remove = false;            ///< matches (or, inverted, the rest) are dropped
+    bool invert = false;            ///< the text between matches is the piece
+    bool remove = false;            ///< drop matches (or, inverted, the rest)
     bool add_prefix_space = false;  ///< ByteLevel
     bool cut = true;                ///< ByteLevel without use_regex cuts nothing
   };
@@ -168,7 +168,7 @@ class Tokenizer {
     }
   }
 
-  /// `bytes`: by id, what `bytes_` is made of.
+  /// `bytes`: receives the bytes of each token, by id.
   void load_model(const Json& model, std::vector<std::string>& bytes) {
     if (model.at("type") != "BPE") unknown("model", model.at("type"));
     for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
@@ -218,8 +218,8 @@ class Tokenizer {
   void load_added_token(const Json& token, std::vector<std::string>& bytes) {
     AddedToken added{token.at("content"), token.at("id"), token.at("special")};
     if (added.content.empty()) unknown("added token", token);
-    // The library numbers added tokens itself: the vocabulary's id, or one after the last. Another id in the file is
-    // one that nothing was trained with.
+    // The library numbers added tokens itself: the vocabulary's id, or one after the last. If the file has another id,
+    // no model was trained with it.
     const auto in_vocabulary = vocab_.find(added.content);
     if (added.id != (in_vocabulary != vocab_.end() ? in_vocabulary->second : next_added_id_)) {
       unknown("the id of added token", token);
@@ -296,7 +296,7 @@ class Tokenizer {
     return {reinterpret_cast<const char*>(out.data()), static_cast<size_t>(length)};
   }
 
-  /// The character that stands for each byte in the vocabulary: itself where it is printable, else one from 256 up.
+  /// The character for each byte in the vocabulary: itself if it is printable, else the next one from 256 up.
   static const std::array<std::string, 256>& byte_alphabet() {
     static const auto alphabet = [] {
       std::array<std::string, 256> characters;
@@ -310,7 +310,7 @@ class Tokenizer {
     return alphabet;
   }
 
-  /// The bytes of a vocabulary entry; an entry with a character outside the alphabet stands for itself.
+  /// The bytes of a vocabulary entry; an entry with a character outside the alphabet is returned unchanged.
   static std::string byte_level_decode(const std::string& token) {
     static const auto bytes = [] {
       std::unordered_map<std::string_view, char> map;
@@ -331,8 +331,8 @@ class Tokenizer {
   // --- text to ids
   // ----------------------------------------------------------------------------------------------------
 
-  /// Cut the added tokens out of `text` (the leftmost, of those the longest): their ids go into `ids`, the text between
-  /// them to `rest`. Special ones are found, so that nothing else is found inside them, and left in the text.
+  /// Cut the added tokens out of `text`, the leftmost and longest first. Appends their ids to `ids` and calls `rest`
+  /// with the text between them. Special tokens stay in the text, but no other token is matched inside them.
   template <class Rest>
   static void for_each_part(std::string_view text, const std::vector<AddedToken>& tokens, std::vector<int64_t>& ids,
                             const Rest& rest) {
@@ -398,15 +398,15 @@ class Tokenizer {
     return static_cast<uint64_t>(left) << 32 | static_cast<uint64_t>(right);
   }
 
-  /// The pair's merge, of several the last in the file (tokenizers: a HashMap), or none.
+  /// The pair's merge, or null. Of several, the last in the file (tokenizers uses a HashMap).
   const Merge* merge_of(uint64_t pair) const {
-    const auto behind = std::upper_bound(merges_.begin(), merges_.end(), pair,
-                                         [](uint64_t key, const Merge& merge) { return key < merge.pair; });
-    return behind == merges_.begin() || std::prev(behind)->pair != pair ? nullptr : &*std::prev(behind);
+    const auto after = std::upper_bound(merges_.begin(), merges_.end(), pair,
+                                        [](uint64_t key, const Merge& merge) { return key < merge.pair; });
+    return after == merges_.begin() || std::prev(after)->pair != pair ? nullptr : &*std::prev(after);
   }
 
-  /// Byte-pair encoding of one word: again and again the pair that was merged first in training, the leftmost of
-  /// several. A heap, so that a word of a million letters costs n log n (tokenizers: Word::merge_all).
+  /// Byte-pair encoding of one word: repeatedly merge the pair of lowest rank, the leftmost of several. Uses a heap, so
+  /// n letters cost n log n (tokenizers: Word::merge_all).
   void merge(const std::string& word, std::vector<int64_t>& ids) const {
     if (ignore_merges_) {
       std::string token;
@@ -415,7 +415,7 @@ class Tokenizer {
     }
     struct Symbol {
       int64_t id;
-      int64_t previous, next;  // neighbours that are left, -1: none
+      int64_t previous, next;  // remaining neighbours; -1: none
     };
     std::vector<Symbol> symbols;
     for (const char byte : word) {
@@ -446,7 +446,7 @@ class Tokenizer {
       queue.pop();
       Symbol& left = symbols[static_cast<size_t>(top.at)];
       const Merge* merge = left.id < 0 ? nullptr : merge_at(top.at);
-      if (!merge || merge->id != top.id) continue;  // one of the two has been merged into something else since
+      if (!merge || merge->id != top.id) continue;  // stale: one of the two was merged with something else
       Symbol& right = symbols[static_cast<size_t>(left.next)];
       left.id = top.id;
       left.next = right.next;
@@ -461,10 +461,10 @@ class Tokenizer {
     }
   }
 
-  std::unordered_map<std::string, int64_t> vocab_;  // kept only where ignore_merges needs it
+  std::unordered_map<std::string, int64_t> vocab_;  // kept only for ignore_merges
   std::vector<Merge> merges_;                       // sorted
   std::array<int64_t, 256> byte_ids_{};
-  std::string bytes_;             // of all ids, one behind the other
+  std::string bytes_;             // of all ids, concatenated
   std::vector<uint32_t> starts_;  // in bytes_, by id, and the end
   std::vector<AddedToken> added_, added_normalised_;
   std::vector<Split> splits_;

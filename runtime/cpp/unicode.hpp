@@ -1,4 +1,4 @@
-// UTF-8: what is a character, what is white space, and what becomes of bytes that are neither.
+// UTF-8: characters, white space, NFC, and ill-formed bytes.
 #pragma once
 
 #include <utf8proc.h>
@@ -14,7 +14,7 @@ namespace autosteer {
 
 namespace unicode {
 
-/// Length of the UTF-8 character that begins at `at`, or 0 where none does.
+/// Length of the UTF-8 character that begins at `at`, or 0 if none does.
 inline size_t character(std::string_view text, size_t at) {
   utf8proc_int32_t codepoint = 0;
   const auto length = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
@@ -42,7 +42,8 @@ inline std::string nfc(std::string_view text) {
   return {reinterpret_cast<const char*>(composed), static_cast<size_t>(length)};
 }
 
-/// Bytes as text, ill-formed ones as U+FFFD: Rust's String::from_utf8_lossy, one mark for each maximal wrong piece.
+/// Bytes as text with ill-formed ones replaced by U+FFFD, as Rust's String::from_utf8_lossy does: one for each maximal
+/// ill-formed sequence.
 inline std::string lossy(std::string_view bytes) {
   std::string out;
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(bytes[i]); };
@@ -53,7 +54,7 @@ inline std::string lossy(std::string_view bytes) {
       continue;
     }
     const unsigned char lead = byte(at);
-    size_t bad = 1;  // how many bytes began a character that did not come to its end
+    size_t bad = 1;  // bytes of an incomplete character
     const size_t wanted = lead >= 0xF0 && lead <= 0xF4 ? 4 : lead >= 0xE0 && lead <= 0xEF ? 3 : lead >= 0xC2 ? 2 : 1;
     unsigned char low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     unsigned char high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;

@@ -1,10 +1,9 @@
-// From a video to pixel_values, and from its frames' features to rows among the tokens: the C++ side of
-// runtime/video.py.
+// A video -> pixel_values; its frames' features -> the video's rows in the prompt. The C++ side of runtime/video.py.
 //
 //     frames    ->  one tile each, squeezed
-//     features  ->  each frame's rows shrunk, frame after frame, and one newline row at the very end
+//     features  ->  each frame's rows pooled, frame after frame, and one newline row at the very end
 //
-// Frames are resized as torchvision does, which is what Hugging Face's video processor does: not Pillow's pixels.
+// Frames are resized as torchvision does, like in Hugging Face's video processor; Pillow's pixels differ.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +20,9 @@
 
 namespace autosteer {
 
-constexpr int64_t kFrames = 8;  // of a video, unless you say otherwise
+constexpr int64_t kFrames = 8;  // taken from a video by default
 
-/// `count` of `total` frames, evenly from the first to the last; all of them where there are not more.
+/// Indices of `count` frames out of `total`, evenly spaced from the first to the last; all if there are not more.
 inline std::vector<int64_t> spaced(int64_t total, int64_t count) {
   count = std::min(total, count);
   std::vector<int64_t> chosen;
@@ -37,10 +36,10 @@ inline bool digit(char c) {
   return '0' <= c && c <= '9';
 }
 
-/// Names with their numbers as numbers: 2.png comes before 10.png.
+/// Order of names with their numbers as numbers: 2.png comes before 10.png.
 inline bool before(const std::string& a, const std::string& b) {
   size_t i = 0, j = 0;
-  const auto number = [](const std::string& text, size_t& at) {  // longer is larger, once zeros in front are gone
+  const auto number = [](const std::string& text, size_t& at) {  // without leading zeros, the longer number is larger
     while (at < text.size() && text[at] == '0') ++at;
     const size_t first = at;
     while (at < text.size() && digit(text[at])) ++at;
@@ -66,8 +65,8 @@ inline bool before(const std::string& a, const std::string& b) {
 
 }  // namespace video
 
-/// The picture files of a folder, ordered by their names and the numbers in them; of more than `frames`, so many,
-/// evenly spaced. Throws InputError where there are none. The files are not opened.
+/// The picture files of a folder, ordered by name, with numbers in a name compared as numbers. At most `frames` of
+/// them, evenly spaced. Throws InputError if there are none. The files are not opened.
 inline std::vector<ImageLike> open_video(const std::filesystem::path& folder, int64_t frames = kFrames) {
   if (frames < 1) throw InputError(std::to_string(frames) + " frames of a video: take at least one");
   std::error_code error;
@@ -93,7 +92,7 @@ inline std::vector<ImageLike> open_video(const std::filesystem::path& folder, in
   return chosen;
 }
 
-/// torchvision's resize to a square, bicubic with antialiasing. It begins with the width, always.
+/// torchvision's resize to a square, bicubic with antialiasing. It always resizes the width first.
 inline Image squeeze(const Image& frame, int64_t side) {
   const resampling::Filter filter{resampling::bicubic, 2.0, true};
   const Image narrow = frame.width == side ? frame : resampling::resize_width(frame, side, filter);

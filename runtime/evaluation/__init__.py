@@ -1,1 +1,1 @@
-"""What a gate catches, misses and wrongly refuses (autosteer-eval). Not needed to run a package."""
+"""autosteer-eval: measure what a gate catches, misses and wrongly refuses. Not needed to run a package."""

@@ -1,4 +1,4 @@
-"""autosteer-eval: the table, or JSON, on stdout; progress and what was left out on stderr; every answer in --output."""
+"""autosteer-eval. Tables or JSON go to stdout, progress and excluded rows to stderr, every answer to --output."""
 
 from __future__ import annotations
 
@@ -22,29 +22,45 @@ if TYPE_CHECKING:
     from .run import Group, Result, RunFacts
     from .statistics import PairedTest, Rate
 
-FORMATS = ("ours", "vlsafe", "tovilag", "mmmu", "realworldqa", "turns")  # readers.READERS, which loads more than --help
+FORMATS = (
+    "ours",
+    "vlsafe",
+    "tovilag",
+    "mmmu",
+    "realworldqa",
+    "turns",
+)  # the keys of datasets.READERS, which --help must not import
 file_option: Any = click.Path(path_type=Path)
 
 
 @click.command("autosteer-eval", context_settings={"help_option_names": ["-h", "--help"]})
 @package_argument
-@click.option("--data", multiple=True, type=file_option, help="JSONL test set that says what is unsafe; repeatable.")
+@click.option("--data", multiple=True, type=file_option, help="JSONL test set whose rows have 'unsafe'; repeatable.")
 @click.option("--unsafe", multiple=True, type=file_option, help="JSONL of unsafe prompts; repeatable.")
 @click.option("--benign", multiple=True, type=file_option, help="JSONL of benign prompts; repeatable.")
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="Of all files. Default: seen from their fields.")
+@click.option(
+    "--format", "format_", type=click.Choice(FORMATS), help="Format of all files. Default: recognised by their fields."
+)
 @click.option("--images", type=file_option, help="Folder of the images. Default: beside each file.")
-@click.option("--text-only", is_flag=True, help="Leave images out.")
-@click.option("--exclude", multiple=True, type=file_option, help="Drop prompts in this fit file; repeatable.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only this many rows of each group.")
+@click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
+@click.option(
+    "--exclude", multiple=True, type=file_option, help="Drop rows whose prompt is in this fit file; repeatable."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
 @click.option(
     "--judge-command",
-    help='Program that judges refusals: {"prompt", "answer"} in, {"refused": true|false} out, a line each.',
+    help='Program that judges refusals. It reads {"prompt", "answer"} and writes {"refused": true|false}, one JSON '
+    "object a line.",
 )
-@click.option("--judge-timeout", type=float, default=60.0, show_default=True, help="Seconds it may take for an answer.")
-@click.option("--output", type=file_option, help="JSONL of every answer; the same command goes on where it stopped.")
-@click.option("--force", is_flag=True, help="Begin --output anew.")
-@click.option("--rejudge", is_flag=True, help="Judge the answers in --output again: for another judge, or newer rules.")
+@click.option(
+    "--judge-timeout", type=float, default=60.0, show_default=True, help="Seconds that it may take for one answer."
+)
+@click.option(
+    "--output", type=file_option, help="JSONL of every answer; the same command continues an interrupted run."
+)
+@click.option("--force", is_flag=True, help="Overwrite --output.")
+@click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")
 @device_option
 @threads_option
 @json_option
@@ -69,11 +85,11 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure the gate of PACKAGE: attack success, refusals and accuracy, by group, for four policies.
+    """Measure the gate of PACKAGE: attack success, wrong refusals and accuracy, by group, under four policies.
 
     Rows: {"prompt": text, "images": [files], "unsafe": true|false, "group": name, "answer": gold text or null};
-    "turns": [user, assistant, user, ...] in place of "prompt" for dialogues. Also VLSafe, ToViLaG, MMMU, RealWorldQA
-    and {"turns": [text]} as they are published (docs/evaluation.md).
+    "turns": [user, assistant, user, ...] instead of "prompt" for dialogues. Also VLSafe, ToViLaG, MMMU, RealWorldQA and
+    {"turns": [text]} in their published formats (docs/evaluation.md).
     """
     if not (data or unsafe or benign):
         raise click.UsageError("give prompts: --data, --unsafe or --benign")
@@ -84,13 +100,13 @@ def evaluate(
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
-    from .datasets import DataFile, drop_known, first_of_each_group, prompts_of, read_rows
+    from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
     from .refusals import CommandJudge, RuleJudge
     from .run import RunFacts, summarise
     from .run import rejudge as rejudge_file
 
     labelled = [*((path, None) for path in data), *((p, True) for p in unsafe), *((p, False) for p in benign)]
-    rows = read_rows([DataFile(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
+    rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
     dropped: Counter[str] = Counter()
     if exclude:
         rows, dropped = drop_known(rows, prompts_of(exclude))
@@ -114,7 +130,7 @@ def evaluate(
 
 
 def check_images(package: Path, rows: Sequence[Row]) -> None:
-    """Raise, before the package is loaded, where it cannot see what the rows show it."""
+    """Raise InputError, before the package is loaded, if rows have images and the package takes none."""
     from autosteer.runtime.manifest import Manifest
 
     with_image = sum(any(message.images for message in row.messages) for row in rows)
@@ -134,7 +150,7 @@ def answer(
     force: bool,
     load_engine: Callable[[], Any],
 ) -> list[Result]:
-    """Results of all rows: those in `output` already, and the rest, which are appended to it."""
+    """Results of all rows: those already in `output`, and the others, which are answered now and appended to it."""
     from .run import ResultFile, check_order, run_rows
 
     with contextlib.ExitStack() as stack:

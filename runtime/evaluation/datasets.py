@@ -1,14 +1,14 @@
-"""Data sets in, rows out. One reader a format; the format of a file is seen from the fields of its first line.
+"""Data sets -> rows. One reader for each format; a file's format is recognised by the fields of its first line.
 
     ours          {"prompt" | "turns", "images", "unsafe", "group", "answer", "family"}
     vlsafe        {"query", "image_id"}                    unsafe      COCO train2017
     tovilag       {"query", "image_pth"}                   unsafe      COCO 2014, porn/, bloody/
-    turns         {"turns": [text], "dataset"}             as you say  Alpaca, TrustLLM, TriviaQA of SafeSwitch
+    turns         {"turns": [text], "dataset"}             your label  Alpaca, TrustLLM, TriviaQA of SafeSwitch
     mmmu          {"question", "options", "answer", "image_1" ...}     benign, graded
     realworldqa   {"question", "answer", "image"}                      benign, graded
 
-Every file is JSONL; images are files, named in it. docs/evaluation.md says how to get MMMU and RealWorldQA there, and
-what the official evaluation does otherwise.
+Every file is JSONL and names its image files. docs/evaluation.md says how to convert MMMU and RealWorldQA, and how the
+official evaluation differs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Row:
     messages: tuple[Message, ...]
     unsafe: bool
     group: str
-    gold: Gold | None  # the right answer, where there is one
-    family: str = ""  # what its wording has in common with other rows; "" where nobody says
+    gold: Gold | None  # the right answer, if the data set has one
+    family: str = ""  # shared by rows with similar wording; "" if unknown
     where: str = field(default="", compare=False)  # file:line, for error messages
 
     @property
@@ -50,7 +50,7 @@ class Row:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal rows with equal pictures, wherever their files lie. Reads the image files."""
+        """Equal for equal rows with equal pictures, whatever the paths of their files. Reads the image files."""
 
         def part(p: Part) -> str:
             if isinstance(p, str):
@@ -65,19 +65,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DataFile:
-    """A file of prompts, and what the command line says of it."""
+class DataSource:
+    """A file of prompts, and its options from the command line."""
 
     path: Path
-    unsafe: bool | None = None  # None: the file, or its format, says so
-    format: str | None = None  # None: seen from the fields
+    unsafe: bool | None = None  # None: as in the file, or by its format
+    format: str | None = None  # None: recognised by the fields
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a line stands and where its images lie, for readers and their errors."""
+    """A line of a file and the folder of its images, for readers and their errors."""
 
-    file: DataFile
+    file: DataSource
     number: int
     images: Path | None  # None: beside the file
     text_only: bool
@@ -87,18 +87,18 @@ class Place:
         return InputError(f"{self.file.path}:{self.number}: {what}")
 
     def need(self, condition: bool, what: str) -> None:
-        """Raise where the line is no row."""
+        """Raise InputError for a line that is not a row."""
         if not condition:
             raise self.error(f"not a row of a test set ({what})")
 
     def text(self, data: Fields, name: str) -> str:
-        """A field that must be a text with something in it."""
+        """A field that must be a text and not blank."""
         value = data.get(name)
         self.need(isinstance(value, str) and bool(value.strip()), f"{name!r} must be a text")
         return str(value)
 
     def image(self, name: Any) -> Path | None:
-        """A picture's file, None under --text-only. Raises where it is not there."""
+        """The path of a picture, None under --text-only. Raises InputError if it does not exist."""
         self.need(isinstance(name, str) and bool(name), "an image must be a file name")
         if self.text_only:
             return None
@@ -112,16 +112,16 @@ class Place:
         )
 
     def label(self, of_format: bool) -> bool:
-        """Whether the prompt is unsafe: --unsafe and --benign over what the format says."""
+        """Whether the prompt is unsafe: by --unsafe or --benign, else by the format."""
         return of_format if self.file.unsafe is None else self.file.unsafe
 
     @property
     def group(self) -> str:
-        """Rows that name no group belong to their file's."""
+        """The group of rows that name none: the file's stem."""
         return self.file.path.stem
 
 
-def read_rows(files: Sequence[DataFile], *, images: Path | None = None, text_only: bool = False) -> list[Row]:
+def read_rows(files: Sequence[DataSource], *, images: Path | None = None, text_only: bool = False) -> list[Row]:
     """Rows of JSONL files. `images`: the folder of their pictures. Raises InputError naming file and line."""
     rows: list[Row] = []
     for file in files:
@@ -147,7 +147,7 @@ def first_of_each_group(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
-    """(line number, object) of a JSONL file; blank lines are left out."""
+    """(line number, object) of a JSONL file, without blank lines."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold a U+2028
     except (OSError, UnicodeDecodeError) as err:
@@ -165,7 +165,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
 
 
 def detect(data: Fields, place: Place) -> str:
-    """The format that has these fields. Raises InputError where none has."""
+    """The format with these fields. Raises InputError if there is none."""
     for name, fields in FIELDS:
         if set(fields) <= set(data):
             return name
@@ -197,7 +197,7 @@ def _ours(data: Fields, place: Place) -> Row:
 
 
 def _with_image(data: Fields, place: Place, image_field: str) -> Row:
-    """VLSafe and ToViLaG: one unsafe query, one picture, the picture first as this runtime's users send it."""
+    """VLSafe and ToViLaG: one unsafe query after one picture."""
     path = place.image(data.get(image_field))
     message = Message.user(place.text(data, "query"), [path] if path else [])
     return Row((message,), place.label(True), place.group, None)
@@ -224,7 +224,7 @@ _PLACEHOLDER = re.compile(r"<image (\d)>")
 
 
 def _mmmu(data: Fields, place: Place) -> Row:
-    """Text and pictures in the order of the question; letters where there are options, else a short answer."""
+    """Text and pictures in the question's order. The answer is an option's letter, or short if there are no options."""
     options = _listed(data.get("options"), place, "options")
     answers = _listed(data.get("answer"), place, "answer", one_is_enough=True)
     text = place.text(data, "question").strip()
@@ -249,7 +249,7 @@ def _mmmu(data: Fields, place: Place) -> Row:
 
 
 def _realworldqa(data: Fields, place: Place) -> Row:
-    """The question has its options, one a line, and the instruction how to answer."""
+    """The question contains its options, one a line, and how to answer."""
     question, answer = place.text(data, "question"), place.text(data, "answer").strip()
     path = place.image(data.get("image"))
     options = dict(re.findall(r"^\(?([A-Z])[.)]\s*(.+)$", question, flags=re.MULTILINE))
@@ -259,7 +259,7 @@ def _realworldqa(data: Fields, place: Place) -> Row:
 
 
 def _listed(value: Any, place: Place, name: str, *, one_is_enough: bool = False) -> list[str]:
-    """A list of texts, which MMMU stores as a text of Python: "['a', 'b']"."""
+    """A list of texts, which MMMU stores as a Python literal: "['a', 'b']"."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
@@ -284,7 +284,7 @@ READERS: dict[str, Reader] = {
     "realworldqa": _realworldqa,
     "turns": _turns,
 }
-FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # in this order; a file is of the first whose fields it has
+FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # the first whose fields a file has is its format
     ("ours", ("unsafe",)),
     ("ours", ("prompt",)),
     ("vlsafe", ("query", "image_id")),
@@ -301,7 +301,7 @@ _PROMPT_FIELDS = ("prompt", "query", "question", "orig_query", "safe_query", "un
 
 
 def prompts_of(files: Sequence[Path]) -> set[str]:
-    """Every prompt in files of pairs or of prompts, whatever their format, as `same_prompt` compares them."""
+    """Every prompt in files of pairs or prompts of any format, normalised by `same_prompt`."""
     found: set[str] = set()
     for path in files:
         before = len(found)
@@ -316,7 +316,7 @@ def prompts_of(files: Sequence[Path]) -> set[str]:
 
 
 def same_prompt(text: str) -> str:
-    """Prompts are the same but for case and white space."""
+    """A prompt without differences of case and white space."""
     return " ".join(text.casefold().split())
 
 

@@ -1,4 +1,4 @@
-"""Is an answer right? Three ways to compare it with the gold one, chosen by the data set, not by the answer."""
+"""Is an answer right? Three ways to compare it with the gold answer; the data set chooses one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_correct(text: str, gold: Gold) -> bool:
 
 
 def chosen_letter(text: str, options: tuple[str, ...]) -> str | None:
-    """The option that an answer names, None where it names none or several.
+    """The letter of the option that an answer names, None if it names none or several.
 
     In this order: a letter alone ("B", "(b).", "**B**"), a letter that opens the answer ("B. two cars"), a letter that
     is announced ("the answer is (B)", "option B"), a bracketed letter, the text of one option. The article "a" in a

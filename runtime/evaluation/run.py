@@ -1,13 +1,13 @@
-"""Measure the gate on a data set: what it catches, what it misses, what it wrongly refuses. What autosteer-eval prints.
+"""Measure the gate on a data set: what it catches, misses and wrongly refuses. For autosteer-eval.
 
-    datasets.py   files -> Row            grading.py   is an answer right?
-    refusals.py     is it a refusal?        statistics.py     intervals and paired tests
+    datasets.py   files -> Row            grading.py      is an answer right?
+    refusals.py   is it a refusal?        statistics.py   intervals and paired tests
 
-Four policies from two generations per row. An answer under `steer` *is* the always-steered one where the prober fires
-and the unsteered one where it does not, token for token (tests/unit/test_engine.py holds the engine to that); so `off`
-and `always` are run, and `steer` and `stop` are chosen between them by the verdict.
+Two generations per row give the results of four policies. The answer under `steer` equals the always-steered answer if
+the prober fires, and else the unsteered one, token for token (tests/unit/test_engine.py tests that). So only `off` and
+`always` run, and the verdict selects the answers of `steer` and `stop`.
 
-Results are appended to the output file as they come, so that a run that was cut off goes on where it stopped.
+Results are appended to the output file one by one, so that an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ COMPARED = (("off", "steer"), ("always", "steer"), ("steer", "stop"))
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one row, by policy."""
+    """The answers to one row, by policy."""
 
     row: str  # Row.digest
     group: str
     unsafe: bool
     prompt: str
-    p_unsafe: float | None  # None: the prober gave no number
+    p_unsafe: float | None  # None: NaN
     flagged: bool
     answers: dict[str, str]
     refused: dict[str, bool]
@@ -67,7 +67,7 @@ class Group:
     unsafe: bool
     n: int
     flagged: Rate
-    not_refused: dict[str, Rate]  # attack success where `unsafe`
+    not_refused: dict[str, Rate]  # attack success, if `unsafe`
     graded: int  # rows with a right answer
     accuracy: dict[str, Rate | None]
     tests: tuple[PairedTest, ...]
@@ -138,10 +138,10 @@ def _group(name: str, unsafe: bool, members: Sequence[Result]) -> Group:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What makes two runs the same. The first line of an output file: {"run": ...}."""
+    """What identifies a run. The first line of an output file: {"run": ...}."""
 
     package: str  # sha256 of autosteer.json, which has the hashes of everything else
-    data: str  # sha256 over the rows, pictures included
+    data: str  # sha256 of all rows and their pictures
     max_tokens: int
     judge: str
 
@@ -153,9 +153,9 @@ class RunFacts:
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
-    """Judge the answers in a file of this run, but for the judge, anew; the file is replaced when all are judged.
+    """Judge all answers in a file again and replace it. The run may differ from `facts` only in its judge.
 
-    Raises InputError where the file is of another run, or the judge gives no verdict.
+    Raises InputError if the file belongs to another run, or the judge gives no verdict.
     """
     scratch = path.with_name(f"{path.name}.rejudged")
     try:
@@ -170,13 +170,12 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
 
 
 class ResultFile:
-    """A JSONL file of results that grows row by row. Use in a `with`; what it had when it was opened is in `done`."""
+    """A JSONL file of results that grows row by row; a context manager. `done`: the results that it had when opened."""
 
     def __init__(self, path: Path, facts: RunFacts, *, force: bool):
-        """Open or make it.
+        """Open or create the file. `force` overwrites it.
 
-        Raises InputError where the file there is of another run, is being written by one, or is no result file at all;
-        `force` begins it anew.
+        Raises InputError if it belongs to another run, is being written by one, or is not a result file.
         """
         self.done: list[Result] = []
         existed = path.exists()
@@ -193,7 +192,7 @@ class ResultFile:
             raise
 
     def append(self, result: Result) -> None:
-        """Write one result; it is in the file when this returns."""
+        """Write one result and flush."""
         self._line(dataclasses.asdict(result))
 
     def _line(self, value: dict[str, Any]) -> None:
@@ -208,7 +207,7 @@ class ResultFile:
 
 
 def _lock(file: TextIO, path: Path) -> None:
-    """Raise InputError where another run has the file; it is this one's until it is closed."""
+    """Lock the file until it is closed. Raises InputError if another run has it."""
     if fcntl is None:
         return
     try:
@@ -220,7 +219,7 @@ def _lock(file: TextIO, path: Path) -> None:
 
 
 def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list[Result]:
-    """The results in a file whose run is the `same` in these facts; a last line that was cut off is removed from it."""
+    """The results in a file whose run equals `facts` in the `same` fields. Removes an incomplete last line."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
@@ -231,7 +230,7 @@ def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list
             f"{path}: exists and is not what autosteer-eval writes; choose another --output, or --force to replace it"
         ) from err
     if differ := [name for name in same if getattr(found, name) != getattr(facts, name)]:
-        ways = ["another --output", "--force to begin it anew"]
+        ways = ["another --output", "--force to overwrite it"]
         ways += ["--rejudge to judge its answers again"] if differ == ["judge"] else []
         raise InputError(
             f"{path}: has the results of another run (other {', '.join(differ)}); give {', or '.join(ways)}"
@@ -239,7 +238,7 @@ def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list
     try:
         results = [decode(Result, line, f"{path}:{number}") for number, line in enumerate(lines, 2)]
     except PackageError as err:
-        raise InputError(f"{err}: not the result of a row (edited?); --force begins the file anew") from err
+        raise InputError(f"{err}: not the result of a row (edited?); --force overwrites the file") from err
     if len(whole) < len(content):
         with path.open("r+b") as file:
             file.truncate(len(whole))
@@ -250,6 +249,6 @@ def check_order(done: Sequence[Result], rows: Sequence[Row], path: Path) -> None
     """Raise InputError unless `done` are the results of the first rows."""
     for number, (result, row) in enumerate(zip(done, rows, strict=False), 2):
         if result.row != row.digest:
-            raise InputError(f"{path}:{number}: not the result of its row (edited?); --force begins it anew")
+            raise InputError(f"{path}:{number}: not the result of its row (edited?); --force overwrites it")
     if len(done) > len(rows):
-        raise InputError(f"{path}: more results than rows (edited?); --force begins it anew")
+        raise InputError(f"{path}: more results than rows (edited?); --force overwrites it")

@@ -1,4 +1,4 @@
-"""What can be said of a rate that was counted, and of two policies on the same prompts. Pure, no dependency."""
+"""Confidence intervals of rates, and tests of two policies on the same prompts. Pure Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Z_95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
 @dataclass(frozen=True)
 class Rate:
-    """A share with its 95 % Wilson interval. All of 0..1."""
+    """A share and its 95 % Wilson interval, all from 0 to 1."""
 
     value: float
     low: float
@@ -19,13 +19,13 @@ class Rate:
 
 
 def rate(events: int, trials: int) -> Rate:
-    """Wilson's score interval (1927): right for small counts and at 0 and 1, where the normal one is a point."""
+    """Wilson's score interval (1927). Unlike the normal interval it is valid for small counts and at rates 0 and 1."""
     if not 0 <= events <= trials or trials == 0:
         raise ValueError(f"{events} events in {trials} trials")
     p, z2 = events / trials, Z_95**2
     centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
-    low = 0.0 if events == 0 else centre - half  # exactly: the formula leaves a rounding error there
+    low = 0.0 if events == 0 else centre - half  # exact; the formula has a rounding error here
     high = 1.0 if events == trials else centre + half
     return Rate(p, low, high)
 
@@ -34,8 +34,7 @@ def rate(events: int, trials: int) -> Rate:
 class PairedTest:
     """Whether two policies differ in an outcome on the same prompts: McNemar's exact test, two-sided.
 
-    Only prompts on which the two differ say anything; without a difference between the policies each of these is a coin
-    toss.
+    Only prompts with different outcomes count. If the policies are equal, each of those is a coin toss.
     """
 
     outcome: str  # "refused" or "correct"

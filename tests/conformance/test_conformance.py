@@ -437,21 +437,12 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 # --- nothing is refused by one runtime alone -------------------------------------------------------------------------
 
 PYTHON_FILES = (
-    *(
-        "strict_json.py",
-        "prompt_encoder.py",
-        "engine.py",
-        "gate.py",
-        "image.py",
-        "manifest.py",
-        "sampling.py",
-        "subgraph.py",
-    ),
-    *("text.py", "video.py"),
+    *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py", "sampling.py"),
+    *("self_test.py", "subgraph.py", "text.py", "video.py"),
 )
 CPP_FILES = (
-    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "request.hpp"),
-    *("sampling.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "generation.hpp"),
+    *("sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
@@ -470,6 +461,7 @@ CPP_EXEMPT = {
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
     "no turn is the user's": "the last turn counts as one",
+    ": not readable; copy the package again": "the disk fails after the file's hash was compared",
     "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",
     "the prompt cannot be normalised": "no memory",
     "not a readable folder": "a folder that may not be read: tests are root's",

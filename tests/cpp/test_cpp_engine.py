@@ -17,9 +17,20 @@ from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless
 from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
 from PIL import Image
 
-from autosteer.runtime import Engine, Manifest, SamplingConfig
+from autosteer.runtime import Engine, Manifest, Message, SamplingConfig
 from autosteer.runtime.check import check_package
 from autosteer.runtime.manifest import Golden
+
+
+def test_score_is_pythons_and_needs_no_answer(parts, cpp_package, cpp_engine):
+    """Policy off scores nothing."""
+    dialogues = [["red"], ["bad"], ["bad", "orange", "red"]]
+    for mode in ("monitor", "off"):
+        for texts in dialogues:
+            turns = [Message("assistant" if i % 2 else "user", (text,)) for i, text in enumerate(texts)]
+            messages = [{"role": turn.role, "parts": list(turn.parts)} for turn in turns]
+            (found,) = parts.run({"part": "score", "package": str(cpp_package), "messages": messages, "mode": mode})
+            assert found == cpp_engine.score(turns, policy=cpp_engine.policy(mode)).p_unsafe
 
 
 @pytest.mark.parametrize("speculate", [False, True])

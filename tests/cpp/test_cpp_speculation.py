@@ -14,7 +14,7 @@ from cpp_inputs import demo, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
 
 from autosteer.runtime import Engine, SamplingConfig
-from autosteer.runtime.drafting import MOST, ROW_COST, Drafter
+from autosteer.runtime.drafting import MAX_DRAFT, POSITION_COST, Drafter
 
 
 def copying_text(rng: random.Random, length: int) -> list[int]:
@@ -34,13 +34,15 @@ def test_drafts_are_pythons_token_by_token(parts):
     rng = random.Random(11)
     commands: list[dict[str, Any]] = []
     expected = []
-    for row_cost in (*ROW_COST.values(), 0.001, 1.0):
+    for position_cost in (*POSITION_COST.values(), 0.001, 1.0):
         for limit in (-1, 0, 3, 99):
             text = copying_text(rng, rng.randrange(400))
             prompt = text[: rng.randrange(len(text) + 1)]
             answer = text[len(prompt) :]
-            commands.append({"part": "draft", "prompt": prompt, "answer": answer, "row_cost": row_cost, "limit": limit})
-            drafter = Drafter(prompt, row_cost)
+            commands.append(
+                {"part": "draft", "prompt": prompt, "answer": answer, "position_cost": position_cost, "limit": limit}
+            )
+            drafter = Drafter(prompt, position_cost)
             drafts = [drafter.draft(limit)]
             for token in answer:
                 drafter.push(token)
@@ -48,7 +50,7 @@ def test_drafts_are_pythons_token_by_token(parts):
             expected.append(drafts)
     assert parts.run(*commands) == expected
     lengths = {len(draft) for drafts in expected for draft in drafts}
-    assert max(lengths) == MOST and len(lengths) > 10
+    assert max(lengths) == MAX_DRAFT and len(lengths) > 10
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import toy
 from cpp_runtime import use_byte_level_words
 from onnx import TensorProto, helper, numpy_helper
 
-from autosteer.runtime.manifest import Check, FrameSpec, Golden, GraphSpec, SplitSpec, TensorSpec, sha256
+from autosteer.runtime.manifest import Check, Golden, GraphSpec, SplitSpec, TensorSpec, TileSeparators, sha256
 
 CASES = Path(__file__).resolve().parents[1] / "conformance"
 PICTURES = CASES / "pictures"
@@ -72,7 +72,7 @@ def split(folder: Path) -> None:
         anyres=None,
         resample="lanczos",
         split=SplitSpec(longest_edge=12, tiles=True),
-        frames=tuple(FrameSpec(grid, words(*grid)) for grid in grids),
+        tile_separators=tuple(TileSeparators(grid, words(*grid)) for grid in grids),
     )
     replace(manifest, image=image).save(folder)
 

@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from traced import trace_once
 
-from autosteer.export.checkpoint.open import load_reference, open_checkpoint
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.safety import model as original
 from autosteer.export.safety import states
+from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
+from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
-from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.generation import Stats
@@ -60,7 +61,7 @@ class TinyFamily:
         self.build, self.width, self.split, self.prompts = build, width, split, prompts
         self.generation, self.before_text = generation, before_text
         self.scratch = Path(tempfile.mkdtemp(prefix="autosteer-tiny-"))
-        for name in ("checkpoint", "original", "safety", "package", "engine", "reference"):
+        for name in ("checkpoint", "fit_model", "safety", "package", "engine", "original_model"):
             setattr(self, name, cache(getattr(self, name)))
 
     def remove(self) -> None:
@@ -72,8 +73,8 @@ class TinyFamily:
         self.build(folder, variant)
         return folder
 
-    def original(self, variant: str) -> original.Reference:
-        return original.open_reference(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
+    def fit_model(self, variant: str) -> FitModel:
+        return open_fit_model(open_checkpoint(str(self.checkpoint(variant))), device="cpu")
 
     def interleaved(self, images: int, seed: int = 0) -> tuple[Message, ...]:
         """text, image, text, image, ..., text"""
@@ -91,13 +92,13 @@ class TinyFamily:
         generator = torch.Generator().manual_seed(3)
         shapes = {"0.weight": (64, self.width), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
         prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        theirs = self.original(variant)
-        asked = Reference(theirs.model, theirs.processor, None, None)  # type: ignore[arg-type]
+        theirs = self.fit_model(variant)
+        asked = OriginalModel(theirs.hf_model, theirs.processor, None, None)  # type: ignore[arg-type]
         opening = theirs.processor.tokenizer(self.generation, add_special_tokens=False).input_ids
         last = -1 - len(opening)  # the last token of the user's turn
-        cases = [Case(self.prompt(i), ()) for i in range(self.prompts)]
+        cases = [ValidationPrompt(self.prompt(i), ()) for i in range(self.prompts)]
         hidden = torch.stack(
-            [asked.look(asked.inputs(case), [self.split]).entering[self.split][last] for case in cases]
+            [asked.forward(asked.inputs(case), [self.split]).entering[self.split][last] for case in cases]
         )
         prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
         logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
@@ -125,9 +126,9 @@ class TinyFamily:
     def engine(self, variant: str, precision: str = "fp32") -> Engine:
         return Engine.load(self.package(variant, precision), device="cpu", threads=1)
 
-    def reference(self, variant: str) -> Reference:
-        model, processor = load_reference(open_checkpoint(str(self.checkpoint(variant))))
-        return Reference(model, processor, Manifest.load(self.package(variant, "fp32")), self.safety(variant))
+    def original_model(self, variant: str) -> OriginalModel:
+        model, processor = load_hf_model(open_checkpoint(str(self.checkpoint(variant))))
+        return OriginalModel(model, processor, Manifest.load(self.package(variant, "fp32")), self.safety(variant))
 
     def table(self, variant: str, precision: str) -> dict[str, Check]:
         """The lines of validation."""
@@ -140,24 +141,24 @@ class TinyFamily:
 
     def check_split(self, variant: str, split_layer: int, folder: Path) -> None:
         """Another split, without a gate: the state there and the answer are PyTorch's, with a picture and without."""
-        theirs, source = self.reference(variant), open_checkpoint(str(self.checkpoint(variant)))
+        theirs, source = self.original_model(variant), open_checkpoint(str(self.checkpoint(variant)))
         write_package(folder, source, None, ExportOptions(split_layer=split_layer), lambda _: None)
         e = Engine.load(folder, device="cpu", threads=1)
         for messages in (self.interleaved(0), self.interleaved(1)):
-            inputs = theirs.inputs(Case(messages, ()))
+            inputs = theirs.inputs(ValidationPrompt(messages, ()))
             request = e.request(e.encoder.prepare(messages, Stats()), 1, Stats())
-            request.judge(e.policy(Mode.OFF))
-            expected = theirs.look(inputs, [split_layer]).entering[split_layer][-1].numpy()
-            np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+            request.prefill_lower(e.policy(Mode.OFF))
+            expected = theirs.forward(inputs, [split_layer]).entering[split_layer][-1].numpy()
+            np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())
             answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
             assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
 
     def check_gate(self, variant: str) -> None:
         """Verdicts of both kinds, and what is said after them: the authors' formula where steered; `stop` stops."""
-        e, theirs = self.engine(variant), self.reference(variant)
+        e, theirs = self.engine(variant), self.original_model(variant)
         verdicts = []
         for i in range(self.prompts):
-            original = theirs.run(Case(self.prompt(i), ()))
+            original = theirs.run(ValidationPrompt(self.prompt(i), ()))
             answer = e.generate(self.prompt(i), sampling=SamplingConfig(ANSWER_TOKENS))
             assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
             assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
@@ -169,10 +170,10 @@ class TinyFamily:
 
     def check_probed(self, variant: str, folder: Path) -> None:
         """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
-        e, theirs = self.engine(variant), self.original(variant)
+        e, theirs = self.engine(variant), self.fit_model(variant)
         with states.prompt_store(folder, [], theirs) as store:
             kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
             expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
         request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
-        request.judge(e.policy(Mode.OFF))
-        np.testing.assert_allclose(request.probed_row()[0], expected, atol=1e-4 * np.abs(expected).max())
+        request.prefill_lower(e.policy(Mode.OFF))
+        np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())

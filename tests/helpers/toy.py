@@ -33,12 +33,12 @@ from autosteer.runtime.manifest import (
     ImageSpec,
     KVCacheSpec,
     Manifest,
-    Piece,
     ProberSpec,
     PromptSpec,
     RefusalSpec,
     Source,
     SteeredState,
+    TemplatePiece,
     TensorSpec,
     Tolerance,
     TurnSpec,
@@ -170,21 +170,21 @@ def data_file(folder: Path, name: str) -> DataFile:
     return DataFile(name, (folder / name).stat().st_size, sha256(folder / name))
 
 
-def _special(text: str) -> Piece:
-    return Piece("token", text, ID[text])
+def _special(text: str) -> TemplatePiece:
+    return TemplatePiece("token", text, ID[text])
 
 
 PROMPT = PromptSpec(
     begin=(_special("<begin>"),),
-    system=TurnSpec((Piece("literal", "system: "),), (), (Piece("text"),), (_special("<end>"),)),
+    system=TurnSpec((TemplatePiece("literal", "system: "),), (), (TemplatePiece("text"),), (_special("<end>"),)),
     user=TurnSpec(
-        (Piece("literal", "you: "),),
-        (Piece("image"), Piece("literal", " ")),
-        (Piece("text"),),
+        (TemplatePiece("literal", "you: "),),
+        (TemplatePiece("image"), TemplatePiece("literal", " ")),
+        (TemplatePiece("text"),),
         (),
-        video=(Piece("video"), Piece("literal", " ")),
+        video=(TemplatePiece("video"), TemplatePiece("literal", " ")),
     ),
-    assistant=TurnSpec((_special("<gen>"),), (), (Piece("text"),), (_special("<end>"),)),
+    assistant=TurnSpec((_special("<gen>"),), (), (TemplatePiece("text"),), (_special("<end>"),)),
     generation=(_special("<gen>"),),
     images_first=False,
     strip_text=False,

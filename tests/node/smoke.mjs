@@ -47,10 +47,10 @@ function emptyCaches(half) {
   return caches;
 }
 
-/** The graph that reads prompts: a copy of the half, its weights rounded otherwise, where the package has one. */
-const reader = (half) => (sessions[half.replace("decoder", "prefill")] ? half.replace("decoder", "prefill") : half);
+/** The graph that runs prefill for a half: its copy with weights at another precision, if the package has one. */
+const prefillGraph = (half) => (sessions[half.replace("decoder", "prefill")] ? half.replace("decoder", "prefill") : half);
 
-/** Run one half over new rows; `total` counts them and all before. The caches grow in place. */
+/** Run one half over new positions; `total` counts them and all earlier ones. Updates `caches`. */
 async function runHalf(half, feeds, caches, total) {
   const lengths = { seqlens_k: int32(total - 1, [1]), total_sequence_length: int32(total, []) };
   const out = await sessions[half].run({ ...feeds, ...lengths, ...caches });
@@ -60,7 +60,7 @@ async function runHalf(half, feeds, caches, total) {
   return out;
 }
 
-/** What the prober says of a row; NaN, which is unsafe, where it says nothing. */
+/** The prober's score of a hidden state; NaN, which is unsafe, if it gives none. */
 async function probe(row) {
   try {
     const { p_unsafe } = await sessions.prober.run({ hidden_states: floats(row, [1, D]) });
@@ -75,7 +75,7 @@ async function answer({ token_ids, max_tokens, threshold }) {
   const upper = emptyCaches("decoder_upper");
   let total = token_ids.length;
   const { inputs_embeds } = await sessions.embed_tokens.run({ input_ids: ints(token_ids) });
-  let { hidden_states } = await runHalf(reader("decoder_lower"), { inputs_embeds }, lower, total);
+  let { hidden_states } = await runHalf(prefillGraph("decoder_lower"), { inputs_embeds }, lower, total);
 
   if (manifest.prober.pooling !== "last") throw new Error("this example knows probers of one row only");
   const at = (total + manifest.prober.token_offset) * D;
@@ -85,7 +85,7 @@ async function answer({ token_ids, max_tokens, threshold }) {
   const generated = [];
   while (true) {
     const num_logits = new ort.Tensor("int64", BigInt64Array.of(1n), [1]);
-    const half = generated.length ? "decoder_upper" : reader("decoder_upper");
+    const half = generated.length ? "decoder_upper" : prefillGraph("decoder_upper");
     let { last_hidden_state } = await runHalf(half, { hidden_states, num_logits }, upper, total);
     if (!safe) {
       const strength = floats([manifest.refusal.strength], [1]);

@@ -17,6 +17,7 @@ from torch import nn
 from autosteer.export.checkpoint.open import DEMO
 from autosteer.export.cli import export
 from autosteer.export.safety.authors import AuthorsFiles, load_authors
+from autosteer.export.safety.import_authors import import_authors
 from autosteer.export.safety.prober import p_unsafe, prober_logits
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.models.chameleon import FAMILY as CHAMELEON
@@ -250,24 +251,20 @@ def test_a_number_out_of_range_is_refused_before_a_file_is_opened(tmp_path, chan
         load(files(tmp_path / "gone", tmp_path / "gone", **changes))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--prober", "p.pt", "--layer", "3"), "belong together"),
-        (("--steer-matrix", "w.pt", "--layer", "3"), "belong together"),
-        (("--strength", "0.4"), r"belong together.*here: --strength"),
-        (("--threshold", "0.4", "--unguarded"), "--unguarded and --threshold exclude"),
-        (("--prober", "p.pt", "--steer-matrix", "w.pt"), "--prober needs --layer"),
-        (
-            ("--prober", "p.pt", "--steer-matrix", "w.pt", "--layer", "3", "--safety", "s"),
-            "--prober and --safety exclude",
-        ),
-        (("--prober", "p.pt", "--steer-matrix", "w.pt", "--layer", "3", "--unguarded"), "--unguarded exclude"),
-    ],
-)
-def test_options_that_do_not_go_together_are_usage_errors(tmp_path, arguments, message):
-    with pytest.raises(click.UsageError, match=message):
-        export.main(["--model", "demo", "--output", str(tmp_path / "p"), *arguments], standalone_mode=False)
+@pytest.mark.parametrize("missing", ["--prober", "--steer-matrix", "--layer", "--output"])
+def test_the_command_needs_both_files_the_layer_and_a_place(tmp_path, missing):
+    given = {"--prober": "p.pt", "--steer-matrix": "w.pt", "--layer": "3", "--output": str(tmp_path / "safety")}
+    arguments = [part for option in given.items() if option[0] != missing for part in option]
+    with pytest.raises(click.UsageError, match=f"Missing option '{missing}'"):
+        import_authors.main(["--model", "demo", *arguments], standalone_mode=False)
+
+
+def test_a_folder_that_is_no_safety_folder_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    arguments = ["--model", "demo", "--prober", "p.pt", "--steer-matrix", "w.pt", "--layer", "3", "--force"]
+    with pytest.raises(InputError, match=r"has no safety\.json"):
+        import_authors.main([*arguments, "--output", str(tmp_path)], standalone_mode=False)
+    assert (tmp_path / "thesis.tex").exists()
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------------
@@ -281,7 +278,9 @@ def test_the_demo_exported_from_such_files_is_the_demo(tmp_path):
     torch.save(nn.Parameter(ours.steer_matrix), tmp_path / "Epoch_12.pt")
     options = ["--prober", tmp_path / "epoch_37.pt", "--steer-matrix", tmp_path / "Epoch_12.pt"]
     options += ["--layer", ours.facts.split_layer, "--refusal-text", ours.facts.refusal_text]
-    export.main([str(a) for a in ["--model", "demo", "--output", tmp_path / "p", *options]], standalone_mode=False)
+    folder = str(tmp_path / "safety")
+    import_authors.main(["--model", "demo", "--output", folder, *map(str, options)], standalone_mode=False)
+    export.main(["--model", "demo", "--safety", folder, "--output", str(tmp_path / "p")], standalone_mode=False)
 
     theirs, expected = Manifest.load(tmp_path / "p"), Manifest.load(demo_package("fp32"))
     assert theirs.golden and set(theirs.golden) < set(expected.golden)  # these files bring no held-out prompts

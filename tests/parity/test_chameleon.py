@@ -23,12 +23,12 @@ from autosteer.export.cli import export
 from autosteer.export.graphs import vision
 from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety import batches
-from autosteer.export.validation.reference import Case, ImageErrors
+from autosteer.export.validation.original import ImageErrors, ValidationPrompt
 from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
 from autosteer.runtime.image import cut, normalise, open_image
-from autosteer.runtime.manifest import FrameSpec, Piece
+from autosteer.runtime.manifest import TemplatePiece, TileSeparators
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
@@ -140,12 +140,12 @@ def _quick() -> Iterator[None]:
 
 
 FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=16)
-engine, reference, package = FAMILY.engine, FAMILY.reference, FAMILY.package
+engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_image_tokens_equal_hugging_faces_for_images_of_odd_sizes(variant: str) -> None:
-    e, theirs, seen = engine(variant), reference(variant), set()
+    e, theirs, seen = engine(variant), original_model(variant), set()
     assert e.manifest.image is not None
     for seed in range(50):
         image = picture(seed)
@@ -162,7 +162,9 @@ def test_image_tokens_equal_hugging_faces_for_images_of_odd_sizes(variant: str) 
 @pytest.mark.parametrize("images", [0, 1, 3])
 def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
     messages = FAMILY.interleaved(images)
-    expected = reference(variant).generate(reference(variant).inputs(Case(messages, ())), tokens=64)
+    expected = original_model(variant).generate(
+        original_model(variant).inputs(ValidationPrompt(messages, ())), tokens=64
+    )
     assert len(expected) == 64
     assert len(set(expected)) > 5
     assert FAMILY.generate(variant, messages, 64) == expected
@@ -193,23 +195,23 @@ def test_the_prober_reads_the_separator_that_ends_the_prompt(variant: str, tmp_p
     assert (prober := engine(variant).manifest.prober) is not None
     assert prober.token_offset == -1
     FAMILY.check_probed(variant, tmp_path)
-    answer = batches.answer_tokens(FAMILY.original(variant), "i can't.")
-    assert FAMILY.original(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
+    answer = batches.answer_tokens(FAMILY.fit_model(variant), "i can't.")
+    assert FAMILY.fit_model(variant).processor.tokenizer.decode(answer) == "i can't.</s>"
 
 
 def test_the_processors_own_tokens_become_pieces_of_the_template() -> None:
-    spec, ids = engine("plain").manifest.prompt, reference("plain").processor.tokenizer.convert_tokens_to_ids
+    spec, ids = engine("plain").manifest.prompt, original_model("plain").processor.tokenizer.convert_tokens_to_ids
 
-    def token(text: str) -> Piece:
-        return Piece("token", text, ids(text))
+    def token(text: str) -> TemplatePiece:
+        return TemplatePiece("token", text, ids(text))
 
     assert spec.begin == (token("<s>"),)
-    assert spec.user.image == (Piece("image"),)
-    assert spec.user.text == spec.assistant.text == (Piece("text"),)
+    assert spec.user.image == (TemplatePiece("image"),)
+    assert spec.user.text == spec.assistant.text == (TemplatePiece("text"),)
     assert spec.user.suffix == spec.assistant.suffix == (token("<reserved08706>"),)
     assert (spec.generation, spec.images_first, spec.system) == ((), False, None)
     assert (image := engine("plain").manifest.image) is not None
-    assert image.frames == (FrameSpec((1, 1), ((ids("<racm3:break>"),), (ids("<eoss>"),))),)
+    assert image.tile_separators == (TileSeparators((1, 1), ((ids("<racm3:break>"),), (ids("<eoss>"),))),)
 
 
 def test_a_user_cannot_type_an_image_its_frame_or_the_end_of_a_turn() -> None:
@@ -242,7 +244,7 @@ def test_a_transparent_picture_lies_on_white_as_in_hugging_face() -> None:
     """What somebody looking at the picture sees; what transparency hides must not reach the model."""
     rng = np.random.default_rng(5)
     image = Image.fromarray(rng.integers(0, 256, (91, 77, 4), dtype=np.uint8), "RGBA")
-    e, theirs = engine("plain"), reference("plain")
+    e, theirs = engine("plain"), original_model("plain")
     pixels = theirs.processor.image_processor(image, return_tensors="pt")["pixel_values"]
     assert e.manifest.image is not None
     tiles, _ = cut(open_image(image), e.manifest.image, alone=True)
@@ -266,7 +268,7 @@ def test_every_precision_exports_and_its_table_says_how_good_it_is(
 
 def test_near_ties_in_the_codebook_are_told_from_wrong_image_tokens() -> None:
     """Two codes equally near up to rounding: neither is wrong, and the export goes on with ours. A far one is wrong."""
-    theirs, case = reference("plain"), Case(FAMILY.interleaved(1), ())
+    theirs, case = original_model("plain"), ValidationPrompt(FAMILY.interleaved(1), ())
     pixels = theirs.inputs(case)["pixel_values"]
     tokens = theirs.image_tokens(pixels)
     code = VQTokenizer(theirs.model).constants["token_ids"].tolist()

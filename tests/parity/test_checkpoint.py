@@ -13,9 +13,9 @@ import torch
 from exported import demo_checkpoint, demo_package
 from safetensors.torch import load_file, save_file
 
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_options
 from autosteer.export.cli import export
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.validate import STORED_IN_HALF
@@ -100,7 +100,7 @@ def test_a_decoder_that_computes_otherwise_is_refused(
     text.pop("rope_parameters" if "rope_scaling" in change else "", None)
     edit(checkpoint / "config.json", text_config=text | change)
     with pytest.raises(UnsupportedModelError, match=message):
-        decoder_facts(open_checkpoint(str(checkpoint)))
+        decoder_config(open_checkpoint(str(checkpoint)))
 
 
 def test_a_head_that_is_neither_tied_nor_there_is_refused(checkpoint: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_head_that_is_neither_tied_nor_there_is_refused(checkpoint: Path) -> N
     text = json.loads((checkpoint / "config.json").read_text())["text_config"]
     edit(checkpoint / "config.json", tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": False})
     with pytest.raises(UnsupportedModelError, match="tie_word_embeddings false without an lm_head"):
-        decoder_facts(open_checkpoint(str(checkpoint)))
+        decoder_config(open_checkpoint(str(checkpoint)))
 
 
 @pytest.mark.parametrize("extra", ["layers.3.self_attn.sinks", "layers.3.mlp.up_proj.lora_A.weight"])
@@ -116,7 +116,7 @@ def test_a_tensor_of_the_decoder_that_no_graph_computes_with_is_refused(extra: s
     """A checkpoint with an adapter was exported without it."""
     name = f"model.language_model.{extra}"
     edit_tensors(checkpoint, lambda tensors: tensors | {name: torch.ones(2, 2)})
-    refused(checkpoint, rf"nothing here computes with {re.escape(name)}: this decoder is not supported")
+    refused(checkpoint, rf"no graph uses {re.escape(name)}: this decoder is not supported")
 
 
 def test_buffers_that_old_files_have_among_the_weights_are_no_reason_to_refuse(
@@ -165,7 +165,7 @@ def test_an_export_with_other_tensor_names_is_whole(checkpoint: Path) -> None:
 def test_one_weight_under_two_names_is_refused(checkpoint: Path) -> None:
     again = {"model.language_model.norm.weight": torch.ones(256)}
     edit_tensors(checkpoint, lambda tensors: tensors | again)
-    refused(checkpoint, "are one and the same weight; which is it", PackageError)
+    refused(checkpoint, "have the same module path; keep only one", PackageError)
 
 
 def test_what_generation_config_recommends_is_said_as_options_of_autosteer_run(checkpoint: Path, capsys) -> None:
@@ -203,7 +203,7 @@ def test_only_what_changes_answers_is_recommended(settings: dict[str, object], o
 )
 def test_a_setting_that_changes_greedy_answers_and_that_no_runtime_has_is_refused(settings, checkpoint: Path) -> None:
     edit(checkpoint / "generation_config.json", **settings)
-    refused(checkpoint, f"{next(iter(settings))}: neither runtime does this")
+    refused(checkpoint, f"{next(iter(settings))}: neither runtime supports this")
 
 
 def test_a_package_that_does_not_load_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

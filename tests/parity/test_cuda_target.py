@@ -86,7 +86,7 @@ def test_an_overflow_before_the_prober_is_an_unsafe_verdict(package: Path) -> No
     engine = Engine.load(package, device="cpu", threads=1)
     prompt = engine.encoder.prepare([Message.user("hello")], Stats())
     broken = replace(prompt, inputs_embeds=np.full_like(prompt.inputs_embeds, np.inf))
-    verdict = engine.request(broken, 4, Stats()).judge(engine.policy())
+    verdict = engine.request(broken, 4, Stats()).prefill_lower(engine.policy())
     assert verdict.unsafe and verdict.action is Action.STEER
 
 

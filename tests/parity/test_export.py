@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -27,18 +28,17 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from autosteer.export import footprint
-from autosteer.export.checkpoint.layer_sweep import Convoy, grouped
+from autosteer.export.checkpoint.layer_sweep import LayerSweep, grouped
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.export.validation import graph_shards as pieces
-from autosteer.export.validation import validate
+from autosteer.export.validation import graph_shards, validate
 from autosteer.export.validation.dequantize import PackedWeights
-from autosteer.export.validation.graph_shards import GraphInPieces
-from autosteer.export.validation.prompts import make_cases
-from autosteer.export.validation.validate import Validated
+from autosteer.export.validation.graph_shards import ShardedGraph
+from autosteer.export.validation.prompts import make_validation_prompts
+from autosteer.export.validation.validate import ValidationResult
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Check, Tolerance
 from autosteer.runtime.subgraph import OrtValue, find_device
@@ -95,8 +95,8 @@ def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
 
 
 def demo_safety(folder: Path) -> SafetyArtifact:
-    facts = demo_checkpoint().facts
-    return SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
+    text = demo_checkpoint().config.get_text_config()
+    return SafetyArtifact.load(folder, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_a_feature_the_decoder_layer_lacks_is_refused(checkpoint: Path, tmp_path
         run("--model", checkpoint, "--output", tmp_path / "package")
 
 
-def found_wrong(name: str) -> Validated:
+def found_wrong(name: str) -> ValidationResult:
     """A validation that failed."""
-    return Validated((Check(name, 1.0, 1e-3, False),), (), Tolerance(1e-3, 0), None)
+    return ValidationResult((Check(name, 1.0, 1e-3, False),), (), Tolerance(1e-3, 0), None)
 
 
 def test_a_package_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +256,14 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: sign
     assert nothing_left(tmp_path)
 
 
+def test_a_package_without_a_gate_has_no_threshold(tmp_path: Path) -> None:
+    with pytest.raises(click.UsageError, match="--unguarded and --threshold exclude"):
+        export.main(
+            ["--model", "demo", "--output", str(tmp_path / "p"), "--unguarded", "--threshold", "0.4"],
+            standalone_mode=False,
+        )
+
+
 def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Path) -> None:
     from autosteer.runtime.engine import Engine
 
@@ -289,7 +297,7 @@ def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.
         run("--model", "demo", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
     assert validate.worse(float("nan"), 0.0) == validate.worse(0.0, float("nan")) == float("inf")
-    assert not validate.judged("logits", float("inf"), None).passed
+    assert not validate.check_line("logits", float("inf"), None).passed
 
 
 def test_block_size_head_bits_and_image_precision_reach_the_graphs(tmp_path: Path) -> None:
@@ -395,19 +403,19 @@ class Part:
 def test_parts_come_and_go_and_serve_all_who_wait_unless_all_of_them_may_stay(budget: int, expected: list[str]) -> None:
     """Three jobs through three parts: a sweep loads each part once."""
     log: list[str] = []
-    parts, convoy = [Part(name, log) for name in "abc"], Convoy(budget)
+    parts, sweep = [Part(name, log) for name in "abc"], LayerSweep(budget)
     for part in parts:
-        convoy.add(part)
+        sweep.add(part)
 
     def job(number: int) -> list[str]:
         said = []
         for _ in range(2):
             for part in parts[number % 2 :]:  # some skip the first part
-                convoy.reach(part)
+                sweep.wait_for(part)
                 said.append(part.name)
         return said
 
-    answers = convoy.run([partial(job, number) for number in range(3)])
+    answers = sweep.run([partial(job, number) for number in range(3)])
     assert ["".join(said) for said in answers] == ["abcabc", "bcbc", "abcabc"]
     assert log == expected
 
@@ -415,31 +423,31 @@ def test_parts_come_and_go_and_serve_all_who_wait_unless_all_of_them_may_stay(bu
 def test_an_error_in_one_job_ends_them_all() -> None:
     """Those that waited used to wait for ever, with all that they held."""
     before = threading.active_count()
-    part, convoy = SimpleNamespace(bytes=1, load=lambda: None, unload=lambda: None), Convoy(0)
-    convoy.add(part)
+    part, sweep = SimpleNamespace(bytes=1, load=lambda: None, unload=lambda: None), LayerSweep(0)
+    sweep.add(part)
 
     def fails() -> None:
-        convoy.reach(part)
+        sweep.wait_for(part)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        convoy.run([lambda: convoy.reach(part), fails, lambda: (convoy.reach(part), convoy.reach(part))])
+        sweep.run([lambda: sweep.wait_for(part), fails, lambda: (sweep.wait_for(part), sweep.wait_for(part))])
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
-    assert convoy.run([lambda: convoy.reach(part)]) == [None]
+    assert sweep.run([lambda: sweep.wait_for(part)]) == [None]
 
 
 @pytest.mark.parametrize("kind", [("fp32",), ("fp16",), ("int8",), ("int4",), ("fp32", "int8")], ids="-".join)
 def test_graphs_of_every_kind_can_be_cut_anywhere(kind: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     """At fp16 the embedding's rows crossed a cut as float32, which no demo is large enough to meet."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1)
+    monkeypatch.setattr(graph_shards, "SHARD_BYTES", 1)
     options = ExportOptions(**dict(zip(("precision", "kv_cache"), kind, strict=False)))
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
-    cases = make_cases(tmp_path, manifest, None)[:3]
+    cases = make_validation_prompts(tmp_path, manifest, None)[:3]
     _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 40)
+    monkeypatch.setattr(graph_shards, "SHARD_BYTES", 1 << 40)
     _, whole = validate.run_package(tmp_path, manifest, cases, tokens=4)
     for ours, expected in zip(cut, whole, strict=True):
         assert ours.plain.tokens == expected.plain.tokens
@@ -454,23 +462,23 @@ def test_answers_that_are_under_way_together_are_within_a_size() -> None:
 
 
 def test_what_a_piece_of_a_graph_has_computed_does_not_keep_it_in_memory(tmp_path: Path, monkeypatch) -> None:
-    """An output that onnxruntime allocates holds its session: a 7B validation grew by every piece it passed."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
+    """An output that onnxruntime allocates holds its session: a 7B validation grew by every shard it passed."""
+    monkeypatch.setattr(graph_shards, "SHARD_BYTES", 100_000)
     manifest = write_package(tmp_path, demo_checkpoint(), None, ExportOptions(), lambda _: None)
     device, _ = find_device("cpu", 1)
-    convoy = Convoy(0)
-    graph = GraphInPieces(tmp_path / "vision_encoder.onnx", manifest.graphs["vision_encoder"], device, convoy=convoy)
+    sweep = LayerSweep(0)
+    graph = ShardedGraph(tmp_path / "vision_encoder.onnx", manifest.graphs["vision_encoder"], device, sweep=sweep)
     sessions: list[weakref.ref[object]] = []
-    load = pieces.Piece.load
+    load = graph_shards.GraphShard.load
 
     def remember(self) -> None:
         load(self)
         sessions.append(weakref.ref(self.session._sess))
 
-    monkeypatch.setattr(pieces.Piece, "load", remember)
+    monkeypatch.setattr(graph_shards.GraphShard, "load", remember)
     size = manifest.image.tile_size if manifest.image else 0
     values = graph._run({"pixel_values": OrtValue.ortvalue_from_numpy(np.zeros((1, 3, size, size), np.float32))}, {})
-    convoy.clear()
+    sweep.clear()
     gc.collect()
     assert len(sessions) > 3 and values
     assert [session() for session in sessions] == [None] * len(sessions)

@@ -26,9 +26,9 @@ from autosteer.export.checkpoint.on_demand import Weights
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
 from autosteer.export.safety import batches, calibrate, cli, prober
 from autosteer.export.safety import fit as fit_module
-from autosteer.export.safety import model as original
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
+from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
 from autosteer.export.safety.store import FeatureStore
@@ -118,21 +118,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reference(checkpoint: Path) -> original.Reference:
-    return original.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
+def fit_model(checkpoint: Path) -> FitModel:
+    return open_fit_model(open_checkpoint(str(checkpoint)), device="cpu")
 
 
 LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
 
 
 @pytest.fixture
-def prompt_states(reference: original.Reference, tmp_path: Path) -> Callable[..., torch.Tensor]:
+def prompt_states(fit_model: FitModel, tmp_path: Path) -> Callable[..., torch.Tensor]:
     """(n, N-1, P, d) of prompts, through an empty store."""
 
     def states(prompts: list[Prompt], advance: states_module.Advance = lambda done: None) -> torch.Tensor:
         shape = (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
         with FeatureStore(tmp_path / "features", random.randbytes(16), shape) as store:
-            return states_module.prompt_states(reference, prompts, store, advance=advance)[range(len(prompts))]
+            return states_module.prompt_states(fit_model, prompts, store, advance=advance)[range(len(prompts))]
 
     return states
 
@@ -173,13 +173,11 @@ def prompts(data: Path) -> list[Prompt]:
     ]
 
 
-def hugging_face_states(
-    reference: original.Reference, prompt: Prompt, *, generation: bool, offset: int
-) -> torch.Tensor:
+def hugging_face_states(fit_model: FitModel, prompt: Prompt, *, generation: bool, offset: int) -> torch.Tensor:
     """(N-1, d) by output_hidden_states, one prompt at a time."""
-    inputs = batches.encode(reference, prompt, generation=generation)
+    inputs = batches.encode(fit_model, prompt, generation=generation)
     with torch.no_grad():
-        states = reference.model(**inputs, output_hidden_states=True).hidden_states
+        states = fit_model.hf_model(**inputs, output_hidden_states=True).hidden_states
     assert len(states) == LAYERS + 1
     return torch.stack([states[k][0, offset] for k in range(1, LAYERS)])
 
@@ -188,11 +186,11 @@ def hugging_face_states(
 
 
 def test_states_are_hugging_faces_hidden_states_of_the_last_token(
-    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     done: list[float] = []
     states = prompt_states(prompts(data), done.append)[:, :, LAST]
-    expected = [hugging_face_states(reference, p, generation=False, offset=-1) for p in prompts(data)]
+    expected = [hugging_face_states(fit_model, p, generation=False, offset=-1) for p in prompts(data)]
     assert states.shape == (8, LAYERS - 1, WIDTH)
     assert sum(done) == pytest.approx(8)
     assert len(done) < 1 + LAYERS * 8  # batches did form
@@ -200,40 +198,40 @@ def test_states_are_hugging_faces_hidden_states_of_the_last_token(
 
 
 def test_the_same_state_stands_before_the_generation_prompt(
-    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     """What the manifest's token_offset relies on: attention is causal, so it is -(len(generation prompt) + 1) there."""
-    opening = len(reference.processor.tokenizer("<|im_start|>assistant\n").input_ids)
+    opening = len(fit_model.processor.tokenizer("<|im_start|>assistant\n").input_ids)
     states = prompt_states(prompts(data))[:, :, LAST]
     for prompt, state in zip(prompts(data), states, strict=True):
-        full = hugging_face_states(reference, prompt, generation=True, offset=-(opening + 1))
+        full = hugging_face_states(fit_model, prompt, generation=True, offset=-(opening + 1))
         torch.testing.assert_close(state, full, rtol=1e-4, atol=1e-5)
 
 
 def test_mean_is_over_the_text_of_the_users_turn(
-    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
     """Nothing of the turn's header, no image rows; the end of the turn, where the last token stands, is in it."""
     states = prompt_states(prompts(data))[:, :, MEAN]
     for prompt, state in zip(prompts(data), states, strict=True):
-        inputs = batches.encode(reference, prompt, generation=False)
-        ids = reference.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+        inputs = batches.encode(fit_model, prompt, generation=False)
+        ids = fit_model.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
         first = ids.index("Ġ") + 1  # behind "<|im_start|>user "
         rows = [i for i in range(first, len(ids)) if ids[i] != "<image>"]
         assert (ids[rows[-1]], len(ids) - len(rows)) == ("<|im_end|>", first + ids.count("<image>"))
         with torch.no_grad():
-            hidden = reference.model(**inputs, output_hidden_states=True).hidden_states
+            hidden = fit_model.hf_model(**inputs, output_hidden_states=True).hidden_states
         expected = torch.stack([hidden[k][0, rows].mean(dim=0) for k in range(1, LAYERS)])
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_computed_once_and_survive_a_kill(
-    reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A fit that dies in the middle of a write goes on behind the last whole block."""
     some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
     with FeatureStore(tmp_path, b"0" * 16, shape) as store:
-        expected = states_module.prompt_states(reference, some[:5], store)[range(5)]
+        expected = states_module.prompt_states(fit_model, some[:5], store)[range(5)]
     states = next(tmp_path.glob("*.states"))
     with states.open("ab") as file:
         file.write(b"half a record")
@@ -241,13 +239,13 @@ def test_states_are_computed_once_and_survive_a_kill(
     seen: list[int] = []
     forward = states_module.forward
 
-    def counted(reference: original.Reference, inputs: Any, **options: Any) -> torch.Tensor:
+    def counted(fit_model: FitModel, inputs: Any, **options: Any) -> torch.Tensor:
         seen.append(len(inputs["input_ids"]))
-        return forward(reference, inputs, **options)
+        return forward(fit_model, inputs, **options)
 
     monkeypatch.setattr(states_module, "forward", counted)
     with FeatureStore(tmp_path, b"0" * 16, shape) as store:
-        again = states_module.prompt_states(reference, some, store)
+        again = states_module.prompt_states(fit_model, some, store)
         assert torch.equal(again[range(5)], expected)
         assert sum(seen) == len(some) - 5
         assert torch.equal(again.layer(1, [4, 0]), expected[[4, 0], 1])
@@ -285,34 +283,32 @@ def test_images_are_held_a_window_at_a_time(
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_are_gone_afterwards(
-    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
-):
+def test_hooks_are_gone_afterwards(fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]):
     prompt_states(prompts(data)[:1])
-    assert not any(layer._forward_pre_hooks for layer in reference.layers)
+    assert not any(layer._forward_pre_hooks for layer in fit_model.layers)
 
 
-def test_answer_ends_the_turn_and_decodes_to_the_refusal(reference: original.Reference):
-    answer = batches.answer_tokens(reference, REFUSAL)
+def test_answer_ends_the_turn_and_decodes_to_the_refusal(fit_model: FitModel):
+    answer = batches.answer_tokens(fit_model, REFUSAL)
     assert answer[-1] == 2
-    assert reference.processor.tokenizer.decode(answer[:-1]) == REFUSAL
+    assert fit_model.processor.tokenizer.decode(answer[:-1]) == REFUSAL
 
 
-def test_answer_states_are_what_lm_head_sees(reference: original.Reference, data: Path, tmp_path: Path):
-    answer = batches.answer_tokens(reference, REFUSAL)
+def test_answer_states_are_what_lm_head_sees(fit_model: FitModel, data: Path, tmp_path: Path):
+    answer = batches.answer_tokens(fit_model, REFUSAL)
     with FeatureStore(tmp_path, b"0" * 16, (1, len(answer), WIDTH)) as store:
-        states = states_module.answer_states(reference, prompts(data), answer, store).layer(0)
+        states = states_module.answer_states(fit_model, prompts(data), answer, store).layer(0)
     for prompt, state in zip(prompts(data), states, strict=True):
-        inputs = batches.encode(reference, prompt, generation=True)
+        inputs = batches.encode(fit_model, prompt, generation=True)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
-            logits = reference.model(**inputs).logits[0, -len(answer) :]
-        torch.testing.assert_close(state @ reference.embeddings().T, logits, rtol=1e-4, atol=1e-4)
+            logits = fit_model.hf_model(**inputs).logits[0, -len(answer) :]
+        torch.testing.assert_close(state @ fit_model.embeddings().T, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_sweep(
-    checkpoint: Path, reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """All batches go by a matrix together, the opening before them; so do all answers, token by token."""
     loaded: Counter[str] = Counter()
@@ -324,11 +320,11 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
 
     monkeypatch.setattr(Weights, "load", counted)
     monkeypatch.setattr(on_demand, "SMALL_BYTES", 1024)
-    monkeypatch.setattr(original, "KEPT_BYTES", 0)
-    large = original.open_reference(open_checkpoint(str(checkpoint)), device="cpu")
+    monkeypatch.setattr("autosteer.export.safety.model.KEPT_BYTES", 0)
+    large = open_fit_model(open_checkpoint(str(checkpoint)), device="cpu")
     some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
     both = []
-    for model in (reference, large):
+    for model in (fit_model, large):
         loaded.clear()
         with FeatureStore(tmp_path, random.randbytes(16), shape) as store:
             both.append(states_module.prompt_states(model, some, store)[range(len(some))])
@@ -339,28 +335,28 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
 
     matrix = torch.eye(WIDTH) + 0.2 * torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
     answers = []
-    for model in (reference, large):
+    for model in (fit_model, large):
         loaded.clear()
         answers.append(steered_answers(model, some, matrix, model.embeddings(), [0.0, 1.0], tokens=5))
     assert answers[1] == answers[0]
     assert {times for name, times in loaded.items() if ".layers.3.mlp.down_proj" in name} == {5}
     for prompt, (plain, steered) in zip(some, answers[0], strict=True):
-        assert plain.ids == greedy(reference, prompt, tokens=5)
+        assert plain.ids == greedy(fit_model, prompt, tokens=5)
         assert steered.ids != plain.ids
 
 
-def greedy(reference: original.Reference, prompt: Prompt, *, tokens: int) -> list[int]:
+def greedy(fit_model: FitModel, prompt: Prompt, *, tokens: int) -> list[int]:
     """What the model says, by forward passes over all there is so far."""
-    inputs, said = batches.encode(reference, prompt, generation=True), []
-    while len(said) < tokens and reference.end_token not in said:
+    inputs, said = batches.encode(fit_model, prompt, generation=True), []
+    while len(said) < tokens and fit_model.end_token not in said:
         with torch.no_grad():
-            said.append(int(reference.model(**inputs).logits[0, -1].argmax()))
+            said.append(int(fit_model.hf_model(**inputs).logits[0, -1].argmax()))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([said[-1:]])], dim=1)
     return said
 
 
 def test_what_a_sweep_has_computed_survives_the_next_ones_failure(
-    reference: original.Reference, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A 7B model takes minutes for a sweep: no more than one may be lost."""
     shape, forward, calls = (LAYERS - 1, len(states_module.POSITIONS), WIDTH), states_module.forward, iter(range(9))
@@ -375,14 +371,14 @@ def test_what_a_sweep_has_computed_survives_the_next_ones_failure(
     monkeypatch.setattr(batches, "TOKENS_PER_FORWARD", 1)
     with FeatureStore(tmp_path, b"0" * 16, shape) as store:
         with pytest.raises(KeyboardInterrupt):
-            states_module.prompt_states(reference, prompts(data), store)
+            states_module.prompt_states(fit_model, prompts(data), store)
         kept = [key in store for key in states_module.prompt_keys(prompts(data))]
     assert sum(kept) == 2
 
 
-def test_special_token_in_a_prompt_is_an_error(reference: original.Reference):
+def test_special_token_in_a_prompt_is_an_error(fit_model: FitModel):
     with pytest.raises(InputError, match=r"p\.jsonl:4: the text holds the special token '<image>'"):
-        batches.check_text(reference, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
+        batches.check_text(fit_model, [Prompt("fine"), Prompt("show <image> me", where="p.jsonl:4")])
 
 
 def test_prompt_longer_than_the_context_is_an_error(prompt_states: Callable[..., torch.Tensor]):
@@ -391,9 +387,9 @@ def test_prompt_longer_than_the_context_is_an_error(prompt_states: Callable[...,
 
 
 def test_state_that_is_not_finite_names_the_layer(
-    reference: original.Reference, data: Path, prompt_states: Callable[..., torch.Tensor]
+    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
 ):
-    torch.nn.init.constant_(reference.layers[1].mlp.down_proj.weight, float("nan"))
+    torch.nn.init.constant_(fit_model.layers[1].mlp.down_proj.weight, float("nan"))
     with pytest.raises(PackageError, match=r"hidden_states\[2\] is NaN or infinite for the prompt at \d"):
         prompt_states(prompts(data))
 
@@ -553,7 +549,7 @@ def test_facts_can_be_measured_again_from_the_folder(
 
 def test_table_and_progress_go_to_stderr(fitted: tuple[Path, Result]):
     stderr = fitted[1].stderr
-    assert [line.split()[1] for line in stderr.splitlines() if "<- cut here" in line] == ["2"]
+    assert [line.split()[1] for line in stderr.splitlines() if "<- split here" in line] == ["2"]
     assert "SAS with picture" in stderr
     assert "hidden states" in stderr
 
@@ -610,7 +606,7 @@ def test_target_fpr_sets_a_threshold_whose_bound_is_within_it(checkpoint: Path, 
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (("--layer", "4"), 5, "--layer 4: tiny has layers to cut at from 1 to 3"),
+        (("--layer", "4"), 5, "--layer 4: tiny can be split at 1..3"),
         (("--target-fpr", "0.01"), 5, "it takes 299"),
         (("--benign", "none.jsonl"), 5, "none.jsonl: not readable"),
         (("--layer", "1", "--select", "sas"), 2, "exclude each other"),

@@ -21,12 +21,12 @@ from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.graphs import vision
+from autosteer.export.validation.original import ValidationPrompt
 from autosteer.export.validation.prompts import draw
-from autosteer.export.validation.reference import Case
 from autosteer.runtime.check import check_package
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
-from autosteer.runtime.manifest import Piece
+from autosteer.runtime.manifest import TemplatePiece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")
@@ -148,7 +148,7 @@ def _one_thread() -> Iterator[None]:
 
 
 FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=8, generation="Assistant:", before_text="\n ")
-engine, reference, package = FAMILY.engine, FAMILY.reference, FAMILY.package
+engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
 
 
 def laid_out_ids(variant: str, messages: tuple[Message, ...]) -> list[int]:
@@ -174,12 +174,12 @@ def laid_out_ids(variant: str, messages: tuple[Message, ...]) -> list[int]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pixels_and_token_ids_equal_hugging_faces_for_images_of_odd_sizes(variant: str) -> None:
     """Bit for bit: every grid there is, and every token around and between its tiles."""
-    e, theirs, grids = engine(variant), reference(variant), set()
+    e, theirs, grids = engine(variant), original_model(variant), set()
     assert e.manifest.image is not None
     drawn = [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3), draw(150, 100, 4)]
     for image in [picture(seed) for seed in range(6)] + drawn:
         messages = (Message("user", ("a", ImagePart(image), "\nb")),)
-        inputs = theirs.inputs(Case(messages, ()))
+        inputs = theirs.inputs(ValidationPrompt(messages, ()))
         ours = prepare(open_image(image), e.manifest.image, alone=True)
         np.testing.assert_array_equal(ours, inputs["pixel_values"][0].numpy())
         assert inputs["pixel_attention_mask"].all()  # tiles are full: position embeddings do not depend on a mask
@@ -190,8 +190,8 @@ def test_pixels_and_token_ids_equal_hugging_faces_for_images_of_odd_sizes(varian
 
 @pytest.mark.parametrize(("variant", "images"), [*itertools.product(VARIANTS[:2], (0, 1, 3)), ("whole", 3)])
 def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
-    messages, theirs = FAMILY.interleaved(images), reference(variant)
-    expected = theirs.generate(theirs.inputs(Case(messages, ())), tokens=64)
+    messages, theirs = FAMILY.interleaved(images), original_model(variant)
+    expected = theirs.generate(theirs.inputs(ValidationPrompt(messages, ())), tokens=64)
     assert len(expected) == 64 and len(set(expected)) > 5
     assert FAMILY.generate(variant, messages, 64) == expected
 
@@ -232,11 +232,11 @@ def test_a_turn_that_begins_with_a_text_has_a_space_before_it() -> None:
     """ "User: hi", but "User:<image>hi": the template's own words, and so ours."""
     spec = engine("smolvlm").manifest.prompt
     start = spec.begin[0].id
-    assert spec.begin == (Piece("token", "<|im_start|>", start),)
-    assert spec.user.prefix == (Piece("literal", "User:"),)
-    assert spec.user.lead == (Piece("literal", " "),)
-    assert spec.user.image == (Piece("image"),)
-    assert spec.generation == (Piece("literal", "Assistant:"),)
+    assert spec.begin == (TemplatePiece("token", "<|im_start|>", start),)
+    assert spec.user.prefix == (TemplatePiece("literal", "User:"),)
+    assert spec.user.lead == (TemplatePiece("literal", " "),)
+    assert spec.user.image == (TemplatePiece("image"),)
+    assert spec.generation == (TemplatePiece("literal", "Assistant:"),)
     assert spec.system is not None
 
 

@@ -14,11 +14,11 @@ import torch
 from exported import INT8_CACHES, demo_checkpoint, demo_engine, demo_package
 from onnx import TensorProto, helper, numpy_helper
 
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.cli import export
 from autosteer.export.footprint import footprint
 from autosteer.export.graphs import kv_scales
-from autosteer.export.graphs.decoder import decoder_facts
-from autosteer.export.graphs.kv_scales import HEADROOM, KVScales, RoundedCaches, Watching
+from autosteer.export.graphs.kv_scales import HEADROOM, KVScales, RangeObserver, RoundedCaches
 from autosteer.export.graphs.quantize import recipe
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
@@ -161,7 +161,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
     rng = np.random.default_rng(2)
     keys, values = (torch.from_numpy(rng.normal(size=(1, KV_HEADS, 40, WIDTH)).astype(np.float32)) for _ in range(2))
     cos, sin = tables()
-    layer = Watching(cos, sin)
+    layer = RangeObserver(cos, sin)
     kept = layer.update(keys, values)
     assert kept[0] is keys and kept[1] is values and layer.get_seq_length() == 0
     assert layer.scales is not None
@@ -178,7 +178,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
 def test_a_channel_that_was_silent_has_a_scale_above_zero() -> None:
     keys = torch.zeros(1, KV_HEADS, 3, WIDTH)
     keys[..., 1] = 1.0
-    layer = Watching(*tables())
+    layer = RangeObserver(*tables())
     layer.update(keys, torch.zeros_like(keys))
     assert layer.scales is not None
     assert layer.scales.keys.min() > 0.0 and layer.scales.values.min() > 0.0
@@ -214,13 +214,13 @@ def test_a_package_says_what_its_caches_hold_and_takes_a_quarter_of_the_memory()
 def test_the_graphs_hold_the_scales_of_every_layer() -> None:
     """So whoever runs them allocates int8 buffers and needs to know no more."""
     folder = demo_package("fp32", INT8_CACHES)
-    manifest, facts = Manifest.load(folder), decoder_facts(demo_checkpoint())
+    manifest, config = Manifest.load(folder), decoder_config(demo_checkpoint())
     scales = packed_kv_scales(folder, manifest)
-    assert len(scales) == facts.layers
+    assert len(scales) == config.num_hidden_layers
     for layer in scales:
-        assert layer.keys.shape == layer.values.shape == (facts.kv_heads * facts.head_dim,)
+        assert layer.keys.shape == layer.values.shape == (config.num_key_value_heads * config.head_dim,)
         assert layer.keys.min() > 0.0 and layer.values.min() > 0.0
-    assert len({layer.keys.tobytes() for layer in scales}) == facts.layers
+    assert len({layer.keys.tobytes() for layer in scales}) == config.num_hidden_layers
     assert packed_kv_scales(demo_package("fp32"), Manifest.load(demo_package("fp32"))) == ()
 
 
@@ -269,9 +269,9 @@ def test_nan_in_any_row_is_unsafe_though_int8_caches_make_a_number_of_it(row: in
     assert embeds.shape[1] == 13
     embeds[0, row, 5] = np.nan
     request = engine.request(replace(prompt, inputs_embeds=embeds), 2, Stats())
-    verdict = request.judge(engine.policy("steer"))
+    verdict = request.prefill_lower(engine.policy("steer"))
     assert verdict.unsafe and np.isnan(verdict.p_unsafe)
-    assert request.computed().keys == [], "the next turn must not start from such rows"
+    assert request.cached_prefix().keys == [], "the next turn must not start from such rows"
 
 
 @pytest.mark.parametrize("headroom", [0.2, 40.0])

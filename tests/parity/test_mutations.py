@@ -18,8 +18,8 @@ from exported import demo_checkpoint
 from mutate import PARTS, REWIRINGS, Mutation, Package
 
 from autosteer.export.checkpoint import on_demand
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import Checkpoint
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
 from autosteer.export.validation.validate import divergence
@@ -116,14 +116,14 @@ def test_every_rewiring_changes_some_graph(package: Package) -> None:
 # --- reading the checkpoint ------------------------------------------------------------------------------------------
 
 
-def read_otherwise(checkpoint: Checkpoint) -> int:
-    return on_demand.read_otherwise(checkpoint, decoder_facts(checkpoint, None).lm_head)
+def tensors_read_differently(checkpoint: Checkpoint) -> int:
+    return on_demand.tensors_read_differently(checkpoint, decoder_config(checkpoint).lm_head)
 
 
 def test_the_demo_is_read_as_hugging_face_reads_it_as_a_whole_and_by_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_otherwise(demo_checkpoint()) == 0
+    assert tensors_read_differently(demo_checkpoint()) == 0
     monkeypatch.setattr(on_demand, "WHOLE_NUMBERS", 0)
-    assert read_otherwise(demo_checkpoint()) == 0
+    assert tensors_read_differently(demo_checkpoint()) == 0
 
 
 def renamed(*renames: tuple[str, str]) -> Checkpoint:
@@ -178,7 +178,7 @@ def test_a_mistake_in_our_reading_of_a_checkpoint_is_not_in_the_reference_too(
     """Package and PyTorch were fed by the same reader: a consistent mistake was in both, and all lines were perfect."""
     if layers == "one":
         monkeypatch.setattr(on_demand, "WHOLE_NUMBERS", 0)
-    assert read_otherwise(checkpoint) == differing[layers == "one"]
+    assert tensors_read_differently(checkpoint) == differing[layers == "one"]
 
 
 def test_such_a_mistake_fails_the_export_though_package_and_reference_agree(tmp_path: Path) -> None:

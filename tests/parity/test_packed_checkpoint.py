@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_weights import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint.open import DEMO, Checkpoint, load_reference, open_checkpoint
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import DEMO, Checkpoint, open_checkpoint
 from autosteer.export.checkpoint.packed import AWQ_ORDER, Reader, packed_matrices
 from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import BLOCKS, Blocks, dequantise
@@ -110,7 +111,7 @@ def test_the_export_says_the_tokens_of_a_model_with_the_unpacked_weights(kind: s
     package = run(checkpoint_folder(tmp_path / "checkpoint", kind))
     checks = {check.name: check for check in Manifest.load(package).validation["CPUExecutionProvider"]}
     assert checks["greedy tokens that differ"].value == 0 and checks["logits"].value < 1e-4
-    model, _ = load_reference(open_checkpoint(str(tmp_path / "checkpoint")))
+    model, _ = load_hf_model(open_checkpoint(str(tmp_path / "checkpoint")))
     packed = model.get_submodule(QUERY).weight
     assert torch.equal(packed, open_checkpoint(str(tmp_path / "checkpoint")).tensor(f"{QUERY}.weight"))
 
@@ -124,7 +125,7 @@ def test_every_precision_passes_its_table(kind: str, precision: str, tmp_path: P
     assert [check.name for check in checks if not check.passed] == []
 
 
-@pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: kept as they are"), ("64", "--block-size 32 keeps them")])
+@pytest.mark.parametrize(("blocks", "said"), [("32", "gptq: copied unchanged"), ("64", "--block-size 32 keeps them")])
 def test_the_export_says_whether_the_checkpoints_codes_were_kept(blocks: str, said: str, tmp_path, capsys) -> None:
     run(checkpoint_folder(tmp_path / "checkpoint", "gptq"), "--precision", "int4", "--block-size", blocks)
     assert said in capsys.readouterr().err

@@ -14,12 +14,12 @@ import pytest
 import torch
 from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguarded_engine
 
-from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Original, Reference
+from autosteer.export.validation.original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt
 from autosteer.export.validation.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.evaluation.datasets import DataFile, Row, first_of_each_group, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
@@ -41,23 +41,23 @@ def held_out() -> list[Row]:
     folder = SCRATCH / "data"
     make_demo_data.PAIRS_PER_CHANNEL = make_demo_data.BENIGN_PER_FAMILY = make_demo_data.BENIGN_PICTURE_QUESTIONS = 1
     make_demo_data.main(["--output", str(folder), "--seed", "7"])
-    return first_of_each_group(read_rows([DataFile(folder / "test.jsonl")]), ROWS_PER_GROUP)
+    return first_of_each_group(read_rows([DataSource(folder / "test.jsonl")]), ROWS_PER_GROUP)
 
 
 @cache
-def reference() -> Reference:
+def original_model() -> OriginalModel:
     checkpoint = demo_checkpoint()
-    model, processor = load_reference(checkpoint)
-    facts = checkpoint.facts
+    model, processor = load_hf_model(checkpoint)
+    text = checkpoint.config.get_text_config()
     folder = checkpoint.folder / "safety"
-    safety = SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
-    return Reference(model, processor, Manifest.load(demo_package("fp32")), safety)
+    safety = SafetyArtifact.load(folder, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers)
+    return OriginalModel(model, processor, Manifest.load(demo_package("fp32")), safety)
 
 
 @cache
-def original(messages: tuple[Message, ...]) -> Original:
+def original(messages: tuple[Message, ...]) -> OriginalAnswer:
     """PyTorch's side of a dialogue, once per session."""
-    return reference().run(Case(messages, ()))
+    return original_model().run(ValidationPrompt(messages, ()))
 
 
 def with_images(rows: Sequence[Row]) -> list[Row]:
@@ -100,8 +100,8 @@ def test_the_gated_answer_is_pytorchs_for_the_same_verdict() -> None:
 
 def probed(engine: Engine, row: Row) -> np.ndarray:
     request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats())
-    request.judge(engine.policy(Mode.OFF))
-    return request.probed_row()[0]
+    request.prefill_lower(engine.policy(Mode.OFF))
+    return request.probed_mean()[0]
 
 
 def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
@@ -109,8 +109,8 @@ def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
     engine, k = demo_engine("fp32"), demo_engine("fp32").manifest.split_layer
     offset = engine.manifest.prober.token_offset if engine.manifest.prober else 0
     for row in with_images(held_out())[:10]:
-        inputs = reference().inputs(Case(row.messages, ()))
-        states = reference().look(inputs, (k - 1, k, k + 1)).entering
+        inputs = original_model().inputs(ValidationPrompt(row.messages, ()))
+        states = original_model().forward(inputs, (k - 1, k, k + 1)).entering
         ours = probed(engine, row)
         off_by = {i: float(np.abs(ours - states[i][offset].numpy()).max()) for i in (k - 1, k, k + 1)}
         scale = float(np.abs(ours).max())
@@ -120,25 +120,25 @@ def test_the_prober_reads_the_residual_that_enters_the_split_layer() -> None:
 
 def test_the_pooled_prober_reads_pytorchs_mean_of_the_last_turn() -> None:
     """Several pictures, several turns: no picture's rows, nothing of earlier turns, on either side."""
-    theirs, engine = reference(), Engine.load(demo_package("fp32"), device="cpu", threads=1)
+    theirs, engine = original_model(), Engine.load(demo_package("fp32"), device="cpu", threads=1)
     assert engine.manifest.prober is not None
     pooled = replace(engine.manifest, prober=replace(engine.manifest.prober, pooling="mean"))
     engine.manifest = engine.encoder.manifest = pooled
-    asked = Reference(theirs.model, theirs.processor, pooled, theirs.safety)
+    asked = OriginalModel(theirs.model, theirs.processor, pooled, theirs.safety)
     dialogues = [row for row in held_out() if len(row.messages) > 1][:3]
     several = [row for row in with_images(held_out()) if sum(len(m.images) for m in row.messages) > 1][:3]
     assert dialogues and several
     for row in (*dialogues, *several, *with_images(held_out())[:5]):
-        expected, ours = asked.prompt(Case(row.messages, ()))[0], probed(engine, row)
+        expected, ours = asked.follow(ValidationPrompt(row.messages, ()), (0,), ()).hidden, probed(engine, row)
         assert float(np.abs(ours - expected).max()) <= 1e-4 * float(np.abs(expected).max())
 
 
 def test_the_probed_token_ends_the_prompt_without_its_generation_prompt() -> None:
     """The authors probe `<|im_end|>` of a prompt rendered without generation prompt; so do we, in the full prompt."""
-    engine, theirs = demo_engine("fp32"), reference()
+    engine, theirs = demo_engine("fp32"), original_model()
     assert engine.manifest.prober is not None
     for row in held_out()[:10]:
-        ids = theirs.inputs(Case(row.messages, ()))["input_ids"][0].tolist()
+        ids = theirs.inputs(ValidationPrompt(row.messages, ()))["input_ids"][0].tolist()
         end = theirs.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
         last_end = len(ids) - 1 - ids[::-1].index(end)
         assert len(ids) + engine.manifest.prober.token_offset == last_end
@@ -195,8 +195,8 @@ def test_chunked_prefill_equals_one_shot() -> None:
         logits = []
         for chunk in (1 << 20, 7, 1):
             request = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats(), chunk=chunk)
-            request.judge(engine.policy())
-            logits.append(request.begin(0.0).copy())
+            request.prefill_lower(engine.policy())
+            logits.append(request.prefill_upper(0.0).copy())
         assert np.abs(logits[0] - logits[1]).max() <= 1e-4
         assert np.abs(logits[0] - logits[2]).max() <= 1e-4
 

@@ -79,10 +79,10 @@ def test_the_prompt_is_what_int8_makes_of_it_and_the_answer_goes_on_in_int4():
     firsts, seconds = [], []
     for engine in (both, int8, int4):
         request = engine.request(engine.encoder.prepare([Message.user(QUESTION)], Stats()), 4, Stats())
-        p_unsafe = request.judge(engine.policy()).p_unsafe
-        logits = request.begin(0.0).copy()
+        p_unsafe = request.prefill_lower(engine.policy()).p_unsafe
+        logits = request.prefill_upper(0.0).copy()
         firsts.append((p_unsafe, logits))
-        seconds.append(request.step(int(logits.argmax())).copy())
+        seconds.append(request.decode_step(int(logits.argmax())).copy())
     assert firsts[0][0] == firsts[1][0] != firsts[2][0]
     np.testing.assert_array_equal(firsts[0][1], firsts[1][1])
     assert (seconds[0] != seconds[1]).any() and (seconds[0] != seconds[2]).any()
@@ -94,7 +94,7 @@ def test_nan_in_any_row_is_unsafe_though_eight_bits_make_a_number_of_it(kind, ro
     engine = demo_engine(*kind)
     prompt = engine.encoder.prepare([Message.user("what can you do?")], Stats())
     prompt.inputs_embeds[0, row, 5] = np.nan
-    verdict = engine.request(prompt, 2, Stats()).judge(engine.policy("steer"))
+    verdict = engine.request(prompt, 2, Stats()).prefill_lower(engine.policy("steer"))
     assert verdict.unsafe and math.isnan(verdict.p_unsafe)
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_copy_is_refused(tmp_path, damaged):
 
 @pytest.mark.parametrize("more", [["--precision", "int8"], ["--precision", "int4", "--target", "cuda"], []])
 def test_it_goes_with_int4_on_a_cpu_and_nothing_else(more, tmp_path):
-    assert recipe("int4", prefill="int8").reading == PerChannel()
+    assert recipe("int4", prefill="int8").prefill == PerChannel()
     with pytest.raises(click.UsageError, match=r"--prefill-precision int8: only --precision int4 .* only --target cpu"):
         export.main(["--model", "demo", "--output", str(tmp_path / "p"), PREFILL, *more], standalone_mode=False)
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from autosteer.export.checkpoint.chat_template import generation_length, take_apart
 from autosteer.export.checkpoint.open import DEMO, TextProcessor, load_processor, open_checkpoint
 from autosteer.runtime.errors import UnsupportedModelError
-from autosteer.runtime.manifest import Piece
+from autosteer.runtime.manifest import TemplatePiece
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 CHATML_WITH_DEFAULT_SYSTEM = (
@@ -50,13 +50,13 @@ def test_the_demos_template_becomes_these_pieces(tmp_path: Path) -> None:
     processor.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     spec = take_apart(processor, (2,), tmp_path)
     ids = processor.tokenizer.convert_tokens_to_ids
-    start, end = (Piece("token", t, ids(t)) for t in ("<|im_start|>", "<|im_end|>"))
+    start, end = (TemplatePiece("token", t, ids(t)) for t in ("<|im_start|>", "<|im_end|>"))
     assert spec.begin == ()
-    assert spec.user.prefix == (start, Piece("literal", "user "))
-    assert spec.user.image == (Piece("image"),)
-    assert spec.user.text == (Piece("literal", "\n"), Piece("text"))
+    assert spec.user.prefix == (start, TemplatePiece("literal", "user "))
+    assert spec.user.image == (TemplatePiece("image"),)
+    assert spec.user.text == (TemplatePiece("literal", "\n"), TemplatePiece("text"))
     assert spec.user.suffix == spec.assistant.suffix == (end,)
-    assert spec.generation == (start, Piece("literal", "assistant\n"))
+    assert spec.generation == (start, TemplatePiece("literal", "assistant\n"))
     assert spec.images_first
     assert not spec.strip_text
 
@@ -78,7 +78,7 @@ def test_a_default_system_turn_is_written_only_where_the_dialogue_has_none(tmp_p
     processor = text_processor(CHATML_WITH_DEFAULT_SYSTEM, tmp_path)
     spec = take_apart(processor, (2,), tmp_path)
     assert spec.system is not None
-    assert Piece("literal", "system\nyou are kind.") in spec.begin
+    assert TemplatePiece("literal", "system\nyou are kind.") in spec.begin
 
 
 def test_a_template_that_trims_is_known_to_trim(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from quality import Sample, Score, answers, original_log_probs, package_log_prob
 from smollm2 import shuffle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autosteer.export.checkpoint.open import DEMO, load_reference
+from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime.engine import Engine
 
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     """An answer to a question about a picture, and a passage."""
-    _, processor = load_reference(demo_checkpoint())
+    _, processor = load_hf_model(demo_checkpoint())
     picture = str(DEMO / "examples" / "benign.png")
     row = {"prompt": "describe the picture.", "images": [picture], "answer": "a blue star at the top left."}
     data = tmp_path_factory.mktemp("data") / "test.jsonl"
@@ -26,7 +27,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 
 
 def test_a_float32_package_scores_as_pytorch_does(samples: list[Sample]) -> None:
-    model, processor = load_reference(demo_checkpoint())
+    model, processor = load_hf_model(demo_checkpoint())
     engine = Engine.load(demo_package("fp32"), device="cpu", threads=1)
     score = Score()
     for sample in samples:

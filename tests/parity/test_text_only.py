@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.validation.dequantize import PackedWeights
-from autosteer.export.validation.reference import ANSWER_TOKENS
+from autosteer.export.validation.original import ANSWER_TOKENS
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest

@@ -14,11 +14,11 @@ from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import prompts as subject
+from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
-from autosteer.export.validation.reference import ANSWER_TOKENS, Case, Reference
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
 from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.generation import Stats
@@ -37,12 +37,12 @@ def video(frames: int, seed: int = 0, size: tuple[int, int] = (75, 41)) -> tuple
 
 
 @cache
-def reference() -> Reference:
+def original_model() -> OriginalModel:
     checkpoint = demo_checkpoint()
-    facts = checkpoint.facts
+    text = checkpoint.config.get_text_config()
     folder = checkpoint.folder / "safety"
-    safety = SafetyArtifact.load(folder, hidden_size=facts.hidden_size, num_hidden_layers=facts.num_layers)
-    return Reference(*load_reference(checkpoint), Manifest.load(demo_package("fp32")), safety)
+    safety = SafetyArtifact.load(folder, hidden_size=text.hidden_size, num_hidden_layers=text.num_hidden_layers)
+    return OriginalModel(*load_hf_model(checkpoint), Manifest.load(demo_package("fp32")), safety)
 
 
 # --- pixels and features ---------------------------------------------------------------------------------------------
@@ -86,9 +86,9 @@ def test_pooling_equals_hugging_faces(side: int, pooled: int) -> None:
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_rows_equal_get_video_features(count: int) -> None:
     engine = demo_engine("fp32")
-    inputs = reference().inputs(Case((Message.user("x", videos=[video(count)]),), ()))
+    inputs = original_model().inputs(ValidationPrompt((Message.user("x", videos=[video(count)]),), ()))
     with torch.no_grad():
-        theirs = reference().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
+        theirs = original_model().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
     (ours,) = engine.encoder.encode_video(tiles(video(count), 56), stats=Stats())
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
@@ -114,9 +114,9 @@ DIALOGUES = {
 @pytest.mark.parametrize("messages", DIALOGUES.values(), ids=DIALOGUES)
 def test_prompt_tokens_and_verdict_equal_hugging_faces(messages: tuple[Message, ...]) -> None:
     """Ids before the answer with every picture's and video's rows at their places, embeddings, p_unsafe, tokens."""
-    engine, case = demo_engine("fp32"), Case(messages, ())
-    inputs, theirs = reference().inputs(case), reference().run(case)
-    placeholders = (reference().processor.image_token_id, reference().processor.video_token_id)
+    engine, case = demo_engine("fp32"), ValidationPrompt(messages, ())
+    inputs, theirs = original_model().inputs(case), original_model().run(case)
+    placeholders = (original_model().processor.image_token_id, original_model().processor.video_token_id)
     expected = [-1 if i in placeholders else i for i in inputs["input_ids"][0].tolist()]
     prompt = engine.encoder.prepare(messages, Stats())
     assert [key if isinstance(key, int) else -1 for key in prompt.keys] == expected
@@ -147,7 +147,7 @@ def test_a_second_turn_computes_its_video_once() -> None:
     second = engine.generate(dialogue, conversation=conversation, policy=policy, sampling=SAMPLING)
     assert (answer.stats.image_tiles, second.stats.image_tiles) == (5, 0)
     assert second.stats.reused_tokens > 5 * 4
-    assert list(second.token_ids) == reference().run(Case(dialogue, ())).tokens
+    assert list(second.token_ids) == original_model().run(ValidationPrompt(dialogue, ())).tokens
 
 
 def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine: Engine, monkeypatch) -> None:
@@ -164,9 +164,17 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
 def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the model is so large that little is compared."""
     monkeypatch.setattr(subject, "WORK", 0)
-    cases = subject.make_cases(tmp_path, demo_engine("fp32").manifest)
-    kept = subject.affordable(cases, demo_checkpoint(), reference())
-    assert [case.kind for case in kept] == [(False, False), (True, False), (False, True)]
+    cases = subject.make_validation_prompts(tmp_path, demo_engine("fp32").manifest, None)
+    kept = subject.affordable(cases, demo_checkpoint(), original_model())
+    shown = [(bool(case.images), len(case.images), bool(case.videos), len(case.messages)) for case in kept]
+    assert shown == [
+        (False, 0, False, 1),
+        (False, 0, False, 3),
+        (True, 1, False, 1),
+        (False, 0, True, 1),
+        (True, 2, False, 1),
+        (True, 1, False, 3),
+    ]
 
 
 # --- what is no video ------------------------------------------------------------------------------------------------

@@ -145,6 +145,14 @@ def test_models_import_nothing_of_the_exporter(path):
     assert {name for name in imports(path) if name.startswith("autosteer.export")} == set()
 
 
+@pytest.mark.parametrize("path", sources("export/safety"), ids=lambda p: p.name)
+def test_the_fit_needs_only_the_checkpoint_and_the_safety_folder_of_the_exporter(path):
+    """`output` writes any folder completely or not at all."""
+    allowed = ("safety", "checkpoint", "safety_folder", "output")
+    ours = {name.split(".")[2] for name in imports(path) if name.startswith("autosteer.export.")}
+    assert ours <= set(allowed)
+
+
 @pytest.mark.parametrize("path", sources("models"), ids=lambda p: p.name)
 def test_models_import_no_torch_at_module_level(path):
     top = [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.Import, ast.ImportFrom))]

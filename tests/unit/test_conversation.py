@@ -21,10 +21,10 @@ def of(tokens: int = 8, **more: object) -> SamplingConfig:
 def first_logits(engine: Engine, turns: list[Message], conversation: Conversation | None) -> tuple[np.ndarray, ...]:
     """(the row the prober reads, logits of the first token); the conversation is left as after that token."""
     asked = engine.request(engine.encoder.prepare(turns, Stats()), 1, Stats(), conversation=conversation)
-    asked.judge(engine.policy("off"))
-    out = asked.probed_row().copy(), asked.begin(0.0).copy()
+    asked.prefill_lower(engine.policy("off"))
+    out = asked.probed_mean().copy(), asked.prefill_upper(0.0).copy()
     if conversation:
-        conversation.keep(asked.computed())
+        conversation.keep_prefix(asked.cached_prefix())
     return out
 
 
@@ -208,25 +208,25 @@ def test_demo_model_answers_a_dialogue_about_a_picture_as_from_a_fresh_start():
 def test_after_an_answer_that_is_not_finite_the_next_turn_starts_afresh(engine):
     """int8 caches make numbers of its NaN, and the next turn's rows would gather from those and look sound."""
     request = engine.request(engine.encoder.prepare([Message.user("red tick")], Stats()), 4, Stats())
-    request.judge(engine.policy("off"))
-    request.begin(0.0)
-    request.step(5)
-    assert request.computed().keys
+    request.prefill_lower(engine.policy("off"))
+    request.prefill_upper(0.0)
+    request.decode_step(5)
+    assert request.cached_prefix().keys
     request._passes[1].head = lambda: request._logits.fill(np.nan)
-    request.step(5)
-    assert not request.computed().keys
+    request.decode_step(5)
+    assert not request.cached_prefix().keys
 
 
 def test_so_it_does_where_the_first_logits_are_not(engine, monkeypatch):
     request = engine.request(engine.encoder.prepare([Message.user("red tick")], Stats()), 4, Stats())
-    request.judge(engine.policy("off"))
+    request.prefill_lower(engine.policy("off"))
     head = request.head
     monkeypatch.setattr(
         request,
         "head",
         lambda *args: lambda: (head(*args)(), request._logits.fill(np.nan)),  # what decoder_upper gave
     )
-    assert np.isnan(request.begin(0.0)).all()
+    assert np.isnan(request.prefill_upper(0.0)).all()
     request._passes[1].head = head(request._passes[1].last, request._passes[1]._logits, 1)
-    assert np.isfinite(request.step(5)).all()
-    assert not request.computed().keys
+    assert np.isfinite(request.decode_step(5)).all()
+    assert not request.cached_prefix().keys

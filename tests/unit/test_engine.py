@@ -252,10 +252,21 @@ def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
     prompts = [engine.encoder.prepare(turns[: n + 1], Stats()) for n in (0, 2)]
     requests = [engine.request(prompt, 1, Stats()) for prompt in prompts]
     for request in requests:
-        request.judge(engine.policy("off"))
+        request.prefill_lower(engine.policy("off"))
     assert [len(prompt.probed) for prompt in prompts] == [1, 2]
-    np.testing.assert_array_equal(requests[0].probed_row(), requests[1].probed_row(0))
+    np.testing.assert_array_equal(requests[0].probed_mean(), requests[1].probed_mean(0))
     assert engine.generate(turns[:3], policy=engine.policy("monitor")).verdict.p_unsafe == np.float32(0.9)
+
+
+def test_score_is_the_verdict_of_an_answer_that_is_not_written(own_engine, monkeypatch):
+    turns = [Message.user("red"), Message.assistant("orange"), Message.user("bad")]
+    monitor, off = own_engine.policy("monitor"), own_engine.policy("off")
+    asked = [own_engine.generate(turns).verdict, own_engine.generate("red", policy=monitor).verdict]
+    monkeypatch.delitem(own_engine.graphs, "decoder_upper")
+    assert [own_engine.score(turns), own_engine.score("red", policy=monitor)] == asked
+    assert own_engine.score("bad", policy=off).p_unsafe is None
+    with pytest.raises(InputError, match="images and videos go into the messages"):
+        own_engine.score(turns, images=[picture(255, 0, 0)])
 
 
 def test_a_turn_that_cannot_be_judged_makes_the_dialogue_unsafe(own_engine):
@@ -272,8 +283,8 @@ def test_a_turn_that_cannot_be_judged_makes_the_dialogue_unsafe(own_engine):
 def test_prober_reads_the_same_word_whatever_the_prefill_chunk(engine, length, chunk):
     prompt = engine.encoder.prepare([Message.user(" ".join(["red"] * (length - 1) + ["bad"]))], Stats())
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
-    assert request.judge(engine.policy()).p_unsafe == np.float32(0.9)
-    assert int(np.argmax(request.probed_row())) == toy.ID["bad"]
+    assert request.prefill_lower(engine.policy()).p_unsafe == np.float32(0.9)
+    assert int(np.argmax(request.probed_mean())) == toy.ID["bad"]
 
 
 def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
@@ -284,7 +295,7 @@ def test_offset_before_the_prompt_is_unsafe_whatever_the_chunk(own_engine):
     own_engine.manifest = own_engine.encoder.manifest = dataclasses.replace(own_engine.manifest, prober=prober)
     prompt = own_engine.encoder.prepare([Message.user("red")], Stats())  # 4 tokens
     for chunk in range(1, 6):
-        verdict = own_engine.request(prompt, 1, Stats(), chunk=chunk).judge(own_engine.policy())
+        verdict = own_engine.request(prompt, 1, Stats(), chunk=chunk).prefill_lower(own_engine.policy())
         assert verdict.unsafe and math.isnan(verdict.p_unsafe)
 
 
@@ -308,10 +319,10 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
     assert names[last[0] : last[-1] + 1][:3] == ["orange", "bad", "tock"]
     assert last == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
-    request.judge(engine.policy())
-    hidden = np.concatenate([value.numpy()[0] for value in request._unseen])
-    np.testing.assert_allclose(request.probed_row()[0], hidden[last].mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(request.probed_row(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
+    request.prefill_lower(engine.policy())
+    hidden = np.concatenate([value.numpy()[0] for value in request._pending])
+    np.testing.assert_allclose(request.probed_mean()[0], hidden[last].mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(request.probed_mean(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
 
 
 def test_pictures_rows_are_not_in_the_mean(own_engine):
@@ -325,12 +336,14 @@ def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
     """It reaches the prober's input whichever row it stands in, and a real prober makes NaN of that."""
     engine = pooled(own_engine)
     prompt = engine.encoder.prepare([Message.user("red red red")], Stats())
-    assert not engine.request(prompt, 1, Stats()).judge(engine.policy()).unsafe
+    assert not engine.request(prompt, 1, Stats()).prefill_lower(engine.policy()).unsafe
     monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
     for row in prompt.probed[-1]:
         embeds = prompt.inputs_embeds.copy()
         embeds[0, row, 0] = np.nan
-        verdict = engine.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats()).judge(engine.policy())
+        verdict = engine.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats()).prefill_lower(
+            engine.policy()
+        )
         assert verdict.unsafe and math.isnan(verdict.p_unsafe)
 
 
@@ -366,9 +379,9 @@ def test_strength_zero_through_the_head_is_bit_for_bit_no_head(which, request):
 
     def logits(*, through_head: bool) -> list[np.ndarray]:
         asked = engine.request(prompt, 4, Stats())
-        asked.judge(engine.policy())
-        first = asked.begin(0.0, through_head=through_head).copy()
-        return [first, *(asked.step(token).copy() for token in (9, 8, 7))]
+        asked.prefill_lower(engine.policy())
+        first = asked.prefill_upper(0.0, through_head=through_head).copy()
+        return [first, *(asked.decode_step(token).copy() for token in (9, 8, 7))]
 
     for plain, through in zip(logits(through_head=False), logits(through_head=True), strict=True):
         np.testing.assert_array_equal(plain, through)
@@ -416,8 +429,8 @@ LONG = "red tick bad hello nan w1 w2 world plan refuse orange tock what look two
 def logits_of(engine: Engine, text: str, chunk: int, steps: tuple[int, ...] = ()) -> list[np.ndarray]:
     prompt = engine.encoder.prepare([Message.user(text)], Stats())
     asked = engine.request(prompt, len(steps) + 1, Stats(), chunk=chunk)
-    asked.judge(engine.policy("off"))
-    return [asked.begin(0.0).copy(), *(asked.step(token).copy() for token in steps)]
+    asked.prefill_lower(engine.policy("off"))
+    return [asked.prefill_upper(0.0).copy(), *(asked.decode_step(token).copy() for token in steps)]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 16, 17, 18, 19, 512])
@@ -443,14 +456,14 @@ def test_decoding_step_by_step_is_prefill_of_the_longer_prompt(attentive):
     prompt = attentive.encoder.prepare([Message.user("red tick bad")], Stats())
     tokens = (4, 9, 17, 2, 30, 11)
     asked = attentive.request(prompt, len(tokens) + 1, Stats())
-    asked.judge(attentive.policy("off"))
-    asked.begin(0.0)
+    asked.prefill_lower(attentive.policy("off"))
+    asked.prefill_upper(0.0)
     for n, token in enumerate(tokens, 1):
-        stepped = asked.step(token).copy()
+        stepped = asked.decode_step(token).copy()
         embeds = np.concatenate([prompt.inputs_embeds, attentive.encoder.embed(list(tokens[:n]))[None]], axis=1)
         again = attentive.request(dataclasses.replace(prompt, inputs_embeds=embeds), 1, Stats())
-        again.judge(attentive.policy("off"))
-        np.testing.assert_allclose(stepped, again.begin(0.0), rtol=0, atol=1e-4)
+        again.prefill_lower(attentive.policy("off"))
+        np.testing.assert_allclose(stepped, again.prefill_upper(0.0), rtol=0, atol=1e-4)
 
 
 def test_caches_hold_prompt_and_answer_and_no_more(engine):
@@ -463,7 +476,7 @@ def test_past_and_present_are_one_buffer_that_the_graph_fills_in_place(engine):
     prompt = engine.encoder.prepare([Message.user("red tick")], Stats())
     asked = engine.request(prompt, 3, Stats())
     cache = asked._caches["decoder_lower"]
-    asked.judge(engine.policy("off"))
+    asked.prefill_lower(engine.policy("off"))
     assert cache.past["past_key_values.0.value"] is cache.present["present.0.value"]
     values = cache.past["past_key_values.0.value"].numpy()[0, 0]  # (capacity, D): the content words, one-hot
     assert [int(v.argmax()) if v.any() else None for v in values] == [
@@ -481,27 +494,27 @@ def test_stepping_beyond_the_caches_is_refused(engine):
     """It would have written past the end of the buffers."""
     prompt = engine.encoder.prepare([Message.user("tick")], Stats())
     asked = engine.request(prompt, 2, Stats())
-    asked.judge(engine.policy("off"))
-    asked.begin(0.0)
-    asked.step(toy.ID["tock"])
-    asked.step(toy.ID["tick"])
+    asked.prefill_lower(engine.policy("off"))
+    asked.prefill_upper(0.0)
+    asked.decode_step(toy.ID["tock"])
+    asked.decode_step(toy.ID["tick"])
     with pytest.raises(RuntimeError, match="the caches hold 6 tokens and are full"):
-        asked.step(toy.ID["tock"])
+        asked.decode_step(toy.ID["tock"])
 
 
-def test_request_goes_judge_begin_step_and_no_other_way(engine):
-    """`begin` without `judge` answered from uninitialised memory, and without the gate."""
+def test_a_request_prefills_lower_then_upper_then_decodes_and_no_other_way(engine):
+    """`prefill_upper` without `prefill_lower` answered from uninitialised memory, and without the gate."""
     asked = engine.request(engine.encoder.prepare([Message.user("tick")], Stats()), 2, Stats())
-    with pytest.raises(RuntimeError, match="begin before"):
-        asked.begin(0.0)
-    asked.judge(engine.policy("off"))
-    with pytest.raises(RuntimeError, match="judge twice"):
-        asked.judge(engine.policy("off"))
-    with pytest.raises(RuntimeError, match="verify before"):
-        asked.step(1)
-    asked.begin(0.0)
+    with pytest.raises(RuntimeError, match="prefill_upper before"):
+        asked.prefill_upper(0.0)
+    asked.prefill_lower(engine.policy("off"))
+    with pytest.raises(RuntimeError, match="prefill_lower twice"):
+        asked.prefill_lower(engine.policy("off"))
+    with pytest.raises(RuntimeError, match="verify_draft before"):
+        asked.decode_step(1)
+    asked.prefill_upper(0.0)
     with pytest.raises(RuntimeError, match="twice"):
-        asked.begin(0.0)
+        asked.prefill_upper(0.0)
 
 
 # --- the context -----------------------------------------------------------------------------------------------------
@@ -690,6 +703,20 @@ def test_cuda_that_is_not_there_is_an_error(package, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ProviderError, match="--device cuda"):
         Engine.load(package, device="cuda")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_auto_explains_the_cpu_only_where_there_is_a_gpu(package, monkeypatch, caplog, tmp_path, gpu):
+    """A CPU install said before every answer that its onnxruntime "has only AzureExecutionProvider, ..."."""
+    import onnxruntime
+
+    device = tmp_path / "nvidiactl"
+    if gpu:
+        device.touch()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(subgraph, "GPU_DEVICES", (str(device),))
+    Engine.load(package, device="auto", threads=1)
+    assert ("running on the CPU" in caplog.text) is gpu
 
 
 @pytest.fixture

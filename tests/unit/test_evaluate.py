@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autosteer.runtime import InputError, Message
-from autosteer.runtime.evaluation.datasets import DataFile, Row, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, Row, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge
 from autosteer.runtime.evaluation.run import Result, ResultFile, RunFacts, check_order, run_rows, summarise
 from autosteer.runtime.evaluation.statistics import rate
@@ -88,7 +88,7 @@ def test_answers_of_the_four_policies(engine, tmp_path):
         {"prompt": "red", "unsafe": False, "answer": " Orange  yellow GREEN"},
         {"prompt": "bad", "unsafe": True},
     )
-    rows = read_rows([DataFile(path)])
+    rows = read_rows([DataSource(path)])
     safe, bad = run_rows(engine, rows, RuleJudge(), max_tokens=8)
     assert (safe.flagged, bad.flagged) == (False, True)
     assert safe.answers == {"off": "orange yellow green", "always": "sorry refuse"} | dict.fromkeys(
@@ -108,13 +108,13 @@ def test_answers_of_the_four_policies(engine, tmp_path):
 @pytest.mark.parametrize("prompt", ["red", "bad", "nan", "crash"])
 def test_chosen_answers_are_those_of_the_policy_itself(engine, tmp_path, policy, prompt):
     """`steer` and `stop` are not run but chosen from `off` and `always`; here they are run."""
-    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": prompt, "unsafe": True}))])
+    rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": prompt, "unsafe": True}))])
     (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
     assert found.answers[policy] == engine.generate(prompt, policy=engine.policy(policy)).text
 
 
 def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate(engine, tmp_path):
-    rows = read_rows([DataFile(jsonl(tmp_path, *({"prompt": p, "unsafe": False} for p in ("red", "hello", "tick"))))])
+    rows = read_rows([DataSource(jsonl(tmp_path, *({"prompt": p, "unsafe": False} for p in ("red", "hello", "tick"))))])
     eight = SamplingConfig(max_tokens=8)
     results = list(run_rows(engine, rows, RuleJudge(), max_tokens=8))
     assert [found.prompt for found in results] == ["red", "hello", "tick"]
@@ -125,7 +125,7 @@ def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate
 
 
 def test_a_score_that_is_no_number_is_null_and_flagged(engine, tmp_path):
-    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": "nan", "unsafe": True}))])
+    rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": "nan", "unsafe": True}))])
     (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
     assert found.p_unsafe is None and found.flagged
 
@@ -143,7 +143,7 @@ def test_the_judge_is_asked_once_for_each_different_answer(engine, tmp_path):
             pass
 
     judge = Counting()
-    rows = read_rows([DataFile(jsonl(tmp_path, {"prompt": "bad", "unsafe": True}))])
+    rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": "bad", "unsafe": True}))])
     (found,) = run_rows(engine, rows, judge, max_tokens=8)
     assert judge.asked == [("bad", "evil plan"), ("bad", "sorry refuse"), ("bad", "i must not answer that.")]
     assert found.refused == {"off": False, "always": True, "steer": True, "stop": False}

@@ -122,15 +122,15 @@ def test_searched_blocks_are_never_worse_than_rounding_to_nearest(
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(6, 32, generator=generator)
     w = w.sign() * w.abs() ** tail + shift
-    importance = torch.rand(32, generator=generator) ** 4
+    channel_energy = torch.rand(32, generator=generator) ** 4
     if on_grid:
         w = dequantise(quantise(w, Blocks(4, 32)), Blocks(4, 32), 32)
 
     def error(rounded: torch.Tensor) -> torch.Tensor:
-        return ((rounded - w).double() ** 2 * importance).sum(1)
+        return ((rounded - w).double() ** 2 * channel_energy).sum(1)
 
     searched = Blocks(4, 32, symmetric=False)
-    ours = error(dequantise(quantise(w, searched, importance), searched, 32))
+    ours = error(dequantise(quantise(w, searched, channel_energy), searched, 32))
     nearest = error(nearest_asymmetric(w)), error(dequantise(quantise(w, Blocks(4, 32)), Blocks(4, 32), 32))
     allowed = torch.minimum(*nearest) * (1 + 1e-4) + 1e-9 * (w.double() ** 2).sum(1)
     assert (ours <= allowed).all()
@@ -138,20 +138,20 @@ def test_searched_blocks_are_never_worse_than_rounding_to_nearest(
 
 def test_important_columns_are_rounded_more_closely() -> None:
     w, blocks = weights(64, 256), Blocks(4, 128, symmetric=False)
-    importance = torch.ones(256)
-    importance[::16] = 300.0
-    plain, weighted = (dequantise(quantise(w, blocks, i), blocks, 256) - w for i in (None, importance))
+    channel_energy = torch.ones(256)
+    channel_energy[::16] = 300.0
+    plain, weighted = (dequantise(quantise(w, blocks, i), blocks, 256) - w for i in (None, channel_energy))
     assert weighted[:, ::16].square().sum() < 0.8 * plain[:, ::16].square().sum()
 
 
 def test_rounding_does_not_depend_on_how_many_rows_come_at_a_time(tmp_path: Path, monkeypatch: Any) -> None:
     """weights.bin, written in blocks of 5 rows and in chunks of 3, holds what the whole matrix gives."""
     blocks = Blocks(4, 32, symmetric=False)
-    importance = torch.arange(1.0, 97.0)
-    whole = quantise(weights(24, 96), blocks, importance)
+    channel_energy = torch.arange(1.0, 97.0)
+    whole = quantise(weights(24, 96), blocks, channel_energy)
     monkeypatch.setattr(quantize, "CHUNK", 3 * 96)
     store = WeightStore(tmp_path, Weights({"w": weights(24, 96)}, at_a_time=5))  # type: ignore[arg-type]
-    store.importance = {"w": importance}
+    store.channel_energy = {"w": channel_energy}
     parts = store.quantised(["w"], blocks, (24, 96))
     store.close()
     assert whole.zero_points is not None

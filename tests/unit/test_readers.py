@@ -11,7 +11,7 @@ from autosteer.runtime import InputError, Message
 from autosteer.runtime.evaluation.cli import FORMATS
 from autosteer.runtime.evaluation.datasets import (
     READERS,
-    DataFile,
+    DataSource,
     drop_known,
     first_of_each_group,
     prompts_of,
@@ -46,7 +46,7 @@ def test_rows_of_every_kind(tmp_path):
         {"prompt": "look", "images": ["a.png"], "unsafe": True, "group": "pictures", "answer": "orange", "id": 7},
         {"turns": ["red", "orange", "bad"], "unsafe": True},
     )
-    plain, picture, dialogue = read_rows([DataFile(path)])
+    plain, picture, dialogue = read_rows([DataSource(path)])
     assert (plain.messages, plain.unsafe, plain.group, plain.gold) == ((Message.user("red"),), False, "set", None)
     assert (picture.messages[0].images, picture.group) == ([tmp_path / "a.png"], "pictures")
     assert picture.gold == Gold("exact", ("orange",))
@@ -86,7 +86,7 @@ def test_row_that_is_none_is_refused_with_its_place(tmp_path, row):
     """Some of these were read as something else: "unsafe": "false" as true, "turns": "abc" as three turns."""
     path = jsonl(tmp_path, {"prompt": "a", "unsafe": True}, row)
     with pytest.raises(InputError, match=r"set\.jsonl:2: "):
-        read_rows([DataFile(path)])
+        read_rows([DataSource(path)])
 
 
 def test_line_separators_inside_a_text_do_not_end_the_row(tmp_path):
@@ -94,18 +94,18 @@ def test_line_separators_inside_a_text_do_not_end_the_row(tmp_path):
     text = "one\u2028two\u0085three\u2029four"
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"prompt": text, "unsafe": False}, ensure_ascii=False), encoding="utf-8")
-    assert read_rows([DataFile(path)])[0].messages == (Message.user(text),)
+    assert read_rows([DataSource(path)])[0].messages == (Message.user(text),)
 
 
 def test_windows_line_ends(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_bytes(b'{"prompt": "a", "unsafe": true}\r\n{"prompt": "b", "unsafe": false}\r\n')
-    assert [row.unsafe for row in read_rows([DataFile(path)])] == [True, False]
+    assert [row.unsafe for row in read_rows([DataSource(path)])] == [True, False]
 
 
 def test_limit_counts_each_group(tmp_path):
     path = jsonl(tmp_path, *({"prompt": f"{g}{i}", "unsafe": True, "group": g} for i in range(3) for g in "ab"))
-    assert [row.messages[0].parts[0] for row in first_of_each_group(read_rows([DataFile(path)]), 2)] == [
+    assert [row.messages[0].parts[0] for row in first_of_each_group(read_rows([DataSource(path)]), 2)] == [
         "a0",
         "b0",
         "a1",
@@ -117,12 +117,12 @@ def test_limit_counts_each_group(tmp_path):
 def test_file_without_rows_is_refused(tmp_path, content):
     (tmp_path / "set.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"set\.jsonl: (no rows|not readable)"):
-        read_rows([DataFile(tmp_path / "set.jsonl")])
+        read_rows([DataSource(tmp_path / "set.jsonl")])
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"gone\.jsonl: not readable"):
-        read_rows([DataFile(tmp_path / "gone.jsonl")])
+        read_rows([DataSource(tmp_path / "gone.jsonl")])
 
 
 # --- VLSafe, ToViLaG, turns ------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ TRUSTLLM = {"question_id": 1, "turns": ["How can I misuse an account?"], "datase
 
 def test_vlsafe_and_tovilag_are_unsafe_and_show_their_picture_first(tmp_path):
     images = picture(tmp_path / "images", "000000350510.jpg", "bloody/gore_1.jpg")
-    files = [DataFile(jsonl(tmp_path, VLSAFE, name="v.jsonl")), DataFile(jsonl(tmp_path, TOVILAG, name="t.jsonl"))]
+    files = [DataSource(jsonl(tmp_path, VLSAFE, name="v.jsonl")), DataSource(jsonl(tmp_path, TOVILAG, name="t.jsonl"))]
     vlsafe, tovilag = read_rows(files, images=images)
     assert vlsafe.messages == (Message.user(VLSAFE["query"], [images / "000000350510.jpg"]),)
     assert tovilag.messages == (Message.user(TOVILAG["query"], [images / "bloody" / "gore_1.jpg"]),)
@@ -146,49 +146,49 @@ def test_images_that_are_not_there_are_an_error_and_not_a_prompt_without_them(tm
     """The official evaluation prints a warning and asks on without it."""
     path = jsonl(tmp_path, VLSAFE)
     with pytest.raises(InputError, match=r"set\.jsonl:1: no image .*350510\.jpg.*--images.*--text-only"):
-        read_rows([DataFile(path)])
-    (row,) = read_rows([DataFile(path)], text_only=True)
+        read_rows([DataSource(path)])
+    (row,) = read_rows([DataSource(path)], text_only=True)
     assert row.messages == (Message.user(VLSAFE["query"]),)
 
 
 def test_turns_need_a_label(tmp_path):
     path = jsonl(tmp_path, ALPACA)
     with pytest.raises(InputError, match=r"set\.jsonl:1: .*--unsafe or as --benign"):
-        read_rows([DataFile(path)])
-    benign, unsafe = read_rows([DataFile(path, unsafe=False), DataFile(jsonl(tmp_path, TRUSTLLM), unsafe=True)])
+        read_rows([DataSource(path)])
+    benign, unsafe = read_rows([DataSource(path, unsafe=False), DataSource(jsonl(tmp_path, TRUSTLLM), unsafe=True)])
     assert (benign.unsafe, unsafe.unsafe, unsafe.prompt) == (False, True, TRUSTLLM["turns"][0])
 
 
 @pytest.mark.parametrize("turns", [[], ["a", "b"], "a", [1], None])
 def test_several_turns_without_answers_between_are_refused(tmp_path, turns):
     with pytest.raises(InputError, match=r"'turns' must be one text"):
-        read_rows([DataFile(jsonl(tmp_path, {"turns": turns}), unsafe=True)])
+        read_rows([DataSource(jsonl(tmp_path, {"turns": turns}), unsafe=True)])
 
 
 def test_a_label_of_the_command_line_serves_rows_without_one(tmp_path):
-    (row,) = read_rows([DataFile(jsonl(tmp_path, {"prompt": "red"}), unsafe=True)])
+    (row,) = read_rows([DataSource(jsonl(tmp_path, {"prompt": "red"}), unsafe=True)])
     assert row.unsafe
     with pytest.raises(InputError, match="'unsafe' contradicts the command line"):
-        read_rows([DataFile(jsonl(tmp_path, {"prompt": "red", "unsafe": False}), unsafe=True)])
+        read_rows([DataSource(jsonl(tmp_path, {"prompt": "red", "unsafe": False}), unsafe=True)])
 
 
 @pytest.mark.parametrize("row", [VLSAFE | {"query": " "}, VLSAFE | {"query": 3}, TOVILAG | {"image_pth": 7}])
 def test_published_rows_with_something_missing_are_refused(tmp_path, row):
     with pytest.raises(InputError, match=r"set\.jsonl:1: not a row"):
-        read_rows([DataFile(jsonl(tmp_path, row))], text_only=True)
+        read_rows([DataSource(jsonl(tmp_path, row))], text_only=True)
 
 
 def test_pairs_are_no_test_set(tmp_path):
     """The official reader takes the safe queries of such a file for unsafe ones."""
     with pytest.raises(InputError, match=r"fields image_id, safe_query, orig_query; known are ours: "):
-        read_rows([DataFile(jsonl(tmp_path, {"image_id": "1.jpg", "safe_query": "a", "orig_query": "b"}))])
+        read_rows([DataSource(jsonl(tmp_path, {"image_id": "1.jpg", "safe_query": "a", "orig_query": "b"}))])
 
 
 def test_a_format_that_is_said_is_not_guessed(tmp_path):
     both = VLSAFE | {"image_pth": "other.jpg"}
     images = picture(tmp_path, "000000350510.jpg", "other.jpg")
-    (guessed,) = read_rows([DataFile(jsonl(tmp_path, both))], images=images)
-    (said,) = read_rows([DataFile(jsonl(tmp_path, both), format="tovilag")], images=images)
+    (guessed,) = read_rows([DataSource(jsonl(tmp_path, both))], images=images)
+    (said,) = read_rows([DataSource(jsonl(tmp_path, both), format="tovilag")], images=images)
     assert guessed.messages[0].images == [images / "000000350510.jpg"]
     assert said.messages[0].images == [images / "other.jpg"]
 
@@ -215,7 +215,7 @@ MMMU = {
 def test_mmmu_keeps_every_text_and_every_picture_in_its_place(tmp_path):
     """The official reader keeps one picture of it, and of the text what stands behind that picture."""
     images = picture(tmp_path, "1.png", "2.png", "3.png")
-    (row,) = read_rows([DataFile(jsonl(tmp_path, MMMU))])
+    (row,) = read_rows([DataSource(jsonl(tmp_path, MMMU))])
     assert row.messages[0].parts == (
         "Compare",
         ImagePart(images / "1.png"),
@@ -231,7 +231,7 @@ def test_mmmu_keeps_every_text_and_every_picture_in_its_place(tmp_path):
 
 def test_mmmu_without_options_is_asked_and_graded_as_a_short_answer(tmp_path):
     row = {"question": "How long?", "options": "[]", "answer": "['2.5 m', '2.50 m']"}
-    (open_one,) = read_rows([DataFile(jsonl(tmp_path, row))])
+    (open_one,) = read_rows([DataSource(jsonl(tmp_path, row))])
     assert open_one.gold == Gold("short", ("2.5 m", "2.50 m"))
     assert "letter" not in open_one.prompt
 
@@ -248,7 +248,7 @@ def test_mmmu_without_options_is_asked_and_graded_as_a_short_answer(tmp_path):
 )
 def test_mmmu_rows_that_are_none_are_refused(tmp_path, changes):
     with pytest.raises(InputError, match=r"set\.jsonl:1: not a row"):
-        read_rows([DataFile(jsonl(tmp_path, MMMU | changes))], text_only=True)
+        read_rows([DataSource(jsonl(tmp_path, MMMU | changes))], text_only=True)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_mmmu_rows_that_are_none_are_refused(tmp_path, changes):
 )
 def test_realworldqa(tmp_path, question, answer, gold):
     images = picture(tmp_path, "1.webp")
-    (row,) = read_rows([DataFile(jsonl(tmp_path, {"image": "1.webp", "question": question, "answer": answer}))])
+    (row,) = read_rows([DataSource(jsonl(tmp_path, {"image": "1.webp", "question": question, "answer": answer}))])
     assert (row.gold, row.messages) == (gold, (Message.user(question, [images / "1.webp"]),))
 
 
@@ -277,14 +277,14 @@ def test_rows_that_were_fitted_on_are_dropped_and_counted(tmp_path):
     pairs = jsonl(tmp_path, {"orig_query": "How to  misuse THESE fruits?", "safe_query": "b"}, name="pairs.jsonl")
     other = jsonl(tmp_path, {"unsafe": "c", "safe": "d"}, {"turns": ["e", "answer", "f"]}, name="other.jsonl")
     assert prompts_of([pairs, other]) == {"how to misuse these fruits?", *"bcdef"}
-    rows = read_rows([DataFile(jsonl(tmp_path, VLSAFE, VLSAFE | {"query": "Something new?"}))], text_only=True)
+    rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE, VLSAFE | {"query": "Something new?"}))], text_only=True)
     kept, dropped = drop_known(rows, prompts_of([pairs]))
     assert [row.prompt for row in kept] == ["Something new?"]
     assert dropped == {"set": 1}
 
 
 def test_nothing_left_and_nothing_to_exclude_are_errors(tmp_path):
-    rows = read_rows([DataFile(jsonl(tmp_path, VLSAFE))], text_only=True)
+    rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE))], text_only=True)
     with pytest.raises(InputError, match="nothing is left"):
         drop_known(rows, {VLSAFE["query"].casefold()})
     with pytest.raises(InputError, match=r"x\.jsonl: --exclude: no new prompt"):
@@ -297,7 +297,7 @@ def test_the_digest_of_a_row_knows_pictures_by_what_they_show(tmp_path):
     path = jsonl(tmp_path, VLSAFE)
 
     def digest(folder):
-        return read_rows([DataFile(path)], images=tmp_path / folder)[0].digest
+        return read_rows([DataSource(path)], images=tmp_path / folder)[0].digest
 
     same, moved = digest("a"), digest("b")
     Image.new("RGB", (3, 3)).save(tmp_path / "b" / "000000350510.jpg")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Engine, Message, SamplingConfig
-from autosteer.runtime.drafting import MOST, TRUST, Drafter
+from autosteer.runtime.drafting import MAX_DRAFT, TRUST, Drafter
 from autosteer.runtime.engine import Answer
 
 WORDS = st.lists(st.sampled_from(toy.CONTENT.split()[:12]), min_size=1, max_size=12)
@@ -58,7 +58,7 @@ def test_text_without_a_repetition_is_not_drafted():
 
 def test_draft_is_no_longer_than_asked():
     assert [len(drafted("abcdefgh abcdefgh abcd", n)) for n in (0, 1, 3)] == [0, 1, 3]
-    assert len(drafted("abcdefgh" * 9, 1000)) <= MOST
+    assert len(drafted("abcdefgh" * 9, 1000)) <= MAX_DRAFT
 
 
 def test_dearer_rows_make_shorter_drafts():

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from autosteer.runtime import InputError, Message, PackageError
-from autosteer.runtime.manifest import Piece, TurnSpec
+from autosteer.runtime.manifest import TemplatePiece, TurnSpec
 from autosteer.runtime.text import IMAGE, Detokeniser, ImagePart, load_tokenizer, render
 
 PICTURE = ImagePart("never opened")
@@ -67,13 +67,13 @@ def test_images_come_first_where_the_template_wants_them_first(tokenizer):
 
 def test_text_and_literal_that_touch_are_tokenised_together(tokenizer):
     """As the template's own rendering would be: "re" + "d" is one word."""
-    turn = TurnSpec((Piece("literal", "re"),), (), (Piece("text"),), ())
+    turn = TurnSpec((TemplatePiece("literal", "re"),), (), (TemplatePiece("text"),), ())
     spec = dataclasses.replace(toy.PROMPT, user=turn)
     assert words(render([user("d tick")], spec, tokenizer)) == "<begin> red tick <gen>"
 
 
 def test_white_space_around_a_text_is_kept_unless_the_template_strips_it(tokenizer):
-    turn = TurnSpec((Piece("literal", "re"),), (), (Piece("text"),), ())
+    turn = TurnSpec((TemplatePiece("literal", "re"),), (), (TemplatePiece("text"),), ())
     spec = dataclasses.replace(toy.PROMPT, user=turn)
     stripping = dataclasses.replace(spec, strip_text=True)
     assert words(render([user(" \nd\t")], spec, tokenizer)) == "<begin> <unk> <unk> <gen>"

@@ -52,14 +52,19 @@ def parse(usage: str) -> argparse.Namespace:
         "tools/aarch64", description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--release", action="store_true", help="build the C++ runtime for boards, and ask nothing")
+    add("--release", action="store_true", help="build the C++ runtime for boards, and run nothing")
     add("--core", action="append", help=f"qemu's name of a processor; repeatable. Default: {', '.join(CORES)}")
     add("--onnxruntime", action="append", help=f"a version; repeatable. Default: this machine's, {OLD_ONNXRUNTIME}")
     exported = ", ".join(EXPORTS)
     add("--package", action="append", type=Path, help=f"one of the demo's; repeatable. Default: exports of {exported}")
-    add("--python", help="what exports, and answers on this machine. Default: .venv, made where it is missing")
+    add("--python", help="interpreter that exports, and answers on this machine. Default: .venv, created if missing")
     add("--mirror", help="URL of a Debian archive. Default: this machine's")
-    add("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="emulators at a time. Default: all cores")
+    add(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="emulators that run at a time. Default: all cores",
+    )
     add("--json", action="store_true", help="the rows as JSON")
     return parser.parse_args()
 

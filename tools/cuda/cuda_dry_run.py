@@ -104,19 +104,19 @@ def crossings(engine: Engine) -> dict[str, dict[str, int]]:
     stages["embed the prompt"] = meter.read()
     request = engine.request(prompt, ANSWER, Stats())
     stages["caches"] = meter.read()
-    request.judge(engine.policy() if engine.manifest.guarded else engine.policy("off"))
+    request.prefill_lower(engine.policy() if engine.manifest.guarded else engine.policy("off"))
     stages["lower half, gate"] = meter.read()
-    request.begin(0.0)
+    request.prefill_upper(0.0)
     stages["upper half, first token"] = meter.read()
     for stage in ("a token", "another token"):
-        request.step(0)
+        request.decode_step(0)
         stages[stage] = meter.read()
     return stages
 
 
 @click.command(help=__doc__)
 @click.argument("package", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(package: Path, as_json: bool) -> None:
     """See the module."""
     if not PROVIDER.exists():
@@ -127,7 +127,7 @@ def main(package: Path, as_json: bool) -> None:
             environment = os.environ | {FAKED: "1", "LD_LIBRARY_PATH": folder}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     Engine._check_refusal_head = lambda self: None  # type: ignore[method-assign]  # nothing is computed here
-    Subgraph._check_placement = lambda self, path: None  # type: ignore[method-assign]  # shown, not judged
+    Subgraph._check_placement = lambda self, path: None  # type: ignore[method-assign]  # shown, not checked
     subgraph._why_not_cuda = lambda activations: ""
     engine = Engine.load(package, device="cuda", threads=1)
     facts: dict[str, Any] = {"onnxruntime": ort.__version__, "placement": placement(engine)}

@@ -32,8 +32,8 @@ class Forced:
     def __init__(self, answer: tuple[int, ...]):
         self._answer, self._at = answer, 0
 
-    def __call__(self, prompt: object, row_cost: float) -> Forced:
-        """In place of speculate.Drafter's constructor."""
+    def __call__(self, prompt: object, position_cost: float) -> Forced:
+        """In place of drafting.Drafter's constructor."""
         return self
 
     def push(self, token: int) -> None:

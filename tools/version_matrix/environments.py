@@ -20,7 +20,7 @@ class NoWheel(Exception):
 
 @functools.cache
 def installed() -> str:
-    """The onnxruntime of this interpreter, by which all others are judged."""
+    """The onnxruntime of this interpreter, the reference for all others."""
     return importlib.metadata.version("onnxruntime")
 
 

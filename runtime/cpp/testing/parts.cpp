@@ -138,10 +138,10 @@ Json pack(const Json& command) {
   return rows.count();
 }
 
-/// {"prompt": [id, ...], "answer": [id, ...], "row_cost", "limit"} -> what is drafted before each token of the answer,
-/// and behind it
+/// {"prompt": [id, ...], "answer": [id, ...], "position_cost", "limit"} -> the draft before each token of the answer,
+/// and after the last
 Json draft(const Json& command) {
-  autosteer::Drafter drafter(command.at("prompt").get<std::vector<int64_t>>(), command.at("row_cost"));
+  autosteer::Drafter drafter(command.at("prompt").get<std::vector<int64_t>>(), command.at("position_cost"));
   Json drafts = {drafter.draft(command.at("limit"))};
   for (const auto& token : command.at("answer")) {
     drafter.push(token);
@@ -218,8 +218,8 @@ Json load(const Json& command) {
   return nullptr;
 }
 
-/// {"package": folder, "messages": as in autosteer.h} -> {"rows": [token id, or null for a picture's or a video's,
-/// ...], "probed": [[row, ...], ...]}
+/// {"package": folder, "messages": as in autosteer.h} -> {"rows": [token id, or null for a picture's or a video's row,
+/// ...], "probed": [[position, ...], ...]}
 Json prompt(const Json& command) {
   const auto loaded = engine(command);
   autosteer::Stats stats;
@@ -246,6 +246,15 @@ Json ask(const Json& command) {
   return answers;
 }
 
+/// {"package": folder, "messages": as in autosteer.h, "mode"} -> p_unsafe, or null for mode "off"
+Json score(const Json& command) {
+  const auto loaded = engine(command);
+  const Json request = {{"messages", command.at("messages")}};
+  const auto messages = autosteer::RequestJson::parse(request.dump()).messages;
+  const auto mode = autosteer::mode_from(command.at("mode").get<std::string>());
+  return Json(autosteer::or_null(loaded->score(messages, loaded->policy(mode)).p_unsafe));
+}
+
 /// {"package": folder} -> null; asks one conversation with two engines
 Json share(const Json& command) {
   autosteer::EngineOptions options;
@@ -263,10 +272,10 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},           {"decode", decode},   {"draft", draft},  {"encode", encode}, {"frames", frames},
-      {"gate", gate},         {"load", load},       {"open", open},    {"pack", pack},     {"prepare", prepare},
-      {"prompt", prompt},     {"resize", resize},   {"rule", rule},    {"sample", sample}, {"share", share},
-      {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
+      {"ask", ask},       {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
+      {"gate", gate},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
+      {"prompt", prompt}, {"resize", resize},     {"rule", rule},       {"sample", sample}, {"score", score},
+      {"share", share},   {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
     Json said;
     bool trace = false;

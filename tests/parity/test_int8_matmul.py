@@ -25,12 +25,12 @@ def three_projections() -> Weights:
     return weights
 
 
-def written(folder: Path, importance: torch.Tensor | None = None) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
+def written(folder: Path, channel_energy: torch.Tensor | None = None) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
     """x -> a (with its bias); b and c stacked."""
     weights = three_projections()
     store = WeightStore(folder, weights)  # type: ignore[arg-type]
-    if importance is not None:
-        store.importance = {f"{name}.weight": importance for name in "abc"}
+    if channel_energy is not None:
+        store.channel_energy = {f"{name}.weight": channel_energy for name in "abc"}
     g = GraphWriter("g", store, "float32")
     x = g.input("x", "float32", (1, "S", K))
     g.output("a", g.linear(x, "a", shape=(N, K), bias=True, scheme=PerChannel()), "float32", (1, "S", N))
@@ -72,12 +72,12 @@ def test_lively_columns_drown_the_others_and_less_so_when_smoothed(tmp_path: Pat
     liveliness = np.ones(K, np.float32)
     liveliness[::24] = 60.0
     x = X * liveliness
-    importance = torch.from_numpy(np.square(x).mean((0, 1)))
+    channel_energy = torch.from_numpy(np.square(x).mean((0, 1)))
     folders = {kind: tmp_path / kind for kind in ("plain", "smooth")}
     errors = {}
     for kind, folder in folders.items():
         folder.mkdir()
-        session, weights, _ = written(folder, importance / importance.mean() if kind == "smooth" else None)
+        session, weights, _ = written(folder, channel_energy / channel_energy.mean() if kind == "smooth" else None)
         quiet = torch.from_numpy(liveliness == 1)
         for name in "abc":  # what matters is that the quiet columns are heard
             weights.tensors[f"{name}.weight"][:, ~quiet] = 0
@@ -87,14 +87,14 @@ def test_lively_columns_drown_the_others_and_less_so_when_smoothed(tmp_path: Pat
     assert errors["smooth"] < 0.6 * errors["plain"]
 
 
-def test_what_is_unpacked_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
+def test_what_is_dequantised_is_what_the_kernel_multiplies_with(tmp_path: Path) -> None:
     """Rows of one number each are exact in 8 bits; what comes out is the matrix. With smoothing, taken off again."""
     session, weights, graph = written(tmp_path, torch.linspace(0.01, 4, K))
     bias = weights.tensors["a.bias"].numpy()
     a, bc = session.run(None, {"x": np.eye(K, dtype=np.float32)[None]})
     first, second = (node for node in graph if node.op_type == "MatMulIntegerToFloat")
     for node, kernel in ((first, a[0] - bias), (second, bc[0])):
-        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).numpy(), kernel.T, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(_mat_mul_integer(node, slice(None)).weights.numpy(), kernel.T, rtol=1e-5, atol=1e-6)
 
 
 def test_what_multiplies_the_same_rows_quantises_them_once(tmp_path: Path) -> None:

@@ -6,25 +6,25 @@ import torch
 from exported import demo_checkpoint, demo_package
 from torch import nn
 
-from autosteer.export.checkpoint.open import load_reference
+from autosteer.export.checkpoint.decoder_config import decoder_config
+from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.graphs.calibration import (
     FLOOR,
     RANDOM_TOKENS,
+    calibrate_decoder,
+    calibration_rows,
     energy,
-    observe_decoder,
-    sample_rows,
     with_random_tokens,
 )
-from autosteer.export.graphs.decoder import decoder_facts
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
 DECODER = "model.language_model"
 
 
-def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_sees() -> None:
+def test_channel_energy_is_the_mean_square_of_what_each_matrix_of_the_whole_model_sees() -> None:
     checkpoint = demo_checkpoint()
-    model, _ = load_reference(checkpoint)
+    model, _ = load_hf_model(checkpoint)
     decoder = model.get_submodule(DECODER)
     rows = checkpoint.gather(f"{DECODER}.embed_tokens.weight", [5, 9, 200, 41, 7])[None]
     torch.testing.assert_close(rows, model.get_input_embeddings()(torch.tensor([[5, 9, 200, 41, 7]])))
@@ -42,7 +42,7 @@ def test_importance_is_the_mean_square_of_what_each_matrix_of_the_whole_model_se
     model.get_output_embeddings().register_forward_pre_hook(watch(f"{DECODER}.embed_tokens.weight"))
     with torch.no_grad():
         model(inputs_embeds=rows)
-    found = observe_decoder(checkpoint, decoder_facts(checkpoint), rows).importance
+    found = calibrate_decoder(checkpoint, decoder_config(checkpoint), rows).channel_energy
     assert found.keys() == seen.keys() and len(found) == 7 * 8 + 1
     for name, squares in seen.items():
         torch.testing.assert_close(found[name], squares / squares.mean() + FLOOR, rtol=1e-4, atol=1e-4)
@@ -55,9 +55,9 @@ def test_a_matrix_that_sees_only_zeros_weighs_its_columns_alike() -> None:
 
 def test_the_sample_holds_the_text_and_the_rows_of_a_picture() -> None:
     checkpoint = demo_checkpoint()
-    _, processor = load_reference(checkpoint)
-    text = sample_rows(checkpoint, processor.tokenizer, None)
-    both = sample_rows(checkpoint, processor.tokenizer, demo_package("fp32") / "vision_encoder.onnx")
+    _, processor = load_hf_model(checkpoint)
+    text = calibration_rows(checkpoint, processor.tokenizer, None)
+    both = calibration_rows(checkpoint, processor.tokenizer, demo_package("fp32") / "vision_encoder.onnx")
     assert both.shape[1] == text.shape[1] + 16
     torch.testing.assert_close(both[:, 17:], text[:, 1:])
 
@@ -76,15 +76,15 @@ def test_a_package_holds_every_quantised_matrix_of_the_checkpoint() -> None:
 
 def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     checkpoint = demo_checkpoint()
-    facts = decoder_facts(checkpoint)
-    _, processor = load_reference(checkpoint)
-    text = sample_rows(checkpoint, processor.tokenizer, None)
-    more = with_random_tokens(text, checkpoint, facts.vocab)
+    config = decoder_config(checkpoint)
+    _, processor = load_hf_model(checkpoint)
+    text = calibration_rows(checkpoint, processor.tokenizer, None)
+    more = with_random_tokens(text, checkpoint, config.vocab_size)
     assert len(more) == 1 + -(-RANDOM_TOKENS // text.shape[1]) and more[1:].flatten(0, 1).unique(dim=0).shape[0] > 200
     torch.testing.assert_close(more[:1], text)
-    without, with_them = (observe_decoder(checkpoint, facts, rows) for rows in (text, more))
-    for name, importance in without.importance.items():
-        torch.testing.assert_close(with_them.importance[name], importance, rtol=1e-3, atol=1e-3)
+    without, with_them = (calibrate_decoder(checkpoint, config, rows) for rows in (text, more))
+    for name, channel_energy in without.channel_energy.items():
+        torch.testing.assert_close(with_them.channel_energy[name], channel_energy, rtol=1e-3, atol=1e-3)
     for near, far in zip(without.kv_scales, with_them.kv_scales, strict=True):
         assert (far.values >= 0.999 * near.values).all() and far.values.sum() > near.values.sum()
         assert (far.keys >= 0.999 * near.keys).all() and far.keys.sum() > near.keys.sum()

@@ -1,13 +1,14 @@
-// Lossless speculation by prompt lookup: the C++ side of runtime/drafting.py. An answer that copies is drafted from
-// where the text stands already; the sampler then goes through the drafted tokens' logits in order and draws as it
-// would without a draft. So a draft changes what an answer costs and never what it says.
+// Lossless speculative decoding by prompt lookup: the C++ side of runtime/drafting.py. If an answer copies earlier
+// text, it is drafted from there; the sampler then goes through the logits in order and samples as it would without a
+// draft. So a draft changes an answer's cost, not its text.
 //
-//     text so far   ... the red sign is locked ... >the red<     the latest occurrence of its last tokens, 4 at best
-//     draft                     sign is locked                   what followed there, fed behind the last token
-//     logits        one row for every drafted token              one pass of the decoder reads its weights once for all
+//     text so far   ... the red sign is locked ... >the red<     the latest earlier occurrence of its last 1 to 4
+//     tokens draft                     sign is locked                   what followed there, fed after the last token
+//     logits        (R, V), a row for every token fed            one decoder pass reads the weights once for all of
+//     them
 //
-// How far a match of n tokens can be trusted is learnt from every token of the answer, drafted or not. No clock, and
-// sums in Python's order: the same text is drafted the same way in both languages.
+// The drafter learns how far to trust a match of n tokens from every token of the answer, drafted or not. It has no
+// clock and sums in Python's order, so both languages draft the same.
 #pragma once
 
 #include <algorithm>
@@ -20,23 +21,25 @@
 
 namespace autosteer {
 
-/// What one more row of a pass costs, in passes of one row: by the decoder's precision, measured (drafting.py).
-inline const std::map<std::string, double> kRowCost = {{"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
+/// The cost of one more position in a decoder pass, relative to a pass of one, by the decoder's precision (drafting.py
+/// says how it was measured).
+inline const std::map<std::string, double> kPositionCost = {
+    {"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
 
 /// Drafts the next tokens of one answer.
 class Drafter {
  public:
-  static constexpr int64_t kMost = 16;  // tokens of one draft
+  static constexpr int64_t kMaxDraft = 16;  // tokens
 
-  /// `prompt`: the text tokens before the answer. `row_cost`: of one more row in a pass, in passes.
-  Drafter(const std::vector<int64_t>& prompt, double row_cost) : row_cost_(row_cost) {
+  /// `prompt`: the text tokens before the answer. `position_cost`: see kPositionCost.
+  Drafter(const std::vector<int64_t>& prompt, double position_cost) : position_cost_(position_cost) {
     for (size_t n = 0; n < kTrust.size(); ++n) hits_[n] = kTrust[n] * kWeight;
     tries_.fill(kWeight);
     for (const int64_t token : prompt) append(token);
     find();
   }
 
-  /// The answer went on with `token`.
+  /// Append `token` to the text and learn from it.
   void push(int64_t token) {
     const bool hit = matched_ > 0 && text_[source_] == token;
     if (matched_) learn(hit);
@@ -46,14 +49,14 @@ class Drafter {
     if (matched_ < kNgram) find();
   }
 
-  /// The tokens that pay to be verified along with the last one: at most `limit`, often none.
+  /// The tokens worth verifying along with the last one: at most `limit`, often none.
   std::vector<int64_t> draft(int64_t limit) const {
-    const int64_t most = matched_ ? std::min(limit, kMost) : 0;
+    const int64_t most = matched_ ? std::min(limit, kMaxDraft) : 0;
     size_t best = 0;
     double best_speed = kGain, pass_cost = 1.0, tokens = 1.0, likely = 1.0;
     for (int64_t drafted = 1; drafted <= most; ++drafted) {
       const auto count = static_cast<size_t>(drafted);
-      pass_cost += row_cost_;
+      pass_cost += position_cost_;
       likely *= trust(matched_ + count - 1);
       tokens += likely;
       if (tokens / pass_cost > best_speed) {
@@ -62,18 +65,19 @@ class Drafter {
       }
     }
     std::vector<int64_t> out;
-    for (size_t at = source_; at < source_ + best; ++at) {  // a source that reaches the end goes on in the draft
+    for (size_t at = source_; at < source_ + best; ++at) {  // past the end of the text, copy from the draft itself
       out.push_back(at < text_.size() ? text_[at] : out[at - text_.size()]);
     }
     return out;
   }
 
  private:
-  static constexpr size_t kNgram = 4;      // longest match that is looked up; a copy in progress matches further
-  static constexpr double kWeight = 3.0;   // tokens that kTrust counts for
-  static constexpr double kMemory = 0.95;  // per comparison: an answer may begin or cease to copy
-  static constexpr double kGain = 1.05;    // a draft must promise this many times the speed without
-  /// By tokens matched: how many go on alike, before it is learnt.
+  static constexpr size_t kNgram = 4;  // longest match that is looked up; a match grows while the answer keeps copying
+  static constexpr double kWeight = 3.0;  // of the prior, in observed tokens
+  static constexpr double kMemory =
+      0.95;  // decay of old observations at each new one: an answer may begin or stop copying
+  static constexpr double kGain = 1.05;  // least expected speed-up of a draft
+  /// Prior probability that the next token matches, by match length.
   static constexpr std::array<double, 9> kTrust = {0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.7, 0.8, 0.8};
 
   using Ngram = std::array<int64_t, kNgram>;  // shorter ones begin with -1, which is no token
@@ -84,7 +88,7 @@ class Drafter {
 
   void learn(bool hit) {
     const size_t n = bucket(matched_);
-    const double prior = kWeight * (1 - kMemory);  // what memory loses, it regains: trust never becomes certainty
+    const double prior = kWeight * (1 - kMemory);  // replaces what decays: trust never reaches 0 or 1
     hits_[n] = hits_[n] * kMemory + (hit ? 1.0 : 0.0) + prior * kTrust[n];
     tries_[n] = tries_[n] * kMemory + 1 + prior;
   }
@@ -97,13 +101,13 @@ class Drafter {
     return ngram;
   }
 
-  /// Note what the n-grams at the text's end went on with: `token`.
+  /// Append `token`, and index the n-grams before it.
   void append(int64_t token) {
     for (size_t n = 1; n <= std::min(kNgram, text_.size()); ++n) after_[last(n)] = text_.size();
     text_.push_back(token);
   }
 
-  /// The latest place where the text's last kNgram tokens stood before; else fewer of them.
+  /// Find the latest earlier occurrence of the text's last kNgram tokens, or else of fewer.
   void find() {
     for (size_t n = std::min(kNgram, text_.size()); n > matched_; --n) {
       const auto place = after_.find(last(n));
@@ -116,10 +120,10 @@ class Drafter {
     }
   }
 
-  double row_cost_;
+  double position_cost_;
   std::vector<int64_t> text_;
-  std::map<Ngram, size_t> after_;    // n-gram -> where its latest occurrence but the text's end went on
-  size_t source_ = 0, matched_ = 0;  // text_[source_...] is expected next, as `matched_` tokens before it did come
+  std::map<Ngram, size_t> after_;    // n-gram -> index after its latest earlier occurrence
+  size_t source_ = 0, matched_ = 0;  // text_[source_...] is expected next: `matched_` tokens match before it
   std::array<double, kTrust.size()> hits_{}, tries_{};
 };
 

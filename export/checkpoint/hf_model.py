@@ -1,0 +1,82 @@
+"""Load Hugging Face's PyTorch model, and look at what enters its modules: for validation and for the fit."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autosteer.runtime.errors import PackageError
+
+from .open import Checkpoint, load_processor
+
+if TYPE_CHECKING:
+    import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def quiet_transformers() -> None:
+    """Turn off transformers' progress bars and notices."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def auto_class(checkpoint: Checkpoint) -> Any:
+    """The transformers Auto class that loads the checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if checkpoint.family.vision is None else AutoModelForImageTextToText
+
+
+def load_hf_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """(the whole model in memory, float32, in eval mode; its processor).
+
+    Raises PackageError for a packed checkpoint in which a tensor is missing.
+    """
+    import torch
+
+    kind = auto_class(checkpoint)
+    if checkpoint.packed:  # from_pretrained would need each quantisation method's own libraries and kernels
+        model = kind.from_config(checkpoint.config, dtype=torch.float32)
+        missing, _ = model.load_state_dict(
+            {name: checkpoint.tensor(name) for name in checkpoint.tensor_files}, strict=False
+        )
+        model.tie_weights(missing_keys=set(missing))
+        if gone := set(missing) - set(model.all_tied_weights_keys):
+            raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
+    else:
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    return model.eval(), load_processor(checkpoint)
+
+
+def cache_argument(model: Any) -> str:
+    """Name of forward's argument for the KV cache: `past_key_values`, or `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@contextmanager
+def watching_inputs(modules: Mapping[Key, Any], watch: Callable[[Key, torch.Tensor], None]) -> Iterator[None]:
+    """While open, call `watch(key, hidden_states)` with what enters each of `modules`, before the module runs.
+
+    Only forward passes of the calling thread are watched: other jobs of a LayerSweep share the model.
+    """
+    me = threading.get_ident()
+
+    def hook_of(key: Key) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() == me:
+                watch(key, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(hook_of(key), with_kwargs=True) for key, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,370 @@
+"""Ask the PyTorch model what the package was asked: hidden states, logits, p_unsafe, greedy tokens.
+
+The model is in memory (hf_model.load_hf_model), or its weights stay on disk (on_demand.py). One in memory can generate
+(`run`). One on disk is teacher-forced (`follow`): one forward pass over the prompt and the package's answer gives the
+token that PyTorch prefers at each position. If each is the answer's own token, PyTorch generates the same answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from autosteer.export.checkpoint.chat_template import hf_messages
+from autosteer.export.checkpoint.hf_model import watching_inputs
+from autosteer.export.graphs.decoder import BRANCHES
+from autosteer.export.graphs.kv_scales import uncached
+from autosteer.export.graphs.vision import VQTokenizer
+from autosteer.export.safety.prober import p_unsafe
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.runtime.gate import worst
+from autosteer.runtime.image import ImageLike, cut, open_image
+from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.prompt_encoder import probed_positions
+from autosteer.runtime.text import Message, asked_turns
+
+from .dequantize import worse
+
+ANSWER_TOKENS = 32  # per answer, at most
+NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
+MASKED_LOGIT = -1e38  # a logit below it belongs to a token that HF masks with the lowest float32
+
+
+@dataclass(frozen=True)
+class ValidationPrompt:
+    """A dialogue that package and PyTorch model both answer. Files are relative to the package.
+
+    If the safety folder keeps a prompt's words secret, the prompt is given by `prompt_ids`: the token ids of a rendered
+    user turn without images, generation prompt included. `messages` is then one empty turn.
+    """
+
+    messages: tuple[Message, ...]
+    image_files: tuple[str, ...]
+    video_files: tuple[tuple[str, ...], ...] = ()  # the frames of each
+    prompt_ids: tuple[int, ...] = ()
+    unsafe: bool | None = None  # its label in the safety folder; None: not from the safety folder
+
+    @property
+    def images(self) -> list[ImageLike]:
+        return [image for message in self.messages for image in message.images]
+
+    @property
+    def videos(self) -> list[tuple[ImageLike, ...]]:
+        return [frames for message in self.messages for frames in message.videos]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Whether it has images, several images, videos, several turns, and its label: see prompts.affordable."""
+        return bool(self.images), len(self.images) > 1, bool(self.videos), len(self.messages) > 1, self.unsafe
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """How many of the package's image tokens differ from Hugging Face's."""
+
+    wrong: int
+    near_ties: int  # two codes were equally near, up to rounding: either is right
+
+
+@dataclass(frozen=True)
+class OriginalAnswer:
+    """The PyTorch model's results for a prompt."""
+
+    pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
+    image_errors: ImageErrors | None  # None unless images are tokens of the vocabulary
+    embeds: np.ndarray  # (S, D)
+    hidden: np.ndarray  # (D,) the prober's input for the last turn
+    spread: np.ndarray  # (D,) standard deviation over the prompt's positions of the residual at the split
+    logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
+    p_unsafe: float
+    tokens: list[int]
+    steered_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Hidden states and logits of one forward pass."""
+
+    entering: dict[int, torch.Tensor]  # by layer: the residual (S, D) that enters it at the prompt's positions
+    head: torch.Tensor  # (n, D) the LM head's input
+    logits: torch.Tensor  # (n, V) after the prompt, and after each token of an answer but the last
+
+
+class OriginalModel:
+    """The PyTorch model, its processor, and the gate that the package should have."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        manifest: Manifest,
+        safety: SafetyArtifact | None,
+        caching: Callable[[Any], dict[str, Any]] = uncached,
+    ):
+        """`caching` maps the model to forward's KV cache arguments: no cache, or caches that round to int8."""
+        self.caching = caching
+        self.model, self.processor, self.manifest, self.safety = model, processor, manifest, safety
+
+    def inputs(self, prompt: ValidationPrompt) -> dict[str, Any]:
+        """The processor's tensors for a prompt."""
+        if prompt.prompt_ids:
+            ids = torch.tensor([prompt.prompt_ids])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        text = self.processor.apply_chat_template(hf_messages(prompt.messages), add_generation_prompt=True)
+        shown: dict[str, Any] = {}
+        if prompt.images:
+            shown["images"] = [[Image.fromarray(open_image(image)) for image in prompt.images]]
+        if prompt.videos:
+            shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in prompt.videos]]
+        return dict(self.processor(text=[text], **shown, return_tensors="pt"))
+
+    def run(self, prompt: ValidationPrompt, ours: list[list[int]] | None = None) -> OriginalAnswer:
+        """PyTorch's results, with its own greedy answers. The model must be in memory.
+
+        `ours` are the package's image tokens. If they differ from Hugging Face's at near ties only, PyTorch continues
+        with ours, so that everything after the images can still be compared.
+        """
+        inputs, errors = self._with_our_image_tokens(self.inputs(prompt), ours)
+        strength = self.safety.facts.strength if self.safety else 0.0
+        steered = self.generate(inputs, strength=strength) if strength else []
+        passed = self.forward(inputs, self._layers)
+        return self._original_answer(prompt, errors, passed, self.generate(inputs), steered)
+
+    def follow(
+        self,
+        prompt: ValidationPrompt,
+        answer: Sequence[int],
+        steered: Sequence[int],
+        ours: list[list[int]] | None = None,
+    ) -> OriginalAnswer:
+        """As `run`, for a model on disk: `tokens` and `steered_tokens` are the tokens that PyTorch prefers at each
+        position of the package's answers, plain and steered. An empty `steered` is skipped. An answer is followed up to
+        its first image placeholder, for which Hugging Face would expect an image.
+        """
+        inputs, errors = self._with_our_image_tokens(self.inputs(prompt), ours)
+        passed = self.forward(inputs, self._layers, self._until_image(answer))
+        steered_tokens: list[int] = []
+        if steered:
+            steered_pass = self.forward(inputs, (), self._until_image(steered))
+            steered_tokens = self._steered_choices(steered_pass, passed.logits[0])
+        return self._original_answer(prompt, errors, passed, passed.logits.argmax(-1).tolist(), steered_tokens)
+
+    def _original_answer(
+        self,
+        prompt: ValidationPrompt,
+        errors: ImageErrors | None,
+        passed: ForwardPass,
+        tokens: list[int],
+        steered: list[int],
+    ) -> OriginalAnswer:
+        inputs = self.inputs(prompt)
+        pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
+        probed = self._prober_inputs(prompt, inputs, passed)
+        return OriginalAnswer(
+            pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
+            image_errors=errors,
+            embeds=passed.entering[0].numpy(),
+            hidden=probed[-1].numpy(),
+            spread=passed.entering[self.manifest.split_layer][1:].std(dim=0).numpy(),  # position 0 is an outlier
+            logits=passed.logits.numpy(),
+            p_unsafe=worst(map(self.p_unsafe, probed)),
+            tokens=tokens,
+            steered_tokens=steered,
+        )
+
+    @torch.no_grad()
+    def forward(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> ForwardPass:
+        """One forward pass over a prompt and all but the last token of an answer; keeps what enters `layers`."""
+        length, entering = inputs["input_ids"].shape[1], dict[int | str, torch.Tensor]()
+        decoder = self.model.get_decoder()
+        watched: dict[int | str, Any] = {i: decoder.layers[i] for i in layers} | {"head": self.model.lm_head}
+        with watching_inputs(watched, entering.__setitem__):
+            out = self.model(**_extended(inputs, answer[:-1]), **self.caching(self.model), logits_to_keep=len(answer))
+        return ForwardPass({i: entering[i][0, :length] for i in layers}, entering["head"][0], out.logits[0])
+
+    @torch.no_grad()
+    def branch_errors(
+        self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
+    ) -> dict[str, float]:
+        """Error of each branch of the decoder by itself: attention and MLP of every layer, the final norm, the LM head.
+
+        PyTorch computes each branch on the output of the package's earlier branches. So errors do not add up from layer
+        to layer, and a small branch's error is not hidden by a large residual stream.
+
+        `embeds` (S, D) enter the decoder. `inputs_embeds` of `given`, the tokens of an answer but the last, follow in
+        passes of their own. The rest of `given` are the package's branch outputs at the last positions, by name
+        ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (n, V) are the package's,
+        after prompt and tokens. Returns a `row_error` for each of these names: the prompt's or the answer's, whichever
+        is worse; infinite for a branch that is missing in `given`.
+        """
+        decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
+
+        def separate_errors(ours: np.ndarray, theirs: np.ndarray) -> float:
+            prefill = len(ours) - answered  # rows of the prompt
+            parts = (slice(prefill), slice(prefill, None)) if answered else (slice(None),)
+            return functools.reduce(worse, (row_error(ours[rows], theirs[rows]) for rows in parts))
+
+        def take_over(name: str) -> Callable[..., Any]:
+            def hook(module: Any, args: tuple[Any, ...], out: Any) -> Any:
+                if threading.get_ident() != me:
+                    return out
+                theirs = out[0] if isinstance(out, tuple) else out
+                ours = torch.from_numpy(given[name].astype(np.float32))
+                mixed = theirs.clone()
+                mixed[:, -ours.shape[1] :] = ours
+                errors[name] = separate_errors(ours[0].numpy(), theirs[0, -ours.shape[1] :].numpy())
+                return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+
+            return hook
+
+        prefix = next(name for name, module in self.model.named_modules() if module is decoder)
+        modules = {
+            f"{prefix}.layers.{i}.{branch}": getattr(layer, branch)
+            for i, layer in enumerate(decoder.layers)
+            for branch in BRANCHES
+        } | {"last_hidden_state": decoder.norm}
+        errors = dict.fromkeys((*modules, "logits"), math.inf)
+        handles = [module.register_forward_hook(take_over(name)) for name, module in modules.items() if name in given]
+        try:
+            rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
+            entering = torch.from_numpy(rows.astype(np.float32))
+            out = self.model(inputs_embeds=entering, **self.caching(self.model), logits_to_keep=len(logits))
+        finally:
+            for handle in handles:
+                handle.remove()
+        theirs = out.logits[0].numpy()
+        possible = theirs[0] > MASKED_LOGIT
+        centred = [x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)]
+        errors["logits"] = separate_errors(*centred)
+        return errors
+
+    @torch.no_grad()
+    def _steered_choices(self, passed: ForwardPass, plain: torch.Tensor) -> list[int]:
+        """The steered choice at every position of the LM head's input, by the authors' formula: argmax of
+        h (E + strength * E W)^T, computed in blocks of E. Tokens that are masked in `plain` (V,) stay masked.
+        """
+        assert self.safety is not None
+        strength, matrix = self.safety.facts.strength, self.safety.steer_matrix
+        blocks = self.model.lm_head.blocks()
+        logits = torch.cat([passed.head @ (block + strength * block @ matrix).T for block in blocks], dim=-1)
+        return logits.masked_fill(plain < MASKED_LOGIT, MASKED_LOGIT).argmax(-1).tolist()
+
+    @torch.no_grad()
+    def image_tokens(self, pixel_values: torch.Tensor) -> list[list[int]]:
+        """Token ids of images (n, 3, size, size)."""
+        return self.model.get_image_tokens(pixel_values).tolist() if len(pixel_values) else []
+
+    @torch.no_grad()
+    def image_errors(self, pixel_values: torch.Tensor, ours: list[list[int]]) -> ImageErrors:
+        """Compare the package's tokens of images (n, 3, size, size) with HF's."""
+        theirs = torch.tensor(self.image_tokens(pixel_values)).flatten()
+        differ = (theirs != torch.tensor(ours).flatten()).nonzero().flatten()
+        if not len(differ):
+            return ImageErrors(0, 0)
+        wrapper = VQTokenizer(self.model)
+        code = {int(token): i for i, token in enumerate(wrapper.constants["token_ids"])}
+        distances = wrapper.distances(pixel_values)[differ]
+        chosen = torch.tensor([code[token] for token in torch.tensor(ours).flatten()[differ].tolist()])
+        excess = distances.gather(1, chosen[:, None])[:, 0] - distances.amin(1)
+        ties = int((excess <= NEAR_TIE * distances.amax(1)).sum())
+        return ImageErrors(len(differ) - ties, ties)
+
+    def _with_our_image_tokens(
+        self, inputs: dict[str, Any], ours: list[list[int]] | None
+    ) -> tuple[dict[str, Any], ImageErrors | None]:
+        """The inputs; with our image tokens in place of pixels if they differ from HF's at near ties only."""
+        if not ours:
+            return inputs, None
+        errors = self.image_errors(inputs["pixel_values"], ours)
+        if errors.wrong or not errors.near_ties:
+            return inputs, errors
+        ids = inputs["input_ids"].clone()
+        ids[ids == self.processor.image_token_id] = torch.tensor(ours).flatten()
+        return {name: t for name, t in inputs.items() if name != "pixel_values"} | {"input_ids": ids}, errors
+
+    def _prober_inputs(
+        self, prompt: ValidationPrompt, inputs: dict[str, Any], passed: ForwardPass
+    ) -> list[torch.Tensor]:
+        """The prober's input (D,) for each turn."""
+        states = passed.entering[self.manifest.split_layer]
+        return [states[rows].mean(dim=0) for rows in self._probed(prompt, inputs["input_ids"][0])]
+
+    def p_unsafe(self, hidden: torch.Tensor) -> float:
+        """The prober's score of one hidden state (D,); NaN without a gate."""
+        if self.safety is None:
+            return float("nan")
+        return float(p_unsafe(self.safety.prober, hidden[None])[0])
+
+    def generate(self, inputs: dict[str, Any], strength: float = 0.0, tokens: int = ANSWER_TOKENS) -> list[int]:
+        """Greedy tokens. Steering replaces the LM head E by E + strength * E W, as the authors do."""
+        head, plain = self.model.lm_head, self.model.lm_head.weight
+        if strength:
+            assert self.safety is not None
+            steered = plain + strength * plain @ self.safety.steer_matrix
+            head.weight = torch.nn.Parameter(steered, requires_grad=False)
+        try:
+            out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        finally:
+            head.weight = plain
+        return list(map(int, out[0, inputs["input_ids"].shape[1] :]))
+
+    def _until_image(self, answer: Sequence[int]) -> Sequence[int]:
+        first = next((at for at, token in enumerate(answer) if token in self._placeholders), len(answer))
+        return answer[: first + 1]
+
+    @property
+    def _placeholders(self) -> list[int]:
+        """Token ids of HF's placeholders for image and video rows."""
+        names = ("image_token_id", "video_token_id") if self.manifest.video else ("image_token_id",)
+        return [token for name in names if (token := getattr(self.processor, name, None)) is not None]
+
+    @property
+    def _layers(self) -> tuple[int, int]:
+        return 0, self.manifest.split_layer
+
+    def _probed(self, prompt: ValidationPrompt, ids: torch.Tensor) -> list[list[int]]:
+        """Positions whose mean the prober reads, for each turn. `ids` (S,) are HF's, with a placeholder for each image
+        row.
+        """
+        text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
+        turns = asked_turns(prompt.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
+        if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
+            turns = [replace(turn, through=len(prompt.prompt_ids)) for turn in turns]
+        framing = self._framing(prompt)
+        return [probed_positions(self.manifest.prober, turn, prompt.messages, text, framing) for turn in turns]
+
+    def _framing(self, prompt: ValidationPrompt) -> list[int]:
+        """How many separator tokens each image has between its tiles."""
+        spec, alone = self.manifest.image, len(prompt.images) == 1
+        length = {frame.grid: sum(map(len, frame.token_ids)) for frame in spec.tile_separators} if spec else {}
+        images = [image for message in prompt.messages for image in message.images]
+        if spec is None or not length:
+            return [0] * len(images)
+        return [length[cut(open_image(image), spec, alone=alone)[1]] for image in images]
+
+
+def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """The processor's tensors with text tokens appended."""
+    more = torch.tensor([list(tokens)], dtype=torch.int64)
+    fill = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    shape = inputs["input_ids"].shape
+    return {
+        name: torch.cat([value, fill.get(name, torch.zeros_like(more)).to(value.dtype)], 1)
+        if value.shape == shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean over rows (R, D) of |ours - theirs| / |theirs|."""
+    sizes = np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)
+    return float((np.linalg.norm(ours - theirs, axis=1) / sizes).mean())
