@@ -145,8 +145,7 @@ def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def waiting_bytes(fit_model: FitModel, inputs: Encoded) -> int:
-    """Estimate of the most bytes that a forward pass over `inputs` holds while it waits: in an MLP or the image tower.
-    """
+    """Estimate of the most bytes that a forward pass over `inputs` holds while it waits: in an MLP or the image tower."""
     config = fit_model.decoder
     token = 4 * (config.intermediate_size + 4 * config.hidden_size)
     images = sum(t.nbytes for t in inputs.values() if t.is_floating_point())
