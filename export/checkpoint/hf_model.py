@@ -6,14 +6,13 @@ import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from autosteer.runtime.errors import PackageError
 
 from .open import Checkpoint, load_processor
-
-if TYPE_CHECKING:
-    import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -38,8 +37,6 @@ def load_hf_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
 
     Raises PackageError for a packed checkpoint in which a tensor is missing.
     """
-    import torch
-
     kind = auto_class(checkpoint)
     if checkpoint.packed:  # from_pretrained would need each quantisation method's own libraries and kernels
         model = kind.from_config(checkpoint.config, dtype=torch.float32)
