@@ -323,6 +323,8 @@ class Engine:
         Raises InputError if the prompt does not fit the context.
         """
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
+        if length == 0:
+            raise InputError("the prompt is empty")
         if length >= context:
             raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
         cached = conversation.take_prefix() if conversation else None

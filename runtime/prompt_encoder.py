@@ -82,21 +82,14 @@ class PromptEncoder:
                 else:
                     rows.append(part)
                     keys += [(digest, next(row)) for _ in part]
-        if not keys:
-            raise InputError("the prompt is empty")
-        embeds = np.concatenate(rows)[None]
+        embeds = np.concatenate([np.empty((0, self.manifest.dims.hidden_size), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
         return EncodedPrompt(embeds, token_ids, keys, self._probed_positions(messages, text, framing))
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
-        """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
-
-        Raises InputError if there are none.
-        """
-        if not token_ids:
-            raise InputError("the prompt is empty")
+        """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
         before = time.perf_counter()
         embeds, messages = self.embed(list(token_ids))[None], [Message("user", ())]
         (empty,) = asked_turns(messages, self.manifest.prompt, self._tokenizer)

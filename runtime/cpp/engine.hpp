@@ -151,9 +151,8 @@ class Engine {
   Answer generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
                            const GatePolicy& policy) const;
 
-  /// Encode such a prompt. Throws InputError if there are no tokens.
+  /// Encode such a prompt.
   EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
-    if (token_ids.empty()) throw InputError("the prompt is empty");
     const Clock clock;
     const std::vector<Message> messages = {{"user", {}}};
     std::vector<AskedTurn> asked;
