@@ -109,18 +109,23 @@ def test_tokens_around_and_between_tiles_are_laid_out_as_in_python(built, tmp_pa
 
 
 def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
-    """A weight gone wrong, in a token that stands before the one that the prober reads."""
+    """A weight gone wrong in a picture's newline row, which stands before what the prober reads."""
     package = Path(shutil.copytree(demo("fp32", INT8_CACHES)[0], tmp_path / "package"))
-    (table,) = onnx.load(package / "embed_tokens.onnx", load_external_data=False).graph.initializer
-    offset = int({entry.key: entry.value for entry in table.external_data}["offset"])
-    token = demo("fp32", INT8_CACHES)[1].tokenizer.encode("what is a red circle?", add_special_tokens=False).ids[2]
+    graph = onnx.load(package / "vision_encoder.onnx", load_external_data=False).graph
+    (newline,) = (tensor for tensor in graph.initializer if "newline" in tensor.name)
+    offset = int({entry.key: entry.value for entry in newline.external_data}["offset"])
     weights = np.memmap(package / "weights.bin", mode="r+")
-    weights[offset + 4 * token * table.dims[1] :][:4].view(np.float32)[0] = np.nan
+    weights[offset:][:4].view(np.float32)[0] = np.nan
     weights.flush()
     manifest = json.loads((package / "autosteer.json").read_text(encoding="utf-8"))
     manifest["files"][0]["sha256"] = hashlib.sha256((package / "weights.bin").read_bytes()).hexdigest()
     (package / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
-    asked = {"messages": [{"role": "user", "parts": ["what is a red circle?"]}], "sampling": {}, "policy": "stop"}
+    picture = str(package / "golden" / "wide.png")
+    asked = {
+        "messages": [{"role": "user", "parts": [{"image": picture}, "what is this?"]}],
+        "sampling": {},
+        "policy": "stop",
+    }
     (found,) = through_c(built, package, [asked])
     assert found["chunks"], found["error"]
     verdict = joined(found["chunks"])["verdict"]
