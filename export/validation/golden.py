@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PROOF_FILE = "proof.f32"
 PROOF_STATES = 8  # of each kind; 229 KiB for hidden states of 3584 numbers
-P_UNSAFE_TOLERANCE = (1e-3, 0.02)  # exact packages, others; measured: 0.011 (ARM without dot products)
+P_UNSAFE_TOLERANCE = (1e-3, 0.04)  # exact packages, others: twice what ARM without dot products moves (docs/arm.md)
 AWAY_LIMIT = 0.9  # share of states: 0 for a correct Refusal Head, 1 for one of the wrong sign
 NEAR_TIE = 0.1  # standard deviations of the logits: if a token leads by less, other kernels may choose the runner-up
 
