@@ -88,7 +88,9 @@ class TinyFamily:
         return self.interleaved(i % 3, i)
 
     def safety(self, variant: str) -> SafetyArtifact:
-        """A random W, and a random prober, moved and scaled so that it calls half of the prompts unsafe."""
+        """A random W with a push towards the refusal, which every export asks for; and a random prober, moved and scaled
+        so that it calls half of the prompts unsafe.
+        """
         generator = torch.Generator().manual_seed(3)
         shapes = {"0.weight": (64, self.width), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
         prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -97,9 +99,8 @@ class TinyFamily:
         opening = theirs.processor.tokenizer(self.generation, add_special_tokens=False).input_ids
         last = -1 - len(opening)  # the last token of the user's turn
         cases = [ValidationPrompt(self.prompt(i), ()) for i in range(self.prompts)]
-        hidden = torch.stack(
-            [asked.forward(asked.inputs(case), [self.split]).entering[self.split][last] for case in cases]
-        )
+        passes = [asked.forward(asked.inputs(case), [self.split]) for case in cases]
+        hidden = torch.stack([one.entering[self.split][last] for one in passes])
         prober["0.bias"] = -prober["0.weight"] @ hidden.mean(0)
         logits = torch.relu(hidden @ prober["0.weight"].T + prober["0.bias"]) @ prober["2.weight"].T
         difference = logits[:, 0] - logits[:, 1]
@@ -108,7 +109,11 @@ class TinyFamily:
         prober["2.bias"] = torch.tensor([-middle, 0.0]) / difference.std()
         scores = (LayerScore(self.split, 0.0, 0.0, 0.0),)
         facts = SafetyFacts(1, variant, self.split, -1, 0.5, 0.1, "i can't.", scores, {}, {})
-        artifact = SafetyArtifact(facts, prober, torch.randn(self.width, self.width, generator=generator))
+        refusal = theirs.processor.tokenizer(facts.refusal_text, add_special_tokens=False).input_ids[0]
+        towards, seen = theirs.embeddings()[refusal], torch.stack([one.head[-1] for one in passes]).mean(0)
+        push = 3 * torch.outer(towards / towards.norm(), seen / seen.norm())
+        steer_matrix = torch.randn(self.width, self.width, generator=generator) + push
+        artifact = SafetyArtifact(facts, prober, steer_matrix)
         artifact.save(self.scratch / f"{variant}-safety")
         return artifact
 

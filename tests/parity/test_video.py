@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,7 @@ def test_a_long_video_goes_through_the_image_graph_a_few_frames_at_a_time(engine
 def test_every_export_checks_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the model is so large that little is compared."""
     monkeypatch.setattr(subject, "WORK", 0)
+    shutil.copy(demo_package("fp32") / "tokenizer.json", tmp_path)
     cases = subject.make_validation_prompts(tmp_path, demo_engine("fp32").manifest, None)
     kept = subject.affordable(cases, demo_checkpoint(), original_model())
     shown = [(bool(case.images), len(case.images), bool(case.videos), len(case.messages)) for case in kept]
