@@ -88,8 +88,8 @@ class TinyFamily:
         return self.interleaved(i % 3, i)
 
     def safety(self, variant: str) -> SafetyArtifact:
-        """A random W with a push towards the refusal, which every export asks for; and a random prober, moved and scaled
-        so that it calls half of the prompts unsafe.
+        """A random W that leans to the refusal, as every export asks; and a random prober, moved and scaled so that it
+        calls half of the prompts unsafe.
         """
         generator = torch.Generator().manual_seed(3)
         shapes = {"0.weight": (64, self.width), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}

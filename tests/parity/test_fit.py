@@ -678,7 +678,7 @@ def test_interrupt_while_writing_leaves_the_old_folder_whole(
     result = fit(*command(checkpoint, data, output, "--force"))
     assert (result.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (130, "old")
     assert result.stderr.endswith("autosteer-fit: interrupted\n")
-    assert "the same command goes on from there" in " ".join(result.stderr.split())
+    assert "the same command continues from there" in " ".join(result.stderr.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == [".safety.features", "safety"]
 
 

@@ -228,7 +228,7 @@ def test_what_the_prober_reads_is_pytorchs_with_the_same_rounding() -> None:
     """Up to codes that fall the other way at a tie; and rounding alone accounts for how far the original is."""
     checks = {check.name: check for check in Manifest.load(demo_package("fp32", INT8_CACHES)).validation[CPU]}
     assert checks["hidden state, error to rounded"].value < 1e-4
-    assert checks["attention, each by itself"].value < 1e-4
+    assert checks["attention, each by itself"].value < 5e-4  # codes that fall the other way
     assert 1e-3 < checks["hidden state at the split"].value < 0.1
     assert checks["int8 caches, relative error"].limit == validate.LIMITS["int8 caches, relative error"]
     assert "quantised weights, relative error" not in checks
@@ -301,7 +301,7 @@ def test_validation_catches_graphs_that_compute_something_else(tmp_path: Path) -
 
 def test_packages_for_cuda_keep_float16_caches_and_no_others() -> None:
     with pytest.raises(
-        InputError, match=r"--kv-cache int8: packages for cuda have none like that; .* goes with float16"
+        InputError, match=r"--kv-cache int8: packages for cuda cannot have such a cache; .* goes with float16"
     ):
         recipe("int8", target="cuda", caches="int8")
     assert recipe("int8", target="cuda").caches == recipe("int8", target="cuda", caches="float16").caches == "float16"
