@@ -37,8 +37,10 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import validate
 from autosteer.export.validation.audit import GraphAudit, audit
+from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.manifest import CacheType, Check, Manifest, Precision
 
+DAMAGED_FILE = "damaged.bin"  # beside weights.bin
 Array = npt.NDArray[Any]
 
 DAMAGES: dict[str, Callable[[Array], Array]] = {
@@ -141,6 +143,7 @@ class Mutation:
     tensor: str  # "" for wiring
     damage: str
     model: onnx.ModelProto  # the damaged graph
+    numbers: bytes = b""  # of the damaged tensor, where it stands in a file of its own
 
 
 @dataclass
@@ -173,7 +176,9 @@ class Package:
             checks: Sequence[Check] = [] if behaviour_only else self._stored(damage)
             if all(check.passed for check in checks):
                 checks = validate.behaviour_checks(*arguments, lambda _: None).checks
-        except Exception as err:  # an export that ends so has written nothing
+        except Exception as err:  # an export that ends so has written nothing; any other error is one of ours
+            if not isinstance(err, AutoSteerError) and not type(err).__module__.startswith("onnxruntime"):
+                raise
             return [type(err).__name__]
         return [check.name for check in checks if not check.passed]
 
@@ -198,6 +203,7 @@ class Package:
         shutil.copy2(path, sound)
         try:
             onnx.save(mutation.model, path)
+            (self.folder / DAMAGED_FILE).write_bytes(mutation.numbers)
             yield
         finally:
             sound.replace(path)
@@ -226,22 +232,43 @@ def damaged_tensors(graph: str, path: Path, layers: Sequence[int]) -> Iterator[M
         layer = re.search(r"layers\.(\d+)\.|_scales\.(\d+)$", tensor.name)
         if part is None or (layers and layer and int(layer[1] or layer[2]) not in layers):
             continue
-        array = numpy_helper.to_array(tensor, str(path.parent))
+        array = _numbers(tensor, path.parent)
         others = (*tensors[at + 1 :], *tensors[:at])
         alike = [t for t in others if (t.dims, t.data_type) == (tensor.dims, tensor.data_type)]
         for damage, change in DAMAGES.items():
             if damage in SCALED and array.dtype in (np.uint8, np.int8):
                 continue
             if damage == "next tensor's":
-                damaged = numpy_helper.to_array(alike[0], str(path.parent)) if alike else array
+                damaged = _numbers(alike[0], path.parent) if alike else array
             else:
                 damaged = change(array)
             if np.array_equal(damaged, array):
                 yield None
                 continue
             model = onnx.load(path, load_external_data=False)
-            model.graph.initializer[at].CopyFrom(numpy_helper.from_array(damaged, tensor.name))
-            yield Mutation(graph, part, tensor.name, damage, model)
+            replaced, numbers = model.graph.initializer[at], b""
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                numbers = np.ascontiguousarray(damaged).tobytes()
+                _refer(replaced, DAMAGED_FILE, len(numbers))
+            else:
+                replaced.CopyFrom(numpy_helper.from_array(damaged, tensor.name))
+            yield Mutation(graph, part, tensor.name, damage, model, numbers)
+
+
+def _numbers(tensor: onnx.TensorProto, folder: Path) -> Array:
+    """A tensor; one of codes of less than a byte as its bytes, (rows, bytes of a row), or flat where rows share some."""
+    if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        numbers = np.fromfile(folder / where["location"], np.uint8, int(where["length"]), offset=int(where["offset"]))
+        return numbers if len(numbers) % tensor.dims[0] else numbers.reshape(tensor.dims[0], -1)
+    return numpy_helper.to_array(tensor, str(folder))
+
+
+def _refer(tensor: onnx.TensorProto, file: str, length: int) -> None:
+    """Make a tensor's numbers those at the beginning of `file`."""
+    del tensor.external_data[:]
+    for key, value in {"location": file, "offset": 0, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def part_of(tensor: str) -> str | None:
