@@ -256,7 +256,7 @@ def damaged_tensors(graph: str, path: Path, layers: Sequence[int]) -> Iterator[M
 
 
 def _numbers(tensor: onnx.TensorProto, folder: Path) -> Array:
-    """A tensor; one of codes of less than a byte as its bytes, (rows, bytes of a row), or flat where rows share some."""
+    """A tensor. Codes below a byte come as bytes, (rows, bytes of a row), or flat where rows share one."""
     if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
         where = {entry.key: entry.value for entry in tensor.external_data}
         numbers = np.fromfile(folder / where["location"], np.uint8, int(where["length"]), offset=int(where["offset"]))
