@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from autosteer.runtime import Engine, Message, SamplingConfig
-from autosteer.runtime.check import P_UNSAFE_LIMIT, check_package
+from autosteer.runtime.check import check_package
 from autosteer.runtime.cli import answer_json
 from autosteer.runtime.console import dumps
 
@@ -36,7 +36,7 @@ def main() -> None:
         said = {
             "package": folder.name,
             "exact": engine.manifest.exact,
-            "limit": P_UNSAFE_LIMIT[engine.manifest.exact],
+            "limit": engine.manifest.tolerance.p_unsafe,
             "failed": [line.name for line in checks if not line.passed],
             "answers": [answer_json(answer) for answer in answers],
         }
