@@ -73,10 +73,11 @@ def tensors_read_differently(checkpoint: Checkpoint, lm_head: str) -> int:
     that `Checkpoint` maps to the wrong module. This does. Above WHOLE_NUMBERS weights, only the first layer of decoder
     and image tower is compared, and everything outside the layers.
     """
-    theirs, missing = _by_hugging_face(checkpoint)  # packed matrices are missing there: it has no tensor of that name
+    theirs, missing = _by_hugging_face(checkpoint)
+    missing, skipped = missing - checkpoint.packed.keys(), missing | checkpoint.packed.keys()  # it unpacks none
     ours, decoder = open_skeleton(checkpoint), checkpoint.family.decoder
     table, head = theirs.get_input_embeddings(), theirs.get_output_embeddings()
-    differing = len(missing - checkpoint.packed.keys())
+    differing = len(missing)
     for path, module in theirs.named_modules():
         if module is table:
             name = f"{decoder}.embed_tokens.weight"
@@ -86,7 +87,7 @@ def tensors_read_differently(checkpoint: Checkpoint, lm_head: str) -> int:
             differing += not (_same([gathered], module.weight[some]) and _same(blocks, module.weight))
         elif module is head:
             differing += not _same(HeadOnDemand(checkpoint, lm_head).blocks(), module.weight)
-        elif read := {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" not in missing}:
+        elif read := {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" not in skipped}:
             part = Weights(checkpoint, path, mine := ours.get_submodule(path))
             part.load()
             differing += sum(not _same([getattr(mine, name)], theirs) for name, theirs in read.items())
