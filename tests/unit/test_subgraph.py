@@ -44,8 +44,8 @@ def memory() -> int:
 
 
 def test_activations_of_one_session_serve_the_next_and_what_an_image_took_goes_back(tmp_path: Path) -> None:
-    """Each session used to keep the most that it had ever needed: a 0.5B model held 130 MB more than now. In a process of
-    its own, whose arena no other test has used.
+    """Each session used to keep the most that it had ever needed: a 0.5B model held 130 MB more than now. Measured in a
+    process of its own, whose arena no other test has used.
     """
     code = f"from pathlib import Path; import test_subgraph; test_subgraph.measure(Path({str(tmp_path)!r}))"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
