@@ -14,7 +14,7 @@ largest code) are not compared here: an error in one shows in the graph's output
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,25 @@ def audit(
     return GraphAudit(differing, rounding, rotary)
 
 
-def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> float:
-    """Largest relative difference between the scales of a package's int8 caches and those of a second calibration."""
-    stored = packed_kv_scales(folder, manifest)
+def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint, copies: Sequence[Manifest]) -> float:
+    """Largest relative difference between the scales of int8 caches, in each of a package's `copies` of the decoder,
+    and those of a second calibration. The copies share caches: one reads what the other has written.
+    """
     config, processor = decoder_config(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
     rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
     found = calibrate_decoder(checkpoint, config, with_random_tokens(rows, checkpoint, config.vocab_size)).kv_scales
-    if len(stored) != len(found):
-        return math.inf
 
     def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
         return math.inf if one.shape != other.shape else float((np.abs(one - other) / other).max())
 
-    pairs = zip(stored, found, strict=True)
-    return max(worse(error(s.keys, f.keys), error(s.values, f.values)) for s, f in pairs)
+    worst = 0.0
+    for stored in (packed_kv_scales(folder, copy) for copy in copies):
+        if len(stored) != len(found):
+            return math.inf
+        for s, f in zip(stored, found, strict=True):
+            worst = worse(worst, worse(error(s.keys, f.keys), error(s.values, f.values)))
+    return worst
 
 
 def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> Rounding:

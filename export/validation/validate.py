@@ -222,7 +222,7 @@ def behaviour_checks(
         plain = answer_plainly(folder, part, prompts, REPORTED_TOKENS) if suffix else [own.plain for own in ours]
         if len(parts) > 1 and not suffix:  # only the first token comes from the prefill graphs
             plain = [answer.first() for answer in plain]
-        caches = RoundedCaches(scales)
+        caches = RoundedCaches(packed_kv_scales(folder, part))
         found = ask(
             PackedWeights(folder, part, checkpoint) if quantised else checkpoint,
             rounded_errors if quantised else branch_errors,
@@ -454,7 +454,7 @@ def loader_check(checkpoint: Checkpoint) -> Check:
 
 def cache_scales_check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
     """The check of the scales of int8 caches."""
-    error = cache_scales_error(folder, manifest, checkpoint)
+    error = cache_scales_error(folder, manifest, checkpoint, list(manifests_to_validate(manifest).values()))
     return check_line("scales of int8 caches", error, LIMITS["scales of int8 caches"])
 
 
