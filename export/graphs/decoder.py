@@ -23,9 +23,10 @@ import onnx_ir as ir
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig
 
+from .int8_matmul import MICROSOFT
 from .kv_scales import KVScales
 from .quantize import Blocks, Scheme
-from .writer import FLOAT32, MICROSOFT, GraphWriter
+from .writer import FLOAT32, GraphWriter
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
 BRANCHES = ("self_attn", "mlp")  # of a layer: HF's modules, and the names of their outputs in our graphs

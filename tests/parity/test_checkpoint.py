@@ -18,7 +18,7 @@ from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
-from autosteer.export.validation.validate import STORED_IN_HALF
+from autosteer.export.validation.limits import STORED_IN_HALF
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 
