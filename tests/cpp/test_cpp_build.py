@@ -44,7 +44,8 @@ def test_clang_compiles_it_too():
     if include is None:
         missing("no headers of onnxruntime")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-isystem", str(include)]
-    for source in ("autosteer_cli.cpp", "autosteer_c.cpp"):
+    flags += [f"-I{CPP / 'include'}", f"-I{CPP / 'src'}"]
+    for source in ("cli/autosteer_cli.cpp", "src/autosteer_c.cpp"):
         done = subprocess.run([clang, *flags, str(CPP / source)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 

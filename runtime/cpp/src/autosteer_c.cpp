@@ -1,5 +1,5 @@
 // The C functions of autosteer.h, on the C++ engine. Exceptions become error codes here.
-#include "autosteer.h"
+#include "autosteer/autosteer.h"
 
 #include <exception>
 #include <memory>

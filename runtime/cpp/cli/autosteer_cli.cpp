@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "autosteer.hpp"
+#include "autosteer/autosteer.hpp"
 #include "check.hpp"
 #include "json.hpp"
 
