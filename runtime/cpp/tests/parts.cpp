@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "autosteer/autosteer.hpp"
+#include "engine.hpp"
 #include "json.hpp"
 
 namespace {
