@@ -166,8 +166,8 @@ def test_needs_are_the_newest_versions_and_not_the_last_ones_alphabetically():
     ],
 )
 def test_a_release_that_an_old_board_cannot_start_is_refused(tmp_path, monkeypatch, old, new, complaint):
-    for name in ("bin/autosteer-cli", "lib/libonig.so.5"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("bin/autosteer-cli", "lib/autosteer/libonig.so.5"):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(release, "call", lambda *_: READELF)
     assert release.check(tmp_path)[0] == "bin/autosteer-cli: 0.0 MB, needs GLIBC 2.30, GLIBCXX 3.4.22"

@@ -2,7 +2,7 @@
 
     bin/autosteer-cli  lib/libautosteer.so  lib/libautosteer.a  include/autosteer/
     lib/autosteer/libonnxruntime.so.1       of the wheel: any version since 1.21 may lie there instead
-    lib/libonig.so.5                        of Debian 11, which has it as a shared library only
+    lib/autosteer/libonig.so.5              of Debian 11, which has it as a shared library only
     licences/
 
 clang compiles against Debian 11's arm64 packages. libstdc++, libcrypto, libpng, libjpeg and utf8proc are linked
@@ -86,11 +86,12 @@ def cross_compile(build: Path, root: Path, headers: Path) -> None:
 def assemble(folder: Path, build: Path, root: Path, wheel: Path) -> None:
     """The release in `folder`, with the libonnxruntime of `wheel` (an unpacked wheel's folder onnxruntime/)."""
     shutil.rmtree(folder, ignore_errors=True)
-    call("cmake", "--install", build, "--prefix", folder, "--strip")
     (library,) = (wheel / "capi").glob("libonnxruntime.so.*")
-    (folder / "lib" / "autosteer").mkdir()
-    shutil.copy(library, folder / "lib" / "autosteer" / "libonnxruntime.so.1")
-    shutil.copy(root / "usr" / "lib" / TRIPLE / "libonig.so.5", folder / "lib")
+    bundle = root / "usr" / "lib" / TRIPLE / "libonig.so.5"
+    call("cmake", f"-DONNXRUNTIME_LIBRARY={library}", f"-DAUTOSTEER_BUNDLE={bundle}", build)
+    call("cmake", "--install", build, "--prefix", folder, "--strip")
+    call("cpack", "--config", build / "CPackConfig.cmake", "-B", folder / "packages")
+    shutil.rmtree(folder / "packages" / "_CPack_Packages")
     licences = folder / "licences"
     licences.mkdir()
     for package in LICENCES:
@@ -120,7 +121,7 @@ def elf_files(folder: Path) -> list[Path]:
 def check(folder: Path) -> list[str]:
     """One line for each file of a release on what it needs; ToolError where that is more than an old board has."""
     lines = []
-    beside = {file.name for file in (folder / "lib").iterdir()}
+    beside = {file.name for file in (folder / "lib" / "autosteer").iterdir()}
     for file in sorted(
         {file.resolve() for part in ("bin", "lib", "lib/autosteer") for file in elf_files(folder / part)}
     ):
