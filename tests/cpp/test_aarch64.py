@@ -171,6 +171,13 @@ def test_a_release_that_an_old_board_cannot_start_is_refused(tmp_path, monkeypat
         (tmp_path / name).touch()
     monkeypatch.setattr(release, "call", lambda *_: READELF)
     assert release.check(tmp_path)[0] == "bin/autosteer-cli: 0.0 MB, needs GLIBC 2.30, GLIBCXX 3.4.22"
+    bundled = tmp_path / "lib" / "autosteer" / "libonig.so.5"
+    bundled.rename(tmp_path / "elsewhere")
+    bundled.symlink_to("libonig.so.5.1.0")  # as Debian has it; the release once had the link alone
+    with pytest.raises(ToolError, match="needs libonig.so.5, which is neither beside it"):
+        release.check(tmp_path)
+    bundled.unlink()
+    (tmp_path / "elsewhere").rename(bundled)
     monkeypatch.setattr(release, "call", lambda *_: READELF.replace(old, new))
     with pytest.raises(ToolError, match=complaint):
         release.check(tmp_path)

@@ -292,18 +292,18 @@ def test_threads_on_one_engine_get_what_one_gets(embedding, cpp_package):
 
 def test_every_setting_of_the_wrapper_arrives(embedding, cpp_package, cpp_engine):
     """As in Python, in a dialogue whose text must be escaped; a number that JSON has not is refused."""
-    last, code = embedding("settings", cpp_package)
+    last, stopped, code = embedding("settings", cpp_package)
     sampling = {"max_tokens": 8, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5, "seed": 7}
     sampling |= {"speculate": False, "stop": ['a "quoted" \\ line\n\x01', "ü"]}
-    wishes = {"policy": "monitor", "threshold": 0.25, "strength": 0.5, "sampling": sampling}
+    wishes = {"policy": "steer", "threshold": 0.05, "strength": 0.5, "sampling": sampling}
     first = [turn('red "} \\')]
     answer = in_python(cpp_engine, {"messages": first, **wishes})
     dialogue = [*first, {"role": "assistant", "parts": [answer["text"]]}, turn("hello")]
     expected = in_python(cpp_engine, {"messages": dialogue, **wishes})
     found = json.loads(last)
-    assert found["verdict"] == expected["verdict"]
+    assert found["verdict"] == expected["verdict"] and found["verdict"]["strength"] == 0.5
     assert found["token"] == expected["token_ids"][-1] and found["finish_reason"] == expected["finish_reason"]
-    assert found["timings"]["reused_tokens"] > 0 and code == "5"
+    assert found["timings"]["reused_tokens"] > 0 and (stopped, code) == ("refused", "5")
 
 
 WATCH = """

@@ -78,7 +78,7 @@ def cross_compile(build: Path, root: Path, headers: Path) -> None:
     call(
         *("env", *(f"{key}={value}" for key, value in pkg_config.items())),
         *("cmake", "-S", ROOT / "runtime" / "cpp", "-B", build, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}"),
-        f"-DONNXRUNTIME_INCLUDE_DIR={headers}",
+        *(f"-DONNXRUNTIME_INCLUDE_DIR={headers}", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON"),
     )
     call("cmake", "--build", build, "-j1")
 
@@ -121,7 +121,7 @@ def elf_files(folder: Path) -> list[Path]:
 def check(folder: Path) -> list[str]:
     """One line for each file of a release on what it needs; ToolError where that is more than an old board has."""
     lines = []
-    beside = {file.name for file in (folder / "lib" / "autosteer").iterdir()}
+    beside = {file.name for file in elf_files(folder / "lib" / "autosteer")}
     for file in sorted(
         {file.resolve() for part in ("bin", "lib", "lib/autosteer") for file in elf_files(folder / part)}
     ):

@@ -150,8 +150,7 @@ void threads(const Engine& engine, const Arguments&) {
 /// A dialogue in a conversation, with every setting and texts that JSON must escape.
 void settings(const Engine& engine, const Arguments&) {
   autosteer::Settings settings = greedy();
-  settings.policy = "monitor";
-  settings.threshold = 0.25;
+  settings.threshold = 0.05;  // everything is steered, which shows the strength
   settings.strength = 0.5;
   settings.temperature = 0.5;
   settings.top_k = 3;
@@ -165,6 +164,8 @@ void settings(const Engine& engine, const Arguments&) {
   dialogue.push_back(Message::assistant(conversation.generate(dialogue, settings).text));
   dialogue.push_back({"user", {"hello"}});
   std::cout << conversation.generate(dialogue, settings).json << "\n";
+  settings.policy = "stop";
+  std::cout << conversation.generate(dialogue, settings).finish_reason << "\n";
   settings.threshold = std::strtod("nan", nullptr);
   try {
     conversation.generate(dialogue, settings);
