@@ -174,7 +174,7 @@ def test_a_release_that_an_old_board_cannot_start_is_refused(tmp_path, monkeypat
     bundled = tmp_path / "lib" / "autosteer" / "libonig.so.5"
     bundled.rename(tmp_path / "elsewhere")
     bundled.symlink_to("libonig.so.5.1.0")  # as Debian has it; the release once had the link alone
-    with pytest.raises(ToolError, match="needs libonig.so.5, which is neither beside it"):
+    with pytest.raises(ToolError, match="needs libonig"):
         release.check(tmp_path)
     bundled.unlink()
     (tmp_path / "elsewhere").rename(bundled)

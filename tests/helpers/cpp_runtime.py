@@ -97,7 +97,9 @@ class Parts:
     def lines(self, *commands: dict[str, Any]) -> list[Any]:
         """What the program says to each command: {"answer": ...} or {"error": ..., "exit_code": ...}."""
         text = "".join(json.dumps(command) + "\n" for command in commands)
-        done = subprocess.run([self.program], input=text, capture_output=True, text=True, check=True)
+        # AddressSanitizer calls dlopen itself, so that the program's RUNPATH does not count.
+        environment = {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(wheel_library())}
+        done = subprocess.run([self.program], input=text, capture_output=True, text=True, check=True, env=environment)
         return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
 
