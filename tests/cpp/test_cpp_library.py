@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cpp_inputs import noise
-from cpp_runtime import CPP, in_python, joined, through_c, timeless
+from cpp_runtime import CPP, in_python, joined, missing, through_c, timeless
 from exported import demo_package
 from PIL import Image
 
@@ -165,6 +165,18 @@ def test_cmake_finds_the_package_and_links_either_library(prefix, tmp_path):
 def test_the_installed_command_runs_where_the_prefix_was_moved_to(prefix):
     done = said(prefix / "bin" / "autosteer-cli", demo_package("fp32"), "--prompt", UNSAFE, env=clean())
     assert done == REFUSAL + "\n"
+
+
+def test_a_program_is_compiled_with_what_the_debian_package_holds(built, tmp_path):
+    """Unpacked, not installed: this machine stays as it is."""
+    if not shutil.which("dpkg-shlibdeps"):
+        missing("no dpkg-shlibdeps (apt-get install dpkg-dev)")
+    said("cpack", "-G", "DEB", "--config", built / "CPackConfig.cmake", "-B", tmp_path)
+    (package,) = tmp_path.glob("autosteer_*.deb")
+    assert re.search(r"libc6 .*libonig5", said("dpkg-deb", "--field", package, "Depends"))
+    said("dpkg-deb", "--extract", package, tmp_path / "root")
+    program = compiled(tmp_path / "root" / "usr", EXAMPLES["ask.c"], tmp_path / "ask")
+    assert said(program, demo_package("fp32"), UNSAFE, env=clean()) == REFUSAL
 
 
 FAKE = """

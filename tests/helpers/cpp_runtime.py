@@ -30,8 +30,8 @@ from autosteer.runtime.text import ImagePart, Part, VideoPart
 
 CPP = Path(__file__).resolve().parents[2] / "runtime" / "cpp"
 PACKAGES = (
-    "g++ cmake pkg-config libonnxruntime-dev nlohmann-json3-dev libonig-dev libutf8proc-dev libssl-dev libpng-dev "
-    "libjpeg-dev"
+    "g++ cmake pkg-config dpkg-dev libonnxruntime-dev nlohmann-json3-dev libonig-dev libutf8proc-dev libssl-dev "
+    "libpng-dev libjpeg-dev"
 )
 ALL = ("autosteer-cli", "autosteer-parts", "autosteer-shared", "autosteer-static")
 TIMINGS = ("_ms", "tok_s")  # how the keys end that may differ
