@@ -107,10 +107,8 @@ autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation,
                       const autosteer::RequestJson& request) {
   const auto policy = engine->policy(request.mode, request.threshold, request.strength);
-  return new autosteer_stream{engine, conversation,
-                              engine->stream(request.messages, request.sampling, policy, conversation.get()),
-                              {},     {},
-                              {}};
+  return new autosteer_stream{
+      engine, conversation, engine->stream(request.messages, request.sampling, policy, conversation.get()), {}, {}, {}};
 }
 
 autosteer_chunk view(const autosteer::Chunk& piece, const std::string& json) {

@@ -49,7 +49,8 @@ inline std::vector<std::string> candidates(const std::string& where) {
   if (where.empty()) {
     found = {name + ".1", name};
     constexpr int kNewest = 99;  // Debian has libonnxruntime.so.1.21
-    for (int minor = kNewest; minor >= kOldestOnnxruntime; --minor) found.push_back(name + ".1." + std::to_string(minor));
+    for (int minor = kNewest; minor >= kOldestOnnxruntime; --minor)
+      found.push_back(name + ".1." + std::to_string(minor));
     return found;
   }
   std::error_code ignored;

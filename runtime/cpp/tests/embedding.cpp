@@ -1,7 +1,7 @@
 // Uses libautosteer as a product would, for tests/cpp/test_cpp_library.py: embedding CHECK PACKAGE [ARGUMENT...]
 // prints what happened, a line of JSON or text at a time.
-#include <autosteer/autosteer.hpp>
 #include <atomic>
+#include <autosteer/autosteer.hpp>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -189,9 +189,8 @@ void settings(const Engine& engine, const Arguments&) {
   engine.generate({Message::user("hello", {}, {images, {image}})});
   engine.generate({Message::system("be brief"), Message::user("hello"), Message::assistant(text), {"user", {"more"}}});
   engine.generate({{"user", {"between", image, "and", autosteer::Video{image, image}}}});
-  engine.generate({Message::user("hello")}, autosteer::Settings{}, [](const autosteer::Chunk& chunk) {
-    std::cout << chunk.text;
-  });
+  engine.generate({Message::user("hello")}, autosteer::Settings{},
+                  [](const autosteer::Chunk& chunk) { std::cout << chunk.text; });
   for (auto& chunk : engine.stream("hello")) std::cout << chunk.text;
   for (autosteer::Chunk chunk : engine.stream({Message::user("hello")})) std::cout << chunk.text;
 }

@@ -149,8 +149,8 @@ using Video = std::vector<Image>;
 
 /// A text, a picture or a video.
 struct Part {
-  Part(std::string text) : text(std::move(text)) {}             // NOLINT: a message is a list of these
-  Part(const char* text) : text(text) {}                        // NOLINT
+  Part(std::string text) : text(std::move(text)) {}                   // NOLINT: a message is a list of these
+  Part(const char* text) : text(text) {}                              // NOLINT
   Part(Image image) : kind(Kind::image), frames{std::move(image)} {}  // NOLINT
   Part(Video video) : kind(Kind::video), frames(std::move(video)) {}  // NOLINT
 
