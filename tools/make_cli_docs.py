@@ -20,7 +20,7 @@ from autosteer.runtime.evaluation.cli import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
-CPP_SOURCE = ROOT / "runtime" / "cpp" / "autosteer_cli.cpp"
+CPP_SOURCE = ROOT / "runtime" / "cpp" / "cli" / "autosteer_cli.cpp"
 COMMANDS = (fit_command, import_authors, export, check, run, evaluate)  # in the order of use
 WIDTH = 100
 INTRODUCTION = """# Commands

@@ -1,6 +1,6 @@
 """What every onnxruntime is asked: 30 dialogues of the demo's world, as JSON for both runtimes.
 
-A case is {"name", "kind", "requests", "forced"}: requests of libautosteer (runtime/cpp/autosteer.h) that share one
+A case is {"name", "kind", "requests", "forced"}: requests of libautosteer (autosteer/autosteer.h) that share one
 conversation. `forced`: the answer is given again with its own tokens as drafts, one of each draft wrong.
 """
 

@@ -77,6 +77,9 @@ struct EngineOptions {
   int threads = 0;                        ///< 0: every CPU this process may use
   std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most this many tiles
   bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
+  bool files = true;                      ///< whether messages may name files of pictures
+  bool advise_pages = false;              ///< advise Linux on the process's memory while loading (pages.hpp)
+  std::string onnxruntime = {};           ///< path of libonnxruntime.so; "": find_onnxruntime() says where it is
   Log log = {};                           ///< receives the reason if a prober fails; never prompts
 };
 
@@ -84,14 +87,19 @@ class Stream;
 
 /// A loaded package.
 class Engine {
-  Pages pages_;  // first member: it sees what the others load
+  std::unique_ptr<Pages> pages_;  // first member: it sees what the others load; null: not asked for
 
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
   /// Throws PackageError (package damaged or incomplete, another version, a gate that does not work here) or
   /// ProviderError (device not available, onnxruntime too old).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
-      : manifest(Manifest::load(folder)), log(options.log), tokenizer(checked(folder)), folder_(folder) {
+      : pages_(options.advise_pages ? std::make_unique<Pages>() : nullptr),
+        manifest(Manifest::load(folder)),
+        log(options.log),
+        tokenizer(checked(folder, options.onnxruntime)),
+        folder_(folder),
+        files_(options.files) {
     if (manifest.image) image = at_most(*manifest.image, options.max_tiles);
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
@@ -100,7 +108,7 @@ class Engine {
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       if (options.low_memory && kImageGraphs.count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
-      if (spec.layers) pages_.give_back();  // before the next large graph loads
+      if (spec.layers && pages_) pages_->give_back();  // before the next large graph loads
     };
     // First the graphs whose loading peaks highest, while nothing else is in memory.
     for (const char* name : {"vision_encoder", "image_tokenizer", "lm_head"}) {
@@ -108,7 +116,7 @@ class Engine {
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
     check_gate(folder, manifest, graphs_);
-    pages_.place();
+    if (pages_) pages_->place();
   }
 
   /// The package's policy with your overrides. Throws PackageError if `mode` needs a gate and the package has none,
@@ -280,6 +288,27 @@ class Engine {
     }
   }
 
+  /// Throws InputError for a picture that is the name of a file, where EngineOptions::files forbids them.
+  void check_files(const std::vector<Message>& messages) const {
+    const auto is_file = [](const ImageLike& image) { return std::holds_alternative<fs::path>(image); };
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        const auto* image = std::get_if<ImageLike>(&part);
+        const auto* video = std::get_if<VideoPart>(&part);
+        const bool named = (image && is_file(*image)) ||
+                           (video && std::any_of(video->frames.begin(), video->frames.end(), is_file));
+        if (named && !files_) throw InputError("a picture is the name of a file, which this engine does not open");
+      }
+    }
+  }
+
+  /// Tokens of the prompt that these messages become, those of pictures and videos included. The decoder does not run.
+  int64_t count_tokens(const std::vector<Message>& messages) const {
+    check_files(messages);
+    Stats stats;
+    return prepare(messages, stats).inputs_embeds.count();
+  }
+
   /// The frames of a video, one tile each.
   std::vector<Image> tiles(const VideoPart& video) const {
     std::vector<Image> tiles;
@@ -427,7 +456,8 @@ class Engine {
   }
 
   /// Check every file of the package; the tokenizer's path.
-  fs::path checked(const fs::path& folder) const {
+  fs::path checked(const fs::path& folder, const std::string& onnxruntime) const {
+    find_onnxruntime(onnxruntime);
     require_onnxruntime(manifest.onnxruntime);
     manifest.verify(folder);
     return folder / manifest.prompt.tokenizer;
@@ -441,6 +471,7 @@ class Engine {
   }
 
   const fs::path folder_;
+  const bool files_;
   std::optional<Environment> environment_;
   Graphs graphs_;
 };
@@ -478,7 +509,7 @@ class Stream {
   std::optional<Chunk> next() {
     if (ended_) return std::nullopt;
     ended_ = true;  // also if this call throws
-    Chunk chunk = request_ ? continue_answer() : begin_answer();
+    Chunk chunk = cancellation_.guard([&] { return request_ ? continue_answer() : begin_answer(); });
     ended_ = !chunk.finish_reason.empty();
     if (ended_) {
       chunk.stats = stats_;
@@ -486,6 +517,9 @@ class Stream {
     }
     return chunk;
   }
+
+  /// End the answer: a `next` that is running throws Cancelled soon, and so does the next one. For any thread.
+  void cancel() { cancellation_.cancel(); }
 
  private:
   /// End the answer, and give the cached prefix back to the conversation.
@@ -568,11 +602,13 @@ class Stream {
   std::vector<int64_t> draft_;
   const float* logits_ = nullptr;  // (R, V) of the latest pass
   size_t row_ = 0;                 // the one to sample from
+  Cancellation cancellation_;
   bool ended_ = false;
 };
 
 inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                              Conversation* conversation) const {
+  check_files(messages);
   const auto prepare = [this, messages = std::move(messages), conversation](Stats& stats) {
     return this->prepare(messages, stats, conversation);
   };

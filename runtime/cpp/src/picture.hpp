@@ -268,6 +268,8 @@ inline Image turned(Image image, unsigned orientation) {
 
 }  // namespace picture
 
+inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string& name);
+
 /// A PNG or JPEG file as upright RGB. Throws InputError for a missing file, another format, or a damaged image.
 inline Image read_picture(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
@@ -276,6 +278,11 @@ inline Image read_picture(const std::filesystem::path& path) {
     throw InputError(path.string() + ": no such image file");
   }
   const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+  return decode_picture(bytes, path.string());
+}
+
+/// The same for the bytes of such a file; `name` is what errors call it.
+inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string& name) {
   picture::Decoded decoded;
   if (bytes.size() >= 8 && png_sig_cmp(bytes.data(), 0, 8) == 0) {
     picture::decode_png(bytes, decoded);
@@ -285,7 +292,7 @@ inline Image read_picture(const std::filesystem::path& path) {
     decoded.error = "neither PNG nor JPEG";
   }
   if (!decoded.error.empty()) {
-    throw InputError(path.string() + ": not a readable image (" + decoded.error + ")");
+    throw InputError(name + ": not a readable image (" + decoded.error + ")");
   }
   const unsigned exif = picture::exif_orientation(decoded.exif);
   return picture::turned(std::move(decoded.image), exif ? exif : picture::xmp_orientation(decoded.xmp));

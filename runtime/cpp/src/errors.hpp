@@ -28,4 +28,9 @@ struct InputError : Error {
   explicit InputError(const std::string& what) : Error(what, 5) {}
 };
 
+/// The stream was cancelled, by another thread.
+struct Cancelled : Error {
+  Cancelled() : Error("the answer was cancelled", 130) {}
+};
+
 }  // namespace autosteer

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "../autosteer.hpp"
-#include "../json.hpp"
+#include "engine.hpp"
+#include "json.hpp"
 
 namespace {
 

@@ -21,8 +21,8 @@
 #include <utility>
 #include <vector>
 
-#include "autosteer.hpp"
 #include "check.hpp"
+#include "engine.hpp"
 #include "json.hpp"
 
 namespace {
@@ -388,13 +388,16 @@ int run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   // Give memory back to the system as soon as onnxruntime frees it, while it packs weights: an eighth less at the peak.
   mallopt(M_MMAP_THRESHOLD, 1 << 18);
+  setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 0);  // runtime/__init__.py says why
   try {
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {
       std::cout << kUsage;
       return 0;
     }
-    arguments.engine.log = [](const std::string& line) { std::cerr << line << "\n"; };
+    autosteer::set_log([](const std::string& line) { std::cerr << line << "\n"; });
+    arguments.engine.log = autosteer::log_line;
+    arguments.engine.advise_pages = true;  // all of this process's memory is ours
     return run(arguments);
   } catch (const UsageError& err) {
     std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()

@@ -7,8 +7,6 @@
 // docs/design-notes.md).
 #pragma once
 
-#include <onnxruntime_cxx_api.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -24,24 +22,15 @@
 #include <utility>
 #include <vector>
 
+#include "cancellation.hpp"
 #include "errors.hpp"
+#include "log.hpp"
 #include "manifest.hpp"
+#include "onnxruntime.hpp"
 
 namespace autosteer {
 
 constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
-
-/// {major, minor}; {0, 0} for text that is not a version.
-inline std::pair<int, int> version_numbers(const char* text) {
-  int major = 0, minor = 0;
-  std::sscanf(text, "%d.%d", &major, &minor);
-  return {major, minor};
-}
-
-/// The version of the library, not of the headers.
-inline const char* onnxruntime_version() {
-  return OrtGetApiBase()->GetVersionString();
-}
 
 /// Throws ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs.
 inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
@@ -65,6 +54,7 @@ class Environment {
  public:
   explicit Environment(int threads) : threads_(threads), environment_(make(threads)) {
     const Ort::ArenaCfg arena(0, /*kSameAsRequested*/ 1, -1, -1);
+    environment_.DisableTelemetryEvents();  // a host may not want it; and its variable is not ours to set
     environment_.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
   }
 
@@ -88,13 +78,17 @@ class Environment {
 
  private:
   static Ort::Env make(int threads) {
-    setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 0);  // runtime/__init__.py says why
-    if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+    if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer", forward, nullptr};
     Ort::ThreadingOptions pool;
     pool.SetGlobalIntraOpNumThreads(threads);
     pool.SetGlobalInterOpNumThreads(1);
     pool.SetGlobalSpinControl(0);
-    return {pool, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+    return {pool, forward, nullptr, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+  }
+
+  /// onnxruntime's log goes where ours goes, never to the host's stderr.
+  static void ORT_API_CALL forward(void*, OrtLoggingLevel, const char*, const char*, const char*, const char* message) {
+    log_line(std::string("onnxruntime: ") + message);
   }
 
   int threads_;
@@ -144,13 +138,6 @@ class Tensor {
   Ort::Value value_{nullptr};
 };
 
-/// Options of a run after which the arena frees its unused memory.
-inline Ort::RunOptions shrinking() {
-  Ort::RunOptions options;
-  options.AddConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0");
-  return options;
-}
-
 /// A loaded graph.
 class Subgraph {
  public:
@@ -183,7 +170,7 @@ class Subgraph {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    return session_.Run(shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    return session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
   }
 
   Ort::Session& session() const { return session_; }
@@ -244,7 +231,7 @@ class Call {
   }
 
   /// Run; results are in the output buffers.
-  void operator()(const Ort::RunOptions& options = Ort::RunOptions{nullptr}) { session_.Run(options, binding_); }
+  void operator()(const Ort::RunOptions& options = Cancellation::plain()) { session_.Run(options, binding_); }
 
  private:
   Ort::Session& session_;

@@ -91,7 +91,7 @@ auto from_json(const std::string& text, const std::string& what, const Decode& d
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object({}, {"threads", "max_tiles", "low_memory"});
+    node.object({}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime"});
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();
@@ -100,6 +100,9 @@ inline EngineOptions options_from_json(const std::string& text) {
     }
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
     if (node.has("low_memory")) options.low_memory = node["low_memory"].as_bool();
+    if (node.has("files")) options.files = node["files"].as_bool();
+    if (node.has("advise_pages")) options.advise_pages = node["advise_pages"].as_bool();
+    if (node.has("onnxruntime")) options.onnxruntime = node["onnxruntime"].as_string();
     return options;
   });
 }

@@ -40,7 +40,6 @@ namespace autosteer {
 constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
 
 using Graphs = std::map<std::string, Subgraph>;
-using Log = std::function<void(const std::string& line)>;
 
 /// Wall time since it was made.
 class Clock {
@@ -179,7 +178,7 @@ class Request {
       set_total(done);
       const bool is_last = pending_.size() == 1;  // decoding needs little of the memory that prefill takes
       upper(Phase::prefill, {"hidden_states", &hidden.value()},
-            single)(is_last ? shrinking() : Ort::RunOptions{nullptr});
+            single)(is_last ? Cancellation::shrinking() : Cancellation::plain());
     }
     stats_.upper_ms = clock.ms();
     for (Call& call : single.head) call();
