@@ -189,7 +189,7 @@ class Request:
             return math.nan
         try:
             means = [self.probed_mean(turn) for turn in range(len(self._probed))]
-            return worst(self._graphs["prober"].run({"hidden_states": mean})[0].item() for mean in means)
+            return worst(self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item() for mean in means)
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)

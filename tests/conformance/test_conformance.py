@@ -92,7 +92,7 @@ def as_message(turn: Case) -> Message:
     def part(p: Any) -> Any:
         return p if isinstance(p, str) else VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
 
-    return Message(turn["role"], tuple(map(part, turn["parts"])))
+    return Message(turn["role"], tuple(map(part, turn["parts"])), turn.get("trusted", False))
 
 
 def words(rows: list[int | None]) -> str:
