@@ -78,7 +78,7 @@ class EncodedPrompt:
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # of the text only; the repetition penalty reads them
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
-    probed: list[list[int]]  # for each user turn the positions whose mean the prober reads, ascending; [] if too short
+    probed: list[list[int]]  # for each judged turn the positions whose mean the prober reads, ascending; [] if too short
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Request:
         return verdict
 
     def _probe(self) -> float:
-        """The worst p_unsafe of all user turns; NaN if there is none."""
+        """The worst p_unsafe of all judged turns; NaN if there is none."""
         if not self._finite:
             graph = self._manifest.prefill_graph("decoder_lower")
             log.error("%s gave hidden states that are not finite, so the prompt counts as unsafe", graph)
@@ -196,7 +196,7 @@ class Request:
             return math.nan
 
     def probed_mean(self, turn: int = -1) -> Float:
-        """What the prober reads of a user turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
+        """What the prober reads of a judged turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
         positions.
 
         Available after `prefill_lower`. Raises IndexError if the turn has no probed position.

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
 from .errors import PackageError
-from .strict_json import decode, json_schema, no_duplicates
+from .strict_json import decode, json_schema, parse, shown
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"
@@ -341,17 +341,19 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+            if path.exists() and not path.is_file():
+                raise ValueError("not a file")  # never wait for a pipe
+            data = parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PackageError(
                 f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
             ) from None
-        except (OSError, ValueError, RecursionError) as err:
+        except (OSError, ValueError) as err:
             raise PackageError(f"{path}: not readable as JSON ({err})") from err
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise PackageError(
-                f"{path}: format_version {version!r}, this runtime reads {FORMAT_VERSION}; export the model again"
+                f"{path}: format_version {shown(version)}, this runtime reads {FORMAT_VERSION}; export the model again"
             )
         manifest = decode(Manifest, data, str(path))
         manifest._check_consistency(path)

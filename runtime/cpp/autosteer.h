@@ -34,11 +34,12 @@ AUTOSTEER_API int autosteer_open(const char *package, const char *options, autos
 
 /* Begin an answer. request:
  *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
- *                   {"video": ["frame1.png", "frame2.png", ...]}, ...]}, ...],
+ *                   {"video": ["frame1.png", "frame2.png", ...]}, ...], "trusted": true | false}, ...],
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...],
  *                    "speculate": true | false}}
- * Only "messages" is required; an unknown key is an error. */
+ * Only "messages" is required, and of a message "role" and "parts"; an unknown key is an error. The gate judges every
+ * turn but those that are "trusted": system turns and answers that your program wrote itself. */
 AUTOSTEER_API int autosteer_run(autosteer_engine *engine, const char *request, autosteer_stream **stream);
 
 /* The next chunk of the answer, or NULL in *chunk if it has ended:
@@ -63,7 +64,7 @@ AUTOSTEER_API void autosteer_conversation_end(autosteer_conversation *conversati
 /* Free an engine. Open streams and conversations stay valid. NULL is allowed. */
 AUTOSTEER_API void autosteer_close(autosteer_engine *engine);
 
-/* The error of this thread's last failed call, in one line. */
+/* The error of this thread's last failed call, in one line of valid UTF-8. */
 AUTOSTEER_API const char *autosteer_error(void);
 
 #ifdef __cplusplus

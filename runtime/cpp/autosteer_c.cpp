@@ -38,9 +38,9 @@ int guarded(const Body& body) noexcept {
       return 0;
     } catch (const autosteer::Error& err) {
       code = err.exit_code;
-      last_error = err.what();
+      last_error = autosteer::unicode::lossy(err.what());  // names of files may be any bytes
     } catch (const std::exception& err) {
-      last_error = err.what();
+      last_error = autosteer::unicode::lossy(err.what());
     } catch (...) {
       last_error = what;
     }

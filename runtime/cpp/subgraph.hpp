@@ -88,7 +88,8 @@ class Environment {
 
  private:
   static Ort::Env make(int threads) {
-    setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 0);  // runtime/__init__.py says why
+    const char* said = std::getenv("ORT_DISABLE_TELEMETRY");  // runtime/__init__.py says why
+    if (!said || !*said) setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 1);
     if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer"};
     Ort::ThreadingOptions pool;
     pool.SetGlobalIntraOpNumThreads(threads);
@@ -177,13 +178,16 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input (Manifest::load checks that); outputs in the graph's order. The arena then frees its
-  /// unused memory: image graphs take the most, and may not run again.
-  std::vector<Ort::Value> run(const Ort::Value& input) const {
+  /// Run a graph of one input (Manifest::load checks that); outputs by name. The arena then frees its unused memory:
+  /// image graphs take the most, and may not run again.
+  std::map<std::string, Ort::Value> run(const Ort::Value& input) const {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    return session_.Run(shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::vector<Ort::Value> made = session_.Run(shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::map<std::string, Ort::Value> named;
+    for (size_t i = 0; i < made.size(); ++i) named.emplace(outputs_[i], std::move(made[i]));
+    return named;
   }
 
   Ort::Session& session() const { return session_; }
