@@ -459,6 +459,7 @@ CPP_FILES = (
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
+    "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
     "image array: expected": "numpy's arrays, which only Python takes (test_image.py)",

@@ -321,7 +321,7 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
     assert last == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
     request.prefill_lower(engine.policy())
-    hidden = np.concatenate([value.numpy()[0] for value in request._pending])
+    hidden = np.concatenate([value.numpy()[0] for value in request._pending.values()])
     np.testing.assert_allclose(request.probed_mean()[0], hidden[last].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(request.probed_mean(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
 
