@@ -73,11 +73,11 @@ def open_image(image: ImageLike) -> Uint8:
 def open_file(path: str | Path) -> Image.Image:
     """Open a picture file of one of FORMATS; its pixels are not read yet.
 
-    Raises FileNotFoundError for what is no file: a pipe would be waited for, a device read without end. Raises
-    InputError for a file that is too large, and what Pillow raises for one that is no picture.
+    Raises InputError for what is no file (a pipe would be waited for, a device read without end) and for one that is
+    too large; and what Pillow raises for one that is missing, or no picture.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("not a file")
     if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
         raise InputError(f"{size} bytes: at most {MAX_FILE_BYTES}")
     try:
@@ -90,10 +90,10 @@ def check_size(size: tuple[int, int], count: int = 1) -> None:
     """Raise InputError for `count` pictures of `size` (width, height) that are empty, or more than MAX_PIXELS."""
     width, height = size
     if width < 1 or height < 1:
-        raise InputError(f"{width}x{height} pixels: it is empty")
+        raise InputError(f"image of {width}x{height} pixels: it is empty")
     if width * height * count > MAX_PIXELS:
-        frames = f"{count} frames of " if count > 1 else ""
-        raise InputError(f"{frames}{width}x{height} pixels: at most {MAX_PIXELS}")
+        what = f"{count} frames" if count > 1 else "image"
+        raise InputError(f"{what} of {width}x{height} pixels: at most {MAX_PIXELS}")
 
 
 def to_rgb(image: Image.Image) -> Uint8:

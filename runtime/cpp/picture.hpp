@@ -288,8 +288,9 @@ inline Image turned(Image image, unsigned orientation) {
 /// A PNG or JPEG file as upright RGB. Throws InputError for a missing file, another format, or a damaged image.
 inline Image read_picture(const std::filesystem::path& path) {
   std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) throw InputError(path.string() + ": no such image file");
   if (!std::filesystem::is_regular_file(path, ignored)) {  // before it is opened: never wait for a pipe
-    throw InputError(path.string() + ": no such image file");
+    throw InputError(path.string() + ": not a readable image (not a file)");
   }
   if (const uintmax_t size = std::filesystem::file_size(path, ignored); size > picture::kMaxFileBytes) {
     throw InputError(path.string() + ": not a readable image (" + std::to_string(size) + " bytes: at most " +

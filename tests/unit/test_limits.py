@@ -200,7 +200,7 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, name):
 
 def test_a_pipe_is_no_video(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="no such video"):
+    with pytest.raises(InputError, match="not a readable video \\(not a file\\)"):
         open_video(tmp_path / "pipe")
     os.mkfifo(tmp_path / "autosteer.json")
     with pytest.raises(Exception, match="not a file"):
