@@ -30,7 +30,8 @@ from autosteer.export.graphs.calibration import calibrate_decoder, calibration_r
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
 
-from .dequantize import bits_of, packed_kv_scales, read, stacked, worse
+from .dequantize import bits_of, packed_kv_scales, read, stacked
+from .metrics import worse
 
 BLOCK_BYTES = 32 << 20  # of float32
 ROTARY = ("cos_cache", "sin_cache")
