@@ -193,7 +193,7 @@ def _ours(data: Fields, place: Place) -> Row:
     place.need(answer is None or isinstance(answer, str), "'answer' must be a text")
     first, *later = turns
     messages = [Message.user(first, [path for name in names if (path := place.image(name))])]
-    messages += [Message.assistant(t) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
+    messages += [Message.assistant(t, trusted=True) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
     return Row(tuple(messages), bool(unsafe), group, None if answer is None else Gold("exact", (answer,)), family)
 
 
