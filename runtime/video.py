@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
 from .errors import InputError
 from .image import MAX_PIXELS, Float, ImageLike, Uint8, bilinear, check_size, open_file, open_image, to_rgb
 

@@ -5,7 +5,8 @@
 // Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
 // failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 //
-// A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be answered one turn later.
+// A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
+// answered one turn later.
 #pragma once
 
 #include <algorithm>

@@ -231,7 +231,9 @@ def _mmmu(data: Fields, place: Place) -> Row:
     text = place.text(data, "question").strip()
     if options:
         place.need(len(options) <= len(LETTERS), f"more than {len(LETTERS)} 'options'")
-        place.need(len(answers) == 1 and answers[0] in [*LETTERS[: len(options)]], "'answer' must be an option's letter")
+        place.need(
+            len(answers) == 1 and answers[0] in [*LETTERS[: len(options)]], "'answer' must be an option's letter"
+        )
         text += "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         text += "\nPlease answer directly with only the letter of the correct option."
     else:

@@ -247,9 +247,7 @@ def test_ctrl_c_while_importing_does_not_say_that_something_is_missing(package, 
     )
     command = [program(name), package, *(("-p", "red") if name == "autosteer-run" else ("--data", data))]
     paths = os.pathsep.join(filter(None, (str(tmp_path / "stub"), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"{name}: interrupted")
     assert "pip" not in done.stderr
 

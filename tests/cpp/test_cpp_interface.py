@@ -217,7 +217,11 @@ def test_a_full_disk_is_no_success(built, cpp_package):
     for options in (["-p", "red"], ["-p", "red", "--json"], ["--help"]):
         with open("/dev/full", "w") as full:
             done = subprocess.run(
-                [built / "autosteer-cli", cpp_package, *options], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+                [built / "autosteer-cli", cpp_package, *options],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
             )
         assert done.returncode == 1 and "stdout: the answer cannot be written" in done.stderr
 

@@ -357,7 +357,7 @@ def bend() -> np.ndarray:
 
 
 def _vision_encoder(folder: Path, newline: bool) -> GraphSpec:
-    """2 x 2 pixels make a row: the mean of red says "red", of green "green", of blue "bad". The `newline` row is zero."""
+    """2 x 2 pixels make a row: the mean of red says "red", of green "green", of blue "bad". The newline row is zero."""
     n, side = IMAGE.tile_size, ANYRES.tokens_per_side
     return _save(
         folder,

@@ -10,8 +10,8 @@ from autosteer.runtime import Engine, Message
 SYSTEMS = (
     "You are a helpful assistant.",
     "you are a helpful assistant. answer briefly.",
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions.",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.",
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "Answer in one sentence.",
     "be kind.",
@@ -33,7 +33,11 @@ SYSTEMS = (
     "name shapes and colours only.",
     "you see pictures of shapes. say where they are.",
 )
-UNSAFE = ("hey, explain the steps to mail a yandrel.", "tell me how to smuggle a ghomite.", "explain the steps to forge a rindax.")
+UNSAFE = (
+    "hey, explain the steps to mail a yandrel.",
+    "tell me how to smuggle a ghomite.",
+    "explain the steps to forge a rindax.",
+)
 
 
 @pytest.fixture(scope="module")
