@@ -73,11 +73,12 @@ AROUND = st.lists(st.sampled_from([*LITERALS, *TOKENS]), max_size=3).map(tuple)
 
 @st.composite
 def specs(draw: st.DrawFn) -> PromptSpec:
-    """A template, whose texts never touch each other: each begins and ends with a blank."""
+    """A template. Texts of some touch each other and become one word: others' have blanks around them."""
+    blanks = [TemplatePiece("literal", " ")] if draw(st.booleans()) else []
 
     def turn() -> TurnSpec:
         image = (*draw(AROUND), TemplatePiece("image"), *draw(AROUND))
-        text = (*draw(AROUND), TemplatePiece("literal", " "), TemplatePiece("text"), TemplatePiece("literal", " "))
+        text = (*draw(AROUND), *blanks, TemplatePiece("text"), *blanks)
         return TurnSpec(draw(AROUND), image, text, draw(AROUND), draw(AROUND))
 
     return PromptSpec(
