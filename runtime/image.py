@@ -37,6 +37,7 @@ Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, and starts Ghostscript for one of them
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
 MAX_FILE_BYTES = 100_000_000
+ORIENTATION = 0x0112  # EXIF's tag
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
@@ -98,13 +99,14 @@ def check_size(size: tuple[int, int], count: int = 1) -> None:
 
 def to_rgb(image: Image.Image) -> Uint8:
     """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
-    upright = ImageOps.exif_transpose(image)
+    image.load()  # PNG may have its EXIF tag at the end
+    upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image  # it copies
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return np.asarray(upright.convert("RGB"))
+    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:

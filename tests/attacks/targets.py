@@ -113,9 +113,10 @@ def corpus(target: str) -> Iterator[bytes]:
 
 def attack(target: str, data: bytes) -> bool:
     """Run a target; whether it refused the input. Anything but an AutoSteerError is a finding."""
+    said = None
     try:
         TARGETS[target](data)
     except AutoSteerError as err:
-        assert "\n" not in str(err), "an error is one line"
-        return True
-    return False
+        said = str(err)
+    assert said is None or "\n" not in said, "an error is one line"
+    return said is not None
