@@ -550,8 +550,8 @@ class Manifest:
         pixels: Tensors = {"pixel_values": ("float32", ("tiles", 3, n, n))}
         newline: Tensors = {"image_newline": ("float32", (d,))} if self.image.anyres else {}
         outputs: dict[str, Tensors] = {
-            "vision_encoder": {"image_features": ("float32", ("tiles", None, d)), **newline},
-            "image_tokenizer": {"input_ids": ("int64", ("tiles", None))},
+            "vision_encoder": {"image_features": ("float32", (None, None, d)), **newline},
+            "image_tokenizer": {"input_ids": ("int64", (None, None))},
         }
         return {name: (pixels, made) for name, made in outputs.items() if name in self.graphs}
 

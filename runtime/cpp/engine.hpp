@@ -389,9 +389,9 @@ class Engine {
     }
   };
 
-  /// The dialogue's pictures and videos, in the order of `runs`. One is opened and encoded after the other, so one is in
-  /// memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation knows, is
-  /// not encoded again.
+  /// The dialogue's pictures and videos, in the order of `runs`. One is opened and encoded after the other, so one is
+  /// in memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation
+  /// knows, is not encoded again.
   std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
                         Conversation* conversation) const {
     std::vector<const ImageLike*> pictures;
@@ -447,8 +447,8 @@ class Engine {
     return 1;
   }
 
-  /// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where a
-  /// turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
+  /// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
+  /// a turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
   /// prober, the last position: a conversation continues from it. `text`: the positions of token ids. `sizes`: the rows
   /// of each picture and video, separators included. A mean leaves out pictures: their many rows would outweigh the
   /// text.

@@ -69,7 +69,7 @@ struct Place {
 struct JudgedTurn {
   Place content;   ///< where its content begins, behind its prefix
   Place end;       ///< where its answer would begin, behind the generation prompt
-  int64_t unlike;  ///< of the last tokens before `end`, those that the prompt has otherwise, because the dialogue goes on
+  int64_t unlike;  ///< of the last tokens before `end`, those that the prompt has otherwise, as the dialogue goes on
 };
 
 namespace rendering {
