@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -245,7 +246,7 @@ def chat(
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 if verdict.action is Action.PASS:
-                    dialogue += [turn, Message.assistant(text)]
+                    dialogue += [turn, Message.assistant(text, trusted=True)]
                 else:
                     click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []
@@ -253,12 +254,17 @@ def chat(
 
 def typed_path(text: str) -> Path:
     """The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes."""
-    path = Path(text.strip()).expanduser()
+    path = _at_home(text.strip())
     with contextlib.suppress(ValueError):  # an unclosed quote
         words = shlex.split(text)
-        if len(words) == 1 and not path.exists():
-            return Path(words[0]).expanduser()
+        if len(words) == 1 and not os.path.exists(path):
+            return _at_home(words[0])
     return path
+
+
+def _at_home(name: str) -> Path:
+    """A path whose ~ is a home folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(name))
 
 
 def verdict_line(verdict: Verdict) -> str:

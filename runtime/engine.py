@@ -35,7 +35,7 @@ from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
-from .prompt_encoder import PromptEncoder
+from .prompt_encoder import PromptEncoder, check_length
 from .sampling import SamplingConfig, make_sampler
 from .self_test import check_gate
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
@@ -323,10 +323,7 @@ class Engine:
         Raises InputError if the prompt does not fit the context.
         """
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
-        if length == 0:
-            raise InputError("the prompt is empty")
-        if length >= context:
-            raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
+        check_length(self.manifest, length)
         cached = conversation.take_prefix() if conversation else None
         room = min(max_tokens, context - length)
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)

@@ -160,7 +160,7 @@ class Subgraph:
         Raises PackageError if the file is not a usable graph, or its inputs and outputs are not the manifest's;
         ProviderError if onnxruntime chose another provider without saying so.
         """
-        self.name = path.stem
+        self.name, self._outputs = path.stem, [tensor.name for tensor in spec.outputs]
         self.device = device
         try:
             self.session = ort.InferenceSession(str(path), session_options(device), providers=PROVIDERS[device.kind])
@@ -190,12 +190,13 @@ class Subgraph:
                 "would run on the CPU, with copies; export the model again with --target cuda, or use --device cpu"
             )
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run once on numpy arrays; outputs in the graph's order.
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once on numpy arrays; outputs by name.
 
         The arena then frees its unused memory: image graphs take the most, and may not run again.
         """
-        return list(self.session.run(None, dict(inputs), shrinking(self.device)))
+        outputs = self.session.run(self._outputs, dict(inputs), shrinking(self.device))
+        return dict(zip(self._outputs, outputs, strict=True))
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
         """The graph bound to fixed buffers. Each call runs it once, without look-ups or copies."""

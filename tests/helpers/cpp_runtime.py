@@ -138,7 +138,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
             return p
         return VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
 
-    messages = [Message(m["role"], tuple(map(part, m["parts"]))) for m in request["messages"]]
+    messages = [Message(m["role"], tuple(map(part, m["parts"])), m.get("trusted", False)) for m in request["messages"]]
     sampling = {k: tuple(v) if k == "stop" else v for k, v in request.get("sampling", {}).items()}
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")

@@ -310,7 +310,7 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         answering = 1;
         const auto answer = say(engine, dialogue, arguments.sampling, policy, &*conversation);
         if (answer && answer->verdict.action == autosteer::Action::pass) {
-          dialogue.push_back(autosteer::Message::assistant(answer->text));
+          dialogue.push_back(autosteer::Message::assistant(answer->text, /*trusted*/ true));
         } else {
           dialogue.pop_back();
           std::cerr << (answer ? "(the turn is forgotten)\n" : "\n(interrupted; the turn is forgotten)\n");
@@ -353,12 +353,8 @@ void check(const Arguments& arguments) {
   }
 }
 
-/// Returns the exit code.
-int run(const Arguments& arguments) {
-  if (arguments.check) {
-    check(arguments);
-    return std::cout ? 0 : 1;
-  }
+void run(const Arguments& arguments) {
+  if (arguments.check) return check(arguments);
   arguments.sampling.check();
   const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
   const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
@@ -371,8 +367,7 @@ int run(const Arguments& arguments) {
   const autosteer::Engine engine(*arguments.package, options);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
   if (is_chat) {
-    chat(engine, arguments, policy, std::move(videos));
-    return 0;
+    return chat(engine, arguments, policy, std::move(videos));
   }
   std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
   if (arguments.json) {
@@ -380,7 +375,11 @@ int run(const Arguments& arguments) {
   } else {
     say(engine, std::move(dialogue), arguments.sampling, policy);
   }
-  return std::cout ? 0 : 1;
+}
+
+/// Throws an Error if what was written to stdout did not get there: the disk is full, or its reader has gone.
+void end_output() {
+  if (!std::cout.flush()) throw autosteer::Error("stdout: the answer cannot be written (is the disk full?)");
 }
 
 }  // namespace
@@ -393,12 +392,15 @@ int main(int argc, char** argv) {
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {
       std::cout << kUsage;
+      end_output();
       return 0;
     }
     autosteer::set_log([](const std::string& line) { std::cerr << line << "\n"; });
     arguments.engine.log = autosteer::log_line;
     arguments.engine.advise_pages = true;  // all of this process's memory is ours
-    return run(arguments);
+    run(arguments);
+    end_output();
+    return 0;
   } catch (const UsageError& err) {
     std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()
               << "\n";

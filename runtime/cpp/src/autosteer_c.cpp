@@ -55,9 +55,9 @@ int guarded(const Body& body) noexcept {
       return AUTOSTEER_OK;
     } catch (const autosteer::Error& err) {
       code = err.exit_code;
-      last_error = err.what();
+      last_error = autosteer::unicode::lossy(err.what());  // names of files may be any bytes
     } catch (const std::exception& err) {
-      last_error = err.what();
+      last_error = autosteer::unicode::lossy(err.what());
     } catch (...) {
       last_error = "unknown error";
     }
@@ -98,10 +98,12 @@ autosteer::Image pixels(int64_t width, int64_t height, int64_t stride, const uin
   return image;
 }
 
-std::vector<autosteer::Part>& parts(autosteer_request* request) {
+autosteer::Message& last_message(autosteer_request* request) {
   if (request->request.messages.empty()) throw autosteer::InputError("begin a message first: autosteer_request_turn");
-  return request->request.messages.back().parts;
+  return request->request.messages.back();
 }
+
+std::vector<autosteer::Part>& parts(autosteer_request* request) { return last_message(request).parts; }
 
 autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation,
@@ -216,6 +218,13 @@ int autosteer_request_turn(autosteer_request* request, const char* role) {
   return guarded([&] {
     need(request && role);
     request->request.messages.push_back({role, {}});
+  });
+}
+
+int autosteer_request_trust(autosteer_request* request) {
+  return guarded([&] {
+    need(request);
+    last_message(request).trusted = true;
   });
 }
 

@@ -162,60 +162,34 @@ class Engine {
   /// Encode such a prompt.
   EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
     const Clock clock;
-    const std::vector<Message> messages = {{"user", {}}};
-    std::vector<AskedTurn> asked;
-    render(messages, manifest.prompt, tokenizer, &asked);
-    asked.at(0).through = static_cast<int64_t>(token_ids.size());  // the rendering ends where the prompt does
+    check_length(static_cast<int64_t>(token_ids.size()));
+    std::vector<JudgedTurn> turns;
+    render({{"user", {}}}, manifest.prompt, tokenizer, turns);
+    turns.at(0).end = {static_cast<int64_t>(token_ids.size()), 0};  // the rendering ends where the prompt does
     EncodedPrompt prompt{embed(token_ids), token_ids, {}, {}};
     std::vector<int64_t> text(token_ids.size());
     std::iota(text.begin(), text.end(), int64_t{0});
     for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
-    prompt.probed = {probed_positions(asked.at(0), messages, text, {})};
+    prompt.probed = probed_positions(turns, text, {});
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;
   }
 
-  /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. Throws InputError
-  /// for an unusable message, image or video.
+  /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. What does not fit
+  /// the context is refused before anything is embedded. Throws InputError for that, and for an unusable message, image
+  /// or video.
   EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
                         Conversation* conversation = nullptr) const {
-    std::vector<Image> pictures;
-    std::vector<const VideoPart*> videos;
-    for (const Message& message : messages) {
-      for (const Part& part : message.parts) {
-        if (const auto* image = std::get_if<ImageLike>(&part)) pictures.push_back(open_image(*image));
-        if (const auto* video = std::get_if<VideoPart>(&part)) videos.push_back(video);
-      }
-    }
-    if (!pictures.empty() && !manifest.image) throw InputError("this model takes no images");
-    check_videos(videos);
-    std::vector<AskedTurn> asked;
-    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, &asked);
+    check_parts(messages);
+    std::vector<JudgedTurn> turns;
+    const std::vector<Run> runs = render(messages, manifest.prompt, tokenizer, turns);
     const Clock seeing;
-    Encoded encoded;
-    const auto see = [&](std::string digest, const std::function<std::vector<Laid>()>& encode) {
-      auto& laid = encoded[digest];  // shown twice, encoded once
-      if (!laid && conversation && conversation->images.count(digest)) laid = conversation->images[digest];
-      if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
-      return digest;
-    };
-    std::vector<std::string> shown, filmed;  // digests
-    const bool alone = pictures.size() == 1;
-    for (const Image& picture : pictures) {
-      shown.push_back(see(digest(&picture, 1, alone ? "a picture" : "one of several"),
-                          [&] { return encode_image(picture, alone, stats); }));
-    }
-    for (const VideoPart* video : videos) {
-      const std::vector<Image> frames = tiles(*video);
-      filmed.push_back(see(digest(frames.data(), frames.size(), "a video"),
-                           [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
-    }
-    if (conversation) conversation->images = encoded;
+    const std::vector<Seen> seen = see(runs, messages, stats, conversation);
     stats.vision_ms = seeing.ms();
     const Clock clock;
     EncodedPrompt prompt{{manifest.dims.hidden_size, {}}, {}, {}, {}};
-    std::vector<int64_t> text_positions;
+    std::vector<int64_t> text_positions, sizes;
     const auto add_tokens = [&](const std::vector<int64_t>& ids) {
       const Rows rows = embed(ids);
       for (const int64_t id : ids) {
@@ -225,31 +199,21 @@ class Engine {
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
     };
-    std::vector<int64_t> framing;  // number of separators of each image
-    for (const std::string& picture : shown) {
-      framing.push_back(0);
-      for (const Laid& part : *encoded.at(picture)) framing.back() += static_cast<int64_t>(part.ids.size());
-    }
-    using Digests = std::vector<std::string>::const_iterator;
-    std::map<std::string, std::pair<Digests, Digests>> slots = {{"image", {shown.begin(), shown.end()}},
-                                                                {"video", {filmed.begin(), filmed.end()}}};
+    auto next = seen.begin();
     for (const Run& run : runs) {
       if (run.slot.empty()) {
         add_tokens(run.ids);
         continue;
       }
-      auto& [next, end] = slots.at(run.slot);
-      if (next == end) throw PackageError("the prompt template asks for an " + run.slot + " too many");
       int64_t row = 0;
-      for (const Laid& part : *encoded.at(*next)) {
+      for (const Laid& part : *next->laid) {
         add_tokens(part.ids);
         prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
-        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(*next, row++);
+        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->digest, row++);
       }
-      ++next;
+      sizes.push_back(next++->rows());
     }
-    for (const AskedTurn& turn : asked)
-      prompt.probed.push_back(probed_positions(turn, messages, text_positions, framing));
+    prompt.probed = probed_positions(turns, text_positions, sizes);
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;
@@ -270,18 +234,23 @@ class Engine {
     return lay_out(std::move(rows), tiles.grid, spec);
   }
 
-  /// Throws InputError for videos that this model cannot take, before any frame is opened.
-  void check_videos(const std::vector<const VideoPart*>& videos) const {
-    if (videos.empty()) return;
-    if (!manifest.video) throw InputError("this model takes no videos");
-    int64_t frames = 0, rows = 0;
-    for (const VideoPart* video : videos) {
-      const auto count = static_cast<int64_t>(video->frames.size());
-      if (!count) throw InputError("a video has no frames");
-      frames += count;
-      rows += count * manifest.video->pooled_side * manifest.video->pooled_side + 1;
+  /// Throws InputError for pictures and videos that this model cannot take, before any is opened.
+  void check_parts(const std::vector<Message>& messages) const {
+    int64_t films = 0, frames = 0, rows = 0;
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        if (std::holds_alternative<ImageLike>(part) && !manifest.image) throw InputError("this model takes no images");
+        const auto* video = std::get_if<VideoPart>(&part);
+        if (!video) continue;
+        if (!manifest.video) throw InputError("this model takes no videos");
+        if (video->frames.empty()) throw InputError("a video has no frames");
+        const auto count = static_cast<int64_t>(video->frames.size());
+        ++films;
+        frames += count;
+        rows += count * manifest.video->pooled_side * manifest.video->pooled_side + 1;
+      }
     }
-    if (rows >= manifest.dims.context_length) {
+    if (films && rows >= manifest.dims.context_length) {
       throw InputError("the video takes " + std::to_string(rows) + " tokens (" + std::to_string(frames) +
                        " frames); the model's context holds " + std::to_string(manifest.dims.context_length) +
                        "; take fewer frames");
@@ -309,6 +278,16 @@ class Engine {
     return prepare(messages, stats).inputs_embeds.count();
   }
 
+  /// Throws InputError for a prompt of `length` tokens, or of at least as many, that does not fit the context.
+  void check_length(int64_t length, bool exact = true) const {
+    if (length == 0) throw InputError("the prompt is empty");
+    if (length >= manifest.dims.context_length) {
+      throw InputError(std::string("the prompt takes ") + (exact ? "" : "at least ") + std::to_string(length) +
+                       " tokens (images included); the model's context holds " +
+                       std::to_string(manifest.dims.context_length));
+    }
+  }
+
   /// The frames of a video, one tile each.
   std::vector<Image> tiles(const VideoPart& video) const {
     std::vector<Image> tiles;
@@ -328,11 +307,11 @@ class Engine {
       run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t count, const auto& outputs) {
         const int64_t all = count * side * side;
         Rows features{depth, {}};
-        features.append(floats(outputs.at(0), all * depth, graph), all);
+        features.append(floats(outputs.at("image_features"), all * depth, graph), all);
         const Rows pooled = pool(features, side, manifest.video->pooled_side);
         rows.append(pooled.row(0), pooled.count());
         newline.data.clear();
-        newline.append(floats(outputs.at(1), depth, graph), 1);
+        newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
       });
     }
     rows.append(newline.row(0), 1);
@@ -344,7 +323,7 @@ class Engine {
   std::vector<int64_t> tokenize_image(const Rows& pixel_values) const {
     std::vector<int64_t> ids;
     run_tiles("image_tokenizer", pixel_values, [&](const Subgraph& graph, int64_t, const auto& outputs) {
-      const auto [found, count] = values<int64_t>(outputs.at(0), graph);
+      const auto [found, count] = values<int64_t>(outputs.at("input_ids"), graph);
       ids.insert(ids.end(), found, found + count);
     });
     return ids;
@@ -358,14 +337,14 @@ class Engine {
     std::vector<Rows> runs;
     Rows newline{depth, {}};
     run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t tiles, const auto& outputs) {
-      const auto [features, count] = values<float>(outputs.at(0), graph);
+      const auto [features, count] = values<float>(outputs.at("image_features"), graph);
       const int64_t each =
           spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side : count / (tiles * depth);
-      floats(outputs.at(0), tiles * each * depth, graph);  // checks the size
+      floats(outputs.at("image_features"), tiles * each * depth, graph);  // checks the size
       for (int64_t tile = 0; tile < tiles; ++tile) {
         runs.push_back({depth, {features + tile * each * depth, features + (tile + 1) * each * depth}});
       }
-      if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at(1), depth, graph), 1);
+      if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
     });
     if (!spec.anyres) return runs;
     Rows together{depth, {}};
@@ -401,7 +380,7 @@ class Engine {
     for (int64_t first = 0; first < size; first += kPrefillChunk) {
       const int64_t n = std::min(kPrefillChunk, size - first);
       const auto outputs = table.run(Tensor<int64_t>::view(token_ids.data() + first, {1, n}));
-      rows.append(floats(outputs.at(0), n * rows.width, table), n);
+      rows.append(floats(outputs.at("inputs_embeds"), n * rows.width, table), n);
     }
     return rows;
   }
@@ -409,11 +388,7 @@ class Engine {
   /// Buffers and caches for one answer. Throws InputError if the prompt does not fit the context.
   Request request(EncodedPrompt prompt, int64_t max_tokens, Stats& stats, Conversation* conversation = nullptr) const {
     const int64_t length = prompt.inputs_embeds.count(), context = manifest.dims.context_length;
-    if (length == 0) throw InputError("the prompt is empty");
-    if (length >= context) {
-      throw InputError("the prompt takes " + std::to_string(length) +
-                       " tokens (images included); the model's context holds " + std::to_string(context));
-    }
+    check_length(length);
     return {manifest,
             graphs_,
             log,
@@ -431,28 +406,103 @@ class Engine {
   const Tokenizer tokenizer;
 
  private:
-  /// The positions that the prober reads of one turn, ascending: the same as if the dialogue ended there. Without a
-  /// prober, the last one: a conversation continues from it. `text`: the positions of token ids; framing[i] of them are
-  /// separators of image i.
-  std::vector<int64_t> probed_positions(AskedTurn turn, const std::vector<Message>& messages,
-                                        const std::vector<int64_t>& text, const std::vector<int64_t>& framing) const {
-    size_t image = 0;
-    for (size_t n = 0; n <= turn.index; ++n) {
-      for (const Part& part : messages[n].parts) {
-        if (!std::holds_alternative<ImageLike>(part)) continue;
-        if (n < turn.index) turn.before += framing[image];
-        turn.through += framing[image++];
+  /// A picture or a video of a prompt.
+  struct Seen {
+    std::string digest;
+    std::shared_ptr<const std::vector<Laid>> laid;
+
+    int64_t rows() const {
+      int64_t count = 0;
+      for (const Laid& part : *laid) count += static_cast<int64_t>(part.ids.size()) + part.rows.count();
+      return count;
+    }
+  };
+
+  /// The dialogue's pictures and videos, in the order of `runs`. One is opened and encoded after the other, so one is
+  /// in memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation
+  /// knows, is not encoded again.
+  std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
+                        Conversation* conversation) const {
+    std::vector<const ImageLike*> pictures;
+    std::vector<const VideoPart*> films;
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        if (const auto* picture = std::get_if<ImageLike>(&part)) pictures.push_back(picture);
+        if (const auto* film = std::get_if<VideoPart>(&part)) films.push_back(film);
       }
     }
-    const auto end = text.begin() + std::min(turn.through, static_cast<int64_t>(text.size()));
-    const auto& prober = manifest.prober;
-    const int64_t last = (end == text.begin() ? -1 : *(end - 1)) + 1 + (prober ? prober->token_offset : -1);
-    if (!prober || prober->pooling == "last") return last >= 0 ? std::vector{last} : std::vector<int64_t>{};
-    std::vector<int64_t> positions;  // without pictures: their many rows would outweigh the text
-    for (auto at = text.begin() + std::min<int64_t>(turn.before, end - text.begin()); at < end && *at <= last; ++at) {
-      positions.push_back(*at);
+    const int64_t least = least_rows();
+    int64_t length = static_cast<int64_t>(pictures.size()) * least;
+    for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
+    check_length(length, pictures.empty());
+    Encoded encoded;
+    const auto take = [&](const std::string& digest, const std::function<std::vector<Laid>()>& encode) {
+      auto& laid = encoded[digest];
+      if (!laid && conversation && conversation->images.count(digest)) laid = conversation->images[digest];
+      if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
+      return Seen{digest, laid};
+    };
+    std::vector<Seen> seen;
+    size_t shown = 0, filmed = 0;
+    for (const Run& run : runs) {
+      if (run.slot == "image") {
+        const bool alone = pictures.size() == 1;
+        const Image picture = open_image(*pictures.at(shown++));
+        seen.push_back(take(digest(&picture, 1, alone ? "a picture" : "one of several"),
+                            [&] { return encode_image(picture, alone, stats); }));
+        length += seen.back().rows() - least;
+      } else if (run.slot == "video") {
+        const std::vector<Image> frames = tiles(*films.at(filmed++));
+        seen.push_back(take(digest(frames.data(), frames.size(), "a video"),
+                            [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
+        length += seen.back().rows();
+      }
+      check_length(length, seen.size() == pictures.size() + films.size());
     }
-    return positions;
+    if (conversation) conversation->images = encoded;
+    return seen;
+  }
+
+  /// Rows of the smallest picture: those of one tile.
+  int64_t least_rows() const {
+    for (const auto& [name, output] : kImageGraphs) {
+      const auto graph = manifest.graphs.find(name);
+      if (graph == manifest.graphs.end()) continue;
+      for (const TensorSpec& tensor : graph->second.outputs) {
+        if (tensor.name != output || tensor.shape.size() < 2) continue;
+        if (const auto* rows = std::get_if<int64_t>(&tensor.shape[1])) return *rows;
+      }
+    }
+    return 1;
+  }
+
+  /// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
+  /// a turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
+  /// prober, the last position: a conversation continues from it. `text`: the positions of token ids. `sizes`: the rows
+  /// of each picture and video, separators included. A mean leaves out pictures: their many rows would outweigh the
+  /// text.
+  std::vector<std::vector<int64_t>> probed_positions(const std::vector<JudgedTurn>& turns,
+                                                     const std::vector<int64_t>& text,
+                                                     const std::vector<int64_t>& sizes) const {
+    std::vector<int64_t> before = {0};  // rows of the first n pictures and videos
+    for (const int64_t size : sizes) before.push_back(before.back() + size);
+    const auto row = [&](const Place& place) { return place.tokens + before.at(place.slots); };
+    const auto& prober = manifest.prober;
+    const int64_t offset = prober ? prober->token_offset : -1, length = row(turns.back().end);
+    std::vector<std::vector<int64_t>> probed;
+    for (auto turn = prober ? turns.begin() : turns.end() - 1; turn != turns.end(); ++turn) {
+      const int64_t last = row(turn->end) + offset;
+      probed.emplace_back();
+      if (last < 0 || last >= length || offset >= -turn->unlike) continue;
+      if (!prober || prober->pooling == "last") {
+        probed.back().push_back(last);
+      } else {
+        const auto first = std::lower_bound(text.begin(), text.end(), row(turn->content));
+        const auto end = std::upper_bound(text.begin(), text.end(), last);
+        if (first < end) probed.back().assign(first, end);
+      }
+    }
+    return probed;
   }
 
   /// Check every file of the package; the tokenizer's path.
@@ -500,7 +550,12 @@ class Stream {
     }
   }
 
-  ~Stream() { leave(); }
+  ~Stream() {
+    try {
+      leave();
+    } catch (...) {  // no memory to keep the prefix: the conversation's next request computes all
+    }
+  }
   Stream(const Stream&) = delete;  // the request points into it
   Stream& operator=(const Stream&) = delete;
 

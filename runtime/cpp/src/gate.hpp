@@ -5,7 +5,8 @@
 // Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
 // failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 //
-// A dialogue is as unsafe as the worst user turn in it. Otherwise a refused request would be answered one turn later.
+// A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
+// answered one turn later.
 #pragma once
 
 #include <algorithm>
@@ -57,9 +58,9 @@ struct GatePolicy {
 
   /// Throws InputError for numbers out of range.
   void check() const {
-    if (!(threshold <= 1.0)) {
+    if (!(threshold < 1.0)) {
       throw InputError(
-          "threshold: give a number up to 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
+          "threshold: give a number below 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
           "prompt pass, use policy monitor or off)");
     }
     if (!(0.0 <= strength && strength <= kMaxStrength)) {

@@ -80,7 +80,7 @@ struct EncodedPrompt {
   std::vector<int64_t> token_ids;  // of the text only; the repetition penalty reads them
   /// S of them. Two prompts that share a prefix of keys share those positions' keys and values.
   std::vector<Key> keys;
-  /// For each user turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
+  /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
 };
 
@@ -283,7 +283,7 @@ class Request {
     return reused;
   }
 
-  /// The worst p_unsafe of all user turns; NaN if there is none: whatever went wrong, the prompt was not shown to be
+  /// The worst p_unsafe of all judged turns; NaN if there is none: whatever went wrong, the prompt was not shown to be
   /// safe.
   double probe() const {
     std::string reason = "unknown";
@@ -291,12 +291,12 @@ class Request {
       if (!finite_)
         throw PackageError(manifest_.prefill_graph("decoder_lower") + " gave hidden states that are not finite");
       const Subgraph& prober = graphs_.at("prober");
-      if (probed_.empty()) throw PackageError("no turn is the user's");
+      if (probed_.empty()) throw PackageError("no turn is judged");
       double p_unsafe = 0.0;
       for (const auto& positions : probed_) {
         if (positions.empty()) throw PackageError("the prompt has no position for the prober");
         const auto outputs = prober.run(Tensor<float>::view(probed_means_.at(ends(positions)).data(), {1, width()}));
-        p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at(0), 1, prober)));
+        p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober)));
       }
       return p_unsafe;
     } catch (const std::exception& err) {

@@ -57,6 +57,9 @@ inline Image open_image(const ImageLike& image) {
       pixels.rgb.size() % (3 * static_cast<size_t>(width))) {
     throw InputError("image: expected 3 * width * height bytes");
   }
+  if (const std::string wrong = picture::wrong_size(height, width); !wrong.empty()) {
+    throw InputError("image of " + wrong);
+  }
   if (std::max(height, width) > kMaxAspectRatio * std::min(height, width)) {
     throw InputError("image of " + std::to_string(width) + "x" + std::to_string(height) +
                      " pixels: sides may differ by " + std::to_string(kMaxAspectRatio) + " times at most");

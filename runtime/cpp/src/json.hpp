@@ -143,8 +143,8 @@ struct RequestJson {
   }
 
   static Message message(const decoding::Node& node) {
-    node.object({"role", "parts"});
-    return {node["role"].as_string(), node["parts"].list(part)};
+    node.object({"role", "parts"}, {"trusted"});
+    return {node["role"].as_string(), node["parts"].list(part), node.has("trusted") && node["trusted"].as_bool()};
   }
 
   static Part part(const decoding::Node& node) {

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <memory>
@@ -43,8 +44,9 @@ inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", 
                                               "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
                                               "prefill_lower", "prefill_upper"};
 
-/// Exactly one, if the model takes images.
-inline const std::set<std::string> kImageGraphs = {"vision_encoder", "image_tokenizer"};
+/// Exactly one, if the model takes images; and the output that it gives for each tile.
+inline const std::map<std::string, std::string> kImageGraphs = {{"vision_encoder", "image_features"},
+                                                                {"image_tokenizer", "input_ids"}};
 
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
@@ -221,6 +223,19 @@ struct Manifest {
 
 namespace decoding {
 
+constexpr int kMaxDepth = 64;  // of arrays and objects in each other: deeper ones would overflow the stack elsewhere
+
+/// Refuse an array or object that begins `depth` levels deep.
+inline void check_depth(int depth, Json::parse_event_t event) {
+  const bool opens = event == Json::parse_event_t::array_start || event == Json::parse_event_t::object_start;
+  if (opens && depth >= kMaxDepth) throw PackageError("nested deeper than " + std::to_string(kMaxDepth) + " levels");
+}
+
+/// The beginning of a value's text, for errors.
+inline std::string shown(const Json& value) {
+  return unicode::first_of(value.dump(-1, ' ', false, Json::error_handler_t::replace), 60);
+}
+
 /// A JSON value and its path. Each `as_...` throws PackageError if the value does not fit.
 class Node {
  public:
@@ -324,8 +339,7 @@ class Node {
   }
 
   [[noreturn]] void misfit(const char* expected) const {
-    const auto text = data_.dump(-1, ' ', false, Json::error_handler_t::replace);
-    fail(text.substr(0, 60) + " does not fit (expected " + expected + ")");
+    fail(shown(data_) + " does not fit (expected " + expected + ")");
   }
 
   const Json& data_;
@@ -566,37 +580,60 @@ inline bool leaves_package(const std::string& file) {
          file.find_first_of(std::string("\\\0", 2)) != std::string::npos;
 }
 
-/// The tensors that the loop binds, by graph.
-inline std::map<std::string, std::vector<TensorSpec>> expected_tensors(const Manifest& m) {
+constexpr int64_t kAnySize = -1;  // in the shape of an expected tensor
+
+/// The inputs that the loop binds, and the outputs that it reads. A graph has no others.
+struct Tensors {
+  std::vector<TensorSpec> inputs, outputs;
+};
+
+/// The tensors of the image graph. How many rows or ids it gives for a tile is its own affair.
+inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
+  const ImageSpec& image = m.image.value();
+  Tensors tensors{{{"pixel_values", "float32", {"tiles", 3, image.tile_size, image.tile_size}}}, {}};
+  if (name == "image_tokenizer") {
+    tensors.outputs = {{"input_ids", "int64", {kAnySize, kAnySize}}};
+  } else {
+    tensors.outputs = {{"image_features", "float32", {kAnySize, kAnySize, m.dims.hidden_size}}};
+    if (image.anyres) tensors.outputs.push_back({"image_newline", "float32", {m.dims.hidden_size}});
+  }
+  return tensors;
+}
+
+/// The tensors of each graph.
+inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
   const Dims& d = m.dims;
   const std::string n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
   const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
-    std::vector<TensorSpec> tensors = {
-        {source, f32, rows}, {target, f32, out}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}};
+    Tensors tensors{{{source, f32, rows}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}},
+                    {{target, f32, out}}};
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
       for (const char* kind : {"key", "value"}) {
         const std::string suffix = "." + std::to_string(layer) + "." + kind;
-        tensors.push_back(
+        tensors.inputs.push_back(
             {"past_key_values" + suffix, m.cache_type, {1, d.num_key_value_heads, "past_sequence_length", d.head_dim}});
-        tensors.push_back(
+        tensors.outputs.push_back(
             {"present" + suffix, m.cache_type, {1, d.num_key_value_heads, "total_sequence_length", d.head_dim}});
       }
     }
     return tensors;
   };
-  std::map<std::string, std::vector<TensorSpec>> expected = {
-      {"embed_tokens", {{"input_ids", "int64", {1, n}}, {"inputs_embeds", f32, rows}}},
+  std::map<std::string, Tensors> expected = {
+      {"embed_tokens", {{{"input_ids", "int64", {1, n}}}, {{"inputs_embeds", f32, rows}}}},
       {"decoder_lower", half("decoder_lower", "inputs_embeds", "hidden_states", rows)},
       {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", last)},
-      {"lm_head", {{"last_hidden_state", f32, last}, {"logits", f32, {1, "num_logits", d.vocab_size}}}}};
-  expected["decoder_upper"].push_back({"num_logits", "int64", {1}});
+      {"lm_head", {{{"last_hidden_state", f32, last}}, {{"logits", f32, {1, "num_logits", d.vocab_size}}}}}};
+  expected["decoder_upper"].inputs.push_back({"num_logits", "int64", {1}});
   for (const auto& [name, copy] : kPrefillGraphs) expected[m.prefill_graph(name)] = expected.at(name);
   if (m.guarded) {
-    expected["prober"] = {{"hidden_states", f32, {1, d.hidden_size}}, {"p_unsafe", f32, {1}}};
-    expected["refusal_head"] = {
-        {"last_hidden_state", f32, last}, {"strength", f32, {1}}, {"steered_hidden_state", f32, last}};
+    expected["prober"] = {{{"hidden_states", f32, {1, d.hidden_size}}}, {{"p_unsafe", f32, {1}}}};
+    expected["refusal_head"] = {{{"last_hidden_state", f32, last}, {"strength", f32, {1}}},
+                                {{"steered_hidden_state", f32, last}}};
+  }
+  for (const auto& [name, output] : kImageGraphs) {
+    if (m.graphs.count(name)) expected[name] = expected_of_images(m, name);
   }
   return expected;
 }
@@ -652,6 +689,35 @@ inline std::vector<std::pair<std::string, std::string>> hashes(const Manifest& m
   for (const auto& [name, spec] : m.graphs) all.emplace_back(spec.file, spec.sha256);
   for (const auto& spec : m.files) all.emplace_back(spec.file, spec.sha256);
   return all;
+}
+
+using Need = std::function<void(bool condition, const std::string& what)>;
+
+/// Whether a tensor has the expected type and shape.
+inline bool fits(const TensorSpec& found, const TensorSpec& expected) {
+  const auto is_size = [](const Dimension& size, const Dimension& wanted) {
+    return wanted == Dimension(kAnySize) || size == wanted;
+  };
+  return found.dtype == expected.dtype &&
+         std::equal(found.shape.begin(), found.shape.end(), expected.shape.begin(), expected.shape.end(), is_size);
+}
+
+/// Check that the inputs or the outputs of a graph are the expected ones, in any order.
+inline void check_tensors(const std::vector<TensorSpec>& expected, const std::vector<TensorSpec>& found,
+                          const std::string& graph, const Need& need) {
+  const auto named = [](const std::vector<TensorSpec>& tensors, const std::string& name) {
+    return std::find_if(tensors.begin(), tensors.end(), [&](const TensorSpec& t) { return t.name == name; });
+  };
+  for (const TensorSpec& tensor : expected) {
+    const auto known = named(found, tensor.name);
+    need(known != found.end(), graph + " has no '" + tensor.name + "'");
+    need(fits(*known, tensor), graph + ": '" + tensor.name + "' is not of the shape and type that 'dims' says");
+  }
+  for (const TensorSpec& tensor : found) {
+    need(named(expected, tensor.name) != expected.end(),
+         graph + ": this runtime has no use for '" + tensor.name + "'");
+  }
+  need(found.size() == expected.size(), graph + " has two tensors of one name");
 }
 
 inline void check_consistency(const Manifest& m, const std::string& where) {
@@ -760,42 +826,22 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
       need(in_vocabulary(ids), "image: tile_separators have an id outside the vocabulary");
     }
   }
-  for (const auto& [name, tensors] : expected_tensors(m)) {
+  for (const auto& [name, expected] : expected_tensors(m)) {
     const GraphSpec& graph = m.graphs.at(name);
-    for (const TensorSpec& tensor : tensors) {
-      const bool found = std::count(graph.inputs.begin(), graph.inputs.end(), tensor) +
-                             std::count(graph.outputs.begin(), graph.outputs.end(), tensor) ==
-                         1;
-      need(found, "graph '" + name + "' has no '" + tensor.name + "' of the shape and type that 'dims' says");
-    }
-    need(graph.inputs.size() + graph.outputs.size() == tensors.size(),
-         "graph '" + name + "': this runtime has no use for one of its inputs or outputs");
-  }
-  for (const auto& name : kImageGraphs) {
-    if (m.graphs.count(name) == 0) continue;
-    const auto is = [](const std::vector<TensorSpec>& tensors, size_t i, const char* tensor, const char* dtype) {
-      return i < tensors.size() && tensors[i].name == tensor && tensors[i].dtype == dtype;
-    };
-    const GraphSpec& graph = m.graphs.at(name);
-    need(is(graph.inputs, 0, "pixel_values", "float32") && graph.inputs.size() == 1,
-         "graph '" + name + "' must take 'pixel_values' and nothing else");
-    const bool rows = name == "vision_encoder";
-    const std::string first = rows ? "image_features" : "input_ids";
-    need(is(graph.outputs, 0, first.c_str(), rows ? "float32" : "int64"),
-         "graph '" + name + "' must give '" + first + "' first");
-    need(!rows || !m.image->anyres || is(graph.outputs, 1, "image_newline", "float32"),
-         "graph '" + name + "' must give 'image_newline'");
+    check_tensors(expected.inputs, graph.inputs, "graph '" + name + "'", need);
+    check_tensors(expected.outputs, graph.outputs, "graph '" + name + "'", need);
   }
 }
 
-/// Parse JSON. Throws PackageError for a key given twice or a byte order mark, which parsers treat differently, and for
-/// a zero byte, at which this parser would stop.
+/// Parse JSON. Throws PackageError for a key given twice or a byte order mark, which parsers treat differently, for a
+/// zero byte, at which this parser would stop, and for more than kMaxDepth levels.
 inline Json parse_strictly(std::istream& file) {
   const std::string text{std::istreambuf_iterator<char>(file), {}};
   if (text.compare(0, 3, "\xEF\xBB\xBF") == 0) throw PackageError("it begins with a byte order mark");
   if (text.find('\0') != std::string::npos) throw PackageError("it has a zero byte");
   std::vector<std::set<std::string>> open;  // keys seen so far, for each object being parsed
-  return Json::parse(text, [&](int, Json::parse_event_t event, Json& value) {
+  return Json::parse(text, [&](int depth, Json::parse_event_t event, Json& value) {
+    check_depth(depth, event);
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
     if (event == Json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second) {
@@ -809,8 +855,12 @@ inline Json parse_strictly(std::istream& file) {
 
 inline Manifest Manifest::load(const fs::path& folder) {
   const fs::path path = folder / kManifestFile;
-  if (std::error_code ignored; !fs::exists(path, ignored)) {
+  std::error_code ignored;
+  if (!fs::exists(path, ignored)) {
     throw PackageError(folder.string() + ": no " + kManifestFile + " here; is this a folder made by autosteer-export?");
+  }
+  if (!fs::is_regular_file(path, ignored)) {  // never wait for a pipe
+    throw PackageError(path.string() + ": not readable as JSON (not a file)");
   }
   Json data;
   try {
@@ -823,7 +873,7 @@ inline Manifest Manifest::load(const fs::path& folder) {
   }
   const Json version = data.is_object() && data.contains("format_version") ? data["format_version"] : Json();
   if (version != kFormatVersion) {
-    throw PackageError(path.string() + ": format_version " + version.dump() + ", this runtime reads " +
+    throw PackageError(path.string() + ": format_version " + decoding::shown(version) + ", this runtime reads " +
                        std::to_string(kFormatVersion) + "; export the model again");
   }
   Manifest manifest = decoding::manifest({data, path.string()});

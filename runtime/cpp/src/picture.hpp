@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -37,7 +38,8 @@ struct Image {
 
 namespace picture {
 
-constexpr int64_t kMostPixels = 178956970;  // Pillow's limit against decompression bombs
+constexpr int64_t kMaxPixels = 50'000'000;      // 150 MB as RGB; a few KB of a file can ask for much more
+constexpr uintmax_t kMaxFileBytes = 100'000'000;  // they are in memory while the pixels are made
 
 /// A decoder's result: pixels, and the metadata blocks that may have the orientation.
 struct Decoded {
@@ -47,10 +49,19 @@ struct Decoded {
   std::string error;
 };
 
-/// Allocate the pixels; false if there are too many.
-inline bool allocate(Decoded& out, int64_t height, int64_t width) {
-  if (height < 1 || width < 1 || height > kMostPixels / width) return false;
-  out.image = {height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
+/// What is wrong with a size; empty if nothing is.
+inline std::string wrong_size(int64_t height, int64_t width) {
+  if (height < 1 || width < 1) return "it is empty";
+  if (height <= kMaxPixels / width) return "";
+  return std::to_string(width) + "x" + std::to_string(height) + " pixels: at most " + std::to_string(kMaxPixels);
+}
+
+/// Reserve the pixels, which take memory as they are decoded; false if there are too many.
+inline bool reserve(Decoded& out, int64_t height, int64_t width) {
+  out.error = wrong_size(height, width);
+  if (!out.error.empty()) return false;
+  out.image = {height, width, {}};
+  out.image.rgb.reserve(static_cast<size_t>(3 * height * width));
   return true;
 }
 
@@ -87,13 +98,13 @@ inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
   }
 }
 
-/// Blend with white (Pillow's alpha_composite, AlphaComposite.c).
-inline void over_white(const std::vector<uint8_t>& rgba, Image& image) {
-  for (size_t i = 0; i < rgba.size() / 4; ++i) {
+/// Append `count` pixels, blended with white (Pillow's alpha_composite, AlphaComposite.c).
+inline void over_white(const uint8_t* rgba, size_t count, std::vector<uint8_t>& rgb) {
+  for (size_t i = 0; i < count; ++i) {
     const uint32_t alpha = rgba[4 * i + 3], behind = 255 - alpha;
     for (size_t c = 0; c < 3; ++c) {
       const uint32_t sum = (rgba[4 * i + c] * alpha + 255 * behind + 128) << 7;  // 7 more bits, as in Pillow
-      image.rgb[3 * i + c] = static_cast<uint8_t>((((sum >> 8) + sum) >> 8) >> 7);
+      rgb.push_back(static_cast<uint8_t>((((sum >> 8) + sum) >> 8) >> 7));
     }
   }
 }
@@ -102,7 +113,7 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   struct State {
     png_structp png = nullptr;
     png_infop info = nullptr;
-    std::vector<uint8_t> rgba;
+    std::unique_ptr<uint8_t[]> rgba;  // a row, or the whole picture if it is interlaced
     std::vector<png_bytep> rows;
     ~State() { png_destroy_read_struct(&png, &info, nullptr); }
   } state;
@@ -117,21 +128,29 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   png_read_info(state.png, state.info);
   const int64_t height = png_get_image_height(state.png, state.info),
                 width = png_get_image_width(state.png, state.info);
-  if (!allocate(out, height, width)) png_error(state.png, "too many pixels");
+  if (!reserve(out, height, width)) return;
   png_set_strip_16(state.png);
   png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
   png_set_gray_to_rgb(state.png);
   png_set_add_alpha(state.png, 0xFF, PNG_FILLER_AFTER);
-  png_set_interlace_handling(state.png);
+  const bool interlaced = png_set_interlace_handling(state.png) > 1;
   png_read_update_info(state.png, state.info);
   if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(4 * width)) {
     png_error(state.png, "unexpected layout");
   }
-  state.rgba.resize(static_cast<size_t>(4 * height * width));
-  for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.data() + 4 * y * width);
-  png_read_image(state.png, state.rows.data());
+  const auto row = static_cast<size_t>(width);
+  state.rgba.reset(new uint8_t[4 * row * (interlaced ? static_cast<size_t>(height) : 1)]);
+  if (interlaced) {
+    for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.get() + 4 * y * width);
+    png_read_image(state.png, state.rows.data());
+    over_white(state.rgba.get(), row * static_cast<size_t>(height), out.image.rgb);
+  } else {
+    for (int64_t y = 0; y < height; ++y) {
+      png_read_row(state.png, state.rgba.get(), nullptr);
+      over_white(state.rgba.get(), row, out.image.rgb);
+    }
+  }
   png_read_end(state.png, state.info);
-  over_white(state.rgba, out.image);
   png_metadata(state.png, state.info, out);
 }
 
@@ -199,13 +218,11 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   jpeg_metadata(info, out);
   const bool cmyk = info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK;
   info.out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
-  if (!allocate(out, info.image_height, info.image_width)) {
-    out.error = "too many pixels";
-    return;
-  }
+  if (!reserve(out, info.image_height, info.image_width)) return;
   jpeg_start_decompress(&info);
   state.cmyk.resize(cmyk ? static_cast<size_t>(4 * out.image.width) : 0);
   while (info.output_scanline < info.output_height) {
+    out.image.rgb.resize(static_cast<size_t>(3 * out.image.width * (int64_t{info.output_scanline} + 1)));
     uint8_t* rgb = out.image.at(info.output_scanline, 0);
     JSAMPROW row = cmyk ? state.cmyk.data() : rgb;
     jpeg_read_scanlines(&info, &row, 1);
@@ -272,11 +289,16 @@ inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string
 
 /// A PNG or JPEG file as upright RGB. Throws InputError for a missing file, another format, or a damaged image.
 inline Image read_picture(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
   std::error_code ignored;
-  if (!file || !std::filesystem::is_regular_file(path, ignored)) {
-    throw InputError(path.string() + ": no such image file");
+  if (!std::filesystem::exists(path, ignored)) throw InputError(path.string() + ": no such image file");
+  if (!std::filesystem::is_regular_file(path, ignored)) {  // before it is opened: never wait for a pipe
+    throw InputError(path.string() + ": not a readable image (not a file)");
   }
+  if (const uintmax_t size = std::filesystem::file_size(path, ignored); size > picture::kMaxFileBytes) {
+    throw InputError(path.string() + ": not a readable image (" + std::to_string(size) + " bytes: at most " +
+                     std::to_string(picture::kMaxFileBytes) + ")");
+  }
+  std::ifstream file(path, std::ios::binary);
   const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
   return decode_picture(bytes, path.string());
 }

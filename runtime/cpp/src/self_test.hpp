@@ -72,7 +72,7 @@ inline std::string number(double value) {
 inline double score(const Subgraph& prober, const float* state, int64_t width) {
   try {
     const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
-    const auto [data, count] = values<float>(outputs.at(0), prober);
+    const auto [data, count] = values<float>(outputs.at("p_unsafe"), prober);
     return count == 1 ? *data : std::nan("");
   } catch (const std::exception&) {
     return std::nan("");

@@ -164,13 +164,16 @@ class Subgraph {
     }
   }
 
-  /// Run a graph of one input (Manifest::load checks that); outputs in the graph's order. The arena then frees its
-  /// unused memory: image graphs take the most, and may not run again.
-  std::vector<Ort::Value> run(const Ort::Value& input) const {
+  /// Run a graph of one input (Manifest::load checks that); outputs by name. The arena then frees its unused memory:
+  /// image graphs take the most, and may not run again.
+  std::map<std::string, Ort::Value> run(const Ort::Value& input) const {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    return session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::vector<Ort::Value> made = session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::map<std::string, Ort::Value> named;
+    for (size_t i = 0; i < made.size(); ++i) named.emplace(outputs_[i], std::move(made[i]));
+    return named;
   }
 
   Ort::Session& session() const { return session_; }

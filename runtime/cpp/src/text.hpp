@@ -32,18 +32,25 @@ using Part = std::variant<std::string, ImageLike, VideoPart>;
 struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
+  bool trusted = false;  ///< your program wrote it itself, so the gate does not judge it; never a user turn
+
+  /// A system turn. `trusted`: it is your program's own text.
+  static Message system(std::string text, bool trusted = false) { return {"system", {std::move(text)}, trusted}; }
 
   /// A user turn: images, videos (the frames of each; see open_video), then a text.
   static Message user(std::string text, std::vector<ImageLike> images = {},
                       std::vector<std::vector<ImageLike>> videos = {}) {
-    Message message{"user", {}};
+    Message message{"user", {}, false};
     for (ImageLike& image : images) message.parts.emplace_back(std::move(image));
     for (auto& frames : videos) message.parts.emplace_back(VideoPart{std::move(frames)});
     message.parts.emplace_back(std::move(text));
     return message;
   }
 
-  static Message assistant(std::string text) { return {"assistant", {std::move(text)}}; }
+  /// An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue.
+  static Message assistant(std::string text, bool trusted = false) {
+    return {"assistant", {std::move(text)}, trusted};
+  }
 };
 
 /// Token ids, or the place of an image or a video.
@@ -52,101 +59,163 @@ struct Run {
   std::vector<int64_t> ids;
 };
 
-/// A turn that the prober scores: every user turn, and the last turn.
-struct AskedTurn {
-  size_t index;     ///< among the messages
-  int64_t before;   ///< text tokens before its content: earlier turns and its prefix
-  int64_t through;  ///< text tokens before its answer
+/// A place in a rendered prompt: what stands before it.
+struct Place {
+  int64_t tokens;  ///< text tokens
+  size_t slots;    ///< images and videos
 };
 
-/// Token ids of a dialogue, with a run of its own for each image and each video. Adjacent literal and user text are
-/// tokenised together, as in the template's own rendering. `asked`, if given, receives the turns that the prober
-/// scores, each counted as if the dialogue ended there. Throws InputError for an empty dialogue, an unknown role, an
-/// image or a video in a turn that takes none, or text that is not valid Unicode.
-inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
-                               std::vector<AskedTurn>* asked = nullptr) {
-  if (messages.empty()) throw InputError("the dialogue is empty");
+/// A turn that the prober scores, counted as if the dialogue ended there.
+struct JudgedTurn {
+  Place content;   ///< where its content begins, behind its prefix
+  Place end;       ///< where its answer would begin, behind the generation prompt
+  int64_t unlike;  ///< of the last tokens before `end`, those that the prompt has otherwise, as the dialogue goes on
+};
+
+namespace rendering {
+
+/// Writes pieces as runs. Adjacent literal and user text are tokenised together, as in the template's own rendering.
+class Writer {
+ public:
+  explicit Writer(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
   std::vector<Run> runs;
-  std::string text;  // literal and user text since the last token or image
-  const auto add_ids = [&](const std::vector<int64_t>& ids) {
-    if (runs.empty() || !runs.back().slot.empty()) runs.emplace_back();
-    runs.back().ids.insert(runs.back().ids.end(), ids.begin(), ids.end());
-  };
-  const auto end_text = [&] {
-    if (!text.empty()) add_ids(tokenizer.encode(text));
-    text.clear();
-  };
-  const auto add_pieces = [&](const std::vector<TemplatePiece>& pieces, std::string_view filling = {}) {
+
+  /// Add pieces; `filling` is the text of those of kind `text`.
+  void write(const std::vector<TemplatePiece>& pieces, std::string_view filling = {}) {
     for (const TemplatePiece& piece : pieces) {
       if (piece.kind == "literal") {
-        text += piece.text;
+        text_ += piece.text;
       } else if (piece.kind == "text") {
-        text += filling;
+        text_ += filling;
       } else {
-        end_text();
+        close_text();
         if (piece.kind == "token") {
-          add_ids({piece.id});
+          add({piece.id});
         } else {
           runs.push_back({piece.kind, {}});
+          ++slots_;
         }
       }
     }
-  };
+  }
 
-  // Number of text tokens so far and of `more`, which has no slots.
-  const auto tokens = [&](const std::vector<TemplatePiece>& more) {
-    size_t count = 0;
-    std::string rest = text;
-    for (const Run& run : runs) count += run.ids.size();
+  /// The place `ahead` tokens behind the last token or slot.
+  Place place(size_t ahead) const { return {tokens_ + static_cast<int64_t>(ahead), slots_}; }
+
+  /// The tokens behind that place, if the prompt ended with `more`, which has no slots.
+  std::vector<int64_t> ahead(const std::vector<TemplatePiece>& more = {}) const {
+    std::vector<int64_t> ids;
+    std::string text = text_;
+    const auto close = [&] {
+      const std::vector<int64_t> closed = text.empty() ? std::vector<int64_t>{} : tokenizer_.encode(text);
+      ids.insert(ids.end(), closed.begin(), closed.end());
+      text.clear();
+    };
     for (const TemplatePiece& piece : more) {
       if (piece.kind == "literal") {
-        rest += piece.text;
+        text += piece.text;
         continue;
       }
-      count += 1 + (rest.empty() ? 0 : tokenizer.encode(rest).size());
-      rest.clear();
+      close();
+      ids.push_back(piece.id);
     }
-    return static_cast<int64_t>(count + (rest.empty() ? 0 : tokenizer.encode(rest).size()));
-  };
+    close();
+    return ids;
+  }
 
-  if (messages[0].role != "system") add_pieces(spec.begin);
-  for (size_t n = 0; n < messages.size(); ++n) {
-    const Message& message = messages[n];
-    const bool scored = asked && (message.role == "user" || n + 1 == messages.size());
+  void close_text() {
+    if (!text_.empty()) add(tokenizer_.encode(text_));
+    text_.clear();
+  }
+
+ private:
+  void add(const std::vector<int64_t>& ids) {
+    tokens_ += static_cast<int64_t>(ids.size());
+    if (runs.empty() || !runs.back().slot.empty()) runs.emplace_back();
+    runs.back().ids.insert(runs.back().ids.end(), ids.begin(), ids.end());
+  }
+
+  const Tokenizer& tokenizer_;
+  std::string text_;  // literal and user text since the last token or slot
+  int64_t tokens_ = 0;
+  size_t slots_ = 0;
+};
+
+/// Add the parts of a turn. Throws InputError for an image or a video in a turn that takes none.
+inline void write_parts(Writer& writer, const Message& message, const TurnSpec& turn, const PromptSpec& spec) {
+  std::vector<const Part*> parts;
+  for (const Part& part : message.parts) parts.push_back(&part);
+  if (spec.images_first) {
+    const auto rank = [](const Part* part) {  // images, videos, texts
+      return std::holds_alternative<std::string>(*part) ? 2 : std::holds_alternative<VideoPart>(*part) ? 1 : 0;
+    };
+    std::stable_sort(parts.begin(), parts.end(), [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
+  }
+  if (!parts.empty() && std::holds_alternative<std::string>(*parts[0])) writer.write(turn.lead);
+  for (const Part* part : parts) {
+    if (const auto* words = std::get_if<std::string>(part)) {
+      writer.write(turn.text, spec.strip_text ? strip(*words) : std::string_view(*words));
+      continue;
+    }
+    const bool video = std::holds_alternative<VideoPart>(*part);
+    const std::vector<TemplatePiece>& slot = video ? turn.video : turn.image;
+    if (slot.empty()) {  // never drop a picture silently, nor move it to another turn
+      throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
+    }
+    writer.write(slot);
+  }
+}
+
+/// A turn as it ends before the dialogue goes on.
+struct TurnEnd {
+  Place content, closed;       // `closed`: the last token or slot that nothing can change
+  std::vector<int64_t> ahead;  // the tokens between `closed` and the end
+};
+
+/// `rows`: the whole prompt's token ids, and -1 for each image and video.
+inline JudgedTurn judged(const TurnEnd& turn, const std::vector<int64_t>& rows) {
+  const auto size = static_cast<int64_t>(turn.ahead.size());
+  const auto first = rows.begin() + turn.closed.tokens + static_cast<int64_t>(turn.closed.slots);
+  const auto differ = std::mismatch(turn.ahead.begin(), turn.ahead.end(), first, rows.end());
+  return {turn.content, {turn.closed.tokens + size, turn.closed.slots}, turn.ahead.end() - differ.first};
+}
+
+}  // namespace rendering
+
+/// Token ids of a dialogue, with a run of its own for each image and each video. `judged` receives the turns that the
+/// prober scores: all but the trusted ones, and the last in any case. Throws InputError for an empty dialogue, an
+/// unknown role, an image or a video in a turn that takes none, a trusted user turn, or text that is not valid Unicode.
+inline std::vector<Run> render(const std::vector<Message>& messages, const PromptSpec& spec, const Tokenizer& tokenizer,
+                               std::vector<JudgedTurn>& judged) {
+  if (messages.empty()) throw InputError("the dialogue is empty");
+  rendering::Writer writer(tokenizer);
+  std::vector<rendering::TurnEnd> ends;
+  if (messages[0].role != "system") writer.write(spec.begin);
+  for (const Message& message : messages) {
     const TurnSpec* turn = message.role == "user"                    ? &spec.user
                            : message.role == "assistant"             ? &spec.assistant
                            : message.role == "system" && spec.system ? &*spec.system
                                                                      : nullptr;
     if (!turn) throw InputError("this model's prompts have no '" + message.role + "' turn");
-    std::vector<const Part*> parts;
-    for (const Part& part : message.parts) parts.push_back(&part);
-    if (spec.images_first) {
-      const auto rank = [](const Part* part) {  // images, videos, texts
-        return std::holds_alternative<std::string>(*part) ? 2 : std::holds_alternative<VideoPart>(*part) ? 1 : 0;
-      };
-      std::stable_sort(parts.begin(), parts.end(), [&](const Part* a, const Part* b) { return rank(a) < rank(b); });
+    if (message.trusted && message.role == "user") {
+      throw InputError("a user turn cannot be trusted: it is what the gate judges");
     }
-    add_pieces(turn->prefix);
-    if (scored) asked->push_back({n, tokens({}), 0});
-    if (!parts.empty() && std::holds_alternative<std::string>(*parts[0])) add_pieces(turn->lead);
-    for (const Part* part : parts) {
-      if (const auto* words = std::get_if<std::string>(part)) {
-        add_pieces(turn->text, spec.strip_text ? strip(*words) : std::string_view(*words));
-        continue;
-      }
-      const bool video = std::holds_alternative<VideoPart>(*part);
-      const std::vector<TemplatePiece>& slot = video ? turn->video : turn->image;
-      if (slot.empty()) {  // never drop a picture silently, nor move it to another turn
-        throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
-      }
-      add_pieces(slot);
-    }
-    add_pieces(turn->suffix);
-    if (scored) asked->back().through = tokens(spec.generation);
+    writer.write(turn->prefix);
+    const Place content = writer.place(writer.ahead().size());
+    rendering::write_parts(writer, message, *turn, spec);
+    writer.write(turn->suffix);
+    const bool is_judged = !message.trusted || &message == &messages.back();
+    if (is_judged) ends.push_back({content, writer.place(0), writer.ahead(spec.generation)});
   }
-  add_pieces(spec.generation);
-  end_text();
-  return runs;
+  writer.write(spec.generation);
+  writer.close_text();
+  std::vector<int64_t> rows;
+  for (const Run& run : writer.runs) {
+    run.slot.empty() ? void(rows.insert(rows.end(), run.ids.begin(), run.ids.end())) : rows.push_back(-1);
+  }
+  for (const rendering::TurnEnd& end : ends) judged.push_back(rendering::judged(end, rows));
+  return std::move(writer.runs);
 }
 
 /// Turns token ids into text as they come. Emits whole characters only, and no part of a stop string.

@@ -36,6 +36,7 @@
 #endif
 
 #include "errors.hpp"
+#include "manifest.hpp"
 #include "unicode.hpp"
 
 namespace autosteer {
@@ -86,7 +87,10 @@ class Tokenizer {
   explicit Tokenizer(const std::filesystem::path& path) {
     try {
       std::ifstream file(path, std::ios::binary);
-      load(nlohmann::json::parse(file));
+      load(Json::parse(file, [](int depth, Json::parse_event_t event, Json&) {
+        decoding::check_depth(depth, event);
+        return true;
+      }));
 #ifdef __GLIBC__
       malloc_trim(0);  // glibc would keep the tens of megabytes that the JSON document took
 #endif
@@ -119,8 +123,6 @@ class Tokenizer {
   }
 
  private:
-  using Json = nlohmann::json;
-
   struct AddedToken {
     std::string content;
     int64_t id;
@@ -146,7 +148,7 @@ class Tokenizer {
   // --- reading the file ---------------------------------------------------------------------------------------------
 
   [[noreturn]] static void unknown(const std::string& what, const Json& value) {
-    throw PackageError(what + " " + value.dump().substr(0, 80) + " is not supported by the C++ tokenizer");
+    throw PackageError(what + " " + decoding::shown(value) + " is not supported by the C++ tokenizer");
   }
 
   void load(const Json& data) {

@@ -3,6 +3,7 @@
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -67,6 +68,13 @@ inline std::string lossy(std::string_view bytes) {
     at += bad;
   }
   return out;
+}
+
+/// The first characters of a text, at most `bytes` long; ill-formed ones are replaced.
+inline std::string first_of(std::string_view text, size_t bytes) {
+  size_t end = std::min(text.size(), bytes);
+  while (end > 0 && end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return lossy(text.substr(0, end));
 }
 
 }  // namespace unicode

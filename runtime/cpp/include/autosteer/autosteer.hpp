@@ -164,13 +164,20 @@ struct Part {
 struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
+  bool trusted = false;  ///< your program wrote it itself, so the gate does not judge it; never a user turn
 
-  static Message system(std::string text) { return {"system", {Part(std::move(text))}}; }
-  static Message assistant(std::string text) { return {"assistant", {Part(std::move(text))}}; }
+  static Message system(std::string text, bool trusted = false) {
+    return {"system", {Part(std::move(text))}, trusted};
+  }
+
+  /// An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue.
+  static Message assistant(std::string text, bool trusted = false) {
+    return {"assistant", {Part(std::move(text))}, trusted};
+  }
 
   /// Pictures, then videos, then the text.
   static Message user(std::string text, std::vector<Image> images = {}, std::vector<Video> videos = {}) {
-    Message message{"user", {}};
+    Message message{"user", {}, false};
     for (Image& image : images) message.parts.emplace_back(std::move(image));
     for (Video& video : videos) message.parts.emplace_back(std::move(video));
     message.parts.emplace_back(std::move(text));
@@ -297,6 +304,7 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
   auto request = owned(made, autosteer_request_free);
   for (const Message& message : messages) {
     check(autosteer_request_turn(made, message.role.c_str()));
+    if (message.trusted) check(autosteer_request_trust(made));
     for (const Part& part : message.parts) {
       std::vector<const autosteer_image*> frames;
       for (const Image& frame : part.frames) frames.push_back(frame.get());
