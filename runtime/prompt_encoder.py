@@ -24,7 +24,7 @@ from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError
-from .generation import EncodedPrompt, Float, Key, Stats, ms_since
+from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
 from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
 from .subgraph import Subgraph
@@ -63,7 +63,7 @@ class PromptEncoder:
             **{d: functools.partial(self.encode_image, p, alone=alone) for d, p in zip(digests, pictures, strict=True)},
             **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
         }
-        encoded = self._encode(encoders, stats, conversation)
+        encoded, tiles = self._encode(encoders, stats, conversation)
         stats.vision_ms = ms_since(before)
         framing = [sum(len(part) for part in encoded[digest] if isinstance(part, list)) for digest in digests]
         before = time.perf_counter()
@@ -86,7 +86,8 @@ class PromptEncoder:
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
-        return EncodedPrompt(embeds, token_ids, keys, self._probed_positions(messages, text, framing))
+        shown = tuple(ShownPicture(sum(map(len, encoded[d])), tiles[d]) for d in (*digests, *video_digests))
+        return EncodedPrompt(embeds, token_ids, keys, self._probed_positions(messages, text, framing), shown)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -130,13 +131,20 @@ class PromptEncoder:
         encoders: Mapping[bytes, Callable[..., images_.Runs]],
         stats: Stats,
         conversation: Conversation | None,
-    ) -> dict[bytes, images_.Runs]:
-        """Rows and token ids of pictures and videos, by digest. A conversation's are not encoded again."""
+    ) -> tuple[dict[bytes, images_.Runs], dict[bytes, int]]:
+        """Rows and token ids of pictures and videos, by digest. A conversation's are not encoded again, and then took no
+        tiles: the other dictionary has how many each took.
+        """
         known = conversation.images if conversation else {}
-        encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
+        encoded: dict[bytes, images_.Runs] = {}
+        tiles: dict[bytes, int] = {}
+        for digest, encode in encoders.items():
+            before = stats.image_tiles
+            encoded[digest] = known[digest] if digest in known else encode(stats=stats)
+            tiles[digest] = stats.image_tiles - before
         if conversation:
             conversation.images = encoded
-        return encoded
+        return encoded, tiles
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
         """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them."""

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .cancel import run_graph
 from .errors import PackageError, ProviderError
 from .manifest import GraphSpec, TensorSpec
 
@@ -195,7 +196,7 @@ class Subgraph:
 
         The arena then frees its unused memory: image graphs take the most, and may not run again.
         """
-        return list(self.session.run(None, dict(inputs), shrinking(self.device)))
+        return run_graph(shrinking(self.device), lambda options: list(self.session.run(None, dict(inputs), options)))
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
         """The graph bound to fixed buffers. Each call runs it once, without look-ups or copies."""
@@ -219,7 +220,7 @@ class BoundGraph:
 
     def __call__(self) -> None:
         """Run once; results are in the output buffers."""
-        self._session.run_with_iobinding(self._binding)
+        run_graph(ort.RunOptions(), lambda options: self._session.run_with_iobinding(self._binding, options))
 
 
 @functools.cache
