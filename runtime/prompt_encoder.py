@@ -132,8 +132,8 @@ class PromptEncoder:
         stats: Stats,
         conversation: Conversation | None,
     ) -> tuple[dict[bytes, images_.Runs], dict[bytes, int]]:
-        """Rows and token ids of pictures and videos, by digest. A conversation's are not encoded again, and then took no
-        tiles: the other dictionary has how many each took.
+        """Rows and token ids of pictures and videos, by digest. A conversation has some already: then they took
+        no tiles. The second dictionary has how many each took.
         """
         known = conversation.images if conversation else {}
         encoded: dict[bytes, images_.Runs] = {}
