@@ -203,6 +203,11 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _disagreement(param: str, message: Any) -> PydanticCustomError:
+    """A parameter that does not go with the others."""
+    return PydanticCustomError("disagreement", message, {"loc": (param,)})
+
+
 class ChatBody(Generation):
     """POST /v1/chat/completions"""
 
@@ -222,11 +227,11 @@ class ChatBody(Generation):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("agree", "top_logprobs needs logprobs = true")
+            raise _disagreement("top_logprobs", "needs logprobs = true")
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("agree", "stream_options needs stream = true")
+            raise _disagreement("stream_options", "needs stream = true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError("agree", "max_tokens and max_completion_tokens differ: give one of them")
+            raise _disagreement("max_completion_tokens", "differs from max_tokens; give one of them")
         return self
 
 
@@ -298,8 +303,9 @@ def _not_honoured(name: str) -> str:
 
 def _refusal(err: ValidationError) -> ApiError:
     """The first error, with the path of its parameter."""
-    first = err.errors(include_url=False, include_context=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    first = err.errors(include_url=False)[0]
+    loc = first["loc"] or (first.get("ctx") or {}).get("loc", ())
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{path}: there is no such parameter here", param=path, code="unsupported_parameter")
     code = "missing_parameter" if first["type"] == "missing" else "invalid_value"
