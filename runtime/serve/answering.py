@@ -93,6 +93,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_ms: float) -> dict[str, Any]:
     """The `autosteer` object: the verdict, what each picture took, and the stages of the first token in ms."""
+    before_an_answer = stats.vision_ms + stats.embed_ms + stats.lower_ms + stats.gate_ms
     return {
         "verdict": verdict_json(verdict),
         "prompt_tokens": stats.prompt_tokens,
@@ -105,7 +106,7 @@ def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_
             "lower": round(stats.lower_ms, 3),
             "gate": round(stats.gate_ms, 3),
             "upper": None if stats.upper_ms is None else round(stats.upper_ms, 3),
-            "total": round(queue_ms + stats.ttft_ms, 3),
+            "total": round(queue_ms + (stats.ttft_ms or before_an_answer), 3),
         },
         "tokens_per_second": stats.decode_tok_s and round(stats.decode_tok_s, 1),
         "device": stats.device,

@@ -13,6 +13,7 @@ from conftest import load
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "click"}  # what pyproject.toml's dependencies are imported as
+SERVE = {"starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"}  # the extra `serve`
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "rich", "safetensors", "huggingface_hub")
 
 
@@ -57,6 +58,11 @@ def sources(folder: str) -> list[Path]:
     return sorted(p for p in (ROOT / folder).rglob("*.py"))
 
 
+def is_server(path: Path) -> bool:
+    """Whether a source of the runtime belongs to autosteer-serve."""
+    return path.relative_to(ROOT).parts[:2] == ("runtime", "serve")
+
+
 def test_imports_sees_relative_and_local_imports(tmp_path, monkeypatch):
     """The checks below could not fail if `imports` overlooked a way to write an import."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
@@ -71,6 +77,7 @@ def test_no_module_of_the_runtime_loads_anything_but_its_dependencies():
     modules = [
         "autosteer." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sources("runtime")
+        if not is_server(path)
     ]
     assert {"autosteer.runtime", "autosteer.runtime.engine", "autosteer.runtime.evaluation.cli"} <= set(modules)
     code = (
@@ -102,10 +109,34 @@ def test_answering_a_prompt_with_an_image_loads_nothing_but_the_dependencies(pac
     assert output_of(code) == ["orange yellow green", "[]"]
 
 
-def test_help_needs_neither_onnxruntime_nor_numpy():
+@pytest.mark.parametrize("module", ["cli", "serve.cli"])
+def test_help_needs_neither_onnxruntime_nor_numpy(module):
     """--help stays quick: the console scripts import click and nothing big."""
-    code = "import autosteer.runtime.cli; print(sorted({'numpy', 'onnxruntime', 'PIL', 'click'} & set(sys.modules)))"
-    assert output_of(code) == ["['click']"]
+    code = f"import autosteer.runtime.{module}; print(foreign(), {{'numpy', 'onnxruntime', 'PIL'}} & set(sys.modules))"
+    assert output_of(code) == ["[] set()"]
+
+
+@pytest.mark.parametrize("path", sources("runtime"), ids=lambda p: p.name)
+def test_only_the_server_needs_the_extra_serve(path):
+    """Nothing else of the runtime imports the server, nor what it is built on; and it is built on nothing more."""
+    found = imports(path)
+    if is_server(path):
+        others = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+        assert others <= {"autosteer", *ALLOWED, *SERVE}
+    else:
+        assert not {name for name in found if name.startswith("autosteer.runtime.serve")}
+        assert not {name.partition(".")[0] for name in found} & SERVE
+
+
+def test_without_its_extra_the_server_says_what_to_install(package):
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; from autosteer.runtime.serve.cli import main; "
+        f"sys.argv = ['autosteer-serve', {str(package)!r}]; main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr.endswith("install what autosteer-serve needs: pip install 'autosteer-edge[serve]'\n")
+    assert "Traceback" not in out.stderr
 
 
 @pytest.mark.parametrize("path", sources("runtime"), ids=lambda p: p.name)
