@@ -76,8 +76,8 @@ class Access:
                     code="wrong_host",
                 )
         elif scope["path"] not in OPEN and not scope["path"].startswith("/static/"):
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if not (hmac.compare_digest(given.encode(), self._key.encode()) and scheme.lower() == "bearer"):
                 raise ApiError(
                     401,
                     "give the server's API key, as `Authorization: Bearer KEY`",

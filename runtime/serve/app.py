@@ -8,7 +8,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -209,7 +209,13 @@ class Service:
             yield piece
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.settings.limits.body_bytes)
+        """The body of a request. Raises ApiError 408, 413 or 429 before it has taken more memory than it may."""
+        self.scheduler.require_room()
+        limits = self.settings.limits
+        try:
+            return await asyncio.wait_for(read_body(request, limits.body_bytes), limits.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body took longer than {limits.seconds:g} s", code="time_limit") from None
 
     def _require_model(self, name: str) -> None:
         if name != self.settings.model:
@@ -313,12 +319,27 @@ async def _watching(request: Request, job: Job[Any]) -> AsyncIterator[None]:
         job.cancel.set()
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # Starlette's own: no such path, or another method
-        return refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=CLIENT_GONE)
-    return refusal(as_api_error(error))
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _answering_errors(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, with every error as the answer that it is."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+        except Exception as err:
+            return refusal(as_api_error(err))
+
+    return guarded
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own errors: no such path, or another method."""
+    assert isinstance(error, HTTPException)
+    return refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
 
 def make_app(engine: Engine, settings: Settings, package: Path) -> Starlette:
@@ -335,18 +356,17 @@ def make_app(engine: Engine, settings: Settings, package: Path) -> Starlette:
         Route("/health", service.health),
         Route("/metrics", service.show_metrics),
         Route("/v1/models", service.models),
-        Route("/v1/models/{name:path}", service.model),
-        Route("/v1/chat/completions", service.chat, methods=["POST"]),
-        Route("/v1/responses", service.responses, methods=["POST"]),
-        Route("/v1/moderations", service.moderations, methods=["POST"]),
+        Route("/v1/models/{name:path}", _answering_errors(service.model)),
+        Route("/v1/chat/completions", _answering_errors(service.chat), methods=["POST"]),
+        Route("/v1/responses", _answering_errors(service.responses), methods=["POST"]),
+        Route("/v1/moderations", _answering_errors(service.moderations), methods=["POST"]),
     ]
     access = Middleware(
         Access, key=settings.key, metrics=service.metrics, paths=frozenset(route.path for route in routes)
     )
-    handlers = dict.fromkeys((ApiError, HTTPException, ClientDisconnect, Exception), _on_api_error)
     return Starlette(
         routes=[*routes, Mount("/static", StaticFiles(directory=STATIC))],
         middleware=[access],
-        exception_handlers=handlers,
+        exception_handlers={HTTPException: _on_http_exception},
         lifespan=lifespan,
     )

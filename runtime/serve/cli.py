@@ -15,6 +15,7 @@ from .limits import Limits
 
 KEY_VARIABLE = "AUTOSTEER_API_KEY"
 MOST_DRAIN_SECONDS = 30
+MOST_CONNECTIONS = 256  # each may hold a body
 DEFAULTS = Limits()
 
 
@@ -124,6 +125,7 @@ def serve(
             log_level="info" if access_log else "warning",
             access_log=access_log,
             server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=MOST_DRAIN_SECONDS,
         )
         address, actual = listener.getsockname()[:2]

@@ -47,6 +47,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+MOST_MESSAGES = 1024  # rendering a dialogue takes time that grows with their square
 LARGEST_SEED = 2**63 - 1
 
 
@@ -211,7 +212,7 @@ def _disagreement(param: str, message: Any) -> PydanticCustomError:
 class ChatBody(Generation):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: Annotated[
@@ -242,7 +243,7 @@ class ResponsesBody(Generation):
         list[Item],
         BeforeValidator(lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v),
         WithJsonSchema({"type": ["string", "array"]}),
-    ] = Field(min_length=1)
+    ] = Field(min_length=1, max_length=MOST_MESSAGES)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
 

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from ..cancel import Cancel
@@ -52,7 +52,7 @@ class Job(Generic[E]):
         with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody waits
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def events(self) -> Any:
+    async def events(self) -> AsyncIterator[E]:
         """Yield the events. Raises what the work raised, or what `end` was given."""
         try:
             while (event := await self._events.get()) is not _END:
@@ -89,8 +89,8 @@ class Scheduler:
         """How many requests compute: 0 or 1."""
         return int(self._current is not None)
 
-    def submit(self, work: Work[E]) -> Job[E]:
-        """Queue `work`. Raises ApiError 429 if too many wait already, 503 once the server stops."""
+    def require_room(self) -> None:
+        """Raise ApiError 429 if too many requests wait already, 503 once the server stops."""
         if self._closed:
             raise ApiError(503, "the server is stopping", code="stopping")
         limit = self._limits.waiting
@@ -102,9 +102,14 @@ class Scheduler:
                 code="queue_full",
                 headers={"Retry-After": str(seconds)},
             )
+
+    def submit(self, work: Work[E]) -> Job[E]:
+        """Queue `work`. Raises ApiError as `require_room` does."""
+        self.require_room()
         job = Job(work, self._limits.seconds)
         with self._changed:
-            self._waiting.append(job)
+            waiting = [other for other in self._waiting if not other.cancel.is_set]  # the others' bodies are freed
+            self._waiting = deque([*waiting, job])
             self._changed.notify()
         return job
 
