@@ -276,6 +276,14 @@ def test_models_health_and_metrics(client, server):
     assert "<title>" in http.get("/").text
 
 
+def test_an_answer_counts_once_however_many_tokens_it_has(client, server):
+    names = ("autosteer_verdicts_total", "autosteer_p_unsafe_count", "autosteer_first_token_seconds_count")
+    before = [server.metric(name) for name in names]
+    ask(client, "tick", max_tokens=9, stream=False)
+    list(ask(client, "tick", max_tokens=9, stream=True))
+    assert [server.metric(name) for name in names] == [count + 2 for count in before]
+
+
 def test_a_stream_ends_with_done(server):
     with server.http().stream("POST", CHAT, json={"model": "toy", "messages": asks("red"), "stream": True}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")

@@ -377,6 +377,7 @@ def test_with_a_key_nobody_else_is_answered(engine, package):
             for path in ("/v1/models", "/metrics"):
                 assert server.http().get(path, headers=headers).status_code == 401
             assert server.http().post(CHAT, json=body(), headers=headers).status_code == 401
+        assert server.http().get("/v1/models", headers={"Authorization": f"Basic {KEY}"}).status_code == 401
         with server.openai(api_key=KEY) as client:
             assert client.chat.completions.create(**body()).choices[0].message.content == "orange yellow green"
         with server.openai() as client, pytest.raises(openai.AuthenticationError):
