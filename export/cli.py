@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .graphs.quantize import Scheme
     from .safety_folder import SafetyArtifact
 
-ADVICE = {  # on a package that differs too much, by --precision, --target and --block-size
+# What to try if a package differs too much, by --precision, --target and --block-size.
+ADVICE: dict[tuple[str, str, str | None], str] = {
     ("int4", "cpu", None): "; try --block-size 32, or int8",
     ("int4", "cuda", None): "; try --block-size 32, or int8",
     ("int8", "cpu", None): "; try --block-size 128",

@@ -52,9 +52,10 @@ def check_text(fit_model: FitModel, prompts: Sequence[Prompt]) -> None:
 def render(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> str:
     """The checkpoint's chat template around one user turn, images first."""
     content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": prompt.text}]
-    return fit_model.processor.apply_chat_template(
+    text: str = fit_model.processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=generation, tokenize=False
     )
+    return text
 
 
 def encode(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> Encoded:
