@@ -56,7 +56,6 @@ class Cancel:
 _CURRENT: ContextVar[Cancel | None] = ContextVar("cancel", default=None)
 
 
-def run_graph(options: Any, call: Callable[[Any], T]) -> T:
-    """`call(options)`, as the Cancel of this thread's block allows."""
-    cancel = _CURRENT.get()
-    return call(options) if cancel is None else cancel.run(options, call)
+def current() -> Cancel | None:
+    """The Cancel of the block that this thread is in."""
+    return _CURRENT.get()
