@@ -16,9 +16,8 @@ pytestmark = pytest.mark.exports
 
 @pytest.fixture(scope="module")
 def client():
-    from exported import demo_engine, demo_package
-
-    with served(demo_engine("fp32"), demo_package("fp32")) as server, server.openai() as made:
+    exported = pytest.importorskip("exported", reason="needs [export]")
+    with served(exported.demo_engine("fp32"), exported.demo_package("fp32")) as server, server.openai() as made:
         yield made
 
 

@@ -178,8 +178,8 @@ def test_models_import_nothing_of_the_exporter(path):
 
 @pytest.mark.parametrize("path", sources("export/safety"), ids=lambda p: p.name)
 def test_the_fit_needs_only_the_checkpoint_and_the_safety_folder_of_the_exporter(path):
-    """`output` writes any folder completely or not at all."""
-    allowed = ("safety", "checkpoint", "safety_folder", "output")
+    """`output` writes any folder completely or not at all; `heartbeat` says that a long run is alive."""
+    allowed = ("safety", "checkpoint", "safety_folder", "output", "heartbeat")
     ours = {name.split(".")[2] for name in imports(path) if name.startswith("autosteer.export.")}
     assert ours <= set(allowed)
 
