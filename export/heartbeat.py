@@ -36,7 +36,7 @@ def heartbeat(console: Console, progress: Progress, seconds: float = SECONDS) ->
 
 
 def _line(progress: Progress) -> str:
-    """hidden states: 120 of 4000 (3 %), after 5 min"""
+    """hidden states: 3 %, after 5 min"""
     task = progress.tasks[-1]
-    share = f": {task.completed:g} of {task.total:g} ({task.percentage:.0f} %)" if task.total else ""
+    share = f": {task.percentage:.0f} %" if task.completed else ""  # a step that does not count stays at 0
     return f"{task.description}{share}, after {(task.elapsed or 0) / 60:.0f} min"
