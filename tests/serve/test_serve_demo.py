@@ -47,8 +47,7 @@ def test_a_second_turn_with_a_picture_computes_neither_it_nor_the_first(client):
     assert text.startswith("a blue star at the top left")
     again = ask(client, first, text, "describe the picture.")
     assert again.autosteer["pictures"] == [{"tokens": seen.autosteer["pictures"][0]["tokens"], "tiles": 0}]
-    new = again.usage.prompt_tokens - again.usage.prompt_tokens_details.cached_tokens
-    assert again.usage.prompt_tokens > 80 and new < 20
+    assert again.usage.prompt_tokens_details.cached_tokens >= seen.usage.prompt_tokens - 1
     assert again.autosteer["first_token_ms"]["vision"] < seen.autosteer["first_token_ms"]["vision"] / 2
 
 
