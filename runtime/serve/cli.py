@@ -128,6 +128,7 @@ def serve(
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=MOST_DRAIN_SECONDS,
         )
+        listener.listen()  # before the address is printed: whoever reads it may connect
         address, actual = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         click.echo(f"{settings.model} on http://{shown}:{actual} (policy {policy}); Ctrl-C stops", err=True)
