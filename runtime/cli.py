@@ -115,6 +115,7 @@ def load(
     default=True,
     help="Draft what the answer copies from the prompt. Faster. Near ties may differ at int8 and int4.  [on]",
 )
+@click.option("--score-only", is_flag=True, help="Print the verdict on the prompt and answer nothing.")
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option("--low-memory", is_flag=True, help="Load the image graph for each picture, and drop it afterwards.")
 @device_option
@@ -130,6 +131,7 @@ def run(
     policy: str,
     threshold: float | None,
     strength: float | None,
+    score_only: bool,
     max_tiles: int | None,
     low_memory: bool,
     device: Any,
@@ -146,7 +148,9 @@ def run(
     from .video import open_video
 
     config = SamplingConfig(**sampling)
-    chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
+    if score_only and policy == "off":
+        raise click.UsageError("--score-only needs a policy that scores; --policy off does not")
+    chat_wanted = prompt is None and sys.stdin.isatty() and not as_json and not score_only
     if not chat_wanted and (prompt is None or prompt == "-"):
         try:
             prompt = sys.stdin.read().removesuffix("\n")
@@ -162,7 +166,10 @@ def run(
         chat(engine, gate, config, list(images), shown, frames)
         return
     message = Message.user(prompt, images, shown)
-    if as_json:
+    if score_only:
+        verdict = engine.score([message], policy=gate)
+        click.echo(dumps(verdict_json(verdict)) if as_json else verdict_line(verdict))
+    elif as_json:
         answer = engine.generate([message], sampling=config, policy=gate)
         click.echo(dumps(answer_json(answer)))
     else:
@@ -296,18 +303,19 @@ def stats_line(last: Chunk, stats: Stats) -> str:
     return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
 
 
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """What --json prints of a verdict."""
+    return dataclasses.asdict(verdict) | {"action": verdict.action.value, "mode": verdict.mode.value}
+
+
 def answer_json(answer: Any) -> dict[str, Any]:
     """What --json prints."""
-    verdict = dataclasses.asdict(answer.verdict) | {
-        "action": answer.verdict.action.value,
-        "mode": answer.verdict.mode.value,
-    }
     timings = dataclasses.asdict(answer.stats) | {"decode_tok_s": answer.stats.decode_tok_s}
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "verdict": verdict,
+        "verdict": verdict_json(answer.verdict),
         "device": timings.pop("device"),
         "timings": timings,
     }

@@ -36,7 +36,7 @@ from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
-from .sampling import SamplingConfig, make_sampler
+from .sampling import LogProbs, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
@@ -57,6 +57,7 @@ class Chunk:
     verdict: Verdict
     finish_reason: FinishReason | None = None  # set on the last chunk
     stats: Stats | None = None  # set on the last chunk
+    logprobs: LogProbs | None = None  # of `token` and the likeliest ones, if SamplingConfig.logprobs asks
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,15 @@ class Engine:
             stats.ttft_ms = stats.ttft_ms or ms_since(start)
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
+            wanted = sampling.logprobs
+            logs = None if wanted is None else log_probabilities(logits[row], token, wanted)
             reason: FinishReason | None = "stop" if ended or detokeniser.stopped else None
             if reason is None and stats.completion_tokens == request.max_tokens:
                 reason = "length"
             if reason is not None:
-                yield Chunk(text + detokeniser.flush(), token, verdict, reason, stats)
+                yield Chunk(text + detokeniser.flush(), token, verdict, reason, stats, logs)
                 return
-            yield Chunk(text, token, verdict)
+            yield Chunk(text, token, verdict, logprobs=logs)
             before = time.perf_counter()
             if drafter:
                 drafter.push(token)

@@ -72,15 +72,22 @@ def ms_since(start: float) -> float:
 
 
 @dataclass(frozen=True)
+class ShownPicture:
+    """What a picture or a video took of a prompt."""
+
+    tokens: int  # its rows, and the separators around and between its tiles
+    tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """A dialogue as the decoder's input: S positions."""
 
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # of the text only; the repetition penalty reads them
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
-    probed: list[
-        list[int]
-    ]  # for each judged turn the positions whose mean the prober reads, ascending; [] if too short
+    probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
+    shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
 
 
 @dataclass(frozen=True)

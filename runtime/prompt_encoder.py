@@ -17,7 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError
-from .generation import EncodedPrompt, Float, Key, Stats, ms_since
+from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
 from .subgraph import Subgraph
@@ -36,6 +36,14 @@ from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, render_jud
 Encode = Callable[..., images_.Runs]
 
 TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and as long
+
+
+class _Seen(NamedTuple):
+    """A picture or a video of a prompt."""
+
+    digest: bytes
+    runs: images_.Runs
+    tiles: int  # encoded for this prompt
 
 
 class PromptEncoder:
@@ -69,7 +77,7 @@ class PromptEncoder:
         token_ids: list[int] = []
         slots = iter(shown)
         for run in runs:
-            digest, parts = (b"", [run]) if isinstance(run, list) else next(slots)
+            digest, parts, _ = _Seen(b"", [run], 0) if isinstance(run, list) else next(slots)
             row = itertools.count()  # of the picture
             for part in parts:
                 if isinstance(part, list):
@@ -83,8 +91,10 @@ class PromptEncoder:
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
-        sizes = [_length(parts) for _, parts in shown]
-        return EncodedPrompt(embeds, token_ids, keys, probed_positions(self.manifest.prober, turns, text, sizes))
+        sizes = [_length(one.runs) for one in shown]
+        probed = probed_positions(self.manifest.prober, turns, text, sizes)
+        pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles) for one in shown)
+        return EncodedPrompt(embeds, token_ids, keys, probed, pictures_and_videos)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -100,8 +110,8 @@ class PromptEncoder:
 
     def _see(
         self, runs: Rendered, messages: Sequence[Message], stats: Stats, conversation: Conversation | None
-    ) -> list[tuple[bytes, images_.Runs]]:
-        """Digest, rows and token ids of the dialogue's pictures and videos, in the order of `runs`.
+    ) -> list[_Seen]:
+        """The dialogue's pictures and videos, in the order of `runs`.
 
         One is opened and encoded after the other, so one is in memory at a time; and only as long as they fit the
         context. A picture that is shown twice, or that the conversation knows, is not encoded again.
@@ -112,16 +122,17 @@ class PromptEncoder:
         length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
-        alone, shown = len(pictures) == 1, list[tuple[bytes, images_.Runs]]()
+        alone, shown = len(pictures) == 1, list[_Seen]()
         to_open: dict[object, Iterator[Callable[[], tuple[bytes, Encode]]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
             VIDEO: (functools.partial(self._open_film, frames) for frames in films),
         }
         for run in (run for run in runs if not isinstance(run, list)):
             digest, encode = next(to_open[run])()
+            before = stats.image_tiles
             if digest not in encoded:
                 encoded[digest] = known[digest] if digest in known else encode(stats=stats)
-            shown.append((digest, encoded[digest]))
+            shown.append(_Seen(digest, encoded[digest], stats.image_tiles - before))
             length += _length(encoded[digest]) - least[run]
             check_length(self.manifest, length, exact=len(shown) == len(pictures) + len(films))
         if conversation:

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-EXTRAS = "cpu,export,dev"
+EXTRAS = "cpu,export,serve,dev"
 
 
 def say(message: str) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from autosteer.export.heartbeat import heartbeat
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
@@ -398,7 +399,8 @@ def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     sum_ = 0.0
-    with Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bars:
+    bars = Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
+    with bars, heartbeat(console, bars):
         task = bars.add_task(title, total=total)
 
         def advance(done: float) -> None:

@@ -350,6 +350,15 @@ def test_dumps_escapes_what_is_no_text():
     assert dumps({"é": "\udcff"}) == '{"\\u00e9": "\\udcff"}' and dumps("é") == '"é"'
 
 
+def test_score_only_prints_the_verdict_and_answers_nothing(call, package):
+    done = run_here(call, package, "-p", "bad", "--score-only", "--policy", "stop")
+    assert (done.returncode, done.stdout) == (0, "[STOP  p_unsafe 0.900 > 0.500 at layer 1]\n")
+    done = run_here(call, package, "-p", "red", "--score-only", "--json")
+    verdict = json.loads(done.stdout)
+    assert (verdict["p_unsafe"], verdict["unsafe"], verdict["mode"]) == (pytest.approx(0.1), False, "steer")
+    assert run_here(call, package, "-p", "red", "--score-only", "--policy", "off").returncode == 2
+
+
 def test_dumps_leaves_numbers_alone():
     assert dumps({"a": [1.5, float("inf"), (float("nan"), 2)], "b": "é"}) == '{"a": [1.5, null, [null, 2]], "b": "é"}'
 
