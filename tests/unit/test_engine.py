@@ -420,7 +420,7 @@ def test_package_without_a_gate_does_not_answer_unless_told_to(unguarded):
 
 
 def test_hand_made_policy_does_not_get_a_gate_that_is_not_there(unguarded):
-    policy = GatePolicy(Mode.STOP, threshold=1.0, strength=0.1, refusal_text="no.")
+    policy = GatePolicy(Mode.STOP, threshold=0.99, strength=0.1, refusal_text="no.")
     assert unguarded.generate("red", policy=policy).text == "no."
 
 

@@ -46,7 +46,7 @@ class AutoSteer:
             return self._answer(job, self._engine.policy("off"))
         policy = self._engine.policy
         policies = {
-            "passed": policy("steer", threshold=1.0),
+            "passed": policy("steer", threshold=0.999999),
             "steered": policy("steer", threshold=-1.0),
             "stopped": policy("stop", threshold=-1.0),
         }
