@@ -1,4 +1,4 @@
-"""The virtual environment that tools/demo and tools/test share: .venv, made once, from nothing but Python."""
+"""The virtual environment that tools/demo and tools/test share: .venv, made once. Needs only Python."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ and digests of what the same programs unpack it to. tests/parity/test_packed_che
     GPTQMODEL_CPU_WORKERS=2 build/packers/bin/python tools/packed_fixtures.py gptq --output tests/data/packed
 
 No GPU. Made with gptqmodel 7.7.0 (which leaves a folder logs/ behind where it is run), autoawq 0.2.9, llmcompressor
-0.14.0.1 (compressed-tensors 0.20.0) and transformers 5.24.0. Hugging Face's fp8 wants a GPU to pack, and packs
-without one if it is not asked (`no_gpu`).
+0.14.0.1 (compressed-tensors 0.20.0) and transformers 5.24.0. Hugging Face's fp8 packer
+refuses to run without a GPU, but does not need one; `no_gpu` skips its check.
 """
 
 from __future__ import annotations

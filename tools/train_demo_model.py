@@ -5,8 +5,8 @@
 First the SigLIP tower learns what each patch shows (kind, colour, place; four minutes, heads thrown away).
 Then the whole model learns to answer, the tower at a fraction of the learning rate; corpus.STAGES says what is
 asked when. About an hour on two free cores. Each worker is one single-threaded process; gradients are averaged
-with gloo. On a shared machine this is faster and steadier than threads, whose spinning collapses when a core is
-taken away.
+with gloo. On a shared machine this is faster than threads: those wait for each other in busy loops, and lose most of
+their speed when another program takes a core.
 
 Step n of worker w draws its data from the seed (seed, w, n), so a resumed run sees what an unbroken one
 would have seen. Ctrl-C (or SIGTERM) saves and ends; the same command with --resume goes on. The result is

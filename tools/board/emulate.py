@@ -1,4 +1,4 @@
-"""Both runtimes on an arm64 processor that qemu plays: programs of this folder's roots, packages of this machine."""
+"""Run both runtimes on an emulated arm64 processor (qemu), with the programs and libraries that system.py unpacks."""
 
 from __future__ import annotations
 

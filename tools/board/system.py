@@ -1,4 +1,4 @@
-"""arm64 folders on a machine of another kind: what Debian packages and wheels hold, unpacked and not installed.
+"""Unpack Debian's arm64 packages and wheels into a folder, on a machine of another kind, without installing them.
 
 Nothing here touches the machine's own dpkg: apt-get reads the archive with a state of its own, and dpkg-deb unpacks.
 """
