@@ -7,8 +7,8 @@ a 7B model is fitted in a few GiB. On CUDA the model is loaded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,21 +108,40 @@ def _end_token(checkpoint: Checkpoint, processor: Any) -> int:
     return int(chosen)
 
 
+def common_opening(fit_model: FitModel, inputs: Encoded) -> int:
+    """O if each of the prompts begins with the opening, else 0: one with a system prompt does not."""
+    length = len(fit_model.opening)
+    begin = inputs["input_ids"][:, :length]
+    return length if begin.shape[1] == length and bool((begin == fit_model.opening).all()) else 0
+
+
+@contextmanager
+def only_through(fit_model: FitModel, layer: int) -> Iterator[None]:
+    """While open, forward passes end after decoder layer `layer`."""
+    fit_model.read_opening()  # with all layers: it is kept
+    decoder = fit_model.hf_model.get_submodule(fit_model.checkpoint.family.decoder)
+    whole, decoder.layers = decoder.layers, decoder.layers[: layer + 1]
+    try:
+        yield
+    finally:
+        decoder.layers = whole
+
+
 def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None) -> torch.Tensor:
-    """One forward pass without the LM head: final-norm output (B, S - O, d) of the positions after the opening.
+    """One forward pass without the LM head: final-norm output (B, S - O, d) of the positions after the common opening.
 
     `watch(k, hidden)` is called with what enters layer k, (B, S - O, d), for k = 0..N-1 in turn. Hidden states are not
     kept: output_hidden_states=True would hold those of all layers, gigabytes for a 7B model. The opening's O positions
-    are the same in all prompts. After `read_opening`, text prompts take their keys and values from the cache.
+    (`common_opening`) are the same in all of these prompts. After `read_opening`, text prompts take their keys and
+    values from the cache.
 
     Raises ProviderError if a batch does not fit on the GPU.
     """
-    cache, opening = fit_model.opening_cache, len(fit_model.opening)
+    cache, opening = fit_model.opening_cache, common_opening(fit_model, inputs)
     on_device = {name: t.to(fit_model.device) for name, t in inputs.items()}
-    use_opening = (
-        cache is not None and len(inputs) == 1 and bool((inputs["input_ids"][:, :opening] == fit_model.opening).all())
-    )
+    use_opening = cache is not None and len(inputs) == 1 and opening > 0
     if use_opening:
+        assert cache is not None
         after = {cache_argument(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
         on_device = {"input_ids": on_device["input_ids"][:, opening:], **after}
     skip = 0 if use_opening else opening

@@ -36,11 +36,24 @@ VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn. Equal where text and images are: `where` (file:line) is for error messages only."""
+    """A user turn, and what comes before it. Equal where all but `where` are: that (file:line) is for error messages."""
 
     text: str
     images: tuple[Path, ...] = ()
     where: str = field(default="", compare=False)
+    earlier: tuple[str, ...] = ()  # user, assistant, ... texts; images are shown in the first turn
+    system: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the prompt, in order."""
+        return (*((self.system,) if self.system else ()), *self.earlier, self.text)
+
+    @property
+    def turns(self) -> tuple[Prompt, ...]:
+        """The prompt as it stood at each of its user turns; the gate's score is the worst of theirs."""
+        asked = (*self.earlier, self.text)
+        return tuple(replace(self, text=asked[i], earlier=asked[:i]) for i in range(0, len(asked), 2))
 
 
 @dataclass(frozen=True)
