@@ -15,7 +15,7 @@ import jinja2
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.chat_template import FIRST, Renderer, text_lead
+from autosteer.export.checkpoint.chat_template import FIRST, Renderer
 from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
@@ -91,8 +91,7 @@ def turn_start(fit_model: FitModel, prompt: Prompt) -> int:
         return len(fit_model.opening)
     marked = replace(prompt, text=FIRST, images=prompt.images if prompt.earlier else ())
     before = render(fit_model, marked, generation=False).split(FIRST)[0]
-    lead = text_lead(Renderer(fit_model.processor))
-    return _encoded(fit_model, before.removesuffix(lead), marked.images)["input_ids"].shape[1]
+    return _encoded(fit_model, before.removesuffix(fit_model.text_lead), marked.images)["input_ids"].shape[1]
 
 
 def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
@@ -166,9 +165,7 @@ def _padded(fit_model: FitModel, window: list[tuple[int, Encoded]], starts: Mapp
             longest = int(lengths.max())
             ids = torch.stack([_pad(one["input_ids"][0], longest) for one in inputs])
             images = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0] if name != "input_ids"}
-            yield Batch(
-                list(rows), {**images, "input_ids": ids}, lengths, torch.tensor([starts[row] for row in rows])
-            )
+            yield Batch(list(rows), {**images, "input_ids": ids}, lengths, torch.tensor([starts[row] for row in rows]))
 
 
 def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     "--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts. Repeatable."
 )
 @click.option(
+    "--refusal-only",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of unsafe prompts on which only the Refusal Head is trained, beside the others. Repeatable.",
+)
+@click.option(
     "--test-benign",
     multiple=True,
     type=click.Path(path_type=Path),
@@ -59,9 +65,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of the images that the JSONL files name."
 )
-@click.option(
-    "--text-only", is_flag=True, help="Ignore the images of --benign, --unsafe, --test-benign and --test-unsafe files."
-)
+@click.option("--text-only", is_flag=True, help="Ignore the images of all files, and fit on texts alone.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option(
     "--features",
@@ -119,6 +123,7 @@ def fit_command(
     pairs: tuple[Path, ...],
     benign: tuple[Path, ...],
     unsafe: tuple[Path, ...],
+    refusal_only: tuple[Path, ...],
     test_benign: tuple[Path, ...],
     test_unsafe: tuple[Path, ...],
     images: Path | None,
@@ -144,6 +149,8 @@ def fit_command(
         raise click.UsageError("--layer and --select exclude each other")
     if threshold is not None and target_fpr is not None:
         raise click.UsageError("--threshold and --target-fpr exclude each other")
+    if images and text_only:
+        raise click.UsageError("--images and --text-only exclude each other")
     if not refusal_text.strip():
         raise click.UsageError("--refusal-text is empty")
     check_output(output, marker=SAFETY_FILE, force=force)
@@ -153,7 +160,7 @@ def fit_command(
     from .pairs import check_images, read_data, read_external
 
     console = Console(stderr=True)
-    data = read_data(pairs, benign, unsafe, images=images, text_only=text_only)
+    data = read_data(pairs, benign, unsafe, refusal_only, images=images, text_only=text_only)
     external = [
         *read_external(test_unsafe, unsafe=True, images=images, text_only=text_only),
         *read_external(test_benign, unsafe=False, images=images, text_only=text_only),
@@ -161,7 +168,8 @@ def fit_command(
     everything = dataclasses.replace(data, extra=(*data.extra, *external))
     device_ = _device(device)
 
-    from .fit import FitOptions, fit, progress
+    from .fit import FitOptions, fit
+    from .progress import progress
     from .report import write_report
 
     if count := len(everything.images()):

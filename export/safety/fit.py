@@ -10,8 +10,7 @@ train the Refusal Head, try it      refusal_head.py, answers.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,20 +21,20 @@ from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofProm
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 
-from . import DEFAULT_THRESHOLD
+from . import DEFAULT_THRESHOLD, PICTURES
 from .answers import steered_answers
 from .batches import answer_tokens, check_text
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
 from .model import FitModel, open_fit_model
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
+from .progress import progress
 from .proof import choose_proof
 from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
 from .sas import SasSum
 from .states import (
     POSITIONS,
     TOKEN_OFFSET,
-    Advance,
     answer_states,
     answer_store,
     checkpoint_files,
@@ -57,7 +56,10 @@ PAPER_STRENGTH = 0.1
 READ_PAIRS = 128  # differences in memory at a time
 REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; answers are generated to 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
-SPEED_SECONDS = 300  # window of the estimate of the time left: a pass of a large model takes minutes
+BLIND = (
+    "NO PICTURE IS AMONG THE FIT'S PROMPTS, and this model takes pictures: nothing is known about what this gate does "
+    "with a picture, and it will most likely let harm in pictures through; give pairs with images (--images)"
+)
 PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # warn below: balanced accuracy, share of complete refusals
 
 Pooling = Literal["last", "mean"]
@@ -111,7 +113,10 @@ def fit(
         raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
     fit_model = open_fit_model(checkpoint, device=options.device)
     everything = [item.prompt for item in (*prompts, *external)]
-    check_text(fit_model, everything)
+    check_text(fit_model, [*everything, *(item.prompt for item in data.refusal_only)])
+    with_pictures = sum(bool(item.prompt.images) for item in prompts)
+    if fit_model.image_token_id is not None and not with_pictures:
+        warn(console, BLIND)
     answer = answer_tokens(fit_model, options.refusal_text)
 
     files = checkpoint_files(checkpoint)
@@ -136,9 +141,9 @@ def fit(
             evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = _refusal_head(
-            fit_model, prompts, split, answer, store, options, console
+            fit_model, data, prompts, split, answer, store, options, console
         )
-    calibration = gate.facts | evidence.facts()
+    calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
     _warn(console, layer, calibration, refusal_facts, proof)
 
     facts = SafetyFacts(
@@ -172,12 +177,12 @@ def fit(
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
     """Split such that the two prompts of a pair, equal texts and families stay in one part."""
-    row = {item.prompt: i for i, item in enumerate(prompts)}
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     return split_by_text(
         [item.cluster for item in prompts],
         [(item.unsafe, item.group) for item in prompts],
         seed=seed,
-        together=[(row[pair.unsafe], row[pair.safe]) for pair in data.pairs],
+        together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
     )
 
 
@@ -213,7 +218,7 @@ def _sas(
     data: FitData, prompts: list[Labelled], states: States, seed: int, advance: Callable[[int], None]
 ) -> tuple[SasScores, dict[str, torch.Tensor], int]:
     """SAS of all pairs; SAS of each channel, if there are several; the number of pairs without a direction."""
-    row = {item.prompt: i for i, item in enumerate(prompts)}
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     members: dict[str, list[int]] = {}
     for i, pair in enumerate(data.pairs):
         members.setdefault(pair.channel, []).append(i)
@@ -222,7 +227,8 @@ def _sas(
     for name, numbers in members.items():
         for start in range(0, len(numbers), READ_PAIRS):
             some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
-            deltas = (states[[row[p.unsafe] for p in some]] - states[[row[p.safe] for p in some]])[:, :, last]
+            unsafe, safe = [row[p.unsafe.identity] for p in some], [row[p.safe.identity] for p in some]
+            deltas = (states[unsafe] - states[safe])[:, :, last]
             whole.add(deltas)
             channels[name].add(deltas)
             advance(len(some))
@@ -269,6 +275,7 @@ def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
 
 def _refusal_head(
     fit_model: FitModel,
+    data: FitData,
     prompts: list[Labelled],
     split: Split,
     answer: torch.Tensor,
@@ -276,17 +283,21 @@ def _refusal_head(
     options: FitOptions,
     console: Console,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
-    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts,
-    measured on held-out ones.
+    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
+    and on --refusal-only, measured on held-out ones.
     """
     rng = np.random.default_rng(options.seed)
 
-    def some(rows: np.ndarray, most: int) -> list[Prompt]:
-        unsafe = rows[_labels(prompts)[rows]]
-        return [prompts[i].prompt for i in sorted(rng.permutation(unsafe)[:most])]
+    def unsafe(rows: np.ndarray) -> list[Prompt]:
+        return [prompts[i].prompt for i in rows if prompts[i].unsafe]
 
-    train = some(np.concatenate([split.train, split.validation]), REFUSAL_TRAIN)
-    heldout = some(split.heldout, REFUSAL_HELDOUT)
+    def some(of: Sequence[Prompt], most: int) -> list[Prompt]:
+        return [of[i] for i in sorted(rng.permutation(len(of))[:most])]
+
+    heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
+    tested = {prompt.identity for prompt in unsafe(split.heldout)}
+    more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
+    train = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
     trained_with = options.strength or PAPER_STRENGTH
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
@@ -374,36 +385,9 @@ def _warn(
             "is both classified correctly and allowed to ship (prompts with images need --publish-proof)"
         )
     for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+        warn(console, warning)
 
 
-@contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
-    """A progress bar with the time left. Yields a function to call with how many more are done, or a fraction."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>15}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    sum_ = 0.0
-    with Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bars:
-        task = bars.add_task(title, total=total)
-
-        def advance(done: float) -> None:
-            nonlocal sum_
-            sum_ += done
-            bars.update(task, completed=round(sum_, 6))  # fractions may sum to slightly less than a whole
-
-        yield advance
+def warn(console: Console, warning: str) -> None:
+    """Print a warning."""
+    console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)

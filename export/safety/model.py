@@ -43,6 +43,7 @@ class FitModel:
     opening: torch.Tensor  # (O,) token ids that every prompt begins with, before the user's first word or image
     end_token: int  # closes a turn
     image_token_id: int | None
+    text_lead: str  # what the chat template writes before each text of a turn
     opening_cache: DynamicCache | None = None  # batch 1; see read_opening
 
     def read_opening(self) -> None:
@@ -72,7 +73,8 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
             f"{checkpoint.folder}: the processor has no chat template, so prompts cannot be rendered"
         )
     renderer = Renderer(processor)
-    text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(text_lead(renderer))
+    lead = text_lead(renderer)
+    text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(lead)
     sweep, decoder = LayerSweep(KEPT_BYTES), decoder_config(checkpoint)
     model = open_on_demand(checkpoint, decoder.lm_head, sweep) if device == "cpu" else _on_cuda(checkpoint)
     return FitModel(
@@ -86,6 +88,7 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
         torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long),
         _end_token(checkpoint, processor),
         renderer.image_id,
+        lead,
     )
 
 

@@ -69,7 +69,10 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
         digest(
             prompt.text.encode(),
             *(seen[path] for path in prompt.images),
-            *(repr((prompt.earlier, prompt.system)).encode() for _ in range(prompt.earlier != () or prompt.system != "")),
+            *(
+                repr((prompt.earlier, prompt.system)).encode()
+                for _ in range(prompt.earlier != () or prompt.system != "")
+            ),
         )
         for prompt in prompts
     ]

@@ -44,7 +44,10 @@ file_option: Any = click.Path(path_type=Path)
 @click.option("--images", type=file_option, help="Folder of the images. Default: beside each file.")
 @click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
 @click.option(
-    "--exclude", multiple=True, type=file_option, help="Drop rows whose prompt is in this fit file; repeatable."
+    "--exclude",
+    multiple=True,
+    type=file_option,
+    help="Drop rows that are in this fit file, by text and pictures; repeatable.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
@@ -118,7 +121,7 @@ def evaluate(
     rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
     dropped: Counter[str] = Counter()
     if exclude:
-        rows, dropped = drop_known(rows, prompts_of(exclude))
+        rows, dropped = drop_known(rows, prompts_of(exclude, images=images, text_only=text_only))
         click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
     if limit:
         rows = first_of_each_group(rows, limit)

@@ -10,7 +10,7 @@ Everything here is text: no model, no torch. A rewording depends on the prompt, 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from autosteer.runtime.text import Message
@@ -207,7 +207,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("marks and smileys behind", False, _trailing("??", "!!!", " ...", " :)", " !", "?!", " :-(", " \U0001f642")),
     Family("case and marks", False, _without_marks),
     Family("letters doubled", False, _letters(_doubled, 0.3)),
-    Family("quotes", False, _filled('"{}"', "'{}'", "> {}", "```\n{}\n```", "\N{LEFT DOUBLE QUOTATION MARK}{}\N{RIGHT DOUBLE QUOTATION MARK}")),
+    Family(
+        "quotes",
+        False,
+        _filled('"{}"', "'{}'", "> {}", "```\n{}\n```", "\u201c{}\u201d"),
+    ),
     Family(
         "a question behind",
         False,

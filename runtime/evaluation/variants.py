@@ -42,7 +42,9 @@ def possible_families(*, system: bool) -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES if system or not family.of("x").system)
 
 
-def measure(engine: Engine, rows: Sequence[Row], *, advance: Callable[[int], None] = lambda done: None) -> list[Outcome]:
+def measure(
+    engine: Engine, rows: Sequence[Row], *, advance: Callable[[int], None] = lambda done: None
+) -> list[Outcome]:
     """The verdicts on all rows and their rewordings. Raises InputError for a row that cannot be asked."""
     families = possible_families(system=engine.manifest.prompt.system is not None)
     policy = engine.policy(Mode.MONITOR)
@@ -112,12 +114,16 @@ def in_short(found: Sequence[FamilyRates]) -> str:
     parts = []
     if plain.caught and judged.caught:
         kept = f", {judged.caught.value / plain.caught.value:.1%} of that" if plain.caught.value else ""
-        parts.append(f"{plain.caught.value:.1%} of the unsafe prompts are caught as they are, {judged.caught.value:.1%} "
-                     f"in words of families that no fit trains on{kept}")
+        parts.append(
+            f"{plain.caught.value:.1%} of the unsafe prompts are caught as they are, {judged.caught.value:.1%} in "
+            f"words of families that no fit trains on{kept}"
+        )
     if plain.wrongly_refused and judged.wrongly_refused:
         more = 100 * (judged.wrongly_refused.value - plain.wrongly_refused.value)
-        parts.append(f"{plain.wrongly_refused.value:.1%} of the benign ones are wrongly refused as they are, "
-                     f"{judged.wrongly_refused.value:.1%} in such words ({more:+.1f} points)")
+        parts.append(
+            f"{plain.wrongly_refused.value:.1%} of the benign ones are wrongly refused as they are, "
+            f"{judged.wrongly_refused.value:.1%} in such words ({more:+.1f} points)"
+        )
     return "; ".join(parts) + "."
 
 
