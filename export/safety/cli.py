@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .fit import Fitted
 
 
+POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
+
+
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--model", required=True, help="demo, a checkpoint folder, a hub id or one of our aliases.")
 @click.option(
@@ -74,10 +77,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prober",
-    type=click.Choice(["pooled", "paper"]),
-    default="pooled",
+    type=click.Choice(["auto", "pooled", "paper"]),
+    default="auto",
     show_default=True,
-    help="The prober reads the mean over the user's turn (pooled), or its last token (paper).",
+    help="The prober reads the mean over the user's turn (pooled), its last token (paper), or whichever of these tells "
+    "unsafe from benign better in words of kinds that it was not trained on (auto).",
+)
+@click.option(
+    "--augment/--no-augment",
+    default=True,
+    show_default=True,
+    help="Train on rewordings of the prompts, too: newlines, closers, typos, politeness and six other kinds.",
 )
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
@@ -130,7 +140,8 @@ def fit_command(
     text_only: bool,
     output: Path,
     features: Path | None,
-    prober: Literal["pooled", "paper"],
+    prober: Literal["auto", "pooled", "paper"],
+    augment: bool,
     layer: int | None,
     select: Literal["sas", "prober"] | None,
     threshold: float | None,
@@ -179,7 +190,8 @@ def fit_command(
         model=model,
         layer=layer,
         select=select or "sas",
-        pooling="mean" if prober == "pooled" else "last",
+        pooling=POOLING[prober],
+        augment=augment,
         threshold=DEFAULT_THRESHOLD if threshold is None and target_fpr is None else threshold,
         target_fpr=target_fpr,
         strength=strength,

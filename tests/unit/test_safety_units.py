@@ -449,7 +449,9 @@ def test_one_question_about_many_pictures_is_spread_over_the_split(tmp_path: Pat
     toxic = [item for item in items if item.source == "toxic"]
     assert len(toxic) == 30  # equal pictures under other names are one prompt
     assert len({item.cluster for item in toxic}) == 30
-    split = prober.split_by_text([item.cluster for item in items], [(item.unsafe, item.group) for item in items], seed=0)
+    split = prober.split_by_text(
+        [item.cluster for item in items], [(item.unsafe, item.group) for item in items], seed=0
+    )
     parts = [{i for i in rows if items[i].source == "toxic"} for rows in (split.train, split.validation, split.heldout)]
     assert [len(part) for part in parts] == [18, 6, 6]
 
