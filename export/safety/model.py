@@ -7,8 +7,8 @@ a 7B model is fitted in a few GiB. On CUDA the model is loaded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,18 +116,6 @@ def common_opening(fit_model: FitModel, inputs: Encoded) -> int:
     length = len(fit_model.opening)
     begin = inputs["input_ids"][:, :length]
     return length if begin.shape[1] == length and bool((begin == fit_model.opening).all()) else 0
-
-
-@contextmanager
-def only_through(fit_model: FitModel, layer: int) -> Iterator[None]:
-    """While open, forward passes end after decoder layer `layer`."""
-    fit_model.read_opening()  # with all layers: it is kept
-    decoder = fit_model.hf_model.get_submodule(fit_model.checkpoint.family.decoder)
-    whole, decoder.layers = decoder.layers, decoder.layers[: layer + 1]
-    try:
-        yield
-    finally:
-        decoder.layers = whole
 
 
 def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None) -> torch.Tensor:
