@@ -18,6 +18,7 @@ import numpy as np
 
 from autosteer.runtime.evaluation.rewording import UNCHANGED, Family
 from autosteer.runtime.evaluation.variants import Outcome
+from autosteer.runtime.gate import worst
 
 from .measure import auc
 
@@ -67,18 +68,18 @@ class OtherWords:
         begin = first + len(self.training)
 
         def quality(p: np.ndarray) -> float:
-            worst = _worst_turns(self.choosing, p[begin : begin + len(self.choosing)])
-            sides = [[p for (_, _, unsafe), p in worst.items() if unsafe is label] for label in (True, False)]
+            scored = _worst_turns(self.choosing, p[begin : begin + len(self.choosing)])
+            sides = [[p for (_, _, unsafe), p in scored.items() if unsafe is label] for label in (True, False)]
             return auc(*map(np.array, sides))
 
         return max(scores, key=lambda name: quality(scores[name]))
 
     def outcomes(self, p: np.ndarray, first: int, threshold: float) -> list[Outcome]:
         """What fires of the held-out prompts that are judged, unchanged and in other words. p (n,): of all rows."""
-        worst = _worst_turns(self.judging, p[first + len(self.training) + len(self.choosing) :])
-        rows = {(of, unsafe) for of, _, unsafe in worst}
+        scored = _worst_turns(self.judging, p[first + len(self.training) + len(self.choosing) :])
+        rows = {(of, unsafe) for of, _, unsafe in scored}
         unchanged = [(UNCHANGED, unsafe, not p[of] <= threshold) for of, unsafe in sorted(rows)]
-        return unchanged + [(family, unsafe, not score <= threshold) for (_, family, unsafe), score in worst.items()]
+        return unchanged + [(family, unsafe, not score <= threshold) for (_, family, unsafe), score in scored.items()]
 
 
 def put_in_other_words(
@@ -112,9 +113,8 @@ def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) 
 
 
 def _worst_turns(words: Sequence[Reworded], p: np.ndarray) -> dict[tuple[int, str, bool], float]:
-    """The highest score of each rewording's turns, by prompt, family and label."""
-    worst: dict[tuple[int, str, bool], float] = {}
+    """The worst score of each rewording's turns, by prompt, family and label."""
+    turns: dict[tuple[int, str, bool], list[float]] = {}
     for one, score in zip(words, p.tolist(), strict=False):
-        key = one.of, one.family, one.item.unsafe
-        worst[key] = max(score, worst.get(key, 0.0))
-    return worst
+        turns.setdefault((one.of, one.family, one.item.unsafe), []).append(score)
+    return {key: worst(scores) for key, scores in turns.items()}

@@ -52,7 +52,7 @@ def reworded(row: Row, family: Family, *, seed: int = 0) -> Row:
     wording = family.of(row.prompt, seed=seed)
     texts = (*wording.earlier, wording.text)
     pictures = tuple(part for part in last.parts if not isinstance(part, str))
-    turns = [Message(("user", "assistant")[i % 2], (text,)) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+    turns = [Message(("user", "assistant")[i % 2], (text,)) for i, text in enumerate(texts)]
     turns[0] = Message("user", (*pictures, *turns[0].parts))
     system = [Message("system", (wording.system,))] if wording.system else []
     return replace(row, messages=(*system, *before, *turns))
