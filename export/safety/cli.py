@@ -84,9 +84,8 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     "unsafe from benign better in words of kinds that it was not trained on (auto).",
 )
 @click.option(
-    "--augment/--no-augment",
-    default=True,
-    show_default=True,
+    "--augment",
+    is_flag=True,
     help="Train on rewordings of the prompts, too: newlines, closers, typos, politeness and six other kinds.",
 )
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from autosteer.export.checkpoint import on_demand
 from autosteer.export.checkpoint.on_demand import Weights
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
-from autosteer.export.safety import batches, calibrate, cli, head_fit, prober
+from autosteer.export.safety import batches, calibrate, cli, head_fit, other_words, prober
 from autosteer.export.safety import fit as fit_module
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
@@ -107,6 +107,14 @@ def build_checkpoint(folder: Path) -> None:
     model = LlavaOnevisionForConditionalGeneration(config)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rewordings() -> Iterator[None]:
+    """Two prompts of each label are judged in other words instead of 60, which would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other_words, "JUDGED", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +469,9 @@ def fitted(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("fitted") / "deep" / "safety"
     benign = str(data / "benign.jsonl")
     return output, fit(
-        *command(checkpoint, data, output, "--benign", benign, "--json", "--layer", "2", "--prober", "pooled")
+        *command(
+            checkpoint, data, output, "--benign", benign, "--json", "--layer", "2", "--prober", "pooled", "--augment"
+        )
     )
 
 
@@ -607,7 +617,7 @@ def test_refusal_head_is_measured_on_prompts_it_was_not_trained_on(
 
 def test_a_multimodal_fit_without_pictures_warns_and_says_so_in_its_facts(checkpoint: Path, data: Path, tmp_path: Path):
     """Its package would guard pictures with a gate that never saw one, and nothing would say so."""
-    result = fit(*command(checkpoint, data, tmp_path / "safety", "--text-only", "--prober", "paper", "--no-augment"))
+    result = fit(*command(checkpoint, data, tmp_path / "safety", "--text-only", "--prober", "paper"))
     assert result.exit_code == 0, result.stderr
     facts = load(tmp_path / "safety").facts
     assert "warning: NO PICTURE IS AMONG THE FIT'S PROMPTS" in result.stderr
