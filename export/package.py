@@ -152,8 +152,8 @@ def write_package(
         prompt=prompt_spec,
         image=pictures,
         video=videos,
-        prober=safety and _prober_spec(safety, prompt.generation_length(prompt_spec, folder)),
-        refusal=safety and RefusalSpec(safety.facts.strength, safety.facts.refusal_text),
+        prober=_prober_spec(safety, prompt.generation_length(prompt_spec, folder)) if safety else None,
+        refusal=RefusalSpec(safety.facts.strength, safety.facts.refusal_text) if safety else None,
         golden=(),
         tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
         proof=None,
@@ -203,7 +203,7 @@ def _write_graphs(
         report(name)
         writer = GraphWriter(name, store, recipe.storage, recipe.activations)
         fill(writer)
-        graphs[name] = writer.save(folder, precision, layers and (layers.start, layers.stop))
+        graphs[name] = writer.save(folder, precision, (layers.start, layers.stop) if layers else None)
 
     def write_half(name: str, layers: range, scheme: Scheme | None, precision: Precision = precision) -> None:
         write(name, lambda g: decoder.decoder_half(g, config, layers, scheme, kv_scales), precision, layers)

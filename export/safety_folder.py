@@ -125,7 +125,9 @@ class SafetyArtifact:
             raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
         facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
         prober = {name.removeprefix("prober."): t for name, t in tensors.items() if name.startswith("prober.")}
-        artifact = SafetyArtifact(facts, prober, tensors.get("steer_matrix"), folder)
+        if "steer_matrix" not in tensors:
+            raise PackageError(f"{folder / TENSOR_FILE}: no steer_matrix; fit it again with autosteer-fit")
+        artifact = SafetyArtifact(facts, prober, tensors["steer_matrix"], folder)
         artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
         for image in (image for prompt in facts.proof for image in prompt.images):
             if Path(image).name != image or not (folder / image).is_file():
@@ -160,7 +162,7 @@ class SafetyArtifact:
         found = {name: tuple(t.shape) for name, t in self.prober.items()}
         need(found == shapes, f"prober tensors {found} are not {shapes}: fitted for another model?")
         need(
-            self.steer_matrix is not None and tuple(self.steer_matrix.shape) == (d, d),
+            tuple(self.steer_matrix.shape) == (d, d),
             f"steer_matrix is not ({d}, {d}): fitted for another model?",
         )
         finite = all(bool(torch.isfinite(t).all()) for t in (*self.prober.values(), self.steer_matrix))

@@ -14,7 +14,9 @@ FAMILIES: dict[str, Family] = {
         idefics3.IDEFICS3,
         idefics3.SMOLVLM,
         text_only.LLAMA,
+        text_only.MISTRAL,
         text_only.QWEN2,
+        text_only.QWEN3,
     )
 }
 

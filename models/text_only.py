@@ -1,6 +1,7 @@
-"""Decoders without images: Llama (arXiv 2302.13971) and Qwen2 (arXiv 2407.10671), as in SmolLM2 and Qwen2.5.
+"""Decoders without images: Llama (arXiv 2302.13971, 2407.21783; SmolLM2, too), Mistral (2310.06825), Qwen2 (2407.10671;
+Qwen2.5, too) and Qwen3 (2505.09388).
 
-HF: transformers/models/llama, transformers/models/qwen2.
+HF: transformers/models/{llama,mistral,qwen2,qwen3}.
 """
 
 from __future__ import annotations
@@ -19,4 +20,6 @@ def _family(model_type: str) -> Family:
 
 
 LLAMA = _family("llama")
+MISTRAL = _family("mistral")
 QWEN2 = _family("qwen2")
+QWEN3 = _family("qwen3")

@@ -1,4 +1,4 @@
-"""The toy packages and the C++ runtime, built once per session, and the engines that run packages on one thread.
+"""The toy packages and the C++ runtime, built once, and the engines that run packages on one thread.
 
 Also what becomes of skipped tests: locally, one line says how to run those of the C++ runtime; in CI they fail.
 """
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import toy
-from cpp_runtime import ALL, NO_CPP, PACKAGES, Parts, build, build_folder, use_byte_level_words
+from cpp_runtime import ALL, NO_CPP, PACKAGES, Parts, build_once, use_byte_level_words
+from once import end_run, start_run
 
 from autosteer.runtime import Engine
 
@@ -29,6 +30,18 @@ ALLOWED_IN_CI = (
     "this machine has CUDA",
     "only root may change its root folder",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that starts pytest-xdist's workers makes their folder."""
+    if not hasattr(config, "workerinput"):
+        start_run()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """And deletes it."""
+    if not hasattr(config, "workerinput"):
+        end_run()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -129,16 +142,15 @@ def unguarded(unguarded_package: Path) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
+def built() -> Path:
     """autosteer-cli, autosteer-parts and libautosteer.so, with the flags that docs/embedding.md builds with."""
-    return build(build_folder(tmp_path_factory, "cpp"), ALL)
+    return build_once("cpp", ALL)
 
 
 @pytest.fixture(scope="session")
-def sanitised(tmp_path_factory) -> Path:
+def sanitised() -> Path:
     """autosteer-parts with AddressSanitizer and UndefinedBehaviorSanitizer: its part "answer" is the whole runtime."""
-    folder = build_folder(tmp_path_factory, "cpp-san")
-    return build(folder, ["autosteer-parts"], "-DAUTOSTEER_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    return build_once("cpp-san", ["autosteer-parts"], "-DAUTOSTEER_SANITIZE=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,12 @@ def no_residual(graph: onnx.GraphProto) -> None:
     node.input[1] = node.input[0]
 
 
+def other_epsilon(graph: onnx.GraphProto) -> None:
+    """The first norm adds ten times as much to the mean square."""
+    node = _first(graph, "SimplifiedLayerNormalization")
+    _attribute(node, "epsilon", 10 * next(a.f for a in node.attribute if a.name == "epsilon"))
+
+
 def caches_exchanged(graph: onnx.GraphProto) -> None:
     """The first attention finds earlier rows' values where their keys should be: a prompt of one pass shows nothing."""
     node = _first(graph, "GroupQueryAttention")
@@ -130,6 +136,7 @@ REWIRINGS: tuple[Callable[[onnx.GraphProto], None], ...] = (
     gate_and_up_exchanged,
     layers_exchanged,
     no_residual,
+    other_epsilon,
     caches_exchanged,
 )
 

@@ -17,7 +17,7 @@ import click
 from autosteer.export.checkpoint.hf_model import quiet_transformers
 from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.validation.dequantize import worse
+from autosteer.export.validation.metrics import worse
 from autosteer.export.validation.validate import validate_package
 
 EXPORTS: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ COLUMNS = {  # of the table: the line's name
     "columns": "quantised columns",
     "scale": "quantised weights, scale",
     "8-bit steps": "8-bit weights, steps",
+    "chunks": "chunked prefill",
 }
 
 

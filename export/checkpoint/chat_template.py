@@ -46,7 +46,7 @@ class Renderer:
         self.special_tokens = _special_tokens(self.tokenizer)
         for token in filter(None, (self.image_token, self.video_token)):
             self.special_tokens[token] = self.tokenizer.convert_tokens_to_ids(token)
-        self.image_id, self.video_id = map(self.special_tokens.get, (self.image_token, self.video_token))
+        self.image_id, self.video_id = (self.special_tokens.get(t or "") for t in (self.image_token, self.video_token))
         plain, whole = self.tokenizer(FIRST, add_special_tokens=False).input_ids, self.ids(FIRST)
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
         if start is None:
@@ -80,12 +80,12 @@ class Renderer:
         each video.
         """
         ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, [np.zeros((1, 32, 32, 3), np.uint8)] * videos)
-        if videos:
+        if videos and self.video_id is not None:
             places = [at for at, i in enumerate(ids) if i == self.video_id]
             each = len(places) // videos
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
                 ids[first : last + 1] = [self.video_id]
-        if images:
+        if images and self.image_id is not None:
             places = [at for at, i in enumerate(ids) if i == self.image_id]
             each = len(places) // images  # images of one size take equally many tokens
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
@@ -312,7 +312,7 @@ def _rendered_on(day: datetime, renderer: Renderer, turns: list[tuple[str, str]]
 
     class Then(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return day
 
     with patch.object(chat_template_utils, "datetime", Then):
@@ -329,7 +329,8 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
     """What one image (or video) adds to a turn, found by comparing two with one; and what a turn without them has where
     they would be ("User: hi", but "User:<image>hi").
     """
-    none, one, two, three = (renderer.turns(("user", FIRST), **{kind: n}) for n in range(4))
+    counts: list[dict[str, Any]] = [{kind: n} for n in range(4)]
+    none, one, two, three = (renderer.turns(("user", FIRST), **count) for count in counts)
     added = _inserted(one, two)
     if added not in one or added * 3 not in three:
         raise UnsupportedModelError(f"the chat template writes a second {kind} unlike the first")

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import CacheType
 
 from .open import Checkpoint
 
-DECODERS = ("llama", "qwen2", "chameleon")  # model types whose decoder layer export/graphs/decoder.py writes
+# Model types whose decoder layer export/graphs/decoder.py writes.
+DECODERS = ("chameleon", "llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
+FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: cos and sin of position * frequencies, both times `scale`."""
+
+    frequencies: tuple[float, ...]  # (head_dim / 2,), radians a position; float32 values
+    scale: float = 1.0  # HF: attention_scaling
 
 
 @dataclass(frozen=True)
@@ -30,9 +43,10 @@ class DecoderConfig:
     vocab_size: int  # rows of the embedding, which may be more than config.json says
     context_length: int  # positions in a dialogue, at most max_position_embeddings
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
+    windows: tuple[int | None, ...]  # by layer: how many positions a query sees, itself among them; None: all
     biased: frozenset[str]  # those of PROJECTIONS that have a bias; k_proj and v_proj have one if q_proj has
-    head_norm: bool  # queries and keys go through a LayerNorm per head
+    head_norm: Literal["layer", "rms"] | None  # norm of queries and keys: LayerNorm with a row a head, RMS with one row
     norm_after: bool  # RMS norms follow attention and MLP (Swin v2), instead of preceding them
     never_generated: tuple[int, ...]  # token ids whose logits are masked
 
@@ -43,21 +57,24 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
     Raises UnsupportedModelError for a feature that the layer in export/graphs/decoder.py does not have.
     """
     text, family = checkpoint.config.get_text_config(), checkpoint.family
-    rope = text.rope_parameters
     layer = f"{family.decoder}.layers.0"
     head_norm = f"{layer}.self_attn.q_norm.weight"
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     tied = any(getattr(part, "tie_word_embeddings", True) for part in (checkpoint.config, text))
-    per_head = (text.num_attention_heads, head_dim)
+    head_norms: dict[tuple[int, ...], Literal["layer", "rms"]] = {
+        (text.num_attention_heads, head_dim): "layer",
+        (head_dim,): "rms",
+    }
+    rope_type = text.rope_parameters.get("rope_type", "default")
+    kinds = _attention_kinds(text)
     unsupported = {
         f"hidden_act {text.hidden_act!r}": text.hidden_act != "silu",
-        f"rope_type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
-        "sliding-window attention": getattr(text, "use_sliding_window", False)
-        or any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()),
-        "rotation of a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        f"rope_type {rope_type!r}": rope_type not in ROPE_TYPES,
+        f"attention of the kinds {', '.join(sorted(set(kinds)))}": not set(kinds) <= {FULL, SLIDING},
+        "rotation of a part of each head": text.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"a decoder of type {text.model_type!r}": text.model_type not in DECODERS,
         "tie_word_embeddings false without an lm_head among the weights": not tied and family.lm_head not in checkpoint,
-        "this kind of q_norm": head_norm in checkpoint and checkpoint.shape(head_norm) != per_head,
+        "this kind of q_norm": head_norm in checkpoint and checkpoint.shape(head_norm) not in head_norms,
     }
     for what, found in unsupported.items():
         if found:
@@ -75,12 +92,29 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         vocab_size=checkpoint.shape(embedding)[0],
         context_length=min(text.max_position_embeddings, context_length or text.max_position_embeddings),
         rms_norm_eps=text.rms_norm_eps,
-        rope_theta=rope["rope_theta"],
+        rope=_rope(text, head_dim),
+        windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
-        head_norm=head_norm in checkpoint,
+        head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,
         norm_after=family.norm_after(checkpoint.config),
         never_generated=family.never_generated(checkpoint.config),
     )
+
+
+def _attention_kinds(text: Any) -> list[str]:
+    """HF's kind of each layer's attention. Old configs have only a window, which then holds for all layers."""
+    window = getattr(text, "sliding_window", None)
+    return getattr(text, "layer_types", None) or [SLIDING if window else FULL] * text.num_hidden_layers
+
+
+def _rope(text: Any, head_dim: int) -> Rope:
+    """Frequencies as Hugging Face computes them, in float32."""
+    kind, theta = text.rope_parameters.get("rope_type", "default"), np.float32(text.rope_parameters["rope_theta"])
+    if kind == "default":  # each of HF's models computes it by itself
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        return Rope(tuple(float(f) for f in (1.0 / theta**exponents).astype(np.float32)))
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](text, device="cpu")
+    return Rope(tuple(frequencies.tolist()), float(scale))
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: CacheType = "float32") -> int:

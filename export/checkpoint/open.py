@@ -310,7 +310,7 @@ def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def recommended_options(checkpoint: Checkpoint) -> list[str]:
     """The options with which autosteer-run samples as generation_config.json recommends; the default is greedy."""
     given = generation_settings(checkpoint)
-    options = [("repetition_penalty", 1.0)]
+    options: list[tuple[str, float | None]] = [("repetition_penalty", 1.0)]
     if given.get("do_sample"):
         options = [("temperature", None), ("top_p", 1.0), ("top_k", 0), *options]
         given = {"temperature": 1.0} | given

@@ -36,9 +36,17 @@ INSTEAD = "give --model the checkpoint that it was quantised from, and choose --
 class Matrix(Protocol):
     """A packed matrix (N, K)."""
 
-    shape: tuple[int, int]
-    place: Place  # of its largest part
-    rows_at_once: int  # rows are read in multiples of it
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+
+    @property
+    def place(self) -> Place:
+        """Where its largest part is stored."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows are read in multiples of it."""
 
     def floats(self, first: int, last: int) -> torch.Tensor:
         """Rows first..last-1, (n, K) float32."""
@@ -79,7 +87,8 @@ class Reader:
         """A part of a tensor, as it is stored."""
         file, name = self.stored[path]
         with self._open(file) as tensors:
-            return tensors.get_slice(name)[index or ...]
+            part: torch.Tensor = tensors.get_slice(name)[index or ...]
+            return part
 
     def has(self, path: str) -> bool:
         """Whether there is such a tensor."""
@@ -106,7 +115,8 @@ class Integers:
         if self.groups is not None:
             return (codes.float() - zeros[:, self.groups].float()).mul_(scales[:, self.groups])
         cut = codes.unflatten(1, (-1, self.group)).float()
-        return cut.sub_(zeros[..., None].float()).mul_(scales[..., None]).flatten(1)
+        values: torch.Tensor = cut.sub_(zeros[..., None].float()).mul_(scales[..., None]).flatten(1)
+        return values
 
     def blocks(self) -> Blocks | None:
         """See Matrix."""
@@ -179,7 +189,7 @@ def method_of(config: dict[str, Any], where: Path) -> str:
 
 def _gptq(config: dict[str, Any], reader: Reader, where: Path) -> tuple[dict[str, Matrix], set[str]]:
     layout = str(config.get("checkpoint_format") or config.get("format") or "gptq")
-    bits = config.get("bits")
+    bits = config.get("bits") or 0
     _demand(where, "gptq", f"checkpoint_format {layout!r}", layout in ("gptq", "gptq_v2"))
     _demand(where, "gptq", f"{bits} bits", bits in (4, 8))
     _demand(where, "gptq", "bits that differ by module (dynamic)", not config.get("dynamic"))

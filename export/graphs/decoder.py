@@ -14,7 +14,7 @@ Qwen2DecoderLayer, LlamaDecoderLayer, ChameleonDecoderLayer, ChameleonSwinDecode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ import onnx_ir as ir
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig
 
+from .int8_matmul import MICROSOFT
 from .kv_scales import KVScales
 from .quantize import Blocks, Scheme
-from .writer import FLOAT32, MICROSOFT, GraphWriter
+from .writer import FLOAT32, GraphWriter
 
 HEAD_NORM_EPS = 1e-5  # HF: ChameleonLayerNorm, not in its config
 BRANCHES = ("self_attn", "mlp")  # of a layer: HF's modules, and the names of their outputs in our graphs
@@ -200,6 +201,7 @@ def _attention(
         kv_num_heads=config.num_key_value_heads,
         scale=config.head_dim**-0.5,
         do_rotary=1,
+        local_window_size=config.windows[layer] or -1,
         **rounding,
     )
 
@@ -217,17 +219,28 @@ def _rounding(
 
 
 def _head_norm(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
-    """LayerNorm of each head of x (1, S, H * d), each with its own scale and bias (H, d)."""
+    """x (1, S, H * d), each head normed by itself."""
+    d = config.head_dim
+    by_head = g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, d], np.int64)))
+    normed = HEAD_NORMS[config.head_norm or ""](g, config, module, by_head, heads)
+    return g.op("Reshape", normed, g.constant(f"flat_{heads}", np.array([0, 0, heads * d], np.int64)))
+
+
+def _layer_norm_per_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
+    """Each head has its own scale and bias, (H, d) each. HF: ChameleonLayerNorm."""
     ones = g.constant("head_ones", np.ones(config.head_dim, g.dtype))
-    normed = g.op(
-        "LayerNormalization",
-        *(g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, config.head_dim], np.int64))), ones),
-        axis=-1,
-        epsilon=HEAD_NORM_EPS,
-    )
+    normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=HEAD_NORM_EPS)
     scale, bias = (g.vector(f"{module}.{name}", shape=(heads, config.head_dim)) for name in ("weight", "bias"))
-    moved = g.op("Add", g.op("Mul", normed, scale), bias)
-    return g.op("Reshape", moved, g.constant(f"flat_{heads}", np.array([0, 0, heads * config.head_dim], np.int64)))
+    return g.op("Add", g.op("Mul", normed, scale), bias)
+
+
+def _rms_norm_per_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
+    """All heads share one scale (d,). HF: Qwen3RMSNorm."""
+    weight = g.vector(f"{module}.weight", shape=(config.head_dim,))
+    return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
+
+
+HEAD_NORMS: dict[str, Callable[..., ir.Value]] = {"layer": _layer_norm_per_head, "rms": _rms_norm_per_head}
 
 
 def _mlp(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, scheme: Scheme | None) -> ir.Value:
@@ -253,8 +266,8 @@ def _rotary(g: GraphWriter, config: DecoderConfig) -> tuple[ir.Value, ir.Value]:
 
 
 def rotary_tables(config: DecoderConfig) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """cos and sin (context, head_dim / 2), in float32 as HF computes them (Qwen2RotaryEmbedding)."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
-    angle = np.arange(config.context_length, dtype=np.float32)[:, None] * frequency
-    return np.cos(angle), np.sin(angle)
+    """cos and sin (context, head_dim / 2), in float32 as HF computes them (LlamaRotaryEmbedding)."""
+    frequencies = np.array(config.rope.frequencies, np.float32)
+    angle = np.arange(config.context_length, dtype=np.float32)[:, None] * frequencies
+    scale = np.float32(config.rope.scale)
+    return np.cos(angle) * scale, np.sin(angle) * scale

@@ -30,6 +30,7 @@ def quantise_linears(graph: ir.Graph, store: WeightStore) -> None:
         graph.remove(node, safe=True)
         if not transpose.outputs[0].uses():
             graph.remove(transpose, safe=True)
+            assert weight.name is not None
             del graph.initializers[weight.name]
 
 
@@ -49,8 +50,9 @@ class _Inserting:
 
     def initialiser(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self.graph.initializers:
-            shape = ir.Shape([int(d) for d in tensor.shape])
-            value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
@@ -58,7 +60,7 @@ class _Inserting:
 def _replace(g: _Inserting, weight: ir.Value, rows: Rows, store: WeightStore) -> None:
     """Replace the node that `g` inserts before by the product of `rows` and `weight`."""
     assert weight.name is not None and weight.shape is not None
-    shape = tuple(int(d) for d in weight.shape)
+    shape = weight.shape.numpy()
     parts = store.columns([weight.name], (shape[0], shape[1]))
     codes, scales = (g.initialiser(f"{weight.name}.{part}", parts[part]) for part in ("codes", "scales"))
     old, new = g.before.outputs[0], product(g, rows, codes, scales)

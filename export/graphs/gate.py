@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .writer import FLOAT32, MICROSOFT, GraphWriter
+from .int8_matmul import MICROSOFT
+from .writer import FLOAT32, GraphWriter
 
 
 def prober(g: GraphWriter, weights: dict[str, torch.Tensor]) -> None:

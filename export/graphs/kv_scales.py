@@ -48,7 +48,7 @@ class RangeObserver(DynamicLayer):
 
     def __init__(self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]):
         """cos, sin (context, head_dim / 2): the rotary tables."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         positions = np.linspace(0, len(cos) - 1, POSITIONS).astype(int)
         self._rotations = [(torch.from_numpy(cos[i]), torch.from_numpy(sin[i])) for i in positions]
         self.scales: KVScales | None = None
@@ -83,7 +83,7 @@ class Rounding(DynamicLayer):
 
     def __init__(self, scales: KVScales, note: Callable[[float], None]):
         """`note` is called with the relative error (Frobenius norm) of keys, and of values."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._scales, self._note = scales, note
 
     def update(

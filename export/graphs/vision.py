@@ -29,8 +29,9 @@ from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import GraphSpec, Precision
 
 from .dynamic_int8 import quantise_linears
+from .int8_matmul import MICROSOFT
 from .weights import WeightStore
-from .writer import FLOAT32, MICROSOFT, OPSET, save_model
+from .writer import FLOAT32, OPSET, save_model
 
 
 class ImageGraph(nn.Module):
@@ -77,6 +78,8 @@ class VQTokenizer(ImageGraph):
 
     name, outputs, exact = "image_tokenizer", ("input_ids",), True
 
+    token_ids: torch.Tensor
+
     def __init__(self, hf_model: Any):
         super().__init__()
         self.model = hf_model.model
@@ -101,7 +104,8 @@ class VQTokenizer(ImageGraph):
         vq = self.model.vqmodel
         codebook = vq.quantize.embedding.weight
         z = vq.quant_conv(vq.encoder(pixel_values)).permute(0, 2, 3, 1).flatten(0, 2)
-        return (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
+        distances: torch.Tensor = (z**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * (z @ codebook.T)
+        return distances
 
 
 class TowerAndPixelShuffle(ImageGraph):
@@ -129,7 +133,8 @@ class TowerAndPixelShuffle(ImageGraph):
             embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
             whole = torch.ones(1, side, side, dtype=torch.bool)
             positions = embeddings(torch.zeros(1, 3, self.image_size, self.image_size), whole)
-            return positions[0, :, 0].to(torch.int64).numpy()
+            ids: np.ndarray = positions[0, :, 0].to(torch.int64).numpy()
+            return ids
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(tiles, 3, size, size) -> image_features (tiles, tokens, D)"""
@@ -138,7 +143,8 @@ class TowerAndPixelShuffle(ImageGraph):
         hidden = patches + tower.embeddings.position_embedding(self.position_ids)
         for layer in tower.encoder.layers:
             hidden = layer(hidden, None)
-        return self.model.connector(tower.post_layernorm(hidden)).float()
+        features: torch.Tensor = self.model.connector(tower.post_layernorm(hidden)).float()
+        return features
 
 
 WRAPPERS: dict[str, type[ImageGraph]] = {
@@ -203,7 +209,7 @@ def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, Im
 def _attach(graph: ir.Graph, value: ir.Value, store: WeightStore, storage: str, computed: str) -> None:
     """Point an initialiser at its streamed weights; matrices stored narrower than computed with are cast there."""
     assert value.name is not None and value.shape is not None
-    shape = [int(d) for d in value.shape]
+    shape = list(value.shape.numpy())
     dtype = storage if len(shape) >= 2 else computed
     tensor = store.matrix([value.name], dtype, shape=shape)
     value.const_value, value.type = tensor, ir.TensorType(tensor.dtype)

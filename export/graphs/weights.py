@@ -62,7 +62,7 @@ class WeightStore:
             )
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Size of the file so far."""
         return self._file.tell()
 

@@ -15,7 +15,7 @@ from optimum.commands.export.base import ExportCommand
 from autosteer.export.cli import export, main
 
 
-class AutoSteerExportCommand(BaseOptimumCLICommand):
+class AutoSteerExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
     """autosteer-export's options, under optimum-cli."""
 
     COMMAND = CommandInfo(name="autosteer", help="Export a guarded multimodal LLM (autosteer-export).")

@@ -32,7 +32,8 @@ TEMPERATURES = (0.05, 20.0)
 
 def class_weights(unsafe: np.ndarray) -> np.ndarray:
     """(n,) bool -> (n,) weights that sum to 1, half of it on each class."""
-    return np.where(unsafe, 0.5 / unsafe.sum(), 0.5 / (~unsafe).sum())
+    weights: np.ndarray = np.where(unsafe, 0.5 / unsafe.sum(), 0.5 / (~unsafe).sum())
+    return weights
 
 
 def fit_temperature(logits: torch.Tensor, unsafe: np.ndarray) -> float:

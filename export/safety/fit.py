@@ -149,7 +149,7 @@ def fit(
             evidence = gather(table_, pooled, pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
-            fit_model, data, prompts, split, answer, store, options, console
+            *(fit_model, data, prompts, split, answer, store, console), wanted=options.strength, seed=options.seed
         )
     calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
     _warn(console, layer, calibration, refusal_facts, proof)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from .fit import FitOptions
     from .pairs import FitData, Labelled, Prompt
     from .prober import Split
     from .store import FeatureStore
@@ -34,13 +33,15 @@ def fit_refusal_head(
     split: Split,
     answer: torch.Tensor,
     store: FeatureStore,
-    options: FitOptions,
     console: Console,
+    *,
+    wanted: float | None,
+    seed: int,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
     """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
     and on --refusal-only, measured on held-out ones.
     """
-    rng = np.random.default_rng(options.seed)
+    rng = np.random.default_rng(seed)
 
     def unsafe(rows: np.ndarray) -> list[Prompt]:
         return [prompts[i].prompt for i in rows if prompts[i].unsafe]
@@ -52,7 +53,7 @@ def fit_refusal_head(
     tested = {prompt.identity for prompt in unsafe(split.heldout)}
     more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
     train = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
-    trained_with = options.strength or PAPER_STRENGTH
+    trained_with = wanted or PAPER_STRENGTH
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
     embeddings = fit_model.embeddings()
@@ -63,7 +64,7 @@ def fit_refusal_head(
             answer,
             embeddings,
             strength=trained_with,
-            seed=options.seed,
+            seed=seed,
             advance=advance,
         )
     tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
@@ -76,7 +77,7 @@ def fit_refusal_head(
         score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
         for i, strength in enumerate(strengths)
     )
-    strength = options.strength or choose_strength(scores, trained_with)
+    strength = wanted or choose_strength(scores, trained_with)
     chosen = next(score for score in scores if score.strength == round(strength, 4))
     return (
         head.steer_matrix,

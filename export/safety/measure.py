@@ -32,7 +32,9 @@ def auc(unsafe: np.ndarray, benign: np.ndarray) -> float:
 def roc(unsafe: np.ndarray, benign: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(share of benign, share of unsafe) above every threshold from infinity down to the lowest score."""
     steps = np.concatenate([[np.inf], np.unique(np.concatenate([unsafe, benign]))[::-1], [-np.inf]])
-    return tuple(1 - np.searchsorted(np.sort(scores), steps, side="right") / len(scores) for scores in (benign, unsafe))
+    above = (1 - np.searchsorted(np.sort(scores), steps, side="right") / len(scores) for scores in (benign, unsafe))
+    share_of_benign, share_of_unsafe = above
+    return share_of_benign, share_of_unsafe
 
 
 def reliability(p: np.ndarray, unsafe: np.ndarray) -> list[dict[str, float]]:

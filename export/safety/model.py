@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -131,9 +131,8 @@ def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None)
     cache, opening = fit_model.opening_cache, common_opening(fit_model, inputs)
     on_device = {name: t.to(fit_model.device) for name, t in inputs.items()}
     use_opening = cache is not None and len(inputs) == 1 and opening > 0
-    if use_opening:
-        assert cache is not None
-        after = {cache_argument(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
+    if cache is not None and use_opening:
+        after: dict[str, Any] = {cache_argument(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
         on_device = {"input_ids": on_device["input_ids"][:, opening:], **after}
     skip = 0 if use_opening else opening
     watched: AbstractContextManager[None] = nullcontext()
@@ -141,7 +140,9 @@ def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None)
         watched = watching_inputs(dict(enumerate(fit_model.layers)), lambda k, hidden: watch(k, hidden[:, skip:]))
     try:
         with torch.inference_mode(), watched:
-            return fit_model.hf_model.base_model(**on_device, use_cache=use_opening).last_hidden_state[:, skip:]
+            outputs = fit_model.hf_model.base_model(**on_device, use_cache=use_opening)
+            states: torch.Tensor = outputs.last_hidden_state[:, skip:]
+            return states
     except torch.OutOfMemoryError as err:
         raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
 
@@ -152,7 +153,7 @@ def cache_after(prefix: DynamicCache, *, keep: bool) -> DynamicCache:
     Without `keep`, new keys and values are not stored: enough for a single forward pass.
     """
     cache = DynamicCache()
-    cache.layers = [_PrefixedLayer(layer, keep=keep) for layer in prefix.layers]
+    cache.layers = [_PrefixedLayer(cast(DynamicLayer, layer), keep=keep) for layer in prefix.layers]
     return cache
 
 
@@ -160,7 +161,8 @@ class _PrefixedLayer(DynamicLayer):
     """Keys and values (B, H, T, D) that follow a prefix (1, H, P, D)."""
 
     def __init__(self, prefix: DynamicLayer, *, keep: bool):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        assert prefix.keys is not None and prefix.values is not None
         self._prefix, self._keep = (prefix.keys, prefix.values), keep
 
     def update(

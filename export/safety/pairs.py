@@ -21,7 +21,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows
@@ -247,7 +247,7 @@ def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool)
             raise InputError(f"{row.where}: a dialogue of {len(row.messages)} turns; a gate is fitted on single ones")
         if not row.prompt.strip():
             raise InputError(f"{row.where}: there is no text in the prompt")
-        pictures = tuple(Path(image).resolve() for image in row.messages[0].images)
+        pictures = tuple(Path(cast(Path, image)).resolve() for image in row.messages[0].images)  # rows name files
         yield Labelled(Prompt(row.prompt, pictures, row.where), unsafe, row.group, row.family, path.stem)
 
 

@@ -146,7 +146,8 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
 
     def joined(t: torch.Tensor) -> torch.Tensor:
         """(K * MEMBERS, .., n) -> (K, .., MEMBERS * n)"""
-        return t.unflatten(0, (columns, MEMBERS)).movedim(1, -2).flatten(-2)
+        side_by_side: torch.Tensor = t.unflatten(0, (columns, MEMBERS)).movedim(1, -2).flatten(-2)
+        return side_by_side
 
     def losses(part: str, rows: torch.Tensor) -> torch.Tensor:
         """(K * MEMBERS,) sums over `rows`"""
@@ -199,7 +200,7 @@ def _moments(read: Read, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, standard deviation) over `rows`, (K, w) each; 1 for a constant feature."""
     import torch
 
-    total = square = 0.0
+    total = square = torch.zeros((), dtype=torch.float64)
     for some in np.array_split(rows, math.ceil(len(rows) / READ_ROWS)):
         x = read(some).double()
         total, square = total + x.sum(dim=0), square + x.square().sum(dim=0)

@@ -218,7 +218,7 @@ def _cell(text: str) -> str:
 def _plot(folder: Path, fitted: Fitted) -> None:
     import matplotlib.figure
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,

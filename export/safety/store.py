@@ -90,7 +90,7 @@ class FeatureStore:
         assert records.shape == (len(keys), *self.shape)
         blob = records.float().contiguous().numpy()
         try:
-            _write(self._states, memoryview(blob).cast("B"), self._count * self._bytes)
+            _write(self._states, blob.data.cast("B"), self._count * self._bytes)
             _write(self._keys, memoryview(b"".join(keys)), self._count * DIGEST_BYTES)
         except OSError as err:
             raise InputError(
@@ -129,7 +129,7 @@ class States:
 
         out, size = np.empty((len(records), *shape), np.float32), int(np.prod(self.shape)) * 4
         for into, record in zip(out, records.tolist(), strict=True):
-            if os.preadv(self._descriptor, [into], record * size + skip) != into.nbytes:
+            if os.preadv(self._descriptor, [into.data], record * size + skip) != into.nbytes:
                 raise InputError("the stored hidden states were cut off while they were read; start again")
         return torch.from_numpy(out)
 

@@ -6,6 +6,7 @@ its checkpoint name:
     unquantised       norms, biases, matrices, embeddings, the gate: must be equal after the cast to their type
     quantised         the error of every row and column of a matrix must be small, and must not change its scale
     computed          rotary tables must equal Hugging Face's, scales of int8 caches those of a second calibration
+    attributes        of attention and norms: must be the config's
 
 What graphs compute with them is checked in validate.py. Constants without a checkpoint name (an axis, a bound, the
 largest code) are not compared here: an error in one shows in the graph's output.
@@ -24,17 +25,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from autosteer.export.checkpoint.decoder_config import decoder_config
+from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
 
-from .dequantize import bits_of, packed_kv_scales, read, stacked, worse
+from .dequantize import bits_of, packed_kv_scales, read, stacked
+from .metrics import worse
 
 BLOCK_BYTES = 32 << 20  # of float32
 ROTARY = ("cos_cache", "sin_cache")
 TINY = 1e-30
+DEFAULTS = {"local_window_size": -1, "softcap": 0}  # onnxruntime's, of attributes that a node may leave out
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Rounding:
 class GraphAudit:
     """Results for one graph."""
 
-    differing: int  # unquantised numbers that differ from the checkpoint or the safety folder
+    differing: int  # unquantised numbers that differ from the checkpoint, its config or the safety folder
     rounding: Rounding | None  # worst of all matrices; None if none is quantised
     rotary: float  # largest difference from Hugging Face's tables, divided by the position (from 1)
 
@@ -70,7 +73,8 @@ def audit(
 ) -> GraphAudit:
     """Compare one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module."""
     graph = ir.load(path).graph
-    differing, rounding, rotary = 0, None, 0.0
+    config, rounding, rotary = decoder_config(checkpoint), None, 0.0
+    differing = sum(_attributes_that_differ(node, config) for node in graph)
     tables = {node.inputs[0] for node in graph if node.op_type == "GatherBlockQuantized"}
     for node in graph:
         if any(value is not None and value.name and wanted(value.name) for value in node.inputs):
@@ -113,6 +117,26 @@ def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint,
         for s, f in zip(stored, found, strict=True):
             worst = worse(worst, worse(error(s.keys, f.keys), error(s.values, f.values)))
     return worst
+
+
+def _attributes_that_differ(node: ir.Node, config: DecoderConfig) -> int:
+    """How many attributes of a decoder's operator are not as the checkpoint's config says."""
+    expected: dict[str, float] = {}
+    if node.op_type == "GroupQueryAttention":
+        past_key = node.inputs[3]
+        layer = int(str(past_key.name).split(".")[1]) if past_key is not None else 0
+        expected = {
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "scale": float(np.float32(config.head_dim**-0.5)),
+            "do_rotary": 1,
+            "local_window_size": config.windows[layer] or -1,
+            "softcap": 0,
+        }
+    elif node.op_type in ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"):
+        expected = {"epsilon": float(np.float32(config.rms_norm_eps))}
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    return sum(given.get(name, DEFAULTS.get(name)) != value for name, value in expected.items())
 
 
 def _rounding(node: ir.Node, rows: slice, checkpoint: Checkpoint, name: str) -> Rounding:

@@ -97,11 +97,6 @@ def packed_kv_scales(folder: Path, manifest: Manifest) -> tuple[KVScales, ...]:
     )
 
 
-def worse(one: float, other: float) -> float:
-    """The larger of two errors; NaN counts as infinite. `max` may drop a NaN, and a graph of NaNs would pass."""
-    return math.inf if math.isnan(one) or math.isnan(other) else max(one, other)
-
-
 def stacked(node: ir.Node, checkpoint: Checkpoint) -> dict[str, slice]:
     """Checkpoint names of the matrices in a quantised node, and which rows each takes; empty for other nodes."""
     if node.op_type not in _READERS:

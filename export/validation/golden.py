@@ -25,7 +25,9 @@ from autosteer.runtime.manifest import (
     SteeredState,
     Tolerance,
 )
-from autosteer.runtime.self_test import POSSIBLE, logits_shift
+from autosteer.runtime.self_test import logits_shift
+
+from .metrics import lead
 
 if TYPE_CHECKING:
     from autosteer.export.safety_folder import SafetyArtifact
@@ -63,6 +65,7 @@ def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Go
     verdict, plain, steered = answers.plain.verdict, answers.plain, answers.steered
 
     def golden(threshold: float | None, action: Action, answered: PackageAnswer) -> tuple[Golden, PackageAnswer]:
+        assert action is not Action.STOP
         tokens = tuple(answered.tokens)
         p = None if steered is None else verdict.p_unsafe
         return (
@@ -129,11 +132,4 @@ def _steer(engine: Engine, first: int, last: np.ndarray, steered: np.ndarray) ->
     ]
     tokens = [int(row.argmax()) for row in logits]
     before, after = (float(torch.from_numpy(row).double().log_softmax(0)[first]) for row in logits)
-    return _Steered(SteeredState(*tokens, logits_shift(*logits)), min(map(lead, logits)), after - before)
-
-
-def lead(logits: np.ndarray) -> float:
-    """Margin of the likeliest token over the runner-up, in standard deviations of the logits (V,)."""
-    possible = logits[~(np.abs(logits) > POSSIBLE)]
-    second, first = np.partition(possible, -2)[-2:]
-    return float((first - second) / max(float(possible.std()), 1e-30))
+    return _Steered(SteeredState(tokens[0], tokens[1], logits_shift(*logits)), min(map(lead, logits)), after - before)

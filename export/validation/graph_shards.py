@@ -131,7 +131,11 @@ class ShardedGraph:
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
         """The graph on fixed buffers, as runtime.Subgraph.bind."""
-        return lambda: self._run(inputs, outputs) and None
+
+        def run() -> None:
+            self._run(inputs, outputs)
+
+        return run
 
     def _run(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         values = dict(inputs)

@@ -31,11 +31,10 @@ from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import Message, asked_turns
 
-from .dequantize import worse
+from .metrics import MASKED_LOGIT, worse
 
 ANSWER_TOKENS = 32  # per answer, at most
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
-MASKED_LOGIT = -1e38  # a logit below it belongs to a token that HF masks with the lowest float32
 
 
 @dataclass(frozen=True)

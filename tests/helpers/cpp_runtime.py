@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import toy
+from once import once
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
@@ -78,10 +79,11 @@ def _error(said: str) -> str:
     return " ".join((found[1] if found else said).split()) or "CMake failed"
 
 
-def build_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
-    """A new folder, or under AUTOSTEER_CPP_BUILD one that the next run builds in again."""
+def build_once(name: str, targets: Sequence[str], *definitions: str) -> Path:
+    """As `build`, once for all test processes; under AUTOSTEER_CPP_BUILD, the next run builds in the folder again."""
     kept = os.environ.get("AUTOSTEER_CPP_BUILD")
-    return Path(kept) / name if kept else tmp_path_factory.mktemp(name)
+    made = once(name, lambda folder: build(Path(kept) / name if kept else folder, targets, *definitions))
+    return Path(kept) / name if kept else made
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The demo model, exported once per session and precision, for the tests that need real packages."""
+"""The demo model, exported once per run and precision, for the tests that need real packages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from once import once
 from traced import trace_once
 
 from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
@@ -33,10 +34,12 @@ PREFILL = "--prefill-precision=int8"
 @cache
 def demo_package(precision: str, *options: str) -> Path:
     """A validated package of the demo model, made by the command itself."""
-    folder = SCRATCH / "-".join(["demo", precision, *(option.strip("-") for option in options)])
-    arguments = ["--model", "demo", "--output", str(folder), "--precision", precision, *options]
-    export.main(arguments, standalone_mode=False)
-    return folder
+
+    def write(folder: Path) -> None:
+        arguments = ["--model", "demo", "--output", str(folder), "--precision", precision, *options]
+        export.main(arguments, standalone_mode=False)
+
+    return once("-".join(["demo", precision, *(option.strip("-") for option in options)]), write)
 
 
 @cache
@@ -48,7 +51,10 @@ def demo_engine(precision: str, *options: str) -> Engine:
 @cache
 def unguarded_engine(split_layer: int) -> Engine:
     """The demo split elsewhere, without a gate (its prober belongs to one layer)."""
-    folder = SCRATCH / f"demo-split-{split_layer}"
-    folder.mkdir()
-    write_package(folder, demo_checkpoint(), None, ExportOptions(split_layer=split_layer), lambda _: None)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_package(folder, demo_checkpoint(), None, ExportOptions(split_layer=split_layer), lambda _: None)
+
+    folder = once(f"demo-split-{split_layer}", write)
     return Engine.load(folder, device="cpu", threads=1)

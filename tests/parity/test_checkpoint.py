@@ -18,7 +18,7 @@ from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
-from autosteer.export.validation.validate import STORED_IN_HALF
+from autosteer.export.validation.limits import STORED_IN_HALF
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest
 
@@ -86,11 +86,10 @@ def test_pictures_that_are_prepared_otherwise_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer_types": ["sliding_attention"] * 8}, "sliding-window attention is not supported"),
-        ({"use_sliding_window": True}, "sliding-window attention is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'linear'"),
+        ({"layer_types": ["linear_attention"] * 8}, "attention of the kinds linear_attention is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'dynamic'"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"model_type": "mistral"}, "a decoder of type 'mistral' is not supported"),
+        ({"model_type": "gemma"}, "a decoder of type 'gemma' is not supported"),
     ],
 )
 def test_a_decoder_that_computes_otherwise_is_refused(

@@ -34,9 +34,11 @@ from autosteer.export.cli import export
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.export.validation import graph_shards, validate
+from autosteer.export.validation import answers, graph_shards, validate
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.graph_shards import ShardedGraph
+from autosteer.export.validation.limits import check_line
+from autosteer.export.validation.metrics import worse
 from autosteer.export.validation.prompts import make_validation_prompts
 from autosteer.export.validation.validate import ValidationResult
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
@@ -296,8 +298,8 @@ def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(AutoSteerError):
         run("--model", "demo", "--output", tmp_path / "package")
     assert nothing_left(tmp_path)
-    assert validate.worse(float("nan"), 0.0) == validate.worse(0.0, float("nan")) == float("inf")
-    assert not validate.check_line("logits", float("inf"), None).passed
+    assert worse(float("nan"), 0.0) == worse(0.0, float("nan")) == float("inf")
+    assert not check_line("logits", float("inf"), None).passed
 
 
 def test_block_size_head_bits_and_image_precision_reach_the_graphs(tmp_path: Path) -> None:
@@ -415,8 +417,8 @@ def test_parts_come_and_go_and_serve_all_who_wait_unless_all_of_them_may_stay(bu
                 said.append(part.name)
         return said
 
-    answers = sweep.run([partial(job, number) for number in range(3)])
-    assert ["".join(said) for said in answers] == ["abcabc", "bcbc", "abcabc"]
+    said_by_each = sweep.run([partial(job, number) for number in range(3)])
+    assert ["".join(said) for said in said_by_each] == ["abcabc", "bcbc", "abcabc"]
     assert log == expected
 
 
@@ -446,9 +448,9 @@ def test_graphs_of_every_kind_can_be_cut_anywhere(kind: tuple[str, ...], tmp_pat
     options = ExportOptions(**dict(zip(("precision", "kv_cache"), kind, strict=False)))
     manifest = write_package(tmp_path, demo_checkpoint(), None, options, lambda _: None)
     cases = make_validation_prompts(tmp_path, manifest, None)[:3]
-    _, cut = validate.run_package(tmp_path, manifest, cases, tokens=4)
+    _, cut = answers.run_package(tmp_path, manifest, cases, tokens=4)
     monkeypatch.setattr(graph_shards, "SHARD_BYTES", 1 << 40)
-    _, whole = validate.run_package(tmp_path, manifest, cases, tokens=4)
+    _, whole = answers.run_package(tmp_path, manifest, cases, tokens=4)
     for ours, expected in zip(cut, whole, strict=True):
         assert ours.plain.tokens == expected.plain.tokens
         np.testing.assert_allclose(

@@ -15,9 +15,10 @@ from exported import demo_checkpoint, demo_engine, demo_package
 from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.answers import run_package
+from autosteer.export.validation.gate_checks import refusal_checks
 from autosteer.export.validation.golden import gate_proof, goldens, lead
 from autosteer.export.validation.prompts import make_validation_prompts, proof_prompts
-from autosteer.export.validation.validate import refusal_checks, run_package
 from autosteer.runtime import Message, Stats
 from autosteer.runtime.check import check_package
 from autosteer.runtime.manifest import Check, Golden

@@ -23,6 +23,7 @@ from autosteer.export.graphs.quantize import recipe
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
 from autosteer.export.validation.dequantize import packed_kv_scales
+from autosteer.export.validation.limits import LIMITS
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
 from autosteer.runtime.errors import CheckError, InputError
 from autosteer.runtime.generation import Stats
@@ -230,7 +231,7 @@ def test_what_the_prober_reads_is_pytorchs_with_the_same_rounding() -> None:
     assert checks["hidden state, error to rounded"].value < 1e-4
     assert checks["attention, each by itself"].value < 5e-4  # codes that fall the other way
     assert 1e-3 < checks["hidden state at the split"].value < 0.1
-    assert checks["int8 caches, relative error"].limit == validate.LIMITS["int8 caches, relative error"]
+    assert checks["int8 caches, relative error"].limit == LIMITS["int8 caches, relative error"]
     assert "quantised weights, relative error" not in checks
     assert checks["verdicts that differ outside +-0.1"].limit == 0.0
 

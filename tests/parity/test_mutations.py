@@ -22,7 +22,7 @@ from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import validate
-from autosteer.export.validation.validate import divergence
+from autosteer.export.validation.metrics import divergence
 
 KINDS = {
     "fp32": ExportOptions("fp32"),

@@ -16,8 +16,8 @@ from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguar
 
 from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.validation.limits import VERDICT_BAND
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt
-from autosteer.export.validation.validate import VERDICT_BAND
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
@@ -214,6 +214,6 @@ def test_a_package_can_be_moved(tmp_path: Path) -> None:
     import shutil
 
     moved = shutil.copytree(demo_package("int4"), tmp_path / "elsewhere")
-    assert str(SCRATCH) not in (moved / "autosteer.json").read_text()
+    assert str(demo_package("int4").parent) not in (moved / "autosteer.json").read_text()
     engine = Engine.load(moved, device="cpu", threads=1)
     assert engine.generate("hello", sampling=SAMPLING).token_ids

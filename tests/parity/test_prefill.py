@@ -16,7 +16,8 @@ from exported import PREFILL, demo_checkpoint, demo_engine, demo_package
 from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import PerChannel, recipe
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.validation.validate import ROUNDED_LIMITS, validate_package
+from autosteer.export.validation.limits import ROUNDED_LIMITS
+from autosteer.export.validation.validate import validate_package
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, Stats
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Subgraph

@@ -1,5 +1,6 @@
 """Tier 4: decoders without images, on tiny random checkpoints with the demo's tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_weights import TEMPLATE
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
@@ -18,9 +29,28 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message
 
+# Scaled rotary embeddings begin to differ at position 0; 32 is the length that the model was first trained for.
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED},
+    "yarn": {"rope_type": "yarn", **SCALED},
+}
+WINDOW = 9  # positions
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama, rope llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ROPES["llama3"]}),
+    "llama, rope linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ROPES["linear"]}),
+    "mistral, windows": (MistralConfig, MistralForCausalLM, {"sliding_window": WINDOW}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+    "qwen2, rope yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": ROPES["yarn"]}),
+    "qwen2, some windows": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
 }
 
 
@@ -44,7 +74,7 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         initializer_range=0.2,
         **extra,
     )
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("package")
     model_class(config).save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
     arguments = ["--model", folder / "checkpoint", "--output", folder / "package", "--unguarded", "--layer", 1]
@@ -73,7 +103,8 @@ def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package
     table = manifest.dims.vocab_size * manifest.dims.hidden_size * 4
     decoder = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96) * 4
     tables = round((weights.bytes - decoder) / table)
-    assert tables == (1 if manifest.source.model_type == "llama" else 2)
+    config = json.loads((package.parent / "checkpoint" / "config.json").read_text())
+    assert tables == (1 if config["tie_word_embeddings"] else 2)
 
 
 def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autosteer.runtime import pages as subject
-from autosteer.runtime.pages import HUGE, MADV_COLLAPSE, placing
+from autosteer.runtime.pages import HUGE, MADV_COLLAPSE, MADV_PAGEOUT, placing
 
 ENTRY = """{start:x}-{end:x} {mode} 00000000 00:00 0 {name}
 Size:           {size} kB
@@ -31,20 +31,20 @@ def entry(start: int, length: int, *, rss: float = 1.0, mode: str = "rw-p", name
     )
 
 
-def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_filled_meanwhile_is_moved_and_what_was_read_of_files_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A thread's stack, mostly untouched, would take its whole 8 MiB; files are mapped and have pages of their own."""
-    smaps, moved = tmp_path / "smaps", []
+    smaps, advised = tmp_path / "smaps", list[tuple[int, int, int]]()
     monkeypatch.setattr(subject, "SMAPS", smaps)
-    monkeypatch.setattr(
-        subject,
-        "_advise",
-        lambda start, end, advice: moved.append((start, end)) if advice == MADV_COLLAPSE else None,
-    )
-    earlier = entry(1 * HUGE, 4 * HUGE)
+    monkeypatch.setattr(subject, "_advise", lambda *advice: advised.append(advice))
+    read_before = entry(80 * HUGE, 8 * HUGE, name="/some/where/tokenizer.json")
+    read_further = entry(90 * HUGE, 8 * HUGE, rss=0.2, name="/some/where/library.so")
+    earlier = entry(1 * HUGE, 4 * HUGE) + read_before + read_further
     smaps.write_text(earlier)
     with placing() as mover:
         smaps.write_text(
-            earlier
+            earlier.replace(read_further, entry(90 * HUGE, 8 * HUGE, rss=0.5, name="/some/where/library.so"))
             + entry(10 * HUGE, 8 * HUGE, name="[heap]")
             + entry(20 * HUGE, 8 * HUGE, name="[anon: glibc: malloc]")
             + entry(30 * HUGE, 8 * HUGE)
@@ -53,8 +53,14 @@ def test_what_was_filled_meanwhile_is_moved_and_nothing_else(monkeypatch: pytest
             + entry(60 * HUGE, 8 * HUGE, mode="r--p")
             + entry(70 * HUGE, 8 * HUGE, name="[stack]")
         )
+        smaps.write_text(
+            smaps.read_text().replace(read_further, read_further.replace(f"{int(1.6 * HUGE) >> 10}", "9000"))
+        )
     mover.join()
-    assert sorted(moved) == [(n * HUGE, (n + 8) * HUGE) for n in (10, 20, 30)]
+    assert sorted(advised) == [
+        *((n * HUGE, (n + 8) * HUGE, MADV_COLLAPSE) for n in (10, 20, 30)),
+        *((n * HUGE, (n + 8) * HUGE, MADV_PAGEOUT) for n in (50, 90)),
+    ]
 
 
 def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,36 +94,17 @@ def test_memory_that_moves_keeps_what_it_holds(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(not subject.SMAPS.exists(), reason="not Linux")
-def test_what_was_read_of_files_meanwhile_is_given_back_and_holds_what_it_held(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_pages_given_back_hold_what_they_held(tmp_path: Path) -> None:
     """What a private map has changed is in no file. A first version gave pages back with MADV_DONTNEED, which forgets
     them, and with them whatever another thread had mapped there meanwhile.
     """
-    given_back: list[int] = []
-    advise = subject._advise
-    monkeypatch.setattr(
-        subject,
-        "_advise",
-        lambda start, end, advice: given_back.append(start) or advise(start, end, advice),
-    )
-    size, maps, starts = 1 << 20, {}, {}
-    for name in ("read before", "read further", "read", "changed"):
-        (tmp_path / name).write_bytes(b"weights!" * (size // 8))
-        with (tmp_path / name).open("r+b") as file:
-            maps[name] = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        starts[name] = np.frombuffer(maps[name], np.uint8).ctypes.data
-
-    def read(name: str, until: int) -> None:
-        assert maps[name][:until:4096] == b"w" * (until // 4096)
-
-    read("read before", size)
-    read("read further", size // 4)
-    with placing() as mover:
-        for name in ("read further", "read", "changed"):
-            read(name, size)
-        maps["changed"][:7] = b"another"
-    assert [starts[name] in given_back for name in maps] == [False, True, True, True]
-    mover.join()
-    for name in maps:
-        assert maps[name][:8] + maps[name][-8:] == (b"another!" if name == "changed" else b"weights!") + b"weights!"
+    size = 1 << 20
+    for changed in (b"", b"another"):
+        (tmp_path / "weights").write_bytes(b"weights!" * (size // 8))
+        with (tmp_path / "weights").open("r+b") as file:
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        pages[: len(changed)] = changed
+        start = np.frombuffer(pages, np.uint8).ctypes.data
+        assert subject._advise(start, start + size, MADV_PAGEOUT) == 0
+        assert pages[:8] == (changed + b"weights!"[len(changed) :])
+        assert pages[8:] == b"weights!" * (size // 8 - 1)
