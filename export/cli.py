@@ -11,11 +11,12 @@ import click
 
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.errors import CheckError, InputError, PackageError
-from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Precision
+from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Manifest, Precision
 
 from .graphs.quantize import Target
 from .output import atomic_folder, check_output
 from .push import check_login, push
+from .safety import PICTURES
 
 if TYPE_CHECKING:
     from .checkpoint.open import Checkpoint
@@ -194,7 +195,7 @@ def export(
             needs = footprint(folder, manifest)
             progress.update(task, description="loading the package")
             loaded = load_again(folder, needs.running)
-    notes = remarks(checkpoint, options.recipe.body)
+    notes = [*remarks(checkpoint, options.recipe.body), *blind_gate(manifest)]
     facts = {
         "package": str(output),
         "split_layer": manifest.split_layer,
@@ -247,6 +248,21 @@ def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
             f"{better}; if the checkpoint's method also rounds activations, the package does not"
         )
     return notes
+
+
+def blind_gate(manifest: Manifest) -> list[str]:
+    """A warning, if the model takes pictures and its gate was fitted without any."""
+    if manifest.image is None or manifest.prober is None:
+        return []
+    blind = manifest.prober.calibration.get(PICTURES) == 0
+    return (
+        [
+            "WARNING: the gate was fitted without pictures and this model takes them: nothing is known about harm in "
+            "pictures; fit it on pairs with images (autosteer-fit --pairs FILE --images DIR)"
+        ]
+        if blind
+        else []
+    )
 
 
 def needs_text(needs: Footprint) -> str:

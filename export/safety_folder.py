@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.strict_json import decode
 
-from .safety import SAFETY_FILE
+from .safety import PICTURES, SAFETY_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,9 @@ class SafetyArtifact:
         """
         if not 0.0 <= threshold < 1.0:
             raise InputError(f"--threshold {threshold:g}: it must be in [0, 1)")
+        kept = {name: value for name, value in self.facts.calibration.items() if name == PICTURES}
         proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
-        return replace(self, facts=replace(self.facts, threshold=threshold, calibration={}, proof=proof))
+        return replace(self, facts=replace(self.facts, threshold=threshold, calibration=kept, proof=proof))
 
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, which is made if need be."""

@@ -3,3 +3,4 @@
 SAFETY_FILE = "safety.json"  # a folder with this file is a safety folder
 REFUSAL_TEXT = "I'm sorry, but I can't assist with that."  # default; the paper's
 DEFAULT_THRESHOLD = 0.5
+PICTURES = "prompts_with_pictures"  # among SafetyFacts.calibration: of the prompts that the gate was fitted on

@@ -6,19 +6,21 @@ hidden state only by rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.chat_template import Renderer
+from autosteer.export.checkpoint.chat_template import FIRST, Renderer
 from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 
-from .model import Encoded, FitModel
+from .model import Encoded, FitModel, common_opening
 from .pairs import Prompt
 
 T = TypeVar("T")
@@ -39,33 +41,57 @@ class Batch:
     rows: list[int]  # indices of the prompts
     inputs: Encoded  # input_ids (B, S), padded on the right; images
     lengths: torch.Tensor  # (B,) tokens of each prompt
+    starts: torch.Tensor  # (B,) tokens before its last user turn's content
 
 
 def check_text(fit_model: FitModel, prompts: Sequence[Prompt]) -> None:
     """Raise InputError for a prompt whose text holds a special token: Hugging Face would read `<image>` as an image."""
     special = fit_model.processor.tokenizer.get_added_vocab()
     for prompt in prompts:
-        if found := [token for token in special if token in prompt.text]:
+        if found := [token for token in special if any(token in text for text in prompt.texts)]:
             raise InputError(f"{prompt.where}: the text holds the special token {found[0]!r}; take it out")
 
 
 def render(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> str:
-    """The checkpoint's chat template around one user turn, images first."""
-    content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": prompt.text}]
-    text: str = fit_model.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=generation, tokenize=False
-    )
-    return text
+    """The checkpoint's chat template around the prompt's turns, images first."""
+    turns = [("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate((*prompt.earlier, prompt.text))]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    messages[0]["content"][:0] = [{"type": "image"} for _ in prompt.images]  # type: ignore[index]
+    if prompt.system:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+    text = fit_model.processor.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False)
+    return str(text)
+
+
+def takes_system(fit_model: FitModel) -> bool:
+    """Whether the chat template has a place for a system prompt."""
+    try:
+        return FIRST in render(fit_model, Prompt("x", system=FIRST), generation=False)
+    except (jinja2.TemplateError, TypeError):
+        return False
 
 
 def encode(fit_model: FitModel, prompt: Prompt, *, generation: bool) -> Encoded:
     """Model inputs of one prompt, batch dimension 1. Raises InputError for one longer than the model's context."""
-    images = [[Image.fromarray(open_image(path)) for path in prompt.images]] if prompt.images else None
-    text = render(fit_model, prompt, generation=generation)
-    encoded = dict(fit_model.processor(text=[text], images=images, return_tensors="pt"))
-    encoded.pop("attention_mask", None)  # nothing to hide: padding comes last, and attention is causal
+    encoded = _encoded(fit_model, render(fit_model, prompt, generation=generation), prompt.images)
     _check_length(fit_model, prompt, encoded["input_ids"].shape[1])
     return encoded
+
+
+def _encoded(fit_model: FitModel, text: str, images: Sequence[Path]) -> Encoded:
+    pictures = [[Image.fromarray(open_image(path)) for path in images]] if images else None
+    encoded = dict(fit_model.processor(text=[text], images=pictures, return_tensors="pt"))
+    encoded.pop("attention_mask", None)  # nothing to hide: padding comes last, and attention is causal
+    return encoded
+
+
+def turn_start(fit_model: FitModel, prompt: Prompt) -> int:
+    """How many tokens come before the content of the prompt's last user turn."""
+    if not prompt.earlier and not prompt.system:
+        return len(fit_model.opening)
+    marked = replace(prompt, text=FIRST, images=prompt.images if prompt.earlier else ())
+    before = render(fit_model, marked, generation=False).split(FIRST)[0]
+    return _encoded(fit_model, before.removesuffix(fit_model.text_lead), marked.images)["input_ids"].shape[1]
 
 
 def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
@@ -108,23 +134,25 @@ def batches(
     """Batches of the prompts `wanted`, each once. Prompts of like length are batched together."""
     order = sorted(wanted, key=lambda row: (len(prompts[row].images), len(prompts[row].text)))
     window: list[tuple[int, Encoded]] = []
+    starts: dict[int, int] = {}
     held = 0
     for row in order:
         encoded = encode(fit_model, prompts[row], generation=generation)
+        starts[row] = turn_start(fit_model, prompts[row])
         window.append((row, encoded))
         held += sum(t.nbytes for t in encoded.values())
         if held > WINDOW_BYTES or len(window) == WINDOW_PROMPTS:
-            yield from _padded(window)
+            yield from _padded(fit_model, window, starts)
             window, held = [], 0
-    yield from _padded(window)
+    yield from _padded(fit_model, window, starts)
 
 
-def _padded(window: list[tuple[int, Encoded]]) -> Iterator[Batch]:
-    """Cut a window into batches of equal image tensors and like length; input_ids are padded on the right."""
+def _padded(fit_model: FitModel, window: list[tuple[int, Encoded]], starts: Mapping[int, int]) -> Iterator[Batch]:
+    """Cut a window into batches of equal image tensors, opening and like length; input_ids are padded on the right."""
     groups: dict[tuple[Any, ...], list[tuple[int, Encoded]]] = {}
     for row, encoded in window:
         shapes = tuple((name, tuple(t.shape)) for name, t in sorted(encoded.items()) if name != "input_ids")
-        groups.setdefault(shapes, []).append((row, encoded))
+        groups.setdefault((common_opening(fit_model, encoded), *shapes), []).append((row, encoded))
     for group in groups.values():
         group.sort(key=lambda one: one[1]["input_ids"].shape[1])
         while group:
@@ -137,7 +165,7 @@ def _padded(window: list[tuple[int, Encoded]]) -> Iterator[Batch]:
             longest = int(lengths.max())
             ids = torch.stack([_pad(one["input_ids"][0], longest) for one in inputs])
             images = {name: torch.cat([one[name] for one in inputs]) for name in inputs[0] if name != "input_ids"}
-            yield Batch(list(rows), {**images, "input_ids": ids}, lengths)
+            yield Batch(list(rows), {**images, "input_ids": ids}, lengths, torch.tensor([starts[row] for row in rows]))
 
 
 def _pad(ids: torch.Tensor, length: int) -> torch.Tensor:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .fit import Fitted
 
 
+POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
+
+
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--model", required=True, help="demo, a checkpoint folder, a hub id or one of our aliases.")
 @click.option(
@@ -45,6 +48,12 @@ if TYPE_CHECKING:
     "--unsafe", multiple=True, type=click.Path(path_type=Path), help="JSONL of more unsafe prompts. Repeatable."
 )
 @click.option(
+    "--refusal-only",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="JSONL of unsafe prompts on which only the Refusal Head is trained, beside the others. Repeatable.",
+)
+@click.option(
     "--test-benign",
     multiple=True,
     type=click.Path(path_type=Path),
@@ -59,9 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of the images that the JSONL files name."
 )
-@click.option(
-    "--text-only", is_flag=True, help="Ignore the images of --benign, --unsafe, --test-benign and --test-unsafe files."
-)
+@click.option("--text-only", is_flag=True, help="Ignore the images of all files, and fit on texts alone.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option(
     "--features",
@@ -70,10 +77,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--prober",
-    type=click.Choice(["pooled", "paper"]),
-    default="pooled",
+    type=click.Choice(["auto", "pooled", "paper"]),
+    default="auto",
     show_default=True,
-    help="The prober reads the mean over the user's turn (pooled), or its last token (paper).",
+    help="The prober reads the mean over the user's turn (pooled), its last token (paper), or whichever of these tells "
+    "unsafe from benign better in words of kinds that it was not trained on (auto).",
+)
+@click.option(
+    "--augment",
+    is_flag=True,
+    help="Train on rewordings of the prompts, too: newlines, closers, typos, politeness and six other kinds.",
 )
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
@@ -119,13 +132,15 @@ def fit_command(
     pairs: tuple[Path, ...],
     benign: tuple[Path, ...],
     unsafe: tuple[Path, ...],
+    refusal_only: tuple[Path, ...],
     test_benign: tuple[Path, ...],
     test_unsafe: tuple[Path, ...],
     images: Path | None,
     text_only: bool,
     output: Path,
     features: Path | None,
-    prober: Literal["pooled", "paper"],
+    prober: Literal["auto", "pooled", "paper"],
+    augment: bool,
     layer: int | None,
     select: Literal["sas", "prober"] | None,
     threshold: float | None,
@@ -144,6 +159,8 @@ def fit_command(
         raise click.UsageError("--layer and --select exclude each other")
     if threshold is not None and target_fpr is not None:
         raise click.UsageError("--threshold and --target-fpr exclude each other")
+    if images and text_only:
+        raise click.UsageError("--images and --text-only exclude each other")
     if not refusal_text.strip():
         raise click.UsageError("--refusal-text is empty")
     check_output(output, marker=SAFETY_FILE, force=force)
@@ -153,7 +170,7 @@ def fit_command(
     from .pairs import check_images, read_data, read_external
 
     console = Console(stderr=True)
-    data = read_data(pairs, benign, unsafe, images=images, text_only=text_only)
+    data = read_data(pairs, benign, unsafe, refusal_only, images=images, text_only=text_only)
     external = [
         *read_external(test_unsafe, unsafe=True, images=images, text_only=text_only),
         *read_external(test_benign, unsafe=False, images=images, text_only=text_only),
@@ -161,7 +178,8 @@ def fit_command(
     everything = dataclasses.replace(data, extra=(*data.extra, *external))
     device_ = _device(device)
 
-    from .fit import FitOptions, fit, progress
+    from .fit import FitOptions, fit
+    from .progress import progress
     from .report import write_report
 
     if count := len(everything.images()):
@@ -171,7 +189,8 @@ def fit_command(
         model=model,
         layer=layer,
         select=select or "sas",
-        pooling="mean" if prober == "pooled" else "last",
+        pooling=POOLING[prober],
+        augment=augment,
         threshold=DEFAULT_THRESHOLD if threshold is None and target_fpr is None else threshold,
         target_fpr=target_fpr,
         strength=strength,

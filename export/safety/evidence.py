@@ -28,7 +28,7 @@ NO_BETTER = 0.01  # an AUC counts as better only if it exceeds the words-only AU
 
 @dataclass(frozen=True)
 class Table:
-    """All prompts, first the fit's, then external ones; arrays (n,)."""
+    """All prompts: first the fit's, then external ones, then rewordings of the fit's (other_words.py); arrays (n,)."""
 
     texts: list[str]
     unsafe: np.ndarray  # bool
@@ -36,14 +36,15 @@ class Table:
     source_of: list[str]  # data set
     split: Split  # of the fit's prompts
     external: np.ndarray  # row numbers
+    taught: Split  # `split`, with the rewordings that are trained on
 
     @property
     def sources(self) -> list[str]:
         """The fit's data sets, in order of appearance."""
-        return list(dict.fromkeys(self.source_of[: len(self.texts) - len(self.external)]))
+        return list(dict.fromkeys(self.source_of[: sum(map(len, vars(self.split).values()))]))
 
     def rows_of(self, source: str) -> np.ndarray:
-        """Row numbers of a data set."""
+        """Row numbers of a data set, rewordings included."""
         return np.flatnonzero(np.array(self.source_of) == source)
 
 
@@ -121,7 +122,7 @@ def gather(
     def scores_of(split: Split) -> dict[str, np.ndarray]:
         return {name: _train(states, t, split, seed=seed) for name, states in inputs.items()}
 
-    scores = scores_of(t.split) | {OURS: p_unsafe(gate.prober, inputs[OURS])}
+    scores = scores_of(t.taught) | {OURS: p_unsafe(gate.prober, inputs[OURS])}
     advance(1)
     compare = _Comparer(t, gate.threshold)
     unsafe, benign = (t.split.heldout[t.unsafe[t.split.heldout] == label] for label in (True, False))
@@ -190,7 +191,8 @@ def _leave_out(
     Empty if the rest lacks a class: a gate cannot be trained on benign prompts alone.
     """
     left = t.rows_of(source)
-    rest = Split(*(np.setdiff1d(rows, left) for rows in (t.split.train, t.split.validation, t.split.heldout)))
+    rest = Split(*(np.setdiff1d(rows, left) for rows in (t.taught.train, t.taught.validation, t.taught.heldout)))
+    left = left[left < sum(map(len, vars(t.split).values()))]
     if any(len(set(t.unsafe[rows].tolist())) < 2 for rows in vars(rest).values()):
         return []
     scores = scores_of(rest)

@@ -10,34 +10,33 @@ train the Refusal Head, try it      refusal_head.py, answers.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from autosteer.export.heartbeat import heartbeat
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family, possible_families
 
-from . import DEFAULT_THRESHOLD
-from .answers import steered_answers
-from .batches import answer_tokens, check_text
+from . import DEFAULT_THRESHOLD, PICTURES
+from .batches import answer_tokens, check_text, takes_system
 from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
-from .model import FitModel, open_fit_model
+from .head_fit import fit_refusal_head
+from .model import open_fit_model
+from .other_words import put_in_other_words
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
+from .progress import progress
 from .proof import choose_proof
-from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
+from .refusal_head import StrengthScore
 from .sas import SasSum
 from .states import (
     POSITIONS,
     TOKEN_OFFSET,
-    Advance,
-    answer_states,
     answer_store,
     checkpoint_files,
     digests,
@@ -49,16 +48,16 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from .pairs import FitData, Labelled, Prompt
+    from .pairs import FitData, Labelled
     from .prober import Prober, Split
     from .sas import SasScores
-    from .store import FeatureStore, States
+    from .store import States
 
-PAPER_STRENGTH = 0.1
 READ_PAIRS = 128  # differences in memory at a time
-REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; answers are generated to 12
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
-SPEED_SECONDS = 300  # window of the estimate of the time left: a pass of a large model takes minutes
+BLIND = (
+    "NO PICTURE IS AMONG THE FIT'S PROMPTS, and this model takes pictures: nothing is known about what this gate does "
+    "with a picture, and it will most likely let harm in pictures through; give pairs with images (--images)"
+)
 PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # warn below: balanced accuracy, share of complete refusals
 
 Pooling = Literal["last", "mean"]
@@ -71,7 +70,8 @@ class FitOptions:
     model: str
     layer: int | None  # None: `select` chooses
     select: Literal["sas", "prober"]
-    pooling: Pooling  # the prober's input: the last token's state (the paper), or the turn's mean
+    pooling: Pooling | None  # the prober's input: the last token's state (the paper), or the turn's mean; None: choose
+    augment: bool  # train on rewordings of the prompts, too
     threshold: float | None  # None: from target_fpr
     target_fpr: float | None
     strength: float | None  # None: train with the paper's, then use the best of STRENGTHS
@@ -89,6 +89,7 @@ class Fitted:
     proof_images: dict[str, Path]  # images of the proof's prompts, by their names in the safety folder
     evidence: Evidence
     strengths: tuple[StrengthScore, ...]
+    rewordings: tuple[FamilyRates, ...]  # what the gate makes of held-out prompts in other words
 
 
 def fit(
@@ -111,8 +112,14 @@ def fit(
     if options.layer is not None and not 0 < options.layer < depth:
         raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
     fit_model = open_fit_model(checkpoint, device=options.device)
-    everything = [item.prompt for item in (*prompts, *external)]
-    check_text(fit_model, everything)
+    families = possible_families(system=takes_system(fit_model))
+    words = put_in_other_words(prompts, split, families, augment=options.augment, seed=options.seed)
+    items = [*prompts, *external, *words.everything]
+    everything, reworded = [item.prompt for item in items], len(prompts) + len(external)
+    check_text(fit_model, [*everything, *(item.prompt for item in data.refusal_only)])
+    with_pictures = sum(bool(item.prompt.images) for item in prompts)
+    if fit_model.image_token_id is not None and not with_pictures:
+        warn(console, BLIND)
     answer = answer_tokens(fit_model, options.refusal_text)
 
     files = checkpoint_files(checkpoint)
@@ -122,24 +129,29 @@ def fit(
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
-        scores, probers, dropped = _score_layers(data, prompts, states, split, options, console)
+        table_ = _table(items, split, external=np.arange(len(prompts), reworded), taught=words.taught(split, reworded))
+        scores, probers, dropped = _score_layers(data, prompts, table_, states, options, console)
         layer = options.layer or choose_layer(scores, options.select)
         console.print(_layer_table(scores, layer), soft_wrap=True, markup=False, highlight=False)
-        table_ = _table(prompts, external, split)
         pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
-        gate = _calibrate(probers[layer - 1], pooled[options.pooling], table_, options)
+        found = {name: p_unsafe(of[layer - 1], pooled[name]) for name, of in probers.items()}
+        pooling = cast(Pooling, words.choose(found, reworded))
+        gate = _calibrate(probers[pooling][layer - 1], pooled[pooling], table_, options)
+        p = p_unsafe(gate.prober, pooled[pooling])
+        rewordings = by_family(words.outcomes(p, reworded, gate.threshold))
+        console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
         heldout = [prompts[row] for row in split.heldout]
-        scores_heldout = p_unsafe(gate.prober, pooled[options.pooling][split.heldout])
+        scores_heldout = p[split.heldout]
         proof, proof_images = choose_proof(
             fit_model, heldout, scores_heldout, gate.threshold, published=options.publish_proof
         )
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
-            evidence = gather(table_, pooled, options.pooling, gate, seed=options.seed, advance=advance)
+            evidence = gather(table_, pooled, pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
-        head, refusal_facts, strengths, strength = _refusal_head(
-            fit_model, prompts, split, answer, store, options, console
+        head, refusal_facts, strengths, strength = fit_refusal_head(
+            *(fit_model, data, prompts, split, answer, store, console), wanted=options.strength, seed=options.seed
         )
-    calibration = gate.facts | evidence.facts()
+    calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
     _warn(console, layer, calibration, refusal_facts, proof)
 
     facts = SafetyFacts(
@@ -158,63 +170,78 @@ def fit(
             "pairs_without_difference": float(dropped),
             "prompts": float(len(prompts)),
             **{f"{part}_prompts": float(len(rows)) for part, rows in vars(split).items()},
+            "augmented_prompts": float(len(words.training)),
             **refusal_facts,
             "hidden_states_s": round(states_s, 1),
             "total_s": round(time.perf_counter() - started, 1),
         },
         selected_by="user" if options.layer else options.select,
-        pooling=options.pooling,
+        pooling=pooling,
         proof=proof,
     )
     artifact = SafetyArtifact(facts, gate.prober, head)
     artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
-    return Fitted(artifact, proof_images, evidence, strengths)
+    return Fitted(artifact, proof_images, evidence, strengths, tuple(rewordings))
 
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
     """Split such that the two prompts of a pair, equal texts and families stay in one part."""
-    row = {item.prompt: i for i, item in enumerate(prompts)}
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     return split_by_text(
         [item.cluster for item in prompts],
         [(item.unsafe, item.group) for item in prompts],
         seed=seed,
-        together=[(row[pair.unsafe], row[pair.safe]) for pair in data.pairs],
+        together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
     )
 
 
 def _score_layers(
-    data: FitData, prompts: list[Labelled], states: States, split: Split, options: FitOptions, console: Console
-) -> tuple[list[LayerScore], list[Prober], int]:
-    """SAS and a prober for every layer; entry 0 is layer 1. The last value counts pairs whose states are equal."""
+    data: FitData, prompts: list[Labelled], t: Table, states: States, options: FitOptions, console: Console
+) -> tuple[list[LayerScore], dict[str, list[Prober]], int]:
+    """SAS and, by pooling, a prober for every layer; entry 0 is layer 1. The last value counts pairs whose states are
+    equal. The accuracy of a layer is its better prober's.
+    """
     with progress(console, "SAS", len(data.pairs)) as advance:
         pooled, by_channel, dropped = _sas(data, prompts, states, options.seed, advance)
-    unsafe, weight = _labels(prompts), row_weights(_labels(prompts), [item.source for item in prompts])
-    position = POSITIONS.index(options.pooling)
-    with progress(console, "probers", 1) as advance:
-        probers = train_probers(lambda rows: states[rows][:, :, position], unsafe, weight, split, seed=options.seed)
-        advance(1)
-    rows = split.validation
+    used = np.concatenate(list(vars(t.taught).values()))
+    weight = np.zeros(len(t.texts))
+    weight[used] = row_weights(t.unsafe[used], [t.source_of[row] for row in used])
+    probers = {}
+    with progress(console, "probers", len(POSITIONS)) as advance:
+        for name in [options.pooling] if options.pooling else POSITIONS:
+            read = _reader(states, name)
+            probers[name] = train_probers(read, t.unsafe, weight, t.taught, seed=options.seed)
+            advance(1)
+    rows = t.split.validation
+
+    def accuracy(name: str, index: int) -> float:
+        p = p_unsafe(probers[name][index], states.layer(index, rows)[:, POSITIONS.index(name)])
+        return balanced_accuracy(p, t.unsafe[rows], DEFAULT_THRESHOLD, weight[rows])
+
     scores = [
         LayerScore(
             layer=index + 1,
             sas=float(pooled.sas[index]),
             sas_low=float(pooled.low[index]),
             sas_high=float(pooled.high[index]),
-            prober_accuracy=balanced_accuracy(
-                p_unsafe(prober, states.layer(index, rows)[:, position]), unsafe[rows], DEFAULT_THRESHOLD, weight[rows]
-            ),
+            prober_accuracy=max(accuracy(name, index) for name in probers),
             sas_by_channel={name: float(values[index]) for name, values in by_channel.items()} or None,
         )
-        for index, prober in enumerate(probers)
+        for index in range(len(pooled.sas))
     ]
     return scores, probers, dropped
+
+
+def _reader(states: States, pooling: str) -> Callable[[np.ndarray], torch.Tensor]:
+    position = POSITIONS.index(pooling)
+    return lambda rows: states[rows][:, :, position]
 
 
 def _sas(
     data: FitData, prompts: list[Labelled], states: States, seed: int, advance: Callable[[int], None]
 ) -> tuple[SasScores, dict[str, torch.Tensor], int]:
     """SAS of all pairs; SAS of each channel, if there are several; the number of pairs without a direction."""
-    row = {item.prompt: i for i, item in enumerate(prompts)}
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     members: dict[str, list[int]] = {}
     for i, pair in enumerate(data.pairs):
         members.setdefault(pair.channel, []).append(i)
@@ -223,7 +250,8 @@ def _sas(
     for name, numbers in members.items():
         for start in range(0, len(numbers), READ_PAIRS):
             some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
-            deltas = (states[[row[p.unsafe] for p in some]] - states[[row[p.safe] for p in some]])[:, :, last]
+            unsafe, safe = [row[p.unsafe.identity] for p in some], [row[p.safe.identity] for p in some]
+            deltas = (states[unsafe] - states[safe])[:, :, last]
             whole.add(deltas)
             channels[name].add(deltas)
             advance(len(some))
@@ -237,15 +265,15 @@ def choose_layer(scores: list[LayerScore], select: Literal["sas", "prober"]) -> 
     return max(scores, key=key).layer
 
 
-def _table(prompts: list[Labelled], external: Sequence[Labelled], split: Split) -> Table:
-    items = [*prompts, *external]
+def _table(items: Sequence[Labelled], split: Split, *, external: np.ndarray, taught: Split) -> Table:
     return Table(
         texts=[item.prompt.text for item in items],
         unsafe=_labels(items),
         groups=[item.group for item in items],
         source_of=[item.source for item in items],
         split=split,
-        external=np.arange(len(prompts), len(items)),
+        external=external,
+        taught=taught,
     )
 
 
@@ -266,71 +294,6 @@ def _calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptio
 def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
     """(n,) bool: which prompts are unsafe."""
     return np.array([item.unsafe for item in prompts])
-
-
-def _refusal_head(
-    fit_model: FitModel,
-    prompts: list[Labelled],
-    split: Split,
-    answer: torch.Tensor,
-    store: FeatureStore,
-    options: FitOptions,
-    console: Console,
-) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
-    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts,
-    measured on held-out ones.
-    """
-    rng = np.random.default_rng(options.seed)
-
-    def some(rows: np.ndarray, most: int) -> list[Prompt]:
-        unsafe = rows[_labels(prompts)[rows]]
-        return [prompts[i].prompt for i in sorted(rng.permutation(unsafe)[:most])]
-
-    train = some(np.concatenate([split.train, split.validation]), REFUSAL_TRAIN)
-    heldout = some(split.heldout, REFUSAL_HELDOUT)
-    trained_with = options.strength or PAPER_STRENGTH
-    with progress(console, "refusal states", len(train) + len(heldout)) as advance:
-        states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
-    embeddings = fit_model.embeddings()
-    with progress(console, "refusal head", STEPS) as advance:
-        head = train_refusal_head(
-            states[: len(train)],
-            states[len(train) :],
-            answer,
-            embeddings,
-            strength=trained_with,
-            seed=options.seed,
-            advance=advance,
-        )
-    tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
-    strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
-    with progress(console, "strengths", len(tried)) as advance:
-        answers = steered_answers(
-            fit_model, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
-        )
-    scores = tuple(
-        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
-        for i, strength in enumerate(strengths)
-    )
-    strength = options.strength or choose_strength(scores, trained_with)
-    chosen = next(score for score in scores if score.strength == round(strength, 4))
-    return (
-        head.steer_matrix,
-        {
-            "refusal_prompts": float(len(train)),
-            "refusal_steps": float(STEPS),
-            "refusal_initial_loss": head.initial_loss,
-            "refusal_loss": head.loss,
-            "refusal_tokens_right": head.argmax_share,
-            "refusal_whole": head.whole_share,
-            "refusal_strength_trained": trained_with,
-            "refusal_answers_tried": float(len(tried)),
-            "refusal_answers_exact": chosen.exact,
-            "refusal_answers_refused": chosen.refused,
-        },
-        scores,
-        strength,
-    )
 
 
 def _layer_table(scores: list[LayerScore], chosen: int) -> str:
@@ -375,37 +338,9 @@ def _warn(
             "is both classified correctly and allowed to ship (prompts with images need --publish-proof)"
         )
     for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+        warn(console, warning)
 
 
-@contextmanager
-def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
-    """A progress bar with the time left. Yields a function to call with how many more are done, or a fraction."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>15}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    sum_ = 0.0
-    bars = Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
-    with bars, heartbeat(console, bars):
-        task = bars.add_task(title, total=total)
-
-        def advance(done: float) -> None:
-            nonlocal sum_
-            sum_ += done
-            bars.update(task, completed=round(sum_, 6))  # fractions may sum to slightly less than a whole
-
-        yield advance
+def warn(console: Console, warning: str) -> None:
+    """Print a warning."""
+    console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)

@@ -43,6 +43,7 @@ class FitModel:
     opening: torch.Tensor  # (O,) token ids that every prompt begins with, before the user's first word or image
     end_token: int  # closes a turn
     image_token_id: int | None
+    text_lead: str  # what the chat template writes before each text of a turn
     opening_cache: DynamicCache | None = None  # batch 1; see read_opening
 
     def read_opening(self) -> None:
@@ -72,7 +73,8 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
             f"{checkpoint.folder}: the processor has no chat template, so prompts cannot be rendered"
         )
     renderer = Renderer(processor)
-    text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(text_lead(renderer))
+    lead = text_lead(renderer)
+    text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(lead)
     sweep, decoder = LayerSweep(KEPT_BYTES), decoder_config(checkpoint)
     model = open_on_demand(checkpoint, decoder.lm_head, sweep) if device == "cpu" else _on_cuda(checkpoint)
     return FitModel(
@@ -86,6 +88,7 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
         torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long),
         _end_token(checkpoint, processor),
         renderer.image_id,
+        lead,
     )
 
 
@@ -108,20 +111,27 @@ def _end_token(checkpoint: Checkpoint, processor: Any) -> int:
     return int(chosen)
 
 
+def common_opening(fit_model: FitModel, inputs: Encoded) -> int:
+    """O if each of the prompts begins with the opening, else 0: one with a system prompt does not."""
+    length = len(fit_model.opening)
+    begin = inputs["input_ids"][:, :length]
+    return length if begin.shape[1] == length and bool((begin == fit_model.opening).all()) else 0
+
+
 def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None) -> torch.Tensor:
-    """One forward pass without the LM head: final-norm output (B, S - O, d) of the positions after the opening.
+    """One forward pass without the LM head: final-norm output (B, S - O, d) of the positions after the common opening.
 
     `watch(k, hidden)` is called with what enters layer k, (B, S - O, d), for k = 0..N-1 in turn. Hidden states are not
     kept: output_hidden_states=True would hold those of all layers, gigabytes for a 7B model. The opening's O positions
-    are the same in all prompts. After `read_opening`, text prompts take their keys and values from the cache.
+    (`common_opening`) are the same in all of these prompts. After `read_opening`, text prompts take their keys and
+    values from the cache.
 
     Raises ProviderError if a batch does not fit on the GPU.
     """
-    cache, opening = fit_model.opening_cache, len(fit_model.opening)
+    cache, opening = fit_model.opening_cache, common_opening(fit_model, inputs)
     on_device = {name: t.to(fit_model.device) for name, t in inputs.items()}
-    opens = len(inputs) == 1 and bool((inputs["input_ids"][:, :opening] == fit_model.opening).all())
-    use_opening = cache is not None and opens
-    if cache is not None and opens:
+    use_opening = cache is not None and len(inputs) == 1 and opening > 0
+    if cache is not None and use_opening:
         after: dict[str, Any] = {cache_argument(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
         on_device = {"input_ids": on_device["input_ids"][:, opening:], **after}
     skip = 0 if use_opening else opening

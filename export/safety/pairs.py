@@ -5,9 +5,10 @@
     --benign, --unsafe  what autosteer-eval reads (runtime/evaluation/datasets.py), one turn a row
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
-file and under --images. VLSafe's pairs come without its pictures: without --images they are read as text only. Rows
-of our own formats may have a "family": prompts of one family say the same thing in other words, and stay in one part of
-the split.
+file and under --images. VLSafe's pairs come without its pictures: give --images, or say --text-only. Rows of our own
+formats may have a "family": prompts of one family say the same thing in other words, and stay in one part of the split.
+
+    --refusal-only      as --unsafe, for the Refusal Head alone: the authors train it on other prompts than the prober
 
 `--pairs builtin` is not a file: it means the pairs and the harmless prompts that come with AutoSteer (builtin.py).
 
@@ -16,6 +17,7 @@ Nothing here depends on the model; batches.py checks prompts against the tokeniz
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_r
 from autosteer.runtime.image import open_image
 
 from . import builtin
+from .store import file_digest
 
 MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
 BUILTIN = Path(builtin.NAME)
@@ -34,13 +37,40 @@ PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
 VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
 
 
+@functools.cache
+def _digest_of(path: Path, changed: int) -> bytes:
+    return file_digest(path)
+
+
+def _picture_digest(path: Path) -> bytes:
+    return _digest_of(path, path.stat().st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """One user turn. Equal where text and images are: `where` (file:line) is for error messages only."""
+    """A user turn, and what comes before it. `where` (file:line) is for error messages only."""
 
     text: str
     images: tuple[Path, ...] = ()
     where: str = field(default="", compare=False)
+    earlier: tuple[str, ...] = ()  # user, assistant, ... texts; images are shown in the first turn
+    system: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text of the prompt, in order."""
+        return (*((self.system,) if self.system else ()), *self.earlier, self.text)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for equal prompts with equal pictures, whatever the paths of their files. Reads the image files."""
+        return (self.text, self.earlier, self.system, *map(_picture_digest, self.images))
+
+    @property
+    def turns(self) -> tuple[Prompt, ...]:
+        """The prompt as it stood at each of its user turns; the gate's score is the worst of theirs."""
+        asked = (*self.earlier, self.text)
+        return tuple(replace(self, text=asked[i], earlier=asked[:i]) for i in range(0, len(asked), 2))
 
 
 @dataclass(frozen=True)
@@ -66,16 +96,24 @@ class Labelled:
 
     @property
     def cluster(self) -> str:
-        """What must stay on one side of a split: the family or, where none is named, the text."""
-        return f"family {self.family}" if self.family else self.prompt.text
+        """What must stay on one side of a split: the family or, where none is named, the text with its pictures.
+
+        One question may be asked about a thousand pictures.
+        """
+        if self.family:
+            return f"family {self.family}"
+        return " ".join([self.prompt.text, *(_picture_digest(path).hex() for path in self.prompt.images)])
 
 
 @dataclass(frozen=True)
 class FitData:
-    """Everything a fit reads. `extra` is what --benign and --unsafe gave."""
+    """Everything a fit reads. `extra` is what --benign and --unsafe gave, `refusal_only` unsafe prompts that the
+    prober must not see.
+    """
 
     pairs: tuple[Pair, ...]
     extra: tuple[Labelled, ...] = ()
+    refusal_only: tuple[Labelled, ...] = ()
 
     def labelled(self) -> list[Labelled]:
         """Every distinct prompt once, in order of appearance, with its label."""
@@ -84,26 +122,28 @@ class FitData:
             for pair in self.pairs
             for prompt, unsafe in ((pair.unsafe, True), (pair.safe, False))
         )
-        distinct: dict[Prompt, Labelled] = {}
+        distinct: dict[tuple[object, ...], Labelled] = {}
         for item in (*twins, *self.extra):
-            distinct.setdefault(item.prompt, item)
+            distinct.setdefault(item.prompt.identity, item)
         return list(distinct.values())
 
     def images(self) -> list[Path]:
         """Every distinct image file."""
-        return list(dict.fromkeys(path for item in self.labelled() for path in item.prompt.images))
+        items = (*self.labelled(), *self.refusal_only)
+        return list(dict.fromkeys(path for item in items for path in item.prompt.images))
 
 
 def read_data(
     pairs: Iterable[Path],
     benign: Iterable[Path] = (),
     unsafe: Iterable[Path] = (),
+    refusal_only: Iterable[Path] = (),
     *,
     images: Path | None = None,
     text_only: bool = False,
 ) -> FitData:
     """Read and cross-check the files. Path("builtin") among `pairs` is not read but stands for what builtin.py makes.
-    `text_only` leaves out the pictures of `benign` and `unsafe`.
+    `text_only` leaves out all pictures.
 
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
     that is called both safe and unsafe.
@@ -114,7 +154,7 @@ def read_data(
     data = FitData(
         pairs=(
             *(_builtin_pairs() if shipped else ()),
-            *(pair for path in files for pair in _pairs(path, images)),
+            *(pair for path in files for pair in _pairs(path, images, text_only=text_only)),
         ),
         extra=(
             *(_builtin_harmless() if shipped else ()),
@@ -124,6 +164,9 @@ def read_data(
                 for path in paths
                 for item in _labelled(path, images, unsafe=label, text_only=text_only)
             ),
+        ),
+        refusal_only=tuple(
+            item for path in refusal_only for item in _labelled(path, images, unsafe=True, text_only=text_only)
         ),
     )
     if len(data.pairs) < MIN_PAIRS:
@@ -170,19 +213,17 @@ def _builtin_family(name: str) -> str:
     return f"{builtin.NAME}: {name}"  # no family of a user's file can have this name by chance
 
 
-def _pairs(path: Path, images: Path | None) -> list[Pair]:
-    pairs = [_pair(row, f"{path}:{number}", path, images) for number, row in read_lines(path)]
+def _pairs(path: Path, images: Path | None, *, text_only: bool) -> list[Pair]:
+    pairs = [_pair(row, f"{path}:{number}", path, images, text_only) for number, row in read_lines(path)]
     if not pairs:
         raise InputError(f"{path}: no rows; one JSON object per line is needed")
     return pairs
 
 
-def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> Pair:
+def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None, text_only: bool) -> Pair:
     if row.keys() & {"orig_query", "safe_query"}:
         _reject_unknown(row, VLSAFE_KEYS, where)
-        picture = (
-            _images([_text(row, "image_id", where)], file, images, where) if images and row.get("image_id") else ()
-        )
+        picture = () if text_only else _named(row, "image_id", where, file, images)
         return Pair(
             Prompt(_text(row, "orig_query", where), picture, where),
             Prompt(_text(row, "safe_query", where), picture, where),
@@ -190,10 +231,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None) -> P
             source=file.stem,
         )
     _reject_unknown(row, PAIR_KEYS, where)
-    image, safe_image = (
-        _images([_text(row, key, where)] if row.get(key) is not None else [], file, images, where)
-        for key in ("image", "safe_image")
-    )
+    image, safe_image = (() if text_only else _named(row, key, where, file, images) for key in ("image", "safe_image"))
     return Pair(
         unsafe=Prompt(_text(row, "unsafe", where), image, where),
         safe=Prompt(_text(row, "safe", where), safe_image or image, where),
@@ -227,8 +265,9 @@ def _reject_unknown(row: dict[str, Any], known: set[str], where: str) -> None:
         raise InputError(f"{where}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
 
 
-def _images(names: list[str], file: Path, images: Path | None, where: str) -> tuple[Path, ...]:
-    return tuple(_find_image(name, file, images, where) for name in names)
+def _named(row: dict[str, Any], key: str, where: str, file: Path, images: Path | None) -> tuple[Path, ...]:
+    """The image file that a field names, if it names one."""
+    return () if row.get(key) is None else (_find_image(_text(row, key, where), file, images, where),)
 
 
 def _find_image(name: str, file: Path, images: Path | None, where: str) -> Path:
@@ -236,15 +275,15 @@ def _find_image(name: str, file: Path, images: Path | None, where: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return (folder / name).resolve()
-    hint = "" if images else "; give their folder with --images"
+    hint = "" if images else "; give their folder with --images, or fit on the texts alone with --text-only"
     raise InputError(f"{where}: image {name!r} not found under {' or '.join(map(str, folders))}{hint}")
 
 
 def _reject_contradictions(data: FitData) -> None:
     twins = ((p, unsafe) for pair in data.pairs for p, unsafe in ((pair.unsafe, True), (pair.safe, False)))
-    seen: dict[Prompt, tuple[bool, str]] = {}
+    seen: dict[tuple[object, ...], tuple[bool, str]] = {}
     for prompt, unsafe in (*twins, *((item.prompt, item.unsafe) for item in data.extra)):
-        label, where = seen.setdefault(prompt, (unsafe, prompt.where))
+        label, where = seen.setdefault(prompt.identity, (unsafe, prompt.where))
         if label != unsafe:
             name = {True: "unsafe", False: "safe"}
             raise InputError(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autosteer.runtime.evaluation.variants import cells, in_short
+
 from .evidence import NO_BETTER, OURS, Comparison, FlagRate
 from .measure import roc
 
@@ -43,6 +45,7 @@ def as_json(fitted: Fitted) -> dict[str, Any]:
         "reliability": list(e.reliability),
         "thresholds": threshold_costs(fitted),
         "strengths": [dataclasses.asdict(s) for s in fitted.strengths],
+        "other_words": [dataclasses.asdict(r) for r in fitted.rewordings],
     }
 
 
@@ -79,6 +82,11 @@ def as_markdown(fitted: Fitted) -> str:
         "with 95 % confidence.\n",
         _rate_table(e.rates),
         "\n![scores](scores.png)\n",
+        "## In other words\n",
+        "Held-out prompts, unchanged and reworded in 20 families that keep their meaning (docs/evaluation.md). The fit "
+        f"{'trained on rewordings of half of them' if t['augmented_prompts'] else 'trained on none of them'}.\n",
+        _table(*cells(fitted.rewordings)),
+        f"\n{in_short(fitted.rewordings)}\n",
         "## What the threshold costs\n",
         "On held-out prompts.\n",
         _table(

@@ -20,7 +20,7 @@ import torch
 from autosteer.runtime.errors import PackageError
 
 from .batches import Batch, about_tokens, batches, sweep_groups, waiting_bytes
-from .model import FitModel, forward
+from .model import FitModel, common_opening, forward
 from .pairs import Prompt
 from .store import FeatureStore, States, digest, file_digest
 
@@ -65,7 +65,17 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
     seen: dict[Path, bytes] = {}
     for path in {path for prompt in prompts for path in prompt.images}:
         seen[path] = file_digest(path)
-    return [digest(prompt.text.encode(), *(seen[path] for path in prompt.images)) for prompt in prompts]
+    return [
+        digest(
+            prompt.text.encode(),
+            *(seen[path] for path in prompt.images),
+            *(
+                repr((prompt.earlier, prompt.system)).encode()
+                for _ in range(prompt.earlier != () or prompt.system != "")
+            ),
+        )
+        for prompt in prompts
+    ]
 
 
 def prompt_states(
@@ -118,7 +128,7 @@ def answer_states(
         places = batch.lengths[:, None] + torch.arange(-1, length - 1)  # (B, T): the token before each of the answer's
         ids.scatter_(1, places[:, 1:], answer[:-1].expand(len(batch.rows), -1))  # over the padding of shorter prompts
         hidden = forward(fit_model, batch.inputs | {"input_ids": ids}, watch=lambda k, hidden: passed()).float().cpu()
-        places = (places - len(fit_model.opening))[..., None].expand(-1, -1, hidden.shape[-1])
+        places = (places - common_opening(fit_model, batch.inputs))[..., None].expand(-1, -1, hidden.shape[-1])
         states = hidden.gather(1, places)
         if not torch.isfinite(states).all():
             raise PackageError(
@@ -164,14 +174,19 @@ def _complete(
     return store.view(keys)
 
 
+def read_positions(fit_model: FitModel, batch: Batch) -> torch.Tensor:
+    """(B, S) bool: the text positions of each prompt's last user turn, through the last token of the prompt."""
+    place = torch.arange(batch.inputs["input_ids"].shape[1])
+    inside = (place >= batch.starts[:, None]) & (place <= batch.lengths[:, None] + TOKEN_OFFSET)
+    if fit_model.image_token_id is not None:
+        inside &= batch.inputs["input_ids"] != fit_model.image_token_id
+    return inside
+
+
 def _tap(fit_model: FitModel, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
     """(B, S - O, d) -> (B, P, d): the states at POSITIONS."""
-    ids, device, skipped = batch.inputs["input_ids"], fit_model.device, len(fit_model.opening)
-    place = torch.arange(ids.shape[1])
-    last = batch.lengths + TOKEN_OFFSET
-    pooled = (place >= skipped) & (place <= last[:, None])
-    if fit_model.image_token_id is not None:
-        pooled &= ids != fit_model.image_token_id
+    device, skipped = fit_model.device, common_opening(fit_model, batch.inputs)
+    ids, last, pooled = batch.inputs["input_ids"], batch.lengths + TOKEN_OFFSET, read_positions(fit_model, batch)
     share = (pooled / pooled.sum(dim=1, keepdim=True))[:, skipped:].to(device)
     each, last = torch.arange(len(ids), device=device), (last - skipped).to(device)
     return lambda hidden: torch.stack([hidden[each, last], (share[:, None] @ hidden)[:, 0]], dim=1)

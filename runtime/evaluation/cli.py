@@ -44,7 +44,10 @@ file_option: Any = click.Path(path_type=Path)
 @click.option("--images", type=file_option, help="Folder of the images. Default: beside each file.")
 @click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
 @click.option(
-    "--exclude", multiple=True, type=file_option, help="Drop rows whose prompt is in this fit file; repeatable."
+    "--exclude",
+    multiple=True,
+    type=file_option,
+    help="Drop rows that are in this fit file, by text and pictures; repeatable.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
@@ -58,6 +61,12 @@ file_option: Any = click.Path(path_type=Path)
 )
 @click.option(
     "--output", type=file_option, help="JSONL of every answer; the same command continues an interrupted run."
+)
+@click.option(
+    "--variants",
+    is_flag=True,
+    help="Do not answer: measure what is flagged of every prompt and of its rewordings in 20 families (newlines, "
+    "closers, typos, role play, ...), by family.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")
 @click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")
@@ -79,6 +88,7 @@ def evaluate(
     judge_command: str | None,
     judge_timeout: float,
     output: Path | None,
+    variants: bool,
     force: bool,
     rejudge: bool,
     device: Any,
@@ -100,6 +110,8 @@ def evaluate(
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
+    if variants and (output or judge_command):
+        raise click.UsageError("--variants asks for verdicts alone: it takes no --output and no --judge-command")
     from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
     from .refusals import CommandJudge, RuleJudge
     from .run import RunFacts, summarise
@@ -109,11 +121,14 @@ def evaluate(
     rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
     dropped: Counter[str] = Counter()
     if exclude:
-        rows, dropped = drop_known(rows, prompts_of(exclude))
+        rows, dropped = drop_known(rows, prompts_of(exclude, images=images, text_only=text_only))
         click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
     if limit:
         rows = first_of_each_group(rows, limit)
     check_images(package, rows)
+    if variants:
+        print_variants(load(package, device, threads), rows, as_json)
+        return
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
         facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens)
@@ -139,6 +154,19 @@ def check_images(package: Path, rows: Sequence[Row]) -> None:
             f"{package}: takes no images, and {with_image} of {len(rows)} rows have one; --text-only asks their texts "
             "alone"
         )
+
+
+def print_variants(engine: Any, rows: Sequence[Row], as_json: bool) -> None:
+    """The verdicts on all rows in other words, by family: a table, or one JSON object a line."""
+    from .variants import as_text, by_family, measure
+
+    with click.progressbar(length=len(rows), label="rewording", file=sys.stderr, show_pos=True) as bar:
+        found = by_family(measure(engine, rows, advance=bar.update))
+    if as_json:
+        for rates in found:
+            click.echo(dumps(dataclasses.asdict(rates)))
+    else:
+        click.echo(as_text(found))
 
 
 def answer(

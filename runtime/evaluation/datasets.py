@@ -48,6 +48,11 @@ class Row:
         """The texts of the last turn."""
         return " ".join(part for part in self.messages[-1].parts if isinstance(part, str))
 
+    @property
+    def pictures(self) -> Pictures:
+        """Digests of the last turn's picture files, which are read."""
+        return tuple(_picture_digest(Path(str(image))) for image in self.messages[-1].images)
+
     @cached_property
     def digest(self) -> str:
         """Equal for equal rows with equal pictures, whatever the paths of their files. Reads the image files."""
@@ -56,7 +61,7 @@ class Row:
             if isinstance(p, str):
                 return p
             assert isinstance(p, ImagePart) and isinstance(p.image, Path)
-            return "image " + hashlib.sha256(p.image.read_bytes()).hexdigest()
+            return "image " + _picture_digest(p.image)
 
         dialogue = [[m.role, [part(p) for p in m.parts]] for m in self.messages]
         gold = self.gold and [self.gold.kind, self.gold.answers, self.gold.options]
@@ -301,22 +306,57 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # the first whose fields a 
 
 # --- what a gate was fitted on ---------------------------------------------------------------------------------------
 
-_PROMPT_FIELDS = ("prompt", "query", "question", "orig_query", "safe_query", "unsafe", "safe")
+Pictures = tuple[str, ...]  # digests
+Known = dict[str, set["Pictures | None"]]  # what was seen with each text; None: pictures that are not known
+
+_PROMPT_FIELDS: dict[str, tuple[str, ...]] = {  # a text -> where its picture is named: the first that is there
+    "prompt": ("images",),
+    "query": ("image_id", "image_pth"),
+    "question": ("image",),
+    "orig_query": ("image_id",),
+    "safe_query": ("image_id",),
+    "unsafe": ("image",),
+    "safe": ("safe_image", "image"),
+}
 
 
-def prompts_of(files: Sequence[Path]) -> set[str]:
-    """Every prompt in files of pairs or prompts of any format, normalised by `same_prompt`."""
-    found: set[str] = set()
+def prompts_of(files: Sequence[Path], *, images: Path | None = None, text_only: bool = False) -> Known:
+    """Every prompt in files of pairs or prompts of any format: texts, normalised by `same_prompt`, and pictures.
+
+    A picture that is not found under `images` or beside its file could be any; under `text_only` each could.
+    """
+    found: Known = {}
     for path in files:
-        before = len(found)
+        before = sum(map(len, found.values()))
+        folders = [*([images] if images else []), path.parent]
         for _, data in read_lines(path):
-            values = [data.get(name) for name in _PROMPT_FIELDS]
-            turns = data.get("turns")
-            values += turns[0::2] if isinstance(turns, list) else []
-            found |= {same_prompt(value) for value in values if isinstance(value, str)}
-        if len(found) == before:
+            for text, names in _prompts_in(data):
+                seen = None if text_only else _pictures(names, folders)
+                found.setdefault(same_prompt(text), set()).add(seen)
+        if sum(map(len, found.values())) == before:
             raise InputError(f"{path}: --exclude: no new prompt in it (fields {', '.join(_PROMPT_FIELDS)}, turns)")
     return found
+
+
+def _prompts_in(data: Fields) -> Iterator[tuple[str, Any]]:
+    """(text, how its pictures are named) of each prompt in a row."""
+    for name, fields in _PROMPT_FIELDS.items():
+        if isinstance(data.get(name), str):
+            yield data[name], next((data[field] for field in fields if data.get(field)), [])
+    turns = data.get("turns")
+    asked = turns[0::2] if isinstance(turns, list) else []
+    yield from ((text, [] if i else data.get("images", [])) for i, text in enumerate(asked) if isinstance(text, str))
+
+
+def _pictures(names: Any, folders: Sequence[Path]) -> Pictures | None:
+    """Digests of the pictures with these names; None if one is not found."""
+    names = [names] if isinstance(names, str) else names
+    paths = [next((f / str(name) for f in folders if (f / str(name)).is_file()), None) for name in names]
+    return None if None in paths else tuple(_picture_digest(path) for path in paths if path)
+
+
+def _picture_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def same_prompt(text: str) -> str:
@@ -324,10 +364,16 @@ def same_prompt(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def drop_known(rows: Sequence[Row], known: set[str]) -> tuple[list[Row], Counter[str]]:
-    """(rows whose prompt is not among `known`, how many of each group were)"""
-    dropped: Counter[str] = Counter(row.group for row in rows if same_prompt(row.prompt) in known)
-    kept = [row for row in rows if same_prompt(row.prompt) not in known]
+def drop_known(rows: Sequence[Row], known: Known) -> tuple[list[Row], Counter[str]]:
+    """(rows whose prompt, with its pictures, is not among `known`, how many of each group were)"""
+
+    def is_known(row: Row) -> bool:
+        seen = known.get(same_prompt(row.prompt), set())
+        return bool(seen) and (None in seen or row.pictures in seen)
+
+    kept = [row for row in rows if not is_known(row)]
+    dropped: Counter[str] = Counter(row.group for row in rows)
+    dropped.subtract(row.group for row in kept)
     if not kept:
         raise InputError("--exclude: every row was also fitted on; nothing is left to measure")
-    return kept, dropped
+    return kept, +dropped

@@ -511,6 +511,19 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "set.jsonl"
 
 
+def test_eval_variants_counts_what_is_flagged_in_other_words(call, package, data):
+    command = ["autosteer-eval", package, "--data", data, "--variants", "--device", "cpu"]
+    done = call(*command, "--json")
+    assert done.returncode == 0
+    rates = {row["family"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert (rates["unchanged"]["unsafe"], rates["unchanged"]["caught"]["value"]) == (2, 0.5)
+    assert (rates["closers"]["fitted"], rates["quotes"]["fitted"]) == (True, False)
+    table = call(*command).stdout
+    assert "| unchanged " in table and "50.0% of the unsafe prompts are caught as they are" in table
+    refused = call(*command, "--output", "x.jsonl")
+    assert refused.returncode == 2 and "--variants asks for verdicts alone" in refused.stderr
+
+
 def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):
     done = call("autosteer-eval", package, "--data", data, "--output", tmp_path / "out.jsonl", "--device", "cpu")
     assert done.returncode == 0

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from autosteer.export.checkpoint import on_demand
 from autosteer.export.checkpoint.on_demand import Weights
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
-from autosteer.export.safety import batches, calibrate, cli, prober
+from autosteer.export.safety import batches, calibrate, cli, head_fit, other_words, prober
 from autosteer.export.safety import fit as fit_module
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
@@ -107,6 +107,14 @@ def build_checkpoint(folder: Path) -> None:
     model = LlavaOnevisionForConditionalGeneration(config)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rewordings() -> Iterator[None]:
+    """Two prompts of each label are judged in other words instead of 60, which would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(other_words, "JUDGED", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +231,33 @@ def test_mean_is_over_the_text_of_the_users_turn(
             hidden = fit_model.hf_model(**inputs, output_hidden_states=True).hidden_states
         expected = torch.stack([hidden[k][0, rows].mean(dim=0) for k in range(1, LAYERS)])
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_dialogue_the_last_turn_is_read(
+    fit_model: FitModel, data: Path, prompt_states: Callable[..., torch.Tensor]
+):
+    """As in the runtime: what comes before it was attended to. Pictures are shown in the first turn."""
+    wide, talk = data / "wide.png", ("first half of it", "go on.")
+    some = [
+        Prompt("what is shown?"),
+        Prompt("and the rest?", earlier=talk),
+        Prompt("what is shown?", system="be brief."),
+        Prompt("and this one?", (wide,), earlier=talk, system="be brief."),
+    ]
+    assert batches.takes_system(fit_model)
+    for prompt, state in zip(some, prompt_states(some), strict=True):
+        inputs = batches.encode(fit_model, prompt, generation=False)
+        ids = fit_model.processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+        header = fit_model.processor.tokenizer.tokenize("<|im_start|>user ")
+        turns = [i for i in range(len(ids)) if ids[i : i + len(header)] == header]
+        first = turns[-1] + len(header)
+        assert len(turns) == 1 + len(prompt.earlier) // 2
+        assert ("<image>" in ids[: turns[-1]]) == bool(prompt.images) and "<image>" not in ids[first:]
+        with torch.no_grad():
+            hidden = fit_model.hf_model(**inputs, output_hidden_states=True).hidden_states
+        for position, rows in ((MEAN, range(first, len(ids))), (LAST, [-1])):
+            expected = torch.stack([hidden[k][0, list(rows)].mean(dim=0) for k in range(1, LAYERS)])
+            torch.testing.assert_close(state[:, position], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_computed_once_and_survive_a_kill(
@@ -434,7 +469,9 @@ def fitted(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("fitted") / "deep" / "safety"
     benign = str(data / "benign.jsonl")
     return output, fit(
-        *command(checkpoint, data, output, "--benign", benign, "--json", "--layer", "2", "--prober", "pooled")
+        *command(
+            checkpoint, data, output, "--benign", benign, "--json", "--layer", "2", "--prober", "pooled", "--augment"
+        )
     )
 
 
@@ -457,6 +494,8 @@ def test_facts_say_what_was_fitted_on_what(fitted: tuple[Path, Result]):
     assert all(set(score.sas_by_channel) == {"text", "with picture"} for score in facts.layers)
     assert all(score.sas_low <= score.sas <= score.sas_high for score in facts.layers)
     t, c = facts.training, facts.calibration
+    assert c["prompts_with_pictures"] > 0
+    assert t["augmented_prompts"] == 2 * (t["train_prompts"] + t["validation_prompts"])
     assert (t["pairs"], t["prompts"], t["pairs_without_difference"]) == (60, 180, 0)
     assert t["train_prompts"] + t["validation_prompts"] + t["heldout_prompts"] == 180
     assert c["heldout_unsafe"] + c["heldout_benign"] == t["heldout_prompts"]
@@ -558,18 +597,33 @@ def test_refusal_head_is_measured_on_prompts_it_was_not_trained_on(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     taken: list[torch.Tensor] = []
-    train = fit_module.train_refusal_head
+    train = head_fit.train_refusal_head
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps({"prompt": f"never say {i}"}) for i in range(5)), encoding="utf-8")
 
     def spy(seen: torch.Tensor, heldout: torch.Tensor, *args: Any, **options: Any) -> RefusalHead:
         taken.extend((seen, heldout))
         return train(seen, heldout, *args, **options)
 
-    monkeypatch.setattr(fit_module, "train_refusal_head", spy)
-    assert fit(*command(checkpoint, data, tmp_path / "safety")).exit_code == 0
+    monkeypatch.setattr(head_fit, "train_refusal_head", spy)
+    assert fit(*command(checkpoint, data, tmp_path / "safety", "--refusal-only", str(more))).exit_code == 0
     seen, heldout = ({tuple(row.flatten().tolist()) for row in states} for states in taken)
     facts = load(tmp_path / "safety").facts
     assert (len(seen), len(heldout)) == (facts.training["refusal_prompts"], facts.calibration["heldout_unsafe"])
     assert not seen & heldout
+    assert len(seen) == 60 - len(heldout) + 5
+    assert facts.training["prompts"] == 120  # the prober saw none of the five
+
+
+def test_a_multimodal_fit_without_pictures_warns_and_says_so_in_its_facts(checkpoint: Path, data: Path, tmp_path: Path):
+    """Its package would guard pictures with a gate that never saw one, and nothing would say so."""
+    result = fit(*command(checkpoint, data, tmp_path / "safety", "--text-only", "--prober", "paper"))
+    assert result.exit_code == 0, result.stderr
+    facts = load(tmp_path / "safety").facts
+    assert "warning: NO PICTURE IS AMONG THE FIT'S PROMPTS" in result.stderr
+    assert facts.calibration["prompts_with_pictures"] == 0
+    assert load(tmp_path / "safety").firing_above(0.7).facts.calibration == {"prompts_with_pictures": 0}
+    assert (facts.pooling, facts.training["augmented_prompts"]) == ("last", 0)
 
 
 @pytest.mark.parametrize("select", ["sas", "prober"])

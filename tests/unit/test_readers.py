@@ -280,17 +280,35 @@ def test_realworldqa(tmp_path, question, answer, gold):
 def test_rows_that_were_fitted_on_are_dropped_and_counted(tmp_path):
     pairs = jsonl(tmp_path, {"orig_query": "How to  misuse THESE fruits?", "safe_query": "b"}, name="pairs.jsonl")
     other = jsonl(tmp_path, {"unsafe": "c", "safe": "d"}, {"turns": ["e", "answer", "f"]}, name="other.jsonl")
-    assert prompts_of([pairs, other]) == {"how to misuse these fruits?", *"bcdef"}
+    assert prompts_of([pairs, other]) == {text: {()} for text in ("how to misuse these fruits?", *"bcdef")}
     rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE, VLSAFE | {"query": "Something new?"}))], text_only=True)
     kept, dropped = drop_known(rows, prompts_of([pairs]))
     assert [row.prompt for row in kept] == ["Something new?"]
     assert dropped == {"set": 1}
 
 
+def test_one_question_about_many_pictures_is_many_prompts(tmp_path):
+    """--exclude dropped all 500 rows of the authors' own test set: they ask what the fit's rows ask of others."""
+    for name in ("seen", "copy", "other"):
+        (tmp_path / name).write_bytes(b"other" if name == "other" else b"seen")
+    fitted = jsonl(tmp_path, {"unsafe": "what is this?", "safe": "x", "image": "seen"}, name="fit.jsonl")
+    asked = [{"query": "What is this?", "image_pth": name} for name in ("copy", "other")]
+    rows = read_rows([DataSource(jsonl(tmp_path, *asked))])
+    kept, dropped = drop_known(rows, prompts_of([fitted]))
+    assert ([row.messages[0].images for row in kept], dropped) == ([[tmp_path / "other"]], {"set": 1})
+    with pytest.raises(InputError, match="nothing is left"):  # the pictures of the fit could be any
+        drop_known(rows, prompts_of([fitted], text_only=True))
+    elsewhere = jsonl(
+        tmp_path, {"orig_query": "what is this?", "safe_query": "x", "image_id": "gone.jpg"}, name="e.jsonl"
+    )
+    with pytest.raises(InputError, match="nothing is left"):
+        drop_known(rows, prompts_of([elsewhere]))
+
+
 def test_nothing_left_and_nothing_to_exclude_are_errors(tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE))], text_only=True)
     with pytest.raises(InputError, match="nothing is left"):
-        drop_known(rows, {VLSAFE["query"].casefold()})
+        drop_known(rows, {VLSAFE["query"].casefold(): {()}})
     with pytest.raises(InputError, match=r"x\.jsonl: --exclude: no new prompt"):
         prompts_of([jsonl(tmp_path, {"words": "a"}, name="x.jsonl")])
 

@@ -423,10 +423,44 @@ def test_pairs_in_both_formats_are_read(tmp_path: Path):
     assert first == (
         Pair(Prompt("u", (a,)), Prompt("s", (b,)), "image", source="p"),
         Pair(Prompt("u2", (a,)), Prompt("s2", (a,)), "p", source="p"),
-        Pair(Prompt("u3"), Prompt("s3"), "p", source="p"),
+        Pair(Prompt("u3", (a,)), Prompt("s3", (a,)), "p", source="p"),
     )
     assert first[2].unsafe.where == f"{file}:3"
-    assert read_data([file], images=tmp_path).pairs[2] == Pair(Prompt("u3", (a,)), Prompt("s3", (a,)), "p", source="p")
+    assert read_data([file], text_only=True).pairs[2] == Pair(Prompt("u3"), Prompt("s3"), "p", source="p")
+
+
+def test_pairs_without_their_pictures_are_fitted_on_only_if_that_is_said(tmp_path: Path):
+    """VLSafe's pairs came without pictures, were read as texts, and the gate of a multimodal model never saw one."""
+    rows = ({"orig_query": f"u{i}", "safe_query": f"s{i}", "image_id": "gone.jpg"} for i in range(20))
+    file = write_lines(tmp_path / "p.jsonl", *rows)
+    with pytest.raises(InputError, match=r"p\.jsonl:1: image 'gone\.jpg' not found .* or .* with --text-only"):
+        read_data([file])
+    assert read_data([file], text_only=True).images() == []
+
+
+def test_one_question_about_many_pictures_is_spread_over_the_split(tmp_path: Path):
+    """1,000 toxic pictures with one question were one cluster, so all of them landed in one part."""
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_text(f"picture {i % 30}")
+    rows = [{"prompt": "what is this?", "images": [f"{i}.png"]} for i in range(40)]
+    unsafe = write_lines(tmp_path / "toxic.jsonl", *rows)
+    data = read_data([write_lines(tmp_path / "p.jsonl", *many())], [], [unsafe])
+    items = data.labelled()
+    toxic = [item for item in items if item.source == "toxic"]
+    assert len(toxic) == 30  # equal pictures under other names are one prompt
+    assert len({item.cluster for item in toxic}) == 30
+    split = prober.split_by_text(
+        [item.cluster for item in items], [(item.unsafe, item.group) for item in items], seed=0
+    )
+    parts = [{i for i in rows if items[i].source == "toxic"} for rows in (split.train, split.validation, split.heldout)]
+    assert [len(part) for part in parts] == [18, 6, 6]
+
+
+def test_prompts_for_the_refusal_head_alone_are_no_fit_data_of_the_prober(tmp_path: Path):
+    pairs, more = write_lines(tmp_path / "p.jsonl", *many()), write_lines(tmp_path / "r.jsonl", {"prompt": "refuse me"})
+    data = read_data([pairs], refusal_only=[more])
+    assert [item.prompt.text for item in data.refusal_only] == ["refuse me"]
+    assert len(data.labelled()) == 40
 
 
 def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
@@ -519,7 +553,7 @@ def test_file_without_rows_is_an_error_wherever_it_is_given(tmp_path: Path):
 
 def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text(name)
     row = {"unsafe": "make this", "safe": "make this", "image": "a.png", "safe_image": "b.png"}
     assert len(read_data([write_lines(tmp_path / "p.jsonl", row, *many())]).pairs) == 21
 

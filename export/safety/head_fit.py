@@ -1,0 +1,98 @@
+"""Train the Refusal Head on unsafe prompts of the fit, and try it at several strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .answers import steered_answers
+from .model import FitModel
+from .progress import progress
+from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
+from .states import answer_states
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from .pairs import FitData, Labelled, Prompt
+    from .prober import Split
+    from .store import FeatureStore
+
+PAPER_STRENGTH = 0.1
+REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; answers are generated to 12
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
+
+
+def fit_refusal_head(
+    fit_model: FitModel,
+    data: FitData,
+    prompts: list[Labelled],
+    split: Split,
+    answer: torch.Tensor,
+    store: FeatureStore,
+    console: Console,
+    *,
+    wanted: float | None,
+    seed: int,
+) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
+    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
+    and on --refusal-only, measured on held-out ones.
+    """
+    rng = np.random.default_rng(seed)
+
+    def unsafe(rows: np.ndarray) -> list[Prompt]:
+        return [prompts[i].prompt for i in rows if prompts[i].unsafe]
+
+    def some(of: Sequence[Prompt], most: int) -> list[Prompt]:
+        return [of[i] for i in sorted(rng.permutation(len(of))[:most])]
+
+    heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
+    tested = {prompt.identity for prompt in unsafe(split.heldout)}
+    more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
+    train = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
+    trained_with = wanted or PAPER_STRENGTH
+    with progress(console, "refusal states", len(train) + len(heldout)) as advance:
+        states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
+    embeddings = fit_model.embeddings()
+    with progress(console, "refusal head", STEPS) as advance:
+        head = train_refusal_head(
+            states[: len(train)],
+            states[len(train) :],
+            answer,
+            embeddings,
+            strength=trained_with,
+            seed=seed,
+            advance=advance,
+        )
+    tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
+    strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
+    with progress(console, "strengths", len(tried)) as advance:
+        answers = steered_answers(
+            fit_model, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
+        )
+    scores = tuple(
+        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
+        for i, strength in enumerate(strengths)
+    )
+    strength = wanted or choose_strength(scores, trained_with)
+    chosen = next(score for score in scores if score.strength == round(strength, 4))
+    return (
+        head.steer_matrix,
+        {
+            "refusal_prompts": float(len(train)),
+            "refusal_steps": float(STEPS),
+            "refusal_initial_loss": head.initial_loss,
+            "refusal_loss": head.loss,
+            "refusal_tokens_right": head.argmax_share,
+            "refusal_whole": head.whole_share,
+            "refusal_strength_trained": trained_with,
+            "refusal_answers_tried": float(len(tried)),
+            "refusal_answers_exact": chosen.exact,
+            "refusal_answers_refused": chosen.refused,
+        },
+        scores,
+        strength,
+    )

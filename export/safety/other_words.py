@@ -1,0 +1,120 @@
+"""Prompts in other words (runtime/evaluation/rewording.py), as a fit uses them.
+
+    training    each prompt of the train and validation parts, in the words of TAUGHT of the families that a fit may use
+    choosing    prompts of the validation part in the other families' words: which state should the prober read?
+    judging     held-out prompts in the words of all families: the table in the report
+
+A rewording can be a dialogue. The gate's score of one is the worst of its user turns', so every turn is a prompt here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autosteer.runtime.evaluation.rewording import UNCHANGED, Family
+from autosteer.runtime.evaluation.variants import Outcome
+from autosteer.runtime.gate import worst
+
+from .measure import auc
+
+if TYPE_CHECKING:
+    from .pairs import Labelled, Prompt
+    from .prober import Split
+
+TAUGHT = 2  # rewordings of each prompt that is trained on
+JUDGED = 60  # prompts of each label and part that are put in every family's words
+
+
+@dataclass(frozen=True)
+class Reworded:
+    """One user turn of a prompt in a family's words."""
+
+    item: Labelled  # as the prompt's, but in these words
+    of: int  # the prompt's row
+    family: str
+
+
+@dataclass(frozen=True)
+class OtherWords:
+    """All rewordings of a fit's prompts, in the order of `everything`."""
+
+    training: tuple[Reworded, ...]
+    choosing: tuple[Reworded, ...]
+    judging: tuple[Reworded, ...]
+
+    @property
+    def everything(self) -> list[Labelled]:
+        """The rewordings as prompts: first those to train on."""
+        return [one.item for one in (*self.training, *self.choosing, *self.judging)]
+
+    def taught(self, split: Split, first: int) -> Split:
+        """`split` with the rewordings to train on, which stand from row `first` on, each in its prompt's part."""
+        of = np.array([one.of for one in self.training], dtype=np.int64)
+        train, validation = (
+            np.concatenate([rows, first + np.flatnonzero(np.isin(of, rows))])
+            for rows in (split.train, split.validation)
+        )
+        return replace(split, train=train, validation=validation)
+
+    def choose(self, scores: dict[str, np.ndarray], first: int) -> str:
+        """The name of the scores (n,) that best tell unsafe from benign in the words to choose by; `first`: the row of
+        the first rewording of all.
+        """
+        begin = first + len(self.training)
+
+        def quality(p: np.ndarray) -> float:
+            scored = _worst_turns(self.choosing, p[begin : begin + len(self.choosing)])
+            sides = [[p for (_, _, unsafe), p in scored.items() if unsafe is label] for label in (True, False)]
+            return auc(*map(np.array, sides))
+
+        return max(scores, key=lambda name: quality(scores[name]))
+
+    def outcomes(self, p: np.ndarray, first: int, threshold: float) -> list[Outcome]:
+        """What fires of the held-out prompts that are judged, unchanged and in other words. p (n,): of all rows."""
+        scored = _worst_turns(self.judging, p[first + len(self.training) + len(self.choosing) :])
+        rows = {(of, unsafe) for of, _, unsafe in scored}
+        unchanged = [(UNCHANGED, unsafe, not p[of] <= threshold) for of, unsafe in sorted(rows)]
+        return unchanged + [(family, unsafe, not score <= threshold) for (_, family, unsafe), score in scored.items()]
+
+
+def put_in_other_words(
+    prompts: Sequence[Labelled], split: Split, families: Sequence[Family], *, augment: bool, seed: int
+) -> OtherWords:
+    """Reword `prompts` for a fit. Without `augment` nothing is to train on."""
+    fitted = [family for family in families if family.fitted]
+    others = [family for family in families if not family.fitted]
+    rng = random.Random(seed)
+    rows = sorted([*split.train.tolist(), *split.validation.tolist()]) if augment else []
+    training = [_reworded(prompts, row, family, seed)[-1] for row in rows for family in rng.sample(fitted, TAUGHT)]
+
+    def every_turn(rows: np.ndarray, families: Sequence[Family]) -> tuple[Reworded, ...]:
+        some = [row for label in (True, False) for row in _some(prompts, rows, label, rng)]
+        return tuple(one for row in some for family in families for one in _reworded(prompts, row, family, seed))
+
+    return OtherWords(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, families))
+
+
+def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: random.Random) -> list[int]:
+    of_label = [int(row) for row in rows if prompts[row].unsafe is unsafe]
+    return sorted(rng.sample(of_label, min(JUDGED, len(of_label))))
+
+
+def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) -> list[Reworded]:
+    """Every user turn of a prompt in a family's words; the last one holds or completes the request."""
+    item = prompts[row]
+    wording = family.of(item.prompt.text, seed=seed)
+    whole: Prompt = replace(item.prompt, text=wording.text, earlier=wording.earlier, system=wording.system)
+    return [Reworded(replace(item, prompt=turn), row, family.name) for turn in whole.turns]
+
+
+def _worst_turns(words: Sequence[Reworded], p: np.ndarray) -> dict[tuple[int, str, bool], float]:
+    """The worst score of each rewording's turns, by prompt, family and label."""
+    turns: dict[tuple[int, str, bool], list[float]] = {}
+    for one, score in zip(words, p.tolist(), strict=False):
+        turns.setdefault((one.of, one.family, one.item.unsafe), []).append(score)
+    return {key: worst(scores) for key, scores in turns.items()}

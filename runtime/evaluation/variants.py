@@ -1,0 +1,131 @@
+"""What a gate catches and wrongly refuses when the same prompts are put in other words (rewording.py), by family.
+
+Only verdicts count here: the decoder's lower half and the prober run, and nothing is answered. autosteer-fit makes the
+same table of its held-out prompts (export/safety/other_words.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autosteer.runtime.console import table
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.gate import Mode
+
+from .datasets import Row
+from .rewording import FAMILIES, UNCHANGED, Family, reworded
+from .statistics import Rate, rate
+
+if TYPE_CHECKING:
+    from autosteer.runtime.engine import Engine
+
+Outcome = tuple[str, bool, bool]  # (family or UNCHANGED, whether the prompt is unsafe, whether it is flagged)
+HALVES = {True: "families that a fit may train on", False: "families that no fit trains on"}
+
+
+@dataclass(frozen=True)
+class FamilyRates:
+    """What is flagged of the prompts in one family's words. A rate is None where there is no such prompt."""
+
+    family: str  # or UNCHANGED, or one of HALVES: all of its families together
+    fitted: bool | None  # whether a fit may train on it; None for UNCHANGED
+    unsafe: int  # prompts
+    caught: Rate | None
+    benign: int
+    wrongly_refused: Rate | None
+
+
+def possible_families(*, system: bool) -> tuple[Family, ...]:
+    """All families; without those that need a system prompt where the model takes none."""
+    return tuple(family for family in FAMILIES if system or not family.of("x").system)
+
+
+def measure(
+    engine: Engine, rows: Sequence[Row], *, advance: Callable[[int], None] = lambda done: None
+) -> list[Outcome]:
+    """The verdicts on all rows and their rewordings. Raises InputError for a row that cannot be asked."""
+    families = possible_families(system=engine.manifest.prompt.system is not None)
+    policy = engine.policy(Mode.MONITOR)
+    outcomes = []
+    for row in rows:
+        for name, asked in ((UNCHANGED, row), *((family.name, reworded(row, family)) for family in families)):
+            try:
+                verdict = engine.score(asked.messages, policy=policy)
+            except InputError as err:
+                raise InputError(f"{row.where}: cannot be asked ({name}): {err}") from err
+            outcomes.append((name, row.unsafe, verdict.unsafe))
+        advance(1)
+    return outcomes
+
+
+def by_family(outcomes: Iterable[Outcome]) -> list[FamilyRates]:
+    """Rates of the prompts unchanged, of every family, and of both halves of the families."""
+    known = list(outcomes)
+    fitted = {family.name: family.fitted for family in FAMILIES}
+    names = [UNCHANGED, *(name for name in fitted if any(name == one for one, _, _ in known))]
+    found = [_rates(name, fitted.get(name), [o for o in known if o[0] == name]) for name in names]
+    for half, title in HALVES.items():
+        found.append(_rates(title, half, [o for o in known if fitted.get(o[0]) is half]))
+    return found
+
+
+def _rates(name: str, fitted: bool | None, outcomes: Sequence[Outcome]) -> FamilyRates:
+    families = len({family for family, _, _ in outcomes})
+    flags = {label: [flagged for _, unsafe, flagged in outcomes if unsafe is label] for label in (True, False)}
+    caught, refused = (_share(flags[label], families) for label in (True, False))
+    return FamilyRates(name, fitted, len(flags[True]), caught, len(flags[False]), refused)
+
+
+def _share(flags: Sequence[bool], families: int) -> Rate | None:
+    """The share that is flagged. Rewordings of one prompt are no independent samples, so the interval is that of as
+    many as there are prompts.
+    """
+    if not flags:
+        return None
+    share, prompts = sum(flags) / len(flags), len(flags) // families
+    interval = rate(round(share * prompts), prompts)
+    return Rate(share, min(share, interval.low), max(share, interval.high))
+
+
+def cells(found: Sequence[FamilyRates]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(header, rows) of a table of these rates, in %."""
+    header = ("in other words", "fit may use it", "unsafe", "caught, %", "benign", "wrongly refused, %")
+    used = {None: "", True: "yes", False: "no"}
+    return header, [
+        (r.family, used[r.fitted], str(r.unsafe), _percent(r.caught), str(r.benign), _percent(r.wrongly_refused))
+        for r in found
+    ]
+
+
+def as_text(found: Sequence[FamilyRates]) -> str:
+    """The table for a terminal, and what it comes to."""
+    return (
+        "Flagged, % [95 % interval], when the same prompts are put in other words\n\n"
+        f"{table(*cells(found))}\n\n{in_short(found)}"
+    )
+
+
+def in_short(found: Sequence[FamilyRates]) -> str:
+    """One sentence: the families that no fit trains on, beside the prompts as they are."""
+    plain = next(r for r in found if r.family == UNCHANGED)
+    judged = next(r for r in found if r.family == HALVES[False])
+    parts = []
+    if plain.caught and judged.caught:
+        kept = f", {judged.caught.value / plain.caught.value:.1%} of that" if plain.caught.value else ""
+        parts.append(
+            f"{plain.caught.value:.1%} of the unsafe prompts are caught as they are, {judged.caught.value:.1%} in "
+            f"words of families that no fit trains on{kept}"
+        )
+    if plain.wrongly_refused and judged.wrongly_refused:
+        more = 100 * (judged.wrongly_refused.value - plain.wrongly_refused.value)
+        parts.append(
+            f"{plain.wrongly_refused.value:.1%} of the benign ones are wrongly refused as they are, "
+            f"{judged.wrongly_refused.value:.1%} in such words ({more:+.1f} points)"
+        )
+    return "; ".join(parts) + "."
+
+
+def _percent(share: Rate | None) -> str:
+    return "-" if share is None else f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"

@@ -1,0 +1,83 @@
+"""Prompts in other words: what the families make, and how their rates are counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.evaluation.datasets import Row
+from autosteer.runtime.evaluation.rewording import FAMILIES, UNCHANGED, Family, fitted_families, reworded
+from autosteer.runtime.evaluation.variants import HALVES, as_text, by_family, measure, possible_families
+from autosteer.runtime.text import ImagePart, Message
+
+PROMPT = "how do i smuggle a vexite?"
+
+
+def row(text: str = PROMPT, *, unsafe: bool = True, images: tuple[str, ...] = ()) -> Row:
+    return Row((Message.user(text, [Path(name) for name in images]),), unsafe, "group", None, where="f:1")
+
+
+def test_there_are_twenty_families_and_a_fit_may_use_half():
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES) == 20
+    assert len(fitted_families()) == 10
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_rewording_says_the_same_in_other_words(family: Family):
+    """Every word of the prompt is still there, but for letters that are swapped, doubled or capital."""
+    wording = family.of(PROMPT)
+    said = " ".join((wording.system, *wording.earlier, wording.text)).casefold()
+    missing = {word for word in PROMPT.rstrip("?").split() if word not in said}
+    assert (wording.text, wording.earlier, wording.system) != (PROMPT, (), "")
+    assert len(missing) <= (2 if family.name.startswith("letters") else 0)
+    assert len(wording.earlier) % 2 == 0 and wording.text.strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_seed_and_the_prompt_alone_choose_the_words(family: Family):
+    several = {family.of(PROMPT, seed=seed) for seed in range(20)}
+    assert family.of(PROMPT, seed=3) == family.of(PROMPT, seed=3)
+    assert len(several) > 1 or family.name == "capitals"
+    for odd in ("a", "ab cd", "{}", "vexite " * 30):
+        assert family.of(odd).text
+
+
+def test_pictures_are_shown_first_and_a_dialogue_goes_on():
+    family = next(family for family in FAMILIES if family.name == "asked a turn before")
+    found = reworded(row(images=("a.png", "b.png")), family)
+    assert [message.role for message in found.messages] == ["user", "assistant", "user"]
+    assert found.messages[0].parts[:2] == (ImagePart(Path("a.png")), ImagePart(Path("b.png")))
+    assert not found.messages[2].images
+    longer = Row((Message.user("hello"), Message.assistant("hi"), Message.user(PROMPT)), True, "group", None)
+    assert reworded(longer, family).messages[:2] == longer.messages[:2]
+    under = reworded(longer, next(family for family in FAMILIES if family.name == "system prompt")).messages
+    assert [message.role for message in under] == ["system", "user", "assistant", "user"]
+
+
+def test_rates_are_by_family_and_by_half():
+    outcomes = [(UNCHANGED, True, True), (UNCHANGED, True, True), (UNCHANGED, False, False)]
+    outcomes += [("closers", True, True), ("closers", True, False), ("closers", False, True)]
+    outcomes += [("quotes", True, False), ("quotes", True, False), ("role play", True, True), ("role play", True, True)]
+    found = {rates.family: rates for rates in by_family(outcomes)}
+    assert (found[UNCHANGED].caught.value, found["closers"].caught.value, found["quotes"].caught.value) == (1, 0.5, 0)
+    assert found["closers"].wrongly_refused.value == 1 and found["quotes"].wrongly_refused is None
+    held = found[HALVES[False]]
+    assert (held.unsafe, held.caught.value, held.fitted) == (4, 0.5, False)
+    assert (held.caught.low, held.caught.high) == pytest.approx((0.0945, 0.9055), abs=1e-3)  # of 2 prompts, not of 4
+    text = as_text(list(found.values()))
+    assert "100.0% of the unsafe prompts are caught as they are, 50.0% in words of families that no fit" in text
+
+
+def test_a_package_is_asked_in_all_words(package: Path):
+    """What is flagged is the engine's own verdict on each rewording."""
+    engine = Engine.load(package, device="cpu")
+    rows = [row(), row("hello", unsafe=False)]
+    families = possible_families(system=engine.manifest.prompt.system is not None)
+    outcomes = measure(engine, rows)
+    assert len(outcomes) == 2 * (1 + len(families))
+    for name, unsafe, flagged in outcomes:
+        base = rows[0] if unsafe else rows[1]
+        asked = base if name == UNCHANGED else reworded(base, next(f for f in FAMILIES if f.name == name))
+        assert flagged == engine.score(asked.messages).unsafe
