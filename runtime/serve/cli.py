@@ -96,7 +96,10 @@ def serve(
     threads: int | None,
     **limits: Any,
 ) -> None:
-    """Serve the model in PACKAGE, guarded by its gate, to OpenAI's clients and to a browser."""
+    """Serve the model in PACKAGE, guarded by its gate, to OpenAI's clients and to a browser.
+
+    PACKAGE is a folder made by autosteer-export, or hf:owner/name[@revision] on the Hugging Face hub.
+    """
     import uvicorn
 
     from ..gate import Mode
