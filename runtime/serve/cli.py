@@ -96,7 +96,10 @@ def serve(
     threads: int | None,
     **limits: Any,
 ) -> None:
-    """Serve the model in PACKAGE, guarded by its gate, to OpenAI's clients and to a browser."""
+    """Serve the model in PACKAGE, guarded by its gate, to OpenAI's clients and to a browser.
+
+    PACKAGE is a folder made by autosteer-export, or hf:owner/name[@revision] on the Hugging Face hub.
+    """
     import uvicorn
 
     from ..gate import Mode
@@ -131,7 +134,8 @@ def serve(
         listener.listen()  # before the address is printed: whoever reads it may connect
         address, actual = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        click.echo(f"{settings.model} on http://{shown}:{actual} (policy {policy}); Ctrl-C stops", err=True)
+        weaker = "" if weakest.value == policy else f", requests may weaken it to {weakest.value}"
+        click.echo(f"{settings.model} on http://{shown}:{actual} (policy {policy}{weaker}); Ctrl-C stops", err=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
