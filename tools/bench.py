@@ -129,8 +129,8 @@ def bench(
             if image:
                 raise peers.PeerError(f"{name}: peers are text only, and --image was given")
             body = configurations[0].weights.body
-            rows = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
-            configurations += [row for row in rows if speculation or not row.drafts]
+            theirs = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
+            configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))
     say("preparing prompts")

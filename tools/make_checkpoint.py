@@ -83,7 +83,8 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, b
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    names, size = [], 0
+    names: list[str] = []
+    size = 0
     for name, shape in shapes.items():
         nbytes = 2 * torch.Size(shape).numel()
         if names and size + nbytes > SHARD_BYTES:

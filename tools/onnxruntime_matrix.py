@@ -79,7 +79,9 @@ def export(name: str) -> Path:
     return folder
 
 
-def ask(command: Sequence[str], environ: dict[str, str], package: Path, cases: Sequence[dict]) -> list[dict[str, Any]]:
+def ask(
+    command: Sequence[str], environ: dict[str, str], package: Path, cases: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What a worker (answer.py, answer_c.py) says to the cases, without its first line; one that dies says less."""
     text = "".join(json.dumps(line) + "\n" for line in ({"package": str(package)}, *cases))
     done = subprocess.run(command, env=environ, input=text, capture_output=True, text=True, check=False)

@@ -122,11 +122,11 @@ def fp8(source: Path, target: Path, tokenizer: Any) -> Made:
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer as Quantizer
 
     asked, no_gpu = Quantizer.validate_environment, lambda self, *_, **__: None
-    Quantizer.validate_environment = no_gpu
+    Quantizer.validate_environment = no_gpu  # type: ignore[method-assign]
     config = FineGrainedFP8Config(weight_block_size=(16, 32))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, quantization_config=config)
     model.save_pretrained(target)
-    Quantizer.validate_environment = asked
+    Quantizer.validate_environment = asked  # type: ignore[method-assign]
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)  # which unpacks where there is no GPU
     return {name: tensor for name, tensor in loaded.state_dict().items() if name.endswith("proj.weight")}
 

@@ -38,7 +38,7 @@ def ask_python(
     core: str, root: Path, wheels: Path, bytecode: Path, packages: Sequence[Path], requests: Sequence[Request]
 ) -> list[dict[str, Any]]:
     """ask.py's answers, package by package; {"error": line} from the one on that failed."""
-    environment = {
+    environment: dict[str, str | Path] = {
         "PYTHONHOME": "/usr",
         "PYTHONPATH": f"{ROOT / '.typing'}:{wheels}",
         "PYTHONPYCACHEPREFIX": bytecode,

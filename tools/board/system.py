@@ -145,6 +145,6 @@ def wheels(folder: Path, python: str, onnxruntime: str, version: str) -> None:
     platforms = [word for wheel in WHEELS for word in ("--platform", wheel)]
     call(
         *(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"),
-        *("--target", folder, "--python-version", version, "--implementation", "cp", *platforms),
+        *("--target", str(folder), "--python-version", version, "--implementation", "cp", *platforms),
         *("--only-binary=:all:", f"onnxruntime=={onnxruntime}", *pinned),
     )
