@@ -15,6 +15,7 @@ from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Precisio
 
 from .graphs.quantize import Target
 from .output import atomic_folder, check_output
+from .push import check_login, push
 
 if TYPE_CHECKING:
     from .checkpoint.open import Checkpoint
@@ -97,6 +98,9 @@ BLOCK_SIZES = {32, 64, 128}
 )
 @click.option("--revision", help="Commit, branch or tag on the hub.")
 @click.option("--force", is_flag=True, help="Replace --output if it exists.")
+@click.option(
+    "--push", "repo", help="Upload the package to this repository (owner/name) on the hub, with a model card."
+)
 @json_option
 @debug_option
 def export(
@@ -116,6 +120,7 @@ def export(
     context_length: int | None,
     revision: str | None,
     force: bool,
+    repo: str | None,
     as_json: bool,
 ) -> None:
     """Export a multimodal LLM with its safety gate to ONNX, and validate it against PyTorch.
@@ -127,6 +132,8 @@ def export(
     if unguarded and threshold is not None:
         raise click.UsageError("--unguarded and --threshold exclude each other")
     check_output(output, marker=MANIFEST_FILE, force=force)
+    if repo:
+        check_login(repo)
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -201,6 +208,7 @@ def export(
         "recommended_options": recommended_options(checkpoint),
         "notes": notes,
         "checks": [dataclasses.asdict(check) for check in results.checks],
+        "pushed": push(output, repo) if repo else None,
     }
     if as_json:
         click.echo(dumps(facts))
@@ -214,7 +222,7 @@ def export(
         soft_wrap=True,
     )
     console.print(needs_text(needs), highlight=False, soft_wrap=True)
-    for line in (loaded, *notes):
+    for line in (loaded, *notes, *([f"uploaded: {facts['pushed']}"] if repo else [])):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

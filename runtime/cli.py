@@ -32,7 +32,21 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
 threads_option = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. Default: all cores.")
-package_argument = click.argument("package", type=click.Path(path_type=Path))
+
+
+class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument
+    """A package's folder, or `hf:owner/name[@revision]`, which is downloaded."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See hub.package_folder."""
+        from .hub import package_folder
+
+        return package_folder(str(value))
+
+
+package_argument = click.argument("package", type=PackagePath())
 
 
 def load(
@@ -122,7 +136,10 @@ def run(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Answer a prompt with the model in PACKAGE, guarded by its gate."""
+    """Answer a prompt with the model in PACKAGE, guarded by its gate.
+
+    PACKAGE is a folder made by autosteer-export, or hf:owner/name[@revision] on the Hugging Face hub.
+    """
     from .sampling import SamplingConfig
     from .text import Message
     from .video import open_video
@@ -294,7 +311,7 @@ def answer_json(answer: Any) -> dict[str, Any]:
 
 
 @click.command("autosteer-check", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("package", required=False, type=click.Path(path_type=Path))
+@click.argument("package", required=False, type=PackagePath())
 @click.option("--host", is_flag=True, help="Print what this machine can run, and exit.")
 @device_option
 @threads_option
