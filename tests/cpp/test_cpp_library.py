@@ -351,6 +351,7 @@ assert library.autosteer_open(sys.argv[2].encode(), sys.argv[3].encode(), ctypes
         [built / "autosteer-cli", cpp_package, "--prompt", "red"],
     ):
         environment = clean(LD_PRELOAD=str(tmp_path / "watch.so"))
+        environment.pop("ORT_DISABLE_TELEMETRY", None)  # autosteer.runtime sets it for this process
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         seen.append(("setenv ORT" in done.stderr, "madvise" in done.stderr))
     assert seen == [(False, False), (False, True), (True, True)]
