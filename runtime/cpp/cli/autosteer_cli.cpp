@@ -387,7 +387,8 @@ void end_output() {
 int main(int argc, char** argv) {
   // Give memory back to the system as soon as onnxruntime frees it, while it packs weights: an eighth less at the peak.
   mallopt(M_MMAP_THRESHOLD, 1 << 18);
-  setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 0);  // runtime/__init__.py says why
+  const char* said = std::getenv("ORT_DISABLE_TELEMETRY");  // runtime/__init__.py says why
+  if (!said || !*said) setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 1);
   try {
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {

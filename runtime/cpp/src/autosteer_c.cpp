@@ -83,27 +83,25 @@ autosteer_info describe(const autosteer::Manifest& manifest) {
 }
 
 autosteer::Image pixels(int64_t width, int64_t height, int64_t stride, const uint8_t* data) {
-  int64_t row = 0, size = 0;
-  if (width < 1 || height < 1 || __builtin_mul_overflow(width, 3, &row) || __builtin_mul_overflow(row, height, &size)) {
-    throw autosteer::InputError("image of " + std::to_string(width) + "x" + std::to_string(height) + " pixels");
+  if (const std::string wrong = autosteer::picture::wrong_size(height, width); !wrong.empty()) {
+    throw autosteer::InputError("image of " + wrong);
   }
+  const int64_t row = 3 * width;
   if (stride != 0 && stride < row) {
     throw autosteer::InputError("image: a stride of " + std::to_string(stride) + " bytes, but a row has " +
                                 std::to_string(row));
   }
-  autosteer::Image image{height, width, std::vector<uint8_t>(static_cast<size_t>(size))};
+  autosteer::Image image{height, width, std::vector<uint8_t>(static_cast<size_t>(row * height))};
   for (int64_t y = 0; y < height; ++y) {
     std::memcpy(image.at(y, 0), data + y * (stride ? stride : row), static_cast<size_t>(row));
   }
   return image;
 }
 
-autosteer::Message& last_message(autosteer_request* request) {
+autosteer::Message& latest(autosteer_request* request) {
   if (request->request.messages.empty()) throw autosteer::InputError("begin a message first: autosteer_request_turn");
   return request->request.messages.back();
 }
-
-std::vector<autosteer::Part>& parts(autosteer_request* request) { return last_message(request).parts; }
 
 autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation,
@@ -224,21 +222,21 @@ int autosteer_request_turn(autosteer_request* request, const char* role) {
 int autosteer_request_trust(autosteer_request* request) {
   return guarded([&] {
     need(request);
-    last_message(request).trusted = true;
+    latest(request).trusted = true;
   });
 }
 
 int autosteer_request_text(autosteer_request* request, const char* text) {
   return guarded([&] {
     need(request && text);
-    parts(request).emplace_back(std::string(text));
+    latest(request).parts.emplace_back(std::string(text));
   });
 }
 
 int autosteer_request_image(autosteer_request* request, const autosteer_image* image) {
   return guarded([&] {
     need(request && image);
-    parts(request).emplace_back(autosteer::ImageLike(image->image));
+    latest(request).parts.emplace_back(autosteer::ImageLike(image->image));
   });
 }
 
@@ -250,7 +248,7 @@ int autosteer_request_video(autosteer_request* request, const autosteer_image* c
       need(frames[i]);
       video.frames.emplace_back(frames[i]->image);
     }
-    parts(request).emplace_back(std::move(video));
+    latest(request).parts.emplace_back(std::move(video));
   });
 }
 

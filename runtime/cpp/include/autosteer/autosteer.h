@@ -45,7 +45,7 @@ typedef struct autosteer_conversation autosteer_conversation; /* what the turns 
 AUTOSTEER_API const char *autosteer_version(void);
 AUTOSTEER_API int autosteer_abi(void);
 
-/* The error of this thread's last failed call, in one line of valid UTF-8. Valid until the thread's next call. */
+/* The error of this thread's last failed call, in one line of valid UTF-8, until the thread's next call. */
 AUTOSTEER_API const char *autosteer_error(void);
 
 /* Where lines for an operator go: a prober that fails (its prompt then counts as unsafe), and onnxruntime's own errors.
@@ -104,19 +104,21 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...],
  *                    "speculate": true | false}}
- * Only "messages" is required, and may be []; of a message "role" and "parts". An unknown key is an error. A request
- * may be run any number of times. */
+ * Only "messages" is required, and may be []; of a message, "role" and "parts". An unknown key is an error. A request may
+ * be run any number of times. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);
 AUTOSTEER_API void autosteer_request_free(autosteer_request *request);
 
-/* Begin a message of "system", "user" or "assistant"; add to the message begun last. Texts need no escaping. The gate
- * judges every turn but those that are trusted: system turns and answers that your program wrote itself. */
+/* Begin a message of "system", "user" or "assistant"; add to the message begun last. Texts need no escaping. */
 AUTOSTEER_API int autosteer_request_turn(autosteer_request *request, const char *role);
-AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 AUTOSTEER_API int autosteer_request_text(autosteer_request *request, const char *text);
 AUTOSTEER_API int autosteer_request_image(autosteer_request *request, const autosteer_image *image);
 AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const autosteer_image *const *frames,
                                           size_t count);
+
+/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it, as
+ * it does every other turn. */
+AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 
 /* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. */
 AUTOSTEER_API int autosteer_count_tokens(const autosteer_engine *engine, const autosteer_request *request,

@@ -164,7 +164,7 @@ struct Part {
 struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
-  bool trusted = false;  ///< your program wrote it itself, so the gate does not judge it; never a user turn
+  bool trusted = false;  ///< your program wrote it, so the gate does not judge it; never a user turn
 
   static Message system(std::string text, bool trusted = false) {
     return {"system", {Part(std::move(text))}, trusted};
