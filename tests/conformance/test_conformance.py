@@ -473,6 +473,7 @@ CPP_EXEMPT = {
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
+    '"image of " + wrong': "too many of them: of a file, picture.hpp refuses them",
     "no turn is judged": "the last turn is",
     ": not readable; copy the package again": "the disk fails after the file's hash was compared",
     "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",
