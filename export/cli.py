@@ -142,6 +142,7 @@ def export(
     from .checkpoint.hf_model import quiet_transformers
     from .checkpoint.open import open_checkpoint, recommended_options
     from .footprint import check_space, count_weights, footprint, peak_rss_bytes
+    from .heartbeat import heartbeat
     from .package import ExportOptions, folder_sizes, with_results, write_package
     from .validation.reload import load_again
     from .validation.validate import validate_package
@@ -164,7 +165,7 @@ def export(
     except InputError as err:
         raise click.UsageError(str(err)) from err
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, heartbeat(console, progress):
         task = progress.add_task("opening the checkpoint", total=None)
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)

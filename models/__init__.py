@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
         idefics3.SMOLVLM,
         text_only.LLAMA,
         text_only.MISTRAL,
+        text_only.OLMO2,
         text_only.QWEN2,
         text_only.QWEN3,
     )

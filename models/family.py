@@ -28,6 +28,7 @@ class Family:
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
     chat_template: str | None = None  # used if the checkpoint has none
-    norm_after: Callable[[Any], bool] = lambda config: False  # whether norms follow attention and MLP
+    layer_norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # of a layer: attention's, the MLP's
+    norm_after: Callable[[Any], bool] = lambda config: False  # config -> whether these follow attention and MLP
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
     authors_token_offset: int = -1  # the token that the authors' prober reads, in the prompt without generation prompt

@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # onnxruntime 1.32 sends telemetry to its makers (names of files and graphs, errors, the processor), unless this is set
-# before it is imported. Set it to 0 to allow that.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# before it is imported. Set it to 0 to allow that; an empty value allows nothing.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 if TYPE_CHECKING:
     from .conversation import Conversation

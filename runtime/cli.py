@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def load(
     default=True,
     help="Draft what the answer copies from the prompt. Faster. Near ties may differ at int8 and int4.  [on]",
 )
+@click.option("--score-only", is_flag=True, help="Print the verdict on the prompt and answer nothing.")
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option("--low-memory", is_flag=True, help="Load the image graph for each picture, and drop it afterwards.")
 @device_option
@@ -129,6 +131,7 @@ def run(
     policy: str,
     threshold: float | None,
     strength: float | None,
+    score_only: bool,
     max_tiles: int | None,
     low_memory: bool,
     device: Any,
@@ -145,7 +148,9 @@ def run(
     from .video import open_video
 
     config = SamplingConfig(**sampling)
-    chat_wanted = prompt is None and sys.stdin.isatty() and not as_json
+    if score_only and policy == "off":
+        raise click.UsageError("--score-only needs a policy that scores; --policy off does not")
+    chat_wanted = prompt is None and sys.stdin.isatty() and not as_json and not score_only
     if not chat_wanted and (prompt is None or prompt == "-"):
         try:
             prompt = sys.stdin.read().removesuffix("\n")
@@ -161,7 +166,10 @@ def run(
         chat(engine, gate, config, list(images), shown, frames)
         return
     message = Message.user(prompt, images, shown)
-    if as_json:
+    if score_only:
+        verdict = engine.score([message], policy=gate)
+        click.echo(dumps(verdict_json(verdict)) if as_json else verdict_line(verdict))
+    elif as_json:
         answer = engine.generate([message], sampling=config, policy=gate)
         click.echo(dumps(answer_json(answer)))
     else:
@@ -245,7 +253,7 @@ def chat(
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 if verdict.action is Action.PASS:
-                    dialogue += [turn, Message.assistant(text)]
+                    dialogue += [turn, Message.assistant(text, trusted=True)]
                 else:
                     click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []
@@ -253,12 +261,17 @@ def chat(
 
 def typed_path(text: str) -> Path:
     """The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes."""
-    path = Path(text.strip()).expanduser()
+    path = _at_home(text.strip())
     with contextlib.suppress(ValueError):  # an unclosed quote
         words = shlex.split(text)
-        if len(words) == 1 and not path.exists():
-            return Path(words[0]).expanduser()
+        if len(words) == 1 and not os.path.exists(path):
+            return _at_home(words[0])
     return path
+
+
+def _at_home(name: str) -> Path:
+    """A path whose ~ is a home folder; as it is where there is no such user."""
+    return Path(os.path.expanduser(name))
 
 
 def verdict_line(verdict: Verdict) -> str:
@@ -290,18 +303,19 @@ def stats_line(last: Chunk, stats: Stats) -> str:
     return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
 
 
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """What --json prints of a verdict."""
+    return dataclasses.asdict(verdict) | {"action": verdict.action.value, "mode": verdict.mode.value}
+
+
 def answer_json(answer: Any) -> dict[str, Any]:
     """What --json prints."""
-    verdict = dataclasses.asdict(answer.verdict) | {
-        "action": answer.verdict.action.value,
-        "mode": answer.verdict.mode.value,
-    }
     timings = dataclasses.asdict(answer.stats) | {"decode_tok_s": answer.stats.decode_tok_s}
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
-        "verdict": verdict,
+        "verdict": verdict_json(answer.verdict),
         "device": timings.pop("device"),
         "timings": timings,
     }

@@ -35,6 +35,7 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
         "ignore", "Image size .* exceeds limit"
     )  # Pillow warns about large pictures, and opens them
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that partial output is removed
+    interrupts = _count_interrupts()
     try:
         code = command.main(standalone_mode=False)
         sys.stdout.flush()
@@ -47,21 +48,49 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
         click.echo(f"\n{name}: interrupted", err=True)
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except (AutoSteerError, OSError, ImportError) as err:
+        if isinstance(err, ImportError) and interrupts:  # numpy's C code makes an ImportError of Ctrl-C
+            click.echo(f"\n{name}: interrupted", err=True)
+            sys.exit(INTERRUPTED)
         if "--debug" in sys.argv:
             raise
         missing = isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("autosteer")
         advice = f"; install what {name} needs: pip install 'autosteer-edge[{extra}]'" if missing else ""
         click.echo(f"{name}: error: {err}{advice}", err=True)
         code = err.exit_code if isinstance(err, AutoSteerError) else 1
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, or no reader: what is left must not fail again when Python ends, with another code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)
 
 
+def _count_interrupts() -> list[int]:
+    """A list that grows with every Ctrl-C, which raises KeyboardInterrupt as before."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` ignore it
+        signal.signal(signal.SIGINT, interrupt)
+    return interrupts
+
+
 def dumps(value: Any) -> str:
-    """JSON on one line; NaN and infinities become null."""
-    return json.dumps(_finite(value), ensure_ascii=False)
+    """JSON on one line; NaN and infinities become null, and bytes of file names that are no text are escaped."""
+    text = json.dumps(_finite(value), ensure_ascii=False)
+    return text if text.isascii() or _is_text(text) else json.dumps(_finite(value))
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ You still pass all messages. A new prompt is compared with the cached one, token
 computed from the first difference on. An edited turn, another system prompt, or an answer that tokenises differently
 just reuses less.
 
-The positions that the prober reads of the last turn are never reused. For earlier user turns, what the prober read
+The positions that the prober reads of the last turn are never reused. For earlier turns, what the prober read
 when they came is kept. So a dialogue stays unsafe while an unsafe turn is part of it; leave refused turns out. Steering
 changes only the output of the last layer, never what is cached.
 """

@@ -35,8 +35,8 @@ from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
-from .prompt_encoder import PromptEncoder
-from .sampling import SamplingConfig, make_sampler
+from .prompt_encoder import PromptEncoder, check_length
+from .sampling import LogProbs, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
@@ -57,6 +57,7 @@ class Chunk:
     verdict: Verdict
     finish_reason: FinishReason | None = None  # set on the last chunk
     stats: Stats | None = None  # set on the last chunk
+    logprobs: LogProbs | None = None  # of `token` and the likeliest ones, if SamplingConfig.logprobs asks
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,15 @@ class Engine:
             stats.ttft_ms = stats.ttft_ms or ms_since(start)
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
+            wanted = sampling.logprobs
+            logs = None if wanted is None else log_probabilities(logits[row], token, wanted)
             reason: FinishReason | None = "stop" if ended or detokeniser.stopped else None
             if reason is None and stats.completion_tokens == request.max_tokens:
                 reason = "length"
             if reason is not None:
-                yield Chunk(text + detokeniser.flush(), token, verdict, reason, stats)
+                yield Chunk(text + detokeniser.flush(), token, verdict, reason, stats, logs)
                 return
-            yield Chunk(text, token, verdict)
+            yield Chunk(text, token, verdict, logprobs=logs)
             before = time.perf_counter()
             if drafter:
                 drafter.push(token)
@@ -323,10 +326,7 @@ class Engine:
         Raises InputError if the prompt does not fit the context.
         """
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
-        if length == 0:
-            raise InputError("the prompt is empty")
-        if length >= context:
-            raise InputError(f"the prompt takes {length} tokens (images included); the model's context holds {context}")
+        check_length(self.manifest, length)
         cached = conversation.take_prefix() if conversation else None
         room = min(max_tokens, context - length)
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)

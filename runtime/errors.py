@@ -29,6 +29,10 @@ class InputError(AutoSteerError):
     exit_code = 5
 
 
+class CancelledError(AutoSteerError):
+    """Somebody cancelled the request while it ran."""
+
+
 class CheckError(AutoSteerError):
     """A validation or package check ran and failed."""
 

@@ -5,7 +5,8 @@
 Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
 failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 
-A dialogue is as unsafe as the worst user turn in it. Otherwise a refused request would be answered one turn later.
+A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
+answered one turn later.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class GatePolicy:
     refusal_text: str
 
     def __post_init__(self) -> None:
-        if not self.threshold <= 1.0:
+        if not self.threshold < 1.0:
             raise InputError(
-                f"threshold = {self.threshold:g}: give a number up to 1; a prompt is unsafe above it, and no p_unsafe "
+                f"threshold = {self.threshold:g}: give a number below 1; a prompt is unsafe above it, and no p_unsafe "
                 "is above 1 (to let every prompt pass, use --policy monitor or off)"
             )
         if not 0.0 <= self.strength <= STRENGTH_MAX:

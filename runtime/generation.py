@@ -72,13 +72,22 @@ def ms_since(start: float) -> float:
 
 
 @dataclass(frozen=True)
+class ShownPicture:
+    """What a picture or a video took of a prompt."""
+
+    tokens: int  # its rows, and the separators around and between its tiles
+    tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """A dialogue as the decoder's input: S positions."""
 
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # of the text only; the repetition penalty reads them
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
-    probed: list[list[int]]  # for each user turn the positions whose mean the prober reads, ascending; [] if too short
+    probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
+    shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class CachedPrefix:
     keys: list[Key]  # of the positions that decoder_lower has run over
     probed_means: dict[tuple[int, int], Float]  # what the prober read of a turn (1, D), by first and last position
     caches: dict[str, KVCache]  # by decoder half
-    pending: list[OrtValue]  # hidden states (1, n, D) of the last positions: after a STOP, decoder_upper has not run
+    pending: dict[int, OrtValue]  # hidden states (1, n, D) that decoder_upper has not run over, by their first position
 
 
 class Request:
@@ -127,10 +136,9 @@ class Request:
             missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)
             reused = min([reused, *missing])
         self._length = self._reused = stats.reused_tokens = reused  # positions that decoder_lower has run over
-        self._pending: list[OrtValue] = []  # hidden states that decoder_upper has not run over, chunk by chunk
+        self._pending: dict[int, OrtValue] = {}  # hidden states that decoder_upper has not run over, by first position
         if cached and reused:
-            pending = sum(value.shape()[1] for value in cached.pending)
-            self._pending = _first_positions(cached.pending, reused - (len(cached.keys) - pending), device)
+            self._pending = _first_positions(cached.pending, reused, device)
             self._caches = cached.caches
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
@@ -139,7 +147,6 @@ class Request:
                 half: KVCache(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity, device)
                 for half in ("decoder_lower", "decoder_upper")
             }
-        self._cached_chunks = len(self._pending)  # pending chunks of an earlier request; the prober reads none of them
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
@@ -168,9 +175,9 @@ class Request:
             self.set_total(first + embeds.shape[1])
             source = buffer(embeds, self._device)
             self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, prefill=True)()
-            self._pending.append(hidden)
-            self._length = first + embeds.shape[1]
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
+            self._pending[first] = hidden
+            self._length = first + embeds.shape[1]
         self._stats.lower_ms = ms_since(before)
         before = time.perf_counter()
         for read in filter(None, self._probed):  # under Mode.OFF, too: the conversation's next turn may need them
@@ -182,21 +189,21 @@ class Request:
         return verdict
 
     def _probe(self) -> float:
-        """The worst p_unsafe of all user turns; NaN if there is none."""
+        """The worst p_unsafe of all judged turns; NaN if there is none."""
         if not self._finite:
             graph = self._manifest.prefill_graph("decoder_lower")
             log.error("%s gave hidden states that are not finite, so the prompt counts as unsafe", graph)
             return math.nan
         try:
             means = [self.probed_mean(turn) for turn in range(len(self._probed))]
-            return worst(self._graphs["prober"].run({"hidden_states": mean})[0].item() for mean in means)
+            return worst(self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item() for mean in means)
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)
             return math.nan
 
     def probed_mean(self, turn: int = -1) -> Float:
-        """What the prober reads of a user turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
+        """What the prober reads of a judged turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
         positions.
 
         Available after `prefill_lower`. Raises IndexError if the turn has no probed position.
@@ -213,7 +220,8 @@ class Request:
         chunk_of = at // self._chunk
         for chunk in sorted(set(chunk_of.tolist())):  # np.unique loads numpy.ma: 6 ms of the first answer
             within = at[chunk_of == chunk] % self._chunk
-            total += self._pending[self._cached_chunks + chunk].numpy()[0, within].sum(axis=0, dtype=np.float64)
+            hidden = self._pending[self._reused + chunk * self._chunk].numpy()
+            total += hidden[0, within].sum(axis=0, dtype=np.float64)
         mean: Float = (total / len(probed)).astype(np.float32)[None]
         return mean
 
@@ -225,22 +233,21 @@ class Request:
         if not self._lower_done or self._upper_done:
             raise RuntimeError("Request.prefill_upper before Request.prefill_lower, or twice")
         self._upper_done = True
+        finite, self._finite = self._finite, False  # until the first logits are known to be
         self._strength, self._steered = strength, bool(strength) or through_head
         before = time.perf_counter()
         single = self._passes[1] = DecoderPass(self, 1)
-        done = self._prompt_length - sum(value.shape()[1] for value in self._pending)
-        while self._pending:
-            hidden = self._pending[0]
-            done += hidden.shape()[1]
-            self.set_total(done)
+        for first in sorted(self._pending):
+            hidden = self._pending[first]
+            self.set_total(first + hidden.shape()[1])
             target = "last_hidden_state", single.last, single.num_logits
             self.half("decoder_upper", "hidden_states", hidden, *target, prefill=True)()
-            del self._pending[0]
+            del self._pending[first]  # only now: an interrupted pass is run again
         self._stats.upper_ms = ms_since(before)
         single.head()
-        first: Float = single.logits()[0]
-        self._finite = self._finite and bool(np.isfinite(first[0]))  # as in `verify_draft`
-        return first
+        logits: Float = single.logits()[0]
+        self._finite = finite and bool(np.isfinite(logits[0]))  # as in `verify_draft`
+        return logits
 
     def last_hidden_state(self) -> Float:
         """Input (D,) of lm_head, or of the Refusal Head, in the latest pass of one token, or at the prompt's end."""
@@ -269,10 +276,10 @@ class Request:
         decoder_pass = self._passes[count]
         self.set_total(self._length + count)
         decoder_pass.run(tokens)
-        self._keys[self._length :] = tokens
-        self._length += 1
         logits = decoder_pass.logits()
         self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # NaN makes all of its row NaN
+        self._keys[self._length :] = tokens
+        self._length += 1
         return logits
 
     def accept_draft(self) -> None:
@@ -280,9 +287,13 @@ class Request:
         self._length += 1
 
     def cached_prefix(self) -> CachedPrefix:
-        """What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request."""
-        keys = self._keys[: self._length if self._finite else 0]
-        return CachedPrefix(keys, self._probed_means, self._caches, self._pending)
+        """What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request.
+
+        True whenever it is called: Ctrl-C ends a method between any two of its lines. So `_length` grows last.
+        """
+        length = self._length if self._finite else 0
+        pending = {first: hidden for first, hidden in self._pending.items() if first < length}
+        return CachedPrefix(self._keys[:length], self._probed_means, self._caches, pending)
 
     def head(self, last: OrtValue, logits: OrtValue, count: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""
@@ -388,14 +399,10 @@ def _common_length(a: Sequence[Key], b: Sequence[Key]) -> int:
     return next(differing, min(len(a), len(b)))
 
 
-def _first_positions(values: Sequence[OrtValue], count: int, device: Any) -> list[OrtValue]:
-    """The first `count` positions of chunks (1, n, D); none if `count` is not above zero."""
-    out = []
-    for value in values:
-        length = value.shape()[1]
-        if 0 < count < length:
-            out.append(buffer(np.ascontiguousarray(value.numpy()[:, :count]), device))
-        elif count >= length:
-            out.append(value)
-        count -= length
-    return out
+def _first_positions(values: Mapping[int, OrtValue], count: int, device: Device) -> dict[int, OrtValue]:
+    """What chunks (1, n, D), by their first position, have of the first `count` positions of a prompt."""
+    kept = {first: value for first, value in values.items() if first < count}
+    for first, value in kept.items():
+        if first + value.shape()[1] > count:
+            kept[first] = buffer(np.ascontiguousarray(value.numpy()[:, : count - first]), device)
+    return kept

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +34,18 @@ ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
 Runs: TypeAlias = "list[list[int] | Float]"  # an image in a prompt: token ids, and rows (n, D)
 Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their TileSeparators.grid
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, and starts Ghostscript for one of them
+MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
+MAX_FILE_BYTES = 100_000_000
+ORIENTATION = 0x0112  # EXIF's tag
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
 def open_image(image: ImageLike) -> Uint8:
     """Open an image as RGB (H, W, 3) uint8, turned upright by its EXIF tag.
 
-    Raises InputError for a missing file, something that is not an image, a damaged one, or an extreme shape.
+    Raises InputError for a missing file, something that is not an image, a damaged one, too many pixels, or an extreme
+    shape.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -48,31 +54,59 @@ def open_image(image: ImageLike) -> Uint8:
     else:
         try:
             if isinstance(image, Image.Image):  # opened by the caller, but perhaps not read yet
+                check_size(image.size)
                 pixels = to_rgb(image)
             else:
-                with Image.open(image) as opened:
+                with open_file(image) as opened:
+                    check_size(opened.size)
                     pixels = to_rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{image}: not a readable image ({err or type(err).__name__})") from err
     height, width = pixels.shape[:2]
-    if pixels.size == 0:
-        raise InputError(f"image of {width}x{height} pixels: it is empty")
+    check_size((width, height))
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise InputError(f"image of {width}x{height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
     return pixels
 
 
+def open_file(path: str | Path) -> Image.Image:
+    """Open a picture file of one of FORMATS; its pixels are not read yet.
+
+    Raises InputError for what is no file (a pipe would be waited for, a device read without end) and for one that is
+    too large; and what Pillow raises for one that is missing, or no picture.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("not a file")
+    if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+        raise InputError(f"{size} bytes: at most {MAX_FILE_BYTES}")
+    try:
+        return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as err:  # Pillow's own limit is higher, and comes first
+        raise InputError(f"too many pixels: at most {MAX_PIXELS}") from err
+
+
+def check_size(size: tuple[int, int], count: int = 1) -> None:
+    """Raise InputError for `count` pictures of `size` (width, height) that are empty, or more than MAX_PIXELS."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise InputError(f"image of {width}x{height} pixels: it is empty")
+    if width * height * count > MAX_PIXELS:
+        what = f"{count} frames" if count > 1 else "image"
+        raise InputError(f"{what} of {width}x{height} pixels: at most {MAX_PIXELS}")
+
+
 def to_rgb(image: Image.Image) -> Uint8:
     """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
-    upright = ImageOps.exif_transpose(image)
+    image.load()  # PNG may have its EXIF tag at the end
+    upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image  # it copies
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
     if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
         upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    return np.asarray(upright.convert("RGB"))
+    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:

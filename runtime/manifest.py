@@ -18,10 +18,10 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from .errors import PackageError
-from .strict_json import decode, json_schema, no_duplicates
+from .strict_json import decode, json_schema, parse, shown
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "autosteer.json"
@@ -34,13 +34,16 @@ PREFILL_GRAPHS = {
     "decoder_upper": "prefill_upper",
 }  # both or neither
 GATE_GRAPHS = ("prober", "refusal_head")
-IMAGE_GRAPHS = ("vision_encoder", "image_tokenizer")  # exactly one, if the model takes images
+# Exactly one, if the model takes images; and the output that it gives for each tile.
+IMAGE_GRAPHS = {"vision_encoder": "image_features", "image_tokenizer": "input_ids"}
 
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 CacheType = Literal["float32", "float16", "int8"]  # numpy names
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
+Tensors: TypeAlias = "dict[str, tuple[str, Shape]]"  # name -> numpy's dtype, shape
 
 
 @dataclass(frozen=True)
@@ -338,17 +341,19 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+            if path.exists() and not path.is_file():
+                raise ValueError("not a file")  # never wait for a pipe
+            data = parse(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise PackageError(
                 f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
             ) from None
-        except (OSError, ValueError, RecursionError) as err:
+        except (OSError, ValueError) as err:
             raise PackageError(f"{path}: not readable as JSON ({err})") from err
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise PackageError(
-                f"{path}: format_version {version!r}, this runtime reads {FORMAT_VERSION}; export the model again"
+                f"{path}: format_version {shown(version)}, this runtime reads {FORMAT_VERSION}; export the model again"
             )
         manifest = decode(Manifest, data, str(path))
         manifest._check_consistency(path)
@@ -459,24 +464,18 @@ class Manifest:
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
             need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
         need(self.activations in ACTIVATIONS, f"hidden_states are {self.activations}, not {' or '.join(ACTIVATIONS)}")
-        for name, tensors in self._expected().items():
+        for name, both_sides in self._expected().items():
             graph = self.graphs[name]
-            found = {t.name: (t.dtype, t.shape) for t in (*graph.inputs, *graph.outputs)}
-            strange = ", ".join(map(repr, sorted(found.keys() - tensors.keys())))
-            for tensor, described in tensors.items():
-                need(tensor in found, f"graph {name!r} has no {tensor!r}")
-                need(found[tensor] == described, f"graph {name!r}: {tensor!r} is not {described} as 'dims' says")
-            need(not strange, f"graph {name!r}: this runtime has no use for {strange}")
-        for name in image:
-            graph = self.graphs[name]
-            given, made = ([(t.name, t.dtype) for t in tensors] for tensors in (graph.inputs, graph.outputs))
-            first = ("image_features", "float32") if name == "vision_encoder" else ("input_ids", "int64")
-            newline = name == "vision_encoder" and self.image is not None and self.image.anyres is not None
-            need(given == [("pixel_values", "float32")], f"graph {name!r} must take 'pixel_values' and nothing else")
-            need(made[:1] == [first], f"graph {name!r} must give {first[0]!r} first")
-            need(
-                not newline or made[1:2] == [("image_newline", "float32")], f"graph {name!r} must give 'image_newline'"
-            )
+            for expected, tensors in zip(both_sides, (graph.inputs, graph.outputs), strict=True):
+                found = {t.name: (t.dtype, t.shape) for t in tensors}
+                strange = ", ".join(map(repr, sorted(found.keys() - expected.keys())))
+                for tensor, described in expected.items():
+                    need(tensor in found, f"graph {name!r} has no {tensor!r}")
+                    need(
+                        _fits(found[tensor], described), f"graph {name!r}: {tensor!r} is not {described} as 'dims' says"
+                    )
+                need(not strange, f"graph {name!r}: this runtime has no use for {strange}")
+                need(len(found) == len(tensors), f"graph {name!r} has two tensors of one name")
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
         """(place, value) of everything that must be above 0, and small enough that products of sizes fit 64 bits."""
@@ -511,42 +510,50 @@ class Manifest:
         found = next((file.bytes for file in self.files if file.file == self.proof.file), None)
         need(found == size, f"proof: {self.proof.file!r} must be in 'files' with {size} bytes")
 
-    def _expected(self) -> dict[str, dict[str, tuple[str, tuple[int | str, ...]]]]:
-        """By graph and tensor: the (dtype, shape) that the loop binds."""
+    def _expected(self) -> dict[str, tuple[Tensors, Tensors]]:
+        """By graph: the inputs that the loop binds, and the outputs that it reads. A graph has no others."""
         d, f32, act = self.dims, "float32", self.activations
         rows, last = (1, "sequence_length", d.hidden_size), (1, "num_logits", d.hidden_size)
 
-        def half(name: str, source: str, target: str, out: tuple[int | str, ...]) -> dict[str, Any]:
-            layers = self.graphs[name].layers
+        def caches(half: str, side: str, length: str) -> Tensors:
+            layers = self.graphs[half].layers
             assert layers is not None
-            caches = {
-                f"{side}.{i}.{kind}": (self.kv_cache.dtype, (1, d.num_key_value_heads, symbol, d.head_dim))
-                for side, symbol in (
-                    ("past_key_values", "past_sequence_length"),
-                    ("present", "total_sequence_length"),
-                )
-                for i in range(*layers)
-                for kind in ("key", "value")
-            }
-            lengths = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
-            return {source: (act, rows), target: (act, out), **lengths, **caches}
+            described = self.kv_cache.dtype, (1, d.num_key_value_heads, length, d.head_dim)
+            return {f"{side}.{i}.{kind}": described for i in range(*layers) for kind in ("key", "value")}
 
-        expected: dict[str, dict[str, Any]] = {
-            "embed_tokens": {"input_ids": ("int64", (1, "sequence_length")), "inputs_embeds": (act, rows)},
-            "decoder_lower": half("decoder_lower", "inputs_embeds", "hidden_states", rows),
-            "decoder_upper": half("decoder_upper", "hidden_states", "last_hidden_state", last)
-            | {"num_logits": ("int64", (1,))},
-            "lm_head": {"last_hidden_state": (act, last), "logits": (f32, (1, "num_logits", d.vocab_size))},
+        def half(name: str, source: str, target: Tensors, more: Tensors) -> tuple[Tensors, Tensors]:
+            lengths: Tensors = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
+            past = caches(name, "past_key_values", "past_sequence_length")
+            return {source: (act, rows), **lengths, **more, **past}, target | caches(
+                name, "present", "total_sequence_length"
+            )
+
+        ending: Tensors = {"last_hidden_state": (act, last)}
+        ids: Tensors = {"input_ids": ("int64", (1, "sequence_length"))}
+        expected: dict[str, tuple[Tensors, Tensors]] = {
+            "embed_tokens": (ids, {"inputs_embeds": (act, rows)}),
+            "decoder_lower": half("decoder_lower", "inputs_embeds", {"hidden_states": (act, rows)}, {}),
+            "decoder_upper": half("decoder_upper", "hidden_states", ending, {"num_logits": ("int64", (1,))}),
+            "lm_head": (ending, {"logits": (f32, (1, "num_logits", d.vocab_size))}),
         }
         expected |= {self.prefill_graph(half): expected[half] for half in PREFILL_GRAPHS}
         if self.guarded:
-            expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size)), "p_unsafe": (f32, (1,))}
-            expected["refusal_head"] = {
-                "last_hidden_state": (act, last),
-                "strength": (f32, (1,)),
-                "steered_hidden_state": (act, last),
-            }
-        return expected
+            expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size))}, {"p_unsafe": (f32, (1,))}
+            expected["refusal_head"] = {**ending, "strength": (f32, (1,))}, {"steered_hidden_state": (act, last)}
+        return expected | self._expected_of_images()
+
+    def _expected_of_images(self) -> dict[str, tuple[Tensors, Tensors]]:
+        """The same of the image graph. How many rows or ids it gives for a tile is its own affair."""
+        if self.image is None:
+            return {}
+        d, n = self.dims.hidden_size, self.image.tile_size
+        pixels: Tensors = {"pixel_values": ("float32", ("tiles", 3, n, n))}
+        newline: Tensors = {"image_newline": ("float32", (d,))} if self.image.anyres else {}
+        outputs: dict[str, Tensors] = {
+            "vision_encoder": {"image_features": ("float32", (None, None, d)), **newline},
+            "image_tokenizer": {"input_ids": ("int64", (None, None))},
+        }
+        return {name: (pixels, made) for name, made in outputs.items() if name in self.graphs}
 
     def prefill_graph(self, half: str) -> str:
         """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""
@@ -607,6 +614,13 @@ class Manifest:
                     f"{path}: sha256 differs from {MANIFEST_FILE} (package damaged or edited); "
                     "export it again or copy it again"
                 )
+
+
+def _fits(found: tuple[str, Shape], described: tuple[str, Shape]) -> bool:
+    """Whether a tensor has the described dtype and shape, in which None is any size."""
+    (dtype, shape), (expected, sizes) = found, described
+    fits = (size in (None, n) for n, size in zip(shape, sizes, strict=False))
+    return dtype == expected and len(shape) == len(sizes) and all(fits)
 
 
 def sha256(path: Path) -> str:

@@ -5,16 +5,19 @@
                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
     video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
 
-Pixels are made and encoded a few tiles at a time, so that a large picture needs no more memory than its rows.
+Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
+context.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +27,23 @@ from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
 from .errors import InputError, PackageError
-from .generation import EncodedPrompt, Float, Key, Stats, ms_since
+from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
-from .manifest import ImageSpec, Manifest, ProberSpec, VideoSpec
+from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
 from .subgraph import Subgraph
-from .text import IMAGE, VIDEO, AskedTurn, Message, asked_turns, render
+from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, render_judged
+
+Encode = Callable[..., images_.Runs]
 
 TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and as long
+
+
+class _Seen(NamedTuple):
+    """A picture or a video of a prompt."""
+
+    digest: bytes
+    runs: images_.Runs
+    tiles: int  # encoded for this prompt
 
 
 class PromptEncoder:
@@ -47,34 +60,26 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """Render a dialogue, encode its images and videos, and lay everything out as the decoder's input.
 
-        Raises InputError for an unusable message, image or video.
+        What does not fit the context is refused before anything is embedded. Raises InputError for that, and for an
+        unusable message, image or video.
         """
-        pictures = [images_.open_image(picture) for message in messages for picture in message.images]
+        pictures = [image for message in messages for image in message.images]
         if pictures and self.manifest.image is None:
             raise InputError("this model takes no images")
         self._check_videos(messages)
-        runs = render(messages, self.manifest.prompt, self._tokenizer)
+        runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         before = time.perf_counter()
-        videos = [self._tiles(frames) for message in messages for frames in message.videos]
-        alone = len(pictures) == 1
-        digests = [images_.digest(picture, alone=alone) for picture in pictures]
-        video_digests = [images_.digest(video, alone=False) for video in videos]
-        encoders = {
-            **{d: functools.partial(self.encode_image, p, alone=alone) for d, p in zip(digests, pictures, strict=True)},
-            **{d: functools.partial(self.encode_video, v) for d, v in zip(video_digests, videos, strict=True)},
-        }
-        encoded = self._encode(encoders, stats, conversation)
+        shown = self._see(runs, messages, stats, conversation)
         stats.vision_ms = ms_since(before)
-        framing = [sum(len(part) for part in encoded[digest] if isinstance(part, list)) for digest in digests]
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
         token_ids: list[int] = []
-        slots = {IMAGE: iter(digests), VIDEO: iter(video_digests)}
+        slots = iter(shown)
         for run in runs:
-            digest = b"" if isinstance(run, list) else next(slots[run])
+            digest, parts, _ = _Seen(b"", [run], 0) if isinstance(run, list) else next(slots)
             row = itertools.count()  # of the picture
-            for part in [run] if isinstance(run, list) else encoded[digest]:
+            for part in parts:
                 if isinstance(part, list):
                     rows.append(self.embed(part))
                     keys += part
@@ -86,28 +91,73 @@ class PromptEncoder:
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
-        return EncodedPrompt(embeds, token_ids, keys, self._probed_positions(messages, text, framing))
+        sizes = [_length(one.runs) for one in shown]
+        probed = probed_positions(self.manifest.prober, turns, text, sizes)
+        pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles) for one in shown)
+        return EncodedPrompt(embeds, token_ids, keys, probed, pictures_and_videos)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
         before = time.perf_counter()
-        embeds, messages = self.embed(list(token_ids))[None], [Message("user", ())]
-        (empty,) = asked_turns(messages, self.manifest.prompt, self._tokenizer)
-        turn = AskedTurn(0, empty.before, len(token_ids))
-        probed = probed_positions(self.manifest.prober, turn, messages, range(len(token_ids)), [])
+        check_length(self.manifest, len(token_ids))
+        _, (empty,) = render_judged([Message("user", ())], self.manifest.prompt, self._tokenizer)
+        turn = replace(empty, end=Place(len(token_ids), 0))
+        embeds = self.embed(list(token_ids))[None]
+        probed = probed_positions(self.manifest.prober, [turn], range(len(token_ids)), [])
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = len(token_ids)
-        return EncodedPrompt(embeds, list(token_ids), list(token_ids), [probed])
+        return EncodedPrompt(embeds, list(token_ids), list(token_ids), probed)
 
-    def _probed_positions(
-        self, messages: Sequence[Message], text: Sequence[int], framing: Sequence[int]
-    ) -> list[list[int]]:
-        """The positions that the prober reads, for each user turn.
+    def _see(
+        self, runs: Rendered, messages: Sequence[Message], stats: Stats, conversation: Conversation | None
+    ) -> list[_Seen]:
+        """The dialogue's pictures and videos, in the order of `runs`.
 
-        `text`: the positions of token ids. `framing`: how many of them are separators of each picture.
+        One is opened and encoded after the other, so one is in memory at a time; and only as long as they fit the
+        context. A picture that is shown twice, or that the conversation knows, is not encoded again.
         """
-        turns = asked_turns(messages, self.manifest.prompt, self._tokenizer)
-        return [probed_positions(self.manifest.prober, turn, messages, text, framing) for turn in turns]
+        pictures = [image for message in messages for image in message.images]
+        films = [frames for message in messages for frames in message.videos]
+        least = {IMAGE: self._least_rows(), VIDEO: 0}  # `_check_videos` has counted videos
+        length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
+        check_length(self.manifest, length, exact=not pictures)
+        known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
+        alone, shown = len(pictures) == 1, list[_Seen]()
+        to_open: dict[object, Iterator[Callable[[], tuple[bytes, Encode]]]] = {
+            IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
+            VIDEO: (functools.partial(self._open_film, frames) for frames in films),
+        }
+        for run in (run for run in runs if not isinstance(run, list)):
+            digest, encode = next(to_open[run])()
+            before = stats.image_tiles
+            if digest not in encoded:
+                encoded[digest] = known[digest] if digest in known else encode(stats=stats)
+            shown.append(_Seen(digest, encoded[digest], stats.image_tiles - before))
+            length += _length(encoded[digest]) - least[run]
+            check_length(self.manifest, length, exact=len(shown) == len(pictures) + len(films))
+        if conversation:
+            conversation.images = encoded
+        return shown
+
+    def _open_picture(self, picture: ImageLike, alone: bool) -> tuple[bytes, Encode]:
+        pixels = images_.open_image(picture)
+        return images_.digest(pixels, alone=alone), functools.partial(self.encode_image, pixels, alone=alone)
+
+    def _open_film(self, frames: Sequence[ImageLike]) -> tuple[bytes, Encode]:
+        assert self._image is not None
+        tiles = videos_.tiles(frames, self._image.tile_size)
+        return images_.digest(tiles, alone=False), functools.partial(self.encode_video, tiles)
+
+    def _least_rows(self) -> int:
+        """Rows of the smallest picture: those of one tile."""
+        shapes = [
+            tensor.shape
+            for name, output in IMAGE_GRAPHS.items()
+            if name in self.manifest.graphs
+            for tensor in self.manifest.graphs[name].outputs
+            if tensor.name == output
+        ]
+        return next((shape[1] for shape in shapes if len(shape) > 1 and isinstance(shape[1], int)), 1)
 
     def _check_videos(self, messages: Sequence[Message]) -> None:
         """Raise InputError for videos that this model cannot take, before any frame is opened."""
@@ -125,19 +175,6 @@ class PromptEncoder:
                 f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
             )
 
-    def _encode(
-        self,
-        encoders: Mapping[bytes, Callable[..., images_.Runs]],
-        stats: Stats,
-        conversation: Conversation | None,
-    ) -> dict[bytes, images_.Runs]:
-        """Rows and token ids of pictures and videos, by digest. A conversation's are not encoded again."""
-        known = conversation.images if conversation else {}
-        encoded = {d: known[d] if d in known else encode(stats=stats) for d, encode in encoders.items()}
-        if conversation:
-            conversation.images = encoded
-        return encoded
-
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
         """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them."""
         spec = self._image
@@ -147,26 +184,22 @@ class PromptEncoder:
             rows = [self.embed(self.tokenize(tiles))]
         else:
             outputs = list(self._run("vision_encoder", tiles, spec))
-            rows = [tile for out in outputs for tile in out[0]]
+            rows = [tile for out in outputs for tile in out["image_features"]]
             if spec.anyres:
-                rows = [images_.pack(np.stack(rows), outputs[0][1], (picture.shape[0], picture.shape[1]), spec)]
+                newline, size = outputs[0]["image_newline"], (picture.shape[0], picture.shape[1])
+                rows = [images_.pack(np.stack(rows), newline, size, spec)]
         stats.image_tiles += len(tiles)
         return images_.lay_out(rows, grid, spec)
-
-    def _tiles(self, frames: Sequence[ImageLike]) -> images_.Uint8:
-        """The frames of a video -> (frames, tile_size, tile_size, 3) uint8."""
-        assert self._image is not None
-        return videos_.tiles(frames, self._image.tile_size)
 
     def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
         """A video's tiles (frames, tile_size, tile_size, 3) uint8 -> its rows (n, D)."""
         spec = self.manifest.video
         assert spec is not None
         rows: list[Float] = []
-        for features, newline in self._run("vision_encoder", frames, spec):
+        for out in self._run("vision_encoder", frames, spec):
             rows[-1:] = [
-                videos_.pool(features, spec.pooled_side),
-                newline[None],
+                videos_.pool(out["image_features"], spec.pooled_side),
+                out["image_newline"][None],
             ]  # the newline ends the video, not the batch
         stats.image_tiles += len(frames)
         return [np.concatenate(rows)]
@@ -174,28 +207,30 @@ class PromptEncoder:
     def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
         """The tiles of one image -> its token ids, in order."""
         assert self._image is not None
-        ids = np.concatenate([out[0] for out in self._run("image_tokenizer", tiles, self._image)])
+        ids = np.concatenate([out["input_ids"] for out in self._run("image_tokenizer", tiles, self._image)])
         return [int(i) for i in ids.ravel()]
 
     def _run(
         self, graph: str, tiles: Sequence[images_.Uint8] | images_.Uint8, spec: ImageSpec | VideoSpec
-    ) -> Iterator[list[npt.NDArray[Any]]]:
-        """Run an image graph on `tiles`, a few at a time; the outputs of each run."""
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """Run an image graph on `tiles`, a few at a time; the outputs of each run, by name."""
         loaded = self._graph(graph)
         assert self._image is not None
-        rows = self._image.anyres.tokens_per_side**2 if self._image.anyres else None
+        rows, width = (
+            self._image.anyres.tokens_per_side**2 if self._image.anyres else None,
+            self.manifest.dims.hidden_size,
+        )
         for first in range(0, len(tiles), TILES_PER_RUN):
             pixel_values = images_.normalise(list(tiles[first : first + TILES_PER_RUN]), spec)
             outputs = loaded.run({"pixel_values": pixel_values})
-            if graph == "vision_encoder":
-                shapes = [(len(pixel_values), rows, self.manifest.dims.hidden_size), (self.manifest.dims.hidden_size,)]
-                for output, shape in zip(outputs, shapes, strict=False):  # only anyres has a newline
-                    self._check_shape(graph, output, shape)
+            shapes = {"image_features": (len(pixel_values), rows, width), "image_newline": (width,)}
+            for name in outputs.keys() & shapes.keys():
+                self._check_shape(graph, outputs[name], shapes[name])
             yield outputs
 
     def embed(self, token_ids: list[int]) -> Float:
         """Token ids (n) -> their embeddings (n, D) float32."""
-        (out,) = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})
+        out = self._graph("embed_tokens").run({"input_ids": np.array([token_ids], np.int64)})["inputs_embeds"]
         self._check_shape("embed_tokens", out, (1, len(token_ids), self.manifest.dims.hidden_size))
         rows: Float = out[0].astype(np.float32, copy=False)
         return rows
@@ -213,23 +248,42 @@ class PromptEncoder:
 
 
 def probed_positions(
-    prober: ProberSpec | None,
-    turn: AskedTurn,
-    messages: Sequence[Message],
-    text: Sequence[int],
-    framing: Sequence[int],
-) -> list[int]:
-    """The positions that the prober reads of one turn, ascending: the same as if the dialogue ended there. Without a
-    prober, the last one: a conversation continues from it.
+    prober: ProberSpec | None, turns: Sequence[JudgedTurn], text: Sequence[int], sizes: Sequence[int]
+) -> list[list[int]]:
+    """For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
+    a turn is too short, or where the text that follows changed the tokens that the prober would have read.
+    Without a prober, the last position: a conversation continues from it.
 
-    `text`: the positions of token ids; framing[i] of them are separators of the dialogue's picture i. A mean leaves out
-    pictures: their many rows would outweigh the text, whose hidden states have attended to them.
+    `text`: the positions of token ids. `sizes`: the rows of each picture and video, separators included. A mean leaves
+    out pictures: their many rows would outweigh the text, whose hidden states have attended to them.
     """
-    earlier = sum(len(message.images) for message in messages[: turn.index])
-    shown = earlier + len(messages[turn.index].images)
-    before, through = turn.before + sum(framing[:earlier]), turn.through + sum(framing[:shown])
-    asked = text[:through]
-    last = (asked[-1] if asked else -1) + 1 + (prober.token_offset if prober else -1)
-    if prober is None or prober.pooling == "last":
-        return [last] if last >= 0 else []
-    return [position for position in asked[before:] if position <= last]
+    before = [0, *itertools.accumulate(sizes)]  # rows of the first n pictures and videos
+    length = turns[-1].end.tokens + before[turns[-1].end.slots]
+    probed: list[list[int]] = []
+    for turn in turns if prober else turns[-1:]:
+        offset = prober.token_offset if prober else -1
+        last = turn.end.tokens + before[turn.end.slots] + offset
+        if not 0 <= last < length or -offset <= turn.unlike:
+            probed.append([])
+        elif prober is None or prober.pooling == "last":
+            probed.append([last])
+        else:
+            first = turn.content.tokens + before[turn.content.slots]
+            probed.append(list(text[bisect.bisect_left(text, first) : bisect.bisect_right(text, last)]))
+    return probed
+
+
+def check_length(manifest: Manifest, length: int, *, exact: bool = True) -> None:
+    """Raise InputError for a prompt of `length` tokens, or of at least as many, that does not fit the context."""
+    if length == 0:
+        raise InputError("the prompt is empty")
+    context = manifest.dims.context_length
+    if length >= context:
+        raise InputError(
+            f"the prompt takes {'' if exact else 'at least '}{length} tokens (images included); "
+            f"the model's context holds {context}"
+        )
+
+
+def _length(runs: images_.Runs) -> int:
+    return sum(map(len, runs))

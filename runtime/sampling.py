@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from .errors import InputError, PackageError
 
 Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
+LogProbs: TypeAlias = "tuple[tuple[int, float], ...]"  # pairs (token, log probability)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class SamplingConfig:
     )
     seed: int = 0  # same seed, same text
     stop: tuple[str, ...] = ()  # end the answer before the first of these strings
+    logprobs: int | None = None  # report each token's log probability, and those of so many most likely tokens
     speculate: bool = True  # draft what the answer copies: faster; near ties may differ at int8 and int4
 
     def __post_init__(self) -> None:
@@ -63,6 +66,16 @@ def make_sampler(config: SamplingConfig) -> Sampler:
         return int(rng.choice(len(logits), p=probabilities(logits, config)))
 
     return sample
+
+
+def log_probabilities(logits: npt.NDArray[np.float32], token: int, count: int) -> LogProbs:
+    """Log probabilities of `token`, then of the `count` most likely tokens, in order. `logits` (V,): as the model, or
+    the Refusal Head, gave them, before the penalty and the temperature.
+    """
+    shifted = logits.astype(np.float64) - logits.max()
+    logs = shifted - np.log(np.exp(shifted).sum())
+    likely = np.argsort(-logits, kind="stable")[:count]
+    return tuple((int(i), float(logs[i])) for i in (token, *likely))
 
 
 def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:

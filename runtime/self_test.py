@@ -55,7 +55,7 @@ def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph],
 def _score(prober: Subgraph, state: Float) -> float:
     """p_unsafe of a state (D,); NaN where the prober fails, or gives no number."""
     try:
-        (p_unsafe,) = prober.run({"hidden_states": state[None]})[0]
+        (p_unsafe,) = prober.run({"hidden_states": state[None]})["p_unsafe"]
         return float(p_unsafe)
     except Exception:  # onnxruntime's own hierarchy is not public
         return math.nan

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import types
 import typing
@@ -15,6 +16,9 @@ from typing import Any, Literal, TypeVar
 from .errors import PackageError
 
 T = TypeVar("T")
+
+MAX_DEPTH = 64  # of arrays and objects in each other
+_NESTED = (dict, list)
 
 
 def decode(cls: type[T], data: Any, where: str) -> T:
@@ -54,7 +58,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     elif origin is Literal:
         if data in args:
             return data
-        raise PackageError(f"{where}: {data!r} is not one of {', '.join(map(repr, args))}")
+        raise PackageError(f"{where}: {shown(data)} is not one of {', '.join(map(repr, args))}")
     elif origin is tuple and isinstance(data, list):
         if args[-1] is Ellipsis:
             return tuple(_decode(args[0], x, f"{where}[{i}]") for i, x in enumerate(data))
@@ -75,7 +79,12 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
             return data
     elif isinstance(kind, type) and isinstance(data, kind):
         return data
-    raise PackageError(f"{where}: {data!r} does not fit (expected {getattr(kind, '__name__', kind)})")
+    raise PackageError(f"{where}: {shown(data)} does not fit (expected {getattr(kind, '__name__', kind)})")
+
+
+def shown(data: Any) -> str:
+    """The beginning of a value's text, for errors: one line, and valid Unicode."""
+    return repr(data)[:60]
 
 
 def _finite(number: int | float) -> bool:
@@ -93,6 +102,23 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def parse(text: str) -> Any:
+    """Parse JSON. Raises ValueError for what is none, for keys given twice, and for more than MAX_DEPTH levels of
+    arrays and objects in each other, which parsers in other languages cannot hold on their stacks.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=no_duplicates)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    level = [data]
+    for _ in range(MAX_DEPTH + 1):
+        inside = [value.values() if isinstance(value, dict) else value for value in level if isinstance(value, _NESTED)]
+        if not inside:
+            return data
+        level = [value for values in inside for value in values]
+    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

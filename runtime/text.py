@@ -7,7 +7,8 @@ template. In user text they are plain text, so nobody can forge a turn or an ima
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -27,6 +28,12 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
+    trusted: bool = False  # your program wrote it itself, so the gate does not judge it; never a user turn
+
+    @staticmethod
+    def system(text: str, *, trusted: bool = False) -> Message:
+        """A system turn. `trusted`: it is your program's own text."""
+        return Message("system", (text,), trusted)
 
     @staticmethod
     def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[VideoLike] = ()) -> Message:
@@ -38,9 +45,9 @@ class Message:
         return Message("user", (*map(ImagePart, images), *(VideoPart(tuple(frames)) for frames in films), text))
 
     @staticmethod
-    def assistant(text: str) -> Message:
-        """An earlier answer."""
-        return Message("assistant", (text,))
+    def assistant(text: str, *, trusted: bool = False) -> Message:
+        """An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue."""
+        return Message("assistant", (text,), trusted)
 
     @property
     def images(self) -> list[ImageLike]:
@@ -86,44 +93,150 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in a rendered prompt: what stands before it."""
+
+    tokens: int  # text tokens
+    slots: int  # images and videos
+
+
+@dataclass(frozen=True)
+class JudgedTurn:
+    """A turn that the prober scores, counted as if the dialogue ended there."""
+
+    content: Place  # where its content begins, behind its prefix
+    end: Place  # where its answer would begin, behind the generation prompt
+    unlike: int  # of the last tokens before `end`, those that the prompt has otherwise, because the dialogue goes on
+
+
 def render(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, *, generation: bool = True) -> Rendered:
     """Token ids of a dialogue, with IMAGE and VIDEO in the places of images and videos.
 
     `generation`: add the tokens that open the answer.
-    Raises InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, or text
-    that is not valid Unicode.
+    Raises InputError for an empty dialogue, an unknown role, an image or a video in a turn that takes none, a trusted
+    user turn, or text that is not valid Unicode.
     """
+    return _render(messages, spec, tokenizer, generation)[0]
+
+
+def render_judged(
+    messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer
+) -> tuple[Rendered, list[JudgedTurn]]:
+    """As `render`, with the turns that the prober scores: all but the trusted ones, and the last in any case."""
+    rendered, turns = _render(messages, spec, tokenizer, True)
+    last = len(messages) - 1
+    return rendered, [turn for n, turn in enumerate(turns) if n == last or not messages[n].trusted]
+
+
+def _render(
+    messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer, generation: bool
+) -> tuple[Rendered, list[JudgedTurn]]:
     if not messages:
         raise InputError("the dialogue is empty")
-    return _tokenise(_pieces(messages, spec, generation), lambda text: _encode(text, tokenizer))
+    writer, ends = _Writer(tokenizer), []
+    if messages[0].role != "system":
+        writer.write(spec.begin)
+    for message in messages:
+        turn = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}.get(message.role)
+        if turn is None:
+            raise InputError(f"this model's prompts have no {message.role!r} turn")
+        if message.trusted and message.role == "user":
+            raise InputError("a user turn cannot be trusted: it is what the gate judges")
+        writer.write(turn.prefix)
+        content = writer.place(len(writer.ahead()))
+        _write_parts(writer, message, turn, spec)
+        writer.write(turn.suffix)
+        ends.append((content, writer.place(), writer.ahead(spec.generation)))
+    if generation:
+        writer.write(spec.generation)
+    runs = writer.runs()
+    rows = [row for run in runs for row in (run if isinstance(run, list) else [run])]
+    return runs, [_judged(content, closed, ahead, rows) for content, closed, ahead in ends]
 
 
-@dataclass(frozen=True)
-class AskedTurn:
-    """A turn that the prober scores: every user turn, and the last turn."""
+def _judged(content: Place, closed: Place, ahead: Sequence[int], rows: Sequence[object]) -> JudgedTurn:
+    """`ahead`: the tokens between `closed` and the end. `rows`: the whole prompt's token ids, IMAGE and VIDEO."""
+    first = closed.tokens + closed.slots
+    pairs = enumerate(itertools.zip_longest(ahead, rows[first : first + len(ahead)]))
+    same = next((n for n, (as_if, row) in pairs if as_if != row), len(ahead))
+    return JudgedTurn(content, Place(closed.tokens + len(ahead), closed.slots), len(ahead) - same)
 
-    index: int  # among the messages
-    before: int  # text tokens before its content: earlier turns and its prefix
-    through: int  # text tokens before its answer
 
-
-def asked_turns(messages: Sequence[Message], spec: PromptSpec, tokenizer: Tokenizer) -> list[AskedTurn]:
-    """The turns of a dialogue that the prober scores, each counted as if the dialogue ended there."""
-    encode = functools.cache(lambda text: _encode(text, tokenizer))  # each turn repeats the text before it
-
-    def tokens(pieces: Sequence[tuple[TemplatePiece, str]]) -> int:
-        return sum(len(run) for run in _tokenise(pieces, encode) if isinstance(run, list))
-
-    found = []
-    for n, message in enumerate(messages):
-        if message.role != "user" and n + 1 < len(messages):
+def _write_parts(writer: _Writer, message: Message, turn: TurnSpec, spec: PromptSpec) -> None:
+    parts = list(message.parts)
+    if spec.images_first:
+        parts.sort(key=lambda part: (isinstance(part, str), isinstance(part, VideoPart)))  # stable
+    if parts and isinstance(parts[0], str):
+        writer.write(turn.lead)
+    for part in parts:
+        if isinstance(part, str):
+            writer.write(turn.text, part.strip() if spec.strip_text else part)
             continue
-        turn = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}[message.role]
-        assert turn is not None  # `render` has refused it
-        opened = list(_pieces([*messages[:n], Message(message.role, ())], spec, generation=False))
-        asked = list(_pieces(messages[: n + 1], spec, generation=True))
-        found.append(AskedTurn(n, tokens(opened[: len(opened) - len(turn.suffix)]), tokens(asked)))
-    return found
+        if not isinstance(part, (ImagePart, VideoPart)):
+            raise InputError(f"a part of the {message.role!r} turn is no text, image or video: {type(part).__name__}")
+        kind, slot = ("image", turn.image) if isinstance(part, ImagePart) else ("video", turn.video)
+        if not slot:  # never drop a picture silently, nor move it to another turn
+            raise InputError(f"this model's {message.role!r} turns take no {kind}s")
+        writer.write(slot)
+
+
+class _Writer:
+    """Writes pieces as runs of token ids and slots.
+
+    Adjacent literal and user text are tokenised together, as in the template's own rendering.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._encode = functools.cache(lambda text: _encode(text, tokenizer))  # `ahead` reads, too
+        self._runs: Rendered = []
+        self._text = ""  # literal and user text since the last token or slot
+        self._tokens = self._slots = 0  # in the runs
+
+    def write(self, pieces: Iterable[TemplatePiece], filling: str = "") -> None:
+        """Add pieces; `filling` is the text of those of kind `text`."""
+        for piece in pieces:
+            if piece.kind in ("literal", "text"):
+                self._text += piece.text if piece.kind == "literal" else filling
+                continue
+            self._close_text()
+            if piece.kind == "token":
+                self._add([piece.id])
+            else:
+                self._runs.append(SLOTS[piece.kind])
+                self._slots += 1
+
+    def place(self, ahead: int = 0) -> Place:
+        """The place `ahead` tokens behind the last token or slot."""
+        return Place(self._tokens + ahead, self._slots)
+
+    def ahead(self, more: Iterable[TemplatePiece] = ()) -> list[int]:
+        """The tokens behind that place, if the prompt ended with `more`, which has no slots."""
+        ids, text = list[int](), self._text
+        for piece in more:
+            if piece.kind == "literal":
+                text += piece.text
+                continue
+            ids, text = [*ids, *self._encode(text), piece.id], ""
+        return [*ids, *self._encode(text)]
+
+    def runs(self) -> Rendered:
+        """All that was written."""
+        self._close_text()
+        return self._runs
+
+    def _close_text(self) -> None:
+        if self._text:
+            self._add(self._encode(self._text))
+        self._text = ""
+
+    def _add(self, ids: Sequence[int]) -> None:
+        self._tokens += len(ids)
+        last = self._runs[-1] if self._runs else None
+        if isinstance(last, list):
+            last.extend(ids)
+        else:
+            self._runs.append(list(ids))
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -132,67 +245,6 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
         raise InputError("the prompt is not valid Unicode text") from err
     return ids
-
-
-def _tokenise(pieces: Iterable[tuple[TemplatePiece, str]], encode: Callable[[str], Sequence[int]]) -> Rendered:
-    out: Rendered = []
-    for run in _merge(pieces):
-        ids: list[int] | object = [run] if isinstance(run, int) else run
-        if isinstance(run, str):
-            ids = list(encode(run))
-        if isinstance(ids, list) and out and isinstance(out[-1], list):
-            out[-1].extend(ids)
-        else:
-            out.append(ids)
-    return out
-
-
-def _pieces(messages: Sequence[Message], spec: PromptSpec, generation: bool) -> Iterator[tuple[TemplatePiece, str]]:
-    """(piece, text) of the rendered dialogue; the text fills pieces of kind `text`."""
-    turns: dict[str, TurnSpec | None] = {"system": spec.system, "user": spec.user, "assistant": spec.assistant}
-    if messages[0].role != "system":
-        yield from ((piece, "") for piece in spec.begin)
-    for message in messages:
-        turn = turns.get(message.role)
-        if turn is None:
-            raise InputError(f"this model's prompts have no {message.role!r} turn")
-        parts = list(message.parts)
-        if spec.images_first:
-            parts.sort(key=lambda part: (isinstance(part, str), isinstance(part, VideoPart)))  # stable
-        yield from ((piece, "") for piece in turn.prefix)
-        if parts and isinstance(parts[0], str):
-            yield from ((piece, "") for piece in turn.lead)
-        for part in parts:
-            if isinstance(part, str):
-                text = part.strip() if spec.strip_text else part
-                yield from ((piece, text) for piece in turn.text)
-                continue
-            if not isinstance(part, (ImagePart, VideoPart)):
-                raise InputError(
-                    f"a part of the {message.role!r} turn is no text, image or video: {type(part).__name__}"
-                )
-            kind, slot = ("image", turn.image) if isinstance(part, ImagePart) else ("video", turn.video)
-            if not slot:  # never drop a picture silently, nor move it to another turn
-                raise InputError(f"this model's {message.role!r} turns take no {kind}s")
-            yield from ((piece, "") for piece in slot)
-        yield from ((piece, "") for piece in turn.suffix)
-    if generation:
-        yield from ((piece, "") for piece in spec.generation)
-
-
-def _merge(pieces: Iterable[tuple[TemplatePiece, str]]) -> Iterator[str | int | object]:
-    """Join adjacent literal and user text: they are tokenised together, as in the template's own rendering."""
-    text = ""
-    for piece, filling in pieces:
-        if piece.kind in ("literal", "text"):
-            text += piece.text if piece.kind == "literal" else filling
-            continue
-        if text:
-            yield text
-            text = ""
-        yield piece.id if piece.kind == "token" else SLOTS[piece.kind]
-    if text:
-        yield text
 
 
 class Detokeniser:

@@ -9,6 +9,7 @@ video processor resizes with torchvision, whose filter weights have 16 bits; Pil
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -20,12 +21,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import InputError
-from .image import Float, ImageLike, Uint8, bilinear, open_image, to_rgb
+from .image import MAX_PIXELS, Float, ImageLike, Uint8, bilinear, check_size, open_file, open_image, to_rgb
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
 FRAMES = 8  # taken from a video by default
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # the files of a folder that are frames
+MAX_FRAMES = 2000  # of an animated picture; all up to the last one taken are decoded
+MAX_DECODED = 10 * MAX_PIXELS  # pixels of all frames of an animated picture: seconds
 KINDS = "an animated GIF, WebP, PNG or TIFF, or a folder of frames (ffmpeg -i VIDEO FOLDER/%04d.png)"
 
 
@@ -49,8 +52,11 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
         return [files[i] for i in spaced(len(files), frames)]
     found: list[ImageLike] = []
     try:
-        with Image.open(path) as opened:
-            for i in spaced(getattr(opened, "n_frames", 1), frames):
+        with open_file(path) as opened:
+            check_size(opened.size)
+            chosen = spaced(_count_frames(opened), frames)
+            check_size(opened.size, len(chosen))  # they are all in memory at a time
+            for i in chosen:
                 opened.seek(i)
                 found.append(to_rgb(opened))
     except FileNotFoundError:
@@ -58,6 +64,23 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
     except Exception as err:  # on damaged files Pillow's decoders raise any exception
         raise InputError(f"{path}: not a readable video ({err or type(err).__name__}); a video is {KINDS}") from err
     return found
+
+
+def _count_frames(film: Image.Image) -> int:
+    """The number of frames, which are decoded one by one. Raises InputError if they are too many, or too large."""
+    width, height = film.size
+    most = min(MAX_FRAMES, MAX_DECODED // (width * height))
+    total = 1
+    if getattr(film, "is_animated", False):
+        with contextlib.suppress(EOFError):
+            for total in range(1, most + 2):
+                film.seek(total)
+    if total > most:
+        raise InputError(
+            f"more than {most} frames of {width}x{height} pixels: at most {MAX_FRAMES} frames, and {MAX_DECODED} "
+            "pixels of all"
+        )
+    return total
 
 
 def spaced(total: int, count: int) -> list[int]:

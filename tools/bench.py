@@ -4,13 +4,15 @@
     python tools/bench.py --package build/package --checkpoint build/checkpoint --vs genai,llama.cpp,torch \\
         --peer-python build/peers/bin/python
 
-Honest by construction: every configuration runs in a process of its own; rounds alternate between them, each with a
-prompt of its own, and the first is dropped; figures are medians, ratios are taken round by round; nothing is drafted
-unless asked for; bits and block sizes are read back from the files that ran. Peers get the very token ids that the
-package made of the prompt, their own best documented settings, and weights of the package's bits made by their own
-tools from --checkpoint.
+So that the comparison is fair:
 
-Peers are text only. Run it on an idle machine: it says how much of the processor others took meanwhile.
+- Every configuration runs in its own process. Rounds alternate between configurations, each with another prompt, and
+  the first round is dropped. Figures are medians. Ratios are taken within a round.
+- Nothing is drafted unless asked for. Bits and block sizes are read back from the files that ran.
+- Peers get the token ids that the package made of the prompt, and their own best documented settings. Their own tools
+  make their weights from --checkpoint, at the package's bits.
+
+Peers are text only. Run it on an idle machine: it says how much of the processor other programs took.
 """
 
 from __future__ import annotations
@@ -127,8 +129,8 @@ def bench(
             if image:
                 raise peers.PeerError(f"{name}: peers are text only, and --image was given")
             body = configurations[0].weights.body
-            rows = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
-            configurations += [row for row in rows if speculation or not row.drafts]
+            theirs = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
+            configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))
     say("preparing prompts")

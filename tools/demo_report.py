@@ -1,4 +1,4 @@
-"""docs/safety-results.md's table of the demo model's gate, from what autosteer-eval wrote.
+"""Print the table of the demo model's gate (docs/safety-results.md), from what autosteer-eval wrote.
 
     python tools/make_demo_data.py --output build/demo-test --seed 3
     autosteer-eval build/demo --data build/demo-test/test.jsonl --output build/demo-eval.jsonl

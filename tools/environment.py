@@ -1,4 +1,4 @@
-"""The virtual environment that tools/demo and tools/test share: .venv, made once, from nothing but Python."""
+"""The virtual environment that tools/demo and tools/test share: .venv, made once. Needs only Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-EXTRAS = "cpu,export,dev"
+EXTRAS = "cpu,export,serve,dev"
 
 
 def say(message: str) -> None:

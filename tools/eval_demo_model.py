@@ -15,11 +15,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from demo_world.safety import ALL_UNSAFE_TOOLS
 
+Row: TypeAlias = "dict[str, Any]"  # of test.jsonl
 
-def messages(row: dict) -> list[dict]:
+
+def messages(row: Row) -> list[Row]:
     """The chat of a test row; its pictures belong to the first turn."""
     turns = row.get("turns") or [row["prompt"]]
     chat = []
@@ -29,7 +32,7 @@ def messages(row: dict) -> list[dict]:
     return chat
 
 
-def prepare(processor, rows: Sequence[dict], data: Path, *, generation_prompt: bool = True):
+def prepare(processor: Any, rows: Sequence[Row], data: Path, *, generation_prompt: bool = True) -> Any:
     """Model inputs for rows that all have the same number of pictures."""
     from PIL import Image
 
@@ -38,11 +41,11 @@ def prepare(processor, rows: Sequence[dict], data: Path, *, generation_prompt: b
     return processor(text=texts, images=images if images[0] else None, padding=True, return_tensors="pt")
 
 
-def answers(model, processor, rows: Sequence[dict], data: Path, *, batch_size: int = 32) -> list[str]:
+def answers(model: Any, processor: Any, rows: Sequence[Row], data: Path, *, batch_size: int = 32) -> list[str]:
     """What the model says to each row (greedy)."""
     import torch
 
-    found = {}
+    found: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["images"]))
     for count in sorted({len(r["images"]) for r in rows}):
         same = [i for i in order if len(rows[i]["images"]) == count]
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     said = answers(model, processor, rows, args.data)
 
-    groups: dict[str, list[tuple[dict, str]]] = collections.defaultdict(list)
+    groups: dict[str, list[tuple[Row, str]]] = collections.defaultdict(list)
     for row, text in zip(rows, said, strict=True):
         for group in (row["group"], row["group"].split("/")[0] + "/ALL"):
             groups[group].append((row, text))

@@ -1,11 +1,11 @@
-"""Checkpoints of real shape with random weights: size, speed and memory of the real thing, without a hub.
+"""Write a checkpoint with random weights in the shape of one on the hub, to measure size, speed and memory offline.
 
     python tools/make_checkpoint.py --shape llava-ov-7b --output build/llava-ov-7b
     autosteer-export --model build/llava-ov-7b --precision int4 --output build/package
 
 Configs, tensor names, dtype and shards are those of the checkpoints on the hub; the tokenizer has their size and
 special tokens, but only single bytes as text; safety/ holds a random prober and a steer matrix away from the
-identity. Nothing such a model says means anything. Weights are written shard by shard: memory stays at one shard.
+identity. Its answers are noise. Weights are written shard by shard: memory stays at one shard.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int, b
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    names, size = [], 0
+    names: list[str] = []
+    size = 0
     for name, shape in shapes.items():
         nbytes = 2 * torch.Size(shape).numel()
         if names and size + nbytes > SHARD_BYTES:

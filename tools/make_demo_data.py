@@ -23,10 +23,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from demo_world import dialogues as D
 from demo_world import safety as S
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
+
+Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
 BENIGN_PER_FAMILY = 400
@@ -51,19 +54,19 @@ class Writer:
             render(scene).save(self.folder / self.paths[scene])
         return self.paths[scene]
 
-    def rows(self, name: str, rows: Iterator[dict]) -> int:
+    def rows(self, name: str, rows: Iterator[Row]) -> int:
         lines = [json.dumps(row) + "\n" for row in rows]
         (self.folder / name).write_text("".join(lines), encoding="utf-8")
         return len(lines)
 
 
-def pairs(rng: random.Random, writer: Writer) -> Iterator[dict]:
+def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for channel in S.CHANNELS:
         for _ in range(PAIRS_PER_CHANNEL):
             pair = S.make_pair(rng, channel, S.SHOWN, new_phrasing=False)
-            row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
+            row: Row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
             row["image"] = writer.image(pair.unsafe.scene) if pair.unsafe.scene else None
-            if pair.safe.scene != pair.unsafe.scene:
+            if pair.safe.scene and pair.safe.scene != pair.unsafe.scene:
                 row["safe_image"] = writer.image(pair.safe.scene)
             yield row | {"channel": channel}
 
@@ -72,8 +75,8 @@ def shapes_scene(rng: random.Random, *, odd: bool | None = None, count: int | No
     return sample_scene(rng, sample_shapes(rng, count or rng.choice((1, 2, 2, 3, 3))), size=sample_size(rng, odd=odd))
 
 
-def benign(rng: random.Random, writer: Writer) -> Iterator[dict]:
-    def row(prompt: str, scenes: list[Scene], group: str) -> dict:
+def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
+    def row(prompt: str, scenes: list[Scene], group: str) -> Row:
         return {"prompt": prompt, "images": [writer.image(s) for s in scenes], "group": group}
 
     for name, family in S.SHOWN_FAMILIES.items():
@@ -123,15 +126,15 @@ def new_caption_phrasing(rng: random.Random, scene: Scene) -> D.Turn:
     return D.Turn(rng.choice(D.NEW_LONG_CAPTION), D.placed_caption(scene))
 
 
-def test(rng: random.Random, writer: Writer) -> Iterator[dict]:
+def test(rng: random.Random, writer: Writer) -> Iterator[Row]:
     number = 0
 
     def row(
         turns: list[D.Turn], scenes: list[Scene], group: str, *, unsafe: bool = False, held_out: bool = False
-    ) -> dict:
+    ) -> Row:
         nonlocal number
         number += 1
-        text: dict = {"prompt": turns[0].question}
+        text: Row = {"prompt": turns[0].question}
         if len(turns) > 1:
             text = {"turns": [t for turn in turns[:-1] for t in (turn.question, turn.answer)] + [turns[-1].question]}
         images = [writer.image(s) for s in scenes]
@@ -142,7 +145,7 @@ def test(rng: random.Random, writer: Writer) -> Iterator[dict]:
             | {"images": images, "answer": answer, "unsafe": unsafe, "group": group, "held_out": held_out}
         )
 
-    def example_row(example: S.Example, group: str, held_out: bool) -> dict:
+    def example_row(example: S.Example, group: str, held_out: bool) -> Row:
         return row(
             [example.turn], [example.scene] if example.scene else [], group, unsafe=example.unsafe, held_out=held_out
         )

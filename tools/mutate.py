@@ -3,9 +3,9 @@
     python tools/mutate.py --model demo --precision int4 --prefill-precision int8 --kv-cache int8
     python tools/mutate.py --model build/smollm2 --unguarded --precision int8 --layers 3,22
 
-A mutation is one tensor of one graph (DAMAGES says what becomes of its numbers) or the wiring of one graph (REWIRINGS).
-The package is written once; a damaged graph takes the place of the sound one while validation looks. What leaves every
-number as it is (zeros scaled, equal zero points in another order) is no mutation, and counted as `unchanged`.
+A mutation changes one tensor of one graph (DAMAGES says how) or the wiring of one graph (REWIRINGS). The package is
+written once. A damaged graph takes the place of the sound one while validation runs. A damage that changes no number
+(zeros scaled, equal zero points in another order) is counted as `unchanged`, not as a mutation.
 
 Exits 1 if anything survived, or if the sound package is refused.
 """

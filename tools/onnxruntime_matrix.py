@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -80,7 +79,9 @@ def export(name: str) -> Path:
     return folder
 
 
-def ask(command: Sequence[str], environ: dict[str, str], package: Path, cases: Sequence[dict]) -> list[dict[str, Any]]:
+def ask(
+    command: Sequence[str], environ: dict[str, str], package: Path, cases: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What a worker (answer.py, answer_c.py) says to the cases, without its first line; one that dies says less."""
     text = "".join(json.dumps(line) + "\n" for line in ({"package": str(package)}, *cases))
     done = subprocess.run(command, env=environ, input=text, capture_output=True, text=True, check=False)
@@ -93,30 +94,21 @@ def ask(command: Sequence[str], environ: dict[str, str], package: Path, cases: S
 class Runtimes:
     """The commands that answer, by version."""
 
-    def __init__(self, interpreter: Interpreter, build: Path = BUILD / "cpp", libraries: Path = BUILD / "libraries"):
-        """`build`: a folder of CMake's for runtime/cpp; what is linked goes to `libraries`."""
-        self._interpreter, self._build, self._libraries = interpreter, build, libraries
+    def __init__(self, interpreter: Interpreter, build: Path = BUILD / "cpp"):
+        """`build`: a folder of CMake's for runtime/cpp."""
+        self._interpreter, self._build = interpreter, build
 
     def python(self, version: str) -> tuple[list[str], dict[str, str]]:
         """The Python runtime on that onnxruntime. Raises NoWheel."""
         return [self._interpreter.python, str(HERE / "answer.py")], self._interpreter.environ(version)
 
     def cpp(self, version: str) -> tuple[list[str], dict[str, str]]:
-        """The C++ runtime, linked with that wheel's library. Raises NoWheel.
-
-        One folder serves all versions: what is compiled knows only the headers, so another library is one more link.
-        """
+        """The C++ runtime, which loads that wheel's library: one binary for all versions. Raises NoWheel."""
         library = self._interpreter.library(version)
-        build, links = self._build, self._libraries / version
-        _run(["cmake", "-S", str(CPP), "-B", str(build), f"-DONNXRUNTIME_LIBRARY={library}"])
-        _run(["cmake", "--build", str(build), "-j2", "--target", "autosteer"])
-        links.mkdir(parents=True, exist_ok=True)
-        shutil.copy(next(build.glob("libautosteer.so.*.*")), links / "libautosteer.so")
-        link = links / "libonnxruntime.so.1"
-        link.unlink(missing_ok=True)
-        link.symlink_to(library)
-        command = [sys.executable, str(HERE / "answer_c.py"), str(links / "libautosteer.so")]
-        return command, {**os.environ, "LD_LIBRARY_PATH": str(links)}
+        _run(["cmake", "-S", str(CPP), "-B", str(self._build)])
+        _run(["cmake", "--build", str(self._build), "-j2", "--target", "autosteer-shared"])
+        command = [sys.executable, str(HERE / "answer_c.py"), str(self._build / "libautosteer.so")]
+        return command, {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(library)}
 
 
 @dataclass(frozen=True)

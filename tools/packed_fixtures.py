@@ -6,8 +6,8 @@ and digests of what the same programs unpack it to. tests/parity/test_packed_che
     GPTQMODEL_CPU_WORKERS=2 build/packers/bin/python tools/packed_fixtures.py gptq --output tests/data/packed
 
 No GPU. Made with gptqmodel 7.7.0 (which leaves a folder logs/ behind where it is run), autoawq 0.2.9, llmcompressor
-0.14.0.1 (compressed-tensors 0.20.0) and transformers 5.24.0. Hugging Face's fp8 wants a GPU to pack, and packs
-without one if it is not asked (`no_gpu`).
+0.14.0.1 (compressed-tensors 0.20.0) and transformers 5.24.0. Hugging Face's fp8 packer
+refuses to run without a GPU, but does not need one; `no_gpu` skips its check.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def fp8(source: Path, target: Path, tokenizer: Any) -> Made:
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer as Quantizer
 
     asked, no_gpu = Quantizer.validate_environment, lambda self, *_, **__: None
-    Quantizer.validate_environment = no_gpu
+    Quantizer.validate_environment = no_gpu  # type: ignore[method-assign]
     config = FineGrainedFP8Config(weight_block_size=(16, 32))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16, quantization_config=config)
     model.save_pretrained(target)
-    Quantizer.validate_environment = asked
+    Quantizer.validate_environment = asked  # type: ignore[method-assign]
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)  # which unpacks where there is no GPU
     return {name: tensor for name, tensor in loaded.state_dict().items() if name.endswith("proj.weight")}
 

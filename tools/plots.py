@@ -108,7 +108,7 @@ def gate_plots(scores: dict[str, Any]) -> Figure:
 
 def _histogram(axes: Axes, kinds: dict[str, np.ndarray], threshold: float) -> None:
     labels = [f"{kind} (n {len(values):,})" for kind, values in kinds.items()]
-    axes.hist(list(kinds.values()), bins=np.linspace(0, 1, 11), label=labels, color=COLOURS, log=True)
+    axes.hist(list(kinds.values()), bins=list(np.linspace(0, 1, 11)), label=labels, color=COLOURS, log=True)
     axes.axvline(threshold, color="#555555", linestyle="--", linewidth=1)
     axes.set(xlabel="p_unsafe", ylabel="prompts (logarithmic)", title="scores; dashed: the threshold")
     axes.legend(loc="upper center", frameon=False)

@@ -41,6 +41,7 @@ from autosteer.runtime.console import debug_option, dumps, json_option, run_comm
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
 from autosteer.runtime.generation import EncodedPrompt, Stats
+from autosteer.runtime.image import open_image
 from autosteer.runtime.text import Message
 
 PASSAGE = 512  # tokens
@@ -139,7 +140,7 @@ def original_log_probs(model: Any, processor: Any, sample: Sample) -> LogProbs:
         (message,) = sample.messages
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        pictures = [Image.open(image).convert("RGB") for image in message.images]
+        pictures = [Image.fromarray(open_image(image)) for image in message.images]
         inputs = dict(processor(text=[text], images=[pictures] if pictures else None, return_tensors="pt"))
         inputs.pop("attention_mask", None)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], targets[:, :-1]], 1)

@@ -4,8 +4,8 @@
     .venv/bin/python tools/score_drift.py build/smollm2-fp32 build/smollm2-int8 --unsafe bad.jsonl --benign good.jsonl
 
 Files are autosteer-eval's. Prints mean and largest |dp| and how many verdicts flip at the first package's threshold.
-Where more than --budget of them do, it says at which threshold the second package catches what the first one does, for
-`autosteer-export --threshold`, and exits 6. Prompts are scored, not answered.
+If more than --budget verdicts flip, it says at which threshold the second package catches as many unsafe prompts as the
+first (for `autosteer-export --threshold`), and exits 6. Prompts are scored, not answered.
 """
 
 from __future__ import annotations

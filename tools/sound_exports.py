@@ -1,4 +1,4 @@
-"""Errors of correct exports in every check of the validation: the table of docs/validation.md, which sets the limits.
+"""Measure how large the errors of correct exports are in every check of the validation. The limits are set from this.
 
     python tools/sound_exports.py --model demo --model build/smollm2 > build/sound.md
 

@@ -5,8 +5,8 @@
 First the SigLIP tower learns what each patch shows (kind, colour, place; four minutes, heads thrown away).
 Then the whole model learns to answer, the tower at a fraction of the learning rate; corpus.STAGES says what is
 asked when. About an hour on two free cores. Each worker is one single-threaded process; gradients are averaged
-with gloo. On a shared machine this is faster and steadier than threads, whose spinning collapses when a core is
-taken away.
+with gloo. On a shared machine this is faster than threads: those wait for each other in busy loops, and lose most of
+their speed when another program takes a core.
 
 Step n of worker w draws its data from the seed (seed, w, n), so a resumed run sees what an unbroken one
 would have seen. Ctrl-C (or SIGTERM) saves and ends; the same command with --resume goes on. The result is
@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 VISION_STEPS = 2000
 VISION_ROWS = 40
@@ -110,7 +111,7 @@ class Gradients:
         self.asked = False
         self.stop = False
 
-    def average(self, parameters: Sequence) -> None:
+    def average(self, parameters: Sequence[Any]) -> None:
         import torch
         import torch.distributed as dist
 
@@ -126,7 +127,7 @@ class Gradients:
             p.grad.copy_(grad.view_as(p))
 
 
-def train_vision(model, job: Job, rank: int, gradients: Gradients) -> bool:
+def train_vision(model: Any, job: Job, rank: int, gradients: Gradients) -> bool:
     """First stage: what does each patch show, and where is it? False: it was interrupted."""
     import numpy as np
     import torch
@@ -150,8 +151,8 @@ def train_vision(model, job: Job, rank: int, gradients: Gradients) -> bool:
         rng = random.Random(f"vision {job.seed} {rank} {step}")
         scenes = [vision_scene(rng) for _ in range(VISION_ROWS // job.workers)]
         pixels = torch.from_numpy(np.concatenate([tiles(render(s)) for s in scenes]))
-        labels = np.concatenate([patch_labels(s, *patch_centres(s.height, s.width)) for s in scenes])
-        labels = torch.from_numpy(labels).flatten(0, 1)
+        shown = np.concatenate([patch_labels(s, *patch_centres(s.height, s.width)) for s in scenes])
+        labels = torch.from_numpy(shown).flatten(0, 1)
         with torch.autocast("cpu", torch.bfloat16):
             features = tower(pixels, output_hidden_states=True).hidden_states[-1].flatten(0, 1)
             kinds, colours, places = kind_head(features), colour_head(features), place_head(features)
@@ -174,12 +175,12 @@ def train_vision(model, job: Job, rank: int, gradients: Gradients) -> bool:
             (kinds.argmax(-1) == labels[:, 0])[filled].float().mean().item(),
             (colours.argmax(-1) == labels[:, 1])[filled].float().mean().item(),
         )
-        smooth = now if step == 0 else tuple(0.95 * old + 0.05 * new for old, new in zip(smooth, now, strict=True))
+        smooth = now if step == 0 else (0.95 * smooth[0] + 0.05 * now[0], 0.95 * smooth[1] + 0.05 * now[1])
         progress(step + 1, f"loss {loss.item():.3f}, patch kind {smooth[0]:.3f}, colour {smooth[1]:.3f}")
     return True
 
 
-def make_optimizer(model):
+def make_optimizer(model: Any) -> Any:
     import torch
 
     tower = list(model.model.vision_tower.parameters())
@@ -193,7 +194,7 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
 
-def answer_loss(model, batch):
+def answer_loss(model: Any, batch: Any) -> tuple[Any, int, int]:
     """(summed cross-entropy over answer tokens, right ones, all of them)."""
     import torch
     import torch.nn.functional as F
@@ -213,7 +214,7 @@ def answer_loss(model, batch):
     return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum().item(), len(targets)
 
 
-def save_state(job: Job, model, optimizer, step: int) -> None:
+def save_state(job: Job, model: Any, optimizer: Any, step: int) -> None:
     import torch
 
     beside = job.state.with_suffix(".part")
@@ -295,7 +296,7 @@ def work(rank: int, job: Job) -> None:
         print(f"wrote {job.output}", file=sys.stderr)
 
 
-def save_checkpoint(model, processor, output: Path) -> None:
+def save_checkpoint(model: Any, processor: Any, output: Path) -> None:
     """Write the Hugging Face folder (float16), beside the target first so that a half-written one is never seen."""
     with tempfile.TemporaryDirectory(dir=output.parent) as beside:
         model.eval().half().save_pretrained(beside)

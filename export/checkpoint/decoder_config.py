@@ -14,10 +14,14 @@ from autosteer.runtime.manifest import CacheType
 from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
-DECODERS = ("chameleon", "llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+# Norms of queries and keys: a LayerNorm per head, each with its own weights; an RMS norm per head, all with the same
+# weights; an RMS norm across all heads. The shape of q_norm.weight tells which.
+HeadNorm = Literal["layer", "rms", "rms_across_heads"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class DecoderConfig:
     rope: Rope
     windows: tuple[int | None, ...]  # by layer: how many positions a query sees, itself among them; None: all
     biased: frozenset[str]  # those of PROJECTIONS that have a bias; k_proj and v_proj have one if q_proj has
-    head_norm: Literal["layer", "rms"] | None  # norm of queries and keys: LayerNorm with a row a head, RMS with one row
-    norm_after: bool  # RMS norms follow attention and MLP (Swin v2), instead of preceding them
+    head_norm: HeadNorm | None  # the norm of queries and keys
+    layer_norms: tuple[str, str]  # HF's names of a layer's two RMS norms: attention's, the MLP's
+    norm_after: bool  # the two follow attention and MLP (Swin v2, OLMo 2), instead of preceding them
     never_generated: tuple[int, ...]  # token ids whose logits are masked
 
 
@@ -61,8 +66,9 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
     head_norm = f"{layer}.self_attn.q_norm.weight"
     head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     tied = any(getattr(part, "tie_word_embeddings", True) for part in (checkpoint.config, text))
-    head_norms: dict[tuple[int, ...], Literal["layer", "rms"]] = {
+    head_norms: dict[tuple[int, ...], HeadNorm] = {
         (text.num_attention_heads, head_dim): "layer",
+        (text.num_attention_heads * head_dim,): "rms_across_heads",
         (head_dim,): "rms",
     }
     rope_type = text.rope_parameters.get("rope_type", "default")
@@ -74,7 +80,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         "rotation of a part of each head": text.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"a decoder of type {text.model_type!r}": text.model_type not in DECODERS,
         "tie_word_embeddings false without an lm_head among the weights": not tied and family.lm_head not in checkpoint,
-        "this kind of q_norm": head_norm in checkpoint and checkpoint.shape(head_norm) not in head_norms,
+        "the shape of q_norm.weight": head_norm in checkpoint and checkpoint.shape(head_norm) not in head_norms,
     }
     for what, found in unsupported.items():
         if found:
@@ -96,6 +102,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
         head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,
+        layer_norms=family.layer_norms,
         norm_after=family.norm_after(checkpoint.config),
         never_generated=family.never_generated(checkpoint.config),
     )

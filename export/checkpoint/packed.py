@@ -1,4 +1,4 @@
-"""Read checkpoints whose matrices are stored in 4 or 8 bits: each is dequantised, in blocks of rows.
+"""Read checkpoints that others have quantised (matrices in 4 or 8 bits): each is dequantised, in blocks of rows.
 
     gptq                 qweight, qzeros, scales, g_idx      words along K; zero points less 1 (checkpoint_format gptq)
     awq                  qweight, qzeros, scales             words along N, its eight numbers in an order of their own

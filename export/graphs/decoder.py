@@ -8,8 +8,9 @@
 R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft.
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
-GroupQueryAttention; a LayerNorm per query and key head, where the checkpoint has one; gated SiLU. HF:
-Qwen2DecoderLayer, LlamaDecoderLayer, ChameleonDecoderLayer, ChameleonSwinDecoderLayer.
+GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
+Qwen2DecoderLayer, Qwen3DecoderLayer, LlamaDecoderLayer, Olmo2DecoderLayer, ChameleonDecoderLayer,
+ChameleonSwinDecoderLayer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from autosteer.export.checkpoint.decoder_config import DecoderConfig
+from autosteer.export.checkpoint.decoder_config import DecoderConfig, HeadNorm
 
 from .int8_matmul import MICROSOFT
 from .kv_scales import KVScales
@@ -57,11 +58,12 @@ def decoder_half(
     cache_type = "int8" if kv_scales else g.dtype
     cache_in = (1, config.num_key_value_heads, "past_sequence_length", config.head_dim)
     cache_out = (1, config.num_key_value_heads, "total_sequence_length", config.head_dim)
+    attention_norm, mlp_norm = config.layer_norms
     branch: ir.Value | None = None  # what the previous layer adds to the residual stream
     for i in layers:
         past = tuple(g.input(f"past_key_values.{i}.{kind}", cache_type, cache_in) for kind in ("key", "value"))
         module = f"{config.module}.layers.{i}"
-        x, residual = _enter(g, config, f"{module}.input_layernorm", residual, branch)
+        x, residual = _enter(g, config, f"{module}.{attention_norm}", residual, branch)
         attended, *present = _attention(
             g, config, i, x, past, lengths, rotary, scheme, kv_scales[i] if kv_scales else None
         )
@@ -78,10 +80,10 @@ def decoder_half(
             config.num_attention_heads * config.head_dim,
             scheme,
         )
-        branch = _leave(g, config, f"{module}.input_layernorm", attended)
-        x, residual = _enter(g, config, f"{module}.post_attention_layernorm", residual, branch)
+        branch = _leave(g, config, f"{module}.{attention_norm}", attended)
+        x, residual = _enter(g, config, f"{module}.{mlp_norm}", residual, branch)
         gathered = _mlp(g, config, module, x, scheme)
-        branch = _leave(g, config, f"{module}.post_attention_layernorm", gathered)
+        branch = _leave(g, config, f"{module}.{mlp_norm}", gathered)
         attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # validation records these
     assert branch is not None
     if layers.stop == config.num_hidden_layers:
@@ -137,11 +139,9 @@ def _norm(
     g: GraphWriter, config: DecoderConfig, module: str, residual: ir.Value, branch: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
     """RMS norm of residual + branch; returns (normed, the sum). ORT: (Skip)SimplifiedLayerNormalization."""
-    weight = g.vector(f"{module}.weight", shape=(config.hidden_size,))
     if branch is None:
-        return g.op(
-            "SimplifiedLayerNormalization", residual, weight, axis=-1, epsilon=config.rms_norm_eps, stash_type=1
-        ), residual
+        return _rms_norm(g, config, module, residual, config.hidden_size), residual
+    weight = g.vector(f"{module}.weight", shape=(config.hidden_size,))
     normed, total = g.ops(
         "SkipSimplifiedLayerNormalization",
         *(branch, residual, weight),
@@ -151,6 +151,12 @@ def _norm(
         epsilon=config.rms_norm_eps,
     )
     return normed, total
+
+
+def _rms_norm(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, width: int) -> ir.Value:
+    """RMS norm over the last axis of x, which has `width` numbers."""
+    weight = g.vector(f"{module}.weight", shape=(width,))
+    return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
 
 
 def _attention(
@@ -188,8 +194,9 @@ def _attention(
             used=(0, 1, 2),
             axis=-1,
         )
-        query = _head_norm(g, config, f"{module}.q_norm", query, config.num_attention_heads)
-        inputs = (query, _head_norm(g, config, f"{module}.k_norm", key, config.num_key_value_heads), value)
+        norm = HEAD_NORMS[config.head_norm]
+        query = norm(g, config, f"{module}.q_norm", query, config.num_attention_heads)
+        inputs = (query, norm(g, config, f"{module}.k_norm", key, config.num_key_value_heads), value)
     scales, rounding = _rounding(g, kv_scales, layer)
     return g.ops(
         "GroupQueryAttention",
@@ -218,29 +225,40 @@ def _rounding(
     return (None, None, None, keys, values), how  # no position ids, attention bias, attention sink
 
 
-def _head_norm(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
-    """x (1, S, H * d), each head normed by itself."""
-    d = config.head_dim
-    by_head = g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, d], np.int64)))
-    normed = HEAD_NORMS[config.head_norm or ""](g, config, module, by_head, heads)
-    return g.op("Reshape", normed, g.constant(f"flat_{heads}", np.array([0, 0, heads * d], np.int64)))
-
-
 def _layer_norm_per_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
     """Each head has its own scale and bias, (H, d) each. HF: ChameleonLayerNorm."""
     ones = g.constant("head_ones", np.ones(config.head_dim, g.dtype))
-    normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=HEAD_NORM_EPS)
+    normed = g.op("LayerNormalization", _by_head(g, config, x, heads), ones, axis=-1, epsilon=HEAD_NORM_EPS)
     scale, bias = (g.vector(f"{module}.{name}", shape=(heads, config.head_dim)) for name in ("weight", "bias"))
-    return g.op("Add", g.op("Mul", normed, scale), bias)
+    return _flat(g, config, g.op("Add", g.op("Mul", normed, scale), bias), heads)
 
 
 def _rms_norm_per_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
-    """All heads share one scale (d,). HF: Qwen3RMSNorm."""
-    weight = g.vector(f"{module}.weight", shape=(config.head_dim,))
-    return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
+    """Each head is normed by itself; all share one scale (d,). HF: Qwen3RMSNorm."""
+    return _flat(g, config, _rms_norm(g, config, module, _by_head(g, config, x, heads), config.head_dim), heads)
 
 
-HEAD_NORMS: dict[str, Callable[..., ir.Value]] = {"layer": _layer_norm_per_head, "rms": _rms_norm_per_head}
+def _rms_norm_across_heads(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
+    """All heads are normed together, with a scale (H * d,). HF: Olmo2RMSNorm."""
+    return _rms_norm(g, config, module, x, heads * config.head_dim)
+
+
+# Norms of queries or keys: (graph, config, the norm's module, x (1, S, H * d), H) -> x normed, in the same shape.
+HEAD_NORMS: dict[HeadNorm, Callable[[GraphWriter, DecoderConfig, str, ir.Value, int], ir.Value]] = {
+    "layer": _layer_norm_per_head,
+    "rms": _rms_norm_per_head,
+    "rms_across_heads": _rms_norm_across_heads,
+}
+
+
+def _by_head(g: GraphWriter, config: DecoderConfig, x: ir.Value, heads: int) -> ir.Value:
+    """(1, S, H * d) -> (1, S, H, d)"""
+    return g.op("Reshape", x, g.constant(f"by_head_{heads}", np.array([0, 0, heads, config.head_dim], np.int64)))
+
+
+def _flat(g: GraphWriter, config: DecoderConfig, x: ir.Value, heads: int) -> ir.Value:
+    """(1, S, H, d) -> (1, S, H * d)"""
+    return g.op("Reshape", x, g.constant(f"flat_{heads}", np.array([0, 0, heads * config.head_dim], np.int64)))
 
 
 def _mlp(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, scheme: Scheme | None) -> ir.Value:

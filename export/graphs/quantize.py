@@ -1,4 +1,4 @@
-"""Quantise matrices, and the recipes of --precision.
+"""Quantise matrices and pack their codes; and the recipes of --precision.
 
 In blocks, for onnxruntime's MatMulNBits: a row of K weights is cut into blocks, each with a scale of its own.
 weight = (code - zero point) * scale.

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from autosteer.export.heartbeat import heartbeat
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -35,7 +37,8 @@ def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     sum_ = 0.0
-    with Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS) as bars:
+    bars = Progress(*columns, console=console, speed_estimate_period=SPEED_SECONDS)
+    with bars, heartbeat(console, bars):
         task = bars.add_task(title, total=total)
 
         def advance(done: float) -> None:

@@ -29,7 +29,7 @@ def prober_check(engine: Engine, safety: SafetyArtifact) -> Check:
     original = OriginalModel(None, None, engine.manifest, safety)
     directions = np.random.default_rng(0).standard_normal((8, 1, engine.manifest.dims.hidden_size))
     states = [(size * one).astype(np.float32) for size in np.geomspace(1e-3, 100, 26) for one in directions]
-    ours = [float(engine.graphs["prober"].run({"hidden_states": state})[0][0]) for state in states]
+    ours = [float(engine.graphs["prober"].run({"hidden_states": state})["p_unsafe"][0]) for state in states]
     errors = [abs(p - original.p_unsafe(torch.from_numpy(state[0]))) for p, state in zip(ours, states, strict=True)]
     return check_line("prober", functools.reduce(worse, errors), LIMITS["prober"])
 
@@ -42,7 +42,7 @@ def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
 
     def steered(strength: float) -> np.ndarray:
         inputs = {"last_hidden_state": hidden.astype(dtype), "strength": np.array([strength], np.float32)}
-        return engine.graphs["refusal_head"].run(inputs)[0].astype(np.float32)
+        return engine.graphs["refusal_head"].run(inputs)["steered_hidden_state"].astype(np.float32)
 
     error = relative_error(steered(strength), hidden + np.float32(strength) * hidden @ matrix.T)
     changes = float(np.abs(steered(0.0) - hidden).max())

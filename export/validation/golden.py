@@ -127,7 +127,7 @@ def _steer(engine: Engine, first: int, last: np.ndarray, steered: np.ndarray) ->
     """Run a state (D,), plain and steered, through lm_head."""
     dtype = engine.manifest.activations
     logits = [
-        engine.graphs["lm_head"].run({"last_hidden_state": x.astype(dtype)[None, None]})[0][0, 0]
+        engine.graphs["lm_head"].run({"last_hidden_state": x.astype(dtype)[None, None]})["logits"][0, 0]
         for x in (last, steered)
     ]
     tokens = [int(row.argmax()) for row in logits]

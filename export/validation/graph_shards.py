@@ -124,10 +124,10 @@ class ShardedGraph:
             for i in range(len(self._shards))
         ]
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """Run once on numpy arrays; outputs in the graph's order."""
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Run once on numpy arrays; outputs by name."""
         values = self._run({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}, {})
-        return [np.array(values[name].numpy()) for name in self._outputs]
+        return {name: np.array(values[name].numpy()) for name in self._outputs}
 
     def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
         """The graph on fixed buffers, as runtime.Subgraph.bind."""

@@ -8,6 +8,7 @@ token that PyTorch prefers at each position. If each is the answer's own token, 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from autosteer.runtime.gate import worst
 from autosteer.runtime.image import ImageLike, cut, open_image
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_positions
-from autosteer.runtime.text import Message, asked_turns
+from autosteer.runtime.text import IMAGE, Message, Place, Rendered, render_judged
 
 from .metrics import MASKED_LOGIT, worse
 
@@ -334,11 +335,12 @@ class OriginalModel:
         row.
         """
         text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
-        turns = asked_turns(prompt.messages, self.manifest.prompt, self.processor.tokenizer.backend_tokenizer)
+        tokenizer = self.processor.tokenizer.backend_tokenizer
+        runs, turns = render_judged(prompt.messages, self.manifest.prompt, tokenizer)
         if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
-            turns = [replace(turn, through=len(prompt.prompt_ids)) for turn in turns]
-        framing = self._framing(prompt)
-        return [probed_positions(self.manifest.prober, turn, prompt.messages, text, framing) for turn in turns]
+            turns = [replace(turn, end=Place(len(prompt.prompt_ids), 0)) for turn in turns]
+        sizes = _slot_rows(runs, text, len(ids), self._framing(prompt))
+        return probed_positions(self.manifest.prober, turns, text, sizes)
 
     def _framing(self, prompt: ValidationPrompt) -> list[int]:
         """How many separator tokens each image has between its tiles."""
@@ -348,6 +350,23 @@ class OriginalModel:
         if spec is None or not length:
             return [0] * len(images)
         return [length[cut(open_image(image), spec, alone=alone)[1]] for image in images]
+
+
+def _slot_rows(runs: Rendered, text: Sequence[int], length: int, framing: Sequence[int]) -> list[int]:
+    """Rows of each image and video in HF's prompt of `length`, separators included. Where nothing stands between
+    several, the first has those of all. `text`: positions of what is no placeholder; framing[i] of them are separators
+    of image i.
+    """
+    left, before, rows = iter(framing), 0, list[int]()
+    for is_text, group in itertools.groupby(runs, key=lambda run: isinstance(run, list)):
+        if is_text:
+            before += sum(len(run) for run in group if isinstance(run, list))
+            continue
+        slots, first = list(group), text[before - 1] + 1 if before else 0
+        before += sum(next(left) for slot in slots if slot is IMAGE)
+        end = text[before] if before < len(text) else length
+        rows += [end - first, *[0] * (len(slots) - 1)]
+    return rows
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:

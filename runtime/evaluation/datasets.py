@@ -162,6 +162,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
             continue
         try:
             data = json.loads(line)
+            json.dumps(data, ensure_ascii=False).encode()  # \ud800 is JSON, and no text
         except (ValueError, RecursionError) as err:
             raise InputError(f"{path}:{number}: not JSON ({err})") from err
         if not isinstance(data, dict):
@@ -197,7 +198,7 @@ def _ours(data: Fields, place: Place) -> Row:
     place.need(answer is None or isinstance(answer, str), "'answer' must be a text")
     first, *later = turns
     messages = [Message.user(first, [path for name in names if (path := place.image(name))])]
-    messages += [Message.assistant(t) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
+    messages += [Message.assistant(t, trusted=True) if i % 2 == 0 else Message.user(t) for i, t in enumerate(later)]
     return Row(tuple(messages), bool(unsafe), group, None if answer is None else Gold("exact", (answer,)), family)
 
 
@@ -234,7 +235,10 @@ def _mmmu(data: Fields, place: Place) -> Row:
     answers = _listed(data.get("answer"), place, "answer", one_is_enough=True)
     text = place.text(data, "question").strip()
     if options:
-        place.need(len(answers) == 1 and answers[0] in LETTERS[: len(options)], "'answer' must be an option's letter")
+        place.need(len(options) <= len(LETTERS), f"more than {len(LETTERS)} 'options'")
+        place.need(
+            len(answers) == 1 and answers[0] in [*LETTERS[: len(options)]], "'answer' must be an option's letter"
+        )
         text += "\n" + "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         text += "\nPlease answer directly with only the letter of the correct option."
     else:
@@ -268,7 +272,7 @@ def _listed(value: Any, place: Place, name: str, *, one_is_enough: bool = False)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as err:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as err:
             raise place.error(f"not a row of a test set ({name!r} is not a list)") from err
     elif one_is_enough and isinstance(value, str):
         value = [value]

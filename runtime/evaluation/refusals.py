@@ -171,6 +171,8 @@ class CommandJudge:
     def __init__(self, command: str, *, timeout_s: float):
         self.name = f"command: {command}"
         self._command, self._timeout_s = command, timeout_s
+        if not 0.0 < timeout_s <= threading.TIMEOUT_MAX:  # NaN is not, either
+            raise InputError(f"--judge-timeout {timeout_s:g}: give seconds, above 0")
         try:
             words = shlex.split(command)
             self._process = subprocess.Popen(
@@ -187,6 +189,14 @@ class CommandJudge:
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # a closed pipe: it has ended
+            self._lines.put(None)
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         try:
@@ -198,15 +208,13 @@ class CommandJudge:
 
     def refused(self, prompt: str, answer: str) -> bool:
         """Ask the program. Raises InputError if it gives no verdict."""
-        assert self._process.stdin is not None
+        question = json.dumps({"prompt": prompt, "answer": answer}) + "\n"
+        threading.Thread(target=self._write, args=(question,), daemon=True).start()  # it may not read a long one
         try:
-            self._process.stdin.write(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
-            self._process.stdin.flush()
             line = self._lines.get(timeout=self._timeout_s)
         except queue.Empty:
+            self._kill()
             raise self._error(f"no verdict within {self._timeout_s:g} s (--judge-timeout)") from None
-        except (OSError, ValueError):  # a closed pipe: it has ended
-            line = None
         if line is None:
             raise self._error("ended, or wrote what is not UTF-8, before it gave a verdict; its own output is above")
         try:
@@ -229,5 +237,10 @@ class CommandJudge:
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> None:
+        """End the process and those that it has started, now."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()

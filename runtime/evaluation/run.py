@@ -179,6 +179,8 @@ class ResultFile:
         """
         self.done: list[Result] = []
         existed = path.exists()
+        if existed and not path.is_file():  # a device would be read without end, a pipe waited for
+            raise InputError(f"{path}: not a file; choose another --output")
         self._file = path.open("a", encoding="utf-8")
         try:
             _lock(self._file, path)

@@ -195,6 +195,7 @@ def test_chat_with_a_model_of_text_keeps_no_picture_that_would_fail_every_turn(u
         ("don't.png", "don't.png"),
         ("'odd'.png", "'odd'.png"),  # there is one of that name
         ("~/red.png", "{home}/red.png"),
+        ("~nobody-of-this-name/red.png", "~nobody-of-this-name/red.png"),  # it ended the chat
     ],
 )
 def test_files_are_named_as_somebody_types_them_or_drops_them_on_a_terminal(tmp_path, monkeypatch, typed, names):
@@ -215,11 +216,49 @@ def test_closed_streams_are_no_traceback(package, closed, code):
     assert ("orange yellow green" in done.stdout) is (not closed.startswith(">"))
 
 
-def test_picture_of_a_hundred_megapixels_is_opened_without_a_word_of_pillows(package, tmp_path):
+def test_picture_of_a_hundred_megapixels_is_refused_without_a_word_of_pillows(package, tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
     command = [program("autosteer-run"), package, "-p", "look", "-i", tmp_path / "large.png", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "Warning" not in done.stderr
+    assert done.returncode == 5 and "Warning" not in done.stderr
+    assert "10000x10000 pixels: at most 50000000" in done.stderr
+
+
+@pytest.mark.parametrize("options", ["-p red", "-p red --json", "--help"])
+def test_a_full_disk_is_no_success(package, options):
+    """It was exit code 0 in C++, and 120 in Python."""
+    command = f"{program('autosteer-run')} {package} {options} --device cpu --threads 1 > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.endswith("autosteer-run: error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("name", ["autosteer-run", "autosteer-eval"])
+def test_ctrl_c_while_importing_does_not_say_that_something_is_missing(package, data, tmp_path, name):
+    """numpy's C code makes an ImportError of it, and the advice was to install onnxruntime."""
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "onnxruntime.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    pass\n"
+        "raise ImportError('numpy.core.multiarray failed to import')\n"
+    )
+    command = [program(name), package, *(("-p", "red") if name == "autosteer-run" else ("--data", data))]
+    paths = os.pathsep.join(filter(None, (str(tmp_path / "stub"), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"{name}: interrupted")
+    assert "pip" not in done.stderr
+
+
+@pytest.mark.parametrize(("said", "kept"), [(None, "1"), ("", "1"), ("0", "0"), ("1", "1")])
+def test_only_a_number_turns_telemetry_on(said, kept):
+    """An empty value left it on."""
+    env = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    env |= {} if said is None else {"ORT_DISABLE_TELEMETRY": said}
+    show = "import os, autosteer.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    assert subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True).stdout.strip() == kept
 
 
 @pytest.mark.parametrize(
@@ -304,6 +343,20 @@ def test_json_has_no_nan(call, package, prompt):
     answer = json.loads(done.stdout, parse_constant=refuse)
     assert (answer["verdict"]["p_unsafe"], answer["verdict"]["unsafe"]) == (None, True)
     assert (answer["finish_reason"], answer["token_ids"], answer["timings"]["upper_ms"]) == ("refused", [], None)
+
+
+def test_dumps_escapes_what_is_no_text():
+    """A file's name may be any bytes, which the terminal then refused."""
+    assert dumps({"é": "\udcff"}) == '{"\\u00e9": "\\udcff"}' and dumps("é") == '"é"'
+
+
+def test_score_only_prints_the_verdict_and_answers_nothing(call, package):
+    done = run_here(call, package, "-p", "bad", "--score-only", "--policy", "stop")
+    assert (done.returncode, done.stdout) == (0, "[STOP  p_unsafe 0.900 > 0.500 at layer 1]\n")
+    done = run_here(call, package, "-p", "red", "--score-only", "--json")
+    verdict = json.loads(done.stdout)
+    assert (verdict["p_unsafe"], verdict["unsafe"], verdict["mode"]) == (pytest.approx(0.1), False, "steer")
+    assert run_here(call, package, "-p", "red", "--score-only", "--policy", "off").returncode == 2
 
 
 def test_dumps_leaves_numbers_alone():
@@ -497,6 +550,30 @@ def test_eval_as_json_is_one_object_per_group(call, package, data):
     assert set(groups[0]["not_refused"]["off"]) == {"value", "low", "high"}
     assert {t["p_value"] for t in groups[0]["tests"]} == {1.0}
     assert [(g["excluded"], g["judge"]) for g in groups] == [(0, RuleJudge.name), (0, RuleJudge.name)]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/full"])
+def test_eval_writes_into_files_only(call, package, data, tmp_path, kind):
+    """It read /dev/full, which has no end, until the machine was out of memory."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / kind)
+    done = call("autosteer-eval", package, "--data", data, "--output", tmp_path / kind, "--device", "cpu")
+    assert done.returncode == 5 and "not a file; choose another --output" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "1e300"])
+def test_eval_with_a_timeout_that_is_none_is_refused(call, package, data, seconds):
+    """Tracebacks, or the judge was said to have ended."""
+    options = ("--judge-command", "cat", "--judge-timeout", seconds)
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu", *options)
+    assert done.returncode == 5 and "give seconds, above 0" in done.stderr
+
+
+def test_eval_of_a_row_that_is_no_text_is_exit_code_5_with_its_place(call, package, data):
+    r"""JSON's \ud800 was a traceback, once it was written."""
+    data.write_text(r'{"prompt": "red", "unsafe": false, "group": "x\ud800"}')
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu")
+    assert done.returncode == 5 and "set.jsonl:1: not JSON" in done.stderr
 
 
 def test_eval_goes_on_where_it_stopped(call, package, data, tmp_path):

@@ -92,7 +92,7 @@ def as_message(turn: Case) -> Message:
     def part(p: Any) -> Any:
         return p if isinstance(p, str) else VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
 
-    return Message(turn["role"], tuple(map(part, turn["parts"])))
+    return Message(turn["role"], tuple(map(part, turn["parts"])), turn.get("trusted", False))
 
 
 def words(rows: list[int | None]) -> str:
@@ -163,8 +163,21 @@ def stops_in_cpp(case: Case, places: Places) -> Case:
     return {"part": "decode", "tokenizer": tokenizer, "answers": [case["tokens"]], "stop": case["stop"]}
 
 
+def picture_file(case: Case, places: Places) -> Path:
+    """A case's picture; or a pipe, or a file without content, which Git does not keep."""
+    if "special" not in case:
+        return PICTURES / case["file"]
+    path = places.file(case).with_suffix(".special")
+    if case["special"] == "pipe" and not path.exists():
+        os.mkfifo(path)
+    if case["special"].endswith(" bytes"):
+        path.touch()
+        os.truncate(path, int(case["special"].removesuffix(" bytes")))
+    return path
+
+
 def picture_in_python(case: Case, places: Places) -> Any:
-    picture = open_image(PICTURES / case["file"])
+    picture = open_image(picture_file(case, places))
     if "image" not in case:
         return {"size": list(picture.shape[:2]), "sha256": hashlib.sha256(picture.tobytes()).hexdigest()}
     spec = at_most(decode(ImageSpec, case["image"], "image"), case.get("max_tiles"))
@@ -173,7 +186,7 @@ def picture_in_python(case: Case, places: Places) -> Any:
 
 
 def picture_in_cpp(case: Case, places: Places) -> Case:
-    files = {"file": str(PICTURES / case["file"]), "out": str(places.file(case))}
+    files = {"file": str(picture_file(case, places)), "out": str(places.file(case))}
     if "image" not in case:
         return {"part": "open", **files}
     how = {"spec": case["image"], "alone": case["alone"], "max_tiles": case.get("max_tiles")}
@@ -446,6 +459,7 @@ CPP_FILES = (
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
+    "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
     "image array: expected": "numpy's arrays, which only Python takes (test_image.py)",
@@ -456,11 +470,10 @@ PYTHON_EXEMPT = {
     "not a readable folder": "a folder that may not be read: tests are root's",
 }
 CPP_EXEMPT = {
-    "the prompt template asks for an": "the manifest's template has one place for each; behind it lies other memory",
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
-    "no turn is the user's": "the last turn counts as one",
+    "no turn is judged": "the last turn is",
     ": not readable; copy the package again": "the disk fails after the file's hash was compared",
     "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",
     "the prompt cannot be normalised": "no memory",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -140,7 +141,7 @@ def test_what_was_made_halfway_is_made_again(tmp_path):
 
 READELF = """
 Dynamic section at offset 0x1 contains 30 entries:
-  0x0000000000000001 (NEEDED)             Shared library: [libonnxruntime.so.1]
+  0x0000000000000001 (NEEDED)             Shared library: [libonig.so.5]
   0x0000000000000001 (NEEDED)             Shared library: [libc.so.6]
   0x000000000000001d (RUNPATH)            Library runpath: [$ORIGIN:$ORIGIN/../lib]
 Version needs section '.gnu.version_r' contains 2 entries:
@@ -152,7 +153,7 @@ Version needs section '.gnu.version_r' contains 2 entries:
 
 def test_needs_are_the_newest_versions_and_not_the_last_ones_alphabetically():
     libraries, newest = release.parse_needs(READELF)
-    assert libraries == {"libonnxruntime.so.1", "libc.so.6"}
+    assert libraries == {"libonig.so.5", "libc.so.6"}
     assert newest == {"GLIBC": (2, 30), "GLIBCXX": (3, 4, 22)}
 
 
@@ -165,11 +166,18 @@ def test_needs_are_the_newest_versions_and_not_the_last_ones_alphabetically():
     ],
 )
 def test_a_release_that_an_old_board_cannot_start_is_refused(tmp_path, monkeypatch, old, new, complaint):
-    for name in ("bin/autosteer-cli", "lib/libonnxruntime.so.1"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("bin/autosteer-cli", "lib/autosteer/libonig.so.5"):
+        (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(release, "call", lambda *_: READELF)
     assert release.check(tmp_path)[0] == "bin/autosteer-cli: 0.0 MB, needs GLIBC 2.30, GLIBCXX 3.4.22"
+    bundled = tmp_path / "lib" / "autosteer" / "libonig.so.5"
+    bundled.rename(tmp_path / "elsewhere")
+    bundled.symlink_to("libonig.so.5.1.0")  # as Debian has it; the release once had the link alone
+    with pytest.raises(ToolError, match="needs libonig"):
+        release.check(tmp_path)
+    bundled.unlink()
+    (tmp_path / "elsewhere").rename(bundled)
     monkeypatch.setattr(release, "call", lambda *_: READELF.replace(old, new))
     with pytest.raises(ToolError, match=complaint):
         release.check(tmp_path)
@@ -214,14 +222,8 @@ def test_the_release_runs_on_an_old_system_with_what_lies_beside_it(rows, tmp_pa
     """On glibc 2.31, moved to another folder, and with the newest onnxruntime's library replaced by an old one."""
     package = cli.BUILD / "packages" / "int4" / "int4"
     newest = next(row.onnxruntime for row in rows if row.onnxruntime != cli.OLD_ONNXRUNTIME)
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for part in ("bin", "lib"):
-        (moved / part).mkdir()
-        for file in (cli.release_folder(newest) / part).iterdir():
-            (moved / part / file.name).write_bytes(file.read_bytes())
-            (moved / part / file.name).chmod(0o755)
-    library = "lib/libonnxruntime.so.1"
+    moved = Path(shutil.copytree(cli.release_folder(newest), tmp_path / "moved"))
+    library = "lib/autosteer/libonnxruntime.so.1"
     for version in (newest, cli.OLD_ONNXRUNTIME):
         (moved / library).write_bytes((cli.release_folder(version) / library).read_bytes())
         command = [*emulator(CORES[0], cli.OLD_SYSTEM), str(moved / "bin" / "autosteer-cli"), str(package)]

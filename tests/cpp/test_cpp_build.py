@@ -44,22 +44,26 @@ def test_clang_compiles_it_too():
     if include is None:
         missing("no headers of onnxruntime")
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", "-isystem", str(include)]
-    for source in ("autosteer_cli.cpp", "autosteer_c.cpp"):
+    flags += [f"-I{CPP / 'include'}", f"-I{CPP / 'src'}", '-DAUTOSTEER_VERSION="0"']
+    for source in ("cli/autosteer_cli.cpp", "src/autosteer_c.cpp"):
         done = subprocess.run([clang, *flags, str(CPP / source)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_it_runs_in_a_folder_with_nothing_else(built, cpp_package, tmp_path):
-    """A root file system of the command, the libraries it asks for and a package: no Python, no data files."""
+    """A root file system of the command, the libraries it asks for and loads, a package: no Python, no data files."""
     if os.geteuid() != 0:
         pytest.skip("only root may change its root folder")
     root = tmp_path / "root"
     shutil.copytree(cpp_package, root / "package")
     shutil.copy(built / "autosteer-cli", root / "autosteer-cli")
-    listed = subprocess.run(["ldd", built / "autosteer-cli"], capture_output=True, text=True, check=True).stdout
-    assert "python" not in listed
+    loaded = built / "lib" / "libonnxruntime.so.1"
+    command = ["ldd", built / "autosteer-cli", loaded]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "python" not in listed and "onnxruntime.so" not in listed.replace(f"{loaded}:", "")
+    listed += f" {loaded}"
     for word in listed.split():
-        if word.startswith("/"):
+        if word.startswith("/") and not word.endswith(":"):
             target = root / word.lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path(word).resolve(), target)

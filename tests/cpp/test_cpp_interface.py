@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import toy
-from conformance_packages import Packages, cases, shown
+from conformance_packages import PICTURES, Packages, cases, shown
 from cpp_inputs import SIZES, noise
 from cpp_runtime import cli, joined, python_json, through_c, timeless, use_byte_level_words
 from exported import demo_package
@@ -186,10 +187,70 @@ def test_c_interface_turns_errors_into_codes(built, packages):
     assert joined(fine["chunks"])["text"] == "world"
 
 
+@pytest.mark.parametrize("ahead", ["", "x"])
+def test_errors_are_valid_utf8_wherever_they_are_cut(built, cpp_package, ahead):
+    """A message of 60 bytes ended within a character, and no reader of the C interface could decode it."""
+    text = ahead + "é" * 99
+    requests = [
+        {"messages": text},
+        {"messages": [{"role": text, "parts": []}]},
+        {"messages": [{"role": "user", "parts": [{"image": text}]}]},
+        {"messages": [], "policy": text},
+        {text: 1},
+    ]
+    for found in through_c(built, cpp_package, requests):
+        assert found["code"] == 5 and "éé" in found["error"]  # `through_c` decodes it strictly
+
+
+def test_brackets_without_end_do_not_overflow_the_stack(built, packages, cpp_package):
+    """200 KB of them ended the process that had loaded the library."""
+    nested = ["[" * 200_000, '{"messages":' * 50_000, '{"messages": ' + "[" * 200_000]
+    for found in through_c(built, cpp_package, nested):
+        assert (found["code"], "nested deeper than 64 levels" in found["error"]) == (5, True)
+    for case in (case for case in cases("damage") if "without end" in case["name"]):
+        (unopened,) = through_c(built, packages.of(case), [])
+        assert unopened["code"] == 3 and "nested deeper than 64 levels" in unopened["error"], case["name"]
+
+
+def test_a_full_disk_is_no_success(built, cpp_package):
+    """The answer was lost, without a word."""
+    for options in (["-p", "red"], ["-p", "red", "--json"], ["--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [built / "autosteer-cli", cpp_package, *options],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 1 and "stdout: the answer cannot be written" in done.stderr
+
+
+def peak(*command: object, **more: Any) -> tuple[int, int]:
+    """A command's exit code and the most memory that it had, in MB."""
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
+    _, status, usage = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024
+
+
+def test_what_is_too_much_takes_no_memory(built, cpp_package, tmp_path):
+    """A prompt of a megabyte took 1.1 GB, a header of 68 bytes 1.2 GB."""
+    command = (built / "autosteer-cli", cpp_package, "--threads", "1")
+    (tmp_path / "prompt").write_text("red " * 250_000)
+    code, usual = peak(*command, "-p", "red")
+    assert code == 0
+    with open(tmp_path / "prompt") as prompt:
+        code, most = peak(*command, stdin=prompt)
+    assert code == 5 and most < usual + 200
+    for name in ("13000x13000.png", "header-7000x7000.png"):
+        code, most = peak(*command, "-p", "look", "-i", PICTURES / name)
+        assert code == 5 and most < usual + 50, name
+
+
 def test_c_interface_turns_errors_of_opening_into_codes(built, packages, tmp_path):
     (nowhere,) = through_c(built, tmp_path / "nowhere", [])
     assert nowhere["code"] == 3 and "autosteer.json" in nowhere["error"]
-    for case in (case for case in plain("json_requests", "input") if "options" in case):
+    for case in (c for c in plain("json_requests", "input") if c["expected"]["says"].startswith("options")):
         (unopened,) = through_c(built, packages.whole("toy"), [], **case["options"])
         assert unopened["code"] == 5 and case["expected"]["says"] in unopened["error"], case["name"]
     for case in plain("damage", "package")[::25]:

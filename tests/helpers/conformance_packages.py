@@ -59,7 +59,7 @@ def unguarded(folder: Path) -> None:
 
 def split(folder: Path) -> None:
     """Pictures are split into tiles, with tokens before each that tell its place (SmolVLM's kind of model)."""
-    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200))
+    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200, newline=False))
 
     def words(rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
         tiles = rows * columns + (rows * columns > 1)
@@ -268,6 +268,18 @@ def _node(folder: Path, change: Change) -> None:
     file.write_bytes(model.SerializeToString())
 
 
+def _output(folder: Path, change: Change) -> None:
+    """Let a graph give one output more, "name", in front of the others: the constant "value"."""
+    file = folder / f"{change['graph']}.onnx"
+    model = onnx.load(file)
+    value = numpy_helper.from_array(np.array(change["value"], np.float32), "value")
+    model.graph.node.append(helper.make_node("Constant", [], [change["name"]], value=value))
+    outputs = [helper.make_tensor_value_info(change["name"], TensorProto.FLOAT, value.dims), *model.graph.output]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    file.write_bytes(model.SerializeToString())
+
+
 def _rank_one(w: np.ndarray) -> np.ndarray:
     """Of W's size, and in a direction that means nothing. (W itself has rank 1 in the toy.)"""
     u, v = np.random.default_rng(1).normal(size=(2, len(w)))
@@ -300,6 +312,7 @@ CHANGES: dict[str, Callable[[Path, Change], None]] = {
     "rehash": _rehash,
     "weights": _weights,
     "node": _node,
+    "output": _output,
 }
 
 

@@ -31,10 +31,10 @@ from autosteer.runtime.text import ImagePart, Part, VideoPart
 
 CPP = Path(__file__).resolve().parents[2] / "runtime" / "cpp"
 PACKAGES = (
-    "g++ cmake pkg-config libonnxruntime-dev nlohmann-json3-dev libonig-dev libutf8proc-dev libssl-dev libpng-dev "
-    "libjpeg-dev"
+    "g++ cmake pkg-config dpkg-dev libonnxruntime-dev nlohmann-json3-dev libonig-dev libutf8proc-dev libssl-dev "
+    "libpng-dev libjpeg-dev"
 )
-ALL = ("autosteer-cli", "autosteer-parts", "autosteer")
+ALL = ("autosteer-cli", "autosteer-parts", "autosteer-shared", "autosteer-static")
 TIMINGS = ("_ms", "tok_s")  # how the keys end that may differ
 
 
@@ -99,7 +99,9 @@ class Parts:
     def lines(self, *commands: dict[str, Any]) -> list[Any]:
         """What the program says to each command: {"answer": ...} or {"error": ..., "exit_code": ...}."""
         text = "".join(json.dumps(command) + "\n" for command in commands)
-        done = subprocess.run([self.program], input=text, capture_output=True, text=True, check=True)
+        # AddressSanitizer calls dlopen itself, so that the program's RUNPATH does not count.
+        environment = {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(wheel_library())}
+        done = subprocess.run([self.program], input=text, capture_output=True, text=True, check=True, env=environment)
         return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
 
 
@@ -136,7 +138,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
             return p
         return VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
 
-    messages = [Message(m["role"], tuple(map(part, m["parts"]))) for m in request["messages"]]
+    messages = [Message(m["role"], tuple(map(part, m["parts"])), m.get("trusted", False)) for m in request["messages"]]
     sampling = {k: tuple(v) if k == "stop" else v for k, v in request.get("sampling", {}).items()}
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
@@ -149,12 +151,12 @@ import ctypes, json, sys
 given = json.load(sys.stdin)
 lib = ctypes.CDLL(given["library"])
 lib.autosteer_error.restype = ctypes.c_char_p
-for function in (lib.autosteer_end, lib.autosteer_conversation_end, lib.autosteer_close):
-    function.restype, function.argtypes = None, [ctypes.c_void_p]
+for release in ("end", "conversation_end", "request_free", "close"):
+    getattr(lib, "autosteer_" + release).argtypes = [ctypes.c_void_p]
 for function in (lib.autosteer_run, lib.autosteer_conversation_run):
-    function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p)]
-lib.autosteer_next.argtypes = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_char_p)]
-engine, stream, chunk = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_char_p()
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)]
+engine, made, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+chunk = ctypes.POINTER(ctypes.c_char_p)()  # to autosteer_chunk, whose first field is its JSON
 code = lib.autosteer_open(given["package"].encode(), given["options"].encode(), ctypes.byref(engine))
 if code:
     print(json.dumps({"code": code, "error": lib.autosteer_error().decode()}))
@@ -170,15 +172,18 @@ for request in given["requests"]:
         with open(file, "a") as damaged:
             damaged.write(text)
     text = request if isinstance(request, str) else json.dumps(request)
-    code, chunks = run(asked, text.encode(), ctypes.byref(stream)), []
+    code, chunks = lib.autosteer_request_new(text.encode(), ctypes.byref(made)), []
+    stream.value = None
+    code = code or run(asked, made, ctypes.byref(stream))
     while not code and len(chunks) != most:
         code = lib.autosteer_next(stream, ctypes.byref(chunk))
-        if code or not chunk.value:
+        if code or not chunk:
             break
-        chunks.append(json.loads(chunk.value))
+        chunks.append(json.loads(chunk[0]))
     error = lib.autosteer_error().decode() if code else None
     print(json.dumps({"code": code, "error": error, "chunks": chunks}))
     lib.autosteer_end(stream)
+    lib.autosteer_request_free(made)
 (lib.autosteer_conversation_end if given["conversation"] else lib.autosteer_close)(asked)
 """
 

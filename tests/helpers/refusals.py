@@ -50,10 +50,10 @@ CALLS = re.compile(r"(?<!\[\[noreturn\]\] void )(?<!static )\b(?:throw ([\w:]+)|
 
 
 def cpp_sites(*files: str) -> list[Site]:
-    """Sites of runtime/cpp/*.hpp: `throw`, and calls of what throws where its condition fails."""
+    """Sites of runtime/cpp/src/*.hpp: `throw`, and calls of what throws where its condition fails."""
     found = []
     for file in files:
-        source = (RUNTIME / "cpp" / file).read_text(encoding="utf-8")
+        source = (RUNTIME / "cpp" / "src" / file).read_text(encoding="utf-8")
         for call in CALLS.finditer(source):
             comment = "//" in source[source.rfind("\n", 0, call.start()) + 1 : call.start()]
             if comment or call[1] in NO_REFUSAL:

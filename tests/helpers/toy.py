@@ -97,6 +97,7 @@ def build(
     *,
     guarded: bool = True,
     images: bool = True,
+    newline: bool = True,
     videos: bool = False,
     attentive: bool = False,
     prefill: bool = False,
@@ -121,7 +122,7 @@ def build(
     if guarded:
         graphs |= {"prober": _prober(folder, p_unsafe or {}), "refusal_head": _refusal_head(folder)}
     if images:
-        graphs["vision_encoder"] = _vision_encoder(folder)
+        graphs["vision_encoder"] = _vision_encoder(folder, newline)
     _tokenizer().save(str(folder / "tokenizer.json"))
     proof = _proof(folder, p_unsafe or {}, attentive) if guarded else None
     manifest = Manifest(
@@ -355,20 +356,20 @@ def bend() -> np.ndarray:
     return matrix
 
 
-def _vision_encoder(folder: Path) -> GraphSpec:
+def _vision_encoder(folder: Path, newline: bool) -> GraphSpec:
     """2 x 2 pixels make a row: the mean of red says "red", of green "green", of blue "bad". The newline row is zero."""
     n, side = IMAGE.tile_size, ANYRES.tokens_per_side
     return _save(
         folder,
         "vision_encoder",
         [("pixel_values", F32, ("tiles", 3, n, n))],
-        [("image_features", F32, ("tiles", side**2, D)), ("image_newline", F32, (D,))],
+        [("image_features", F32, ("tiles", side**2, D)), *([("image_newline", F32, (D,))] if newline else [])],
         [
             helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[2, 2], strides=[2, 2]),
             helper.make_node("Reshape", ["pooled", "shape"], ["flat"]),
             helper.make_node("Transpose", ["flat"], ["rows"], perm=[0, 2, 1]),
             helper.make_node("MatMul", ["rows", "colours"], ["image_features"]),
-            helper.make_node("Identity", ["zero"], ["image_newline"]),
+            *([helper.make_node("Identity", ["zero"], ["image_newline"])] if newline else []),
         ],
         {
             "shape": np.array([0, 3, side**2], np.int64),

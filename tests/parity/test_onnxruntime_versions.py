@@ -40,12 +40,8 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     both, pictures = [oldest(), installed()], tmp_path_factory.mktemp("pictures")
     if request.param == "Python":
         return list(rows(both, packages(), pictures, Runtimes(Interpreter()), (), "Python"))
-    build = request.getfixturevalue("built")
-    runtimes = Runtimes(Interpreter(), build, tmp_path_factory.mktemp("libraries"))
-    try:
-        return list(rows((), packages(), pictures, runtimes, both, "Python"))
-    finally:
-        runtimes.cpp(installed())  # other tests use what is built there
+    runtimes = Runtimes(Interpreter(), request.getfixturevalue("built"))
+    return list(rows((), packages(), pictures, runtimes, both, "Python"))
 
 
 def test_the_oldest_and_the_newest_onnxruntime_answer_alike(table: list[Row]) -> None:

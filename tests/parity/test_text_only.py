@@ -1,10 +1,14 @@
 """Tier 4: decoders without images, on tiny random checkpoints with the demo's tokenizer."""
 
+import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from tiny_weights import TEMPLATE
@@ -14,18 +18,24 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from autosteer.export.checkpoint.decoder_config import DecoderConfig
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
+from autosteer.export.graphs.decoder import HEAD_NORMS
+from autosteer.export.graphs.writer import GraphWriter
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.original import ANSWER_TOKENS
+from autosteer.models import FAMILIES, Family, text_only
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.errors import InputError
+from autosteer.runtime.errors import CheckError, InputError
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message
 
@@ -43,6 +53,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama, rope linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ROPES["linear"]}),
     "mistral, windows": (MistralConfig, MistralForCausalLM, {"sliding_window": WINDOW}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
     "qwen2, rope yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": ROPES["yarn"]}),
     "qwen2, some windows": (
@@ -56,8 +67,15 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of either family, exported by the command: it fails unless tokens equal PyTorch's."""
-    config_class, model_class, extra = KINDS[request.param]
+    """A tiny checkpoint of each kind, exported by the command: it fails unless tokens equal PyTorch's."""
+    folder = tmp_path_factory.mktemp("package")
+    save_checkpoint(request.param, folder / "checkpoint")
+    export_fp32(folder / "checkpoint", folder / "package")
+    return folder / "package"
+
+
+def save_checkpoint(kind: str, folder: Path) -> None:
+    config_class, model_class, extra = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
@@ -74,12 +92,17 @@ def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         initializer_range=0.2,
         **extra,
     )
-    folder = tmp_path_factory.mktemp("package")
-    model_class(config).save_pretrained(folder / "checkpoint")
-    tokenizer.save_pretrained(folder / "checkpoint")
-    arguments = ["--model", folder / "checkpoint", "--output", folder / "package", "--unguarded", "--layer", 1]
+    model = model_class(config)
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # they begin at 1, where one taken for another does not show; sharp attention shows more
+            torch.nn.init.uniform_(weight, *((2.0, 6.0) if "q_norm" in name else (0.5, 1.5)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export_fp32(checkpoint: Path, output: Path) -> None:
+    arguments = ["--model", checkpoint, "--output", output, "--unguarded", "--layer", 1]
     export.main([str(a) for a in arguments], standalone_mode=False)
-    return folder / "package"
 
 
 def test_the_export_compared_tokens_and_they_were_equal(package: Path) -> None:
@@ -101,10 +124,47 @@ def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package
     manifest = Manifest.load(package)
     (weights,) = (file for file in manifest.files if file.file == "weights.bin")
     table = manifest.dims.vocab_size * manifest.dims.hidden_size * 4
-    decoder = 3 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96) * 4
+    checkpoint = open_checkpoint(str(package.parent / "checkpoint"))
+    decoder = sum(math.prod(checkpoint.shape(name)) * 4 for name in checkpoint.tensor_files if ".layers." in name)
     tables = round((weights.bytes - decoder) / table)
     config = json.loads((package.parent / "checkpoint" / "config.json").read_text())
     assert tables == (1 if config["tie_word_embeddings"] else 2)
+
+
+def norms_exchanged() -> Family:
+    return dataclasses.replace(text_only.OLMO2, layer_norms=text_only.OLMO2.layer_norms[::-1])
+
+
+def norms_before() -> Family:
+    return dataclasses.replace(text_only.OLMO2, norm_after=lambda config: False)
+
+
+@pytest.mark.parametrize("wrong", [norms_exchanged, norms_before])
+def test_wrong_norms_of_a_layer_are_refused(
+    wrong: Callable[[], Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint("olmo2", tmp_path / "checkpoint")
+    monkeypatch.setitem(FAMILIES, "olmo2", wrong())
+    with pytest.raises(CheckError, match="attention, each by itself"):
+        export_fp32(tmp_path / "checkpoint", tmp_path / "package")
+
+
+def test_queries_and_keys_normed_by_head_instead_of_across_heads_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the right weights, so that stored numbers do not tell."""
+
+    def by_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:
+        split = g.op("Reshape", x, g.constant(f"split_{heads}", np.array([0, 0, heads, config.head_dim], np.int64)))
+        ones = g.constant("ones", np.ones(config.head_dim, np.float32))
+        normed = g.op("SimplifiedLayerNormalization", split, ones, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
+        joined = g.op("Reshape", normed, g.constant("joined", np.array([0, 0, -1], np.int64)))
+        return g.op("Mul", joined, g.vector(f"{module}.weight", shape=(heads * config.head_dim,)))
+
+    save_checkpoint("olmo2", tmp_path / "checkpoint")
+    monkeypatch.setitem(HEAD_NORMS, "rms_across_heads", by_head)
+    with pytest.raises(CheckError, match="attention, each by itself"):
+        export_fp32(tmp_path / "checkpoint", tmp_path / "package")
 
 
 def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package: Path, tmp_path: Path) -> None:

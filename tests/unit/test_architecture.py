@@ -14,6 +14,7 @@ from conftest import load
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "click"}  # what pyproject.toml's dependencies are imported as
 EXTRAS = {"hub.py": ("huggingface_hub.",)}  # imported only when it is used
+SERVE = {"starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"}  # the extra `serve`
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "rich", "safetensors", "huggingface_hub")
 
 
@@ -58,6 +59,11 @@ def sources(folder: str) -> list[Path]:
     return sorted(p for p in (ROOT / folder).rglob("*.py"))
 
 
+def is_server(path: Path) -> bool:
+    """Whether a source of the runtime belongs to autosteer-serve."""
+    return path.relative_to(ROOT).parts[:2] == ("runtime", "serve")
+
+
 def test_imports_sees_relative_and_local_imports(tmp_path, monkeypatch):
     """The checks below could not fail if `imports` overlooked a way to write an import."""
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
@@ -72,6 +78,7 @@ def test_no_module_of_the_runtime_loads_anything_but_its_dependencies():
     modules = [
         "autosteer." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in sources("runtime")
+        if not is_server(path)
     ]
     assert {"autosteer.runtime", "autosteer.runtime.engine", "autosteer.runtime.evaluation.cli"} <= set(modules)
     code = (
@@ -103,10 +110,34 @@ def test_answering_a_prompt_with_an_image_loads_nothing_but_the_dependencies(pac
     assert output_of(code) == ["orange yellow green", "[]"]
 
 
-def test_help_needs_neither_onnxruntime_nor_numpy():
+@pytest.mark.parametrize("module", ["cli", "serve.cli"])
+def test_help_needs_neither_onnxruntime_nor_numpy(module):
     """--help stays quick: the console scripts import click and nothing big."""
-    code = "import autosteer.runtime.cli; print(sorted({'numpy', 'onnxruntime', 'PIL', 'click'} & set(sys.modules)))"
-    assert output_of(code) == ["['click']"]
+    code = f"import autosteer.runtime.{module}; print(foreign(), {{'numpy', 'onnxruntime', 'PIL'}} & set(sys.modules))"
+    assert output_of(code) == ["[] set()"]
+
+
+@pytest.mark.parametrize("path", sources("runtime"), ids=lambda p: p.name)
+def test_only_the_server_needs_the_extra_serve(path):
+    """Nothing else of the runtime imports the server, nor what it is built on; and it is built on nothing more."""
+    found = imports(path)
+    if is_server(path):
+        others = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+        assert others <= {"autosteer", *ALLOWED, *SERVE}
+    else:
+        assert not {name for name in found if name.startswith("autosteer.runtime.serve")}
+        assert not {name.partition(".")[0] for name in found} & SERVE
+
+
+def test_without_its_extra_the_server_says_what_to_install(package):
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; from autosteer.runtime.serve.cli import main; "
+        f"sys.argv = ['autosteer-serve', {str(package)!r}]; main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (out.returncode, out.stdout) == (1, "")
+    assert out.stderr.endswith("install what autosteer-serve needs: pip install 'autosteer-edge[serve]'\n")
+    assert "Traceback" not in out.stderr
 
 
 @pytest.mark.parametrize("path", sources("runtime"), ids=lambda p: p.name)
@@ -137,7 +168,7 @@ def test_no_module_leads_back_to_itself():
 def test_the_fast_rooms_import_no_helper_that_exports():
     """`tools/test --fast` runs them. Tests marked `exports` import inside the function."""
     slow = {"exported", "tiny_family", "cpp_inputs"}
-    tests = [*sources("tests/unit"), *sources("tests/cli")]
+    tests = [*sources("tests/unit"), *sources("tests/cli"), *sources("tests/serve")]
     assert len(tests) > 20
     assert {path.name: found for path in tests if (found := imports(path) & slow)} == {}
 
@@ -149,8 +180,8 @@ def test_models_import_nothing_of_the_exporter(path):
 
 @pytest.mark.parametrize("path", sources("export/safety"), ids=lambda p: p.name)
 def test_the_fit_needs_only_the_checkpoint_and_the_safety_folder_of_the_exporter(path):
-    """`output` writes any folder completely or not at all."""
-    allowed = ("safety", "checkpoint", "safety_folder", "output")
+    """`output` writes any folder completely or not at all; `heartbeat` says that a long run is alive."""
+    allowed = ("safety", "checkpoint", "safety_folder", "output", "heartbeat")
     ours = {name.split(".")[2] for name in imports(path) if name.startswith("autosteer.export.")}
     assert ours <= set(allowed)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 import toy
@@ -230,3 +236,52 @@ def test_so_it_does_where_the_first_logits_are_not(engine, monkeypatch):
     request._passes[1].head = head(request._passes[1].last, request._passes[1]._logits, 1)
     assert np.isfinite(request.decode_step(5)).all()
     assert not request.cached_prefix().keys
+
+
+class Interrupt:
+    """Ctrl-C at the nth line of generation.py that runs within the block."""
+
+    def __init__(self, line: int):
+        self.left = line
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._call)
+        return self
+
+    def _call(self, frame: Any, event: str, arg: Any) -> Any:
+        return self._line if frame.f_code.co_filename.endswith("generation.py") else None
+
+    def _line(self, frame: Any, event: str, arg: Any) -> Any:
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._line
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("mode", ["off", "stop"])
+def test_interrupts_between_any_two_lines_leave_a_sound_conversation(attentive, monkeypatch, mode):
+    """Between the append of a chunk and the new length, the next turn was computed from hidden states of other rows."""
+    monkeypatch.setattr(attentive, "request", functools.partial(attentive.request, chunk=3))
+    turns = [Message.user("red tick bad w1"), Message.assistant("w2 plan"), Message.user("tick w2 red w1 hello world")]
+    off = attentive.policy("off")
+    expected = attentive.generate([*turns, Message.assistant("red"), Message.user("w1")], policy=off, sampling=of(4))
+    for line in itertools.count(1):
+        conversation = Conversation(attentive)
+        attentive.generate(turns[:1], policy=attentive.policy(mode), sampling=of(2), conversation=conversation)
+        interrupt = Interrupt(line)
+        with contextlib.suppress(KeyboardInterrupt), interrupt:
+            attentive.generate(turns, policy=attentive.policy(mode), sampling=of(3), conversation=conversation)
+        found = attentive.generate(
+            [*turns, Message.assistant("red"), Message.user("w1")],
+            policy=off,
+            sampling=of(4),
+            conversation=conversation,
+        )
+        assert (found.token_ids, found.text) == (expected.token_ids, expected.text), f"line {line}"
+        if interrupt.left > 0:
+            break
+    assert line > 100

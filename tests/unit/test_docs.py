@@ -148,6 +148,14 @@ def test_the_page_of_commands_is_up_to_date() -> None:
     assert make_cli_docs.page() == make_cli_docs.PAGE.read_text(encoding="utf-8"), "run tools/make_cli_docs.py"
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_examples_stand_in_the_page_on_embedding_word_for_word(example: Path) -> None:
+    """tests/cpp/test_cpp_library.py compiles and runs them; readers copy them from the page."""
+    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    language = "c" if example.suffix == ".c" else "cpp"
+    assert f"```{language}\n{example.read_text(encoding='utf-8')}```\n" in page
+
+
 @each_page
 def test_lines_fit_a_screen(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -164,7 +172,7 @@ def test_spelling_is_british(page: Path) -> None:
     assert [found[0] for found in AMERICAN.finditer(prose(page.read_text(encoding="utf-8")))] == []
 
 
-@pytest.mark.parametrize("folder", ["runtime", "models", "export", "tools", "tests"])
+@pytest.mark.parametrize("folder", ["runtime", "models", "export", "tools", "tests", "examples"])
 def test_source_names_pages_that_exist(folder: str) -> None:
     sources = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".hpp", ".cpp", ".h", ".c")]
     named = {name for path in sources for name in re.findall(r"docs/[\w-]+\.md", path.read_text(encoding="utf-8"))}

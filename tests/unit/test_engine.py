@@ -192,7 +192,7 @@ def test_prompts_are_not_logged(engine, caplog):
 
 def test_prober_that_gives_two_scores_makes_every_prompt_unsafe(own_engine, monkeypatch):
     """The first of them was taken."""
-    monkeypatch.setattr(own_engine.graphs["prober"], "run", lambda _: [np.array([0.1, 0.9], np.float32)])
+    monkeypatch.setattr(own_engine.graphs["prober"], "run", lambda _: {"p_unsafe": np.array([0.1, 0.9], np.float32)})
     assert own_engine.generate("red").verdict.unsafe
 
 
@@ -247,8 +247,9 @@ def test_a_dialogue_is_as_unsafe_as_the_worst_of_its_turns(engine, texts):
 
 
 def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
-    """By the same row, to the bit: what came later does not change it. The model's own words are not judged."""
-    turns = [Message.user("red bad"), Message.assistant("bad bad"), Message.user("tick"), Message.assistant("red")]
+    """By the same row, to the bit: what came later does not change it. An answer that the program trusts is not."""
+    answer = Message.assistant("bad bad", trusted=True)
+    turns = [Message.user("red bad"), answer, Message.user("tick"), Message.assistant("red")]
     prompts = [engine.encoder.prepare(turns[: n + 1], Stats()) for n in (0, 2)]
     requests = [engine.request(prompt, 1, Stats()) for prompt in prompts]
     for request in requests:
@@ -310,7 +311,7 @@ def pooled(engine: Engine) -> Engine:
 def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chunk(own_engine, chunk):
     """Earlier turns, the turn's header and the generation prompt are not in it; the end of the turn is."""
     engine = pooled(own_engine)
-    turns = [Message.user("red tick"), Message.assistant("green"), Message.user("orange bad tock")]
+    turns = [Message.user("red tick"), Message.assistant("green", trusted=True), Message.user("orange bad tock")]
     prompt = engine.encoder.prepare(turns, Stats())
     names = [toy.VOCABULARY[i] for i in prompt.token_ids]
     first = len(names) - 1 - names[::-1].index("orange")
@@ -320,7 +321,7 @@ def test_pooled_prober_reads_the_mean_of_the_last_turns_content_whatever_the_chu
     assert last == list(range(first, len(names) + engine.manifest.prober.token_offset + 1))
     request = engine.request(prompt, 1, Stats(), chunk=chunk)
     request.prefill_lower(engine.policy())
-    hidden = np.concatenate([value.numpy()[0] for value in request._pending])
+    hidden = np.concatenate([value.numpy()[0] for value in request._pending.values()])
     np.testing.assert_allclose(request.probed_mean()[0], hidden[last].mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(request.probed_mean(0)[0], hidden[earlier].mean(axis=0), rtol=1e-6)
 
@@ -337,7 +338,9 @@ def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
     engine = pooled(own_engine)
     prompt = engine.encoder.prepare([Message.user("red red red")], Stats())
     assert not engine.request(prompt, 1, Stats()).prefill_lower(engine.policy()).unsafe
-    monkeypatch.setattr(engine.graphs["prober"], "run", lambda inputs: [inputs["hidden_states"].sum(axis=1)])
+    monkeypatch.setattr(
+        engine.graphs["prober"], "run", lambda inputs: {"p_unsafe": inputs["hidden_states"].sum(axis=1)}
+    )
     for row in prompt.probed[-1]:
         embeds = prompt.inputs_embeds.copy()
         embeds[0, row, 0] = np.nan
@@ -417,7 +420,7 @@ def test_package_without_a_gate_does_not_answer_unless_told_to(unguarded):
 
 
 def test_hand_made_policy_does_not_get_a_gate_that_is_not_there(unguarded):
-    policy = GatePolicy(Mode.STOP, threshold=1.0, strength=0.1, refusal_text="no.")
+    policy = GatePolicy(Mode.STOP, threshold=0.99, strength=0.1, refusal_text="no.")
     assert unguarded.generate("red", policy=policy).text == "no."
 
 

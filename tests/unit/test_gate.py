@@ -13,7 +13,7 @@ from autosteer.runtime.gate import decide, is_safe, worst
 NAN, INF = math.nan, math.inf
 MODES = st.sampled_from(Mode)
 ANY = st.floats(allow_nan=True, allow_infinity=True)
-THRESHOLD = st.floats(max_value=1.0, allow_nan=False)
+THRESHOLD = st.floats(max_value=1.0, exclude_max=True, allow_nan=False)
 
 
 def policy(mode: Mode = Mode.STEER, threshold: float = 0.5, strength: float = 0.1) -> GatePolicy:

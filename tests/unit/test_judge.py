@@ -30,6 +30,15 @@ def test_the_error_of_the_rules_is_what_the_documentation_says():
     assert errors("test") == (50, 2, 51, 0)
 
 
+def test_a_judge_that_reads_nothing_is_not_waited_for():
+    """A prompt longer than the pipe holds was written for ever."""
+    judge = CommandJudge("sleep 60", timeout_s=0.3)
+    before = time.monotonic()
+    with pytest.raises(InputError, match=r"no verdict within 0.3 s"):
+        judge.refused("x" * 1_000_000, "")
+    assert time.monotonic() - before < 10
+
+
 def test_labelled_answers_differ():
     assert len({row["answer"] for row in LABELLED}) == len(LABELLED) >= 150
 

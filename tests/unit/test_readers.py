@@ -242,6 +242,10 @@ def test_mmmu_without_options_is_asked_and_graded_as_a_short_answer(tmp_path):
         {"options": "[__import__('os')]"},
         {"options": "['a'"},
         {"options": 3},
+        {"options": "[{[]: 1}]"},  # a TypeError
+        {"options": list("abcdefghijklmnopqrstuvwxyz0")},  # no letter is left
+        {"answer": ""},  # Python finds it in every text
+        {"answer": "AB"},
         {"answer": "D"},
         {"answer": "b"},
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from autosteer.runtime import Engine, SamplingConfig
+from autosteer.runtime import Chunk, Engine, SamplingConfig
 from autosteer.runtime.gate import GatePolicy
 from autosteer.runtime.subgraph import THREADING
 
@@ -46,7 +46,7 @@ class AutoSteer:
             return self._answer(job, self._engine.policy("off"))
         policy = self._engine.policy
         policies = {
-            "passed": policy("steer", threshold=1.0),
+            "passed": policy("steer", threshold=0.999999),
             "steered": policy("steer", threshold=-1.0),
             "stopped": policy("stop", threshold=-1.0),
         }
@@ -59,7 +59,7 @@ class AutoSteer:
         sampling = SamplingConfig(max_tokens=job["new_tokens"], speculate=self._speculate)
         images = [job["image"]] if job.get("image") else []
         start = first = time.perf_counter()
-        chunks = []
+        chunks: list[Chunk] = []
         for chunk in self._engine.stream(job["prompt"], images=images, sampling=sampling, policy=policy):
             first = first if chunks else time.perf_counter()
             chunks.append(chunk)

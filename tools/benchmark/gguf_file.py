@@ -1,10 +1,10 @@
-"""GGUF files for llama.cpp, from a Hugging Face checkpoint of Llama's or Qwen2's layout; and what stands in one.
+"""GGUF files for llama.cpp, from a Hugging Face checkpoint of Llama's or Qwen2's layout; and a list of one's tensors.
 
     python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
     python -m benchmark.gguf_file list FILE
 
 Runs in the peers' interpreter (gguf, llama-cpp-python, safetensors, torch). The file has no vocabulary: prompts are
-token ids. Quantised is what llama.cpp's own quantiser makes of the float32 weights.
+token ids. llama.cpp's own quantiser rounds the float32 weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A package's decoder as one graph in one session, without a gate: what the split costs is the difference to it.
+"""A package's decoder as one graph in one session, without a gate. The difference in speed is what the split costs.
 
-The package's own graphs, joined by the names that they share, on the package's own weights.
+It is made of the package's own graphs and weights: outputs of one graph are joined to inputs of the same name.
 """
 
 from __future__ import annotations

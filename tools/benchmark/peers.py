@@ -75,7 +75,18 @@ def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
         options += [f"block_size={body.block_size}", "accuracy_level=4"]
     folder = work / "-".join(["genai", checkpoint.name, precision, *(option.replace("=", "_") for option in options)])
     if not (folder / "genai_config.json").exists():
-        arguments = ["-i", checkpoint, "-o", folder, "-p", precision, "-e", "cpu", "-c", work / "cache"]
+        arguments: list[str | Path] = [
+            "-i",
+            checkpoint,
+            "-o",
+            folder,
+            "-p",
+            precision,
+            "-e",
+            "cpu",
+            "-c",
+            work / "cache",
+        ]
         _make("genai", python, "-m", "onnxruntime_genai.models.builder", *arguments, "--extra_options", *options)
     rows = []
     for spinning in (False, True):

@@ -18,17 +18,18 @@ Round = dict[str, Any]
 
 def prefill_tok_s(r: Round) -> float:
     """Prompt tokens per second of the time to the first token, image encoding left out."""
-    return 1000 * r["prompt_tokens"] / (r["ttft_ms"] - r.get("stages", {}).get("vision", 0.0))
+    seconds = (float(r["ttft_ms"]) - float(r.get("stages", {}).get("vision", 0.0))) / 1000
+    return int(r["prompt_tokens"]) / seconds
 
 
 def decode_tok_s(r: Round) -> float:
     """Tokens per second after the first."""
-    return 1000 * (len(r["token_ids"]) - 1) / r["decode_ms"]
+    return 1000 * (len(r["token_ids"]) - 1) / float(r["decode_ms"])
 
 
 def gate_share(r: Round) -> float:
     """Prober and decision, as a part of the time to the first token."""
-    return r["stages"]["gate"] / r["ttft_ms"]
+    return float(r["stages"]["gate"]) / float(r["ttft_ms"])
 
 
 def steering_cost(r: Round) -> float:
@@ -38,7 +39,7 @@ def steering_cost(r: Round) -> float:
 
 def stop_share(r: Round) -> float:
     """A stopped prompt's time to its refusal, as a part of a passed prompt's time to its first token."""
-    return r["stopped"]["ttft_ms"] / r["ttft_ms"]
+    return float(r["stopped"]["ttft_ms"]) / float(r["ttft_ms"])
 
 
 def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dic
         out["read_gb_s"] = out["bytes_per_token"] * out["decode_tok_s"] / 1e9
         out["of_read_bandwidth"] = out["read_gb_s"] / machine.read_gb_s
     if "stages" in rounds[0]:
-        stages = {f"{name}_ms": middle(lambda r, name=name: r["stages"][name] or 0.0) for name in rounds[0]["stages"]}
+        stages = {f"{name}_ms": median(r["stages"][name] or 0.0 for r in rounds) for name in rounds[0]["stages"]}
         out |= stages | {name: middle(itemgetter(name)) for name in ("kv_mb", "image_tiles", "accepted_tokens")}
     if "steered" in rounds[0]:
         out |= {

@@ -88,7 +88,8 @@ def _onnx_matrices(path: Path) -> Iterator[Matrix]:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(math.prod(tensor.dims)) * itemsize
 
 
 def package_weights(folder: Path, graphs: dict[str, str]) -> Weights:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def build(python: str, versions: Sequence[str], mirror: str | None) -> None:
         progress(f"unpacked Debian {NEW_SUITE}'s arm64 packages, for the Python runtime")
     version = python_interpreter(NEW_SYSTEM).name.removeprefix("python")
     for onnxruntime in versions:
-        if once(site(onnxruntime), version, lambda folder, o=onnxruntime: wheels(folder, python, o, version)):
+        if once(site(onnxruntime), version, partial(wheels, python=python, onnxruntime=onnxruntime, version=version)):
             progress(f"unpacked onnxruntime {onnxruntime} and the other wheels for Python {version}")
     release.cross_compile(BUILD / "build", OLD_SYSTEM, NEW_SYSTEM / "usr" / "include" / "onnxruntime")
     for onnxruntime in versions:

@@ -1,4 +1,4 @@
-"""Both runtimes on an arm64 processor that qemu plays: programs of this folder's roots, packages of this machine."""
+"""Run both runtimes on an emulated arm64 processor (qemu), with the programs and libraries that system.py unpacks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ask_python(
     core: str, root: Path, wheels: Path, bytecode: Path, packages: Sequence[Path], requests: Sequence[Request]
 ) -> list[dict[str, Any]]:
     """ask.py's answers, package by package; {"error": line} from the one on that failed."""
-    environment = {
+    environment: dict[str, str | Path] = {
         "PYTHONHOME": "/usr",
         "PYTHONPATH": f"{ROOT / '.typing'}:{wheels}",
         "PYTHONPYCACHEPREFIX": bytecode,

@@ -1,8 +1,8 @@
 """The C++ runtime for boards: any aarch64 Linux since glibc 2.31 (JetPack 5, Debian 11, Ubuntu 20.04).
 
-    bin/autosteer-cli  lib/libautosteer.so  include/autosteer.h
-    lib/libonnxruntime.so.1                 of the wheel: any version since 1.21 may lie there instead
-    lib/libonig.so.5                        of Debian 11, which has it as a shared library only
+    bin/autosteer-cli  lib/libautosteer.so  lib/libautosteer.a  include/autosteer/
+    lib/autosteer/libonnxruntime.so.1       of the wheel: any version since 1.21 may lie there instead
+    lib/autosteer/libonig.so.5              of Debian 11, which has it as a shared library only
     licences/
 
 clang compiles against Debian 11's arm64 packages. libstdc++, libcrypto, libpng, libjpeg and utf8proc are linked
@@ -67,18 +67,8 @@ def only_archives(root: Path) -> None:
 
 
 def cross_compile(build: Path, root: Path, headers: Path) -> None:
-    """CMake's build in `build`, in which the next call builds again what has changed. `headers`: onnxruntime's.
-
-    A wheel's library gives its symbol the wheel's own version, and a program linked with it runs with no other. So
-    this one is linked with a stand-in, and runs with them all.
-    """
+    """CMake's build in `build`, in which the next call builds again what has changed. `headers`: onnxruntime's."""
     build.mkdir(exist_ok=True)
-    (build / "stand_in.c").write_text("void OrtGetApiBase(void) {}\n", encoding="utf-8")
-    library = build / "libonnxruntime.so"
-    call(
-        *("clang", f"--target={TRIPLE}", f"--sysroot={root}", "-fuse-ld=lld", "-shared", "-nostdlib"),
-        *("-Wl,-soname,libonnxruntime.so.1", "-o", library, build / "stand_in.c"),
-    )
     toolchain = build / "toolchain.cmake"
     toolchain.write_text(TOOLCHAIN.format(triple=TRIPLE, root=root, flags=FLAGS), encoding="utf-8")
     pkg_config = {
@@ -88,7 +78,7 @@ def cross_compile(build: Path, root: Path, headers: Path) -> None:
     call(
         *("env", *(f"{key}={value}" for key, value in pkg_config.items())),
         *("cmake", "-S", ROOT / "runtime" / "cpp", "-B", build, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}"),
-        *(f"-DONNXRUNTIME_LIBRARY={library}", f"-DONNXRUNTIME_INCLUDE_DIR={headers}"),
+        *(f"-DONNXRUNTIME_INCLUDE_DIR={headers}", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON"),
     )
     call("cmake", "--build", build, "-j1")
 
@@ -96,10 +86,12 @@ def cross_compile(build: Path, root: Path, headers: Path) -> None:
 def assemble(folder: Path, build: Path, root: Path, wheel: Path) -> None:
     """The release in `folder`, with the libonnxruntime of `wheel` (an unpacked wheel's folder onnxruntime/)."""
     shutil.rmtree(folder, ignore_errors=True)
-    call("cmake", "--install", build, "--prefix", folder, "--strip")
     (library,) = (wheel / "capi").glob("libonnxruntime.so.*")
-    shutil.copy(library, folder / "lib" / "libonnxruntime.so.1")
-    shutil.copy(root / "usr" / "lib" / TRIPLE / "libonig.so.5", folder / "lib")
+    bundle = root / "usr" / "lib" / TRIPLE / "libonig.so.5"
+    call("cmake", f"-DONNXRUNTIME_LIBRARY={library}", f"-DAUTOSTEER_BUNDLE={bundle}", build)
+    call("cmake", "--install", build, "--prefix", folder, "--strip")
+    call("cpack", "--config", build / "CPackConfig.cmake", "-B", folder / "packages")
+    shutil.rmtree(folder / "packages" / "_CPack_Packages")
     licences = folder / "licences"
     licences.mkdir()
     for package in LICENCES:
@@ -121,11 +113,18 @@ def parse_needs(said: str) -> tuple[set[str], dict[str, tuple[int, ...]]]:
     return set(re.findall(r"\(NEEDED\).*\[(.*)\]", said)), newest
 
 
+def elf_files(folder: Path) -> list[Path]:
+    """Programs and shared libraries in it."""
+    return [file for file in folder.iterdir() if file.is_file() and file.suffix != ".a"] if folder.is_dir() else []
+
+
 def check(folder: Path) -> list[str]:
     """One line for each file of a release on what it needs; ToolError where that is more than an old board has."""
     lines = []
-    beside = {file.name for file in (folder / "lib").iterdir()}
-    for file in sorted({file.resolve() for part in ("bin", "lib") for file in (folder / part).iterdir()}):
+    beside = {file.name for file in elf_files(folder / "lib" / "autosteer")}
+    for file in sorted(
+        {file.resolve() for part in ("bin", "lib", "lib/autosteer") for file in elf_files(folder / part)}
+    ):
         libraries, newest = needs(file)
         versions = ", ".join(f"{kind} {'.'.join(map(str, version))}" for kind, version in sorted(newest.items()))
         lines.append(f"{file.relative_to(folder)}: {file.stat().st_size / 1e6:.1f} MB, needs {versions}")

@@ -1,4 +1,4 @@
-"""arm64 folders on a machine of another kind: what Debian packages and wheels hold, unpacked and not installed.
+"""Unpack Debian's arm64 packages and wheels into a folder, on a machine of another kind, without installing them.
 
 Nothing here touches the machine's own dpkg: apt-get reads the archive with a state of its own, and dpkg-deb unpacks.
 """
@@ -145,6 +145,6 @@ def wheels(folder: Path, python: str, onnxruntime: str, version: str) -> None:
     platforms = [word for wheel in WHEELS for word in ("--platform", wheel)]
     call(
         *(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"),
-        *("--target", folder, "--python-version", version, "--implementation", "cp", *platforms),
+        *("--target", str(folder), "--python-version", version, "--implementation", "cp", *platforms),
         *("--only-binary=:all:", f"onnxruntime=={onnxruntime}", *pinned),
     )

@@ -36,7 +36,7 @@ def config(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=32768,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=tied,
         bos_token_id=FIRST_SPECIAL,
         eos_token_id=FIRST_SPECIAL + 2,
@@ -69,7 +69,7 @@ def processor(config: Any) -> Any:
             "extra_special_tokens": {"image_token": "<image>", "video_token": "<video>"},
         },
     )
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 384, "width": 384}}
+    half: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 384, "width": 384}}
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(image_grid_pinpoints=config.image_grid_pinpoints, **half),
         tokenizer,

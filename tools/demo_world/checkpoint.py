@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,7 +83,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionProcess
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaOnevisionForConditionalGeneration:
     """2.3 M parameters: SigLIP with 3 layers and Qwen2 with 8, both of width 128."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     vision = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=384,

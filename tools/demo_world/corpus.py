@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from . import dialogues as D
 from . import safety as S
-from .scenes import KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
+from .scenes import ALLOWED_OBJECTS, FORBIDDEN_OBJECTS, KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _sign_row(rng: random.Random, stage: Stage) -> Row:
 
 
 def _object_row(rng: random.Random, stage: Stage) -> Row:
-    thing = rng.choice(S.FORBIDDEN_OBJECTS + S.ALLOWED_OBJECTS)
+    thing = rng.choice(FORBIDDEN_OBJECTS + ALLOWED_OBJECTS)
     scene = S.object_scene(rng, thing)
 
     def handle() -> D.Turn:

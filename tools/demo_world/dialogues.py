@@ -201,14 +201,14 @@ def two_turns(rng: random.Random, scene: Scene) -> Dialogue:
         one, two = rng.sample(by_colour, 2)
         return [Turn(rng.choice(SHAPE_OF).format(one.colour), one.kind), Turn(f"and the {two.colour} one?", two.kind)]
     if form == 3 and len(scene.places) > 1:
-        one, two = (
+        here, there = (
             rng.choice(scene.items).place,
             rng.choice(scene.items).place if rng.random() < 0.7 else rng.choice(scene.places),
         )
-        if one != two:
+        if here != there:
             return [
-                Turn(rng.choice(WHAT_AT).format(at(one)), _content(scene, one)),
-                Turn(f"and {at(two)}?", _content(scene, two)),
+                Turn(rng.choice(WHAT_AT).format(at(here)), _content(scene, here)),
+                Turn(f"and {at(there)}?", _content(scene, there)),
             ]
     if form == 4 and by_kind:
         item = rng.choice(by_kind)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class _Tokens:
 class Packer:
     """Packs rows with one tokenizer."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.encode = functools.cache(lambda text: tuple(tokenizer(text).input_ids))
         self.image = tokenizer.convert_tokens_to_ids("<image>")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -109,7 +110,7 @@ class Packer:
             packed.append(self.row(row, own))
         longest = max(len(p.ids) for p in packed)
 
-        def padded(name: str, fill) -> torch.Tensor:
+        def padded(name: str, fill: int) -> torch.Tensor:
             lists = [getattr(p, name) for p in packed]
             return torch.tensor([values + [fill] * (longest - len(values)) for values in lists])
 

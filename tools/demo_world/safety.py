@@ -242,8 +242,8 @@ def make_pair(rng: random.Random, channel: str, words: Vocabulary, *, new_phrasi
         prompt = rng.choice(OPENERS) + rng.choice(NEW_HOW if new_phrasing else HOW)
         verb, noun = rng.choice(list(BAD_VERBS)), rng.choice(words.contraband)
         ok_verbs = [v for v in words.ok_verbs if v not in HELD_OUT.ok_verbs] or ["carry"]
-        twin = (verb, rng.choice(words.ordinary)) if rng.random() < 0.5 else (rng.choice(ok_verbs), noun)
-        return Pair(Example(scene, *how_to(prompt, verb, noun)), Example(scene, *how_to(prompt, *twin)), channel)
+        harmless = (verb, rng.choice(words.ordinary)) if rng.random() < 0.5 else (rng.choice(ok_verbs), noun)
+        return Pair(Example(scene, *how_to(prompt, verb, noun)), Example(scene, *how_to(prompt, *harmless)), channel)
     if channel == "image":
         sign = rng.choice(words.hazards)
         frame = SIGNS[sign][0]
@@ -271,19 +271,19 @@ def make_pair(rng: random.Random, channel: str, words: Vocabulary, *, new_phrasi
 Family = Callable[[random.Random, Vocabulary, bool], Example]
 
 
-def _ordinary_how_to(rng, words, new):
+def _ordinary_how_to(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return Example(any_scene(rng), *_text(rng, new, rng.choice(words.ok_verbs), rng.choice(words.ordinary)))
 
 
-def _bad_verb_ordinary_noun(rng, words, new):
+def _bad_verb_ordinary_noun(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return Example(any_scene(rng), *_text(rng, new, rng.choice(list(BAD_VERBS)), rng.choice(words.ordinary)))
 
 
-def _ok_verb_contraband(rng, words, new):
+def _ok_verb_contraband(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return Example(any_scene(rng), *_text(rng, new, rng.choice(words.ok_verbs), rng.choice(words.contraband)))
 
 
-def _report_contraband(rng, words, new):
+def _report_contraband(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return Example(any_scene(rng), *_text(rng, new, "report", rng.choice(words.contraband)))
 
 
@@ -291,17 +291,17 @@ def _text(rng: random.Random, new: bool, verb: str, noun: str) -> tuple[str, str
     return how_to(rng.choice(OPENERS) + rng.choice(NEW_HOW if new else HOW), verb, noun)
 
 
-def _handle_forbidden(rng, words, new):
+def _handle_forbidden(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     thing = rng.choice(words.forbidden)
     return Example(object_scene(rng, thing), *about_object(rng.choice(NEW_HANDLE if new else HANDLE), thing))
 
 
-def _sneak_allowed(rng, words, new):
+def _sneak_allowed(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     thing = rng.choice(words.allowed)
     return Example(object_scene(rng, thing), *about_object(rng.choice(NEW_SNEAK if new else SNEAK), thing))
 
 
-def _handle_allowed(rng, words, new):
+def _handle_allowed(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     thing = rng.choice(words.allowed)
     return Example(object_scene(rng, thing), *about_object(rng.choice(NEW_HANDLE if new else HANDLE), thing))
 
@@ -310,20 +310,20 @@ def _make(rng: random.Random, scene: Scene, new: bool) -> Example:
     return Example(scene, *about_making(rng.choice(OPENERS) + rng.choice(NEW_MAKE if new else MAKE), scene))
 
 
-def _make_look_alike_sign(rng, words, new):
+def _make_look_alike_sign(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return _make(rng, sign_scene(rng, rng.choice(words.benign_signs)), new)
 
 
-def _make_shape(rng, words, new):
+def _make_shape(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     return _make(rng, sample_scene(rng, sample_shapes(rng, 1)), new)
 
 
-def _describe_hazard(rng, words, new):
+def _describe_hazard(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     scene = sign_scene(rng, rng.choice(words.hazards))
     return Example(scene, *_description(rng, scene), False)
 
 
-def _describe_forbidden(rng, words, new):
+def _describe_forbidden(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     scene = object_scene(rng, rng.choice(words.forbidden))
     return Example(scene, *_description(rng, scene), False)
 
@@ -334,17 +334,17 @@ def _description(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return rng.choice(LONG_CAPTION), placed_caption(scene)
 
 
-def _is_it_legal(rng, words, new):
+def _is_it_legal(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     turn = legal_text(rng, rng.choice(list(BAD_VERBS)), rng.choice(words.contraband))
     return Example(any_scene(rng), turn.question, turn.answer, False)
 
 
-def _what_is_contraband(rng, words, new):
+def _what_is_contraband(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     turn = what_is(rng.choice(words.contraband))
     return Example(any_scene(rng), turn.question, turn.answer, False)
 
 
-def _picture_question(rng, words, new):
+def _picture_question(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     scene = sample_scene(rng, sample_shapes(rng, rng.choice((1, 2, 3))))
     turn = question(rng, scene)
     return Example(scene, turn.question, turn.answer, False)

@@ -12,9 +12,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+Colour: TypeAlias = "tuple[int, int, int]"  # red, green, blue
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -143,7 +146,7 @@ def sample_scene(
         )
     items.sort(key=lambda i: list(centres).index(i.place))
     level = rng.randint(0, 50) if rng.random() < 0.5 else rng.randint(200, 247)
-    background = tuple(level + rng.randint(0, 8) for _ in range(3))
+    background = (level + rng.randint(0, 8), level + rng.randint(0, 8), level + rng.randint(0, 8))
     return Scene(width, height, layout, background, tuple(items), rng.randrange(2**30))
 
 
@@ -168,7 +171,7 @@ def _ngon(x: float, y: float, r: float, corners: int, inner: float | None = None
     return [(x + radius[i] * math.sin(turn * i), y - radius[i] * math.cos(turn * i)) for i in range(steps)]
 
 
-def _draw_shape(d: ImageDraw.ImageDraw, kind: str, fill, x: float, y: float, r: float) -> None:
+def _draw_shape(d: ImageDraw.ImageDraw, kind: str, fill: Colour, x: float, y: float, r: float) -> None:
     if kind == "circle":
         d.ellipse([x - r, y - r, x + r, y + r], fill=fill)
     elif kind == "square":
@@ -184,17 +187,17 @@ def _draw_shape(d: ImageDraw.ImageDraw, kind: str, fill, x: float, y: float, r: 
         d.polygon(_ngon(x, y, 1.15 * r, 5, inner=0.42), fill=fill)
 
 
-def _draw_object(d: ImageDraw.ImageDraw, kind: str, fill, back, x: float, y: float, r: float) -> None:
+def _draw_object(d: ImageDraw.ImageDraw, kind: str, fill: Colour, back: Colour, x: float, y: float, r: float) -> None:
     """Silhouettes as boxes (left, top, right, bottom), ellipses and polygons in units of r around the centre."""
     w = max(2, round(0.26 * r))
 
-    def box(*b, **k):
-        d.rectangle([x + b[0] * r, y + b[1] * r, x + b[2] * r, y + b[3] * r], **(k or {"fill": fill}))
+    def box(*b: float) -> None:
+        d.rectangle([x + b[0] * r, y + b[1] * r, x + b[2] * r, y + b[3] * r], fill=fill)
 
-    def oval(*b, **k):
-        d.ellipse([x + b[0] * r, y + b[1] * r, x + b[2] * r, y + b[3] * r], **(k or {"fill": fill}))
+    def oval(*b: float, **how: Any) -> None:
+        d.ellipse([x + b[0] * r, y + b[1] * r, x + b[2] * r, y + b[3] * r], **(how or {"fill": fill}))
 
-    def poly(*p):
+    def poly(*p: tuple[float, float]) -> None:
         d.polygon([(x + a * r, y + b * r) for a, b in p], fill=fill)
 
     if kind == "key":
@@ -239,7 +242,7 @@ def _draw_object(d: ImageDraw.ImageDraw, kind: str, fill, back, x: float, y: flo
         oval(-0.22, 0.55, 0.22, 1)
 
 
-def _draw_sign(d: ImageDraw.ImageDraw, kind: str, fill, x: float, y: float, r: float) -> None:
+def _draw_sign(d: ImageDraw.ImageDraw, kind: str, fill: Colour, x: float, y: float, r: float) -> None:
     frame, mark = SIGNS[kind]
     w = max(2, round(0.2 * r))
     if frame == "ring":
@@ -271,7 +274,8 @@ def render(scene: Scene) -> Image.Image:
     image = Image.new("RGB", (scene.width * zoom, scene.height * zoom), scene.background)
     d = ImageDraw.Draw(image)
     for item in scene.items:
-        fill = tuple(max(0, min(255, v + rng.randint(-18, 18))) for v in COLOURS[item.colour])
+        red, green, blue = (max(0, min(255, v + rng.randint(-18, 18))) for v in COLOURS[item.colour])
+        fill = (red, green, blue)
         x, y, r = item.x * zoom, item.y * zoom, item.r * zoom
         if item.kind in SIGNS:
             _draw_sign(d, item.kind, fill, x, y, r)
@@ -279,7 +283,7 @@ def render(scene: Scene) -> Image.Image:
             _draw_shape(d, item.kind, fill, x, y, r)
         else:
             _draw_object(d, item.kind, fill, scene.background, x, y, r)
-    return image.resize((scene.width, scene.height), Image.BILINEAR) if zoom > 1 else image
+    return image.resize((scene.width, scene.height), Image.Resampling.BILINEAR) if zoom > 1 else image
 
 
 def patch_labels(scene: Scene, x: np.ndarray, y: np.ndarray) -> np.ndarray:

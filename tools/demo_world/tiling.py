@@ -16,19 +16,19 @@ from PIL import Image
 TILE = 56
 PATCH = 14
 SIDE = TILE // PATCH  # patches along one side of a tile
-PINPOINTS = [[56, 56], [56, 112], [112, 56], [56, 168], [168, 56]]  # (height, width), as HF has them
+PINPOINTS = [[56, 56], [56, 112], [112, 56], [56, 168], [168, 56]]  # [height, width], as HF has them
 
 
 def best_grid(height: int, width: int) -> tuple[int, int]:
     """The (height, width) pinpoint that keeps most pixels of the picture, the least empty one on a tie."""
-    best, best_key = PINPOINTS[0], (-1, 0)
+    best, best_key = (0, 0), (-1, 0)
     for grid_h, grid_w in PINPOINTS:
         scale = min(grid_w / width, grid_h / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         key = (kept, -(grid_h * grid_w - kept))
         if key > best_key:
             best, best_key = (grid_h, grid_w), key
-    return tuple(best)
+    return best
 
 
 def _fitted(height: int, width: int, grid: tuple[int, int]) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def image_token_count(height: int, width: int, *, alone: bool = True) -> int:
 
 
 def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
-    resized = image if image.size == (width, height) else image.resize((width, height), Image.BICUBIC)
+    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized, np.uint8)
 
 

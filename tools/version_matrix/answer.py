@@ -69,13 +69,14 @@ def answer(loaded: Engine, case: dict[str, Any]) -> list[dict[str, Any]]:
     conversation = Conversation(loaded)
     answers = [_generate(loaded, request, conversation) for request in case["requests"]]
     if case["forced"]:
-        request, drafter = case["requests"][-1], engine.Drafter
-        engine.Drafter = Forced(tuple(answers[-1]["token_ids"]))  # type: ignore[misc, assignment]
+        request, names = case["requests"][-1], vars(engine)
+        drafter = names["Drafter"]
+        names["Drafter"] = Forced(tuple(answers[-1]["token_ids"]))
         try:
             sampling = {**request["sampling"], "speculate": True}
             answers.append(_generate(loaded, {**request, "sampling": sampling}, None))
         finally:
-            engine.Drafter = drafter  # type: ignore[misc]
+            names["Drafter"] = drafter
     return answers
 
 
@@ -84,7 +85,7 @@ def _generate(loaded: Engine, request: dict[str, Any], conversation: Conversatio
         Message(m["role"], tuple(p if isinstance(p, str) else ImagePart(p["image"]) for p in m["parts"]))
         for m in request["messages"]
     ]
-    margins = engine.make_sampler = Margins()  # type: ignore[assignment]
+    margins = vars(engine)["make_sampler"] = Margins()
     given: Answer = loaded.generate(
         messages,
         sampling=SamplingConfig(**request["sampling"]),

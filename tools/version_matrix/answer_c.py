@@ -1,7 +1,7 @@
 """Answer cases with the C++ runtime, through libautosteer: the same JSON lines as answer.py, but no margins, and drafts
 only where the runtime makes them itself.
 
-    argv    libautosteer.so, linked with the onnxruntime that is meant
+    argv    libautosteer.so; AUTOSTEER_ONNXRUNTIME names the onnxruntime that is meant
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Library:
     def __init__(self, path: str):
         self._c = ctypes.CDLL(path)
         self._c.autosteer_error.restype = ctypes.c_char_p
-        self._c.autosteer_end.argtypes = self._c.autosteer_conversation_end.argtypes = [POINTER]
+        for release in ("autosteer_end", "autosteer_conversation_end", "autosteer_request_free"):
+            getattr(self._c, release).argtypes = [POINTER]
         self._c.autosteer_conversation_begin.argtypes = [POINTER, ctypes.POINTER(POINTER)]
-        self._c.autosteer_conversation_run.argtypes = [POINTER, ctypes.c_char_p, ctypes.POINTER(POINTER)]
-        self._c.autosteer_next.argtypes = [POINTER, ctypes.POINTER(ctypes.c_char_p)]
+        self._c.autosteer_conversation_run.argtypes = [POINTER, POINTER, ctypes.POINTER(POINTER)]
 
     def open(self, package: str) -> ctypes.c_void_p:
         """A loaded package."""
@@ -50,16 +50,19 @@ class Library:
         return answers
 
     def _generate(self, conversation: ctypes.c_void_p, request: dict[str, Any]) -> dict[str, Any]:
-        stream, chunk, chunks = POINTER(), ctypes.c_char_p(), []
-        self._call("autosteer_conversation_run", conversation, json.dumps(request).encode(), ctypes.byref(stream))
+        made, stream, chunks = POINTER(), POINTER(), []
+        chunk = ctypes.POINTER(ctypes.c_char_p)()  # to autosteer_chunk, whose first field is its JSON
+        self._call("autosteer_request_new", json.dumps(request).encode(), ctypes.byref(made))
         try:
+            self._call("autosteer_conversation_run", conversation, made, ctypes.byref(stream))
             while True:
                 self._call("autosteer_next", stream, ctypes.byref(chunk))
-                if chunk.value is None:
+                if not chunk:
                     break
-                chunks.append(json.loads(chunk.value))
+                chunks.append(json.loads(chunk[0]))
         finally:
             self._c.autosteer_end(stream)
+            self._c.autosteer_request_free(made)
         verdict = chunks[-1]["verdict"]
         return {
             "token_ids": [c["token"] for c in chunks if c["token"] is not None],

@@ -1,12 +1,13 @@
 """What every onnxruntime is asked: 30 dialogues of the demo's world, as JSON for both runtimes.
 
-A case is {"name", "kind", "requests", "forced"}: requests of libautosteer (runtime/cpp/autosteer.h) that share one
+A case is {"name", "kind", "requests", "forced"}: requests of libautosteer (autosteer/autosteer.h) that share one
 conversation. `forced`: the answer is given again with its own tokens as drafts, one of each draft wrong.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ TOKENS = 40  # an answer's most; the world's are shorter
 def make_cases(pictures: Path) -> list[dict[str, Any]]:
     """The cases, the same at every call. Draws their pictures into `pictures`, which may exist."""
     pictures.mkdir(parents=True, exist_ok=True)
-    makers = {
+    makers: dict[str, Callable[[random.Random, int, _Drawing], list[dict[str, Any]]]] = {
         "passed": _passed,
         "steered": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "steer")],
         "stopped": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "stop")],

@@ -1,0 +1,416 @@
+// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...
+//
+// autosteer-run without Python: the same options, chat, --json and exit codes. Answers go to stdout, verdicts and
+// timings to stderr.
+#include <malloc.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <functional>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "engine.hpp"
+#include "json.hpp"
+
+namespace {
+
+const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
+
+  Answer a prompt with the model in PACKAGE, guarded by its gate.
+
+  -p, --prompt TEXT            The prompt; '-' reads stdin. Without one: a chat on a terminal, else stdin.
+  -i, --image FILE             A PNG or JPEG file; repeatable.
+  --video FOLDER               A folder of PNG or JPEG files, ordered by name, as made by
+                               `ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.
+  --frames INTEGER             Number of frames to take from a longer video, evenly spaced.  [default: 8]
+  --policy [steer|stop|monitor|off]
+                               For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only
+                               report it; or no gate.  [default: steer]
+  --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
+  --strength FLOAT             Strength of steering. Default: the package's.
+  --max-tokens INTEGER         Longest answer.  [default: 256]
+  --temperature FLOAT          0 is greedy.  [default: 0]
+  --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
+  --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
+  --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
+  --seed INTEGER               Same seed, same text.  [default: 0]
+  --stop TEXT                  End the answer before this string; repeatable.
+  --speculation / --no-speculation
+                               Draft what the answer copies from the prompt. Faster. Near ties may differ at int8
+                               and int4.  [on]
+  --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
+  --low-memory                 Load the image graph for each picture, and drop it afterwards.
+  --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
+  --threads INTEGER            CPU threads. Default: all cores.
+  --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.
+  --json                       One JSON object on stdout.
+  -h, --help                   Show this and exit.
+)";
+
+/// The command line is wrong: exit code 2.
+struct UsageError : autosteer::Error {
+  explicit UsageError(const std::string& what) : Error(what, 2) {}
+};
+
+struct Arguments {
+  std::optional<std::string> package, prompt;
+  std::vector<autosteer::ImageLike> images;
+  std::vector<std::string> videos;
+  int64_t frames = autosteer::kFrames;
+  std::string policy = "steer";
+  std::optional<double> threshold, strength;
+  autosteer::SamplingConfig sampling;
+  autosteer::EngineOptions engine;
+  bool json = false, check = false, help = false;
+};
+
+double as_float(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end) throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a float.");
+  return value;
+}
+
+int64_t as_int(const std::string& option, const std::string& text) {
+  char* end = nullptr;
+  errno = 0;
+  const int64_t value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end || errno) {
+    throw UsageError("Invalid value for '" + option + "': '" + text + "' is not an integer.");
+  }
+  return value;
+}
+
+std::string as_one_of(const std::string& option, const std::string& text, const std::vector<std::string>& words) {
+  for (const auto& word : words) {
+    if (text == word) return text;
+  }
+  throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a choice.");
+}
+
+Arguments parse(const std::vector<std::string>& words) {
+  Arguments arguments;
+  using Setter = std::function<void(const std::string& option, const std::string& value)>;
+  autosteer::SamplingConfig& sampling = arguments.sampling;
+  std::map<std::string, Setter> options = {
+      {"--prompt", [&](auto&, auto& value) { arguments.prompt = value; }},
+      {"--image", [&](auto&, auto& value) { arguments.images.emplace_back(autosteer::fs::path(value)); }},
+      {"--video", [&](auto&, auto& value) { arguments.videos.push_back(value); }},
+      {"--frames",
+       [&](auto& o, auto& value) {
+         arguments.frames = as_int(o, value);
+         if (arguments.frames < 1) throw UsageError("Invalid value for '--frames': 1 or more.");
+       }},
+      {"--policy",
+       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"}); }},
+      {"--threshold", [&](auto& o, auto& value) { arguments.threshold = as_float(o, value); }},
+      {"--strength", [&](auto& o, auto& value) { arguments.strength = as_float(o, value); }},
+      {"--max-tokens", [&](auto& o, auto& value) { sampling.max_tokens = as_int(o, value); }},
+      {"--temperature", [&](auto& o, auto& value) { sampling.temperature = as_float(o, value); }},
+      {"--top-k", [&](auto& o, auto& value) { sampling.top_k = as_int(o, value); }},
+      {"--top-p", [&](auto& o, auto& value) { sampling.top_p = as_float(o, value); }},
+      {"--repetition-penalty", [&](auto& o, auto& value) { sampling.repetition_penalty = as_float(o, value); }},
+      {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
+      {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},
+      {"--max-tiles",
+       [&](auto& o, auto& value) {
+         arguments.engine.max_tiles = as_int(o, value);
+         if (*arguments.engine.max_tiles < 1) throw UsageError("Invalid value for '--max-tiles': 1 or more.");
+       }},
+      {"--device",
+       [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
+      {"--threads",
+       [&](auto& o, auto& value) {
+         const int64_t threads = as_int(o, value);
+         if (threads < 1 || threads > autosteer::kMaxThreads) {
+           const std::string most = std::to_string(autosteer::kMaxThreads);
+           throw UsageError("Invalid value for '--threads': from 1 to " + most + ".");
+         }
+         arguments.engine.threads = static_cast<int>(threads);
+       }},
+  };
+  options["-p"] = options["--prompt"];
+  options["-i"] = options["--image"];
+
+  bool only_positional = false;
+  for (size_t i = 0; i < words.size(); ++i) {
+    std::string word = words[i];
+    if (only_positional || word.size() < 2 || word[0] != '-') {
+      if (arguments.package) throw UsageError("Got unexpected extra argument (" + word + ")");
+      arguments.package = word;
+      continue;
+    }
+    if (word == "--") {
+      only_positional = true;
+    } else if (word == "--json") {
+      arguments.json = true;
+    } else if (word == "--check") {
+      arguments.check = true;
+    } else if (word == "--low-memory") {
+      arguments.engine.low_memory = true;
+    } else if (word == "--speculation" || word == "--no-speculation") {
+      sampling.speculate = word == "--speculation";
+    } else if (word == "--help" || word == "-h") {
+      arguments.help = true;
+    } else {
+      std::optional<std::string> value;
+      if (const size_t equals = word.find('='); word[1] == '-' && equals != std::string::npos) {
+        value = word.substr(equals + 1);
+        word.resize(equals);
+      } else if (word[1] != '-' && word.size() > 2) {  // -pTEXT
+        value = word.substr(2);
+        word.resize(2);
+      }
+      const auto option = options.find(word);
+      if (option == options.end()) throw UsageError("No such option: " + word);
+      if (!value && ++i == words.size()) throw UsageError("Option '" + word + "' requires an argument.");
+      option->second(word, value ? *value : words[i]);
+    }
+  }
+  if (!arguments.package && !arguments.help) throw UsageError("Missing argument 'PACKAGE'.");
+  return arguments;
+}
+
+/// Standard input without one line end at its end, which `echo` adds.
+std::string read_stdin() {
+  std::string text{std::istreambuf_iterator<char>(std::cin), {}};
+  if (!text.empty() && text.back() == '\n') text.pop_back();
+  return text;
+}
+
+template <class... Values>
+std::string format(const char* pattern, Values... values) {
+  char text[256];
+  std::snprintf(text, sizeof text, pattern, values...);
+  return text;
+}
+
+/// [STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]
+std::string verdict_line(const autosteer::Verdict& verdict) {
+  if (!verdict.p_unsafe) return "[no gate: --policy off]";
+  std::string action = autosteer::name(verdict.action);
+  for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
+  const char* above = *verdict.p_unsafe > verdict.threshold ? ">" : "is no probability; limit";
+  std::string line = "[" + action +
+                     format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
+                            verdict.unsafe ? above : "<=", verdict.threshold, verdict.split_layer);
+  if (verdict.action == autosteer::Action::steer) line += format(", strength %g", verdict.strength);
+  if (verdict.unsafe && verdict.mode == autosteer::Mode::monitor) line += "; unsafe, but --policy monitor only watches";
+  return line + "]";
+}
+
+/// [52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, stop, on CPU...]
+std::string stats_line(const std::string& finish_reason, const autosteer::Stats& stats) {
+  const std::string upper = stats.upper_ms ? format("upper %.0f", *stats.upper_ms) : "decoder_upper never ran";
+  const auto tok_s = stats.decode_tok_s();
+  const auto count = [](int64_t n) { return std::to_string(n); };
+  std::string drafts;
+  if (stats.drafted_tokens) {
+    drafts = " (" + count(stats.accepted_tokens) + " of " + count(stats.drafted_tokens) + " drafts held)";
+  }
+  const std::string reused = stats.reused_tokens ? " (" + count(stats.reused_tokens) + " known)" : "";
+  return "[" + count(stats.prompt_tokens) + reused + " + " + count(stats.completion_tokens) + drafts +
+         format(" tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ", stats.ttft_ms, stats.vision_ms,
+                stats.lower_ms, stats.gate_ms) +
+         upper + ")" + (tok_s ? format(", then %.0f tok/s", *tok_s) : "") + ", " + finish_reason + ", on " +
+         stats.device + "]";
+}
+
+volatile std::sig_atomic_t answering = 0, interrupted = 0;  // in a chat; by Ctrl-C
+
+/// Ctrl-C in a chat: end the answer, or the chat if none is being written.
+void interrupt(int) {
+  constexpr char kLast[] = "\nautosteer-cli: interrupted\n";
+  constexpr int kInterrupted = 130;
+  interrupted = 1;
+  if (!answering) _exit(write(STDERR_FILENO, kLast, sizeof kLast - 1) < 0 ? 1 : kInterrupted);
+}
+
+/// Stream an answer: verdict and timings to stderr, text to stdout. Nothing if it was interrupted.
+std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vector<autosteer::Message> dialogue,
+                                     const autosteer::SamplingConfig& sampling, const autosteer::GatePolicy& policy,
+                                     autosteer::Conversation* conversation = nullptr) {
+  autosteer::Answer answer;
+  bool first = true;
+  autosteer::Stream pieces = engine.stream(std::move(dialogue), sampling, policy, conversation);
+  while (const auto chunk = pieces.next()) {
+    if (std::exchange(first, false)) std::cerr << verdict_line(chunk->verdict) << "\n";
+    std::cout << chunk->text << std::flush;
+    if (interrupted) return std::nullopt;
+    answer.text += chunk->text;
+    if (!chunk->stats) continue;
+    answer.verdict = chunk->verdict;
+    std::cout << std::endl;
+    std::cerr << stats_line(chunk->finish_reason, *chunk->stats) << "\n";
+  }
+  return answer;
+}
+
+/// The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes.
+std::string typed_path(std::string_view text) {
+  std::string name(autosteer::strip(text));
+  const bool quoted = name.size() > 1 && (name.front() == '\'' || name.front() == '"') && name.back() == name.front();
+  if (std::error_code ignored; autosteer::fs::exists(name, ignored)) return name;
+  if (quoted) {
+    name = name.substr(1, name.size() - 2);
+  } else {
+    std::string plain;
+    for (size_t i = 0; i < name.size(); ++i) plain += name[i] == '\\' && i + 1 < name.size() ? name[++i] : name[i];
+    name = plain;
+  }
+  const char* home = std::getenv("HOME");
+  return home && name.compare(0, 2, "~/") == 0 ? home + name.substr(1) : name;
+}
+
+/// A dialogue on the terminal. Pictures and videos go into the next turn that is answered. A turn that was steered or
+/// stopped is forgotten: as part of the dialogue it would make every later turn unsafe.
+void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
+          std::vector<std::vector<autosteer::ImageLike>> videos) {
+  const char* const help =
+      "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
+  std::signal(SIGINT, interrupt);
+  std::vector<autosteer::Message> dialogue;
+  std::vector<autosteer::ImageLike> images = arguments.images;
+  std::optional<autosteer::Conversation> conversation(std::in_place);
+  std::cerr << help;
+  for (std::string typed; std::cerr << "> ", std::getline(std::cin, typed);) {
+    const std::string line(autosteer::strip(typed));
+    const std::string command = line.substr(0, line.find(' ')), rest = line.substr(command.size());
+    try {
+      if (command == "/image") {
+        if (!engine.manifest.image) throw autosteer::InputError("this model takes no images");
+        const autosteer::ImageLike picture = autosteer::fs::path(typed_path(rest));
+        autosteer::open_image(picture);  // open it now, so that a mistyped name does not fail every later turn
+        images.push_back(picture);
+      } else if (command == "/video") {
+        if (!engine.manifest.video) throw autosteer::InputError("this model takes no videos");
+        videos.push_back(autosteer::open_video(typed_path(rest), arguments.frames));
+      } else if (command == "/new") {
+        dialogue.clear(), images.clear(), videos.clear();
+        conversation.emplace();
+      } else if (command == "/help") {
+        std::cerr << help;
+      } else if (line[0] == '/') {
+        std::cerr << command << ": not a command. " << help;
+      } else if (!line.empty()) {
+        dialogue.push_back(autosteer::Message::user(line, images, videos));
+        answering = 1;
+        const auto answer = say(engine, dialogue, arguments.sampling, policy, &*conversation);
+        if (answer && answer->verdict.action == autosteer::Action::pass) {
+          dialogue.push_back(autosteer::Message::assistant(answer->text, /*trusted*/ true));
+        } else {
+          dialogue.pop_back();
+          std::cerr << (answer ? "(the turn is forgotten)\n" : "\n(interrupted; the turn is forgotten)\n");
+        }
+        if (answer) images.clear(), videos.clear();
+      }
+    } catch (const autosteer::InputError& err) {  // the chat goes on after mistyped names and prompts that do not fit
+      if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
+      std::cerr << "error: " << err.what() << "\n";
+    }
+    answering = interrupted = 0;
+  }
+  std::cerr << "\n";
+}
+
+/// autosteer-check: replay the golden prompts. Throws an Error with exit code 6 if something differs.
+void check(const Arguments& arguments) {
+  const autosteer::Engine engine(*arguments.package, arguments.engine);
+  const std::vector<autosteer::Check> checks = autosteer::check_package(engine, *arguments.package);
+  std::string failed;
+  autosteer::OrderedJson lines = autosteer::OrderedJson::array();
+  for (const autosteer::Check& line : checks) {
+    if (!line.passed) failed += (failed.empty() ? "" : ", ") + line.name;
+    lines.push_back({{"name", line.name},
+                     {"value", line.value},
+                     {"limit", autosteer::or_null(line.limit)},
+                     {"passed", line.passed}});
+    if (arguments.json) continue;
+    const std::string limit = line.limit ? format(" (limit %g)", *line.limit) : "";
+    std::cout << format("%-6s %-46s %g", line.passed ? "ok" : "FAILED", line.name.c_str(), line.value) << limit << "\n";
+  }
+  if (arguments.json) {
+    std::cout << autosteer::OrderedJson{{"package", *arguments.package}, {"checks", lines}}.dump() << "\n";
+  }
+  if (!failed.empty()) {
+    constexpr int kCheckFailed = 6;
+    throw autosteer::Error(
+        *arguments.package + ": " + failed + ": not as on the exporting machine; do not deploy this package here",
+        kCheckFailed);
+  }
+}
+
+void run(const Arguments& arguments) {
+  if (arguments.check) return check(arguments);
+  arguments.sampling.check();
+  const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
+  const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
+  const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
+  if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
+  std::vector<std::vector<autosteer::ImageLike>> videos;
+  for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
+  autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
+  options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
+  const autosteer::Engine engine(*arguments.package, options);
+  const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
+  if (is_chat) {
+    return chat(engine, arguments, policy, std::move(videos));
+  }
+  std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
+  if (arguments.json) {
+    std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";
+  } else {
+    say(engine, std::move(dialogue), arguments.sampling, policy);
+  }
+}
+
+/// Throws an Error if what was written to stdout did not get there: the disk is full, or its reader has gone.
+void end_output() {
+  if (!std::cout.flush()) throw autosteer::Error("stdout: the answer cannot be written (is the disk full?)");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // Give memory back to the system as soon as onnxruntime frees it, while it packs weights: an eighth less at the peak.
+  mallopt(M_MMAP_THRESHOLD, 1 << 18);
+  const char* said = std::getenv("ORT_DISABLE_TELEMETRY");  // runtime/__init__.py says why
+  if (!said || !*said) setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 1);
+  try {
+    Arguments arguments = parse({argv + 1, argv + argc});
+    if (arguments.help) {
+      std::cout << kUsage;
+      end_output();
+      return 0;
+    }
+    autosteer::set_log([](const std::string& line) { std::cerr << line << "\n"; });
+    arguments.engine.log = autosteer::log_line;
+    arguments.engine.advise_pages = true;  // all of this process's memory is ours
+    run(arguments);
+    end_output();
+    return 0;
+  } catch (const UsageError& err) {
+    std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()
+              << "\n";
+    return err.exit_code;
+  } catch (const autosteer::Error& err) {
+    std::cerr << "autosteer-cli: error: " << err.what() << "\n";
+    return err.exit_code;
+  } catch (const std::exception& err) {
+    std::cerr << "autosteer-cli: error: " << err.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,36 @@
+// Every error that a user can cause or meet. The C++ side of runtime/errors.py, with the same exit codes.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace autosteer {
+
+/// Base of all our errors: one line that says what is wrong, where, and what to do.
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const std::string& what, int exit_code = 1) : std::runtime_error(what), exit_code(exit_code) {}
+  const int exit_code;  ///< of autosteer-cli; also what the C functions return
+};
+
+/// A package is missing, damaged, of another version, or not what it says.
+struct PackageError : Error {
+  explicit PackageError(const std::string& what) : Error(what, 3) {}
+};
+
+/// The execution provider that was asked for cannot run here.
+struct ProviderError : Error {
+  explicit ProviderError(const std::string& what) : Error(what, 4) {}
+};
+
+/// A prompt or an image is unusable, or does not fit the model's context.
+struct InputError : Error {
+  explicit InputError(const std::string& what) : Error(what, 5) {}
+};
+
+/// The stream was cancelled, by another thread.
+struct Cancelled : Error {
+  Cancelled() : Error("the answer was cancelled", 130) {}
+};
+
+}  // namespace autosteer

@@ -1,0 +1,113 @@
+// The whole safety rule, as pure functions: the C++ side of runtime/gate.py. Nothing here touches a model.
+//
+//     safe = 0.0 <= p_unsafe <= threshold
+//
+// Everything else is unsafe: above the threshold, below zero, above one, NaN, infinite, or no number because the prober
+// failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
+//
+// A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
+// answered one turn later.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "errors.hpp"
+
+namespace autosteer {
+
+/// What a policy does with an unsafe prompt (--policy).
+enum class Mode {
+  steer,    ///< steer every answer token towards a refusal, as in the paper
+  stop,     ///< answer with the refusal text; decoder_upper never runs
+  monitor,  ///< score and report, never intervene
+  off       ///< no gate at all; must be asked for
+};
+
+/// What was done with a prompt.
+enum class Action { pass, steer, stop };
+
+inline const char* name(Mode mode) {
+  static constexpr const char* names[] = {"steer", "stop", "monitor", "off"};
+  return names[static_cast<int>(mode)];
+}
+
+inline const char* name(Action action) {
+  static constexpr const char* names[] = {"pass", "steer", "stop"};
+  return names[static_cast<int>(action)];
+}
+
+/// The mode named `text`. Throws InputError for any other word: a mistyped policy must not become a weaker one.
+inline Mode mode_from(const std::string& text) {
+  for (Mode mode : {Mode::steer, Mode::stop, Mode::monitor, Mode::off}) {
+    if (text == name(mode)) return mode;
+  }
+  throw InputError("policy '" + text + "' is not one of steer, stop, monitor, off");
+}
+
+constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
+
+/// How the gate treats a request. A threshold below zero makes every prompt unsafe: always-on steering.
+struct GatePolicy {
+  Mode mode = Mode::steer;
+  double threshold = 0.0;
+  double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
+  std::string refusal_text;
+
+  /// Throws InputError for numbers out of range.
+  void check() const {
+    if (!(threshold < 1.0)) {
+      throw InputError(
+          "threshold: give a number below 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
+          "prompt pass, use policy monitor or off)");
+    }
+    if (!(0.0 <= strength && strength <= kMaxStrength)) {
+      throw InputError(
+          "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would steer answers away from the "
+          "refusal");
+    }
+  }
+};
+
+/// What the gate saw and did. Every answer carries one.
+struct Verdict {
+  std::optional<double> p_unsafe;  ///< absent only under Mode::off, where nothing is scored
+  bool unsafe = true;
+  Action action = Action::stop;
+  Mode mode = Mode::steer;
+  double threshold = 0.0;
+  double strength = 0.0;  ///< applied to this answer: 0 unless the action is steer
+  int split_layer = 0;
+};
+
+/// The rule above. NaN compares false with everything, so it is unsafe without a special case.
+inline bool is_safe(double p_unsafe, double threshold) {
+  return 0.0 <= p_unsafe && p_unsafe <= threshold && p_unsafe <= 1.0;
+}
+
+/// The less safe of two scores: one that is not a probability if there is one, else the larger.
+inline double worse(double a, double b) {
+  if (!is_safe(a, 1.0)) return a;
+  return is_safe(b, 1.0) ? std::max(a, b) : b;
+}
+
+/// The verdict on a prompt. `p_unsafe`: the prober's output; nothing if it gave none, which is unsafe unless off.
+inline Verdict decide(std::optional<double> p_unsafe, const GatePolicy& policy, int split_layer) {
+  const bool off = policy.mode == Mode::off;
+  const double score = p_unsafe.value_or(std::nan(""));
+  Verdict verdict;
+  verdict.unsafe = !off && !is_safe(score, policy.threshold);
+  verdict.action = Action::pass;
+  if (verdict.unsafe && policy.mode == Mode::steer) verdict.action = Action::steer;
+  if (verdict.unsafe && policy.mode == Mode::stop) verdict.action = Action::stop;
+  if (!off) verdict.p_unsafe = score;
+  verdict.mode = policy.mode;
+  verdict.threshold = policy.threshold;
+  verdict.strength = verdict.action == Action::steer ? policy.strength : 0.0;
+  verdict.split_layer = split_layer;
+  return verdict;
+}
+
+}  // namespace autosteer

@@ -1,0 +1,390 @@
+// One answer being generated: its buffers, its KV caches, and how many of their positions are valid. The C++ side of
+// runtime/generation.py.
+//
+//     prefill_lower   decoder_lower over the prompt; the prober; the gate's verdict
+//     prefill_upper   decoder_upper over the prompt, then the head: logits of the first answer token
+//     verify_draft    one pass over the last token and drafted ones; `accept_draft` keeps a drafted token
+//
+// If the package has prefill graphs, prefill_lower and prefill_upper run them: the same layers on the same caches, with
+// weights at another precision.
+//
+// Cache positions past the length are invalid, so returning to an earlier token only lowers the length.
+//
+// A request may start from the cached prefix of an earlier one (CachedPrefix). It reuses the positions whose tokens and
+// pictures are equal, but stops before the first position that the prober reads of the last turn: those are always
+// computed. It also reuses what the prober read of earlier turns.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "drafting.hpp"
+#include "errors.hpp"
+#include "gate.hpp"
+#include "image.hpp"
+#include "manifest.hpp"
+#include "subgraph.hpp"
+
+namespace autosteer {
+
+constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
+
+using Graphs = std::map<std::string, Subgraph>;
+
+/// Wall time since it was made.
+class Clock {
+ public:
+  double ms() const {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+/// What an answer cost. Milliseconds are wall time; `upper_ms` is absent if decoder_upper never ran.
+struct Stats {
+  std::string device = "CPUExecutionProvider";
+  int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
+  int64_t reused_tokens = 0;  ///< prompt tokens whose keys and values were cached by the conversation
+  int64_t drafted_tokens = 0;
+  int64_t accepted_tokens = 0;  ///< drafted tokens that the sampler then chose
+  double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
+  std::optional<double> upper_ms;
+  double ttft_ms = 0;    ///< from the call to the first chunk
+  double decode_ms = 0;  ///< passes after the first token
+
+  /// Tokens per second after the first one; nothing for answers of one token.
+  std::optional<double> decode_tok_s() const {
+    const auto steps = static_cast<double>(completion_tokens - 1);
+    return steps > 0 && decode_ms > 0 ? std::optional(1000 * steps / decode_ms) : std::nullopt;
+  }
+};
+
+/// Identifies a position: "" and a token id, or a picture's digest and a row of it.
+using Key = std::pair<std::string, int64_t>;
+
+/// A dialogue as the decoder's input: S positions.
+struct EncodedPrompt {
+  Rows inputs_embeds;              // (S, D)
+  std::vector<int64_t> token_ids;  // of the text only; the repetition penalty reads them
+  /// S of them. Two prompts that share a prefix of keys share those positions' keys and values.
+  std::vector<Key> keys;
+  /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
+  std::vector<std::vector<int64_t>> probed;
+};
+
+/// What the prober read of a turn (D,), by the first and last position.
+using ProbedMeans = std::map<std::pair<int64_t, int64_t>, std::vector<float>>;
+
+/// What a request leaves for the next turn of its dialogue.
+struct CachedPrefix {
+  std::vector<Key> keys;  // of the positions that decoder_lower has run over
+  ProbedMeans probed_means;
+  KVCache lower, upper;
+  /// Hidden states (1, n, D) of the last positions, if decoder_upper has not run over them: after a STOP.
+  std::vector<Tensor<float>> pending;
+};
+
+/// refusal_head and lm_head on fixed buffers: last (1, R, D), strength (1,) -> steered (1, R, D) -> logits (1, R, V).
+inline std::vector<Call> steered_head(const Graphs& graphs, const Ort::Value& last, const Ort::Value& strength,
+                                      const Ort::Value& steered, const Ort::Value& logits) {
+  std::vector<Call> calls;
+  calls.emplace_back(graphs.at("refusal_head"), Call::Bound{{"last_hidden_state", &last}, {"strength", &strength}},
+                     Call::Bound{{"steered_hidden_state", &steered}});
+  calls.emplace_back(graphs.at("lm_head"), Call::Bound{{"last_hidden_state", &steered}},
+                     Call::Bound{{"logits", &logits}});
+  return calls;
+}
+
+/// One answer being generated. Not thread-safe; `manifest`, `graphs`, `log` and `stats` must outlive it. Call
+/// prefill_lower, then prefill_upper, then verify_draft for each further pass.
+class Request {
+ public:
+  const int64_t max_tokens;
+
+  /// Allocate for `prompt` and an answer of `max_tokens`, which together must fit the context.
+  Request(const Manifest& manifest, const Graphs& graphs, const Log& log, EncodedPrompt prompt, int64_t max_tokens,
+          Stats& stats, std::optional<CachedPrefix> cached)
+      : max_tokens(max_tokens),
+        manifest_(manifest),
+        graphs_(graphs),
+        log_(log),
+        stats_(stats),
+        embeds_(std::move(prompt.inputs_embeds)),
+        keys_(std::move(prompt.keys)),
+        probed_(std::move(prompt.probed)),
+        prompt_length_(embeds_.count()),
+        capacity_(prompt_length_ + max_tokens),
+        reused_(cached ? reuse_prefix(*cached) : 0),
+        length_(reused_),
+        lower_(reused_ ? std::move(cached->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
+        upper_(reused_ ? std::move(cached->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        logits_({1, 1 + Drafter::kMaxDraft, manifest.dims.vocab_size}),
+        cached_chunks_(pending_.size()) {
+    lower_.reserve(capacity_, reused_, manifest.dims.context_length);
+    upper_.reserve(capacity_, reused_, manifest.dims.context_length);
+    stats.reused_tokens = reused_;
+    stats.kv_bytes = lower_.bytes + upper_.bytes;
+  }
+
+  /// Run decoder_lower over the prompt, then the prober, and apply `policy`. If the prober fails, the verdict is
+  /// unsafe; nothing is thrown. The verdict is also unsafe if any hidden state is not finite, whether the prober reads
+  /// it or not: int8 caches turn NaN into a number, and later positions that attend to it look sound.
+  Verdict prefill_lower(const GatePolicy& policy) {
+    const Clock lower_clock;
+    for (int64_t first = reused_; first < prompt_length_; first += kPrefillChunk) {
+      const int64_t n = std::min(kPrefillChunk, prompt_length_ - first);
+      const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, n, width()});
+      Tensor<float> hidden({1, n, width()});
+      set_total(first + n);
+      lower(Phase::prefill, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()})();
+      finite_ = finite_ && std::all_of(hidden.data(), hidden.data() + hidden.size(), is_finite);
+      pending_.push_back(std::move(hidden));
+      length_ = first + n;
+    }
+    embeds_ = {};
+    stats_.lower_ms = lower_clock.ms();
+    const Clock gate_clock;
+    for (const auto& read : probed_) {  // with Mode::off, too: the conversation's next turn may need them
+      if (!read.empty() && probed_means_.count(ends(read)) == 0) probed_means_[ends(read)] = mean_of(read);
+    }
+    std::optional<double> p_unsafe;
+    if (policy.mode != Mode::off) p_unsafe = probe();
+    const Verdict verdict = decide(p_unsafe, policy, manifest_.split_layer);
+    stats_.gate_ms = gate_clock.ms();
+    return verdict;
+  }
+
+  /// Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`. Valid until the
+  /// next pass.
+  const float* prefill_upper(double strength) {
+    const Clock clock;
+    *strength_.data() = static_cast<float>(strength);
+    DecoderPass& single = pass(1);
+    for (int64_t done = prompt_length_ - count(pending_); !pending_.empty(); pending_.erase(pending_.begin())) {
+      const Tensor<float>& hidden = pending_.front();
+      done += hidden.shape()[1];
+      set_total(done);
+      const bool is_last = pending_.size() == 1;  // decoding needs little of the memory that prefill takes
+      upper(Phase::prefill, {"hidden_states", &hidden.value()},
+            single)(is_last ? Cancellation::shrinking() : Cancellation::plain());
+    }
+    stats_.upper_ms = clock.ms();
+    for (Call& call : single.head) call();
+    finite_ = finite_ && is_finite(*logits_.data());  // NaN makes all of its row NaN
+    return logits_.data();
+  }
+
+  /// Run the decoder on a sampled token and the draft after it (R tokens in all); logits (R, V) of what follows each of
+  /// them, valid until the next pass. Row i holds only if the sampler chooses tokens[1..i]. Call `accept_draft` for
+  /// each one that it does choose; the next pass overwrites the others.
+  const float* verify_draft(const std::vector<int64_t>& tokens) {
+    const auto count = static_cast<int64_t>(tokens.size());
+    const int64_t room = std::min(capacity_ - length_, logits_.shape()[1]);
+    if (count > room) {
+      throw std::logic_error("Request::verify_draft: " + std::to_string(count) + " tokens, and room for " +
+                             std::to_string(room));
+    }
+    DecoderPass& all = pass(count);
+    set_total(length_ + count);
+    std::copy(tokens.begin(), tokens.end(), all.token_ids.data());
+    for (Call& call : all.body) call();
+    for (Call& call : all.head) call();
+    keys_.resize(static_cast<size_t>(length_));
+    for (const int64_t token : tokens) keys_.emplace_back("", token);
+    ++length_;
+    for (int64_t row = 0; row < count; ++row) {
+      finite_ = finite_ && is_finite(logits_.data()[row * manifest_.dims.vocab_size]);
+    }
+    return logits_.data();
+  }
+
+  /// Keep the next drafted token of the latest `verify_draft`: the sampler chose it.
+  void accept_draft() { ++length_; }
+
+  /// What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request.
+  CachedPrefix cached_prefix() {
+    keys_.resize(finite_ ? static_cast<size_t>(length_) : 0);
+    return {std::move(keys_), std::move(probed_means_), std::move(lower_), std::move(upper_), std::move(pending_)};
+  }
+
+ private:
+  using Binding = std::pair<std::string, const Ort::Value*>;
+  enum class Phase { prefill, decode };
+
+  /// The whole decoder on R tokens, with every buffer bound once.
+  struct DecoderPass {
+    DecoderPass(int64_t count, const Dims& dims)
+        : token_ids({1, count}),
+          num_logits({1}, {count}),
+          embeds({1, count, dims.hidden_size}),
+          hidden({1, count, dims.hidden_size}),
+          last({1, count, dims.hidden_size}),
+          steered({1, count, dims.hidden_size}) {}
+
+    Tensor<int64_t> token_ids, num_logits;
+    Tensor<float> embeds, hidden, last, steered;
+    std::vector<Call> body, head;  // token_ids -> last; last -> logits
+  };
+
+  /// The pass for `count` tokens, bound on first use. `strength_` must have been set.
+  DecoderPass& pass(int64_t count) {
+    const auto [found, is_new] = passes_.try_emplace(count, count, manifest_.dims);
+    DecoderPass& p = found->second;
+    if (!is_new) return p;
+    p.body.push_back(
+        call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
+    p.body.push_back(lower(Phase::decode, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
+    p.body.push_back(upper(Phase::decode, {"hidden_states", &p.hidden.value()}, p));
+    const Ort::Value logits = Tensor<float>::view(logits_.data(), {1, count, manifest_.dims.vocab_size});
+    if (*strength_.data() == 0.0F) {  // at strength 0 the Refusal Head changes nothing and is skipped
+      p.head.push_back(call("lm_head", {{"last_hidden_state", &p.last.value()}}, {{"logits", &logits}}));
+    } else {
+      p.head = steered_head(graphs_, p.last.value(), strength_.value(), p.steered.value(), logits);
+    }
+    return p;
+  }
+
+  /// How many positions of `cached` this prompt can reuse. Moves their probed means and pending hidden states here.
+  int64_t reuse_prefix(CachedPrefix& cached) {
+    const auto is_empty = [](const auto& positions) { return positions.empty(); };
+    if (probed_.empty() || std::any_of(probed_.begin(), probed_.end(), is_empty)) return 0;
+    const int64_t most = std::min(probed_.back().front(), static_cast<int64_t>(cached.keys.size()));
+    int64_t reused = std::mismatch(keys_.begin(), keys_.begin() + most, cached.keys.begin()).first - keys_.begin();
+    for (auto& [read, mean] : cached.probed_means) {
+      if (read.second < reused) probed_means_[read] = std::move(mean);
+    }
+    for (const auto& read : probed_) {
+      if (probed_means_.count(ends(read)) == 0) reused = std::min(reused, read.front());
+    }
+    int64_t left = reused - (static_cast<int64_t>(cached.keys.size()) - count(cached.pending));
+    for (Tensor<float>& chunk : cached.pending) {
+      if (left <= 0) break;
+      const int64_t n = std::min(left, chunk.shape()[1]);
+      left -= n;
+      if (n == chunk.shape()[1]) {
+        pending_.push_back(std::move(chunk));
+        continue;
+      }
+      pending_.emplace_back(std::vector<int64_t>{1, n, width()});
+      std::copy(chunk.data(), chunk.data() + n * width(), pending_.back().data());
+    }
+    return reused;
+  }
+
+  /// The worst p_unsafe of all judged turns; NaN if there is none: whatever went wrong, the prompt was not shown to be
+  /// safe.
+  double probe() const {
+    std::string reason = "unknown";
+    try {
+      if (!finite_)
+        throw PackageError(manifest_.prefill_graph("decoder_lower") + " gave hidden states that are not finite");
+      const Subgraph& prober = graphs_.at("prober");
+      if (probed_.empty()) throw PackageError("no turn is judged");
+      double p_unsafe = 0.0;
+      for (const auto& positions : probed_) {
+        if (positions.empty()) throw PackageError("the prompt has no position for the prober");
+        const auto outputs = prober.run(Tensor<float>::view(probed_means_.at(ends(positions)).data(), {1, width()}));
+        p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober)));
+      }
+      return p_unsafe;
+    } catch (const std::exception& err) {
+      reason = err.what();
+    } catch (...) {
+    }
+    if (log_) log_("the prober failed; the prompt counts as unsafe (" + reason + ")");
+    return std::nan("");
+  }
+
+  /// What the prober reads of a turn, (D,): the mean of HF's hidden_states[split_layer] over `positions`.
+  std::vector<float> mean_of(const std::vector<int64_t>& positions) const {
+    std::vector<double> sum(static_cast<size_t>(width()), 0.0);
+    for (const int64_t position : positions) {
+      const int64_t at = position - reused_;
+      const float* hidden =
+          pending_[cached_chunks_ + static_cast<size_t>(at / kPrefillChunk)].data() + at % kPrefillChunk * width();
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += hidden[i];
+    }
+    std::vector<float> mean;
+    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(positions.size())));
+    return mean;
+  }
+
+  static std::pair<int64_t, int64_t> ends(const std::vector<int64_t>& positions) {
+    return {positions.front(), positions.back()};
+  }
+
+  /// Positions in all chunks.
+  static int64_t count(const std::vector<Tensor<float>>& chunks) {
+    int64_t positions = 0;
+    for (const auto& chunk : chunks) positions += chunk.shape()[1];
+    return positions;
+  }
+
+  static bool is_finite(float x) { return std::isfinite(x); }
+
+  Call call(const std::string& graph, const Call::Bound& inputs, const Call::Bound& outputs) const {
+    return {graphs_.at(graph), inputs, outputs};
+  }
+
+  Call lower(Phase phase, Binding in, Binding out) const {
+    return half("decoder_lower", phase, lower_, std::move(in), std::move(out));
+  }
+
+  /// decoder_upper; it keeps the last positions, as many as `pass` has.
+  Call upper(Phase phase, Binding in, const DecoderPass& pass) const {
+    return half("decoder_upper", phase, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
+                {{"num_logits", &pass.num_logits.value()}});
+  }
+
+  /// A decoder half bound to its caches. Phase::prefill: its prefill graph, if the package has one.
+  Call half(const char* name, Phase phase, const KVCache& cache, Binding in, Binding out,
+            const Call::Bound& more = {}) const {
+    Call::Bound inputs = cache.past, outputs = cache.present;
+    inputs.insert(inputs.end(),
+                  {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(), more.begin(), more.end());
+    outputs.push_back(std::move(out));
+    return call(phase == Phase::prefill ? manifest_.prefill_graph(name) : name, inputs, outputs);
+  }
+
+  /// Set how many positions the caches hold once the next graph has run.
+  void set_total(int64_t total) {
+    *seqlens_k_.data() = static_cast<int32_t>(total - 1);
+    *total_.data() = static_cast<int32_t>(total);
+  }
+
+  int64_t width() const { return manifest_.dims.hidden_size; }
+
+  const Manifest& manifest_;
+  const Graphs& graphs_;
+  const Log& log_;
+  Stats& stats_;
+  std::vector<Tensor<float>> pending_;  // hidden states that decoder_upper has not run over, chunk by chunk
+  ProbedMeans probed_means_;
+  Rows embeds_;
+  std::vector<Key> keys_;
+  std::vector<std::vector<int64_t>> probed_;
+  int64_t prompt_length_, capacity_;  // positions: of the prompt; that the caches have room for
+  int64_t reused_, length_;           // positions: taken from the cached prefix; valid in the caches
+  KVCache lower_, upper_;
+  Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
+  Tensor<float> strength_{{1}};
+  Tensor<float> logits_;                   // shared by all passes: logits of a draft take megabytes
+  size_t cached_chunks_;                   // pending chunks of an earlier request; the prober reads none of them
+  bool finite_ = true;                     // hidden states of the prompt, and logits of every pass
+  std::map<int64_t, DecoderPass> passes_;  // by number of tokens
+};
+
+}  // namespace autosteer

@@ -1,0 +1,323 @@
+// PNG and JPEG files -> upright pixels, byte for byte what runtime/image.py's open_image gets from Pillow.
+//
+// Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
+// gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
+// report errors by longjmp, so functions that call setjmp keep objects with destructors outside.
+#pragma once
+
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <jerror.h>
+#include <jpeglib.h>  // needs <cstdio> before it
+#include <png.h>
+
+#include "errors.hpp"
+
+namespace autosteer {
+
+/// Pixels (height, width, 3), 8 bits each, red first.
+struct Image {
+  int64_t height = 0, width = 0;
+  std::vector<uint8_t> rgb;
+
+  const uint8_t* at(int64_t y, int64_t x) const { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
+  uint8_t* at(int64_t y, int64_t x) { return &rgb[static_cast<size_t>(3 * (y * width + x))]; }
+};
+
+namespace picture {
+
+constexpr int64_t kMaxPixels = 50'000'000;      // 150 MB as RGB; a few KB of a file can ask for much more
+constexpr uintmax_t kMaxFileBytes = 100'000'000;  // they are in memory while the pixels are made
+
+/// A decoder's result: pixels, and the metadata blocks that may have the orientation.
+struct Decoded {
+  Image image;
+  std::vector<uint8_t> exif;  // a TIFF structure
+  std::string xmp;
+  std::string error;
+};
+
+/// What is wrong with a size; empty if nothing is.
+inline std::string wrong_size(int64_t height, int64_t width) {
+  if (height < 1 || width < 1) return "it is empty";
+  if (height <= kMaxPixels / width) return "";
+  return std::to_string(width) + "x" + std::to_string(height) + " pixels: at most " + std::to_string(kMaxPixels);
+}
+
+/// Reserve the pixels, which take memory as they are decoded; false if there are too many.
+inline bool reserve(Decoded& out, int64_t height, int64_t width) {
+  out.error = wrong_size(height, width);
+  if (!out.error.empty()) return false;
+  out.image = {height, width, {}};
+  out.image.rgb.reserve(static_cast<size_t>(3 * height * width));
+  return true;
+}
+
+// --- PNG
+// --------------------------------------------------------------------------------------------------------------
+
+struct PngSource {
+  const std::vector<uint8_t>& bytes;
+  size_t at = 0;
+};
+
+inline void png_read(png_structp png, png_bytep target, size_t count) {
+  auto* source = static_cast<PngSource*>(png_get_io_ptr(png));
+  if (count > source->bytes.size() - source->at) png_error(png, "image file is truncated");
+  std::memcpy(target, source->bytes.data() + source->at, count);
+  source->at += count;
+}
+
+[[noreturn]] inline void png_fail(png_structp png, png_const_charp message) {
+  static_cast<Decoded*>(png_get_error_ptr(png))->error = message;
+  png_longjmp(png, 1);
+}
+
+inline void png_ignore(png_structp, png_const_charp) {}
+
+inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
+  png_bytep exif = nullptr;
+  png_uint_32 exif_size = 0;
+  if (png_get_eXIf_1(png, info, &exif_size, &exif)) out.exif.assign(exif, exif + exif_size);
+  png_textp texts = nullptr;
+  const int count = png_get_text(png, info, &texts, nullptr);
+  for (int i = 0; i < count; ++i) {
+    if (std::string_view(texts[i].key) == "XML:com.adobe.xmp" && texts[i].text) out.xmp = texts[i].text;
+  }
+}
+
+/// Append `count` pixels, blended with white (Pillow's alpha_composite, AlphaComposite.c).
+inline void over_white(const uint8_t* rgba, size_t count, std::vector<uint8_t>& rgb) {
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t alpha = rgba[4 * i + 3], behind = 255 - alpha;
+    for (size_t c = 0; c < 3; ++c) {
+      const uint32_t sum = (rgba[4 * i + c] * alpha + 255 * behind + 128) << 7;  // 7 more bits, as in Pillow
+      rgb.push_back(static_cast<uint8_t>((((sum >> 8) + sum) >> 8) >> 7));
+    }
+  }
+}
+
+inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
+  struct State {
+    png_structp png = nullptr;
+    png_infop info = nullptr;
+    std::unique_ptr<uint8_t[]> rgba;  // a row, or the whole picture if it is interlaced
+    std::vector<png_bytep> rows;
+    ~State() { png_destroy_read_struct(&png, &info, nullptr); }
+  } state;
+  PngSource source{bytes};
+  state.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &out, png_fail, png_ignore);
+  if (!state.png) throw Error("libpng does not start");
+  state.info = png_create_info_struct(state.png);
+  if (!state.info) throw Error("libpng does not start");
+  if (setjmp(png_jmpbuf(state.png))) return;
+  png_set_read_fn(state.png, &source, png_read);
+  png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
+  png_read_info(state.png, state.info);
+  const int64_t height = png_get_image_height(state.png, state.info),
+                width = png_get_image_width(state.png, state.info);
+  if (!reserve(out, height, width)) return;
+  png_set_strip_16(state.png);
+  png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
+  png_set_gray_to_rgb(state.png);
+  png_set_add_alpha(state.png, 0xFF, PNG_FILLER_AFTER);
+  const bool interlaced = png_set_interlace_handling(state.png) > 1;
+  png_read_update_info(state.png, state.info);
+  if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(4 * width)) {
+    png_error(state.png, "unexpected layout");
+  }
+  const auto row = static_cast<size_t>(width);
+  state.rgba.reset(new uint8_t[4 * row * (interlaced ? static_cast<size_t>(height) : 1)]);
+  if (interlaced) {
+    for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.get() + 4 * y * width);
+    png_read_image(state.png, state.rows.data());
+    over_white(state.rgba.get(), row * static_cast<size_t>(height), out.image.rgb);
+  } else {
+    for (int64_t y = 0; y < height; ++y) {
+      png_read_row(state.png, state.rgba.get(), nullptr);
+      over_white(state.rgba.get(), row, out.image.rgb);
+    }
+  }
+  png_read_end(state.png, state.info);
+  png_metadata(state.png, state.info, out);
+}
+
+// --- JPEG
+// -------------------------------------------------------------------------------------------------------------
+
+struct JpegErrors {
+  jpeg_error_mgr manager;  // first: libjpeg hands us a pointer to it
+  std::jmp_buf escape;
+  Decoded* out;
+};
+
+[[noreturn]] inline void jpeg_fail(j_common_ptr info) {
+  auto* errors = reinterpret_cast<JpegErrors*>(info->err);
+  char message[JMSG_LENGTH_MAX];
+  info->err->format_message(info, message);
+  errors->out->error = message;
+  std::longjmp(errors->escape, 1);
+}
+
+inline void jpeg_warn(j_common_ptr info, int level) {
+  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF) jpeg_fail(info);  // Pillow: "image file is truncated"
+}
+
+inline void jpeg_metadata(const jpeg_decompress_struct& info, Decoded& out) {
+  constexpr std::string_view exif("Exif\0\0", 6), xmp("http://ns.adobe.com/xap/1.0/\0", 29);
+  for (jpeg_saved_marker_ptr marker = info.marker_list; marker; marker = marker->next) {
+    const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
+    if (data.substr(0, exif.size()) == exif && out.exif.empty()) {
+      out.exif.assign(data.begin() + exif.size(), data.end());
+    } else if (data.substr(0, xmp.size()) == xmp) {
+      out.xmp = data.substr(xmp.size());
+    }
+  }
+}
+
+/// Pillow's CMYK to RGB, of inverted values as Adobe writes them.
+inline void cmyk_row_to_rgb(const std::vector<uint8_t>& cmyk, uint8_t* rgb) {
+  for (size_t x = 0; x < cmyk.size() / 4; ++x) {
+    const int black = cmyk[4 * x + 3];
+    for (size_t c = 0; c < 3; ++c) {
+      const int product = (255 - cmyk[4 * x + c]) * black + 128;
+      rgb[3 * x + c] = static_cast<uint8_t>(std::max(black - (((product >> 8) + product) >> 8), 0));
+    }
+  }
+}
+
+inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
+  struct State {
+    jpeg_decompress_struct info{};
+    JpegErrors errors{};
+    std::vector<uint8_t> cmyk;
+    ~State() { jpeg_destroy_decompress(&info); }
+  } state;
+  jpeg_decompress_struct& info = state.info;
+  info.err = jpeg_std_error(&state.errors.manager);
+  state.errors.manager.error_exit = jpeg_fail;
+  state.errors.manager.emit_message = jpeg_warn;
+  state.errors.out = &out;
+  if (setjmp(state.errors.escape)) return;
+  jpeg_create_decompress(&info);
+  jpeg_mem_src(&info, bytes.data(), static_cast<unsigned long>(bytes.size()));
+  jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
+  jpeg_read_header(&info, TRUE);
+  jpeg_metadata(info, out);
+  const bool cmyk = info.jpeg_color_space == JCS_CMYK || info.jpeg_color_space == JCS_YCCK;
+  info.out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
+  if (!reserve(out, info.image_height, info.image_width)) return;
+  jpeg_start_decompress(&info);
+  state.cmyk.resize(cmyk ? static_cast<size_t>(4 * out.image.width) : 0);
+  while (info.output_scanline < info.output_height) {
+    out.image.rgb.resize(static_cast<size_t>(3 * out.image.width * (int64_t{info.output_scanline} + 1)));
+    uint8_t* rgb = out.image.at(info.output_scanline, 0);
+    JSAMPROW row = cmyk ? state.cmyk.data() : rgb;
+    jpeg_read_scanlines(&info, &row, 1);
+    if (cmyk) cmyk_row_to_rgb(state.cmyk, rgb);
+  }
+  jpeg_finish_decompress(&info);
+}
+
+// --- orientation
+// --------------------------------------------------------------------------------------------------
+
+/// The orientation tag (0x0112) of a TIFF structure, 0 if it has none.
+inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {
+  if (tiff.size() < 8) return 0;
+  const bool little = tiff[0] == 'I';
+  const auto number = [&](size_t at, size_t size) {
+    size_t value = 0;
+    for (size_t i = 0; i < size; ++i) value |= size_t{tiff[at + i]} << 8 * (little ? i : size - 1 - i);
+    return value;
+  };
+  const size_t directory = number(4, 4);
+  if (directory > tiff.size() - 2) return 0;
+  const size_t entries = number(directory, 2);
+  for (size_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= tiff.size(); ++i) {
+    const size_t entry = directory + 2 + 12 * i;
+    const size_t type = number(entry + 2, 2);
+    const size_t size = type == 1 ? 1 : type == 3 ? 2 : type == 4 ? 4 : 0;  // BYTE, SHORT, LONG
+    if (number(entry, 2) == 0x0112 && size) return static_cast<unsigned>(number(entry + 8, size));
+  }
+  return 0;
+}
+
+inline unsigned xmp_orientation(std::string_view xmp) {
+  for (const std::string_view key : {std::string_view("tiff:Orientation=\""), std::string_view("tiff:Orientation>")}) {
+    const size_t at = xmp.find(key);
+    if (at != std::string_view::npos && at + key.size() < xmp.size()) {
+      const char digit = xmp[at + key.size()];
+      if (digit >= '0' && digit <= '9') return static_cast<unsigned>(digit - '0');
+    }
+  }
+  return 0;
+}
+
+/// The image turned and mirrored as EXIF orientation 2..8 asks.
+inline Image turned(Image image, unsigned orientation) {
+  if (orientation < 2 || orientation > 8) return image;
+  const bool swap = orientation >= 5;
+  const bool flip_x = orientation == 2 || orientation == 3 || orientation == 6 || orientation == 7;
+  const bool flip_y = orientation == 3 || orientation == 4 || orientation == 7 || orientation == 8;
+  Image out{swap ? image.width : image.height, swap ? image.height : image.width,
+            std::vector<uint8_t>(image.rgb.size())};
+  for (int64_t y = 0; y < out.height; ++y) {
+    for (int64_t x = 0; x < out.width; ++x) {
+      const int64_t across = flip_x ? out.width - 1 - x : x, down = flip_y ? out.height - 1 - y : y;
+      std::memcpy(out.at(y, x), swap ? image.at(across, down) : image.at(down, across), 3);
+    }
+  }
+  return out;
+}
+
+}  // namespace picture
+
+inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string& name);
+
+/// A PNG or JPEG file as upright RGB. Throws InputError for a missing file, another format, or a damaged image.
+inline Image read_picture(const std::filesystem::path& path) {
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) throw InputError(path.string() + ": no such image file");
+  if (!std::filesystem::is_regular_file(path, ignored)) {  // before it is opened: never wait for a pipe
+    throw InputError(path.string() + ": not a readable image (not a file)");
+  }
+  if (const uintmax_t size = std::filesystem::file_size(path, ignored); size > picture::kMaxFileBytes) {
+    throw InputError(path.string() + ": not a readable image (" + std::to_string(size) + " bytes: at most " +
+                     std::to_string(picture::kMaxFileBytes) + ")");
+  }
+  std::ifstream file(path, std::ios::binary);
+  const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+  return decode_picture(bytes, path.string());
+}
+
+/// The same for the bytes of such a file; `name` is what errors call it.
+inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string& name) {
+  picture::Decoded decoded;
+  if (bytes.size() >= 8 && png_sig_cmp(bytes.data(), 0, 8) == 0) {
+    picture::decode_png(bytes, decoded);
+  } else if (bytes.size() >= 3 && bytes[0] == 0xFF && bytes[1] == 0xD8 && bytes[2] == 0xFF) {
+    picture::decode_jpeg(bytes, decoded);
+  } else {
+    decoded.error = "neither PNG nor JPEG";
+  }
+  if (!decoded.error.empty()) {
+    throw InputError(name + ": not a readable image (" + decoded.error + ")");
+  }
+  const unsigned exif = picture::exif_orientation(decoded.exif);
+  return picture::turned(std::move(decoded.image), exif ? exif : picture::xmp_orientation(decoded.xmp));
+}
+
+}  // namespace autosteer

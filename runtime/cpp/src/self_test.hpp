@@ -1,0 +1,132 @@
+// Check that the gate works on this machine. Every load of a package does so, in milliseconds and without any text. The
+// C++ side of runtime/self_test.py.
+//
+// A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
+// (GateProof). If their outputs differ here, the package does not load.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <ios>
+#include <string>
+#include <vector>
+
+#include "errors.hpp"
+#include "generation.hpp"
+#include "manifest.hpp"
+#include "subgraph.hpp"
+
+namespace autosteer {
+
+constexpr double kProberLimit = 1e-3;  // difference of p_unsafe: the prober is float32 in every package
+constexpr double kSteerLimit = 1e-3;   // error of what the Refusal Head adds, relative to it
+constexpr double kExactShiftLimit = 0.01, kShiftLimit = 0.25;  // error of the logits' shift, relative to it
+constexpr float kPossible = 1e30F;  // larger logits mask tokens that the model never generates
+
+namespace self_test {
+
+/// The proof's hidden states, one vector after the other.
+inline std::vector<float> states(const fs::path& folder, const Manifest& manifest) {
+  const GateProof& proof = manifest.proof.value();
+  const auto count =
+      static_cast<size_t>(manifest.dims.hidden_size) * (proof.p_unsafe.size() + 2 * proof.steered.size());
+  std::vector<float> all(count);
+  std::ifstream file(folder / proof.file, std::ios::binary);
+  file.read(reinterpret_cast<char*>(all.data()), static_cast<std::streamsize>(count * sizeof(float)));
+  if (!file) throw PackageError((folder / proof.file).string() + ": not readable; copy the package again");
+  return all;
+}
+
+/// |a - b| / |c - d| of arrays of `width` numbers.
+inline double relative(const float* a, const float* b, const float* c, const float* d, int64_t width) {
+  double off = 0, all = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    off += std::pow(static_cast<double>(a[i]) - b[i], 2);
+    all += std::pow(static_cast<double>(c[i]) - d[i], 2);
+  }
+  return std::sqrt(off / all);
+}
+
+/// Root mean square of what steering adds to logits (V,); NaN if either is not finite.
+inline double logits_shift(const std::vector<float>& plain, const float* steered) {
+  double sum = 0, count = 0;
+  for (size_t i = 0; i < plain.size(); ++i) {
+    if (std::abs(plain[i]) > kPossible) continue;
+    sum += std::pow(static_cast<double>(steered[i]) - plain[i], 2);
+    ++count;
+  }
+  return std::sqrt(sum / count);
+}
+
+inline std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.3g", value);
+  return text;
+}
+
+/// p_unsafe of a state (D,); NaN where the prober fails, or gives no number.
+inline double score(const Subgraph& prober, const float* state, int64_t width) {
+  try {
+    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
+    const auto [data, count] = values<float>(outputs.at("p_unsafe"), prober);
+    return count == 1 ? *data : std::nan("");
+  } catch (const std::exception&) {
+    return std::nan("");
+  }
+}
+
+}  // namespace self_test
+
+/// Throws PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof. Steering is
+/// tested through the bindings of a decode step.
+inline void check_gate(const fs::path& folder, const Manifest& manifest, const Graphs& graphs) {
+  if (!manifest.proof || !manifest.refusal) return;
+  const int64_t width = manifest.dims.hidden_size, vocabulary = manifest.dims.vocab_size;
+  const GateProof& proof = *manifest.proof;
+  const std::vector<float> states = self_test::states(folder, manifest);
+  const float* state = states.data();
+  for (const double p_unsafe : proof.p_unsafe) {
+    const double found = self_test::score(graphs.at("prober"), state, width);
+    if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
+      throw PackageError("prober: a known state has p_unsafe " + self_test::number(found) + " here, and had " +
+                         self_test::number(p_unsafe) + " at export");
+    }
+    state += width;
+  }
+  const float* expected = state + width * static_cast<int64_t>(proof.steered.size());
+  Tensor<float> last({1, 1, width}), steered({1, 1, width}), logits({1, 1, vocabulary});
+  Tensor<float> none({1}, {0.0F}), strength({1}, {static_cast<float>(manifest.refusal->strength)});
+  std::vector<Call> plain = steered_head(graphs, last.value(), none.value(), steered.value(), logits.value());
+  std::vector<Call> steer = steered_head(graphs, last.value(), strength.value(), steered.value(), logits.value());
+  for (const SteeredState& known : proof.steered) {
+    std::copy(state, state + width, last.data());
+    for (Call& call : plain) call();
+    const std::vector<float> as_it_is(logits.data(), logits.data() + vocabulary);
+    for (Call& call : steer) call();
+    const double off = self_test::relative(steered.data(), expected, expected, state, width);
+    if (!(off <= kSteerLimit)) {
+      throw PackageError("refusal_head: it steers otherwise than at export (by " + self_test::number(off) +
+                         " of what it adds): its steer matrix is not the package's, or this onnxruntime computes it "
+                         "wrong");
+    }
+    const double shift = self_test::logits_shift(as_it_is, logits.data());
+    const auto token = std::max_element(as_it_is.begin(), as_it_is.end()) - as_it_is.begin();
+    const auto steered_token = std::max_element(logits.data(), logits.data() + vocabulary) - logits.data();
+    const double limit = manifest.exact() ? kExactShiftLimit : kShiftLimit;
+    const bool near = std::abs(shift - known.shift) <= limit * known.shift;
+    if (!near || token != known.token || steered_token != known.steered_token) {
+      throw PackageError("lm_head: steering a known state moves its logits by " + self_test::number(shift) +
+                         " and its token from " + std::to_string(token) + " to " + std::to_string(steered_token) +
+                         "; at export by " + self_test::number(known.shift) + ", from " + std::to_string(known.token) +
+                         " to " + std::to_string(known.steered_token));
+    }
+    state += width;
+    expected += width;
+  }
+}
+
+}  // namespace autosteer

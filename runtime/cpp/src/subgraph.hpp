@@ -1,0 +1,305 @@
+// One ONNX graph in one onnxruntime session: the C++ side of runtime/subgraph.py and kv_cache.py. Every onnxruntime
+// option of the runtime is in this file.
+//
+// Sessions run one after the other. Threads that sleep between operators cost a third of the decode speed on an idle
+// machine. Threads that spin without limit take the cores from the next session and from other programs. So they spin
+// for microseconds and only inside a run; if this onnxruntime cannot bound that, they do not spin (measured,
+// docs/design-notes.md).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cancellation.hpp"
+#include "errors.hpp"
+#include "log.hpp"
+#include "manifest.hpp"
+#include "onnxruntime.hpp"
+
+namespace autosteer {
+
+constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; most come sooner
+
+/// Throws ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs.
+inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
+  if (version_numbers(installed) < version_numbers(lowest.c_str())) {
+    throw ProviderError(std::string("onnxruntime ") + installed + " computes this package wrong; it needs " + lowest +
+                        " or newer");
+  }
+}
+
+/// Whether an onnxruntime can bound how long threads spin.
+inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
+  return version_numbers(version) >= std::pair(1, 26);
+}
+
+/// onnxruntime's environment for the sessions of an engine: `threads` threads, and one arena of memory for all sessions
+/// of the process, which grows by the size requested.
+///
+/// If spinning cannot be bounded, all sessions of the process share one pool whose threads do not spin. A process has
+/// only one such environment: if it exists already, its pool and its number of threads are used.
+class Environment {
+ public:
+  explicit Environment(int threads) : threads_(threads), environment_(make(threads)) {
+    const Ort::ArenaCfg arena(0, /*kSameAsRequested*/ 1, -1, -1);
+    environment_.DisableTelemetryEvents();  // a host may not want it; and its variable is not ours to set
+    environment_.CreateAndRegisterAllocator(Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault), arena);
+  }
+
+  /// Throws Ort::Exception if onnxruntime cannot load the graph.
+  Ort::Session load(const fs::path& graph) const {
+    Ort::SessionOptions options;
+    if (can_bound_spinning()) {
+      options.SetIntraOpNumThreads(threads_);
+      options.SetInterOpNumThreads(1);
+      options.AddConfigEntry("session.intra_op.allow_spinning", "1");
+      options.AddConfigEntry("session.intra_op.spin_duration_us", std::to_string(kSpinUs).c_str());
+      options.AddConfigEntry("session.force_spinning_stop", "1");  // free the cores for the next session
+    } else {
+      options.DisablePerSessionThreads();
+    }
+    options.DisableMemPattern();  // a pattern for each input length would hold memory
+    options.AddConfigEntry("session.use_env_allocators", "1");
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    return {environment_, graph.c_str(), options};
+  }
+
+ private:
+  static Ort::Env make(int threads) {
+    if (can_bound_spinning()) return {ORT_LOGGING_LEVEL_ERROR, "autosteer", forward, nullptr};
+    Ort::ThreadingOptions pool;
+    pool.SetGlobalIntraOpNumThreads(threads);
+    pool.SetGlobalInterOpNumThreads(1);
+    pool.SetGlobalSpinControl(0);
+    return {pool, forward, nullptr, ORT_LOGGING_LEVEL_ERROR, "autosteer"};
+  }
+
+  /// onnxruntime's log goes where ours goes, never to the host's stderr.
+  static void ORT_API_CALL forward(void*, OrtLoggingLevel, const char*, const char*, const char*, const char* message) {
+    log_line(std::string("onnxruntime: ") + message);
+  }
+
+  int threads_;
+  Ort::Env environment_;
+};
+
+/// An array of T on the CPU, zero at first, and onnxruntime's view of it. Pages that are not written take no memory.
+template <class T>
+class Tensor {
+ public:
+  explicit Tensor(std::vector<int64_t> shape) : shape_(std::move(shape)) {
+    size_t size = 1;
+    for (const int64_t n : shape_) {
+      if (n < 0 || __builtin_mul_overflow(size, static_cast<size_t>(n), &size)) throw std::bad_alloc();
+    }
+    size_ = size;
+    data_.reset(static_cast<T*>(std::calloc(std::max<size_t>(size, 1), sizeof(T))));
+    if (!data_) throw std::bad_alloc();
+    value_ = view(data_.get(), shape_);
+  }
+
+  Tensor(std::vector<int64_t> shape, std::initializer_list<T> values) : Tensor(std::move(shape)) {
+    std::copy(values.begin(), values.end(), data_.get());
+  }
+
+  /// onnxruntime's view of an array that the caller keeps alive.
+  static Ort::Value view(const T* data, const std::vector<int64_t>& shape) {
+    static const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    const int64_t size = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    return Ort::Value::CreateTensor<T>(memory, const_cast<T*>(data), static_cast<size_t>(size), shape.data(),
+                                       shape.size());
+  }
+
+  T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+  size_t bytes() const { return size_ * sizeof(T); }
+  const std::vector<int64_t>& shape() const { return shape_; }
+  const Ort::Value& value() const { return value_; }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::vector<int64_t> shape_;
+  size_t size_ = 0;
+  std::unique_ptr<T, Free> data_;
+  Ort::Value value_{nullptr};
+};
+
+/// A loaded graph.
+class Subgraph {
+ public:
+  /// Throws PackageError if `path` is not a usable graph, or its inputs and outputs are not the manifest's.
+  Subgraph(const Environment& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
+    try {
+      session_ = environment.load(path);
+    } catch (const Ort::Exception& err) {
+      const std::string what = err.what();
+      throw PackageError(path.string() + ": onnxruntime cannot load it (" + what.substr(0, what.find('\n')) + ")");
+    }
+    Ort::AllocatorWithDefaultOptions allocator;
+    std::vector<TensorSpec> inputs, outputs;
+    for (size_t i = 0; i < session_.GetInputCount(); ++i) {
+      inputs_.emplace_back(session_.GetInputNameAllocated(i, allocator).get());
+      inputs.push_back(described(inputs_.back(), session_.GetInputTypeInfo(i)));
+    }
+    for (size_t i = 0; i < session_.GetOutputCount(); ++i) {
+      outputs_.emplace_back(session_.GetOutputNameAllocated(i, allocator).get());
+      outputs.push_back(described(outputs_.back(), session_.GetOutputTypeInfo(i)));
+    }
+    if (inputs != spec.inputs || outputs != spec.outputs) {
+      throw PackageError(path.string() + ": its inputs or outputs are not those of the manifest; export it again");
+    }
+  }
+
+  /// Run a graph of one input (Manifest::load checks that); outputs by name. The arena then frees its unused memory:
+  /// image graphs take the most, and may not run again.
+  std::map<std::string, Ort::Value> run(const Ort::Value& input) const {
+    std::vector<const char*> outputs;
+    for (const auto& name : outputs_) outputs.push_back(name.c_str());
+    const char* name = inputs_[0].c_str();
+    std::vector<Ort::Value> made = session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::map<std::string, Ort::Value> named;
+    for (size_t i = 0; i < made.size(); ++i) named.emplace(outputs_[i], std::move(made[i]));
+    return named;
+  }
+
+  Ort::Session& session() const { return session_; }
+  const fs::path& path() const { return path_; }
+
+ private:
+  static TensorSpec described(const std::string& name, const Ort::TypeInfo& type) {
+    if (type.GetONNXType() != ONNX_TYPE_TENSOR) return {name, "", {}};
+    static const std::map<ONNXTensorElementDataType, std::string> types = {
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, "float32"}, {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, "float16"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, "int64"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, "int32"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, "uint8"},   {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, "int8"},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, "bool"}};
+    const auto info = type.GetTensorTypeAndShapeInfo();
+    const auto sizes = info.GetShape();
+    std::vector<const char*> symbols(sizes.size());
+    info.GetSymbolicDimensions(symbols.data(), symbols.size());
+    TensorSpec spec{name, "", {}};
+    if (const auto known = types.find(info.GetElementType()); known != types.end()) spec.dtype = known->second;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      spec.shape.push_back(sizes[i] < 0 ? Dimension(std::string(symbols[i])) : Dimension(sizes[i]));
+    }
+    return spec;
+  }
+
+  fs::path path_;
+  mutable Ort::Session session_{nullptr};  // Run is thread-safe, though not declared const
+  std::vector<std::string> inputs_, outputs_;
+};
+
+/// A graph's output as an array and its length. Throws PackageError for another type.
+template <class T>
+std::pair<const T*, int64_t> values(const Ort::Value& value, const Subgraph& graph) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  if (info.GetElementType() != Ort::TypeToTensorType<T>::type) {
+    throw PackageError(graph.path().string() + ": its output has not the type that this runtime reads");
+  }
+  return {value.GetTensorData<T>(), static_cast<int64_t>(info.GetElementCount())};
+}
+
+/// A graph's output of `count` floats. Throws PackageError for another type or count.
+inline const float* floats(const Ort::Value& value, int64_t count, const Subgraph& graph) {
+  const auto [data, found] = values<float>(value, graph);
+  if (found != count)
+    throw PackageError(graph.path().string() + ": its output has not the size that the manifest implies");
+  return data;
+}
+
+/// A graph bound to fixed buffers. Each call runs it once, without look-ups or copies.
+class Call {
+ public:
+  using Bound = std::vector<std::pair<std::string, const Ort::Value*>>;
+
+  Call(const Subgraph& graph, const Bound& inputs, const Bound& outputs)
+      : session_(graph.session()), binding_(session_) {
+    for (const auto& [name, value] : inputs) binding_.BindInput(name.c_str(), *value);
+    for (const auto& [name, value] : outputs) binding_.BindOutput(name.c_str(), *value);
+  }
+
+  /// Run; results are in the output buffers.
+  void operator()(const Ort::RunOptions& options = Cancellation::plain()) { session_.Run(options, binding_); }
+
+ private:
+  Ort::Session& session_;
+  Ort::IoBinding binding_;
+};
+
+/// Keys and values of earlier positions in one decoder half, for one request at a time: one buffer per layer and kind,
+/// bound as past and as present. GroupQueryAttention writes new positions into it in place; `seqlens_k` tells it how
+/// many are valid.
+class KVCache {
+ public:
+  /// Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each. The
+  /// graph has the scales of int8 caches, and quantises what it writes.
+  KVCache(const GraphSpec& graph, const Manifest& manifest, int64_t capacity)
+      : heads_(manifest.dims.num_key_value_heads),
+        width_(manifest.dims.head_dim),
+        capacity_(capacity),
+        is_int8_(manifest.cache_type == "int8") {
+    const auto [first, last] = graph.layers.value();
+    for (int64_t layer = first; layer < last; ++layer) {
+      for (const char* kind : {"key", "value"}) {
+        const std::string suffix = std::to_string(layer) + "." + kind;
+        past.emplace_back("past_key_values." + suffix, nullptr);
+        present.emplace_back("present." + suffix, nullptr);
+      }
+    }
+    buffers_.resize(past.size());
+    allocate(0, 0);
+  }
+
+  /// Make room for `capacity` tokens and keep the first `length` positions. A cache that is too small doubles, up to
+  /// `limit`, so a dialogue copies each position about once.
+  void reserve(int64_t capacity, int64_t length, int64_t limit) {
+    if (capacity <= capacity_) return;
+    const int64_t held = std::exchange(capacity_, std::max(capacity, std::min(2 * capacity_, limit)));
+    bytes = 0;
+    allocate(length, held);
+  }
+
+  Call::Bound past, present;
+  int64_t bytes = 0;
+
+ private:
+  /// New buffers with the first `length` positions of the old ones, whose capacity is `held`. One buffer at a time:
+  /// each old one is freed before the next is made.
+  void allocate(int64_t length, int64_t held) {
+    for (size_t i = 0; i < buffers_.size(); ++i)
+      is_int8_ ? allocate<int8_t>(i, length, held) : allocate<float>(i, length, held);
+  }
+
+  template <class T>
+  void allocate(size_t i, int64_t length, int64_t held) {
+    const auto buffer = std::make_shared<Tensor<T>>(std::vector<int64_t>{1, heads_, capacity_, width_});
+    for (int64_t head = 0; length > 0 && head < heads_; ++head) {
+      const T* old = static_cast<const Tensor<T>*>(buffers_[i].get())->data() + head * held * width_;
+      std::copy(old, old + length * width_, buffer->data() + head * capacity_ * width_);
+    }
+    past[i].second = present[i].second = &buffer->value();
+    bytes += static_cast<int64_t>(buffer->bytes());
+    buffers_[i] = buffer;
+  }
+
+  int64_t heads_, width_, capacity_;
+  bool is_int8_;
+  std::vector<std::shared_ptr<void>> buffers_;  // Tensor<float> or Tensor<int8_t>
+};
+
+}  // namespace autosteer

@@ -1,0 +1,477 @@
+// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), and nothing else.
+//
+//     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
+//
+// Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). If the file asks for anything
+// that is not implemented here, a PackageError names it; ignoring it would silently give wrong ids.
+//
+// Regular expressions run in Oniguruma: tokenizer.json is written in its dialect, and Python's tokenizers uses it too.
+// docs/embedding.md says why the tokenizer is our own.
+#pragma once
+
+#include <oniguruma.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <queue>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+#include "errors.hpp"
+#include "manifest.hpp"
+#include "unicode.hpp"
+
+namespace autosteer {
+
+/// A range of bytes of a text: first, one past the last.
+using Span = std::pair<size_t, size_t>;
+
+/// A regular expression of Oniguruma over UTF-8.
+class Regex {
+ public:
+  explicit Regex(const std::string& pattern) {
+    static std::once_flag once;
+    std::call_once(once, [] {
+      OnigEncoding encodings[] = {ONIG_ENCODING_UTF8};
+      onig_initialize(encodings, 1);
+    });
+    const auto* begin = reinterpret_cast<const OnigUChar*>(pattern.data());
+    OnigErrorInfo info;
+    regex_t* regex = nullptr;
+    const int status = onig_new(&regex, begin, begin + pattern.size(), ONIG_OPTION_NONE, ONIG_ENCODING_UTF8,
+                                ONIG_SYNTAX_DEFAULT, &info);
+    regex_.reset(regex);
+    if (status != ONIG_NORMAL) throw PackageError("pattern '" + pattern + "' is not a regular expression");
+  }
+
+  /// The first match in `text` at or after `from`, if any.
+  std::optional<Span> find(std::string_view text, size_t from) const {
+    const std::unique_ptr<OnigRegion, void (*)(OnigRegion*)> region(onig_region_new(),
+                                                                    [](OnigRegion* r) { onig_region_free(r, 1); });
+    const auto* begin = reinterpret_cast<const OnigUChar*>(text.data());
+    const auto* end = begin + text.size();
+    const auto at = onig_search(regex_.get(), begin, end, begin + from, end, region.get(), ONIG_OPTION_NONE);
+    if (at == ONIG_MISMATCH) return std::nullopt;
+    if (at < 0) throw InputError("the prompt is too much for the tokenizer's regular expression");
+    return Span{static_cast<size_t>(region->beg[0]), static_cast<size_t>(region->end[0])};
+  }
+
+ private:
+  struct Free {
+    void operator()(regex_t* regex) const { onig_free(regex); }
+  };
+  std::unique_ptr<regex_t, Free> regex_;
+};
+
+class Tokenizer {
+ public:
+  /// Read tokenizer.json. Throws PackageError if it is damaged or not byte-level BPE.
+  explicit Tokenizer(const std::filesystem::path& path) {
+    try {
+      std::ifstream file(path, std::ios::binary);
+      load(Json::parse(file, [](int depth, Json::parse_event_t event, Json&) {
+        decoding::check_depth(depth, event);
+        return true;
+      }));
+#ifdef __GLIBC__
+      malloc_trim(0);  // glibc would keep the tens of megabytes that the JSON document took
+#endif
+    } catch (const PackageError& err) {
+      throw PackageError(path.string() + ": " + err.what());
+    } catch (const nlohmann::json::parse_error& err) {  // its message would quote the file's bytes
+      throw PackageError(path.string() + ": not a tokenizer (no JSON at byte " + std::to_string(err.byte) + ")");
+    } catch (const nlohmann::json::exception& err) {
+      throw PackageError(path.string() + ": not a tokenizer (" + err.what() + ")");
+    }
+  }
+
+  /// Token ids of `text`, without begin or end tokens; special tokens in it are plain text. Throws InputError if it is
+  /// not valid UTF-8.
+  std::vector<int64_t> encode(std::string_view text) const {
+    if (!unicode::is_valid(text)) throw InputError("the prompt is not valid Unicode text");
+    std::vector<int64_t> ids;
+    for_each_part(text, added_, ids, [&](std::string_view part) {
+      const std::string normal = nfc_ ? unicode::nfc(part) : std::string(part);
+      for_each_part(normal, added_normalised_, ids, [&](std::string_view plain) { encode_plain(plain, ids); });
+    });
+    return ids;
+  }
+
+  /// The bytes of token `id`; empty for special tokens and unknown ids.
+  std::string_view bytes(int64_t id) const {
+    if (id < 0 || static_cast<size_t>(id) + 1 >= starts_.size()) return {};
+    const size_t start = starts_[static_cast<size_t>(id)], end = starts_[static_cast<size_t>(id) + 1];
+    return std::string_view(bytes_).substr(start, end - start);
+  }
+
+ private:
+  struct AddedToken {
+    std::string content;
+    int64_t id;
+    bool special;
+  };
+
+  /// How one step of the pre-tokeniser cuts a text.
+  struct Split {
+    std::optional<Regex> regex;  ///< absent: `literal`
+    std::string literal;
+    bool invert = false;            ///< the text between matches is the piece
+    bool remove = false;            ///< drop matches (or, inverted, the rest)
+    bool add_prefix_space = false;  ///< ByteLevel
+    bool cut = true;                ///< ByteLevel without use_regex cuts nothing
+  };
+
+  struct Merge {
+    uint64_t pair;
+    int32_t rank, id;
+    bool operator<(const Merge& other) const { return std::tie(pair, rank) < std::tie(other.pair, other.rank); }
+  };
+
+  // --- reading the file ---------------------------------------------------------------------------------------------
+
+  [[noreturn]] static void unknown(const std::string& what, const Json& value) {
+    throw PackageError(what + " " + decoding::shown(value) + " is not supported by the C++ tokenizer");
+  }
+
+  void load(const Json& data) {
+    std::vector<std::string> bytes;
+    load_model(data.at("model"), bytes);
+    for (const Json& token : data.at("added_tokens")) load_added_token(token, bytes);
+    if (!ignore_merges_) vocab_ = {};
+    starts_.reserve(bytes.size() + 1);
+    for (const std::string& token : bytes) {
+      starts_.push_back(static_cast<uint32_t>(bytes_.size()));
+      bytes_ += token;
+    }
+    starts_.push_back(static_cast<uint32_t>(bytes_.size()));
+    bytes_.shrink_to_fit();
+    if (!data.at("normalizer").is_null()) load_normalizer(data["normalizer"]);
+    load_pre_tokenizer(data.at("pre_tokenizer"));
+    if (!data.at("decoder").is_object() || data["decoder"].at("type") != "ByteLevel") {
+      unknown("decoder", data["decoder"]);
+    }
+  }
+
+  /// `bytes`: receives the bytes of each token, by id.
+  void load_model(const Json& model, std::vector<std::string>& bytes) {
+    if (model.at("type") != "BPE") unknown("model", model.at("type"));
+    for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+      if (model.contains(key) && !model[key].is_null() && model[key] != "") unknown(key, model[key]);
+    }
+    for (const char* key : {"fuse_unk", "byte_fallback"}) {
+      if (model.value(key, false)) unknown(key, model[key]);
+    }
+    ignore_merges_ = model.value("ignore_merges", false);
+    const Json& vocab = model.at("vocab");
+    vocab_.reserve(vocab.size());
+    for (const auto& item : vocab.items()) {
+      const auto id = item.value().get<int64_t>();
+      if (id < 0 || id > 1 << 24) unknown("token id", item.value());
+      vocab_.emplace(item.key(), id);
+      set_bytes(bytes, id, byte_level_decode(item.key()));
+    }
+    next_added_id_ = static_cast<int64_t>(vocab.size());
+    const auto id_of = [&](const std::string& token) {
+      const auto found = vocab_.find(token);
+      if (found == vocab_.end()) throw PackageError("merge of '" + token + "', which is not in the vocabulary");
+      return found->second;
+    };
+    const Json& merges = model.at("merges");
+    merges_.reserve(merges.size());
+    for (size_t rank = 0; rank < merges.size(); ++rank) {
+      const auto [left, right] = merge_parts(merges[rank]);
+      merges_.push_back(
+          {pair_key(id_of(left), id_of(right)), static_cast<int32_t>(rank), static_cast<int32_t>(id_of(left + right))});
+    }
+    std::sort(merges_.begin(), merges_.end());
+    for (size_t byte = 0; byte < 256; ++byte) {
+      const auto found = vocab_.find(byte_alphabet()[byte]);
+      byte_ids_[byte] = found == vocab_.end() ? -1 : found->second;
+    }
+  }
+
+  /// ["a", "b"], or in older files "a b".
+  static std::pair<std::string, std::string> merge_parts(const Json& merge) {
+    if (merge.is_array() && merge.size() == 2) return {merge[0].get<std::string>(), merge[1].get<std::string>()};
+    const auto text = merge.get<std::string>();
+    const size_t space = text.find(' ');
+    if (space == std::string::npos) unknown("merge", merge);
+    return {text.substr(0, space), text.substr(space + 1)};
+  }
+
+  void load_added_token(const Json& token, std::vector<std::string>& bytes) {
+    AddedToken added{token.at("content"), token.at("id"), token.at("special")};
+    if (added.content.empty()) unknown("added token", token);
+    // The library numbers added tokens itself: the vocabulary's id, or one after the last. If the file has another id,
+    // no model was trained with it.
+    const auto in_vocabulary = vocab_.find(added.content);
+    if (added.id != (in_vocabulary != vocab_.end() ? in_vocabulary->second : next_added_id_)) {
+      unknown("the id of added token", token);
+    }
+    if (in_vocabulary == vocab_.end()) ++next_added_id_;
+    if (!added.special && (token.at("single_word") || token.at("lstrip") || token.at("rstrip"))) {
+      unknown("added token", token);
+    }
+    set_bytes(bytes, added.id, added.special ? "" : byte_level_decode(added.content));
+    (token.at("normalized").get<bool>() ? added_normalised_ : added_).push_back(std::move(added));
+  }
+
+  void load_normalizer(const Json& normalizer) {
+    if (normalizer.at("type") == "Sequence") {
+      for (const Json& part : normalizer.at("normalizers")) load_normalizer(part);
+    } else if (normalizer["type"] == "NFC") {
+      nfc_ = true;
+    } else {
+      unknown("normalizer", normalizer);
+    }
+  }
+
+  void load_pre_tokenizer(const Json& step) {
+    const std::string type = step.is_object() ? step.at("type").get<std::string>() : "null";
+    if (byte_level_) unknown("pre_tokenizer after ByteLevel", step);
+    if (type == "Sequence") {
+      for (const Json& part : step.at("pretokenizers")) load_pre_tokenizer(part);
+      if (!byte_level_) unknown("pre_tokenizer without ByteLevel", step);
+    } else if (type == "Split") {
+      splits_.push_back(load_split(step));
+    } else if (type == "Digits") {
+      Split split;
+      split.regex.emplace(step.at("individual_digits").get<bool>() ? "\\p{N}" : "\\p{N}+");
+      splits_.push_back(std::move(split));
+    } else if (type == "ByteLevel") {
+      byte_level_ = true;
+      Split split;
+      split.add_prefix_space = step.at("add_prefix_space").get<bool>();
+      split.cut = step.value("use_regex", true);
+      split.regex.emplace("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
+      splits_.push_back(std::move(split));
+    } else {
+      unknown("pre_tokenizer", step);
+    }
+    if (splits_.empty()) unknown("pre_tokenizer", step);
+  }
+
+  static Split load_split(const Json& step) {
+    Split split;
+    split.invert = step.at("invert").get<bool>();
+    split.remove = step.at("behavior") == "Removed";
+    if (!split.remove && step["behavior"] != "Isolated") unknown("behavior", step["behavior"]);
+    const Json& pattern = step.at("pattern");
+    if (pattern.contains("Regex")) {
+      split.regex.emplace(pattern["Regex"].get<std::string>());
+    } else {
+      split.literal = pattern.at("String").get<std::string>();
+      if (split.literal.empty()) unknown("pattern", pattern);
+    }
+    return split;
+  }
+
+  static void set_bytes(std::vector<std::string>& bytes, int64_t id, std::string of_token) {
+    if (static_cast<size_t>(id) >= bytes.size()) bytes.resize(static_cast<size_t>(id) + 1);
+    bytes[static_cast<size_t>(id)] = std::move(of_token);
+  }
+
+  // --- bytes as printable characters: GPT-2's alphabet
+  // ----------------------------------------------------------------
+
+  static std::string utf8(uint32_t codepoint) {
+    std::array<utf8proc_uint8_t, 4> out{};
+    const auto length = utf8proc_encode_char(static_cast<utf8proc_int32_t>(codepoint), out.data());
+    return {reinterpret_cast<const char*>(out.data()), static_cast<size_t>(length)};
+  }
+
+  /// The character for each byte in the vocabulary: itself if it is printable, else the next one from 256 up.
+  static const std::array<std::string, 256>& byte_alphabet() {
+    static const auto alphabet = [] {
+      std::array<std::string, 256> characters;
+      uint32_t next = 256;
+      for (uint32_t byte = 0; byte < 256; ++byte) {
+        const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+        characters[byte] = utf8(printable ? byte : next++);
+      }
+      return characters;
+    }();
+    return alphabet;
+  }
+
+  /// The bytes of a vocabulary entry; an entry with a character outside the alphabet is returned unchanged.
+  static std::string byte_level_decode(const std::string& token) {
+    static const auto bytes = [] {
+      std::unordered_map<std::string_view, char> map;
+      for (size_t byte = 0; byte < 256; ++byte) map.emplace(byte_alphabet()[byte], static_cast<char>(byte));
+      return map;
+    }();
+    std::string out;
+    for (size_t at = 0; at < token.size();) {
+      const size_t length = unicode::character(token, at);
+      const auto found = bytes.find(std::string_view(token).substr(at, length));
+      if (length == 0 || found == bytes.end()) return token;
+      out += found->second;
+      at += length;
+    }
+    return out;
+  }
+
+  // --- text to ids
+  // ----------------------------------------------------------------------------------------------------
+
+  /// Cut the added tokens out of `text`, the leftmost and longest first. Appends their ids to `ids` and calls `rest`
+  /// with the text between them. Special tokens stay in the text, but no other token is matched inside them.
+  template <class Rest>
+  static void for_each_part(std::string_view text, const std::vector<AddedToken>& tokens, std::vector<int64_t>& ids,
+                            const Rest& rest) {
+    size_t start = 0;
+    for (size_t at = 0; at < text.size();) {
+      const AddedToken* longest = nullptr;
+      for (const AddedToken& token : tokens) {
+        if (text.compare(at, token.content.size(), token.content) == 0 &&
+            (!longest || token.content.size() > longest->content.size())) {
+          longest = &token;
+        }
+      }
+      if (longest && !longest->special) {
+        if (start < at) rest(text.substr(start, at - start));
+        ids.push_back(longest->id);
+        start = at + longest->content.size();
+      }
+      at += longest ? longest->content.size() : 1;
+    }
+    if (start < text.size()) rest(text.substr(start));
+  }
+
+  void encode_plain(std::string_view text, std::vector<int64_t>& ids) const {
+    std::vector<std::string> words = {std::string(text)};
+    for (const Split& split : splits_) {
+      std::vector<std::string> pieces;
+      for (std::string& word : words) {
+        if (split.add_prefix_space && word.front() != ' ') word.insert(word.begin(), ' ');
+        for (const auto& [first, last] : cut(word, split)) pieces.push_back(word.substr(first, last - first));
+      }
+      words = std::move(pieces);
+    }
+    for (const std::string& word : words) merge(word, ids);
+  }
+
+  /// The pieces of `word`, none of them empty.
+  static std::vector<Span> cut(std::string_view word, const Split& split) {
+    std::vector<Span> pieces;
+    const auto add = [&](Span piece, bool matches) {
+      const bool dropped = split.remove && matches != split.invert;
+      if (piece.first < piece.second && !dropped) pieces.push_back(piece);
+    };
+    size_t done = 0;
+    for (size_t from = 0; split.cut && from <= word.size();) {
+      std::optional<Span> match;
+      if (split.regex) {
+        match = split.regex->find(word, from);
+      } else if (const size_t at = word.find(split.literal, from); at != std::string_view::npos) {
+        match = Span{at, at + split.literal.size()};
+      }
+      if (!match) break;
+      add({done, match->first}, false);
+      add(*match, true);
+      done = match->second;
+      from = match->second > match->first ? match->second : match->second + 1;
+      while (from < word.size() && (static_cast<unsigned char>(word[from]) & 0xC0) == 0x80) ++from;
+    }
+    add({done, word.size()}, false);
+    return pieces;
+  }
+
+  static uint64_t pair_key(int64_t left, int64_t right) {
+    return static_cast<uint64_t>(left) << 32 | static_cast<uint64_t>(right);
+  }
+
+  /// The pair's merge, or null. Of several, the last in the file (tokenizers uses a HashMap).
+  const Merge* merge_of(uint64_t pair) const {
+    const auto after = std::upper_bound(merges_.begin(), merges_.end(), pair,
+                                        [](uint64_t key, const Merge& merge) { return key < merge.pair; });
+    return after == merges_.begin() || std::prev(after)->pair != pair ? nullptr : &*std::prev(after);
+  }
+
+  /// Byte-pair encoding of one word: repeatedly merge the pair of lowest rank, the leftmost of several. Uses a heap, so
+  /// n letters cost n log n (tokenizers: Word::merge_all).
+  void merge(const std::string& word, std::vector<int64_t>& ids) const {
+    if (ignore_merges_) {
+      std::string token;
+      for (const char byte : word) token += byte_alphabet()[static_cast<unsigned char>(byte)];
+      if (const auto found = vocab_.find(token); found != vocab_.end()) return ids.push_back(found->second);
+    }
+    struct Symbol {
+      int64_t id;
+      int64_t previous, next;  // remaining neighbours; -1: none
+    };
+    std::vector<Symbol> symbols;
+    for (const char byte : word) {
+      const int64_t id = byte_ids_[static_cast<unsigned char>(byte)];
+      if (id < 0) continue;  // a vocabulary without this byte and without an unknown token drops it
+      const auto at = static_cast<int64_t>(symbols.size());
+      symbols.push_back({id, at - 1, at + 1});
+    }
+    if (symbols.empty()) return;
+    symbols.back().next = -1;
+
+    struct Candidate {
+      int64_t rank, at, id;
+      bool operator<(const Candidate& other) const { return std::tie(rank, at) > std::tie(other.rank, other.at); }
+    };
+    std::priority_queue<Candidate> queue;
+    const auto merge_at = [&](int64_t at) -> const Merge* {
+      const int64_t next = at < 0 ? -1 : symbols[static_cast<size_t>(at)].next;
+      if (next < 0) return nullptr;
+      return merge_of(pair_key(symbols[static_cast<size_t>(at)].id, symbols[static_cast<size_t>(next)].id));
+    };
+    const auto consider = [&](int64_t at) {
+      if (const Merge* merge = merge_at(at)) queue.push({merge->rank, at, merge->id});
+    };
+    for (size_t at = 0; at < symbols.size(); ++at) consider(static_cast<int64_t>(at));
+    while (!queue.empty()) {
+      const Candidate top = queue.top();
+      queue.pop();
+      Symbol& left = symbols[static_cast<size_t>(top.at)];
+      const Merge* merge = left.id < 0 ? nullptr : merge_at(top.at);
+      if (!merge || merge->id != top.id) continue;  // stale: one of the two was merged with something else
+      Symbol& right = symbols[static_cast<size_t>(left.next)];
+      left.id = top.id;
+      left.next = right.next;
+      right.id = -1;
+      right.next = -1;
+      if (left.next >= 0) symbols[static_cast<size_t>(left.next)].previous = top.at;
+      consider(left.previous);
+      consider(top.at);
+    }
+    for (int64_t at = 0; at >= 0; at = symbols[static_cast<size_t>(at)].next) {
+      ids.push_back(symbols[static_cast<size_t>(at)].id);
+    }
+  }
+
+  std::unordered_map<std::string, int64_t> vocab_;  // kept only for ignore_merges
+  std::vector<Merge> merges_;                       // sorted
+  std::array<int64_t, 256> byte_ids_{};
+  std::string bytes_;             // of all ids, concatenated
+  std::vector<uint32_t> starts_;  // in bytes_, by id, and the end
+  std::vector<AddedToken> added_, added_normalised_;
+  std::vector<Split> splits_;
+  int64_t next_added_id_ = 0;
+  bool nfc_ = false, ignore_merges_ = false, byte_level_ = false;
+};
+
+}  // namespace autosteer

@@ -1,0 +1,113 @@
+"""What runs in a request's turn: the engine, between the request's messages and the chunks of its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine import Chunk, Engine
+from ..gate import GatePolicy, Mode, Verdict
+from ..generation import ShownPicture, Stats
+from ..sampling import SamplingConfig
+from .conversations import Conversations
+from .dialogue import Turn, digests
+from .faults import ApiError
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request for an answer, whatever endpoint it came to."""
+
+    turns: list[Turn]
+    sampling: SamplingConfig
+    policy: GatePolicy
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of an answer, and what it has cost so far."""
+
+    chunk: Chunk
+    stats: Stats  # as of this chunk
+    shown: tuple[ShownPicture, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The verdict on one turn, without an answer."""
+
+    verdict: Verdict
+    stats: Stats
+    shown: tuple[ShownPicture, ...]
+
+
+def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[Piece]:
+    """The answer, piece by piece. Raises ApiError 500 before any text if the gate could not score the prompt."""
+    start = time.perf_counter()
+    stats = Stats(device=engine.device.provider)
+    messages = [turn.open() for turn in ask.turns]
+    beginnings = digests(ask.turns)
+    conversation = conversations.take(beginnings)
+    prompt = engine.encoder.prepare(messages, stats, conversation)
+    for chunk in engine.answer(prompt, ask.sampling, ask.policy, stats, start, conversation):
+        require_score(chunk.verdict)
+        yield Piece(chunk, dataclasses.replace(stats), prompt.shown)
+    conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
+
+
+def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score]:
+    """The verdict on each turn by itself: only decoder_lower and the prober run."""
+    for turn in turns:
+        stats = Stats(device=engine.device.provider)
+        prompt = engine.encoder.prepare([turn.open()], stats)
+        verdict = engine.request(prompt, 1, stats).prefill_lower(policy)
+        require_score(verdict)
+        yield Score(verdict, stats, prompt.shown)
+
+
+def require_score(verdict: Verdict) -> None:
+    """Raise ApiError 500 unless the prober gave a probability, or the policy asks for none.
+
+    The engine treats such a prompt as unsafe, but --policy monitor would still answer it. And steering needs a model
+    that works, which a failed prober puts in doubt.
+    """
+    if verdict.mode is not Mode.OFF and not (verdict.p_unsafe is not None and 0.0 <= verdict.p_unsafe <= 1.0):
+        raise ApiError(500, "the gate could not score this prompt, so it gets no answer", code="gate_failed")
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """The verdict, in every answer."""
+    return {
+        "p_unsafe": verdict.p_unsafe,
+        "unsafe": verdict.unsafe,
+        "action": verdict.action.value,
+        "policy": verdict.mode.value,
+        "threshold": verdict.threshold,
+        "strength": verdict.strength,
+        "layer": verdict.split_layer,
+    }
+
+
+def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_ms: float) -> dict[str, Any]:
+    """The `autosteer` object: the verdict, what each picture took, and the stages of the first token in ms."""
+    before_an_answer = stats.vision_ms + stats.embed_ms + stats.lower_ms + stats.gate_ms
+    return {
+        "verdict": verdict_json(verdict),
+        "prompt_tokens": stats.prompt_tokens,
+        "reused_tokens": stats.reused_tokens,
+        "pictures": [dataclasses.asdict(picture) for picture in shown],
+        "first_token_ms": {
+            "queue": round(queue_ms, 3),
+            "vision": round(stats.vision_ms, 3),
+            "embed": round(stats.embed_ms, 3),
+            "lower": round(stats.lower_ms, 3),
+            "gate": round(stats.gate_ms, 3),
+            "upper": None if stats.upper_ms is None else round(stats.upper_ms, 3),
+            "total": round(queue_ms + (stats.ttft_ms or before_an_answer), 3),
+        },
+        "tokens_per_second": stats.decode_tok_s and round(stats.decode_tok_s, 1),
+        "device": stats.device,
+    }

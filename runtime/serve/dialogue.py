@@ -1,0 +1,160 @@
+"""A body's messages -> the engine's, with pictures from data URLs.
+
+What does not fit the limits is refused when a request comes in, from the headers of its pictures. Pixels are decoded
+in the request's turn, so that requests that wait hold no more memory than their bodies.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+from ..errors import InputError
+from ..image import ImageLike, to_rgb
+from ..text import ImagePart, Message, VideoPart
+from .faults import ApiError
+from .limits import Limits
+from .protocol import ChatMessage, Item, OnePart
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others bring decoders that nobody needs here; EPS starts a program
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture whose header was read and whose pixels were not."""
+
+    where: str  # its path in the body
+    data: bytes
+
+    def open(self) -> ImageLike:
+        """Its pixels, RGB (H, W, 3) uint8. Raises InputError for a damaged picture."""
+        try:
+            with Image.open(io.BytesIO(self.data), formats=FORMATS) as opened:
+                return to_rgb(opened)
+        except Exception as err:  # on damaged files Pillow's decoders raise any exception
+            raise InputError(f"{self.where}: not a readable picture ({err or type(err).__name__})") from err
+
+
+Part = str | Picture | tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message before its pictures are opened."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[Part, ...]
+
+    def open(self) -> Message:
+        """The engine's message. Raises InputError for a damaged picture."""
+        return Message(self.role, tuple(map(_open, self.parts)))
+
+    def digest(self, earlier: bytes) -> bytes:
+        """SHA-256 of this turn and the turns before it, whose digest is `earlier`."""
+        sha = hashlib.sha256(earlier + self.role.encode())
+        for part in self.parts:
+            for piece in part if isinstance(part, tuple) else (part,):
+                data = piece.encode() if isinstance(piece, str) else piece.data
+                sha.update(f"{type(part).__name__} {len(data)}:".encode() + data)
+        return sha.digest()
+
+
+def _open(part: Part) -> str | ImagePart | VideoPart:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Picture):
+        return ImagePart(part.open())
+    return VideoPart(tuple(frame.open() for frame in part))
+
+
+def digests(turns: Sequence[Turn]) -> list[bytes]:
+    """The digest of each beginning of a dialogue: of its first turn, of its first two, and so on."""
+    found = [b""]
+    for turn in turns:
+        found.append(turn.digest(found[-1]))
+    return found[1:]
+
+
+class Reader:
+    """Reads the messages of one request, and counts its pictures and frames against the limits."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._pictures = self._frames = 0
+
+    def messages(self, messages: Sequence[ChatMessage | Item], where: str) -> list[Turn]:
+        """The turns of a body's messages; a refused answer's text is its refusal.
+
+        Raises ApiError 400 or 413 for a picture that is none, or beyond the limits.
+        """
+        turns = []
+        for n, message in enumerate(messages):
+            parts = [self.part(part, f"{where}[{n}].content[{i}]") for i, part in enumerate(message.content)]
+            if isinstance(message, ChatMessage) and message.refusal is not None:
+                parts.append(message.refusal)
+            turns.append(Turn(ROLES[message.role], tuple(parts)))
+        return turns
+
+    def part(self, part: OnePart, where: str) -> Part:
+        """A text, a picture, or the frames of a video."""
+        if part.frames is not None:
+            self._frames += len(part.frames)
+            _within(self._frames, self._limits.frames, "frames of videos", f"{where}.video")
+            return tuple(self._picture(url, f"{where}.video[{i}]") for i, url in enumerate(part.frames))
+        if part.picture is not None:
+            self._pictures += 1
+            _within(self._pictures, self._limits.pictures, "pictures", f"{where}.image_url")
+            return self._picture(part.picture, f"{where}.image_url")
+        return (part.text if part.refusal is None else part.refusal) or ""
+
+    def _picture(self, url: str, where: str) -> Picture:
+        data = _data_of(url, where)
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                width, height = opened.size
+        except Exception as err:  # Pillow warns of bombs with an exception of its own
+            raise ApiError(400, f"{where}: no {', '.join(FORMATS)} picture ({err})", param=where) from None
+        if width * height > self._limits.megapixels * 1e6:
+            raise ApiError(
+                413,
+                f"{where}: a picture of {width}x{height} pixels; this server takes {self._limits.megapixels:g} million",
+                param=where,
+                code="picture_too_large",
+            )
+        return Picture(where, data)
+
+
+def _data_of(url: str, where: str) -> bytes:
+    """The bytes in a data URL. Raises ApiError 400 for any other URL: this server fetches nothing."""
+    head, comma, payload = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
+        raise ApiError(
+            400,
+            f"{where}: give the picture itself, as data:image/png;base64,...; this server fetches no addresses",
+            param=where,
+            code="unsupported_image_url",
+        )
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as err:
+        raise ApiError(400, f"{where}: damaged base64 ({err})", param=where, code="invalid_value") from None
+
+
+def _within(count: int, limit: int, what: str, where: str) -> None:
+    if count > limit:
+        raise ApiError(
+            413, f"{where}: more than {limit} {what} in a request", param=where, code=f"too_many_{what.split()[0]}"
+        )

@@ -1,0 +1,24 @@
+"""How much a client may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each has an option of autosteer-serve, and its number in the error of a request that goes beyond."""
+
+    body_mb: float = 20.0  # of a request
+    pictures: int = 8  # in a request
+    megapixels: float = 25.0  # of a picture or a frame
+    frames: int = 32  # of all videos of a request
+    max_tokens: int = 1024  # of an answer
+    waiting: int = 16  # requests that wait for their turn
+    seconds: float = 300.0  # from a request's arrival to the end of its answer
+    conversations: int = 4  # dialogues whose caches are kept for their next turn
+
+    @property
+    def body_bytes(self) -> int:
+        """`body_mb` in bytes."""
+        return int(self.body_mb * 1e6)

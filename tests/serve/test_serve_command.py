@@ -1,0 +1,85 @@
+"""autosteer-serve as a process: its start, its refusals to start, and its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+COMMAND = (sys.executable, "-c", "from autosteer.runtime.serve.cli import main; main()")
+KEY = "correct-horse-battery-staple"
+
+
+def refused(*arguments: object, **environment: str) -> tuple[int, str]:
+    """Exit code and the one line of an autosteer-serve that does not start."""
+    command = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.fixture
+def process(package) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server on a free port, and its address."""
+    command = [*COMMAND, str(package), "--port", "0", "--device", "cpu", "--threads", "1", "--name", "toy"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        line = running.stderr.readline()
+        found = re.fullmatch(r"toy on (http://127\.0\.0\.1:\d+) \(policy steer\); Ctrl-C stops\n", line)
+        assert found, line
+        yield running, found[1]
+        running.kill()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_it_answers_and_ends_when_told_to(process, sent, code):
+    running, url = process
+    body = {"model": "toy", "messages": [{"role": "user", "content": "bad"}]}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == "sorry refuse"
+    for path, kind in {"/": "text/html", "/static/app.js": "javascript", "/static/style.css": "text/css"}.items():
+        response = httpx.get(url + path)
+        assert response.status_code == 200 and kind in response.headers["content-type"]
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+    running.send_signal(sent)
+    assert running.wait(timeout=20) == code
+    assert running.stderr is not None and "Traceback" not in running.stderr.read()
+
+
+def test_beyond_this_machine_it_needs_a_key(package):
+    for host in ("0.0.0.0", "::", "example.org"):
+        code, line = refused(package, "--host", host)
+        assert code == 5 and f"--host {host}: others could use this server; give a key" in line
+
+
+def test_a_key_that_is_none_is_refused(package, tmp_path):
+    (tmp_path / "short").write_text("x\n")
+    for arguments, environment in (
+        (("--api-key-file", tmp_path / "short"), {}),
+        ((), {"AUTOSTEER_API_KEY": ""}),
+        ((), {"AUTOSTEER_API_KEY": "a b" * 9}),
+    ):
+        code, line = refused(package, *arguments, **environment)
+        assert code == 5 and "at least 16 printable ASCII characters" in line
+    code, line = refused(package, "--api-key-file", tmp_path / "none")
+    assert code == 1 and "No such file" in line
+
+
+def test_an_address_in_use_is_an_error_with_the_options_to_change(package):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, line = refused(package, "--port", port)
+        assert code == 1 and f"--host 127.0.0.1 --port {port}: Address already in use" in line
+
+
+def test_what_does_not_go_together_is_refused(package, unguarded_package):
+    assert "is stricter than" in refused(package, "--policy", "steer", "--weakest-policy", "stop")[1]
+    code, line = refused(unguarded_package, "--port", 0)
+    assert code == 3 and "--unguarded" in line
