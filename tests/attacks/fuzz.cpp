@@ -13,7 +13,7 @@
 #include <string>
 #include <unistd.h>
 
-#include "autosteer.hpp"
+#include "engine.hpp"
 #include "json.hpp"
 
 namespace {
