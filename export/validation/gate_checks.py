@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,20 @@ def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
     changes = float(np.abs(steered(0.0) - hidden).max())
     limit = limits_of(engine.manifest)["refusal head"]
     return [check_line("refusal head", error, limit), check_line("strength 0 changes", changes, 0.0)]
+
+
+def fit_check(engine: Engine, prompts: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers]) -> list[Check]:
+    """The scores of the safety folder's prompts beside those that autosteer-fit recorded: a fit that reads another
+    position than the runtime would show nowhere else. Rounding moves them, so only exact packages have a limit.
+    """
+    errors = [
+        abs((math.nan if (p := answers.plain.verdict.p_unsafe) is None else p) - prompt.fitted)
+        for prompt, answers in zip(prompts, ours, strict=True)
+        if prompt.fitted is not None
+    ]
+    name = "p_unsafe, to the fit's"
+    limit = LIMITS[name] if engine.manifest.exact else None
+    return [check_line(name, functools.reduce(worse, errors), limit)] if errors else []
 
 
 def refusal_checks(engine: Engine, prompts: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers]) -> list[Check]:

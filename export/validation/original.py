@@ -51,6 +51,7 @@ class ValidationPrompt:
     video_files: tuple[tuple[str, ...], ...] = ()  # the frames of each
     prompt_ids: tuple[int, ...] = ()
     unsafe: bool | None = None  # its label in the safety folder; None: not from the safety folder
+    fitted: float | None = None  # p_unsafe as autosteer-fit computed it
 
     @property
     def images(self) -> list[ImageLike]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,17 @@ def proof_prompts(folder: Path, safety: SafetyArtifact | None) -> list[Validatio
     found = []
     for prompt in filter(None, itertools.chain.from_iterable(pairs)):
         if prompt.token_ids:
-            found.append(
-                ValidationPrompt((Message("user", ()),), (), prompt_ids=prompt.token_ids, unsafe=prompt.unsafe)
-            )
+            given = ValidationPrompt((Message("user", ()),), (), prompt_ids=prompt.token_ids)
         elif prompt.text:
             assert safety is not None and safety.folder is not None
             files = tuple(f"golden/{Path(image).name}" for image in prompt.images)
             for image, file in zip(prompt.images, files, strict=True):
                 shutil.copyfile(safety.folder / image, folder / file)
             message = Message.user(prompt.text, [folder / file for file in files])
-            found.append(ValidationPrompt((message,), files, unsafe=prompt.unsafe))
+            given = ValidationPrompt((message,), files)
+        else:
+            continue
+        found.append(replace(given, unsafe=prompt.unsafe, fitted=prompt.p_unsafe))
     return found
 
 

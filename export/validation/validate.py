@@ -43,7 +43,7 @@ from autosteer.runtime.video import tiles
 from .answers import BUDGET_BYTES, PackageAnswers, answer_plainly, run_package
 from .audit import GraphAudit, Rounding, audit, cache_scales_error
 from .dequantize import PackedWeights, packed_kv_scales
-from .gate_checks import gate_checks, refusal_checks
+from .gate_checks import fit_check, gate_checks, refusal_checks
 from .golden import gate_proof, goldens
 from .limits import LIMITS, VERDICT_BAND, check_line, limits_of
 from .metrics import (
@@ -117,7 +117,8 @@ def behaviour_checks(
     gate, proof = list[Check](), None
     if safety:
         proof, steering = gate_proof(folder, engine, prompts, ours, safety)
-        gate = [*gate_checks(engine, safety), *steering, *refusal_checks(engine, prompts, ours)]
+        judged = [*fit_check(engine, prompts, ours), *refusal_checks(engine, prompts, ours)]
+        gate = [*gate_checks(engine, safety), *steering, *judged]
     del engine
 
     def ask(

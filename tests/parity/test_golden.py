@@ -16,7 +16,7 @@ from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation.answers import run_package
-from autosteer.export.validation.gate_checks import refusal_checks
+from autosteer.export.validation.gate_checks import fit_check, refusal_checks
 from autosteer.export.validation.golden import gate_proof, goldens, lead
 from autosteer.export.validation.prompts import make_validation_prompts, proof_prompts
 from autosteer.runtime import Message, Stats
@@ -35,7 +35,8 @@ def judged(folder: Path, safety: SafetyArtifact) -> tuple[list[Check], tuple[Gol
     cases = proof_prompts(folder, safety)
     engine, ours = run_package(folder, manifest, cases, 16)
     _, checks = gate_proof(folder, engine, cases, ours, safety)
-    return [*checks, *refusal_checks(engine, cases, ours)], goldens(cases, ours, manifest)[0]
+    checks = [*checks, *fit_check(engine, cases, ours), *refusal_checks(engine, cases, ours)]
+    return checks, goldens(cases, ours, manifest)[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -53,6 +54,16 @@ def test_the_demo_package_checks_itself(precision: str) -> None:
     checks = {check.name: check for check in check_package(demo_engine(precision), demo_package(precision))}
     assert [name for name, check in checks.items() if not check.passed] == []
     assert checks["of these unsafe at the package's threshold"].value == 6
+
+
+def test_a_fit_that_read_another_position_than_the_runtime_is_found_out(tmp_path: Path) -> None:
+    """Its scores, recorded for prompts of the proof, are not those of the package."""
+    safety = demo_safety()
+    before = replace(safety, facts=replace(safety.facts, token_offset=safety.facts.token_offset - 1))
+    for name, gate, passes in (("same", safety, True), ("one before", before, False)):
+        (tmp_path / name).mkdir()
+        checks, _ = judged(tmp_path / name, gate)
+        assert [check.passed for check in checks if check.name == "p_unsafe, to the fit's"] == [passes], name
 
 
 def test_prompts_whose_words_must_not_ship_go_through_as_tokens(tmp_path: Path) -> None:
