@@ -14,6 +14,7 @@ import platform
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
@@ -69,14 +70,10 @@ def answer(loaded: Engine, case: dict[str, Any]) -> list[dict[str, Any]]:
     conversation = Conversation(loaded)
     answers = [_generate(loaded, request, conversation) for request in case["requests"]]
     if case["forced"]:
-        request, names = case["requests"][-1], vars(engine)
-        drafter = names["Drafter"]
-        names["Drafter"] = Forced(tuple(answers[-1]["token_ids"]))
-        try:
+        request = case["requests"][-1]
+        with patch.object(engine, "Drafter", Forced(tuple(answers[-1]["token_ids"]))):
             sampling = {**request["sampling"], "speculate": True}
             answers.append(_generate(loaded, {**request, "sampling": sampling}, None))
-        finally:
-            names["Drafter"] = drafter
     return answers
 
 
@@ -85,13 +82,14 @@ def _generate(loaded: Engine, request: dict[str, Any], conversation: Conversatio
         Message(m["role"], tuple(p if isinstance(p, str) else ImagePart(p["image"]) for p in m["parts"]))
         for m in request["messages"]
     ]
-    margins = vars(engine)["make_sampler"] = Margins()
-    given: Answer = loaded.generate(
-        messages,
-        sampling=SamplingConfig(**request["sampling"]),
-        policy=loaded.policy(request["policy"]),
-        conversation=conversation,
-    )
+    margins = Margins()
+    with patch.object(engine, "make_sampler", margins):
+        given: Answer = loaded.generate(
+            messages,
+            sampling=SamplingConfig(**request["sampling"]),
+            policy=loaded.policy(request["policy"]),
+            conversation=conversation,
+        )
     verdict = given.verdict
     return {
         "token_ids": given.token_ids,
