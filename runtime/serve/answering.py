@@ -48,14 +48,19 @@ def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[P
     """The answer, piece by piece. Raises ApiError 500 before any text if the gate could not score the prompt."""
     start = time.perf_counter()
     stats = Stats(device=engine.device.provider)
-    messages = [turn.open() for turn in ask.turns]
     beginnings = digests(ask.turns)
+    messages = [
+        dataclasses.replace(turn.open(), trusted=conversations.wrote(beginning))
+        for turn, beginning in zip(ask.turns, beginnings, strict=True)
+    ]
     conversation = conversations.take(beginnings)
-    prompt = engine.encoder.prepare(messages, stats, conversation)
+    prompt, text = engine.encoder.prepare(messages, stats, conversation), ""
     for chunk in engine.answer(prompt, ask.sampling, ask.policy, stats, start, conversation):
         require_score(chunk.verdict)
+        text += chunk.text
         yield Piece(chunk, dataclasses.replace(stats), prompt.shown)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
+    conversations.remember(beginnings[-1], text)
 
 
 def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score]:

@@ -11,7 +11,10 @@ import pytest
 import toy
 from served import asks, data_url, served, with_picture
 
-from autosteer.runtime import Message
+from autosteer.runtime import Message, SamplingConfig
+from autosteer.runtime.serve.answering import Ask, answer
+from autosteer.runtime.serve.conversations import Conversations
+from autosteer.runtime.serve.dialogue import Turn
 
 CHAT = "/v1/chat/completions"
 LOUD = " ".join(["hello"] * 9)  # more often than any word of the turns before it: the toy answers "world"
@@ -234,6 +237,28 @@ def test_the_next_turn_computes_only_what_is_new(client, engine):
 def test_what_was_unsafe_stays_so_while_the_client_sends_it(client):
     dialogue = asks("bad", "sorry refuse", "red")
     assert client.chat.completions.create(model="toy", messages=dialogue).autosteer["verdict"]["unsafe"] is True
+
+
+def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_same_messages(engine, monkeypatch):
+    """A client may send any words as the model's: the gate judges them."""
+    conversations, seen, prepare = Conversations(engine, 2), list[list[bool]](), engine.encoder.prepare
+
+    def watched(messages, *arguments):
+        seen.append([message.trusted for message in messages])
+        return prepare(messages, *arguments)
+
+    monkeypatch.setattr(engine.encoder, "prepare", watched)
+
+    def ask(*turns: Turn) -> str:
+        asked = Ask(list(turns), SamplingConfig(max_tokens=2), engine.policy())
+        return "".join(piece.chunk.text for piece in answer(engine, conversations, asked))
+
+    red, tick, words = Turn("user", ("red",)), Turn("user", ("tick",)), Turn("assistant", ("evil",))
+    own = Turn("assistant", (ask(red),))
+    ask(red, own, tick)
+    ask(red, words, tick)  # other words
+    ask(tick, own, red)  # an answer to other messages
+    assert seen == [[False], [False, True, False], *[[False, False, False]] * 2]
 
 
 def test_verdicts_and_answers_of_clients_at_the_same_time_never_cross(server, engine):
