@@ -90,8 +90,7 @@ def sharper_attention(graph: onnx.GraphProto) -> None:
 
 def short_sighted_attention(graph: onnx.GraphProto) -> None:
     """Its rows attend to four others."""
-    node = _first(graph, "GroupQueryAttention")
-    node.attribute.append(helper.make_attribute("local_window_size", 4))
+    _attribute(_first(graph, "GroupQueryAttention"), "local_window_size", 4)
 
 
 def other_activation(graph: onnx.GraphProto) -> None:

@@ -208,7 +208,7 @@ def _attention(
         kv_num_heads=config.num_key_value_heads,
         scale=config.head_dim**-0.5,
         do_rotary=1,
-        local_window_size=config.windows[layer] or -1,
+        **({"local_window_size": window} if (window := config.windows[layer]) else {}),
         **rounding,
     )
 

@@ -295,7 +295,7 @@ def test_validation_catches_graphs_that_compute_something_else(tmp_path: Path) -
     for node in nodes:
         node.attribute.append(helper.make_attribute("local_window_size", 4))
     onnx.save(model, path)
-    checks = validate.validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
+    checks = validate.behaviour_checks(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     failed = {check.name for check in checks if not check.passed}
     assert failed == {"hidden state, error to rounded", "logits, KL to rounded", "attention, each by itself"}
 

@@ -17,7 +17,7 @@ from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import PerChannel, recipe
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation.limits import ROUNDED_LIMITS
-from autosteer.export.validation.validate import validate_package
+from autosteer.export.validation.validate import behaviour_checks, validate_package
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, Stats
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Subgraph
@@ -137,7 +137,7 @@ def test_validation_catches_either_copy_computing_something_else(half, suffix, t
         if node.op_type == "GroupQueryAttention":
             node.attribute.append(onnx.helper.make_attribute("local_window_size", 4))
     onnx.save(model, tmp_path / f"{half}.onnx")
-    checks = validate_package(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
+    checks = behaviour_checks(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     failed = {check.name for check in checks if not check.passed}
     assert f"attention, each by itself{suffix}" in failed
     assert failed <= {f"attention, each by itself{suffix}", f"logits, KL to rounded{suffix}"}
