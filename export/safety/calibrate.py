@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
 
 from autosteer.runtime.errors import InputError
 
@@ -51,11 +53,9 @@ def fit_temperature(logits: torch.Tensor, unsafe: np.ndarray) -> float:
         z = margin / math.exp(log_t)
         return float(weight @ (np.logaddexp(0, z) - target * z))
 
-    low, high = map(math.log, TEMPERATURES)
-    for _ in range(100):  # the loss is convex in 1 / T, so it has one valley in log T as well
-        third = (high - low) / 3
-        low, high = (low, high - third) if loss(low + third) < loss(high - third) else (low + third, high)
-    return math.exp((low + high) / 2)
+    # the loss is convex in 1 / T, so it has one valley in log T as well
+    found = minimize_scalar(loss, bounds=tuple(map(math.log, TEMPERATURES)), options={"xatol": 1e-9})
+    return math.exp(float(found.x))
 
 
 def fold_temperature(prober: Prober, temperature: float) -> Prober:
@@ -65,25 +65,7 @@ def fold_temperature(prober: Prober, temperature: float) -> Prober:
 
 def clopper_pearson_upper(events: int, trials: int, *, confidence: float = CONFIDENCE) -> float:
     """One-sided upper bound on a rate: the p at which `events` or fewer in `trials` has probability 1 - confidence."""
-    if events >= trials:
-        return 1.0
-    low, high = events / trials, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if binomial_cdf(events, trials, middle) > 1 - confidence else (low, middle)
-    return high
-
-
-def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(X <= k) of X ~ Binomial(n, p)."""
-    if p <= 0.0 or p >= 1.0:
-        return float(p <= 0.0 or k >= n)
-
-    def log_pmf(i: int) -> float:
-        choose = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-        return choose + i * math.log(p) + (n - i) * math.log1p(-p)
-
-    return min(1.0, math.fsum(math.exp(log_pmf(i)) for i in range(k + 1)))
+    return float(binomtest(events, trials, alternative="less").proportion_ci(confidence, method="exact").high)
 
 
 def prompts_needed(target_fpr: float, *, confidence: float = CONFIDENCE) -> int:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.stats import mannwhitneyu
 
 from .calibrate import ECE_BINS, class_weights
 
@@ -24,9 +25,7 @@ WORD_HASHES = 1024
 
 def auc(unsafe: np.ndarray, benign: np.ndarray) -> float:
     """Probability that an unsafe prompt scores above a benign one, ties counting half: scores (n,), (m,)."""
-    ordered = np.sort(benign)
-    below, not_above = (np.searchsorted(ordered, unsafe, side=side) for side in ("left", "right"))
-    return float((below + not_above).mean() / (2 * len(benign)))
+    return float(mannwhitneyu(unsafe, benign).statistic / (len(unsafe) * len(benign)))
 
 
 def roc(unsafe: np.ndarray, benign: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -270,4 +270,4 @@ def total(dropped: Counter[str]) -> str:
 
 def main() -> None:
     """Entry point of autosteer-eval."""
-    run_command(evaluate)
+    run_command(evaluate, extra="eval")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -556,8 +555,3 @@ def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):
         (tmp_path / name).write_text(name)
     row = {"unsafe": "make this", "safe": "make this", "image": "a.png", "safe_image": "b.png"}
     assert len(read_data([write_lines(tmp_path / "p.jsonl", row, *many())]).pairs) == 21
-
-
-def test_log_gamma_tail_equals_exact_combinatorics():
-    exact = sum(math.comb(300, k) * 0.02**k * 0.98 ** (300 - k) for k in range(8))
-    assert calibrate.binomial_cdf(7, 300, 0.02) == pytest.approx(exact, rel=1e-10)
