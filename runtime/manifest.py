@@ -43,6 +43,7 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 CacheType = Literal["float32", "float16", "int8"]  # numpy names
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
+Need: TypeAlias = "Callable[[bool, str], None]"  # raises PackageError with the text unless the condition holds
 Tensors: TypeAlias = "dict[str, tuple[str, Shape]]"  # name -> numpy's dtype, shape
 
 
@@ -364,8 +365,31 @@ class Manifest:
             if not condition:
                 raise PackageError(f"{path}: {what}")
 
+        for check in (
+            self._check_sizes,
+            self._check_graphs,
+            self._check_image,
+            self._check_video,
+            self._check_gate,
+            self._check_proof,
+            self._check_files,
+            self._check_golden,
+            self._check_prompt,
+            self._check_tensors,
+        ):
+            check(need)
+
+    def _check_sizes(self, need: Need) -> None:
+        """Sizes are above zero, and onnxruntime's version is one."""
         for name, size in self._sizes():
             need(0 < size < 2**31, f"{name} is {size}, which is no size")
+        need(
+            re.fullmatch(r"\d{1,4}\.\d{1,4}", self.onnxruntime) is not None,
+            f"onnxruntime: {self.onnxruntime!r} is not a version like '1.23'",
+        )
+
+    def _check_graphs(self, need: Need) -> None:
+        """The graphs that this runtime runs, and no others; each half has its layers."""
         gate = GATE_GRAPHS if self.guarded else ()
         for name in (*REQUIRED_GRAPHS, *gate):
             need(name in self.graphs, f"graph {name!r} is missing; the package cannot run without it")
@@ -380,27 +404,39 @@ class Manifest:
             len(image) == (1 if self.image else 0),
             f"'image' comes with one graph of {', '.join(IMAGE_GRAPHS)}; found: {', '.join(image) or 'none'}",
         )
-        if self.image:
-            need((self.image.kind == "anyres") == (self.image.anyres is not None), "image: 'kind' and 'anyres' differ")
-            need((self.image.kind == "split") == (self.image.split is not None), "image: 'kind' and 'split' differ")
-            if self.image.split:
-                need(self.image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
-            need(self.image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
-            need(0.0 not in self.image.std, "image: std is zero")
-            if anyres := self.image.anyres:
-                sides = [side for grid in anyres.grid_pinpoints for side in grid]
-                need(bool(sides), "image: grid_pinpoints must be given")
-                need(
-                    not any(side % self.image.tile_size for side in sides), "image: grid_pinpoints must be whole tiles"
-                )
-                need(max(sides) <= LARGEST_GRID, "image: a grid is too large")
-            grids = [separators.grid for separators in self.image.tile_separators]
-            need(len(grids) == len(set(grids)), "image: two tile_separators for one grid")
-            ids = [i for separators in self.image.tile_separators for run in separators.token_ids for i in run]
-            need(
-                all(0 <= i < self.dims.vocab_size for i in ids),
-                "image: tile_separators have an id outside the vocabulary",
-            )
+        k, n = self.split_layer, self.dims.num_hidden_layers
+        need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
+        prefill = [name for name in PREFILL_GRAPHS.values() if name in self.graphs]
+        need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
+        for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
+            for name in (half, self.prefill_graph(half)):
+                need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
+
+    def _check_image(self, need: Need) -> None:
+        """How pictures are cut."""
+        if (image := self.image) is None:
+            return
+        need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
+        need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
+        if image.split:
+            need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
+        need(image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
+        need(0.0 not in image.std, "image: std is zero")
+        if anyres := image.anyres:
+            sides = [side for grid in anyres.grid_pinpoints for side in grid]
+            need(bool(sides), "image: grid_pinpoints must be given")
+            need(not any(side % image.tile_size for side in sides), "image: grid_pinpoints must be whole tiles")
+            need(max(sides) <= LARGEST_GRID, "image: a grid is too large")
+        grids = [separators.grid for separators in image.tile_separators]
+        need(len(grids) == len(set(grids)), "image: two tile_separators for one grid")
+        ids = [i for separators in image.tile_separators for run in separators.token_ids for i in run]
+        need(
+            all(0 <= i < self.dims.vocab_size for i in ids),
+            "image: tile_separators have an id outside the vocabulary",
+        )
+
+    def _check_video(self, need: Need) -> None:
+        """How videos are pooled."""
         if self.video:
             side = self.image.anyres.tokens_per_side if self.image and self.image.anyres else 0
             need(
@@ -410,27 +446,21 @@ class Manifest:
             need(0.0 not in self.video.std, "video: std is zero")
         written = any(piece.kind == "video" for piece in self.prompt.pieces())
         need((self.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
+
+    def _check_gate(self, need: Need) -> None:
+        """Prober and Refusal Head."""
         need(
             self.guarded == (self.prober is not None) == (self.refusal is not None),
             "'guarded', 'prober' and 'refusal' contradict each other",
         )
-        k, n = self.split_layer, self.dims.num_hidden_layers
-        need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
-        prefill = [name for name in PREFILL_GRAPHS.values() if name in self.graphs]
-        need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
-        for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
-            for name in (half, self.prefill_graph(half)):
-                need(self.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
         if self.prober and self.refusal:
             need(0.0 <= self.prober.threshold < 1.0, f"prober: threshold {self.prober.threshold:g} is not from 0 to 1")
             need(self.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
             need(self.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
             need(bool(self.refusal.text.strip()), "refusal: text is empty")
-        self._check_proof(need)
-        need(
-            re.fullmatch(r"\d{1,4}\.\d{1,4}", self.onnxruntime) is not None,
-            f"onnxruntime: {self.onnxruntime!r} is not a version like '1.23'",
-        )
+
+    def _check_files(self, need: Need) -> None:
+        """Every file is inside the package, and has one hash."""
         paths = self.paths()
         for file in paths:
             pure = PurePosixPath(file)
@@ -440,6 +470,9 @@ class Manifest:
             need(paths[file] == digest, f"{file!r} has two hashes")
         for file in (self.prompt.tokenizer, *(file for golden in self.golden for file in golden.pictures())):
             need(file in paths, f"{file!r} is used but has no hash in 'files'")
+
+    def _check_golden(self, need: Need) -> None:
+        """The golden prompts, and how far another machine may be off."""
         for golden in self.golden:
             need(bool(golden.token_ids), "golden: an answer without tokens")
             need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
@@ -452,6 +485,9 @@ class Manifest:
             f"tolerance: p_unsafe is not above 0, up to {MAX_P_UNSAFE_TOLERANCE:g}",
         )
         need(0 <= self.tolerance.answers <= len(self.golden), "tolerance: more answers than golden prompts")
+
+    def _check_prompt(self, need: Need) -> None:
+        """The pieces of the chat template."""
         for piece in self.prompt.outside():
             need(
                 piece.kind in ("token", "literal"),
@@ -463,6 +499,9 @@ class Manifest:
         for piece in self.prompt.pieces():
             fits = piece.kind != "token" or 0 <= piece.id < self.dims.vocab_size
             need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {self.dims.vocab_size - 1}")
+
+    def _check_tensors(self, need: Need) -> None:
+        """Every graph has the tensors that the loop names, and no others."""
         need(self.activations in ACTIVATIONS, f"hidden_states are {self.activations}, not {' or '.join(ACTIVATIONS)}")
         for name, both_sides in self._expected().items():
             graph = self.graphs[name]
@@ -491,7 +530,8 @@ class Manifest:
         if self.video:
             yield "video: pooled_side", self.video.pooled_side
 
-    def _check_proof(self, need: Callable[[bool, str], None]) -> None:
+    def _check_proof(self, need: Need) -> None:
+        """The states that prove the gate on another machine."""
         need(self.guarded == (self.proof is not None), "'guarded' and 'proof' contradict each other")
         if self.proof is None:
             return
