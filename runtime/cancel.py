@@ -5,7 +5,7 @@
         for chunk in engine.stream("what is shown here?"):
             ...
 
-Only the Python runtime has this: the C++ runtime's callback ends an answer between tokens.
+In C++: autosteer_cancel.
 """
 
 from __future__ import annotations

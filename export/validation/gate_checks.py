@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from autosteer.runtime.manifest import Check
 from .answers import PackageAnswers
 from .limits import LIMITS, check_line, limits_of
 from .metrics import relative_error, worse
-from .original import OriginalModel, ValidationPrompt
+from .original import OriginalAnswer, OriginalModel, ValidationPrompt
 
 
 def gate_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
@@ -51,18 +50,17 @@ def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
     return [check_line("refusal head", error, limit), check_line("strength 0 changes", changes, 0.0)]
 
 
-def fit_check(engine: Engine, prompts: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers]) -> list[Check]:
-    """The scores of the safety folder's prompts beside those that autosteer-fit recorded: a fit that reads another
-    position than the runtime would show nowhere else. Rounding moves them, so only exact packages have a limit.
+def fit_check(prompts: Sequence[ValidationPrompt], theirs: Sequence[OriginalAnswer]) -> list[Check]:
+    """PyTorch's scores of the safety folder's prompts, at the positions that the runtime probes, beside those that
+    autosteer-fit recorded. A fit that reads other positions would show nowhere else. At every precision alike.
     """
     errors = [
-        abs((math.nan if (p := answers.plain.verdict.p_unsafe) is None else p) - prompt.fitted)
-        for prompt, answers in zip(prompts, ours, strict=True)
+        abs(original.p_unsafe - prompt.fitted)
+        for prompt, original in zip(prompts, theirs, strict=True)
         if prompt.fitted is not None
     ]
-    name = "p_unsafe, to the fit's"
-    limit = LIMITS[name] if engine.manifest.exact else None
-    return [check_line(name, functools.reduce(worse, errors), limit)] if errors else []
+    name = "p_unsafe of the fit"
+    return [check_line(name, functools.reduce(worse, errors), LIMITS[name])] if errors else []
 
 
 def refusal_checks(engine: Engine, prompts: Sequence[ValidationPrompt], ours: Sequence[PackageAnswers]) -> list[Check]:

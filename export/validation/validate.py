@@ -117,8 +117,7 @@ def behaviour_checks(
     gate, proof = list[Check](), None
     if safety:
         proof, steering = gate_proof(folder, engine, prompts, ours, safety)
-        judged = [*fit_check(engine, prompts, ours), *refusal_checks(engine, prompts, ours)]
-        gate = [*gate_checks(engine, safety), *steering, *judged]
+        gate = [*gate_checks(engine, safety), *steering, *refusal_checks(engine, prompts, ours)]
     del engine
 
     def ask(
@@ -137,10 +136,12 @@ def behaviour_checks(
         return original.follow(prompt, answers.plain.tokens, steered, answers.image_tokens)
 
     report(f"{len(prompts)} prompts, PyTorch")
-    checks = (
-        compare(prompts, ours, ask(checkpoint, follow, ours), manifest, quantised=quantised, wide=checkpoint.wide)
-        + gate
-    )
+    theirs = ask(checkpoint, follow, ours)
+    checks = [
+        *compare(prompts, ours, theirs, manifest, quantised=quantised, wide=checkpoint.wide),
+        *gate,
+        *fit_check(prompts, theirs),
+    ]
     limits, parts = limits_of(manifest, wide=checkpoint.wide), manifests_to_validate(manifest)
     for suffix, part in parts.items():
         report(f"{len(prompts)} prompts, PyTorch with the package's weights{suffix}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.stats import binomtest
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -19,8 +21,6 @@ def rate(events: int, trials: int) -> Rate:
     """Wilson's score interval (1927). Unlike the normal interval it is valid for small counts and at rates 0 and 1."""
     if not 0 <= events <= trials or trials == 0:
         raise ValueError(f"{events} events in {trials} trials")
-    from scipy.stats import binomtest
-
     low, high = binomtest(events, trials).proportion_ci(0.95, method="wilson")
     return Rate(events / trials, float(low), float(high))
 
@@ -42,8 +42,6 @@ class PairedTest:
 
 def mcnemar(outcome: str, first: str, second: str, pairs: Sequence[tuple[bool, bool]]) -> PairedTest:
     """pairs: the outcome of each prompt under `first` and under `second`."""
-    from scipy.stats import binomtest
-
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
     differ = only_first + only_second

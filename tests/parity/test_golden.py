@@ -16,9 +16,10 @@ from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation.answers import run_package
-from autosteer.export.validation.gate_checks import fit_check, refusal_checks
+from autosteer.export.validation.gate_checks import refusal_checks
 from autosteer.export.validation.golden import gate_proof, goldens, lead
 from autosteer.export.validation.prompts import make_validation_prompts, proof_prompts
+from autosteer.export.validation.validate import behaviour_checks
 from autosteer.runtime import Message, Stats
 from autosteer.runtime.check import check_package
 from autosteer.runtime.manifest import Check, Golden
@@ -35,8 +36,7 @@ def judged(folder: Path, safety: SafetyArtifact) -> tuple[list[Check], tuple[Gol
     cases = proof_prompts(folder, safety)
     engine, ours = run_package(folder, manifest, cases, 16)
     _, checks = gate_proof(folder, engine, cases, ours, safety)
-    checks = [*checks, *fit_check(engine, cases, ours), *refusal_checks(engine, cases, ours)]
-    return checks, goldens(cases, ours, manifest)[0]
+    return [*checks, *refusal_checks(engine, cases, ours)], goldens(cases, ours, manifest)[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -57,13 +57,14 @@ def test_the_demo_package_checks_itself(precision: str) -> None:
 
 
 def test_a_fit_that_read_another_position_than_the_runtime_is_found_out(tmp_path: Path) -> None:
-    """Its scores, recorded for prompts of the proof, are not those of the package."""
+    """Its scores, recorded for the proof's prompts, are not PyTorch's at the runtime's positions; at int4, too."""
     safety = demo_safety()
     before = replace(safety, facts=replace(safety.facts, token_offset=safety.facts.token_offset - 1))
     for name, gate, passes in (("same", safety, True), ("one before", before, False)):
-        (tmp_path / name).mkdir()
-        checks, _ = judged(tmp_path / name, gate)
-        assert [check.passed for check in checks if check.name == "p_unsafe, to the fit's"] == [passes], name
+        (folder := tmp_path / name).mkdir()
+        manifest = write_package(folder, demo_checkpoint(), gate, ExportOptions("int4"), lambda _: None)
+        checks = behaviour_checks(folder, manifest, demo_checkpoint(), gate, lambda _: None).checks
+        assert [check.passed for check in checks if check.name == "p_unsafe of the fit"] == [passes], name
 
 
 def test_prompts_whose_words_must_not_ship_go_through_as_tokens(tmp_path: Path) -> None:
