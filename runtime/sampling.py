@@ -28,7 +28,8 @@ class SamplingConfig:
     )
     seed: int = 0  # same seed, same text
     stop: tuple[str, ...] = ()  # end the answer before the first of these strings
-    logprobs: int | None = None  # report each token's log probability, and those of so many most likely tokens
+    # Report each token's log probability, and those of this many likeliest tokens. For autosteer-serve, so not in C++.
+    logprobs: int | None = None
     speculate: bool = True  # draft what the answer copies: faster; near ties may differ at int8 and int4
 
     def __post_init__(self) -> None:
