@@ -60,12 +60,20 @@ def llama3_like(path: Path) -> Path:
     return path
 
 
+def uncased(path: Path) -> Path:
+    """NFC, then lower case, as the demo model has it."""
+    data = json.loads(qwen_like(path).read_text())
+    data["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    path.write_text(json.dumps(data))
+    return path
+
+
 def demo_tokenizer(_path: Path) -> Path:
     """The bundled checkpoint's own."""
     return demo_checkpoint().folder / "tokenizer.json"
 
 
-TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like]
+TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased]
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
@@ -79,10 +87,12 @@ def test_token_ids_are_the_tokenizers_librarys(parts, tmp_path, make):
     assert [(t, f) for t, f, e in zip(texts, found, expected, strict=True) if f != e] == []
 
 
-def test_every_kind_of_character_is_split_alike(parts, tmp_path):
-    """One of every 37 code points of the first planes, between letters, digits and spaces."""
-    path = qwen_like(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("make", [qwen_like, uncased])
+def test_every_kind_of_character_is_split_alike(parts, tmp_path, make):
+    """One of every 37 code points of the first planes, and all that have a lower case, between letters and digits."""
+    path = make(tmp_path / "tokenizer.json")
     points = [c for c in range(1, 0x32000, 37) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
+    points += [c for c in range(0x32000) if not 0xD800 <= c < 0xE000 and chr(c).lower() != chr(c)]
     texts = ["".join(f"a{chr(c)}{chr(c)} b {chr(c)}1" for c in points[i : i + 32]) for i in range(0, len(points), 32)]
     tokenizer = load_tokenizer(path)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -126,7 +136,7 @@ def test_text_that_is_not_unicode_is_an_input_error(built):
         (("model", "type"), "WordPiece"),
         (("model", "unk_token"), "<unk>"),
         (("model", "byte_fallback"), True),
-        (("normalizer",), {"type": "Lowercase"}),
+        (("normalizer",), {"type": "NFKC"}),
         (("pre_tokenizer",), {"type": "Whitespace"}),
         (("pre_tokenizer",), None),
         (("decoder",), None),

@@ -109,7 +109,8 @@ class Tokenizer {
     if (!unicode::is_valid(text)) throw InputError("the prompt is not valid Unicode text");
     std::vector<int64_t> ids;
     for_each_part(text, added_, ids, [&](std::string_view part) {
-      const std::string normal = nfc_ ? unicode::nfc(part) : std::string(part);
+      std::string normal(part);
+      for (const auto& normalise : normalisers_) normal = normalise(normal);
       for_each_part(normal, added_normalised_, ids, [&](std::string_view plain) { encode_plain(plain, ids); });
     });
     return ids;
@@ -238,7 +239,9 @@ class Tokenizer {
     if (normalizer.at("type") == "Sequence") {
       for (const Json& part : normalizer.at("normalizers")) load_normalizer(part);
     } else if (normalizer["type"] == "NFC") {
-      nfc_ = true;
+      normalisers_.push_back(unicode::nfc);
+    } else if (normalizer["type"] == "Lowercase") {
+      normalisers_.push_back(unicode::lower_case);
     } else {
       unknown("normalizer", normalizer);
     }
@@ -471,7 +474,8 @@ class Tokenizer {
   std::vector<AddedToken> added_, added_normalised_;
   std::vector<Split> splits_;
   int64_t next_added_id_ = 0;
-  bool nfc_ = false, ignore_merges_ = false, byte_level_ = false;
+  std::vector<std::string (*)(std::string_view)> normalisers_;  // in order
+  bool ignore_merges_ = false, byte_level_ = false;
 };
 
 }  // namespace autosteer

@@ -1,9 +1,10 @@
-// UTF-8: characters, white space, NFC, and ill-formed bytes.
+// UTF-8: characters, white space, NFC, lower case, and ill-formed bytes.
 #pragma once
 
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -41,6 +42,21 @@ inline std::string nfc(std::string_view text) {
   const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(composed, std::free);
   if (length < 0) throw InputError(std::string("the prompt cannot be normalised (") + utf8proc_errmsg(length) + ")");
   return {reinterpret_cast<const char*>(composed), static_cast<size_t>(length)};
+}
+
+/// Every character of a valid text in lower case, as Rust's char::to_lowercase has it.
+inline std::string lower_case(std::string_view text) {
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    utf8proc_int32_t codepoint = 0;
+    at += static_cast<size_t>(utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
+                                               static_cast<utf8proc_ssize_t>(text.size() - at), &codepoint));
+    std::array<utf8proc_uint8_t, 4> lower{};
+    const auto length = utf8proc_encode_char(utf8proc_tolower(codepoint), lower.data());
+    out.append(reinterpret_cast<const char*>(lower.data()), static_cast<size_t>(length));
+    if (codepoint == 0x130) out += "\xCC\x87";  // the one letter that becomes two: i and a dot above
+  }
+  return out;
 }
 
 /// Bytes as text with ill-formed ones replaced by U+FFFD, as Rust's String::from_utf8_lossy does: one for each maximal
