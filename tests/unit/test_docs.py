@@ -137,7 +137,7 @@ def test_commands_are_found_in_the_pages() -> None:
     """The check above could not fail if it overlooked them."""
     found = {command for page in WRITTEN for command, *_ in commands(page.read_text(encoding="utf-8"))}
     assert found >= {"autosteer-fit", "autosteer-export", "autosteer-run", "autosteer-eval", "autosteer-check"}
-    assert found >= {"autosteer-cli", "bench.py", "quality.py", "smollm2.py", "make_demo_data.py", "plots.py"}
+    assert found >= {"autosteer-cli", "bench.py", "quality.py", "real_weights.py", "make_demo_data.py", "plots.py"}
 
 
 def test_readme_is_read_in_three_minutes() -> None:
