@@ -455,7 +455,7 @@ PYTHON_FILES = (
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "generation.hpp"),
-    *("sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("prompt_encoder.hpp", "sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
