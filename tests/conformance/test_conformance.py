@@ -450,12 +450,13 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 # --- nothing is refused by one runtime alone -------------------------------------------------------------------------
 
 PYTHON_FILES = (
-    *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py", "sampling.py"),
-    *("self_test.py", "subgraph.py", "text.py", "video.py"),
+    *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py"),
+    *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py"),
 )
 CPP_FILES = (
-    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "generation.hpp"),
-    *("prompt_encoder.hpp", "sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "manifest_checks.hpp"),
+    *("manifest_decode.hpp", "picture.hpp", "generation.hpp", "prompt_encoder.hpp", "sampling.hpp"),
+    *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
