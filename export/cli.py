@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
-from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
+from autosteer.runtime.console import debug_option, dumps, json_option, run_command
 from autosteer.runtime.errors import CheckError, InputError, PackageError
-from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Check, Manifest, Precision
+from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Precision
 
 from .graphs.quantize import Target
 from .output import atomic_folder, check_output
 from .push import check_login, push
-from .safety import PICTURES
+from .summary import Exported, checks_table, facts_of, summary
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
     from .checkpoint.open import Checkpoint
-    from .footprint import Footprint
-    from .graphs.quantize import Scheme
+    from .package import ExportOptions
     from .safety_folder import SafetyArtifact
 
 # What to try if a package differs too much, by --precision, --target and --block-size.
-ADVICE: dict[tuple[str, str, str | None], str] = {
+ADVICE: dict[tuple[str, str, int | None], str] = {
     ("int4", "cpu", None): "; try --block-size 32, or int8",
     ("int4", "cuda", None): "; try --block-size 32, or int8",
     ("int8", "cpu", None): "; try --block-size 128",
 }
-BLOCK_SIZES = {32, 64, 128}
 
 
 @click.command("autosteer-export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -140,12 +140,10 @@ def export(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     from .checkpoint.hf_model import quiet_transformers
-    from .checkpoint.open import open_checkpoint, recommended_options
-    from .footprint import check_space, count_weights, footprint, peak_rss_bytes
+    from .checkpoint.open import open_checkpoint
+    from .footprint import check_space
     from .heartbeat import heartbeat
-    from .package import ExportOptions, folder_sizes, with_results, write_package
-    from .validation.reload import load_again
-    from .validation.validate import validate_package
+    from .package import ExportOptions
 
     console = Console(stderr=True)
     started = time.perf_counter()
@@ -174,106 +172,57 @@ def export(
             safety = safety.firing_above(threshold)
         check_space(output, checkpoint, options.precision, *([options.prefill] if options.prefill else []))
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
-            progress.update(task, total=count_weights(checkpoint))
-            manifest = write_package(
-                *(folder, checkpoint, safety, options),
-                report=lambda step: progress.update(task, description=f"writing: {step}"),
-                advance=lambda name, numbers: progress.update(task, description=f"writing: {name}", advance=numbers),
+            exported = write_and_validate(
+                *(folder, checkpoint, safety, options, progress, task), show=None if as_json else console
             )
-            progress.reset(task, total=None)
-            results = validate_package(
-                *(folder, manifest, checkpoint, safety),
-                report=lambda step: progress.update(task, description=f"validating: {step}"),
-            )
-            if not as_json:
-                console.print(checks_table(results.checks), markup=False, highlight=False)
-            if failed := [check.name for check in results.checks if not check.passed]:
-                advice = ADVICE.get((precision, target, block_size), "")
-                raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{advice}")
-            manifest = with_results(folder, manifest, results)
-            sizes = folder_sizes(folder)
-            needs = footprint(folder, manifest)
-            progress.update(task, description="loading the package")
-            loaded = load_again(folder, needs.running)
-    notes = [*remarks(checkpoint, options.recipe.body), *blind_gate(manifest)]
-    facts = {
-        "package": str(output),
-        "split_layer": manifest.split_layer,
-        "layers": manifest.dims.num_hidden_layers,
-        "precision": precision,
-        "guarded": manifest.guarded,
-        "bytes": sum(sizes.values()),
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
-        "loaded": loaded,
-        "recommended_options": recommended_options(checkpoint),
-        "notes": notes,
-        "checks": [dataclasses.asdict(check) for check in results.checks],
-        "pushed": push(output, repo) if repo else None,
-    }
+    facts = facts_of(exported, checkpoint, options, output, seconds=time.perf_counter() - started)
+    facts["pushed"] = push(output, repo) if repo else None
     if as_json:
         click.echo(dumps(facts))
         return
-    gate = "with its gate" if manifest.guarded else "WITHOUT A GATE (runs only with --policy off)"
-    console.print(
-        f"{output}: {manifest.source.repo} split at layer {manifest.split_layer} of {manifest.dims.num_hidden_layers}, "
-        f"{precision}, {sum(sizes.values()) / 2**20:.1f} MiB, {gate}, in {facts['seconds']} s, "
-        f"at most {peak_rss_bytes() / 2**30:.1f} GiB of memory",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(needs_text(needs), highlight=False, soft_wrap=True)
-    for line in (loaded, *notes, *([f"uploaded: {facts['pushed']}"] if repo else [])):
+    for line in summary(exported, facts):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def remarks(checkpoint: Checkpoint, body: Scheme | None) -> list[str]:
-    """Notes on the checkpoint's sampling settings and on its quantised matrices, a line each."""
-    from .checkpoint.open import recommended_options
+def write_and_validate(
+    folder: Path,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    options: ExportOptions,
+    progress: Progress,
+    task: TaskID,
+    *,
+    show: Console | None,
+) -> Exported:
+    """Write the package into `folder`, compare it with PyTorch, and load it. `show` gets the table of checks.
 
-    notes = []
-    if options := recommended_options(checkpoint):
-        notes.append(
-            f"the checkpoint's generation_config.json recommends `autosteer-run {' '.join(options)}`; without these, "
-            "answers are greedy"
-        )
-    if checkpoint.packed and checkpoint.quantization:
-        grids = [blocks for matrix in checkpoint.packed.values() if (blocks := matrix.blocks())]
-        done = "copied unchanged" if body in grids else "dequantised and quantised again" if body else "dequantised"
-        sizes = sorted({blocks.size for blocks in grids} & BLOCK_SIZES)
-        better = f" (--precision int4 --block-size {sizes[0]} keeps them)" if sizes and body not in grids else ""
-        notes.append(
-            f"the checkpoint has {len(checkpoint.packed)} matrices in {checkpoint.quantization['quant_method']}: {done}"
-            f"{better}; if the checkpoint's method also rounds activations, the package does not"
-        )
-    return notes
+    Raises CheckError if a check fails.
+    """
+    from .footprint import count_weights, footprint
+    from .package import folder_sizes, with_results, write_package
+    from .validation.reload import load_again
+    from .validation.validate import validate_package
 
-
-def blind_gate(manifest: Manifest) -> list[str]:
-    """A warning, if the model takes pictures and its gate was fitted without any."""
-    if manifest.image is None or manifest.prober is None:
-        return []
-    blind = manifest.prober.calibration.get(PICTURES) == 0
-    return (
-        [
-            "WARNING: the gate was fitted without pictures and this model takes them: nothing is known about harm in "
-            "pictures; fit it on pairs with images (autosteer-fit --pairs FILE --images DIR)"
-        ]
-        if blind
-        else []
+    progress.update(task, total=count_weights(checkpoint))
+    manifest = write_package(
+        *(folder, checkpoint, safety, options),
+        report=lambda step: progress.update(task, description=f"writing: {step}"),
+        advance=lambda name, numbers: progress.update(task, description=f"writing: {name}", advance=numbers),
     )
-
-
-def needs_text(needs: Footprint) -> str:
-    """The package's memory needs, for the terminal."""
-    weights = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in needs.weights.items())
-    fits = ", ".join(f"{size} {'yes' if fits else 'no'}" for size, fits in needs.fits().items())
-    return (
-        f"weights, MiB: {weights}\n"
-        f"to run: about {needs.running / 2**30:.1f} GiB, KV caches at {needs.kv_per_1000_tokens / 2**20:.1f} MiB per "
-        f"1,000 tokens among it; on a Jetson with {fits}"
+    progress.reset(task, total=None)
+    results = validate_package(
+        *(folder, manifest, checkpoint, safety),
+        report=lambda step: progress.update(task, description=f"validating: {step}"),
     )
+    if show:
+        show.print(checks_table(results.checks), markup=False, highlight=False)
+    if failed := [check.name for check in results.checks if not check.passed]:
+        advice = ADVICE.get((options.precision, options.target, options.block_size), "")
+        raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{advice}")
+    manifest = with_results(folder, manifest, results)
+    size, needs = sum(folder_sizes(folder).values()), footprint(folder, manifest)
+    progress.update(task, description="loading the package")
+    return Exported(manifest, results.checks, size, needs, loaded=load_again(folder, needs.running))
 
 
 def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) -> SafetyArtifact:
@@ -295,15 +244,6 @@ def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) 
             f"fit one for layer {layer} with `autosteer-fit --layer {layer}`"
         )
     return safety
-
-
-def checks_table(checks: tuple[Check, ...]) -> str:
-    """The table of checks, for the terminal."""
-    rows = [
-        (c.name, f"{c.value:.3g}", "reported" if c.limit is None else f"<= {c.limit:g}", "ok" if c.passed else "FAILED")
-        for c in checks
-    ]
-    return table(("against PyTorch", "worst", "limit", ""), rows)
 
 
 def main() -> None:

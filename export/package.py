@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from autosteer.runtime.manifest import (
     Manifest,
     Precision,
     ProberSpec,
+    PromptSpec,
     RefusalSpec,
     Source,
     Tolerance,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .validation.validate import ValidationResult
 
 Report = Callable[[str], None]
+VERSIONS = ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,13 @@ def write_package(
     the name of a tensor and how many of its numbers were written.
     """
     config = decoder_config(checkpoint, options.context_length)
-    layer = options.split_layer or (safety.facts.split_layer if safety else config.num_hidden_layers // 2)
-    if not 0 < layer < config.num_hidden_layers:
-        raise InputError(f"--layer {layer}: this model can be split at 1..{config.num_hidden_layers - 1}")
+    layer = _split_layer(options, safety, config)
     chosen = options.recipe
     check_generation(checkpoint)
     report("prompt template")
     processor = load_processor(checkpoint)
-    pictures = image_spec(checkpoint, processor)
-    framing = tuple(
-        i for frame in (pictures.tile_separators if pictures else ()) for ids in frame.token_ids for i in ids
-    )
-    videos = video_spec(checkpoint, processor)
-    video_ids = (processor.video_token_id,) if videos else ()
-    prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
-    video_token = processor.video_token if videos else None
-    prompt_spec = prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
+    pictures, videos = image_spec(checkpoint, processor), video_spec(checkpoint, processor)
+    prompt_spec = _write_tokenizer(folder, checkpoint, processor, config, pictures, videos)
     store = WeightStore(folder, checkpoint, advance)
     graphs: dict[str, GraphSpec] = {}
     image_file: Path | None = None
@@ -117,37 +110,23 @@ def write_package(
         graphs[image_file.stem] = image
     kv_scales: tuple[KVScales, ...] = ()
     if chosen.int8_caches or (chosen.body and chosen.body.needs_calibration):
-        store.flush()
-        rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
-        rows = with_random_tokens(rows, checkpoint, config.vocab_size) if chosen.int8_caches else rows
-        observed = calibrate_decoder(checkpoint, config, rows, report)
-        store.channel_energy = observed.channel_energy
-        kv_scales = observed.kv_scales if chosen.int8_caches else ()
+        kv_scales = _calibrate(checkpoint, config, chosen, processor, image_file, store, report)
     graphs |= _write_graphs(folder, chosen, safety, options.precision, config, kv_scales, layer, store, report)
     store.expect_all_read(
         *(f"{config.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
         checkpoint.family.lm_head.removesuffix(".weight"),
     )
     weights_sha256 = store.close()
+    weights = DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=Source(checkpoint.name, checkpoint.revision, checkpoint.family.model_type, None),
         precision=options.precision,
         guarded=safety is not None,
         split_layer=layer,
-        dims=Dims(
-            config.hidden_size,
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.vocab_size,
-            config.context_length,
-        ),
+        dims=Dims(**{field.name: getattr(config, field.name) for field in fields(Dims)}),
         graphs=graphs,
-        files=(
-            DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256),
-            data_file(folder, "tokenizer.json"),
-        ),
+        files=(weights, data_file(folder, "tokenizer.json")),
         kv_cache=KVCacheSpec(chosen.caches, "BNSH"),
         prompt=prompt_spec,
         image=pictures,
@@ -158,14 +137,55 @@ def write_package(
         tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
         proof=None,
         validation={},
-        versions={
-            name: version(name)
-            for name in ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
-        },
+        versions={name: version(name) for name in VERSIONS},
         onnxruntime=lowest_onnxruntime(chosen),
     )
     manifest.save(folder)
     return manifest
+
+
+def _split_layer(options: ExportOptions, safety: SafetyArtifact | None, config: DecoderConfig) -> int:
+    """The first layer of decoder_upper. Raises InputError if the model has no such layer."""
+    layer = options.split_layer or (safety.facts.split_layer if safety else config.num_hidden_layers // 2)
+    if not 0 < layer < config.num_hidden_layers:
+        raise InputError(f"--layer {layer}: this model can be split at 1..{config.num_hidden_layers - 1}")
+    return layer
+
+
+def _write_tokenizer(
+    folder: Path,
+    checkpoint: Checkpoint,
+    processor: Any,
+    config: DecoderConfig,
+    pictures: ImageSpec | None,
+    videos: VideoSpec | None,
+) -> PromptSpec:
+    """Write tokenizer.json, in which nothing that frames a prompt can be typed, and take the chat template apart."""
+    framing = tuple(
+        i for frame in (pictures.tile_separators if pictures else ()) for ids in frame.token_ids for i in ids
+    )
+    video_ids = (processor.video_token_id,) if videos else ()
+    prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
+    video_token = processor.video_token if videos else None
+    return prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    recipe: Recipe,
+    processor: Any,
+    image_file: Path | None,
+    store: WeightStore,
+    report: Report,
+) -> tuple[KVScales, ...]:
+    """Observe the decoder on texts and pictures: tell `store` each channel's energy; the scales of int8 caches."""
+    store.flush()
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
+    rows = with_random_tokens(rows, checkpoint, config.vocab_size) if recipe.int8_caches else rows
+    observed = calibrate_decoder(checkpoint, config, rows, report)
+    store.channel_energy = observed.channel_energy
+    return observed.kv_scales if recipe.int8_caches else ()
 
 
 def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:

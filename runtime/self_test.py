@@ -1,8 +1,8 @@
-"""Check that the gate works on this machine. Every load of a package does so, in milliseconds and without any text.
+"""Every load: do prober and Refusal Head compute here what they did at export? No text; milliseconds.
 
 A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
-(manifest.GateProof). If their outputs differ here, the package does not load. autosteer-check tests the whole path from
-text to answer (check.py).
+(manifest.GateProof). If their outputs differ here, the package does not load. What autosteer-check does, from text to
+answer, is in check.py.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import jinja2
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.chat_template import FIRST, Renderer
 from autosteer.export.checkpoint.layer_sweep import grouped
+from autosteer.export.checkpoint.renderer import FIRST, Renderer
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.image import open_image
 

@@ -9,8 +9,10 @@ Progress, the table of layers, warnings and errors go to stderr; the summary, or
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +25,8 @@ from autosteer.runtime.errors import ProviderError
 from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .fit import Fitted
 
 
@@ -199,21 +203,28 @@ def fit_command(
         device=device_,
         publish_proof=publish_proof,
     )
-    cache = features or output.absolute().parent / f".{output.name}.features"
+    states = _states_folder(features, output, console)
+    with states as cache, atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
+        fitted = fit(data, external, options, features=cache, console=console)
+        fitted.artifact.save(folder)
+        for name, picture in fitted.proof_images.items():
+            shutil.copyfile(picture, folder / name)
+        write_report(folder, fitted)
+    click.echo(dumps(dataclasses.asdict(fitted.artifact.facts)) if as_json else _summary(fitted, output))
+
+
+@contextlib.contextmanager
+def _states_folder(wanted: Path | None, output: Path, console: Console) -> Iterator[Path]:
+    """The folder of the hidden states. One that was not asked for is deleted, unless the fit ended early."""
+    cache = wanted or output.absolute().parent / f".{output.name}.features"
     try:
-        with atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
-            fitted = fit(data, external, options, features=cache, console=console)
-            fitted.artifact.save(folder)
-            for name, picture in fitted.proof_images.items():
-                shutil.copyfile(picture, folder / name)
-            write_report(folder, fitted)
+        yield cache
     except BaseException:  # SIGTERM is a SystemExit
         if any(cache.glob("*.keys")):
             console.print(f"hidden states are kept in {cache}; the same command continues from there", soft_wrap=True)
         raise
-    if features is None:
+    if wanted is None:
         shutil.rmtree(cache, ignore_errors=True)
-    click.echo(dumps(dataclasses.asdict(fitted.artifact.facts)) if as_json else _summary(fitted, output))
 
 
 def _summary(fitted: Fitted, output: Path) -> str:

@@ -28,7 +28,7 @@ from .calibrate import allowed_false_positives, choose_threshold, fit_temperatur
 from .evidence import Evidence, Gate, Table, gather
 from .head_fit import fit_refusal_head
 from .model import open_fit_model
-from .other_words import put_in_other_words
+from .other_words import OtherWords, put_in_other_words
 from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
 from .progress import progress
 from .proof import choose_proof
@@ -47,6 +47,8 @@ from .states import (
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
+
+    from autosteer.export.checkpoint.open import Checkpoint
 
     from .pairs import FitData, Labelled
     from .prober import Prober, Split
@@ -92,25 +94,30 @@ class Fitted:
     rewordings: tuple[FamilyRates, ...]  # what the gate makes of held-out prompts in other words
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the gate reads, and the calibrated prober that reads it."""
+
+    layer: int
+    pooling: Pooling
+    gate: Gate
+    states: dict[str, torch.Tensor]  # (n, d) of all prompts as they enter that layer, by position
+    scores: np.ndarray  # (n,) p_unsafe of all prompts
+    layers: tuple[LayerScore, ...]  # every layer's, for the report
+    pairs_without_difference: int
+
+
 def fit(
     data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
 ) -> Fitted:
     """Fit a gate on `data`. `external` prompts are only for the report. `features`: folder for hidden states."""
-    from autosteer.export.checkpoint.decoder_config import decoder_config
-    from autosteer.export.checkpoint.hf_model import quiet_transformers
-    from autosteer.export.checkpoint.open import open_checkpoint
-
-    quiet_transformers()
     started = time.perf_counter()
     prompts = data.labelled()
     split = split_prompts(data, prompts, seed=options.seed)
     if options.target_fpr is not None:
         benign = sum(not prompts[row].unsafe for row in split.heldout)
         allowed_false_positives(benign, target_fpr=options.target_fpr)
-    checkpoint = open_checkpoint(options.model)
-    depth = decoder_config(checkpoint).num_hidden_layers
-    if options.layer is not None and not 0 < options.layer < depth:
-        raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
+    checkpoint, depth = _open(options)
     fit_model = open_fit_model(checkpoint, device=options.device)
     families = possible_families(system=takes_system(fit_model))
     words = put_in_other_words(prompts, split, families, augment=options.augment, seed=options.seed)
@@ -130,44 +137,37 @@ def fit(
             states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
         table_ = _table(items, split, external=np.arange(len(prompts), reworded), taught=words.taught(split, reworded))
-        scores, probers, dropped = _score_layers(data, prompts, table_, states, options, console)
-        layer = options.layer or choose_layer(scores, options.select)
-        console.print(_layer_table(scores, layer), soft_wrap=True, markup=False, highlight=False)
-        pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
-        found = {name: p_unsafe(of[layer - 1], pooled[name]) for name, of in probers.items()}
-        pooling = cast(Pooling, words.choose(found, reworded))
-        gate = _calibrate(probers[pooling][layer - 1], pooled[pooling], table_, options)
-        p = p_unsafe(gate.prober, pooled[pooling])
+        chosen = _choose(data, prompts, table_, states, words, reworded, options, console)
+        gate, p = chosen.gate, chosen.scores
         rewordings = by_family(words.outcomes(p, reworded, gate.threshold))
         console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
         heldout = [prompts[row] for row in split.heldout]
-        scores_heldout = p[split.heldout]
         proof, proof_images = choose_proof(
-            fit_model, heldout, scores_heldout, gate.threshold, published=options.publish_proof
+            fit_model, heldout, p[split.heldout], gate.threshold, published=options.publish_proof
         )
         with progress(console, "evidence", len(table_.sources) + 2) as advance:
-            evidence = gather(table_, pooled, pooling, gate, seed=options.seed, advance=advance)
+            evidence = gather(table_, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
             *(fit_model, data, prompts, split, answer, store, console), wanted=options.strength, seed=options.seed
         )
     calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
-    _warn(console, layer, calibration, refusal_facts, proof)
+    _warn(console, chosen.layer, calibration, refusal_facts, proof)
 
     facts = SafetyFacts(
         format_version=FORMAT_VERSION,
         model=checkpoint.name,
-        split_layer=layer,
+        split_layer=chosen.layer,
         token_offset=TOKEN_OFFSET,
         threshold=gate.threshold,
         strength=strength,
         refusal_text=options.refusal_text,
-        layers=tuple(scores),
+        layers=chosen.layers,
         calibration=calibration,
         training={
             "seed": float(options.seed),
             "pairs": float(len(data.pairs)),
-            "pairs_without_difference": float(dropped),
+            "pairs_without_difference": float(chosen.pairs_without_difference),
             "prompts": float(len(prompts)),
             **{f"{part}_prompts": float(len(rows)) for part, rows in vars(split).items()},
             "augmented_prompts": float(len(words.training)),
@@ -176,12 +176,26 @@ def fit(
             "total_s": round(time.perf_counter() - started, 1),
         },
         selected_by="user" if options.layer else options.select,
-        pooling=pooling,
+        pooling=chosen.pooling,
         proof=proof,
     )
     artifact = SafetyArtifact(facts, gate.prober, head)
     artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
     return Fitted(artifact, proof_images, evidence, strengths, tuple(rewordings))
+
+
+def _open(options: FitOptions) -> tuple[Checkpoint, int]:
+    """The checkpoint, and how many layers it has. Raises InputError if it cannot be split at --layer."""
+    from autosteer.export.checkpoint.decoder_config import decoder_config
+    from autosteer.export.checkpoint.hf_model import quiet_transformers
+    from autosteer.export.checkpoint.open import open_checkpoint
+
+    quiet_transformers()
+    checkpoint = open_checkpoint(options.model)
+    depth = decoder_config(checkpoint).num_hidden_layers
+    if options.layer is not None and not 0 < options.layer < depth:
+        raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
+    return checkpoint, depth
 
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
@@ -193,6 +207,27 @@ def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split
         seed=seed,
         together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
     )
+
+
+def _choose(
+    data: FitData,
+    prompts: list[Labelled],
+    t: Table,
+    states: States,
+    words: OtherWords,
+    reworded: int,
+    options: FitOptions,
+    console: Console,
+) -> Chosen:
+    """Choose layer and position, and calibrate the prober there. `reworded`: the first row in other words."""
+    layers, probers, dropped = _score_layers(data, prompts, t, states, options, console)
+    layer = options.layer or choose_layer(layers, options.select)
+    console.print(_layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
+    pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
+    found = {name: p_unsafe(of[layer - 1], pooled[name]) for name, of in probers.items()}
+    pooling = cast(Pooling, words.choose(found, reworded))
+    gate = _calibrate(probers[pooling][layer - 1], pooled[pooling], t, options)
+    return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
 
 
 def _score_layers(

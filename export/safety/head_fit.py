@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,18 +41,7 @@ def fit_refusal_head(
     """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
     and on --refusal-only, measured on held-out ones.
     """
-    rng = np.random.default_rng(seed)
-
-    def unsafe(rows: np.ndarray) -> list[Prompt]:
-        return [prompts[i].prompt for i in rows if prompts[i].unsafe]
-
-    def some(of: Sequence[Prompt], most: int) -> list[Prompt]:
-        return [of[i] for i in sorted(rng.permutation(len(of))[:most])]
-
-    heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
-    tested = {prompt.identity for prompt in unsafe(split.heldout)}
-    more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
-    train = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
+    train, heldout = _choose_prompts(data, prompts, split, seed)
     trained_with = wanted or PAPER_STRENGTH
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
@@ -68,15 +57,9 @@ def fit_refusal_head(
             advance=advance,
         )
     tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
-    strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
     with progress(console, "strengths", len(tried)) as advance:
-        answers = steered_answers(
-            fit_model, tried, head.steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
-        )
-    scores = tuple(
-        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
-        for i, strength in enumerate(strengths)
-    )
+        strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
+        scores = _try_strengths(fit_model, tried, head.steer_matrix, embeddings, strengths, answer, advance)
     strength = wanted or choose_strength(scores, trained_with)
     chosen = next(score for score in scores if score.strength == round(strength, 4))
     return (
@@ -95,4 +78,41 @@ def fit_refusal_head(
         },
         scores,
         strength,
+    )
+
+
+def _choose_prompts(
+    data: FitData, prompts: list[Labelled], split: Split, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Unsafe prompts to train on, and held-out ones to measure on."""
+    rng = np.random.default_rng(seed)
+
+    def unsafe(rows: np.ndarray) -> list[Prompt]:
+        return [prompts[i].prompt for i in rows if prompts[i].unsafe]
+
+    def some(of: Sequence[Prompt], most: int) -> list[Prompt]:
+        return [of[i] for i in sorted(rng.permutation(len(of))[:most])]
+
+    heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
+    tested = {prompt.identity for prompt in unsafe(split.heldout)}
+    more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
+    return some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN), heldout
+
+
+def _try_strengths(
+    fit_model: FitModel,
+    prompts: Sequence[Prompt],
+    steer_matrix: torch.Tensor,
+    embeddings: torch.Tensor,
+    strengths: Sequence[float],
+    answer: torch.Tensor,
+    advance: Callable[[float], None],
+) -> tuple[StrengthScore, ...]:
+    """What the model says to `prompts` when it is steered, scored by strength."""
+    answers = steered_answers(
+        fit_model, prompts, steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
+    )
+    return tuple(
+        score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)
+        for i, strength in enumerate(strengths)
     )

@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from autosteer.export.checkpoint.chat_template import FIRST, Renderer, text_lead
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
 from autosteer.export.checkpoint.hf_model import cache_argument, load_hf_model, watching_inputs
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
+from autosteer.export.checkpoint.renderer import FIRST, Renderer, text_lead
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError
 
 KEPT_BYTES = 4 << 30  # of float32 weights: a smaller model stays in memory

@@ -144,17 +144,12 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
         for shape, bound in (((fan_in, outputs), fan_in**-0.5), ((1, outputs), fan_in**-0.5))
     ]
 
-    def joined(t: torch.Tensor) -> torch.Tensor:
-        """(K * MEMBERS, .., n) -> (K, .., MEMBERS * n)"""
-        side_by_side: torch.Tensor = t.unflatten(0, (columns, MEMBERS)).movedim(1, -2).flatten(-2)
-        return side_by_side
-
     def losses(part: str, rows: torch.Tensor) -> torch.Tensor:
         """(K * MEMBERS,) sums over `rows`"""
         x = ((read(rows.numpy()) - mean) / std).transpose(0, 1)
         if part == "train":
             x = x * (torch.rand(x.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
-        hidden = torch.baddbmm(joined(layers[1]), x, joined(layers[0])).relu()
+        hidden = torch.baddbmm(_joined(layers[1]), x, _joined(layers[0])).relu()
         own = hidden.unflatten(-1, (MEMBERS, units)).movedim(-2, 1).flatten(0, 1)  # (K * MEMBERS, b, units)
         logits = torch.baddbmm(layers[3], own, layers[2])
         each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(members), reduction="none")
@@ -177,15 +172,25 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
             kept[better] = now.detach()[better]
         if (stale >= PATIENCE).all():
             break
-    first, first_bias, second, second_bias = best
-    whole = {  # the mean of the members' logits
-        "0.weight": joined(first).transpose(1, 2),
-        "0.bias": joined(first_bias)[:, 0],
-        "2.weight": second.view(columns, HIDDEN, 2).transpose(1, 2) / MEMBERS,
-        "2.bias": second_bias.view(columns, MEMBERS, 2).mean(dim=1),
+    return [fold_standardisation(prober, mean[k], std[k]) for k, prober in enumerate(_means_of_members(best))]
+
+
+def _joined(t: torch.Tensor) -> torch.Tensor:
+    """(K * MEMBERS, .., n) -> (K, .., MEMBERS * n)"""
+    side_by_side: torch.Tensor = t.unflatten(0, (-1, MEMBERS)).movedim(1, -2).flatten(-2)
+    return side_by_side
+
+
+def _means_of_members(layers: Sequence[torch.Tensor]) -> list[Prober]:
+    """K probers whose logits are the mean of their MEMBERS' logits."""
+    first, first_bias, second, second_bias = layers
+    whole = {
+        "0.weight": _joined(first).transpose(1, 2),
+        "0.bias": _joined(first_bias)[:, 0],
+        "2.weight": second.view(-1, HIDDEN, 2).transpose(1, 2) / MEMBERS,
+        "2.bias": second_bias.view(-1, MEMBERS, 2).mean(dim=1),
     }
-    probers = [{name: t[k].contiguous() for name, t in whole.items()} for k in range(columns)]
-    return [fold_standardisation(prober, mean[k], std[k]) for k, prober in enumerate(probers)]
+    return [{name: t[k].contiguous() for name, t in whole.items()} for k in range(len(whole["2.bias"]))]
 
 
 def train_prober(

@@ -89,18 +89,7 @@ def as_markdown(fitted: Fitted) -> str:
         f"\n{in_short(fitted.rewordings)}\n",
         "## What the threshold costs\n",
         "On held-out prompts.\n",
-        _table(
-            ("threshold", "unsafe caught", "benign flagged", ""),
-            [
-                (
-                    f"{r['threshold']:.3g}",
-                    f"{r['recall']:.1%}",
-                    f"{r['fpr']:.1%}",
-                    "in use" if r["threshold"] == e.threshold else "",
-                )
-                for r in threshold_costs(fitted)
-            ],
-        ),
+        _threshold_table(fitted),
         "\n## Is p_unsafe a probability\n",
         f"Expected calibration error {c['ece']:.3f}, Brier score {c['brier']:.3f}, on held-out prompts, both classes "
         "weighing the same: p_unsafe = .5 means as likely as not if unsafe prompts were as common as benign ones.\n",
@@ -117,20 +106,7 @@ def as_markdown(fitted: Fitted) -> str:
         f"Trained with the base frozen at strength {t['refusal_strength_trained']:g}; what the model then says, "
         f"greedily, to {t['refusal_answers_tried']:.0f} held-out unsafe prompts. Fluency is the mean log-probability "
         "of its tokens under the unsteered model. Prompts that do not fire are answered without it, token for token.\n",
-        _table(
-            ("strength", "word for word", "first token", "refusals", "log-prob", "repetition", "for example", ""),
-            [
-                (
-                    f"{s.strength:g}",
-                    *(f"{x:.0%}" for x in (s.exact, s.first_token, s.refused)),
-                    f"{s.log_prob:.2f}",
-                    f"{s.repetition:.0%}",
-                    _cell(s.example),
-                    "in use" if s.strength == round(facts.strength, 4) else "",
-                )
-                for s in fitted.strengths
-            ],
-        ),
+        _strength_table(fitted),
         "\n![refusal](refusal.png)\n",
     ]
     return "\n".join(parts)
@@ -202,6 +178,35 @@ def _rate_table(rates: Sequence[FlagRate]) -> str:
         for r in sorted(rates, key=lambda r: (not r.unsafe, r.kind == "external"))
     ]
     return _table(("", "group", "", "n", *names, "at most"), rows)
+
+
+def _threshold_table(fitted: Fitted) -> str:
+    rows = [
+        (
+            f"{r['threshold']:.3g}",
+            f"{r['recall']:.1%}",
+            f"{r['fpr']:.1%}",
+            "in use" if r["threshold"] == fitted.evidence.threshold else "",
+        )
+        for r in threshold_costs(fitted)
+    ]
+    return _table(("threshold", "unsafe caught", "benign flagged", ""), rows)
+
+
+def _strength_table(fitted: Fitted) -> str:
+    header = ("strength", "word for word", "first token", "refusals", "log-prob", "repetition", "for example", "")
+    rows = [
+        (
+            f"{s.strength:g}",
+            *(f"{x:.0%}" for x in (s.exact, s.first_token, s.refused)),
+            f"{s.log_prob:.2f}",
+            f"{s.repetition:.0%}",
+            _cell(s.example),
+            "in use" if s.strength == round(fitted.artifact.facts.strength, 4) else "",
+        )
+        for s in fitted.strengths
+    ]
+    return _table(header, rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

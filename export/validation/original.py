@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.chat_template import hf_messages
 from autosteer.export.checkpoint.hf_model import watching_inputs
+from autosteer.export.checkpoint.renderer import hf_messages
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer

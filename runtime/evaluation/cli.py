@@ -101,30 +101,22 @@ def evaluate(
     "turns": [user, assistant, user, ...] instead of "prompt" for dialogues. Also VLSafe, ToViLaG, MMMU, RealWorldQA and
     {"turns": [text]} in their published formats (docs/evaluation.md).
     """
-    if not (data or unsafe or benign):
+    labelled = [*((path, None) for path in data), *((p, True) for p in unsafe), *((p, False) for p in benign)]
+    if not labelled:
         raise click.UsageError("give prompts: --data, --unsafe or --benign")
     if images and text_only:
         raise click.UsageError("--images and --text-only exclude each other")
-    read = {path.resolve() for path in (*data, *unsafe, *benign, *exclude)}
-    if output and output.resolve() in read:
+    if output and output.resolve() in {path.resolve() for path in (*data, *unsafe, *benign, *exclude)}:
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
     if variants and (output or judge_command):
         raise click.UsageError("--variants asks for verdicts alone: it takes no --output and no --judge-command")
-    from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
     from .refusals import CommandJudge, RuleJudge
     from .run import RunFacts, summarise
     from .run import rejudge as rejudge_file
 
-    labelled = [*((path, None) for path in data), *((p, True) for p in unsafe), *((p, False) for p in benign)]
-    rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
-    dropped: Counter[str] = Counter()
-    if exclude:
-        rows, dropped = drop_known(rows, prompts_of(exclude, images=images, text_only=text_only))
-        click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
-    if limit:
-        rows = first_of_each_group(rows, limit)
+    rows, dropped = read_prompts(labelled, exclude, format_, images, text_only, limit)
     check_images(package, rows)
     if variants:
         print_variants(load(package, device, threads), rows, as_json)
@@ -142,6 +134,27 @@ def evaluate(
             click.echo(dumps(dataclasses.asdict(group) | {"excluded": excluded, "judge": judge.name}))
     else:
         print_tables(groups)
+
+
+def read_prompts(
+    labelled: Sequence[tuple[Path, bool | None]],
+    exclude: Sequence[Path],
+    format_: str | None,
+    images: Path | None,
+    text_only: bool,
+    limit: int | None,
+) -> tuple[list[Row], Counter[str]]:
+    """The rows of the files, each with whether all its rows are unsafe; and how many of each group --exclude drops."""
+    from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
+
+    rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
+    dropped: Counter[str] = Counter()
+    if exclude:
+        rows, dropped = drop_known(rows, prompts_of(exclude, images=images, text_only=text_only))
+        click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
+    if limit:
+        rows = first_of_each_group(rows, limit)
+    return rows, dropped
 
 
 def check_images(package: Path, rows: Sequence[Row]) -> None:

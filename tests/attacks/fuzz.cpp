@@ -74,7 +74,7 @@ void prompt(const std::string& text) {
     messages.push_back(std::move(message));
   }
   autosteer::Stats stats;
-  const auto prepared = engine.prepare(messages, stats);
+  const auto prepared = engine.encoder.prepare(messages, stats);
   for (const auto& read : prepared.probed) {
     for (size_t i = 0; i < read.size(); ++i) {
       const bool sound = 0 <= read[i] && read[i] < static_cast<int64_t>(prepared.keys.size()) && (!i || read[i - 1] < read[i]);

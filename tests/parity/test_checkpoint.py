@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint, recommended_options
 from autosteer.export.cli import export
+from autosteer.export.graphs.weights import WeightStore
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.limits import STORED_IN_HALF
@@ -116,6 +117,15 @@ def test_a_tensor_of_the_decoder_that_no_graph_computes_with_is_refused(extra: s
     name = f"model.language_model.{extra}"
     edit_tensors(checkpoint, lambda tensors: tensors | {name: torch.ones(2, 2)})
     refused(checkpoint, rf"no graph uses {re.escape(name)}: this decoder is not supported")
+
+
+def test_a_tensor_that_two_graphs_read_in_different_shapes_is_refused(tmp_path: Path) -> None:
+    """A new family's norm of keys read q_norm's weights, of which there are more: an AssertionError."""
+    name, width = "model.language_model.layers.0.input_layernorm.weight", decoder_config(demo_checkpoint()).hidden_size
+    store = WeightStore(tmp_path, demo_checkpoint())
+    store.matrix([name], "float32", shape=(width,))
+    with pytest.raises(UnsupportedModelError, match=rf"{name} has {width} numbers, and a graph reads it as \[8\]"):
+        store.matrix([name], "float32", shape=(8,))
 
 
 def test_buffers_that_old_files_have_among_the_weights_are_no_reason_to_refuse(

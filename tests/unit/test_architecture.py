@@ -168,7 +168,7 @@ def test_no_module_leads_back_to_itself():
 
 def test_the_fast_rooms_import_no_helper_that_exports():
     """`tools/test --fast` runs them. Tests marked `exports` import inside the function."""
-    slow = {"exported", "tiny_family", "cpp_inputs"}
+    slow = {"exported", "tiny_family", "tiny_fit", "cpp_inputs"}
     tests = [*sources("tests/unit"), *sources("tests/cli"), *sources("tests/serve")]
     assert len(tests) > 20
     assert {path.name: found for path in tests if (found := imports(path) & slow)} == {}

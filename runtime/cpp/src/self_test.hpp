@@ -1,5 +1,5 @@
-// Check that the gate works on this machine. Every load of a package does so, in milliseconds and without any text. The
-// C++ side of runtime/self_test.py.
+// Every load: do prober and Refusal Head compute here what they did at export? The C++ side of runtime/self_test.py.
+// What autosteer-cli --check does, from text to answer, is in check.hpp.
 //
 // A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
 // (GateProof). If their outputs differ here, the package does not load.

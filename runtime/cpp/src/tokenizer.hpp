@@ -36,7 +36,7 @@
 #endif
 
 #include "errors.hpp"
-#include "manifest.hpp"
+#include "strict_json.hpp"
 #include "unicode.hpp"
 
 namespace autosteer {

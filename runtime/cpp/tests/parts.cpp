@@ -224,7 +224,7 @@ Json prompt(const Json& command) {
   const auto loaded = engine(command);
   autosteer::Stats stats;
   const Json request = {{"messages", command.at("messages")}};
-  const auto prepared = loaded->prepare(autosteer::RequestJson::parse(request.dump()).messages, stats);
+  const auto prepared = loaded->encoder.prepare(autosteer::RequestJson::parse(request.dump()).messages, stats);
   Json rows = Json::array();
   for (const auto& [picture, id] : prepared.keys) rows.push_back(picture.empty() ? Json(id) : Json());
   return {{"rows", rows}, {"probed", prepared.probed}};

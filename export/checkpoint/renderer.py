@@ -1,0 +1,119 @@
+"""What Hugging Face's processor makes of dialogues and pictures: the text, and the token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from autosteer.runtime.errors import UnsupportedModelError
+from autosteer.runtime.text import ImagePart, Message, Part
+
+# Texts that no template writes by itself, to find the user's texts in a rendering.
+FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
+
+
+class Renderer:
+    """A Hugging Face processor as a renderer of dialogues: its chat template, and what it adds to that on its own.
+
+    Processors may write a begin token, and a separator after the last turn. These are found by looking at token ids,
+    and stand in the renderings below as if the template had written them. What they write around and between the rows
+    of an image is its `frame`; in the renderings an image or a video is its one token in the template.
+    """
+
+    def __init__(self, processor: Any, video_token: str | None = None):
+        """`video_token`: only if the family takes videos; processors have one even if it does not."""
+        self._processor = processor
+        self.tokenizer = processor.tokenizer
+        self.image_token: str | None = getattr(processor, "image_token", None)
+        self.video_token = video_token
+        self.special_tokens = _special_tokens(self.tokenizer)
+        for token in filter(None, (self.image_token, self.video_token)):
+            self.special_tokens[token] = self.tokenizer.convert_tokens_to_ids(token)
+        self.image_id, self.video_id = (self.special_tokens.get(t or "") for t in (self.image_token, self.video_token))
+        plain, whole = self.tokenizer(FIRST, add_special_tokens=False).input_ids, self.ids(FIRST)
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+        if start is None:
+            raise UnsupportedModelError(f"the processor turns the text {FIRST!r} into other tokens than its tokenizer")
+        self._begin, self._end = whole[:start], whole[start + len(plain) :]
+        self._before, self._after = map(self._strings, (self._begin, self._end))
+        frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
+        self._lead, self._trail = len(frame[0]), len(frame[-1])
+
+    def _strings(self, ids: list[int]) -> str:
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        self.special_tokens |= dict(zip(tokens, ids, strict=True))
+        return "".join(tokens)
+
+    def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
+        """A dialogue in Hugging Face's form, as the processor's tokenizer sees it: one token per image or video."""
+        return self._before + self.template(messages, generation=generation) + self._after
+
+    def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
+        """Render turns (role, text), with `image` images and `video` videos before the first turn's text."""
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        messages[0]["content"][:0] = [{"type": "image"}] * image + [{"type": "video"}] * video  # type: ignore[index]
+        return self.text(messages, generation=generation)
+
+    def template(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
+        """Render a dialogue with the chat template alone."""
+        return str(self._processor.apply_chat_template(messages, add_generation_prompt=generation))
+
+    def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
+        """The processor's own token ids for a template's text, with one token for each image and its frame, and for
+        each video.
+        """
+        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, [np.zeros((1, 32, 32, 3), np.uint8)] * videos)
+        if videos and self.video_id is not None:
+            places = [at for at, i in enumerate(ids) if i == self.video_id]
+            each = len(places) // videos
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first : last + 1] = [self.video_id]
+        if images and self.image_id is not None:
+            places = [at for at, i in enumerate(ids) if i == self.image_id]
+            each = len(places) // images  # images of one size take equally many tokens
+            for first, last in zip(places[-each::-each], places[::-each], strict=True):
+                ids[first - self._lead : last + 1 + self._trail] = [self.image_id]
+        return ids
+
+    def frame(self, picture: Image.Image) -> list[list[int]]:
+        """The ids that the processor writes before each run of an image's placeholders, and after the last."""
+        assert self.image_token is not None
+        ids = self._ids(self.image_token, [picture])
+        between: list[list[int]] = [[]]
+        for previous, i in zip([None, *ids], ids[: len(ids) - len(self._end)], strict=False):
+            if i != self.image_id:
+                between[-1].append(i)
+            elif previous != i:
+                between.append([])
+        between[0] = between[0][len(self._begin) :]
+        return between
+
+    def _ids(self, text: str, pictures: Sequence[Image.Image], videos: Sequence[np.ndarray] = ()) -> list[int]:
+        shown = {name: [list(some)] for name, some in (("images", pictures), ("videos", videos)) if some}
+        return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
+
+
+def text_lead(renderer: Renderer) -> str:
+    """The literal before each text of a turn: what the template writes between two texts."""
+    content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
+    text = renderer.text([{"role": "user", "content": content}])
+    return text.split(FIRST)[1].split(SECOND)[0]
+
+
+def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:
+    """A dialogue in Hugging Face's form."""
+
+    def part(p: Part) -> dict[str, str]:
+        if isinstance(p, str):
+            return {"type": "text", "text": p}
+        return {"type": "image" if isinstance(p, ImagePart) else "video"}
+
+    return [{"role": m.role, "content": [part(p) for p in m.parts]} for m in dialogue]
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Special tokens and their ids. `all_special_tokens` omits those without a role."""
+    return {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}

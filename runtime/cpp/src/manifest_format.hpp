@@ -1,0 +1,220 @@
+// What autosteer.json says: the structs are the dataclasses of runtime/manifest_format.py; docs/embedding.md explains
+// every field.
+//
+// split_layer = k: decoder_lower runs layers 0..k-1, the prober reads what enters layer k, decoder_upper runs k..N-1.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace autosteer {
+
+namespace fs = std::filesystem;
+
+/// A package has both or neither.
+inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
+                                                                  {"decoder_upper", "prefill_upper"}};
+
+/// Every graph that a package may have.
+inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", "decoder_upper",  "lm_head",
+                                              "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
+                                              "prefill_lower", "prefill_upper"};
+
+/// Exactly one, if the model takes images; and the output that it gives for each tile.
+inline const std::map<std::string, std::string> kImageGraphs = {{"vision_encoder", "image_features"},
+                                                                {"image_tokenizer", "input_ids"}};
+
+struct Dims {
+  int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
+  int64_t context_length;  ///< most tokens of a prompt and its answer together
+};
+
+using Dimension = std::variant<int64_t, std::string>;  ///< a size, or the name of a symbolic one
+
+struct TensorSpec {
+  std::string name, dtype;  ///< dtype: numpy's name
+  std::vector<Dimension> shape;
+
+  bool operator==(const TensorSpec& other) const {
+    return name == other.name && dtype == other.dtype && shape == other.shape;
+  }
+};
+
+struct GraphSpec {
+  std::string file, sha256;
+  std::vector<TensorSpec> inputs, outputs;
+  std::optional<std::array<int64_t, 2>> layers;  ///< decoder halves: first layer, one past the last
+  std::string precision;                         ///< fp32, fp16, int8 or int4
+};
+
+struct DataFile {
+  std::string file, sha256;
+  int64_t bytes;
+};
+
+/// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
+struct AnyresSpec {
+  int64_t tokens_per_side;                             ///< image_features of one tile: tokens_per_side ** 2 rows
+  std::vector<std::array<int64_t, 2>> grid_pinpoints;  ///< (height, width) in pixels
+  int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
+};
+
+/// How image kind "split" cuts an image into tiles, and adds the whole image as one more.
+struct SplitSpec {
+  int64_t longest_edge;  ///< pixels; every picture is scaled to it first
+  bool tiles;            ///< false: only the whole image
+};
+
+/// The token ids around and between the tiles of an image that was cut into `grid` (rows, columns).
+struct TileSeparators {
+  std::array<int64_t, 2> grid;
+  std::vector<std::vector<int64_t>> token_ids;  ///< [i]: before the rows of tile i; the last: after all tiles
+};
+
+/// How an RGB image becomes pixel_values. `vision_encoder` turns them into rows, `image_tokenizer` into token ids.
+struct ImageSpec {
+  std::string kind;   ///< anyres, centre_crop or split
+  int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
+  std::array<double, 3> mean, std;
+  double rescale_factor;
+  std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
+  std::optional<AnyresSpec> anyres;
+  std::optional<SplitSpec> split;
+  std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
+};
+
+/// How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.hpp).
+struct VideoSpec {
+  std::array<double, 3> mean, std;
+  double rescale_factor;
+  int64_t pooled_side;  ///< tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
+};
+
+/// One piece of the chat template (see text.hpp).
+struct TemplatePiece {
+  std::string kind;  ///< token, literal, text, image or video
+  std::string text;
+  int64_t id = -1;
+};
+
+struct TurnSpec {
+  std::vector<TemplatePiece> prefix, image, text, suffix;
+  std::vector<TemplatePiece> lead;  ///< after the prefix, if the turn's first part is a text
+  std::vector<TemplatePiece> video;
+};
+
+struct PromptSpec {
+  std::vector<TemplatePiece> begin;  ///< opens a dialogue without a system turn
+  std::optional<TurnSpec> system;
+  TurnSpec user, assistant;
+  std::vector<TemplatePiece> generation;  ///< opens the answer
+  bool images_first;                      ///< reorder a turn's parts: images, videos, texts
+  bool strip_text;                        ///< strip white space around a turn's text
+  std::vector<int64_t> end_token_ids;
+  std::string tokenizer = "tokenizer.json";
+};
+
+struct ProberSpec {
+  int64_t token_offset;  ///< position of hidden_states that it reads, from the end of the prompt
+  std::string pooling;   ///< "last": that position; "mean": over it and all text positions of the turn before it
+  double threshold;      ///< safe = 0 <= p_unsafe <= threshold
+};
+
+struct RefusalSpec {
+  double strength;
+  std::string text;  ///< the answer to an unsafe prompt under --policy stop
+};
+
+struct Golden {
+  std::string prompt;
+  std::vector<std::string> images;
+  std::optional<double> threshold, p_unsafe;
+  std::string action;              ///< pass or steer
+  std::vector<int64_t> token_ids;  ///< of the answer; if the action is steer, the unsteered answer differs
+  std::vector<std::vector<std::string>> videos;  ///< the frames of each
+  std::vector<int64_t> prompt_ids;               ///< token ids of the rendered prompt, instead of `prompt`
+};
+
+/// How far results on another machine may differ from the golden ones.
+struct Tolerance {
+  double p_unsafe;  ///< largest difference
+  int64_t answers;  ///< how many golden answers may differ
+};
+
+/// lm_head's output for one hidden state, unsteered, and steered at the package's strength.
+struct SteeredState {
+  int64_t token, steered_token;  ///< the most likely; the most likely after steering, always another one
+  double shift;                  ///< root mean square over the vocabulary of what steering adds to the logits
+};
+
+/// Hidden states and the gate's outputs for them. `file` holds little-endian float32 vectors of hidden_size: what the
+/// prober read of a prompt, one for each of `p_unsafe`; the last hidden state of a prompt, one for each of `steered`;
+/// and the same after the Refusal Head.
+struct GateProof {
+  std::string file;
+  std::vector<double> p_unsafe;
+  std::vector<SteeredState> steered;
+};
+
+struct Manifest {
+  bool guarded;
+  int split_layer;
+  Dims dims;
+  std::string cache_type;  ///< numpy's name for the type of the caches: float32 or int8
+  std::map<std::string, GraphSpec> graphs;
+  std::vector<DataFile> files;
+  PromptSpec prompt;
+  std::optional<ImageSpec> image;
+  std::optional<VideoSpec> video;
+  std::optional<ProberSpec> prober;
+  std::optional<RefusalSpec> refusal;
+  std::vector<Golden> golden;
+  Tolerance tolerance;
+  std::optional<GateProof> proof;  ///< if guarded
+  std::string onnxruntime;         ///< the oldest version that computes this package correctly, for example "1.23"
+  std::string precision;           ///< of the weights: fp32, fp16, int8 or int4
+
+  /// Whether all machines give the same tokens: no int8 or int4 weights or caches.
+  bool exact() const {
+    const auto is_exact = [](const std::string& p) { return p == "fp32" || p == "fp16"; };
+    return cache_type == "float32" && is_exact(precision) &&
+           std::all_of(graphs.begin(), graphs.end(), [&](const auto& g) { return is_exact(g.second.precision); });
+  }
+
+  /// Read and check autosteer.json of `folder`; files are checked by `verify`.
+  static Manifest load(const fs::path& folder);
+
+  /// The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself.
+  std::string prefill_graph(const std::string& half) const {
+    const std::string& copy = kPrefillGraphs.at(half);
+    return graphs.count(copy) > 0 ? copy : half;
+  }
+
+  /// sha256 of every file of the package, by relative path.
+  std::map<std::string, std::string> paths() const {
+    const auto all = hashes();
+    return {all.begin(), all.end()};
+  }
+
+  /// (path, sha256) of every entry; a file may have several.
+  std::vector<std::pair<std::string, std::string>> hashes() const {
+    std::vector<std::pair<std::string, std::string>> all;
+    for (const auto& [name, spec] : graphs) all.emplace_back(spec.file, spec.sha256);
+    for (const auto& spec : files) all.emplace_back(spec.file, spec.sha256);
+    return all;
+  }
+
+  /// Compare every file with its hash. Throws PackageError naming the first that is missing or differs.
+  void verify(const fs::path& folder) const;
+};
+
+}  // namespace autosteer

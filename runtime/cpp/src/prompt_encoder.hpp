@@ -1,0 +1,351 @@
+// A dialogue, its pictures and its videos -> the decoder's input embeddings. The C++ side of runtime/prompt_encoder.py.
+//
+//     text    -> token ids ------------------------------------------> embed_tokens -> rows
+//     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
+//                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
+//     video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
+//
+// Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
+// context.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "conversation.hpp"
+#include "errors.hpp"
+#include "generation.hpp"
+#include "image.hpp"
+#include "manifest.hpp"
+#include "subgraph.hpp"
+#include "text.hpp"
+#include "tokenizer.hpp"
+#include "video.hpp"
+
+namespace autosteer {
+
+constexpr int64_t kTilesPerRun = 2;  // bounds the image graph's activations
+
+/// Throws InputError for a prompt of `length` tokens, or of at least as many, that does not fit the context.
+inline void check_length(const Manifest& manifest, int64_t length, bool exact = true) {
+  if (length == 0) throw InputError("the prompt is empty");
+  if (length >= manifest.dims.context_length) {
+    throw InputError(std::string("the prompt takes ") + (exact ? "" : "at least ") + std::to_string(length) +
+                     " tokens (images included); the model's context holds " +
+                     std::to_string(manifest.dims.context_length));
+  }
+}
+
+/// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
+/// a turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
+/// prober, the last position: a conversation continues from it. `text`: the positions of token ids. `sizes`: the rows
+/// of each picture and video, separators included. A mean leaves out pictures: their many rows would outweigh the
+/// text.
+inline std::vector<std::vector<int64_t>> probed_positions(const std::optional<ProberSpec>& prober,
+                                                          const std::vector<JudgedTurn>& turns,
+                                                          const std::vector<int64_t>& text,
+                                                          const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> before = {0};  // rows of the first n pictures and videos
+  for (const int64_t size : sizes) before.push_back(before.back() + size);
+  const auto row = [&](const Place& place) { return place.tokens + before.at(place.slots); };
+  const int64_t offset = prober ? prober->token_offset : -1, length = row(turns.back().end);
+  std::vector<std::vector<int64_t>> probed;
+  for (auto turn = prober ? turns.begin() : turns.end() - 1; turn != turns.end(); ++turn) {
+    const int64_t last = row(turn->end) + offset;
+    probed.emplace_back();
+    if (last < 0 || last >= length || offset >= -turn->unlike) continue;
+    if (!prober || prober->pooling == "last") {
+      probed.back().push_back(last);
+    } else {
+      const auto first = std::lower_bound(text.begin(), text.end(), row(turn->content));
+      const auto end = std::upper_bound(text.begin(), text.end(), last);
+      if (first < end) probed.back().assign(first, end);
+    }
+  }
+  return probed;
+}
+
+/// Encodes prompts for one package. Keeps no state of a dialogue.
+class PromptEncoder {
+ public:
+  using FindGraph = std::function<std::shared_ptr<const Subgraph>(const std::string& name)>;
+
+  /// `image`: how pictures are cut, nothing if the model takes none. `graph`: returns a loaded graph by name.
+  PromptEncoder(const Manifest& manifest, const Tokenizer& tokenizer, std::optional<ImageSpec> image, FindGraph graph)
+      : manifest_(manifest), tokenizer_(tokenizer), image_(std::move(image)), graph_(std::move(graph)) {}
+
+  /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. What does not fit
+  /// the context is refused before anything is embedded. Throws InputError for that, and for an unusable message, image
+  /// or video.
+  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
+                        Conversation* conversation = nullptr) const {
+    check_parts(messages);
+    std::vector<JudgedTurn> turns;
+    const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
+    const Clock seeing;
+    const std::vector<Seen> seen = see(runs, messages, stats, conversation);
+    stats.vision_ms = seeing.ms();
+    const Clock clock;
+    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}};
+    std::vector<int64_t> text_positions, sizes;
+    const auto add_tokens = [&](const std::vector<int64_t>& ids) {
+      const Rows rows = embed(ids);
+      for (const int64_t id : ids) {
+        text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
+        prompt.keys.emplace_back("", id);
+      }
+      prompt.inputs_embeds.append(rows.row(0), rows.count());
+      prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
+    };
+    auto next = seen.begin();
+    for (const Run& run : runs) {
+      if (run.slot.empty()) {
+        add_tokens(run.ids);
+        continue;
+      }
+      int64_t row = 0;
+      for (const Laid& part : *next->laid) {
+        add_tokens(part.ids);
+        prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
+        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->digest, row++);
+      }
+      sizes.push_back(next++->rows());
+    }
+    prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
+    stats.embed_ms = clock.ms();
+    stats.prompt_tokens = prompt.inputs_embeds.count();
+    return prompt;
+  }
+
+  /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
+  EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
+    const Clock clock;
+    check_length(manifest_, static_cast<int64_t>(token_ids.size()));
+    std::vector<JudgedTurn> turns;
+    render({{"user", {}}}, manifest_.prompt, tokenizer_, turns);
+    turns.at(0).end = {static_cast<int64_t>(token_ids.size()), 0};  // the rendering ends where the prompt does
+    EncodedPrompt prompt{embed(token_ids), token_ids, {}, {}};
+    std::vector<int64_t> text(token_ids.size());
+    std::iota(text.begin(), text.end(), int64_t{0});
+    for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
+    prompt.probed = probed_positions(manifest_.prober, turns, text, {});
+    stats.embed_ms = clock.ms();
+    stats.prompt_tokens = prompt.inputs_embeds.count();
+    return prompt;
+  }
+
+ private:
+  /// A picture or a video of a prompt.
+  struct Seen {
+    std::string digest;
+    std::shared_ptr<const std::vector<Laid>> laid;
+
+    int64_t rows() const {
+      int64_t count = 0;
+      for (const Laid& part : *laid) count += static_cast<int64_t>(part.ids.size()) + part.rows.count();
+      return count;
+    }
+  };
+
+  /// The dialogue's pictures and videos, in the order of `runs`. One is opened and encoded after the other, so one is
+  /// in memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation
+  /// knows, is not encoded again.
+  std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
+                        Conversation* conversation) const {
+    std::vector<const ImageLike*> pictures;
+    std::vector<const VideoPart*> films;
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        if (const auto* picture = std::get_if<ImageLike>(&part)) pictures.push_back(picture);
+        if (const auto* film = std::get_if<VideoPart>(&part)) films.push_back(film);
+      }
+    }
+    const int64_t least = least_rows();
+    int64_t length = static_cast<int64_t>(pictures.size()) * least;
+    for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
+    check_length(manifest_, length, pictures.empty());
+    Encoded encoded;
+    const auto take = [&](const std::string& digest, const std::function<std::vector<Laid>()>& encode) {
+      auto& laid = encoded[digest];
+      if (!laid && conversation && conversation->images.count(digest)) laid = conversation->images[digest];
+      if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
+      return Seen{digest, laid};
+    };
+    std::vector<Seen> seen;
+    size_t shown = 0, filmed = 0;
+    for (const Run& run : runs) {
+      if (run.slot == "image") {
+        const bool alone = pictures.size() == 1;
+        const Image picture = open_image(*pictures.at(shown++));
+        seen.push_back(take(digest(&picture, 1, alone ? "a picture" : "one of several"),
+                            [&] { return encode_image(picture, alone, stats); }));
+        length += seen.back().rows() - least;
+      } else if (run.slot == "video") {
+        const std::vector<Image> frames = tiles(*films.at(filmed++));
+        seen.push_back(take(digest(frames.data(), frames.size(), "a video"), [&] {
+          return std::vector<Laid>{{{}, encode_video(frames, stats)}};
+        }));
+        length += seen.back().rows();
+      }
+      check_length(manifest_, length, seen.size() == pictures.size() + films.size());
+    }
+    if (conversation) conversation->images = encoded;
+    return seen;
+  }
+
+  /// Rows of the smallest picture: those of one tile.
+  int64_t least_rows() const {
+    for (const auto& [name, output] : kImageGraphs) {
+      const auto graph = manifest_.graphs.find(name);
+      if (graph == manifest_.graphs.end()) continue;
+      for (const TensorSpec& tensor : graph->second.outputs) {
+        if (tensor.name != output || tensor.shape.size() < 2) continue;
+        if (const auto* rows = std::get_if<int64_t>(&tensor.shape[1])) return *rows;
+      }
+    }
+    return 1;
+  }
+
+  /// Throws InputError for pictures and videos that this model cannot take, before any is opened.
+  void check_parts(const std::vector<Message>& messages) const {
+    int64_t films = 0, frames = 0, rows = 0;
+    for (const Message& message : messages) {
+      for (const Part& part : message.parts) {
+        if (std::holds_alternative<ImageLike>(part) && !manifest_.image) throw InputError("this model takes no images");
+        const auto* video = std::get_if<VideoPart>(&part);
+        if (!video) continue;
+        if (!manifest_.video) throw InputError("this model takes no videos");
+        if (video->frames.empty()) throw InputError("a video has no frames");
+        const auto count = static_cast<int64_t>(video->frames.size());
+        ++films;
+        frames += count;
+        rows += count * manifest_.video->pooled_side * manifest_.video->pooled_side + 1;
+      }
+    }
+    if (films && rows >= manifest_.dims.context_length) {
+      throw InputError("the video takes " + std::to_string(rows) + " tokens (" + std::to_string(frames) +
+                       " frames); the model's context holds " + std::to_string(manifest_.dims.context_length) +
+                       "; take fewer frames");
+    }
+  }
+
+  /// One image -> its rows, with the token ids around and between them.
+  std::vector<Laid> encode_image(const Image& picture, bool alone, Stats& stats) const {
+    const ImageSpec& spec = image_.value();
+    const Tiles tiles = cut(picture, spec, alone);
+    const Rows pixel_values = normalise(tiles.images, spec);
+    std::vector<Rows> rows;
+    if (manifest_.graphs.count("image_tokenizer")) {
+      rows.push_back(embed(tokenize_image(pixel_values)));
+    } else {
+      rows = encode_tiles(pixel_values, picture.height, picture.width);
+    }
+    stats.image_tiles += pixel_values.count();
+    return lay_out(std::move(rows), tiles.grid, spec);
+  }
+
+  /// pixel_values (tiles, 3 * size * size) of one image -> its token ids, in order.
+  std::vector<int64_t> tokenize_image(const Rows& pixel_values) const {
+    std::vector<int64_t> ids;
+    run_tiles("image_tokenizer", pixel_values, [&](const Subgraph& graph, int64_t, const auto& outputs) {
+      const auto [found, count] = values<int64_t>(outputs.at("input_ids"), graph);
+      ids.insert(ids.end(), found, found + count);
+    });
+    return ids;
+  }
+
+  /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile,
+  /// or a single one for `anyres`, which joins the tiles.
+  std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
+    const ImageSpec& spec = image_.value();
+    const int64_t depth = manifest_.dims.hidden_size;
+    std::vector<Rows> runs;
+    Rows newline{depth, {}};
+    run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t tiles, const auto& outputs) {
+      const auto [features, count] = values<float>(outputs.at("image_features"), graph);
+      const int64_t each =
+          spec.anyres ? spec.anyres->tokens_per_side * spec.anyres->tokens_per_side : count / (tiles * depth);
+      floats(outputs.at("image_features"), tiles * each * depth, graph);  // checks the size
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        runs.push_back({depth, {features + tile * each * depth, features + (tile + 1) * each * depth}});
+      }
+      if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
+    });
+    if (!spec.anyres) return runs;
+    Rows together{depth, {}};
+    for (const Rows& run : runs) together.append(run.row(0), run.count());
+    return {pack(together, newline, height, width, spec)};
+  }
+
+  /// The frames of a video, one tile each.
+  std::vector<Image> tiles(const VideoPart& video) const {
+    std::vector<Image> tiles;
+    for (const ImageLike& frame : video.frames) tiles.push_back(squeeze(open_image(frame), image_.value().tile_size));
+    return tiles;
+  }
+
+  /// A video's tiles -> its rows: pooled rows of each frame, and one newline row at the very end.
+  Rows encode_video(const std::vector<Image>& frames, Stats& stats) const {
+    const int64_t depth = manifest_.dims.hidden_size, side = image_.value().anyres.value().tokens_per_side;
+    Rows rows{depth, {}}, newline{depth, {}};
+    for (size_t first = 0; first < frames.size(); first += kTilesPerRun) {
+      const size_t end = std::min<size_t>(first + kTilesPerRun, frames.size());
+      const std::vector<Image> tiles(frames.begin() + static_cast<std::ptrdiff_t>(first),
+                                     frames.begin() + static_cast<std::ptrdiff_t>(end));
+      const Rows pixel_values = normalise(tiles, manifest_.video.value());
+      run_tiles("vision_encoder", pixel_values, [&](const Subgraph& graph, int64_t count, const auto& outputs) {
+        const int64_t all = count * side * side;
+        Rows features{depth, {}};
+        features.append(floats(outputs.at("image_features"), all * depth, graph), all);
+        const Rows pooled = pool(features, side, manifest_.video->pooled_side);
+        rows.append(pooled.row(0), pooled.count());
+        newline.data.clear();
+        newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
+      });
+    }
+    rows.append(newline.row(0), 1);
+    stats.image_tiles += static_cast<int64_t>(frames.size());
+    return rows;
+  }
+
+  /// Run an image graph, a few tiles at a time; `use` takes the outputs of each run.
+  template <class Use>
+  void run_tiles(const char* name, const Rows& pixel_values, const Use& use) const {
+    const int64_t size = image_.value().tile_size;
+    const auto encoder = graph_(name);
+    for (int64_t first = 0; first < pixel_values.count(); first += kTilesPerRun) {
+      const int64_t tiles = std::min(kTilesPerRun, pixel_values.count() - first);
+      use(*encoder, tiles, encoder->run(Tensor<float>::view(pixel_values.row(first), {tiles, 3, size, size})));
+    }
+  }
+
+  /// Token ids (n) -> their embeddings (n, D), a few at a time: onnxruntime's arena keeps the memory of its largest
+  /// run.
+  Rows embed(const std::vector<int64_t>& token_ids) const {
+    const auto table = graph_("embed_tokens");
+    const auto size = static_cast<int64_t>(token_ids.size());
+    Rows rows{manifest_.dims.hidden_size, {}};
+    rows.data.reserve(token_ids.size() * static_cast<size_t>(rows.width));
+    for (int64_t first = 0; first < size; first += kPrefillChunk) {
+      const int64_t n = std::min(kPrefillChunk, size - first);
+      const auto outputs = table->run(Tensor<int64_t>::view(token_ids.data() + first, {1, n}));
+      rows.append(floats(outputs.at("inputs_embeds"), n * rows.width, *table), n);
+    }
+    return rows;
+  }
+
+  const Manifest& manifest_;
+  const Tokenizer& tokenizer_;
+  const std::optional<ImageSpec> image_;
+  const FindGraph graph_;
+};
+
+}  // namespace autosteer
