@@ -147,7 +147,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
 
 
 CTYPES = """
-import ctypes, json, sys
+import ctypes, json, resource, sys
 given = json.load(sys.stdin)
 lib = ctypes.CDLL(given["library"])
 lib.autosteer_error.restype = ctypes.c_char_p
@@ -171,6 +171,8 @@ for request in given["requests"]:
     for file, text in [request.pop("append")] if "append" in request else []:
         with open(file, "a") as damaged:
             damaged.write(text)
+    for most_bytes in [request.pop("limit")] if "limit" in request else []:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, -1))
     text = request if isinstance(request, str) else json.dumps(request)
     code, chunks = lib.autosteer_request_new(text.encode(), ctypes.byref(made)), []
     stream.value = None
@@ -192,7 +194,8 @@ def through_c(
     built: Path, package: Path, requests: Sequence[Any], *, conversation: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
     """Requests through libautosteer.so on one thread, in a process without Python's onnxruntime. A request with
-    "chunks" is left after so many, one with "append" first appends to a file. In a conversation the engine is closed
+    "chunks" is left after so many, one with "append" first appends to a file, one with "limit" first
+    limits the size of files (-1: no more). In a conversation the engine is closed
     before it is used.
     """
     given = {"library": str(built / "libautosteer.so"), "package": str(package), "requests": requests}
