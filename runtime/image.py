@@ -128,7 +128,7 @@ def digest(pictures: Iterable[Uint8]) -> str:
     sha = hashlib.sha256()
     for picture in pictures:
         sha.update(b"P6\n%d %d\n255\n" % (picture.shape[1], picture.shape[0]))
-        sha.update(np.ascontiguousarray(picture))
+        sha.update(np.ascontiguousarray(picture).data)
     return sha.hexdigest()
 
 
