@@ -20,7 +20,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 if TYPE_CHECKING:
     from .conversation import Conversation
     from .engine import Chunk, Engine
-    from .errors import AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
+    from .errors import AuditError, AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
     from .generation import Stats
     from .manifest import Manifest
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Action",
+    "AuditError",
     "AutoSteerError",
     "Chunk",
     "Conversation",
@@ -53,7 +54,8 @@ _HOME = {
     "Conversation": "conversation",
     "Stats": "generation",
     **dict.fromkeys(
-        ("AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"), "errors"
+        ("AuditError", "AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"),
+        "errors",
     ),
     **dict.fromkeys(("Action", "GatePolicy", "Mode", "Verdict"), "gate"),
     "Manifest": "manifest",

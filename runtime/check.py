@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import time
 from pathlib import Path
 
 from .engine import Answer, Engine
@@ -69,7 +68,7 @@ def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode) -
     """Answer as at the recording: without drafts, and in as many tokens."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
     policy = engine.policy(mode, threshold=golden.threshold)
-    return Answer.of(engine.answer(prompt, sampling, policy, Stats(), time.perf_counter()))
+    return Answer.of(engine.answer(prompt, sampling, engine.record(policy)))
 
 
 def describe_host() -> dict[str, str]:

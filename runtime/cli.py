@@ -48,19 +48,34 @@ class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions 
 
 
 package_argument = click.argument("package", type=PackagePath())
+audit_option = click.option(
+    "--audit",
+    type=click.Path(path_type=Path),
+    help="Append a line of JSON to this file for each request: verdict, digests, counts. No line, no answer.",
+)
+audit_texts_option = click.option(
+    "--audit-texts", is_flag=True, help="In these lines, the words of prompts and answers, too."
+)
 
 
 def load(
-    package: Path, device: Any, threads: int | None, *, low_memory: bool = False, max_tiles: int | None = None
+    package: Path,
+    device: Any,
+    threads: int | None,
+    audit: Path | None = None,
+    audit_texts: bool = False,
+    **options: Any,
 ) -> Engine:
-    """Load a package, with log lines on stderr."""
+    """Load a package, with log lines on stderr. `options`: more of Engine.load's."""
+    if audit_texts and audit is None:
+        raise click.UsageError("--audit-texts needs --audit FILE")
     import logging
 
     from .engine import Engine
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("autosteer").setLevel(logging.INFO)
-    return Engine.load(package, device=device, threads=threads, low_memory=low_memory, max_tiles=max_tiles)
+    return Engine.load(package, device=device, threads=threads, audit=audit, audit_texts=audit_texts, **options)
 
 
 # --- autosteer-run ---------------------------------------------------------------------------------------------------
@@ -118,6 +133,8 @@ def load(
 @click.option("--score-only", is_flag=True, help="Print the verdict on the prompt and answer nothing.")
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option("--low-memory", is_flag=True, help="Load the image graph for each picture, and drop it afterwards.")
+@audit_option
+@audit_texts_option
 @device_option
 @threads_option
 @json_option
@@ -134,6 +151,8 @@ def run(
     score_only: bool,
     max_tiles: int | None,
     low_memory: bool,
+    audit: Path | None,
+    audit_texts: bool,
     device: Any,
     threads: int | None,
     as_json: bool,
@@ -160,7 +179,7 @@ def run(
         raise InputError("the prompt is empty")
     shown = [open_video(video, frames) for video in videos]
     one_text = prompt is not None and not images and not videos  # no picture will need the image graph
-    engine = load(package, device, threads, low_memory=low_memory or one_text, max_tiles=max_tiles)
+    engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)
     gate = engine.policy(policy, threshold=threshold, strength=strength)
     if prompt is None:
         chat(engine, gate, config, list(images), shown, frames)
@@ -185,12 +204,14 @@ def say(
 ) -> tuple[str, Verdict]:
     """Stream an answer: verdict and timings to stderr, text to stdout. Returns the text and the verdict."""
     text, last = "", None
-    for chunk in engine.stream(messages, sampling=config, policy=gate, conversation=conversation):
-        if last is None:
-            click.echo(verdict_line(chunk.verdict), err=True)
-        last, text = chunk, text + chunk.text
-        click.echo(chunk.text, nl=False)
-        sys.stdout.flush()
+    stream = engine.stream(messages, sampling=config, policy=gate, conversation=conversation)
+    with contextlib.closing(stream):  # a reader that goes, or Ctrl-C, ends the request here
+        for chunk in stream:
+            if last is None:
+                click.echo(verdict_line(chunk.verdict), err=True)
+            last, text = chunk, text + chunk.text
+            click.echo(chunk.text, nl=False)
+            sys.stdout.flush()
     assert last is not None and last.stats is not None
     click.echo("")
     click.echo(stats_line(last, last.stats), err=True)

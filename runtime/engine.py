@@ -22,18 +22,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .audit import Audit, Hook, Record, open_audit
 from .conversation import Conversation
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict
 from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
 from .image import ImageLike, at_most
-from .manifest import IMAGE_GRAPHS, Manifest
+from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
 from .sampling import LogProbs, SamplingConfig, log_probabilities, make_sampler
@@ -97,11 +98,13 @@ class Engine:
         low_memory: bool = False,
         max_tiles: int | None = None,
         load: Callable[..., Subgraph] = Subgraph,
+        audit: Audit | None = None,
     ):
         """Load every graph of a verified package on `device`. Use Engine.load instead.
 
         `load` makes a graph; the export's validation passes one that can run graphs larger than memory.
         """
+        self._audit = audit
         self.manifest = manifest
         self.device = device
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
@@ -125,17 +128,22 @@ class Engine:
         threads: int | None = None,
         low_memory: bool = False,
         max_tiles: int | None = None,
+        audit: str | Path | Hook | None = None,
+        audit_texts: bool = False,
     ) -> Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
         `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
         the CPU, None for all cores. `low_memory`: check and load the image graph for each picture, and drop it
-        afterwards. `max_tiles`: cut a picture into at most this many tiles.
-        Raises PackageError (package damaged or incomplete, another version, a gate that does not work here) or
-        ProviderError (device not available, onnxruntime too old).
+        afterwards. `max_tiles`: cut a picture into at most this many tiles. `audit`: a file, to which a line is
+        appended for each request, or a function, which is given each as a dict; it must not use this engine, and what
+        it raises fails the request. `audit_texts`: with the words of prompts and answers, not only their digests.
+        Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
+        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
+        records = open_audit(audit, sha256(folder / MANIFEST_FILE), texts=audit_texts)
         require_onnxruntime(manifest.onnxruntime)
         with manifest.verifying(folder), placing():
             chosen, reason = find_device(device, threads, manifest.activations)
@@ -144,13 +152,13 @@ class Engine:
             if chosen.kind == "cpu" and manifest.activations == "float16":
                 log.warning("this package was exported for CUDA; on the CPU a package made with --target cpu is faster")
             try:
-                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles, audit=records)
             except ProviderError as err:
                 if device != "auto":
                     raise
                 log.warning("running on the CPU: %s", err)
                 chosen = find_device("cpu", threads)[0]
-                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles)
+                engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles, audit=records)
             check_gate(folder, manifest, engine.graphs, engine.device)
             return engine
 
@@ -202,22 +210,21 @@ class Engine:
         sampling: SamplingConfig | None = None,
         policy: GatePolicy | None = None,
         conversation: Conversation | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
         A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
         package's `policy`. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
         first `next()`.
-        Raises InputError if the prompt, an image or a video is unusable, or does not fit the context.
+        Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, and AuditError
+        if the engine has an audit record that cannot be written.
         """
-        start = time.perf_counter()
-        stats = Stats(device=self.device.provider)
-        messages = _dialogue(prompt, images, videos)
-        policy = policy or self.policy()
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")
-        prepared = self.encoder.prepare(messages, stats, conversation)
-        yield from self.answer(prepared, sampling or SamplingConfig(), policy, stats, start, conversation)
+        with self.record(policy or self.policy()) as record:
+            record.messages = _dialogue(prompt, images, videos)
+            prepared = self.encoder.prepare(record.messages, record.stats, conversation)
+            yield from self.answer(prepared, sampling or SamplingConfig(), record, conversation)
 
     def score(
         self,
@@ -231,41 +238,46 @@ class Engine:
 
         Raises InputError as `stream` does.
         """
-        stats = Stats(device=self.device.provider)
-        encoded = self.encoder.prepare(_dialogue(prompt, images, videos), stats)
-        return self.request(encoded, 1, stats).prefill_lower(policy or self.policy())
+        with self.record(policy or self.policy()) as record:
+            record.messages = _dialogue(prompt, images, videos)
+            return self.judge(self.encoder.prepare(record.messages, record.stats), record)
+
+    def record(self, policy: GatePolicy) -> Record:
+        """What a request is noted in, and its statistics. It begins now; its block is the request."""
+        return Record(self._audit, policy, self.device.provider)
+
+    def judge(self, prompt: EncodedPrompt, record: Record) -> Verdict:
+        """The verdict on an encoded prompt; see `score`."""
+        record.prompt = prompt
+        verdict = self._judge(self.request(prompt, 1, record.stats), record)
+        record.gave("", "scored")
+        return verdict
+
+    def _judge(self, request: Request, record: Record) -> Verdict:
+        record.verdict, record.scores = request.prefill_lower(record.policy), request.scores
+        return record.verdict
 
     def answer(
-        self,
-        prompt: EncodedPrompt,
-        sampling: SamplingConfig,
-        policy: GatePolicy,
-        stats: Stats,
-        start: float,
-        conversation: Conversation | None = None,
+        self, prompt: EncodedPrompt, sampling: SamplingConfig, record: Record, conversation: Conversation | None = None
     ) -> Iterator[Chunk]:
-        """Answer an encoded prompt; see `stream`. `start`: the time.perf_counter() at which the call began."""
-        request = self.request(prompt, sampling.max_tokens, stats, conversation=conversation)
+        """Answer an encoded prompt; see `stream`. `record`: of `Engine.record`, when the call began."""
+        record.prompt = prompt
+        request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         try:
-            yield from self._answer(request, list(prompt.token_ids), sampling, policy, stats, start)
+            for chunk in self._answer(request, list(prompt.token_ids), sampling, record):
+                record.gave(chunk.text, chunk.finish_reason)
+                yield chunk
         finally:
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
 
-    def _answer(
-        self,
-        request: Request,
-        tokens: list[int],
-        sampling: SamplingConfig,
-        policy: GatePolicy,
-        stats: Stats,
-        start: float,
-    ) -> Iterator[Chunk]:
+    def _answer(self, request: Request, tokens: list[int], sampling: SamplingConfig, record: Record) -> Iterator[Chunk]:
         """THE loop. `tokens`: the prompt's; the answer's are appended."""
-        verdict = request.prefill_lower(policy)
+        stats, start = record.stats, record.start
+        verdict = self._judge(request, record)
         if verdict.action is Action.STOP:
             stats.ttft_ms = ms_since(start)
-            yield Chunk(policy.refusal_text, None, verdict, "refused", stats)
+            yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
 
         sample = make_sampler(sampling)

@@ -33,6 +33,10 @@ class CancelledError(AutoSteerError):
     """Somebody cancelled the request while it ran."""
 
 
+class AuditError(AutoSteerError):
+    """The audit record of a request cannot be written."""
+
+
 class CheckError(AutoSteerError):
     """A validation or package check ran and failed."""
 

@@ -77,6 +77,8 @@ class ShownPicture:
 
     tokens: int  # its rows, and the separators around and between its tiles
     tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
+    sha256: str  # of its pixels, or of the video's frames as they are encoded; see image.digest
+    video: bool
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Request:
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
+        self.scores = [math.nan] * len(self._probed)  # p_unsafe by judged turn
         self._finite = True  # hidden states of the prompt, and logits of every pass
         self._lower_done = self._upper_done = False
         self._strength = 0.0
@@ -195,8 +198,10 @@ class Request:
             log.error("%s gave hidden states that are not finite, so the prompt counts as unsafe", graph)
             return math.nan
         try:
-            means = [self.probed_mean(turn) for turn in range(len(self._probed))]
-            return worst(self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item() for mean in means)
+            for turn in range(len(self._probed)):
+                mean = self.probed_mean(turn)
+                self.scores[turn] = self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item()
+            return worst(self.scores)
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -123,9 +123,13 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     return replace(spec, anyres=replace(spec.anyres, grid_pinpoints=fitting))
 
 
-def digest(image: Uint8, *, alone: bool) -> bytes:
-    """SHA-256 of a picture (H, W, 3) or of a video's tiles, and of how it is cut."""
-    return hashlib.sha256(repr((image.shape, alone)).encode() + image.tobytes()).digest()
+def digest(pictures: Iterable[Uint8]) -> str:
+    """SHA-256 of pictures (H, W, 3), as if each were a PPM file: `pngtopnm photo.png | sha256sum`."""
+    sha = hashlib.sha256()
+    for picture in pictures:
+        sha.update(b"P6\n%d %d\n255\n" % (picture.shape[1], picture.shape[0]))
+        sha.update(np.ascontiguousarray(picture).data)
+    return sha.hexdigest()
 
 
 def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:

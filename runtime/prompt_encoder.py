@@ -41,9 +41,11 @@ TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at
 class _Seen(NamedTuple):
     """A picture or a video of a prompt."""
 
-    digest: bytes
+    key: bytes  # its digest, and how it is encoded
     runs: images_.Runs
     tiles: int  # encoded for this prompt
+    sha256: str
+    video: bool
 
 
 class PromptEncoder:
@@ -77,7 +79,7 @@ class PromptEncoder:
         token_ids: list[int] = []
         slots = iter(shown)
         for run in runs:
-            digest, parts, _ = _Seen(b"", [run], 0) if isinstance(run, list) else next(slots)
+            digest, parts = (b"", [run]) if isinstance(run, list) else next(slots)[:2]
             row = itertools.count()  # of the picture
             for part in parts:
                 if isinstance(part, list):
@@ -93,7 +95,7 @@ class PromptEncoder:
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
-        pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles) for one in shown)
+        pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video) for one in shown)
         return EncodedPrompt(embeds, token_ids, keys, probed, pictures_and_videos)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
@@ -123,30 +125,32 @@ class PromptEncoder:
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
         alone, shown = len(pictures) == 1, list[_Seen]()
-        to_open: dict[object, Iterator[Callable[[], tuple[bytes, Encode]]]] = {
+        to_open: dict[object, Iterator[Callable[[], tuple[str, str, Encode]]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
             VIDEO: (functools.partial(self._open_film, frames) for frames in films),
         }
         for run in (run for run in runs if not isinstance(run, list)):
-            digest, encode = next(to_open[run])()
+            sha256, use, encode = next(to_open[run])()
+            key = f"{use} {sha256}".encode()
             before = stats.image_tiles
-            if digest not in encoded:
-                encoded[digest] = known[digest] if digest in known else encode(stats=stats)
-            shown.append(_Seen(digest, encoded[digest], stats.image_tiles - before))
-            length += _length(encoded[digest]) - least[run]
+            if key not in encoded:
+                encoded[key] = known[key] if key in known else encode(stats=stats)
+            shown.append(_Seen(key, encoded[key], stats.image_tiles - before, sha256, run is VIDEO))
+            length += _length(encoded[key]) - least[run]
             check_length(self.manifest, length, exact=len(shown) == len(pictures) + len(films))
         if conversation:
             conversation.images = encoded
         return shown
 
-    def _open_picture(self, picture: ImageLike, alone: bool) -> tuple[bytes, Encode]:
-        pixels = images_.open_image(picture)
-        return images_.digest(pixels, alone=alone), functools.partial(self.encode_image, pixels, alone=alone)
+    def _open_picture(self, picture: ImageLike, alone: bool) -> tuple[str, str, Encode]:
+        """Its digest, how it is encoded, and a function that does."""
+        pixels, use = images_.open_image(picture), "a picture" if alone else "one of several"
+        return images_.digest([pixels]), use, functools.partial(self.encode_image, pixels, alone=alone)
 
-    def _open_film(self, frames: Sequence[ImageLike]) -> tuple[bytes, Encode]:
+    def _open_film(self, frames: Sequence[ImageLike]) -> tuple[str, str, Encode]:
         assert self._image is not None
         tiles = videos_.tiles(frames, self._image.tile_size)
-        return images_.digest(tiles, alone=False), functools.partial(self.encode_video, tiles)
+        return images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles)
 
     def _least_rows(self) -> int:
         """Rows of the smallest picture: those of one tile."""

@@ -125,8 +125,12 @@ def render_judged(
 ) -> tuple[Rendered, list[JudgedTurn]]:
     """As `render`, with the turns that the prober scores: all but the trusted ones, and the last in any case."""
     rendered, turns = _render(messages, spec, tokenizer, True)
-    last = len(messages) - 1
-    return rendered, [turn for n, turn in enumerate(turns) if n == last or not messages[n].trusted]
+    return rendered, [turns[n] for n in judged(messages)]
+
+
+def judged(messages: Sequence[Message]) -> list[int]:
+    """Indices of the turns that the prober scores."""
+    return [n for n, message in enumerate(messages) if not message.trusted or n == len(messages) - 1]
 
 
 def _render(

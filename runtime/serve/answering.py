@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,19 +45,18 @@ class Score:
 
 def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[Piece]:
     """The answer, piece by piece. Raises ApiError 500 before any text if the gate could not score the prompt."""
-    start = time.perf_counter()
-    stats = Stats(device=engine.device.provider)
     beginnings = digests(ask.turns)
-    messages = [
-        dataclasses.replace(turn.open(), trusted=conversations.wrote(beginning))
-        for turn, beginning in zip(ask.turns, beginnings, strict=True)
-    ]
-    conversation = conversations.take(beginnings)
-    prompt, text = engine.encoder.prepare(messages, stats, conversation), ""
-    for chunk in engine.answer(prompt, ask.sampling, ask.policy, stats, start, conversation):
-        require_score(chunk.verdict)
-        text += chunk.text
-        yield Piece(chunk, dataclasses.replace(stats), prompt.shown)
+    with engine.record(ask.policy) as record:
+        record.messages = [
+            dataclasses.replace(turn.open(), trusted=conversations.wrote(beginning))
+            for turn, beginning in zip(ask.turns, beginnings, strict=True)
+        ]
+        conversation = conversations.take(beginnings)
+        prompt, text = engine.encoder.prepare(record.messages, record.stats, conversation), ""
+        for chunk in engine.answer(prompt, ask.sampling, record, conversation):
+            require_score(chunk.verdict)
+            text += chunk.text
+            yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
     conversations.remember(beginnings[-1], text)
 
@@ -66,11 +64,12 @@ def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[P
 def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score]:
     """The verdict on each turn by itself: only decoder_lower and the prober run."""
     for turn in turns:
-        stats = Stats(device=engine.device.provider)
-        prompt = engine.encoder.prepare([turn.open()], stats)
-        verdict = engine.request(prompt, 1, stats).prefill_lower(policy)
+        with engine.record(policy) as record:
+            record.messages = [turn.open()]
+            prompt = engine.encoder.prepare(record.messages, record.stats)
+            verdict = engine.judge(prompt, record)
         require_score(verdict)
-        yield Score(verdict, stats, prompt.shown)
+        yield Score(verdict, record.stats, prompt.shown)
 
 
 def require_score(verdict: Verdict) -> None:
@@ -103,7 +102,7 @@ def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_
         "verdict": verdict_json(verdict),
         "prompt_tokens": stats.prompt_tokens,
         "reused_tokens": stats.reused_tokens,
-        "pictures": [dataclasses.asdict(picture) for picture in shown],
+        "pictures": [{"tokens": picture.tokens, "tiles": picture.tiles} for picture in shown],
         "first_token_ms": {
             "queue": round(queue_ms, 3),
             "vision": round(stats.vision_ms, 3),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..cli import device_option, load, package_argument, threads_option
+from ..cli import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
 from ..console import debug_option, run_command
 from ..errors import InputError
 from .limits import Limits
@@ -76,6 +76,8 @@ DEFAULTS = Limits()
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option("--low-memory", is_flag=True, help="Load the image graph for each picture, and drop it afterwards.")
 @click.option("--access-log", is_flag=True, help="Log a line for each request: address, path and status.")
+@audit_option
+@audit_texts_option
 @device_option
 @threads_option
 @debug_option
@@ -92,6 +94,8 @@ def serve(
     max_tiles: int | None,
     low_memory: bool,
     access_log: bool,
+    audit: Path | None,
+    audit_texts: bool,
     device: Any,
     threads: int | None,
     **limits: Any,
@@ -115,7 +119,7 @@ def serve(
     if BY_STRICTNESS.index(weakest) < BY_STRICTNESS.index(Mode(policy)):
         raise InputError(f"--weakest-policy {weakest.value} is stricter than --policy {policy}")
     with listening(host, port) as listener:
-        engine = load(package, device, threads, low_memory=low_memory, max_tiles=max_tiles)
+        engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory, max_tiles=max_tiles)
         settings = Settings(
             model=name or engine.manifest.source.repo,
             policy=engine.policy(policy, threshold=threshold, strength=strength),

@@ -83,6 +83,36 @@ def test_ctrl_c_ends_an_answer_with_130_and_no_traceback(tmp_path):
     assert b"autosteer-run: interrupted" in err and b"Traceback" not in err
 
 
+def test_request_that_ctrl_c_ends_is_in_the_audit_record(tmp_path):
+    toy.build(tmp_path, context_length=200_000)
+    command = [program("autosteer-run"), tmp_path, "-p", "tick", "--max-tokens", "199000", "--device", "cpu"]
+    command += ["--audit", tmp_path / "audit.jsonl"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"tock"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE)
+    (line,) = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert process.returncode == 130 and json.loads(line)["error"] == "cancelled"
+
+
+def test_audit_record_of_the_command(call, package, tmp_path):
+    """Lines are added; words are in them only if asked for; a record that cannot be kept is an error with one line."""
+    file = tmp_path / "audit.jsonl"
+    run_here(call, package, "-p", "bad", "--policy", "stop", "--audit", file)
+    run_here(call, package, "-p", "red", "--json", "--audit", file, "--audit-texts")
+    run_here(call, package, "-p", "red", "--score-only", "--audit", file)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["finish_reason"], line.get("answer")) for line in found] == [
+        ("refused", None),
+        ("stop", "orange yellow green"),
+        ("scored", None),
+    ]
+    refused = run_here(call, package, "-p", "red", "--audit", "/dev/null")
+    assert refused.returncode == 5 and "/dev/null: not a file" in refused.stderr and not refused.stdout
+    assert run_here(call, package, "-p", "red", "--audit-texts").returncode == 2
+
+
 def test_argument_that_is_not_utf8_is_bad_input(package):
     done = subprocess.run(
         [program("autosteer-run"), str(package), "-p", b"red \xff", "--device", "cpu"],

@@ -215,15 +215,17 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 
 PYTHON_FILES = (
     *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py"),
-    *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py"),
+    *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py", "audit.py"),
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "manifest_checks.hpp"),
     *("manifest_decode.hpp", "picture.hpp", "generation.hpp", "prompt_encoder.hpp", "sampling.hpp"),
-    *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp", "audit.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
+    "the audit record cannot be written": "the disk is full (test_audit.py; C++: test_cpp_audit.py)",
+    "its file was deleted": "it is deleted while the engine runs (test_audit.py)",
     "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
@@ -235,6 +237,7 @@ PYTHON_EXEMPT = {
     "not a readable folder": "a folder that may not be read: tests are root's",
 }
 CPP_EXEMPT = {
+    "the audit record cannot be written": "the disk is full (test_cpp_audit.py)",
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",

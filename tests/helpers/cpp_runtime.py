@@ -147,7 +147,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
 
 
 CTYPES = """
-import ctypes, json, sys
+import ctypes, json, resource, sys
 given = json.load(sys.stdin)
 lib = ctypes.CDLL(given["library"])
 lib.autosteer_error.restype = ctypes.c_char_p
@@ -171,7 +171,15 @@ for request in given["requests"]:
     for file, text in [request.pop("append")] if "append" in request else []:
         with open(file, "a") as damaged:
             damaged.write(text)
+    for most_bytes in [request.pop("limit")] if "limit" in request else []:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, -1))
+    for folder in [request.pop("package")] if "package" in request else []:
+        lib.autosteer_close(engine)
+        code = lib.autosteer_open(folder.encode(), given["options"].encode(), ctypes.byref(engine))
     text = request if isinstance(request, str) else json.dumps(request)
+    if code:
+        print(json.dumps({"code": code, "error": lib.autosteer_error().decode(), "chunks": []}))
+        continue
     code, chunks = lib.autosteer_request_new(text.encode(), ctypes.byref(made)), []
     stream.value = None
     code = code or run(asked, made, ctypes.byref(stream))
@@ -192,7 +200,8 @@ def through_c(
     built: Path, package: Path, requests: Sequence[Any], *, conversation: bool = False, **options: Any
 ) -> list[dict[str, Any]]:
     """Requests through libautosteer.so on one thread, in a process without Python's onnxruntime. A request with
-    "chunks" is left after so many, one with "append" first appends to a file. In a conversation the engine is closed
+    "chunks" is left after so many. Before one with "append" that is appended to a file; with "limit" files may have so
+    many bytes (-1: any number); with "package" it and the next ask that one. In a conversation the engine is closed
     before it is used.
     """
     given = {"library": str(built / "libautosteer.so"), "package": str(package), "requests": requests}

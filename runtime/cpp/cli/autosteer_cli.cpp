@@ -14,10 +14,12 @@
 #include <iostream>
 #include <iterator>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -53,6 +55,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
                                and int4.  [on]
   --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
   --low-memory                 Load the image graph for each picture, and drop it afterwards.
+  --audit FILE                 Append a line of JSON to this file for each request: verdict, digests, counts. No line,
+                               no answer.
+  --audit-texts                In these lines, the words of prompts and answers, too.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: all cores.
   --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.
@@ -130,6 +135,7 @@ Arguments parse(const std::vector<std::string>& words) {
          arguments.engine.max_tiles = as_int(o, value);
          if (*arguments.engine.max_tiles < 1) throw UsageError("Invalid value for '--max-tiles': 1 or more.");
        }},
+      {"--audit", [&](auto&, auto& value) { arguments.engine.audit = value; }},
       {"--device",
        [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
       {"--threads",
@@ -159,6 +165,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.json = true;
     } else if (word == "--check") {
       arguments.check = true;
+    } else if (word == "--audit-texts") {
+      arguments.engine.audit_texts = true;
     } else if (word == "--low-memory") {
       arguments.engine.low_memory = true;
     } else if (word == "--speculation" || word == "--no-speculation") {
@@ -181,6 +189,9 @@ Arguments parse(const std::vector<std::string>& words) {
     }
   }
   if (!arguments.package && !arguments.help) throw UsageError("Missing argument 'PACKAGE'.");
+  if (arguments.engine.audit_texts && arguments.engine.audit.empty()) {
+    throw UsageError("--audit-texts needs --audit FILE");
+  }
   return arguments;
 }
 
@@ -229,33 +240,56 @@ std::string stats_line(const std::string& finish_reason, const autosteer::Stats&
          stats.device + "]";
 }
 
-volatile std::sig_atomic_t answering = 0, interrupted = 0;  // in a chat; by Ctrl-C
-
-/// Ctrl-C in a chat: end the answer, or the chat if none is being written.
-void interrupt(int) {
-  constexpr char kLast[] = "\nautosteer-cli: interrupted\n";
-  constexpr int kInterrupted = 130;
-  interrupted = 1;
-  if (!answering) _exit(write(STDERR_FILENO, kLast, sizeof kLast - 1) < 0 ? 1 : kInterrupted);
-}
-
-/// Stream an answer: verdict and timings to stderr, text to stdout. Nothing if it was interrupted.
-std::optional<autosteer::Answer> say(const autosteer::Engine& engine, std::vector<autosteer::Message> dialogue,
-                                     const autosteer::SamplingConfig& sampling, const autosteer::GatePolicy& policy,
-                                     autosteer::Conversation* conversation = nullptr) {
-  autosteer::Answer answer;
-  bool first = true;
-  autosteer::Stream pieces = engine.stream(std::move(dialogue), sampling, policy, conversation);
-  while (const auto chunk = pieces.next()) {
-    if (std::exchange(first, false)) std::cerr << verdict_line(chunk->verdict) << "\n";
-    std::cout << chunk->text << std::flush;
-    if (interrupted) return std::nullopt;
-    answer.text += chunk->text;
-    if (!chunk->stats) continue;
-    answer.verdict = chunk->verdict;
-    std::cout << std::endl;
-    std::cerr << stats_line(chunk->finish_reason, *chunk->stats) << "\n";
+/// Ctrl-C ends the answer that is being written, or the program if none is.
+class Interrupts {
+ public:
+  /// From here on, and in threads that begin later.
+  static void watch() {
+    struct sigaction known {};
+    sigaction(SIGINT, nullptr, &known);
+    if (known.sa_handler == SIG_IGN) return;  // nohup, or a script's `&`
+    sigset_t interrupt;
+    sigemptyset(&interrupt);
+    sigaddset(&interrupt, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &interrupt, nullptr);
+    std::thread([interrupt] {
+      for (int signal = 0; sigwait(&interrupt, &signal) == 0;) end();
+    }).detach();
   }
+
+  /// While it lives, `answer` is what Ctrl-C ends.
+  explicit Interrupts(autosteer::Stream& answer) { set(&answer); }
+  ~Interrupts() { set(nullptr); }
+  Interrupts(const Interrupts&) = delete;
+  Interrupts& operator=(const Interrupts&) = delete;
+
+ private:
+  static void set(autosteer::Stream* answer) {
+    const std::lock_guard lock(mutex_);
+    answer_ = answer;
+  }
+
+  static void end() {
+    const std::lock_guard lock(mutex_);
+    if (answer_) return answer_->cancel();
+    _exit(write(STDERR_FILENO, kInterrupted, sizeof kInterrupted - 1) < 0 ? 1 : autosteer::Cancelled().exit_code);
+  }
+
+  static constexpr char kInterrupted[] = "\nautosteer-cli: interrupted\n";
+  static inline std::mutex& mutex_ = *new std::mutex;  // the thread may wait for a signal while the program ends
+  static inline autosteer::Stream* answer_ = nullptr;
+};
+
+/// Stream an answer: verdict and timings to stderr, text to stdout.
+autosteer::Answer say(autosteer::Stream&& pieces) {
+  const Interrupts ending(pieces);
+  bool first = true;
+  autosteer::Answer answer = autosteer::detail::whole(std::move(pieces), [&](const autosteer::Chunk& chunk) {
+    if (std::exchange(first, false)) std::cerr << verdict_line(chunk.verdict) << "\n";
+    std::cout << chunk.text << std::flush;
+  });
+  std::cout << std::endl;
+  std::cerr << stats_line(answer.finish_reason, answer.stats) << "\n";
   return answer;
 }
 
@@ -281,7 +315,6 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
           std::vector<std::vector<autosteer::ImageLike>> videos) {
   const char* const help =
       "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
-  std::signal(SIGINT, interrupt);
   std::vector<autosteer::Message> dialogue;
   std::vector<autosteer::ImageLike> images = arguments.images;
   std::optional<autosteer::Conversation> conversation(std::in_place);
@@ -307,21 +340,22 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         std::cerr << command << ": not a command. " << help;
       } else if (!line.empty()) {
         dialogue.push_back(autosteer::Message::user(line, images, videos));
-        answering = 1;
-        const auto answer = say(engine, dialogue, arguments.sampling, policy, &*conversation);
-        if (answer && answer->verdict.action == autosteer::Action::pass) {
-          dialogue.push_back(autosteer::Message::assistant(answer->text, /*trusted*/ true));
+        const autosteer::Answer answer = say(engine.stream(dialogue, arguments.sampling, policy, &*conversation));
+        if (answer.verdict.action == autosteer::Action::pass) {
+          dialogue.push_back(autosteer::Message::assistant(answer.text, /*trusted*/ true));
         } else {
           dialogue.pop_back();
-          std::cerr << (answer ? "(the turn is forgotten)\n" : "\n(interrupted; the turn is forgotten)\n");
+          std::cerr << "(the turn is forgotten)\n";
         }
-        if (answer) images.clear(), videos.clear();
+        images.clear(), videos.clear();
       }
     } catch (const autosteer::InputError& err) {  // the chat goes on after mistyped names and prompts that do not fit
       if (!dialogue.empty() && dialogue.back().role == "user") dialogue.pop_back();
       std::cerr << "error: " << err.what() << "\n";
+    } catch (const autosteer::Cancelled&) {
+      dialogue.pop_back();
+      std::cerr << "\n(interrupted; the turn is forgotten)\n";
     }
-    answering = interrupted = 0;
   }
   std::cerr << "\n";
 }
@@ -370,10 +404,12 @@ void run(const Arguments& arguments) {
     return chat(engine, arguments, policy, std::move(videos));
   }
   std::vector<autosteer::Message> dialogue = {autosteer::Message::user(prompt, arguments.images, videos)};
+  autosteer::Stream pieces = engine.stream(std::move(dialogue), arguments.sampling, policy);
   if (arguments.json) {
-    std::cout << answer_json(engine.generate(std::move(dialogue), arguments.sampling, policy)).dump() << "\n";
+    const Interrupts ending(pieces);
+    std::cout << answer_json(autosteer::detail::whole(std::move(pieces))).dump() << "\n";
   } else {
-    say(engine, std::move(dialogue), arguments.sampling, policy);
+    say(std::move(pieces));
   }
 }
 
@@ -390,6 +426,7 @@ int main(int argc, char** argv) {
   const char* said = std::getenv("ORT_DISABLE_TELEMETRY");  // runtime/__init__.py says why
   if (!said || !*said) setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite*/ 1);
   try {
+    Interrupts::watch();
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {
       std::cout << kUsage;
@@ -405,6 +442,9 @@ int main(int argc, char** argv) {
   } catch (const UsageError& err) {
     std::cerr << "Usage: autosteer-cli PACKAGE [OPTIONS]\nTry 'autosteer-cli --help' for help.\n\nError: " << err.what()
               << "\n";
+    return err.exit_code;
+  } catch (const autosteer::Cancelled& err) {
+    std::cerr << "\nautosteer-cli: interrupted\n";
     return err.exit_code;
   } catch (const autosteer::Error& err) {
     std::cerr << "autosteer-cli: error: " << err.what() << "\n";

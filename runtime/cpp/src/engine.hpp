@@ -32,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+#include "audit.hpp"
 #include "conversation.hpp"
 #include "drafting.hpp"
 #include "errors.hpp"
@@ -78,6 +79,8 @@ struct EngineOptions {
   bool files = true;                      ///< whether messages may name files of pictures
   bool advise_pages = false;              ///< advise Linux on the process's memory while loading (pages.hpp)
   std::string onnxruntime = {};           ///< path of libonnxruntime.so; "": find_onnxruntime() says where it is
+  std::string audit = {};                 ///< file to append a line to for each request; "": none
+  bool audit_texts = false;               ///< with the words of prompts and answers, not only their digests
   Log log = {};                           ///< receives the reason if a prober fails; never prompts
 };
 
@@ -89,12 +92,15 @@ class Engine {
 
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
-  /// Throws PackageError (package damaged or incomplete, another version, a gate that does not work here) or
-  /// ProviderError (device not available, onnxruntime too old).
+  /// Throws PackageError (package damaged or incomplete, another version, a gate that does not work here),
+  /// ProviderError (device not available, onnxruntime too old) or InputError (no such folder for EngineOptions::audit).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
       : pages_(options.advise_pages ? std::make_unique<Pages>() : nullptr),
         manifest(Manifest::load(folder)),
         log(options.log),
+        audit_(options.audit.empty() ? nullptr
+                                     : std::make_unique<Audit>(options.audit, sha256(folder / kManifestFile),
+                                                               options.audit_texts)),
         tokenizer(checked(folder, options.onnxruntime)),
         encoder(manifest, tokenizer, cutting(options.max_tiles), [this](const auto& name) { return graph(name); }),
         folder_(folder),
@@ -152,7 +158,20 @@ class Engine {
   Verdict score(const std::vector<Message>& messages, const GatePolicy& policy) const {
     policy.check();
     Stats stats;
-    return request(encoder.prepare(messages, stats), 1, stats).prefill_lower(policy);
+    Record record = this->record(policy, messages, stats);
+    record.begin();
+    try {
+      EncodedPrompt prompt = encoder.prepare(messages, stats);
+      record.shown = prompt.shown;
+      Request asked = request(std::move(prompt), 1, stats);
+      record.verdict = asked.prefill_lower(policy);
+      record.scores = asked.scores;
+      record.gave("", "scored");
+      return *record.verdict;
+    } catch (...) {
+      record.failed(std::current_exception());
+      throw;
+    }
   }
 
   /// `generate` for a prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
@@ -193,8 +212,18 @@ class Engine {
             conversation ? conversation->take_prefix() : std::nullopt};
   }
 
+  /// Where a request notes what becomes of it. What it is given must outlive it.
+  Record record(const GatePolicy& policy, const std::vector<Message>& messages, const Stats& stats) const {
+    return {audit_.get(), policy, messages, stats};
+  }
+
   const Manifest manifest;
   const Log log;
+
+ private:
+  const std::unique_ptr<Audit> audit_;  // opened before the package's files are read
+
+ public:
   const Tokenizer tokenizer;
   const PromptEncoder encoder;
 
@@ -236,17 +265,20 @@ class Engine {
 /// An answer in chunks: call `next` until it returns nothing.
 class Stream {
  public:
-  using Prepare = std::function<EncodedPrompt(Stats&)>;  ///< encodes the prompt when the first chunk is requested
+  /// Encodes the prompt, when the first chunk is requested.
+  using Prepare = std::function<EncodedPrompt(const std::vector<Message>&, Stats&)>;
 
-  Stream(const Engine& engine, Prepare prepare, const SamplingConfig& sampling, GatePolicy policy,
-         Conversation* conversation)
+  Stream(const Engine& engine, std::vector<Message> messages, Prepare prepare, const SamplingConfig& sampling,
+         GatePolicy policy, Conversation* conversation)
       : engine_(engine),
         conversation_(conversation),
+        messages_(std::move(messages)),
         prepare_(std::move(prepare)),
         policy_(std::move(policy)),
         sampling_(sampling),
         sample_(sampling),
-        detokeniser_(engine.tokenizer, sampling.stop) {
+        detokeniser_(engine.tokenizer, sampling.stop),
+        record_(engine.record(policy_, messages_, stats_)) {
     if (conversation && !conversation->belongs_to(engine)) {
       throw InputError("this conversation was begun with another engine");
     }
@@ -262,22 +294,34 @@ class Stream {
       leave();
     } catch (...) {  // no memory to keep the prefix: the conversation's next request computes all
     }
+    try {
+      record_.failed(nullptr);
+    } catch (...) {  // the engine's next request is refused
+    }
   }
   Stream(const Stream&) = delete;  // the request points into it
   Stream& operator=(const Stream&) = delete;
 
-  /// The next chunk. Throws InputError if the prompt, an image or a video is unusable, or does not fit the context.
-  /// After an exception the stream has ended.
+  /// The next chunk. Throws InputError if the prompt, an image or a video is unusable, or does not fit the context;
+  /// AuditError if the engine has an audit record that cannot be written. After an exception the stream has ended.
   std::optional<Chunk> next() {
     if (ended_) return std::nullopt;
     ended_ = true;  // also if this call throws
-    Chunk chunk = cancellation_.guard([&] { return request_ ? continue_answer() : begin_answer(); });
-    ended_ = !chunk.finish_reason.empty();
-    if (ended_) {
-      chunk.stats = stats_;
-      leave();
+    record_.begin();
+    try {
+      Chunk chunk = cancellation_.guard([&] { return request_ ? continue_answer() : begin_answer(); });
+      const bool last = !chunk.finish_reason.empty();
+      if (last) {
+        chunk.stats = stats_;
+        leave();
+      }
+      record_.gave(chunk.text, chunk.finish_reason);
+      ended_ = last;
+      return chunk;
+    } catch (...) {
+      record_.failed(std::current_exception());
+      throw;
     }
-    return chunk;
   }
 
   /// End the answer: a `next` that is running throws Cancelled soon, and so does the next one. For any thread.
@@ -292,10 +336,13 @@ class Stream {
 
   Chunk begin_answer() {
     const Clock clock;
-    EncodedPrompt prompt = prepare_(stats_);
+    EncodedPrompt prompt = prepare_(messages_, stats_);
     tokens_ = prompt.token_ids;
+    record_.shown = prompt.shown;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     verdict_ = request_->prefill_lower(policy_);
+    record_.verdict = verdict_;
+    record_.scores = request_->scores;
     if (verdict_.action == Action::stop) {
       stats_.ttft_ms = clock.ms();
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
@@ -351,6 +398,7 @@ class Stream {
 
   const Engine& engine_;
   Conversation* conversation_;
+  const std::vector<Message> messages_;
   Prepare prepare_;
   GatePolicy policy_;
   SamplingConfig sampling_;
@@ -365,22 +413,23 @@ class Stream {
   const float* logits_ = nullptr;  // (R, V) of the latest pass
   size_t row_ = 0;                 // the one to sample from
   Cancellation cancellation_;
+  Record record_;  // refers to what is above
   bool ended_ = false;
 };
 
 inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                              Conversation* conversation) const {
   check_files(messages);
-  const auto prepare = [this, messages = std::move(messages), conversation](Stats& stats) {
+  const auto prepare = [this, conversation](const std::vector<Message>& messages, Stats& stats) {
     return encoder.prepare(messages, stats, conversation);
   };
-  return {*this, prepare, sampling, policy, conversation};
+  return {*this, std::move(messages), prepare, sampling, policy, conversation};
 }
 
 namespace detail {
 
 /// All chunks of a stream as one answer.
-inline Answer whole(Stream pieces, const std::function<void(const Chunk&)>& on_chunk = {}) {
+inline Answer whole(Stream&& pieces, const std::function<void(const Chunk&)>& on_chunk = {}) {
   Answer answer;
   while (const std::optional<Chunk> chunk = pieces.next()) {
     answer.text += chunk->text;
@@ -402,8 +451,8 @@ inline Answer Engine::generate(std::vector<Message> messages, const SamplingConf
 
 inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
                                         const GatePolicy& policy) const {
-  const auto prepare = [&](Stats& stats) { return encoder.prepare_ids(token_ids, stats); };
-  return detail::whole(Stream(*this, prepare, sampling, policy, nullptr));
+  const auto prepare = [&](const std::vector<Message>&, Stats& stats) { return encoder.prepare_ids(token_ids, stats); };
+  return detail::whole(Stream(*this, {}, prepare, sampling, policy, nullptr));
 }
 
 }  // namespace autosteer

@@ -28,6 +28,11 @@ struct InputError : Error {
   explicit InputError(const std::string& what) : Error(what, 5) {}
 };
 
+/// The audit record of a request cannot be written.
+struct AuditError : Error {
+  explicit AuditError(const std::string& what) : Error(what) {}
+};
+
 /// The stream was cancelled, by another thread.
 struct Cancelled : Error {
   Cancelled() : Error("the answer was cancelled", 130) {}

@@ -74,6 +74,12 @@ struct Stats {
 /// Identifies a position: "" and a token id, or a picture's digest and a row of it.
 using Key = std::pair<std::string, int64_t>;
 
+/// A picture or a video of a prompt.
+struct Shown {
+  std::string sha256;  ///< of its pixels, or of the video's frames as they are encoded; see `digest`
+  bool video;
+};
+
 /// A dialogue as the decoder's input: S positions.
 struct EncodedPrompt {
   Rows inputs_embeds;              // (S, D)
@@ -82,6 +88,7 @@ struct EncodedPrompt {
   std::vector<Key> keys;
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
+  std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
 };
 
 /// What the prober read of a turn (D,), by the first and last position.
@@ -112,11 +119,13 @@ inline std::vector<Call> steered_head(const Graphs& graphs, const Ort::Value& la
 class Request {
  public:
   const int64_t max_tokens;
+  std::vector<double> scores;  ///< p_unsafe by judged turn, once the prober has read it
 
   /// Allocate for `prompt` and an answer of `max_tokens`, which together must fit the context.
   Request(const Manifest& manifest, const Graphs& graphs, const Log& log, EncodedPrompt prompt, int64_t max_tokens,
           Stats& stats, std::optional<CachedPrefix> cached)
       : max_tokens(max_tokens),
+        scores(prompt.probed.size(), std::nan("")),
         manifest_(manifest),
         graphs_(graphs),
         log_(log),
@@ -285,7 +294,7 @@ class Request {
 
   /// The worst p_unsafe of all judged turns; NaN if there is none: whatever went wrong, the prompt was not shown to be
   /// safe.
-  double probe() const {
+  double probe() {
     std::string reason = "unknown";
     try {
       if (!finite_)
@@ -293,10 +302,12 @@ class Request {
       const Subgraph& prober = graphs_.at("prober");
       if (probed_.empty()) throw PackageError("no turn is judged");
       double p_unsafe = 0.0;
-      for (const auto& positions : probed_) {
+      for (size_t turn = 0; turn < probed_.size(); ++turn) {
+        const auto& positions = probed_[turn];
         if (positions.empty()) throw PackageError("the prompt has no position for the prober");
         const auto outputs = prober.run(Tensor<float>::view(probed_means_.at(ends(positions)).data(), {1, width()}));
-        p_unsafe = worse(p_unsafe, static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober)));
+        scores[turn] = static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober));
+        p_unsafe = worse(p_unsafe, scores[turn]);
       }
       return p_unsafe;
     } catch (const std::exception& err) {

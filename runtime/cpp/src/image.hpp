@@ -67,13 +67,12 @@ inline Image open_image(const ImageLike& image) {
   return pixels;
 }
 
-/// SHA-256 of a picture, or of a video's tiles. `use`: how they are encoded, so that another use is another digest.
-inline std::string digest(const Image* images, size_t count, const std::string& use) {
+/// SHA-256 of pictures, as if each were a PPM file: `pngtopnm photo.png | sha256sum`.
+inline std::string digest(const Image* images, size_t count) {
   Sha256 hash;
-  hash.add(use.data(), use.size());
   for (const Image* image = images; image < images + count; ++image) {
-    const std::string shape = " " + std::to_string(image->height) + "x" + std::to_string(image->width) + " ";
-    hash.add(shape.data(), shape.size());
+    const std::string head = "P6\n" + std::to_string(image->width) + " " + std::to_string(image->height) + "\n255\n";
+    hash.add(head.data(), head.size());
     hash.add(image->rgb.data(), image->rgb.size());
   }
   return hash.hex();

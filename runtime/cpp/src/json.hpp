@@ -14,13 +14,6 @@
 
 namespace autosteer {
 
-using OrderedJson = nlohmann::ordered_json;
-
-template <class T>
-OrderedJson or_null(const std::optional<T>& value) {
-  return value ? OrderedJson(*value) : OrderedJson(nullptr);
-}
-
 inline OrderedJson verdict_json(const Verdict& verdict) {
   return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
           {"action", name(verdict.action)},        {"mode", name(verdict.mode)},
@@ -91,7 +84,7 @@ auto from_json(const std::string& text, const std::string& what, const Decode& d
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object({}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime"});
+    node.object({}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime", "audit", "audit_texts"});
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();
@@ -103,6 +96,8 @@ inline EngineOptions options_from_json(const std::string& text) {
     if (node.has("files")) options.files = node["files"].as_bool();
     if (node.has("advise_pages")) options.advise_pages = node["advise_pages"].as_bool();
     if (node.has("onnxruntime")) options.onnxruntime = node["onnxruntime"].as_string();
+    if (node.has("audit")) options.audit = node["audit"].as_string();
+    if (node.has("audit_texts")) options.audit_texts = node["audit_texts"].as_bool();
     return options;
   });
 }

@@ -115,8 +115,9 @@ class PromptEncoder {
       for (const Laid& part : *next->laid) {
         add_tokens(part.ids);
         prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
-        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->digest, row++);
+        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->key, row++);
       }
+      prompt.shown.push_back({next->sha256, run.slot == "video"});
       sizes.push_back(next++->rows());
     }
     prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
@@ -145,7 +146,7 @@ class PromptEncoder {
  private:
   /// A picture or a video of a prompt.
   struct Seen {
-    std::string digest;
+    std::string sha256, key;  // its key: how it is encoded, too
     std::shared_ptr<const std::vector<Laid>> laid;
 
     int64_t rows() const {
@@ -173,11 +174,13 @@ class PromptEncoder {
     for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
     check_length(manifest_, length, pictures.empty());
     Encoded encoded;
-    const auto take = [&](const std::string& digest, const std::function<std::vector<Laid>()>& encode) {
-      auto& laid = encoded[digest];
-      if (!laid && conversation && conversation->images.count(digest)) laid = conversation->images[digest];
+    const auto take = [&](const Image* images, size_t count, const std::string& use,
+                          const std::function<std::vector<Laid>()>& encode) {
+      const std::string sha256 = digest(images, count), key = use + " " + sha256;
+      auto& laid = encoded[key];
+      if (!laid && conversation && conversation->images.count(key)) laid = conversation->images[key];
       if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
-      return Seen{digest, laid};
+      return Seen{sha256, key, laid};
     };
     std::vector<Seen> seen;
     size_t shown = 0, filmed = 0;
@@ -185,14 +188,13 @@ class PromptEncoder {
       if (run.slot == "image") {
         const bool alone = pictures.size() == 1;
         const Image picture = open_image(*pictures.at(shown++));
-        seen.push_back(take(digest(&picture, 1, alone ? "a picture" : "one of several"),
+        seen.push_back(take(&picture, 1, alone ? "a picture" : "one of several",
                             [&] { return encode_image(picture, alone, stats); }));
         length += seen.back().rows() - least;
       } else if (run.slot == "video") {
         const std::vector<Image> frames = tiles(*films.at(filmed++));
-        seen.push_back(take(digest(frames.data(), frames.size(), "a video"), [&] {
-          return std::vector<Laid>{{{}, encode_video(frames, stats)}};
-        }));
+        seen.push_back(take(frames.data(), frames.size(), "a video",
+                            [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
         length += seen.back().rows();
       }
       check_length(manifest_, length, seen.size() == pictures.size() + films.size());

@@ -21,6 +21,12 @@
 namespace autosteer {
 
 using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
+
+template <class T>
+OrderedJson or_null(const std::optional<T>& value) {
+  return value ? OrderedJson(*value) : OrderedJson(nullptr);
+}
 
 namespace decoding {
 

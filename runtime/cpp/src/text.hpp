@@ -183,6 +183,11 @@ inline JudgedTurn judged(const TurnEnd& turn, const std::vector<int64_t>& rows) 
 
 }  // namespace rendering
 
+/// Whether the prober scores a turn.
+inline bool is_judged(const std::vector<Message>& messages, size_t turn) {
+  return !messages[turn].trusted || turn + 1 == messages.size();
+}
+
 /// Token ids of a dialogue, with a run of its own for each image and each video. `judged` receives the turns that the
 /// prober scores: all but the trusted ones, and the last in any case. Throws InputError for an empty dialogue, an
 /// unknown role, an image or a video in a turn that takes none, a trusted user turn, or text that is not valid Unicode.
@@ -205,8 +210,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     const Place content = writer.place(writer.ahead().size());
     rendering::write_parts(writer, message, *turn, spec);
     writer.write(turn->suffix);
-    const bool is_judged = !message.trusted || &message == &messages.back();
-    if (is_judged) ends.push_back({content, writer.place(0), writer.ahead(spec.generation)});
+    if (is_judged(messages, static_cast<size_t>(&message - messages.data()))) ends.push_back({content, writer.place(0), writer.ahead(spec.generation)});
   }
   writer.write(spec.generation);
   writer.close_text();

@@ -63,7 +63,10 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
  *      "advise_pages": true to ask Linux for huge pages and to give back pages that only loading reads; this advises on
  *                      every mapping of the process that grows during the call,
- *      "onnxruntime": path of libonnxruntime.so, or of its folder; else $AUTOSTEER_ONNXRUNTIME, else the usual places}
+ *      "onnxruntime": path of libonnxruntime.so, or of its folder; else $AUTOSTEER_ONNXRUNTIME, else the usual places,
+ *      "audit": a file that a line of JSON is appended to for each request; autosteer_next fails where it cannot be
+ *               written (docs/security.md),
+ *      "audit_texts": true for lines with the words of prompts and answers, not only their digests}
  * An unknown key is an error. */
 AUTOSTEER_API int autosteer_open(const char *package, const char *options, autosteer_engine **engine);
 AUTOSTEER_API void autosteer_close(autosteer_engine *engine);

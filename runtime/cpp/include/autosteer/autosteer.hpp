@@ -204,6 +204,8 @@ struct EngineOptions {
   bool low_memory = false;
   bool advise_pages = false;
   std::string onnxruntime;
+  std::string audit;
+  bool audit_texts = false;
 };
 
 /// What the gate made of a prompt.
@@ -384,6 +386,8 @@ class Engine : public detail::Answers<Engine> {
     object.add("low_memory", options.low_memory);
     object.add("advise_pages", options.advise_pages);
     if (!options.onnxruntime.empty()) object.add("onnxruntime", options.onnxruntime);
+    if (!options.audit.empty()) object.add("audit", options.audit);
+    object.add("audit_texts", options.audit_texts);
     autosteer_engine* made = nullptr;
     detail::check(autosteer_open(package.c_str(), object.text().c_str(), &made));
     engine_ = detail::owned(made, autosteer_close);
