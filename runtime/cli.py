@@ -77,8 +77,8 @@ def load(
     "videos",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An animated GIF, WebP, PNG or TIFF, or a folder of pictures, ordered by name, as made by "
-    "`ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.",
+    help="An MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or TIFF, or a folder of pictures, "
+    "ordered by name; repeatable.",
 )
 @click.option(
     "--frames",

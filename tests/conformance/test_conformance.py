@@ -12,6 +12,8 @@ import json
 import math
 import os
 import random
+import shutil
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -199,23 +201,47 @@ def picture_from_cpp(case: Case, places: Places, answer: Any) -> Any:
 
 
 def film(case: Case, places: Places) -> Path:
-    """The folder of a case's files, which are empty; or one file, or none."""
-    path = places.file(case)
-    if isinstance(case["files"], str):
-        path.write_text("no video")
-    elif case["files"] is not None:
+    """The folder of a case's files, which are empty; a file of ffmpeg's making, a pipe, or a text; or nothing."""
+    path, files = places.file(case), case["files"]
+    if isinstance(files, dict) and not path.exists():
+        subprocess.run(["ffmpeg", "-v", "error", *files["ffmpeg"], path], check=True)
+    elif files == "pipe" and not path.exists():
+        os.mkfifo(path)
+    elif isinstance(files, str) and files != "pipe":
+        path.write_text(files)
+    elif isinstance(files, list):
         path.mkdir(exist_ok=True)
-        for name in case["files"]:
+        for name in files:
             (path / name).touch()
     return path
 
 
+def frames_in_a_folder(case: Case, places: Places) -> dict[str, str]:
+    """What `ffmpeg -i VIDEO FOLDER/%04d.png` makes of a case's film: the SHA-256 of each frame's pixels -> its name."""
+    if not isinstance(case["files"], dict):
+        return {}
+    folder = places.file(case).with_suffix(".frames")
+    if not folder.exists():
+        folder.mkdir()
+        decode = ["ffmpeg", "-v", "error", "-i", film(case, places), "-fps_mode", "passthrough", folder / "%04d.png"]
+        subprocess.run(decode, check=True)
+    return {hashlib.sha256(open_image(file).tobytes()).hexdigest(): file.name for file in folder.iterdir()}
+
+
 def video_in_python(case: Case, places: Places) -> Any:
-    return {"chosen": [Path(str(frame)).name for frame in open_video(film(case, places), case["frames"])]}
+    frames = open_video(film(case, places), case["frames"])
+    known = frames_in_a_folder(case, places)
+    digests = [f.name if isinstance(f, Path) else hashlib.sha256(np.asarray(f).tobytes()).hexdigest() for f in frames]
+    return {"chosen": [known.get(digest, digest) for digest in digests]}
 
 
 def video_in_cpp(case: Case, places: Places) -> Case:
-    return {"part": "frames", "folder": str(film(case, places)), "frames": case["frames"]}
+    return {"part": "frames", "path": str(film(case, places)), "frames": case["frames"]}
+
+
+def video_from_cpp(case: Case, places: Places, answer: Any) -> Any:
+    known = frames_in_a_folder(case, places)
+    return {"chosen": [known.get(digest, digest) for digest in answer]}
 
 
 def request_in_python(case: Case, places: Places) -> Any:
@@ -266,13 +292,19 @@ THEMES = {
     "prompts": Theme(prompt_in_python, prompt_in_cpp, spelled),
     "stops": Theme(stops_in_python, stops_in_cpp, lambda _case, _places, a: {"pieces": a[0]}),
     "pictures": Theme(picture_in_python, picture_in_cpp, picture_from_cpp),
-    "videos": Theme(video_in_python, video_in_cpp, lambda _case, _places, a: {"chosen": a}),
+    "videos": Theme(video_in_python, video_in_cpp, video_from_cpp),
     "requests": Theme(request_in_python, request_in_cpp, lambda _case, _places, a: a[0]),
     "json_requests": Theme(None, request_in_cpp, lambda _case, _places, a: a[0]),
     "dialogues": Theme(dialogue_in_python, dialogue_in_cpp),
 }
 CASE_LIST = [(theme, case) for theme in THEMES for case in cases(theme)]
 PYTHON = [(theme, case) for theme, case in CASE_LIST if THEMES[theme].python]
+NO_FFMPEG = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg: apt-get install ffmpeg")
+
+
+def runs_here(case: Case) -> bool:
+    """Whether what a case needs is installed."""
+    return not isinstance(case.get("files"), dict) or shutil.which("ffmpeg") is not None
 
 
 # --- outcomes --------------------------------------------------------------------------------------------------------
@@ -318,7 +350,7 @@ def in_cpp(program: Parts, places: Places) -> dict[tuple[str, str], Outcome]:
     """What C++ makes of all cases, theme by theme in one process each."""
     found = {}
     for theme, how in THEMES.items():
-        asked = cases(theme)
+        asked = [case for case in cases(theme) if runs_here(case)]
         answers = program.lines(*({**how.cpp(case, places), "trace": True} for case in asked))
         for case, answer in zip(asked, answers, strict=True):
             places_ = frozenset(("", address) for address in answer["thrown"])
@@ -364,7 +396,11 @@ def named(asked: list[tuple[str, Case]], runtime: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("theme", "case"),
         [
-            pytest.param(t, c, id=f"{t}: {c['name']}", marks=[pending] if runtime in c.get("pending", ()) else [])
+            pytest.param(
+                *(t, c),
+                id=f"{t}: {c['name']}",
+                marks=[pending] * (runtime in c.get("pending", ())) + [NO_FFMPEG] * (not runs_here(c)),
+            )
             for t, c in asked
         ],
     )
@@ -451,14 +487,20 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 
 PYTHON_FILES = (
     *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py", "sampling.py"),
-    *("self_test.py", "subgraph.py", "text.py", "video.py"),
+    *("self_test.py", "subgraph.py", "text.py", "video.py", "ffmpeg.py"),
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "picture.hpp", "generation.hpp"),
-    *("sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("sampling.hpp", "self_test.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp", "ffmpeg.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
+    "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",
+    "more than {MAX_FRAMES}": "100,000 frames (test_ffmpeg.py)",
+    "it has no frames": "an ffmpeg that is none (test_ffmpeg.py)",
+    "a frame of more than": "100 MB (test_ffmpeg.py)",
+    "it changed while it was read": "a race (test_ffmpeg.py)",
+    "s to decode it": "a minute (test_ffmpeg.py)",
     "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
@@ -470,6 +512,12 @@ PYTHON_EXEMPT = {
     "not a readable folder": "a folder that may not be read: tests are root's",
 }
 CPP_EXEMPT = {
+    "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",
+    "std::to_string(kMaxFrames)": "100,000 frames (test_ffmpeg.py)",
+    "it has no frames": "an ffmpeg that is none (test_ffmpeg.py)",
+    "a frame of more than": "100 MB (test_ffmpeg.py)",
+    "it changed while it was read": "a race (test_ffmpeg.py)",
+    "s to decode it": "a minute (test_ffmpeg.py)",
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
@@ -482,12 +530,14 @@ CPP_EXEMPT = {
 }
 
 
+@NO_FFMPEG
 def test_every_refusal_of_python_has_a_case(python):
     """So that C++ is asked for it, too."""
     lines = {place for theme, case in PYTHON for place in python(theme, case).places}
     assert unreached(python_sites(*PYTHON_FILES), lines, PYTHON_EXEMPT) == []
 
 
+@NO_FFMPEG
 def test_every_refusal_of_cpp_has_a_case(sanitised, places):
     """So that Python is asked for it, too. On the way the sanitizers see all cases."""
     program = sanitised / "autosteer-parts"

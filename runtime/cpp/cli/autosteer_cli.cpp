@@ -1,4 +1,4 @@
-// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...
+// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FILE]...
 //
 // autosteer-run without Python: the same options, chat, --json and exit codes. Answers go to stdout, verdicts and
 // timings to stderr.
@@ -33,8 +33,8 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
 
   -p, --prompt TEXT            The prompt; '-' reads stdin. Without one: a chat on a terminal, else stdin.
   -i, --image FILE             A PNG or JPEG file; repeatable.
-  --video FOLDER               A folder of PNG or JPEG files, ordered by name, as made by
-                               `ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.
+  --video FILE                 An MP4 or another file that ffmpeg reads, or a folder of PNG or JPEG files, ordered by
+                               name; repeatable.
   --frames INTEGER             Number of frames to take from a longer video, evenly spaced.  [default: 8]
   --policy [steer|stop|monitor|off]
                                For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only
@@ -280,7 +280,7 @@ std::string typed_path(std::string_view text) {
 void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
           std::vector<std::vector<autosteer::ImageLike>> videos) {
   const char* const help =
-      "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
+      "Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves.\n";
   std::signal(SIGINT, interrupt);
   std::vector<autosteer::Message> dialogue;
   std::vector<autosteer::ImageLike> images = arguments.images;
@@ -361,7 +361,7 @@ void run(const Arguments& arguments) {
   const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
   if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<std::vector<autosteer::ImageLike>> videos;
-  for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
+  for (const auto& video : arguments.videos) videos.push_back(autosteer::open_video(video, arguments.frames));
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
   const autosteer::Engine engine(*arguments.package, options);

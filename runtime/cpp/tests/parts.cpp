@@ -108,13 +108,25 @@ Json squeeze(const Json& command) {
   return nullptr;
 }
 
-/// {"folder", "frames"} -> the names of the frames that are chosen
+/// {"path", "frames"} -> of each frame that is chosen its file's name, or the SHA-256 of its pixels
 Json frames(const Json& command) {
-  Json names = Json::array();
-  for (const auto& frame : autosteer::open_video(command.at("folder").get<std::string>(), command.at("frames"))) {
-    names.push_back(std::get<std::filesystem::path>(frame).filename().string());
+  Json chosen = Json::array();
+  for (const auto& frame : autosteer::open_video(command.at("path").get<std::string>(), command.at("frames"))) {
+    if (const auto* decoded = std::get_if<autosteer::Image>(&frame)) {
+      autosteer::Sha256 hash;
+      hash.add(decoded->rgb.data(), decoded->rgb.size());
+      chosen.push_back(hash.hex());
+    } else {
+      chosen.push_back(std::get<std::filesystem::path>(frame).filename().string());
+    }
   }
-  return names;
+  return chosen;
+}
+
+/// {"path", "seconds"} -> how many frames ffmpeg finds in so many seconds
+Json count(const Json& command) {
+  const auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
+  return autosteer::ffmpeg::Film(file, command.at("seconds")).count();
 }
 
 /// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}
@@ -272,7 +284,7 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},       {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
+      {"ask", ask},       {"count", count}, {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
       {"gate", gate},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
       {"prompt", prompt}, {"resize", resize},     {"rule", rule},       {"sample", sample}, {"score", score},
       {"share", share},   {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
