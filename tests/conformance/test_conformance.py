@@ -205,6 +205,7 @@ def film(case: Case, places: Places) -> Path:
     path, files = places.file(case), case["files"]
     if isinstance(files, dict) and not path.exists():
         subprocess.run(["ffmpeg", "-v", "error", *files["ffmpeg"], path], check=True)
+        os.truncate(path, int(path.stat().st_size * files.get("kept", 1.0)))
     elif files == "pipe" and not path.exists():
         os.mkfifo(path)
     elif isinstance(files, str) and files != "pipe":
