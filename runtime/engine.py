@@ -30,13 +30,14 @@ from typing import Literal
 from .conversation import Conversation
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict
+from .gate import Action, GatePolicy, Mode, Verdict, without_steering
 from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
+from .grammar import Grammars
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, Manifest
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
-from .sampling import LogProbs, SamplingConfig, log_probabilities, make_sampler
+from .sampling import Constraint, LogProbs, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
@@ -113,6 +114,7 @@ class Engine:
             name: load(folder / spec.file, spec, host if name in ON_THE_HOST else device)
             for name, spec in specs.items()
         }
+        self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
         image = manifest.image and at_most(manifest.image, max_tiles)
         self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
 
@@ -206,8 +208,8 @@ class Engine:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
         A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
-        package's `policy`. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
-        first `next()`.
+        package's `policy`; where `sampling` restricts the answer, what would be steered is stopped. With a
+        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`.
         Raises InputError if the prompt, an image or a video is unusable, or does not fit the context.
         """
         start = time.perf_counter()
@@ -245,9 +247,10 @@ class Engine:
         conversation: Conversation | None = None,
     ) -> Iterator[Chunk]:
         """Answer an encoded prompt; see `stream`. `start`: the time.perf_counter() at which the call began."""
+        constraint = self.grammars.start(sampling)  # raises before anything is computed
         request = self.request(prompt, sampling.max_tokens, stats, conversation=conversation)
         try:
-            yield from self._answer(request, list(prompt.token_ids), sampling, policy, stats, start)
+            yield from self._answer(request, list(prompt.token_ids), sampling, constraint, policy, stats, start)
         finally:
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
@@ -257,18 +260,19 @@ class Engine:
         request: Request,
         tokens: list[int],
         sampling: SamplingConfig,
+        constraint: Constraint | None,
         policy: GatePolicy,
         stats: Stats,
         start: float,
     ) -> Iterator[Chunk]:
         """THE loop. `tokens`: the prompt's; the answer's are appended."""
-        verdict = request.prefill_lower(policy)
+        verdict = request.prefill_lower(without_steering(policy) if sampling.restricts else policy)
         if verdict.action is Action.STOP:
             stats.ttft_ms = ms_since(start)
             yield Chunk(policy.refusal_text, None, verdict, "refused", stats)
             return
 
-        sample = make_sampler(sampling)
+        sample = make_sampler(sampling, len(tokens), constraint)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision
         drafting = sampling.speculate and self.device.kind == "cpu"  # POSITION_COST was measured on CPUs only

@@ -24,12 +24,12 @@ import numpy as np
 import pytest
 import toy
 from conformance_packages import PICTURES, Packages, cases, shown
-from cpp_runtime import Parts, in_python
+from cpp_runtime import Parts, as_sampling, in_python
 from documents import changed, kinds, places_of, value_at, without
 from refusals import cpp_lines, cpp_sites, python_sites, unreached
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from autosteer.runtime import Conversation, Engine, GatePolicy, Manifest, SamplingConfig
+from autosteer.runtime import Conversation, Engine, GatePolicy, Manifest
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.gate import Mode, decide, is_safe
 from autosteer.runtime.generation import Stats
@@ -129,15 +129,17 @@ def verdict_in_cpp(case: Case, places: Places) -> Case:
     return {"part": "gate", **{key: case[key] for key in ("p_unsafe", "mode", "threshold", "strength")}}
 
 
+GIVEN = ("logits", "tokens", "prompt_tokens")
+
+
 def sampling_in_python(case: Case, places: Places) -> Any:
-    wishes = {k: tuple(v) if k == "stop" else v for k, v in case["sampling"].items()}
-    sample = make_sampler(SamplingConfig(**wishes))
+    sample = make_sampler(as_sampling(case["sampling"]), case.get("prompt_tokens", 0))
     rows = [np.array([number(x) for x in row], np.float32) for row in case.get("logits", [])]
     return {"drawn": [sample(row, case.get("tokens", [])) for row in rows]}
 
 
 def sampling_in_cpp(case: Case, places: Places) -> Case:
-    given = {"logits": case.get("logits", []), "tokens": case.get("tokens", [])}
+    given = {"logits": [], "tokens": [], "prompt_tokens": 0} | {k: v for k, v in case.items() if k in GIVEN}
     return {"part": "sample", "sampling": case["sampling"], **given}
 
 

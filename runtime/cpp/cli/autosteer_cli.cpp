@@ -45,6 +45,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --temperature FLOAT          0 is greedy.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
   --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
+  --min-p FLOAT                Sample from tokens with this share of the likeliest one's probability.  [default: 0]
+  --presence-penalty FLOAT     Taken from the logits of tokens that the answer has.  [default: 0]
+  --frequency-penalty FLOAT    Taken from them for each time that the answer has them.  [default: 0]
   --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
@@ -101,6 +104,10 @@ std::string as_one_of(const std::string& option, const std::string& text, const 
   throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a choice.");
 }
 
+void no_grammar(const std::string& option, const std::string&) {
+  throw UsageError(option + ": autosteer-cli has no grammars; autosteer-run has.");
+}
+
 Arguments parse(const std::vector<std::string>& words) {
   Arguments arguments;
   using Setter = std::function<void(const std::string& option, const std::string& value)>;
@@ -122,6 +129,11 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--temperature", [&](auto& o, auto& value) { sampling.temperature = as_float(o, value); }},
       {"--top-k", [&](auto& o, auto& value) { sampling.top_k = as_int(o, value); }},
       {"--top-p", [&](auto& o, auto& value) { sampling.top_p = as_float(o, value); }},
+      {"--min-p", [&](auto& o, auto& value) { sampling.min_p = as_float(o, value); }},
+      {"--presence-penalty", [&](auto& o, auto& value) { sampling.presence_penalty = as_float(o, value); }},
+      {"--frequency-penalty", [&](auto& o, auto& value) { sampling.frequency_penalty = as_float(o, value); }},
+      {"--json-schema", no_grammar},
+      {"--regex", no_grammar},
       {"--repetition-penalty", [&](auto& o, auto& value) { sampling.repetition_penalty = as_float(o, value); }},
       {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
       {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},

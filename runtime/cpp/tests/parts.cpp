@@ -194,7 +194,7 @@ Json gate(const Json& command) {
   return {{"unsafe", verdict.unsafe}, {"action", autosteer::name(verdict.action)}, {"strength", verdict.strength}};
 }
 
-/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...]} -> [id, ...], one after the
+/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...], "prompt_tokens"} -> [id, ...], one after the
 /// other drawn from the rows of logits
 Json sample(const Json& command) {
   const Json request = {{"messages", Json::array()}, {"sampling", command.at("sampling")}};
@@ -205,7 +205,8 @@ Json sample(const Json& command) {
   for (const Json& row : command.at("logits")) {
     std::vector<float> logits;
     for (const Json& logit : row) logits.push_back(static_cast<float>(number(logit)));
-    drawn.push_back(sampler(logits, command.at("tokens").get<std::vector<int64_t>>()));
+    const auto tokens = command.at("tokens").get<std::vector<int64_t>>();
+    drawn.push_back(sampler(logits, tokens, command.at("prompt_tokens").get<size_t>()));
   }
   return drawn;
 }
