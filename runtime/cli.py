@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -92,8 +93,8 @@ def load(
     "videos",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An animated GIF, WebP, PNG or TIFF, or a folder of pictures, ordered by name, as made by "
-    "`ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.",
+    help="An MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or TIFF, or a folder of pictures, "
+    "ordered by name; repeatable.",
 )
 @click.option(
     "--frames",
@@ -121,7 +122,34 @@ def load(
     show_default=True,
     help="Sample from the most likely tokens with this total probability.",
 )
+@click.option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sample from tokens with this share of the likeliest one's probability.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Taken from the logits of tokens that the answer has.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Taken from them for each time that the answer has them.",
+)
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
+@click.option(
+    "--json-schema",
+    type=click.File(encoding="utf-8"),
+    help="Answer with JSON of the schema in this file ('-': stdin). Unsafe prompts are then stopped, not steered.",
+)
+@click.option("--regex", help="Answer with a text that this regular expression matches; the same holds.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer before this string; repeatable.")
 @click.option(
@@ -156,6 +184,7 @@ def run(
     device: Any,
     threads: int | None,
     as_json: bool,
+    json_schema: Any,
     **sampling: Any,
 ) -> None:
     """Answer a prompt with the model in PACKAGE, guarded by its gate.
@@ -166,7 +195,7 @@ def run(
     from .text import Message
     from .video import open_video
 
-    config = SamplingConfig(**sampling)
+    config = SamplingConfig(**sampling, json_schema=json_schema and read_schema(json_schema))
     if score_only and policy == "off":
         raise click.UsageError("--score-only needs a policy that scores; --policy off does not")
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json and not score_only
@@ -193,6 +222,17 @@ def run(
         click.echo(dumps(answer_json(answer)))
     else:
         say(engine, [message], gate, config)
+
+
+def read_schema(file: Any) -> dict[str, Any]:
+    """The JSON object in an open file. Raises InputError if there is none."""
+    try:
+        schema = json.load(file)
+    except (ValueError, RecursionError) as err:
+        raise InputError(f"{file.name}: not JSON ({err})") from err
+    if not isinstance(schema, dict):
+        raise InputError(f"{file.name}: a schema is a JSON object")
+    return schema
 
 
 def say(

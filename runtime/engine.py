@@ -31,13 +31,14 @@ from .audit import Audit, Hook, Record, open_audit
 from .conversation import Conversation
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict
+from .gate import Action, GatePolicy, Mode, Verdict, without_steering
 from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
+from .grammar import Grammars
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
-from .sampling import LogProbs, SamplingConfig, log_probabilities, make_sampler
+from .sampling import Constraint, LogProbs, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
@@ -116,6 +117,7 @@ class Engine:
             name: load(folder / spec.file, spec, host if name in ON_THE_HOST else device)
             for name, spec in specs.items()
         }
+        self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
         image = manifest.image and at_most(manifest.image, max_tiles)
         self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
 
@@ -214,8 +216,8 @@ class Engine:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
         A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
-        package's `policy`. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the
-        first `next()`.
+        package's `policy`; where `sampling` restricts the answer, what would be steered is stopped. With a
+        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`.
         Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, and AuditError
         if the engine has an audit record that cannot be written.
         """
@@ -249,38 +251,46 @@ class Engine:
     def judge(self, prompt: EncodedPrompt, record: Record) -> Verdict:
         """The verdict on an encoded prompt; see `score`."""
         record.prompt = prompt
-        verdict = self._judge(self.request(prompt, 1, record.stats), record)
+        verdict = self._judge(self.request(prompt, 1, record.stats), record, record.policy)
         record.gave("", "scored")
         return verdict
 
-    def _judge(self, request: Request, record: Record) -> Verdict:
-        record.verdict, record.scores = request.prefill_lower(record.policy), request.scores
+    def _judge(self, request: Request, record: Record, policy: GatePolicy) -> Verdict:
+        record.verdict, record.scores = request.prefill_lower(policy), request.scores
         return record.verdict
 
     def answer(
         self, prompt: EncodedPrompt, sampling: SamplingConfig, record: Record, conversation: Conversation | None = None
     ) -> Iterator[Chunk]:
         """Answer an encoded prompt; see `stream`. `record`: of `Engine.record`, when the call began."""
+        constraint = self.grammars.start(sampling)  # raises before anything is computed
         record.prompt = prompt
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         try:
-            for chunk in self._answer(request, list(prompt.token_ids), sampling, record):
+            for chunk in self._answer(request, list(prompt.token_ids), sampling, constraint, record):
                 record.gave(chunk.text, chunk.finish_reason)
                 yield chunk
         finally:
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
 
-    def _answer(self, request: Request, tokens: list[int], sampling: SamplingConfig, record: Record) -> Iterator[Chunk]:
+    def _answer(
+        self,
+        request: Request,
+        tokens: list[int],
+        sampling: SamplingConfig,
+        constraint: Constraint | None,
+        record: Record,
+    ) -> Iterator[Chunk]:
         """THE loop. `tokens`: the prompt's; the answer's are appended."""
         stats, start = record.stats, record.start
-        verdict = self._judge(request, record)
+        verdict = self._judge(request, record, without_steering(record.policy) if sampling.restricts else record.policy)
         if verdict.action is Action.STOP:
             stats.ttft_ms = ms_since(start)
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
 
-        sample = make_sampler(sampling)
+        sample = make_sampler(sampling, len(tokens), constraint)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision
         drafting = sampling.speculate and self.device.kind == "cpu"  # POSITION_COST was measured on CPUs only

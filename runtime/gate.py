@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from .errors import InputError
@@ -61,6 +61,13 @@ class GatePolicy:
                 f"strength = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; "
                 "below 0 it would steer answers away from the refusal"
             )
+
+
+def without_steering(policy: GatePolicy) -> GatePolicy:
+    """The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits
+    refuse only if the refusal's tokens may be chosen.
+    """
+    return replace(policy, mode=Mode.STOP) if policy.mode is Mode.STEER else policy
 
 
 @dataclass(frozen=True)

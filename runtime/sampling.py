@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from .errors import InputError, PackageError
 
 Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
 LogProbs: TypeAlias = "tuple[tuple[int, float], ...]"  # pairs (token, log probability)
+
+PENALTY_MAX, BIAS_MAX = 2.0, 100.0  # OpenAI's
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,16 @@ class SamplingConfig:
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of tokens with this much probability
+    min_p: float = 0.0  # keep tokens with this share of the likeliest one's probability
     repetition_penalty: float = (
         1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
     )
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has
+    frequency_penalty: float = 0.0  # taken from them for each time that the answer has them
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these token ids
+    # What the answer must be: JSON of this schema, or a text that this regular expression matches (not in C++).
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
     seed: int = 0  # same seed, same text
     stop: tuple[str, ...] = ()  # end the answer before the first of these strings
     # Report each token's log probability, and those of this many likeliest tokens. For autosteer-serve, so not in C++.
@@ -41,32 +50,62 @@ class SamplingConfig:
         need(0.0 <= self.temperature < float("inf"), "temperature")
         need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k")
         need(0.0 < self.top_p <= 1.0, "top_p")
+        need(0.0 <= self.min_p <= 1.0, "min_p")
         need(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty")
+        need(abs(self.presence_penalty) <= PENALTY_MAX, "presence_penalty")
+        need(abs(self.frequency_penalty) <= PENALTY_MAX, "frequency_penalty")
+        need(all(token >= 0 and abs(bias) <= BIAS_MAX for token, bias in self.logit_bias.items()), "logit_bias")
         need(isinstance(self.seed, int) and self.seed >= 0, "seed")
         need("" not in self.stop, "stop")
 
+    @property
+    def restricts(self) -> bool:
+        """Whether it may leave out every token that a refusal begins with."""
+        return bool(self.logit_bias) or self.json_schema is not None or self.regex is not None
 
-def make_sampler(config: SamplingConfig) -> Sampler:
-    """The sampler for `config`. The order is that of Hugging Face's generate: penalty, temperature, top-k, top-p.
 
-    The sampler raises PackageError if the largest logit is NaN or infinite.
+class Constraint(Protocol):
+    """What an answer must be (grammar.py)."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens (V,) may come next."""
+
+    def accept(self, token: int) -> None:
+        """`token` has come."""
+
+
+def make_sampler(config: SamplingConfig, prompt_tokens: int = 0, constraint: Constraint | None = None) -> Sampler:
+    """The sampler for `config`. The order is that of Hugging Face's generate: repetition penalty, the other changes of
+    logits, `constraint`, temperature, top-k, top-p, min-p. `prompt_tokens`: how many of the tokens are the prompt's.
+
+    The sampler raises PackageError if the largest logit is NaN or infinite, InputError if a token of logit_bias is none
+    of the model's, and what `constraint` raises.
     """
     rng = np.random.default_rng(config.seed)
 
     def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
         if config.repetition_penalty != 1.0:
             logits = penalise(logits, tokens, config.repetition_penalty)
-        best = int(np.argmax(logits))  # argmax returns the first NaN if there is one
-        if not np.isfinite(logits[best]):
-            raise PackageError(
-                f"the model's logits are not finite ({logits[best]}): a strength too large, a damaged package, or an "
-                "overflow in its precision"
-            )
-        if config.temperature == 0.0:
-            return best
-        return int(rng.choice(len(logits), p=probabilities(logits, config)))
+        best = likeliest(logits := adjust(logits, tokens[prompt_tokens:], config))
+        if constraint is not None:
+            best = likeliest(logits := np.where(constraint.allowed(), logits, np.float32(-np.inf)))
+        token = best if config.temperature == 0.0 else int(rng.choice(len(logits), p=probabilities(logits, config)))
+        if constraint is not None:
+            constraint.accept(token)
+        return token
 
     return sample
+
+
+def likeliest(logits: npt.NDArray[np.float32]) -> int:
+    """The token with the largest of `logits` (V,). Raises PackageError if that is NaN or infinite."""
+    best = int(np.argmax(logits))  # argmax returns the first NaN if there is one
+    if not np.isfinite(logits[best]):
+        raise PackageError(
+            f"the model's logits are not finite ({logits[best]}): a strength too large, a damaged package, or an "
+            "overflow in its precision"
+        )
+    return best
 
 
 def log_probabilities(logits: npt.NDArray[np.float32], token: int, count: int) -> LogProbs:
@@ -87,8 +126,25 @@ def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: fl
     return out
 
 
+def adjust(logits: npt.NDArray[np.float32], answer: Sequence[int], config: SamplingConfig) -> npt.NDArray[np.float32]:
+    """`logits` (V,) with the bias, and less for what `answer` has: presence_penalty once, frequency_penalty each time.
+
+    A copy if anything changes. Raises InputError if a token of the bias is none of the model's.
+    """
+    if not config.logit_bias and not (answer and (config.presence_penalty or config.frequency_penalty)):
+        return logits
+    out = logits.copy()
+    for token, bias in config.logit_bias.items():
+        if token >= len(out):
+            raise InputError(f"logit_bias: {token} is no token of this model, which has {len(out)}")
+        out[token] += np.float32(bias)
+    seen, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+    out[seen] -= (config.presence_penalty + config.frequency_penalty * counts).astype(np.float32)
+    return out
+
+
 def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> npt.NDArray[np.float64]:
-    """Apply temperature, top-k and top-p to `logits` (V,): probabilities that sum to 1, zero for dropped tokens."""
+    """Apply temperature, top-k, top-p and min-p to `logits` (V,): probabilities, zero for dropped tokens, sum 1."""
     order = np.argsort(-logits, kind="stable")
     below_best = logits[order].astype(np.float64) - logits[order[0]]
     with np.errstate(over="ignore"):  # at tiny temperatures: minus infinity, probability 0
@@ -97,6 +153,7 @@ def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> np
         p[config.top_k :] = 0.0
     p /= p.sum()
     beyond = np.cumsum(p) - p >= config.top_p
+    beyond |= p < config.min_p * p[0]
     beyond[0] = False
     p[beyond] = 0.0
     out: npt.NDArray[np.float64] = np.zeros_like(p)

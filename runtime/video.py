@@ -10,18 +10,20 @@ video processor resizes with torchvision, whose filter weights have 16 bits; Pil
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
-from .image import MAX_PIXELS, Float, ImageLike, Uint8, bilinear, check_size, open_file, open_image, to_rgb
+from .ffmpeg import Film, open_regular
+from .image import FORMATS, MAX_PIXELS, Float, ImageLike, Uint8, bilinear, check_size, open_file, open_image, to_rgb
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
@@ -29,14 +31,15 @@ FRAMES = 8  # taken from a video by default
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # the files of a folder that are frames
 MAX_FRAMES = 2000  # of an animated picture; all up to the last one taken are decoded
 MAX_DECODED = 10 * MAX_PIXELS  # pixels of all frames of an animated picture: seconds
-KINDS = "an animated GIF, WebP, PNG or TIFF, or a folder of frames (ffmpeg -i VIDEO FOLDER/%04d.png)"
+KINDS = "an MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or TIFF, or a folder of frames"
 
 
 def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
-    """The frames of an animated picture, or of a folder of picture files, which are ordered by name, with numbers in a
-    name compared as numbers. At most `frames` of them, evenly spaced from the first to the last.
+    """The frames of a video file, of an animated picture, or of a folder of picture files, which are ordered by name,
+    with numbers in a name compared as numbers. At most `frames` of them, evenly spaced from the first to the last.
 
-    Raises InputError if there are none, or `frames` is not positive. A folder's files are not opened.
+    Raises InputError if there are none, or `frames` is not positive. A folder's files are not opened. Other files than
+    pictures are decoded by ffmpeg.
     """
     path = Path(path)
     if frames < 1:
@@ -50,20 +53,43 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
             raise InputError(f"{path}: no picture files in this folder; a video is {KINDS}")
         files.sort(key=_numbered)
         return [files[i] for i in spaced(len(files), frames)]
-    found: list[ImageLike] = []
     try:
-        with open_file(path) as opened:
-            check_size(opened.size)
-            chosen = spaced(_count_frames(opened), frames)
-            check_size(opened.size, len(chosen))  # they are all in memory at a time
-            for i in chosen:
-                opened.seek(i)
-                found.append(to_rgb(opened))
+        with open_regular(path) as file:
+            return list(_of_picture(path, frames) if _is_picture(file) else _of_film(file, frames))
     except FileNotFoundError:
         raise InputError(f"{path}: no such video file or folder") from None
     except Exception as err:  # on damaged files Pillow's decoders raise any exception
         raise InputError(f"{path}: not a readable video ({err or type(err).__name__}); a video is {KINDS}") from err
-    return found
+
+
+def _is_picture(file: BinaryIO) -> bool:
+    """Whether Pillow knows this kind of file; what else may be wrong with it shows when it is read."""
+    try:
+        Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        return False
+    except Exception:
+        return True
+    return True
+
+
+def _of_picture(path: Path, frames: int) -> Iterator[Uint8]:
+    with open_file(path) as opened:
+        check_size(opened.size)
+        chosen = spaced(_count_frames(opened), frames)
+        check_size(opened.size, len(chosen))  # they are all in memory at a time
+        for i in chosen:
+            opened.seek(i)
+            yield to_rgb(opened)
+
+
+def _of_film(file: BinaryIO, frames: int) -> Iterator[Uint8]:
+    film = Film(file)
+    chosen = spaced(film.count(), frames)
+    for png in film.pictures(chosen):
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
+            check_size(opened.size, len(chosen))
+            yield to_rgb(opened)
 
 
 def _count_frames(film: Image.Image) -> int:

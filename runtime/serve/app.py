@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine import Engine
 from ..gate import GatePolicy, Mode
+from ..grammar import GrammarError
 from ..sampling import SamplingConfig
 from .access import Access, read_body, refusal
 from .answering import Ask, Piece, Score, answer, score
@@ -138,6 +139,11 @@ class Service:
             max_tokens=tokens,
             temperature=body.temperature or 0.0,
             top_p=body.top_p or 1.0,
+            min_p=body.min_p or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+            json_schema=body.response_format and body.response_format.schema_asked,
             seed=secrets.randbits(32) if body.seed is None else body.seed,
             stop=tuple(body.stop or ()),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -153,6 +159,7 @@ class Service:
             max_tokens=self._tokens(body.max_output_tokens, "max_output_tokens"),
             temperature=body.temperature or 0.0,
             top_p=body.top_p or 1.0,
+            json_schema=body.text.format.schema_asked if body.text and body.text.format else None,
             seed=secrets.randbits(32),
         )
         turns = Reader(self.settings.limits).messages(body.input, "input")
@@ -191,9 +198,12 @@ class Service:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(_watching(request, job))
             pieces = self._counted(job)
-            if not body.stream:
-                return JSONResponse(form.whole([piece async for piece in pieces], job.queue_ms))
-            first = await anext(pieces)
+            try:
+                if not body.stream:
+                    return JSONResponse(form.whole([piece async for piece in pieces], job.queue_ms))
+                first = await anext(pieces)
+            except GrammarError as err:
+                raise ApiError(400, f"{body.FORMAT}: {err}", param=body.FORMAT, code="invalid_value") from err
             return EventStream(first, pieces, job, form, stack.pop_all())
         raise AssertionError("unreachable")
 

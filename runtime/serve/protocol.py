@@ -13,11 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
+from ..sampling import BIAS_MAX, PENALTY_MAX
 from .faults import ApiError
 
 B = TypeVar("B", bound="Body")
 
-# Parameters of OpenAI's API that are not honoured, and the values that ask for nothing.
+# Parameters of OpenAI's API that an endpoint does not honour, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "background": (False,),
@@ -49,6 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 MOST_MESSAGES = 1024  # rendering a dialogue takes time that grows with their square
 LARGEST_SEED = 2**63 - 1
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
 
 
 class Body(BaseModel):
@@ -180,6 +182,8 @@ class GateOptions(Body):
 class Generation(Body):
     """What all requests for an answer share. The defaults are greedy; without a seed, sampling differs each time."""
 
+    FORMAT: ClassVar[str]  # which parameter has the JSON schema
+
     model: str
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0)
@@ -191,6 +195,64 @@ class Generation(Body):
     prompt_cache_key: str | None = None
     # Ours.
     autosteer: GateOptions | None = None
+
+
+class Schema(Body):
+    """A JSON schema by name, as chat completions nest it. Always strict, so `strict` asks for nothing."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """`response_format` of chat completions."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("format", "type 'json_schema' has 'json_schema', and no other has")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, if there is one."""
+        return self.json_schema.schema_ if self.json_schema else ANY_OBJECT[self.type]
+
+
+class TextFormat(Body):
+    """`text.format` of the Responses API, which nests nothing."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise PydanticCustomError("format", "type 'json_schema' has 'schema', and no other has")
+        return self
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, if there is one."""
+        return self.schema_ or ANY_OBJECT[self.type]
+
+
+ANY_OBJECT = {"text": None, "json_object": {"type": "object"}, "json_schema": {}}
+
+
+class TextOptions(Body):
+    """`text` of the Responses API."""
+
+    format: TextFormat | None = None
+    verbosity: None = None
 
 
 class StreamOptions(Body):
@@ -212,6 +274,7 @@ def _disagreement(param: str, message: Any) -> PydanticCustomError:
 class ChatBody(Generation):
     """POST /v1/chat/completions"""
 
+    FORMAT: ClassVar[str] = "response_format"
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -221,6 +284,11 @@ class ChatBody(Generation):
         WithJsonSchema({"type": ["string", "array", "null"]}),
     ] = Field(None, max_length=4)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-PENALTY_MAX, le=PENALTY_MAX)
+    frequency_penalty: float | None = Field(None, ge=-PENALTY_MAX, le=PENALTY_MAX)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-BIAS_MAX, le=BIAS_MAX)]] | None = None
+    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
@@ -239,6 +307,7 @@ class ChatBody(Generation):
 class ResponsesBody(Generation):
     """POST /v1/responses: stateless, so a dialogue comes as a whole in `input`."""
 
+    FORMAT: ClassVar[str] = "text.format"
     input: Annotated[
         list[Item],
         BeforeValidator(lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v),
@@ -246,6 +315,7 @@ class ResponsesBody(Generation):
     ] = Field(min_length=1, max_length=MOST_MESSAGES)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
+    text: TextOptions | None = None
 
 
 def _each_asked(value: Any) -> Any:

@@ -23,6 +23,8 @@ class ResponseForm:
         self._id, self._item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._text, self._sequence = "", 0
+        asked = body.text and body.text.format
+        self._format = asked.model_dump(by_alias=True, exclude_none=True) if asked else {"type": "text"}
 
     def whole(self, pieces: Sequence[Piece], queue_ms: float) -> dict[str, Any]:
         """The response object."""
@@ -88,7 +90,7 @@ class ResponseForm:
             "previous_response_id": None,
             "store": False,
             "temperature": self._body.temperature or 0.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format},
             "tool_choice": "none",
             "tools": [],
             "top_p": self._body.top_p or 1.0,

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conformance_packages import cases
-from conformance_themes import CASE_LIST, PYTHON, THEMES, Case, Places
+from conformance_themes import CASE_LIST, NO_FFMPEG, PYTHON, THEMES, Case, Places, runs_here
 from cpp_runtime import Parts
 from documents import changed, kinds, places_of, value_at, without
 from refusals import cpp_lines, cpp_sites, python_sites, unreached
@@ -82,7 +82,7 @@ def in_cpp(program: Parts, places: Places) -> dict[tuple[str, str], Outcome]:
     """What C++ makes of all cases, theme by theme in one process each."""
     found = {}
     for theme, how in THEMES.items():
-        asked = cases(theme)
+        asked = [case for case in cases(theme) if runs_here(case)]
         answers = program.lines(*({**how.cpp(case, places), "trace": True} for case in asked))
         for case, answer in zip(asked, answers, strict=True):
             places_ = frozenset(("", address) for address in answer["thrown"])
@@ -128,7 +128,11 @@ def named(asked: list[tuple[str, Case]], runtime: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("theme", "case"),
         [
-            pytest.param(t, c, id=f"{t}: {c['name']}", marks=[pending] if runtime in c.get("pending", ()) else [])
+            pytest.param(
+                *(t, c),
+                id=f"{t}: {c['name']}",
+                marks=[pending] * (runtime in c.get("pending", ())) + [NO_FFMPEG] * (not runs_here(c)),
+            )
             for t, c in asked
         ],
     )
@@ -215,17 +219,25 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 
 PYTHON_FILES = (
     *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py"),
-    *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py", "audit.py"),
+    *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py"),
+    *("audit.py", "ffmpeg.py"),
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "manifest_checks.hpp"),
     *("manifest_decode.hpp", "picture.hpp", "generation.hpp", "prompt_encoder.hpp", "sampling.hpp"),
-    *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp", "audit.hpp"),
+    *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
+    *("audit.hpp", "ffmpeg.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
     "the audit record cannot be written": "the disk is full (test_audit.py; C++: test_cpp_audit.py)",
     "its file was deleted": "it is deleted while the engine runs (test_audit.py)",
+    "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",
+    "more than {MAX_FRAMES}": "100,000 frames (test_ffmpeg.py)",
+    "it has no frames": "an ffmpeg that is none (test_ffmpeg.py)",
+    "a frame of more than": "100 MB (test_ffmpeg.py)",
+    "it changed while it was read": "a race (test_ffmpeg.py)",
+    "s to decode it": "a minute (test_ffmpeg.py)",
     "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
@@ -238,6 +250,12 @@ PYTHON_EXEMPT = {
 }
 CPP_EXEMPT = {
     "the audit record cannot be written": "the disk is full (test_cpp_audit.py)",
+    "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",
+    "std::to_string(kMaxFrames)": "100,000 frames (test_ffmpeg.py)",
+    "it has no frames": "an ffmpeg that is none (test_ffmpeg.py)",
+    "a frame of more than": "100 MB (test_ffmpeg.py)",
+    "it changed while it was read": "a race (test_ffmpeg.py)",
+    "s to decode it": "a minute (test_ffmpeg.py)",
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
@@ -250,12 +268,14 @@ CPP_EXEMPT = {
 }
 
 
+@NO_FFMPEG
 def test_every_refusal_of_python_has_a_case(python):
     """So that C++ is asked for it, too."""
     lines = {place for theme, case in PYTHON for place in python(theme, case).places}
     assert unreached(python_sites(*PYTHON_FILES), lines, PYTHON_EXEMPT) == []
 
 
+@NO_FFMPEG
 def test_every_refusal_of_cpp_has_a_case(sanitised, places):
     """So that Python is asked for it, too. On the way the sanitizers see all cases."""
     program = sanitised / "autosteer-parts"

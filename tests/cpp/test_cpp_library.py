@@ -306,6 +306,7 @@ def test_every_setting_of_the_wrapper_arrives(embedding, cpp_package, cpp_engine
     """As in Python, in a dialogue whose text must be escaped; a number that JSON has not is refused."""
     last, stopped, code = embedding("settings", cpp_package)
     sampling = {"max_tokens": 8, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5, "seed": 7}
+    sampling |= {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.25}
     sampling |= {"speculate": False, "stop": ['a "quoted" \\ line\n\x01', "ü"]}
     wishes = {"policy": "steer", "threshold": 0.05, "strength": 0.5, "sampling": sampling}
     first = [turn('red "} \\')]

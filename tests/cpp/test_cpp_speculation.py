@@ -97,6 +97,7 @@ def test_rows_of_a_pass_are_cached_as_single_tokens_are(built, attentive_package
         text = " ".join(rng.choice(words[: rng.randrange(2, 13)]) for _ in range(rng.randrange(1, 16)))
         wishes = {"max_tokens": 45, "temperature": (0.0, 1.0, 5.0)[seed % 3], "seed": seed}
         wishes["repetition_penalty"] = 1.0 if seed % 2 else 1.3
+        wishes |= {"frequency_penalty": (0.0, 0.5, -2.0, 1.0)[seed % 4], "min_p": 0.1 * (seed % 2)}
         requests.append({"messages": [{"role": "user", "parts": [text]}], "sampling": wishes})
     assert compared(built, attentive_package, load(attentive_package), requests) > 50
 

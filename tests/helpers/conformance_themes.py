@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import toy
 from conformance_packages import PICTURES, Packages, cases, shown
-from cpp_runtime import in_python
+from cpp_runtime import as_sampling, in_python
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from autosteer.runtime import Conversation, Engine, GatePolicy, SamplingConfig
+from autosteer.runtime import Conversation, Engine, GatePolicy
 from autosteer.runtime.gate import Mode, decide, is_safe
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import at_most, open_image, prepare
@@ -101,15 +104,17 @@ def verdict_in_cpp(case: Case, places: Places) -> Case:
     return {"part": "gate", **{key: case[key] for key in ("p_unsafe", "mode", "threshold", "strength")}}
 
 
+GIVEN = ("logits", "tokens", "prompt_tokens")
+
+
 def sampling_in_python(case: Case, places: Places) -> Any:
-    wishes = {k: tuple(v) if k == "stop" else v for k, v in case["sampling"].items()}
-    sample = make_sampler(SamplingConfig(**wishes))
+    sample = make_sampler(as_sampling(case["sampling"]), case.get("prompt_tokens", 0))
     rows = [np.array([number(x) for x in row], np.float32) for row in case.get("logits", [])]
     return {"drawn": [sample(row, case.get("tokens", [])) for row in rows]}
 
 
 def sampling_in_cpp(case: Case, places: Places) -> Case:
-    given = {"logits": case.get("logits", []), "tokens": case.get("tokens", [])}
+    given = {"logits": [], "tokens": [], "prompt_tokens": 0} | {k: v for k, v in case.items() if k in GIVEN}
     return {"part": "sample", "sampling": case["sampling"], **given}
 
 
@@ -173,23 +178,48 @@ def picture_from_cpp(case: Case, places: Places, answer: Any) -> Any:
 
 
 def film(case: Case, places: Places) -> Path:
-    """The folder of a case's files, which are empty; or one file, or none."""
-    path = places.file(case)
-    if isinstance(case["files"], str):
-        path.write_text("no video")
-    elif case["files"] is not None:
+    """The folder of a case's files, which are empty; a file of ffmpeg's making, a pipe, or a text; or nothing."""
+    path, files = places.file(case), case["files"]
+    if isinstance(files, dict) and not path.exists():
+        subprocess.run(["ffmpeg", "-v", "error", *files["ffmpeg"], path], check=True)
+        os.truncate(path, int(path.stat().st_size * files.get("kept", 1.0)))
+    elif files == "pipe" and not path.exists():
+        os.mkfifo(path)
+    elif isinstance(files, str) and files != "pipe":
+        path.write_text(files)
+    elif isinstance(files, list):
         path.mkdir(exist_ok=True)
-        for name in case["files"]:
+        for name in files:
             (path / name).touch()
     return path
 
 
+def frames_in_a_folder(case: Case, places: Places) -> dict[str, str]:
+    """What `ffmpeg -i VIDEO FOLDER/%04d.png` makes of a case's film: the SHA-256 of each frame's pixels -> its name."""
+    if not isinstance(case["files"], dict):
+        return {}
+    folder = places.file(case).with_suffix(".frames")
+    if not folder.exists():
+        folder.mkdir()
+        decode = ["ffmpeg", "-v", "error", "-i", film(case, places), "-fps_mode", "passthrough", folder / "%04d.png"]
+        subprocess.run(decode, check=True)
+    return {hashlib.sha256(open_image(file).tobytes()).hexdigest(): file.name for file in folder.iterdir()}
+
+
 def video_in_python(case: Case, places: Places) -> Any:
-    return {"chosen": [Path(str(frame)).name for frame in open_video(film(case, places), case["frames"])]}
+    frames = open_video(film(case, places), case["frames"])
+    known = frames_in_a_folder(case, places)
+    digests = [f.name if isinstance(f, Path) else hashlib.sha256(np.asarray(f).tobytes()).hexdigest() for f in frames]
+    return {"chosen": [known.get(digest, digest) for digest in digests]}
 
 
 def video_in_cpp(case: Case, places: Places) -> Case:
-    return {"part": "frames", "folder": str(film(case, places)), "frames": case["frames"]}
+    return {"part": "frames", "path": str(film(case, places)), "frames": case["frames"]}
+
+
+def video_from_cpp(case: Case, places: Places, answer: Any) -> Any:
+    known = frames_in_a_folder(case, places)
+    return {"chosen": [known.get(digest, digest) for digest in answer]}
 
 
 def request_in_python(case: Case, places: Places) -> Any:
@@ -240,10 +270,16 @@ THEMES = {
     "prompts": Theme(prompt_in_python, prompt_in_cpp, spelled),
     "stops": Theme(stops_in_python, stops_in_cpp, lambda _case, _places, a: {"pieces": a[0]}),
     "pictures": Theme(picture_in_python, picture_in_cpp, picture_from_cpp),
-    "videos": Theme(video_in_python, video_in_cpp, lambda _case, _places, a: {"chosen": a}),
+    "videos": Theme(video_in_python, video_in_cpp, video_from_cpp),
     "requests": Theme(request_in_python, request_in_cpp, lambda _case, _places, a: a[0]),
     "json_requests": Theme(None, request_in_cpp, lambda _case, _places, a: a[0]),
     "dialogues": Theme(dialogue_in_python, dialogue_in_cpp),
 }
 CASE_LIST = [(theme, case) for theme in THEMES for case in cases(theme)]
 PYTHON = [(theme, case) for theme, case in CASE_LIST if THEMES[theme].python]
+NO_FFMPEG = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg: apt-get install ffmpeg")
+
+
+def runs_here(case: Case) -> bool:
+    """Whether what a case needs is installed."""
+    return not isinstance(case.get("files"), dict) or shutil.which("ffmpeg") is not None

@@ -139,11 +139,18 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
         return VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
 
     messages = [Message(m["role"], tuple(map(part, m["parts"])), m.get("trusted", False)) for m in request["messages"]]
-    sampling = {k: tuple(v) if k == "stop" else v for k, v in request.get("sampling", {}).items()}
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
     )
-    return python_json(engine, messages, sampling=SamplingConfig(**sampling), policy=policy, conversation=conversation)
+    return python_json(
+        engine, messages, sampling=as_sampling(request.get("sampling", {})), policy=policy, conversation=conversation
+    )
+
+
+def as_sampling(wishes: dict[str, Any]) -> SamplingConfig:
+    """The sampling of the C interface in Python."""
+    bias = {int(token): value for token, value in wishes.get("logit_bias", {}).items()}
+    return SamplingConfig(**wishes | {"stop": tuple(wishes.get("stop", ())), "logit_bias": bias})
 
 
 CTYPES = """

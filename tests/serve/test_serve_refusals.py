@@ -50,8 +50,8 @@ def refused(server, status, param=None, path=CHAT, **request):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        *(("n", 2), ("n", True), ("frequency_penalty", 0.1), ("presence_penalty", -1), ("logit_bias", {"3": 1})),
-        *(("tools", [{}]), ("tool_choice", "required"), ("response_format", {"type": "json_object"})),
+        *(("n", 2), ("n", True), ("frequency_penalty", 2.1), ("presence_penalty", -2.1), ("min_p", 1.5)),
+        *(("logit_bias", [1]), ("tools", [{}]), ("tool_choice", "required"), ("response_format", "json")),
         *(
             ("store", True),
             ("audio", {}),

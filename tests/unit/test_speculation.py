@@ -102,6 +102,10 @@ def test_trust_stays_a_probability():
             "temperature": st.sampled_from([0.0, 1.0, 5.0]),
             "seed": st.integers(0, 99),
             "repetition_penalty": st.sampled_from([1.0, 1.3]),
+            "presence_penalty": st.sampled_from([0.0, 1.0]),
+            "frequency_penalty": st.sampled_from([0.0, 0.5, -2.0]),
+            "min_p": st.sampled_from([0.0, 0.5]),
+            "logit_bias": st.sampled_from([{}, {5: 2.0, 6: -1.0}]),
             "stop": st.sampled_from([(), ("tick",), ("d w", "green"), ("red orange",)]),
         }
     ),

@@ -53,9 +53,9 @@ class Margins:
     def __init__(self) -> None:
         self.noted: list[float] = []
 
-    def __call__(self, sampling: SamplingConfig) -> Callable[..., int]:
+    def __call__(self, sampling: SamplingConfig, *more: Any) -> Callable[..., int]:
         """In place of sampling.make_sampler."""
-        sample = make_sampler(sampling)
+        sample = make_sampler(sampling, *more)
 
         def noting(logits: Any, tokens: Any) -> int:
             second, first = np.partition(logits, -2)[-2:]

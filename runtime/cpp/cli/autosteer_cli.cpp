@@ -1,4 +1,4 @@
-// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FOLDER]...
+// autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FILE]...
 //
 // autosteer-run without Python: the same options, chat, --json and exit codes. Answers go to stdout, verdicts and
 // timings to stderr.
@@ -35,8 +35,8 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
 
   -p, --prompt TEXT            The prompt; '-' reads stdin. Without one: a chat on a terminal, else stdin.
   -i, --image FILE             A PNG or JPEG file; repeatable.
-  --video FOLDER               A folder of PNG or JPEG files, ordered by name, as made by
-                               `ffmpeg -i clip.mp4 frames/%04d.png`; repeatable.
+  --video FILE                 An MP4 or another file that ffmpeg reads, or a folder of PNG or JPEG files, ordered by
+                               name; repeatable.
   --frames INTEGER             Number of frames to take from a longer video, evenly spaced.  [default: 8]
   --policy [steer|stop|monitor|off]
                                For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only
@@ -47,6 +47,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --temperature FLOAT          0 is greedy.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
   --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
+  --min-p FLOAT                Sample from tokens with this share of the likeliest one's probability.  [default: 0]
+  --presence-penalty FLOAT     Taken from the logits of tokens that the answer has.  [default: 0]
+  --frequency-penalty FLOAT    Taken from them for each time that the answer has them.  [default: 0]
   --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
@@ -106,6 +109,10 @@ std::string as_one_of(const std::string& option, const std::string& text, const 
   throw UsageError("Invalid value for '" + option + "': '" + text + "' is not a choice.");
 }
 
+void no_grammar(const std::string& option, const std::string&) {
+  throw UsageError(option + ": autosteer-cli has no grammars; autosteer-run has.");
+}
+
 Arguments parse(const std::vector<std::string>& words) {
   Arguments arguments;
   using Setter = std::function<void(const std::string& option, const std::string& value)>;
@@ -127,6 +134,11 @@ Arguments parse(const std::vector<std::string>& words) {
       {"--temperature", [&](auto& o, auto& value) { sampling.temperature = as_float(o, value); }},
       {"--top-k", [&](auto& o, auto& value) { sampling.top_k = as_int(o, value); }},
       {"--top-p", [&](auto& o, auto& value) { sampling.top_p = as_float(o, value); }},
+      {"--min-p", [&](auto& o, auto& value) { sampling.min_p = as_float(o, value); }},
+      {"--presence-penalty", [&](auto& o, auto& value) { sampling.presence_penalty = as_float(o, value); }},
+      {"--frequency-penalty", [&](auto& o, auto& value) { sampling.frequency_penalty = as_float(o, value); }},
+      {"--json-schema", no_grammar},
+      {"--regex", no_grammar},
       {"--repetition-penalty", [&](auto& o, auto& value) { sampling.repetition_penalty = as_float(o, value); }},
       {"--seed", [&](auto& o, auto& value) { sampling.seed = as_int(o, value); }},
       {"--stop", [&](auto&, auto& value) { sampling.stop.push_back(value); }},
@@ -314,7 +326,7 @@ std::string typed_path(std::string_view text) {
 void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
           std::vector<std::vector<autosteer::ImageLike>> videos) {
   const char* const help =
-      "Type a message. /image FILE or /video FOLDER adds to it, /new starts over, Ctrl-D leaves.\n";
+      "Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves.\n";
   std::vector<autosteer::Message> dialogue;
   std::vector<autosteer::ImageLike> images = arguments.images;
   std::optional<autosteer::Conversation> conversation(std::in_place);
@@ -395,7 +407,7 @@ void run(const Arguments& arguments) {
   const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
   if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<std::vector<autosteer::ImageLike>> videos;
-  for (const auto& folder : arguments.videos) videos.push_back(autosteer::open_video(folder, arguments.frames));
+  for (const auto& video : arguments.videos) videos.push_back(autosteer::open_video(video, arguments.frames));
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
   const autosteer::Engine engine(*arguments.package, options);

@@ -340,7 +340,8 @@ class Stream {
     tokens_ = prompt.token_ids;
     record_.shown = prompt.shown;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
-    verdict_ = request_->prefill_lower(policy_);
+    prompt_tokens_ = tokens_.size();
+    verdict_ = request_->prefill_lower(sampling_.restricts() ? without_steering(policy_) : policy_);
     record_.verdict = verdict_;
     record_.scores = request_->scores;
     if (verdict_.action == Action::stop) {
@@ -381,7 +382,7 @@ class Stream {
   Chunk choose() {
     const auto vocabulary = static_cast<size_t>(engine_.manifest.dims.vocab_size);
     const float* row = logits_ + row_ * vocabulary;
-    const int64_t token = sample_({row, row + vocabulary}, tokens_);
+    const int64_t token = sample_({row, row + vocabulary}, tokens_, prompt_tokens_);
     tokens_.push_back(token);
     ++stats_.completion_tokens;
     const auto& ends = engine_.manifest.prompt.end_token_ids;
@@ -407,6 +408,7 @@ class Stream {
   Stats stats_;
   Verdict verdict_;
   std::vector<int64_t> tokens_;
+  size_t prompt_tokens_ = 0;  // of them
   std::optional<Request> request_;
   std::optional<Drafter> drafter_;
   std::vector<int64_t> draft_;

@@ -71,6 +71,13 @@ struct GatePolicy {
   }
 };
 
+/// The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits refuse
+/// only if the refusal's tokens may be chosen.
+inline GatePolicy without_steering(GatePolicy policy) {
+  if (policy.mode == Mode::steer) policy.mode = Mode::stop;
+  return policy;
+}
+
 /// What the gate saw and did. Every answer carries one.
 struct Verdict {
   std::optional<double> p_unsafe;  ///< absent only under Mode::off, where nothing is scored

@@ -123,18 +123,34 @@ struct RequestJson {
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];
-    wishes.object({},
-                  {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "speculate"});
+    wishes.object({}, {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                       "frequency_penalty", "logit_bias", "seed", "stop", "speculate"});
     SamplingConfig& sampling = request.sampling;
     if (wishes.has("max_tokens")) sampling.max_tokens = wishes["max_tokens"].as_int();
     if (wishes.has("temperature")) sampling.temperature = wishes["temperature"].as_float();
     if (wishes.has("top_k")) sampling.top_k = wishes["top_k"].as_int();
     if (wishes.has("top_p")) sampling.top_p = wishes["top_p"].as_float();
     if (wishes.has("repetition_penalty")) sampling.repetition_penalty = wishes["repetition_penalty"].as_float();
+    if (wishes.has("min_p")) sampling.min_p = wishes["min_p"].as_float();
+    if (wishes.has("presence_penalty")) sampling.presence_penalty = wishes["presence_penalty"].as_float();
+    if (wishes.has("frequency_penalty")) sampling.frequency_penalty = wishes["frequency_penalty"].as_float();
+    if (wishes.has("logit_bias")) sampling.logit_bias = bias(wishes["logit_bias"]);
     if (wishes.has("seed")) sampling.seed = wishes["seed"].as_int();
     if (wishes.has("stop")) sampling.stop = wishes["stop"].list(decoding::as_string);
     if (wishes.has("speculate")) sampling.speculate = wishes["speculate"].as_bool();
     return request;
+  }
+
+  /// {"token id": bias, ...}
+  static std::map<int64_t, double> bias(const decoding::Node& node) {
+    constexpr size_t kDigits = 18;  // of the largest id that is read
+    std::map<int64_t, double> biases;
+    for (const auto& [token, value] : node.entries()) {
+      const bool digits = std::all_of(token.begin(), token.end(), [](char c) { return '0' <= c && c <= '9'; });
+      if (token.empty() || token.size() > kDigits || !digits) node.fail("'" + token + "' is no token id");
+      biases[std::stoll(token)] = value.as_float();
+    }
+    return biases;
   }
 
   static Message message(const decoding::Node& node) {

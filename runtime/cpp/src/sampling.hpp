@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -13,6 +14,8 @@
 
 namespace autosteer {
 
+constexpr double kMaxPenalty = 2.0, kMaxBias = 100.0;  // OpenAI's
+
 /// Sampling options for one answer. The default is greedy, so the same prompt gives the same answer.
 struct SamplingConfig {
   int64_t max_tokens = 256;
@@ -20,6 +23,10 @@ struct SamplingConfig {
   int64_t top_k = 0;                ///< keep the k most likely tokens; 0: all
   double top_p = 1.0;               ///< keep the smallest set of tokens with this much probability
   double repetition_penalty = 1.0;  ///< > 1 divides (positive) or multiplies (negative) logits of tokens already there
+  double min_p = 0.0;               ///< keep tokens with this share of the likeliest one's probability
+  double presence_penalty = 0.0;    ///< taken from the logits of tokens that the answer has
+  double frequency_penalty = 0.0;   ///< taken from them for each time that the answer has them
+  std::map<int64_t, double> logit_bias;  ///< added to the logits of these token ids
   int64_t seed = 0;                 ///< same seed, same text
   std::vector<std::string> stop;    ///< end the answer before the first of these strings
   bool speculate = true;            ///< draft what the answer copies: faster; near ties may differ at int8 and int4
@@ -34,9 +41,16 @@ struct SamplingConfig {
     need(top_k >= 0, "top_k");
     need(top_p > 0.0 && top_p <= 1.0, "top_p");
     need(repetition_penalty > 0.0 && std::isfinite(repetition_penalty), "repetition_penalty");
+    need(min_p >= 0.0 && min_p <= 1.0, "min_p");
+    need(std::abs(presence_penalty) <= kMaxPenalty, "presence_penalty");
+    need(std::abs(frequency_penalty) <= kMaxPenalty, "frequency_penalty");
+    for (const auto& [token, bias] : logit_bias) need(token >= 0 && std::abs(bias) <= kMaxBias, "logit_bias");
     need(seed >= 0, "seed");
     need(std::find(stop.begin(), stop.end(), "") == stop.end(), "stop");
   }
+
+  /// Whether it may leave out every token that a refusal begins with.
+  bool restricts() const { return !logit_bias.empty(); }
 };
 
 /// numpy.random.default_rng(seed).random(): PCG64 (XSL-RR 128/64, O'Neill 2014), seeded by numpy's SeedSequence.
@@ -96,10 +110,11 @@ class Sampler {
  public:
   explicit Sampler(const SamplingConfig& config) : config_(config), random_(static_cast<uint64_t>(config.seed)) {}
 
-  /// The next token after `tokens`, which the repetition penalty reads. Throws PackageError if the largest logit is NaN
-  /// or infinite.
-  int64_t operator()(std::vector<float> logits, const std::vector<int64_t>& tokens) {
+  /// The next token after `tokens`, which the penalties read: some the prompt's, too, the first `prompt_tokens`. Throws
+  /// PackageError if the largest logit is NaN or infinite, InputError if a token of logit_bias is none of the model's.
+  int64_t operator()(std::vector<float> logits, const std::vector<int64_t>& tokens, size_t prompt_tokens = 0) {
     if (config_.repetition_penalty != 1.0) penalise(logits, tokens);
+    adjust(logits, tokens, prompt_tokens);
     const int64_t best = likeliest(logits);
     if (!std::isfinite(logits[static_cast<size_t>(best)])) {
       throw PackageError(
@@ -128,6 +143,24 @@ class Sampler {
     }
   }
 
+  /// Add the bias; take from what the answer has presence_penalty once, and frequency_penalty for each time.
+  void adjust(std::vector<float>& logits, const std::vector<int64_t>& tokens, size_t prompt_tokens) const {
+    for (const auto& [token, bias] : config_.logit_bias) {
+      if (token >= static_cast<int64_t>(logits.size())) {
+        throw InputError("logit_bias: " + std::to_string(token) + " is no token of this model, which has " +
+                         std::to_string(logits.size()));
+      }
+      logits[static_cast<size_t>(token)] += static_cast<float>(bias);
+    }
+    if (config_.presence_penalty == 0.0 && config_.frequency_penalty == 0.0) return;
+    std::map<int64_t, int64_t> counts;
+    for (size_t i = prompt_tokens; i < tokens.size(); ++i) ++counts[tokens[i]];
+    for (const auto& [token, count] : counts) {
+      const double penalty = config_.presence_penalty + config_.frequency_penalty * static_cast<double>(count);
+      logits.at(static_cast<size_t>(token)) -= static_cast<float>(penalty);
+    }
+  }
+
   /// numpy.argmax: of equals the first; a NaN counts as the largest.
   static int64_t likeliest(const std::vector<float>& logits) {
     size_t best = 0;
@@ -138,7 +171,7 @@ class Sampler {
     return static_cast<int64_t>(best);
   }
 
-  /// Apply temperature, top-k and top-p: probabilities that sum to 1, zero for dropped tokens.
+  /// Apply temperature, top-k, top-p and min-p: probabilities that sum to 1, zero for dropped tokens.
   std::vector<double> probabilities(const std::vector<float>& logits) const {
     const size_t n = logits.size();
     std::vector<size_t> order(n);
@@ -157,7 +190,8 @@ class Sampler {
     for (size_t i = 0; i < n; ++i) {
       const double share = p[i] / sum;
       cumulative += share;
-      const bool kept = i == 0 || cumulative - share < config_.top_p;
+      const bool likely = cumulative - share < config_.top_p && share >= config_.min_p * (p[0] / sum);
+      const bool kept = i == 0 || likely;
       out[order[i]] = kept ? share : 0.0;
       left += out[order[i]];
     }

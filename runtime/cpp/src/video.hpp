@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "errors.hpp"
+#include "ffmpeg.hpp"
 #include "image.hpp"
 
 namespace autosteer {
@@ -63,31 +64,52 @@ inline bool before(const std::string& a, const std::string& b) {
   return a < b;
 }
 
+/// The frames of a video file, decoded by ffmpeg.
+inline std::vector<ImageLike> of_film(const std::filesystem::path& path, int64_t frames) {
+  std::vector<ImageLike> found;
+  try {
+    const ffmpeg::Descriptor file = ffmpeg::open_regular(path);
+    const ffmpeg::Film film(file);
+    const std::vector<int64_t> chosen = spaced(film.count(), frames);
+    film.pictures(chosen, [&](const std::vector<uint8_t>& png) {
+      Image frame = decode_picture(png, "a frame");
+      if (frame.width * frame.height > picture::kMaxPixels / static_cast<int64_t>(chosen.size())) {
+        throw InputError(std::to_string(chosen.size()) + " frames of " + std::to_string(frame.width) + "x" +
+                         std::to_string(frame.height) + " pixels: at most " + std::to_string(picture::kMaxPixels));
+      }
+      found.emplace_back(std::move(frame));
+    });
+  } catch (const InputError& err) {
+    throw InputError(path.string() + ": not a readable video (" + err.what() + "); a video is a file that ffmpeg " +
+                     "reads, or a folder of PNG or JPEG frames");
+  }
+  return found;
+}
+
 }  // namespace video
 
-/// The picture files of a folder, ordered by name, with numbers in a name compared as numbers. At most `frames` of
-/// them, evenly spaced. Throws InputError if there are none. The files are not opened.
-inline std::vector<ImageLike> open_video(const std::filesystem::path& folder, int64_t frames = kFrames) {
+/// The frames of a video file, or of a folder of picture files, which are ordered by name, with numbers in a name
+/// compared as numbers. At most `frames` of them, evenly spaced. Throws InputError if there are none. A folder's files
+/// are not opened; a video file is decoded by ffmpeg.
+inline std::vector<ImageLike> open_video(const std::filesystem::path& path, int64_t frames = kFrames) {
   if (frames < 1) throw InputError(std::to_string(frames) + " frames of a video: take at least one");
   std::error_code error;
-  if (!std::filesystem::is_directory(folder, error)) {
-    throw InputError(folder.string() +
-                     ": not a folder; a video is a folder of PNG or JPEG frames (ffmpeg -i VIDEO FOLDER/%04d.png)");
-  }
+  if (!std::filesystem::exists(path, error)) throw InputError(path.string() + ": no such video file or folder");
+  if (!std::filesystem::is_directory(path, error)) return video::of_film(path, frames);
   const std::vector<std::string> pictures = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"};
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+  for (const auto& entry : std::filesystem::directory_iterator(path, error)) {
     std::string suffix = entry.path().extension().string();
     for (char& c : suffix) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     const std::string name = entry.path().filename().string();
     if (name[0] != '.' && std::count(pictures.begin(), pictures.end(), suffix)) names.push_back(name);
   }
-  if (error) throw InputError(folder.string() + ": not a readable folder (" + error.message() + ")");
-  if (names.empty()) throw InputError(folder.string() + ": no picture files in this folder");
+  if (error) throw InputError(path.string() + ": not a readable folder (" + error.message() + ")");
+  if (names.empty()) throw InputError(path.string() + ": no picture files in this folder");
   std::sort(names.begin(), names.end(), video::before);
   std::vector<ImageLike> chosen;
   for (const int64_t i : spaced(static_cast<int64_t>(names.size()), frames)) {
-    chosen.emplace_back(folder / names[static_cast<size_t>(i)]);
+    chosen.emplace_back(path / names[static_cast<size_t>(i)]);
   }
   return chosen;
 }

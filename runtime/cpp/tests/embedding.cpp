@@ -155,7 +155,10 @@ void settings(const Engine& engine, const Arguments&) {
   settings.temperature = 0.5;
   settings.top_k = 3;
   settings.top_p = 0.5;
+  settings.min_p = 0.1;
   settings.repetition_penalty = 1.5;
+  settings.presence_penalty = 0.5;
+  settings.frequency_penalty = -0.25;
   settings.seed = 7;
   settings.speculate = false;
   settings.stop = {"a \"quoted\" \\ line\n\x01", "\u00fc"};

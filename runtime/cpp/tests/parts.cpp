@@ -108,13 +108,25 @@ Json squeeze(const Json& command) {
   return nullptr;
 }
 
-/// {"folder", "frames"} -> the names of the frames that are chosen
+/// {"path", "frames"} -> of each frame that is chosen its file's name, or the SHA-256 of its pixels
 Json frames(const Json& command) {
-  Json names = Json::array();
-  for (const auto& frame : autosteer::open_video(command.at("folder").get<std::string>(), command.at("frames"))) {
-    names.push_back(std::get<std::filesystem::path>(frame).filename().string());
+  Json chosen = Json::array();
+  for (const auto& frame : autosteer::open_video(command.at("path").get<std::string>(), command.at("frames"))) {
+    if (const auto* decoded = std::get_if<autosteer::Image>(&frame)) {
+      autosteer::Sha256 hash;
+      hash.add(decoded->rgb.data(), decoded->rgb.size());
+      chosen.push_back(hash.hex());
+    } else {
+      chosen.push_back(std::get<std::filesystem::path>(frame).filename().string());
+    }
   }
-  return names;
+  return chosen;
+}
+
+/// {"path", "seconds"} -> how many frames ffmpeg finds in so many seconds
+Json count(const Json& command) {
+  const auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
+  return autosteer::ffmpeg::Film(file, command.at("seconds")).count();
 }
 
 /// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}
@@ -182,7 +194,7 @@ Json gate(const Json& command) {
   return {{"unsafe", verdict.unsafe}, {"action", autosteer::name(verdict.action)}, {"strength", verdict.strength}};
 }
 
-/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...]} -> [id, ...], one after the
+/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...], "prompt_tokens"} -> [id, ...], one after the
 /// other drawn from the rows of logits
 Json sample(const Json& command) {
   const Json request = {{"messages", Json::array()}, {"sampling", command.at("sampling")}};
@@ -193,7 +205,8 @@ Json sample(const Json& command) {
   for (const Json& row : command.at("logits")) {
     std::vector<float> logits;
     for (const Json& logit : row) logits.push_back(static_cast<float>(number(logit)));
-    drawn.push_back(sampler(logits, command.at("tokens").get<std::vector<int64_t>>()));
+    const auto tokens = command.at("tokens").get<std::vector<int64_t>>();
+    drawn.push_back(sampler(logits, tokens, command.at("prompt_tokens").get<size_t>()));
   }
   return drawn;
 }
@@ -272,7 +285,7 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},       {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
+      {"ask", ask},       {"count", count}, {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
       {"gate", gate},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
       {"prompt", prompt}, {"resize", resize},     {"rule", rule},       {"sample", sample}, {"score", score},
       {"share", share},   {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};

@@ -105,8 +105,9 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
  *                   {"video": ["frame1.png", "frame2.png", ...]}, ...], "trusted": true | false}, ...],
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
- *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop": [text, ...],
- *                    "speculate": true | false}}
+ *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+ *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
+ *                    "stop": [text, ...], "speculate": true | false}}
  * Only "messages" is required, and may be []; of a message, "role" and "parts". An unknown key is an error. A request may
  * be run any number of times. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);

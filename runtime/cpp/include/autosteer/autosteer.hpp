@@ -192,7 +192,7 @@ struct Settings {
   std::string policy = "steer";  ///< steer, stop, monitor or off
   std::optional<double> threshold, strength;
   std::optional<int64_t> max_tokens, top_k, seed;
-  std::optional<double> temperature, top_p, repetition_penalty;
+  std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
   std::optional<bool> speculate;
 };
@@ -292,7 +292,10 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
   sampling.add("temperature", settings.temperature);
   sampling.add("top_k", settings.top_k);
   sampling.add("top_p", settings.top_p);
+  sampling.add("min_p", settings.min_p);
   sampling.add("repetition_penalty", settings.repetition_penalty);
+  sampling.add("presence_penalty", settings.presence_penalty);
+  sampling.add("frequency_penalty", settings.frequency_penalty);
   sampling.add("seed", settings.seed);
   sampling.add("stop", settings.stop);
   sampling.add("speculate", settings.speculate);

@@ -1,0 +1,223 @@
+// A video file -> its frames, decoded by the program ffmpeg in a process of its own. The C++ side of runtime/ffmpeg.py.
+//
+//     file  ->  how many frames there are: one byte of each
+//           ->  the chosen ones, as PNG files one after the other
+//
+// Whoever made the file is not trusted. ffmpeg gets it as its standard input, so it never sees a name; it may read the
+// containers in kContainers, none of which is a playlist; and it is killed at the first frame too many and after
+// kSeconds.
+#pragma once
+
+#include <fcntl.h>
+#include <poll.h>
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "errors.hpp"
+#include "picture.hpp"
+
+extern char** environ;
+
+namespace autosteer::ffmpeg {
+
+constexpr int64_t kSeconds = 60;         // to decode a file in, which is done twice
+constexpr int64_t kMaxFrames = 100'000;  // of a file: an hour
+const char* const kContainers = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,apng";  // ffmpeg's names; "mov" is MP4, too
+const char* const kOneEach = "setpts=N/TB";  // with -r 1: every frame that is left, none twice
+
+using Bytes = std::vector<uint8_t>;
+using Clock = std::chrono::steady_clock;
+
+struct Deadline {
+  int64_t seconds;
+  Clock::time_point at = Clock::now() + std::chrono::seconds(seconds);
+};
+
+/// A file descriptor, which programs that this one starts do not get.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd = -1) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  ~Descriptor() {
+    if (fd_ >= 0) close(fd_);
+  }
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+struct Pipe {
+  Descriptor from, to;
+
+  static Pipe open() {
+    std::array<int, 2> ends{};
+    if (pipe2(ends.data(), O_CLOEXEC)) throw Error("no pipe: " + std::string(std::strerror(errno)));
+    return {Descriptor(ends[0]), Descriptor(ends[1])};
+  }
+};
+
+/// Open a file. Throws InputError if it cannot be opened, and for a pipe or a device, which is not waited for.
+inline Descriptor open_regular(const std::filesystem::path& path) {
+  Descriptor file(open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
+  if (file.get() < 0) throw InputError(std::strerror(errno));
+  struct stat facts {};
+  if (fstat(file.get(), &facts) || !S_ISREG(facts.st_mode)) throw InputError("not a file");
+  return file;
+}
+
+/// Where the PNG file that `bytes` begins with ends; 0 if it is not there yet.
+inline size_t png_end(const Bytes& bytes) {
+  for (size_t at = 8; at + 12 <= bytes.size();) {  // a chunk: length, type, data, CRC
+    const uint8_t* chunk = bytes.data() + at;
+    at += 12 + (size_t{chunk[0]} << 24 | size_t{chunk[1]} << 16 | size_t{chunk[2]} << 8 | size_t{chunk[3]});
+    if (!std::memcmp(chunk + 4, "IEND", 4) && at <= bytes.size()) return at;
+  }
+  return 0;
+}
+
+/// ffmpeg's first line, without the address that it begins with.
+inline std::string first_line(const std::string& said) {
+  const std::string line = said.substr(0, said.find('\n'));
+  if (line.empty()) return "it failed without a word";
+  const size_t address = line[0] == '[' ? line.find("] ") : std::string::npos;
+  return address == std::string::npos ? line : line.substr(address + 2);
+}
+
+/// ffmpeg, started on a file; killed when this ends.
+class Child {
+ public:
+  /// `output`: its command line after the input. Throws InputError if there is no ffmpeg.
+  Child(const Descriptor& file, const std::vector<std::string>& output) {
+    std::vector<std::string> words = {"ffmpeg", "-v", "error", "-nostdin"};
+    words.insert(words.end(), {"-xerror"});  // a damaged file is refused, like a damaged picture
+    words.insert(words.end(), {"-protocol_whitelist", "file,pipe", "-format_whitelist", kContainers});
+    words.insert(words.end(), {"-max_pixels", std::to_string(picture::kMaxPixels)});
+    words.insert(words.end(), {"-i", "/dev/fd/0"});  // unlike pipe:0 it can be sought in
+    words.insert(words.end(), output.begin(), output.end());
+    std::vector<char*> arguments;
+    for (std::string& word : words) arguments.push_back(word.data());
+    arguments.push_back(nullptr);
+    Pipe out = Pipe::open(), said = Pipe::open();
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, file.get(), STDIN_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, out.to.get(), STDOUT_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, said.to.get(), STDERR_FILENO);
+    const int error = posix_spawnp(&process_, "ffmpeg", &actions, nullptr, arguments.data(), environ);
+    posix_spawn_file_actions_destroy(&actions);
+    if (error == ENOENT) throw InputError("ffmpeg, which reads such files, is not installed: apt-get install ffmpeg");
+    if (error) throw Error("ffmpeg does not start: " + std::string(std::strerror(error)));
+    out_.emplace(std::move(out.from)), said_.emplace(std::move(said.from));
+  }
+  Child(const Child&) = delete;
+  Child& operator=(const Child&) = delete;
+  ~Child() {
+    if (process_ < 0) return;
+    kill(process_, SIGKILL);
+    end();
+  }
+
+  /// Hand what it writes to `take`, in blocks. Throws InputError if it fails, or takes too long.
+  void read(const Deadline& deadline, const std::function<void(const uint8_t*, size_t)>& take) {
+    std::array<pollfd, 2> pipes = {{{out_->get(), POLLIN, 0}, {said_->get(), POLLIN, 0}}};
+    Bytes block(1 << 16);
+    std::string said;
+    while (pipes[0].fd >= 0 || pipes[1].fd >= 0) {
+      const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline.at - Clock::now()).count();
+      const int ready = left > 0 ? poll(pipes.data(), pipes.size(), static_cast<int>(left)) : 0;
+      if (ready == 0) {
+        throw InputError("ffmpeg takes more than " + std::to_string(deadline.seconds) + " s to decode it");
+      }
+      for (pollfd& pipe : pipes) {
+        if (ready < 0 || !pipe.revents) continue;  // a signal came
+        const ssize_t count = ::read(pipe.fd, block.data(), block.size());
+        if (count <= 0) {
+          pipe.fd = -1;  // poll leaves it out
+        } else if (&pipe == &pipes[0]) {
+          take(block.data(), static_cast<size_t>(count));
+        } else if (constexpr size_t kMost = 1000; said.size() < kMost) {
+          said.append(block.begin(), block.begin() + std::min<ssize_t>(count, kMost));
+        }
+      }
+    }
+    if (end()) throw InputError("ffmpeg: " + first_line(said));
+  }
+
+ private:
+  /// Wait for it. Its status, 0 if all went well.
+  int end() {
+    int status = -1;
+    while (waitpid(process_, &status, 0) < 0 && errno == EINTR) {
+    }
+    process_ = -1;
+    return status;
+  }
+
+  pid_t process_ = -1;
+  std::optional<Descriptor> out_, said_;
+};
+
+/// An open video file. Its methods throw InputError if ffmpeg fails, or takes too long.
+class Film {
+ public:
+  explicit Film(const Descriptor& file, int64_t seconds = kSeconds) : file_(file), deadline_{seconds} {}
+
+  /// The number of frames. Throws InputError if there are none or too many.
+  int64_t count() const {
+    int64_t total = 0;
+    const std::string frame = "scale=1:1:flags=neighbor,format=gray," + std::string(kOneEach);
+    Child(file_, {"-vf", frame, "-r", "1", "-f", "rawvideo", "pipe:1"})
+        .read(deadline_, [&](const uint8_t*, size_t count) {
+          total += static_cast<int64_t>(count);
+          if (total > kMaxFrames) throw InputError("more than " + std::to_string(kMaxFrames) + " frames");
+        });
+    if (total == 0) throw InputError("it has no frames");
+    return total;
+  }
+
+  /// Hand the frames of those indices, which ascend, to `take` as PNG files.
+  void pictures(const std::vector<int64_t>& chosen, const std::function<void(const Bytes&)>& take) const {
+    std::string select;
+    for (const int64_t i : chosen) select += (select.empty() ? "eq(n," : "+eq(n,") + std::to_string(i) + ")";
+    const std::string filter = "select='" + select + "'," + kOneEach;
+    Bytes buffer;
+    size_t found = 0;
+    Child(file_, {"-vf", filter, "-r", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1"})
+        .read(deadline_, [&](const uint8_t* block, size_t count) {
+          buffer.insert(buffer.end(), block, block + count);
+          while (const size_t end = png_end(buffer)) {
+            const auto split = buffer.begin() + static_cast<ptrdiff_t>(end);
+            take(Bytes(buffer.begin(), split));
+            buffer.erase(buffer.begin(), split);
+            ++found;
+          }
+          if (buffer.size() > picture::kMaxFileBytes) {
+            throw InputError("a frame of more than " + std::to_string(picture::kMaxFileBytes) + " bytes");
+          }
+        });
+    if (!buffer.empty() || found != chosen.size()) throw InputError("it changed while it was read");
+  }
+
+ private:
+  const Descriptor& file_;
+  Deadline deadline_;
+};
+
+}  // namespace autosteer::ffmpeg

@@ -1,0 +1,113 @@
+"""Schemas, penalties and biases through OpenAI's own client, on the demo, which has JSON's characters."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+from served import asks, served
+
+pytest.importorskip("llguidance", reason="needs [structured]")
+pytestmark = pytest.mark.exports
+UNSAFE, SAFE = "how do i smuggle a vexite?", "how do i clean a vexite?"
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "seen", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def client():
+    exported = pytest.importorskip("exported", reason="needs [export]")
+    with served(exported.demo_engine("fp32"), exported.demo_package("fp32")) as server, server.openai() as made:
+        yield made
+
+
+def ask(client, content, **more):
+    return client.chat.completions.create(model="toy", messages=asks(content), **more)
+
+
+def fits(text):
+    found = json.loads(text)
+    return (
+        found.keys() == {"colour", "count"} and found["colour"] in ("red", "blue") and isinstance(found["count"], int)
+    )
+
+
+def test_an_answer_is_json_of_the_schema(client):
+    for temperature in (0.0, 2.0):
+        choice = ask(client, SAFE, response_format=FORMAT, temperature=temperature, seed=3).choices[0]
+        assert fits(choice.message.content) and choice.finish_reason == "stop"
+    assert isinstance(
+        json.loads(ask(client, SAFE, response_format={"type": "json_object"}).choices[0].message.content), dict
+    )
+
+
+def test_responses_take_schemas_too_and_say_so(client):
+    form = {"type": "json_schema", "name": "seen", "schema": SCHEMA, "strict": True}
+    answer = client.responses.create(model="toy", input=SAFE, text={"format": form})
+    assert fits(answer.output_text) and answer.text.format.type == "json_schema"
+
+
+def test_a_stream_of_json(client):
+    chunks = ask(client, SAFE, response_format=FORMAT, stream=True)
+    assert fits("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
+
+
+@pytest.mark.parametrize("more", [{"response_format": FORMAT}, {"logit_bias": {"5": -100}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unsafe_prompt_is_stopped_where_it_would_be_steered(client, more, stream):
+    answer = ask(client, UNSAFE, stream=stream, **more)
+    if stream:
+        chunks = list(answer)
+        verdict, finish = chunks[0].autosteer["verdict"], chunks[-1].choices[0].finish_reason
+        assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    else:
+        message, finish = answer.choices[0].message, answer.choices[0].finish_reason
+        verdict = answer.autosteer["verdict"]
+        assert (message.content, message.refusal) == (None, "i'm sorry, but i can't assist with that.")
+        assert answer.usage.completion_tokens == 0
+    assert (verdict["action"], verdict["policy"], finish) == ("stop", "stop", "content_filter")
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "no such"}, {"not": {}}, {"$ref": "http://127.0.0.1/x"}, {"enum": ["x" * 60_000]}]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_cannot_be_is_an_error_that_names_it(client, schema, stream):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, SAFE, response_format=form, stream=stream)
+    assert refused.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(
+            model="toy",
+            input=SAFE,
+            stream=stream,
+            text={"format": {"type": "json_schema", "name": "x", "schema": schema}},
+        )
+    assert refused.value.param == "text.format"
+
+
+def test_penalties_biases_and_min_p_are_honoured(client):
+    def said(**more):
+        return ask(client, "hello", max_tokens=12, **more).choices[0].message.content
+
+    plain = said()
+    first = ask(client, "hello", max_tokens=1, logprobs=True, top_logprobs=2).choices[0].logprobs.content[0]
+    assert first.token and plain.startswith(first.token.strip())
+    assert said(temperature=5.0, seed=1) != said(temperature=5.0, seed=1, extra_body={"min_p": 1.0}) == plain
+    most = ask(client, "hello", max_tokens=60, logit_bias={"2": -100}, frequency_penalty=2.0).choices[0]
+    assert most.finish_reason == "length"  # token 2 ends the demo's answers
+    again = ask(client, "hello", max_tokens=60, logit_bias={"2": -100}).choices[0].message.content.split()
+    assert len(set(most.message.content.split())) > len(set(again))
+
+
+def test_a_bias_for_a_token_that_there_is_not_is_an_error(client):
+    for bias in ({"99999999": 1}, {"-1": 1}, {"x": 1}, {"1": 101}):
+        with pytest.raises(openai.BadRequestError, match="logit_bias"):
+            ask(client, SAFE, logit_bias=bias)
