@@ -6,7 +6,7 @@ import pytest
 import torch
 from exported import demo_checkpoint, demo_package
 from quality import Sample, Score, answers, original_log_probs, package_log_probs
-from smollm2 import shuffle
+from real_weights import shuffle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autosteer.export.checkpoint.hf_model import load_hf_model
