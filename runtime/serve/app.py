@@ -143,7 +143,7 @@ class Service:
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
-            json_schema=body.response_format and body.response_format.schema_asked,
+            json_schema=body.response_format.schema_asked if body.response_format else None,
             seed=secrets.randbits(32) if body.seed is None else body.seed,
             stop=tuple(body.stop or ()),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
