@@ -164,9 +164,9 @@ for function in (lib.autosteer_run, lib.autosteer_conversation_run):
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)]
 engine, made, stream = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
 chunk = ctypes.POINTER(ctypes.c_char_p)()  # to autosteer_chunk, whose first field is its JSON
-code = lib.autosteer_open(given["package"].encode(), given["options"].encode(), ctypes.byref(engine))
-if code:
-    print(json.dumps({"code": code, "error": lib.autosteer_error().decode()}))
+opened = lib.autosteer_open(given["package"].encode(), given["options"].encode(), ctypes.byref(engine))
+if opened:
+    print(json.dumps({"code": opened, "error": lib.autosteer_error().decode()}))
     sys.exit()
 run, asked = lib.autosteer_run, engine
 if given["conversation"]:
@@ -182,10 +182,10 @@ for request in given["requests"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, -1))
     for folder in [request.pop("package")] if "package" in request else []:
         lib.autosteer_close(engine)
-        code = lib.autosteer_open(folder.encode(), given["options"].encode(), ctypes.byref(engine))
+        opened = lib.autosteer_open(folder.encode(), given["options"].encode(), ctypes.byref(engine))
     text = request if isinstance(request, str) else json.dumps(request)
-    if code:
-        print(json.dumps({"code": code, "error": lib.autosteer_error().decode(), "chunks": []}))
+    if opened:
+        print(json.dumps({"code": opened, "error": lib.autosteer_error().decode(), "chunks": []}))
         continue
     code, chunks = lib.autosteer_request_new(text.encode(), ctypes.byref(made)), []
     stream.value = None
