@@ -387,6 +387,9 @@ def test_wrong_usage_is_exit_code_2(call, package, options):
         (("--top-p", "nan"), "top_p = nan is out of range"),
         (("--top-k", -1), "top_k = -1 is out of range"),
         (("--repetition-penalty", 0), "repetition_penalty = 0.0 is out of range"),
+        (("--min-p", 1.5), "min_p = 1.5 is out of range"),
+        (("--presence-penalty", 3), "presence_penalty = 3.0 is out of range"),
+        (("--json-schema", __file__), "test_cli.py: not JSON"),
         (("--seed", -1), "seed = -1 is out of range"),
         (("--stop", ""), "stop = ('',) is out of range"),
         (("--threshold", "nan"), "threshold = nan"),
@@ -398,7 +401,7 @@ def test_wrong_usage_is_exit_code_2(call, package, options):
         (("-i", __file__), "not a readable image"),
         (("-i", Path(__file__).parent), "not a readable image"),
         (("--video", "gone"), "gone: no such video file or folder"),
-        (("--video", __file__), "a video is an animated GIF"),
+        (("--video", __file__), "a video is an MP4"),
         (("--video", Path(__file__).parent), "no picture files in this folder"),
         (("-p", "red " * 61), "64 tokens (images included); the model's context holds 64"),
     ],
@@ -407,6 +410,19 @@ def test_bad_input_is_one_line_and_exit_code_5(call, package, options, message):
     done = run_here(call, package, "-p", "bad", *options)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("autosteer-run: error: ") and message in done.stderr
+
+
+def test_an_unsafe_prompt_is_stopped_in_a_schema_and_a_list_is_none(call, cpp_package, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}', encoding="utf-8")
+    done = run_here(call, cpp_package, "-p", "bad", "--json-schema", schema)
+    assert (done.returncode, done.stdout) == (0, f"{toy.REFUSAL_TEXT}\n")
+    assert done.stderr.startswith("[STOP  p_unsafe 0.900")
+    schema.write_text("[]", encoding="utf-8")
+    done = run_here(call, cpp_package, "-p", "red", "--json-schema", schema)
+    assert done.returncode == 5 and "a schema is a JSON object" in done.stderr
+    done = run_here(call, cpp_package, "-p", "red", "--regex", "(red|green){2}")
+    assert re.fullmatch("(red|green){2}\n", done.stdout)
 
 
 def test_device_that_is_not_there_is_exit_code_4(call, package, monkeypatch):

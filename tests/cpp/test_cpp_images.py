@@ -133,7 +133,7 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
     for name in names:
         (tmp_path / "frames" / name).touch()
     counts = (1, 2, 3, 7, 99)
-    found = parts.run(*({"part": "frames", "folder": str(tmp_path / "frames"), "frames": n} for n in counts))
+    found = parts.run(*({"part": "frames", "path": str(tmp_path / "frames"), "frames": n} for n in counts))
     assert found == [[Path(str(f)).name for f in open_video(tmp_path / "frames", n)] for n in counts]
     assert len(found[-1]) == len(names) - 3
 

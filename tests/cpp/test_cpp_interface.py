@@ -46,6 +46,12 @@ def test_command_prints_the_json_of_autosteer_run(built, cpp_package, cpp_engine
     assert list(found["verdict"]) == list(expected["verdict"])
 
 
+@pytest.mark.parametrize("option", ["--json-schema", "--regex"])
+def test_grammars_are_refused_and_not_ignored(built, cpp_package, option):
+    done = cli(built, cpp_package, "-p", "red", option, "x")
+    assert (done.returncode, done.stdout) == (2, "") and f"{option}: autosteer-cli has no grammars" in done.stderr
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_most_tiles_of_a_picture_are_those_of_autosteer_run(built, cpp_package, tmp_path, most):
     """By the command and by the C interface; several pictures take one tile each anyway."""
@@ -130,7 +136,7 @@ def test_chat(built, cpp_package, tmp_path):
         (f"/image '{tmp_path / 'a red.png'}' ", ""),
         (f"/image {tmp_path}/a\\ red.png", ""),
         ("red " * 99, "context holds 64"),
-        ("/video gone", "error: gone: not a folder"),
+        ("/video gone", "error: gone: no such video file or folder"),
         ("/new", ""),
         ("/nonsense", "/nonsense: not a command. Type a message."),
         ("/help", "/new starts over"),
