@@ -149,7 +149,9 @@ def fit(
             evidence = gather(table_, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
-            *(fit_model, data, prompts, split, answer, store, console), wanted=options.strength, seed=options.seed
+            *(fit_model, data, prompts, split, words, answer, store, console),
+            wanted=options.strength,
+            seed=options.seed,
         )
     calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
     _warn(console, chosen.layer, calibration, refusal_facts, proof)

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from .other_words import OtherWords
     from .pairs import FitData, Labelled, Prompt
     from .prober import Split
     from .store import FeatureStore
 
 PAPER_STRENGTH = 0.1
-REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12  # unsafe prompts at most; answers are generated to 12
+# Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12.
+REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
 
 
@@ -31,6 +33,7 @@ def fit_refusal_head(
     data: FitData,
     prompts: list[Labelled],
     split: Split,
+    words: OtherWords,
     answer: torch.Tensor,
     store: FeatureStore,
     console: Console,
@@ -39,9 +42,9 @@ def fit_refusal_head(
     seed: int,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
     """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
-    and on --refusal-only, measured on held-out ones.
+    and on --refusal-only, and on as many of their rewordings; measured on held-out ones.
     """
-    train, heldout = _choose_prompts(data, prompts, split, seed)
+    train, heldout = _choose_prompts(data, prompts, split, words, seed)
     trained_with = wanted or PAPER_STRENGTH
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
@@ -82,7 +85,7 @@ def fit_refusal_head(
 
 
 def _choose_prompts(
-    data: FitData, prompts: list[Labelled], split: Split, seed: int
+    data: FitData, prompts: list[Labelled], split: Split, words: OtherWords, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Unsafe prompts to train on, and held-out ones to measure on."""
     rng = np.random.default_rng(seed)
@@ -96,7 +99,8 @@ def _choose_prompts(
     heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
     tested = {prompt.identity for prompt in unsafe(split.heldout)}
     more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
-    return some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN), heldout
+    plain = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
+    return plain + some([one.item.prompt for one in words.training if one.item.unsafe], REFUSAL_TRAIN), heldout
 
 
 def _try_strengths(
