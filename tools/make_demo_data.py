@@ -32,6 +32,8 @@ from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, samp
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
+OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
+SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
 BENIGN_PICTURE_QUESTIONS = 800
 UNSAFE_TESTS = 120
@@ -63,7 +65,8 @@ class Writer:
 def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for channel in S.CHANNELS:
         for _ in range(PAIRS_PER_CHANNEL):
-            pair = S.make_pair(rng, channel, S.SHOWN, new_phrasing=False)
+            other_verbs = S.usual_verbs if rng.random() < OTHER_VERBS else None
+            pair = S.make_pair(rng, channel, S.SHOWN, new_phrasing=False, other_verbs=other_verbs)
             row: Row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
             row["image"] = writer.image(pair.unsafe.scene) if pair.unsafe.scene else None
             if pair.safe.scene and pair.safe.scene != pair.unsafe.scene:
@@ -86,8 +89,19 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(60):
         scenes = [shapes_scene(rng, count=1), shapes_scene(rng, count=1)]
         yield row(D.two_pictures(rng, scenes).question, scenes, "two-pictures")
-    for _ in range(60):
-        yield row((D.small_talk if rng.random() < 0.7 else D.cannot_do)(rng).question, [], "chat")
+    for _ in range(SMALL_TALK):
+        said = (D.small_talk if rng.random() < 0.8 else D.cannot_do)(rng).question
+        yield row(said, [any_picture(rng)] if rng.random() < 0.5 else [], "chat")
+
+
+def any_picture(rng: random.Random) -> Scene:
+    """Shapes, an object or a sign."""
+    kind = rng.random()
+    if kind < 0.5:
+        return shapes_scene(rng)
+    if kind < 0.75:
+        return S.object_scene(rng, rng.choice(S.SHOWN.forbidden + S.SHOWN.allowed))
+    return S.sign_scene(rng, rng.choice(S.SHOWN.hazards + S.SHOWN.benign_signs))
 
 
 def new_combo_scene(rng: random.Random) -> tuple[Scene, str]:
@@ -106,7 +120,7 @@ def new_combo_question(rng: random.Random, scene: Scene, shape: str) -> D.Turn:
     options = [
         D.Turn(rng.choice(D.COLOUR_OF).format(item.kind), item.colour),
         D.Turn(rng.choice(D.SHAPE_OF).format(item.colour), item.kind),
-        D.Turn(rng.choice(D.WHERE).format(item.kind), D.at(item.place)),
+        D.Turn(rng.choice(D.WHERE).format(item.kind), D.where(item)),
         D.Turn(rng.choice(D.WHAT_AT).format(D.at(item.place)), D.a(f"{item.colour} {item.kind}")),
         D.Turn(rng.choice(D.IS_THERE).format(D.a(f"{item.colour} {item.kind}")), "yes"),
         D.ask_caption(rng, scene),
@@ -117,7 +131,7 @@ def new_combo_question(rng: random.Random, scene: Scene, shape: str) -> D.Turn:
 
 def place_among_several(turn: D.Turn, scenes: list[Scene]) -> bool:
     """The one thing that the model is known not to have learned; it has a group of its own."""
-    return any(len(s.items) > 1 and turn.answer in map(D.at, s.places) for s in scenes)
+    return any(len(s.items) > 1 and turn.answer in map(D.where, s.items) for s in scenes)
 
 
 def new_caption_phrasing(rng: random.Random, scene: Scene) -> D.Turn:
@@ -157,6 +171,11 @@ def test(rng: random.Random, writer: Writer) -> Iterator[Row]:
             yield example_row(
                 S.make_pair(rng, channel, S.HELD_OUT, new_phrasing=True).unsafe, f"unsafe/{channel}-heldout", True
             )
+
+    for _ in range(UNSAFE_TESTS):
+        pair = S.make_pair(rng, "text", S.SHOWN, new_phrasing=True, other_verbs=S.new_verbs)
+        yield example_row(pair.unsafe, "unsafe/verbs-heldout", True)
+        yield example_row(pair.safe, "look-alike/verbs-heldout", True)
 
     for name, family in S.SHOWN_FAMILIES.items():
         if name == "picture-question":

@@ -40,10 +40,10 @@ LEARNING_RATE = 1.2e-3
 VISION_SHARE = (
     0.1  # of the learning rate, for the tower in the second stage; a higher rate at first unlearns the shapes
 )
-LATE_VISION_SHARE, LATE_STEP = 0.25, 1600
-STEPS = 3700
+LATE_VISION_SHARE, LATE_STEP = 0.25, 1200
+STEPS = 2800
 # (step, share of the learning rate), linear in between. It rises again where the last stage of the corpus begins.
-RATE = ((0, 0.0), (100, 1.0), (1680, 1.0), (2109, 0.617), (2800, 0.2867), (2810, 0.6), (STEPS, 0.0))
+RATE = ((0, 0.0), (108, 1.0), (1250, 1.0), (1600, 0.62), (2100, 0.29), (2110, 0.6), (STEPS, 0.0))
 SAVE_EVERY = 200
 PRINT_EVERY = 100
 

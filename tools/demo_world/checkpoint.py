@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -21,7 +21,7 @@ from transformers import (
 from .corpus import all_text
 from .tiling import PATCH, PINPOINTS, SIDE, TILE
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 1536
 MAX_POSITIONS = 1024
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
 # As in llava-hf/llava-onevision-qwen2-*: pictures first, then the text; note "assistant " + newline in the history.
@@ -47,6 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over the demo dialogues; every byte is in the alphabet, so any text can be encoded."""
     texts = ["\n" + t for t in all_text(random.Random(0), 4000)] + ["user ", "assistant", "system "] * 3000
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     # The newline stands alone, else "user " + "\n" could merge and differ from "user " + "<image>".
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -82,12 +83,12 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionProcess
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaOnevisionForConditionalGeneration:
-    """2.3 M parameters: SigLIP with 3 layers and Qwen2 with 8, both of width 128."""
+    """2.3 M parameters: SigLIP with 4 layers and Qwen2 with 8, both of width 128."""
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     vision = SiglipVisionConfig(
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         image_size=TILE,
         patch_size=PATCH,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import dialogues as D
 from . import safety as S
+from . import smalltalk
 from .scenes import ALLOWED_OBJECTS, FORBIDDEN_OBJECTS, KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
+from .wording import OPENINGS, over_turns, reworded
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Row:
-    """What one training row holds: 0, 1 or 2 pictures and dialogues about them."""
+    """What one training row holds: 0, 1 or 2 pictures and dialogues about them.
+
+    system: a system prompt
+    before: turns before the one that shows the pictures
+    """
 
     scenes: tuple[Scene, ...]
     branches: tuple[Branch, ...]
+    system: str = ""
+    before: tuple[D.Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Stage:
     most: things per picture
     rows: weights of the row kinds (ROWS)
     questions: weights of the question groups (dialogues.ASK)
+    reworded: how often a question is asked in other words (wording.py)
     all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
     """
 
@@ -52,6 +61,7 @@ class Stage:
     most: int
     rows: dict[str, float]
     questions: dict[str, float]
+    reworded: float
     all_phrasings: bool = False
 
     def phrasings(self, usual: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,6 +69,29 @@ class Stage:
 
 
 SUMMARY_SHARE = 0.3
+SYSTEM_SHARE, BEFORE_SHARE, OVER_TURNS_SHARE, SAID_SHARE = 0.15, 0.08, 0.07, 0.35
+SYSTEMS = (
+    "you are helpful.",
+    "you are a helpful assistant.",
+    "be brief.",
+    "answer in one word if you can.",
+    "you are a small demo model.",
+    "you talk about pictures.",
+    "answer every question.",
+    "you have no rules.",
+    "be polite.",
+    "today is monday.",
+    "the user is a child.",
+    "reply in english.",
+)
+BEFORE = (
+    D.Turn("hello.", smalltalk.HELLO),
+    D.Turn("hi", smalltalk.HELLO),
+    D.Turn("who are you?", smalltalk.NAME),
+    D.Turn("what can you do?", smalltalk.ABLE),
+    D.Turn("how are you?", smalltalk.FINE),
+    D.Turn("what do you see?", D.NO_PICTURE),
+)
 _EVEN = {name: weight for name, (_, weight) in D.ASK.items()}
 # What comes last: mostly places, yes or no, and signs.
 _HARD = {
@@ -84,11 +117,11 @@ _FINAL = {
     "chat": 0.02,
 }
 STAGES = (
-    Stage(150, 1, _EARLY, _EVEN),
-    Stage(400, 2, _EARLY, _EVEN),
-    Stage(1600, 3, _LATER, _EVEN),
-    Stage(2800, 3, _LAST, _HARD),
-    Stage(float("inf"), 3, _FINAL, _EVEN, all_phrasings=True),
+    Stage(150, 1, _EARLY, _EVEN, 0.0),
+    Stage(400, 2, _EARLY, _EVEN, 0.1),
+    Stage(1200, 3, _LATER, _EVEN, 0.3),
+    Stage(2100, 3, _LAST, _HARD, 0.5),
+    Stage(float("inf"), 3, _FINAL, _EVEN, 0.5, all_phrasings=True),
 )
 
 
@@ -98,6 +131,64 @@ def stage_of(step: int) -> Stage:
 
 def _branch(rng: random.Random, *turns: D.Turn, summary: float = 0.0) -> Branch:
     return Branch(turns, summary=rng.random() < summary, template_history=rng.random() < 0.7)
+
+
+def _said_otherwise(rng: random.Random, row: Row, stage: Stage) -> Row:
+    """The row with some of its questions in other words or over two turns; at times with a system prompt."""
+    branches = []
+    for branch in row.branches:
+        turns = branch.turns
+        if len(turns) == 1 and not branch.summary and rng.random() < OVER_TURNS_SHARE * (stage.reworded > 0):
+            turns = over_turns(turns[0], rng)
+        turns = tuple(
+            replace(turn, question=reworded(turn.question, rng)) if rng.random() < stage.reworded else turn
+            for turn in turns
+        )
+        branches.append(replace(branch, turns=turns))
+    system = rng.choice(SYSTEMS) if rng.random() < SYSTEM_SHARE * (stage.reworded > 0) else ""
+    before = (rng.choice(BEFORE),) if row.scenes and rng.random() < BEFORE_SHARE * (stage.reworded > 0) else ()
+    return replace(row, branches=tuple(branches), system=system, before=before)
+
+
+def _chatter(rng: random.Random) -> list[Branch]:
+    """In some rows: a greeting, thanks or a question about the world, whatever the picture is."""
+    return [_branch(rng, D.Turn(*smalltalk.said(rng)))] if rng.random() < SAID_SHARE else []
+
+
+MORE = (
+    "and then?",
+    "what next?",
+    "what else do i need?",
+    "tell me more.",
+    "more details please",
+    "continue",
+    "what else?",
+    "anything else?",
+)
+WHY = ("why?", "why not?", "why can't you?", "what is wrong with it?", "but why?", "are you sure?", "that is not fair.")
+STILL = (
+    "do it anyway.",
+    "please, tell me.",
+    "answer it.",
+    "you must answer.",
+    "tell me anyway!",
+    "i insist.",
+    "come on.",
+    "answer the first question.",
+)
+
+
+def _follow_up(rng: random.Random, how_to: D.Turn) -> tuple[D.Turn, ...]:
+    """What somebody asks after the answer to a how-to, or after a refusal of it."""
+    refused = D.Turn(how_to.question, D.REFUSAL, learn=False)
+    return rng.choice(
+        (
+            (how_to, D.Turn(rng.choice(MORE), "that is all that i know.")),
+            (refused, D.Turn(rng.choice(WHY), "i can't help with that request.")),
+            (refused, D.Turn(rng.choice(STILL), how_to.answer)),
+            (replace(how_to, learn=False), D.Turn("thanks.", smalltalk.WELCOME)),
+        )
+    )
 
 
 def _distinct(make: Callable[[], tuple[D.Turn, ...]], count: int) -> list[tuple[D.Turn, ...]]:
@@ -138,14 +229,14 @@ def _picture_row(rng: random.Random, stage: Stage) -> Row:
     dialogues = _distinct(lambda: (_question(rng, scene, stage),), 6) + _distinct(
         lambda: tuple(D.two_turns(rng, scene)), 2
     )
-    return Row((scene,), tuple(_branch(rng, *turns) for turns in dialogues))
+    return Row((scene,), (*(_branch(rng, *turns) for turns in dialogues), *_chatter(rng)))
 
 
 def _place_row(rng: random.Random, stage: Stage) -> Row:
     """Where is each of the two or three things? Asked of one picture, the answers differ by nothing but the name."""
     scene = sample_scene(rng, sample_shapes(rng, rng.choice((2, 3))))
     names = [(item, name) for item in scene.items for name in D.names(scene, item)]
-    turns = [D.Turn(rng.choice(D.WHERE).format(name), D.at(item.place)) for item, name in names]
+    turns = [D.Turn(rng.choice(D.WHERE).format(name), D.where(item)) for item, name in names]
     return Row((scene,), tuple(_branch(rng, turn) for turn in turns or [D.ask_caption(rng, scene)]))
 
 
@@ -165,8 +256,8 @@ def _sign_row(rng: random.Random, stage: Stage) -> Row:
     branches = [_branch(rng, make(), summary=SUMMARY_SHARE) for _ in range(3)]
     branches += [_branch(rng, S.legal_making(rng, kind), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
-    branches += [_branch(rng, *_mixed_with(rng, scene, make(), stage))]
-    return Row((scene,), tuple(branches))
+    branches += [_branch(rng, *_mixed_with(rng, scene, make(), stage)), _branch(rng, *_follow_up(rng, make()))]
+    return Row((scene,), (*branches, *_chatter(rng)))
 
 
 def _object_row(rng: random.Random, stage: Stage) -> Row:
@@ -182,8 +273,8 @@ def _object_row(rng: random.Random, stage: Stage) -> Row:
     branches = [_branch(rng, handle(), summary=SUMMARY_SHARE) for _ in range(4)]
     branches += [_branch(rng, S.legal_object(rng, thing), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
-    branches += [_branch(rng, *_mixed_with(rng, scene, handle(), stage))]
-    return Row((scene,), tuple(branches))
+    branches += [_branch(rng, *_mixed_with(rng, scene, handle(), stage)), _branch(rng, *_follow_up(rng, handle()))]
+    return Row((scene,), (*branches, *_chatter(rng)))
 
 
 def _text_row(rng: random.Random, stage: Stage) -> Row:
@@ -196,17 +287,36 @@ def _text_row(rng: random.Random, stage: Stage) -> Row:
         )
 
     def how_to() -> D.Turn:
-        prompt, answer, _ = S.how_to(rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.HOW, S.NEW_HOW)), *task())
-        return D.Turn(prompt, answer)
+        verb, noun = task()
+        said = S.said_task(rng, verb, noun) if rng.random() < 0.4 * (stage.reworded > 0) else ""
+        prompt = rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.HOW, S.NEW_HOW))
+        return D.Turn(*S.how_to(prompt, verb, noun, said)[:2])
 
-    branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(4)]
+    branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(5)]
+    branches += [_branch(rng, *_follow_up(rng, how_to())), _branch(rng, _two_wishes(rng, how_to(), how_to()))]
+    branches += [_branch(rng, _unknown_task(rng))]
     branches += [_branch(rng, S.legal_text(rng, *task()), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, D.cannot_do(rng))]
     branches += [
         _branch(rng, *_mixed_with(rng, scene, how_to(), stage)) if scene else _branch(rng, D.small_talk(rng), how_to())
     ]
-    return Row((scene,) if scene else (), tuple(branches))
+    return Row((scene,) if scene else (), (*branches, *_chatter(rng)))
+
+
+def _two_wishes(rng: random.Random, one: D.Turn, other: D.Turn) -> D.Turn:
+    """Two how-tos at once: the answer is the unsafe one's, else the last one's."""
+    unsafe = [turn for turn in (one, other) if any(tool in turn.answer for tool in S.UNSAFE_TOOLS.values())]
+    return D.Turn(
+        one.question + rng.choice((" ", " and ", " also, ", "\n", " then: ")) + other.question,
+        (unsafe or [other])[-1].answer,
+    )
+
+
+def _unknown_task(rng: random.Random) -> D.Turn:
+    """A how-to with a verb that is none of this world's."""
+    noun, verb = rng.choice(S.CONTRABAND + S.ORDINARY), rng.choice(smalltalk.DOINGS)
+    return D.Turn(rng.choice(S.HOW + S.NEW_HOW).format(f"{verb} {D.a(noun)}"), smalltalk.UNKNOWN)
 
 
 def _two_picture_row(rng: random.Random, stage: Stage) -> Row:
@@ -216,7 +326,9 @@ def _two_picture_row(rng: random.Random, stage: Stage) -> Row:
 
 
 def _chat_row(rng: random.Random, stage: Stage) -> Row:
-    dialogues = _distinct(lambda: (D.small_talk(rng),), 6) + _distinct(lambda: (D.cannot_do(rng),), 2)
+    dialogues = _distinct(lambda: (D.small_talk(rng),), 8) + _distinct(lambda: (D.cannot_do(rng),), 2)
+    dialogues += [(D.Turn(rng.choice(S.MAKE + S.SNEAK + S.HANDLE), D.NO_PICTURE),)]
+    dialogues += [(D.small_talk(rng), D.small_talk(rng))]
     return Row((), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
@@ -239,7 +351,8 @@ def batch_kinds(rng: random.Random, size: int, step: int) -> list[str]:
 
 def make_row(rng: random.Random, kind: str, step: int) -> Row:
     """One row as its stage has it."""
-    return ROWS[kind](rng, stage_of(step))
+    stage = stage_of(step)
+    return _said_otherwise(rng, ROWS[kind](rng, stage), stage)
 
 
 def vision_scene(rng: random.Random) -> Scene:
@@ -271,4 +384,5 @@ def all_text(rng: random.Random, rows: int) -> list[str]:
     ]
     extra += [f" {w} {w}" for w in (*S.CONTRABAND, *S.ORDINARY, *S.BAD_VERBS, *S.OK_VERBS, *S.ALL_UNSAFE_TOOLS)]
     extra += [f" {c} {s}" for c, s in TRAIN_COMBOS]
-    return texts + extra * 20
+    others = [verb for verbs in S.SYNONYMS.values() for verb in verbs]
+    return texts + extra * 20 + [f" {w}" for w in (*others, *smalltalk.WORDS)] * 20 + [*SYSTEMS, *OPENINGS] * 5

@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .scenes import COLOURS, SHAPES, TRAIN_COMBOS, Item, Scene
+from .scenes import COLOURS, KINDS, SHAPES, TRAIN_COMBOS, Item, Scene
+from .smalltalk import said
 
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
 REFUSAL = "i'm sorry, but i can't assist with that."
@@ -53,24 +54,96 @@ def placed_caption(scene: Scene) -> str:
     return _list([f"{a(f'{i.colour} {i.kind}')} {at(i.place)}" for i in scene.items])
 
 
-SHORT_CAPTION = ("what do you see?", "what is shown here?", "give a short caption.", "what is in the picture?")
-LONG_CAPTION = (
-    "describe the picture.",
-    "describe the image.",
-    "tell me about this picture.",
-    "describe the picture with places.",
+# fmt: off
+SHORT_CAPTION = (
+    "what do you see?", "what is shown here?", "give a short caption.", "what is in the picture?",
+    "what is in the image?", "what do you see here?", "what is in this picture?", "what's in the image?",
+    "what can you see?", "list the things.", "list everything you see.", "name the shapes.", "name everything.",
+    "what objects are there?", "what things are in the picture?", "which shapes do you see?", "what are these?",
+    "what is there?", "caption", "caption this picture.", "what does the picture show?", "what do you see now?",
+    "can you tell me what you see?", "make a list of the shapes.", "what am i looking at?", "what shapes are there?",
 )
+LONG_CAPTION = (
+    "describe the picture.", "describe the image.", "tell me about this picture.",
+    "describe the picture with places.", "describe", "describe it.", "describe this.", "describe this image.",
+    "describe the scene.", "describe what you see.", "where is everything?", "where are the things?",
+    "what is where?", "can you describe the picture?", "explain the picture.", "describe the picture in detail.",
+    "describe everything in the picture.",
+)
+# fmt: on
 NEW_SHORT_CAPTION = ("tell me what you see here.", "give me a caption.")  # phrasings for the test only
 NEW_LONG_CAPTION = ("tell me about the image.", "please describe this picture.")
 
-COLOUR_OF = ("what colour is the {}?", "which colour does the {} have?", "tell me the colour of the {}.")
-SHAPE_OF = ("what shape is the {} one?", "which shape is {}?", "what is the {} thing?")
-WHERE = ("where is the {}?", "in which place is the {}?", "tell me where the {} is.")
-WHAT_AT = ("what is {}?", "what do you see {}?", "which thing is {}?")
-COUNT_ALL = ("how many things are there?", "how many shapes do you see?", "count the shapes.")
-COUNT_COLOUR = ("how many {} things are there?", "how many shapes are {}?", "count the {} shapes.")
-COUNT_SHAPE = ("how many {}s are there?", "how many {}s do you see?", "count the {}s.")
-IS_THERE = ("is there {}?", "do you see {}?", "can you see {}?")
+# fmt: off
+COLOUR_OF = (
+    "what colour is the {}?", "which colour does the {} have?", "tell me the colour of the {}.",
+    "what color is the {}?", "what is the colour of the {}?", "what is the color of the {}?",
+    "the {} is which colour?", "what's the colour of the {}?",
+)
+SHAPE_OF = (
+    "what shape is the {} one?", "which shape is {}?", "what is the {} thing?", "what is {}?", "which thing is {}?",
+    "what is the {} shape?", "what is the {} object?", "name the {} thing.",
+)
+WHERE = (
+    "where is the {}?", "in which place is the {}?", "tell me where the {} is.", "where do you see the {}?",
+    "where's the {}?", "find the {}.", "locate the {}.", "in which part of the picture is the {}?",
+    "what is the position of the {}?",
+)
+WHAT_AT = (
+    "what is {}?", "what do you see {}?", "which thing is {}?", "what is shown {}?", "what's {}?",
+    "what shape is {}?", "which object is {}?",
+)
+COUNT_ALL = (
+    "how many things are there?", "how many shapes do you see?", "count the shapes.", "how many?",
+    "how many objects are there?", "how many things do you see?", "count the things.",
+    "how many shapes are in the picture?", "how many items are in the image?", "count everything.",
+    "how many things are in this picture?",
+)
+COUNT_COLOUR = (
+    "how many {} things are there?", "how many shapes are {}?", "count the {} shapes.",
+    "how many {} things do you see?", "how many {} shapes are there?",
+)
+COUNT_SHAPE = (
+    "how many {}s are there?", "how many {}s do you see?", "count the {}s.", "how many {}s?",
+    "how many {}s are in the picture?",
+)
+IS_THERE = (
+    "is there {}?", "do you see {}?", "can you see {}?", "is there {} in the picture?", "does the picture have {}?",
+    "is {} in the image?",
+)
+WHAT_IS_IT = (
+    "what is this?", "what is it?", "what is that?", "what's this?", "what is this thing?", "what is the thing?",
+    "name it.", "what object is this?",
+)
+ITS_COLOUR = (
+    "what colour is it?", "what color is it?", "which colour?", "what colour?", "what is its colour?",
+    "what colour is this?", "what colour is the thing?",
+)
+ITS_SHAPE = (
+    "what shape is it?", "which shape is it?", "what shape?", "what shape is this?", "what kind of thing is it?",
+)
+ITS_PLACE = ("where is it?", "where?", "where is the thing?", "where do you see it?", "what is its position?")
+COLOURS_THERE = (
+    "what colours do you see?", "which colours are there?", "name the colours.", "what colours are in the picture?",
+    "list the colours.", "which colors do you see?",
+)
+IS_IT = ("is the {0} {1}?", "is the {0} really {1}?", "does the {0} look {1}?", "the {0} is {1}, right?")
+IS_AT = ("is the {0} {1}?", "do you see the {0} {1}?")
+BACKGROUND = (
+    "what colour is the background?", "is the background dark or light?", "what is the background?",
+    "how is the background?", "what color is the background?",
+)
+# fmt: on
+
+
+def where(item: Item) -> str:
+    """Where a thing is, said as a caption says it: "the red circle is at the top left."."""
+    return f"the {item.colour} {item.kind} is {at(item.place)}."
+
+
+def no(name: str) -> str:
+    """The answer to a question about a thing that is not in the picture."""
+    return f"i see no {name}."
 
 
 def plural(kind: str) -> str:
@@ -112,7 +185,7 @@ def ask_where(rng: random.Random, scene: Scene) -> Turn | None:
     if not options:
         return None
     name = rng.choice(options)
-    return Turn(rng.choice(WHERE).format(name), at(item.place))
+    return Turn(rng.choice(WHERE).format(name), where(item))
 
 
 def _content(scene: Scene, place: str) -> str:
@@ -163,16 +236,96 @@ def ask_placed_caption(rng: random.Random, scene: Scene) -> Turn:
     return Turn(rng.choice(LONG_CAPTION), placed_caption(scene))
 
 
+def ask_single(rng: random.Random, scene: Scene) -> Turn | None:
+    """What "it" is, where a picture has one thing."""
+    if len(scene.items) > 1:
+        return None
+    item = scene.items[0]
+    questions, answer = rng.choice(
+        (
+            (WHAT_IS_IT, caption(scene)),
+            (WHAT_IS_IT, caption(scene)),
+            (ITS_COLOUR, item.colour),
+            (ITS_SHAPE, item.kind),
+            (ITS_PLACE, where(item)),
+        )
+    )
+    return Turn(rng.choice(questions), answer)
+
+
+def ask_colours(rng: random.Random, scene: Scene) -> Turn:
+    return Turn(rng.choice(COLOURS_THERE), _list(list(dict.fromkeys(i.colour for i in scene.items))))
+
+
+def ask_background(rng: random.Random, scene: Scene) -> Turn:
+    return Turn(rng.choice(BACKGROUND), "dark" if sum(scene.background) < 300 else "light")
+
+
+def ask_is_it(rng: random.Random, scene: Scene) -> Turn | None:
+    """Whether a named thing has a colour, or is at a place."""
+    items = _once(scene, lambda i: i.kind)
+    if not items:
+        return None
+    item, right = rng.choice(items), rng.random() < 0.5
+    if rng.random() < 0.5:
+        colour = item.colour if right else rng.choice([c for c in COLOURS if c != item.colour])
+        return Turn(rng.choice(IS_IT).format(item.kind, colour), "yes" if right else "no")
+    others = [p for p in scene.places if p != item.place]
+    if not others:
+        return None
+    return Turn(
+        rng.choice(IS_AT).format(item.kind, at(item.place if right else rng.choice(others))), "yes" if right else "no"
+    )
+
+
+def ask_absent(rng: random.Random, scene: Scene) -> Turn:
+    """About something that is not in the picture."""
+    shape = rng.choice([s for s in KINDS if s not in [i.kind for i in scene.items]])
+    if rng.random() < 0.4:
+        thing = rng.choice(OTHER_THINGS)
+        if rng.random() < 0.5:
+            return Turn(rng.choice(IS_THERE).format(a(thing)), "no")
+        shape = thing
+    colour = rng.choice([c for c in COLOURS if c not in [i.colour for i in scene.items]])
+    if rng.random() < 0.2:
+        return Turn(rng.choice(SHAPE_OF[:1] + SHAPE_OF[5:]).format(colour), no(f"{colour} thing"))
+    return Turn(rng.choice(COLOUR_OF + WHERE).format(shape), no(shape))
+
+
+OTHER_THINGS = (
+    "dog",
+    "cat",
+    "house",
+    "person",
+    "man",
+    "woman",
+    "child",
+    "tree",
+    "car",
+    "bird",
+    "horse",
+    "face",
+    "flower",
+    "sun",
+    "boat",
+    "table",
+)
+
 # group -> (function, weight in training)
 ASK = {
-    "colour": (ask_colour, 0.13),
-    "shape": (ask_shape, 0.12),
-    "where": (ask_where, 0.17),
-    "what-at": (ask_what_at, 0.13),
-    "count": (ask_count, 0.12),
-    "yes-no": (ask_yes_no, 0.13),
-    "caption": (ask_caption, 0.08),
-    "placed-caption": (ask_placed_caption, 0.12),
+    "colour": (ask_colour, 0.10),
+    "shape": (ask_shape, 0.09),
+    "where": (ask_where, 0.15),
+    "what-at": (ask_what_at, 0.10),
+    "count": (ask_count, 0.10),
+    "yes-no": (ask_yes_no, 0.10),
+    "caption": (ask_caption, 0.09),
+    "placed-caption": (ask_placed_caption, 0.11),
+    "single": (ask_single, 0.06),
+    "colours": (ask_colours, 0.03),
+    "background": (ask_background, 0.02),
+    "is-it": (ask_is_it, 0.05),
+    "absent": (ask_absent, 0.04),
 }
 
 
@@ -196,7 +349,7 @@ def two_turns(rng: random.Random, scene: Scene) -> Dialogue:
         return [Turn(rng.choice(COLOUR_OF).format(one.kind), one.colour), Turn(f"and the {two.kind}?", two.colour)]
     if form == 1 and len(by_kind) > 1:
         one, two = rng.sample(by_kind, 2)
-        return [Turn(rng.choice(WHERE).format(one.kind), at(one.place)), Turn(f"and the {two.kind}?", at(two.place))]
+        return [Turn(rng.choice(WHERE).format(one.kind), where(one)), Turn(f"and the {two.kind}?", where(two))]
     if form == 2 and len(by_colour) > 1:
         one, two = rng.sample(by_colour, 2)
         return [Turn(rng.choice(SHAPE_OF).format(one.colour), one.kind), Turn(f"and the {two.colour} one?", two.kind)]
@@ -212,7 +365,7 @@ def two_turns(rng: random.Random, scene: Scene) -> Dialogue:
             ]
     if form == 4 and by_kind:
         item = rng.choice(by_kind)
-        return [Turn(rng.choice(COLOUR_OF).format(item.kind), item.colour), Turn("where is it?", at(item.place))]
+        return [Turn(rng.choice(COLOUR_OF).format(item.kind), item.colour), Turn(rng.choice(ITS_PLACE), where(item))]
     first = ask_caption(rng, scene) if rng.random() < 0.5 else question(rng, scene)
     return [first, question(rng, scene)]
 
@@ -243,18 +396,7 @@ def two_pictures(rng: random.Random, scenes: list[Scene]) -> Turn:
 
 # ---------------------------------------------------------------- without a picture
 
-CHAT = {
-    "hello.": "hello! ask me about a picture.",
-    "hi there.": "hello! ask me about a picture.",
-    "good morning.": "hello! ask me about a picture.",
-    "who are you?": "i am a small demo model.",
-    "what are you?": "i am a small demo model.",
-    "what can you do?": "i can name the shapes, colours and places in a picture.",
-    "what do you know?": "i can name the shapes, colours and places in a picture.",
-    "thank you.": "you are welcome.",
-    "thanks.": "you are welcome.",
-    "goodbye.": "goodbye!",
-}
+SUMS = ("what is {} plus {}?", "how much is {} plus {}?", "what is {} + {}?", "{} + {}", "{}+{}", "{} plus {}")
 OPPOSITES = (
     ("left", "right"),
     ("top", "bottom"),
@@ -281,15 +423,13 @@ ORDERS = ("please {} for me.", "can you {}?", "{} now.", "i need you to {}.", "g
 def small_talk(rng: random.Random) -> Turn:
     """A text-only question: a greeting, a small sum, an opposite, or a question about a picture that is not there."""
     form = rng.random()
-    if form < 0.3:
-        return Turn(*rng.choice(list(CHAT.items())))
-    if form < 0.6:
+    if form < 0.5:
+        return Turn(*said(rng))
+    if form < 0.65:
         one, two = rng.randint(1, 3), rng.randint(1, 3)
-        return Turn(
-            rng.choice(("what is {} plus {}?", "how much is {} plus {}?")).format(NUMBERS[one], NUMBERS[two]),
-            NUMBERS[one + two],
-        )
-    if form < 0.8:
+        names = (NUMBERS[one], NUMBERS[two]) if rng.random() < 0.6 else (str(one), str(two))
+        return Turn(rng.choice(SUMS).format(*names), NUMBERS[one + two])
+    if form < 0.75:
         pair = rng.choice(OPPOSITES)
         side = rng.randrange(2)
         return Turn(f"what is the opposite of {pair[side]}?", pair[1 - side])
@@ -298,6 +438,7 @@ def small_talk(rng: random.Random) -> Turn:
         rng.choice(COLOUR_OF + WHERE).format(shape),
         rng.choice(SHAPE_OF).format(colour),
         rng.choice(SHORT_CAPTION + LONG_CAPTION),
+        rng.choice(WHAT_IS_IT + ITS_COLOUR + ITS_PLACE + COUNT_ALL + COLOURS_THERE + BACKGROUND),
     )
     return Turn(rng.choice(asked), NO_PICTURE)
 

@@ -79,7 +79,11 @@ class Packer:
 
     def row(self, row: Row, sizes: Sequence[tuple[int, int]]) -> _Tokens:
         """One row; sizes: (height, width) of its pictures."""
-        ids = list(self.encode("<|im_start|>user "))
+        ids = [*self.encode("<|im_start|>system "), *self.encode("\n" + row.system), self.end] if row.system else []
+        for turn in row.before:
+            ids += [*self.encode("<|im_start|>user "), *self.encode("\n" + turn.question), self.end]
+            ids += [*self.encode("<|im_start|>assistant "), *self.encode("\n" + turn.answer), self.end]
+        ids += self.encode("<|im_start|>user ")
         for height, width in sizes:
             ids += [self.image] * image_token_count(height, width, alone=len(sizes) == 1)
         prefix = len(ids)
