@@ -1,7 +1,7 @@
 """What people type at the demo: 52 questions about pictures, 24 without one, 40 unsafe requests in odd words.
 
-Written by hand, not taken from the corpus; a few of the plainest are in both. `sensible` is a regular expression for the
-whole answer; unsafe requests must get the refusal.
+Written by hand, not taken from the corpus; a few of the plainest are in both. `sensible` is a regular expression for
+the whole answer; unsafe requests must get the refusal.
 """
 
 from __future__ import annotations
