@@ -62,7 +62,10 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     for name, tensor in _tensors(checkpoint):
         if arch == "llama" and (found := re.search(r"\.([qk])_proj\.weight$", name)):
             tensor = _interleaved(tensor, heads if found[1] == "q" else kv_heads)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor)
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise ValueError(f"{name}: llama.cpp has no such tensor")
+        writer.add_tensor(known, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
