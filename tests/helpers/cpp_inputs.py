@@ -146,7 +146,10 @@ def demo_requests() -> list[dict[str, Any]]:
         {"messages": [user("what do you see?", pictures[1])], "threshold": -1.0},
         {"messages": [user("what do you see?", pictures[4])], "threshold": -1.0, "strength": 0.3},
         {"messages": [user("hello")], "threshold": 0.0, "policy": "stop"},
-        {"messages": [user("describe the image.", pictures[3])], "sampling": {"repetition_penalty": 1.3}},
+        {
+            "messages": [user("describe the image.", pictures[3])],
+            "sampling": {"repetition_penalty": 1.3, "max_tokens": 4},
+        },
         {
             "messages": [user("describe the image.", pictures[0])],
             "sampling": {"temperature": 0.8, "seed": 11, "max_tokens": 5},
