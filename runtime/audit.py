@@ -87,6 +87,7 @@ class AuditFile:
             raise InputError(f"{path}: the audit record cannot be opened ({err.strerror})") from err
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             raise InputError(f"{path}: not a file; an audit record is appended to one")
+        self._lock = threading.Lock()  # flock keeps other processes out, not other threads
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):
@@ -95,22 +96,26 @@ class AuditFile:
     def __call__(self, record: Mapping[str, Any]) -> None:
         """Append a line, and wait until the disk has it. Raises OSError, and leaves the file without a part of it."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            found = os.fstat(self._file)
-            if not found.st_nlink:
-                raise OSError("its file was deleted")
-            if found.st_size and os.pread(self._file, 1, found.st_size - 1) != b"\n":  # somebody died in a line
-                line = b"\n" + line
+        with self._lock:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
             try:
-                while line:  # a second time only to learn why the disk did not take it all
-                    line = line[os.write(self._file, line) :]
-            except OSError:
-                os.ftruncate(self._file, found.st_size)
-                raise
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
+                self._append(line)
+            finally:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         os.fsync(self._file)
+
+    def _append(self, line: bytes) -> None:
+        found = os.fstat(self._file)
+        if not found.st_nlink:
+            raise OSError("its file was deleted")
+        if found.st_size and os.pread(self._file, 1, found.st_size - 1) != b"\n":  # somebody died in a line
+            line = b"\n" + line
+        try:
+            while line:  # a second time only to learn why the disk did not take it all
+                line = line[os.write(self._file, line) :]
+        except OSError:
+            os.ftruncate(self._file, found.st_size)
+            raise
 
 
 def open_audit(to: str | Path | Hook | None, package: str, *, texts: bool = False) -> Audit | None:
