@@ -9,7 +9,6 @@ be written, that request fails, and later ones are refused until it has been. do
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -22,6 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
+
+try:
+    import fcntl
+except ImportError:  # Windows: records go to a function there
+    fcntl = None  # type: ignore[assignment]
 
 from .errors import AuditError, CancelledError, InputError, PackageError, ProviderError
 from .gate import GatePolicy, Verdict
@@ -80,6 +84,8 @@ class AuditFile:
 
     def __init__(self, path: str | Path):
         """Open the file, or make it for its owner alone. Raises InputError if it cannot be, or is no file."""
+        if fcntl is None:
+            raise InputError(f"{path}: the audit record cannot be opened (this system has no flock)")
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
         try:
             self._file = os.open(path, flags, 0o600)

@@ -216,8 +216,9 @@ class Engine:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
         A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
-        package's `policy`; where `sampling` restricts the answer, what would be steered is stopped. With a
-        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`.
+        package's `policy`. A steered answer is greedy; where `sampling` restricts the answer, what would be steered is
+        stopped. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the first
+        `next()`.
         Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, and AuditError
         if the engine has an audit record that cannot be written.
         """
@@ -290,6 +291,8 @@ class Engine:
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
 
+        if verdict.action is Action.STEER:
+            sampling = sampling.greedy()
         sample = make_sampler(sampling, len(tokens), constraint)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision

@@ -44,11 +44,7 @@ class Grammars:
             return Grammar(option, self._vocabulary, _compiled(sampling), self._vocab_size)
         except ImportError:
             raise GrammarError(f"{option}: needs llguidance: pip install 'autosteer-edge[structured]'") from None
-        except (
-            TypeError,
-            ValueError,
-            RecursionError,
-        ) as err:  # no JSON, or no Unicode; or llguidance does not know the tokenizer
+        except (TypeError, ValueError, RecursionError) as err:  # no JSON or Unicode; or a tokenizer it does not know
             raise GrammarError(f"{option}: {_line(err)}") from err
 
     @functools.cached_property

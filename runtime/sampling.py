@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -62,6 +62,12 @@ class SamplingConfig:
     def restricts(self) -> bool:
         """Whether it may leave out every token that a refusal begins with."""
         return bool(self.logit_bias) or self.json_schema is not None or self.regex is not None
+
+    def greedy(self) -> SamplingConfig:
+        """The same, but with the likeliest token each time. A steered answer is sampled so: by a temperature or a
+        penalty, whoever writes the prompt could choose its way around the refusal.
+        """
+        return replace(self, temperature=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
 
 
 class Constraint(Protocol):

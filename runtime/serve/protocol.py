@@ -242,10 +242,10 @@ class TextFormat(Body):
     @property
     def schema_asked(self) -> dict[str, Any] | None:
         """The JSON schema of the answer, if there is one."""
-        return self.schema_ or ANY_OBJECT[self.type]
+        return ANY_OBJECT[self.type] if self.schema_ is None else self.schema_
 
 
-ANY_OBJECT = {"text": None, "json_object": {"type": "object"}, "json_schema": {}}
+ANY_OBJECT: dict[str, dict[str, Any] | None] = {"text": None, "json_object": {"type": "object"}}
 
 
 class TextOptions(Body):

@@ -333,3 +333,14 @@ def test_file_is_whole_after_kill_9(file):
         except json.JSONDecodeError:
             assert line.startswith('{"who": "p"')
     assert len(text) - len(whole) <= 4 and whole[-1] == {"who": "last"} and len(whole) > 9
+
+
+def test_the_runtime_loads_where_there_is_no_flock(file):
+    """On Windows; an audit file is refused there in one line."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "from autosteer.runtime import Engine\nfrom autosteer.runtime.audit import AuditFile\n"
+        f"AuditFile({str(file)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "InputError" in done.stderr and "this system has no flock" in done.stderr

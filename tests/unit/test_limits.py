@@ -100,7 +100,7 @@ def dialogues(draw: st.DrawFn) -> list[Message]:
     beyond=st.integers(1, 4),
     pooling=st.sampled_from(["last", "mean"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_turn_is_probed_where_it_was_when_the_dialogue_ended_there(engine, spec, messages, sizes, beyond, pooling):
     """Two user turns in a row, the second opening with a picture, and a long generation prompt: a row of that picture
     was read in the place of the first turn's last word.

@@ -211,7 +211,7 @@ JSON = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_random_change_is_refused_or_read_as_it_is(document, tmp_path_factory, data):
     """And nothing but PackageError comes out, neither of loading nor of comparing the files."""
     folder = tmp_path_factory.getbasetemp()

@@ -348,6 +348,7 @@ class Stream {
       stats_.ttft_ms = clock.ms();
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
+    if (verdict_.action == Action::steer) sample_ = Sampler(sampling_.greedy());
     if (sampling_.speculate) {
       drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
     }

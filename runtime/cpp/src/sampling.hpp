@@ -51,6 +51,15 @@ struct SamplingConfig {
 
   /// Whether it may leave out every token that a refusal begins with.
   bool restricts() const { return !logit_bias.empty(); }
+
+  /// The same, but with the likeliest token each time. A steered answer is sampled so: by a temperature or a penalty,
+  /// whoever writes the prompt could choose its way around the refusal.
+  SamplingConfig greedy() const {
+    SamplingConfig likeliest = *this;
+    likeliest.temperature = likeliest.presence_penalty = likeliest.frequency_penalty = 0.0;
+    likeliest.repetition_penalty = 1.0;
+    return likeliest;
+  }
 };
 
 /// numpy.random.default_rng(seed).random(): PCG64 (XSL-RR 128/64, O'Neill 2014), seeded by numpy's SeedSequence.
