@@ -46,7 +46,7 @@ def test_bench_reports_every_figure_of_a_guarded_package(measured):
 def test_bench_says_on_what_machine_and_how(measured):
     assert measured["machine"]["cpu"] and measured["machine"]["read_gb_s"] > 0.1
     assert measured["workload"]["threads"] == 1 and measured["workload"]["rounds"] == 1
-    assert "--prompt-tokens 40" in measured["workload"]["command"]
+    assert "--prompt-tokens 41" in measured["workload"]["command"]
 
 
 def test_prompts_of_a_file_are_a_round_each_and_answers_end_where_the_package_ends_them(tmp_path):
