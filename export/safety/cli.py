@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from autosteer.export.output import atomic_folder, check_output
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .fit import Fitted
 
 
+FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
 POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
 
 
@@ -92,6 +94,17 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     is_flag=True,
     help="Train on rewordings of the prompts, too: newlines, closers, typos, politeness and six other kinds.",
 )
+@click.option(
+    "--package",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Fit the prober again, on the hidden states that this package computes; needs --safety.",
+)
+@click.option(
+    "--safety",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The safety folder that --package was exported with. Its layer and Refusal Head are kept.",
+)
+@click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles (--package).")
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
     "--select",
@@ -145,6 +158,9 @@ def fit_command(
     features: Path | None,
     prober: Literal["auto", "pooled", "paper"],
     augment: bool,
+    package: Path | None,
+    safety: Path | None,
+    max_tiles: int | None,
     layer: int | None,
     select: Literal["sas", "prober"] | None,
     threshold: float | None,
@@ -158,7 +174,16 @@ def fit_command(
     as_json: bool,
 ) -> None:
     """Fit a safety gate: choose the layer that best tells safe prompts from unsafe ones, train and calibrate a prober
-    there, and train the Refusal Head. Writes the safety folder that autosteer-export takes."""
+    there, and train the Refusal Head. Writes the safety folder that autosteer-export takes.
+
+    With --package and --safety, fit the prober again on what an exported package computes, with its rounded weights;
+    then export once more with the new safety folder."""
+    if (package is None) != (safety is None):
+        raise click.UsageError("--package and --safety belong together")
+    if package is None and max_tiles is not None:
+        raise click.UsageError("--max-tiles needs --package; without it the checkpoint's processor cuts the pictures")
+    if package is not None and (settled := _given(FIRST_FIT_ONLY)):
+        raise click.UsageError(f"{settled} and --package exclude each other: --safety has settled it")
     if layer is not None and select is not None:
         raise click.UsageError("--layer and --select exclude each other")
     if threshold is not None and target_fpr is not None:
@@ -184,6 +209,7 @@ def fit_command(
 
     from .fit import FitOptions, fit
     from .progress import progress
+    from .refit import Shipped, refit
     from .report import write_report
 
     if count := len(everything.images()):
@@ -205,12 +231,23 @@ def fit_command(
     )
     states = _states_folder(features, output, console)
     with states as cache, atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
-        fitted = fit(data, external, options, features=cache, console=console)
+        if package and safety:
+            shipped = Shipped(package, safety, max_tiles)
+            fitted = refit(data, external, options, shipped, features=cache, console=console)
+        else:
+            fitted = fit(data, external, options, features=cache, console=console)
         fitted.artifact.save(folder)
         for name, picture in fitted.proof_images.items():
             shutil.copyfile(picture, folder / name)
         write_report(folder, fitted)
     click.echo(dumps(dataclasses.asdict(fitted.artifact.facts)) if as_json else _summary(fitted, output))
+
+
+def _given(names: Sequence[str]) -> str | None:
+    """The first of these options that is on the command line."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return f"--{given[0].replace('_', '-')}" if given else None
 
 
 @contextlib.contextmanager

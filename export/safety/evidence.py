@@ -1,12 +1,12 @@
 """Measure a fitted gate: on held-out prompts, on each data set left out of the fit, on external prompts.
 
 Three probers are compared, trained and calibrated in the same way: the gate's own; the paper's, which reads the last
-token (left out if the gate's own does); and one that sees only the words (measure.py).
+token (left out if the gate's own does, or if its states are not known); and one that sees only the words (measure.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from .prober import Prober
+    from .states import Pooling
 
 OURS, PAPER, WORDS = "prober", "paper's prober", "words alone"
 SMALLEST = 10  # prompts of a class; a smaller data set is not left out
@@ -107,17 +108,19 @@ class Evidence:
 
 def gather(
     t: Table,
-    pooled: dict[str, torch.Tensor],
-    pooling: str,
+    pooled: Mapping[Pooling, torch.Tensor],
+    pooling: Pooling,
     gate: Gate,
     *,
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evidence:
-    """Train the other probers, leave data sets out, compare. pooled: "last", "mean" -> states (n, d) of the layer."""
-    inputs = {OURS: pooled[pooling], PAPER: pooled["last"], WORDS: word_features(t.texts)}
-    if pooling == "last":
-        del inputs[PAPER]
+    """Train the other probers, leave data sets out, compare. pooled: "last", "mean" -> states (n, d) of the layer;
+    `pooling`, which the gate reads, must be among them.
+    """
+    inputs = {OURS: pooled[pooling], WORDS: word_features(t.texts)}
+    if pooling != "last" and "last" in pooled:
+        inputs[PAPER] = pooled["last"]
 
     def scores_of(split: Split) -> dict[str, np.ndarray]:
         return {name: _train(states, t, split, seed=seed) for name, states in inputs.items()}

@@ -10,33 +10,34 @@ train the Refusal Head, try it      refusal_head.py, answers.py
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family, possible_families
+from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family
 
 from . import DEFAULT_THRESHOLD, PICTURES
-from .batches import answer_tokens, check_text, takes_system
-from .calibrate import allowed_false_positives, choose_threshold, fit_temperature, fold_temperature, heldout_facts
+from .arrange import Arranged, arrange, count_pictures, training_weights
+from .batches import answer_tokens
+from .calibrate import choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
 from .head_fit import fit_refusal_head
-from .model import open_fit_model
-from .other_words import OtherWords, put_in_other_words
-from .prober import balanced_accuracy, p_unsafe, prober_logits, row_weights, split_by_text, train_probers
-from .progress import progress
-from .proof import choose_proof
+from .model import FitModel, open_fit_model
+from .prober import balanced_accuracy, p_unsafe, prober_logits, train_probers
+from .progress import progress, warn
+from .proof import as_proof, choose_proof
 from .refusal_head import StrengthScore
 from .sas import SasSum
 from .states import (
     POSITIONS,
     TOKEN_OFFSET,
+    Pooling,
     answer_store,
     checkpoint_files,
     digests,
@@ -51,18 +52,11 @@ if TYPE_CHECKING:
     from autosteer.export.checkpoint.open import Checkpoint
 
     from .pairs import FitData, Labelled
-    from .prober import Prober, Split
-    from .sas import SasScores
+    from .prober import Prober
     from .store import States
 
 READ_PAIRS = 128  # differences in memory at a time
-BLIND = (
-    "NO PICTURE IS AMONG THE FIT'S PROMPTS, and this model takes pictures: nothing is known about what this gate does "
-    "with a picture, and it will most likely let harm in pictures through; give pairs with images (--images)"
-)
 PROBER_IS_POOR, REFUSAL_IS_POOR = 0.75, 0.5  # warn below: balanced accuracy, share of complete refusals
-
-Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ class Chosen:
     layer: int
     pooling: Pooling
     gate: Gate
-    states: dict[str, torch.Tensor]  # (n, d) of all prompts as they enter that layer, by position
+    states: dict[Pooling, torch.Tensor]  # (n, d) of all prompts as they enter that layer, by position
     scores: np.ndarray  # (n,) p_unsafe of all prompts
     layers: tuple[LayerScore, ...]  # every layer's, for the report
     pairs_without_difference: int
@@ -112,21 +106,15 @@ def fit(
 ) -> Fitted:
     """Fit a gate on `data`. `external` prompts are only for the report. `features`: folder for hidden states."""
     started = time.perf_counter()
-    prompts = data.labelled()
-    split = split_prompts(data, prompts, seed=options.seed)
-    if options.target_fpr is not None:
-        benign = sum(not prompts[row].unsafe for row in split.heldout)
-        allowed_false_positives(benign, target_fpr=options.target_fpr)
-    checkpoint, depth = _open(options)
-    fit_model = open_fit_model(checkpoint, device=options.device)
-    families = possible_families(system=takes_system(fit_model))
-    words = put_in_other_words(prompts, split, families, augment=options.augment, seed=options.seed)
-    items = [*prompts, *external, *words.everything]
-    everything, reworded = [item.prompt for item in items], len(prompts) + len(external)
-    check_text(fit_model, [*everything, *(item.prompt for item in data.refusal_only)])
-    with_pictures = sum(bool(item.prompt.images) for item in prompts)
-    if fit_model.image_token_id is not None and not with_pictures:
-        warn(console, BLIND)
+    checkpoint, depth, fit_model = open_model(options)
+    arranged = arrange(
+        *(data, external, fit_model, console),
+        augment=options.augment,
+        target_fpr=options.target_fpr,
+        seed=options.seed,
+    )
+    prompts, split, words, reworded = arranged.prompts, arranged.split, arranged.words, arranged.reworded
+    everything, with_pictures = [item.prompt for item in arranged.items], count_pictures(prompts)
     answer = answer_tokens(fit_model, options.refusal_text)
 
     files = checkpoint_files(checkpoint)
@@ -136,17 +124,17 @@ def fit(
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
-        table_ = _table(items, split, external=np.arange(len(prompts), reworded), taught=words.taught(split, reworded))
-        chosen = _choose(data, prompts, table_, states, words, reworded, options, console)
+        chosen = _choose(data, arranged, states, options, console)
         gate, p = chosen.gate, chosen.scores
         rewordings = by_family(words.outcomes(p, reworded, gate.threshold))
         console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
-        heldout = [prompts[row] for row in split.heldout]
-        proof, proof_images = choose_proof(
-            fit_model, heldout, p[split.heldout], gate.threshold, published=options.publish_proof
+        shown, scores = [prompts[row] for row in split.heldout], p[split.heldout]
+        rows = choose_proof(fit_model, shown, scores, gate.threshold, published=options.publish_proof)
+        proof, proof_images = as_proof(
+            fit_model, [shown[row] for row in rows], scores[rows].tolist(), published=options.publish_proof
         )
-        with progress(console, "evidence", len(table_.sources) + 2) as advance:
-            evidence = gather(table_, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
+        with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
+            evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
     with answer_store(features, identity, fit_model, answer) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
             *(fit_model, data, prompts, split, words, answer, store, console),
@@ -154,7 +142,7 @@ def fit(
             seed=options.seed,
         )
     calibration = gate.facts | evidence.facts() | {PICTURES: float(with_pictures)}
-    _warn(console, chosen.layer, calibration, refusal_facts, proof)
+    warn_if_weak(console, chosen.layer, calibration, refusal_facts, proof)
 
     facts = SafetyFacts(
         format_version=FORMAT_VERSION,
@@ -186,8 +174,8 @@ def fit(
     return Fitted(artifact, proof_images, evidence, strengths, tuple(rewordings))
 
 
-def _open(options: FitOptions) -> tuple[Checkpoint, int]:
-    """The checkpoint, and how many layers it has. Raises InputError if it cannot be split at --layer."""
+def open_model(options: FitOptions) -> tuple[Checkpoint, int, FitModel]:
+    """The checkpoint, how many layers it has, and its model. Raises InputError if it cannot be split at --layer."""
     from autosteer.export.checkpoint.decoder_config import decoder_config
     from autosteer.export.checkpoint.hf_model import quiet_transformers
     from autosteer.export.checkpoint.open import open_checkpoint
@@ -197,124 +185,111 @@ def _open(options: FitOptions) -> tuple[Checkpoint, int]:
     depth = decoder_config(checkpoint).num_hidden_layers
     if options.layer is not None and not 0 < options.layer < depth:
         raise InputError(f"--layer {options.layer}: {checkpoint.name} can be split at 1..{depth - 1}")
-    return checkpoint, depth
+    return checkpoint, depth, open_fit_model(checkpoint, device=options.device)
 
 
-def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
-    """Split such that the two prompts of a pair, equal texts and families stay in one part."""
-    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
-    return split_by_text(
-        [item.cluster for item in prompts],
-        [(item.unsafe, item.group) for item in prompts],
-        seed=seed,
-        together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
-    )
+def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptions, console: Console) -> Chosen:
+    """Choose layer and position, and calibrate the prober there.
 
-
-def _choose(
-    data: FitData,
-    prompts: list[Labelled],
-    t: Table,
-    states: States,
-    words: OtherWords,
-    reworded: int,
-    options: FitOptions,
-    console: Console,
-) -> Chosen:
-    """Choose layer and position, and calibrate the prober there. `reworded`: the first row in other words."""
-    layers, probers, dropped = _score_layers(data, prompts, t, states, options, console)
-    layer = options.layer or choose_layer(layers, options.select)
+    Every position has its own layer. Of these probers, the one is used that does best in other words.
+    """
+    positions: Sequence[Pooling] = [options.pooling] if options.pooling else POSITIONS
+    scores, dropped = _sas(data, arranged.prompts, states, positions, options.seed, console)
+    probers = {}
+    with progress(console, "probers", len(positions)) as advance:
+        for name in positions:
+            probers[name] = _probers(arranged.table, states, name, options.seed)
+            scores[name] = _with_accuracy(scores[name], probers[name], arranged.table, states, name)
+            advance(1)
+    layer_of = {name: options.layer or choose_layer(scores[name], options.select) for name in positions}
+    found = {
+        name: p_unsafe(probers[name][layer - 1], states.layer(layer - 1)[:, POSITIONS.index(name)])
+        for name, layer in layer_of.items()
+    }
+    pooling: Pooling = arranged.words.choose(found, arranged.reworded)
+    layer, layers = layer_of[pooling], scores[pooling]
     console.print(_layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
-    found = {name: p_unsafe(of[layer - 1], pooled[name]) for name, of in probers.items()}
-    pooling = cast(Pooling, words.choose(found, reworded))
-    gate = _calibrate(probers[pooling][layer - 1], pooled[pooling], t, options)
+    gate = calibrate(probers[pooling][layer - 1], pooled[pooling], arranged.table, options)
     return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
 
 
-def _score_layers(
-    data: FitData, prompts: list[Labelled], t: Table, states: States, options: FitOptions, console: Console
-) -> tuple[list[LayerScore], dict[str, list[Prober]], int]:
-    """SAS and, by pooling, a prober for every layer; entry 0 is layer 1. The last value counts pairs whose states are
-    equal. The accuracy of a layer is its better prober's.
-    """
-    with progress(console, "SAS", len(data.pairs)) as advance:
-        pooled, by_channel, dropped = _sas(data, prompts, states, options.seed, advance)
-    used = np.concatenate(list(vars(t.taught).values()))
-    weight = np.zeros(len(t.texts))
-    weight[used] = row_weights(t.unsafe[used], [t.source_of[row] for row in used])
-    probers = {}
-    with progress(console, "probers", len(POSITIONS)) as advance:
-        for name in [options.pooling] if options.pooling else POSITIONS:
-            read = _reader(states, name)
-            probers[name] = train_probers(read, t.unsafe, weight, t.taught, seed=options.seed)
-            advance(1)
-    rows = t.split.validation
+def _probers(t: Table, states: States, pooling: Pooling, seed: int) -> list[Prober]:
+    """A prober that reads `pooling` for every layer; entry 0 is layer 1."""
+    position = POSITIONS.index(pooling)
+    return train_probers(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught, seed=seed)
 
-    def accuracy(name: str, index: int) -> float:
-        p = p_unsafe(probers[name][index], states.layer(index, rows)[:, POSITIONS.index(name)])
+
+def _with_accuracy(
+    scores: Sequence[LayerScore], probers: Sequence[Prober], t: Table, states: States, pooling: Pooling
+) -> list[LayerScore]:
+    """`scores` with how well each layer's prober does."""
+    rows, weight = t.split.validation, training_weights(t)
+
+    def accuracy(index: int) -> float:
+        p = p_unsafe(probers[index], states.layer(index, rows)[:, POSITIONS.index(pooling)])
         return balanced_accuracy(p, t.unsafe[rows], DEFAULT_THRESHOLD, weight[rows])
 
-    scores = [
+    return [replace(score, prober_accuracy=accuracy(index)) for index, score in enumerate(scores)]
+
+
+def _sas(
+    data: FitData,
+    prompts: list[Labelled],
+    states: States,
+    positions: Sequence[Pooling],
+    seed: int,
+    console: Console,
+) -> tuple[dict[Pooling, list[LayerScore]], int]:
+    """SAS of every layer by position, over all pairs and over those of each channel, if there are several; and the
+    number of pairs whose states are equal.
+    """
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
+    members: dict[str, list[int]] = {}
+    for i, pair in enumerate(data.pairs):
+        members.setdefault(pair.channel, []).append(i)
+    whole = {name: SasSum(len(data.pairs), seed=seed) for name in positions}
+    channels = {
+        name: {channel: SasSum(len(m), seed=seed, resamples=1) for channel, m in sorted(members.items())}
+        for name in positions
+    }
+    with progress(console, "SAS", len(data.pairs)) as advance:
+        for channel, numbers in members.items():
+            for start in range(0, len(numbers), READ_PAIRS):
+                some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
+                unsafe, safe = [row[p.unsafe.identity] for p in some], [row[p.safe.identity] for p in some]
+                deltas = states[unsafe] - states[safe]
+                for name in positions:
+                    of_position = deltas[:, :, POSITIONS.index(name)]
+                    whole[name].add(of_position)
+                    channels[name][channel].add(of_position)
+                advance(len(some))
+    scores = {name: _layer_scores(whole[name], channels[name]) for name in positions}
+    return scores, len(data.pairs) - min(sas.usable for sas in whole.values())
+
+
+def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore]:
+    pooled = whole.scores()
+    several = {name: sas.sas() for name, sas in channels.items() if sas.usable > 1 and len(channels) > 1}
+    return [
         LayerScore(
             layer=index + 1,
             sas=float(pooled.sas[index]),
             sas_low=float(pooled.low[index]),
             sas_high=float(pooled.high[index]),
-            prober_accuracy=max(accuracy(name, index) for name in probers),
-            sas_by_channel={name: float(values[index]) for name, values in by_channel.items()} or None,
+            sas_by_channel={name: float(values[index]) for name, values in several.items()} or None,
         )
         for index in range(len(pooled.sas))
     ]
-    return scores, probers, dropped
 
 
-def _reader(states: States, pooling: str) -> Callable[[np.ndarray], torch.Tensor]:
-    position = POSITIONS.index(pooling)
-    return lambda rows: states[rows][:, :, position]
-
-
-def _sas(
-    data: FitData, prompts: list[Labelled], states: States, seed: int, advance: Callable[[int], None]
-) -> tuple[SasScores, dict[str, torch.Tensor], int]:
-    """SAS of all pairs; SAS of each channel, if there are several; the number of pairs without a direction."""
-    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
-    members: dict[str, list[int]] = {}
-    for i, pair in enumerate(data.pairs):
-        members.setdefault(pair.channel, []).append(i)
-    whole, last = SasSum(len(data.pairs), seed=seed), POSITIONS.index("last")
-    channels = {name: SasSum(len(m), seed=seed, resamples=1) for name, m in sorted(members.items())}
-    for name, numbers in members.items():
-        for start in range(0, len(numbers), READ_PAIRS):
-            some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
-            unsafe, safe = [row[p.unsafe.identity] for p in some], [row[p.safe.identity] for p in some]
-            deltas = (states[unsafe] - states[safe])[:, :, last]
-            whole.add(deltas)
-            channels[name].add(deltas)
-            advance(len(some))
-    several = {name: channel.sas() for name, channel in channels.items() if channel.usable > 1 and len(channels) > 1}
-    return whole.scores(), several, len(data.pairs) - whole.usable
-
-
-def choose_layer(scores: list[LayerScore], select: Literal["sas", "prober"]) -> int:
+def choose_layer(scores: Sequence[LayerScore], select: Literal["sas", "prober"]) -> int:
     """The layer with the highest score; of equal ones the first, where a refused prompt stops soonest."""
     key = {"sas": lambda s: s.sas, "prober": lambda s: s.prober_accuracy}[select]
     return max(scores, key=key).layer
 
 
-def _table(items: Sequence[Labelled], split: Split, *, external: np.ndarray, taught: Split) -> Table:
-    return Table(
-        texts=[item.prompt.text for item in items],
-        unsafe=_labels(items),
-        groups=[item.group for item in items],
-        source_of=[item.source for item in items],
-        split=split,
-        external=external,
-        taught=taught,
-    )
-
-
-def _calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptions) -> Gate:
+def calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptions) -> Gate:
     """Temperature from the validation part; threshold and facts from the held-out part of states (n, d)."""
     validation, heldout = t.split.validation, t.split.heldout
     temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
@@ -326,11 +301,6 @@ def _calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptio
         threshold = choose_threshold(p, labels, target_fpr=options.target_fpr)
     facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], threshold=threshold)
     return Gate(prober, threshold, facts | {"temperature": temperature})
-
-
-def _labels(prompts: Sequence[Labelled]) -> np.ndarray:
-    """(n,) bool: which prompts are unsafe."""
-    return np.array([item.unsafe for item in prompts])
 
 
 def _layer_table(scores: list[LayerScore], chosen: int) -> str:
@@ -350,7 +320,7 @@ def _layer_table(scores: list[LayerScore], chosen: int) -> str:
     return f"\n{table(header, rows)}\nSAS on all pairs; prober: balanced accuracy on the validation part.\n"
 
 
-def _warn(
+def warn_if_weak(
     console: Console,
     layer: int,
     calibration: dict[str, float],
@@ -376,8 +346,3 @@ def _warn(
         )
     for warning in warnings:
         warn(console, warning)
-
-
-def warn(console: Console, warning: str) -> None:
-    """Print a warning."""
-    console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)

@@ -10,9 +10,9 @@ A rewording can be a dialogue. The gate's score of one is the worst of its user 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from .measure import auc
 if TYPE_CHECKING:
     from .pairs import Labelled, Prompt
     from .prober import Split
+
+Name = TypeVar("Name", bound=str)
 
 TAUGHT = 2  # rewordings of each prompt that is trained on
 JUDGED = 60  # prompts of each label and part that are put in every family's words
@@ -61,7 +63,7 @@ class OtherWords:
         )
         return replace(split, train=train, validation=validation)
 
-    def choose(self, scores: dict[str, np.ndarray], first: int) -> str:
+    def choose(self, scores: Mapping[Name, np.ndarray], first: int) -> Name:
         """The name of the scores (n,) that best tell unsafe from benign in the words to choose by; `first`: the row of
         the first rewording of all.
         """

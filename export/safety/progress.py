@@ -1,4 +1,4 @@
-"""Progress bars with the time left."""
+"""Progress bars with the time left, and warnings."""
 
 from __future__ import annotations
 
@@ -47,3 +47,8 @@ def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
             bars.update(task, completed=round(sum_, 6))  # fractions may sum to slightly less than a whole
 
         yield advance
+
+
+def warn(console: Console, warning: str) -> None:
+    """Print a warning."""
+    console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)

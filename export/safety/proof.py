@@ -30,14 +30,11 @@ CLEAR = 0.8  # margin: share of the way from the threshold to 0 or 1; rounding t
 
 def choose_proof(
     fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
-) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
-    """Choose up to PER_LABEL of the held-out `prompts` per label, from every group in turn. p_unsafe (n,): their
+) -> list[int]:
+    """Rows of up to PER_LABEL of the held-out `prompts` per label, from every group in turn. p_unsafe (n,): their
     scores.
-
-    Also returns the images of `published` prompts, by their names in the safety folder.
     """
-    chosen: list[ProofPrompt] = []
-    files: dict[str, Path] = {}
+    chosen: list[int] = []
     for unsafe in (True, False):
         margins = np.where(
             unsafe, (p_unsafe - threshold) / (1 - threshold), (threshold - p_unsafe) / max(threshold, 1e-9)
@@ -50,21 +47,33 @@ def choose_proof(
             groups.setdefault(prompts[i].group, []).append(i)
         turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
         short = (i for i in turns if i is not None and _tokens(fit_model, prompts[i].prompt) is not None)
-        for i in itertools.islice(short, PER_LABEL):
-            prompt = prompts[i].prompt
-            names = tuple(f"proof-{len(files) + n}{path.suffix}" for n, path in enumerate(prompt.images, 1))
-            files |= dict(zip(names, prompt.images, strict=True))
-            chosen.append(
-                ProofPrompt(
-                    unsafe,
-                    round(float(p_unsafe[i]), 6),
-                    hashlib.sha256(prompt.text.encode()).hexdigest(),
-                    () if published else _tokens(fit_model, prompt) or (),
-                    prompt.text if published else "",
-                    names,
-                )
+        chosen += itertools.islice(short, PER_LABEL)
+    return chosen
+
+
+def as_proof(
+    fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: Sequence[float], *, published: bool
+) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
+    """The safety folder's entries for `prompts`, whose float32 scores are p_unsafe (n,), and the images of `published`
+    ones by their names in the safety folder.
+    """
+    proof: list[ProofPrompt] = []
+    files: dict[str, Path] = {}
+    for item, p in zip(prompts, p_unsafe, strict=True):
+        prompt = item.prompt
+        names = tuple(f"proof-{len(files) + n}{path.suffix}" for n, path in enumerate(prompt.images, 1))
+        files |= dict(zip(names, prompt.images, strict=True))
+        proof.append(
+            ProofPrompt(
+                item.unsafe,
+                round(float(p), 6),
+                hashlib.sha256(prompt.text.encode()).hexdigest(),
+                () if published else _tokens(fit_model, prompt) or (),
+                prompt.text if published else "",
+                names,
             )
-    return tuple(chosen), files
+        )
+    return tuple(proof), files
 
 
 def _tokens(fit_model: FitModel, prompt: Prompt) -> tuple[int, ...] | None:

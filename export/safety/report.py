@@ -2,7 +2,7 @@
 
 sas.png           SAS and prober by layer       scores.png      p_unsafe by data set, with the threshold
 roc.png           recall against false positives, by data set    reliability.png   is p_unsafe a probability
-refusal.png       what the Refusal Head makes the model say, by strength
+refusal.png       what the Refusal Head makes the model say, by strength; not after autosteer-fit --package
 """
 
 from __future__ import annotations
@@ -99,9 +99,19 @@ def as_markdown(fitted: Fitted) -> str:
         ),
         "\n![reliability](reliability.png)\n",
         "## The layers\n",
-        "SAS as in the paper, over all pairs, with a 95 % bootstrap interval; prober: balanced accuracy on the "
-        "validation part, data sets weighing as the root of their size.\n",
+        "SAS as in the paper, over all pairs, at the position that the gate reads, with a 95 % bootstrap interval; "
+        "prober: balanced accuracy on the validation part, data sets weighing as the root of their size.\n",
         "![SAS](sas.png)\n",
+        *_refusal_head(fitted),
+    ]
+    return "\n".join(parts)
+
+
+def _refusal_head(fitted: Fitted) -> list[str]:
+    if not fitted.strengths:  # autosteer-fit --package
+        return ["## The Refusal Head\n", "Kept from the safety folder that the package was exported with.\n"]
+    t = fitted.artifact.facts.training
+    return [
         "## The Refusal Head\n",
         f"Trained with the base frozen at strength {t['refusal_strength_trained']:g}; what the model then says, "
         f"greedily, to {t['refusal_answers_tried']:.0f} held-out unsafe prompts. Fluency is the mean log-probability "
@@ -109,7 +119,6 @@ def as_markdown(fitted: Fitted) -> str:
         _strength_table(fitted),
         "\n![refusal](refusal.png)\n",
     ]
-    return "\n".join(parts)
 
 
 def _sentences(fitted: Fitted) -> list[str]:
@@ -121,6 +130,12 @@ def _sentences(fitted: Fitted) -> list[str]:
         f"{c['fpr_upper_95']:.1%} with 95 % confidence. That holds for prompts like these; below is how it "
         "fares with others."
     ]
+    by_sas, here = max(facts.layers, key=lambda s: s.sas), facts.layers[facts.split_layer - 1]
+    if by_sas.layer != here.layer and by_sas.prober_accuracy is not None and here.prober_accuracy is not None:
+        lines.append(
+            f"SAS would have chosen layer {by_sas.layer} ({by_sas.sas:.3f}, not {here.sas:.3f}). A prober's balanced "
+            f"accuracy on the validation part is {by_sas.prober_accuracy:.1%} there, {here.prober_accuracy:.1%} here."
+        )
     foreign = [x for x in e.comparisons if x.kind != "held out"]
     if foreign:
         worst = min(foreign, key=lambda x: x.auc[OURS])
@@ -236,7 +251,7 @@ def _plot(folder: Path, fitted: Fitted) -> None:
         "roc": _plot_roc,
         "scores": _plot_scores,
         "reliability": _plot_reliability,
-        "refusal": _plot_refusal,
+        **({"refusal": _plot_refusal} if fitted.strengths else {}),
     }
     with matplotlib.rc_context(style):
         for name, draw in plots.items():

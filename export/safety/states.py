@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from autosteer.export.checkpoint.open import Checkpoint
 
 TOKEN_OFFSET = -1
-POSITIONS = ("last", "mean")
+Pooling = Literal["last", "mean"]  # what a prober reads: see `prompt_states`
+POSITIONS: tuple[Pooling, ...] = ("last", "mean")
 
 Advance = Callable[[float], None]  # told how many more prompts are done; a long one counts for several short ones
 Compute = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch -> its records; calls back at each layer

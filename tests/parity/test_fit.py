@@ -21,8 +21,7 @@ import torch
 from tiny_fit import LAYERS, REFUSAL, WIDTH
 
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
-from autosteer.export.safety import calibrate, cli, head_fit, other_words, prober
-from autosteer.export.safety import fit as fit_module
+from autosteer.export.safety import arrange, calibrate, cli, head_fit, other_words, prober
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt, read_data
@@ -150,7 +149,7 @@ def test_held_out_prompts_that_the_gate_judges_rightly_go_into_packages_as_token
     """No words and no pictures of the data: what a package carries goes to every device."""
     facts = load(fitted[0]).facts
     items = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]).labelled()
-    split = fit_module.split_prompts(read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]), items, seed=0)
+    split = arrange.split_prompts(read_data([data / "pairs.jsonl"], [data / "benign.jsonl"]), items, seed=0)
     heldout = {hashlib.sha256(items[i].prompt.text.encode()).hexdigest(): items[i] for i in split.heldout}
     assert {prompt.unsafe for prompt in facts.proof} == {True, False}
     tokenizer = load_processor(open_checkpoint(str(checkpoint))).tokenizer
@@ -202,7 +201,7 @@ def test_facts_can_be_measured_again_from_the_folder(
     artifact = load(fitted[0])
     read = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"])
     items = read.labelled()
-    split = fit_module.split_prompts(read, items, seed=0)
+    split = arrange.split_prompts(read, items, seed=0)
     states = prompt_states([item.prompt for item in items])[:, artifact.facts.split_layer - 1, MEAN]
     unsafe = np.array([item.unsafe for item in items])
     logits = prober.prober_logits(artifact.prober, states[split.validation])

@@ -1,0 +1,104 @@
+"""Arrange the prompts of a fit: split them, put some in other words, and lay them out in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autosteer.runtime.evaluation.variants import possible_families
+
+from .batches import check_text, takes_system
+from .calibrate import allowed_false_positives
+from .evidence import Table
+from .other_words import OtherWords, put_in_other_words
+from .prober import row_weights, split_by_text
+from .progress import warn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .model import FitModel
+    from .pairs import FitData, Labelled
+    from .prober import Split
+
+BLIND = (
+    "NO PICTURE IS AMONG THE FIT'S PROMPTS, and this model takes pictures: nothing is known about what this gate does "
+    "with a picture, and it will most likely let harm in pictures through; give pairs with images (--images)"
+)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Every prompt of a fit, in one order: its own, external ones, both in other words."""
+
+    prompts: list[Labelled]  # the fit's own
+    split: Split  # of these
+    words: OtherWords
+    items: list[Labelled]  # all
+    reworded: int  # row of the first one in other words
+    table: Table
+
+
+def arrange(
+    data: FitData,
+    external: Sequence[Labelled],
+    fit_model: FitModel,
+    console: Console,
+    *,
+    augment: bool,
+    target_fpr: float | None,
+    seed: int,
+) -> Arranged:
+    """Split the fit's prompts, put some of them in other words, and check that all of them can be used.
+
+    Raises InputError for a text that holds a special token, or too few prompts to show --target-fpr. Warns if the model
+    takes pictures, and no prompt has one.
+    """
+    prompts = data.labelled()
+    split = split_prompts(data, prompts, seed=seed)
+    if target_fpr is not None:
+        benign = sum(not prompts[row].unsafe for row in split.heldout)
+        allowed_false_positives(benign, target_fpr=target_fpr)
+    families = possible_families(system=takes_system(fit_model))
+    words = put_in_other_words(prompts, split, families, augment=augment, seed=seed)
+    items, reworded = [*prompts, *external, *words.everything], len(prompts) + len(external)
+    check_text(fit_model, [item.prompt for item in (*items, *data.refusal_only)])
+    if fit_model.image_token_id is not None and not count_pictures(prompts):
+        warn(console, BLIND)
+    table = Table(
+        texts=[item.prompt.text for item in items],
+        unsafe=np.array([item.unsafe for item in items]),
+        groups=[item.group for item in items],
+        source_of=[item.source for item in items],
+        split=split,
+        external=np.arange(len(prompts), reworded),
+        taught=words.taught(split, reworded),
+    )
+    return Arranged(prompts, split, words, items, reworded, table)
+
+
+def count_pictures(prompts: Sequence[Labelled]) -> int:
+    """How many of the prompts have pictures."""
+    return sum(bool(item.prompt.images) for item in prompts)
+
+
+def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
+    """Split such that the two prompts of a pair, equal texts and families stay in one part."""
+    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
+    return split_by_text(
+        [item.cluster for item in prompts],
+        [(item.unsafe, item.group) for item in prompts],
+        seed=seed,
+        together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
+    )
+
+
+def training_weights(t: Table) -> np.ndarray:
+    """(n,) weights of all prompts: 0 for those that nothing is trained on."""
+    used = np.concatenate(list(vars(t.taught).values()))
+    weight = np.zeros(len(t.texts))
+    weight[used] = row_weights(t.unsafe[used], [t.source_of[row] for row in used])
+    return weight

@@ -1,0 +1,196 @@
+"""Fit the prober again on what a package computes: autosteer-fit --package.
+
+Rounding to 8 or 4 bits, and fewer tiles of a picture, move the hidden states that the prober reads. What tells unsafe
+from benign is still in them, but a prober that was fitted on the float32 model stands askew. Here the package's own
+lower half computes the states; prober, temperature and threshold are fitted on these. The layer, the positions that the
+prober reads, and the Refusal Head stay those of the safety folder with which the package was exported.
+
+Only prompts of the proof run through the PyTorch model: an export compares its scores with that model's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.runtime import Engine, Message, Mode
+from autosteer.runtime.console import table
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.evaluation.variants import as_text, by_family
+from autosteer.runtime.generation import Stats
+from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+
+from . import PICTURES
+from .arrange import arrange, count_pictures, training_weights
+from .calibrate import heldout_facts
+from .evidence import gather
+from .fit import FitOptions, Fitted, calibrate, open_model, warn_if_weak
+from .pairs import Prompt
+from .prober import p_unsafe, train_prober
+from .progress import progress
+from .proof import as_proof, choose_proof
+from .states import POSITIONS, checkpoint_files, digests, prompt_keys, prompt_states, prompt_store
+from .store import FeatureStore, digest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .pairs import FitData, Labelled
+    from .states import Advance
+
+AT_ONCE = 32  # prompts whose states are written to the disk together
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A package, and the safety folder with which it was exported."""
+
+    package: Path
+    safety: Path
+    max_tiles: int | None = None  # of a picture, as the package will be run
+
+
+def refit(
+    data: FitData,
+    external: Sequence[Labelled],
+    options: FitOptions,
+    shipped: Shipped,
+    *,
+    features: Path,
+    console: Console,
+) -> Fitted:
+    """Fit a prober on the states of `shipped`. `external` prompts are only for the report. `features`: folder for
+    states.
+
+    Raises InputError if the safety folder is not the package's, PackageError if one of the two is damaged.
+    """
+    started = time.perf_counter()
+    checkpoint, depth, fit_model = open_model(options)
+    width = fit_model.decoder.hidden_size
+    old = SafetyArtifact.load(shipped.safety, hidden_size=width, num_hidden_layers=depth)
+    engine = Engine.load(shipped.package, max_tiles=shipped.max_tiles)
+    _check_belongs(engine, old, shipped, checkpoint.name)
+    arranged = arrange(
+        *(data, external, fit_model, console),
+        augment=options.augment,
+        target_fpr=options.target_fpr,
+        seed=options.seed,
+    )
+    t, heldout = arranged.table, arranged.split.heldout
+    what = digest(sha256(shipped.package / MANIFEST_FILE).encode(), repr(shipped.max_tiles).encode())
+    with FeatureStore(features, what, (1, 1, width)) as store:
+        with progress(console, "hidden states", len(arranged.items)) as advance:
+            states = _package_states(engine, [item.prompt for item in arranged.items], store, advance)
+        states_s = time.perf_counter() - started
+    prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
+    gate = calibrate(prober, states, t, options)
+    p = p_unsafe(gate.prober, states)
+    before = heldout_facts(
+        p_unsafe(old.prober, states)[heldout],
+        t.unsafe[heldout],
+        [t.groups[row] for row in heldout],
+        threshold=old.facts.threshold,
+    )
+    console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)
+    rewordings = by_family(arranged.words.outcomes(p, arranged.reworded, gate.threshold))
+    console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
+    with progress(console, "evidence", len(t.sources) + 2) as advance:
+        evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)
+    shown = [arranged.prompts[row] for row in heldout]
+    rows = choose_proof(fit_model, shown, p[heldout], gate.threshold, published=options.publish_proof)
+    with prompt_store(features, digests(checkpoint_files(checkpoint)), fit_model) as store:
+        original = prompt_states(fit_model, [shown[row].prompt for row in rows], store).layer(old.facts.split_layer - 1)
+    scores = p_unsafe(gate.prober, original[:, POSITIONS.index(old.facts.pooling)]).tolist()
+    judged = zip([shown[row] for row in rows], scores, strict=True)
+    alike = [(item, score) for item, score in judged if item.unsafe == (score > gate.threshold)]
+    proof, proof_images = as_proof(
+        fit_model, [item for item, _ in alike], [score for _, score in alike], published=options.publish_proof
+    )
+    calibration = gate.facts | evidence.facts() | {PICTURES: float(count_pictures(arranged.prompts))}
+    training = old.facts.training | {
+        "seed": float(options.seed),
+        "pairs": float(len(data.pairs)),
+        "prompts": float(len(arranged.prompts)),
+        **{f"{part}_prompts": float(len(rows)) for part, rows in vars(arranged.split).items()},
+        "augmented_prompts": float(len(arranged.words.training)),
+        "hidden_states_s": round(states_s, 1),
+        "total_s": round(time.perf_counter() - started, 1),
+    }
+    warn_if_weak(console, old.facts.split_layer, calibration, training, proof)
+    facts = replace(old.facts, threshold=gate.threshold, calibration=calibration, training=training, proof=proof)
+    return Fitted(SafetyArtifact(facts, gate.prober, old.steer_matrix), proof_images, evidence, (), tuple(rewordings))
+
+
+def _check_belongs(engine: Engine, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
+    """Raise InputError unless the package was exported from `model` with the safety folder."""
+    facts, prober = old.facts, engine.manifest.prober
+    if prober is None:
+        raise InputError(f"{shipped.package}: exported with --unguarded, so it has no prober to fit again")
+    ours = (engine.manifest.source.repo, engine.manifest.split_layer, prober.pooling)
+    theirs = (model, facts.split_layer, facts.pooling)
+    if ours != theirs or facts.model != model:
+        raise InputError(
+            f"{shipped.safety} is of {facts.model} at layer {facts.split_layer} ({facts.pooling}), --model is {model}, "
+            f"{shipped.package} of {ours[0]} at layer {ours[1]} ({ours[2]}): give the safety folder and the model that "
+            "the package was exported from"
+        )
+
+
+def _package_states(engine: Engine, prompts: Sequence[Prompt], store: FeatureStore, advance: Advance) -> torch.Tensor:
+    """(n, d): what the package's prober reads of each prompt's last turn. Only what `store` lacks is computed.
+
+    Raises InputError naming a prompt that the package refuses, or whose state is not finite.
+    """
+    keys = prompt_keys(prompts)
+    wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in store}
+    advance(len(prompts) - len(wanted))
+    missing = list(wanted.items())
+    for first in range(0, len(missing), AT_ONCE):
+        some = missing[first : first + AT_ONCE]
+        found = []
+        for _, prompt in some:
+            found.append(_package_state(engine, prompt))
+            advance(1)
+        store.append([key for key, _ in some], torch.from_numpy(np.stack(found))[:, None])
+    return store.view(keys).layer(0)[:, 0]
+
+
+def _package_state(engine: Engine, prompt: Prompt) -> np.ndarray:
+    """(1, d): as `_package_states`, of one prompt."""
+    try:
+        stats = Stats()
+        request = engine.request(engine.encoder.prepare(_messages(prompt), stats), 1, stats)
+        request.prefill_lower(engine.policy(Mode.OFF))
+        state = request.probed_mean()
+    except (InputError, IndexError) as err:
+        raise InputError(f"{prompt.where}: {err}") from err
+    if not np.isfinite(state).all():
+        raise InputError(f"{prompt.where}: the package's hidden state is NaN or infinite")
+    return state
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    """The prompt as a dialogue for the runtime; pictures are shown in the first turn."""
+    asked = (*prompt.earlier, prompt.text)
+    turns = [
+        Message.user(text) if i % 2 == 0 else Message.assistant(text, trusted=True) for i, text in enumerate(asked)
+    ]
+    turns[0] = Message.user(asked[0], prompt.images)
+    return [*([Message.system(prompt.system, trusted=True)] if prompt.system else []), *turns]
+
+
+def _compared(before: dict[str, float], after: dict[str, float]) -> str:
+    names = ("heldout_accuracy", "heldout_recall", "heldout_fpr", "ece")
+    rows = [
+        (title, *(f"{facts[name]:.3f}" for name in names))
+        for title, facts in (("as it was", before), ("fitted again", after))
+    ]
+    header = ("prober", "balanced accuracy", "caught", "wrongly flagged", "calibration error")
+    return f"\n{table(header, rows)}\nOn this package's hidden states of held-out prompts.\n"
