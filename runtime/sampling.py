@@ -42,21 +42,23 @@ class SamplingConfig:
     speculate: bool = True  # draft what the answer copies: faster; near ties may differ at int8 and int4
 
     def __post_init__(self) -> None:
-        def need(fits: bool, name: str) -> None:
+        def need(fits: bool, name: str, expected: str) -> None:
             if not fits:
-                raise InputError(f"{name} = {getattr(self, name)!r} is out of range")
+                raise InputError(f"{name} = {getattr(self, name)!r} is out of range ({expected})")
 
-        need(isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens")
-        need(0.0 <= self.temperature < float("inf"), "temperature")
-        need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k")
-        need(0.0 < self.top_p <= 1.0, "top_p")
-        need(0.0 <= self.min_p <= 1.0, "min_p")
-        need(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty")
-        need(abs(self.presence_penalty) <= PENALTY_MAX, "presence_penalty")
-        need(abs(self.frequency_penalty) <= PENALTY_MAX, "frequency_penalty")
-        need(all(token >= 0 and abs(bias) <= BIAS_MAX for token, bias in self.logit_bias.items()), "logit_bias")
-        need(isinstance(self.seed, int) and self.seed >= 0, "seed")
-        need("" not in self.stop, "stop")
+        penalty = f"from {-PENALTY_MAX:g} to {PENALTY_MAX:g}"
+        need(isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0.0 <= self.temperature < float("inf"), "temperature", "at least 0, and finite")
+        need(isinstance(self.top_k, int) and self.top_k >= 0, "top_k", "at least 0")
+        need(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
+        need(0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1")
+        need(0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0, and finite")
+        need(abs(self.presence_penalty) <= PENALTY_MAX, "presence_penalty", penalty)
+        need(abs(self.frequency_penalty) <= PENALTY_MAX, "frequency_penalty", penalty)
+        biases = all(token >= 0 and abs(bias) <= BIAS_MAX for token, bias in self.logit_bias.items())
+        need(biases, "logit_bias", f"token ids, and from {-BIAS_MAX:g} to {BIAS_MAX:g}")
+        need(isinstance(self.seed, int) and self.seed >= 0, "seed", "at least 0")
+        need("" not in self.stop, "stop", "texts that are not empty")
 
     @property
     def restricts(self) -> bool:

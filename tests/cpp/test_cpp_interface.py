@@ -193,6 +193,108 @@ def test_c_interface_turns_errors_into_codes(built, packages):
     assert joined(fine["chunks"])["text"] == "world"
 
 
+HOSTILE = """
+import ctypes, json, sys
+from ctypes import POINTER, byref, c_char_p, c_int64, c_size_t, c_uint8, c_void_p
+lib = ctypes.CDLL(sys.argv[1])
+lib.autosteer_error.restype = c_char_p
+for name in ("end", "conversation_end", "request_free", "close", "image_free", "cancel"):
+    getattr(lib, "autosteer_" + name).argtypes = [c_void_p]
+    getattr(lib, "autosteer_" + name)(None)
+for name, types in {
+    "image_from_rgb": [c_int64] * 3 + [c_void_p] * 2, "image_from_bytes": [c_void_p, c_size_t, c_void_p],
+    "image_from_file": [c_char_p, c_void_p], "open": [c_char_p, c_char_p, c_void_p],
+    "request_new": [c_char_p, c_void_p], "request_turn": [c_void_p, c_char_p], "request_text": [c_void_p, c_char_p],
+    "request_image": [c_void_p, c_void_p], "request_video": [c_void_p, c_void_p, c_size_t], "request_trust": [c_void_p],
+    "count_tokens": [c_void_p] * 3, "score": [c_void_p] * 5, "run": [c_void_p] * 3, "next": [c_void_p] * 2,
+    "conversation_begin": [c_void_p] * 2, "conversation_run": [c_void_p] * 3,
+}.items():
+    getattr(lib, "autosteer_" + name).argtypes = types
+engine, request, stream, out = c_void_p(), c_void_p(), c_void_p(), c_void_p()
+assert lib.autosteer_open(sys.argv[2].encode(), b'{"threads": 1, "files": false}', byref(engine)) == 0
+assert lib.autosteer_request_new(None, byref(request)) == 0
+assert lib.autosteer_request_turn(request, b"user") == 0
+assert lib.autosteer_run(engine, request, byref(stream)) == 0
+handles = {"ENGINE": engine, "REQUEST": request, "STREAM": stream, "OUT": byref(out), "DATA": (c_uint8 * 27)()}
+handles["FRAMES"] = (c_void_p * 2)()
+for name, *arguments in json.load(sys.stdin):
+    out.value = 1
+    words = [handles.get(a, a.encode()) if isinstance(a, str) else a for a in arguments]
+    code = getattr(lib, "autosteer_" + name)(*words)
+    print(json.dumps([code, lib.autosteer_error().decode(), out.value]))
+"""
+BIG = 2**63 - 1
+HOSTILE_CALLS = [  # a function, its arguments, and what it says
+    (["open", None, None, "OUT"], "package is NULL"),
+    (["open", "package", None, None], "engine is NULL"),
+    (["image_from_rgb", 3, 3, 0, None, "OUT"], "data is NULL"),
+    (["image_from_rgb", 3, 3, 0, "DATA", None], "image is NULL"),
+    (["image_from_rgb", 0, 0, 0, "DATA", "OUT"], "image of 0x0 pixels: it is empty"),
+    (["image_from_rgb", 0, 1, 0, "DATA", "OUT"], "image of 0x1 pixels: it is empty"),
+    (["image_from_rgb", 3, -3, 0, "DATA", "OUT"], "image of 3x-3 pixels: it is empty"),
+    (["image_from_rgb", -(2**63), 1, 0, "DATA", "OUT"], f"image of {-(2**63)}x1 pixels: it is empty"),
+    (["image_from_rgb", 2**31, 1, 0, "DATA", "OUT"], "image of 2147483648x1 pixels: at most 50000000"),
+    (["image_from_rgb", 2**31, 2**31, 0, "DATA", "OUT"], "image of 2147483648x2147483648 pixels: at most 50000000"),
+    (["image_from_rgb", BIG, BIG, BIG, "DATA", "OUT"], f"image of {BIG}x{BIG} pixels: at most 50000000"),
+    (["image_from_rgb", 3, 3, 8, "DATA", "OUT"], "image: a stride of 8 bytes, but a row has 9"),
+    (["image_from_rgb", 3, 3, -9, "DATA", "OUT"], "image: a stride of -9 bytes, but a row has 9"),
+    (["image_from_bytes", None, 3, "OUT"], "data is NULL"),
+    (["image_from_bytes", "DATA", 0, "OUT"], "image: not a readable image (neither PNG nor JPEG)"),
+    (["image_from_file", None, "OUT"], "path is NULL"),
+    (["image_from_file", "/not\nthere\x1b.png", "OUT"], "/not there .png: no such image file"),
+    (["image_from_file", "/dev/zero", "OUT"], "/dev/zero: not a readable image (not a file)"),
+    (["request_new", None, None], "request is NULL"),
+    (["request_new", "", "OUT"], "request: not readable as JSON (at byte 1)"),
+    (["request_turn", None, "user"], "request is NULL"),
+    (["request_turn", "REQUEST", None], "role is NULL"),
+    (["request_text", "REQUEST", None], "text is NULL"),
+    (["request_image", "REQUEST", None], "image is NULL"),
+    (["request_video", "REQUEST", None, 1], "frames is NULL"),
+    (["request_video", "REQUEST", "FRAMES", BIG], "a frame is NULL"),
+    (["request_trust", None], "request is NULL"),
+    (["count_tokens", "ENGINE", "REQUEST", None], "count is NULL"),
+    (["score", None, "REQUEST", None, None, None], "engine is NULL"),
+    (["score", "ENGINE", None, None, None, None], "request is NULL"),
+    (["run", None, "REQUEST", "OUT"], "engine is NULL"),
+    (["run", "ENGINE", None, "OUT"], "request is NULL"),
+    (["run", "ENGINE", "REQUEST", None], "stream is NULL"),
+    (["next", None, "OUT"], "stream is NULL"),
+    (["next", "STREAM", None], "chunk is NULL"),
+    (["conversation_begin", None, "OUT"], "engine is NULL"),
+    (["conversation_run", None, "REQUEST", "OUT"], "conversation is NULL"),
+]
+
+
+def test_c_interface_survives_what_no_program_should_pass(built, cpp_package):
+    """Each call says what is wrong in one line, and leaves NULL where a handle would be."""
+    command = [sys.executable, "-c", HOSTILE, str(built / "libautosteer.so"), str(cpp_package)]
+    asked = json.dumps([call for call, _ in HOSTILE_CALLS])
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for (call, says), line in zip(HOSTILE_CALLS, done.stdout.splitlines(), strict=True):
+        assert json.loads(line) == [5, says, None if "OUT" in call else 1], call
+
+
+def test_a_verdict_alone_opens_no_files_either(built, cpp_package, tmp_path):
+    """As an answer does not, where the engine was opened with {"files": false}."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    script = (
+        HOSTILE.partition("engine, request")[0]
+        + """
+engine, request = c_void_p(), c_void_p()
+for files in (b"true", b"false"):
+    assert lib.autosteer_open(sys.argv[2].encode(), b'{"threads": 1, "files": ' + files + b"}", byref(engine)) == 0
+    assert lib.autosteer_request_new(sys.argv[3].encode(), byref(request)) == 0
+    print(lib.autosteer_score(engine, request, None, None, None), lib.autosteer_error().decode())
+"""
+    )
+    request = {"messages": [{"role": "user", "parts": [{"image": str(tmp_path / "a.png")}, "look"]}]}
+    command = [sys.executable, "-c", script, built / "libautosteer.so", cpp_package, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    allowed, refused = done.stdout.splitlines()
+    assert allowed == "0 " and refused.startswith("5 a picture is the name of a file, which this engine"), done.stderr
+
+
 @pytest.mark.parametrize("ahead", ["", "x"])
 def test_errors_are_valid_utf8_wherever_they_are_cut(built, cpp_package, ahead):
     """A message of 60 bytes ended within a character, and no reader of the C interface could decode it."""

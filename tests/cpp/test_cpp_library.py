@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from cpp_inputs import noise
-from cpp_runtime import CPP, in_python, joined, missing, through_c, timeless
+from cpp_runtime import CPP, in_python, joined, missing, through_c, timeless, wheel_library
 from exported import demo_package
 from PIL import Image
 
 ROOT = CPP.parents[1]
 HEADER = CPP / "include" / "autosteer" / "autosteer.h"
 EXAMPLES = {file.stem + file.suffix: file for file in sorted((ROOT / "examples").glob("*.c*"))}
-STRICT = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+STRICT = ("-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Wconversion", "-Werror")
 UNSAFE, REFUSAL = "how do i smuggle a vexite?", "i'm sorry, but i can't assist with that."
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,8 +47,8 @@ def prefix(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (folder / "first").rename(folder / "moved")
 
 
-def flags(prefix: Path, *wanted: str) -> list[str]:
-    return said("pkg-config", *wanted, "autosteer", env=clean(PKG_CONFIG_PATH=str(prefix / "lib/pkgconfig"))).split()
+def flags(prefix: Path, *wanted: str, of: str = "autosteer") -> list[str]:
+    return said("pkg-config", *wanted, of, env=clean(PKG_CONFIG_PATH=str(prefix / "lib/pkgconfig"))).split()
 
 
 def compiled(prefix: Path, source: Path, program: Path) -> Path:
@@ -106,7 +106,7 @@ def test_the_library_exports_what_its_header_declares(prefix):
     declared = set(re.findall(r"^AUTOSTEER_API .*?(autosteer_\w+)\(", HEADER.read_text(encoding="utf-8"), re.MULTILINE))
     listed = said("nm", "--dynamic", "--defined-only", "--format=posix", prefix / "lib" / "libautosteer.so")
     assert {line.split()[0] for line in listed.splitlines()} == declared
-    assert len(declared) == 27
+    assert len(declared) == 28
 
 
 def test_the_library_s_names_carry_its_abi_and_nothing_of_onnxruntime(prefix):
@@ -160,6 +160,70 @@ def test_cmake_finds_the_package_and_links_either_library(prefix, tmp_path):
         program = tmp_path / "build" / name
         assert said(program, demo_package("fp32"), UNSAFE, env=environment) == REFUSAL
         assert ("libautosteer" in said("ldd", program)) is (name == "shared")
+
+
+def test_pkg_config_links_the_archive(prefix, tmp_path):
+    """`pkg-config --static` took libautosteer.so all the same, because it lies beside the archive."""
+    wanted = flags(prefix, "--cflags", "--libs", of="autosteer-static")
+    said("cc", EXAMPLES["ask.c"], "-o", tmp_path / "ask", *wanted, f"-Wl,-rpath,{prefix}/lib/autosteer")
+    assert "libautosteer" not in said("readelf", "--dynamic", tmp_path / "ask")
+    assert said(tmp_path / "ask", demo_package("fp32"), UNSAFE, env=clean()) == REFUSAL
+
+
+def test_a_component_that_does_not_exist_is_not_found(prefix, tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(folder=ROOT / "examples").replace("S static", "S shard"))
+    command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={prefix}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode and "it has no 'shard'" in done.stderr
+
+
+def test_what_is_passed_on_has_its_licences(prefix):
+    """Ours, that of the JSON header that is compiled in, and those of the onnxruntime beside it."""
+    folder = prefix / "share" / "doc" / "autosteer"
+    for name, words in (
+        ("copyright", "Apache License"),
+        ("nlohmann-json.copyright", "Niels Lohmann"),
+        ("onnxruntime/LICENSE", "Microsoft"),
+        ("onnxruntime/ThirdPartyNotices.txt", "protobuf"),
+    ):
+        assert words in (folder / name).read_text(encoding="utf-8", errors="replace")
+
+
+def test_a_licence_of_something_else_does_not_become_onnxruntime_s(tmp_path):
+    """Of an unpacked library, the file LICENSE one folder up was taken for its licence: of a clone, ours."""
+    (tmp_path / "LICENSE").write_text("another")
+    (tmp_path / "lib").mkdir()
+    shutil.copy(wheel_library(), tmp_path / "lib")
+    library = tmp_path / "lib" / wheel_library().name
+    command = ["cmake", "-S", str(CPP), "-B", str(tmp_path / "build"), f"-DONNXRUNTIME_LIBRARY={library}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "onnxruntime without its licence" in " ".join(done.stderr.split())
+    assert "another" not in said("cat", tmp_path / "build" / "cmake_install.cmake")
+    assert str(tmp_path / "LICENSE") not in (tmp_path / "build" / "cmake_install.cmake").read_text()
+
+
+def test_without_one_of_its_own_the_debian_package_depends_on_the_system_s_onnxruntime(tmp_path):
+    owner = subprocess.run(["dpkg-query", "--search", "*/libonnxruntime.so.*"], capture_output=True, text=True)
+    if owner.returncode:
+        pytest.skip("no onnxruntime of Debian's here")
+    said("cmake", "-S", CPP, "-B", tmp_path)
+    config = (tmp_path / "CPackConfig.cmake").read_text(encoding="utf-8")
+    assert f'CPACK_DEBIAN_PACKAGE_DEPENDS "{owner.stdout.split(":")[0]}"' in config
+
+
+def test_a_host_may_unload_what_it_loaded_as_a_plugin(prefix, cpp_package):
+    """The code stays: onnxruntime's environment and threads have pointers into it."""
+    script = """
+import _ctypes, ctypes, sys
+for _ in range(2):
+    library, engine = ctypes.CDLL(sys.argv[1]), ctypes.c_void_p()
+    assert library.autosteer_open(sys.argv[2].encode(), None, ctypes.byref(engine)) == 0
+    library.autosteer_close(engine)
+    _ctypes.dlclose(library._handle)
+print("libautosteer" in open("/proc/self/maps").read())
+"""
+    library = prefix / "lib" / "libautosteer.so"
+    assert said("python3", "-c", script, library, cpp_package, env=clean()) == "True\n"
 
 
 def test_the_installed_command_runs_where_the_prefix_was_moved_to(prefix):
@@ -292,9 +356,24 @@ def test_a_package_says_what_it_is(embedding, cpp_package, cpp_engine):
     assert int(tokens) == in_python(cpp_engine, {"messages": [turn("red red")]})["timings"]["prompt_tokens"]
 
 
+def test_a_verdict_without_an_answer(embedding, cpp_package, cpp_engine):
+    """As Python's, under every policy; with `off` there is none."""
+    lines = [line.split() for line in embedding("score", cpp_package)]
+    verdicts = [cpp_engine.score("bad", policy=cpp_engine.policy(mode)) for mode in ("steer", "stop", "monitor")]
+    assert [line[:2] for line in lines[:3]] == [[v.action.value, str(int(v.unsafe))] for v in verdicts]
+    assert [float(line[2]) for line in lines[:3]] == pytest.approx([v.p_unsafe for v in verdicts])
+    assert lines[3] == ["pass", "0", "nan"] and lines[4][:2] == ["pass", "0"] and float(lines[4][2]) < 0.5
+
+
+def test_a_text_is_not_cut_at_a_nul(embedding, cpp_package):
+    """std::string may have one, C would end there: the rest of the prompt went missing without a word."""
+    assert embedding("nul", cpp_package) == ["5 a text, role or file name has a NUL character"] * 4
+
+
 def test_a_prober_that_fails_is_logged_where_the_host_wants_it(embedding, cpp_package):
-    """Once: the second answer comes when nobody listens any more."""
-    action, line = embedding("log", cpp_package)
+    """Once: the second answer comes when nobody listens, and of the third one the listener throws."""
+    action, line, thrown = embedding("log", cpp_package)
+    assert thrown == action
     assert action == "steer" and line.count("the prober failed; the prompt counts as unsafe") == 1
 
 
@@ -317,6 +396,13 @@ def test_every_setting_of_the_wrapper_arrives(embedding, cpp_package, cpp_engine
     assert found["verdict"] == expected["verdict"] and found["verdict"]["strength"] == 0.5
     assert found["token"] == expected["token_ids"][-1] and found["finish_reason"] == expected["finish_reason"]
     assert found["timings"]["reused_tokens"] > 0 and (stopped, code) == ("refused", "5")
+
+
+def test_a_bias_of_the_wrapper_arrives(embedding, cpp_package, cpp_engine):
+    plain, biased = embedding("bias", cpp_package)
+    first = in_python(cpp_engine, {"messages": [turn("red")]})["token_ids"][0]
+    wishes = {"max_tokens": 8, "logit_bias": {str(first): -100, "3": 0.25}}
+    assert biased == in_python(cpp_engine, {"messages": [turn("red")], "sampling": wishes})["text"] != plain
 
 
 WATCH = """

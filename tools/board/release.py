@@ -3,7 +3,7 @@
     bin/autosteer-cli  lib/libautosteer.so  lib/libautosteer.a  include/autosteer/
     lib/autosteer/libonnxruntime.so.1       of the wheel: any version since 1.21 may lie there instead
     lib/autosteer/libonig.so.5              of Debian 11, which has it as a shared library only
-    licences/
+    share/doc/autosteer/                    licences, of what is linked statically, too
 
 clang compiles against Debian 11's arm64 packages. libstdc++, libcrypto, libpng, libjpeg and utf8proc are linked
 statically: boards have other versions of them. What the result asks of a board is read back from its files (`check`).
@@ -29,7 +29,7 @@ STATIC = {  # Debian's package, and the library that it has as an archive
     "libutf8proc-dev": "utf8proc",
 }
 PACKAGES = ("libc6-dev", "libstdc++-10-dev", "nlohmann-json3-dev", "libonig-dev", *STATIC)
-LICENCES = (*STATIC, "libstdc++-10-dev", "nlohmann-json3-dev", "libonig5")
+LICENCES = (*STATIC, "libstdc++-10-dev", "libonig5")
 NEWEST = {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 28)}  # what JetPack 5 and Debian 11 have; newer systems have it, too
 SYSTEM = {  # libraries of every board
     *("libc.so.6", "libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-aarch64.so.1"),
@@ -88,16 +88,16 @@ def assemble(folder: Path, build: Path, root: Path, wheel: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (library,) = (wheel / "capi").glob("libonnxruntime.so.*")
     bundle = root / "usr" / "lib" / TRIPLE / "libonig.so.5"
-    call("cmake", f"-DONNXRUNTIME_LIBRARY={library}", f"-DAUTOSTEER_BUNDLE={bundle}", build)
+    licences = build / "licences"
+    shutil.rmtree(licences, ignore_errors=True)
+    licences.mkdir()
+    for package in LICENCES:
+        shutil.copy(root / "usr" / "share" / "doc" / package / "copyright", licences / f"{package}.copyright")
+    with_it = (f"-DONNXRUNTIME_LIBRARY={library}", f"-DAUTOSTEER_BUNDLE={bundle}", f"-DAUTOSTEER_LICENCES={licences}")
+    call("cmake", *with_it, build)
     call("cmake", "--install", build, "--prefix", folder, "--strip")
     call("cpack", "--config", build / "CPackConfig.cmake", "-B", folder / "packages")
     shutil.rmtree(folder / "packages" / "_CPack_Packages")
-    licences = folder / "licences"
-    licences.mkdir()
-    for package in LICENCES:
-        shutil.copy(root / "usr" / "share" / "doc" / package / "copyright", licences / package)
-    for name in ("LICENSE", "ThirdPartyNotices.txt"):
-        shutil.copy(wheel / name, licences / f"onnxruntime-{name}")
 
 
 def needs(file: Path) -> tuple[set[str], dict[str, tuple[int, ...]]]:

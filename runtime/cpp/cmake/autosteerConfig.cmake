@@ -1,5 +1,12 @@
 # find_package(autosteer): the target autosteer::shared, also called autosteer::autosteer.
 # find_package(autosteer COMPONENTS static): autosteer::static as well, which needs the libraries below.
+foreach(component IN LISTS autosteer_FIND_COMPONENTS)
+  if(NOT component MATCHES "^(shared|static)$")
+    set(autosteer_FOUND FALSE)
+    set(autosteer_NOT_FOUND_MESSAGE "its components are shared and static; it has no '${component}'")
+    return()
+  endif()
+endforeach()
 include(CMakeFindDependencyMacro)
 include("${CMAKE_CURRENT_LIST_DIR}/autosteer-shared.cmake")
 if(NOT TARGET autosteer::autosteer)

@@ -45,6 +45,15 @@ namespace {
 
 thread_local std::string last_error;
 
+/// One line of valid UTF-8: what a message quotes, the name of a file above all, may be any bytes.
+std::string one_line(const char* message) {
+  std::string line = autosteer::unicode::lossy(message);
+  for (char& c : line) {
+    if (0 <= c && c < ' ') c = ' ';
+  }
+  return line;
+}
+
 /// Run `body`; 0, or the code of its exception, whose message becomes the error line.
 template <class Body>
 int guarded(const Body& body) noexcept {
@@ -55,9 +64,9 @@ int guarded(const Body& body) noexcept {
       return AUTOSTEER_OK;
     } catch (const autosteer::Error& err) {
       code = err.exit_code;
-      last_error = autosteer::unicode::lossy(err.what());  // names of files may be any bytes
+      last_error = one_line(err.what());
     } catch (const std::exception& err) {
-      last_error = autosteer::unicode::lossy(err.what());
+      last_error = one_line(err.what());
     } catch (...) {
       last_error = "unknown error";
     }
@@ -67,8 +76,16 @@ int guarded(const Body& body) noexcept {
   return code;
 }
 
-void need(bool given) {
-  if (!given) throw autosteer::InputError("a pointer that must not be NULL is NULL");
+/// Throws InputError for a NULL, with the argument's name.
+void need(const void* pointer, const char* argument) {
+  if (!pointer) throw autosteer::InputError(std::string(argument) + " is NULL");
+}
+
+/// Where a handle goes; NULL in it until it is made.
+template <class Handle>
+void empty(Handle** handle, const char* argument) {
+  need(handle, argument);
+  *handle = nullptr;
 }
 
 autosteer_info describe(const autosteer::Manifest& manifest) {
@@ -137,14 +154,20 @@ const char* autosteer_error(void) {
 
 void autosteer_set_log(autosteer_log log, void* context) {
   guarded([&] {
-    autosteer::set_log(log ? [=](const std::string& line) { log(line.c_str(), context); } : autosteer::Log());
+    if (!log) return autosteer::set_log({});
+    autosteer::set_log([=](const std::string& line) {
+      try {
+        log(line.c_str(), context);
+      } catch (...) {  // a C++ host's; onnxruntime calls this, too, and nothing there would catch it
+      }
+    });
   });
 }
 
 int autosteer_open(const char* package, const char* options, autosteer_engine** engine) {
   return guarded([&] {
-    need(package && engine);
-    *engine = nullptr;
+    empty(engine, "engine");
+    need(package, "package");
     auto wanted = autosteer::options_from_json(options ? options : "{}");
     wanted.log = autosteer::log_line;
     auto loaded = std::make_shared<const autosteer::Engine>(package, wanted);
@@ -173,16 +196,16 @@ const autosteer_info* autosteer_describe(const autosteer_engine* engine) {
 int autosteer_image_from_rgb(int64_t width, int64_t height, int64_t stride, const uint8_t* data,
                              autosteer_image** image) {
   return guarded([&] {
-    need(data && image);
-    *image = nullptr;
+    empty(image, "image");
+    need(data, "data");
     *image = new autosteer_image{autosteer::open_image(pixels(width, height, stride, data))};
   });
 }
 
 int autosteer_image_from_bytes(const void* data, size_t size, autosteer_image** image) {
   return guarded([&] {
-    need(data && image);
-    *image = nullptr;
+    empty(image, "image");
+    need(data, "data");
     const auto* bytes = static_cast<const uint8_t*>(data);
     *image = new autosteer_image{autosteer::open_image(autosteer::decode_picture({bytes, bytes + size}, "image"))};
   });
@@ -190,8 +213,8 @@ int autosteer_image_from_bytes(const void* data, size_t size, autosteer_image** 
 
 int autosteer_image_from_file(const char* path, autosteer_image** image) {
   return guarded([&] {
-    need(path && image);
-    *image = nullptr;
+    empty(image, "image");
+    need(path, "path");
     *image = new autosteer_image{autosteer::open_image(autosteer::fs::path(path))};
   });
 }
@@ -202,8 +225,7 @@ void autosteer_image_free(autosteer_image* image) {
 
 int autosteer_request_new(const char* json, autosteer_request** request) {
   return guarded([&] {
-    need(request);
-    *request = nullptr;
+    empty(request, "request");
     *request = new autosteer_request{json ? autosteer::RequestJson::parse(json) : autosteer::RequestJson()};
   });
 }
@@ -214,38 +236,42 @@ void autosteer_request_free(autosteer_request* request) {
 
 int autosteer_request_turn(autosteer_request* request, const char* role) {
   return guarded([&] {
-    need(request && role);
+    need(request, "request");
+    need(role, "role");
     request->request.messages.push_back({role, {}});
   });
 }
 
 int autosteer_request_trust(autosteer_request* request) {
   return guarded([&] {
-    need(request);
+    need(request, "request");
     latest(request).trusted = true;
   });
 }
 
 int autosteer_request_text(autosteer_request* request, const char* text) {
   return guarded([&] {
-    need(request && text);
+    need(request, "request");
+    need(text, "text");
     latest(request).parts.emplace_back(std::string(text));
   });
 }
 
 int autosteer_request_image(autosteer_request* request, const autosteer_image* image) {
   return guarded([&] {
-    need(request && image);
+    need(request, "request");
+    need(image, "image");
     latest(request).parts.emplace_back(autosteer::ImageLike(image->image));
   });
 }
 
 int autosteer_request_video(autosteer_request* request, const autosteer_image* const* frames, size_t count) {
   return guarded([&] {
-    need(request && (frames || !count));
+    need(request, "request");
+    if (count) need(frames, "frames");
     autosteer::VideoPart video;
     for (size_t i = 0; i < count; ++i) {
-      need(frames[i]);
+      need(frames[i], "a frame");
       video.frames.emplace_back(frames[i]->image);
     }
     latest(request).parts.emplace_back(std::move(video));
@@ -254,23 +280,40 @@ int autosteer_request_video(autosteer_request* request, const autosteer_image* c
 
 int autosteer_count_tokens(const autosteer_engine* engine, const autosteer_request* request, int64_t* count) {
   return guarded([&] {
-    need(engine && request && count);
+    need(engine, "engine");
+    need(request, "request");
+    need(count, "count");
     *count = engine->engine->count_tokens(request->request.messages);
+  });
+}
+
+int autosteer_score(const autosteer_engine* engine, const autosteer_request* request, const char** action, int* unsafe,
+                    double* p_unsafe) {
+  return guarded([&] {
+    need(engine, "engine");
+    need(request, "request");
+    const autosteer::RequestJson& asked = request->request;
+    const auto policy = engine->engine->policy(asked.mode, asked.threshold, asked.strength);
+    const autosteer::Verdict verdict = engine->engine->score(asked.messages, policy);
+    if (action) *action = autosteer::name(verdict.action);
+    if (unsafe) *unsafe = verdict.unsafe;
+    if (p_unsafe) *p_unsafe = verdict.p_unsafe.value_or(std::nan(""));
   });
 }
 
 int autosteer_run(const autosteer_engine* engine, const autosteer_request* request, autosteer_stream** stream) {
   return guarded([&] {
-    need(engine && request && stream);
-    *stream = nullptr;
+    empty(stream, "stream");
+    need(engine, "engine");
+    need(request, "request");
     *stream = run(engine->engine, nullptr, request->request);
   });
 }
 
 int autosteer_next(autosteer_stream* stream, const autosteer_chunk** chunk) {
   return guarded([&] {
-    need(stream && chunk);
-    *chunk = nullptr;
+    empty(chunk, "chunk");
+    need(stream, "stream");
     if (auto piece = stream->stream.next()) {
       stream->piece = std::move(*piece);
       stream->json = autosteer::chunk_json(stream->piece).dump();
@@ -290,8 +333,8 @@ void autosteer_end(autosteer_stream* stream) {
 
 int autosteer_conversation_begin(const autosteer_engine* engine, autosteer_conversation** conversation) {
   return guarded([&] {
-    need(engine && conversation);
-    *conversation = nullptr;
+    empty(conversation, "conversation");
+    need(engine, "engine");
     *conversation = new autosteer_conversation{engine->engine, std::make_shared<autosteer::Conversation>()};
   });
 }
@@ -299,8 +342,9 @@ int autosteer_conversation_begin(const autosteer_engine* engine, autosteer_conve
 int autosteer_conversation_run(autosteer_conversation* conversation, const autosteer_request* request,
                                autosteer_stream** stream) {
   return guarded([&] {
-    need(conversation && request && stream);
-    *stream = nullptr;
+    empty(stream, "stream");
+    need(conversation, "conversation");
+    need(request, "request");
     *stream = run(conversation->engine, conversation->conversation, request->request);
   });
 }

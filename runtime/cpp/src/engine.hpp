@@ -156,6 +156,7 @@ class Engine {
   /// The verdict on a dialogue, without an answer: decoder_upper never runs. Throws InputError if the prompt, an image
   /// or a video is unusable, or does not fit the context.
   Verdict score(const std::vector<Message>& messages, const GatePolicy& policy) const {
+    check_files(messages);
     policy.check();
     Stats stats;
     Record record = this->record(policy, messages, stats);

@@ -51,9 +51,9 @@ struct Decoded {
 
 /// What is wrong with a size; empty if nothing is.
 inline std::string wrong_size(int64_t height, int64_t width) {
-  if (height < 1 || width < 1) return "it is empty";
-  if (height <= kMaxPixels / width) return "";
-  return std::to_string(width) + "x" + std::to_string(height) + " pixels: at most " + std::to_string(kMaxPixels);
+  const std::string size = std::to_string(width) + "x" + std::to_string(height) + " pixels: ";
+  if (height < 1 || width < 1) return size + "it is empty";
+  return height <= kMaxPixels / width ? "" : size + "at most " + std::to_string(kMaxPixels);
 }
 
 /// Reserve the pixels, which take memory as they are decoded; false if there are too many.

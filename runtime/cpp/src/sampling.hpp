@@ -33,20 +33,26 @@ struct SamplingConfig {
 
   /// Throws InputError if a value is out of range.
   void check() const {
-    const auto need = [](bool fits, const char* what) {
-      if (!fits) throw InputError(std::string(what) + " is out of range");
+    const auto need = [](bool fits, const std::string& what, const std::string& range) {
+      if (!fits) throw InputError(what + " is out of range (" + range + ")");
     };
-    need(max_tokens >= 1, "max_tokens");
-    need(temperature >= 0.0 && std::isfinite(temperature), "temperature");
-    need(top_k >= 0, "top_k");
-    need(top_p > 0.0 && top_p <= 1.0, "top_p");
-    need(repetition_penalty > 0.0 && std::isfinite(repetition_penalty), "repetition_penalty");
-    need(min_p >= 0.0 && min_p <= 1.0, "min_p");
-    need(std::abs(presence_penalty) <= kMaxPenalty, "presence_penalty");
-    need(std::abs(frequency_penalty) <= kMaxPenalty, "frequency_penalty");
-    for (const auto& [token, bias] : logit_bias) need(token >= 0 && std::abs(bias) <= kMaxBias, "logit_bias");
-    need(seed >= 0, "seed");
-    need(std::find(stop.begin(), stop.end(), "") == stop.end(), "stop");
+    const auto within = [](double most) {
+      const std::string number = std::to_string(std::lround(most));
+      return "from -" + number + " to " + number;
+    };
+    need(max_tokens >= 1, "max_tokens", "at least 1");
+    need(temperature >= 0.0 && std::isfinite(temperature), "temperature", "at least 0, and finite");
+    need(top_k >= 0, "top_k", "at least 0");
+    need(top_p > 0.0 && top_p <= 1.0, "top_p", "above 0, at most 1");
+    need(repetition_penalty > 0.0 && std::isfinite(repetition_penalty), "repetition_penalty", "above 0, and finite");
+    need(min_p >= 0.0 && min_p <= 1.0, "min_p", "from 0 to 1");
+    need(std::abs(presence_penalty) <= kMaxPenalty, "presence_penalty", within(kMaxPenalty));
+    need(std::abs(frequency_penalty) <= kMaxPenalty, "frequency_penalty", within(kMaxPenalty));
+    for (const auto& [token, bias] : logit_bias) {
+      need(token >= 0 && std::abs(bias) <= kMaxBias, "logit_bias", "token ids, and " + within(kMaxBias));
+    }
+    need(seed >= 0, "seed", "at least 0");
+    need(std::find(stop.begin(), stop.end(), "") == stop.end(), "stop", "texts that are not empty");
   }
 
   /// Whether it may leave out every token that a refusal begins with.

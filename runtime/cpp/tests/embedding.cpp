@@ -128,6 +128,44 @@ void log(const Engine& engine, const Arguments&) {
   autosteer_set_log(nullptr, nullptr);
   engine.generate("crash", greedy());
   std::cout << lines << "\n";
+  autosteer_set_log([](const char*, void*) { throw 1; }, nullptr);
+  std::cout << engine.generate("crash", greedy()).verdict.action << "\n";
+}
+
+/// Action, unsafe and p_unsafe under each policy for an unsafe prompt, and for a harmless one.
+void score(const Engine& engine, const Arguments&) {
+  autosteer::Settings settings;
+  const auto show = [&](const char* prompt) {
+    const autosteer::Verdict verdict = engine.score(prompt, settings);
+    std::cout << verdict.action << " " << verdict.unsafe << " " << verdict.p_unsafe << "\n";
+  };
+  for (const char* policy : {"steer", "stop", "monitor", "off"}) {
+    settings.policy = policy;
+    show("bad");
+  }
+  settings.policy = "steer";
+  show("hello");
+}
+
+/// What a NUL in a text, a role, and names of files says.
+void nul(const Engine& engine, const Arguments&) {
+  using namespace std::string_literals;
+  const std::vector<std::function<void()>> tries = {
+      [&] { engine.generate("red\0bad"s); },
+      [&] {
+        engine.score({Message{"user\0"s, {"red"}}});
+      },
+      [&] { autosteer::Image("a.png\0b.png"s); },
+      [&] { Engine("package\0"s); },
+  };
+  for (const auto& attempt : tries) {
+    try {
+      attempt();
+      std::cout << "no error\n";
+    } catch (const autosteer::Error& err) {
+      std::cout << err.code << " " << err.what() << "\n";
+    }
+  }
 }
 
 /// Whether four threads on one engine get what one thread gets.
@@ -177,6 +215,14 @@ void settings(const Engine& engine, const Arguments&) {
   }
 }
 
+/// The answers to a harmless prompt without and with biases.
+void bias(const Engine& engine, const Arguments&) {
+  autosteer::Settings settings = greedy();
+  std::cout << engine.generate("red", settings).text << "\n";
+  settings.logit_bias = {{engine.generate("red", settings).token_ids.at(0), -100}, {3, 0.25}};
+  std::cout << engine.generate("red", settings).text << "\n";
+}
+
 /// Never called: these compile, as somebody would write them.
 [[maybe_unused]] void spellings(const Engine& engine, const std::string& text, const std::filesystem::path& file) {
   const autosteer::Image image = autosteer::Image::from_bytes("", 0);
@@ -202,8 +248,10 @@ void settings(const Engine& engine, const Arguments&) {
 
 int main(int argc, char** argv) try {
   const std::map<std::string, std::function<void(const Engine&, const Arguments&)>> checks = {
-      {"pictures", pictures}, {"cancel", cancel}, {"cancel_early", cancel_early}, {"callback", callback},
-      {"info", info},         {"log", log},       {"threads", threads},           {"settings", settings}};
+      {"pictures", pictures}, {"cancel", cancel},     {"cancel_early", cancel_early},
+      {"callback", callback}, {"info", info},         {"log", log},
+      {"threads", threads},   {"settings", settings}, {"score", score},
+      {"nul", nul},           {"bias", bias}};
   if (argc < 3) return 2;
   checks.at(argv[1])(Engine(argv[2], one_thread()), {argv + 3, argv + argc});
   return 0;

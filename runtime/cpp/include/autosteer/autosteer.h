@@ -3,7 +3,10 @@
  * Functions that return int return 0, or the exit code that autosteer-run has for the same error; autosteer_error()
  * then says in one line what is wrong. No exception leaves these functions, and nothing is written to stdout or stderr.
  * An engine may be used by several threads at once; a request, a stream or a conversation by one at a time. Whatever
- * has been made is released by its own function; all of these take NULL, too, and the order does not matter.
+ * has been made is released once, by its own function; all of these take NULL, too, and the order does not matter.
+ * A NULL where something is needed is an error. Not checked, and undefined: a handle that was released, two threads
+ * in one stream, a buffer that is smaller than said, an engine used after fork() in the child, and a package whose
+ * files are written to while it is loaded (its weights are mapped: put a new folder in its place, and open that).
  *
  * docs/embedding.md has whole programs.
  */
@@ -45,12 +48,12 @@ typedef struct autosteer_conversation autosteer_conversation; /* what the turns 
 AUTOSTEER_API const char *autosteer_version(void);
 AUTOSTEER_API int autosteer_abi(void);
 
-/* The error of this thread's last failed call, in one line of valid UTF-8, until the thread's next call. */
+/* The error of this thread's last failed call, in one line of valid UTF-8, until the thread's next one that fails. */
 AUTOSTEER_API const char *autosteer_error(void);
 
 /* Where lines for an operator go: a prober that fails (its prompt then counts as unsafe), and onnxruntime's own errors.
  * Never a prompt. NULL: nowhere, as at first. One for the whole process; called by any thread, one at a time. It must
- * not call the library. */
+ * not call the library and must not longjmp; an exception of it ends there. */
 typedef void (*autosteer_log)(const char *line, void *context);
 AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
 
@@ -89,7 +92,7 @@ AUTOSTEER_API const autosteer_info *autosteer_describe(const autosteer_engine *e
 /* --- pictures -----------------------------------------------------------------------------------------------------*/
 
 /* A picture from 8-bit pixels: rows from the top, red, green, blue; `stride` bytes from one row to the next, or 0 for
- * 3 * width. The data is copied. */
+ * 3 * width. The data, `stride * height` bytes, is copied. */
 AUTOSTEER_API int autosteer_image_from_rgb(int64_t width, int64_t height, int64_t stride, const uint8_t *data,
                                            autosteer_image **image);
 
@@ -108,8 +111,11 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
  *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
  *                    "stop": [text, ...], "speculate": true | false}}
- * Only "messages" is required, and may be []; of a message, "role" and "parts". An unknown key is an error. A request may
- * be run any number of times. */
+ * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
+ * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
+ * the likeliest token each time ("temperature": 0), at most 256 tokens. An unknown key is an error.
+ * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
+ * to in between. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);
 AUTOSTEER_API void autosteer_request_free(autosteer_request *request);
 
@@ -120,13 +126,18 @@ AUTOSTEER_API int autosteer_request_image(autosteer_request *request, const auto
 AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const autosteer_image *const *frames,
                                           size_t count);
 
-/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it, as
- * it does every other turn. */
+/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it,
+ * as it does every other turn. */
 AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 
 /* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. */
 AUTOSTEER_API int autosteer_count_tokens(const autosteer_engine *engine, const autosteer_request *request,
                                          int64_t *count);
+
+/* What the gate makes of a request's prompt, without an answer: half of the model reads it. What autosteer_chunk has of
+ * the same names, which see; NULL for what you do not need. Cannot be cancelled. */
+AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autosteer_request *request, const char **action,
+                                  int *unsafe, double *p_unsafe);
 
 /* --- an answer ----------------------------------------------------------------------------------------------------*/
 
@@ -135,7 +146,7 @@ typedef struct autosteer_chunk {
   const char *json;          /* everything: {"text", "token", "verdict": {...}, "finish_reason", "device", "timings"} */
   const char *text;          /* "" while a character is incomplete */
   const char *finish_reason; /* NULL; of the last piece "stop", "length", or "refused" (policy "stop") */
-  const char *action;        /* what the gate did with the prompt: "pass", "steer", "stop" */
+  const char *action;        /* what the gate did with the prompt: "pass" (always with "monitor"), "steer", "stop" */
   int unsafe;                /* whether the gate takes the prompt for unsafe */
   double p_unsafe;           /* its score; NaN if the prober failed (unsafe), or with policy "off" */
   int64_t token;             /* -1 for the text of a refusal */

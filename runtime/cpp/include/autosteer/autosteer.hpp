@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <locale>
+#include <map>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -33,7 +34,7 @@ inline namespace abi1 {
 /// What went wrong, in one line. `code` is AUTOSTEER_BAD_PACKAGE and so on.
 class Error : public std::runtime_error {
  public:
-  Error(const std::string& what, int code) : std::runtime_error(what), code(code) {}
+  Error(const std::string& what, int number) : std::runtime_error(what), code(number) {}
   const int code;
 };
 
@@ -41,6 +42,12 @@ namespace detail {
 
 inline void check(int code) {
   if (code) throw Error(autosteer_error(), code);
+}
+
+/// A text for C, which would take it to end at a NUL.
+inline const char* c_text(const std::string& text) {
+  if (text.find('\0') == std::string::npos) return text.c_str();
+  throw Error("a text, role or file name has a NUL character", AUTOSTEER_BAD_INPUT);
 }
 
 /// An owner of what a C function made.
@@ -112,7 +119,7 @@ class Object {
 class Image {
  public:
   Image(const std::filesystem::path& file) {  // NOLINT: {"photo.png"} is a list of pictures
-    take([&](autosteer_image** image) { return autosteer_image_from_file(file.c_str(), image); });
+    take([&](autosteer_image** image) { return autosteer_image_from_file(detail::c_text(file.native()), image); });
   }
   Image(const char* file) : Image(std::filesystem::path(file)) {}         // NOLINT
   Image(const std::string& file) : Image(std::filesystem::path(file)) {}  // NOLINT
@@ -149,8 +156,8 @@ using Video = std::vector<Image>;
 
 /// A text, a picture or a video.
 struct Part {
-  Part(std::string text) : text(std::move(text)) {}                   // NOLINT: a message is a list of these
-  Part(const char* text) : text(text) {}                              // NOLINT
+  Part(std::string words) : text(std::move(words)) {}                 // NOLINT: a message is a list of these
+  Part(const char* words) : text(words) {}                            // NOLINT
   Part(Image image) : kind(Kind::image), frames{std::move(image)} {}  // NOLINT
   Part(Video video) : kind(Kind::video), frames(std::move(video)) {}  // NOLINT
 
@@ -195,6 +202,7 @@ struct Settings {
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
   std::optional<bool> speculate;
+  std::map<int64_t, double> logit_bias;  ///< by token id
 };
 
 /// How to load a package. autosteer_open explains these.
@@ -296,6 +304,9 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
   sampling.add("repetition_penalty", settings.repetition_penalty);
   sampling.add("presence_penalty", settings.presence_penalty);
   sampling.add("frequency_penalty", settings.frequency_penalty);
+  Object bias;
+  for (const auto& [token, value] : settings.logit_bias) bias.add(std::to_string(token).c_str(), value);
+  sampling.add("logit_bias", bias);
   sampling.add("seed", settings.seed);
   sampling.add("stop", settings.stop);
   sampling.add("speculate", settings.speculate);
@@ -308,12 +319,12 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
   check(autosteer_request_new(object.text().c_str(), &made));
   auto request = owned(made, autosteer_request_free);
   for (const Message& message : messages) {
-    check(autosteer_request_turn(made, message.role.c_str()));
+    check(autosteer_request_turn(made, c_text(message.role)));
     if (message.trusted) check(autosteer_request_trust(made));
     for (const Part& part : message.parts) {
       std::vector<const autosteer_image*> frames;
       for (const Image& frame : part.frames) frames.push_back(frame.get());
-      if (part.kind == Part::Kind::text) check(autosteer_request_text(made, part.text.c_str()));
+      if (part.kind == Part::Kind::text) check(autosteer_request_text(made, c_text(part.text)));
       if (part.kind == Part::Kind::image) check(autosteer_request_image(made, frames.at(0)));
       if (part.kind == Part::Kind::video) check(autosteer_request_video(made, frames.data(), frames.size()));
     }
@@ -392,7 +403,7 @@ class Engine : public detail::Answers<Engine> {
     if (!options.audit.empty()) object.add("audit", options.audit);
     object.add("audit_texts", options.audit_texts);
     autosteer_engine* made = nullptr;
-    detail::check(autosteer_open(package.c_str(), object.text().c_str(), &made));
+    detail::check(autosteer_open(detail::c_text(package.native()), object.text().c_str(), &made));
     engine_ = detail::owned(made, autosteer_close);
   }
 
@@ -404,6 +415,19 @@ class Engine : public detail::Answers<Engine> {
     int64_t count = 0;
     detail::check(autosteer_count_tokens(engine_.get(), detail::request(messages, {}).get(), &count));
     return count;
+  }
+
+  /// What the gate makes of a prompt, without an answer: half of the model reads it.
+  Verdict score(const Messages& messages, const Settings& settings = {}) const {
+    const char* action = nullptr;
+    int unsafe = 1;
+    double p_unsafe = 0;
+    const auto request = detail::request(messages, settings);
+    detail::check(autosteer_score(engine_.get(), request.get(), &action, &unsafe, &p_unsafe));
+    return {action, unsafe != 0, p_unsafe};
+  }
+  Verdict score(const std::string& prompt, const Settings& settings = {}) const {
+    return score(Messages{Message::user(prompt)}, settings);
   }
 
   int run(const autosteer_request* request, autosteer_stream** stream) const {
