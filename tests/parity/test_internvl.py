@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_shapes.internvl import CHAT_TEMPLATE, SPECIAL
 from tiny_family import READ_IN_8_BITS, TinyFamily
 
 from autosteer.export.checkpoint.open import DEMO
@@ -29,19 +30,6 @@ from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, re
 VARIANTS = ("qwen2", "qwen3")
 LAYERS, WIDTH, SIDE, PATCH = 4, 64, 56, 14
 TILES = {"qwen2": (1, 12), "qwen3": (3, 6)}  # of a picture, without the whole
-SPECIAL = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
-CHAT_TEMPLATE = (  # of OpenGVLab/InternVL3-1B-hf
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
-    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def build_checkpoint(folder: Path, variant: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_shapes.llava import MISTRAL, VICUNA
 from llama_tokenizer import llama_tokenizer
 from tiny_family import READ_IN_8_BITS, TinyFamily
 
@@ -32,19 +33,6 @@ from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, re
 VARIANTS = ("one tile", "padded", "anyres", "anyres, llama 3")
 LAYERS, WIDTH, SIDE, PATCH = 4, 64, 56, 14
 PINPOINTS = [[SIDE * h, SIDE * w] for h, w in [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]]  # as on the hub, in tiles
-VICUNA = (  # of llava-hf/llava-1.5-7b-hf
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-MISTRAL = (  # of llava-hf/llava-v1.6-mistral-7b-hf
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
-    "{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'][0]['text'] + '</s>' }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else '\n' + part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
