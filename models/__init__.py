@@ -3,13 +3,16 @@
 To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
 """
 
-from . import chameleon, idefics3, llava_onevision, text_only
+from . import chameleon, idefics3, internvl, llava, llava_onevision, text_only
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         llava_onevision.FAMILY,
+        llava.LLAVA,
+        llava.LLAVA_NEXT,
+        internvl.FAMILY,
         chameleon.FAMILY,
         idefics3.IDEFICS3,
         idefics3.SMOLVLM,

@@ -12,6 +12,13 @@ from typing import Any
 
 from autosteer.runtime.manifest import ImageSpec, Resample, VideoSpec
 
+LLAVA_LAYOUT = (  # renames: many of the hub's files have the layout of transformers < 4.52, some with "model." in front
+    (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^image_newline$", "model.image_newline"),
+)
 RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 

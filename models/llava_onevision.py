@@ -12,7 +12,7 @@ from typing import Any
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import AnyresSpec, ImageSpec, VideoSpec
 
-from .family import RESAMPLE, Family
+from .family import LLAVA_LAYOUT, RESAMPLE, Family
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -62,13 +62,7 @@ FAMILY = Family(
         "llava-ov": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     },
-    renames=(  # the hub's files have the layout of transformers < 4.52, some with "model." in front
-        (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
-        (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
-        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
-        (r"^multi_modal_projector\.", "model.multi_modal_projector."),
-        (r"^image_newline$", "model.image_newline"),
-    ),
+    renames=LLAVA_LAYOUT,
     decoder="model.language_model",
     lm_head="lm_head.weight",
     vision="tower_and_projector",

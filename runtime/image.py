@@ -1,11 +1,11 @@
 """An image -> pixel_values; the vision encoder's features -> the image's rows in the prompt. Pure numpy and Pillow.
 
 ImageSpec.kind selects a function in CUT that cuts an image into tiles. ImageSpec.tile_separators are the token ids
-around and between the tiles' rows. `anyres` is LLaVA-OneVision's:
+around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT's:
 
     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
     features   ->  base rows, then the grid row by row without its padding, a newline row after each
-    several    ->  one square tile each, one newline row after it
+    several    ->  one square tile each, one newline row after it; with AnyresSpec.each as if each were alone
 
 Same arithmetic as Hugging Face's Pillow image processors and LlavaOnevisionModel.pack_image_features; tested against
 them.
@@ -112,12 +112,16 @@ def to_rgb(image: Image.Image) -> Uint8:
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     """`spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included.
 
-    If no grid is left, a picture becomes one square tile, like each of several pictures. Only `anyres` has grids.
+    If no grid is left, a picture becomes one tile, as each of several pictures does. `anyres` and `closest_grid` have
+    grids.
     """
-    if tiles is None or spec.anyres is None:
+    if tiles is None or (spec.anyres is None and spec.grid is None):
         return spec
     if tiles < 1:
         raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
+    if spec.anyres is None:
+        assert spec.grid is not None
+        return replace(spec, grid=replace(spec.grid, max_tiles=min(spec.grid.max_tiles, max(tiles - 1, 1))))
     area = spec.tile_size**2
     fitting = tuple((h, w) for h, w in spec.anyres.grid_pinpoints if h * w // area + 1 <= tiles)
     return replace(spec, anyres=replace(spec.anyres, grid_pinpoints=fitting))
@@ -202,9 +206,10 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -
 
 
 def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
-    if not alone or not _anyres(spec).grid_pinpoints:
-        return [_squeeze(_pad_to_square(image, spec), spec)], (1, 1)
-    height, width = best_pinpoint((image.shape[0], image.shape[1]), _anyres(spec).grid_pinpoints)
+    anyres = _anyres(spec)
+    if not (alone or anyres.each) or not anyres.grid_pinpoints:
+        return _padded(image, spec, alone)
+    height, width = best_pinpoint((image.shape[0], image.shape[1]), anyres.grid_pinpoints)
     scale_h, scale_w = height / image.shape[0], width / image.shape[1]
     if scale_w < scale_h:
         fitted = (min(math.ceil(image.shape[0] * scale_w), height), width)
@@ -213,9 +218,7 @@ def _anyres_tiles(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     padded = np.zeros((height, width, 3), np.uint8)
     top, left = (height - fitted[0]) // 2, (width - fitted[1]) // 2
     padded[top : top + fitted[0], left : left + fitted[1]] = _resize(image, *fitted, spec)
-    n = spec.tile_size
-    grid = [padded[y : y + n, x : x + n] for y in range(0, height, n) for x in range(0, width, n)]
-    return [_squeeze(image, spec), *grid], (1, 1)  # `pack` joins them into one run
+    return [_squeeze(image, spec), *_tiles(padded, spec)], (1, 1)  # `pack` joins them into one run
 
 
 def _anyres(spec: ImageSpec) -> AnyresSpec:
@@ -223,14 +226,21 @@ def _anyres(spec: ImageSpec) -> AnyresSpec:
     return spec.anyres
 
 
-def _pad_to_square(image: Uint8, spec: ImageSpec) -> Uint8:
+def _tiles(image: Uint8, spec: ImageSpec) -> list[Uint8]:
+    """Cut a picture of whole tiles, row by row."""
+    n, (height, width) = spec.tile_size, image.shape[:2]
+    return [image[y : y + n, x : x + n] for y in range(0, height, n) for x in range(0, width, n)]
+
+
+def _padded(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
+    """Pad with the mean colour to a square, which becomes one tile (HF: LlavaImageProcessorPil with do_pad)."""
     height, width = image.shape[:2]
     side = max(height, width)
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(mean * 255) for mean in spec.mean]
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = image
-    return square
+    return [_squeeze(square, spec)], (1, 1)
 
 
 def _squeeze(image: Uint8, spec: ImageSpec) -> Uint8:
@@ -267,13 +277,33 @@ def _split(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     image = _resize(image, rows * n, columns * n, spec)
     if (rows, columns) == (1, 1):
         return [image], (1, 1)
-    grid = [image[y : y + n, x : x + n] for y in range(0, rows * n, n) for x in range(0, columns * n, n)]
-    return [*grid, _squeeze(image, spec)], (rows, columns)
+    return [*_tiles(image, spec), _squeeze(image, spec)], (rows, columns)
+
+
+def _closest_grid(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
+    """Stretch to the grid whose shape is closest, and cut. The whole image comes last, squeezed into one tile.
+
+    HF: GotOcr2ImageProcessorPil with crop_to_patches. Its grids are in the order of their tiles, then of their columns.
+    """
+    assert spec.grid is not None  # Manifest.load checks it
+    least, most, (height, width) = spec.grid.min_tiles, spec.grid.max_tiles, image.shape[:2]
+    grids = ((c, n // c) for n in range(least, most + 1) for c in range(1, n + 1) if n % c == 0)
+    best, off = (1, 1), math.inf
+    for columns, rows in grids:
+        distance = abs(width / height - columns / rows)
+        large = width * height > 0.5 * spec.tile_size**2 * columns * rows  # enough of a picture for so many tiles
+        if distance < off or (distance == off and large):
+            best, off = (columns, rows), distance
+    stretched = _resize(image, best[1] * spec.tile_size, best[0] * spec.tile_size, spec)
+    whole = [_squeeze(image, spec)] if best != (1, 1) else []
+    return [*_tiles(stretched, spec), *whole], (1, 1)  # the rows of all tiles are one run
 
 
 CUT: dict[str, Callable[[Uint8, ImageSpec, bool], Tiles]] = {
     "anyres": _anyres_tiles,
     "centre_crop": _centre_crop,
+    "closest_grid": _closest_grid,
+    "pad_to_square": _padded,
     "split": _split,
 }
 

@@ -13,6 +13,7 @@ from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, PREFILL_GRAPHS, REQUIRED
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
+MOST_TILES = 1 << 8  # of a picture
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
 Need: TypeAlias = "Callable[[bool, str], None]"  # raises PackageError with the text unless the condition holds
@@ -82,8 +83,12 @@ def _check_image(manifest: Contents, need: Need) -> None:
         return
     need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
     need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
+    need((image.kind == "closest_grid") == (image.grid is not None), "image: 'kind' and 'grid' differ")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
+    if image.grid:
+        need(image.grid.max_tiles <= MOST_TILES, "image: max_tiles is too large")
+        need(image.grid.max_tiles * image.tile_size <= LARGEST_GRID, "image: a grid is too large")
     need(image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
     need(0.0 not in image.std, "image: std is zero")
     if anyres := image.anyres:
@@ -201,6 +206,9 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
+        if grid := manifest.image.grid:
+            yield "image: min_tiles", grid.min_tiles
+            yield "image: max_tiles", grid.max_tiles
     if manifest.video:
         yield "video: pooled_side", manifest.video.pooled_side
 

@@ -93,6 +93,7 @@ class AnyresSpec:
     tokens_per_side: int  # image_features of one tile: tokens_per_side ** 2 rows
     grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels, in the checkpoint's order
     max_tiles_side: int  # anyres_max_9 -> 9: larger feature grids are shrunk to about this many tiles
+    each: bool = False  # each of several pictures is cut like one alone; false: each becomes one square tile
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,17 @@ class SplitSpec:
 
     longest_edge: int  # pixels; every picture is scaled to it first
     tiles: bool  # false: only the whole image
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """How kind "closest_grid" cuts an image into tiles; the whole image is one more, unless there is one tile.
+
+    The rows of all tiles are one run.
+    """
+
+    min_tiles: int  # without the whole image
+    max_tiles: int
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ class ImageSpec:
     which go through embed_tokens like text.
     """
 
-    kind: Literal["anyres", "centre_crop", "split"]
+    kind: Literal["anyres", "centre_crop", "closest_grid", "pad_to_square", "split"]
     tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -128,6 +140,7 @@ class ImageSpec:
     anyres: AnyresSpec | None  # if kind is "anyres"
     split: SplitSpec | None = None  # if kind is "split"
     tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
+    grid: GridSpec | None = None  # if kind is "closest_grid"
 
 
 @dataclass(frozen=True)

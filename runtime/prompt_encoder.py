@@ -192,6 +192,8 @@ class PromptEncoder:
             if spec.anyres:
                 newline, size = outputs[0]["image_newline"], (picture.shape[0], picture.shape[1])
                 rows = [images_.pack(np.stack(rows), newline, size, spec)]
+            elif spec.grid:
+                rows = [np.concatenate(rows)]
         stats.image_tiles += len(tiles)
         return images_.lay_out(rows, grid, spec)
 

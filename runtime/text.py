@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,7 @@ class VideoPart:
 
 Part: TypeAlias = "str | ImagePart | VideoPart"
 
+SPACE = "\u2581"  # SentencePiece's letter for one
 IMAGE, VIDEO = object(), object()  # mark the place of an image or a video in a rendered prompt
 SLOTS = {"image": IMAGE, "video": VIDEO}  # by TemplatePiece.kind
 Rendered = list["list[int] | object"]  # runs of token ids, and IMAGE and VIDEO
@@ -251,12 +254,48 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+class _FallbackStream:
+    """tokenizers' DecodeStream for SentencePiece's BPE with byte fallback.
+
+    DecodeStream raises for byte tokens that are no character behind others that are one. Here, as for byte-level BPE,
+    what is no character becomes U+FFFD. The first space of an answer is dropped where the decoder strips it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, strips: bool):
+        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes = b""  # of an incomplete character
+        self._strips = strips
+
+    def step(self, tokenizer: Tokenizer, token: int) -> str | None:
+        """The text that `token` completes."""
+        piece = "" if token in self._special else tokenizer.id_to_token(token) or ""
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+        self._bytes += bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
+        if self._strips and self._bytes:
+            self._bytes, self._strips = self._bytes.removeprefix(b" "), False
+        text = self._bytes.decode(errors="replace")
+        if text.endswith("\ufffd"):
+            return None
+        self._bytes = b""
+        return text
+
+
+def _decode_stream(tokenizer: Tokenizer) -> DecodeStream | _FallbackStream:
+    steps = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
+    kinds = {step["type"] for step in steps.get("decoders", ())}
+    return (
+        _FallbackStream(tokenizer, "Strip" in kinds)
+        if "ByteFallback" in kinds
+        else DecodeStream(skip_special_tokens=True)
+    )
+
+
 class Detokeniser:
     """Turns token ids into text as they come. Emits whole characters only, and no part of a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = _decode_stream(tokenizer)
         self._stop = stop
         self._held = ""  # text that may be the start of a stop string
         self.stopped = False

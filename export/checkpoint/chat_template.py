@@ -23,7 +23,17 @@ from autosteer.runtime.image import cut
 from autosteer.runtime.manifest import ImageSpec, PromptSpec, TemplatePiece, TileSeparators, TurnSpec
 from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, VideoPart, load_tokenizer, render
 
-from .renderer import FIRST, REPLY, SECOND, SYSTEM, Renderer, hf_messages, text_lead
+from .renderer import (
+    FIRST,
+    REPLY,
+    SECOND,
+    SYSTEM,
+    Renderer,
+    around_text,
+    hf_messages,
+    inserted,
+    runtime_tokenizer,
+)
 
 DAYS = datetime(2001, 2, 3, 4, 5, 6), datetime(2032, 11, 29, 18, 47, 58)  # they differ in every field
 
@@ -38,7 +48,7 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
         picture = Image.new("RGB", (width, height))
         tiles, grid = cut(np.asarray(picture), spec, alone=True)
         frame = TileSeparators(grid, tuple(map(tuple, renderer.frame(picture))))
-        runs = 1 if spec.anyres else len(tiles)
+        runs = 1 if spec.anyres or spec.grid else len(tiles)
         if any(frame.token_ids) and len(frame.token_ids) != runs + 1:
             raise UnsupportedModelError(
                 f"the processor makes {len(frame.token_ids) - 1} runs of image tokens of {len(tiles)} tiles "
@@ -61,7 +71,7 @@ def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = 
     type (checkpoints may list it among ordinary added tokens), and so are those of `never_typed` that are added tokens.
     """
     names = {*Renderer(processor).special_tokens, *processor.tokenizer.convert_ids_to_tokens(list(never_typed))}
-    data = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    data = runtime_tokenizer(processor.tokenizer)
     for token in data["added_tokens"]:
         token["special"] |= token["content"] in names
     (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
@@ -92,7 +102,7 @@ def take_apart(
     spec = PromptSpec(
         begin=split(begin),
         system=_system_turn(renderer, split, user),
-        user=_turn(split, user, FIRST, image=image, video=video, lead=lead, before_text=text_lead(renderer)),
+        user=_turn(split, user, FIRST, image=image, video=video, lead=lead, around=around_text(renderer)),
         assistant=_turn(split, _after(two, one), REPLY),
         generation=split(_after(renderer.turns(("user", FIRST), generation=True), one)),
         images_first=_images_first(renderer) if renderer.image_token else False,
@@ -238,16 +248,10 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
     """
     counts: list[dict[str, Any]] = [{kind: n} for n in range(4)]
     none, one, two, three = (renderer.turns(("user", FIRST), **count) for count in counts)
-    added = _inserted(one, two)
+    added = inserted(one, two)
     if added not in one or added * 3 not in three:
         raise UnsupportedModelError(f"the chat template writes a second {kind} unlike the first")
-    return added, _inserted(one.replace(added, ""), none)
-
-
-def _inserted(shorter: str, longer: str) -> str:
-    """The text that `longer` has in addition to `shorter`."""
-    start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
-    return longer[start : start + len(longer) - len(shorter)]
+    return added, inserted(one.replace(added, ""), none)
 
 
 def _images_first(renderer: Renderer) -> bool:
@@ -268,20 +272,28 @@ def _system_turn(renderer: Renderer, split: Any, user: str) -> TurnSpec | None:
 
 
 def _turn(
-    split: Any, text: str, marker: str, *, image: str = "", video: str = "", lead: str = "", before_text: str = ""
+    split: Any,
+    text: str,
+    marker: str,
+    *,
+    image: str = "",
+    video: str = "",
+    lead: str = "",
+    around: tuple[str, str] = ("", ""),
 ) -> TurnSpec:
-    """Cut a rendered turn at its marker; `before_text` is the literal that belongs to each text, `lead` to a text that
-    comes first.
+    """Cut a rendered turn at its marker; `around` are the literals before and behind each text, `lead` is that before a
+    text that comes first.
     """
     before, after = text.split(marker)
-    if not before.endswith(lead + before_text):
+    before_text, after_text = around
+    if not (before.endswith(lead + before_text) and after.startswith(after_text)):
         raise UnsupportedModelError("the chat template writes a turn's first text unlike its second")
     return TurnSpec(
         prefix=split(before.removesuffix(lead + before_text)),
         image=split(image),
         video=split(video),
-        text=(*split(before_text), TemplatePiece("text")),
-        suffix=split(after),
+        text=(*split(before_text), TemplatePiece("text"), *split(after_text)),
+        suffix=split(after.removeprefix(after_text)),
         lead=split(lead),
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.text import ImagePart, Message, Part
@@ -19,8 +21,9 @@ class Renderer:
     """A Hugging Face processor as a renderer of dialogues: its chat template, and what it adds to that on its own.
 
     Processors may write a begin token, and a separator after the last turn. These are found by looking at token ids,
-    and stand in the renderings below as if the template had written them. What they write around and between the rows
-    of an image is its `frame`; in the renderings an image or a video is its one token in the template.
+    and stand in the renderings below as if the template had written them. So does the space that some tokenizers write
+    before the text that begins a prompt, and before no other. What processors write around and between the rows of an
+    image is its `frame`; in the renderings an image or a video is its one token in the template.
     """
 
     def __init__(self, processor: Any, video_token: str | None = None):
@@ -39,6 +42,7 @@ class Renderer:
             raise UnsupportedModelError(f"the processor turns the text {FIRST!r} into other tokens than its tokenizer")
         self._begin, self._end = whole[:start], whole[start + len(plain) :]
         self._before, self._after = map(self._strings, (self._begin, self._end))
+        self._space = " " if spaces_first_text(self.tokenizer) else ""
         frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
         self._lead, self._trail = len(frame[0]), len(frame[-1])
 
@@ -49,7 +53,9 @@ class Renderer:
 
     def text(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
         """A dialogue in Hugging Face's form, as the processor's tokenizer sees it: one token per image or video."""
-        return self._before + self.template(messages, generation=generation) + self._after
+        text = self.template(messages, generation=generation)
+        spaced = text.startswith((" ", *self.special_tokens))  # already, or no text begins it
+        return self._before + ("" if spaced else self._space) + text + self._after
 
     def turns(self, *turns: tuple[str, str], image: int = 0, video: int = 0, generation: bool = False) -> str:
         """Render turns (role, text), with `image` images and `video` videos before the first turn's text."""
@@ -96,11 +102,39 @@ class Renderer:
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
 
 
-def text_lead(renderer: Renderer) -> str:
-    """The literal before each text of a turn: what the template writes between two texts."""
+def around_text(renderer: Renderer) -> tuple[str, str]:
+    """The literals before and behind each text of a turn; one of them is empty.
+
+    It is what the template writes between two texts. It stands behind each if it is not between an image and a text.
+    """
     content = [{"type": "text", "text": text} for text in (FIRST, SECOND)]
-    text = renderer.text([{"role": "user", "content": content}])
-    return text.split(FIRST)[1].split(SECOND)[0]
+    between = renderer.text([{"role": "user", "content": content}]).split(FIRST)[1].split(SECOND)[0]
+    if renderer.image_token is None:
+        return between, ""
+    one, two = (renderer.turns(("user", FIRST), image=count).split(FIRST)[0] for count in (1, 2))
+    return (between, "") if one.endswith(inserted(one, two) + between) else ("", between)
+
+
+def inserted(shorter: str, longer: str) -> str:
+    """The text that `longer` has in addition to `shorter`."""
+    start = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
+    return longer[start : start + len(longer) - len(shorter)]
+
+
+def runtime_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of a Hugging Face tokenizer for the runtime, which tokenises each run of text by itself: a
+    space before the first is not the tokenizer's there, but the template's (Renderer.text).
+    """
+    data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spaces_first_text(tokenizer):
+        data["pre_tokenizer"]["prepend_scheme"] = "never"
+    return data
+
+
+def spaces_first_text(tokenizer: Any) -> bool:
+    """Whether the tokenizer writes a space before the text that begins a prompt, and before no other."""
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    return isinstance(step, pre_tokenizers.Metaspace) and step.prepend_scheme == "first"
 
 
 def hf_messages(dialogue: Sequence[Message]) -> list[dict[str, Any]]:

@@ -47,9 +47,11 @@ class ImageGraph(nn.Module):
 
 
 class TowerAndProjector(ImageGraph):
-    """SigLIP/CLIP-like tower, one of its hidden states, projector (HF: LlavaOnevisionModel.get_image_features)."""
+    """SigLIP or CLIP tower, one of its hidden states, projector. CLIP has a class token and a norm before the layers;
+    some models have a newline. HF: get_image_features of LlavaOnevisionModel, LlavaModel and LlavaNextModel.
+    """
 
-    name, outputs, exact = "vision_encoder", ("image_features", "image_newline"), False
+    name, exact = "vision_encoder", False
 
     def __init__(self, hf_model: Any):
         super().__init__()
@@ -57,17 +59,26 @@ class TowerAndProjector(ImageGraph):
         layers = self.model.vision_tower.encoder.layers
         index = hf_model.config.vision_feature_layer
         self.depth = index if index >= 0 else len(layers) + 1 + index
+        self.first = 1 if hf_model.config.vision_feature_select_strategy == "default" else 0  # row that is kept
+        self.newline: bool = hasattr(self.model, "image_newline")
+        self.outputs = ("image_features", *(["image_newline"] if self.newline else []))
         self.image_size = hf_model.config.vision_config.image_size
         self.constants = {}
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tiles, 3, size, size) -> image_features (tiles, tokens, D), image_newline (D,)"""
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D), and image_newline (D,) if there is one"""
         tower = self.model.vision_tower
-        patches = tower.embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
-        hidden = patches + tower.embeddings.position_embedding.weight
+        embeddings = tower.embeddings
+        hidden = embeddings.patch_embedding(pixel_values.to(self.model.dtype)).flatten(2).transpose(1, 2)
+        if hasattr(embeddings, "class_embedding"):
+            hidden = torch.cat([embeddings.class_embedding.expand(hidden.shape[0], 1, -1), hidden], dim=1)
+        hidden = hidden + embeddings.position_embedding.weight
+        if hasattr(tower, "pre_layrnorm"):
+            hidden = tower.pre_layrnorm(hidden)
         for layer in tower.encoder.layers[: self.depth]:
             hidden = layer(hidden, attention_mask=None)
-        return self.model.multi_modal_projector(hidden).float(), self.model.image_newline.float() * 1.0
+        features = self.model.multi_modal_projector(hidden[:, self.first :]).float()
+        return (features, self.model.image_newline.float() * 1.0) if self.newline else (features,)
 
 
 class VQTokenizer(ImageGraph):
@@ -147,8 +158,40 @@ class TowerAndPixelShuffle(ImageGraph):
         return features
 
 
+class TowerAndPixelUnshuffle(ImageGraph):
+    """InternViT, without its class token; patches are merged in squares and projected (HF:
+    InternVLModel.get_image_features).
+    """
+
+    name, outputs, exact = "vision_encoder", ("image_features",), False
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        config = hf_model.config.vision_config
+        self.image_size, self.side = config.image_size[0], config.image_size[0] // config.patch_size[0]
+        self.ratio = hf_model.config.downsample_ratio
+        self.constants = {}
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(tiles, 3, size, size) -> image_features (tiles, tokens, D)"""
+        tower = self.model.vision_tower
+        embeddings, tiles = tower.embeddings, pixel_values.shape[0]
+        patches = embeddings.patch_embeddings(pixel_values)
+        hidden = torch.cat([embeddings.cls_token.expand(tiles, -1, -1), patches], dim=1)
+        if embeddings.position_embeddings is not None:
+            hidden = hidden + embeddings.position_embeddings
+        for layer in tower.encoder.layer:
+            hidden = layer(hidden)
+        square = tower.layernorm(hidden)[:, 1:].unflatten(1, (self.side, self.side))
+        merged = self.model.pixel_shuffle(square, scale_factor=self.ratio).flatten(1, 2)
+        features: torch.Tensor = self.model.multi_modal_projector(merged).float()
+        return features
+
+
 WRAPPERS: dict[str, type[ImageGraph]] = {
     "tower_and_projector": TowerAndProjector,
+    "tower_and_pixel_unshuffle": TowerAndPixelUnshuffle,
     "tower_and_pixel_shuffle": TowerAndPixelShuffle,
     "vq_tokenizer": VQTokenizer,
 }

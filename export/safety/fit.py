@@ -36,7 +36,6 @@ from .refusal_head import StrengthScore
 from .sas import SasSum
 from .states import (
     POSITIONS,
-    TOKEN_OFFSET,
     Pooling,
     answer_store,
     checkpoint_files,
@@ -148,7 +147,7 @@ def fit(
         format_version=FORMAT_VERSION,
         model=checkpoint.name,
         split_layer=chosen.layer,
-        token_offset=TOKEN_OFFSET,
+        token_offset=fit_model.token_offset,
         threshold=gate.threshold,
         strength=strength,
         refusal_text=options.refusal_text,

@@ -20,7 +20,7 @@ from autosteer.export.checkpoint.hf_model import cache_argument, load_hf_model, 
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
-from autosteer.export.checkpoint.renderer import FIRST, Renderer, text_lead
+from autosteer.export.checkpoint.renderer import FIRST, Renderer, around_text
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError
 
 KEPT_BYTES = 4 << 30  # of float32 weights: a smaller model stays in memory
@@ -44,6 +44,7 @@ class FitModel:
     end_token: int  # closes a turn
     image_token_id: int | None
     text_lead: str  # what the chat template writes before each text of a turn
+    token_offset: int  # from the prompt's end, the last token that is the same with the generation prompt behind it
     opening_cache: DynamicCache | None = None  # batch 1; see read_opening
 
     def read_opening(self) -> None:
@@ -73,8 +74,10 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
             f"{checkpoint.folder}: the processor has no chat template, so prompts cannot be rendered"
         )
     renderer = Renderer(processor)
-    lead = text_lead(renderer)
+    lead, _ = around_text(renderer)
     text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(lead)
+    texts = [renderer.turns(("user", "x"), generation=generation) for generation in (False, True)]
+    bare, whole = processor.tokenizer(texts, add_special_tokens=False).input_ids
     sweep, decoder = LayerSweep(KEPT_BYTES), decoder_config(checkpoint)
     model = open_on_demand(checkpoint, decoder.lm_head, sweep) if device == "cpu" else _on_cuda(checkpoint)
     return FitModel(
@@ -89,6 +92,7 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
         _end_token(checkpoint, processor),
         renderer.image_id,
         lead,
+        next((n for n, (a, b) in enumerate(zip(bare, whole, strict=False)) if a != b), len(bare)) - 1 - len(bare),
     )
 
 

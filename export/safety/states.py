@@ -27,7 +27,6 @@ from .store import FeatureStore, States, digest, file_digest
 if TYPE_CHECKING:
     from autosteer.export.checkpoint.open import Checkpoint
 
-TOKEN_OFFSET = -1
 Pooling = Literal["last", "mean"]  # what a prober reads: see `prompt_states`
 POSITIONS: tuple[Pooling, ...] = ("last", "mean")
 
@@ -52,7 +51,7 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
 def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel) -> FeatureStore:
     """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files."""
     shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
-    return FeatureStore(folder, digest(repr((POSITIONS, TOKEN_OFFSET)).encode(), *model), shape)
+    return FeatureStore(folder, digest(repr((POSITIONS, fit_model.token_offset)).encode(), *model), shape)
 
 
 def answer_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor) -> FeatureStore:
@@ -85,9 +84,9 @@ def prompt_states(
     """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only records that `store`
     lacks are computed.
 
-    "last" is the last prompt token; "mean" the mean over the text tokens of the user's turn up to that one, images and
-    what precedes the turn left out. Raises InputError for an image that cannot be read, PackageError naming the layer
-    where a state is not finite.
+    "last" is the last prompt token (FitModel.token_offset); "mean" the mean over the text tokens of the user's turn up
+    to that one, images and what precedes the turn left out. Raises InputError for an image that cannot be read,
+    PackageError naming the layer where a state is not finite.
     """
 
     def compute(batch: Batch, passed: Callable[[], None]) -> torch.Tensor:
@@ -176,9 +175,9 @@ def _complete(
 
 
 def read_positions(fit_model: FitModel, batch: Batch) -> torch.Tensor:
-    """(B, S) bool: the text positions of each prompt's last user turn, through the last token of the prompt."""
+    """(B, S) bool: the text positions of each prompt's last user turn, through the token at token_offset."""
     place = torch.arange(batch.inputs["input_ids"].shape[1])
-    inside = (place >= batch.starts[:, None]) & (place <= batch.lengths[:, None] + TOKEN_OFFSET)
+    inside = (place >= batch.starts[:, None]) & (place <= batch.lengths[:, None] + fit_model.token_offset)
     if fit_model.image_token_id is not None:
         inside &= batch.inputs["input_ids"] != fit_model.image_token_id
     return inside
@@ -187,7 +186,8 @@ def read_positions(fit_model: FitModel, batch: Batch) -> torch.Tensor:
 def _tap(fit_model: FitModel, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
     """(B, S - O, d) -> (B, P, d): the states at POSITIONS."""
     device, skipped = fit_model.device, common_opening(fit_model, batch.inputs)
-    ids, last, pooled = batch.inputs["input_ids"], batch.lengths + TOKEN_OFFSET, read_positions(fit_model, batch)
+    ids, pooled = batch.inputs["input_ids"], read_positions(fit_model, batch)
+    last = batch.lengths + fit_model.token_offset
     share = (pooled / pooled.sum(dim=1, keepdim=True))[:, skipped:].to(device)
     each, last = torch.arange(len(ids), device=device), (last - skipped).to(device)
     return lambda hidden: torch.stack([hidden[each, last], (share[:, None] @ hidden)[:, 0]], dim=1)

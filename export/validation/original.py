@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from autosteer.export.checkpoint.hf_model import watching_inputs
-from autosteer.export.checkpoint.renderer import hf_messages
+from autosteer.export.checkpoint.renderer import hf_messages, runtime_tokenizer
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
@@ -170,7 +172,7 @@ class OriginalModel:
         pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
         probed = self._prober_inputs(prompt, inputs, passed)
         return OriginalAnswer(
-            pixel_values=torch.cat(pixels or [torch.empty(0, 3, 1, 1)]).numpy(),
+            pixel_values=torch.cat([_without_filling(each) for each in pixels] or [torch.empty(0, 3, 1, 1)]).numpy(),
             image_errors=errors,
             embeds=passed.entering[0].numpy(),
             hidden=probed[-1].numpy(),
@@ -321,6 +323,10 @@ class OriginalModel:
         first = next((at for at, token in enumerate(answer) if token in self._placeholders), len(answer))
         return answer[: first + 1]
 
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(json.dumps(runtime_tokenizer(self.processor.tokenizer)))
+
     @property
     def _placeholders(self) -> list[int]:
         """Token ids of HF's placeholders for image and video rows."""
@@ -336,8 +342,7 @@ class OriginalModel:
         row.
         """
         text = (~torch.isin(ids, torch.tensor(self._placeholders, dtype=ids.dtype))).nonzero()[:, 0].tolist()
-        tokenizer = self.processor.tokenizer.backend_tokenizer
-        runs, turns = render_judged(prompt.messages, self.manifest.prompt, tokenizer)
+        runs, turns = render_judged(prompt.messages, self.manifest.prompt, self._tokenizer)
         if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
             turns = [replace(turn, end=Place(len(prompt.prompt_ids), 0)) for turn in turns]
         sizes = _slot_rows(runs, text, len(ids), self._framing(prompt))
@@ -351,6 +356,13 @@ class OriginalModel:
         if spec is None or not length:
             return [0] * len(images)
         return [length[cut(open_image(image), spec, alone=alone)[1]] for image in images]
+
+
+def _without_filling(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles (n, 3, size, size) without those of zeros, with which a processor fills up the tiles of a picture that has
+    fewer than another. No colour is zero after it was normalised.
+    """
+    return tiles[tiles.flatten(1).any(dim=1)]
 
 
 def _slot_rows(runs: Rendered, text: Sequence[int], length: int, framing: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from cpp_runtime import Parts
 from PIL import Image
 
 from autosteer.runtime.image import at_most, open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, ImageSpec, SplitSpec
+from autosteer.runtime.manifest import AnyresSpec, GridSpec, ImageSpec, SplitSpec
 from autosteer.runtime.video import open_video, squeeze
 
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
@@ -144,7 +144,11 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
     "spec",
     [
         SPEC,
+        replace(SPEC, anyres=replace(ANYRES, each=True)),
         replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078),
+        replace(SPEC, kind="pad_to_square", anyres=None),
+        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(1, 12)),
+        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(3, 6)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
     ],

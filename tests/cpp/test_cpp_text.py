@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cpp_inputs import odd_texts
 from exported import demo_checkpoint, demo_package
+from llama_tokenizer import llama_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -68,12 +69,47 @@ def uncased(path: Path) -> Path:
     return path
 
 
+def llama2_like(path: Path) -> Path:
+    """SentencePiece's BPE with byte fallback, as transformers writes Llama 2's today: spaces by Metaspace."""
+    tokenizer = llama_tokenizer("<image>", "<|im_end|>", legacy=True)
+    tokenizer.backend_tokenizer.save(str(path))
+    return path
+
+
+def llama2_like_of_runs(path: Path) -> Path:
+    """The same as an export writes it: no space before a run of text."""
+    data = json.loads(llama2_like(path).read_text())
+    data["pre_tokenizer"]["prepend_scheme"] = "never"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def mistral_like(path: Path) -> Path:
+    """The same as files on the hub have it: spaces by normalisers, and a decoder that strips none."""
+    data = json.loads(llama2_like(path).read_text())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    data["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    data["pre_tokenizer"] = None
+    del data["decoder"]["decoders"][-1]
+    path.write_text(json.dumps(data))
+    return path
+
+
+def llama2_like_by_words(path: Path) -> Path:
+    """The same, cut at spaces."""
+    data = json.loads(llama2_like(path).read_text())
+    data["pre_tokenizer"]["split"] = True
+    path.write_text(json.dumps(data))
+    return path
+
+
 def demo_tokenizer(_path: Path) -> Path:
     """The bundled checkpoint's own."""
     return demo_checkpoint().folder / "tokenizer.json"
 
 
-TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased]
+FALLING_BACK = [llama2_like, llama2_like_of_runs, llama2_like_by_words, mistral_like]
+TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased, *FALLING_BACK]
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
@@ -87,7 +123,7 @@ def test_token_ids_are_the_tokenizers_librarys(parts, tmp_path, make):
     assert [(t, f) for t, f, e in zip(texts, found, expected, strict=True) if f != e] == []
 
 
-@pytest.mark.parametrize("make", [qwen_like, uncased])
+@pytest.mark.parametrize("make", [qwen_like, uncased, llama2_like])
 def test_every_kind_of_character_is_split_alike(parts, tmp_path, make):
     """One of every 37 code points of the first planes, and all that have a lower case, between letters and digits."""
     path = make(tmp_path / "tokenizer.json")
@@ -148,6 +184,35 @@ def test_tokenizer_with_what_the_reader_does_not_know_is_refused(parts, tmp_path
     path = qwen_like(tmp_path / "tokenizer.json")
     data = json.loads(path.read_text())
     functools.reduce(lambda d, k: d[k], keys[:-1], data)[keys[-1]] = value
+    path.write_text(json.dumps(data))
+    (answer,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": [""]})
+    assert answer["exit_code"] == 3
+    assert str(path) in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("model", "byte_fallback"), False),
+        (("model", "ignore_merges"), True),
+        (("model", "vocab", "<0x41>"), None),
+        (("pre_tokenizer", "prepend_scheme"), "first"),
+        (("pre_tokenizer", "replacement"), "_"),
+        (("pre_tokenizer", "type"), "Whitespace"),
+        (("decoder", "decoders", 0, "content"), "_"),
+        (("decoder", "type"), "ByteLevel"),
+        (("normalizer",), {"type": "Replace", "pattern": {"Regex": " "}, "content": "_"}),
+        (("added_tokens", -1, "special"), False),  # it is normalised, too
+    ],
+)
+def test_what_else_falls_back_to_bytes_is_refused(parts, tmp_path, keys, value):
+    path = llama2_like(tmp_path / "tokenizer.json")
+    data = json.loads(path.read_text())
+    data["added_tokens"][-1]["normalized"] = True
+    place = functools.reduce(lambda d, k: d[k], keys[:-1], data)
+    place[keys[-1]] = value
+    if value is None:
+        del place[keys[-1]]
     path.write_text(json.dumps(data))
     (answer,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": [""]})
     assert answer["exit_code"] == 3

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from traced import trace_once
 
 from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.checkpoint.open import open_checkpoint
+from autosteer.export.checkpoint.renderer import Renderer
 from autosteer.export.cli import export
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import states
@@ -27,6 +28,7 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.generation import Stats
+from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.manifest import Check, Manifest
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import ImagePart, Message
@@ -44,6 +46,21 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def odd_pictures() -> list[Image.Image]:
+    """Of one pixel, narrow, flat, tiny and larger; grey, with a palette, transparent, on its side."""
+    rng = np.random.default_rng(0)
+    sizes = [(1, 1), (1, 77), (199, 1), (2, 3), (300, 7), (5, 260), (56, 56), (57, 113), (150, 149), (400, 300)]
+    found = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    found += [draw(width, height, width) for width, height in [(150, 7), (3, 400), (64, 64), (500, 333)]]
+    rgb = draw(91, 77, 3)
+    alpha = Image.fromarray(rng.integers(0, 256, (33, 50, 4), dtype=np.uint8), "RGBA")
+    see_through = rgb.quantize(17)
+    see_through.info["transparency"] = 3
+    turned = draw(80, 33, 4)
+    turned.getexif()[0x0112] = 6
+    return [*found, rgb.convert("L"), rgb.quantize(17), see_through, alpha, alpha.convert("LA"), turned]
+
+
 class TinyFamily:
     """What is made of the checkpoints that `build(folder, variant)` writes. Each thing is made once."""
 
@@ -54,12 +71,11 @@ class TinyFamily:
         width: int,
         split: int,
         prompts: int,
-        generation: str = "",
         before_text: str = " ",
     ):
-        """`generation`: what opens an answer; `before_text`: what stands between an image and the text behind it."""
+        """`before_text`: what stands between an image and the text behind it."""
         self.build, self.width, self.split, self.prompts = build, width, split, prompts
-        self.generation, self.before_text = generation, before_text
+        self.before_text = before_text
         self.scratch = Path(tempfile.mkdtemp(prefix="autosteer-tiny-"))
         for name in ("checkpoint", "fit_model", "safety", "package", "engine", "original_model"):
             setattr(self, name, cache(getattr(self, name)))
@@ -83,6 +99,38 @@ class TinyFamily:
             parts += [ImagePart(picture(100 * seed + i)), f"{self.before_text}and number {i}, "]
         return (Message("user", (*parts, "what do you see?")),)
 
+    def dialogue(self, i: int) -> tuple[Message, ...]:
+        """Without a picture, with one or several, or two turns with pictures in the first, the second or both."""
+        last = self.interleaved((0, 1, 3, 0, 1, 2)[i % 6], i)
+        if i % 6 < 3:
+            return last
+        shown = [ImagePart(picture(1000 + i))] if i % 2 else []
+        first = Message("user", (*shown, f"{self.before_text}what is number {i}?"))
+        return (first, Message.assistant(f"it is {i}."), *last)
+
+    def check_answers(self, variant: str, dialogues: int, tokens: int = 16) -> None:
+        """Greedy answers are Hugging Face's `generate`'s, and they differ from each other."""
+        theirs, answers = self.original_model(variant), []
+        for i in range(dialogues):
+            messages = self.dialogue(i)
+            answers.append(theirs.generate(theirs.inputs(ValidationPrompt(messages, ())), tokens=tokens))
+            assert self.generate(variant, messages, tokens) == answers[-1], f"dialogue {i}"
+        assert len(set(map(tuple, answers))) > dialogues / 2
+
+    def check_pixels(self, variant: str) -> set[int]:
+        """Pixels of odd pictures are the image processor's, bit for bit. Returns into how many tiles they were cut."""
+        spec, processor = self.engine(variant).manifest.image, self.original_model(variant).processor
+        assert spec is not None
+        counts = set()
+        for image in odd_pictures():
+            upright = ImageOps.exif_transpose(image)  # Hugging Face's processors leave that to whoever loads pictures
+            inputs = processor(text=[processor.image_token], images=[[upright]], return_tensors="pt")
+            expected = inputs["pixel_values"].flatten(0, -4).numpy()
+            ours = prepare(open_image(image), spec, alone=True)
+            np.testing.assert_array_equal(ours, expected, err_msg=f"{image.mode} {image.size}")
+            counts.add(len(ours))
+        return counts
+
     def prompt(self, i: int) -> tuple[Message, ...]:
         """Of `prompts`."""
         return self.interleaved(i % 3, i)
@@ -96,8 +144,9 @@ class TinyFamily:
         prober = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         theirs = self.fit_model(variant)
         asked = OriginalModel(theirs.hf_model, theirs.processor, None, None)  # type: ignore[arg-type]
-        opening = theirs.processor.tokenizer(self.generation, add_special_tokens=False).input_ids
-        last = -1 - len(opening)  # the last token of the user's turn
+        turns = [Renderer(theirs.processor).turns(("user", "x"), generation=g) for g in (False, True)]
+        bare, whole = theirs.processor.tokenizer(turns, add_special_tokens=False).input_ids
+        last = theirs.token_offset - (len(whole) - len(bare))  # the last token of the user's turn
         cases = [ValidationPrompt(self.prompt(i), ()) for i in range(self.prompts)]
         passes = [asked.forward(asked.inputs(case), [self.split]) for case in cases]
         hidden = torch.stack([one.entering[self.split][last] for one in passes])
@@ -108,7 +157,7 @@ class TinyFamily:
         prober["2.weight"] /= difference.std()
         prober["2.bias"] = torch.tensor([-middle, 0.0]) / difference.std()
         scores = (LayerScore(self.split, 0.0, 0.0, 0.0),)
-        facts = SafetyFacts(1, variant, self.split, -1, 0.5, 0.1, "i can't.", scores, {}, {})
+        facts = SafetyFacts(1, variant, self.split, theirs.token_offset, 0.5, 0.1, "i can't.", scores, {}, {})
         refusal = theirs.processor.tokenizer(facts.refusal_text, add_special_tokens=False).input_ids[0]
         towards, seen = theirs.embeddings()[refusal], torch.stack([one.head[-1] for one in passes]).mean(0)
         push = 3 * torch.outer(towards / towards.norm(), seen / seen.norm())

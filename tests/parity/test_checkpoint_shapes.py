@@ -14,9 +14,13 @@ from autosteer.export.checkpoint import chat_template as prompt
 from autosteer.export.checkpoint.open import TextProcessor
 from autosteer.models import FAMILIES
 
-PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 0.49B, 0.6B, 1.24B
+PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 7.6B, 0.94B, 1.06B, 7B, 0.49B, 0.6B, 1.24B
     "llava-ov-0.5b": 0.894e9,
     "llava-ov-7b": 8.03e9,
+    "llava-1.5-7b": 7.063e9,
+    "llava-v1.6-mistral-7b": 7.566e9,
+    "internvl3-1b": 0.938e9,
+    "internvl3.5-1b": 1.061e9,
     "chameleon-7b": 7.04e9,
     "qwen2.5-0.5b": 0.494e9,
     "qwen3-0.6b": 0.596e9,

@@ -147,7 +147,7 @@ def _one_thread() -> Iterator[None]:
     FAMILY.remove()
 
 
-FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=8, generation="Assistant:", before_text="\n ")
+FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=8, before_text="\n ")
 engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
 
 

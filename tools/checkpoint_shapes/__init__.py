@@ -3,9 +3,15 @@
 A shape is data; a family adds one file with a function for its config and one for its processor.
 """
 
-from . import chameleon, llava_onevision, text_only
+from . import chameleon, internvl, llava, llava_onevision, text_only
 from .shape import Shape
 
-SHAPES: dict[str, Shape] = {**llava_onevision.SHAPES, **chameleon.SHAPES, **text_only.SHAPES}
+SHAPES: dict[str, Shape] = {
+    **llava_onevision.SHAPES,
+    **llava.SHAPES,
+    **internvl.SHAPES,
+    **chameleon.SHAPES,
+    **text_only.SHAPES,
+}
 
 __all__ = ["SHAPES", "Shape"]

@@ -3,11 +3,11 @@
 // (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
 // ImageSpec.kind selects a function in kCut that cuts an image into tiles. ImageSpec.tile_separators are the token ids
-// around and between the tiles' rows. `anyres` is LLaVA-OneVision's:
+// around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each
-//     several    ->  one square tile each, one newline row after it
+//     several    ->  one square tile each, one newline row after it; with AnyresSpec.each as if each were alone
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string>
@@ -268,14 +269,26 @@ inline void paste(const Image& image, Image& target, int64_t top, int64_t left) 
   }
 }
 
-inline Image pad_to_square(const Image& image, const ImageSpec& spec) {
+/// The tiles of a picture, and their TileSeparators::grid.
+struct Tiles {
+  std::vector<Image> images;
+  std::array<int64_t, 2> grid{1, 1};
+};
+
+/// The whole picture as one tile.
+inline Image squeezed(const Image& image, const ImageSpec& spec) {
+  return resize(image, spec.tile_size, spec.tile_size, spec.resample);
+}
+
+/// Pad with the mean colour to a square, which becomes one tile (HF: LlavaImageProcessorPil with do_pad).
+inline Tiles pad_to_square(const Image& image, const ImageSpec& spec, bool) {
   const int64_t side = std::max(image.height, image.width);
   Image square{side, side, std::vector<uint8_t>(static_cast<size_t>(3 * side * side))};
   for (size_t i = 0; i < square.rgb.size(); ++i) {
     square.rgb[i] = static_cast<uint8_t>(static_cast<int>(spec.mean[i % 3] * 255));
   }
   paste(image, square, (side - image.height) / 2, (side - image.width) / 2);
-  return square;
+  return {{squeezed(square, spec)}};
 }
 
 /// The rectangle (height, width) of `image` whose corner is at (top, left).
@@ -287,11 +300,13 @@ inline Image cut(const Image& image, int64_t top, int64_t left, int64_t height, 
   return out;
 }
 
-/// The tiles of a picture, and their TileSeparators::grid.
-struct Tiles {
-  std::vector<Image> images;
-  std::array<int64_t, 2> grid{1, 1};
-};
+/// Cut a picture of whole tiles, row by row, behind those in `tiles`.
+inline void cut_tiles(const Image& image, const ImageSpec& spec, std::vector<Image>& tiles) {
+  const int64_t n = spec.tile_size;
+  for (int64_t y = 0; y < image.height; y += n) {
+    for (int64_t x = 0; x < image.width; x += n) tiles.push_back(cut(image, y, x, n, n));
+  }
+}
 
 /// Scale the shortest side to tile_size and keep the middle of the other (HF: ChameleonImageProcessorPil).
 inline Tiles centre_crop(const Image& image, const ImageSpec& spec, bool) {
@@ -305,11 +320,9 @@ inline Tiles centre_crop(const Image& image, const ImageSpec& spec, bool) {
 }
 
 inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone) {
-  const int64_t n = spec.tile_size;
-  if (!alone || spec.anyres.value().grid_pinpoints.empty()) {
-    return {{resize(pad_to_square(image, spec), n, n, spec.resample)}};
-  }
-  const auto [height, width] = best_pinpoint(image.height, image.width, spec.anyres.value());
+  const AnyresSpec& anyres = spec.anyres.value();
+  if (!(alone || anyres.each) || anyres.grid_pinpoints.empty()) return pad_to_square(image, spec, alone);
+  const auto [height, width] = best_pinpoint(image.height, image.width, anyres);
   const double scale_h = static_cast<double>(height) / static_cast<double>(image.height);
   const double scale_w = static_cast<double>(width) / static_cast<double>(image.width);
   int64_t fitted_h = height, fitted_w = width;
@@ -320,10 +333,8 @@ inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone)
   }
   Image padded{height, width, std::vector<uint8_t>(static_cast<size_t>(3 * height * width))};
   paste(resize(image, fitted_h, fitted_w, spec.resample), padded, (height - fitted_h) / 2, (width - fitted_w) / 2);
-  Tiles tiles{{resize(image, n, n, spec.resample)}};  // grid 1x1: `pack` joins the tiles into one run
-  for (int64_t y = 0; y < height; y += n) {
-    for (int64_t x = 0; x < width; x += n) tiles.images.push_back(cut(padded, y, x, n, n));
-  }
+  Tiles tiles{{squeezed(image, spec)}};  // grid 1x1: `pack` joins the tiles into one run
+  cut_tiles(padded, spec, tiles.images);
   return tiles;
 }
 
@@ -331,7 +342,6 @@ inline Tiles anyres_tiles(const Image& image, const ImageSpec& spec, bool alone)
 /// Idefics3ImageProcessorPil).
 inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   const int64_t n = spec.tile_size, edge = spec.split.value().longest_edge;
-  const auto squeeze = [&](const Image& whole) { return resize(whole, n, n, spec.resample); };
   const auto ratio = [](const Image& of) { return static_cast<double>(of.width) / static_cast<double>(of.height); };
   const auto tiles_for = [&](double pixels) {
     return (static_cast<int64_t>(pixels) + n - 1) / n;  // whole pixels, then whole tiles
@@ -340,7 +350,7 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   int64_t even = static_cast<int64_t>(r >= 1 ? long_edge / r : long_edge * r);
   even = std::max<int64_t>(even + even % 2, 1);
   const Image scaled = r >= 1 ? resize(image, even, edge, spec.resample) : resize(image, edge, even, spec.resample);
-  if (!spec.split->tiles) return {{squeeze(scaled)}};
+  if (!spec.split->tiles) return {{squeezed(scaled, spec)}};
   int64_t rows = (scaled.height + n - 1) / n, columns = (scaled.width + n - 1) / n;
   if (scaled.width >= scaled.height) {
     rows = tiles_for(static_cast<double>(columns * n) / ratio(scaled));
@@ -350,18 +360,48 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
   const Image stretched = resize(scaled, rows * n, columns * n, spec.resample);
   if (rows == 1 && columns == 1) return {{stretched}};
   Tiles tiles{{}, {rows, columns}};
-  for (int64_t y = 0; y < rows; ++y) {
-    for (int64_t x = 0; x < columns; ++x) tiles.images.push_back(cut(stretched, y * n, x * n, n, n));
+  cut_tiles(stretched, spec, tiles.images);
+  tiles.images.push_back(squeezed(stretched, spec));
+  return tiles;
+}
+
+/// Stretch to the grid whose shape is closest, and cut. The whole image comes last, squeezed into one tile (HF:
+/// GotOcr2ImageProcessorPil with crop_to_patches). Its grids are in the order of their tiles, then of their columns.
+inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
+  const GridSpec& limits = spec.grid.value();
+  const auto width = static_cast<double>(image.width), height = static_cast<double>(image.height);
+  int64_t best_columns = 1, best_rows = 1;
+  double off = std::numeric_limits<double>::infinity();
+  for (int64_t n = limits.min_tiles; n <= limits.max_tiles; ++n) {
+    for (int64_t columns = 1; columns <= n; ++columns) {
+      if (n % columns) continue;
+      const int64_t rows = n / columns;
+      const double distance = std::abs(width / height - static_cast<double>(columns) / static_cast<double>(rows));
+      const auto area = static_cast<double>(spec.tile_size * spec.tile_size * n);
+      const bool large = width * height > 0.5 * area;  // enough of a picture for so many tiles
+      if (distance < off || (distance == off && large)) {
+        best_columns = columns;
+        best_rows = rows;
+        off = distance;
+      }
+    }
   }
-  tiles.images.push_back(squeeze(stretched));
+  const int64_t n = spec.tile_size;
+  Tiles tiles;  // grid 1x1: the rows of all tiles are one run
+  cut_tiles(resize(image, best_rows * n, best_columns * n, spec.resample), spec, tiles.images);
+  if (best_rows * best_columns > 1) tiles.images.push_back(squeezed(image, spec));
   return tiles;
 }
 
 /// `spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included. If no grid is
-/// left, a picture becomes one square tile, like each of several pictures. Only `anyres` has grids.
+/// left, a picture becomes one tile, as each of several pictures does. `anyres` and `closest_grid` have grids.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
-  if (!tiles || !spec.anyres) return spec;
+  if (!tiles || !(spec.anyres || spec.grid)) return spec;
   if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
+  if (spec.grid) {
+    spec.grid->max_tiles = std::min(spec.grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
+    return spec;
+  }
   auto& grids = spec.anyres->grid_pinpoints;
   const int64_t area = spec.tile_size * spec.tile_size;
   const auto too_many = [&](const auto& grid) { return grid[0] * grid[1] / area + 1 > *tiles; };
@@ -371,7 +411,11 @@ inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
 
 using Cut = Tiles (*)(const Image&, const ImageSpec&, bool alone);
 inline const std::map<std::string, Cut> kCut = {
-    {"anyres", anyres_tiles}, {"centre_crop", centre_crop}, {"split", split_tiles}};
+    {"anyres", anyres_tiles},
+    {"centre_crop", centre_crop},
+    {"closest_grid", closest_grid},
+    {"pad_to_square", pad_to_square},
+    {"split", split_tiles}};
 
 /// An image -> its tiles (tile_size, tile_size), and their grid.
 /// `alone`: it is the prompt's only image. `anyres` makes one tile of each of several.

@@ -48,14 +48,20 @@ inline DataFile data_file(const Node& node) {
 }
 
 inline AnyresSpec anyres(const Node& node) {
-  node.object({"tokens_per_side", "grid_pinpoints", "max_tiles_side"});
+  node.object({"tokens_per_side", "grid_pinpoints", "max_tiles_side"}, {"each"});
   const auto pinpoint = [](const Node& sizes) { return sizes.tuple<2>(as_size); };
-  return {node["tokens_per_side"].as_size(), node["grid_pinpoints"].list(pinpoint), node["max_tiles_side"].as_size()};
+  return {node["tokens_per_side"].as_size(), node["grid_pinpoints"].list(pinpoint), node["max_tiles_side"].as_size(),
+          node.has("each") && node["each"].as_bool()};
 }
 
 inline SplitSpec split(const Node& node) {
   node.object({"longest_edge", "tiles"});
   return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
+}
+
+inline GridSpec grid(const Node& node) {
+  node.object({"min_tiles", "max_tiles"});
+  return {node["min_tiles"].as_size(), node["max_tiles"].as_size()};
 }
 
 inline TileSeparators tile_separators(const Node& node) {
@@ -65,8 +71,8 @@ inline TileSeparators tile_separators(const Node& node) {
 
 inline ImageSpec image(const Node& node) {
   node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "tile_separators"});
-  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split"}),
+              {"split", "tile_separators", "grid"});
+  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "closest_grid", "pad_to_square", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
@@ -74,12 +80,17 @@ inline ImageSpec image(const Node& node) {
                  node["resample"].as_one_of({"nearest", "lanczos", "bilinear", "bicubic"}),
                  node["anyres"].optional(anyres),
                  {},
+                 {},
                  {}};
   if (node.has("split")) spec.split = node["split"].optional(split);
   if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
+  if (node.has("grid")) spec.grid = node["grid"].optional(grid);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
+  if ((spec.kind == "closest_grid") != spec.grid.has_value()) node.fail("'kind' and 'grid' differ");
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
+  if (spec.grid && spec.grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
+  if (spec.grid && spec.grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;

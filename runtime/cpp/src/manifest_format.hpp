@@ -66,12 +66,18 @@ struct AnyresSpec {
   int64_t tokens_per_side;                             ///< image_features of one tile: tokens_per_side ** 2 rows
   std::vector<std::array<int64_t, 2>> grid_pinpoints;  ///< (height, width) in pixels
   int64_t max_tiles_side;                              ///< larger feature grids are shrunk to about this many tiles
+  bool each = false;  ///< each of several pictures is cut like one alone; false: each becomes one square tile
 };
 
 /// How image kind "split" cuts an image into tiles, and adds the whole image as one more.
 struct SplitSpec {
   int64_t longest_edge;  ///< pixels; every picture is scaled to it first
   bool tiles;            ///< false: only the whole image
+};
+
+/// How image kind "closest_grid" cuts an image into tiles: the whole image is one more, unless there is one tile.
+struct GridSpec {
+  int64_t min_tiles, max_tiles;  ///< without the whole image
 };
 
 /// The token ids around and between the tiles of an image that was cut into `grid` (rows, columns).
@@ -82,7 +88,7 @@ struct TileSeparators {
 
 /// How an RGB image becomes pixel_values. `vision_encoder` turns them into rows, `image_tokenizer` into token ids.
 struct ImageSpec {
-  std::string kind;   ///< anyres, centre_crop or split
+  std::string kind;   ///< anyres, centre_crop, closest_grid, pad_to_square or split
   int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
   std::array<double, 3> mean, std;
   double rescale_factor;
@@ -90,6 +96,7 @@ struct ImageSpec {
   std::optional<AnyresSpec> anyres;
   std::optional<SplitSpec> split;
   std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
+  std::optional<GridSpec> grid;
 };
 
 /// How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.hpp).

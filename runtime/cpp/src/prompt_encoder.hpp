@@ -265,7 +265,7 @@ class PromptEncoder {
   }
 
   /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile,
-  /// or a single one for `anyres`, which joins the tiles.
+  /// or a single one for `anyres` and `closest_grid`, which join the tiles.
   std::vector<Rows> encode_tiles(const Rows& pixel_values, int64_t height, int64_t width) const {
     const ImageSpec& spec = image_.value();
     const int64_t depth = manifest_.dims.hidden_size;
@@ -281,10 +281,11 @@ class PromptEncoder {
       }
       if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
     });
-    if (!spec.anyres) return runs;
+    if (!spec.anyres && !spec.grid) return runs;
     Rows together{depth, {}};
     for (const Rows& run : runs) together.append(run.row(0), run.count());
-    return {pack(together, newline, height, width, spec)};
+    if (spec.anyres) together = pack(together, newline, height, width, spec);
+    return {std::move(together)};
   }
 
   /// The frames of a video, one tile each.

@@ -226,7 +226,7 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
 class Detokeniser {
  public:
   Detokeniser(const Tokenizer& tokenizer, std::vector<std::string> stop)
-      : tokenizer_(tokenizer), stop_(std::move(stop)) {}
+      : tokenizer_(tokenizer), stop_(std::move(stop)), strips_(tokenizer.strips()) {}
 
   bool stopped = false;  ///< a stop string is complete
 
@@ -255,6 +255,10 @@ class Detokeniser {
   /// The text of the bytes so far; empty while they end within a character.
   std::string characters(int64_t token) {
     bytes_ += tokenizer_.bytes(token);
+    if (strips_ && !bytes_.empty()) {
+      if (bytes_.front() == ' ') bytes_.erase(0, 1);
+      strips_ = false;
+    }
     std::string text = unicode::lossy(bytes_);
     constexpr std::string_view replacement = "\xEF\xBF\xBD";
     const bool incomplete = text.size() >= replacement.size() &&
@@ -276,6 +280,7 @@ class Detokeniser {
   std::vector<std::string> stop_;
   std::string bytes_;  // of an incomplete character
   std::string held_;   // text that may be the start of a stop string
+  bool strips_;        // a space that begins the answer is not shown
 };
 
 }  // namespace autosteer

@@ -1,6 +1,8 @@
-// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), and nothing else.
+// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), SentencePiece's BPE with
+// byte fallback (Llama 2, Vicuna, Mistral), and nothing else.
 //
 //     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
+//     text -> added tokens cut out -> normaliser -> spaces become U+2581 -> characters, or bytes -> merges -> token ids
 //
 // Special tokens in the text stay plain text (tokenizers: encode_special_tokens = True). If the file asks for anything
 // that is not implemented here, a PackageError names it; ignoring it would silently give wrong ids.
@@ -83,7 +85,7 @@ class Regex {
 
 class Tokenizer {
  public:
-  /// Read tokenizer.json. Throws PackageError if it is damaged or not byte-level BPE.
+  /// Read tokenizer.json. Throws PackageError if it is damaged or neither kind of BPE.
   explicit Tokenizer(const std::filesystem::path& path) {
     try {
       std::ifstream file(path, std::ios::binary);
@@ -122,6 +124,9 @@ class Tokenizer {
     const size_t start = starts_[static_cast<size_t>(id)], end = starts_[static_cast<size_t>(id) + 1];
     return std::string_view(bytes_).substr(start, end - start);
   }
+
+  /// Whether the first space of an answer is dropped.
+  bool strips() const { return strips_; }
 
  private:
   struct AddedToken {
@@ -165,29 +170,33 @@ class Tokenizer {
     starts_.push_back(static_cast<uint32_t>(bytes_.size()));
     bytes_.shrink_to_fit();
     if (!data.at("normalizer").is_null()) load_normalizer(data["normalizer"]);
-    load_pre_tokenizer(data.at("pre_tokenizer"));
-    if (!data.at("decoder").is_object() || data["decoder"].at("type") != "ByteLevel") {
-      unknown("decoder", data["decoder"]);
+    if (fallback_) {
+      load_metaspace(data.at("pre_tokenizer"));
+    } else {
+      load_pre_tokenizer(data.at("pre_tokenizer"));
     }
+    load_decoder(data.at("decoder"));
   }
 
   /// `bytes`: receives the bytes of each token, by id.
   void load_model(const Json& model, std::vector<std::string>& bytes) {
     if (model.at("type") != "BPE") unknown("model", model.at("type"));
+    fallback_ = model.value("byte_fallback", false);  // then no character is unknown
     for (const char* key : {"dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"}) {
+      if (fallback_ && key == std::string_view("unk_token")) continue;
       if (model.contains(key) && !model[key].is_null() && model[key] != "") unknown(key, model[key]);
     }
-    for (const char* key : {"fuse_unk", "byte_fallback"}) {
-      if (model.value(key, false)) unknown(key, model[key]);
-    }
+    if (model.value("fuse_unk", false) && !fallback_) unknown("fuse_unk", model["fuse_unk"]);
     ignore_merges_ = model.value("ignore_merges", false);
+    if (fallback_ && ignore_merges_) unknown("ignore_merges", model["ignore_merges"]);
     const Json& vocab = model.at("vocab");
     vocab_.reserve(vocab.size());
     for (const auto& item : vocab.items()) {
       const auto id = item.value().get<int64_t>();
       if (id < 0 || id > 1 << 24) unknown("token id", item.value());
       vocab_.emplace(item.key(), id);
-      set_bytes(bytes, id, byte_level_decode(item.key()));
+      set_bytes(bytes, id, decoded(item.key()));
+      if (fallback_ && unicode::character(item.key(), 0) == item.key().size()) characters_.emplace(item.key(), id);
     }
     next_added_id_ = static_cast<int64_t>(vocab.size());
     const auto id_of = [&](const std::string& token) {
@@ -204,8 +213,11 @@ class Tokenizer {
     }
     std::sort(merges_.begin(), merges_.end());
     for (size_t byte = 0; byte < 256; ++byte) {
-      const auto found = vocab_.find(byte_alphabet()[byte]);
+      const auto found = vocab_.find(fallback_ ? byte_token(byte) : byte_alphabet()[byte]);
       byte_ids_[byte] = found == vocab_.end() ? -1 : found->second;
+      if (fallback_ && byte_ids_[byte] < 0) {
+        throw PackageError("no token " + byte_token(byte) + ", although what is unknown becomes bytes");
+      }
     }
   }
 
@@ -231,7 +243,8 @@ class Tokenizer {
     if (!added.special && (token.at("single_word") || token.at("lstrip") || token.at("rstrip"))) {
       unknown("added token", token);
     }
-    set_bytes(bytes, added.id, added.special ? "" : byte_level_decode(added.content));
+    if (!added.special && fallback_ && token.at("normalized")) unknown("added token", token);
+    set_bytes(bytes, added.id, added.special ? "" : decoded(added.content));
     (token.at("normalized").get<bool>() ? added_normalised_ : added_).push_back(std::move(added));
   }
 
@@ -242,6 +255,13 @@ class Tokenizer {
       normalisers_.push_back(unicode::nfc);
     } else if (normalizer["type"] == "Lowercase") {
       normalisers_.push_back(unicode::lower_case);
+    } else if (fallback_ && normalizer["type"] == "Prepend") {
+      normalisers_.push_back([before = normalizer.at("prepend").get<std::string>()](std::string_view text) {
+        return before + std::string(text);
+      });
+    } else if (fallback_ && normalizer["type"] == "Replace" && normalizer.at("pattern") == Json{{"String", " "}} &&
+               normalizer.at("content") == kSpace) {
+      normalisers_.push_back(with_space_letters);
     } else {
       unknown("normalizer", normalizer);
     }
@@ -270,6 +290,33 @@ class Tokenizer {
       unknown("pre_tokenizer", step);
     }
     if (splits_.empty()) unknown("pre_tokenizer", step);
+  }
+
+  /// Nothing, or Metaspace.
+  void load_metaspace(const Json& step) {
+    if (step.is_null()) return;
+    if (step.at("type") != "Metaspace" || step.at("replacement") != kSpace) unknown("pre_tokenizer", step);
+    const auto& scheme = step.at("prepend_scheme");
+    if (scheme != "always" && scheme != "never") unknown("prepend_scheme", scheme);
+    normalisers_.push_back([always = scheme == "always"](std::string_view text) {
+      const std::string out = with_space_letters(text);
+      return always && out.compare(0, kSpace.size(), kSpace) != 0 ? kSpace + out : out;
+    });
+    if (!step.at("split").get<bool>()) return;
+    Split split;
+    split.regex.emplace(kSpace + "[^" + kSpace + "]*");
+    splits_.push_back(std::move(split));
+  }
+
+  void load_decoder(const Json& decoder) {
+    if (!fallback_ && decoder.is_object() && decoder.at("type") == "ByteLevel") return;
+    if (!fallback_ || !decoder.is_object() || decoder.at("type") != "Sequence") unknown("decoder", decoder);
+    Json steps = decoder.at("decoders");
+    const Json strip = {{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}};
+    strips_ = !steps.empty() && steps.back() == strip;
+    if (strips_) steps.erase(steps.size() - 1);
+    const Json replace = {{"type", "Replace"}, {"pattern", {{"String", kSpace}}}, {"content", " "}};
+    if (steps != Json{replace, {{"type", "ByteFallback"}}, {{"type", "Fuse"}}}) unknown("decoder", decoder);
   }
 
   static Split load_split(const Json& step) {
@@ -313,6 +360,41 @@ class Tokenizer {
       return characters;
     }();
     return alphabet;
+  }
+
+  // --- SentencePiece's tokens
+  // ----------------------------------------------------------------------------------------------------
+
+  static inline const std::string kSpace = "\xE2\x96\x81";  // U+2581
+
+  static std::string byte_token(size_t byte) {
+    constexpr std::string_view digits = "0123456789ABCDEF";
+    return std::string("<0x") + digits[byte >> 4] + digits[byte & 15] + '>';
+  }
+
+  static std::string with_space_letters(std::string_view text) {
+    std::string out;
+    for (const char letter : text) {
+      if (letter == ' ') {
+        out += kSpace;
+      } else {
+        out += letter;
+      }
+    }
+    return out;
+  }
+
+  /// The bytes of a vocabulary entry.
+  std::string decoded(const std::string& token) const {
+    if (!fallback_) return byte_level_decode(token);
+    if (token.size() == 6 && token.compare(0, 3, "<0x") == 0 && token[5] == '>') {
+      for (size_t byte = 0; byte < 256; ++byte) {
+        if (token == byte_token(byte)) return std::string(1, static_cast<char>(byte));
+      }
+    }
+    std::string out = token;
+    for (size_t at = 0; (at = out.find(kSpace, at)) != std::string::npos; ++at) out.replace(at, kSpace.size(), " ");
+    return out;
   }
 
   /// The bytes of a vocabulary entry; an entry with a character outside the alphabet is returned unchanged.
@@ -423,11 +505,19 @@ class Tokenizer {
       int64_t previous, next;  // remaining neighbours; -1: none
     };
     std::vector<Symbol> symbols;
-    for (const char byte : word) {
-      const int64_t id = byte_ids_[static_cast<unsigned char>(byte)];
-      if (id < 0) continue;  // a vocabulary without this byte and without an unknown token drops it
+    const auto add = [&](int64_t id) {
       const auto at = static_cast<int64_t>(symbols.size());
       symbols.push_back({id, at - 1, at + 1});
+    };
+    for (size_t at = 0; at < word.size();) {
+      const size_t length = fallback_ ? unicode::character(word, at) : 1;
+      const auto known = fallback_ ? characters_.find(word.substr(at, length)) : characters_.end();
+      if (known != characters_.end()) add(known->second);
+      for (size_t i = 0; known == characters_.end() && i < length; ++i) {
+        const int64_t id = byte_ids_[static_cast<unsigned char>(word[at + i])];
+        if (id >= 0) add(id);  // a vocabulary without this byte and without an unknown token drops it
+      }
+      at += length;
     }
     if (symbols.empty()) return;
     symbols.back().next = -1;
@@ -467,15 +557,16 @@ class Tokenizer {
   }
 
   std::unordered_map<std::string, int64_t> vocab_;  // kept only for ignore_merges
-  std::vector<Merge> merges_;                       // sorted
+  std::unordered_map<std::string, int64_t> characters_;  // with byte fallback: the vocabulary's single characters
+  std::vector<Merge> merges_;                            // sorted
   std::array<int64_t, 256> byte_ids_{};
   std::string bytes_;             // of all ids, concatenated
   std::vector<uint32_t> starts_;  // in bytes_, by id, and the end
   std::vector<AddedToken> added_, added_normalised_;
   std::vector<Split> splits_;
   int64_t next_added_id_ = 0;
-  std::vector<std::string (*)(std::string_view)> normalisers_;  // in order
-  bool ignore_merges_ = false, byte_level_ = false;
+  std::vector<std::function<std::string(std::string_view)>> normalisers_;  // in order
+  bool ignore_merges_ = false, byte_level_ = false, fallback_ = false, strips_ = false;
 };
 
 }  // namespace autosteer
