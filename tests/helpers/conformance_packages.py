@@ -109,6 +109,7 @@ def tokens(folder: Path) -> None:
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
+    "older": functools.partial(whole, batch=1),
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,
