@@ -1,4 +1,4 @@
-"""autosteer-check: are golden prompts answered here as at export, from text to answer? And what is this machine?
+"""autosteer-check: are golden prompts answered here as at export, from text to answer?
 
 What every load checks, in milliseconds and without text, is in self_test.py.
 """
@@ -6,8 +6,6 @@ What every load checks, in milliseconds and without text, is in self_test.py.
 from __future__ import annotations
 
 import math
-import os
-import platform
 from pathlib import Path
 
 from .engine import Answer, Engine
@@ -69,23 +67,3 @@ def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode) -
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
     policy = engine.policy(mode, threshold=golden.threshold)
     return Answer.of(engine.answer(prompt, sampling, engine.record(policy)))
-
-
-def describe_host() -> dict[str, str]:
-    """What decides how packages run on this machine, for --host."""
-    import onnxruntime as ort
-
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "onnxruntime": ort.__version__,
-        "providers": ", ".join(ort.get_available_providers()),
-        "memory": _memory(),
-    }
-
-
-def _memory() -> str:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return "unknown"
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"

@@ -13,7 +13,8 @@ decoder_upper run. The gate changes the head and never the KV caches, so this co
 layer. A stopped prompt costs k/N of prefill and no decoding.
 
 If an answer copies from its prompt, the decoder verifies several tokens per pass (drafting.py). A Conversation keeps
-the caches of a dialogue's earlier turns (conversation.py).
+the caches of a dialogue's earlier turns (conversation.py). The loop may pause: between chunks of a prompt, and where a
+server decodes several answers in one pass (batch.py).
 
 All state belongs to a Request or a Conversation (generation.py, conversation.py). One Engine may serve several threads.
 """
@@ -28,11 +29,12 @@ from pathlib import Path
 from typing import Literal
 
 from .audit import Audit, Hook, Record, open_audit
+from .batch import Batch
 from .conversation import Conversation
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, without_steering
-from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, ms_since
+from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, finish, ms_since
 from .grammar import Grammars
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
@@ -243,35 +245,53 @@ class Engine:
         """
         with self.record(policy or self.policy()) as record:
             record.messages = _dialogue(prompt, images, videos)
-            return self.judge(self.encoder.prepare(record.messages, record.stats), record)
+            return finish(self.judge(self.encoder.prepare(record.messages, record.stats), record))
 
     def record(self, policy: GatePolicy) -> Record:
         """What a request is noted in, and its statistics. It begins now; its block is the request."""
         return Record(self._audit, policy, self.device.provider)
 
-    def judge(self, prompt: EncodedPrompt, record: Record) -> Verdict:
-        """The verdict on an encoded prompt; see `score`."""
+    def judge(self, prompt: EncodedPrompt, record: Record) -> Generator[None, None, Verdict]:
+        """The verdict on an encoded prompt; see `score`. Pauses between chunks of it."""
         record.prompt = prompt
-        verdict = self._judge(self.request(prompt, 1, record.stats), record, record.policy)
+        verdict = yield from self._judge(self.request(prompt, 1, record.stats), record, record.policy)
         record.gave("", "scored")
         return verdict
 
-    def _judge(self, request: Request, record: Record, policy: GatePolicy) -> Verdict:
-        record.verdict, record.scores = request.prefill_lower(policy), request.scores
+    def _judge(self, request: Request, record: Record, policy: GatePolicy) -> Generator[None, None, Verdict]:
+        record.verdict, record.scores = (yield from request.lower_chunks(policy)), request.scores
         return record.verdict
 
     def answer(
         self, prompt: EncodedPrompt, sampling: SamplingConfig, record: Record, conversation: Conversation | None = None
     ) -> Iterator[Chunk]:
         """Answer an encoded prompt; see `stream`. `record`: of `Engine.record`, when the call began."""
+        for chunk in self.steps(prompt, sampling, record, conversation):
+            if chunk is not None:
+                yield chunk
+
+    def steps(
+        self,
+        prompt: EncodedPrompt,
+        sampling: SamplingConfig,
+        record: Record,
+        conversation: Conversation | None = None,
+        batch: Batch | None = None,
+    ) -> Iterator[Chunk | None]:
+        """The chunks of `answer`, and None where it pauses, so that other requests may compute: between chunks of the
+        prompt, and before each pass if `batch` runs it.
+        """
         constraint = self.grammars.start(sampling)  # raises before anything is computed
         record.prompt = prompt
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         try:
-            for chunk in self._answer(request, list(prompt.token_ids), sampling, constraint, record):
-                record.gave(chunk.text, chunk.finish_reason)
+            for chunk in self._answer(request, list(prompt.token_ids), sampling, constraint, record, batch):
+                if chunk is not None:
+                    record.gave(chunk.text, chunk.finish_reason)
                 yield chunk
         finally:
+            if batch:
+                batch.leave(request)
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
 
@@ -282,10 +302,12 @@ class Engine:
         sampling: SamplingConfig,
         constraint: Constraint | None,
         record: Record,
-    ) -> Iterator[Chunk]:
+        batch: Batch | None,
+    ) -> Iterator[Chunk | None]:
         """THE loop. `tokens`: the prompt's; the answer's are appended."""
         stats, start = record.stats, record.start
-        verdict = self._judge(request, record, without_steering(record.policy) if sampling.restricts else record.policy)
+        policy = without_steering(record.policy) if sampling.restricts else record.policy
+        verdict = yield from self._judge(request, record, policy)
         if verdict.action is Action.STOP:
             stats.ttft_ms = ms_since(start)
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
@@ -298,7 +320,8 @@ class Engine:
         precision = self.manifest.graphs["decoder_lower"].precision
         drafting = sampling.speculate and self.device.kind == "cpu"  # POSITION_COST was measured on CPUs only
         drafter = Drafter(tokens, POSITION_COST[precision]) if drafting else None
-        logits, row = request.prefill_upper(verdict.strength)[None], 0  # of the latest pass; the row to sample from
+        first = yield from request.upper_chunks(verdict.strength)
+        logits, row = first[None], 0  # of the latest pass; the row to sample from
         draft: list[int] = []
         while True:
             token = sample(logits[row], tokens)
@@ -325,8 +348,10 @@ class Engine:
                 row += 1
             else:
                 draft = drafter.draft(request.max_tokens - stats.completion_tokens - 1) if drafter else []
+                fed = [token, *draft]
+                logits, row = ((yield from batch.decode(request, fed)) if batch else request.verify_draft(fed)), 0
+                draft = draft[: len(logits) - 1]  # beside other requests none of it was run
                 stats.drafted_tokens += len(draft)
-                logits, row = request.verify_draft([token, *draft]), 0
             stats.decode_ms += ms_since(before)
 
     def _graph(self, name: str) -> Subgraph:

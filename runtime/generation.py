@@ -19,21 +19,22 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .drafting import MAX_DRAFT
 from .gate import GatePolicy, Mode, Verdict, decide, worst
-from .kv_cache import KVCache
+from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
 from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Float = npt.NDArray[np.float32]
 PREFILL_CHUNK = 128  # tokens: bounds activations; larger ones are not faster; results do not depend on it
 Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
@@ -102,6 +103,16 @@ class CachedPrefix:
     pending: dict[int, OrtValue]  # hidden states (1, n, D) that decoder_upper has not run over, by their first position
 
 
+def finish(steps: Generator[None, None, T]) -> T:
+    """What `steps` return, without a pause between them."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
 class Request:
     """One answer being generated. Not thread-safe.
 
@@ -130,14 +141,15 @@ class Request:
         self._probed, self._probed_means = prompt.probed, dict[tuple[int, int], Float]()
         self._prompt_length: int = prompt.inputs_embeds.shape[1]
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
-        self._capacity = self._prompt_length + max_tokens
+        self._capacity: int = self._prompt_length + max_tokens
         reused = 0
         if cached and self._probed and all(self._probed):
             reused = _common_length(cached.keys, self._keys[: self._probed[-1][0]])
             self._probed_means = {read: mean for read, mean in cached.probed_means.items() if read[-1] < reused}
             missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)
             reused = min([reused, *missing])
-        self._length = self._reused = stats.reused_tokens = reused  # positions that decoder_lower has run over
+        self._reused = stats.reused_tokens = reused
+        self._length: int = reused  # positions that decoder_lower has run over
         self._pending: dict[int, OrtValue] = {}  # hidden states that decoder_upper has not run over, by first position
         if cached and reused:
             self._pending = _first_positions(cached.pending, reused, device)
@@ -145,10 +157,7 @@ class Request:
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
         else:
-            self._caches = {
-                half: KVCache(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity, device)
-                for half in ("decoder_lower", "decoder_upper")
-            }
+            self._caches = {half: KVCache(arrays, device) for half, arrays in self.room().items()}
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
@@ -161,7 +170,11 @@ class Request:
         self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
 
     def prefill_lower(self, policy: GatePolicy) -> Verdict:
-        """Run decoder_lower over the prompt, then the prober, and apply `policy`.
+        """`lower_chunks` without a pause."""
+        return finish(self.lower_chunks(policy))
+
+    def lower_chunks(self, policy: GatePolicy) -> Generator[None, None, Verdict]:
+        """Run decoder_lower over the prompt, then the prober, and apply `policy`. Pauses between two chunks.
 
         If the prober fails, the verdict is unsafe; nothing is raised. The verdict is also unsafe if any hidden state is
         not finite, whether the prober reads it or not: int8 caches turn NaN into a number, and later positions that
@@ -170,9 +183,11 @@ class Request:
         if self._lower_done:
             raise RuntimeError("Request.prefill_lower twice")
         self._lower_done = True
-        before = time.perf_counter()
         dtype = self._specs["decoder_lower"]["inputs_embeds"].dtype
         for first in range(self._reused, self._prompt_length, self._chunk):
+            if first > self._reused:
+                yield
+            before = time.perf_counter()
             embeds = np.ascontiguousarray(self._embeds[:, first : first + self._chunk], dtype)
             hidden = self.empty("decoder_lower", "hidden_states", embeds.shape[1])
             self.set_total(first + embeds.shape[1])
@@ -181,7 +196,7 @@ class Request:
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
             self._pending[first] = hidden
             self._length = first + embeds.shape[1]
-        self._stats.lower_ms = ms_since(before)
+            self._stats.lower_ms += ms_since(before)
         before = time.perf_counter()
         for read in filter(None, self._probed):  # under Mode.OFF, too: the conversation's next turn may need them
             if (read[0], read[-1]) not in self._probed_means:
@@ -231,7 +246,12 @@ class Request:
         return mean
 
     def prefill_upper(self, strength: float, *, through_head: bool = False) -> Float:
-        """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`.
+        """`upper_chunks` without a pause."""
+        return finish(self.upper_chunks(strength, through_head=through_head))
+
+    def upper_chunks(self, strength: float, *, through_head: bool = False) -> Generator[None, None, Float]:
+        """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`. Pauses
+        between two chunks.
 
         At strength 0 the Refusal Head changes nothing and is skipped. `through_head` runs it anyway, to test that.
         """
@@ -240,15 +260,18 @@ class Request:
         self._upper_done = True
         finite, self._finite = self._finite, False  # until the first logits are known to be
         self._strength, self._steered = strength, bool(strength) or through_head
-        before = time.perf_counter()
         single = self._passes[1] = DecoderPass(self, 1)
-        for first in sorted(self._pending):
+        self._stats.upper_ms = 0.0
+        for chunk, first in enumerate(sorted(self._pending)):
+            if chunk:
+                yield
+            before = time.perf_counter()
             hidden = self._pending[first]
             self.set_total(first + hidden.shape()[1])
             target = "last_hidden_state", single.last, single.num_logits
             self.half("decoder_upper", "hidden_states", hidden, *target, prefill=True)()
             del self._pending[first]  # only now: an interrupted pass is run again
-        self._stats.upper_ms = ms_since(before)
+            self._stats.upper_ms += ms_since(before)
         single.head()
         logits: Float = single.logits()[0]
         self._finite = finite and bool(np.isfinite(logits[0]))  # as in `verify_draft`
@@ -271,25 +294,63 @@ class Request:
         Row i holds only if the sampler chooses tokens[1..i]. Call `accept_draft` for each one that it does choose; the
         next pass overwrites the others.
         """
-        if not self._upper_done:
-            raise RuntimeError("Request.verify_draft before Request.prefill_upper")
-        if self._length + len(tokens) > self._capacity:
-            raise RuntimeError(f"Request.verify_draft: the caches hold {self._capacity} tokens and are full")
         count = len(tokens)
+        self.require_room(count)
         if count not in self._passes:
             self._passes[count] = DecoderPass(self, count)
         decoder_pass = self._passes[count]
         self.set_total(self._length + count)
         decoder_pass.run(tokens)
         logits = decoder_pass.logits()
+        self.ran(tokens, logits)
+        return logits
+
+    def require_room(self, count: int) -> None:
+        """Raise RuntimeError unless a pass over `count` tokens may come now."""
+        if not self._upper_done:
+            raise RuntimeError("Request.verify_draft before Request.prefill_upper")
+        if self._length + count > self._capacity:
+            raise RuntimeError(f"Request.verify_draft: the caches hold {self._capacity} tokens and are full")
+
+    def ran(self, tokens: Sequence[int], logits: Float) -> None:
+        """Note that a pass over `tokens`, this request's own or one that it shared, gave it `logits` (R, V)."""
         self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # NaN makes all of its row NaN
         self._keys[self._length :] = tokens
         self._length += 1
-        return logits
 
     def accept_draft(self) -> None:
         """Keep the next drafted token of the latest `verify_draft`: the sampler chose it."""
         self._length += 1
+
+    @property
+    def length(self) -> int:
+        """Positions whose keys and values are valid."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Positions that the prompt and the answer may take."""
+        return self._capacity
+
+    @property
+    def steered_by(self) -> float | None:
+        """The strength at which every token goes through the Refusal Head; None if they do not."""
+        return self._strength if self._steered else None
+
+    def room(self) -> dict[str, Arrays]:
+        """Empty caches for all of this request, by decoder half."""
+        manifest = self._manifest
+        return {
+            half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
+            for half in ("decoder_lower", "decoder_upper")
+        }
+
+    def move(self, to: Mapping[str, Arrays]) -> None:
+        """Copy the caches to arrays by decoder half, and use those from now on. On the CPU only."""
+        for half, arrays in to.items():
+            self._caches[half].copy(arrays, self._length)
+        self._caches = {half: KVCache(arrays, self._device) for half, arrays in to.items()}
+        self._passes.clear()  # they are bound to the old ones
 
     def cached_prefix(self) -> CachedPrefix:
         """What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request.

@@ -6,44 +6,62 @@ an answer grows, and pages that have not been written take no memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
 import numpy as np
+import numpy.typing as npt
 
 from .manifest import Dims, GraphSpec, KVCacheSpec
 from .subgraph import Device, OrtValue, buffer
 
+Arrays: TypeAlias = (
+    "dict[str, npt.NDArray[Any]]"  # by "<layer>.<kind>": (rows, num_key_value_heads, capacity, head_dim)
+)
+
+
+def empty_arrays(graph: GraphSpec, dims: Dims, spec: KVCacheSpec, capacity: int, rows: int = 1) -> Arrays:
+    """Room for `capacity` tokens of each of `rows` answers in every layer of a decoder half."""
+    assert graph.layers is not None
+    shape = (rows, dims.num_key_value_heads, capacity, dims.head_dim)
+    names = (f"{layer}.{kind}" for layer in range(*graph.layers) for kind in ("key", "value"))
+    return {name: np.zeros(shape, np.dtype(spec.dtype)) for name in names}
+
 
 class KVCache:
-    """The caches of one decoder half, for one request at a time."""
+    """The caches of one decoder half: of one request at a time, or of several that share a pass (batch.py)."""
 
-    def __init__(self, graph: GraphSpec, dims: Dims, spec: KVCacheSpec, capacity: int, device: Device):
-        """Room for `capacity` tokens in every layer of `graph`: (1, num_key_value_heads, capacity, head_dim) each."""
-        assert graph.layers is not None
+    def __init__(self, arrays: Arrays, device: Device):
+        """On the CPU the caches are `arrays`; elsewhere they begin as a copy."""
         self._device = device
-        self._shape = (1, dims.num_key_value_heads, capacity, dims.head_dim)
         self.past: dict[str, OrtValue] = {}
         self.present: dict[str, OrtValue] = {}
         self.bytes = 0
-        for layer in range(*graph.layers):
-            for kind in ("key", "value"):
-                self._set(f"{layer}.{kind}", np.zeros(self._shape, np.dtype(spec.dtype)))
+        for name, array in arrays.items():
+            self._set(name, array)
 
     def reserve(self, capacity: int, length: int, limit: int) -> None:
         """Make room for `capacity` tokens and keep the first `length` positions.
 
         A cache that is too small doubles, up to `limit`, so a dialogue copies each position about once.
         """
-        batch, heads, held, width = self._shape
+        rows, heads, held, width = next(iter(self.past.values())).shape()
         if capacity <= held:
             return
-        self._shape = (batch, heads, max(capacity, min(2 * held, limit)), width)
+        shape = (rows, heads, max(capacity, min(2 * held, limit)), width)
         self.bytes = 0
         for name, value in self.past.items():  # one buffer at a time: each old one is freed before the next is made
             old = value.numpy()
-            new = np.zeros(self._shape, old.dtype)
+            new = np.zeros(shape, old.dtype)
             new[:, :, :length] = old[:, :, :length]
             self._set(name.removeprefix("past_key_values."), new)
 
-    def _set(self, name: str, array: np.ndarray) -> None:
+    def copy(self, arrays: Mapping[str, npt.NDArray[Any]], length: int) -> None:
+        """Write the first `length` positions into `arrays`."""
+        for name, array in arrays.items():
+            array[:, :, :length] = self.past[f"past_key_values.{name}"].numpy()[:, :, :length]
+
+    def _set(self, name: str, array: npt.NDArray[Any]) -> None:
         value = buffer(array, self._device)
         self.past[f"past_key_values.{name}"] = value
         self.present[f"present.{name}"] = value

@@ -236,34 +236,38 @@ def _check_proof(manifest: Contents, need: Need) -> None:
 
 def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
     """By graph: the inputs that the loop binds, and the outputs that it reads. A graph has no others."""
-    d, f32, act = manifest.dims, "float32", manifest.activations
-    rows, last = (1, "sequence_length", d.hidden_size), (1, "num_logits", d.hidden_size)
+    d, f32, act, batch = manifest.dims, "float32", manifest.activations, manifest.batch
+    rows, last = ("sequence_length", d.hidden_size), ("num_logits", d.hidden_size)
 
     def caches(half: str, side: str, length: str) -> Tensors:
         layers = manifest.graphs[half].layers
         assert layers is not None
-        described = manifest.kv_cache.dtype, (1, d.num_key_value_heads, length, d.head_dim)
+        described = manifest.kv_cache.dtype, (batch, d.num_key_value_heads, length, d.head_dim)
         return {f"{side}.{i}.{kind}": described for i in range(*layers) for kind in ("key", "value")}
 
-    def half(name: str, source: str, target: Tensors, more: Tensors) -> tuple[Tensors, Tensors]:
-        lengths: Tensors = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
+    def half(name: str, source: str, target: str, made: Shape, more: Tensors) -> tuple[Tensors, Tensors]:
+        lengths: Tensors = {"seqlens_k": ("int32", (batch,)), "total_sequence_length": ("int32", ())}
         past = caches(name, "past_key_values", "past_sequence_length")
-        return {source: (act, rows), **lengths, **more, **past}, target | caches(
-            name, "present", "total_sequence_length"
-        )
+        inputs = {source: (act, (batch, *rows)), **lengths, **more, **past}
+        return inputs, {target: (act, (batch, *made)), **caches(name, "present", "total_sequence_length")}
 
-    ending: Tensors = {"last_hidden_state": (act, last)}
+    ending: Tensors = {"last_hidden_state": (act, (1, *last))}
     ids: Tensors = {"input_ids": ("int64", (1, "sequence_length"))}
     expected: dict[str, tuple[Tensors, Tensors]] = {
-        "embed_tokens": (ids, {"inputs_embeds": (act, rows)}),
-        "decoder_lower": half("decoder_lower", "inputs_embeds", {"hidden_states": (act, rows)}, {}),
-        "decoder_upper": half("decoder_upper", "hidden_states", ending, {"num_logits": ("int64", (1,))}),
+        "embed_tokens": (ids, {"inputs_embeds": (act, (1, *rows))}),
+        "decoder_lower": half("decoder_lower", "inputs_embeds", "hidden_states", rows, {}),
+        "decoder_upper": half(
+            "decoder_upper", "hidden_states", "last_hidden_state", last, {"num_logits": ("int64", (1,))}
+        ),
         "lm_head": (ending, {"logits": (f32, (1, "num_logits", d.vocab_size))}),
     }
     expected |= {manifest.prefill_graph(half): expected[half] for half in PREFILL_GRAPHS}
     if manifest.guarded:
         expected["prober"] = {"hidden_states": (f32, (1, d.hidden_size))}, {"p_unsafe": (f32, (1,))}
-        expected["refusal_head"] = {**ending, "strength": (f32, (1,))}, {"steered_hidden_state": (act, last)}
+        expected["refusal_head"] = (
+            {**ending, "strength": (f32, (1,))},
+            {"steered_hidden_state": ending["last_hidden_state"]},
+        )
     return expected | _expected_of_images(manifest)
 
 

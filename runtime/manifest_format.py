@@ -77,7 +77,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """Past and present of one layer are one buffer (1, num_key_value_heads, capacity, head_dim); you choose capacity.
+    """Past and present of one layer are one buffer (batch, num_key_value_heads, capacity, head_dim); capacity is yours.
 
     For int8 caches allocate int8 buffers; the graphs have the scales and quantise what they write.
     """
@@ -326,6 +326,12 @@ class Contents:
     def activations(self) -> str:
         """numpy name of the type of hidden states: float16 in packages for CUDA, else float32."""
         return next((t.dtype for t in self.graphs["decoder_lower"].outputs if t.name == "hidden_states"), "float32")
+
+    @property
+    def batch(self) -> int | str:
+        """First size of the decoder's tensors: "batch", or 1 in packages that decode one answer at a time."""
+        lengths = (t.shape for t in self.graphs["decoder_lower"].inputs if t.name == "seqlens_k")
+        return "batch" if next(lengths, ()) == ("batch",) else 1
 
     @property
     def exact(self) -> bool:

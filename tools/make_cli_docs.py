@@ -15,14 +15,14 @@ import click
 from autosteer.export.cli import export
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.import_authors import import_authors
-from autosteer.runtime.cli import check, run
+from autosteer.runtime.cli import bench, check, run
 from autosteer.runtime.evaluation.cli import evaluate
 from autosteer.runtime.serve.cli import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
 CPP_SOURCE = ROOT / "runtime" / "cpp" / "cli" / "autosteer_cli.cpp"
-COMMANDS = (fit_command, import_authors, export, check, run, serve, evaluate)  # in the order of use
+COMMANDS = (fit_command, import_authors, export, check, bench, run, serve, evaluate)  # in the order of use
 WIDTH = 100
 INTRODUCTION = """# Commands
 

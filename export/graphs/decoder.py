@@ -1,11 +1,13 @@
 """The decoder as ONNX graphs: one decoder layer for every family, driven by a DecoderConfig.
 
     embed_tokens    input_ids (1, S)                -> inputs_embeds (1, S, D)
-    decoder_lower   inputs_embeds (1, S, D), caches -> hidden_states (1, S, D)      layers 0..k-1; HF's hidden_states[k]
-    decoder_upper   hidden_states (1, S, D), caches -> last_hidden_state (1, R, D)  layers k..N-1, last R rows, norm
+    decoder_lower   inputs_embeds (B, S, D), caches -> hidden_states (B, S, D)      layers 0..k-1; HF's hidden_states[k]
+    decoder_upper   hidden_states (B, S, D), caches -> last_hidden_state (B, R, D)  layers k..N-1, last R rows, norm
     lm_head         last_hidden_state (1, R, D)     -> logits (1, R, V)
 
-R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft.
+R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft. B is 1, or, where S is 1,
+as many answers as are decoded together: on the CPU GroupQueryAttention takes rows of different lengths only then. What
+has no caches takes B rows as R of one.
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
@@ -51,13 +53,13 @@ def decoder_half(
     type.
     """
     source = "hidden_states" if layers.start else "inputs_embeds"
-    residual = g.input(source, g.dtype, (1, "sequence_length", config.hidden_size))
-    lengths = g.input("seqlens_k", "int32", (1,)), g.input("total_sequence_length", "int32", ())
+    residual = g.input(source, g.dtype, ("batch", "sequence_length", config.hidden_size))
+    lengths = g.input("seqlens_k", "int32", ("batch",)), g.input("total_sequence_length", "int32", ())
     rotary = _rotary(g, config)
     presents: list[tuple[str, ir.Value]] = []
     cache_type = "int8" if kv_scales else g.dtype
-    cache_in = (1, config.num_key_value_heads, "past_sequence_length", config.head_dim)
-    cache_out = (1, config.num_key_value_heads, "total_sequence_length", config.head_dim)
+    cache_in = ("batch", config.num_key_value_heads, "past_sequence_length", config.head_dim)
+    cache_out = ("batch", config.num_key_value_heads, "total_sequence_length", config.head_dim)
     attention_norm, mlp_norm = config.layer_norms
     branch: ir.Value | None = None  # what the previous layer adds to the residual stream
     for i in layers:
@@ -88,9 +90,11 @@ def decoder_half(
     assert branch is not None
     if layers.stop == config.num_hidden_layers:
         normed, _ = _norm(g, config, f"{config.module}.norm", residual, branch)
-        g.output("last_hidden_state", normed, g.dtype, (1, "num_logits", config.hidden_size))
+        g.output("last_hidden_state", normed, g.dtype, ("batch", "num_logits", config.hidden_size))
     else:
-        g.output("hidden_states", g.op("Add", residual, branch), g.dtype, (1, "sequence_length", config.hidden_size))
+        g.output(
+            "hidden_states", g.op("Add", residual, branch), g.dtype, ("batch", "sequence_length", config.hidden_size)
+        )
     for name, value in presents:
         g.output(name, value, cache_type, cache_out)
 

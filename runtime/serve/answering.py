@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..batch import Batch
 from ..engine import Chunk, Engine
 from ..gate import GatePolicy, Mode, Verdict
 from ..generation import ShownPicture, Stats
@@ -43,8 +44,11 @@ class Score:
     shown: tuple[ShownPicture, ...]
 
 
-def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[Piece]:
-    """The answer, piece by piece. Raises ApiError 500 before any text if the gate could not score the prompt."""
+def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask) -> Iterator[Piece | None]:
+    """The answer, piece by piece, and None where it pauses, as in Engine.steps.
+
+    Raises ApiError 500 before any text if the gate could not score the prompt.
+    """
     beginnings = digests(ask.turns)
     with engine.record(ask.policy) as record:
         record.messages = [
@@ -53,7 +57,10 @@ def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[P
         ]
         conversation = conversations.take(beginnings)
         prompt, text = engine.encoder.prepare(record.messages, record.stats, conversation), ""
-        for chunk in engine.answer(prompt, ask.sampling, record, conversation):
+        for chunk in engine.steps(prompt, ask.sampling, record, conversation, batch):
+            if chunk is None:
+                yield None
+                continue
             require_score(chunk.verdict)
             text += chunk.text
             yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown)
@@ -61,13 +68,13 @@ def answer(engine: Engine, conversations: Conversations, ask: Ask) -> Iterator[P
     conversations.remember(beginnings[-1], text)
 
 
-def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score]:
-    """The verdict on each turn by itself: only decoder_lower and the prober run."""
+def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score | None]:
+    """The verdict on each turn by itself: only decoder_lower and the prober run. None where it pauses."""
     for turn in turns:
         with engine.record(policy) as record:
             record.messages = [turn.open()]
             prompt = engine.encoder.prepare(record.messages, record.stats)
-            verdict = engine.judge(prompt, record)
+            verdict = yield from engine.judge(prompt, record)
         require_score(verdict)
         yield Score(verdict, record.stats, prompt.shown)
 

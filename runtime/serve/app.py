@@ -22,6 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from ..batch import Batch
 from ..engine import Engine
 from ..gate import GatePolicy, Mode
 from ..grammar import GrammarError
@@ -71,12 +72,14 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, package: Path):
         self.engine, self.settings = engine, settings
         self.metrics = Metrics()
-        self.scheduler = Scheduler(settings.limits, self.metrics.waited)
+        self.batch = Batch(engine.manifest, engine.graphs, engine.device, settings.limits.parallel)
+        self.scheduler = Scheduler(settings.limits, self.metrics.waited, self.batch.run)
         self.conversations = Conversations(engine, settings.limits.conversations)
         self.fingerprint = f"fp_{hashlib.sha256((package / 'autosteer.json').read_bytes()).hexdigest()[:12]}"
         self.started = int(time.time())
         self.metrics.gauge("autosteer_waiting", "Requests that wait for their turn", lambda: self.scheduler.waiting)
         self.metrics.gauge("autosteer_running", "Requests that compute", lambda: self.scheduler.running)
+        self.metrics.gauge("autosteer_batch_bytes", "Room for keys and values of a batch", lambda: self.batch.bytes)
         self.metrics.gauge("autosteer_conversations", "Dialogues with caches", lambda: len(self.conversations))
 
     # --- what does not compute ---
@@ -194,7 +197,7 @@ class Service:
         """Give a request its turn. Errors before the first piece are answers of their own, in a stream, too."""
         self._require_model(body.model)
         ask = Ask(turns, sampling, self._policy(body))
-        job = self.scheduler.submit(lambda: answer(self.engine, self.conversations, ask))
+        job = self.scheduler.submit(lambda: answer(self.engine, self.conversations, self.batch, ask))
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(_watching(request, job))
             pieces = self._counted(job)

@@ -17,6 +17,10 @@ KEY_VARIABLE = "AUTOSTEER_API_KEY"
 MOST_DRAIN_SECONDS = 30
 MOST_CONNECTIONS = 256  # each may hold a body
 DEFAULTS = Limits()
+ALONE = {  # by device: why requests take turns
+    "cpu": "one request at a time: this package's graphs take one; export it again to answer several together",
+    "cuda": "one request at a time: on CUDA several together have not been tried",
+}
 
 
 @click.command("autosteer-serve", context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +49,13 @@ DEFAULTS = Limits()
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Of an answer."
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=DEFAULTS.parallel,
+    show_default=True,
+    help="Answers computed together, each with keys and values of its own in memory.",
 )
 @click.option(
     "--waiting", type=click.IntRange(0), default=DEFAULTS.waiting, show_default=True, help="Requests that wait."
@@ -106,6 +117,7 @@ def serve(
     """
     import uvicorn
 
+    from ..batch import can_share
     from ..gate import Mode
     from .access import is_loopback
     from .app import BY_STRICTNESS, Settings, make_app
@@ -120,6 +132,9 @@ def serve(
         raise InputError(f"--weakest-policy {weakest.value} is stricter than --policy {policy}")
     with listening(host, port) as listener:
         engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory, max_tiles=max_tiles)
+        if limits["parallel"] > 1 and not can_share(engine.manifest, engine.device):
+            click.echo(ALONE[engine.device.kind], err=True)
+            limits["parallel"] = 1
         settings = Settings(
             model=name or engine.manifest.source.repo,
             policy=engine.policy(policy, threshold=threshold, strength=strength),

@@ -14,6 +14,7 @@ class Limits:
     megapixels: float = 25.0  # of a picture or a frame
     frames: int = 32  # of all videos of a request
     max_tokens: int = 1024  # of an answer
+    parallel: int = 4  # requests that compute at the same time, their answers in one batch
     waiting: int = 16  # requests that wait for their turn
     seconds: float = 300.0  # from a request's arrival to the end of its answer
     conversations: int = 4  # dialogues whose caches are kept for their next turn

@@ -1,7 +1,9 @@
-"""One request computes, some wait in order of arrival, and the rest are turned away.
+"""Some requests compute, some wait in order of arrival, and the rest are turned away.
 
-A thread of its own runs the engine, so that the event loop always answers. A request that is cancelled, or takes too
-long, gives its place up at once: in the queue, and inside the graph that runs for it.
+A thread of its own runs the engine, so that the event loop always answers. In a round it advances every request that
+computes until it pauses, and then runs the pass that they share. A new one comes in once all others have given their
+first event, so one at a time reads its prompt. A request that is cancelled, or takes too long, gives its place up at
+once: in the queue, and inside the graph that runs for it alone; a pass that it shares ends first.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .faults import ApiError
 from .limits import Limits
 
 E = TypeVar("E")
-Work = Callable[[], Iterator[E]]
+Work = Callable[[], "Iterator[E | None]"]  # None: a pause
 _END = object()
 
 
@@ -33,6 +35,8 @@ class Job(Generic[E]):
         self.cancel = Cancel()
         self.queue_ms = 0.0  # from arrival to its turn
         self.arrived = time.perf_counter()
+        self.started = 0.0  # when its turn came
+        self.has_begun = False  # to give events
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._timer = self._loop.call_later(seconds, self._expire, seconds)
@@ -47,8 +51,34 @@ class Job(Generic[E]):
         state = "waited for its turn" if not self.queue_ms else "was computed"
         self.end(ApiError(504, f"the time limit of {seconds:g} s ran out while the request {state}", code="time_limit"))
 
+    def begin(self) -> None:
+        """Its turn has come. From the scheduler's thread, as all below."""
+        self.started = time.perf_counter()
+        self.queue_ms = 1000 * (self.started - self.arrived)
+        self._steps = self.work()
+
+    def advance(self) -> bool:
+        """Compute until the work pauses, and deliver its events; False once it has ended. After a cancel nothing more
+        is delivered but the end.
+        """
+        try:
+            with self.cancel:
+                while not self.cancel.is_set and (event := next(self._steps, _END)) is not _END:
+                    if event is None:
+                        return True
+                    self.has_begun = True
+                    self.deliver(event)
+                if self.cancel.is_set:
+                    raise CancelledError("the request was cancelled")
+            self.deliver(_END)
+        except Exception as err:  # whatever it was, it is this request's answer, and not another's
+            self.deliver(err)
+        with contextlib.suppress(Exception):
+            self._steps.close()  # type: ignore[attr-defined]
+        return False
+
     def deliver(self, event: Any) -> None:
-        """Hand an event, an exception or the end over to the loop. From the scheduler's thread."""
+        """Hand an event, an exception or the end over to the loop."""
         with contextlib.suppress(RuntimeError):  # the loop has been closed, and nobody waits
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -67,12 +97,19 @@ class Job(Generic[E]):
 class Scheduler:
     """The queue and its thread."""
 
-    def __init__(self, limits: Limits, on_turn: Callable[[float], None] = lambda seconds: None):
-        """`on_turn`: called with how long a request has waited, when its turn comes."""
-        self._limits, self._on_turn = limits, on_turn
+    def __init__(
+        self,
+        limits: Limits,
+        on_turn: Callable[[float], None] = lambda seconds: None,
+        share: Callable[[], None] = lambda: None,
+    ):
+        """`on_turn`: called with how long a request has waited, when its turn comes. `share`: computes for all that
+        have paused.
+        """
+        self._limits, self._on_turn, self._share = limits, on_turn, share
         self._waiting: deque[Job[Any]] = deque()
         self._changed = threading.Condition()
-        self._current: Job[Any] | None = None
+        self._running: list[Job[Any]] = []
         self._closed = False
         self._mean_s = 1.0  # of recent turns
         self._thread = threading.Thread(target=self._run, name="autosteer-engine", daemon=True)
@@ -86,16 +123,16 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """How many requests compute: 0 or 1."""
-        return int(self._current is not None)
+        """How many requests compute."""
+        return len(self._running)
 
     def require_room(self) -> None:
         """Raise ApiError 429 if too many requests wait already, 503 once the server stops."""
         if self._closed:
             raise ApiError(503, "the server is stopping", code="stopping")
         limit = self._limits.waiting
-        if self.waiting + self.running > limit:
-            seconds = max(1, math.ceil(self._mean_s * (limit + 1)))
+        if self.waiting + self.running >= limit + self._limits.parallel:
+            seconds = max(1, math.ceil(self._mean_s * (limit + 1) / self._limits.parallel))
             raise ApiError(
                 429,
                 f"{limit} requests wait already, which is the limit; come back in about {seconds} s",
@@ -114,50 +151,34 @@ class Scheduler:
         return job
 
     def close(self) -> None:
-        """End the thread, and the request that computes."""
+        """End the thread, and the requests that compute."""
         with self._changed:
             self._closed = True
-            for job in filter(None, (*self._waiting, self._current)):
+            for job in (*self._waiting, *self._running):
                 job.cancel.set()
                 job.deliver(ApiError(503, "the server stopped", code="stopping"))
             self._changed.notify()
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            started = time.perf_counter()
-            job.queue_ms = 1000 * (started - job.arrived)
-            self._on_turn(job.queue_ms / 1000)
-            _compute(job)
-            self._mean_s += 0.2 * (time.perf_counter() - started - self._mean_s)
+        while self._admit():
+            for job in tuple(self._running):
+                if not job.advance():
+                    self._running.remove(job)
+                    self._mean_s += 0.2 * (time.perf_counter() - job.started - self._mean_s)
+            self._share()
 
-    def _next(self) -> Job[Any] | None:
-        """The next job that nobody has cancelled; None once the scheduler is closed."""
+    def _admit(self) -> bool:
+        """Begin the next job that nobody has cancelled, if it may; wait for one if none runs. False once closed."""
         with self._changed:
-            self._current = None
-            while True:
+            while not self._running and not self._waiting and not self._closed:
+                self._changed.wait()
+            if len(self._running) < self._limits.parallel and all(job.has_begun for job in self._running):
                 while self._waiting:
                     job = self._waiting.popleft()
                     if not job.cancel.is_set:
-                        self._current = job
-                        return job
-                if self._closed:
-                    return None
-                self._changed.wait()
-
-
-def _compute(job: Job[Any]) -> None:
-    """Run a job's work in this thread and deliver its events. After a cancel nothing more is delivered but the end."""
-    events = job.work()
-    try:
-        with job.cancel:
-            for event in events:
-                if job.cancel.is_set:
-                    raise CancelledError("the request was cancelled")
-                job.deliver(event)
-        job.deliver(_END)
-    except Exception as err:  # whatever it was, it is this request's answer, and not the next one's
-        job.deliver(err)
-    finally:
-        with contextlib.suppress(Exception):
-            events.close()  # type: ignore[attr-defined]
+                        self._running.append(job)
+                        job.begin()
+                        self._on_turn(job.queue_ms / 1000)
+                        break
+            return bool(self._running or self._waiting) or not self._closed

@@ -505,6 +505,13 @@ def test_check_of_the_host(call):
     assert "CPUExecutionProvider" in json.loads(call("autosteer-check", "--host", "--json").stdout)["providers"]
 
 
+def test_bench_prints_a_table_or_json(call, golden_package):
+    few = ("--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1, "--device", "cpu")
+    done = call("autosteer-bench", golden_package, *few)
+    assert done.returncode == 0 and "decode, tok/s" in done.stdout and "GB/s read" in done.stdout
+    assert json.loads(call("autosteer-bench", golden_package, *few, "--json").stdout)["read_gb_s"] > 0
+
+
 def test_check_of_nothing_is_wrong_usage(call):
     assert call("autosteer-check").returncode == 2
 

@@ -9,10 +9,15 @@ from pathlib import Path
 
 from terminal import PATIENCE
 
-from autosteer.runtime.cli import check_main, run_main
+from autosteer.runtime.cli import bench_main, check_main, run_main
 from autosteer.runtime.evaluation.cli import main as eval_main
 
-MAINS = {"autosteer-run": run_main, "autosteer-check": check_main, "autosteer-eval": eval_main}
+MAINS = {
+    "autosteer-run": run_main,
+    "autosteer-check": check_main,
+    "autosteer-bench": bench_main,
+    "autosteer-eval": eval_main,
+}
 
 
 def program(name: str) -> str:

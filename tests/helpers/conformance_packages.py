@@ -33,9 +33,9 @@ Change = dict[str, Any]
 # --- the packages ----------------------------------------------------------------------------------------------------
 
 
-def whole(folder: Path, *, prefill: bool = False) -> None:
+def whole(folder: Path, **variant: Any) -> None:
     """The toy, with something in every field of its manifest."""
-    manifest = use_byte_level_words(folder, toy.build(folder, videos=True, prefill=prefill))
+    manifest = use_byte_level_words(folder, toy.build(folder, videos=True, **variant))
     (folder / "golden").mkdir()
     shutil.copy(PICTURES / "red.png", folder / "golden" / "red.png")
     goldens = (
@@ -109,6 +109,7 @@ def tokens(folder: Path) -> None:
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
+    "older": functools.partial(whole, batch=1),
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,

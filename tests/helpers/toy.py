@@ -101,22 +101,24 @@ def build(
     videos: bool = False,
     attentive: bool = False,
     prefill: bool = False,
+    batch: int | str = "batch",
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
 ) -> Manifest:
-    """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table."""
+    """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table. `batch` = 1:
+    a package that decodes one answer at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = Shape(heads=2, kv_heads=1, head_dim=16) if attentive else Shape(heads=1, kv_heads=1, head_dim=D)
     graphs = {
         "embed_tokens": _embed_tokens(folder),
-        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, context_length),
-        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive, context_length),
+        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, context_length, batch),
+        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive, context_length, batch),
         "lm_head": _lm_head(folder, attentive),
     }
     if prefill:
         graphs |= {
-            name: _decoder(folder, name, layer, shape, attentive, context_length)
+            name: _decoder(folder, name, layer, shape, attentive, context_length, batch)
             for layer, name in enumerate(("prefill_lower", "prefill_upper"))
         }
     if guarded:
@@ -232,7 +234,9 @@ def _embed_tokens(folder: Path) -> GraphSpec:
     )
 
 
-def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, context: int) -> GraphSpec:
+def _decoder(
+    folder: Path, name: str, layer: int, s: Shape, attentive: bool, context: int, batch: int | str
+) -> GraphSpec:
     """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -264,19 +268,19 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
     if layer:
         nodes.append(helper.make_node("Neg", ["num_logits"], ["first"]))
         nodes.append(helper.make_node("Slice", ["all", "first", "end", "axis"], [target]))
-    kv_in = (1, s.kv_heads, "past_sequence_length", s.head_dim)
-    kv_out = (1, s.kv_heads, "total_sequence_length", s.head_dim)
+    kv_in = (batch, s.kv_heads, "past_sequence_length", s.head_dim)
+    kv_out = (batch, s.kv_heads, "total_sequence_length", s.head_dim)
     return _save(
         folder,
         name,
         [
-            (source, F32, (1, "sequence_length", D)),
-            ("seqlens_k", I32, (1,)),
+            (source, F32, (batch, "sequence_length", D)),
+            ("seqlens_k", I32, (batch,)),
             ("total_sequence_length", I32, ()),
             *((p, F32, kv_in) for p in past),
             *([("num_logits", I64, (1,))] if layer else []),
         ],
-        [(target, F32, (1, "num_logits" if layer else "sequence_length", D)), *((p, F32, kv_out) for p in present)],
+        [(target, F32, (batch, "num_logits" if layer else "sequence_length", D)), *((p, F32, kv_out) for p in present)],
         nodes,
         {
             "w_qkv": qkv,

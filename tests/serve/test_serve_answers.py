@@ -12,6 +12,7 @@ import toy
 from served import asks, data_url, served, with_picture
 
 from autosteer.runtime import Message, SamplingConfig
+from autosteer.runtime.batch import Batch
 from autosteer.runtime.serve.answering import Ask, answer
 from autosteer.runtime.serve.conversations import Conversations
 from autosteer.runtime.serve.dialogue import Turn
@@ -251,7 +252,13 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
 
     def ask(*turns: Turn) -> str:
         asked = Ask(list(turns), SamplingConfig(max_tokens=2), engine.policy())
-        return "".join(piece.chunk.text for piece in answer(engine, conversations, asked))
+        batch, text = Batch(engine.manifest, engine.graphs, engine.device, 1), ""
+        for piece in answer(engine, conversations, batch, asked):
+            if piece is None:
+                batch.run()
+            else:
+                text += piece.chunk.text
+        return text
 
     red, tick, words = Turn("user", ("red",)), Turn("user", ("tick",)), Turn("assistant", ("evil",))
     own = Turn("assistant", (ask(red),))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+import toy
 
 COMMAND = (sys.executable, "-c", "from autosteer.runtime.serve.cli import main; main()")
 KEY = "correct-horse-battery-staple"
@@ -51,6 +52,16 @@ def test_it_answers_and_ends_when_told_to(process, sent, code):
     running.send_signal(sent)
     assert running.wait(timeout=20) == code
     assert running.stderr is not None and "Traceback" not in running.stderr.read()
+
+
+def test_an_older_package_is_answered_one_request_at_a_time_and_it_says_so(tmp_path):
+    toy.build(tmp_path / "old", batch=1)
+    command = [*COMMAND, str(tmp_path / "old"), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "one request at a time" in running.stderr.readline()
+        assert "toy on http" in running.stderr.readline()
+        running.kill()
 
 
 def test_beyond_this_machine_it_needs_a_key(package):

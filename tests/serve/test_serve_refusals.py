@@ -233,7 +233,7 @@ def in_background(call, count):
 
 
 def test_more_requests_than_may_wait_are_turned_away_with_numbers(engine, package, slow):
-    with served(engine, package, waiting=2) as server:
+    with served(engine, package, waiting=2, parallel=1) as server:
         threads, answers = in_background(lambda: server.http().post(CHAT, json=body()), 3)
         until(lambda: server.http().get("/health").json()["waiting"] == 2)
         response = server.http().post(CHAT, json=body())
@@ -259,6 +259,23 @@ def test_the_time_limit_ends_a_request_that_computes_and_those_that_wait(engine,
         assert "waited for its turn" in said[0] and "was computed" in said[-1]
         slow.set()
         assert server.http().post(CHAT, json=body()).status_code == 200
+
+
+def test_requests_compute_at_the_same_time_and_one_that_leaves_harms_no_other(engine, package, slow):
+    with served(engine, package, parallel=3) as server, server.openai() as client:
+        slow.set()
+        leaves = client.chat.completions.create(**body("tick", max_tokens=58, stream=True))
+        next(leaves)
+        slow.clear()
+        threads, answers = in_background(lambda: server.http().post(CHAT, json=body()), 2)
+        until(lambda: server.metric("autosteer_running ") == 3 and server.metric("autosteer_batch_bytes ") > 0, 10)
+        leaves.close()
+        slow.set()
+        for thread in threads:
+            thread.join()
+        said = [answer.json()["choices"][0]["message"]["content"] for answer in answers]
+        assert said == ["orange yellow green"] * 2
+        until(lambda: server.metric("autosteer_batch_bytes ") == 0)
 
 
 # --- disconnects -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "autosteer-run",
     "autosteer-check",
+    "autosteer-bench",
     "autosteer-serve",
     "autosteer-eval",
     "autosteer-export",

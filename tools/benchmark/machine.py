@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from autosteer.runtime.bench import read_bandwidth
 
 FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")  # what kernels use
-SWEEP_BYTES = 512 << 20  # far beyond any cache
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,6 @@ def describe_machine(threads: int) -> Machine:
         python=platform.python_version(),
         read_gb_s=round(read_bandwidth(threads) / 1e9, 1),
     )
-
-
-def read_bandwidth(threads: int, nbytes: int = SWEEP_BYTES, sweeps: int = 6) -> float:
-    """Bytes per second that `threads` threads can read from memory: the fastest of a few sweeps."""
-    data = np.ones(nbytes // 8, np.uint64)
-    parts = np.array_split(data, threads)
-
-    def sweep() -> float:
-        workers = [threading.Thread(target=np.max, args=(part,)) for part in parts]  # releases the interpreter
-        start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return data.nbytes / (time.perf_counter() - start)
-
-    return max(sweep() for _ in range(sweeps))
 
 
 def _lines(path: str) -> list[str]:

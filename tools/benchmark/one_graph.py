@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from autosteer.runtime.kv_cache import KVCache
+from autosteer.runtime.kv_cache import KVCache, empty_arrays
 from autosteer.runtime.manifest import GraphSpec, Manifest
 from autosteer.runtime.pages import placing
 from autosteer.runtime.subgraph import OrtValue, Subgraph, buffer, empty, find_device
@@ -88,7 +88,7 @@ class OneGraph:
     def round(self, job: dict[str, Any]) -> dict[str, Any]:
         """Answer one prompt."""
         device, manifest = self._device, self._manifest
-        cache = KVCache(self._spec, manifest.dims, manifest.kv_cache, self._capacity, device)
+        cache = KVCache(empty_arrays(self._spec, manifest.dims, manifest.kv_cache, self._capacity), device)
         before, total = buffer(np.zeros(1, np.int32), device), buffer(np.zeros((), np.int32), device)
         rows = buffer(np.ones(1, np.int64), device)
         (described,) = (t for t in self._spec.outputs if t.name == "logits")

@@ -49,30 +49,42 @@ inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
   return tensors;
 }
 
+/// First size of the decoder's tensors: "batch", or 1 in packages that decode one answer at a time.
+inline Dimension first_size(const Manifest& m) {
+  for (const TensorSpec& tensor : m.graphs.at("decoder_lower").inputs) {
+    if (tensor.name == "seqlens_k" && tensor.shape == std::vector<Dimension>{"batch"}) return "batch";
+  }
+  return 1;
+}
+
 /// The tensors of each graph.
 inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
   const Dims& d = m.dims;
   const std::string n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
-  const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
-    Tensors tensors{{{source, f32, rows}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}},
-                    {{target, f32, out}}};
+  const Dimension batch = first_size(m);
+  const auto half = [&](const char* name, const char* source, const char* target, const Dimension& made) {
+    Tensors tensors{{{source, f32, {batch, n, d.hidden_size}},
+                     {"seqlens_k", "int32", {batch}},
+                     {"total_sequence_length", "int32", {}}},
+                    {{target, f32, {batch, made, d.hidden_size}}}};
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
       for (const char* kind : {"key", "value"}) {
         const std::string suffix = "." + std::to_string(layer) + "." + kind;
-        tensors.inputs.push_back(
-            {"past_key_values" + suffix, m.cache_type, {1, d.num_key_value_heads, "past_sequence_length", d.head_dim}});
-        tensors.outputs.push_back(
-            {"present" + suffix, m.cache_type, {1, d.num_key_value_heads, "total_sequence_length", d.head_dim}});
+        const auto cache = [&](const char* side, const char* length) -> TensorSpec {
+          return {side + suffix, m.cache_type, {batch, d.num_key_value_heads, length, d.head_dim}};
+        };
+        tensors.inputs.push_back(cache("past_key_values", "past_sequence_length"));
+        tensors.outputs.push_back(cache("present", "total_sequence_length"));
       }
     }
     return tensors;
   };
   std::map<std::string, Tensors> expected = {
       {"embed_tokens", {{{"input_ids", "int64", {1, n}}}, {{"inputs_embeds", f32, rows}}}},
-      {"decoder_lower", half("decoder_lower", "inputs_embeds", "hidden_states", rows)},
-      {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", last)},
+      {"decoder_lower", half("decoder_lower", "inputs_embeds", "hidden_states", n)},
+      {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", "num_logits")},
       {"lm_head", {{{"last_hidden_state", f32, last}}, {{"logits", f32, {1, "num_logits", d.vocab_size}}}}}};
   expected["decoder_upper"].inputs.push_back({"num_logits", "int64", {1}});
   for (const auto& [name, copy] : kPrefillGraphs) expected[m.prefill_graph(name)] = expected.at(name);
