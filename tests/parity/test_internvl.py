@@ -110,7 +110,7 @@ engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.p
 def test_pixels_equal_hugging_faces_for_odd_pictures(variant: str) -> None:
     """The processor's default, no tiles, is not what InternVLProcessor asks of it."""
     counts = FAMILY.check_pixels(variant)
-    assert counts <= ({1, *range(3, 14)} if variant == "qwen2" else {4, 5, 6, 7}) and len(counts) > 3
+    assert counts <= ({1, *range(3, 14)} if variant == "qwen2" else {4, 5, 6, 7}) and len(counts) > 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
