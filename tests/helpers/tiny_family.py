@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cpp_runtime import in_python, joined, through_c
 from PIL import Image, ImageOps
 from traced import trace_once
 
@@ -31,7 +33,7 @@ from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.manifest import Check, Manifest
 from autosteer.runtime.sampling import SamplingConfig
-from autosteer.runtime.text import ImagePart, Message
+from autosteer.runtime.text import ImagePart, Message, Part
 
 trace_once()
 READ_IN_8_BITS = "int4 --prefill-precision int8 --kv-cache int8"
@@ -116,6 +118,32 @@ class TinyFamily:
             answers.append(theirs.generate(theirs.inputs(ValidationPrompt(messages, ())), tokens=tokens))
             assert self.generate(variant, messages, tokens) == answers[-1], f"dialogue {i}"
         assert len(set(map(tuple, answers))) > dialogues / 2
+
+    def check_cpp(self, variant: str, built: Path, folder: Path, dialogues: int = 12) -> None:
+        """libautosteer's answers, verdicts and texts are Python's: the same JSON, but what is measured."""
+
+        def part(given: Part, name: str) -> Any:
+            if not isinstance(given, ImagePart):
+                return given
+            assert isinstance(given.image, Image.Image)
+            given.image.save(folder / name)
+            return {"image": str(folder / name)}
+
+        requests = [
+            {
+                "messages": [
+                    {"role": m.role, "parts": [part(p, f"{i}-{turn}-{at}.png") for at, p in enumerate(m.parts)]}
+                    for turn, m in enumerate(self.dialogue(i))
+                ],
+                "sampling": {"max_tokens": 24},
+            }
+            for i in range(dialogues)
+        ]
+        answers = through_c(built, self.package(variant, "fp32"), requests)
+        assert [answer["error"] for answer in answers] == [None] * dialogues
+        expected = [in_python(self.engine(variant), request) for request in requests]
+        assert [joined(answer["chunks"]) for answer in answers] == expected
+        assert len({answer["verdict"]["unsafe"] for answer in expected}) == 2
 
     def check_pixels(self, variant: str) -> set[int]:
         """Pixels of odd pictures are the image processor's, bit for bit. Returns into how many tiles they were cut."""

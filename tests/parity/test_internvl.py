@@ -58,7 +58,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=0,
-        tie_word_embeddings=variant == "qwen3",
+        tie_word_embeddings=False,
         **extra,
     )
     other = {"attention_bias": True, "use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False}
@@ -76,7 +76,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
         text_config=text,
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=rows,
-        tie_word_embeddings=variant == "qwen3",
+        tie_word_embeddings=False,
     )
     torch.manual_seed(VARIANTS.index(variant))
     model = hf.InternVLForConditionalGeneration(config).eval()
@@ -87,7 +87,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
             elif "lambda" in name:
                 parameter.uniform_(0.5, 1.5)
             elif "embed" in name or "lm_head" in name or "cls_token" in name:
-                parameter.normal_(0, 0.3 if variant == "qwen3" else 1)  # a tied head says its last token again
+                parameter.normal_(0, 1)
             else:
                 parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
         model.lm_head.weight[tokenizer.eos_token_id] = 0  # answers do not end early
@@ -110,7 +110,7 @@ engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.p
 def test_pixels_equal_hugging_faces_for_odd_pictures(variant: str) -> None:
     """The processor's default, no tiles, is not what InternVLProcessor asks of it."""
     counts = FAMILY.check_pixels(variant)
-    assert counts <= ({1, *range(3, 14)} if variant == "qwen2" else {4, 5, 6, 7}) and len(counts) > 3
+    assert counts <= ({1, *range(3, 14)} if variant == "qwen2" else {4, 5, 6, 7}) and len(counts) > 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -174,6 +174,10 @@ def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(
     assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
     for check in checks.values():
         record_property(check.name, check.value)
+
+
+def test_the_cpp_runtime_answers_alike(built: Path, tmp_path: Path) -> None:
+    FAMILY.check_cpp("qwen2", built, tmp_path)
 
 
 def test_golden_answers_replay() -> None:

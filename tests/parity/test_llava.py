@@ -235,6 +235,12 @@ def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(
 
 
 @pytest.mark.parametrize("variant", ["one tile", "anyres"])
+def test_the_cpp_runtime_answers_alike(variant: str, built: Path, tmp_path: Path) -> None:
+    """Its tokenizer, its template and its pictures, too."""
+    FAMILY.check_cpp(variant, built, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["one tile", "anyres"])
 def test_golden_answers_replay(variant: str) -> None:
     assert all(check.passed for check in check_package(engine(variant), package(variant, "fp32")))
 

@@ -243,3 +243,34 @@ def test_any_bytes_a_model_may_write_come_out_as_a_prefix_of_their_decoding(byte
     stream = Detokeniser(bytewise, ())
     out = "".join(stream.push(i) for i in ids) + stream.flush()
     assert bytewise.decode(ids).startswith(out)
+
+
+# --- SentencePiece's BPE with byte fallback --------------------------------------------------------------------------
+
+
+def falling_back(*steps: decoders.Decoder) -> Tokenizer:
+    """A few letters, and a token for each byte; `steps`: what else the decoder does."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    model = BPE(vocabulary, [("\u2581", "a")], byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    whole = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *steps]
+    tokenizer.decoder = decoders.Sequence(whole)
+    tokenizer.add_special_tokens(["<end>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", [" a b", "  a", "ab é漢😀😀 b", "", " "])
+@pytest.mark.parametrize("steps", [(), (decoders.Strip(" ", 1, 0),)], ids=["as it is", "stripped"])
+def test_tokens_that_fall_back_to_bytes_come_out_as_the_library_decodes_them(text, steps):
+    tokenizer = falling_back(*steps)
+    assert "".join(pushed(tokenizer, text)[0]) == tokenizer.decode(tokenizer.encode(text).ids)
+
+
+def test_bytes_that_are_no_character_do_not_end_an_answer():
+    """tokenizers' DecodeStream raises "Invalid prefix": it takes back a byte token that it has shown."""
+    tokenizer = falling_back()
+    stream = Detokeniser(tokenizer, ())
+    ids = [tokenizer.token_to_id(name) for name in ("<0x41>", "<0xFF>", "<end>", "\u2581a", "<0x62>")]
+    assert [stream.push(i) for i in ids] == ["A", "", "", "\ufffd a", "b"]
