@@ -22,6 +22,8 @@ Not thread-safe: one thread advances all answers. On the CPU only, where the arr
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
@@ -30,6 +32,8 @@ from .generation import Float, Request
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
 from .subgraph import Call, Device, Subgraph, buffer
+
+log = logging.getLogger(__name__)
 
 HALVES = ("decoder_lower", "decoder_upper")
 
@@ -93,19 +97,18 @@ class Batch:
                 self._passes.clear()
 
     def _run_together(self) -> None:
-        """Requests that this cannot run get nothing."""
+        """Requests that get nothing here are to be run by themselves."""
         for request in self._asked:
             if request not in self._seated and len(self._seated) < self._rows:
-                try:
+                with contextlib.suppress(MemoryError):  # no room for it beside the others
                     self._seat(request)
-                except Exception as err:  # no memory for one more
-                    self._given[request] = err
         try:
             rows = [(request, self._asked[request][:1]) for request in self._seated]
             for request, tokens in rows:
                 request.require_room(len(tokens))
             logits = self._pass(len(rows)).run(rows)
-        except Exception:  # whose fault it is shows when each is run by itself
+        except Exception as err:  # whose fault it is shows when each is run by itself
+            log.warning("a pass for %d requests failed, so each is run by itself: %s", len(self._seated), err)
             return
         for (request, tokens), row in zip(rows, logits, strict=True):
             request.ran(tokens, row[None])

@@ -21,13 +21,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .batch import Batch, can_share
 from .engine import Engine
 from .gate import Mode
-from .generation import EncodedPrompt, Stats, ms_since
+from .generation import EncodedPrompt, Request, Stats, finish, ms_since
 from .host import describe_host
 from .text import Message
 
 SWEEP_BYTES = 512 << 20  # far beyond any cache
+TOGETHER = (2, 4, 8)  # answers in one pass
 PICTURE = (480, 640, 3)
 STAGES = ("vision", "embed", "lower", "gate", "upper")
 TEXT = (
@@ -54,6 +56,15 @@ class Case:
     step_bytes: int  # that a step reads of weights and caches
 
 
+@dataclass(frozen=True)
+class Together:
+    """Several answers decoded in one pass, as autosteer-serve does."""
+
+    answers: int
+    tok_s: float  # of all
+    processor_ms: float  # of all threads, a token
+
+
 def bench(engine: Engine, folder: Path, *, tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """Measure the package in `folder`, loaded as `engine`. `tokens`: about so many of text in a prompt."""
     text = _text_of(engine, tokens)
@@ -61,6 +72,8 @@ def bench(engine: Engine, folder: Path, *, tokens: int, new_tokens: int, rounds:
     if engine.manifest.image:
         prompts["picture"] = Message.user(text, [_picture()])
     cases = [_case(engine, folder, name, message, new_tokens, rounds) for name, message in prompts.items()]
+    shared = can_share(engine.manifest, engine.device)
+    together = [_together(engine, prompts["text"], n, new_tokens) for n in (1, *(TOGETHER if shared else ()))]
     peak = peak_memory_mib()  # before half a gigabyte is read
     bandwidth = read_bandwidth(engine.device.threads)
     return {
@@ -72,6 +85,7 @@ def bench(engine: Engine, folder: Path, *, tokens: int, new_tokens: int, rounds:
         "read_gb_s": bandwidth / 1e9,
         "peak_memory_mib": peak,
         "cases": [{**vars(case), "read_share": 1000 * case.step_bytes / case.decode_ms / bandwidth} for case in cases],
+        "together": [vars(found) for found in together],
     }
 
 
@@ -153,6 +167,30 @@ def _case(engine: Engine, folder: Path, name: str, message: Message, new_tokens:
         gate_share=first["gate"] / first["total"],
         steering_share=steered[0] / plain - 1 if steered else None,
         step_bytes=read,
+    )
+
+
+def _together(engine: Engine, message: Message, answers: int, new_tokens: int) -> Together:
+    """Decode `answers` of one prompt; the first pass, for which the caches move, does not count."""
+    batch, tokens = Batch(engine.manifest, engine.graphs, engine.device, answers), dict[Request, int]()
+    for _ in range(answers):
+        stats = Stats()
+        request = engine.request(engine.encoder.prepare([message], stats), new_tokens, stats)
+        request.prefill_lower(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+        tokens[request] = int(request.prefill_upper(0.0).argmax())
+    for step in range(new_tokens - 1):
+        if step == 1:
+            start, processor = time.perf_counter(), time.process_time()
+        waiting = [(request, batch.decode(request, [token])) for request, token in tokens.items()]
+        for _, decoding in waiting:
+            next(decoding)
+        batch.run()
+        tokens = {request: int(finish(decoding)[0].argmax()) for request, decoding in waiting}
+    made = answers * (new_tokens - 2)
+    return Together(
+        answers=answers,
+        tok_s=made / (time.perf_counter() - start),
+        processor_ms=1000 * (time.process_time() - processor) / made,
     )
 
 

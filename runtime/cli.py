@@ -430,7 +430,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of text in a prompt, about."
 )
-@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True, help="Of an answer.")
+@click.option("--new-tokens", type=click.IntRange(3), default=64, show_default=True, help="Of an answer.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The medians are printed.")
 @device_option
 @threads_option
@@ -467,6 +467,10 @@ def bench_text(found: dict[str, Any]) -> str:
         ("decode, tok/s", [f"{1000 / case['decode_ms']:.3g}" for case in cases]),
         ("steering, of a step", [percent(case["steering_share"]) for case in cases]),
         ("of the memory's bandwidth", [percent(case["read_share"]) for case in cases]),
+    ]
+    rows += [
+        (f"{together['answers']} together, tok/s", [f"{together['tok_s']:.3g}", *[""] * (len(cases) - 1)])
+        for together in found["together"][1:]
     ]
     memory, machine = found["peak_memory_mib"], found["machine"]
     used = "" if memory is None else f", {memory:.0f} MiB at most"

@@ -4,7 +4,7 @@
     app          routes: a request -> its body (protocol) -> its turn (scheduler) -> chunks or one answer
     protocol     what a body may say; anything else is an error that names the parameter
     dialogue     a body's messages and pictures -> the engine's
-    scheduler    one request computes, some wait, the rest are turned away
+    scheduler    some requests compute, some wait, the rest are turned away; which of them pause for a shared pass
     answering    what runs in a turn: the engine, and the caches of earlier turns (conversations)
     chat, responses, moderations   an answer in each endpoint's form
     access, limits, metrics, faults

@@ -506,7 +506,7 @@ def test_check_of_the_host(call):
 
 
 def test_bench_prints_a_table_or_json(call, golden_package):
-    few = ("--prompt-tokens", 4, "--new-tokens", 2, "--rounds", 1, "--device", "cpu")
+    few = ("--prompt-tokens", 4, "--new-tokens", 3, "--rounds", 1, "--device", "cpu")
     done = call("autosteer-bench", golden_package, *few)
     assert done.returncode == 0 and "decode, tok/s" in done.stdout and "GB/s read" in done.stdout
     assert json.loads(call("autosteer-bench", golden_package, *few, "--json").stdout)["read_gb_s"] > 0

@@ -170,7 +170,7 @@ def test_a_pass_that_fails_fails_only_whose_row_it_was(package, tmp_path, graph)
     assert said[:2] + said[3:] == ["orange yellow green", "sorry refuse", "world", "green"]
 
 
-def test_no_memory_for_one_more_fails_that_one(attentive, monkeypatch):
+def test_one_that_there_is_no_memory_for_decodes_by_itself(attentive, monkeypatch):
     """The third needs longer arrays than there are."""
     from autosteer.runtime import batch as module
 
@@ -184,8 +184,7 @@ def test_no_memory_for_one_more_fails_that_one(attentive, monkeypatch):
     monkeypatch.setattr(module, "empty_arrays", limited)
     asks = [ask("red tick", 12, policy="off"), ask("hello", 9, policy="off"), ask("red " * 30, 20, policy="off")]
     together(attentive, asks)
-    assert isinstance(asks[2].error, MemoryError)
-    assert [one.said() for one in asks[:2]] == [one.alone(attentive).said() for one in asks[:2]]
+    assert [one.said() for one in asks] == [one.alone(attentive).said() for one in asks]
 
 
 @pytest.mark.parametrize("seed", range(5))

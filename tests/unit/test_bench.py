@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import toy
+from conftest import load
 from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.runtime import bench as module
@@ -31,12 +32,16 @@ def test_text_and_picture_are_measured_with_and_without_steering(engine, package
         assert case["gate_share"] == stages["gate"] / stages["total"]
         assert case["decode_ms"] > 0 and case["steered_ms"] > 0
     assert found["peak_memory_mib"] > 10 and "onnxruntime" in found["machine"]
+    assert [entry["answers"] for entry in found["together"]] == [1, 2, 4, 8]
+    assert all(entry["tok_s"] > 0 and entry["processor_ms"] > 0 for entry in found["together"])
     shown = bench_text(found)
+    assert "8 together, tok/s" in shown
     assert "decode, tok/s" in shown and "1 GB/s read" in shown
 
 
 def test_a_package_without_gate_or_pictures_has_no_such_lines(unguarded, unguarded_package):
-    (case,) = bench(unguarded, unguarded_package, tokens=8, new_tokens=2, rounds=1)["cases"]
+    found = bench(unguarded, unguarded_package, tokens=8, new_tokens=3, rounds=1)
+    (case,) = found["cases"]
     assert (case["steered_ms"], case["steering_share"]) == (None, None)
 
 
@@ -66,3 +71,9 @@ def test_weights_are_counted_wherever_they_are(tmp_path):
 
 def test_the_bandwidth_is_a_number_of_bytes_a_second():
     assert 1e7 < read_bandwidth(1, nbytes=1 << 20, sweeps=1) < 1e13
+
+
+def test_a_package_that_decodes_one_answer_at_a_time_is_measured_so(tmp_path):
+    toy.build(tmp_path / "old", batch=1)
+    found = bench(load(tmp_path / "old"), tmp_path / "old", tokens=4, new_tokens=3, rounds=1)
+    assert [entry["answers"] for entry in found["together"]] == [1]
