@@ -128,6 +128,7 @@ def write_package(
         graphs=graphs,
         files=(weights, data_file(folder, "tokenizer.json")),
         kv_cache=KVCacheSpec(chosen.caches, "BNSH"),
+        rotary=config.rotary,
         prompt=prompt_spec,
         image=pictures,
         video=videos,

@@ -40,6 +40,7 @@ from .manifest_format import (
     PromptSpec,
     RefusalSpec,
     Resample,
+    RotarySpec,
     Source,
     SplitSpec,
     SteeredState,
@@ -76,6 +77,7 @@ __all__ = [
     "PromptSpec",
     "RefusalSpec",
     "Resample",
+    "RotarySpec",
     "Source",
     "SplitSpec",
     "SteeredState",
@@ -89,7 +91,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
 WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs

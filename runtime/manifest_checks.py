@@ -37,6 +37,7 @@ def check_consistency(manifest: Contents, where: str) -> None:
         _check_golden,
         _check_prompt,
         _check_tensors,
+        _check_rotary,
     ):
         check(manifest, need)
 
@@ -74,6 +75,14 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
     for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
         for name in (half, manifest.prefill_graph(half)):
             need(manifest.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
+
+
+def _check_rotary(manifest: Contents, need: Need) -> None:
+    """A frequency for each pair of a head's numbers; each reads a position that there is."""
+    rotary, pairs = manifest.rotary, manifest.dims.head_dim / 2
+    need(len(rotary.frequencies) == pairs, f"rotary: {len(rotary.frequencies)} frequencies, not half of head_dim")
+    need(len(rotary.axes) in (0, pairs), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
+    need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
 
 
 def _check_image(manifest: Contents, need: Need) -> None:
@@ -239,8 +248,9 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
 
     def half(name: str, source: str, target: Tensors, more: Tensors) -> tuple[Tensors, Tensors]:
         lengths: Tensors = {"seqlens_k": ("int32", (1,)), "total_sequence_length": ("int32", ())}
+        tables: Tensors = {f"{kind}_cache": (act, ("rotary_length", d.head_dim // 2)) for kind in ("cos", "sin")}
         past = caches(name, "past_key_values", "past_sequence_length")
-        return {source: (act, rows), **lengths, **more, **past}, target | caches(
+        return {source: (act, rows), **lengths, **tables, **more, **past}, target | caches(
             name, "present", "total_sequence_length"
         )
 

@@ -87,6 +87,17 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True)
+class RotarySpec:
+    """Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.py)."""
+
+    frequencies: tuple[float, ...]  # (head_dim / 2,), radians a position; float32 values
+    scale: float  # HF: attention_scaling
+    # By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column (HF: mrope_section). Empty: a row
+    # has one position, its index in the sequence, in text and pictures alike.
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AnyresSpec:
     """How ImageSpec.kind "anyres" cuts one image into tiles and lays their features out among the tokens."""
 
@@ -293,6 +304,7 @@ class Contents:
     graphs: dict[str, GraphSpec]
     files: tuple[DataFile, ...]
     kv_cache: KVCacheSpec
+    rotary: RotarySpec
     prompt: PromptSpec
     image: ImageSpec | None
     prober: ProberSpec | None

@@ -30,6 +30,7 @@ from .errors import InputError, PackageError
 from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
+from .rotary import PositionCounter
 from .subgraph import Subgraph
 from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, render_judged
 
@@ -76,6 +77,7 @@ class PromptEncoder:
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
+        counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
         slots = iter(shown)
         for run in runs:
@@ -86,8 +88,10 @@ class PromptEncoder:
                     rows.append(self.embed(part))
                     keys += part
                     token_ids += part
+                    counter.text(len(part))
                 else:
                     rows.append(part)
+                    counter.picture(len(part), None)
                     keys += [(digest, next(row)) for _ in part]
         embeds = np.concatenate([np.empty((0, self.manifest.dims.hidden_size), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
@@ -96,7 +100,7 @@ class PromptEncoder:
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video) for one in shown)
-        return EncodedPrompt(embeds, token_ids, keys, probed, pictures_and_videos)
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, pictures_and_videos)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -108,7 +112,9 @@ class PromptEncoder:
         probed = probed_positions(self.manifest.prober, [turn], range(len(token_ids)), [])
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = len(token_ids)
-        return EncodedPrompt(embeds, list(token_ids), list(token_ids), probed)
+        counter = PositionCounter(self.manifest.rotary)
+        counter.text(len(token_ids))
+        return EncodedPrompt(embeds, list(token_ids), list(token_ids), counter.positions(), probed)
 
     def _see(
         self, runs: Rendered, messages: Sequence[Message], stats: Stats, conversation: Conversation | None

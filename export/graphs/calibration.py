@@ -29,7 +29,6 @@ from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint
 
-from .decoder import rotary_tables
 from .kv_scales import KVScales, RangeObserver, through
 
 TEXT = (
@@ -68,8 +67,7 @@ def calibrate_decoder(
     """
     prefix, found = checkpoint.family.decoder, {}
     decoder = open_on_demand(checkpoint, config.lm_head, LayerSweep(0)).get_submodule(prefix)
-    tables = rotary_tables(config)
-    caches = [RangeObserver(*tables) for _ in decoder.layers]
+    caches = [RangeObserver(config.rotary, config.context_length) for _ in decoder.layers]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -25,6 +25,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from autosteer.runtime.manifest import (
+    FORMAT_VERSION,
     AnyresSpec,
     DataFile,
     Dims,
@@ -36,6 +37,7 @@ from autosteer.runtime.manifest import (
     ProberSpec,
     PromptSpec,
     RefusalSpec,
+    RotarySpec,
     Source,
     SteeredState,
     TemplatePiece,
@@ -110,13 +112,13 @@ def build(
     shape = Shape(heads=2, kv_heads=1, head_dim=16) if attentive else Shape(heads=1, kv_heads=1, head_dim=D)
     graphs = {
         "embed_tokens": _embed_tokens(folder),
-        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, context_length),
-        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive, context_length),
+        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive),
+        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive),
         "lm_head": _lm_head(folder, attentive),
     }
     if prefill:
         graphs |= {
-            name: _decoder(folder, name, layer, shape, attentive, context_length)
+            name: _decoder(folder, name, layer, shape, attentive)
             for layer, name in enumerate(("prefill_lower", "prefill_upper"))
         }
     if guarded:
@@ -126,7 +128,7 @@ def build(
     _tokenizer().save(str(folder / "tokenizer.json"))
     proof = _proof(folder, p_unsafe or {}, attentive) if guarded else None
     manifest = Manifest(
-        format_version=2,
+        format_version=FORMAT_VERSION,
         source=Source("toy", None, "toy", None),
         precision="fp32",
         guarded=guarded,
@@ -135,6 +137,7 @@ def build(
         graphs=graphs,
         files=(data_file(folder, "tokenizer.json"), *([data_file(folder, proof.file)] if proof else [])),
         kv_cache=KVCacheSpec("float32", "BNSH"),
+        rotary=RotarySpec(frequencies(shape.head_dim), 1.0, ()),
         prompt=PROMPT if videos else replace(PROMPT, user=replace(PROMPT.user, video=())),
         image=IMAGE if images else None,
         video=VIDEO if videos else None,
@@ -151,6 +154,11 @@ def build(
     )
     manifest.save(folder)
     return manifest
+
+
+def frequencies(head_dim: int) -> tuple[float, ...]:
+    """Of rotary, (head_dim / 2,)."""
+    return tuple((1 / 100.0 ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32).tolist())
 
 
 def _proof(folder: Path, changes: dict[str, float], attentive: bool) -> GateProof:
@@ -232,7 +240,7 @@ def _embed_tokens(folder: Path) -> GraphSpec:
     )
 
 
-def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, context: int) -> GraphSpec:
+def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool) -> GraphSpec:
     """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -244,7 +252,6 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
         content = np.diag([float(word in CONTENT.split()) for word in VOCABULARY])
         qkv = np.concatenate([np.zeros((D, 2 * D)), content], axis=1).astype(np.float32)
         out = np.eye(D, dtype=np.float32) * (0.5 if layer == 0 else 0.0)
-    angle = np.arange(context)[:, None] / 100.0 ** (np.arange(0, s.head_dim, 2) / s.head_dim)
     past, present = ([f"{p}.{layer}.{kind}" for kind in ("key", "value")] for p in ("past_key_values", "present"))
     attention = helper.make_node(
         "GroupQueryAttention",
@@ -273,6 +280,7 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
             (source, F32, (1, "sequence_length", D)),
             ("seqlens_k", I32, (1,)),
             ("total_sequence_length", I32, ()),
+            *((f"{kind}_cache", F32, ("rotary_length", s.head_dim // 2)) for kind in ("cos", "sin")),
             *((p, F32, kv_in) for p in past),
             *([("num_logits", I64, (1,))] if layer else []),
         ],
@@ -281,8 +289,6 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, con
         {
             "w_qkv": qkv,
             "w_out": out,
-            "cos_cache": np.cos(angle).astype(np.float32),
-            "sin_cache": np.sin(angle).astype(np.float32),
             "end": np.array([2**63 - 1], np.int64),
             "axis": np.array([1], np.int64),
         },

@@ -55,7 +55,12 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
   const std::string n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
   const auto half = [&](const char* name, const char* source, const char* target, const std::vector<Dimension>& out) {
-    Tensors tensors{{{source, f32, rows}, {"seqlens_k", "int32", {1}}, {"total_sequence_length", "int32", {}}},
+    const std::vector<Dimension> table = {"rotary_length", d.head_dim / 2};
+    Tensors tensors{{{source, f32, rows},
+                     {"seqlens_k", "int32", {1}},
+                     {"total_sequence_length", "int32", {}},
+                     {"cos_cache", f32, table},
+                     {"sin_cache", f32, table}},
                     {{target, f32, out}}};
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
@@ -190,6 +195,18 @@ inline void check_graphs(const Manifest& m, const Need& need) {
   }
 }
 
+/// A frequency for each pair of a head's numbers; each reads a position that there is.
+inline void check_rotary(const Manifest& m, const Need& need) {
+  const auto pairs = [&](size_t count) { return 2 * static_cast<int64_t>(count) == m.dims.head_dim; };
+  const auto& [frequencies, scale, axes] = m.rotary;
+  need(pairs(frequencies.size()),
+       "rotary: " + std::to_string(frequencies.size()) + " frequencies, not half of head_dim");
+  need(axes.empty() || pairs(axes.size()),
+       "rotary: " + std::to_string(axes.size()) + " axes, not one for each frequency");
+  const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
+  need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
+}
+
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
 inline void check_image(const Manifest& m, const Need& need) {
   std::set<std::array<int64_t, 2>> grids;
@@ -320,6 +337,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   check_golden(m, need);
   check_prompt(m, need);
   check_tensors(m, need);
+  check_rotary(m, need);
 }
 
 }  // namespace decoding

@@ -47,6 +47,11 @@ inline DataFile data_file(const Node& node) {
   return {node["file"].as_string(), node["sha256"].as_string(), node["bytes"].as_int()};
 }
 
+inline RotarySpec rotary(const Node& node) {
+  node.object({"frequencies", "scale", "axes"});
+  return {node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int)};
+}
+
 inline AnyresSpec anyres(const Node& node) {
   node.object({"tokens_per_side", "grid_pinpoints", "max_tiles_side"});
   const auto pinpoint = [](const Node& sizes) { return sizes.tuple<2>(as_size); };
@@ -204,7 +209,7 @@ inline void check_facts(const Node& node) {
 inline Manifest manifest(const Node& node) {
   node.object(
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-       "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
+       "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
       {"video"});
   check_facts(node);
   Manifest manifest;
@@ -212,6 +217,7 @@ inline Manifest manifest(const Node& node) {
   manifest.split_layer = static_cast<int>(node["split_layer"].as_size());
   manifest.dims = dims(node["dims"]);
   manifest.cache_type = node["kv_cache"]["dtype"].as_one_of({"float32", "int8"});
+  manifest.rotary = rotary(node["rotary"]);
   for (const auto& [name, value] : node["graphs"].entries()) manifest.graphs.emplace(name, graph(value));
   manifest.files = node["files"].list(data_file);
   manifest.prompt = prompt(node["prompt"]);

@@ -61,6 +61,15 @@ struct DataFile {
   int64_t bytes;
 };
 
+/// Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.hpp).
+struct RotarySpec {
+  std::vector<double> frequencies;  ///< (head_dim / 2,), radians a position
+  double scale;
+  /// By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column. Empty: a row has one position,
+  /// its index in the sequence, in text and pictures alike.
+  std::vector<int64_t> axes;
+};
+
 /// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
 struct AnyresSpec {
   int64_t tokens_per_side;                             ///< image_features of one tile: tokens_per_side ** 2 rows
@@ -170,6 +179,7 @@ struct Manifest {
   int split_layer;
   Dims dims;
   std::string cache_type;  ///< numpy's name for the type of the caches: float32 or int8
+  RotarySpec rotary;
   std::map<std::string, GraphSpec> graphs;
   std::vector<DataFile> files;
   PromptSpec prompt;

@@ -94,7 +94,8 @@ class PromptEncoder {
     const std::vector<Seen> seen = see(runs, messages, stats, conversation);
     stats.vision_ms = seeing.ms();
     const Clock clock;
-    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}};
+    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
+    PositionCounter counter(manifest_.rotary);
     std::vector<int64_t> text_positions, sizes;
     const auto add_tokens = [&](const std::vector<int64_t>& ids) {
       const Rows rows = embed(ids);
@@ -104,6 +105,7 @@ class PromptEncoder {
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
+      counter.text(static_cast<int64_t>(ids.size()));
     };
     auto next = seen.begin();
     for (const Run& run : runs) {
@@ -116,10 +118,12 @@ class PromptEncoder {
         add_tokens(part.ids);
         prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
         for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->key, row++);
+        counter.picture(part.rows.count(), {});
       }
       prompt.shown.push_back({next->sha256, run.slot == "video"});
       sizes.push_back(next++->rows());
     }
+    prompt.positions = std::move(counter.positions);
     prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
@@ -133,7 +137,9 @@ class PromptEncoder {
     std::vector<JudgedTurn> turns;
     render({{"user", {}}}, manifest_.prompt, tokenizer_, turns);
     turns.at(0).end = {static_cast<int64_t>(token_ids.size()), 0};  // the rendering ends where the prompt does
-    EncodedPrompt prompt{embed(token_ids), token_ids, {}, {}};
+    PositionCounter counter(manifest_.rotary);
+    counter.text(static_cast<int64_t>(token_ids.size()));
+    EncodedPrompt prompt{embed(token_ids), token_ids, {}, std::move(counter.positions), {}};
     std::vector<int64_t> text(token_ids.size());
     std::iota(text.begin(), text.end(), int64_t{0});
     for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
