@@ -12,6 +12,7 @@ from .errors import PackageError
 from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
+MOST_FRAMES = 16  # that an image graph may read as one
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
@@ -91,6 +92,12 @@ def _check_image(manifest: Contents, need: Need) -> None:
         return
     need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
     need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
+    need((image.kind == "native") == (image.native is not None), "image: 'kind' and 'native' differ")
+    if image.native:
+        need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
+        need(image.native.min_pixels <= image.native.max_pixels, "image: min_pixels is above max_pixels")
+        need(image.native.frames <= MOST_FRAMES, "image: too many frames are read as one")
+        need(not image.tile_separators, "image: a 'native' picture has no tile_separators")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
     need(image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
@@ -208,6 +215,8 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "image: tokens_per_side", anyres.tokens_per_side
             yield "image: max_tiles_side", anyres.max_tiles_side
             yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
+        if native := manifest.image.native:
+            yield from ((f"image: {name}", size) for name, size in dataclasses.asdict(native).items())
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
     if manifest.video:
@@ -274,7 +283,9 @@ def _expected_of_images(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]
     if manifest.image is None:
         return {}
     d, n = manifest.dims.hidden_size, manifest.image.tile_size
-    pixels: Tensors = {"pixel_values": ("float32", ("tiles", 3, n, n))}
+    native = manifest.image.native
+    shape: Shape = (native.frames, 3, "height", "width") if native else ("tiles", 3, n, n)
+    pixels: Tensors = {"pixel_values": ("float32", shape)}
     newline: Tensors = {"image_newline": ("float32", (d,))} if manifest.image.anyres else {}
     outputs: dict[str, Tensors] = {
         "vision_encoder": {"image_features": ("float32", (None, None, d)), **newline},

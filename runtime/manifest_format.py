@@ -115,6 +115,17 @@ class SplitSpec:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """How ImageSpec.kind "native" scales a picture: to whole tiles, at about its own size. The graph cuts it, and makes
+    one row of each tile.
+    """
+
+    min_pixels: int  # smaller pictures are enlarged, larger ones than max_pixels shrunk
+    max_pixels: int
+    frames: int  # pictures that the graph reads as one: of a film, successive frames; a picture is given as often
+
+
+@dataclass(frozen=True)
 class TileSeparators:
     """The token ids around and between the tiles of an image that was cut into `grid` (rows, columns)."""
 
@@ -130,14 +141,17 @@ class ImageSpec:
     which go through embed_tokens like text.
     """
 
-    kind: Literal["anyres", "centre_crop", "split"]
-    tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
+    kind: Literal["anyres", "centre_crop", "split", "native"]
+    # Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" it is (frames, 3, height, width),
+    # with sides that are multiples of it.
+    tile_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Resample
     anyres: AnyresSpec | None  # if kind is "anyres"
     split: SplitSpec | None = None  # if kind is "split"
+    native: NativeSpec | None = None  # if kind is "native"
     tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
 
 

@@ -115,7 +115,7 @@ def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint,
     """
     config, processor = decoder_config(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
-    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image, manifest.image)
     found = calibrate_decoder(checkpoint, config, with_random_tokens(rows, checkpoint, config.vocab_size)).kv_scales
 
     def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:

@@ -253,7 +253,9 @@ def branch_errors(original: OriginalModel, prompt: ValidationPrompt, answers: Pa
     """Errors of each branch by itself: see OriginalModel.branch_errors. Empty if the prompt was not recorded."""
     if not answers.plain.branches:
         return {}
-    errors = original.branch_errors(answers.encoded.inputs_embeds[0], answers.plain.branches, answers.plain.logits)
+    errors = original.branch_errors(
+        prompt, answers.encoded.inputs_embeds[0], answers.plain.branches, answers.plain.logits
+    )
     lines: dict[str, float] = {}
     for name, error in errors.items():
         line = BY_ITSELF[name.rpartition(".")[2]]
@@ -305,10 +307,10 @@ def stored_checks(manifest: Manifest, checkpoint: Checkpoint, audits: dict[str, 
 
 
 def _pixel_values(prompt: ValidationPrompt, manifest: Manifest) -> np.ndarray:
-    """(tiles, 3, size, size) of a prompt's images, then of its videos."""
+    """All numbers of a prompt's images, then of its videos, (n,)."""
     spec, alone = manifest.image, len(prompt.images) == 1
     assert spec is not None
     pixels = [prepare(open_image(image), spec, alone=alone) for image in prompt.images]
     if manifest.video:
         pixels += [normalise(list(tiles(frames, spec.tile_size)), manifest.video) for frames in prompt.videos]
-    return np.concatenate(pixels)
+    return np.concatenate([numbers.ravel() for numbers in pixels])
