@@ -13,6 +13,7 @@ FAMILIES: dict[str, Family] = {
         chameleon.FAMILY,
         idefics3.IDEFICS3,
         idefics3.SMOLVLM,
+        qwen_vl.QWEN2_VL,
         qwen_vl.QWEN2_5_VL,
         text_only.LLAMA,
         text_only.MISTRAL,

@@ -1,7 +1,8 @@
-"""Qwen2.5-VL (arXiv 2502.13923): a tower for pictures of any size, whose patches attend within windows; Qwen2 decoder,
-in which time, row and column of a picture's rows turn queries and keys (mrope).
+"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): a tower for pictures of any size; Qwen2 decoder, in
+which time, row and column of a picture's rows turn queries and keys (mrope).
 
-HF: transformers/models/qwen2_5_vl, and qwen2_vl for its image processor.
+Qwen2.5-VL's tower attends within windows in most layers, and has other norms and MLPs; the wrapper sees that. HF:
+transformers/models/qwen2_vl, which has the image processor of both, and qwen2_5_vl.
 """
 
 from __future__ import annotations
@@ -40,18 +41,32 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
     )
 
 
-QWEN2_5_VL = Family(
-    model_type="qwen2_5_vl",
-    aliases={
+def _family(model_type: str, aliases: dict[str, str]) -> Family:
+    return Family(
+        model_type=model_type,
+        aliases=aliases,
+        renames=(  # the hub's files have the layout of transformers < 4.52
+            (r"^visual\.", "model.visual."),
+            (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+        ),
+        decoder="model.language_model",
+        lm_head="lm_head.weight",
+        vision="native_tower",
+        image_spec=image_spec,
+    )
+
+
+QWEN2_VL = _family(
+    "qwen2_vl",
+    {
+        "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    },
+)
+QWEN2_5_VL = _family(
+    "qwen2_5_vl",
+    {
         "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
         "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     },
-    renames=(  # the hub's files have the layout of transformers < 4.52
-        (r"^visual\.", "model.visual."),
-        (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-    ),
-    decoder="model.language_model",
-    lm_head="lm_head.weight",
-    vision="native_tower",
-    image_spec=image_spec,
 )

@@ -12,7 +12,7 @@ from .errors import PackageError
 from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
-MOST_FRAMES = 16  # that an image graph may read as one
+MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
@@ -96,6 +96,8 @@ def _check_image(manifest: Contents, need: Need) -> None:
     if image.native:
         need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
         need(image.native.min_pixels <= image.native.max_pixels, "image: min_pixels is above max_pixels")
+        need(image.native.max_pixels <= MOST_PIXELS, "image: max_pixels is too large")
+        need(image.tile_size**2 <= image.native.max_pixels, "image: a tile has more than max_pixels")
         need(image.native.frames <= MOST_FRAMES, "image: too many frames are read as one")
         need(not image.tile_separators, "image: a 'native' picture has no tile_separators")
     if image.split:

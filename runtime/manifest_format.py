@@ -142,8 +142,8 @@ class ImageSpec:
     """
 
     kind: Literal["anyres", "centre_crop", "split", "native"]
-    # Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" it is (frames, 3, height, width),
-    # with sides that are multiples of it.
+    # Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" (frames, 3, height, width), with
+    # sides that are multiples of it.
     tile_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

@@ -14,7 +14,7 @@ from autosteer.runtime.manifest import CacheType, RotarySpec
 from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
-DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen3")
+DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -157,10 +157,10 @@ class TowerAndPixelShuffle(ImageGraph):
 class NativeTower(ImageGraph):
     """A tower for pictures of any size: patches with rotary positions, merged to one row for each tile.
 
-    HF: Qwen2_5_VisionTransformerPretrainedModel. A tile is merge x merge patches. Layers outside of
-    `fullatt_block_indexes` attend within windows of tiles; windows at the right and lower edge are not full. HF sorts
-    patches by window; here they stay in the processor's order, tile by tile, and only queries, keys and values are
-    gathered. All that depends on the picture's size follows from the shape of its pixels.
+    HF: Qwen2VisionTransformerPretrainedModel, Qwen2_5_VisionTransformerPretrainedModel. A tile is merge x merge
+    patches. Layers outside of `fullatt_block_indexes` attend within windows of tiles; windows at the right and lower
+    edge are not full. HF sorts patches by window; here they stay in the processor's order, tile by tile, and only
+    queries, keys and values are gathered. All that depends on the picture's size follows from the shape of its pixels.
     """
 
     name, outputs, exact = "vision_encoder", ("image_features",), False
@@ -172,8 +172,9 @@ class NativeTower(ImageGraph):
         config = hf_model.config.vision_config
         self.patch, self.merge, self.frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
         self.image_size = 8 * self.patch * self.merge  # of the picture to trace with
-        self.window = config.window_size // (self.patch * self.merge)  # tiles along a side
-        self.windowed = set(range(config.depth)) - set(config.fullatt_block_indexes)
+        layers = range(config.depth)
+        self.windowed = set(layers) - set(getattr(config, "fullatt_block_indexes", layers))  # Qwen2-VL has no windows
+        self.window = config.window_size // (self.patch * self.merge) if self.windowed else 1  # tiles along a side
         with unset_fake_temporarily():
             rotary = type(self.model.visual.rotary_pos_emb)(config)
             self.constants = {"inv_freq": rotary.inv_freq.numpy()}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autosteer.export.checkpoint.hf_model import watching_inputs
+from autosteer.export.checkpoint.hf_model import placed, watching_inputs
 from autosteer.export.checkpoint.renderer import hf_messages
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
@@ -248,8 +248,8 @@ class OriginalModel:
         try:
             rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
             entering = torch.from_numpy(rows.astype(np.float32))
-            placed = self._placed(prompt, answered)
-            out = self.model(inputs_embeds=entering, **placed, **self.caching(self.model), logits_to_keep=len(logits))
+            more = placed(self.model.base_model, _extended(self.inputs(prompt), [0] * answered))
+            out = self.model(inputs_embeds=entering, **more, **self.caching(self.model), logits_to_keep=len(logits))
         finally:
             for handle in handles:
                 handle.remove()
@@ -258,18 +258,6 @@ class OriginalModel:
         centred = [x[:, possible] - x[:, possible].mean(1, keepdims=True) for x in (logits, theirs)]
         errors["logits"] = separate_errors(*centred)
         return errors
-
-    def _placed(self, prompt: ValidationPrompt, answered: int) -> dict[str, torch.Tensor]:
-        """Arguments of a pass over the embeddings of a prompt and of `answered` tokens: where they stand, for a model
-        that looks at token ids for that, of which there are none. HF: get_rope_index.
-        """
-        if not self.manifest.rotary.axes:
-            return {}
-        inputs = _extended(self.inputs(prompt), [0] * answered)
-        if "image_grid_thw" not in inputs:
-            return {"position_ids": torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)}
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        return {"position_ids": self.model.model.get_rope_index(**{name: inputs[name] for name in names})[0]}
 
     @torch.no_grad()
     def _steered_choices(self, passed: ForwardPass, plain: torch.Tensor) -> list[int]:

@@ -1,7 +1,7 @@
-"""Tiers 3 and 4: a tiny random Qwen2.5-VL, exported and compared with Hugging Face.
+"""Tiers 3 and 4: a tiny random Qwen2-VL and Qwen2.5-VL, exported and compared with Hugging Face.
 
-Two of them: `grouped` (key heads shared, an lm_head of its own) and `tied`. Pictures of both have several windows, the
-last of a row and of a column not full.
+`qwen2.5` has key heads that are shared, an lm_head of its own, and pictures of several windows, the last of a row and
+of a column not full; `qwen2` is tied, and its tower has no windows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE
+from cpp_runtime import in_python, joined, through_c
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export.validation.original import ValidationPrompt
@@ -28,21 +30,12 @@ from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
-VARIANTS = ("grouped", "tied")
+VARIANTS = ("qwen2.5", "qwen2")
 LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"  # a text that does not change
 LAYERS, WIDTH = 4, 64
 PATCH, TILE = 4, 8
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 PADS = ("<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = (  # as of Qwen/Qwen2.5-VL-3B-Instruct, without its switches
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def build_tokenizer() -> Any:
@@ -63,13 +56,14 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def build_processor(tokenizer: Any) -> Any:
+def build_processor(variant: str, tokenizer: Any) -> Any:
     """Pictures of 4 to 96 tiles."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    import transformers as hf
 
     sizes = {"size": {"shortest_edge": 4 * TILE**2, "longest_edge": 96 * TILE**2}, "patch_size": PATCH}
-    pictures, films = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
-    return Qwen2_5_VLProcessor(pictures, tokenizer, films, chat_template=CHAT_TEMPLATE)
+    pictures, films = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes)
+    kind = hf.Qwen2_5_VLProcessor if variant == "qwen2.5" else hf.Qwen2VLProcessor
+    return kind(pictures, tokenizer, films, chat_template=CHAT_TEMPLATE)
 
 
 def build_checkpoint(folder: Path, variant: str) -> None:
@@ -77,20 +71,22 @@ def build_checkpoint(folder: Path, variant: str) -> None:
     import transformers as hf
 
     tokenizer = build_tokenizer()
-    build_processor(tokenizer).save_pretrained(folder)
-    tied = variant == "tied"
+    build_processor(variant, tokenizer).save_pretrained(folder)
+    tied = variant == "qwen2"
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL, *PADS)}
-    config = hf.Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 4,
+    towers = {
+        "qwen2.5": {
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_heads": 2,
             "out_hidden_size": WIDTH,
-            "patch_size": PATCH,
-            "window_size": 4 * PATCH if tied else 6 * PATCH,
+            "window_size": 6 * PATCH,
             "fullatt_block_indexes": [1, 3],
         },
+        "qwen2": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": WIDTH},
+    }
+    kind = {"qwen2.5": "Qwen2_5_VL", "qwen2": "Qwen2VL"}[variant]
+    config = getattr(hf, f"{kind}Config")(
+        vision_config={"depth": 4, "num_heads": 2, "patch_size": PATCH, **towers[variant]},
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": WIDTH,
@@ -111,7 +107,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
         tie_word_embeddings=tied,
     )
     torch.manual_seed(VARIANTS.index(variant))
-    model = hf.Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name or "ln_q" in name:
@@ -167,27 +163,27 @@ def test_pixels_and_rows_equal_hugging_faces_for_images_of_odd_sizes(variant: st
 def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
     messages, theirs = FAMILY.interleaved(images), original_model(variant)
     expected = theirs.generate(theirs.inputs(ValidationPrompt(messages, ())), tokens=64)
-    assert len(expected) == 64 and len(set(expected)) > 5
+    assert len(expected) == 64 and len(set(expected)) > 2
     assert FAMILY.generate(variant, messages, 64) == expected
 
 
 @pytest.mark.parametrize("layer", [1, LAYERS - 1])
 def test_another_split_without_a_gate(layer: int, tmp_path: Path) -> None:
-    FAMILY.check_split("grouped", layer, tmp_path)
+    FAMILY.check_split("qwen2.5", layer, tmp_path)
 
 
 def test_verdicts_and_gated_answers_are_pytorchs() -> None:
     """Of 30 prompts with no, one and two pictures; the answers are generate's."""
-    FAMILY.check_gate("grouped")
+    FAMILY.check_gate("qwen2.5")
 
 
 def test_the_prober_reads_the_token_that_ends_the_prompt(tmp_path: Path) -> None:
-    FAMILY.check_probed("grouped", tmp_path)
+    FAMILY.check_probed("qwen2.5", tmp_path)
 
 
 def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_face() -> None:
     """Three turns on kept caches. The second answer's rows stand behind two pictures, the third turn's behind three."""
-    e, theirs = engine("grouped"), original_model("grouped")
+    e, theirs = engine("qwen2.5"), original_model("qwen2.5")
     conversation, dialogue = Conversation(e), list[Message]()
     for turn in range(3):
         images = [picture(40 + 2 * turn), picture(41 + 2 * turn)][: 2 - turn % 2]
@@ -201,31 +197,31 @@ def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_fac
         dialogue.append(Message.assistant(answer.text))
 
 
-@pytest.mark.parametrize("most", [4, 20, 50])
+@pytest.mark.parametrize("most", [12, 20, 50])
 def test_max_tiles_bounds_what_a_picture_costs(most: int) -> None:
     """A tile is what becomes one row."""
-    e = Engine.load(package("grouped", "fp32"), device="cpu", threads=1, max_tiles=most)
+    e = Engine.load(package("qwen2.5", "fp32"), device="cpu", threads=1, max_tiles=most)
     for image in (draw(300, 200, 1), draw(90, 150, 2)):
         answer = e.generate("what?", images=[image], policy=off(e), sampling=SamplingConfig(max_tokens=1))
         assert 0.6 * most <= answer.stats.image_tiles <= most
 
 
 def test_a_picture_that_does_not_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    e = engine("grouped")
+    e = engine("qwen2.5")
     monkeypatch.setattr(e.encoder, "encode_image", lambda *_, **__: pytest.fail("it was encoded"))
     with pytest.raises(InputError, match="the prompt takes at least 2"):
-        e.generate("word " * 1990, images=[draw(64, 64, 1)], policy=off(e))
+        e.generate("word " * 655, images=[draw(64, 64, 1)], policy=off(e))
 
 
 def test_videos_are_refused() -> None:
-    e = engine("grouped")
+    e = engine("qwen2.5")
     with pytest.raises(InputError, match="this model takes no videos"):
         e.generate("what?", videos=[[draw(20, 20, 1)]], policy=off(e))
 
 
 def test_a_user_cannot_type_a_picture() -> None:
-    spec = engine("grouped").manifest.prompt
-    tokenizer = load_tokenizer(package("grouped", "fp32") / "tokenizer.json")
+    spec = engine("qwen2.5").manifest.prompt
+    tokenizer = load_tokenizer(package("qwen2.5", "fp32") / "tokenizer.json")
     runs = render([Message("user", (ImagePart("x"), "".join((*SPECIAL, *PADS))))], spec, tokenizer)
     assert runs.count(IMAGE) == 1
     reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *PADS)}
@@ -236,7 +232,7 @@ def test_a_user_cannot_type_a_picture() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4", READ_IN_8_BITS])
 def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
-    checks = FAMILY.table("grouped", precision)
+    checks = FAMILY.table("qwen2.5", precision)
     assert all(check.passed for check in checks.values())
     assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
     for check in checks.values():
@@ -244,4 +240,26 @@ def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision
 
 
 def test_golden_answers_replay() -> None:
-    assert all(check.passed for check in check_package(engine("grouped"), package("grouped", "fp32")))
+    assert all(check.passed for check in check_package(engine("qwen2.5"), package("qwen2.5", "fp32")))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, precision: str) -> None:
+    """Pictures of all sizes between texts, apart and in a conversation that grows; with a gate and drafts."""
+    e, files = engine("qwen2.5", precision), list[str]()
+    for seed in range(6):
+        files.append(str(tmp_path / f"{seed}.png"))
+        picture(seed).save(files[-1])
+    turns: list[Any] = []
+    for n in range(4):
+        shown = [{"image": file} for file in files[n : n + n % 3]]
+        turns += [{"role": "user", "parts": ["look: ", *shown, f"and number {n}?"]}]
+        turns += [{"role": "assistant", "parts": ["a picture."]}]
+    apart = [{"messages": [turn], "sampling": {"max_tokens": 24}} for turn in turns[::2]]
+    for request, answer in zip(apart, through_c(built, package("qwen2.5", precision), apart), strict=True):
+        assert joined(answer["chunks"]) == in_python(e, request)
+    growing = [{"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, 8, 2)]
+    conversation = Conversation(e)
+    answers = through_c(built, package("qwen2.5", precision), growing, conversation=True)
+    for request, answer in zip(growing, answers, strict=True):
+        assert joined(answer["chunks"]) == in_python(e, request, conversation)

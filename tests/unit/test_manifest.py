@@ -160,7 +160,19 @@ def test_manifest_cut_anywhere_is_refused(folder):
 def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
     optional, data = (
-        {"tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "video", "videos", "prompt_ids"},
+        {
+            "tokenizer",
+            "text",
+            "id",
+            "formula",
+            "tile_separators",
+            "lead",
+            "split",
+            "native",
+            "video",
+            "videos",
+            "prompt_ids",
+        },
         {"versions", "validation", "calibration"},
     )
     named = [keys for keys in kinds(document) if isinstance(keys[-1], str) and keys[-1] not in optional]

@@ -3,9 +3,9 @@
 A shape is data; a family adds one file with a function for its config and one for its processor.
 """
 
-from . import chameleon, llava_onevision, text_only
+from . import chameleon, llava_onevision, qwen_vl, text_only
 from .shape import Shape
 
-SHAPES: dict[str, Shape] = {**llava_onevision.SHAPES, **chameleon.SHAPES, **text_only.SHAPES}
+SHAPES: dict[str, Shape] = {**llava_onevision.SHAPES, **chameleon.SHAPES, **qwen_vl.SHAPES, **text_only.SHAPES}
 
 __all__ = ["SHAPES", "Shape"]

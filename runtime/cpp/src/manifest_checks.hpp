@@ -39,7 +39,9 @@ struct Tensors {
 /// The tensors of the image graph. How many rows or ids it gives for a tile is its own affair.
 inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
   const ImageSpec& image = m.image.value();
-  Tensors tensors{{{"pixel_values", "float32", {"tiles", 3, image.tile_size, image.tile_size}}}, {}};
+  std::vector<Dimension> pixels = {"tiles", 3, image.tile_size, image.tile_size};
+  if (image.native) pixels = {image.native->frames, 3, "height", "width"};
+  Tensors tensors{{{"pixel_values", "float32", pixels}}, {}};
   if (name == "image_tokenizer") {
     tensors.outputs = {{"input_ids", "int64", {kAnySize, kAnySize}}};
   } else {
@@ -209,6 +211,8 @@ inline void check_rotary(const Manifest& m, const Need& need) {
 
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
 inline void check_image(const Manifest& m, const Need& need) {
+  need(!m.image || !m.image->native || m.graphs.count("vision_encoder"),
+       "image: 'native' pictures come with a vision_encoder");
   std::set<std::array<int64_t, 2>> grids;
   for (const TileSeparators& separators : m.image ? m.image->tile_separators : std::vector<TileSeparators>()) {
     need(grids.insert(separators.grid).second, "image: two tile_separators for one grid");

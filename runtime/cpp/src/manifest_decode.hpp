@@ -63,6 +63,11 @@ inline SplitSpec split(const Node& node) {
   return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
 }
 
+inline NativeSpec native(const Node& node) {
+  node.object({"min_pixels", "max_pixels", "frames"});
+  return {node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["frames"].as_size()};
+}
+
 inline TileSeparators tile_separators(const Node& node) {
   node.object({"grid", "token_ids"});
   return {node["grid"].tuple<2>(as_int), node["token_ids"].list([](const Node& ids) { return ids.list(as_int); })};
@@ -70,8 +75,8 @@ inline TileSeparators tile_separators(const Node& node) {
 
 inline ImageSpec image(const Node& node) {
   node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "tile_separators"});
-  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split"}),
+              {"split", "native", "tile_separators"});
+  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "split", "native"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
@@ -79,11 +84,21 @@ inline ImageSpec image(const Node& node) {
                  node["resample"].as_one_of({"nearest", "lanczos", "bilinear", "bicubic"}),
                  node["anyres"].optional(anyres),
                  {},
+                 {},
                  {}};
   if (node.has("split")) spec.split = node["split"].optional(split);
+  if (node.has("native")) spec.native = node["native"].optional(native);
   if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
+  if ((spec.kind == "native") != spec.native.has_value()) node.fail("'kind' and 'native' differ");
+  if (spec.native) {
+    if (spec.native->min_pixels > spec.native->max_pixels) node.fail("min_pixels is above max_pixels");
+    if (spec.native->max_pixels > 50'000'000) node.fail("max_pixels is too large");
+    if (spec.tile_size * spec.tile_size > spec.native->max_pixels) node.fail("a tile has more than max_pixels");
+    if (spec.native->frames > 16) node.fail("too many frames are read as one");
+    if (!spec.tile_separators.empty()) node.fail("a 'native' picture has no tile_separators");
+  }
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
