@@ -110,7 +110,7 @@ def write_package(
         graphs[image_file.stem] = image
     kv_scales: tuple[KVScales, ...] = ()
     if chosen.int8_caches or (chosen.body and chosen.body.needs_calibration):
-        kv_scales = _calibrate(checkpoint, config, chosen, processor, image_file, store, report)
+        kv_scales = _calibrate(checkpoint, config, chosen, processor, image_file, pictures, store, report)
     graphs |= _write_graphs(folder, chosen, safety, options.precision, config, kv_scales, layer, store, report)
     store.expect_all_read(
         *(f"{config.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
@@ -128,6 +128,7 @@ def write_package(
         graphs=graphs,
         files=(weights, data_file(folder, "tokenizer.json")),
         kv_cache=KVCacheSpec(chosen.caches, "BNSH"),
+        rotary=config.rotary,
         prompt=prompt_spec,
         image=pictures,
         video=videos,
@@ -176,12 +177,13 @@ def _calibrate(
     recipe: Recipe,
     processor: Any,
     image_file: Path | None,
+    pictures: ImageSpec | None,
     store: WeightStore,
     report: Report,
 ) -> tuple[KVScales, ...]:
     """Observe the decoder on texts and pictures: tell `store` each channel's energy; the scales of int8 caches."""
     store.flush()
-    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file)
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file, pictures)
     rows = with_random_tokens(rows, checkpoint, config.vocab_size) if recipe.int8_caches else rows
     observed = calibrate_decoder(checkpoint, config, rows, report)
     store.channel_energy = observed.channel_energy

@@ -3,7 +3,7 @@
 To add one, write such a file and list it here (CONTRIBUTING.md, "Add a family").
 """
 
-from . import chameleon, idefics3, internvl, llava, llava_onevision, text_only
+from . import chameleon, idefics3, internvl, llava, llava_onevision, qwen_vl, text_only
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -16,6 +16,8 @@ FAMILIES: dict[str, Family] = {
         chameleon.FAMILY,
         idefics3.IDEFICS3,
         idefics3.SMOLVLM,
+        qwen_vl.QWEN2_VL,
+        qwen_vl.QWEN2_5_VL,
         text_only.LLAMA,
         text_only.MISTRAL,
         text_only.OLMO2,

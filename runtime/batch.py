@@ -13,7 +13,8 @@ Each request reads its prompt by itself. Once it decodes beside others, its cach
     decoder halves            (B, 1, D)                rows of any length (seqlens_k), but of one new position each
     embed_tokens, the heads   (1, B, D)                the same bytes
 
-So drafts are verified only while a request decodes alone. Rows do not mix: each has its own length and strength, and
+So drafts are verified only while a request decodes alone. All rows read the same rotary tables: a model whose pictures
+have rows and columns (rotary.py) takes one answer at a time. Rows do not mix: each has its own length and strength, and
 NaN stays in its row. If a pass fails, each request is run by itself, and fails by itself. When a request leaves, its
 caches go with it, the last row takes its place, and after the last request the arrays are freed.
 
@@ -31,11 +32,13 @@ import numpy as np
 from .generation import Float, Request
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
+from .rotary import RotaryTables
 from .subgraph import Call, Device, Subgraph, buffer
 
 log = logging.getLogger(__name__)
 
 HALVES = ("decoder_lower", "decoder_upper")
+FIRST = np.zeros((3, 1), np.int64)  # position of the first row; all others follow
 
 
 class Batch:
@@ -50,6 +53,7 @@ class Batch:
         self._given: dict[Request, Float | Exception] = {}  # what it gave them
         self._seated: list[Request] = []  # by row
         self._arrays: dict[str, Arrays] = {}  # by decoder half; for `_rows` requests, once there are two
+        self._rotary: RotaryTables | None = None  # as long as the arrays
         self._passes: dict[int, SharedPass] = {}  # by number of requests
 
     @property
@@ -93,7 +97,7 @@ class Batch:
                 self._seated[row] = last
                 last.move(self._row(row))
             if not self._seated:
-                self._arrays = {}
+                self._arrays, self._rotary = {}, None
                 self._passes.clear()
 
     def _run_together(self) -> None:
@@ -124,6 +128,7 @@ class Batch:
                 half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, capacity, self._rows)
                 for half in HALVES
             }
+            self._rotary = RotaryTables(manifest.rotary, FIRST, capacity, manifest.activations, self._device)
             self._passes.clear()
             for row, seated in enumerate(self._seated):
                 seated.move(self._row(row))
@@ -142,7 +147,8 @@ class Batch:
                 half: KVCache({name: array[:count] for name, array in arrays.items()}, self._device)
                 for half, arrays in self._arrays.items()
             }
-            self._passes[count] = SharedPass(self._manifest, self._graphs, self._device, caches, count)
+            assert self._rotary is not None
+            self._passes[count] = SharedPass(self._manifest, self._graphs, self._device, caches, self._rotary, count)
         return self._passes[count]
 
 
@@ -155,9 +161,10 @@ class SharedPass:
         graphs: Mapping[str, Subgraph],
         device: Device,
         caches: Mapping[str, KVCache],
+        rotary: RotaryTables,
         count: int,
     ):
-        """`caches`: of B = `count` rows, by decoder half."""
+        """`caches`: of B = `count` rows, by decoder half. `rotary`: as long as they are."""
         width, dtype = manifest.dims.hidden_size, np.dtype(manifest.activations)
         self._tokens = np.zeros((1, count), np.int64)
         self._lengths, self._total = np.zeros(count, np.int32), np.zeros((), np.int32)
@@ -166,7 +173,7 @@ class SharedPass:
             last.reshape(1, count, width),
             *(np.zeros((1, count, width), dtype) for _ in range(2)),
         )
-        self._strength = np.zeros(1, np.float32)
+        self._rotary, self._strength = rotary, np.zeros(1, np.float32)
         self._logits: Float = np.zeros((1, count, manifest.dims.vocab_size), np.float32)
 
         def bind(name: str, inputs: Arrays, outputs: Arrays, *, more: Arrays | None = None) -> Call:
@@ -174,7 +181,7 @@ class SharedPass:
             if name not in caches:
                 return graphs[name].bind(ins, outs)
             lengths = {"seqlens_k": self._lengths, "total_sequence_length": self._total, **(more or {})}
-            ins |= {n: buffer(a, device) for n, a in lengths.items()}
+            ins |= {n: buffer(a, device) for n, a in lengths.items()} | rotary.inputs
             return graphs[name].bind({**ins, **caches[name].past}, {**outs, **caches[name].present})
 
         self._decoder = (
@@ -203,6 +210,7 @@ class SharedPass:
         self._tokens[0] = [token for _, (token,) in rows]
         self._lengths[:] = [request.length for request, _ in rows]  # one less than with the token
         self._total[...] = 1 + self._lengths.max()
+        self._rotary.extend(int(self._total))
         for graph in self._decoder:
             graph()
         self._chosen[:] = self._last
@@ -220,7 +228,7 @@ class SharedPass:
 
 def can_share(manifest: Manifest, device: Device) -> bool:
     """Whether several answers can be decoded together."""
-    return manifest.batch != 1 and device.kind == "cpu"
+    return not manifest.rotary.axes and device.kind == "cpu"
 
 
 def _run_alone(request: Request, tokens: Sequence[int]) -> Float | Exception:

@@ -30,6 +30,7 @@ from .drafting import MAX_DRAFT
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
+from .rotary import Positions, RotaryTables
 from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class EncodedPrompt:
     inputs_embeds: Float  # (1, S, D)
     token_ids: list[int]  # of the text only; the repetition penalty reads them
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
+    positions: Positions  # (3, S), for rotary
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
     shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
 
@@ -159,6 +161,10 @@ class Request:
         else:
             self._caches = {half: KVCache(arrays, device) for half, arrays in self.room().items()}
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
+        first = min([reused, *self._pending])  # that either half will run over
+        self._rotary = RotaryTables(
+            manifest.rotary, prompt.positions, self._capacity, manifest.activations, device, first=first
+        )
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
         self.scores = [math.nan] * len(self._probed)  # p_unsafe by judged turn
@@ -381,7 +387,7 @@ class Request:
     ) -> Call:
         """A decoder half bound to its caches. `prefill`: its prefill graph, if the package has one."""
         cache = self._caches[half]
-        more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total}
+        more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total, **self._rotary.inputs}
         if num_logits is not None:
             more["num_logits"] = num_logits
         graph = self._graphs[self._manifest.prefill_graph(half) if prefill else half]
@@ -409,6 +415,7 @@ class Request:
 
     def set_total(self, total: int) -> None:
         """Set how many positions the caches hold once the next graph has run."""
+        self._rotary.extend(total)
         self._seqlens_k.update_inplace(np.array([total - 1], np.int32))
         self._total.update_inplace(np.array(total, np.int32))
 

@@ -7,6 +7,8 @@ around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT
     features   ->  base rows, then the grid row by row without its padding, a newline row after each
     several    ->  one square tile each, one newline row after it; with AnyresSpec.each as if each were alone
 
+`native` is Qwen2-VL's: a picture is scaled to whole tiles at about its own size, and the graph makes a row of each.
+
 Same arithmetic as Hugging Face's Pillow image processors and LlavaOnevisionModel.pack_image_features; tested against
 them.
 """
@@ -110,18 +112,20 @@ def to_rgb(image: Image.Image) -> Uint8:
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
-    """`spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included.
-
-    If no grid is left, a picture becomes one tile, as each of several pictures does. `anyres` and `closest_grid` have
-    grids.
+    """`spec` that cuts a picture into at most `tiles` tiles. `anyres` and `closest_grid` lose the grids of more, the
+    base tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to
+    fewer pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
     """
-    if tiles is None or (spec.anyres is None and spec.grid is None):
+    if tiles is None or not (spec.anyres or spec.grid or spec.native):
         return spec
     if tiles < 1:
         raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
-    if spec.anyres is None:
-        assert spec.grid is not None
-        return replace(spec, grid=replace(spec.grid, max_tiles=min(spec.grid.max_tiles, max(tiles - 1, 1))))
+    if grid := spec.grid:
+        return replace(spec, grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
+    if native := spec.native:
+        most = min(tiles * spec.tile_size**2, native.max_pixels)
+        return replace(spec, native=replace(native, min_pixels=min(native.min_pixels, most), max_pixels=most))
+    assert spec.anyres is not None
     area = spec.tile_size**2
     fitting = tuple((h, w) for h, w in spec.anyres.grid_pinpoints if h * w // area + 1 <= tiles)
     return replace(spec, anyres=replace(spec.anyres, grid_pinpoints=fitting))
@@ -137,20 +141,21 @@ def digest(pictures: Iterable[Uint8]) -> str:
 
 
 def prepare(image: Uint8, spec: ImageSpec, *, alone: bool) -> Float:
-    """(H, W, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32; see `cut`."""
+    """(H, W, 3) uint8 -> pixel_values (tiles, 3, height, width) float32; see `cut`."""
     return normalise(cut(image, spec, alone=alone)[0], spec)
 
 
 def cut(image: Uint8, spec: ImageSpec, *, alone: bool) -> Tiles:
     """(H, W, 3) uint8 -> its tiles (tile_size, tile_size, 3) uint8, and their grid.
 
-    `alone`: it is the prompt's only image. `anyres` makes one tile of each of several.
+    `alone`: it is the prompt's only image. `anyres` makes one tile of each of several. A `native` picture is cut by the
+    graph: here it is whole, as often as the graph reads frames.
     """
     return CUT[spec.kind](image, spec, alone)
 
 
 def normalise(tiles: Sequence[Uint8], spec: ImageSpec | VideoSpec) -> Float:
-    """Tiles (tile_size, tile_size, 3) uint8 -> pixel_values (tiles, 3, tile_size, tile_size) float32."""
+    """Tiles (height, width, 3) uint8 of one size -> pixel_values (tiles, 3, height, width) float32."""
     scaled = (np.stack(tiles).astype(np.float64) * spec.rescale_factor).astype(np.float32)
     normalised = (scaled - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
@@ -299,12 +304,36 @@ def _closest_grid(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     return [*_tiles(stretched, spec), *whole], (1, 1)  # the rows of all tiles are one run
 
 
+def _whole(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
+    """HF: Qwen2VLImageProcessorPil, smart_resize."""
+    assert spec.native is not None  # Manifest.load checks it
+    rows, columns = native_grid((image.shape[0], image.shape[1]), spec)
+    scaled = _resize(image, rows * spec.tile_size, columns * spec.tile_size, spec)
+    return [scaled] * spec.native.frames, (rows, columns)
+
+
+def native_grid(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """How many rows and columns of tiles a `native` picture of `size` (height, width) becomes (HF: smart_resize)."""
+    assert spec.native is not None
+    n, (height, width) = spec.tile_size, size
+    rows, columns = round(height / n), round(width / n)
+    pixels = rows * n * columns * n
+    if pixels > spec.native.max_pixels:
+        shrink = math.sqrt(height * width / spec.native.max_pixels)
+        rows, columns = (max(1, math.floor(side / shrink / n)) for side in size)
+    elif pixels < spec.native.min_pixels:
+        enlarge = math.sqrt(spec.native.min_pixels / (height * width))
+        rows, columns = (math.ceil(side * enlarge / n) for side in size)
+    return rows, columns
+
+
 CUT: dict[str, Callable[[Uint8, ImageSpec, bool], Tiles]] = {
     "anyres": _anyres_tiles,
     "centre_crop": _centre_crop,
     "closest_grid": _closest_grid,
     "pad_to_square": _padded,
     "split": _split,
+    "native": _whole,
 }
 
 

@@ -36,11 +36,13 @@ from .manifest_format import (
     GridSpec,
     ImageSpec,
     KVCacheSpec,
+    NativeSpec,
     Precision,
     ProberSpec,
     PromptSpec,
     RefusalSpec,
     Resample,
+    RotarySpec,
     Source,
     SplitSpec,
     SteeredState,
@@ -73,11 +75,13 @@ __all__ = [
     "ImageSpec",
     "KVCacheSpec",
     "Manifest",
+    "NativeSpec",
     "Precision",
     "ProberSpec",
     "PromptSpec",
     "RefusalSpec",
     "Resample",
+    "RotarySpec",
     "Source",
     "SplitSpec",
     "SteeredState",
@@ -91,7 +95,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
 WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs

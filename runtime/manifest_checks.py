@@ -12,6 +12,7 @@ from .errors import PackageError
 from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
+MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 MOST_TILES = 1 << 8  # of a picture
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
@@ -38,6 +39,7 @@ def check_consistency(manifest: Contents, where: str) -> None:
         _check_golden,
         _check_prompt,
         _check_tensors,
+        _check_rotary,
     ):
         check(manifest, need)
 
@@ -77,6 +79,14 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
             need(manifest.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
 
 
+def _check_rotary(manifest: Contents, need: Need) -> None:
+    """A frequency for each pair of a head's numbers; each reads a position that there is."""
+    rotary, pairs = manifest.rotary, manifest.dims.head_dim / 2
+    need(len(rotary.frequencies) == pairs, f"rotary: {len(rotary.frequencies)} frequencies, not half of head_dim")
+    need(len(rotary.axes) in (0, pairs), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
+    need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
+
+
 def _check_image(manifest: Contents, need: Need) -> None:
     """How pictures are cut."""
     if (image := manifest.image) is None:
@@ -84,6 +94,14 @@ def _check_image(manifest: Contents, need: Need) -> None:
     need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
     need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
     need((image.kind == "closest_grid") == (image.grid is not None), "image: 'kind' and 'grid' differ")
+    need((image.kind == "native") == (image.native is not None), "image: 'kind' and 'native' differ")
+    if image.native:
+        need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
+        need(image.native.min_pixels <= image.native.max_pixels, "image: min_pixels is above max_pixels")
+        need(image.native.max_pixels <= MOST_PIXELS, "image: max_pixels is too large")
+        need(image.tile_size**2 <= image.native.max_pixels, "image: a tile has more than max_pixels")
+        need(image.native.frames <= MOST_FRAMES, "image: too many frames are read as one")
+        need(not image.tile_separators, "image: a 'native' picture has no tile_separators")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
     if image.grid:
@@ -204,6 +222,8 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "image: tokens_per_side", anyres.tokens_per_side
             yield "image: max_tiles_side", anyres.max_tiles_side
             yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
+        if native := manifest.image.native:
+            yield from ((f"image: {name}", size) for name, size in dataclasses.asdict(native).items())
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
         if grid := manifest.image.grid:
@@ -236,7 +256,7 @@ def _check_proof(manifest: Contents, need: Need) -> None:
 
 def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
     """By graph: the inputs that the loop binds, and the outputs that it reads. A graph has no others."""
-    d, f32, act, batch = manifest.dims, "float32", manifest.activations, manifest.batch
+    d, f32, act, batch = manifest.dims, "float32", manifest.activations, "batch"
     rows, last = ("sequence_length", d.hidden_size), ("num_logits", d.hidden_size)
 
     def caches(half: str, side: str, length: str) -> Tensors:
@@ -247,8 +267,9 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
 
     def half(name: str, source: str, target: str, made: Shape, more: Tensors) -> tuple[Tensors, Tensors]:
         lengths: Tensors = {"seqlens_k": ("int32", (batch,)), "total_sequence_length": ("int32", ())}
+        tables: Tensors = {f"{kind}_cache": (act, ("rotary_length", d.head_dim // 2)) for kind in ("cos", "sin")}
         past = caches(name, "past_key_values", "past_sequence_length")
-        inputs = {source: (act, (batch, *rows)), **lengths, **more, **past}
+        inputs = {source: (act, (batch, *rows)), **lengths, **tables, **more, **past}
         return inputs, {target: (act, (batch, *made)), **caches(name, "present", "total_sequence_length")}
 
     ending: Tensors = {"last_hidden_state": (act, (1, *last))}
@@ -276,7 +297,9 @@ def _expected_of_images(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]
     if manifest.image is None:
         return {}
     d, n = manifest.dims.hidden_size, manifest.image.tile_size
-    pixels: Tensors = {"pixel_values": ("float32", ("tiles", 3, n, n))}
+    native = manifest.image.native
+    shape: Shape = (native.frames, 3, "height", "width") if native else ("tiles", 3, n, n)
+    pixels: Tensors = {"pixel_values": ("float32", shape)}
     newline: Tensors = {"image_newline": ("float32", (d,))} if manifest.image.anyres else {}
     outputs: dict[str, Tensors] = {
         "vision_encoder": {"image_features": ("float32", (None, None, d)), **newline},

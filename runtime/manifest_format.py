@@ -87,6 +87,17 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True)
+class RotarySpec:
+    """Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.py)."""
+
+    frequencies: tuple[float, ...]  # (head_dim / 2,), radians a position; float32 values
+    scale: float  # HF: attention_scaling
+    # By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column (HF: mrope_section). Empty: a row
+    # has one position, its index in the sequence, in text and pictures alike.
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AnyresSpec:
     """How ImageSpec.kind "anyres" cuts one image into tiles and lays their features out among the tokens."""
 
@@ -116,6 +127,17 @@ class GridSpec:
 
 
 @dataclass(frozen=True)
+class NativeSpec:
+    """How ImageSpec.kind "native" scales a picture: to whole tiles, at about its own size. The graph cuts it, and makes
+    one row of each tile.
+    """
+
+    min_pixels: int  # smaller pictures are enlarged, larger ones than max_pixels shrunk
+    max_pixels: int
+    frames: int  # pictures that the graph reads as one: of a film, successive frames; a picture is given as often
+
+
+@dataclass(frozen=True)
 class TileSeparators:
     """The token ids around and between the tiles of an image that was cut into `grid` (rows, columns)."""
 
@@ -131,14 +153,17 @@ class ImageSpec:
     which go through embed_tokens like text.
     """
 
-    kind: Literal["anyres", "centre_crop", "closest_grid", "pad_to_square", "split"]
-    tile_size: int  # pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
+    kind: Literal["anyres", "centre_crop", "closest_grid", "native", "pad_to_square", "split"]
+    # Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" (frames, 3, height, width), with
+    # sides that are multiples of it.
+    tile_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
     resample: Resample
     anyres: AnyresSpec | None  # if kind is "anyres"
     split: SplitSpec | None = None  # if kind is "split"
+    native: NativeSpec | None = None  # if kind is "native"
     tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
     grid: GridSpec | None = None  # if kind is "closest_grid"
 
@@ -306,6 +331,7 @@ class Contents:
     graphs: dict[str, GraphSpec]
     files: tuple[DataFile, ...]
     kv_cache: KVCacheSpec
+    rotary: RotarySpec
     prompt: PromptSpec
     image: ImageSpec | None
     prober: ProberSpec | None
@@ -326,12 +352,6 @@ class Contents:
     def activations(self) -> str:
         """numpy name of the type of hidden states: float16 in packages for CUDA, else float32."""
         return next((t.dtype for t in self.graphs["decoder_lower"].outputs if t.name == "hidden_states"), "float32")
-
-    @property
-    def batch(self) -> int | str:
-        """First size of the decoder's tensors: "batch", or 1 in packages that decode one answer at a time."""
-        lengths = (t.shape for t in self.graphs["decoder_lower"].inputs if t.name == "seqlens_k")
-        return "batch" if next(lengths, ()) == ("batch",) else 1
 
     @property
     def exact(self) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from .errors import InputError, PackageError
 from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
+from .rotary import PositionCounter
 from .subgraph import Subgraph
 from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, render_judged
 
@@ -43,9 +45,19 @@ class _Seen(NamedTuple):
 
     key: bytes  # its digest, and how it is encoded
     runs: images_.Runs
+    grid: tuple[int, int] | None  # (rows, columns) in which its rows stand, if they do
     tiles: int  # encoded for this prompt
     sha256: str
     video: bool
+
+
+class _Opened(NamedTuple):
+    """A picture or a video that was opened, and not encoded yet."""
+
+    sha256: str
+    use: str  # how it is encoded
+    encode: Encode
+    grid: tuple[int, int] | None  # as in _Seen
 
 
 class PromptEncoder:
@@ -76,18 +88,21 @@ class PromptEncoder:
         before = time.perf_counter()
         rows: list[Float] = []
         keys: list[Key] = []
+        counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
         slots = iter(shown)
         for run in runs:
-            digest, parts = (b"", [run]) if isinstance(run, list) else next(slots)[:2]
+            digest, parts, grid = (b"", [run], None) if isinstance(run, list) else next(slots)[:3]
             row = itertools.count()  # of the picture
             for part in parts:
                 if isinstance(part, list):
                     rows.append(self.embed(part))
                     keys += part
                     token_ids += part
+                    counter.text(len(part))
                 else:
                     rows.append(part)
+                    counter.picture(len(part), grid)
                     keys += [(digest, next(row)) for _ in part]
         embeds = np.concatenate([np.empty((0, self.manifest.dims.hidden_size), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
@@ -96,7 +111,7 @@ class PromptEncoder:
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video) for one in shown)
-        return EncodedPrompt(embeds, token_ids, keys, probed, pictures_and_videos)
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, pictures_and_videos)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -108,7 +123,9 @@ class PromptEncoder:
         probed = probed_positions(self.manifest.prober, [turn], range(len(token_ids)), [])
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = len(token_ids)
-        return EncodedPrompt(embeds, list(token_ids), list(token_ids), probed)
+        counter = PositionCounter(self.manifest.rotary)
+        counter.text(len(token_ids))
+        return EncodedPrompt(embeds, list(token_ids), list(token_ids), counter.positions(), probed)
 
     def _see(
         self, runs: Rendered, messages: Sequence[Message], stats: Stats, conversation: Conversation | None
@@ -125,32 +142,36 @@ class PromptEncoder:
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
         alone, shown = len(pictures) == 1, list[_Seen]()
-        to_open: dict[object, Iterator[Callable[[], tuple[str, str, Encode]]]] = {
+        to_open: dict[object, Iterator[Callable[[], _Opened]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
             VIDEO: (functools.partial(self._open_film, frames) for frames in films),
         }
         for run in (run for run in runs if not isinstance(run, list)):
-            sha256, use, encode = next(to_open[run])()
+            sha256, use, encode, grid = next(to_open[run])()
             key = f"{use} {sha256}".encode()
             before = stats.image_tiles
+            if grid:  # its rows are known before it is encoded
+                check_length(self.manifest, length - least[run] + math.prod(grid), exact=False)
             if key not in encoded:
                 encoded[key] = known[key] if key in known else encode(stats=stats)
-            shown.append(_Seen(key, encoded[key], stats.image_tiles - before, sha256, run is VIDEO))
+            shown.append(_Seen(key, encoded[key], grid, stats.image_tiles - before, sha256, run is VIDEO))
             length += _length(encoded[key]) - least[run]
             check_length(self.manifest, length, exact=len(shown) == len(pictures) + len(films))
         if conversation:
             conversation.images = encoded
         return shown
 
-    def _open_picture(self, picture: ImageLike, alone: bool) -> tuple[str, str, Encode]:
-        """Its digest, how it is encoded, and a function that does."""
-        pixels, use = images_.open_image(picture), "a picture" if alone else "one of several"
-        return images_.digest([pixels]), use, functools.partial(self.encode_image, pixels, alone=alone)
+    def _open_picture(self, picture: ImageLike, alone: bool) -> _Opened:
+        assert self._image is not None
+        pixels, use = images_.open_image(picture), "a picture" if alone or self._image.native else "one of several"
+        size = pixels.shape[0], pixels.shape[1]
+        grid = images_.native_grid(size, self._image) if self._image.native else None
+        return _Opened(images_.digest([pixels]), use, functools.partial(self.encode_image, pixels, alone=alone), grid)
 
-    def _open_film(self, frames: Sequence[ImageLike]) -> tuple[str, str, Encode]:
+    def _open_film(self, frames: Sequence[ImageLike]) -> _Opened:
         assert self._image is not None
         tiles = videos_.tiles(frames, self._image.tile_size)
-        return images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles)
+        return _Opened(images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles), None)
 
     def _least_rows(self) -> int:
         """Rows of the smallest picture: those of one tile."""
@@ -194,7 +215,7 @@ class PromptEncoder:
                 rows = [images_.pack(np.stack(rows), newline, size, spec)]
             elif spec.grid:
                 rows = [np.concatenate(rows)]
-        stats.image_tiles += len(tiles)
+        stats.image_tiles += math.prod(grid) if spec.native else len(tiles)
         return images_.lay_out(rows, grid, spec)
 
     def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
@@ -222,14 +243,16 @@ class PromptEncoder:
         """Run an image graph on `tiles`, a few at a time; the outputs of each run, by name."""
         loaded = self._graph(graph)
         assert self._image is not None
-        rows, width = (
-            self._image.anyres.tokens_per_side**2 if self._image.anyres else None,
-            self.manifest.dims.hidden_size,
-        )
-        for first in range(0, len(tiles), TILES_PER_RUN):
-            pixel_values = images_.normalise(list(tiles[first : first + TILES_PER_RUN]), spec)
+        width, anyres, native = self.manifest.dims.hidden_size, self._image.anyres, self._image.native
+        rows = anyres.tokens_per_side**2 if anyres else None
+        at_a_time = native.frames if native else TILES_PER_RUN
+        for first in range(0, len(tiles), at_a_time):
+            pixel_values = images_.normalise(list(tiles[first : first + at_a_time]), spec)
             outputs = loaded.run({"pixel_values": pixel_values})
-            shapes = {"image_features": (len(pixel_values), rows, width), "image_newline": (width,)}
+            count = len(pixel_values)
+            if native:
+                count, rows = 1, math.prod(pixel_values.shape[2:]) // self._image.tile_size**2
+            shapes = {"image_features": (count, rows, width), "image_newline": (width,)}
             for name in outputs.keys() & shapes.keys():
                 self._check_shape(graph, outputs[name], shapes[name])
             yield outputs

@@ -30,7 +30,6 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autosteer.export.checkpoint.hf_model import quiet_transformers
-from autosteer.export.checkpoint.on_demand import open_skeleton
 from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
@@ -69,7 +68,6 @@ PARTS: dict[str, str] = {
     "patches": r"(patch|position)_embedding\.weight",
     "projector": r"multi_modal_projector\.|connector\.|image_newline",
     "embedding or head": r"embed_tokens\.weight|lm_head\.weight",
-    "rotary table": r"^(cos|sin)_cache$",
     "cache scales": r"^(key|value)_scales\.",
     "smoothing": r"\.smoothing$",
     "prober": r"^prober\.",
@@ -160,7 +158,6 @@ class Package:
     manifest: Manifest
     checkpoint: Checkpoint
     safety: SafetyArtifact | None
-    rotary_emb: Any  # Hugging Face's module
     held: dict[str, GraphAudit]  # what was found in its graph files, while they are sound
 
     @classmethod
@@ -170,7 +167,7 @@ class Package:
         safety = find_safety(checkpoint, None, None) if guarded else None
         manifest = write_package(folder, checkpoint, safety, options, lambda _: None)
         held = validate.audits(folder, manifest, checkpoint, safety)
-        return cls(folder, manifest, checkpoint, safety, open_skeleton(checkpoint).get_decoder().rotary_emb, held)
+        return cls(folder, manifest, checkpoint, safety, held)
 
     def failed(self, damage: Mutation | None = None, *, behaviour_only: bool = False) -> list[str]:
         """The lines of validation that fail, or what it stumbled over, while the package has this `damage`; as
@@ -194,7 +191,7 @@ class Package:
             file = self.manifest.graphs[damage.graph].file
             # a node's matrix is made of several tensors, and of what smooths its activations
             alike = "" if damage.tensor.endswith(".smoothing") else damage.tensor
-            found = audit(self.folder / file, self.checkpoint, self.safety, self.rotary_emb, lambda name: alike in name)
+            found = audit(self.folder / file, self.checkpoint, self.safety, lambda name: alike in name)
             held[file] = replace(found, rounding=found.rounding or held[file].rounding)
         checks = validate.stored_checks(self.manifest, self.checkpoint, held)
         if self.manifest.kv_cache.dtype == "int8" and all(check.passed for check in checks):

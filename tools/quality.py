@@ -40,7 +40,7 @@ from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.generation import EncodedPrompt, Stats
+from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import open_image
 from autosteer.runtime.text import Message
 
@@ -116,8 +116,7 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
     if sample.messages:
         prompt = engine.encoder.prepare(sample.messages, Stats())
     else:
-        ids = sample.targets[: sample.given]
-        prompt = EncodedPrompt(engine.encoder.embed(ids)[None], ids, list(ids), probed=[])
+        prompt = engine.encoder.prepare_ids(sample.targets[: sample.given], Stats())
     request = engine.request(prompt, len(sample.targets) - sample.given, Stats())
     request.prefill_lower(engine.policy(Mode.OFF))
     logits = [request.prefill_upper(0.0)[None].copy()]

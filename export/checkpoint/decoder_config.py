@@ -9,12 +9,12 @@ import numpy as np
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from autosteer.runtime.errors import UnsupportedModelError
-from autosteer.runtime.manifest import CacheType
+from autosteer.runtime.manifest import CacheType, RotarySpec
 
 from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
-DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -22,14 +22,6 @@ PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_
 # Norms of queries and keys: a LayerNorm per head, each with its own weights; an RMS norm per head, all with the same
 # weights; an RMS norm across all heads. The shape of q_norm.weight tells which.
 HeadNorm = Literal["layer", "rms", "rms_across_heads"]
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: cos and sin of position * frequencies, both times `scale`."""
-
-    frequencies: tuple[float, ...]  # (head_dim / 2,), radians a position; float32 values
-    scale: float = 1.0  # HF: attention_scaling
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class DecoderConfig:
     vocab_size: int  # rows of the embedding, which may be more than config.json says
     context_length: int  # positions in a dialogue, at most max_position_embeddings
     rms_norm_eps: float
-    rope: Rope
+    rotary: RotarySpec
     windows: tuple[int | None, ...]  # by layer: how many positions a query sees, itself among them; None: all
     biased: frozenset[str]  # those of PROJECTIONS that have a bias; k_proj and v_proj have one if q_proj has
     head_norm: HeadNorm | None  # the norm of queries and keys
@@ -98,7 +90,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         vocab_size=checkpoint.shape(embedding)[0],
         context_length=min(text.max_position_embeddings, context_length or text.max_position_embeddings),
         rms_norm_eps=text.rms_norm_eps,
-        rope=_rope(text, head_dim),
+        rotary=_rotary(text, head_dim),
         windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
         head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,
@@ -114,14 +106,26 @@ def _attention_kinds(text: Any) -> list[str]:
     return getattr(text, "layer_types", None) or [SLIDING if window else FULL] * text.num_hidden_layers
 
 
-def _rope(text: Any, head_dim: int) -> Rope:
+def _rotary(text: Any, head_dim: int) -> RotarySpec:
     """Frequencies as Hugging Face computes them, in float32."""
     kind, theta = text.rope_parameters.get("rope_type", "default"), np.float32(text.rope_parameters["rope_theta"])
+    axes = _axes(text.rope_parameters)
     if kind == "default":  # each of HF's models computes it by itself
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        return Rope(tuple(float(f) for f in (1.0 / theta**exponents).astype(np.float32)))
+        return RotarySpec(tuple(float(f) for f in (1.0 / theta**exponents).astype(np.float32)), 1.0, axes)
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](text, device="cpu")
-    return Rope(tuple(frequencies.tolist()), float(scale))
+    return RotarySpec(tuple(frequencies.tolist()), float(scale), axes)
+
+
+def _axes(rope_parameters: dict[str, Any]) -> tuple[int, ...]:
+    """RotarySpec.axes: how many frequencies read time, row and column, one after the other or in turn."""
+    sections = rope_parameters.get("mrope_section", ())
+    if not rope_parameters.get("mrope_interleaved"):
+        return tuple(i % 3 for i, section in enumerate(sections) for _ in range(section))
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * sections[axis]
+    return tuple(axes)
 
 
 def kv_bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: CacheType = "float32") -> int:

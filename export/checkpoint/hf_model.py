@@ -77,3 +77,19 @@ def watching_inputs(modules: Mapping[Key, Any], watch: Callable[[Key, torch.Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+def placed(base_model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Where the rows of prompts stand: position_ids (3, B, S), for a model with multimodal rotary embedding; none for
+    others. `inputs`: the processor's.
+
+    Such a model remembers what it found for the prompt before (HF: rope_deltas), and takes it where a pass has no token
+    ids, or continues a cache. Passes over several prompts may take turns here, so each says where its rows stand.
+    """
+    if not hasattr(base_model, "get_rope_index"):
+        return {}
+    if "image_grid_thw" not in inputs:
+        batch, length = inputs["input_ids"].shape
+        return {"position_ids": torch.arange(length, device=inputs["input_ids"].device).expand(3, batch, -1)}
+    names = {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"} & inputs.keys()
+    return {"position_ids": base_model.get_rope_index(**{name: inputs[name] for name in names})[0]}

@@ -28,8 +28,8 @@ from autosteer.export.checkpoint.decoder_config import DecoderConfig
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint
+from autosteer.runtime.manifest import ImageSpec
 
-from .decoder import rotary_tables
 from .kv_scales import KVScales, RangeObserver, through
 
 TEXT = (
@@ -41,6 +41,7 @@ TEXT = (
     "stand on a low flame for fifteen minutes. def add(a, b): return a + b. I am sorry, but I cannot help with that."
 )
 TEXT_TOKENS = 192  # at most; TEXT may be more in a small vocabulary
+NATIVE_TILES = 16  # along a side of the image, for models that take pictures in any size: 256 rows
 IMAGE_ROWS = 256  # about; every n-th row of one tile
 RANDOM_TOKENS = 448  # at least, for the scales of int8 caches
 FLOOR = 1e-3  # of the mean energy: a channel without energy here may have some elsewhere
@@ -68,8 +69,7 @@ def calibrate_decoder(
     """
     prefix, found = checkpoint.family.decoder, {}
     decoder = open_on_demand(checkpoint, config.lm_head, LayerSweep(0)).get_submodule(prefix)
-    tables = rotary_tables(config)
-    caches = [RangeObserver(*tables) for _ in decoder.layers]
+    caches = [RangeObserver(config.rotary, config.context_length) for _ in decoder.layers]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -95,15 +95,19 @@ def energy(rows: torch.Tensor) -> torch.Tensor:
     return squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny) + FLOOR  # all zeros: FLOOR everywhere
 
 
-def calibration_rows(checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None) -> torch.Tensor:
+def calibration_rows(
+    checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None, spec: ImageSpec | None
+) -> torch.Tensor:
     """(1, S, D) float32: TEXT and, if there is an image graph, a part of one image. Its weights must be on disk."""
     table = f"{checkpoint.family.decoder}.embed_tokens.weight"
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
-    if image_graph is None:
+    if image_graph is None or spec is None:
         return text[None]
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
-    size = session.get_inputs()[0].shape[-1]
-    rows = torch.from_numpy(session.run(None, {"pixel_values": _picture(size)})[0][0])
+    pixels = _picture(spec.tile_size)
+    if native := spec.native:
+        pixels = np.repeat(_picture(NATIVE_TILES * spec.tile_size), native.frames, 0)
+    rows = torch.from_numpy(session.run(None, {"pixel_values": pixels})[0][0])
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
     image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
     return torch.cat([text[:1], image, text[1:]])[None]

@@ -7,7 +7,8 @@
 
 R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft. B is 1, or, where S is 1,
 as many answers as are decoded together: on the CPU GroupQueryAttention takes rows of different lengths only then. What
-has no caches takes B rows as R of one.
+has no caches takes B rows as R of one. The rotary tables are inputs, too: the runtime knows where a picture's rows
+stand (runtime/rotary.py).
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
@@ -21,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, HeadNorm
@@ -55,7 +55,8 @@ def decoder_half(
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, g.dtype, ("batch", "sequence_length", config.hidden_size))
     lengths = g.input("seqlens_k", "int32", ("batch",)), g.input("total_sequence_length", "int32", ())
-    rotary = _rotary(g, config)
+    tables = ("rotary_length", config.head_dim // 2)
+    rotary = g.input("cos_cache", g.dtype, tables), g.input("sin_cache", g.dtype, tables)
     presents: list[tuple[str, ir.Value]] = []
     cache_type = "int8" if kv_scales else g.dtype
     cache_in = ("batch", config.num_key_value_heads, "past_sequence_length", config.head_dim)
@@ -280,16 +281,3 @@ def _project(
 ) -> ir.Value:
     """x (1, S, k) -> (1, S, n) through one of PROJECTIONS of a layer."""
     return g.linear(x, f"{module}.{name}", shape=(n, k), bias=name in config.biased, scheme=scheme)
-
-
-def _rotary(g: GraphWriter, config: DecoderConfig) -> tuple[ir.Value, ir.Value]:
-    cos, sin = (table.astype(g.dtype) for table in rotary_tables(config))
-    return g.shared("cos_cache", cos), g.shared("sin_cache", sin)
-
-
-def rotary_tables(config: DecoderConfig) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """cos and sin (context, head_dim / 2), in float32 as HF computes them (LlamaRotaryEmbedding)."""
-    frequencies = np.array(config.rope.frequencies, np.float32)
-    angle = np.arange(config.context_length, dtype=np.float32)[:, None] * frequencies
-    scale = np.float32(config.rope.scale)
-    return np.cos(angle) * scale, np.sin(angle) * scale

@@ -29,6 +29,8 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autosteer.export.checkpoint.hf_model import cache_argument
+from autosteer.runtime.manifest import RotarySpec
+from autosteer.runtime.rotary import tables
 
 HEADROOM = 1.5
 POSITIONS = 64  # that each key is rotated to
@@ -46,11 +48,12 @@ class KVScales:
 class RangeObserver(DynamicLayer):
     """A layer's cache that stores nothing, and computes the `scales` that fit one forward pass."""
 
-    def __init__(self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]):
-        """cos, sin (context, head_dim / 2): the rotary tables."""
+    def __init__(self, rotary: RotarySpec, context: int):
+        """`context`: positions in a dialogue."""
         super().__init__()  # type: ignore[no-untyped-call]
-        positions = np.linspace(0, len(cos) - 1, POSITIONS).astype(int)
-        self._rotations = [(torch.from_numpy(cos[i]), torch.from_numpy(sin[i])) for i in positions]
+        positions = np.linspace(0, context - 1, POSITIONS).astype(np.int64)
+        cos, sin = map(torch.from_numpy, tables(rotary, np.stack([positions] * 3)))
+        self._rotations = list(zip(cos, sin, strict=True))
         self.scales: KVScales | None = None
 
     def update(

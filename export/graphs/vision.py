@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from .writer import FLOAT32, OPSET, save_model
 
 
 class ImageGraph(nn.Module):
-    """Base of the wrappers. forward takes float32 pixel_values (tiles, 3, image_size, image_size) and returns float32
-    rows, whatever dtype it computes in, or token ids.
+    """Base of the wrappers. forward takes float32 pixel_values, shaped as `example`'s, and returns float32 rows,
+    whatever dtype it computes in, or token ids.
     """
 
     name: str  # of the graph
@@ -44,6 +44,13 @@ class ImageGraph(nn.Module):
     exact: bool  # weights are stored in float32 whatever --precision says
     image_size: int
     constants: dict[str, npt.NDArray[Any]]  # computed buffers, which no checkpoint has
+
+    def example(self) -> tuple[torch.Tensor, dict[int, tuple[str, Any]]]:
+        """pixel_values to trace with; and the axes that may have another size, each with its name in the graph and its
+        torch.export.Dim.
+        """
+        pixels = torch.zeros(2, 3, self.image_size, self.image_size)
+        return pixels, {0: ("tiles", torch.export.Dim("tiles", min=1, max=1024))}
 
 
 class TowerAndProjector(ImageGraph):
@@ -189,11 +196,122 @@ class TowerAndPixelUnshuffle(ImageGraph):
         return features
 
 
+class NativeTower(ImageGraph):
+    """A tower for pictures of any size: patches with rotary positions, merged to one row for each tile.
+
+    HF: Qwen2VisionTransformerPretrainedModel, Qwen2_5_VisionTransformerPretrainedModel. A tile is merge x merge
+    patches. Layers outside of `fullatt_block_indexes` attend within windows of tiles; windows at the right and lower
+    edge are not full. HF sorts patches by window; here they stay in the processor's order, tile by tile, and only
+    queries, keys and values are gathered. All that depends on the picture's size follows from the shape of its pixels.
+    """
+
+    name, outputs, exact = "vision_encoder", ("image_features",), False
+    inv_freq: torch.Tensor
+
+    def __init__(self, hf_model: Any):
+        super().__init__()
+        self.model = hf_model.model
+        config = hf_model.config.vision_config
+        self.patch, self.merge, self.frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+        self.image_size = 8 * self.patch * self.merge  # of the picture to trace with
+        layers = range(config.depth)
+        self.windowed = set(layers) - set(getattr(config, "fullatt_block_indexes", layers))  # Qwen2-VL has no windows
+        self.window = config.window_size // (self.patch * self.merge) if self.windowed else 1  # tiles along a side
+        with unset_fake_temporarily():
+            rotary = type(self.model.visual.rotary_pos_emb)(config)
+            self.constants = {"inv_freq": rotary.inv_freq.numpy()}
+        self.register_buffer("inv_freq", torch.zeros(self.constants["inv_freq"].shape))
+
+    def example(self) -> tuple[torch.Tensor, dict[int, tuple[str, Any]]]:
+        """(frames, 3, height, width)"""
+        tile = self.patch * self.merge
+        names = {2: "height", 3: "width"}
+        sides = {axis: (name, tile * torch.export.Dim(name, min=1, max=1 << 14)) for axis, name in names.items()}
+        return torch.zeros(self.frames, 3, self.image_size, self.image_size + tile), sides
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(frames, 3, height, width) -> image_features (1, tiles, D)"""
+        visual, merge = self.model.visual, self.merge
+        hidden = self._patches(pixel_values)
+        down, across = (side // (self.patch * merge) for side in pixel_values.shape[2:])  # tiles
+        at = torch.arange(hidden.shape[0])
+        tile, inner = at // merge**2, at % merge**2
+        row = tile // across
+        column = tile - row * across
+        turn = self._turn(row * merge + inner // merge, column * merge + inner % merge)
+        window, place = self._windows(row, column, down, across, inner)
+        inside = torch.zeros(window.numel(), dtype=torch.int32).scatter(0, place, torch.ones_like(place).int())
+        for i, block in enumerate(visual.blocks):
+            attention = block.attn
+            qkv = attention.qkv(block.norm1(hidden)).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+            q, k, v = (x.flatten(1) for x in (turn(qkv[0]), turn(qkv[1]), qkv[2]))
+            if i in self.windowed:
+                mixed = _attend(q[window], k[window], v[window], attention, inside.reshape(window.shape))
+                mixed = mixed.flatten(0, 1)[place]
+            else:
+                mixed = _attend(q[None], k[None], v[None], attention)[0]
+            hidden = hidden + attention.proj(mixed)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+        features: torch.Tensor = visual.merger(hidden)[None].float()
+        return features
+
+    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(frames, 3, height, width) -> embedded patches (n, width of the tower), tile by tile.
+
+        HF's Conv3d sees one patch at a time, which is a matrix product; onnxruntime's would go through them one by one.
+        """
+        weight, side = self.model.visual.patch_embed.proj.weight, (self.merge, self.patch)
+        down, across = (n // (self.merge * self.patch) for n in pixel_values.shape[2:])
+        cut = pixel_values.to(weight.dtype).reshape(self.frames, 3, down, *side, across, *side)
+        patches = cut.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(down * across * self.merge**2, -1)
+        return nn.functional.linear(patches, weight.flatten(1))
+
+    def _turn(self, row: torch.Tensor, column: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Rotates queries or keys (n, heads, d) by their patches' places. HF: apply_rotary_pos_emb_vision."""
+        angle = torch.cat([side[:, None] * self.inv_freq for side in (row, column)], -1)[:, None]
+        cos, sin = angle.cos(), angle.sin()
+
+        def turned(x: torch.Tensor) -> torch.Tensor:
+            first, second = x.float().chunk(2, -1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+        return turned
+
+    def _windows(
+        self, row: torch.Tensor, column: torch.Tensor, down: int, across: int, inner: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patches of each window (windows, places), 0 where there is none; and each patch's place among them (n,).
+
+        `row`, `column`: of a patch's tile, of down x across. `inner`: its place in the tile.
+        """
+        n, each = self.window, self.merge**2
+        windows_across = (across + n - 1) // n
+        windows = (down + n - 1) // n * windows_across
+        place = (row // n * windows_across + column // n) * n**2 + row % n * n + column % n
+        place = place * each + inner
+        empty = torch.zeros(windows * n**2 * each, dtype=torch.int64)
+        return empty.scatter(0, place, torch.arange(place.shape[0])).reshape(windows, n**2 * each), place
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Any, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, S, H * d) each -> (B, S, H * d), as one com.microsoft MultiHeadAttention: faster, and without a matrix of all
+    scores. `attention`: HF's module. `mask` (B, S) int32: 0 for what is not there.
+    """
+    inputs = [q, k, v] if mask is None else [q, k, v, None, mask]
+    attributes = {"num_heads": attention.num_heads, "scale": attention.scaling}
+    return torch.onnx.ops.symbolic(
+        f"{MICROSOFT}::MultiHeadAttention", inputs, attributes, dtype=q.dtype, shape=q.shape, version=1
+    )
+
+
 WRAPPERS: dict[str, type[ImageGraph]] = {
     "tower_and_projector": TowerAndProjector,
     "tower_and_pixel_unshuffle": TowerAndPixelUnshuffle,
     "tower_and_pixel_shuffle": TowerAndPixelShuffle,
     "vq_tokenizer": VQTokenizer,
+    "native_tower": NativeTower,
 }
 
 
@@ -230,11 +348,12 @@ def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, Im
             copy.deepcopy(checkpoint.config), dtype=getattr(torch, computed), attn_implementation=name
         )
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
+        pixels, sizes = wrapper.example()
         program = torch.onnx.export(
             wrapper,
-            (torch.zeros(2, 3, wrapper.image_size, wrapper.image_size),),
+            (pixels,),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("tiles", min=1, max=1024)},),
+            dynamic_shapes=({axis: dim for axis, (_, dim) in sizes.items()},),
             input_names=["pixel_values"],
             output_names=list(wrapper.outputs),
             opset_version=OPSET,
@@ -243,6 +362,8 @@ def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, Im
         )
     model: ir.Model = program.model  # type: ignore[union-attr]
     model.graph.name = wrapper.name
+    named = {axis: name for axis, (name, _) in sizes.items()}
+    model.graph.inputs[0].shape = ir.Shape([named.get(axis, size) for axis, size in enumerate(pixels.shape)])
     model.graph.opset_imports[MICROSOFT] = 1
     for node in model.graph:  # Python source locations, which take megabytes
         node.metadata_props.clear()

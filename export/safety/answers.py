@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from autosteer.export.checkpoint.decoder_config import kv_bytes_per_token
-from autosteer.export.checkpoint.hf_model import cache_argument
+from autosteer.export.checkpoint.hf_model import cache_argument, placed
 
 from .batches import encode, sweep_groups, waiting_bytes
 from .model import Encoded, FitModel, cache_after
@@ -45,7 +45,9 @@ def steered_answers(
 
     @torch.inference_mode()
     def answer(inputs: Encoded) -> list[SteeredAnswer]:
-        out = model(**{key: t.to(device) for key, t in inputs.items()}, use_cache=True)
+        prompt = {key: t.to(device) for key, t in inputs.items()}
+        places = placed(model, prompt)
+        out = model(**prompt, **places, use_cache=True)
         cache = {cache_argument(model): cache_after(out.past_key_values, keep=True)}
         hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
         ids, log_probs = [], []
@@ -56,7 +58,8 @@ def steered_answers(
             advance(1 / tokens)
             if bool((torch.cat(ids, dim=1) == end).any(dim=1).all()) or step + 1 == tokens:
                 break
-            hidden = model(input_ids=token, use_cache=True, **cache).last_hidden_state[:, -1]
+            places = {name: at.amax().expand(3, len(token), 1) + 1 for name, at in places.items()}
+            hidden = model(input_ids=token, use_cache=True, **places, **cache).last_hidden_state[:, -1]
         advance(1 - len(ids) / tokens)
         rows = zip(torch.cat(ids, dim=1).tolist(), torch.cat(log_probs, dim=1).tolist(), strict=True)
         return [_up_to(end, row, scores) for row, scores in rows]

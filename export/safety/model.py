@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
-from autosteer.export.checkpoint.hf_model import cache_argument, load_hf_model, watching_inputs
+from autosteer.export.checkpoint.hf_model import cache_argument, load_hf_model, placed, watching_inputs
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
@@ -134,10 +134,11 @@ def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None)
     """
     cache, opening = fit_model.opening_cache, common_opening(fit_model, inputs)
     on_device = {name: t.to(fit_model.device) for name, t in inputs.items()}
+    on_device |= placed(fit_model.hf_model.base_model, on_device)
     use_opening = cache is not None and len(inputs) == 1 and opening > 0
     if cache is not None and use_opening:
         after: dict[str, Any] = {cache_argument(fit_model.hf_model.base_model): cache_after(cache, keep=False)}
-        on_device = {"input_ids": on_device["input_ids"][:, opening:], **after}
+        on_device = {name: t[..., opening:] for name, t in on_device.items()} | after
     skip = 0 if use_opening else opening
     watched: AbstractContextManager[None] = nullcontext()
     if watch:

@@ -5,7 +5,8 @@ its checkpoint name:
 
     unquantised       norms, biases, matrices, embeddings, the gate: must be equal after the cast to their type
     quantised         the error of every row and column of a matrix must be small, and must not change its scale
-    computed          rotary tables must equal Hugging Face's, scales of int8 caches those of a second calibration
+    computed          the runtime's rotary tables must equal Hugging Face's, scales of int8 caches those of a second
+                      calibration
     attributes        of attention and norms: must be the config's
 
 What graphs compute with them is checked in validate.py. Constants without a checkpoint name (an axis, a bound, the
@@ -30,12 +31,12 @@ from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
+from autosteer.runtime.rotary import tables
 
 from .dequantize import bits_of, packed_kv_scales, read, stacked
 from .metrics import worse
 
 BLOCK_BYTES = 32 << 20  # of float32
-ROTARY = ("cos_cache", "sin_cache")
 TINY = 1e-30
 DEFAULTS = {"local_window_size": -1, "softcap": 0}  # onnxruntime's, of attributes that a node may leave out
 
@@ -61,19 +62,17 @@ class GraphAudit:
 
     differing: int  # unquantised numbers that differ from the checkpoint, its config or the safety folder
     rounding: Rounding | None  # worst of all matrices; None if none is quantised
-    rotary: float  # largest difference from Hugging Face's tables, divided by the position (from 1)
 
 
 def audit(
     path: Path,
     checkpoint: Checkpoint,
     safety: SafetyArtifact | None,
-    rotary_emb: Any,
     wanted: Callable[[str], bool] = lambda tensor: True,
 ) -> GraphAudit:
-    """Compare one graph, or those of its tensors that are `wanted`. `rotary_emb` is Hugging Face's module."""
+    """Compare one graph, or those of its tensors that are `wanted`."""
     graph = ir.load(path).graph
-    config, rounding, rotary = decoder_config(checkpoint), None, 0.0
+    config, rounding = decoder_config(checkpoint), None
     differing = sum(_attributes_that_differ(node, config) for node in graph)
     tables = {node.inputs[0] for node in graph if node.op_type == "GatherBlockQuantized"}
     for node in graph:
@@ -89,13 +88,25 @@ def audit(
             differing += _unequal(_array(value), gate[name])
         elif all(part in checkpoint for part in names) and value not in tables:
             differing += _differing(value, names, checkpoint)
-        elif name in ROTARY:
-            theirs = _rotary(rotary_emb, len(_array(value)))[ROTARY.index(name)]
-            positions = np.arange(1, len(theirs) + 1, dtype=np.float32)[:, None]
-            rotary = worse(rotary, float((np.abs(_array(value).astype(np.float32) - theirs) / positions).max()))
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()  # as in dequantize.py
-    return GraphAudit(differing, rounding, rotary)
+    return GraphAudit(differing, rounding)
+
+
+@torch.no_grad()
+def rotary_error(manifest: Manifest, rotary_emb: Any) -> float:
+    """Largest difference between the runtime's rotary tables and those of Hugging Face's module, divided by the
+    position (from 1), over the whole context. Time, row and column differ where a model has all three.
+    """
+    count = manifest.dims.context_length
+    positions = np.stack([np.arange(count), np.arange(count)[::-1], np.roll(np.arange(count), count // 3)])
+    given = torch.from_numpy(positions)[:, None] if manifest.rotary.axes else torch.arange(count)[None]
+    worst = 0.0
+    for ours, both in zip(tables(manifest.rotary, positions), rotary_emb(torch.zeros(1, 1), given), strict=True):
+        theirs = both[0, :, : ours.shape[1]].numpy()
+        off = np.abs(ours.astype(manifest.activations) - theirs) / (1.0 + positions.max(0))[:, None]
+        worst = worse(worst, float(off.max()) if ours.shape == theirs.shape else math.inf)
+    return worst
 
 
 def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint, copies: Sequence[Manifest]) -> float:
@@ -104,7 +115,7 @@ def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint,
     """
     config, processor = decoder_config(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
-    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image)
+    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image, manifest.image)
     found = calibrate_decoder(checkpoint, config, with_random_tokens(rows, checkpoint, config.vocab_size)).kv_scales
 
     def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
@@ -203,11 +214,3 @@ def _gate_tensors(safety: SafetyArtifact | None) -> dict[str, npt.NDArray[np.flo
         return {}
     tensors = {f"prober.{name}": tensor for name, tensor in safety.prober.items()}
     return {name: t.float().numpy() for name, t in (*tensors.items(), ("steer_matrix", safety.steer_matrix))}
-
-
-@torch.no_grad()
-def _rotary(rotary_emb: Any, context: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Hugging Face's cos and sin of every position, (context, head_dim / 2)."""
-    both = rotary_emb(torch.zeros(1, 1), torch.arange(context)[None])
-    cos, sin = (table[0, :, : table.shape[-1] // 2].numpy() for table in both)
-    return cos, sin

@@ -58,7 +58,9 @@ def goldens(
 
 
 def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Golden, PackageAnswer]]:
-    """Golden prompts, each with the answer it records. A steered answer is left out if it equals the plain one."""
+    """Golden prompts, each with the answer it records. A benign prompt's steered answer is left out if it equals the
+    plain one.
+    """
     if len(prompt.messages) > 1:
         return []
     text = "" if prompt.prompt_ids else next(part for part in prompt.messages[0].parts if isinstance(part, str))
@@ -78,7 +80,7 @@ def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Go
     differs = steered.tokens != plain.tokens
     if not verdict.unsafe:
         return [golden(None, Action.PASS, plain), *([golden(-1.0, Action.STEER, steered)] if differs else [])]
-    return [golden(None, Action.STEER, steered)] if differs else []
+    return [golden(None, Action.STEER, steered)]  # where it equals the plain one, too: the verdict is recorded
 
 
 def gate_proof(

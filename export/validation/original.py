@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from autosteer.export.checkpoint.hf_model import watching_inputs
+from autosteer.export.checkpoint.hf_model import placed, watching_inputs
 from autosteer.export.checkpoint.renderer import hf_messages, runtime_tokenizer
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
@@ -81,7 +81,7 @@ class ImageErrors:
 class OriginalAnswer:
     """The PyTorch model's results for a prompt."""
 
-    pixel_values: np.ndarray  # (tiles of all images, then frames of all videos; 3, size, size)
+    pixel_values: np.ndarray  # (n,) all numbers: of the tiles of all images, then of the frames of all videos
     image_errors: ImageErrors | None  # None unless images are tokens of the vocabulary
     embeds: np.ndarray  # (S, D)
     hidden: np.ndarray  # (D,) the prober's input for the last turn
@@ -169,10 +169,9 @@ class OriginalModel:
         steered: list[int],
     ) -> OriginalAnswer:
         inputs = self.inputs(prompt)
-        pixels = [inputs[name].flatten(0, -4) for name in ("pixel_values", "pixel_values_videos") if name in inputs]
         probed = self._prober_inputs(prompt, inputs, passed)
         return OriginalAnswer(
-            pixel_values=torch.cat([_without_filling(each) for each in pixels] or [torch.empty(0, 3, 1, 1)]).numpy(),
+            pixel_values=self._pixels(inputs).numpy(),
             image_errors=errors,
             embeds=passed.entering[0].numpy(),
             hidden=probed[-1].numpy(),
@@ -182,6 +181,18 @@ class OriginalModel:
             tokens=tokens,
             steered_tokens=steered,
         )
+
+    def _pixels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The pixels of a prompt's images and videos in the runtime's order, (n,). A "native" picture becomes whole."""
+        given = [inputs[name] for name in ("pixel_values", "pixel_values_videos") if name in inputs]
+        if not given or self.manifest.image is None or self.manifest.image.native is None:
+            return torch.cat([torch.empty(0), *(_without_filling(pixels.flatten(0, -4)).flatten() for pixels in given)])
+        frames, vision, found = self.manifest.image.native.frames, self.model.config.vision_config, []
+        (pixels,), grids, patch, merge = given, inputs["image_grid_thw"], vision.patch_size, vision.spatial_merge_size
+        for patches, (_, rows, columns) in zip(pixels.split(grids.prod(1).tolist()), grids.tolist(), strict=True):
+            shape = (rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
+            found.append(patches.reshape(shape).permute(5, 4, 0, 2, 6, 1, 3, 7).flatten())
+        return torch.cat(found)
 
     @torch.no_grad()
     def forward(self, inputs: dict[str, Any], layers: Sequence[int], answer: Sequence[int] = (0,)) -> ForwardPass:
@@ -195,16 +206,16 @@ class OriginalModel:
 
     @torch.no_grad()
     def branch_errors(
-        self, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
+        self, prompt: ValidationPrompt, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
     ) -> dict[str, float]:
         """Error of each branch of the decoder by itself: attention and MLP of every layer, the final norm, the LM head.
 
         PyTorch computes each branch on the output of the package's earlier branches. So errors do not add up from layer
         to layer, and a small branch's error is not hidden by a large residual stream.
 
-        `embeds` (S, D) enter the decoder. `inputs_embeds` of `given`, the tokens of an answer but the last, follow in
-        passes of their own. The rest of `given` are the package's branch outputs at the last positions, by name
-        ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (n, V) are the package's,
+        `embeds` (S, D) of `prompt` enter the decoder. `inputs_embeds` of `given`, the tokens of an answer but the last,
+        follow in passes of their own. The rest of `given` are the package's branch outputs at the last positions, by
+        name ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (n, V) are the package's,
         after prompt and tokens. Returns a `row_error` for each of these names: the prompt's or the answer's, whichever
         is worse; infinite for a branch that is missing in `given`.
         """
@@ -239,7 +250,8 @@ class OriginalModel:
         try:
             rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
             entering = torch.from_numpy(rows.astype(np.float32))
-            out = self.model(inputs_embeds=entering, **self.caching(self.model), logits_to_keep=len(logits))
+            more = placed(self.model.base_model, _extended(self.inputs(prompt), [0] * answered))
+            out = self.model(inputs_embeds=entering, **more, **self.caching(self.model), logits_to_keep=len(logits))
         finally:
             for handle in handles:
                 handle.remove()

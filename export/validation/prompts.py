@@ -20,6 +20,7 @@ from autosteer.runtime.text import Message, load_tokenizer
 from .original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 
 WORK = 3e12  # multiplications of one forward pass over all prompts; with five to eight passes: minutes, on two cores
+NATIVE_TILES = 6  # along a side of the pictures for models that take them in any size
 LONG = 1000  # tokens: one prompt is longer, if the context has room
 
 
@@ -36,7 +37,7 @@ def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArti
     ]
     if manifest.image is None:
         return prompts
-    size = manifest.image.tile_size
+    size = manifest.image.tile_size * (NATIVE_TILES if manifest.image.native else 1)
     shapes = {"small": (33, 21), "tall": (size - 9, size * 3), "square": (size, size), "wide": (size * 2 + 7, size - 5)}
     files = {name: f"golden/{name}.png" for name in shapes}
     for seed, (name, (width, height)) in enumerate(shapes.items()):

@@ -41,7 +41,7 @@ from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, GateProof, Golden,
 from autosteer.runtime.video import tiles
 
 from .answers import BUDGET_BYTES, PackageAnswers, answer_plainly, run_package
-from .audit import GraphAudit, Rounding, audit, cache_scales_error
+from .audit import GraphAudit, Rounding, audit, cache_scales_error, rotary_error
 from .dequantize import PackedWeights, packed_kv_scales
 from .gate_checks import fit_check, gate_checks, refusal_checks
 from .golden import gate_proof, goldens
@@ -95,6 +95,7 @@ def validate_package(
     report("stored weights")
     stored = (
         loader_check(checkpoint),
+        rotary_check(manifest, checkpoint),
         *stored_checks(manifest, checkpoint, audits(folder, manifest, checkpoint, safety)),
     )
     if manifest.kv_cache.dtype == "int8":
@@ -252,7 +253,9 @@ def branch_errors(original: OriginalModel, prompt: ValidationPrompt, answers: Pa
     """Errors of each branch by itself: see OriginalModel.branch_errors. Empty if the prompt was not recorded."""
     if not answers.plain.branches:
         return {}
-    errors = original.branch_errors(answers.encoded.inputs_embeds[0], answers.plain.branches, answers.plain.logits)
+    errors = original.branch_errors(
+        prompt, answers.encoded.inputs_embeds[0], answers.plain.branches, answers.plain.logits
+    )
     lines: dict[str, float] = {}
     for name, error in errors.items():
         line = BY_ITSELF[name.rpartition(".")[2]]
@@ -266,6 +269,12 @@ def loader_check(checkpoint: Checkpoint) -> Check:
     return check_line("tensors that Hugging Face reads otherwise", float(differing), 0.0)
 
 
+def rotary_check(manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """The check of what attention rotates queries and keys by."""
+    error = rotary_error(manifest, open_skeleton(checkpoint).get_decoder().rotary_emb)
+    return check_line("rotary tables", error, limits_of(manifest)["rotary tables"])
+
+
 def cache_scales_check(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> Check:
     """The check of the scales of int8 caches."""
     error = cache_scales_error(folder, manifest, checkpoint, list(manifests_to_validate(manifest).values()))
@@ -276,17 +285,13 @@ def audits(
     folder: Path, manifest: Manifest, checkpoint: Checkpoint, safety: SafetyArtifact | None
 ) -> dict[str, GraphAudit]:
     """Compare the tensors in each graph file with the checkpoint; results by file name."""
-    rotary_emb = open_skeleton(checkpoint).get_decoder().rotary_emb
     files = (spec.file for spec in manifest.graphs.values())
-    return {file: audit(folder / file, checkpoint, safety, rotary_emb) for file in files}
+    return {file: audit(folder / file, checkpoint, safety) for file in files}
 
 
 def stored_checks(manifest: Manifest, checkpoint: Checkpoint, audits: dict[str, GraphAudit]) -> list[Check]:
     """The checks of stored tensors."""
-    lines = {
-        "stored numbers that differ": float(sum(graph.differing for graph in audits.values())),
-        "rotary tables": functools.reduce(worse, (graph.rotary for graph in audits.values())),
-    }
+    lines = {"stored numbers that differ": float(sum(graph.differing for graph in audits.values()))}
     for suffix, part in manifests_to_validate(manifest).items():
         if rounded := [found for spec in part.graphs.values() if (found := audits[spec.file].rounding)]:
             worst = functools.reduce(Rounding.or_worse, rounded)
@@ -302,10 +307,10 @@ def stored_checks(manifest: Manifest, checkpoint: Checkpoint, audits: dict[str, 
 
 
 def _pixel_values(prompt: ValidationPrompt, manifest: Manifest) -> np.ndarray:
-    """(tiles, 3, size, size) of a prompt's images, then of its videos."""
+    """All numbers of a prompt's images, then of its videos, (n,)."""
     spec, alone = manifest.image, len(prompt.images) == 1
     assert spec is not None
     pixels = [prepare(open_image(image), spec, alone=alone) for image in prompt.images]
     if manifest.video:
         pixels += [normalise(list(tiles(frames, spec.tile_size)), manifest.video) for frames in prompt.videos]
-    return np.concatenate(pixels)
+    return np.concatenate([numbers.ravel() for numbers in pixels])

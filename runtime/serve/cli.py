@@ -18,7 +18,7 @@ MOST_DRAIN_SECONDS = 30
 MOST_CONNECTIONS = 256  # each may hold a body
 DEFAULTS = Limits()
 ALONE = {  # by device: why requests take turns
-    "cpu": "one request at a time: this package's graphs take one; export it again to answer several together",
+    "cpu": "one request at a time: this model gives the parts of a picture positions of their own",
     "cuda": "one request at a time: on CUDA several together have not been tried",
 }
 

@@ -18,7 +18,7 @@ from cpp_runtime import Parts
 from PIL import Image
 
 from autosteer.runtime.image import at_most, open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, GridSpec, ImageSpec, SplitSpec
+from autosteer.runtime.manifest import AnyresSpec, GridSpec, ImageSpec, NativeSpec, SplitSpec
 from autosteer.runtime.video import open_video, squeeze
 
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
@@ -151,6 +151,7 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(3, 6)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
+        replace(SPEC, kind="native", anyres=None, tile_size=28, native=NativeSpec(56 * 56, 300 * 201, 2)),
     ],
 )
 def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone, most):

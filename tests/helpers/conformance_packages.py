@@ -23,7 +23,16 @@ import toy
 from cpp_runtime import use_byte_level_words
 from onnx import TensorProto, helper, numpy_helper
 
-from autosteer.runtime.manifest import Check, Golden, GraphSpec, SplitSpec, TensorSpec, TileSeparators, sha256
+from autosteer.runtime.manifest import (
+    Check,
+    Golden,
+    GraphSpec,
+    NativeSpec,
+    SplitSpec,
+    TensorSpec,
+    TileSeparators,
+    sha256,
+)
 
 CASES = Path(__file__).resolve().parents[1] / "conformance"
 PICTURES = CASES / "pictures"
@@ -106,13 +115,51 @@ def tokens(folder: Path) -> None:
     replace(manifest, image=image, graphs={**manifest.graphs, "image_tokenizer": spec}).save(folder)
 
 
+def native(folder: Path) -> None:
+    """Pictures of any size, whose rows stand at their row and column (Qwen2-VL's kind of model). Attention is random:
+    whatever stands elsewhere changes the answer.
+    """
+    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200, newline=False, attentive=True))
+    nodes = [
+        helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("ReduceMean", ["pooled", "frames"], ["mean"], keepdims=1),
+        helper.make_node("Reshape", ["mean", "shape"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["rows"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["rows", "colours"], ["image_features"]),
+    ]
+    weights = {
+        "frames": np.array([0]),
+        "shape": np.array([1, 3, -1]),
+        "colours": np.stack([toy.unit("red"), toy.unit("green"), toy.unit("bad")]),
+    }
+    pixels, rows = (2, 3, "height", "width"), (1, "rows", toy.D)
+    graph = helper.make_graph(
+        nodes,
+        "vision_encoder",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, pixels)],
+        [helper.make_tensor_value_info("image_features", TensorProto.FLOAT, rows)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (folder / "vision_encoder.onnx").write_bytes(model.SerializeToString())
+    spec = replace(
+        manifest.graphs["vision_encoder"],
+        sha256=sha256(folder / "vision_encoder.onnx"),
+        inputs=(TensorSpec("pixel_values", "float32", pixels),),
+        outputs=(TensorSpec("image_features", "float32", rows),),
+    )
+    image = replace(toy.IMAGE, kind="native", anyres=None, resample="bicubic", native=NativeSpec(64, 40 * 16, 2))
+    rotary = replace(manifest.rotary, axes=toy.axes(manifest.dims.head_dim))
+    replace(manifest, image=image, rotary=rotary, graphs={**manifest.graphs, "vision_encoder": spec}).save(folder)
+
+
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
-    "older": functools.partial(whole, batch=1),
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,
+    "native": native,
 }
 
 

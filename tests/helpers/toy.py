@@ -25,6 +25,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from autosteer.runtime.manifest import (
+    FORMAT_VERSION,
     AnyresSpec,
     DataFile,
     Dims,
@@ -36,6 +37,7 @@ from autosteer.runtime.manifest import (
     ProberSpec,
     PromptSpec,
     RefusalSpec,
+    RotarySpec,
     Source,
     SteeredState,
     TemplatePiece,
@@ -101,24 +103,24 @@ def build(
     videos: bool = False,
     attentive: bool = False,
     prefill: bool = False,
-    batch: int | str = "batch",
+    places: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
 ) -> Manifest:
-    """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table. `batch` = 1:
-    a package that decodes one answer at a time."""
+    """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table. `places`: the
+    rows of a picture have positions of their own (RotarySpec.axes)."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = Shape(heads=2, kv_heads=1, head_dim=16) if attentive else Shape(heads=1, kv_heads=1, head_dim=D)
     graphs = {
         "embed_tokens": _embed_tokens(folder),
-        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, context_length, batch),
-        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive, context_length, batch),
+        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive),
+        "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive),
         "lm_head": _lm_head(folder, attentive),
     }
     if prefill:
         graphs |= {
-            name: _decoder(folder, name, layer, shape, attentive, context_length, batch)
+            name: _decoder(folder, name, layer, shape, attentive)
             for layer, name in enumerate(("prefill_lower", "prefill_upper"))
         }
     if guarded:
@@ -128,7 +130,7 @@ def build(
     _tokenizer().save(str(folder / "tokenizer.json"))
     proof = _proof(folder, p_unsafe or {}, attentive) if guarded else None
     manifest = Manifest(
-        format_version=2,
+        format_version=FORMAT_VERSION,
         source=Source("toy", None, "toy", None),
         precision="fp32",
         guarded=guarded,
@@ -137,6 +139,7 @@ def build(
         graphs=graphs,
         files=(data_file(folder, "tokenizer.json"), *([data_file(folder, proof.file)] if proof else [])),
         kv_cache=KVCacheSpec("float32", "BNSH"),
+        rotary=RotarySpec(frequencies(shape.head_dim), 1.0, axes(shape.head_dim) if places else ()),
         prompt=PROMPT if videos else replace(PROMPT, user=replace(PROMPT.user, video=())),
         image=IMAGE if images else None,
         video=VIDEO if videos else None,
@@ -153,6 +156,16 @@ def build(
     )
     manifest.save(folder)
     return manifest
+
+
+def frequencies(head_dim: int) -> tuple[float, ...]:
+    """Of rotary, (head_dim / 2,)."""
+    return tuple((1 / 100.0 ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32).tolist())
+
+
+def axes(head_dim: int) -> tuple[int, ...]:
+    """Of rotary, (head_dim / 2,), for a model whose pictures have rows and columns."""
+    return tuple(i % 3 for i in range(head_dim // 2))
 
 
 def _proof(folder: Path, changes: dict[str, float], attentive: bool) -> GateProof:
@@ -234,9 +247,7 @@ def _embed_tokens(folder: Path) -> GraphSpec:
     )
 
 
-def _decoder(
-    folder: Path, name: str, layer: int, s: Shape, attentive: bool, context: int, batch: int | str
-) -> GraphSpec:
+def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool) -> GraphSpec:
     """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -248,7 +259,6 @@ def _decoder(
         content = np.diag([float(word in CONTENT.split()) for word in VOCABULARY])
         qkv = np.concatenate([np.zeros((D, 2 * D)), content], axis=1).astype(np.float32)
         out = np.eye(D, dtype=np.float32) * (0.5 if layer == 0 else 0.0)
-    angle = np.arange(context)[:, None] / 100.0 ** (np.arange(0, s.head_dim, 2) / s.head_dim)
     past, present = ([f"{p}.{layer}.{kind}" for kind in ("key", "value")] for p in ("past_key_values", "present"))
     attention = helper.make_node(
         "GroupQueryAttention",
@@ -268,25 +278,27 @@ def _decoder(
     if layer:
         nodes.append(helper.make_node("Neg", ["num_logits"], ["first"]))
         nodes.append(helper.make_node("Slice", ["all", "first", "end", "axis"], [target]))
-    kv_in = (batch, s.kv_heads, "past_sequence_length", s.head_dim)
-    kv_out = (batch, s.kv_heads, "total_sequence_length", s.head_dim)
+    kv_in = ("batch", s.kv_heads, "past_sequence_length", s.head_dim)
+    kv_out = ("batch", s.kv_heads, "total_sequence_length", s.head_dim)
     return _save(
         folder,
         name,
         [
-            (source, F32, (batch, "sequence_length", D)),
-            ("seqlens_k", I32, (batch,)),
+            (source, F32, ("batch", "sequence_length", D)),
+            ("seqlens_k", I32, ("batch",)),
             ("total_sequence_length", I32, ()),
+            *((f"{kind}_cache", F32, ("rotary_length", s.head_dim // 2)) for kind in ("cos", "sin")),
             *((p, F32, kv_in) for p in past),
             *([("num_logits", I64, (1,))] if layer else []),
         ],
-        [(target, F32, (batch, "num_logits" if layer else "sequence_length", D)), *((p, F32, kv_out) for p in present)],
+        [
+            (target, F32, ("batch", "num_logits" if layer else "sequence_length", D)),
+            *((p, F32, kv_out) for p in present),
+        ],
         nodes,
         {
             "w_qkv": qkv,
             "w_out": out,
-            "cos_cache": np.cos(angle).astype(np.float32),
-            "sin_cache": np.sin(angle).astype(np.float32),
             "end": np.array([2**63 - 1], np.int64),
             "axis": np.array([1], np.int64),
         },

@@ -12,7 +12,7 @@ import ort from "onnxruntime-node";
 
 const folder = process.argv[2];
 const manifest = JSON.parse(readFileSync(join(folder, "autosteer.json"), "utf8"));
-if (manifest.format_version !== 2) throw new Error("another format_version");
+if (manifest.format_version !== 3) throw new Error("another format_version");
 
 for (const { file, sha256 } of [...Object.values(manifest.graphs), ...manifest.files]) {
   const hash = createHash("sha256");
@@ -50,10 +50,21 @@ function emptyCaches(half) {
 /** The graph that runs prefill for a half: its copy with weights at another precision, if the package has one. */
 const prefillGraph = (half) => (sessions[half.replace("decoder", "prefill")] ? half.replace("decoder", "prefill") : half);
 
+/** The rotary tables of `total` positions. This example knows models whose pictures count as text does. */
+function rotaryTables(total) {
+  const { frequencies, scale, axes } = manifest.rotary;
+  if (axes.length) throw new Error("this example knows no rows and columns of pictures");
+  const table = (f) => {
+    const cells = Array.from({ length: total }, (_, at) => frequencies.map((w) => f(Math.fround(at * w)) * scale));
+    return floats(cells.flat(), [total, frequencies.length]);
+  };
+  return { cos_cache: table(Math.cos), sin_cache: table(Math.sin) };
+}
+
 /** Run one half over new positions; `total` counts them and all earlier ones. Updates `caches`. */
 async function runHalf(half, feeds, caches, total) {
   const lengths = { seqlens_k: int32(total - 1, [1]), total_sequence_length: int32(total, []) };
-  const out = await sessions[half].run({ ...feeds, ...lengths, ...caches });
+  const out = await sessions[half].run({ ...feeds, ...lengths, ...rotaryTables(total), ...caches });
   for (const [name, value] of Object.entries(out)) {
     if (name.startsWith("present.")) caches[name.replace("present", "past_key_values")] = value;
   }

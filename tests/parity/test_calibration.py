@@ -16,6 +16,7 @@ from autosteer.export.graphs.calibration import (
     energy,
     with_random_tokens,
 )
+from autosteer.export.package import image_spec
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.manifest import Manifest
 
@@ -56,8 +57,9 @@ def test_a_matrix_that_sees_only_zeros_weighs_its_columns_alike() -> None:
 def test_the_sample_holds_the_text_and_the_rows_of_a_picture() -> None:
     checkpoint = demo_checkpoint()
     _, processor = load_hf_model(checkpoint)
-    text = calibration_rows(checkpoint, processor.tokenizer, None)
-    both = calibration_rows(checkpoint, processor.tokenizer, demo_package("fp32") / "vision_encoder.onnx")
+    text = calibration_rows(checkpoint, processor.tokenizer, None, None)
+    tower, spec = demo_package("fp32") / "vision_encoder.onnx", image_spec(checkpoint, processor)
+    both = calibration_rows(checkpoint, processor.tokenizer, tower, spec)
     assert both.shape[1] == text.shape[1] + 16
     torch.testing.assert_close(both[:, 17:], text[:, 1:])
 
@@ -78,7 +80,7 @@ def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     checkpoint = demo_checkpoint()
     config = decoder_config(checkpoint)
     _, processor = load_hf_model(checkpoint)
-    text = calibration_rows(checkpoint, processor.tokenizer, None)
+    text = calibration_rows(checkpoint, processor.tokenizer, None, None)
     more = with_random_tokens(text, checkpoint, config.vocab_size)
     assert len(more) == 1 + -(-RANDOM_TOKENS // text.shape[1]) and more[1:].flatten(0, 1).unique(dim=0).shape[0] > 200
     torch.testing.assert_close(more[:1], text)

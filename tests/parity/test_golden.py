@@ -29,11 +29,15 @@ def demo_safety() -> SafetyArtifact:
     return find_safety(demo_checkpoint(), None, None)
 
 
+def tmp_golden(folder: Path) -> Path:
+    (folder / "golden").mkdir()
+    return folder
+
+
 def judged(folder: Path, safety: SafetyArtifact) -> tuple[list[Check], tuple[Golden, ...]]:
     """What the validation says of a gate on its own prompts, and the golden prompts that come of them."""
     manifest = write_package(folder, demo_checkpoint(), safety, ExportOptions(), lambda _: None)
-    (folder / "golden").mkdir()
-    cases = proof_prompts(folder, safety)
+    cases = proof_prompts(tmp_golden(folder), safety)
     engine, ours = run_package(folder, manifest, cases, 16)
     _, checks = gate_proof(folder, engine, cases, ours, safety)
     return [*checks, *refusal_checks(engine, cases, ours)], goldens(cases, ours, manifest)[0]
@@ -100,6 +104,19 @@ def test_a_refusal_head_that_makes_no_refusals_is_not_exported(
     checks, _ = judged(tmp_path, replace(safety, steer_matrix=damage(safety.steer_matrix)))
     assert {check.name for check in checks if not check.passed} >= set(names)
     assert bool(names) == any(not check.passed for check in checks)
+
+
+def test_a_model_that_refuses_by_itself_is_exported_and_its_verdicts_are_golden(tmp_path: Path) -> None:
+    """An aligned model's plain answer is the refusal that steering gives. A complying one must not stay as it is."""
+    safety, manifest = demo_safety(), demo_engine("fp32").manifest
+    cases = [case for case in proof_prompts(tmp_golden(tmp_path), safety) if case.unsafe]
+    engine, ours = run_package(demo_package("fp32"), manifest, cases, 16)
+    aligned = [replace(answers, plain=replace(answers.plain, tokens=answers.steered.tokens)) for answers in ours]
+    unsteered = [replace(answers, steered=answers.plain) for answers in ours]
+    for answers, left_alone in ((ours, 0), (aligned, 0), (unsteered, len(cases))):
+        checks = {check.name: check for check in refusal_checks(engine, cases, answers)}
+        assert checks["unsafe prompts that steering leaves alone"].value == left_alone
+    assert [g.action for g in goldens(cases, aligned, manifest)[0]] == ["steer"] * len(cases)
 
 
 def test_a_prober_that_lets_its_own_unsafe_prompts_pass_is_not_exported(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from autosteer.export.validation.limits import LIMITS
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
 from autosteer.runtime.errors import CheckError, InputError
 from autosteer.runtime.generation import Stats
-from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.manifest import Manifest, RotarySpec
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 16, 64
+ROTARY = RotarySpec(tuple(10000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)), 1.0, ())
 CPU = "CPUExecutionProvider"
 SHORT = SamplingConfig(max_tokens=12)
 Float = npt.NDArray[np.float32]
@@ -41,7 +42,7 @@ Codes = npt.NDArray[np.int8]
 
 def tables() -> tuple[Float, Float]:
     """cos and sin (CONTEXT, WIDTH / 2)."""
-    angle = np.arange(CONTEXT)[:, None] / 10000.0 ** (np.arange(0, WIDTH, 2) / WIDTH)
+    angle = np.arange(CONTEXT)[:, None] * np.array(ROTARY.frequencies)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
@@ -162,7 +163,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
     rng = np.random.default_rng(2)
     keys, values = (torch.from_numpy(rng.normal(size=(1, KV_HEADS, 40, WIDTH)).astype(np.float32)) for _ in range(2))
     cos, sin = tables()
-    layer = RangeObserver(cos, sin)
+    layer = RangeObserver(ROTARY, CONTEXT)
     kept = layer.update(keys, values)
     assert kept[0] is keys and kept[1] is values and layer.get_seq_length() == 0
     assert layer.scales is not None
@@ -179,7 +180,7 @@ def test_scales_reach_as_far_as_a_key_does_anywhere_in_the_context() -> None:
 def test_a_channel_that_was_silent_has_a_scale_above_zero() -> None:
     keys = torch.zeros(1, KV_HEADS, 3, WIDTH)
     keys[..., 1] = 1.0
-    layer = RangeObserver(*tables())
+    layer = RangeObserver(ROTARY, CONTEXT)
     layer.update(keys, torch.zeros_like(keys))
     assert layer.scales is not None
     assert layer.scales.keys.min() > 0.0 and layer.scales.values.min() > 0.0

@@ -54,9 +54,9 @@ def test_it_answers_and_ends_when_told_to(process, sent, code):
     assert running.stderr is not None and "Traceback" not in running.stderr.read()
 
 
-def test_an_older_package_is_answered_one_request_at_a_time_and_it_says_so(tmp_path):
-    toy.build(tmp_path / "old", batch=1)
-    command = [*COMMAND, str(tmp_path / "old"), "--port", "0", "--device", "cpu"]
+def test_a_package_that_cannot_share_a_pass_is_answered_one_request_at_a_time_and_it_says_so(tmp_path):
+    toy.build(tmp_path / "alone", places=True)
+    command = [*COMMAND, str(tmp_path / "alone"), "--port", "0", "--device", "cpu"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         assert "one request at a time" in running.stderr.readline()

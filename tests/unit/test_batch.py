@@ -219,9 +219,9 @@ def test_more_requests_than_rows_are_answered_too(engine):
     assert [one.said() for one in asks] == [one.alone(engine).said() for one in asks]
 
 
-def test_older_packages_decode_one_answer_at_a_time(tmp_path):
-    toy.build(tmp_path / "old", batch=1)
-    engine = load(tmp_path / "old")
+def test_what_gives_pictures_rows_and_columns_decodes_one_answer_at_a_time(tmp_path):
+    toy.build(tmp_path / "alone", places=True)
+    engine = load(tmp_path / "alone")
     assert not can_share(engine.manifest, engine.device)
     asks = [ask("red"), ask("bad")]
     together(engine, asks, rows=1)

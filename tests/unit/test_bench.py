@@ -74,6 +74,6 @@ def test_the_bandwidth_is_a_number_of_bytes_a_second():
 
 
 def test_a_package_that_decodes_one_answer_at_a_time_is_measured_so(tmp_path):
-    toy.build(tmp_path / "old", batch=1)
-    found = bench(load(tmp_path / "old"), tmp_path / "old", tokens=4, new_tokens=3, rounds=1)
+    toy.build(tmp_path / "alone", places=True)
+    found = bench(load(tmp_path / "alone"), tmp_path / "alone", tokens=4, new_tokens=3, rounds=1)
     assert [entry["answers"] for entry in found["together"]] == [1]

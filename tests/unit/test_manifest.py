@@ -161,7 +161,7 @@ def test_every_key_is_needed(tmp_path, document):
     """Each key of each object, one at a time, but those with a default and the members of dicts, which are data."""
     optional, data = (
         {
-            *("tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "each"),
+            *("tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "each", "native"),
             *("video", "videos", "prompt_ids"),
         },
         {"versions", "validation", "calibration"},

@@ -16,6 +16,7 @@ import onnxruntime
 from autosteer.runtime.kv_cache import KVCache, empty_arrays
 from autosteer.runtime.manifest import GraphSpec, Manifest
 from autosteer.runtime.pages import placing
+from autosteer.runtime.rotary import PositionCounter, RotaryTables
 from autosteer.runtime.subgraph import OrtValue, Subgraph, buffer, empty, find_device
 from benchmark.worker import timed_greedy
 
@@ -91,19 +92,22 @@ class OneGraph:
         cache = KVCache(empty_arrays(self._spec, manifest.dims, manifest.kv_cache, self._capacity), device)
         before, total = buffer(np.zeros(1, np.int32), device), buffer(np.zeros((), np.int32), device)
         rows = buffer(np.ones(1, np.int64), device)
+        counter = PositionCounter(manifest.rotary)
+        counter.text(1)  # all others go on from it
+        rotary = RotaryTables(manifest.rotary, counter.positions(), self._capacity, manifest.activations, device)
         (described,) = (t for t in self._spec.outputs if t.name == "logits")
         logits = empty(described, (1, 1, manifest.dims.vocab_size), device)
         length = 0
 
         def bound(token_ids: OrtValue) -> Any:
             lengths = {"seqlens_k": before, "total_sequence_length": total, "num_logits": rows}
-            return self._graph.bind(
-                {"input_ids": token_ids, **lengths, **cache.past}, {"logits": logits, **cache.present}
-            )
+            inputs = {"input_ids": token_ids, **lengths, **rotary.inputs, **cache.past}
+            return self._graph.bind(inputs, {"logits": logits, **cache.present})
 
         def feed(run: Any, count: int) -> int:
             nonlocal length
             length += count
+            rotary.extend(length)
             before.update_inplace(np.array([length - 1], np.int32))
             total.update_inplace(np.array(length, np.int32))
             run()

@@ -3,7 +3,7 @@
 A shape is data; a family adds one file with a function for its config and one for its processor.
 """
 
-from . import chameleon, internvl, llava, llava_onevision, text_only
+from . import chameleon, internvl, llava, llava_onevision, qwen_vl, text_only
 from .shape import Shape
 
 SHAPES: dict[str, Shape] = {
@@ -11,6 +11,7 @@ SHAPES: dict[str, Shape] = {
     **llava.SHAPES,
     **internvl.SHAPES,
     **chameleon.SHAPES,
+    **qwen_vl.SHAPES,
     **text_only.SHAPES,
 }
 

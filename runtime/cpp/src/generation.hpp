@@ -33,6 +33,7 @@
 #include "gate.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
+#include "rotary.hpp"
 #include "subgraph.hpp"
 
 namespace autosteer {
@@ -86,6 +87,7 @@ struct EncodedPrompt {
   std::vector<int64_t> token_ids;  // of the text only; the repetition penalty reads them
   /// S of them. Two prompts that share a prefix of keys share those positions' keys and values.
   std::vector<Key> keys;
+  std::vector<Position> positions;  // S of them, for rotary
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
   std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
@@ -139,6 +141,7 @@ class Request {
         length_(reused_),
         lower_(reused_ ? std::move(cached->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
         upper_(reused_ ? std::move(cached->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        rotary_(manifest.rotary, std::move(prompt.positions), capacity_, reused_ - count(pending_)),
         logits_({1, 1 + Drafter::kMaxDraft, manifest.dims.vocab_size}),
         cached_chunks_(pending_.size()) {
     lower_.reserve(capacity_, reused_, manifest.dims.context_length);
@@ -363,8 +366,11 @@ class Request {
   Call half(const char* name, Phase phase, const KVCache& cache, Binding in, Binding out,
             const Call::Bound& more = {}) const {
     Call::Bound inputs = cache.past, outputs = cache.present;
-    inputs.insert(inputs.end(),
-                  {std::move(in), {"seqlens_k", &seqlens_k_.value()}, {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(), {std::move(in),
+                                 {"seqlens_k", &seqlens_k_.value()},
+                                 {"total_sequence_length", &total_.value()},
+                                 {"cos_cache", &rotary_.cos()},
+                                 {"sin_cache", &rotary_.sin()}});
     inputs.insert(inputs.end(), more.begin(), more.end());
     outputs.push_back(std::move(out));
     return call(phase == Phase::prefill ? manifest_.prefill_graph(name) : name, inputs, outputs);
@@ -372,6 +378,7 @@ class Request {
 
   /// Set how many positions the caches hold once the next graph has run.
   void set_total(int64_t total) {
+    rotary_.extend(total);
     *seqlens_k_.data() = static_cast<int32_t>(total - 1);
     *total_.data() = static_cast<int32_t>(total);
   }
@@ -390,6 +397,7 @@ class Request {
   int64_t prompt_length_, capacity_;  // positions: of the prompt; that the caches have room for
   int64_t reused_, length_;           // positions: taken from the cached prefix; valid in the caches
   KVCache lower_, upper_;
+  RotaryTables rotary_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
   Tensor<float> strength_{{1}};
   Tensor<float> logits_;                   // shared by all passes: logits of a draft take megabytes

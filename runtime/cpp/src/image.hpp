@@ -8,6 +8,8 @@
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each
 //     several    ->  one square tile each, one newline row after it; with AnyresSpec.each as if each were alone
+//
+// `native` is Qwen2-VL's: a picture is scaled to whole tiles at about its own size, and the graph makes a row of each.
 #pragma once
 
 #include <algorithm>
@@ -393,13 +395,48 @@ inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
   return tiles;
 }
 
-/// `spec` without the grids that cut a picture into more than `tiles` tiles, the base tile included. If no grid is
-/// left, a picture becomes one tile, as each of several pictures does. `anyres` and `closest_grid` have grids.
+/// How many rows and columns of tiles a `native` picture becomes (HF: smart_resize).
+inline std::array<int64_t, 2> native_grid(int64_t height, int64_t width, const ImageSpec& spec) {
+  const NativeSpec& native = spec.native.value();
+  const std::array<double, 2> sides = {static_cast<double>(height), static_cast<double>(width)};
+  const auto n = static_cast<double>(spec.tile_size), area = static_cast<double>(height * width);
+  const auto tiles = [&](const auto& along) {
+    return std::array<int64_t, 2>{static_cast<int64_t>(along(sides[0])), static_cast<int64_t>(along(sides[1]))};
+  };
+  const auto grid = tiles([&](double side) { return std::nearbyint(side / n); });  // half to even, as Python
+  const int64_t pixels = grid[0] * spec.tile_size * grid[1] * spec.tile_size;
+  if (pixels > native.max_pixels) {
+    const double shrink = std::sqrt(area / static_cast<double>(native.max_pixels));
+    return tiles([&](double side) { return std::max(1.0, std::floor(side / shrink / n)); });
+  }
+  if (pixels < native.min_pixels) {
+    const double enlarge = std::sqrt(static_cast<double>(native.min_pixels) / area);
+    return tiles([&](double side) { return std::ceil(side * enlarge / n); });
+  }
+  return grid;
+}
+
+/// The whole picture, as often as the graph reads frames (HF: Qwen2VLImageProcessorPil).
+inline Tiles whole(const Image& image, const ImageSpec& spec, bool) {
+  const auto grid = native_grid(image.height, image.width, spec);
+  const Image scaled = resize(image, grid[0] * spec.tile_size, grid[1] * spec.tile_size, spec.resample);
+  return {std::vector<Image>(static_cast<size_t>(spec.native->frames), scaled), grid};
+}
+
+/// `spec` that cuts a picture into at most `tiles` tiles. `anyres` and `closest_grid` lose the grids of more, the base
+/// tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to fewer
+/// pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
-  if (!tiles || !(spec.anyres || spec.grid)) return spec;
+  if (!tiles || !(spec.anyres || spec.grid || spec.native)) return spec;
   if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
   if (spec.grid) {
     spec.grid->max_tiles = std::min(spec.grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
+    return spec;
+  }
+  if (spec.native) {
+    const int64_t area = spec.tile_size * spec.tile_size, most = spec.native->max_pixels;
+    if (*tiles < most / area) spec.native->max_pixels = *tiles * area;  // the product may be too large for 64 bits
+    spec.native->min_pixels = std::min(spec.native->min_pixels, spec.native->max_pixels);
     return spec;
   }
   auto& grids = spec.anyres->grid_pinpoints;
@@ -414,16 +451,18 @@ inline const std::map<std::string, Cut> kCut = {
     {"anyres", anyres_tiles},
     {"centre_crop", centre_crop},
     {"closest_grid", closest_grid},
+    {"native", whole},
     {"pad_to_square", pad_to_square},
     {"split", split_tiles}};
 
-/// An image -> its tiles (tile_size, tile_size), and their grid.
-/// `alone`: it is the prompt's only image. `anyres` makes one tile of each of several.
+/// An image -> its tiles (tile_size, tile_size), and their grid. `alone`: it is the prompt's only image. `anyres` makes
+/// one tile of each of several. A `native` picture is cut by the graph: here it is whole, as often as the graph reads
+/// frames.
 inline Tiles cut(const Image& image, const ImageSpec& spec, bool alone) {
   return kCut.at(spec.kind)(image, spec, alone);
 }
 
-/// Tiles -> pixel_values, one row (3 * tile_size * tile_size) for each. `spec`: an ImageSpec or a VideoSpec.
+/// Tiles of one size -> pixel_values, one row (3 * height * width) for each. `spec`: an ImageSpec or a VideoSpec.
 template <class Spec>
 Rows normalise(const std::vector<Image>& tiles, const Spec& spec) {
   std::array<std::array<float, 256>, 3> value{};  // what each byte of each channel becomes

@@ -39,7 +39,9 @@ struct Tensors {
 /// The tensors of the image graph. How many rows or ids it gives for a tile is its own affair.
 inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
   const ImageSpec& image = m.image.value();
-  Tensors tensors{{{"pixel_values", "float32", {"tiles", 3, image.tile_size, image.tile_size}}}, {}};
+  std::vector<Dimension> pixels = {"tiles", 3, image.tile_size, image.tile_size};
+  if (image.native) pixels = {image.native->frames, 3, "height", "width"};
+  Tensors tensors{{{"pixel_values", "float32", pixels}}, {}};
   if (name == "image_tokenizer") {
     tensors.outputs = {{"input_ids", "int64", {kAnySize, kAnySize}}};
   } else {
@@ -49,24 +51,18 @@ inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
   return tensors;
 }
 
-/// First size of the decoder's tensors: "batch", or 1 in packages that decode one answer at a time.
-inline Dimension first_size(const Manifest& m) {
-  for (const TensorSpec& tensor : m.graphs.at("decoder_lower").inputs) {
-    if (tensor.name == "seqlens_k" && tensor.shape == std::vector<Dimension>{"batch"}) return "batch";
-  }
-  return 1;
-}
-
 /// The tensors of each graph.
 inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
   const Dims& d = m.dims;
-  const std::string n = "sequence_length", f32 = "float32";
+  const std::string batch = "batch", n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
-  const Dimension batch = first_size(m);
   const auto half = [&](const char* name, const char* source, const char* target, const Dimension& made) {
+    const std::vector<Dimension> table = {"rotary_length", d.head_dim / 2};
     Tensors tensors{{{source, f32, {batch, n, d.hidden_size}},
                      {"seqlens_k", "int32", {batch}},
-                     {"total_sequence_length", "int32", {}}},
+                     {"total_sequence_length", "int32", {}},
+                     {"cos_cache", f32, table},
+                     {"sin_cache", f32, table}},
                     {{target, f32, {batch, made, d.hidden_size}}}};
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
@@ -202,8 +198,22 @@ inline void check_graphs(const Manifest& m, const Need& need) {
   }
 }
 
+/// A frequency for each pair of a head's numbers; each reads a position that there is.
+inline void check_rotary(const Manifest& m, const Need& need) {
+  const auto pairs = [&](size_t count) { return 2 * static_cast<int64_t>(count) == m.dims.head_dim; };
+  const auto& [frequencies, scale, axes] = m.rotary;
+  need(pairs(frequencies.size()),
+       "rotary: " + std::to_string(frequencies.size()) + " frequencies, not half of head_dim");
+  need(axes.empty() || pairs(axes.size()),
+       "rotary: " + std::to_string(axes.size()) + " axes, not one for each frequency");
+  const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
+  need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
+}
+
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
 inline void check_image(const Manifest& m, const Need& need) {
+  need(!m.image || !m.image->native || m.graphs.count("vision_encoder"),
+       "image: 'native' pictures come with a vision_encoder");
   std::set<std::array<int64_t, 2>> grids;
   for (const TileSeparators& separators : m.image ? m.image->tile_separators : std::vector<TileSeparators>()) {
     need(grids.insert(separators.grid).second, "image: two tile_separators for one grid");
@@ -332,6 +342,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   check_golden(m, need);
   check_prompt(m, need);
   check_tensors(m, need);
+  check_rotary(m, need);
 }
 
 }  // namespace decoding

@@ -47,6 +47,11 @@ inline DataFile data_file(const Node& node) {
   return {node["file"].as_string(), node["sha256"].as_string(), node["bytes"].as_int()};
 }
 
+inline RotarySpec rotary(const Node& node) {
+  node.object({"frequencies", "scale", "axes"});
+  return {node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int)};
+}
+
 inline AnyresSpec anyres(const Node& node) {
   node.object({"tokens_per_side", "grid_pinpoints", "max_tiles_side"}, {"each"});
   const auto pinpoint = [](const Node& sizes) { return sizes.tuple<2>(as_size); };
@@ -64,6 +69,11 @@ inline GridSpec grid(const Node& node) {
   return {node["min_tiles"].as_size(), node["max_tiles"].as_size()};
 }
 
+inline NativeSpec native(const Node& node) {
+  node.object({"min_pixels", "max_pixels", "frames"});
+  return {node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["frames"].as_size()};
+}
+
 inline TileSeparators tile_separators(const Node& node) {
   node.object({"grid", "token_ids"});
   return {node["grid"].tuple<2>(as_int), node["token_ids"].list([](const Node& ids) { return ids.list(as_int); })};
@@ -71,8 +81,8 @@ inline TileSeparators tile_separators(const Node& node) {
 
 inline ImageSpec image(const Node& node) {
   node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "tile_separators", "grid"});
-  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "closest_grid", "pad_to_square", "split"}),
+              {"split", "native", "tile_separators", "grid"});
+  ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "closest_grid", "native", "pad_to_square", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
@@ -81,13 +91,23 @@ inline ImageSpec image(const Node& node) {
                  node["anyres"].optional(anyres),
                  {},
                  {},
+                 {},
                  {}};
   if (node.has("split")) spec.split = node["split"].optional(split);
+  if (node.has("native")) spec.native = node["native"].optional(native);
   if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
   if (node.has("grid")) spec.grid = node["grid"].optional(grid);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
   if ((spec.kind == "closest_grid") != spec.grid.has_value()) node.fail("'kind' and 'grid' differ");
+  if ((spec.kind == "native") != spec.native.has_value()) node.fail("'kind' and 'native' differ");
+  if (spec.native) {
+    if (spec.native->min_pixels > spec.native->max_pixels) node.fail("min_pixels is above max_pixels");
+    if (spec.native->max_pixels > 50'000'000) node.fail("max_pixels is too large");
+    if (spec.tile_size * spec.tile_size > spec.native->max_pixels) node.fail("a tile has more than max_pixels");
+    if (spec.native->frames > 16) node.fail("too many frames are read as one");
+    if (!spec.tile_separators.empty()) node.fail("a 'native' picture has no tile_separators");
+  }
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
   if (spec.grid && spec.grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
   if (spec.grid && spec.grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
@@ -215,7 +235,7 @@ inline void check_facts(const Node& node) {
 inline Manifest manifest(const Node& node) {
   node.object(
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-       "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
+       "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
       {"video"});
   check_facts(node);
   Manifest manifest;
@@ -223,6 +243,7 @@ inline Manifest manifest(const Node& node) {
   manifest.split_layer = static_cast<int>(node["split_layer"].as_size());
   manifest.dims = dims(node["dims"]);
   manifest.cache_type = node["kv_cache"]["dtype"].as_one_of({"float32", "int8"});
+  manifest.rotary = rotary(node["rotary"]);
   for (const auto& [name, value] : node["graphs"].entries()) manifest.graphs.emplace(name, graph(value));
   manifest.files = node["files"].list(data_file);
   manifest.prompt = prompt(node["prompt"]);

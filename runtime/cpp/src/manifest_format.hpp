@@ -61,6 +61,15 @@ struct DataFile {
   int64_t bytes;
 };
 
+/// Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.hpp).
+struct RotarySpec {
+  std::vector<double> frequencies;  ///< (head_dim / 2,), radians a position
+  double scale;
+  /// By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column. Empty: a row has one position,
+  /// its index in the sequence, in text and pictures alike.
+  std::vector<int64_t> axes;
+};
+
 /// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
 struct AnyresSpec {
   int64_t tokens_per_side;                             ///< image_features of one tile: tokens_per_side ** 2 rows
@@ -80,6 +89,13 @@ struct GridSpec {
   int64_t min_tiles, max_tiles;  ///< without the whole image
 };
 
+/// How image kind "native" scales a picture: to whole tiles, at about its own size. The graph cuts it, and makes one row
+/// of each tile.
+struct NativeSpec {
+  int64_t min_pixels, max_pixels;  ///< smaller pictures are enlarged, larger ones shrunk
+  int64_t frames;                  ///< pictures that the graph reads as one; a picture is given as often
+};
+
 /// The token ids around and between the tiles of an image that was cut into `grid` (rows, columns).
 struct TileSeparators {
   std::array<int64_t, 2> grid;
@@ -88,13 +104,16 @@ struct TileSeparators {
 
 /// How an RGB image becomes pixel_values. `vision_encoder` turns them into rows, `image_tokenizer` into token ids.
 struct ImageSpec {
-  std::string kind;   ///< anyres, centre_crop, closest_grid, pad_to_square or split
-  int64_t tile_size;  ///< pixels; the image graph's input is (tiles, 3, tile_size, tile_size)
+  std::string kind;  ///< anyres, centre_crop, closest_grid, native, pad_to_square or split
+  /// Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" it is (frames, 3, height, width),
+  /// with sides that are multiples of it.
+  int64_t tile_size;
   std::array<double, 3> mean, std;
   double rescale_factor;
   std::string resample;  ///< nearest, lanczos, bilinear or bicubic: Pillow's
   std::optional<AnyresSpec> anyres;
   std::optional<SplitSpec> split;
+  std::optional<NativeSpec> native;
   std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
   std::optional<GridSpec> grid;
 };
@@ -177,6 +196,7 @@ struct Manifest {
   int split_layer;
   Dims dims;
   std::string cache_type;  ///< numpy's name for the type of the caches: float32 or int8
+  RotarySpec rotary;
   std::map<std::string, GraphSpec> graphs;
   std::vector<DataFile> files;
   PromptSpec prompt;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -94,7 +95,8 @@ class PromptEncoder {
     const std::vector<Seen> seen = see(runs, messages, stats, conversation);
     stats.vision_ms = seeing.ms();
     const Clock clock;
-    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}};
+    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
+    PositionCounter counter(manifest_.rotary);
     std::vector<int64_t> text_positions, sizes;
     const auto add_tokens = [&](const std::vector<int64_t>& ids) {
       const Rows rows = embed(ids);
@@ -104,6 +106,7 @@ class PromptEncoder {
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
       prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
+      counter.text(static_cast<int64_t>(ids.size()));
     };
     auto next = seen.begin();
     for (const Run& run : runs) {
@@ -116,10 +119,12 @@ class PromptEncoder {
         add_tokens(part.ids);
         prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
         for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->key, row++);
+        counter.picture(part.rows.count(), next->grid);
       }
       prompt.shown.push_back({next->sha256, run.slot == "video"});
       sizes.push_back(next++->rows());
     }
+    prompt.positions = std::move(counter.positions);
     prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
@@ -133,7 +138,9 @@ class PromptEncoder {
     std::vector<JudgedTurn> turns;
     render({{"user", {}}}, manifest_.prompt, tokenizer_, turns);
     turns.at(0).end = {static_cast<int64_t>(token_ids.size()), 0};  // the rendering ends where the prompt does
-    EncodedPrompt prompt{embed(token_ids), token_ids, {}, {}};
+    PositionCounter counter(manifest_.rotary);
+    counter.text(static_cast<int64_t>(token_ids.size()));
+    EncodedPrompt prompt{embed(token_ids), token_ids, {}, std::move(counter.positions), {}};
     std::vector<int64_t> text(token_ids.size());
     std::iota(text.begin(), text.end(), int64_t{0});
     for (const int64_t id : token_ids) prompt.keys.emplace_back("", id);
@@ -148,6 +155,7 @@ class PromptEncoder {
   struct Seen {
     std::string sha256, key;  // its key: how it is encoded, too
     std::shared_ptr<const std::vector<Laid>> laid;
+    std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
 
     int64_t rows() const {
       int64_t count = 0;
@@ -180,7 +188,7 @@ class PromptEncoder {
       auto& laid = encoded[key];
       if (!laid && conversation && conversation->images.count(key)) laid = conversation->images[key];
       if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
-      return Seen{sha256, key, laid};
+      return Seen{sha256, key, laid, {}};
     };
     std::vector<Seen> seen;
     size_t shown = 0, filmed = 0;
@@ -188,8 +196,14 @@ class PromptEncoder {
       if (run.slot == "image") {
         const bool alone = pictures.size() == 1;
         const Image picture = open_image(*pictures.at(shown++));
-        seen.push_back(take(&picture, 1, alone ? "a picture" : "one of several",
+        std::optional<std::array<int64_t, 2>> grid;
+        if (image_->native) {  // its rows are known before it is encoded
+          grid = native_grid(picture.height, picture.width, *image_);
+          check_length(manifest_, length - least + (*grid)[0] * (*grid)[1], false);
+        }
+        seen.push_back(take(&picture, 1, alone || grid ? "a picture" : "one of several",
                             [&] { return encode_image(picture, alone, stats); }));
+        seen.back().grid = grid;
         length += seen.back().rows() - least;
       } else if (run.slot == "video") {
         const std::vector<Image> frames = tiles(*films.at(filmed++));
@@ -245,12 +259,14 @@ class PromptEncoder {
     const Tiles tiles = cut(picture, spec, alone);
     const Rows pixel_values = normalise(tiles.images, spec);
     std::vector<Rows> rows;
-    if (manifest_.graphs.count("image_tokenizer")) {
+    if (spec.native) {
+      rows.push_back(encode_whole(pixel_values, tiles.grid));
+    } else if (manifest_.graphs.count("image_tokenizer")) {
       rows.push_back(embed(tokenize_image(pixel_values)));
     } else {
       rows = encode_tiles(pixel_values, picture.height, picture.width);
     }
-    stats.image_tiles += pixel_values.count();
+    stats.image_tiles += spec.native ? tiles.grid[0] * tiles.grid[1] : pixel_values.count();
     return lay_out(std::move(rows), tiles.grid, spec);
   }
 
@@ -262,6 +278,17 @@ class PromptEncoder {
       ids.insert(ids.end(), found, found + count);
     });
     return ids;
+  }
+
+  /// pixel_values (frames, 3 * height * width) of a `native` picture -> its rows, one for each tile of `grid`.
+  Rows encode_whole(const Rows& pixel_values, const std::array<int64_t, 2>& grid) const {
+    const int64_t size = image_->tile_size, count = grid[0] * grid[1], depth = manifest_.dims.hidden_size;
+    const auto encoder = graph_("vision_encoder");
+    const auto outputs = encoder->run(
+        Tensor<float>::view(pixel_values.row(0), {pixel_values.count(), 3, grid[0] * size, grid[1] * size}));
+    Rows rows{depth, {}};
+    rows.append(floats(outputs.at("image_features"), count * depth, *encoder), count);
+    return rows;
   }
 
   /// pixel_values (tiles, 3 * size * size) of one image (height, width) -> its runs of rows (n, D): one for each tile,

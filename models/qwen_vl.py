@@ -1,0 +1,72 @@
+"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): a tower for pictures of any size; Qwen2 decoder, in
+which time, row and column of a picture's rows turn queries and keys (mrope).
+
+Qwen2.5-VL's tower attends within windows in most layers, and has other norms and MLPs; the wrapper sees that. HF:
+transformers/models/qwen2_vl, which has the image processor of both, and qwen2_5_vl.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autosteer.runtime.errors import UnsupportedModelError
+from autosteer.runtime.manifest import ImageSpec, NativeSpec
+
+from .family import RESAMPLE, Family
+
+
+def image_spec(config: Any, image_processor: Any) -> ImageSpec:
+    """HF: Qwen2VLImageProcessorPil."""
+    vision, given = config.vision_config, image_processor
+    said = (given.patch_size, given.merge_size, given.temporal_patch_size, given.do_resize)
+    wanted = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, True)
+    if said != wanted:
+        raise UnsupportedModelError(
+            f"the image processor's patch_size, merge_size, temporal_patch_size and do_resize are {said}; the vision "
+            f"tower needs {wanted}"
+        )
+    return ImageSpec(
+        kind="native",
+        tile_size=vision.patch_size * vision.spatial_merge_size,
+        mean=tuple(given.image_mean),
+        std=tuple(given.image_std),
+        rescale_factor=given.rescale_factor,
+        resample=RESAMPLE[int(given.resample)],
+        anyres=None,
+        native=NativeSpec(
+            min_pixels=given.size["shortest_edge"],
+            max_pixels=given.size["longest_edge"],
+            frames=vision.temporal_patch_size,
+        ),
+    )
+
+
+def _family(model_type: str, aliases: dict[str, str]) -> Family:
+    return Family(
+        model_type=model_type,
+        aliases=aliases,
+        renames=(  # the hub's files have the layout of transformers < 4.52
+            (r"^visual\.", "model.visual."),
+            (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+        ),
+        decoder="model.language_model",
+        lm_head="lm_head.weight",
+        vision="native_tower",
+        image_spec=image_spec,
+    )
+
+
+QWEN2_VL = _family(
+    "qwen2_vl",
+    {
+        "qwen2-vl-2b": "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    },
+)
+QWEN2_5_VL = _family(
+    "qwen2_5_vl",
+    {
+        "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+        "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    },
+)

@@ -1,0 +1,102 @@
+// Rotary position embedding: where a prompt's rows stand, and the tables that GroupQueryAttention rotates by. The C++
+// side of runtime/rotary.py.
+//
+// A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
+// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text after
+// it goes on behind the largest of them. Each frequency reads one of the three.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "manifest_format.hpp"
+#include "subgraph.hpp"
+
+namespace autosteer {
+
+using Position = std::array<int64_t, 3>;  ///< of a row: time, row, column
+
+/// Gives the rows of a prompt their positions, from its beginning.
+class PositionCounter {
+ public:
+  explicit PositionCounter(const RotarySpec& spec) : has_grids_(!spec.axes.empty()) {}
+
+  /// `count` rows of text; or of a picture, for a model whose pictures count as text does.
+  void text(int64_t count) {
+    for (int64_t i = 0; i < count; ++i, ++next_) positions.push_back({next_, next_, next_});
+  }
+
+  /// `count` rows of a picture. `grid`: the (rows, columns) in which they stand, nothing where they stand in none.
+  void picture(int64_t count, const std::optional<std::array<int64_t, 2>>& grid) {
+    if (!grid || !has_grids_) return text(count);
+    for (int64_t i = 0; i < count; ++i) {
+      positions.push_back({next_, next_ + i / (*grid)[1], next_ + i % (*grid)[1]});
+    }
+    next_ += std::max((*grid)[0], (*grid)[1]);
+  }
+
+  std::vector<Position> positions;  ///< of all rows so far
+
+ private:
+  bool has_grids_;
+  int64_t next_ = 0;
+};
+
+/// Tables (capacity, head_dim / 2) for one prompt and its answer. Their rows are computed as they are needed. `spec`
+/// must outlive it.
+class RotaryTables {
+ public:
+  static constexpr int64_t kBlock = 128;  ///< rows are computed at least so many at a time, as an answer grows
+
+  /// `positions`: of the prompt's rows. The rows of the answer go on behind the largest. `first`: the first row that
+  /// will be read.
+  RotaryTables(const RotarySpec& spec, std::vector<Position> positions, int64_t capacity, int64_t first)
+      : spec_(spec),
+        positions_(std::move(positions)),
+        capacity_(capacity),
+        filled_(first),
+        cos_({capacity, static_cast<int64_t>(spec.frequencies.size())}),
+        sin_(cos_.shape()) {
+    for (const Position& position : positions_) {
+      following_ = std::max(following_, *std::max_element(position.begin(), position.end()) + 1);
+    }
+  }
+
+  /// Compute the rows of the first `total` positions, and some more, if they are not there yet.
+  void extend(int64_t total) {
+    if (total <= filled_) return;
+    const int64_t last = std::min(std::max(total, filled_ + kBlock), capacity_);
+    const auto length = static_cast<int64_t>(positions_.size());
+    const size_t width = spec_.frequencies.size();
+    const auto scale = static_cast<float>(spec_.scale);
+    for (; filled_ < last; ++filled_) {
+      const int64_t answered = following_ + filled_ - length;
+      const Position at = filled_ < length ? positions_[static_cast<size_t>(filled_)]
+                                           : Position{answered, answered, answered};
+      for (size_t i = 0; i < width; ++i) {
+        const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
+        const float angle = static_cast<float>(position) * static_cast<float>(spec_.frequencies[i]);
+        const size_t cell = static_cast<size_t>(filled_) * width + i;
+        cos_.data()[cell] = std::cos(angle) * scale;
+        sin_.data()[cell] = std::sin(angle) * scale;
+      }
+    }
+  }
+
+  const Ort::Value& cos() const { return cos_.value(); }
+  const Ort::Value& sin() const { return sin_.value(); }
+
+ private:
+  const RotarySpec& spec_;
+  std::vector<Position> positions_;
+  int64_t capacity_, filled_;
+  int64_t following_ = 0;  // the position of the first row after the prompt
+  Tensor<float> cos_, sin_;
+};
+
+}  // namespace autosteer

@@ -1,0 +1,93 @@
+"""Rotary position embedding: where a prompt's rows stand, and the tables that GroupQueryAttention rotates by.
+
+A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
+column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text after
+it goes on behind the largest of them. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index,
+Qwen2_5_VLRotaryEmbedding.
+
+So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
+tables as inputs and read row i for the i-th entry of their caches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .manifest import RotarySpec
+from .subgraph import Device, buffer
+
+Positions = npt.NDArray[np.int64]  # (3, rows): time, row, column
+Float = npt.NDArray[np.float32]
+
+BLOCK = 128  # rows of the tables are computed at least so many at a time, as an answer grows
+
+
+class PositionCounter:
+    """Gives the rows of a prompt their positions, from its beginning."""
+
+    def __init__(self, spec: RotarySpec):
+        self._spec, self._next = spec, 0
+        self._parts = [np.empty((3, 0), np.int64)]
+
+    def text(self, count: int) -> None:
+        """`count` rows of text; or of a picture, for a model whose pictures count as text does."""
+        self._parts.append(np.broadcast_to(np.arange(self._next, self._next + count), (3, count)))
+        self._next += count
+
+    def picture(self, count: int, grid: tuple[int, int] | None) -> None:
+        """`count` rows of a picture. `grid`: the (rows, columns) in which they stand, None where they stand in none."""
+        if grid is None or not self._spec.axes:
+            self.text(count)
+            return
+        at = np.stack([np.zeros(grid, np.int64), *np.indices(grid)])
+        self._parts.append(self._next + at.reshape(3, -1))
+        self._next += max(grid)
+
+    def positions(self) -> Positions:
+        """Of all rows so far."""
+        return np.concatenate(self._parts, axis=1)
+
+
+class RotaryTables:
+    """Tables (capacity, head_dim / 2) for one prompt and its answer. Their rows are computed as they are needed."""
+
+    def __init__(
+        self, spec: RotarySpec, positions: Positions, capacity: int, dtype: str, device: Device, *, first: int = 0
+    ):
+        """`positions`: of the prompt's rows. The rows of the answer go on behind the largest. `dtype`: the graphs'.
+        `first`: the first row that will be read.
+        """
+        self._spec, self._positions, self._device = spec, positions, device
+        shape = (capacity, len(spec.frequencies))
+        self._tables = {name: np.zeros(shape, np.dtype(dtype)) for name in ("cos_cache", "sin_cache")}
+        self._filled = first
+        self.inputs = {name: buffer(table, device) for name, table in self._tables.items()}  # of a decoder half
+
+    def extend(self, total: int) -> None:
+        """Compute the rows of the first `total` positions, and some more, if they are not there yet."""
+        capacity = len(self._tables["cos_cache"])
+        if total <= self._filled:
+            return
+        last = min(max(total, self._filled + BLOCK), capacity)
+        rows = tables(self._spec, self._at(self._filled, last))
+        for (name, table), values in zip(self._tables.items(), rows, strict=True):
+            table[self._filled : last] = values
+            if self._device.kind != "cpu":  # a buffer on the CPU shares the table's memory
+                self.inputs[name].update_inplace(table)
+        self._filled = last
+
+    def _at(self, first: int, last: int) -> Positions:
+        """Positions of the rows first..last-1."""
+        length = self._positions.shape[1]
+        following = self._positions.max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        given = self._positions[:, first : min(last, length)]
+        return np.concatenate([given, np.broadcast_to(following, (3, len(following)))], axis=1)
+
+
+def tables(spec: RotarySpec, positions: Positions) -> tuple[Float, Float]:
+    """cos and sin (rows, head_dim / 2) at `positions` (3, rows), in float32 as HF computes them."""
+    axes = np.array(spec.axes or [0] * len(spec.frequencies))
+    angle = positions[axes].T.astype(np.float32) * np.array(spec.frequencies, np.float32)
+    scale = np.float32(spec.scale)
+    return np.cos(angle) * scale, np.sin(angle) * scale

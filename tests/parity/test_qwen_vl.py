@@ -1,0 +1,265 @@
+"""Tiers 3 and 4: a tiny random Qwen2-VL and Qwen2.5-VL, exported and compared with Hugging Face.
+
+`qwen2.5` has key heads that are shared, an lm_head of its own, and pictures of several windows, the last of a row and
+of a column not full; `qwen2` is tied, and its tower has no windows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE
+from cpp_runtime import in_python, joined, through_c
+from tiny_family import READ_IN_8_BITS, TinyFamily, picture
+
+from autosteer.export.validation.original import ValidationPrompt
+from autosteer.export.validation.prompts import draw
+from autosteer.runtime.check import check_package
+from autosteer.runtime.conversation import Conversation
+from autosteer.runtime.engine import Engine
+from autosteer.runtime.errors import InputError
+from autosteer.runtime.gate import Mode
+from autosteer.runtime.generation import Stats
+from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
+
+VARIANTS = ("qwen2.5", "qwen2")
+LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"  # a text that does not change
+LAYERS, WIDTH = 4, 64
+PATCH, TILE = 4, 8
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+PADS = ("<|image_pad|>", "<|video_pad|>")
+
+
+def build_tokenizer() -> Any:
+    """Bytes and a few merges, Qwen2.5-VL's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=[*SPECIAL, *PADS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([LICENCE.read_text(encoding="utf-8")], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def build_processor(variant: str, tokenizer: Any) -> Any:
+    """Pictures of 4 to 96 tiles."""
+    import transformers as hf
+
+    sizes = {"size": {"shortest_edge": 4 * TILE**2, "longest_edge": 96 * TILE**2}, "patch_size": PATCH}
+    pictures, films = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes)
+    kind = hf.Qwen2_5_VLProcessor if variant == "qwen2.5" else hf.Qwen2VLProcessor
+    return kind(pictures, tokenizer, films, chat_template=CHAT_TEMPLATE)
+
+
+def build_checkpoint(folder: Path, variant: str) -> None:
+    """Random weights in Hugging Face's layout, bfloat16 as on the hub."""
+    import transformers as hf
+
+    tokenizer = build_tokenizer()
+    build_processor(variant, tokenizer).save_pretrained(folder)
+    tied = variant == "qwen2"
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL, *PADS)}
+    towers = {
+        "qwen2.5": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": WIDTH,
+            "window_size": 6 * PATCH,
+            "fullatt_block_indexes": [1, 3],
+        },
+        "qwen2": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": WIDTH},
+    }
+    kind = {"qwen2.5": "Qwen2_5_VL", "qwen2": "Qwen2VL"}[variant]
+    config = getattr(hf, f"{kind}Config")(
+        vision_config={"depth": 4, "num_heads": 2, "patch_size": PATCH, **towers[variant]},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "intermediate_size": 160,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4 if tied else 2,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "tie_word_embeddings": tied,
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(VARIANTS.index(variant))
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name or "ln_q" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(0, 0.3 if tied else 1)  # a tied head says its last token again where it can
+            elif "visual" in name:
+                parameter.normal_(0, 0.4 if "qkv" in name else 0.15)
+            else:
+                parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # answers do not end early
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.bfloat16().save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield
+    FAMILY.remove()
+
+
+FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=30, generation="<|im_start|>assistant\n")
+engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
+
+
+def off(e: Engine) -> Any:
+    return e.policy(Mode.OFF)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pixels_and_rows_equal_hugging_faces_for_images_of_odd_sizes(variant: str) -> None:
+    """Bit for bit, enlarged, shrunk and about as they are; as many rows as the processor writes placeholders."""
+    e, theirs, grids = engine(variant), original_model(variant), set()
+    assert e.manifest.image is not None and e.manifest.image.native is not None
+    drawn = [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3), draw(12, 20, 4), draw(5, 5, 5), draw(1, 200, 6)]
+    for image in [picture(seed) for seed in range(12)] + drawn:
+        messages = (Message("user", ("a", ImagePart(image), "b")),)
+        inputs = theirs.inputs(ValidationPrompt(messages, ()))
+        ours = prepare(open_image(image), e.manifest.image, alone=True)
+        np.testing.assert_array_equal(ours.ravel(), theirs._pixels(inputs).numpy())
+        grids.add(ours.shape[2:])
+        encoded = e.encoder.prepare(messages, Stats())
+        assert encoded.inputs_embeds.shape[1] == inputs["input_ids"].shape[1]
+        expected = theirs.model.model.get_rope_index(
+            **{n: inputs[n] for n in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+        )[0]
+        np.testing.assert_array_equal(encoded.positions, expected[:, 0].numpy())
+    assert len(grids) > 10
+
+
+@pytest.mark.parametrize(("variant", "images"), itertools.product(VARIANTS, (0, 1, 3)))
+def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant: str, images: int) -> None:
+    messages, theirs = FAMILY.interleaved(images), original_model(variant)
+    expected = theirs.generate(theirs.inputs(ValidationPrompt(messages, ())), tokens=64)
+    assert len(expected) == 64 and len(set(expected)) > 2
+    assert FAMILY.generate(variant, messages, 64) == expected
+
+
+@pytest.mark.parametrize("layer", [1, LAYERS - 1])
+def test_another_split_without_a_gate(layer: int, tmp_path: Path) -> None:
+    FAMILY.check_split("qwen2.5", layer, tmp_path)
+
+
+def test_verdicts_and_gated_answers_are_pytorchs() -> None:
+    """Of 30 prompts with no, one and two pictures; the answers are generate's."""
+    FAMILY.check_gate("qwen2.5")
+
+
+def test_the_prober_reads_the_token_that_ends_the_prompt(tmp_path: Path) -> None:
+    FAMILY.check_probed("qwen2.5", tmp_path)
+
+
+def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_face() -> None:
+    """Three turns on kept caches. The second answer's rows stand behind two pictures, the third turn's behind three."""
+    e, theirs = engine("qwen2.5"), original_model("qwen2.5")
+    conversation, dialogue = Conversation(e), list[Message]()
+    for turn in range(3):
+        images = [picture(40 + 2 * turn), picture(41 + 2 * turn)][: 2 - turn % 2]
+        dialogue.append(Message.user(f"turn {turn}: what now?", images))
+        asked = {"policy": off(e), "sampling": SamplingConfig(max_tokens=20)}
+        answer = e.generate(dialogue, conversation=conversation, **asked)
+        expected = theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
+        assert list(answer.token_ids) == expected
+        assert (answer.stats.reused_tokens > 0) == (turn > 0)
+        assert (answer.stats.image_tiles > 0) == (len(images) > 0)
+        dialogue.append(Message.assistant(answer.text))
+
+
+@pytest.mark.parametrize("most", [12, 20, 50])
+def test_max_tiles_bounds_what_a_picture_costs(most: int) -> None:
+    """A tile is what becomes one row."""
+    e = Engine.load(package("qwen2.5", "fp32"), device="cpu", threads=1, max_tiles=most)
+    for image in (draw(300, 200, 1), draw(90, 150, 2)):
+        answer = e.generate("what?", images=[image], policy=off(e), sampling=SamplingConfig(max_tokens=1))
+        assert 0.6 * most <= answer.stats.image_tiles <= most
+
+
+def test_a_picture_that_does_not_fit_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = engine("qwen2.5")
+    monkeypatch.setattr(e.encoder, "encode_image", lambda *_, **__: pytest.fail("it was encoded"))
+    with pytest.raises(InputError, match="the prompt takes at least 2"):
+        e.generate("word " * 655, images=[draw(64, 64, 1)], policy=off(e))
+
+
+def test_videos_are_refused() -> None:
+    e = engine("qwen2.5")
+    with pytest.raises(InputError, match="this model takes no videos"):
+        e.generate("what?", videos=[[draw(20, 20, 1)]], policy=off(e))
+
+
+def test_a_user_cannot_type_a_picture() -> None:
+    spec = engine("qwen2.5").manifest.prompt
+    tokenizer = load_tokenizer(package("qwen2.5", "fp32") / "tokenizer.json")
+    runs = render([Message("user", (ImagePart("x"), "".join((*SPECIAL, *PADS))))], spec, tokenizer)
+    assert runs.count(IMAGE) == 1
+    reserved = {tokenizer.token_to_id(name) for name in (*SPECIAL, *PADS)}
+    written = [tokenizer.id_to_token(i) for run in runs if isinstance(run, list) for i in run if i in reserved]
+    turn = ["<|im_start|>", "<|im_end|>"]
+    assert written == [*turn, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>", "<|im_start|>"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", READ_IN_8_BITS])
+def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
+    checks = FAMILY.table("qwen2.5", precision)
+    assert all(check.passed for check in checks.values())
+    assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
+    for check in checks.values():
+        record_property(check.name, check.value)
+
+
+def test_golden_answers_replay() -> None:
+    assert all(check.passed for check in check_package(engine("qwen2.5"), package("qwen2.5", "fp32")))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, precision: str) -> None:
+    """Pictures of all sizes between texts, apart and in a conversation that grows; with a gate and drafts."""
+    e, files = engine("qwen2.5", precision), list[str]()
+    for seed in range(6):
+        files.append(str(tmp_path / f"{seed}.png"))
+        picture(seed).save(files[-1])
+    turns: list[Any] = []
+    for n in range(4):
+        shown = [{"image": file} for file in files[n : n + n % 3]]
+        turns += [{"role": "user", "parts": ["look: ", *shown, f"and number {n}?"]}]
+        turns += [{"role": "assistant", "parts": ["a picture."]}]
+    apart = [{"messages": [turn], "sampling": {"max_tokens": 24}} for turn in turns[::2]]
+    for request, answer in zip(apart, through_c(built, package("qwen2.5", precision), apart), strict=True):
+        assert joined(answer["chunks"]) == in_python(e, request)
+    growing = [{"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, 8, 2)]
+    conversation = Conversation(e)
+    answers = through_c(built, package("qwen2.5", precision), growing, conversation=True)
+    for request, answer in zip(growing, answers, strict=True):
+        assert joined(answer["chunks"]) == in_python(e, request, conversation)
