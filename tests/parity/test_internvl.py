@@ -8,8 +8,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_shapes.internvl import CHAT_TEMPLATE, SPECIAL
-from tiny_family import READ_IN_8_BITS, TinyFamily
+from tiny_family import READ_IN_8_BITS, TinyFamily, randomise
 
 from autosteer.export.checkpoint.open import DEMO
-from autosteer.export.cli import export
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
@@ -80,18 +77,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
     )
     torch.manual_seed(VARIANTS.index(variant))
     model = hf.InternVLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            elif "lambda" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "embed" in name or "lm_head" in name or "cls_token" in name:
-                parameter.normal_(0, 1)
-            else:
-                parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
-        model.lm_head.weight[tokenizer.eos_token_id] = 0  # answers do not end early
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    randomise(model, tokenizer.eos_token_id)
     model.bfloat16().save_pretrained(folder)
 
 
@@ -193,12 +179,4 @@ def test_golden_answers_replay() -> None:
     ],
 )
 def test_what_the_graph_does_not_do_is_refused(file: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(FAMILY.checkpoint("qwen2"), tmp_path / "checkpoint")
-    data = json.loads((folder / file).read_text())
-    for name, value in change.items():
-        data[name] = data[name] | value if isinstance(value, dict) else value
-    (folder / file).write_text(json.dumps(data))
-    arguments = ["--model", str(folder), "--unguarded", "--output", str(tmp_path / "x")]
-    with pytest.raises(Exception, match=message):
-        export.main(arguments, standalone_mode=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    FAMILY.check_refused("qwen2", file, change, message, tmp_path)
