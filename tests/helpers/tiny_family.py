@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFac
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.engine import Engine
+from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import open_image, prepare
@@ -61,6 +63,22 @@ def odd_pictures() -> list[Image.Image]:
     turned = draw(80, 33, 4)
     turned.getexif()[0x0112] = 6
     return [*found, rgb.convert("L"), rgb.quantize(17), see_through, alpha, alpha.convert("LA"), turned]
+
+
+def randomise(model: Any, end_token_id: int) -> None:
+    """Random weights: norms and biases away from 1 and 0, sharp attention, and answers that do not end early."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lambda" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "norm" in name or "bias" in name:  # CLIP's "pre_layrnorm", too
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            elif any(part in name for part in ("embed", "lm_head", "newline", "cls_token")):
+                parameter.normal_(0, 1)
+            else:
+                parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
+        model.lm_head.weight[end_token_id] = 0
+    model.generation_config.eos_token_id = end_token_id
 
 
 class TinyFamily:
@@ -158,6 +176,18 @@ class TinyFamily:
             np.testing.assert_array_equal(ours, expected, err_msg=f"{image.mode} {image.size}")
             counts.add(len(ours))
         return counts
+
+    def check_refused(self, variant: str, file: str, change: dict[str, Any], message: str, folder: Path) -> None:
+        """With `change` made in a JSON file of the checkpoint the command says `message`, and writes nothing."""
+        checkpoint = shutil.copytree(self.checkpoint(variant), folder / "checkpoint")
+        data = json.loads((checkpoint / file).read_text())
+        for name, value in change.items():
+            data[name] = data[name] | value if isinstance(value, dict) else value
+        (checkpoint / file).write_text(json.dumps(data))
+        arguments = ["--model", str(checkpoint), "--unguarded", "--output", str(folder / "x")]
+        with pytest.raises(UnsupportedModelError, match=message):
+            export.main(arguments, standalone_mode=False)
+        assert [p.name for p in folder.iterdir()] == ["checkpoint"]
 
     def prompt(self, i: int) -> tuple[Message, ...]:
         """Of `prompts`."""

@@ -8,23 +8,25 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_shapes.internvl import CHAT_TEMPLATE, SPECIAL
-from tiny_family import READ_IN_8_BITS, TinyFamily
+from tiny_family import READ_IN_8_BITS, TinyFamily, randomise
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from autosteer.export.checkpoint.open import DEMO
-from autosteer.export.cli import export
 from autosteer.export.validation.original import ValidationPrompt
+from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.manifest import TemplatePiece, TileSeparators
+from autosteer.runtime.image import prepare
+from autosteer.runtime.manifest import GridSpec, TemplatePiece, TileSeparators
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("qwen2", "qwen3")
@@ -80,18 +82,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
     )
     torch.manual_seed(VARIANTS.index(variant))
     model = hf.InternVLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or "bias" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-            elif "lambda" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif "embed" in name or "lm_head" in name or "cls_token" in name:
-                parameter.normal_(0, 1)
-            else:
-                parameter.normal_(0, 0.2 if "q_proj" in name or "k_proj" in name else 0.1)
-        model.lm_head.weight[tokenizer.eos_token_id] = 0  # answers do not end early
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    randomise(model, tokenizer.eos_token_id)
     model.bfloat16().save_pretrained(folder)
 
 
@@ -111,6 +102,19 @@ def test_pixels_equal_hugging_faces_for_odd_pictures(variant: str) -> None:
     """The processor's default, no tiles, is not what InternVLProcessor asks of it."""
     counts = FAMILY.check_pixels(variant)
     assert counts <= ({1, *range(3, 14)} if variant == "qwen2" else {4, 5, 6, 7}) and len(counts) > 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(50, 40), (500, 400), (30, 24), (60, 45)])
+def test_of_two_grids_that_are_as_close_hugging_faces_is_taken(width: int, height: int) -> None:
+    """5:4 is as far from 1:2 as from 2:1. The later one, 2:1, is for pictures that are large enough."""
+    processor = GotOcr2ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, crop_to_patches=True, min_patches=2, max_patches=2
+    )
+    spec = engine("qwen2").manifest.image
+    assert spec is not None
+    image = draw(width, height, 1)
+    ours = prepare(np.asarray(image), replace(spec, grid=GridSpec(2, 2)), alone=True)
+    np.testing.assert_array_equal(ours, processor(image, return_tensors="np")["pixel_values"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -193,12 +197,4 @@ def test_golden_answers_replay() -> None:
     ],
 )
 def test_what_the_graph_does_not_do_is_refused(file: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(FAMILY.checkpoint("qwen2"), tmp_path / "checkpoint")
-    data = json.loads((folder / file).read_text())
-    for name, value in change.items():
-        data[name] = data[name] | value if isinstance(value, dict) else value
-    (folder / file).write_text(json.dumps(data))
-    arguments = ["--model", str(folder), "--unguarded", "--output", str(tmp_path / "x")]
-    with pytest.raises(Exception, match=message):
-        export.main(arguments, standalone_mode=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    FAMILY.check_refused("qwen2", file, change, message, tmp_path)
