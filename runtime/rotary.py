@@ -86,8 +86,12 @@ class RotaryTables:
 
 
 def tables(spec: RotarySpec, positions: Positions) -> tuple[Float, Float]:
-    """cos and sin (rows, head_dim / 2) at `positions` (3, rows), in float32 as HF computes them."""
+    """cos and sin (rows, head_dim / 2) at `positions` (3, rows), float32.
+
+    Angles are float32, as HF's. Their cosines are rounded from float64, where all libraries agree to the last bit that
+    counts: so both runtimes have the same tables.
+    """
     axes = np.array(spec.axes or [0] * len(spec.frequencies))
-    angle = positions[axes].T.astype(np.float32) * np.array(spec.frequencies, np.float32)
+    angle = (positions[axes].T.astype(np.float32) * np.array(spec.frequencies, np.float32)).astype(np.float64)
     scale = np.float32(spec.scale)
-    return np.cos(angle) * scale, np.sin(angle) * scale
+    return np.cos(angle).astype(np.float32) * scale, np.sin(angle).astype(np.float32) * scale

@@ -81,7 +81,7 @@ def watching_inputs(modules: Mapping[Key, Any], watch: Callable[[Key, torch.Tens
 
 def placed(base_model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Where the rows of prompts stand: position_ids (3, B, S), for a model with multimodal rotary embedding; none for
-    others. `inputs`: the processor's.
+    others. `inputs`: the processor's, of prompts without videos.
 
     Such a model remembers what it found for the prompt before (HF: rope_deltas), and takes it where a pass has no token
     ids, or continues a cache. Passes over several prompts may take turns here, so each says where its rows stand.
@@ -91,5 +91,6 @@ def placed(base_model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, tor
     if "image_grid_thw" not in inputs:
         batch, length = inputs["input_ids"].shape
         return {"position_ids": torch.arange(length, device=inputs["input_ids"].device).expand(3, batch, -1)}
-    names = {"input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask"} & inputs.keys()
-    return {"position_ids": base_model.get_rope_index(**{name: inputs[name] for name in names})[0]}
+    given = {name: inputs[name] for name in ("input_ids", "image_grid_thw", "attention_mask") if name in inputs}
+    kinds = (inputs["input_ids"] == base_model.config.image_token_id).int()
+    return {"position_ids": base_model.get_rope_index(**given, mm_token_type_ids=kinds)[0]}

@@ -82,8 +82,7 @@ def _encoded(fit_model: FitModel, text: str, images: Sequence[Path]) -> Encoded:
     pictures = [[Image.fromarray(open_image(path)) for path in images]] if images else None
     encoded = dict(fit_model.processor(text=[text], images=pictures, return_tensors="pt"))
     encoded.pop("attention_mask", None)  # nothing to hide: padding comes last, and attention is causal
-    if not images:
-        encoded.pop("mm_token_type_ids", None)  # all is text
+    encoded.pop("mm_token_type_ids", None)  # the token ids say it: see hf_model.placed
     return encoded
 
 

@@ -18,6 +18,8 @@ from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE
 from cpp_runtime import in_python, joined, through_c
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
+from autosteer.export.safety import states
+from autosteer.export.safety.pairs import Prompt
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
@@ -179,6 +181,31 @@ def test_verdicts_and_gated_answers_are_pytorchs() -> None:
 
 def test_the_prober_reads_the_token_that_ends_the_prompt(tmp_path: Path) -> None:
     FAMILY.check_probed("qwen2.5", tmp_path)
+
+
+def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(tmp_path: Path) -> None:
+    """Two pictures, then a text behind the cached opening, for which HF's model would take the pictures' positions."""
+    fitted, theirs = FAMILY.fit_model("qwen2.5"), original_model("qwen2.5")
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    for seed, file in enumerate(files):
+        picture(seed).save(file)
+    prompts = [Prompt("what is it?", tuple(files)), Prompt("is it safe?"), Prompt("what is it?", (files[1],))]
+    generated = len(fitted.processor.tokenizer(FAMILY.generation, add_special_tokens=False).input_ids)
+    with states.prompt_store(tmp_path / "store", [], fitted) as store:
+        for prompt in prompts:
+            kept = states.prompt_states(fitted, [prompt], store).layer(FAMILY.split - 1)
+            found = kept[0, states.POSITIONS.index("last")].numpy()
+            asked = ValidationPrompt((Message.user(prompt.text, prompt.images),), ())
+            passed = theirs.forward(theirs.inputs(asked), [FAMILY.split])
+            expected = passed.entering[FAMILY.split][-1 - generated].numpy()
+            np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    answer = torch.tensor([9, 10, 11, 12])
+    with states.answer_store(tmp_path / "answers", [], fitted, answer) as store:
+        for prompt in prompts:
+            kept = states.answer_states(fitted, [prompt], answer, store).layer(0)[0].numpy()
+            asked = ValidationPrompt((Message.user(prompt.text, prompt.images),), ())
+            expected = theirs.forward(theirs.inputs(asked), [], answer.tolist()).head.numpy()
+            np.testing.assert_allclose(kept, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_face() -> None:

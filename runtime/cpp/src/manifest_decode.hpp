@@ -235,7 +235,8 @@ inline void check_facts(const Node& node) {
 inline Manifest manifest(const Node& node) {
   node.object(
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
-       "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions", "onnxruntime"},
+       "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
+       "onnxruntime"},
       {"video"});
   check_facts(node);
   Manifest manifest;

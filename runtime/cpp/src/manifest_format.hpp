@@ -89,8 +89,8 @@ struct GridSpec {
   int64_t min_tiles, max_tiles;  ///< without the whole image
 };
 
-/// How image kind "native" scales a picture: to whole tiles, at about its own size. The graph cuts it, and makes one row
-/// of each tile.
+/// How image kind "native" scales a picture: to whole tiles, at about its own size. The graph cuts it, and makes one
+/// row of each tile.
 struct NativeSpec {
   int64_t min_pixels, max_pixels;  ///< smaller pictures are enlarged, larger ones shrunk
   int64_t frames;                  ///< pictures that the graph reads as one; a picture is given as often
@@ -105,8 +105,8 @@ struct TileSeparators {
 /// How an RGB image becomes pixel_values. `vision_encoder` turns them into rows, `image_tokenizer` into token ids.
 struct ImageSpec {
   std::string kind;  ///< anyres, centre_crop, closest_grid, native, pad_to_square or split
-  /// Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" it is (frames, 3, height, width),
-  /// with sides that are multiples of it.
+  /// Pixels. The image graph's input is (tiles, 3, tile_size, tile_size); for "native" (frames, 3, height, width), with
+  /// sides that are multiples of it.
   int64_t tile_size;
   std::array<double, 3> mean, std;
   double rescale_factor;

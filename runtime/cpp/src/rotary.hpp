@@ -2,8 +2,8 @@
 // side of runtime/rotary.py.
 //
 // A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text after
-// it goes on behind the largest of them. Each frequency reads one of the three.
+// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text
+// after it goes on behind the largest of them. Each frequency reads one of the three.
 #pragma once
 
 #include <algorithm>
@@ -82,8 +82,9 @@ class RotaryTables {
         const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
         const float angle = static_cast<float>(position) * static_cast<float>(spec_.frequencies[i]);
         const size_t cell = static_cast<size_t>(filled_) * width + i;
-        cos_.data()[cell] = std::cos(angle) * scale;
-        sin_.data()[cell] = std::sin(angle) * scale;
+        // rounded from double, where all libraries agree to the last bit that counts: the tables are Python's
+        cos_.data()[cell] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
+        sin_.data()[cell] = static_cast<float>(std::sin(static_cast<double>(angle))) * scale;
       }
     }
   }
