@@ -35,6 +35,7 @@ LOCAL = {  # a cluster that this process starts
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface only, on Linux as well
+    "RAY_worker_niceness": "0",  # its default is 15, and on a busy machine nothing would move
 }
 PATIENCE_S = 60.0  # until a line says which workers are not ready
 

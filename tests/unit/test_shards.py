@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from autosteer.runtime import InputError, Message
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.evaluation.datasets import Row
-from autosteer.runtime.evaluation.on_ray import Node, place, with_pictures
+from autosteer.runtime.evaluation.on_ray import Node, Worker, connected, place, with_pictures
 from autosteer.runtime.evaluation.refusals import RuleJudge
-from autosteer.runtime.evaluation.run import Asked, ResultFile, RunFacts, run_rows
+from autosteer.runtime.evaluation.run import Asked, ResultFile, RunFacts, ask, run_rows
 from autosteer.runtime.evaluation.shards import SHARD, LostError, in_order
+from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.text import ImagePart
 
 
@@ -204,3 +208,63 @@ def test_a_row_is_sent_with_its_pixels_and_a_damaged_picture_is_an_answer(tmp_pa
     picture, text = sent.messages[0].parts
     assert isinstance(picture, ImagePart) and picture.image.shape == (2, 3, 3) and text == "look"
     assert (sent.where, sent.group) == ("d:3", "g")
+
+
+# --- what a worker opens, and which clusters are used ------------------------------------------------------------------
+
+
+def opened(monkeypatch, package: Path, digest: str, mode: str = "token") -> str:
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    found = Worker().open(package, digest, 1)
+    return str(found) if isinstance(found, AutoSteerError) else "opened"
+
+
+def test_a_worker_opens_only_the_package_that_was_meant(package, copy_of_package, monkeypatch, tmp_path):
+    digest = sha256(package / MANIFEST_FILE)
+    assert opened(monkeypatch, copy_of_package, digest) == "opened"
+    assert opened(monkeypatch, tmp_path / "none", digest) == (
+        f"no package at {tmp_path / 'none'}; every node needs it there: copy it, or name a folder that they share"
+    )
+    with (copy_of_package / MANIFEST_FILE).open("a") as file:
+        file.write("\n")
+    assert "is another package than here" in opened(monkeypatch, copy_of_package, digest)
+    assert "takes no tokens" in opened(monkeypatch, package, digest, mode="disabled")
+
+
+def test_a_worker_answers_up_to_the_first_row_that_fails(package, engine, monkeypatch):
+    worker = Worker()
+    monkeypatch.setattr(worker, "_engine", engine, raising=False)
+    rows = rows_of("red", "red " * 99, "red")
+    call = partial(ask, max_tokens=4)
+    good, bad = worker.answer(call, rows)
+    assert isinstance(good, Asked) and isinstance(bad, InputError) and "d:2: cannot be asked" in str(bad)
+    assert worker.answer(call, [InputError("x"), rows[0]])[1:] == []
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "message"),
+    [
+        ("auto", {}, "whoever reaches a cluster without tokens runs code on it; start it with RAY_AUTH_MODE=token"),
+        ("10.0.0.1:6379", {"RAY_AUTH_MODE": "disabled"}, "without tokens"),
+        ("ray://10.0.0.1:10001", {"RAY_AUTH_MODE": "token"}, "give the head's HOST:PORT, and run this on a node"),
+        ("auto", {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "ray://10.0.0.1:10001"}, "ray ray://10.0.0.1:10001: give"),
+    ],
+)
+def test_a_cluster_without_tokens_is_not_used(monkeypatch, address, environment, message):
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "ray", None)  # it must not come so far
+    with pytest.raises(InputError, match=message), connected(address):
+        pass
+
+
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "Token")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(InputError, match=r"--ray needs Ray .*pip install 'autosteer-edge\[eval,ray\]'"),
+        connected("h:1"),
+    ):
+        pass
