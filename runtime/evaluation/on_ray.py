@@ -1,24 +1,16 @@
-"""Engines on the machines of a Ray cluster, for --ray. Ray is imported when it is asked for: the extra `ray`.
-
-Whoever reaches a cluster's ports runs any code on it, unless the cluster asks for a token. So one that does not is not
-used (Ray's docs: ray-security/token-auth), and one that is started here listens on this machine only.
-"""
+"""Engines on the machines of a Ray cluster, for --ray."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import os
-import secrets
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from autosteer.runtime.cluster import connected, first_line, takes_tokens
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import AutoSteerError, InputError, PackageError
 from autosteer.runtime.image import open_image
@@ -31,12 +23,6 @@ from .shards import LostError, in_order
 T = TypeVar("T")
 Call = Callable[[Engine, Row], T]
 
-LOCAL = {  # a cluster that this process starts
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listens on the loopback interface only, on Linux as well
-    "RAY_worker_niceness": "0",  # its default is 15, and on a busy machine nothing would move
-}
 PATIENCE_S = 60.0  # until a line says which workers are not ready
 
 
@@ -106,44 +92,6 @@ def place(nodes: Sequence[Node], engines: int | None, threads: int | None) -> li
                 f"{node.cores} CPUs; give fewer --engines or --threads"
             )
     return [Place(node, threads or node.cores // chosen.count(node)) for node in chosen]
-
-
-@contextlib.contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Ray's module, connected. Raises InputError for a cluster without tokens, or none."""
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or "auto"
-    if "://" in address:
-        raise InputError(f"--ray {address}: give the head's HOST:PORT, and run this on a node of the cluster")
-    if address == "local":
-        os.environ.update(LOCAL, RAY_AUTH_TOKEN=secrets.token_hex(32))  # before Ray is imported
-    elif not takes_tokens():
-        raise InputError(
-            f"--ray {address}: whoever reaches a cluster without tokens runs code on it; start it with "
-            "RAY_AUTH_MODE=token in the environment, and set that here, too"
-        )
-    try:
-        import ray
-    except ImportError as err:
-        raise InputError(f"--ray needs Ray ({err}): pip install 'autosteer-edge[eval,ray]'") from err
-    options = {"include_dashboard": False} if address == "local" else {}
-    ended = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
-        advice = "; `--ray local` starts one" if address == "auto" else ""
-        raise InputError(f"--ray {address}: no connection to a cluster ({first_line(err)}){advice}") from err
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ended)  # Ray's handler ends with another code
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def takes_tokens() -> bool:
-    """Whether Ray's processes that have this environment take nothing without a token."""
-    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 class RayPool(Generic[T]):
@@ -230,8 +178,3 @@ def with_pictures(row: Row) -> Row | InputError:
     except InputError as err:
         return cannot_be_asked(row, err)
     return dataclasses.replace(row, messages=tuple(messages))
-
-
-def first_line(err: Exception) -> str:
-    """An exception's first line that says something."""
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)

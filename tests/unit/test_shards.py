@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from autosteer.runtime import InputError, Message
+from autosteer.runtime.cluster import connected
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.evaluation.datasets import Row
-from autosteer.runtime.evaluation.on_ray import Node, Worker, connected, place, with_pictures
+from autosteer.runtime.evaluation.on_ray import Node, Worker, place, with_pictures
 from autosteer.runtime.evaluation.refusals import RuleJudge
 from autosteer.runtime.evaluation.run import Asked, ResultFile, RunFacts, ask, run_rows
 from autosteer.runtime.evaluation.shards import SHARD, LostError, in_order
@@ -210,7 +211,7 @@ def test_a_row_is_sent_with_its_pixels_and_a_damaged_picture_is_an_answer(tmp_pa
     assert (sent.where, sent.group) == ("d:3", "g")
 
 
-# --- what a worker opens, and which clusters are used ------------------------------------------------------------------
+# --- what a worker opens, and which clusters are used -----------------------------------------------------------------
 
 
 def opened(monkeypatch, package: Path, digest: str, mode: str = "token") -> str:
@@ -264,7 +265,7 @@ def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "Token")
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(InputError, match=r"--ray needs Ray .*pip install 'autosteer-edge\[eval,ray\]'"),
+        pytest.raises(InputError, match=r"--ray needs Ray .*pip install 'autosteer-edge\[ray\]'"),
         connected("h:1"),
     ):
         pass
