@@ -53,8 +53,8 @@ def connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
-        advice = "; `--ray local` starts one" if address == "auto" else ""
-        raise InputError(f"--ray {address}: no connection to a cluster ({first_line(err)}){advice}") from err
+        advice = "`--ray local` starts one" if address == "auto" else "is it there, and is its token the same?"
+        raise InputError(f"--ray {address}: no connection to a cluster ({first_line(err)}); {advice}") from err
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ended)  # Ray's handler ends with another code

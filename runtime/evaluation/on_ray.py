@@ -23,7 +23,7 @@ from .shards import LostError, in_order
 T = TypeVar("T")
 Call = Callable[[Engine, Row], T]
 
-PATIENCE_S = 60.0  # until a line says which workers are not ready
+PATIENCE_S = 60.0  # until a line says which workers have not opened the package
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ class RayPool(Generic[T]):
             self._actors[name] = actor
             self._calls[actor.open.remote(package.absolute(), digest, one.threads)] = name
         self.workers: Sequence[str] = list(self._actors)
+        self._opening = set(self.workers)
 
     def start(self, worker: str, rows: Sequence[Row]) -> None:
         """Give an idle worker a shard."""
+        self._opening.discard(worker)
         self._calls[self._actors[worker].answer.remote(self._call, list(map(with_pictures, rows)))] = worker
 
     def wait(self) -> tuple[str, list[T | AutoSteerError] | LostError]:
@@ -121,14 +123,16 @@ class RayPool(Generic[T]):
         from ray.exceptions import RayError, RayTaskError
 
         while not (ready := self._ray.wait(list(self._calls), timeout=PATIENCE_S)[0]):
-            self._report(f"waiting for {', '.join(self._calls.values())}")
+            if late := self._opening.intersection(self._calls.values()):
+                self._report(f"not ready: {', '.join(sorted(late))}; loading, or no CPUs are free there")
         worker = self._calls.pop(ready[0])
         try:
             found = self._ray.get(ready[0])
         except RayTaskError:  # an exception in our own code
             raise
         except RayError as err:
-            return worker, LostError(first_line(err))
+            advice = "; does its node have autosteer-edge, and RAY_AUTH_MODE=token as here?"
+            return worker, LostError(first_line(err) + (advice if worker in self._opening else ""))
         if isinstance(found, AutoSteerError):
             raise type(found)(f"{worker}: {found}")
         return worker, found
