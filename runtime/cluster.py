@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def connected(address: str) -> Iterator[Any]:
             f"--ray {address}: whoever reaches a cluster without tokens runs code on it; start it with "
             "RAY_AUTH_MODE=token in the environment, and set that here, too"
         )
+    if address not in ("auto", "local"):
+        require_listener(address)
     try:
         import ray
     except ImportError as err:
@@ -62,6 +65,17 @@ def connected(address: str) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def require_listener(address: str) -> None:
+    """Raise InputError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--ray {address}: give auto, local, or the head's HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as err:
+        raise InputError(f"--ray {address}: no connection to a cluster ({err})") from err
 
 
 def takes_tokens() -> bool:

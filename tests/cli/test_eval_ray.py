@@ -124,11 +124,3 @@ def test_a_run_that_is_ended_goes_on_from_there(package, many, alone, tmp_path, 
     while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < ends, left
         time.sleep(0.1)
-
-
-def test_a_cluster_that_is_not_there_is_one_line(package, data, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
-    done = installed("autosteer-eval", package, "--data", data, "--ray", "127.0.0.1:1")
-    assert done.returncode == 5 and "--ray 127.0.0.1:1: no connection to a cluster" in done.stderr
-    assert "Traceback" not in done.stderr

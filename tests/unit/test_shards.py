@@ -252,9 +252,12 @@ def test_a_worker_answers_up_to_the_first_row_that_fails(package, engine, monkey
         ("10.0.0.1:6379", {"RAY_AUTH_MODE": "disabled"}, "without tokens"),
         ("ray://10.0.0.1:10001", {"RAY_AUTH_MODE": "token"}, "give the head's HOST:PORT, and run this on a node"),
         ("auto", {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": "ray://10.0.0.1:10001"}, "ray ray://10.0.0.1:10001: give"),
+        ("127.0.0.1:1", {"RAY_AUTH_MODE": "token"}, r"ray 127.0.0.1:1: no connection to a cluster \(.*refused"),
+        ("127.0.0.1:99999", {"RAY_AUTH_MODE": "token"}, "no connection to a cluster"),
+        ("head", {"RAY_AUTH_MODE": "token"}, "ray head: give auto, local, or the head's HOST:PORT"),
     ],
 )
-def test_a_cluster_without_tokens_is_not_used(monkeypatch, address, environment, message):
+def test_a_cluster_without_tokens_or_without_a_head_is_not_used(monkeypatch, address, environment, message):
     for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -266,9 +269,10 @@ def test_a_cluster_without_tokens_is_not_used(monkeypatch, address, environment,
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "Token")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(InputError, match=r"--ray needs Ray .*pip install 'autosteer-edge\[ray\]'"),
-        connected("h:1"),
+        connected("auto"),
     ):
         pass
