@@ -84,5 +84,5 @@ def takes_tokens() -> bool:
 
 
 def first_line(err: Exception) -> str:
-    """An exception's first line that says something."""
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+    """An exception's first line that says something, without a full stop."""
+    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

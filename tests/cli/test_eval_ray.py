@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import program
+from processes import children, titled
 
 pytestmark = pytest.mark.ray
 LOCAL = ("--ray", "local", "--engines", 2, "--threads", 1)
@@ -44,27 +45,6 @@ def alone(package, many) -> tuple[str, bytes]:
     done = installed("autosteer-eval", package, "--data", many, "--output", out, "--device", "cpu", "--threads", 1)
     assert done.returncode == 0, done.stderr
     return done.stdout, out.read_bytes()
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started, and those that they have, in Linux's /proc."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, left = [], [pid]
-    while left:
-        left += (new := parents.get(left.pop(), []))
-        found += new
-    return found
-
-
-def engines_of(pid: int) -> list[int]:
-    """Its processes that have an engine."""
-    return [child for child in children(pid) if b"ray::Worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def run_until_halfway(package: Path, many: Path, out: Path, then: Callable[[int], None]) -> tuple[int, str, str]:
@@ -99,7 +79,7 @@ def test_two_engines_count_what_one_does_in_other_words(package, data):
 def test_an_engine_that_is_killed_costs_its_shard(package, many, alone, tmp_path):
     out = tmp_path / "out.jsonl"
     code, stdout, stderr = run_until_halfway(
-        package, many, out, lambda pid: os.kill(engines_of(pid)[0], signal.SIGKILL)
+        package, many, out, lambda pid: os.kill(titled(pid, "ray::Worker")[0], signal.SIGKILL)
     )
     assert code == 0 and "lost worker" in stderr and "others go on" in stderr, stderr
     assert (stdout, out.read_bytes()) == alone
