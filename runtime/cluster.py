@@ -53,18 +53,18 @@ def connected(address: str) -> Iterator[Any]:
         raise InputError(f"--ray needs Ray ({err}): pip install 'autosteer-edge[ray]'") from err
     options = {"include_dashboard": False} if address == "local" else {}
     ended = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
-        advice = "`--ray local` starts one" if address == "auto" else "is it there, and is its token the same?"
-        raise InputError(f"--ray {address}: no connection to a cluster ({first_line(err)}); {advice}") from err
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ended)  # Ray's handler ends with another code
-        with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what became of workers
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what became of workers, the last of it in shutdown()
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
+            advice = "`--ray local` starts one" if address == "auto" else "is it there, and is its token the same?"
+            raise InputError(f"--ray {address}: no connection to a cluster ({first_line(err)}); {advice}") from err
+        try:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, ended)  # Ray's handler ends with another code
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def require_listener(address: str) -> None:

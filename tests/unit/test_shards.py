@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from autosteer.runtime import InputError, Message
-from autosteer.runtime.cluster import connected
+from autosteer.runtime.cluster import LOCAL, connected
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.evaluation.datasets import Row
 from autosteer.runtime.evaluation.on_ray import Node, Worker, place, with_pictures
@@ -276,3 +279,23 @@ def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
         connected("auto"),
     ):
         pass
+
+
+def test_what_ray_prints_and_how_it_ends_is_not_seen(monkeypatch, capsys):
+    """It prints what became of workers between the tables, or the JSON; and SIGTERM ended the command with 15."""
+
+    def init(address, **options):
+        assert (address, options["include_dashboard"]) == ("local", False)
+        assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        print("init")
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    fake = SimpleNamespace(init=init, shutdown=lambda: print("shutdown"), exceptions=SimpleNamespace(RayError=OSError))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    for name in (*LOCAL, "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # and put back afterwards
+    before = signal.getsignal(signal.SIGTERM)
+    with connected("local"):
+        print("a worker died")
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr() == ("", "init\na worker died\nshutdown\n")
