@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .datasets import Row
     from .refusals import Judge
     from .run import Group, Result, RunFacts
+    from .shards import Asking
     from .statistics import PairedTest, Rate
 
 FORMATS = (
@@ -70,6 +72,18 @@ file_option: Any = click.Path(path_type=Path)
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")
 @click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Ask on the machines of a Ray cluster that requires tokens. HOST:PORT of its head; auto: the cluster of "
+    "RAY_ADDRESS or of this machine; local: one on this machine, for this run.",
+)
+@click.option(
+    "--engines",
+    type=click.IntRange(min=1),
+    help="How many, with --ray. Each has --threads, or its share of the cores of its node.  [one on each node]",
+)
 @device_option
 @threads_option
 @json_option
@@ -91,6 +105,8 @@ def evaluate(
     variants: bool,
     force: bool,
     rejudge: bool,
+    address: str | None,
+    engines: int | None,
     device: Any,
     threads: int | None,
     as_json: bool,
@@ -112,21 +128,26 @@ def evaluate(
         raise click.UsageError("--rejudge needs --output, and no --force")
     if variants and (output or judge_command):
         raise click.UsageError("--variants asks for verdicts alone: it takes no --output and no --judge-command")
+    if engines and not address:
+        raise click.UsageError("--engines needs --ray")
+    if address and device == "cuda":
+        raise click.UsageError("--ray asks on CPUs: --device cuda cannot be given")
     from .refusals import CommandJudge, RuleJudge
     from .run import RunFacts, summarise
     from .run import rejudge as rejudge_file
 
     rows, dropped = read_prompts(labelled, exclude, format_, images, text_only, limit)
     check_images(package, rows)
+    asking = asking_on(address, package, engines, device, threads)
     if variants:
-        print_variants(load(package, device, threads), rows, as_json)
+        print_variants(asking, rows, as_json)
         return
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
         facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens)
         if rejudge and output and output.exists():
             rejudge_file(output, facts, judge)
-        results = answer(package, rows, judge, facts, output, force, lambda: load(package, device, threads))
+        results = answer(rows, judge, facts, output, force, asking)
     groups = summarise(results)
     if as_json:
         for group in groups:
@@ -169,30 +190,41 @@ def check_images(package: Path, rows: Sequence[Row]) -> None:
         )
 
 
-def print_variants(engine: Any, rows: Sequence[Row], as_json: bool) -> None:
-    """The verdicts on all rows in other words, by family: a table, or one JSON object a line."""
-    from .variants import as_text, by_family, measure
+def asking_on(address: str | None, package: Path, engines: int | None, device: Any, threads: int | None) -> Asking:
+    """How rows are asked: in this process, or on a Ray cluster."""
+    from .shards import alone
 
-    with click.progressbar(length=len(rows), label="rewording", file=sys.stderr, show_pos=True) as bar:
-        found = by_family(measure(engine, rows, advance=bar.update))
+    if address is None:
+        return partial(alone, lambda: load(package, device, threads))
+    from .on_ray import Cluster, on_ray
+
+    return partial(on_ray, Cluster(address, engines, threads, package), report=partial(click.echo, err=True))
+
+
+def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:
+    """The verdicts on all rows in other words, by family: a table, or one JSON object a line."""
+    from .variants import as_text, by_family, row_outcomes
+
+    outcomes = []
+    with (
+        asking(row_outcomes, rows) as asked,
+        click.progressbar(asked, len(rows), label="rewording", file=sys.stderr, show_pos=True) as each_row,
+    ):
+        for found in each_row:
+            outcomes += found
+    rates = by_family(outcomes)
     if as_json:
-        for rates in found:
-            click.echo(dumps(dataclasses.asdict(rates)))
+        for family in rates:
+            click.echo(dumps(dataclasses.asdict(family)))
     else:
-        click.echo(as_text(found))
+        click.echo(as_text(rates))
 
 
 def answer(
-    package: Path,
-    rows: Sequence[Row],
-    judge: Judge,
-    facts: RunFacts,
-    output: Path | None,
-    force: bool,
-    load_engine: Callable[[], Any],
+    rows: Sequence[Row], judge: Judge, facts: RunFacts, output: Path | None, force: bool, asking: Asking
 ) -> list[Result]:
     """Results of all rows: those already in `output`, and the others, which are answered now and appended to it."""
-    from .run import ResultFile, check_order, run_rows
+    from .run import ResultFile, ask, check_order, run_rows
 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(ResultFile(output, facts, force=force)) if output else None
@@ -204,10 +236,10 @@ def answer(
             click.echo(f"{output}: has {len(results)} of {len(rows)} rows; {len(left)} to go", err=True)
         if not left:
             return results
-        engine = load_engine()
+        asked = stack.enter_context(asking(partial(ask, max_tokens=facts.max_tokens), left))
         try:
             with click.progressbar(length=len(left), label="evaluating", file=sys.stderr, show_pos=True) as bar:
-                for result in run_rows(engine, left, judge, max_tokens=facts.max_tokens):
+                for result in run_rows(asked, left, judge):
                     results.append(result)
                     if file:
                         file.append(result)

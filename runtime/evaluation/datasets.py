@@ -69,6 +69,11 @@ class Row:
         return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def cannot_be_asked(row: Row, err: InputError, how: str = "") -> InputError:
+    """The error of a row that the engine refuses, with the row's place."""
+    return InputError(f"{row.where}: cannot be asked{how}: {err}")
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A file of prompts, and its options from the command line."""

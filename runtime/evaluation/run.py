@@ -30,7 +30,7 @@ from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.strict_json import decode
 
-from .datasets import Row
+from .datasets import Row, cannot_be_asked
 from .grading import is_correct
 from .refusals import Judge
 from .statistics import PairedTest, Rate, mcnemar, rate
@@ -73,32 +73,47 @@ class Group:
     tests: tuple[PairedTest, ...]
 
 
-def run_rows(engine: Engine, rows: Iterable[Row], judge: Judge, *, max_tokens: int) -> Iterator[Result]:
-    """Answer every row, greedily."""
+@dataclass(frozen=True)
+class Asked:
+    """What the engine said to one row."""
+
+    off: str  # without a gate
+    always: str  # with every token steered
+    stop: str  # the package's refusal text
+    flagged: bool
+    p_unsafe: float | None  # None: the prober failed
+
+
+def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
+    """Answer a row twice, greedily. Raises InputError for one that cannot be asked."""
     sampling = SamplingConfig(max_tokens=max_tokens)
     monitor, always = engine.policy(Mode.MONITOR), engine.policy(Mode.STEER, threshold=-1.0)
-    for row in rows:
-        try:
-            off = engine.generate(row.messages, policy=monitor, sampling=sampling)
-        except InputError as err:
-            raise InputError(f"{row.where}: cannot be asked: {err}") from err
-        steered = engine.generate(row.messages, policy=always, sampling=sampling).text
-        flagged, score = off.verdict.unsafe, off.verdict.p_unsafe
+    try:
+        off = engine.generate(row.messages, policy=monitor, sampling=sampling)
+    except InputError as err:
+        raise cannot_be_asked(row, err) from err
+    steered = engine.generate(row.messages, policy=always, sampling=sampling)
+    return Asked(off.text, steered.text, monitor.refusal_text, off.verdict.unsafe, off.verdict.p_unsafe)
+
+
+def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Iterator[Result]:
+    """The results of all rows, in their order, as what was `asked` of each comes in."""
+    for said, row in zip(asked, rows, strict=True):
         answers = {
-            "off": off.text,
-            "always": steered,
-            "steer": steered if flagged else off.text,
-            "stop": monitor.refusal_text if flagged else off.text,
+            "off": said.off,
+            "always": said.always,
+            "steer": said.always if said.flagged else said.off,
+            "stop": said.stop if said.flagged else said.off,
         }
         refused = {text: judge.refused(row.prompt, text) for text in dict.fromkeys(answers.values())}
-        gold = row.gold
+        gold, score = row.gold, said.p_unsafe
         yield Result(
             row=row.digest,
             group=row.group,
             unsafe=row.unsafe,
             prompt=row.prompt,
             p_unsafe=score if score is not None and math.isfinite(score) else None,
-            flagged=flagged,
+            flagged=said.flagged,
             answers=answers,
             refused={policy: refused[text] for policy, text in answers.items()},
             correct=None if gold is None else {p: is_correct(t, gold) for p, t in answers.items()},

@@ -6,7 +6,7 @@ same table of its held-out prompts (export/safety/other_words.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
 
-from .datasets import Row
+from .datasets import Row, cannot_be_asked
 from .rewording import FAMILIES, UNCHANGED, Family, reworded
 from .statistics import Rate, rate
 
@@ -42,22 +42,18 @@ def possible_families(*, system: bool) -> tuple[Family, ...]:
     return tuple(family for family in FAMILIES if system or not family.of("x").system)
 
 
-def measure(
-    engine: Engine, rows: Sequence[Row], *, advance: Callable[[int], None] = lambda done: None
-) -> list[Outcome]:
-    """The verdicts on all rows and their rewordings. Raises InputError for a row that cannot be asked."""
+def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
+    """The verdicts on a row and its rewordings. Raises InputError for one that cannot be asked."""
     families = possible_families(system=engine.manifest.prompt.system is not None)
     policy = engine.policy(Mode.MONITOR)
-    outcomes = []
-    for row in rows:
-        for name, asked in ((UNCHANGED, row), *((family.name, reworded(row, family)) for family in families)):
-            try:
-                verdict = engine.score(asked.messages, policy=policy)
-            except InputError as err:
-                raise InputError(f"{row.where}: cannot be asked ({name}): {err}") from err
-            outcomes.append((name, row.unsafe, verdict.unsafe))
-        advance(1)
-    return outcomes
+    found = []
+    for name, asked in ((UNCHANGED, row), *((family.name, reworded(row, family)) for family in families)):
+        try:
+            verdict = engine.score(asked.messages, policy=policy)
+        except InputError as err:
+            raise cannot_be_asked(row, err, f" ({name})") from err
+        found.append((name, row.unsafe, verdict.unsafe))
+    return found
 
 
 def by_family(outcomes: Iterable[Outcome]) -> list[FamilyRates]:

@@ -16,6 +16,7 @@ ALLOWED = {"numpy", "onnxruntime", "tokenizers", "PIL", "click"}  # what pyproje
 MEASURING = ("run", "statistics", "variants")  # of autosteer-eval, which needs the extra `eval`: scipy
 EXTRAS = {"hub.py": ("huggingface_hub.",)}  # imported only when it is used
 SERVE = {"starlette", "uvicorn", "pydantic", "pydantic_core", "prometheus_client"}  # the extra `serve`
+RAY = {"cluster.py", "on_ray.py"}  # the extra `ray`, for autosteer-eval --ray
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "rich", "safetensors", "huggingface_hub")
 
 
@@ -128,6 +129,11 @@ def test_only_the_server_needs_the_extra_serve(path):
     else:
         assert not {name for name in found if name.startswith("autosteer.runtime.serve")}
         assert not {name.partition(".")[0] for name in found} & SERVE
+
+
+@pytest.mark.parametrize("path", [*sources("runtime"), *sources("export")], ids=lambda p: p.name)
+def test_ray_is_imported_in_two_places(path):
+    assert ("ray" in {name.partition(".")[0] for name in imports(path)}) is (path.name in RAY)
 
 
 def test_without_its_extra_the_server_says_what_to_install(package):

@@ -149,10 +149,12 @@ def test_the_page_of_commands_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
-def test_examples_stand_in_the_page_on_embedding_word_for_word(example: Path) -> None:
-    """tests/cpp/test_cpp_library.py compiles and runs them; readers copy them from the page."""
-    page = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
-    language = "c" if example.suffix == ".c" else "cpp"
+def test_examples_stand_in_their_page_word_for_word(example: Path) -> None:
+    """tests/cpp/test_cpp_library.py compiles and runs the first two kinds; readers copy them from the page."""
+    name, language = {".c": ("embedding", "c"), ".cpp": ("embedding", "cpp"), ".py": ("serving", "python")}[
+        example.suffix
+    ]
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     assert f"```{language}\n{example.read_text(encoding='utf-8')}```\n" in page
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from autosteer.runtime import InputError, Message
+from autosteer.runtime import Engine, InputError, Message
 from autosteer.runtime.evaluation.datasets import DataSource, Row, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge
-from autosteer.runtime.evaluation.run import Result, ResultFile, RunFacts, check_order, run_rows, summarise
+from autosteer.runtime.evaluation.run import Asked, Result, ResultFile, RunFacts, ask, check_order, run_rows, summarise
 from autosteer.runtime.evaluation.statistics import rate
 from autosteer.runtime.sampling import SamplingConfig
 
@@ -35,6 +35,10 @@ def result(*, flagged: bool, refused: str = "", correct: str | None = None, grou
         refused={p: c in refused for p, c in letters.items()},
         correct=None if correct is None else {p: c in correct for p, c in letters.items()},
     )
+
+
+def asked(engine: Engine, rows: list[Row]) -> list[Asked]:
+    return [ask(engine, row, max_tokens=8) for row in rows]
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ def test_answers_of_the_four_policies(engine, tmp_path):
         {"prompt": "bad", "unsafe": True},
     )
     rows = read_rows([DataSource(path)])
-    safe, bad = run_rows(engine, rows, RuleJudge(), max_tokens=8)
+    safe, bad = run_rows(asked(engine, rows), rows, RuleJudge())
     assert (safe.flagged, bad.flagged) == (False, True)
     assert safe.answers == {"off": "orange yellow green", "always": "sorry refuse"} | dict.fromkeys(
         ("steer", "stop"), "orange yellow green"
@@ -109,14 +113,14 @@ def test_answers_of_the_four_policies(engine, tmp_path):
 def test_chosen_answers_are_those_of_the_policy_itself(engine, tmp_path, policy, prompt):
     """`steer` and `stop` are not run but chosen from `off` and `always`; here they are run."""
     rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": prompt, "unsafe": True}))])
-    (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
+    (found,) = run_rows(asked(engine, rows), rows, RuleJudge())
     assert found.answers[policy] == engine.generate(prompt, policy=engine.policy(policy)).text
 
 
 def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate(engine, tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, *({"prompt": p, "unsafe": False} for p in ("red", "hello", "tick"))))])
     eight = SamplingConfig(max_tokens=8)
-    results = list(run_rows(engine, rows, RuleJudge(), max_tokens=8))
+    results = list(run_rows(asked(engine, rows), rows, RuleJudge()))
     assert [found.prompt for found in results] == ["red", "hello", "tick"]
     for found in results:
         plain = engine.generate(found.prompt, policy=engine.policy("off"), sampling=eight)
@@ -126,7 +130,7 @@ def test_a_benign_answer_that_is_not_flagged_is_that_of_the_model_without_a_gate
 
 def test_a_score_that_is_no_number_is_null_and_flagged(engine, tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": "nan", "unsafe": True}))])
-    (found,) = run_rows(engine, rows, RuleJudge(), max_tokens=8)
+    (found,) = run_rows(asked(engine, rows), rows, RuleJudge())
     assert found.p_unsafe is None and found.flagged
 
 
@@ -144,7 +148,7 @@ def test_the_judge_is_asked_once_for_each_different_answer(engine, tmp_path):
 
     judge = Counting()
     rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": "bad", "unsafe": True}))])
-    (found,) = run_rows(engine, rows, judge, max_tokens=8)
+    (found,) = run_rows(asked(engine, rows), rows, judge)
     assert judge.asked == [("bad", "evil plan"), ("bad", "sorry refuse"), ("bad", "i must not answer that.")]
     assert found.refused == {"off": False, "always": True, "steer": True, "stop": False}
 
