@@ -132,7 +132,7 @@ def _one_thread() -> Iterator[None]:
     FAMILY.remove()
 
 
-FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=30, generation="<|im_start|>assistant\n")
+FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=30)
 engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
 
 
@@ -190,7 +190,7 @@ def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(tmp_path: Pa
     for seed, file in enumerate(files):
         picture(seed).save(file)
     prompts = [Prompt("what is it?", tuple(files)), Prompt("is it safe?"), Prompt("what is it?", (files[1],))]
-    generated = len(fitted.processor.tokenizer(FAMILY.generation, add_special_tokens=False).input_ids)
+    generated = len(fitted.processor.tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids)
     with states.prompt_store(tmp_path / "store", [], fitted) as store:
         for prompt in prompts:
             kept = states.prompt_states(fitted, [prompt], store).layer(FAMILY.split - 1)
