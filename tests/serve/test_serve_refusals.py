@@ -217,7 +217,7 @@ def slow(monkeypatch):
     fast.set()
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -253,7 +253,7 @@ def test_the_time_limit_ends_a_request_that_computes_and_those_that_wait(engine,
         threads, answers = in_background(lambda: server.http().post(CHAT, json=body("tick", max_tokens=100)), 3)
         for thread in threads:
             thread.join()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # 100 tokens would take a minute
         said = sorted(answer.json()["error"]["message"] for answer in answers)
         assert [answer.status_code for answer in answers] == [504] * 3
         assert "waited for its turn" in said[0] and "was computed" in said[-1]
