@@ -124,11 +124,12 @@ class Batch:
         if request.capacity > held:
             manifest = self._manifest
             capacity = max(request.capacity, min(2 * held, manifest.dims.context_length))
-            self._arrays = {
+            arrays = {
                 half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, capacity, self._rows)
                 for half in HALVES
             }
-            self._rotary = RotaryTables(manifest.rotary, FIRST, capacity, manifest.activations, self._device)
+            rotary = RotaryTables(manifest.rotary, FIRST, capacity, manifest.activations, self._device)
+            self._arrays, self._rotary = arrays, rotary  # only now: without memory for both, all stays as it was
             self._passes.clear()
             for row, seated in enumerate(self._seated):
                 seated.move(self._row(row))

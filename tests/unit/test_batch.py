@@ -15,7 +15,7 @@ from conftest import load
 from faults import with_fault
 from onnx import numpy_helper
 
-from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig
+from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, batch
 from autosteer.runtime.batch import Batch, can_share
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.subgraph import Device, Subgraph
@@ -57,7 +57,7 @@ def any_engine(request) -> Engine:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(25))
 def test_each_answer_is_the_one_it_is_alone(any_engine, seed):
     """Passed, steered, stopped and sampled ones, of any length and two strengths, that come and go at any time."""
     rng = random.Random(seed)
@@ -114,7 +114,7 @@ def test_drafts_are_verified_only_alone(engine):
     assert [stats.drafted_tokens for stats in beside] == [0, 0]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(10))
 def test_one_that_is_cancelled_leaves_the_others_as_they_were(attentive, seed):
     rng = random.Random(seed)
     asks = [any_ask(rng) for _ in range(8)]
@@ -170,19 +170,20 @@ def test_a_pass_that_fails_fails_only_whose_row_it_was(package, tmp_path, graph)
     assert said[:2] + said[3:] == ["orange yellow green", "sorry refuse", "world", "green"]
 
 
-def test_one_that_there_is_no_memory_for_decodes_by_itself(attentive, monkeypatch):
-    """The third needs longer arrays than there are."""
-    from autosteer.runtime import batch as module
+@pytest.mark.parametrize("what", ["empty_arrays", "RotaryTables"])
+def test_one_that_there_is_no_memory_for_decodes_by_itself(attentive, monkeypatch, what):
+    """The last needs longer arrays, and tables, than there are. The others go on in theirs, also as they get fewer."""
+    whole = getattr(batch, what)
 
-    whole = module.empty_arrays
-
-    def limited(graph, dims, spec, capacity, rows=1):
+    def limited(*arguments, **options):
+        capacity = arguments[3] if what == "empty_arrays" else arguments[2]
         if capacity > 40:
             raise MemoryError("no more")
-        return whole(graph, dims, spec, capacity, rows)
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(module, "empty_arrays", limited)
-    asks = [ask("red tick", 12, policy="off"), ask("hello", 9, policy="off"), ask("red " * 30, 20, policy="off")]
+    monkeypatch.setattr(batch, what, limited)
+    words = {"red tick": 12, "hello": 9, "tick red": 6, "red " * 30: 20}
+    asks = [ask(prompt, tokens, policy="off") for prompt, tokens in words.items()]
     together(attentive, asks)
     assert [one.said() for one in asks] == [one.alone(attentive).said() for one in asks]
 
