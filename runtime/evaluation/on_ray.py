@@ -144,7 +144,9 @@ class RayPool(Generic[T]):
 class Worker:
     """An engine in a process of Ray's."""
 
-    def open(self, package: Path, digest: str, threads: int, max_tiles: int | None) -> list[Any] | AutoSteerError:
+    def open(
+        self, package: Path, digest: str, threads: int, max_tiles: int | None = None
+    ) -> list[Any] | AutoSteerError:
         """Load the package if its manifest has this digest. Nothing, or what is wrong."""
         try:
             if not takes_tokens():
