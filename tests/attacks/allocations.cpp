@@ -4,10 +4,9 @@
 //
 // The package is toy.py's. `operator new` of the whole process is ours, libautosteer's and onnxruntime's included; the
 // n-th one that the asking thread calls throws std::bad_alloc, for n = 1, 1 + EVERY, ... until a request ends before it.
-// Each request runs in a process of its own, because some end it (nlohmann::json's destructor allocates), and after some
-// onnxruntime does not return.
-// Prints a line for each kind of request; the exit code is 1 if a piece of an unsafe prompt's unguarded answer was seen,
-// if a safe one's was another than without the fault, or if the engine answers otherwise afterwards.
+// Each request has a process of its own: some end it (nlohmann::json's destructor allocates), and from some onnxruntime
+// does not return. Prints a line for each kind of request; the exit code is 1 if a piece of an unsafe prompt's unguarded
+// answer was seen, if a safe one's was another than without the fault, or if the engine answers otherwise afterwards.
 #include <autosteer/autosteer.hpp>
 #include <cstdlib>
 #include <iostream>
