@@ -27,7 +27,7 @@ QWEN3_CHAT_TEMPLATE = "{% for message in messages %}" + TURNS
 
 
 IDS = {name: FIRST_SPECIAL + i for i, name in enumerate(SPECIAL)}
-COMMON = {
+COMMON: dict[str, Any] = {
     "image_token_id": IDS["<|image_pad|>"],
     "video_token_id": IDS["<|video_pad|>"],
     "vision_start_token_id": IDS["<|vision_start|>"],
@@ -118,8 +118,8 @@ def processor(config: Any) -> Any:
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     )
     if config.model_type == "qwen3_vl":
-        sizes = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}
-        images = hf.Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
+        size, grey = {"shortest_edge": 65536, "longest_edge": 16777216}, [0.5] * 3
+        images = hf.Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=grey, image_std=grey)
         return hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(), chat_template=QWEN3_CHAT_TEMPLATE)
     images = hf.Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 12845056})
     return hf.Qwen2_5_VLProcessor(images, tokenizer, hf.Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE)
