@@ -317,11 +317,8 @@ def mistaken(mistake: str) -> Callable[..., dict[str, Any]]:
     inputs = Deepstack.inputs
 
     def of_another_layer(self: Deepstack, layers: range, first: int, count: int) -> dict[str, Any]:
-        all_layers = inputs(self, range(LAYERS), first, count)
-        return {name: all_layers[f"deepstack.{(layer + 1) % 3}"] for layer, name in named(layers)}
-
-    def named(layers: range) -> list[tuple[int, str]]:
-        return [(layer, f"deepstack.{layer}") for layer in layers if layer < 3]
+        every = inputs(self, range(3), first, count)
+        return {name: every[f"deepstack.{(int(name[-1]) + 1) % 3}"] for name in inputs(self, layers, first, count)}
 
     return {
         "dropped": lambda self, layers, first, count: inputs(self, layers, 0, 0),
