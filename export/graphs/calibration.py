@@ -84,10 +84,8 @@ def calibrate_decoder(
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
-    embeds, *added = rows.split(config.hidden_size, -1)
     with torch.inference_mode():
-        out = decoder(inputs_embeds=embeds, **deepstack_arguments(added), **through(decoder, caches))
-    last = out.last_hidden_state
+        last = decoder(**decoder_arguments(rows, config.hidden_size), **through(decoder, caches)).last_hidden_state
     found[config.lm_head] = energy(last[:1])
     return Calibration(found, tuple(cache.scales for cache in caches if cache.scales))
 
@@ -108,15 +106,35 @@ def calibration_rows(
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None or spec is None:
         return text[None]
+    image = image_rows(checkpoint, image_graph, spec)
+    text = widened(text, image.shape[-1])
+    return torch.cat([text[:1], image, text[1:]])[None]
+
+
+def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec) -> torch.Tensor:
+    """(n, D) float32, (n, (1 + L) * D) with deepstack: about IMAGE_ROWS rows of a drawn picture. The image graph's
+    weights must be on disk.
+    """
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
     pixels = _picture(spec.tile_size)
     if native := spec.native:
         pixels = np.repeat(_picture(NATIVE_TILES * spec.tile_size), native.frames, 0)
     rows = torch.from_numpy(session.run(None, {"pixel_values": pixels})[0][0])
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
-    image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
-    text = nn.functional.pad(text, (0, image.shape[-1] - text.shape[-1]))
-    return torch.cat([text[:1], image, text[1:]])[None]
+    if rows.is_floating_point():
+        return rows
+    return checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", rows.tolist())
+
+
+def widened(text: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of text (.., D) as wide as those of a picture: text has no deepstack, so zeros follow."""
+    return nn.functional.pad(text, (0, width - text.shape[-1]))
+
+
+def decoder_arguments(rows: torch.Tensor, width: int) -> dict[str, Any]:
+    """A decoder's arguments for `rows` (B, S, D), or (B, S, (1 + L) * D) with deepstack. `width`: D."""
+    embeds, *added = rows.split(width, -1)
+    return {"inputs_embeds": embeds, **deepstack_arguments(added)}
 
 
 def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:
@@ -128,8 +146,7 @@ def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -
     count = -(-RANDOM_TOKENS // length) * length
     ids = np.random.default_rng(0).integers(0, vocab, count)
     random = checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", ids.tolist())
-    random = nn.functional.pad(random, (0, width - random.shape[-1]))  # text has no deepstack
-    return torch.cat([rows, random.reshape(-1, length, width)])
+    return torch.cat([rows, widened(random, width).reshape(-1, length, width)])
 
 
 def _picture(size: int) -> np.ndarray:

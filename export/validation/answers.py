@@ -144,10 +144,10 @@ def _encode(engine: Engine, prompt: ValidationPrompt) -> tuple[EncodedPrompt, li
 def _deepstack(manifest: Manifest, prompt: EncodedPrompt) -> np.ndarray:
     """(L, S, D): see PackageAnswers."""
     width = manifest.dims.hidden_size
-    added = np.zeros((prompt.inputs_embeds.shape[1], manifest.deepstack, width), np.float32)
+    added: np.ndarray = np.zeros((manifest.deepstack, prompt.inputs_embeds.shape[1], width), np.float32)
     for first, rows in prompt.deepstack.items():
-        added[first : first + len(rows)] = rows.reshape(-1, manifest.deepstack, width)
-    return added.swapaxes(0, 1)
+        added[:, first : first + len(rows)] = rows.reshape(-1, manifest.deepstack, width).swapaxes(0, 1)
+    return added
 
 
 def _answer(

@@ -159,12 +159,15 @@ class RunFacts:
     data: str  # sha256 of all rows and their pictures
     max_tokens: int
     judge: str
+    max_tiles: int | None = None  # of a picture
 
     @staticmethod
-    def of(package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int) -> RunFacts:
+    def of(
+        package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int, max_tiles: int | None = None
+    ) -> RunFacts:
         """The facts of a run that is about to start."""
         data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
-        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name)
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles)
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
@@ -175,7 +178,7 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     scratch = path.with_name(f"{path.name}.rejudged")
     try:
         with ResultFile(scratch, facts, force=True) as file:
-            for result in _read_results(path, facts, same=("package", "data", "max_tokens")):
+            for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles")):
                 refused = {t: judge.refused(result.prompt, t) for t in dict.fromkeys(result.answers.values())}
                 by_policy = {policy: refused[text] for policy, text in result.answers.items()}
                 file.append(dataclasses.replace(result, refused=by_policy))

@@ -301,7 +301,10 @@ def test_a_user_cannot_type_a_picture() -> None:
     assert written == [*turn, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>", "<|im_start|>"]
 
 
-@pytest.mark.parametrize(("variant", "precision"), itertools.product(GATED, ("fp32", "int8", "int4", READ_IN_8_BITS)))
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [*itertools.product(GATED, ("fp32", "int8", "int4", READ_IN_8_BITS)), ("qwen3", "int4 --calibrate builtin")],
+)
 def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(
     variant: str, precision: str, record_property: Any
 ) -> None:
