@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
         idefics3.SMOLVLM,
         qwen_vl.QWEN2_VL,
         qwen_vl.QWEN2_5_VL,
+        qwen_vl.QWEN3_VL,
         text_only.LLAMA,
         text_only.MISTRAL,
         text_only.OLMO2,

@@ -1,8 +1,9 @@
-"""Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): a tower for pictures of any size; Qwen2 decoder, in
-which time, row and column of a picture's rows turn queries and keys (mrope).
+"""Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and Qwen3-VL (2511.21631): a tower for pictures of any size;
+Qwen2 or Qwen3 decoder, in which time, row and column of a picture's rows turn queries and keys (mrope).
 
-Qwen2.5-VL's tower attends within windows in most layers, and has other norms and MLPs; the wrapper sees that. HF:
-transformers/models/qwen2_vl, which has the image processor of both, and qwen2_5_vl.
+Qwen2.5-VL's tower attends within windows in most layers. Qwen3-VL's has learned positions, too, and gives rows for the
+first decoder layers (deepstack). The wrapper sees that. HF: transformers/models/qwen2_vl, which has the image processor
+of all three, qwen2_5_vl and qwen3_vl.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
             min_pixels=given.size["shortest_edge"],
             max_pixels=given.size["longest_edge"],
             frames=vision.temporal_patch_size,
+            deepstack=len(getattr(vision, "deepstack_visual_indexes", ())),
         ),
     )
 
@@ -68,5 +70,13 @@ QWEN2_5_VL = _family(
     {
         "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
         "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    },
+)
+QWEN3_VL = _family(
+    "qwen3_vl",
+    {
+        "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
+        "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+        "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
     },
 )

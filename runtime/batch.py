@@ -229,7 +229,7 @@ class SharedPass:
 
 def can_share(manifest: Manifest, device: Device) -> bool:
     """Whether several answers can be decoded together."""
-    return not manifest.rotary.axes and device.kind == "cpu"
+    return not manifest.rotary.axes and not manifest.deepstack and device.kind == "cpu"
 
 
 def _run_alone(request: Request, tokens: Sequence[int]) -> Float | Exception:

@@ -20,12 +20,13 @@ import logging
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from .deepstack import Deepstack
 from .drafting import MAX_DRAFT
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
@@ -93,6 +94,7 @@ class EncodedPrompt:
     positions: Positions  # (3, S), for rotary
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
     shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
+    deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,9 @@ class Request:
         self._rotary = RotaryTables(
             manifest.rotary, prompt.positions, self._capacity, manifest.activations, device, first=first
         )
+        self._deepstack = Deepstack(
+            manifest.deepstack, manifest.dims.hidden_size, prompt.deepstack, manifest.activations, device
+        )
         self._seqlens_k = buffer(np.zeros(1, np.int32), device)
         self._total = OrtValue.ortvalue_from_numpy(np.zeros((), np.int32))  # GroupQueryAttention wants it on the CPU
         self.scores = [math.nan] * len(self._probed)  # p_unsafe by judged turn
@@ -198,7 +203,7 @@ class Request:
             hidden = self.empty("decoder_lower", "hidden_states", embeds.shape[1])
             self.set_total(first + embeds.shape[1])
             source = buffer(embeds, self._device)
-            self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, prefill=True)()
+            self.half("decoder_lower", "inputs_embeds", source, "hidden_states", hidden, prefill_from=first)()
             self._finite = self._finite and bool(np.isfinite(hidden.numpy()).all())
             self._pending[first] = hidden
             self._length = first + embeds.shape[1]
@@ -275,7 +280,7 @@ class Request:
             hidden = self._pending[first]
             self.set_total(first + hidden.shape()[1])
             target = "last_hidden_state", single.last, single.num_logits
-            self.half("decoder_upper", "hidden_states", hidden, *target, prefill=True)()
+            self.half("decoder_upper", "hidden_states", hidden, *target, prefill_from=first)()
             del self._pending[first]  # only now: an interrupted pass is run again
             self._stats.upper_ms += ms_since(before)
         single.head()
@@ -383,14 +388,19 @@ class Request:
         hidden_out: OrtValue,
         num_logits: OrtValue | None = None,
         *,
-        prefill: bool = False,
+        prefill_from: int | None = None,
     ) -> Call:
-        """A decoder half bound to its caches. `prefill`: its prefill graph, if the package has one."""
-        cache = self._caches[half]
+        """A decoder half bound to its caches. `prefill_from`: for the prompt's positions from there on, by its prefill
+        graph, if the package has one.
+        """
+        cache, name = self._caches[half], half if prefill_from is None else self._manifest.prefill_graph(half)
         more = {"seqlens_k": self._seqlens_k, "total_sequence_length": self._total, **self._rotary.inputs}
         if num_logits is not None:
             more["num_logits"] = num_logits
-        graph = self._graphs[self._manifest.prefill_graph(half) if prefill else half]
+        first = self._prompt_length if prefill_from is None else prefill_from  # no picture stands in an answer
+        layers = range(*self._manifest.graphs[half].layers or ())
+        more |= self._deepstack.inputs(layers, first, hidden_in.shape()[1])
+        graph = self._graphs[name]
         return graph.bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
 
     def empty(self, graph: str, output: str, count: int) -> OrtValue:

@@ -102,6 +102,7 @@ def _check_image(manifest: Contents, need: Need) -> None:
         need(image.tile_size**2 <= image.native.max_pixels, "image: a tile has more than max_pixels")
         need(image.native.frames <= MOST_FRAMES, "image: too many frames are read as one")
         need(not image.tile_separators, "image: a 'native' picture has no tile_separators")
+        need(0 <= manifest.deepstack < manifest.dims.num_hidden_layers, "image: deepstack has too many layers")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
     if image.grid:
@@ -223,7 +224,8 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "image: max_tiles_side", anyres.max_tiles_side
             yield from (("image: grid_pinpoints", side) for grid in anyres.grid_pinpoints for side in grid)
         if native := manifest.image.native:
-            yield from ((f"image: {name}", size) for name, size in dataclasses.asdict(native).items())
+            sizes = {n: size for n, size in dataclasses.asdict(native).items() if n != "deepstack"}
+            yield from ((f"image: {name}", size) for name, size in sizes.items())
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
         if grid := manifest.image.grid:
@@ -269,7 +271,12 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
         lengths: Tensors = {"seqlens_k": ("int32", (batch,)), "total_sequence_length": ("int32", ())}
         tables: Tensors = {f"{kind}_cache": (act, ("rotary_length", d.head_dim // 2)) for kind in ("cos", "sin")}
         past = caches(name, "past_key_values", "past_sequence_length")
-        inputs = {source: (act, (batch, *rows)), **lengths, **tables, **more, **past}
+        added: Tensors = {
+            f"deepstack.{i}": (act, (1, "deepstack_length", d.hidden_size))
+            for i in range(*manifest.graphs[name].layers or ())
+            if i < manifest.deepstack
+        }
+        inputs = {source: (act, (batch, *rows)), **lengths, **tables, **added, **more, **past}
         return inputs, {target: (act, (batch, *made)), **caches(name, "present", "total_sequence_length")}
 
     ending: Tensors = {"last_hidden_state": (act, (1, *last))}
@@ -302,7 +309,7 @@ def _expected_of_images(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]
     pixels: Tensors = {"pixel_values": ("float32", shape)}
     newline: Tensors = {"image_newline": ("float32", (d,))} if manifest.image.anyres else {}
     outputs: dict[str, Tensors] = {
-        "vision_encoder": {"image_features": ("float32", (None, None, d)), **newline},
+        "vision_encoder": {"image_features": ("float32", (None, None, (1 + manifest.deepstack) * d)), **newline},
         "image_tokenizer": {"input_ids": ("int64", (None, None))},
     }
     return {name: (pixels, made) for name, made in outputs.items() if name in manifest.graphs}

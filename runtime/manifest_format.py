@@ -135,6 +135,7 @@ class NativeSpec:
     min_pixels: int  # smaller pictures are enlarged, larger ones than max_pixels shrunk
     max_pixels: int
     frames: int  # pictures that the graph reads as one: of a film, successive frames; a picture is given as often
+    deepstack: int = 0  # first decoder layers to whose output a row adds a further part: see deepstack.py
 
 
 @dataclass(frozen=True)
@@ -347,6 +348,11 @@ class Contents:
     def prefill_graph(self, half: str) -> str:
         """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""
         return PREFILL_GRAPHS[half] if PREFILL_GRAPHS[half] in self.graphs else half
+
+    @property
+    def deepstack(self) -> int:
+        """How many decoder layers, the first ones, have an input that is added to their output."""
+        return self.image.native.deepstack if self.image and self.image.native else 0
 
     @property
     def activations(self) -> str:

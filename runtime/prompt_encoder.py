@@ -87,10 +87,11 @@ class PromptEncoder:
         stats.vision_ms = ms_since(before)
         before = time.perf_counter()
         rows: list[Float] = []
+        deepstack: dict[int, Float] = {}
         keys: list[Key] = []
         counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
-        slots = iter(shown)
+        slots, width = iter(shown), self.manifest.dims.hidden_size
         for run in runs:
             digest, parts, grid = (b"", [run], None) if isinstance(run, list) else next(slots)[:3]
             row = itertools.count()  # of the picture
@@ -101,17 +102,19 @@ class PromptEncoder:
                     token_ids += part
                     counter.text(len(part))
                 else:
-                    rows.append(part)
+                    rows.append(part[:, :width])
+                    if self.manifest.deepstack:
+                        deepstack[len(keys)] = part[:, width:]
                     counter.picture(len(part), grid)
                     keys += [(digest, next(row)) for _ in part]
-        embeds = np.concatenate([np.empty((0, self.manifest.dims.hidden_size), np.float32), *rows])[None]
+        embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
         text = [position for position, key in enumerate(keys) if isinstance(key, int)]
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video) for one in shown)
-        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, pictures_and_videos)
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, pictures_and_videos, deepstack)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -201,7 +204,10 @@ class PromptEncoder:
             )
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
-        """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them."""
+        """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them.
+
+        With deepstack (deepstack.py) the rows are (n, (1 + L) * D).
+        """
         spec = self._image
         assert spec is not None
         tiles, grid = images_.cut(picture, spec, alone=alone)
@@ -243,7 +249,8 @@ class PromptEncoder:
         """Run an image graph on `tiles`, a few at a time; the outputs of each run, by name."""
         loaded = self._graph(graph)
         assert self._image is not None
-        width, anyres, native = self.manifest.dims.hidden_size, self._image.anyres, self._image.native
+        hidden, anyres, native = self.manifest.dims.hidden_size, self._image.anyres, self._image.native
+        width = (1 + self.manifest.deepstack) * hidden
         rows = anyres.tokens_per_side**2 if anyres else None
         at_a_time = native.frames if native else TILES_PER_RUN
         for first in range(0, len(tiles), at_a_time):
@@ -252,7 +259,7 @@ class PromptEncoder:
             count = len(pixel_values)
             if native:
                 count, rows = 1, math.prod(pixel_values.shape[2:]) // self._image.tile_size**2
-            shapes = {"image_features": (count, rows, width), "image_newline": (width,)}
+            shapes = {"image_features": (count, rows, width), "image_newline": (hidden,)}
             for name in outputs.keys() & shapes.keys():
                 self._check_shape(graph, outputs[name], shapes[name])
             yield outputs

@@ -14,7 +14,9 @@ from autosteer.runtime.manifest import CacheType, RotarySpec
 from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
-DECODERS = ("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3")
+DECODERS = (
+    *("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text"),
+)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -46,6 +48,7 @@ class DecoderConfig:
     layer_norms: tuple[str, str]  # HF's names of a layer's two RMS norms: attention's, the MLP's
     norm_after: bool  # the two follow attention and MLP (Swin v2, OLMo 2), instead of preceding them
     never_generated: tuple[int, ...]  # token ids whose logits are masked
+    deepstack: int  # first layers to whose output pictures add rows
 
 
 def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) -> DecoderConfig:
@@ -65,12 +68,14 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
     }
     rope_type = text.rope_parameters.get("rope_type", "default")
     kinds = _attention_kinds(text)
+    deepstack = len(getattr(getattr(checkpoint.config, "vision_config", None), "deepstack_visual_indexes", ()))
     unsupported = {
         f"hidden_act {text.hidden_act!r}": text.hidden_act != "silu",
         f"rope_type {rope_type!r}": rope_type not in ROPE_TYPES,
         f"attention of the kinds {', '.join(sorted(set(kinds)))}": not set(kinds) <= {FULL, SLIDING},
         "rotation of a part of each head": text.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
         f"a decoder of type {text.model_type!r}": text.model_type not in DECODERS,
+        f"deepstack for {deepstack} layers of {text.num_hidden_layers}": deepstack >= text.num_hidden_layers,
         "tie_word_embeddings false without an lm_head among the weights": not tied and family.lm_head not in checkpoint,
         "the shape of q_norm.weight": head_norm in checkpoint and checkpoint.shape(head_norm) not in head_norms,
     }
@@ -97,6 +102,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         layer_norms=family.layer_norms,
         norm_after=family.norm_after(checkpoint.config),
         never_generated=family.never_generated(checkpoint.config),
+        deepstack=deepstack,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -77,6 +77,33 @@ def watching_inputs(modules: Mapping[Key, Any], watch: Callable[[Key, torch.Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def changing_arguments(module: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """While open, `module` is called with the keyword arguments that `change` makes of those it was given. Only in
+    forward passes of the calling thread, as in `watching_inputs`.
+    """
+    me = threading.get_ident()
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, change(kwargs) if threading.get_ident() == me else kwargs
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def deepstack_arguments(added: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """A decoder's arguments that add (B, S, D) to the output of each of its first layers; none for models without
+    deepstack. Where no picture stands, add zeros.
+    """
+    if not added:
+        return {}
+    everywhere = torch.ones(added[0].shape[:2], dtype=torch.bool)
+    return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [rows.flatten(0, 1) for rows in added]}
 
 
 def placed(base_model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

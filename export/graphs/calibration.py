@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig
+from autosteer.export.checkpoint.hf_model import deepstack_arguments
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint
@@ -58,10 +59,10 @@ class Calibration:
 def calibrate_decoder(
     checkpoint: Checkpoint,
     config: DecoderConfig,
-    inputs_embeds: torch.Tensor,
+    rows: torch.Tensor,
     report: Callable[[str], None] = lambda step: None,
 ) -> Calibration:
-    """Run the checkpoint's decoder on `inputs_embeds` (B, S, D) float32. `report` is told each layer.
+    """Run the checkpoint's decoder on `rows` of `calibration_rows`, with a batch. `report` is told each layer.
 
     Channel energy is taken from the first sequence of the batch, the scales of keys and values from all.
 
@@ -84,7 +85,7 @@ def calibrate_decoder(
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}"))
     with torch.inference_mode():
-        last = decoder(inputs_embeds=inputs_embeds, **through(decoder, caches)).last_hidden_state
+        last = decoder(**decoder_arguments(rows, config.hidden_size), **through(decoder, caches)).last_hidden_state
     found[config.lm_head] = energy(last[:1])
     return Calibration(found, tuple(cache.scales for cache in caches if cache.scales))
 
@@ -98,16 +99,22 @@ def energy(rows: torch.Tensor) -> torch.Tensor:
 def calibration_rows(
     checkpoint: Checkpoint, tokenizer: Any, image_graph: Path | None, spec: ImageSpec | None
 ) -> torch.Tensor:
-    """(1, S, D) float32: TEXT and, if there is an image graph, a part of one image. Its weights must be on disk."""
+    """(1, S, D) float32, (1, S, (1 + L) * D) with deepstack: TEXT and, if there is an image graph, a part of one image.
+    Its weights must be on disk.
+    """
     table = f"{checkpoint.family.decoder}.embed_tokens.weight"
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None or spec is None:
         return text[None]
-    return torch.cat([text[:1], image_rows(checkpoint, image_graph, spec), text[1:]])[None]
+    image = image_rows(checkpoint, image_graph, spec)
+    text = widened(text, image.shape[-1])
+    return torch.cat([text[:1], image, text[1:]])[None]
 
 
 def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec) -> torch.Tensor:
-    """(n, D) float32: about IMAGE_ROWS rows of a drawn picture. The image graph's weights must be on disk."""
+    """(n, D) float32, (n, (1 + L) * D) with deepstack: about IMAGE_ROWS rows of a drawn picture. The image graph's
+    weights must be on disk.
+    """
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
     pixels = _picture(spec.tile_size)
     if native := spec.native:
@@ -119,16 +126,27 @@ def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec) -> to
     return checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", rows.tolist())
 
 
+def widened(text: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows of text (.., D) as wide as those of a picture: text has no deepstack, so zeros follow."""
+    return nn.functional.pad(text, (0, width - text.shape[-1]))
+
+
+def decoder_arguments(rows: torch.Tensor, width: int) -> dict[str, Any]:
+    """A decoder's arguments for `rows` (B, S, D), or (B, S, (1 + L) * D) with deepstack. `width`: D."""
+    embeds, *added = rows.split(width, -1)
+    return {"inputs_embeds": embeds, **deepstack_arguments(added)}
+
+
 def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:
-    """`rows` (1, S, D) with sequences of random tokens added to the batch; the same tokens in every export.
+    """`rows` of `calibration_rows` with sequences of random tokens added to the batch; the same tokens in every export.
 
     They reveal the range of keys and values better than any text of this length. They say nothing about channel energy.
     """
     _, length, width = rows.shape
     count = -(-RANDOM_TOKENS // length) * length
     ids = np.random.default_rng(0).integers(0, vocab, count)
-    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
-    return torch.cat([rows, checkpoint.gather(table, ids.tolist()).reshape(-1, length, width)])
+    random = checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", ids.tolist())
+    return torch.cat([rows, widened(random, width).reshape(-1, length, width)])
 
 
 def _picture(size: int) -> np.ndarray:

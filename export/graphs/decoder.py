@@ -8,7 +8,8 @@
 R is the input `num_logits` (HF: logits_to_keep): 1 for a decode step, more to verify a draft. B is 1, or, where S is 1,
 as many answers as are decoded together: on the CPU GroupQueryAttention takes rows of different lengths only then. What
 has no caches takes B rows as R of one. The rotary tables are inputs, too: the runtime knows where a picture's rows
-stand (runtime/rotary.py).
+stand (runtime/rotary.py). So are the rows that pictures add to the output of the first layers, for models with
+deepstack (runtime/deepstack.py).
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
@@ -88,6 +89,9 @@ def decoder_half(
         gathered = _mlp(g, config, module, x, scheme)
         branch = _leave(g, config, f"{module}.{mlp_norm}", gathered)
         attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # validation records these
+        if i < config.deepstack:
+            rows = g.input(f"deepstack.{i}", g.dtype, (1, "deepstack_length", config.hidden_size))
+            branch = g.op("Add", branch, rows)
     assert branch is not None
     if layers.stop == config.num_hidden_layers:
         normed, _ = _norm(g, config, f"{config.module}.norm", residual, branch)

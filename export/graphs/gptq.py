@@ -26,7 +26,7 @@ from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.safety import builtin
 from autosteer.runtime.errors import InputError
 
-from .calibration import energy
+from .calibration import decoder_arguments, energy, widened
 from .kv_scales import uncached
 from .quantize import Blocks, Packed, grid, pack
 
@@ -58,7 +58,7 @@ def read_text(source: str) -> str:
 
 def text_rows(text: str, checkpoint: Checkpoint, tokenizer: Any, picture: torch.Tensor | None) -> torch.Tensor:
     """(B, LENGTH, D) float32: embeddings of `text`, every fourth sequence with the rows `picture` (n, D) of an image
-    behind its first token.
+    behind its first token. As wide as those: (1 + L) * D with deepstack.
 
     Raises InputError if the text is shorter than LENGTH tokens.
     """
@@ -69,7 +69,7 @@ def text_rows(text: str, checkpoint: Checkpoint, tokenizer: Any, picture: torch.
     rows = checkpoint.gather(table, ids[: len(ids) // LENGTH * LENGTH])
     rows = rows.reshape(-1, LENGTH, rows.shape[-1])
     if picture is not None:
-        shown = picture[: LENGTH - 1]
+        rows, shown = widened(rows, picture.shape[-1]), picture[: LENGTH - 1]
         rows[::4, 1 : 1 + len(shown)] = shown
     return rows
 
@@ -83,7 +83,7 @@ def round_decoder(
     folder: Path,
     report: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Path]:
-    """Round every matrix of the decoder's layers while it reads `rows` (B, S, D) float32. By tensor name, the file in
+    """Round every matrix of the decoder's layers while it reads `rows` of `text_rows`. By tensor name, the file in
     `folder` with the fields of its Packed. `report` is told each layer.
     """
     prefix, found = checkpoint.family.decoder, dict[str, Path]()
@@ -107,7 +107,7 @@ def round_decoder(
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(watch(f"{prefix}.layers.{i}.{name}.weight"))
-    decoder(inputs_embeds=rows, **uncached(decoder))
+    decoder(**decoder_arguments(rows, config.hidden_size), **uncached(decoder))
     return found
 
 

@@ -199,10 +199,11 @@ class TowerAndPixelUnshuffle(ImageGraph):
 class NativeTower(ImageGraph):
     """A tower for pictures of any size: patches with rotary positions, merged to one row for each tile.
 
-    HF: Qwen2VisionTransformerPretrainedModel, Qwen2_5_VisionTransformerPretrainedModel. A tile is merge x merge
-    patches. Layers outside of `fullatt_block_indexes` attend within windows of tiles; windows at the right and lower
-    edge are not full. HF sorts patches by window; here they stay in the processor's order, tile by tile, and only
-    queries, keys and values are gathered. All that depends on the picture's size follows from the shape of its pixels.
+    HF: Qwen2VisionTransformerPretrainedModel, Qwen2_5_VisionTransformerPretrainedModel, Qwen3VLVisionModel. A tile is
+    merge x merge patches. Layers outside of `fullatt_block_indexes` attend within windows of tiles; windows at the
+    right and lower edge are not full. HF sorts patches by window; here they stay in the processor's order, tile by
+    tile, and only queries, keys and values are gathered. All that depends on the picture's size follows from the shape
+    of its pixels. Behind the layers of `deepstack_visual_indexes` patches are merged, too: the further parts of a row.
     """
 
     name, outputs, exact = "vision_encoder", ("image_features",), False
@@ -217,6 +218,7 @@ class NativeTower(ImageGraph):
         layers = range(config.depth)
         self.windowed = set(layers) - set(getattr(config, "fullatt_block_indexes", layers))  # Qwen2-VL has no windows
         self.window = config.window_size // (self.patch * self.merge) if self.windowed else 1  # tiles along a side
+        self.deepstack = tuple(getattr(config, "deepstack_visual_indexes", ()))
         with unset_fake_temporarily():
             rotary = type(self.model.visual.rotary_pos_emb)(config)
             self.constants = {"inv_freq": rotary.inv_freq.numpy()}
@@ -230,7 +232,7 @@ class NativeTower(ImageGraph):
         return torch.zeros(self.frames, 3, self.image_size, self.image_size + tile), sides
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(frames, 3, height, width) -> image_features (1, tiles, D)"""
+        """(frames, 3, height, width) -> image_features (1, tiles, D), or (1, tiles, (1 + L) * D) with deepstack"""
         visual, merge = self.model.visual, self.merge
         hidden = self._patches(pixel_values)
         down, across = (side // (self.patch * merge) for side in pixel_values.shape[2:])  # tiles
@@ -238,7 +240,11 @@ class NativeTower(ImageGraph):
         tile, inner = at // merge**2, at % merge**2
         row = tile // across
         column = tile - row * across
-        turn = self._turn(row * merge + inner // merge, column * merge + inner % merge)
+        place_down, place_across = row * merge + inner // merge, column * merge + inner % merge  # of the patch
+        turn = self._turn(place_down, place_across)
+        if hasattr(visual, "pos_embed"):
+            hidden = hidden + self._learned(place_down, place_across).to(hidden.dtype)
+        further: list[torch.Tensor] = []
         window, place = self._windows(row, column, down, across, inner)
         inside = torch.zeros(window.numel(), dtype=torch.int32).scatter(0, place, torch.ones_like(place).int())
         for i, block in enumerate(visual.blocks):
@@ -252,7 +258,9 @@ class NativeTower(ImageGraph):
                 mixed = _attend(q[None], k[None], v[None], attention)[0]
             hidden = hidden + attention.proj(mixed)
             hidden = hidden + block.mlp(block.norm2(hidden))
-        features: torch.Tensor = visual.merger(hidden)[None].float()
+            if i in self.deepstack:
+                further.append(visual.deepstack_merger_list[self.deepstack.index(i)](hidden))
+        features: torch.Tensor = torch.cat([visual.merger(hidden), *further], -1)[None].float()
         return features
 
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -260,11 +268,32 @@ class NativeTower(ImageGraph):
 
         HF's Conv3d sees one patch at a time, which is a matrix product; onnxruntime's would go through them one by one.
         """
-        weight, side = self.model.visual.patch_embed.proj.weight, (self.merge, self.patch)
+        projection, side = self.model.visual.patch_embed.proj, (self.merge, self.patch)
         down, across = (n // (self.merge * self.patch) for n in pixel_values.shape[2:])
-        cut = pixel_values.to(weight.dtype).reshape(self.frames, 3, down, *side, across, *side)
+        cut = pixel_values.to(projection.weight.dtype).reshape(self.frames, 3, down, *side, across, *side)
         patches = cut.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(down * across * self.merge**2, -1)
-        return nn.functional.linear(patches, weight.flatten(1))
+        return nn.functional.linear(patches, projection.weight.flatten(1), projection.bias)
+
+    def _learned(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """The square of learned positions, stretched to the picture's patches: (n, width of the tower) at `row` and
+        `column` (n,). HF: get_vision_interpolation_indices_and_weights, bilinear, with corners aligned.
+        """
+        table, side = self.model.visual.pos_embed, self.model.visual.num_grid_per_side
+
+        def ends(at: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            """The two entries along a side, and their weights."""
+            where = at.float() * (side - 1) / at.max().clamp(min=1)
+            low = where.floor()
+            entries = [(low.long() + step).clamp(max=side - 1) for step in (0, 1)]
+            return [(entry, 1 - (where - low - step).abs()) for step, entry in enumerate(entries)]
+
+        corners = [
+            table(down * side + across) * (of_row * of_column)[:, None]
+            for down, of_row in ends(row)
+            for across, of_column in ends(column)
+        ]
+        stretched: torch.Tensor = corners[0] + corners[1] + corners[2] + corners[3]
+        return stretched
 
     def _turn(self, row: torch.Tensor, column: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Rotates queries or keys (n, heads, d) by their patches' places. HF: apply_rotary_pos_emb_vision."""

@@ -57,6 +57,7 @@ class PackageAnswers:
     """The package's answers to one prompt, and what it made of the prompt."""
 
     encoded: EncodedPrompt
+    deepstack: np.ndarray  # (L, S, D) the rows that pictures add to the output of the first L layers; zeros for text
     image_tokens: list[list[int]] | None  # None unless images are tokens
     plain: PackageAnswer
     chunked: PackageAnswer  # one token, after prefill in chunks
@@ -79,7 +80,8 @@ def run_package(
     answers = _answers(sweep, manifest, ways, encoded, tokens)
     plain, chunked = answers[:n], answers[n : 2 * n]
     steered: Sequence[PackageAnswer | None] = answers[2 * n :] or [None] * n
-    fields = zip(encoded, image_tokens, plain, chunked, steered, strict=True)
+    deepstack = [_deepstack(manifest, prompt) for prompt in encoded]
+    fields = zip(encoded, deepstack, image_tokens, plain, chunked, steered, strict=True)
     return engine, [PackageAnswers(*entry) for entry in fields]
 
 
@@ -137,6 +139,15 @@ def _encode(engine: Engine, prompt: ValidationPrompt) -> tuple[EncodedPrompt, li
     if prompt.prompt_ids:
         return engine.encoder.prepare_ids(prompt.prompt_ids, Stats()), tokens
     return engine.encoder.prepare(prompt.messages, Stats()), tokens
+
+
+def _deepstack(manifest: Manifest, prompt: EncodedPrompt) -> np.ndarray:
+    """(L, S, D): see PackageAnswers."""
+    width = manifest.dims.hidden_size
+    added: np.ndarray = np.zeros((manifest.deepstack, prompt.inputs_embeds.shape[1], width), np.float32)
+    for first, rows in prompt.deepstack.items():
+        added[:, first : first + len(rows)] = rows.reshape(-1, manifest.deepstack, width).swapaxes(0, 1)
+    return added
 
 
 def _answer(

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from autosteer.export.checkpoint.hf_model import placed, watching_inputs
+from autosteer.export.checkpoint.hf_model import changing_arguments, deepstack_arguments, placed, watching_inputs
 from autosteer.export.checkpoint.renderer import hf_messages, runtime_tokenizer
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
@@ -84,6 +84,7 @@ class OriginalAnswer:
     pixel_values: np.ndarray  # (n,) all numbers: of the tiles of all images, then of the frames of all videos
     image_errors: ImageErrors | None  # None unless images are tokens of the vocabulary
     embeds: np.ndarray  # (S, D)
+    deepstack: np.ndarray  # (L, S, D) added to the output of the first L layers; L is 0 without pictures
     hidden: np.ndarray  # (D,) the prober's input for the last turn
     spread: np.ndarray  # (D,) standard deviation over the prompt's positions of the residual at the split
     logits: np.ndarray  # (n, V) after the prompt, and after each token of the answer but the last
@@ -97,6 +98,7 @@ class ForwardPass:
     """Hidden states and logits of one forward pass."""
 
     entering: dict[int, torch.Tensor]  # by layer: the residual (S, D) that enters it at the prompt's positions
+    deepstack: torch.Tensor  # (L, S, D) added to the output of the first L layers there; L is 0 without pictures
     head: torch.Tensor  # (n, D) the LM head's input
     logits: torch.Tensor  # (n, V) after the prompt, and after each token of an answer but the last
 
@@ -174,6 +176,7 @@ class OriginalModel:
             pixel_values=self._pixels(inputs).numpy(),
             image_errors=errors,
             embeds=passed.entering[0].numpy(),
+            deepstack=passed.deepstack.numpy(),
             hidden=probed[-1].numpy(),
             spread=passed.entering[self.manifest.split_layer][1:].std(dim=0).numpy(),  # position 0 is an outlier
             logits=passed.logits.numpy(),
@@ -200,24 +203,40 @@ class OriginalModel:
         length, entering = inputs["input_ids"].shape[1], dict[int | str, torch.Tensor]()
         decoder = self.model.get_decoder()
         watched: dict[int | str, Any] = {i: decoder.layers[i] for i in layers} | {"head": self.model.lm_head}
-        with watching_inputs(watched, entering.__setitem__):
+        given: dict[str, Any] = {}  # to the decoder
+
+        def note(arguments: dict[str, Any]) -> dict[str, Any]:
+            given.update(arguments)
+            return arguments
+
+        with watching_inputs(watched, entering.__setitem__), changing_arguments(decoder, note):
             out = self.model(**_extended(inputs, answer[:-1]), **self.caching(self.model), logits_to_keep=len(answer))
-        return ForwardPass({i: entering[i][0, :length] for i in layers}, entering["head"][0], out.logits[0])
+        added = given.get("deepstack_visual_embeds") or []
+        deepstack = torch.zeros(len(added), length, entering["head"].shape[-1])
+        if added:
+            deepstack[:, given["visual_pos_masks"][0, :length]] = torch.stack(added)
+        return ForwardPass({i: entering[i][0, :length] for i in layers}, deepstack, entering["head"][0], out.logits[0])
 
     @torch.no_grad()
     def branch_errors(
-        self, prompt: ValidationPrompt, embeds: np.ndarray, given: Mapping[str, np.ndarray], logits: np.ndarray
+        self,
+        prompt: ValidationPrompt,
+        embeds: np.ndarray,
+        deepstack: np.ndarray,
+        given: Mapping[str, np.ndarray],
+        logits: np.ndarray,
     ) -> dict[str, float]:
         """Error of each branch of the decoder by itself: attention and MLP of every layer, the final norm, the LM head.
 
         PyTorch computes each branch on the output of the package's earlier branches. So errors do not add up from layer
         to layer, and a small branch's error is not hidden by a large residual stream.
 
-        `embeds` (S, D) of `prompt` enter the decoder. `inputs_embeds` of `given`, the tokens of an answer but the last,
-        follow in passes of their own. The rest of `given` are the package's branch outputs at the last positions, by
-        name ("<layer>.self_attn", "<layer>.mlp": HF's modules; `last_hidden_state`). `logits` (n, V) are the package's,
-        after prompt and tokens. Returns a `row_error` for each of these names: the prompt's or the answer's, whichever
-        is worse; infinite for a branch that is missing in `given`.
+        `embeds` (S, D) of `prompt` enter the decoder, `deepstack` (L, S, D) behind its first layers. `inputs_embeds` of
+        `given`, the tokens of an answer but the last, follow in passes of their own. The rest of `given` are the
+        package's branch outputs at the last positions, by name ("<layer>.self_attn", "<layer>.mlp": HF's modules;
+        `last_hidden_state`). `logits` (n, V) are the package's, after prompt and tokens. Returns a `row_error` for each
+        of these names: the prompt's or the answer's, whichever is worse; infinite for a branch that is missing in
+        `given`.
         """
         decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
 
@@ -251,7 +270,10 @@ class OriginalModel:
             rows = np.concatenate([embeds[None], *([given["inputs_embeds"]] if answered else [])], axis=1)
             entering = torch.from_numpy(rows.astype(np.float32))
             more = placed(self.model.base_model, _extended(self.inputs(prompt), [0] * answered))
-            out = self.model(inputs_embeds=entering, **more, **self.caching(self.model), logits_to_keep=len(logits))
+            padded = torch.from_numpy(np.pad(deepstack, ((0, 0), (0, answered), (0, 0))))
+            added = deepstack_arguments(list(padded[:, None]))
+            with changing_arguments(decoder, lambda arguments: arguments | added):
+                out = self.model(inputs_embeds=entering, **more, **self.caching(self.model), logits_to_keep=len(logits))
         finally:
             for handle in handles:
                 handle.remove()

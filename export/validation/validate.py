@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,8 +198,11 @@ def compare(
         embeds, plain = answers.encoded.inputs_embeds[0], answers.plain
         note("inputs_embeds", relative_error(embeds, original.embeds))
         pictured = [row for row, key in enumerate(answers.encoded.keys) if isinstance(key, tuple)]
-        if pictured and not exact and embeds.shape == original.embeds.shape:
-            note("image rows, 1 - cosine", cosine_distance(embeds[pictured], original.embeds[pictured]))
+        if pictured and embeds.shape == original.embeds.shape:
+            for own, other in _parts(answers, original):
+                note("inputs_embeds", relative_error(own, other))
+                if not exact:
+                    note("image rows, 1 - cosine", cosine_distance(own[pictured], other[pictured]))
         note("hidden state at the split", relative_error(plain.hidden, original.hidden))
         logits, possible = plain.logits[: len(original.logits)], original.logits > MASKED_LOGIT
         note("logits", relative_error(logits[possible], original.logits[possible]))
@@ -230,6 +233,14 @@ def compare(
     return [Check("dialogues compared", float(len(prompts)), None, True), *(check(*line) for line in worst.items())]
 
 
+def _parts(answers: PackageAnswers, original: OriginalAnswer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ours and PyTorch's (S, D) of a prompt with pictures: what enters the decoder, and what enters behind each of its
+    first layers. Compared one by one, because their sizes differ.
+    """
+    ours, theirs = answers.encoded.inputs_embeds[0], original.embeds
+    return zip((ours, *answers.deepstack), (theirs, *original.deepstack), strict=True)
+
+
 def rounded_errors(original: OriginalModel, prompt: ValidationPrompt, answers: PackageAnswers) -> dict[str, float]:
     """Errors of a quantised package against PyTorch with the package's own weights: end to end, and by branch."""
     rounded = original.follow(prompt, answers.plain.tokens, (), answers.image_tokens)
@@ -240,9 +251,9 @@ def rounded_errors(original: OriginalModel, prompt: ValidationPrompt, answers: P
         [i for i, key in enumerate(answers.encoded.keys) if isinstance(key, tuple) == it] for it in (0, 1)
     )
     lines = {"embedded text, to rounded": relative_error(embeds[text], theirs[text])}
-    if pictures:
-        common = theirs[pictures].mean(0)
-        lines["image rows, error to rounded"] = row_error(embeds[pictures] - common, theirs[pictures] - common)
+    for own, other in _parts(answers, rounded) if pictures else ():
+        common, line = other[pictures].mean(0), "image rows, error to rounded"
+        lines[line] = worse(lines.get(line, 0.0), row_error(own[pictures] - common, other[pictures] - common))
     off = (answers.plain.hidden - rounded.hidden) / np.maximum(rounded.spread, 1e-30)
     lines["hidden state, error to rounded"] = float(np.sqrt(np.mean(off**2)))
     lines["logits, KL to rounded"] = divergence(answers.plain.logits[: len(rounded.logits)], rounded.logits)
@@ -254,7 +265,7 @@ def branch_errors(original: OriginalModel, prompt: ValidationPrompt, answers: Pa
     if not answers.plain.branches:
         return {}
     errors = original.branch_errors(
-        prompt, answers.encoded.inputs_embeds[0], answers.plain.branches, answers.plain.logits
+        prompt, answers.encoded.inputs_embeds[0], answers.deepstack, answers.plain.branches, answers.plain.logits
     )
     lines: dict[str, float] = {}
     for name, error in errors.items():

@@ -115,11 +115,12 @@ def tokens(folder: Path) -> None:
     replace(manifest, image=image, graphs={**manifest.graphs, "image_tokenizer": spec}).save(folder)
 
 
-def native(folder: Path) -> None:
-    """Pictures of any size, whose rows stand at their row and column (Qwen2-VL's kind of model). Attention is random:
-    whatever stands elsewhere changes the answer.
+def native(folder: Path, *, deepstack: bool = False) -> None:
+    """Pictures of any size, whose rows stand at their row and column (Qwen2-VL's kind of model; with `deepstack`
+    Qwen3-VL's). Attention is random: whatever stands elsewhere changes the answer.
     """
-    manifest = use_byte_level_words(folder, toy.build(folder, context_length=200, newline=False, attentive=True))
+    whole = toy.build(folder, context_length=200, newline=False, attentive=True, deepstack=deepstack)
+    manifest = use_byte_level_words(folder, whole)
     nodes = [
         helper.make_node("AveragePool", ["pixel_values"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
         helper.make_node("ReduceMean", ["pooled", "frames"], ["mean"], keepdims=1),
@@ -127,12 +128,11 @@ def native(folder: Path) -> None:
         helper.make_node("Transpose", ["flat"], ["rows"], perm=[0, 2, 1]),
         helper.make_node("MatMul", ["rows", "colours"], ["image_features"]),
     ]
-    weights = {
-        "frames": np.array([0]),
-        "shape": np.array([1, 3, -1]),
-        "colours": np.stack([toy.unit("red"), toy.unit("green"), toy.unit("bad")]),
-    }
-    pixels, rows = (2, 3, "height", "width"), (1, "rows", toy.D)
+    colours = np.stack([toy.unit("red"), toy.unit("green"), toy.unit("bad")])
+    if deepstack:
+        colours = np.concatenate([colours, np.random.default_rng(5).normal(size=(3, toy.D)).astype(np.float32)], 1)
+    weights = {"frames": np.array([0]), "shape": np.array([1, 3, -1]), "colours": colours}
+    pixels, rows = (2, 3, "height", "width"), (1, "rows", colours.shape[1])
     graph = helper.make_graph(
         nodes,
         "vision_encoder",
@@ -148,7 +148,8 @@ def native(folder: Path) -> None:
         inputs=(TensorSpec("pixel_values", "float32", pixels),),
         outputs=(TensorSpec("image_features", "float32", rows),),
     )
-    image = replace(toy.IMAGE, kind="native", anyres=None, resample="bicubic", native=NativeSpec(64, 40 * 16, 2))
+    cut = NativeSpec(64, 40 * 16, 2, deepstack=int(deepstack))
+    image = replace(toy.IMAGE, kind="native", anyres=None, resample="bicubic", native=cut)
     rotary = replace(manifest.rotary, axes=toy.axes(manifest.dims.head_dim))
     replace(manifest, image=image, rotary=rotary, graphs={**manifest.graphs, "vision_encoder": spec}).save(folder)
 
@@ -160,6 +161,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "split": split,
     "tokens": tokens,
     "native": native,
+    "deepstack": functools.partial(native, deepstack=True),
 }
 
 

@@ -29,7 +29,7 @@ from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFac
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.errors import UnsupportedModelError
+from autosteer.runtime.errors import CheckError, UnsupportedModelError
 from autosteer.runtime.gate import Mode, is_safe
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import open_image, prepare
@@ -188,6 +188,13 @@ class TinyFamily:
         with pytest.raises(UnsupportedModelError, match=message):
             export.main(arguments, standalone_mode=False)
         assert [p.name for p in folder.iterdir()] == ["checkpoint"]
+
+    def check_unequal(self, variant: str, line: str, folder: Path) -> None:
+        """The command finds that the package differs from PyTorch, in `line` of its table, and writes nothing."""
+        arguments = ["--model", str(self.checkpoint(variant)), "--unguarded", "--output", str(folder / "x")]
+        with pytest.raises(CheckError, match=line):
+            export.main(arguments, standalone_mode=False)
+        assert not any(folder.iterdir())
 
     def prompt(self, i: int) -> tuple[Message, ...]:
         """Of `prompts`."""

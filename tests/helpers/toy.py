@@ -104,17 +104,18 @@ def build(
     attentive: bool = False,
     prefill: bool = False,
     places: bool = False,
+    deepstack: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
 ) -> Manifest:
     """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table. `places`: the
-    rows of a picture have positions of their own (RotarySpec.axes)."""
+    rows of a picture have positions of their own (RotarySpec.axes). `deepstack`: decoder_lower has that input."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = Shape(heads=2, kv_heads=1, head_dim=16) if attentive else Shape(heads=1, kv_heads=1, head_dim=D)
     graphs = {
         "embed_tokens": _embed_tokens(folder),
-        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive),
+        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, deepstack),
         "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive),
         "lm_head": _lm_head(folder, attentive),
     }
@@ -247,7 +248,7 @@ def _embed_tokens(folder: Path) -> GraphSpec:
     )
 
 
-def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool) -> GraphSpec:
+def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, deepstack: bool = False) -> GraphSpec:
     """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -272,7 +273,8 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool) -> 
     nodes = [
         helper.make_node("MatMul", [source, "w_qkv"], ["qkv"]),
         attention,
-        helper.make_node("MatMul", ["attended", "w_out"], ["branch"]),
+        helper.make_node("MatMul", ["attended", "w_out"], ["mixed" if deepstack else "branch"]),
+        *([helper.make_node("Add", ["mixed", "deepstack.0"], ["branch"])] if deepstack else []),
         helper.make_node("Add", [source, "branch"], ["all" if layer else target]),
     ]
     if layer:
@@ -288,6 +290,7 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool) -> 
             ("seqlens_k", I32, ("batch",)),
             ("total_sequence_length", I32, ()),
             *((f"{kind}_cache", F32, ("rotary_length", s.head_dim // 2)) for kind in ("cos", "sin")),
+            *([("deepstack.0", F32, (1, "deepstack_length", D))] if deepstack else []),
             *((p, F32, kv_in) for p in past),
             *([("num_logits", I64, (1,))] if layer else []),
         ],

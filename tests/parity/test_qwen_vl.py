@@ -1,29 +1,33 @@
-"""Tiers 3 and 4: a tiny random Qwen2-VL and Qwen2.5-VL, exported and compared with Hugging Face.
+"""Tiers 3 and 4: a tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL, exported and compared with Hugging Face.
 
 `qwen2.5` has key heads that are shared, an lm_head of its own, and pictures of several windows, the last of a row and
-of a column not full; `qwen2` is tied, and its tower has no windows.
+of a column not full; `qwen2` is tied, and its tower has no windows. `qwen3` has norms of queries and keys, and
+deepstack for three layers, those on both sides of the split; its square of learned positions is smaller than some
+pictures and larger than others.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE
+from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE, QWEN3_CHAT_TEMPLATE
 from cpp_runtime import in_python, joined, through_c
-from tiny_family import READ_IN_8_BITS, TinyFamily, picture
+from tiny_family import READ_IN_8_BITS, TinyFamily, odd_pictures, picture
 
+from autosteer.export.checkpoint import decoder_config
 from autosteer.export.safety import states
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.conversation import Conversation
+from autosteer.runtime.deepstack import Deepstack
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
@@ -32,7 +36,8 @@ from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
-VARIANTS = ("qwen2.5", "qwen2")
+VARIANTS = ("qwen2.5", "qwen2", "qwen3")
+GATED = ("qwen2.5", "qwen3")
 LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"  # a text that does not change
 LAYERS, WIDTH = 4, 64
 PATCH, TILE = 4, 8
@@ -63,6 +68,10 @@ def build_processor(variant: str, tokenizer: Any) -> Any:
     import transformers as hf
 
     sizes = {"size": {"shortest_edge": 4 * TILE**2, "longest_edge": 96 * TILE**2}, "patch_size": PATCH}
+    if variant == "qwen3":
+        grey = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        pictures, films = hf.Qwen2VLImageProcessor(**sizes, **grey), hf.Qwen3VLVideoProcessor(**sizes)
+        return hf.Qwen3VLProcessor(pictures, tokenizer, films, chat_template=QWEN3_CHAT_TEMPLATE)
     pictures, films = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes)
     kind = hf.Qwen2_5_VLProcessor if variant == "qwen2.5" else hf.Qwen2VLProcessor
     return kind(pictures, tokenizer, films, chat_template=CHAT_TEMPLATE)
@@ -85,11 +94,24 @@ def build_checkpoint(folder: Path, variant: str) -> None:
             "fullatt_block_indexes": [1, 3],
         },
         "qwen2": {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": WIDTH},
+        "qwen3": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 10**2,
+            "deepstack_visual_indexes": [2, 0, 1],
+        },
     }
-    kind = {"qwen2.5": "Qwen2_5_VL", "qwen2": "Qwen2VL"}[variant]
+    kind = {"qwen2.5": "Qwen2_5_VL", "qwen2": "Qwen2VL", "qwen3": "Qwen3VL"}[variant]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    more: dict[str, Any] = {}  # of the decoder
+    if variant == "qwen3":
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        more = {"head_dim": WIDTH // 4}
     config = getattr(hf, f"{kind}Config")(
         vision_config={"depth": 4, "num_heads": 2, "patch_size": PATCH, **towers[variant]},
         text_config={
+            **more,
             "vocab_size": len(tokenizer),
             "hidden_size": WIDTH,
             "intermediate_size": 160,
@@ -97,7 +119,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
             "num_attention_heads": 4,
             "num_key_value_heads": 4 if tied else 2,
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+            "rope_parameters": rope,
             "tie_word_embeddings": tied,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
@@ -146,7 +168,7 @@ def test_pixels_and_rows_equal_hugging_faces_for_images_of_odd_sizes(variant: st
     e, theirs, grids = engine(variant), original_model(variant), set()
     assert e.manifest.image is not None and e.manifest.image.native is not None
     drawn = [draw(150, 7, 1), draw(3, 400, 2), draw(64, 64, 3), draw(12, 20, 4), draw(5, 5, 5), draw(1, 200, 6)]
-    for image in [picture(seed) for seed in range(12)] + drawn:
+    for image in [picture(seed) for seed in range(12)] + drawn + odd_pictures():
         messages = (Message("user", ("a", ImagePart(image), "b")),)
         inputs = theirs.inputs(ValidationPrompt(messages, ()))
         ours = prepare(open_image(image), e.manifest.image, alone=True)
@@ -169,23 +191,30 @@ def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant:
     assert FAMILY.generate(variant, messages, 64) == expected
 
 
-@pytest.mark.parametrize("layer", [1, LAYERS - 1])
-def test_another_split_without_a_gate(layer: int, tmp_path: Path) -> None:
-    FAMILY.check_split("qwen2.5", layer, tmp_path)
+def test_answers_to_thirty_dialogues_are_generates() -> None:
+    FAMILY.check_answers("qwen3", 30)
 
 
-def test_verdicts_and_gated_answers_are_pytorchs() -> None:
+@pytest.mark.parametrize(("variant", "layer"), itertools.product(GATED, (1, LAYERS - 1)))
+def test_another_split_without_a_gate(variant: str, layer: int, tmp_path: Path) -> None:
+    FAMILY.check_split(variant, layer, tmp_path)
+
+
+@pytest.mark.parametrize("variant", GATED)
+def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
     """Of 30 prompts with no, one and two pictures; the answers are generate's."""
-    FAMILY.check_gate("qwen2.5")
+    FAMILY.check_gate(variant)
 
 
-def test_the_prober_reads_the_token_that_ends_the_prompt(tmp_path: Path) -> None:
-    FAMILY.check_probed("qwen2.5", tmp_path)
+@pytest.mark.parametrize("variant", GATED)
+def test_the_prober_reads_the_token_that_ends_the_prompt(variant: str, tmp_path: Path) -> None:
+    FAMILY.check_probed(variant, tmp_path)
 
 
-def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", GATED)
+def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(variant: str, tmp_path: Path) -> None:
     """Two pictures, then a text behind the cached opening, for which HF's model would take the pictures' positions."""
-    fitted, theirs = FAMILY.fit_model("qwen2.5"), original_model("qwen2.5")
+    fitted, theirs = FAMILY.fit_model(variant), original_model(variant)
     files = [tmp_path / "0.png", tmp_path / "1.png"]
     for seed, file in enumerate(files):
         picture(seed).save(file)
@@ -208,9 +237,10 @@ def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(tmp_path: Pa
             np.testing.assert_allclose(kept, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_face() -> None:
+@pytest.mark.parametrize("variant", GATED)
+def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_face(variant: str) -> None:
     """Three turns on kept caches. The second answer's rows stand behind two pictures, the third turn's behind three."""
-    e, theirs = engine("qwen2.5"), original_model("qwen2.5")
+    e, theirs = engine(variant), original_model(variant)
     conversation, dialogue = Conversation(e), list[Message]()
     for turn in range(3):
         images = [picture(40 + 2 * turn), picture(41 + 2 * turn)][: 2 - turn % 2]
@@ -224,10 +254,23 @@ def test_a_conversation_with_pictures_is_answered_turn_by_turn_as_by_hugging_fac
         dialogue.append(Message.assistant(answer.text))
 
 
-@pytest.mark.parametrize("most", [12, 20, 50])
-def test_max_tiles_bounds_what_a_picture_costs(most: int) -> None:
+def test_the_rows_of_a_picture_that_only_the_lower_half_has_seen_are_there_when_the_next_turn_comes() -> None:
+    """The first turn is stopped, so decoder_upper reads its pictures with those of the second, deepstack included."""
+    e, theirs = engine("qwen3"), original_model("qwen3")
+    conversation, asked = Conversation(e), {"sampling": SamplingConfig(max_tokens=20)}
+    dialogue = [Message.user("turn 0: what now? " * 12, [picture(40), picture(41)])]
+    stopped = e.generate(dialogue, conversation=conversation, policy=e.policy(Mode.STOP, threshold=-1.0), **asked)
+    dialogue += [Message.assistant(stopped.text), Message.user("and now?", [picture(42)])]
+    answer = e.generate(dialogue, conversation=conversation, policy=off(e), **asked)
+    assert stopped.stats.upper_ms is None and answer.stats.reused_tokens > 128
+    expected = theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
+    assert list(answer.token_ids) == expected
+
+
+@pytest.mark.parametrize(("variant", "most"), itertools.product(GATED, (12, 20, 50)))
+def test_max_tiles_bounds_what_a_picture_costs(variant: str, most: int) -> None:
     """A tile is what becomes one row."""
-    e = Engine.load(package("qwen2.5", "fp32"), device="cpu", threads=1, max_tiles=most)
+    e = Engine.load(package(variant, "fp32"), device="cpu", threads=1, max_tiles=most)
     for image in (draw(300, 200, 1), draw(90, 150, 2)):
         answer = e.generate("what?", images=[image], policy=off(e), sampling=SamplingConfig(max_tokens=1))
         assert 0.6 * most <= answer.stats.image_tiles <= most
@@ -240,8 +283,9 @@ def test_a_picture_that_does_not_fit_is_refused_before_it_is_encoded(monkeypatch
         e.generate("word " * 655, images=[draw(64, 64, 1)], policy=off(e))
 
 
-def test_videos_are_refused() -> None:
-    e = engine("qwen2.5")
+@pytest.mark.parametrize("variant", GATED)
+def test_videos_are_refused(variant: str) -> None:
+    e = engine(variant)
     with pytest.raises(InputError, match="this model takes no videos"):
         e.generate("what?", videos=[[draw(20, 20, 1)]], policy=off(e))
 
@@ -257,23 +301,63 @@ def test_a_user_cannot_type_a_picture() -> None:
     assert written == [*turn, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>", "<|im_start|>"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", READ_IN_8_BITS])
-def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision: str, record_property: Any) -> None:
-    checks = FAMILY.table("qwen2.5", precision)
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [*itertools.product(GATED, ("fp32", "int8", "int4", READ_IN_8_BITS)), ("qwen3", "int4 --calibrate builtin")],
+)
+def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(
+    variant: str, precision: str, record_property: Any
+) -> None:
+    checks = FAMILY.table(variant, precision)
     assert all(check.passed for check in checks.values())
     assert (checks["greedy tokens that differ"].limit == 0) == (precision == "fp32")
     for check in checks.values():
         record_property(check.name, check.value)
 
 
-def test_golden_answers_replay() -> None:
-    assert all(check.passed for check in check_package(engine("qwen2.5"), package("qwen2.5", "fp32")))
+def mistaken(mistake: str) -> Callable[..., dict[str, Any]]:
+    """Deepstack.inputs with a mistake."""
+    inputs = Deepstack.inputs
+
+    def of_another_layer(self: Deepstack, layers: range, first: int, count: int) -> dict[str, Any]:
+        every = inputs(self, range(3), first, count)
+        return {name: every[f"deepstack.{(int(name[-1]) + 1) % 3}"] for name in inputs(self, layers, first, count)}
+
+    return {
+        "dropped": lambda self, layers, first, count: inputs(self, layers, 0, 0),
+        "a position later": lambda self, layers, first, count: inputs(self, layers, first - 1, count),
+        "of another layer": of_another_layer,
+    }[mistake]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, precision: str) -> None:
-    """Pictures of all sizes between texts, apart and in a conversation that grows; with a gate and drafts."""
-    e, files = engine("qwen2.5", precision), list[str]()
+@pytest.mark.parametrize("mistake", ["dropped", "a position later", "of another layer"])
+def test_wrong_rows_behind_the_first_layers_are_refused(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the right graphs and the right pictures."""
+    monkeypatch.setattr(Deepstack, "inputs", mistaken(mistake))
+    FAMILY.check_unequal("qwen3", "hidden state at the split", tmp_path)
+
+
+def test_frequencies_that_read_their_axes_in_another_order_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = decoder_config._axes
+    monkeypatch.setattr(decoder_config, "_axes", lambda rope: axes(rope | {"mrope_interleaved": False}))
+    FAMILY.check_unequal("qwen3", "rotary tables", tmp_path)
+
+
+@pytest.mark.parametrize("variant", GATED)
+def test_golden_answers_replay(variant: str) -> None:
+    assert all(check.passed for check in check_package(engine(variant), package(variant, "fp32")))
+
+
+@pytest.mark.parametrize(("variant", "precision"), itertools.product(GATED, ("fp32", "int8")))
+def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, variant: str, precision: str) -> None:
+    """Pictures of all sizes between texts, apart and in a conversation that grows; with a gate and drafts. Two turns of
+    the conversation are stopped: decoder_upper reads their pictures with the last one.
+    """
+    e, files = engine(variant, precision), list[str]()
     for seed in range(6):
         files.append(str(tmp_path / f"{seed}.png"))
         picture(seed).save(files[-1])
@@ -283,10 +367,14 @@ def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, precisi
         turns += [{"role": "user", "parts": ["look: ", *shown, f"and number {n}?"]}]
         turns += [{"role": "assistant", "parts": ["a picture."]}]
     apart = [{"messages": [turn], "sampling": {"max_tokens": 24}} for turn in turns[::2]]
-    for request, answer in zip(apart, through_c(built, package("qwen2.5", precision), apart), strict=True):
+    for request, answer in zip(apart, through_c(built, package(variant, precision), apart), strict=True):
         assert joined(answer["chunks"]) == in_python(e, request)
-    growing = [{"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, 8, 2)]
+    growing: list[dict[str, Any]] = [
+        {"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, 8, 2)
+    ]
+    for stopped in growing[1:3]:
+        stopped |= {"policy": "stop", "threshold": -1.0}
     conversation = Conversation(e)
-    answers = through_c(built, package("qwen2.5", precision), growing, conversation=True)
+    answers = through_c(built, package(variant, precision), growing, conversation=True)
     for request, answer in zip(growing, answers, strict=True):
         assert joined(answer["chunks"]) == in_python(e, request, conversation)

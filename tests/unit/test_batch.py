@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnx import numpy_helper
 
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, batch
 from autosteer.runtime.batch import Batch, can_share
-from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.manifest import Manifest, NativeSpec
 from autosteer.runtime.subgraph import Device, Subgraph
 
 WORDS = [*toy.CONTENT.split()[:11], "w0", "w1", "w2"]  # none at which the prober fails
@@ -227,6 +228,13 @@ def test_what_gives_pictures_rows_and_columns_decodes_one_answer_at_a_time(tmp_p
     asks = [ask("red"), ask("bad")]
     together(engine, asks, rows=1)
     assert [one.said() for one in asks] == [one.alone(engine).said() for one in asks]
+
+
+def test_what_has_rows_behind_the_first_layers_decodes_one_answer_at_a_time(package):
+    manifest = Manifest.load(package)
+    native = NativeSpec(64, 64, 2, deepstack=1)
+    stacked = replace(manifest, image=replace(manifest.image, kind="native", anyres=None, native=native))
+    assert not can_share(stacked, Device("CPUExecutionProvider", "cpu", 1))
 
 
 def test_what_can_share(package):

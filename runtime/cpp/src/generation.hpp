@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "deepstack.hpp"
 #include "drafting.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
@@ -91,6 +92,14 @@ struct EncodedPrompt {
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
   std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
+  PictureRows pictures = {};      ///< for models with deepstack
+
+  /// Rows (n, D) of a picture follow; or (n, (1 + L) * D), whose first parts do.
+  void add_picture(const std::shared_ptr<const Rows>& rows) {
+    if (rows->width == inputs_embeds.width) return inputs_embeds.append(rows->row(0), rows->count());
+    pictures[inputs_embeds.count()] = rows;
+    for (int64_t i = 0; i < rows->count(); ++i) inputs_embeds.append(rows->row(i), 1);
+  }
 };
 
 /// What the prober read of a turn (D,), by the first and last position.
@@ -141,6 +150,7 @@ class Request {
         length_(reused_),
         lower_(reused_ ? std::move(cached->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
         upper_(reused_ ? std::move(cached->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        deepstack_(manifest.deepstack(), manifest.dims.hidden_size, std::move(prompt.pictures)),
         rotary_(manifest.rotary, std::move(prompt.positions), capacity_, reused_ - count(pending_)),
         logits_({1, 1 + Drafter::kMaxDraft, manifest.dims.vocab_size}),
         cached_chunks_(pending_.size()) {
@@ -160,7 +170,7 @@ class Request {
       const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, n, width()});
       Tensor<float> hidden({1, n, width()});
       set_total(first + n);
-      lower(Phase::prefill, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()})();
+      lower({Phase::prefill, first, n}, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()})();
       finite_ = finite_ && std::all_of(hidden.data(), hidden.data() + hidden.size(), is_finite);
       pending_.push_back(std::move(hidden));
       length_ = first + n;
@@ -186,10 +196,11 @@ class Request {
     DecoderPass& single = pass(1);
     for (int64_t done = prompt_length_ - count(pending_); !pending_.empty(); pending_.erase(pending_.begin())) {
       const Tensor<float>& hidden = pending_.front();
-      done += hidden.shape()[1];
+      const int64_t n = hidden.shape()[1];
+      done += n;
       set_total(done);
       const bool is_last = pending_.size() == 1;  // decoding needs little of the memory that prefill takes
-      upper(Phase::prefill, {"hidden_states", &hidden.value()},
+      upper({Phase::prefill, done - n, n}, {"hidden_states", &hidden.value()},
             single)(is_last ? Cancellation::shrinking() : Cancellation::plain());
     }
     stats_.upper_ms = clock.ms();
@@ -235,6 +246,12 @@ class Request {
   using Binding = std::pair<std::string, const Ort::Value*>;
   enum class Phase { prefill, decode };
 
+  /// The positions of a pass. Of a pass of Phase::decode `first` is any behind the prompt.
+  struct Span {
+    Phase phase;
+    int64_t first, count;
+  };
+
   /// The whole decoder on R tokens, with every buffer bound once.
   struct DecoderPass {
     DecoderPass(int64_t count, const Dims& dims)
@@ -257,8 +274,9 @@ class Request {
     if (!is_new) return p;
     p.body.push_back(
         call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
-    p.body.push_back(lower(Phase::decode, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
-    p.body.push_back(upper(Phase::decode, {"hidden_states", &p.hidden.value()}, p));
+    const Span answer{Phase::decode, prompt_length_, count};
+    p.body.push_back(lower(answer, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
+    p.body.push_back(upper(answer, {"hidden_states", &p.hidden.value()}, p));
     const Ort::Value logits = Tensor<float>::view(logits_.data(), {1, count, manifest_.dims.vocab_size});
     if (*strength_.data() == 0.0F) {  // at strength 0 the Refusal Head changes nothing and is skipped
       p.head.push_back(call("lm_head", {{"last_hidden_state", &p.last.value()}}, {{"logits", &logits}}));
@@ -352,19 +370,19 @@ class Request {
     return {graphs_.at(graph), inputs, outputs};
   }
 
-  Call lower(Phase phase, Binding in, Binding out) const {
-    return half("decoder_lower", phase, lower_, std::move(in), std::move(out));
+  Call lower(const Span& span, Binding in, Binding out) {
+    return half("decoder_lower", span, lower_, std::move(in), std::move(out));
   }
 
   /// decoder_upper; it keeps the last positions, as many as `pass` has.
-  Call upper(Phase phase, Binding in, const DecoderPass& pass) const {
-    return half("decoder_upper", phase, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
+  Call upper(const Span& span, Binding in, const DecoderPass& pass) {
+    return half("decoder_upper", span, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
                 {{"num_logits", &pass.num_logits.value()}});
   }
 
   /// A decoder half bound to its caches. Phase::prefill: its prefill graph, if the package has one.
-  Call half(const char* name, Phase phase, const KVCache& cache, Binding in, Binding out,
-            const Call::Bound& more = {}) const {
+  Call half(const char* name, const Span& span, const KVCache& cache, Binding in, Binding out,
+            const Call::Bound& more = {}) {
     Call::Bound inputs = cache.past, outputs = cache.present;
     inputs.insert(inputs.end(), {std::move(in),
                                  {"seqlens_k", &seqlens_k_.value()},
@@ -372,8 +390,10 @@ class Request {
                                  {"cos_cache", &rotary_.cos()},
                                  {"sin_cache", &rotary_.sin()}});
     inputs.insert(inputs.end(), more.begin(), more.end());
+    const auto added = deepstack_.inputs(manifest_.graphs.at(name).layers.value(), span.first, span.count);
+    inputs.insert(inputs.end(), added.begin(), added.end());
     outputs.push_back(std::move(out));
-    return call(phase == Phase::prefill ? manifest_.prefill_graph(name) : name, inputs, outputs);
+    return call(span.phase == Phase::prefill ? manifest_.prefill_graph(name) : name, inputs, outputs);
   }
 
   /// Set how many positions the caches hold once the next graph has run.
@@ -397,6 +417,7 @@ class Request {
   int64_t prompt_length_, capacity_;  // positions: of the prompt; that the caches have room for
   int64_t reused_, length_;           // positions: taken from the cached prefix; valid in the caches
   KVCache lower_, upper_;
+  Deepstack deepstack_;
   RotaryTables rotary_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
   Tensor<float> strength_{{1}};

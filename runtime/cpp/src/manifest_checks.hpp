@@ -45,7 +45,8 @@ inline Tensors expected_of_images(const Manifest& m, const std::string& name) {
   if (name == "image_tokenizer") {
     tensors.outputs = {{"input_ids", "int64", {kAnySize, kAnySize}}};
   } else {
-    tensors.outputs = {{"image_features", "float32", {kAnySize, kAnySize, m.dims.hidden_size}}};
+    const int64_t width = (1 + m.deepstack()) * m.dims.hidden_size;
+    tensors.outputs = {{"image_features", "float32", {kAnySize, kAnySize, width}}};
     if (image.anyres) tensors.outputs.push_back({"image_newline", "float32", {m.dims.hidden_size}});
   }
   return tensors;
@@ -66,6 +67,9 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
                     {{target, f32, {batch, made, d.hidden_size}}}};
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
+      if (layer < m.deepstack()) {
+        tensors.inputs.push_back({"deepstack." + std::to_string(layer), f32, {1, "deepstack_length", d.hidden_size}});
+      }
       for (const char* kind : {"key", "value"}) {
         const std::string suffix = "." + std::to_string(layer) + "." + kind;
         const auto cache = [&](const char* side, const char* length) -> TensorSpec {
@@ -214,6 +218,7 @@ inline void check_rotary(const Manifest& m, const Need& need) {
 inline void check_image(const Manifest& m, const Need& need) {
   need(!m.image || !m.image->native || m.graphs.count("vision_encoder"),
        "image: 'native' pictures come with a vision_encoder");
+  need(0 <= m.deepstack() && m.deepstack() < m.dims.num_hidden_layers, "image: deepstack has too many layers");
   std::set<std::array<int64_t, 2>> grids;
   for (const TileSeparators& separators : m.image ? m.image->tile_separators : std::vector<TileSeparators>()) {
     need(grids.insert(separators.grid).second, "image: two tile_separators for one grid");

@@ -70,8 +70,9 @@ inline GridSpec grid(const Node& node) {
 }
 
 inline NativeSpec native(const Node& node) {
-  node.object({"min_pixels", "max_pixels", "frames"});
-  return {node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["frames"].as_size()};
+  node.object({"min_pixels", "max_pixels", "frames"}, {"deepstack"});
+  return {node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["frames"].as_size(),
+          node.has("deepstack") ? node["deepstack"].as_int() : 0};
 }
 
 inline TileSeparators tile_separators(const Node& node) {

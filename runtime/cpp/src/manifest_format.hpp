@@ -94,6 +94,7 @@ struct GridSpec {
 struct NativeSpec {
   int64_t min_pixels, max_pixels;  ///< smaller pictures are enlarged, larger ones shrunk
   int64_t frames;                  ///< pictures that the graph reads as one; a picture is given as often
+  int64_t deepstack = 0;  ///< first decoder layers to whose output a row adds a further part: see deepstack.hpp
 };
 
 /// The token ids around and between the tiles of an image that was cut into `grid` (rows, columns).
@@ -219,6 +220,9 @@ struct Manifest {
 
   /// Read and check autosteer.json of `folder`; files are checked by `verify`.
   static Manifest load(const fs::path& folder);
+
+  /// How many decoder layers, the first ones, have an input that is added to their output.
+  int64_t deepstack() const { return image && image->native ? image->native->deepstack : 0; }
 
   /// The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself.
   std::string prefill_graph(const std::string& half) const {

@@ -117,7 +117,7 @@ class PromptEncoder {
       int64_t row = 0;
       for (const Laid& part : *next->laid) {
         add_tokens(part.ids);
-        prompt.inputs_embeds.append(part.rows.row(0), part.rows.count());
+        if (part.rows.count()) prompt.add_picture(std::shared_ptr<const Rows>(next->laid, &part.rows));
         for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->key, row++);
         counter.picture(part.rows.count(), next->grid);
       }
@@ -282,7 +282,8 @@ class PromptEncoder {
 
   /// pixel_values (frames, 3 * height * width) of a `native` picture -> its rows, one for each tile of `grid`.
   Rows encode_whole(const Rows& pixel_values, const std::array<int64_t, 2>& grid) const {
-    const int64_t size = image_->tile_size, count = grid[0] * grid[1], depth = manifest_.dims.hidden_size;
+    const int64_t size = image_->tile_size, count = grid[0] * grid[1];
+    const int64_t depth = (1 + manifest_.deepstack()) * manifest_.dims.hidden_size;
     const auto encoder = graph_("vision_encoder");
     const auto outputs = encoder->run(
         Tensor<float>::view(pixel_values.row(0), {pixel_values.count(), 3, grid[0] * size, grid[1] * size}));
