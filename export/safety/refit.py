@@ -76,7 +76,7 @@ def refit(
     width = fit_model.decoder.hidden_size
     old = SafetyArtifact.load(shipped.safety, hidden_size=width, num_hidden_layers=depth)
     engine = Engine.load(shipped.package, max_tiles=shipped.max_tiles)
-    _check_belongs(engine, old, shipped, checkpoint.name)
+    check_belongs(engine, old, shipped, checkpoint.name)
     arranged = arrange(
         *(data, external, fit_model, console),
         augment=options.augment,
@@ -125,10 +125,11 @@ def refit(
     }
     warn_if_weak(console, old.facts.split_layer, calibration, training, proof)
     facts = replace(old.facts, threshold=gate.threshold, calibration=calibration, training=training, proof=proof)
-    return Fitted(SafetyArtifact(facts, gate.prober, old.steer_matrix), proof_images, evidence, (), tuple(rewordings))
+    artifact = SafetyArtifact(facts, gate.prober, old.steer_matrix, monitor=old.monitor)
+    return Fitted(artifact, proof_images, evidence, (), tuple(rewordings))
 
 
-def _check_belongs(engine: Engine, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
+def check_belongs(engine: Engine, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
     """Raise InputError unless the package was exported from `model` with the safety folder."""
     facts, prober = old.facts, engine.manifest.prober
     if prober is None:
@@ -166,7 +167,7 @@ def _package_state(engine: Engine, prompt: Prompt) -> np.ndarray:
     """(1, d): as `_package_states`, of one prompt."""
     try:
         stats = Stats()
-        request = engine.request(engine.encoder.prepare(_messages(prompt), stats), 1, stats)
+        request = engine.request(engine.encoder.prepare(as_messages(prompt), stats), 1, stats)
         request.prefill_lower(engine.policy(Mode.OFF))
         state = request.probed_mean()
     except (InputError, IndexError) as err:
@@ -176,7 +177,7 @@ def _package_state(engine: Engine, prompt: Prompt) -> np.ndarray:
     return state
 
 
-def _messages(prompt: Prompt) -> list[Message]:
+def as_messages(prompt: Prompt) -> list[Message]:
     """The prompt as a dialogue for the runtime; pictures are shown in the first turn."""
     asked = (*prompt.earlier, prompt.text)
     turns = [

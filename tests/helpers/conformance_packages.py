@@ -156,6 +156,7 @@ def native(folder: Path) -> None:
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
+    "watched": functools.partial(whole, monitored=True),
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,
