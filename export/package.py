@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -37,9 +38,10 @@ from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_p
 from .floor import lowest_onnxruntime
 from .graphs import decoder
 from .graphs import gate as gate_graphs
-from .graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
+from .graphs.calibration import calibrate_decoder, calibration_rows, image_rows, with_random_tokens
+from .graphs.gptq import round_decoder, text_rows
 from .graphs.kv_scales import KVScales
-from .graphs.quantize import Recipe, Scheme, Target, recipe
+from .graphs.quantize import Blocks, Recipe, Scheme, Target, recipe
 from .graphs.vision import image_graph
 from .graphs.weights import Advance, WeightStore
 from .graphs.writer import GraphWriter
@@ -65,10 +67,13 @@ class ExportOptions:
     target: Target = "cpu"
     kv_cache: CacheType | None = None  # None: the target's own
     prefill: Precision | None = None  # of a second copy of the decoder, for prefill; None: no such copy
+    calibration_text: str | None = None  # what int4 is rounded for (gptq.py); None: channel energy alone
 
     @property
     def recipe(self) -> Recipe:
         """The recipe of these options. Raises InputError if they do not go together."""
+        if self.calibration_text is not None and (self.precision, self.target) != ("int4", "cpu"):
+            raise InputError(f"--calibrate goes with --precision int4 (here: {self.precision}, {self.target})")
         return recipe(
             self.precision,
             target=self.target,
@@ -112,12 +117,15 @@ def write_package(
     kv_scales: tuple[KVScales, ...] = ()
     if chosen.int8_caches or (chosen.body and chosen.body.needs_calibration):
         kv_scales = _calibrate(checkpoint, config, chosen, processor, image_file, pictures, store, report)
+    if options.calibration_text is not None:
+        _round(options.calibration_text, checkpoint, config, chosen, processor, image_file, pictures, store, report)
     graphs |= _write_graphs(folder, chosen, safety, options.precision, config, kv_scales, layer, store, report)
     store.expect_all_read(
         *(f"{config.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
         checkpoint.family.lm_head.removesuffix(".weight"),
     )
     weights_sha256 = store.close()
+    shutil.rmtree(folder / "rounded", ignore_errors=True)
     weights = DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -190,6 +198,27 @@ def _calibrate(
     observed = calibrate_decoder(checkpoint, config, rows, report)
     store.channel_energy = observed.channel_energy
     return observed.kv_scales if recipe.int8_caches else ()
+
+
+def _round(
+    text: str,
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    recipe: Recipe,
+    processor: Any,
+    image_file: Path | None,
+    pictures: ImageSpec | None,
+    store: WeightStore,
+    report: Report,
+) -> None:
+    """Round the decoder's matrices with GPTQ, and tell `store` where they are."""
+    assert isinstance(recipe.body, Blocks)  # int4 is
+    store.flush()
+    picture = image_rows(checkpoint, image_file, pictures) if image_file and pictures else None
+    rows = text_rows(text, checkpoint, getattr(processor, "tokenizer", processor), picture)
+    scratch = store.folder / "rounded"
+    scratch.mkdir()
+    store.rounded = round_decoder(checkpoint, config, rows, recipe.body, scratch, report)
 
 
 def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:

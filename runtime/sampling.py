@@ -129,7 +129,7 @@ def log_probabilities(logits: npt.NDArray[np.float32], token: int, count: int) -
 def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
     """A copy of `logits` (V,) with earlier `tokens` made less likely (HF: RepetitionPenaltyLogitsProcessor)."""
     seen = np.unique(np.asarray(tokens, np.int64))
-    out = logits.copy()
+    out: npt.NDArray[np.float32] = logits.copy()
     out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
     return out
 
@@ -141,7 +141,7 @@ def adjust(logits: npt.NDArray[np.float32], answer: Sequence[int], config: Sampl
     """
     if not config.logit_bias and not (answer and (config.presence_penalty or config.frequency_penalty)):
         return logits
-    out = logits.copy()
+    out: npt.NDArray[np.float32] = logits.copy()
     for token, bias in config.logit_bias.items():
         if token >= len(out):
             raise InputError(f"logit_bias: {token} is no token of this model, which has {len(out)}")

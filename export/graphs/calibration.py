@@ -103,14 +103,20 @@ def calibration_rows(
     text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None or spec is None:
         return text[None]
+    return torch.cat([text[:1], image_rows(checkpoint, image_graph, spec), text[1:]])[None]
+
+
+def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec) -> torch.Tensor:
+    """(n, D) float32: about IMAGE_ROWS rows of a drawn picture. The image graph's weights must be on disk."""
     session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
     pixels = _picture(spec.tile_size)
     if native := spec.native:
         pixels = np.repeat(_picture(NATIVE_TILES * spec.tile_size), native.frames, 0)
     rows = torch.from_numpy(session.run(None, {"pixel_values": pixels})[0][0])
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
-    image = rows if rows.is_floating_point() else checkpoint.gather(table, rows.tolist())
-    return torch.cat([text[:1], image, text[1:]])[None]
+    if rows.is_floating_point():
+        return rows
+    return checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", rows.tolist())
 
 
 def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -> torch.Tensor:

@@ -167,23 +167,39 @@ def quantise(rows: torch.Tensor, blocks: Blocks, channel_energy: torch.Tensor | 
     """
     import torch
 
-    n, k = rows.shape
-    count = -(-k // blocks.size)
-    pad = count * blocks.size - k
-    x = torch.nn.functional.pad(rows, (0, pad)).reshape(n, count, blocks.size)
-    if blocks.symmetric:
-        scales = _symmetric_scales(x, blocks.bits)
-        middle = 1 << (blocks.bits - 1)
-        codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
-        return Packed(pack(codes) if blocks.bits == 4 else codes, scales, None)
+    if not blocks.symmetric:
+        codes, scales, zeros = grid(rows, blocks, channel_energy)
+        return Packed(pack(codes), scales, pack(zeros))
+    x = _in_blocks(rows, blocks.size)
+    scales = _symmetric_scales(x, blocks.bits)
+    middle = 1 << (blocks.bits - 1)
+    codes = torch.round(x * _inverse(scales)[..., None]).add_(middle).clamp_(0, 2 * middle - 1).to(torch.uint8)
+    return Packed(pack(codes) if blocks.bits == 4 else codes, scales, None)
+
+
+def grid(
+    rows: torch.Tensor, blocks: Blocks, channel_energy: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (N, count, size) uint8, scales (N, count) float32 and zero points (N, count) uint8 of asymmetric blocks."""
+    import torch
+
     assert blocks.bits == 4, "only 4 bits have zero points"
-    weights = torch.ones(k) if channel_energy is None else channel_energy
-    weights = torch.nn.functional.pad(weights, (0, pad)).reshape(count, blocks.size)
-    chunks = x.split(max(1, CHUNK // (count * blocks.size)))
+    x = _in_blocks(rows, blocks.size)
+    weights = torch.ones(rows.shape[1]) if channel_energy is None else channel_energy
+    weights = _in_blocks(weights[None], blocks.size)[0]
+    chunks = x.split(max(1, CHUNK // weights.numel()))
     with _one_thread_per_chunk() as pool:
         found = list(pool.map(lambda chunk: _best(chunk, weights), chunks))
     codes, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Packed(pack(codes), scales, pack(zeros))
+    return codes, scales, zeros
+
+
+def _in_blocks(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, K) -> (N, ceil(K / size), size), padded with zeros."""
+    import torch
+
+    count = -(-rows.shape[1] // size)
+    return torch.nn.functional.pad(rows, (0, count * size - rows.shape[1])).reshape(len(rows), count, size)
 
 
 @contextmanager

@@ -36,13 +36,14 @@ class WeightStore:
     def __init__(self, folder: Path, checkpoint: Checkpoint, advance: Advance = lambda name, numbers: None):
         """`advance` is told a tensor's name, and how many of its numbers were just written."""
         self._advance = advance
-        self._folder = folder
+        self.folder = folder
         self._checkpoint = checkpoint
         self._file: IO[bytes] = (folder / WEIGHTS_FILE).open("wb")
         self._digest = hashlib.sha256()
         self._places: dict[str, tuple[int, int]] = {}  # key -> offset, length
         self.read: set[str] = set()  # names of the checkpoint's tensors that are in the file
         self.channel_energy: dict[str, torch.Tensor] = {}  # (K,) by tensor name: see calibration.py
+        self.rounded: dict[str, Path] = {}  # matrices that are rounded already: see gptq.py
 
     def close(self) -> str:
         """Flush and return the file's sha256."""
@@ -131,6 +132,11 @@ class WeightStore:
         return self._reference(key, array.dtype.name, array.shape)
 
     def _packed(self, names: Sequence[str], blocks: Blocks, shape: tuple[int, int]) -> Iterator[Packed]:
+        if all(name in self.rounded for name in names):
+            for name in self._expected(names, shape):
+                yield (packed := Packed(**torch.load(self.rounded[name])))
+                self._advance(name, len(packed.codes) * shape[1])
+            return
         if not all(self._checkpoint.keeps(name, blocks) for name in names):
             channel_energy = self.channel_energy.get(names[0])
             yield from (quantise(rows, blocks, channel_energy) for rows in self._rows(names, shape))
@@ -177,5 +183,5 @@ class WeightStore:
             )
         kind = ir.DataType.from_numpy(np.dtype(dtype))
         return ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, kind, shape=ir.Shape(shape), name=key, base_dir=self._folder
+            WEIGHTS_FILE, offset, length, kind, shape=ir.Shape(shape), name=key, base_dir=self.folder
         )

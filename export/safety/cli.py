@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from autosteer.export.safety_folder import SafetyArtifact
+    from autosteer.runtime.evaluation.shards import Asking
 
     from .fit import Fitted
+    from .refit import Shipped
 
 
 FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
@@ -114,6 +117,13 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     "becomes unsafe.",
 )
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles (--package).")
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Compute the hidden states of --package on the machines of a Ray cluster, as autosteer-eval --ray asks there.",
+)
+@click.option("--engines", type=click.IntRange(min=1), help="How many, with --ray.  [one on each node]")
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
     "--select",
@@ -171,6 +181,8 @@ def fit_command(
     safety: Path | None,
     monitor: bool,
     max_tiles: int | None,
+    address: str | None,
+    engines: int | None,
     layer: int | None,
     select: Literal["sas", "prober"] | None,
     threshold: float | None,
@@ -192,11 +204,17 @@ def fit_command(
         raise click.UsageError("--package and --safety belong together")
     if package is None and max_tiles is not None:
         raise click.UsageError("--max-tiles needs --package; without it the checkpoint's processor cuts the pictures")
+    if package is None and address is not None:
+        raise click.UsageError(
+            "--ray needs --package: a first fit runs PyTorch here; fit on a sample, export, and fit again on everything"
+        )
+    if engines and not address:
+        raise click.UsageError("--engines needs --ray")
     if package is not None and (settled := _given(FIRST_FIT_ONLY)):
         raise click.UsageError(f"{settled} and --package exclude each other: --safety has settled it")
     if monitor and package is None:
         raise click.UsageError("--monitor needs --package and --safety")
-    if monitor and (other := _given(NOT_OF_THE_MONITOR)):
+    if monitor and (other := "--ray" if address else _given(NOT_OF_THE_MONITOR)):
         raise click.UsageError(f"{other} and --monitor exclude each other")
     if layer is not None and select is not None:
         raise click.UsageError("--layer and --select exclude each other")
@@ -256,7 +274,8 @@ def fit_command(
     with states as cache, atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
         if package and safety:
             shipped = Shipped(package, safety, max_tiles)
-            fitted = refit(data, external, options, shipped, features=cache, console=console)
+            asking = _asking(shipped, address, engines, console)
+            fitted = refit(data, external, options, shipped, asking, features=cache, console=console)
         else:
             fitted = fit(data, external, options, features=cache, console=console)
         fitted.artifact.save(folder)
@@ -264,6 +283,19 @@ def fit_command(
             shutil.copyfile(picture, folder / name)
         write_report(folder, fitted)
     click.echo(dumps(dataclasses.asdict(fitted.artifact.facts)) if as_json else _summary(fitted, output))
+
+
+def _asking(shipped: Shipped, address: str | None, engines: int | None, console: Console) -> Asking:
+    """How the package's engines are asked: in this process, or on a Ray cluster."""
+    if address is None:
+        from autosteer.runtime import Engine
+        from autosteer.runtime.evaluation.shards import alone
+
+        return partial(alone, lambda: Engine.load(shipped.package, max_tiles=shipped.max_tiles))
+    from autosteer.runtime.evaluation.on_ray import Cluster, on_ray
+
+    cluster = Cluster(address, engines, None, shipped.package, shipped.max_tiles)
+    return partial(on_ray, cluster, report=lambda line: console.print(line, soft_wrap=True, markup=False))
 
 
 def _given(names: Sequence[str]) -> str | None:

@@ -82,7 +82,7 @@ def fit_monitor(data: FitData, shipped: Shipped, *, model: str, seed: int, conso
     sizes = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers}
     old = SafetyArtifact.load(shipped.safety, **sizes)
     engine = Engine.load(shipped.package, max_tiles=shipped.max_tiles)
-    check_belongs(engine, old, shipped, checkpoint.name)
+    check_belongs(engine.manifest, old, shipped, checkpoint.name)
     parts = _answers(engine, data, seed, console)
     monitor, facts = fit_on(parts, threshold=old.facts.threshold, seed=seed)
     console.print(_table(parts[2], monitor, facts, old.facts.threshold), soft_wrap=True, markup=False, highlight=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.runtime import Engine, Message, Mode
+from autosteer.runtime import Engine, Manifest, Message, Mode
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.evaluation.datasets import Row
 from autosteer.runtime.evaluation.variants import as_text, by_family
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
@@ -41,6 +43,8 @@ from .store import FeatureStore, digest
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from autosteer.runtime.evaluation.shards import Asking
 
     from .pairs import FitData, Labelled
     from .states import Advance
@@ -62,12 +66,13 @@ def refit(
     external: Sequence[Labelled],
     options: FitOptions,
     shipped: Shipped,
+    asking: Asking,
     *,
     features: Path,
     console: Console,
 ) -> Fitted:
-    """Fit a prober on the states of `shipped`. `external` prompts are only for the report. `features`: folder for
-    states.
+    """Fit a prober on the states of `shipped`. `external` prompts are only for the report. `asking`: how engines of the
+    package are asked, here or on a cluster. `features`: folder for states.
 
     Raises InputError if the safety folder is not the package's, PackageError if one of the two is damaged.
     """
@@ -75,8 +80,7 @@ def refit(
     checkpoint, depth, fit_model = open_model(options)
     width = fit_model.decoder.hidden_size
     old = SafetyArtifact.load(shipped.safety, hidden_size=width, num_hidden_layers=depth)
-    engine = Engine.load(shipped.package, max_tiles=shipped.max_tiles)
-    check_belongs(engine, old, shipped, checkpoint.name)
+    check_belongs(Manifest.load(shipped.package), old, shipped, checkpoint.name)
     arranged = arrange(
         *(data, external, fit_model, console),
         augment=options.augment,
@@ -87,7 +91,7 @@ def refit(
     what = digest(sha256(shipped.package / MANIFEST_FILE).encode(), repr(shipped.max_tiles).encode())
     with FeatureStore(features, what, (1, 1, width)) as store:
         with progress(console, "hidden states", len(arranged.items)) as advance:
-            states = _package_states(engine, [item.prompt for item in arranged.items], store, advance)
+            states = _package_states(asking, [item.prompt for item in arranged.items], store, advance)
         states_s = time.perf_counter() - started
     prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
     gate = calibrate(prober, states, t, options)
@@ -129,12 +133,12 @@ def refit(
     return Fitted(artifact, proof_images, evidence, (), tuple(rewordings))
 
 
-def check_belongs(engine: Engine, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
+def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
     """Raise InputError unless the package was exported from `model` with the safety folder."""
-    facts, prober = old.facts, engine.manifest.prober
+    facts, prober = old.facts, manifest.prober
     if prober is None:
         raise InputError(f"{shipped.package}: exported with --unguarded, so it has no prober to fit again")
-    ours = (engine.manifest.source.repo, engine.manifest.split_layer, prober.pooling)
+    ours = (manifest.source.repo, manifest.split_layer, prober.pooling)
     theirs = (model, facts.split_layer, facts.pooling)
     if ours != theirs or facts.model != model:
         raise InputError(
@@ -144,37 +148,42 @@ def check_belongs(engine: Engine, old: SafetyArtifact, shipped: Shipped, model: 
         )
 
 
-def _package_states(engine: Engine, prompts: Sequence[Prompt], store: FeatureStore, advance: Advance) -> torch.Tensor:
+def _package_states(asking: Asking, prompts: Sequence[Prompt], store: FeatureStore, advance: Advance) -> torch.Tensor:
     """(n, d): what the package's prober reads of each prompt's last turn. Only what `store` lacks is computed.
 
     Raises InputError naming a prompt that the package refuses, or whose state is not finite.
     """
     keys = prompt_keys(prompts)
-    wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in store}
-    advance(len(prompts) - len(wanted))
-    missing = list(wanted.items())
-    for first in range(0, len(missing), AT_ONCE):
-        some = missing[first : first + AT_ONCE]
-        found = []
-        for _, prompt in some:
-            found.append(_package_state(engine, prompt))
-            advance(1)
-        store.append([key for key, _ in some], torch.from_numpy(np.stack(found))[:, None])
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in store}
+    advance(len(prompts) - len(missing))
+    with asking(package_state, [_as_row(prompt) for prompt in missing.values()]) as found:
+        new = list(missing)
+        for first in range(0, len(new), AT_ONCE):
+            some, states = new[first : first + AT_ONCE], []
+            for state in islice(found, len(some)):
+                states.append(state)
+                advance(1)
+            store.append(some, torch.from_numpy(np.stack(states))[:, None])
     return store.view(keys).layer(0)[:, 0]
 
 
-def _package_state(engine: Engine, prompt: Prompt) -> np.ndarray:
-    """(1, d): as `_package_states`, of one prompt."""
+def package_state(engine: Engine, row: Row) -> np.ndarray:
+    """(1, d) float32: as `_package_states`, of one prompt."""
     try:
         stats = Stats()
-        request = engine.request(engine.encoder.prepare(as_messages(prompt), stats), 1, stats)
+        request = engine.request(engine.encoder.prepare(row.messages, stats), 1, stats)
         request.prefill_lower(engine.policy(Mode.OFF))
         state = request.probed_mean()
     except (InputError, IndexError) as err:
-        raise InputError(f"{prompt.where}: {err}") from err
+        raise InputError(f"{row.where}: {err}") from err
     if not np.isfinite(state).all():
-        raise InputError(f"{prompt.where}: the package's hidden state is NaN or infinite")
+        raise InputError(f"{row.where}: the package's hidden state is NaN or infinite")
     return state
+
+
+def _as_row(prompt: Prompt) -> Row:
+    """The prompt as the runtime asks it."""
+    return Row(tuple(as_messages(prompt)), unsafe=False, group="", gold=None, where=prompt.where)
 
 
 def as_messages(prompt: Prompt) -> list[Message]:

@@ -53,6 +53,7 @@ file_option: Any = click.Path(path_type=Path)
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option(
     "--judge-command",
     help='Program that judges refusals. It reads {"prompt", "answer"} and writes {"refused": true|false}, one JSON '
@@ -99,6 +100,7 @@ def evaluate(
     exclude: tuple[Path, ...],
     limit: int | None,
     max_tokens: int,
+    max_tiles: int | None,
     judge_command: str | None,
     judge_timeout: float,
     output: Path | None,
@@ -138,13 +140,13 @@ def evaluate(
 
     rows, dropped = read_prompts(labelled, exclude, format_, images, text_only, limit)
     check_images(package, rows)
-    asking = asking_on(address, package, engines, device, threads)
+    asking = asking_on(address, package, engines, device, threads, max_tiles)
     if variants:
         print_variants(asking, rows, as_json)
         return
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
-        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens)
+        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens, max_tiles=max_tiles)
         if rejudge and output and output.exists():
             rejudge_file(output, facts, judge)
         results = answer(rows, judge, facts, output, force, asking)
@@ -190,15 +192,22 @@ def check_images(package: Path, rows: Sequence[Row]) -> None:
         )
 
 
-def asking_on(address: str | None, package: Path, engines: int | None, device: Any, threads: int | None) -> Asking:
+def asking_on(
+    address: str | None,
+    package: Path,
+    engines: int | None,
+    device: Any,
+    threads: int | None,
+    max_tiles: int | None,
+) -> Asking:
     """How rows are asked: in this process, or on a Ray cluster."""
     from .shards import alone
 
     if address is None:
-        return partial(alone, lambda: load(package, device, threads))
+        return partial(alone, lambda: load(package, device, threads, max_tiles=max_tiles))
     from .on_ray import Cluster, on_ray
 
-    return partial(on_ray, Cluster(address, engines, threads, package), report=partial(click.echo, err=True))
+    return partial(on_ray, Cluster(address, engines, threads, package, max_tiles), report=partial(click.echo, err=True))
 
 
 def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:

@@ -34,6 +34,7 @@ class Cluster:
     engines: int | None  # None: one on each node
     threads: int | None  # of each; None: they share the cores of their node
     package: Path
+    max_tiles: int | None = None  # of a picture
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def on_ray(
         places = place(found, cluster.engines, cluster.threads)
         shown = Counter(f"{one.node.host} ({one.threads} threads)" for one in places)
         report("engines: " + ", ".join(f"{count} on {where}" for where, count in shown.items()))
-        yield in_order(RayPool(ray, cluster.package, places, call, report), rows, report=report)
+        yield in_order(RayPool(ray, cluster, places, call, report), rows, report=report)
 
 
 def place(nodes: Sequence[Node], engines: int | None, threads: int | None) -> list[Place]:
@@ -97,19 +98,21 @@ def place(nodes: Sequence[Node], engines: int | None, threads: int | None) -> li
 class RayPool(Generic[T]):
     """See shards.Pool: one actor for each place."""
 
-    def __init__(self, ray: Any, package: Path, places: Sequence[Place], call: Call[T], report: Callable[[str], None]):
+    def __init__(
+        self, ray: Any, cluster: Cluster, places: Sequence[Place], call: Call[T], report: Callable[[str], None]
+    ):
         """Start the actors, which open the package."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._call, self._report = ray, call, report
-        digest = sha256(package / MANIFEST_FILE)
+        package, digest = cluster.package.absolute(), sha256(cluster.package / MANIFEST_FILE)
         self._actors, self._calls = {}, {}
         for number, one in enumerate(places, 1):
             there = NodeAffinitySchedulingStrategy(one.node.id, soft=False)
             actor = ray.remote(num_cpus=one.threads, scheduling_strategy=there)(Worker).remote()
             name = f"worker {number} on {one.node.host}"
             self._actors[name] = actor
-            self._calls[actor.open.remote(package.absolute(), digest, one.threads)] = name
+            self._calls[actor.open.remote(package, digest, one.threads, cluster.max_tiles)] = name
         self.workers: Sequence[str] = list(self._actors)
         self._opening = set(self.workers)
 
@@ -141,7 +144,9 @@ class RayPool(Generic[T]):
 class Worker:
     """An engine in a process of Ray's."""
 
-    def open(self, package: Path, digest: str, threads: int) -> list[Any] | AutoSteerError:
+    def open(
+        self, package: Path, digest: str, threads: int, max_tiles: int | None = None
+    ) -> list[Any] | AutoSteerError:
         """Load the package if its manifest has this digest. Nothing, or what is wrong."""
         try:
             if not takes_tokens():
@@ -153,7 +158,7 @@ class Worker:
                 )
             if sha256(manifest) != digest:
                 raise PackageError(f"{package} is another package than here (sha256 of {MANIFEST_FILE}); copy it again")
-            self._engine = Engine.load(package, device="cpu", threads=threads)
+            self._engine = Engine.load(package, device="cpu", threads=threads, max_tiles=max_tiles)
         except AutoSteerError as err:
             return err
         return []

@@ -177,12 +177,15 @@ class RunFacts:
     data: str  # sha256 of all rows and their pictures
     max_tokens: int
     judge: str
+    max_tiles: int | None = None  # of a picture
 
     @staticmethod
-    def of(package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int) -> RunFacts:
+    def of(
+        package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int, max_tiles: int | None = None
+    ) -> RunFacts:
         """The facts of a run that is about to start."""
         data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
-        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name)
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles)
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
@@ -193,7 +196,7 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     scratch = path.with_name(f"{path.name}.rejudged")
     try:
         with ResultFile(scratch, facts, force=True) as file:
-            for result in _read_results(path, facts, same=("package", "data", "max_tokens")):
+            for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles")):
                 refused = _refused(judge, result.prompt, result.answers, bool(result.stopped))
                 file.append(dataclasses.replace(result, refused=refused))
         scratch.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from autosteer.export.safety import other_words
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety.prober import p_unsafe
-from autosteer.export.safety.refit import _package_state
+from autosteer.export.safety.refit import _as_row, package_state
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime import Engine, Message
 from autosteer.runtime.errors import InputError
@@ -60,12 +61,28 @@ def fit(*arguments: str) -> object:
 
 
 @pytest.fixture(scope="module")
-def refitted(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("refitted") / "safety"
+def few_words() -> Iterator[None]:
+    """Two prompts of each label in other words, instead of 60."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(other_words, "JUDGED", 2)  # two prompts of each label in other words, instead of 60
-        fit(*command(pairs, demo_package("int8"), output, "--publish-proof"))
+        patch.setattr(other_words, "JUDGED", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def refitted(pairs: Path, few_words: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("refitted") / "safety"
+    fit(*command(pairs, demo_package("int8"), output, "--publish-proof"))
     return output
+
+
+@pytest.mark.ray
+def test_a_cluster_computes_what_one_process_does(pairs: Path, few_words: None, refitted: Path, tmp_path: Path):
+    output = tmp_path / "safety"
+    fit(*command(pairs, demo_package("int8"), output, "--publish-proof", "--ray", "local", "--engines", "2"))
+    one, several = load(refitted), load(output)
+    assert several.facts.calibration == pytest.approx(one.facts.calibration, abs=1e-3)
+    for name, weight in one.prober.items():
+        torch.testing.assert_close(several.prober[name], weight, atol=1e-3, rtol=1e-3)
 
 
 def test_layer_position_and_refusal_head_are_kept_and_the_prober_is_not(refitted: Path):
@@ -99,8 +116,8 @@ def test_what_the_prober_is_fitted_on_is_what_the_package_reads():
         Message.assistant(prompt.earlier[1], trusted=True),
         Message.user(prompt.text),
     ]
-    state = _package_state(engine, prompt)
-    turns = (state, _package_state(engine, replace(prompt, text=prompt.earlier[0], earlier=())))
+    state = package_state(engine, _as_row(prompt))
+    turns = (state, package_state(engine, _as_row(replace(prompt, text=prompt.earlier[0], earlier=()))))
     scores = [float(p_unsafe(load(OLD).prober, torch.from_numpy(one))[0]) for one in turns]
     assert state.shape == (1, engine.manifest.dims.hidden_size)
     np.testing.assert_allclose(max(scores), engine.score(dialogue).p_unsafe, atol=1e-5)
@@ -126,6 +143,8 @@ def test_a_package_without_a_gate_is_refused(pairs: Path, tmp_path: Path):
         (("--package", "p"), "--package and --safety belong together"),
         (("--safety", "s"), "--package and --safety belong together"),
         (("--max-tiles", "1"), "--max-tiles needs --package"),
+        (("--ray", "local"), "--ray needs --package"),
+        (("--package", "p", "--safety", "s", "--engines", "2"), "--engines needs --ray"),
         (("--package", "p", "--safety", "s", "--layer", "4"), "--layer and --package exclude each other"),
         (("--package", "p", "--safety", "s", "--refusal-text", "no."), "--refusal-text and --package exclude"),
     ],

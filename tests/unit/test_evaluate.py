@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from autosteer.runtime import Engine, InputError, Message
+from autosteer.runtime.evaluation.cli import asking_on
 from autosteer.runtime.evaluation.datasets import DataSource, Row, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge
 from autosteer.runtime.evaluation.run import Asked, Result, ResultFile, RunFacts, ask, check_order, run_rows, summarise
@@ -39,6 +41,16 @@ def result(*, flagged: bool, refused: str = "", correct: str | None = None, grou
 
 def asked(engine: Engine, rows: list[Row]) -> list[Asked]:
     return [ask(engine, row, max_tokens=8) for row in rows]
+
+
+def test_max_tiles_bounds_what_a_picture_of_a_row_costs(package):
+    def tiles(engine: Engine, row: Row) -> int:
+        return engine.generate(row.messages).stats.image_tiles
+
+    row = Row((Message.user("what", [np.full((8, 8, 3), (255, 0, 0), np.uint8)]),), unsafe=False, group="", gold=None)
+    for most, expected in ((None, 5), (3, 3), (1, 1)):
+        with asking_on(None, package, None, "cpu", 1, most)(tiles, [row]) as found:
+            assert list(found) == [expected]
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
@@ -198,7 +210,7 @@ def test_a_line_that_was_cut_off_is_answered_again(tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("package", "q"), ("data", "e"), ("max_tokens", 9), ("judge", "command: x")]
+    ("name", "value"), [("package", "q"), ("data", "e"), ("max_tokens", 9), ("judge", "command: x"), ("max_tiles", 1)]
 )
 def test_a_file_of_another_run_is_refused_and_stays(tmp_path, name, value):
     path = tmp_path / "out.jsonl"

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp, from a Hugging Face checkpoint of Llama's or Qwen2's layout; and a list of one's tensors.
+"""GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3; and a list of one's tensors.
 
     python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
     python -m benchmark.gguf_file list FILE
@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 
 def write(checkpoint: Path, path: Path, file_type: str) -> None:
@@ -53,11 +53,14 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or config
     writer.add_rope_freq_base(rope["rope_theta"])
     if arch == "llama":
-        writer.add_rope_dimension_count(config["hidden_size"] // heads)
+        writer.add_rope_dimension_count(head_size)
     names = gguf.get_tensor_name_map(ARCHITECTURES[arch], config["num_hidden_layers"])
     for name, tensor in _tensors(checkpoint):
         if arch == "llama" and (found := re.search(r"\.([qk])_proj\.weight$", name)):

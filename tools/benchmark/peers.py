@@ -114,7 +114,7 @@ def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: 
     """llama.cpp's own quantisation of the same weights; its blocks are always of 32."""
     kind = GGUF_TYPES.get(body.bits)
     model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind is None or model_type not in ("llama", "qwen2"):
+    if kind is None or model_type not in ("llama", "qwen2", "qwen3"):
         raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
     path = work / f"{checkpoint.name}-{kind}.gguf"
     if not path.exists():

@@ -72,7 +72,8 @@ def tiles(image: Image.Image, *, alone: bool = True) -> np.ndarray:
         square = Image.new("RGB", (side, side), (127, 127, 127))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         stack = _resize(square, TILE, TILE)[None]
-    return stack.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    pixels: np.ndarray = stack.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    return pixels
 
 
 def patch_centres(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +87,7 @@ def patch_centres(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     full_y, full_x = np.meshgrid(y, x, indexing="ij")
 
     def cut(a: np.ndarray) -> np.ndarray:
-        return a.reshape(grid[0] // TILE, SIDE, grid[1] // TILE, SIDE).swapaxes(1, 2).reshape(-1, SIDE * SIDE)
+        rows: np.ndarray = a.reshape(grid[0] // TILE, SIDE, grid[1] // TILE, SIDE).swapaxes(1, 2)
+        return rows.reshape(-1, SIDE * SIDE)
 
     return np.concatenate([base_x.reshape(1, -1), cut(full_x)]), np.concatenate([base_y.reshape(1, -1), cut(full_y)])
