@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from conformance_packages import PICTURES
-from cpp_runtime import through_c
+from cpp_runtime import CPP, through_c, wheel_library
 from faults import ANSWER_WORD, BEFORE_THE_VERDICT, GRAPHS, GUARDED, KINDS, PROMPT_WORD, SAFE, UNSAFE, with_fault
 
 
@@ -82,3 +83,15 @@ def test_graph_that_stalls_can_be_left(built, cpp_package, tmp_path, graph, word
     assert process.returncode == 130 and text == ("" if word == PROMPT_WORD else "sorry")
     (line,) = file.read_text().splitlines()
     assert json.loads(line)["error"] == "cancelled"
+
+
+def test_each_allocation_of_a_request_may_fail(built, cpp_package, tmp_path):
+    """Also onnxruntime's: tests/attacks/allocations.cpp replaces the process's operator new. Every 61st fails here."""
+    program, attacks = tmp_path / "allocations", Path(__file__).resolve().parents[1] / "attacks"
+    command = ["g++", "-std=c++17", "-O1", f"-I{CPP / 'include'}", attacks / "allocations.cpp"]
+    command += [built / "libautosteer.so", f"-Wl,-rpath,{built}", "-o", program]
+    subprocess.run(list(map(str, command)), check=True)
+    environment = {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(wheel_library())}
+    done = subprocess.run([program, cpp_package, "61"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 wrong") == 7

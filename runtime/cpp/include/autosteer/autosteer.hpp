@@ -78,6 +78,7 @@ class Object {
     std::ostringstream text;
     text.imbue(std::locale::classic());  // a program's locale may write 0,5
     text.precision(17);
+    text.exceptions(std::ios::badbit);  // or a stream that has no memory leaves out a setting, and says nothing
     text << std::boolalpha << "{";
     return text;
   }
