@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,19 @@ import toy
 from conftest import load
 from cpp_runtime import cli, in_python, joined, through_c, use_byte_level_words
 
+from autosteer.runtime.manifest import MonitorSpec
+
 STOPPED = f"orange\n\n{toy.REFUSAL_TEXT}"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["toy", "attentive"])
+@pytest.fixture(scope="module", params=["toy", "attentive", "wide"])
 def watched(request, tmp_path_factory) -> Path:
-    """In the attentive one, the monitor's score depends on everything in the caches."""
+    """In the attentive one, the monitor's score depends on everything in the caches; in the wide one, on 12 tokens."""
     folder = tmp_path_factory.mktemp("watched-cpp") / "package"
-    use_byte_level_words(folder, toy.build(folder, monitored=True, attentive=request.param))
+    manifest = toy.build(folder, monitored=True, attentive=request.param == "attentive")
+    manifest = use_byte_level_words(folder, manifest)
+    if request.param == "wide":
+        replace(manifest, monitor=MonitorSpec(12, 0.9, {})).save(folder)
     return folder
 
 
@@ -32,10 +38,12 @@ def test_answers_are_pythons_drafted_or_not(built, watched):
     requests = []
     for seed in range(40):
         text = " ".join(rng.choice(words[: rng.randrange(2, 14)]) for _ in range(rng.randrange(1, 16)))
-        sampling = {"max_tokens": rng.randrange(1, 40), "speculate": bool(seed % 2)}
+        sampling = {"max_tokens": rng.randrange(1, 40), "speculate": bool(seed % 3)}
         requests.append(asked(text, policy=("steer", "stop", "monitor", "off")[seed % 4], sampling=sampling))
+    copying = "green tick tick tick tock tick tock"  # an answer without end, which is drafted; "green" fades in it
+    requests += [asked(copying, policy=policy, sampling={"max_tokens": 40}) for policy in ("steer", "monitor")]
     answers = [joined(answer["chunks"]) for answer in through_c(built, watched, requests)]
-    stopped = 0
+    stopped = accepted = 0
     for request, found in zip(requests, answers, strict=True):
         expected = in_python(engine, request)
         for answer in (found, expected):  # rounding may differ in the last bit
@@ -43,7 +51,8 @@ def test_answers_are_pythons_drafted_or_not(built, watched):
                 seen["p_unsafe"] = round(seen["p_unsafe"], 5)
         assert found == expected, request
         stopped += bool(found["verdict"]["monitor"] and found["verdict"]["monitor"]["unsafe"])
-    assert 5 < stopped < 35
+        accepted += found["timings"]["accepted_tokens"]
+    assert 3 < stopped < 37 and accepted > 3
 
 
 def test_no_chunk_has_anything_of_what_is_held(built, tmp_path):
