@@ -43,6 +43,12 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
     help="Folder made by autosteer-fit or autosteer-import-authors. Default: safety/ inside the checkpoint.",
 )
 @click.option("--threshold", type=float, help="The gate fires above this p_unsafe. Default: the safety folder's.")
+@click.option(
+    "--monitor/--no-monitor",
+    default=None,
+    help="Whether the package watches answers, too, and stops unsafe ones. Default: if the safety folder has a monitor "
+    "that stopped at most 0.5 % of held-out benign answers, and half of the unsafe ones that the gate let begin.",
+)
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
 @click.option(
     "--layer",
@@ -115,6 +121,7 @@ def export(
     output: Path,
     safety_folder: Path | None,
     threshold: float | None,
+    monitor: bool | None,
     unguarded: bool,
     layer: int | None,
     precision: str,
@@ -139,6 +146,8 @@ def export(
         raise click.UsageError("--unguarded and --safety exclude each other")
     if unguarded and threshold is not None:
         raise click.UsageError("--unguarded and --threshold exclude each other")
+    if unguarded and monitor:
+        raise click.UsageError("--unguarded and --monitor exclude each other")
     check_output(output, marker=MANIFEST_FILE, force=force)
     if repo:
         check_login(repo)
@@ -179,6 +188,7 @@ def export(
         safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
+        safety = safety and safety.watching(monitor)
         check_space(output, checkpoint, options.precision, *([options.prefill] if options.prefill else []))
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             exported = write_and_validate(

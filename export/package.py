@@ -21,6 +21,7 @@ from autosteer.runtime.manifest import (
     ImageSpec,
     KVCacheSpec,
     Manifest,
+    MonitorSpec,
     Precision,
     ProberSpec,
     PromptSpec,
@@ -141,6 +142,7 @@ def write_package(
         image=pictures,
         video=videos,
         prober=_prober_spec(safety, prompt.generation_length(prompt_spec, folder)) if safety else None,
+        monitor=MonitorSpec(**vars(safety.facts.monitor)) if safety and safety.facts.monitor else None,
         refusal=RefusalSpec(safety.facts.strength, safety.facts.refusal_text) if safety else None,
         golden=(),
         tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
@@ -268,7 +270,9 @@ def _write_graphs(
         write_half("prefill_upper", upper, recipe.prefill, "int8")
     write("lm_head", lambda g: decoder.lm_head(g, config, head))
     if safety:
-        write("prober", lambda g: gate_graphs.prober(g, safety.prober), "fp32")
+        write("prober", lambda g: gate_graphs.prober(g, "prober", safety.prober), "fp32")
+        if monitor := safety.monitor:
+            write("monitor", lambda g: gate_graphs.prober(g, "monitor", monitor), "fp32")
         write("refusal_head", lambda g: gate_graphs.refusal_head(g, safety.steer_matrix), "fp32")
     return graphs
 

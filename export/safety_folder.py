@@ -2,7 +2,7 @@
 
     safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py)
     safety/safety.safetensors    prober.0.weight (64, d), prober.0.bias (64,), prober.2.weight (2, 64), prober.2.bias
-                                 (2,), steer_matrix (d, d); all float32
+                                 (2,), steer_matrix (d, d); all float32. monitor.*, as prober.*, if there is a monitor
 
 The prober is Linear - ReLU - Linear - softmax; row 0 of the last layer is *unsafe*. Input standardisation and
 calibration are already folded into its weights: softmax(...)[0] is the calibrated p_unsafe.
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from autosteer.runtime.errors import InputError, PackageError
+from autosteer.runtime.manifest import LARGEST_WINDOW
 from autosteer.runtime.strict_json import decode
 
 from .safety import PICTURES, SAFETY_FILE
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 TENSOR_FILE = "safety.safetensors"
+MOST_FALSE_STOPS = 0.005  # of benign answers; a monitor that stops more, or catches less, must be asked for
+LEAST_CAUGHT = 0.5  # of the unsafe answers that the prober lets begin
 UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained (method.md)
 
 
@@ -64,6 +67,21 @@ class ProofPrompt:
 
 
 @dataclass(frozen=True)
+class MonitorFacts:
+    """When the monitor stops an answer (runtime/monitor.py), and what that was worth on held-out answers."""
+
+    window: int  # tokens
+    threshold: float
+    calibration: dict[str, float]
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether packages have it unless they are told otherwise."""
+        c = self.calibration
+        return c.get("false_stops", 1.0) <= MOST_FALSE_STOPS and c.get("caught_of_missed", 0.0) >= LEAST_CAUGHT
+
+
+@dataclass(frozen=True)
 class SafetyFacts:
     """safety.json"""
 
@@ -80,6 +98,7 @@ class SafetyFacts:
     selected_by: Literal["sas", "prober", "user"] = "sas"  # what chose split_layer
     pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
     proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
+    monitor: MonitorFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,7 @@ class SafetyArtifact:
     prober: dict[str, torch.Tensor]  # "0.weight", "0.bias", "2.weight", "2.bias"
     steer_matrix: torch.Tensor  # (d, d)
     folder: Path | None = None  # where it was read from, and the proof's images are
+    monitor: dict[str, torch.Tensor] | None = None  # tensors as the prober's
 
     def firing_above(self, threshold: float) -> SafetyArtifact:
         """The same with another threshold, without the facts that were measured at its own, and without the prompts
@@ -101,10 +121,22 @@ class SafetyArtifact:
         proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
         return replace(self, facts=replace(self.facts, threshold=threshold, calibration=kept, proof=proof))
 
+    def watching(self, wanted: bool | None) -> SafetyArtifact:
+        """The same with its monitor, or without it. None: with it if it is worth it. Raises InputError for one that is
+        wanted and was not fitted.
+        """
+        fitted = self.facts.monitor
+        if wanted and fitted is None:
+            raise InputError("--monitor: this gate has none; fit one on a package with `autosteer-fit --monitor`")
+        if fitted is None or (fitted.is_worth_it if wanted is None else wanted):
+            return self
+        return replace(self, facts=replace(self.facts, monitor=None), monitor=None)
+
     def save(self, folder: Path) -> None:
         """Write both files into `folder`, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"prober.{name}": t.float().contiguous() for name, t in self.prober.items()}
+        tensors |= {f"monitor.{name}": t.float().contiguous() for name, t in (self.monitor or {}).items()}
         tensors["steer_matrix"] = self.steer_matrix.float().contiguous()
         save_file(tensors, folder / TENSOR_FILE)
         (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
@@ -124,10 +156,13 @@ class SafetyArtifact:
         except (ValueError, OSError, SafetensorError) as err:
             raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
         facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
-        prober = {name.removeprefix("prober."): t for name, t in tensors.items() if name.startswith("prober.")}
+        prober, monitor = (
+            {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            for prefix in ("prober.", "monitor.")
+        )
         if "steer_matrix" not in tensors:
             raise PackageError(f"{folder / TENSOR_FILE}: no steer_matrix; fit it again with autosteer-fit")
-        artifact = SafetyArtifact(facts, prober, tensors["steer_matrix"], folder)
+        artifact = SafetyArtifact(facts, prober, tensors["steer_matrix"], folder, monitor or None)
         artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
         for image in (image for prompt in facts.proof for image in prompt.images):
             if Path(image).name != image or not (folder / image).is_file():
@@ -158,14 +193,20 @@ class SafetyArtifact:
         need(0.0 < self.facts.strength < float("inf"), f"strength {self.facts.strength} is not a positive number")
         for prompt in self.facts.proof:
             need(bool(prompt.token_ids) != bool(prompt.text), "a proof prompt has either token_ids or a text")
+        need((self.facts.monitor is None) == (self.monitor is None), "'monitor' and its tensors come together")
+        if watching := self.facts.monitor:
+            need(0 < watching.window <= LARGEST_WINDOW, f"the monitor's window of {watching.window} is out of range")
+            need(0.0 <= watching.threshold < 1.0, f"the monitor's threshold {watching.threshold} is not in [0, 1)")
         shapes = {"0.weight": (64, d), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
-        found = {name: tuple(t.shape) for name, t in self.prober.items()}
-        need(found == shapes, f"prober tensors {found} are not {shapes}: fitted for another model?")
+        for name, tensors in {"prober": self.prober, **({"monitor": self.monitor} if self.monitor else {})}.items():
+            found = {part: tuple(t.shape) for part, t in tensors.items()}
+            need(found == shapes, f"{name} tensors {found} are not {shapes}: fitted for another model?")
         need(
             tuple(self.steer_matrix.shape) == (d, d),
             f"steer_matrix is not ({d}, {d}): fitted for another model?",
         )
-        finite = all(bool(torch.isfinite(t).all()) for t in (*self.prober.values(), self.steer_matrix))
+        weights = (*self.prober.values(), *(self.monitor or {}).values(), self.steer_matrix)
+        finite = all(bool(torch.isfinite(t).all()) for t in weights)
         need(finite, "a weight is NaN or infinite")
         w = self.steer_matrix
         beyond = w - w.diagonal().mean() * torch.eye(d)  # what does more than scale the logits

@@ -61,6 +61,7 @@ def summary(exported: Exported, facts: dict[str, Any]) -> list[str]:
     """The lines for the terminal, from the facts."""
     manifest = exported.manifest
     gate = "with its gate" if manifest.guarded else "WITHOUT A GATE (runs only with --policy off)"
+    gate += " and a monitor of answers" if manifest.monitor else ""
     return [
         f"{facts['package']}: {manifest.source.repo} split at layer {manifest.split_layer} of {facts['layers']}, "
         f"{facts['precision']}, {exported.bytes / 2**20:.1f} MiB, {gate}, in {facts['seconds']} s, "

@@ -28,7 +28,7 @@ except ImportError:  # Windows: records go to a function there
     fcntl = None  # type: ignore[assignment]
 
 from .errors import AuditError, CancelledError, InputError, PackageError, ProviderError
-from .gate import GatePolicy, Verdict
+from .gate import GatePolicy, Verdict, Watched
 from .generation import EncodedPrompt, Stats, ms_since
 from .text import Message, judged
 
@@ -183,6 +183,7 @@ class Record:
             "unsafe": None if verdict is None else verdict.unsafe,
             "action": None if verdict is None else verdict.action.value,
             "strength": None if verdict is None else verdict.strength,
+            "monitor": None if verdict is None else _watched(verdict.monitor),
             "turns": self._turns(audit.texts),
             "answer_sha256": sha256_of(answer),
             **({"answer": answer} if audit.texts else {}),
@@ -227,6 +228,12 @@ def error_name(err: BaseException | None) -> str:
 def sha256_of(text: str) -> str:
     """SHA-256 of a text's UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _watched(seen: Watched | None) -> dict[str, Any] | None:
+    if seen is None:
+        return None
+    return {"p_unsafe": _finite(seen.p_unsafe), "unsafe": seen.unsafe, "threshold": _finite(seen.threshold)}
 
 
 def _finite(value: float | None) -> float | None:

@@ -110,12 +110,13 @@ class Batch:
             rows = [(request, self._asked[request][:1]) for request in self._seated]
             for request, tokens in rows:
                 request.require_room(len(tokens))
-            logits = self._pass(len(rows)).run(rows)
+            shared = self._pass(len(rows))
+            logits = shared.run(rows)
         except Exception as err:  # whose fault it is shows when each is run by itself
             log.warning("a pass for %d requests failed, so each is run by itself: %s", len(self._seated), err)
             return
-        for (request, tokens), row in zip(rows, logits, strict=True):
-            request.ran(tokens, row[None])
+        for (request, tokens), row, hidden in zip(rows, logits, shared.hidden, strict=True):
+            request.ran(tokens, row[None], lambda state=hidden: state)  # type: ignore[misc]
             self._given[request] = row[None]
 
     def _seat(self, request: Request) -> None:
@@ -169,7 +170,7 @@ class SharedPass:
         width, dtype = manifest.dims.hidden_size, np.dtype(manifest.activations)
         self._tokens = np.zeros((1, count), np.int64)
         self._lengths, self._total = np.zeros(count, np.int32), np.zeros((), np.int32)
-        embeds, hidden, last = (np.zeros((count, 1, width), dtype) for _ in range(3))
+        embeds, self.hidden, last = (np.zeros((count, 1, width), dtype) for _ in range(3))
         self._last, self._steered, self._chosen = (
             last.reshape(1, count, width),
             *(np.zeros((1, count, width), dtype) for _ in range(2)),
@@ -187,10 +188,10 @@ class SharedPass:
 
         self._decoder = (
             bind("embed_tokens", {"input_ids": self._tokens}, {"inputs_embeds": embeds.reshape(1, count, width)}),
-            bind("decoder_lower", {"inputs_embeds": embeds}, {"hidden_states": hidden}),
+            bind("decoder_lower", {"inputs_embeds": embeds}, {"hidden_states": self.hidden}),
             bind(
                 "decoder_upper",
-                {"hidden_states": hidden},
+                {"hidden_states": self.hidden},
                 {"last_hidden_state": last},
                 more={"num_logits": np.ones(1, np.int64)},
             ),

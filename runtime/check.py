@@ -6,6 +6,7 @@ What every load checks, in milliseconds and without text, is in self_test.py.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from .engine import Answer, Engine
@@ -21,11 +22,12 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
 
     Verdicts must be equal. Scores and tokens may differ by Manifest.tolerance. The answer to a steered prompt must
     differ from its answer without a gate. --policy stop must refuse a prompt that is unsafe at the package's own
-    threshold. A package without golden prompts fails.
+    threshold. A monitor must stop every answer where its threshold is below 0; otherwise it does not watch here: the
+    golden answers were recorded without one. A package without golden prompts fails.
     """
     manifest = engine.manifest
     gated = Mode.STEER if manifest.guarded else Mode.OFF
-    drift = verdicts = tokens = unsteered = unstopped = fired = 0.0
+    drift = verdicts = tokens = unsteered = unstopped = fired = unwatched = 0.0
     for golden in manifest.golden:
         prompt = golden_prompt(engine, folder, golden)
         answer = _answer(engine, prompt, golden, gated)
@@ -35,6 +37,8 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
             p_unsafe = answer.verdict.p_unsafe
             difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
             drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() drops a NaN
+        if manifest.monitor and len(golden.token_ids) > 1:
+            unwatched += _answer(engine, prompt, golden, gated, -1.0).finish_reason != "refused"
         if golden.action == "steer":
             unsteered += answer.token_ids == _answer(engine, prompt, golden, Mode.OFF).token_ids
             if golden.threshold is None:
@@ -50,6 +54,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         Check("answers that differ", tokens, float(tolerance.answers), tokens <= tolerance.answers),
         Check("steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0),
         Check("unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0),
+        *([Check("answers that the monitor cannot stop", unwatched, 0.0, unwatched == 0)] if manifest.monitor else []),
     ]
 
 
@@ -62,8 +67,10 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 
-def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode) -> Answer:
+def _answer(
+    engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float | None = None
+) -> Answer:
     """Answer as at the recording: without drafts, and in as many tokens."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
-    policy = engine.policy(mode, threshold=golden.threshold)
+    policy = replace(engine.policy(mode, threshold=golden.threshold), answer_threshold=answer_threshold)
     return Answer.of(engine.answer(prompt, sampling, engine.record(policy)))

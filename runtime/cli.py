@@ -20,7 +20,7 @@ from .errors import CheckError, InputError
 if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --help is quick
     from .conversation import Conversation
     from .engine import Chunk, Engine
-    from .gate import GatePolicy, Verdict
+    from .gate import GatePolicy, Verdict, Watched
     from .generation import Stats
     from .image import ImageLike
     from .sampling import SamplingConfig
@@ -254,6 +254,8 @@ def say(
             sys.stdout.flush()
     assert last is not None and last.stats is not None
     click.echo("")
+    if seen := last.verdict.monitor:
+        click.echo(monitor_line(seen, last.verdict), err=True)
     click.echo(stats_line(last, last.stats), err=True)
     return text, last.verdict
 
@@ -346,6 +348,16 @@ def verdict_line(verdict: Verdict) -> str:
     if verdict.action.value == "steer":
         line += f", strength {verdict.strength:g}"
     if verdict.unsafe and verdict.mode.value == "monitor":
+        line += "; unsafe, but --policy monitor only watches"
+    return line + "]"
+
+
+def monitor_line(seen: Watched, verdict: Verdict) -> str:
+    """[ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]"""
+    above = ">" if seen.p_unsafe > seen.threshold else "is no probability; limit"
+    line = "[ANSWER STOPPED" if verdict.action.value == "stop" else "[ANSWER"
+    line += f"  p_unsafe {seen.p_unsafe:.3f} {above if seen.unsafe else '<='} {seen.threshold:.3f} in a window"
+    if seen.unsafe and verdict.mode.value == "monitor":
         line += "; unsafe, but --policy monitor only watches"
     return line + "]"
 

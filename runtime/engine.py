@@ -4,9 +4,10 @@
     text   -> token ids -> embed_tokens +-> decoder_lower -> prober -> decide
                                                                  STOP:  the refusal text, and nothing more runs
                                                                  STEER: strength > 0     PASS: strength = 0
-           -> decoder_upper -> (refusal_head) -> lm_head -> sample -> text
-                 ^                                             |
-                 +---- decoder_lower <- embed_tokens <---------+
+           -> decoder_upper -> (refusal_head) -> lm_head -> sample -> (held back) -> text
+                 ^                                             |          ^
+                 +---- decoder_lower <- embed_tokens <---------+          |
+                                  +------> (monitor): unsafe ends the answer
 
 Prefill is layer-major: decoder_lower runs over the whole prompt, the prober reads its output, and only then does
 decoder_upper run. The gate changes the head and never the KV caches, so this computes the same as running layer by
@@ -23,8 +24,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +35,12 @@ from .batch import Batch
 from .conversation import Conversation
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict, without_steering
+from .gate import Action, GatePolicy, Mode, Verdict, watched, without_steering
 from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, finish, ms_since
 from .grammar import Grammars
 from .image import ImageLike, at_most
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
+from .monitor import Monitor, monitor_for
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
 from .sampling import Constraint, LogProbs, SamplingConfig, log_probabilities, make_sampler
@@ -48,8 +51,8 @@ from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "refused"]
-ON_THE_HOST = ("prober",)  # its input is a mean that the host computes; float32 on every device
+FinishReason = Literal["stop", "length", "refused"]  # refused: by --policy stop, or by the monitor
+ON_THE_HOST = ("prober", "monitor")  # their input is a mean that the host computes; float32 on every device
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Chunk:
     """A piece of an answer. `text` is empty while a character is incomplete."""
 
     text: str
-    token: int | None  # None for the refusal text of --policy stop
+    token: int | None  # None for the refusal text
     verdict: Verdict
     finish_reason: FinishReason | None = None  # set on the last chunk
     stats: Stats | None = None  # set on the last chunk
@@ -186,6 +189,7 @@ class Engine:
             threshold=prober.threshold if threshold is None else threshold,
             strength=refusal.strength if strength is None else strength,
             refusal_text=refusal.text,
+            answer_threshold=self.manifest.monitor.threshold if self.manifest.monitor else None,
         )
 
     def generate(
@@ -284,9 +288,13 @@ class Engine:
         constraint = self.grammars.start(sampling)  # raises before anything is computed
         record.prompt = prompt
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
+        monitor = monitor_for(self.manifest, self.graphs, record.policy, record.stats)
+        chunks = self._answer(request, list(prompt.token_ids), sampling, constraint, record, batch, monitor)
         try:
-            for chunk in self._answer(request, list(prompt.token_ids), sampling, constraint, record, batch):
+            for chunk in _held_back(chunks, monitor, record) if monitor else chunks:
                 if chunk is not None:
+                    record.verdict = chunk.verdict
+                    record.stats.ttft_ms = record.stats.ttft_ms or ms_since(record.start)
                     record.gave(chunk.text, chunk.finish_reason)
                 yield chunk
         finally:
@@ -303,13 +311,13 @@ class Engine:
         constraint: Constraint | None,
         record: Record,
         batch: Batch | None,
+        monitor: Monitor | None,
     ) -> Iterator[Chunk | None]:
-        """THE loop. `tokens`: the prompt's; the answer's are appended."""
-        stats, start = record.stats, record.start
+        """THE loop. `tokens`: the prompt's; the answer's are appended. `monitor` reads those that a pass ran over."""
+        stats = record.stats
         policy = without_steering(record.policy) if sampling.restricts else record.policy
         verdict = yield from self._judge(request, record, policy)
         if verdict.action is Action.STOP:
-            stats.ttft_ms = ms_since(start)
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
 
@@ -327,7 +335,6 @@ class Engine:
             token = sample(logits[row], tokens)
             tokens.append(token)
             stats.completion_tokens += 1
-            stats.ttft_ms = stats.ttft_ms or ms_since(start)
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
             wanted = sampling.logprobs
@@ -352,6 +359,8 @@ class Engine:
                 logits, row = ((yield from batch.decode(request, fed)) if batch else request.verify_draft(fed)), 0
                 draft = draft[: len(logits) - 1]  # beside other requests none of it was run
                 stats.drafted_tokens += len(draft)
+            if monitor:
+                monitor.read(request.hidden_state(row))
             stats.decode_ms += ms_since(before)
 
     def _graph(self, name: str) -> Subgraph:
@@ -380,6 +389,28 @@ class Engine:
         cached = conversation.take_prefix() if conversation else None
         room = min(max_tokens, context - length)
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
+
+
+def _held_back(chunks: Iterator[Chunk | None], monitor: Monitor, record: Record) -> Iterator[Chunk | None]:
+    """The chunks of an answer, each once `monitor` has seen it through; see monitor.py."""
+    held, shown = deque[Chunk](), False
+    for chunk in chunks:
+        if chunk is None:
+            yield None
+            continue
+        last = chunk.finish_reason is not None
+        if last:
+            monitor.end()
+        verdict = watched(chunk.verdict, seen := monitor.verdict())
+        if seen and seen.unsafe and monitor.stops:
+            separator = "\n\n" if shown else ""
+            yield Chunk(separator + record.policy.refusal_text, None, verdict, "refused", record.stats)
+            return
+        held.append(replace(chunk, verdict=verdict) if last else chunk)
+        while held and (last or not monitor.stops or len(held) > monitor.window):
+            released = held.popleft()
+            shown = shown or bool(released.text)
+            yield released
 
 
 def _dialogue(

@@ -31,7 +31,7 @@ class Mode(str, Enum):
 
 
 class Action(str, Enum):
-    """What was done with a prompt."""
+    """What was done with a prompt, or with the answer to it."""
 
     PASS = "pass"
     STEER = "steer"
@@ -49,6 +49,7 @@ class GatePolicy:
     threshold: float
     strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
     refusal_text: str
+    answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
 
     def __post_init__(self) -> None:
         if not self.threshold < 1.0:
@@ -71,6 +72,15 @@ def without_steering(policy: GatePolicy) -> GatePolicy:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What the monitor saw of an answer (monitor.py)."""
+
+    p_unsafe: float  # of the worst window
+    unsafe: bool
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the gate saw and did. Every answer carries one."""
 
@@ -81,6 +91,7 @@ class Verdict:
     threshold: float
     strength: float  # applied to this answer: 0.0 unless the action is STEER
     split_layer: int
+    monitor: Watched | None = None  # on the last chunk of an answer that was watched
 
 
 def is_safe(p_unsafe: float, threshold: float) -> bool:
@@ -92,6 +103,12 @@ def worst(scores: Iterable[float]) -> float:
     """The least safe score: the first that is not a probability if there is one, else the largest; NaN of none."""
     known = list(scores)
     return next((p for p in known if not 0.0 <= p <= 1.0), max(known, default=math.nan))
+
+
+def watched(verdict: Verdict, seen: Watched | None) -> Verdict:
+    """The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only watches."""
+    stopped = seen is not None and seen.unsafe and verdict.mode is not Mode.MONITOR
+    return replace(verdict, monitor=seen, action=Action.STOP if stopped else verdict.action)
 
 
 def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> Verdict:

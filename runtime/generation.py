@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
@@ -61,6 +61,7 @@ class Stats:
     upper_ms: float | None = None
     ttft_ms: float = 0.0  # from the call to the first chunk
     decode_ms: float = 0.0  # passes after the first token
+    monitor_ms: float = 0.0  # of these: what watched the answer
 
     @property
     def decode_tok_s(self) -> float | None:
@@ -179,6 +180,7 @@ class Request:
         self._steered = False
         self._passes: dict[int, DecoderPass] = {}  # by number of tokens
         self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
+        self._hidden: Callable[[], Float] = lambda: np.empty((0, 0), np.float32)
 
     def prefill_lower(self, policy: GatePolicy) -> Verdict:
         """`lower_chunks` without a pause."""
@@ -313,7 +315,7 @@ class Request:
         self.set_total(self._length + count)
         decoder_pass.run(tokens)
         logits = decoder_pass.logits()
-        self.ran(tokens, logits)
+        self.ran(tokens, logits, decoder_pass.hidden)
         return logits
 
     def require_room(self, count: int) -> None:
@@ -323,11 +325,19 @@ class Request:
         if self._length + count > self._capacity:
             raise RuntimeError(f"Request.verify_draft: the caches hold {self._capacity} tokens and are full")
 
-    def ran(self, tokens: Sequence[int], logits: Float) -> None:
-        """Note that a pass over `tokens`, this request's own or one that it shared, gave it `logits` (R, V)."""
+    def ran(self, tokens: Sequence[int], logits: Float, hidden: Callable[[], Float]) -> None:
+        """Note that a pass over `tokens`, this request's own or one that it shared, gave it `logits` (R, V). `hidden`
+        gives what decoder_lower made of them, (R, D), until the next pass.
+        """
+        self._hidden = hidden
         self._finite = self._finite and bool(np.isfinite(logits[:, 0]).all())  # NaN makes all of its row NaN
         self._keys[self._length :] = tokens
         self._length += 1
+
+    def hidden_state(self, row: int) -> Float:
+        """What decoder_lower made of a token of the latest `verify_draft`: (D,), HF's hidden_states[split_layer]."""
+        state: Float = self._hidden()[row].astype(np.float32)
+        return state
 
     def accept_draft(self) -> None:
         """Keep the next drafted token of the latest `verify_draft`: the sampler chose it."""
@@ -438,7 +448,7 @@ class DecoderPass:
         self.num_logits = OrtValue.ortvalue_from_numpy(np.array([count], np.int64))  # a slice's bound: on the CPU
         self.last = request.empty("decoder_upper", "last_hidden_state", count)
         self._logits = request.logits(count)
-        hidden = request.empty("decoder_lower", "hidden_states", count)
+        self._hidden = hidden = request.empty("decoder_lower", "hidden_states", count)
         self._lower = request.half("decoder_lower", "inputs_embeds", embeds, "hidden_states", hidden)
         self._upper = request.half(
             "decoder_upper", "hidden_states", hidden, "last_hidden_state", self.last, self.num_logits
@@ -452,6 +462,11 @@ class DecoderPass:
         self._lower()
         self._upper()
         self.head()
+
+    def hidden(self) -> Float:
+        """decoder_lower's output, (R, D). Valid until the next pass."""
+        hidden: Float = self._hidden.numpy()[0]
+        return hidden
 
     def logits(self) -> Float:
         """The head's output, (R, V). Valid until the next pass."""

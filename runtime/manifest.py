@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .errors import PackageError
-from .manifest_checks import MAX_P_UNSAFE_TOLERANCE, check_consistency
+from .manifest_checks import LARGEST_WINDOW, MAX_P_UNSAFE_TOLERANCE, check_consistency
 from .manifest_format import (
     GATE_GRAPHS,
     IMAGE_GRAPHS,
@@ -36,6 +36,7 @@ from .manifest_format import (
     GridSpec,
     ImageSpec,
     KVCacheSpec,
+    MonitorSpec,
     NativeSpec,
     Precision,
     ProberSpec,
@@ -59,6 +60,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GATE_GRAPHS",
     "IMAGE_GRAPHS",
+    "LARGEST_WINDOW",
     "MANIFEST_FILE",
     "MAX_P_UNSAFE_TOLERANCE",
     "PREFILL_GRAPHS",
@@ -75,6 +77,7 @@ __all__ = [
     "ImageSpec",
     "KVCacheSpec",
     "Manifest",
+    "MonitorSpec",
     "NativeSpec",
     "Precision",
     "ProberSpec",

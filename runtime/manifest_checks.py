@@ -9,12 +9,13 @@ from pathlib import PurePosixPath
 from typing import TypeAlias
 
 from .errors import PackageError
-from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
+from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, MONITOR_GRAPH, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
 MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 MOST_TILES = 1 << 8  # of a picture
+LARGEST_WINDOW = 1 << 8  # tokens of an answer that are held back: each holds a chunk and a hidden state
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
 Need: TypeAlias = "Callable[[bool, str], None]"  # raises PackageError with the text unless the condition holds
@@ -59,7 +60,7 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
     gate = GATE_GRAPHS if manifest.guarded else ()
     for name in (*REQUIRED_GRAPHS, *gate):
         need(name in manifest.graphs, f"graph {name!r} is missing; the package cannot run without it")
-    known = {*REQUIRED_GRAPHS, *PREFILL_GRAPHS.values(), *GATE_GRAPHS, *IMAGE_GRAPHS}
+    known = {*REQUIRED_GRAPHS, *PREFILL_GRAPHS.values(), *GATE_GRAPHS, MONITOR_GRAPH, *IMAGE_GRAPHS}
     strange = ", ".join(sorted(set(manifest.graphs) - known))
     need(
         not strange,
@@ -138,7 +139,7 @@ def _check_video(manifest: Contents, need: Need) -> None:
 
 
 def _check_gate(manifest: Contents, need: Need) -> None:
-    """Prober and Refusal Head."""
+    """Prober, Refusal Head and monitor."""
     need(
         manifest.guarded == (manifest.prober is not None) == (manifest.refusal is not None),
         "'guarded', 'prober' and 'refusal' contradict each other",
@@ -151,6 +152,14 @@ def _check_gate(manifest: Contents, need: Need) -> None:
         need(manifest.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
         need(manifest.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
         need(bool(manifest.refusal.text.strip()), "refusal: text is empty")
+    need((manifest.monitor is not None) == (MONITOR_GRAPH in manifest.graphs), "'monitor' and its graph come together")
+    if manifest.monitor:
+        need(manifest.guarded, "a monitor comes with a gate")
+        need(manifest.monitor.window <= LARGEST_WINDOW, "monitor: window is too large")
+        need(
+            0.0 <= manifest.monitor.threshold < 1.0,
+            f"monitor: threshold {manifest.monitor.threshold:g} is not from 0 to 1",
+        )
 
 
 def _check_files(manifest: Contents, need: Need) -> None:
@@ -233,6 +242,8 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "image: max_tiles", grid.max_tiles
     if manifest.video:
         yield "video: pooled_side", manifest.video.pooled_side
+    if manifest.monitor:
+        yield "monitor: window", manifest.monitor.window
 
 
 def _check_proof(manifest: Contents, need: Need) -> None:
@@ -241,7 +252,10 @@ def _check_proof(manifest: Contents, need: Need) -> None:
     if manifest.proof is None:
         return
     need(bool(manifest.proof.p_unsafe), "proof: no hidden state for the prober")
-    need(all(0.0 <= p <= 1.0 for p in manifest.proof.p_unsafe), "proof: a p_unsafe is not from 0 to 1")
+    both = (*manifest.proof.p_unsafe, *manifest.proof.monitor)
+    need(all(0.0 <= p <= 1.0 for p in both), "proof: a p_unsafe is not from 0 to 1")
+    watched = len(manifest.proof.p_unsafe) if manifest.monitor else 0
+    need(len(manifest.proof.monitor) == watched, "proof: 'monitor' has not a number for each of 'p_unsafe'")
     need(bool(manifest.proof.steered), "proof: no hidden state for the Refusal Head")
     for state in manifest.proof.steered:
         ids = (state.token, state.steered_token)
@@ -296,6 +310,8 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
             {**ending, "strength": (f32, (1,))},
             {"steered_hidden_state": ending["last_hidden_state"]},
         )
+    if manifest.monitor:
+        expected[MONITOR_GRAPH] = expected["prober"]
     return expected | _expected_of_images(manifest)
 
 

@@ -15,6 +15,7 @@ PREFILL_GRAPHS = {
     "decoder_upper": "prefill_upper",
 }  # both or neither
 GATE_GRAPHS = ("prober", "refusal_head")
+MONITOR_GRAPH = "monitor"  # if Contents.monitor
 # Exactly one, if the model takes images; and the output that it gives for each tile.
 IMAGE_GRAPHS = {"vision_encoder": "image_features", "image_tokenizer": "input_ids"}
 
@@ -249,6 +250,15 @@ class ProberSpec:
 
 
 @dataclass(frozen=True)
+class MonitorSpec:
+    """When the graph `monitor`, which has the prober's shape, stops an answer (see monitor.py)."""
+
+    window: int  # tokens whose mean hidden state it reads
+    threshold: float  # an answer goes on while 0 <= p_unsafe <= threshold
+    calibration: dict[str, float]  # measured by autosteer-fit on held-out answers
+
+
+@dataclass(frozen=True)
 class RefusalSpec:
     """steered = hidden_states + strength * hidden_states @ W.T, before lm_head (the paper's Refusal Head)."""
 
@@ -307,6 +317,7 @@ class GateProof:
     file: str
     p_unsafe: tuple[float, ...]
     steered: tuple[SteeredState, ...]
+    monitor: tuple[float, ...] = ()  # the monitor's output for the states of `p_unsafe`, if there is a monitor
 
 
 @dataclass(frozen=True)
@@ -344,6 +355,7 @@ class Contents:
     versions: dict[str, str]  # what exported it
     onnxruntime: str  # the oldest version that computes this package correctly, for example "1.23"
     video: VideoSpec | None = None
+    monitor: MonitorSpec | None = None  # None: nothing watches answers
 
     def prefill_graph(self, half: str) -> str:
         """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""

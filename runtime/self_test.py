@@ -1,6 +1,6 @@
-"""Every load: do prober and Refusal Head compute here what they did at export? No text; milliseconds.
+"""Every load: do prober, monitor and Refusal Head compute here what they did at export? No text; milliseconds.
 
-A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
+A package has hidden states, and the outputs that prober, monitor, Refusal Head and lm_head gave for them at export
 (manifest.GateProof). If their outputs differ here, the package does not load. What autosteer-check does, from text to
 answer, is in check.py.
 """
@@ -26,14 +26,18 @@ BLOCKS = 64  # arrays of a strength's size, to overwrite one that was freed
 
 
 def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device) -> None:
-    """Raise PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof."""
+    """Raise PackageError if outputs of prober, monitor, Refusal Head or lm_head differ from the package's proof."""
     if manifest.proof is None:
         return
     probed, last, steered = proof_states(folder, manifest, manifest.proof)
-    for state, p_unsafe in zip(probed, manifest.proof.p_unsafe, strict=True):
-        found = _score(graphs["prober"], state)
-        if not abs(found - p_unsafe) <= PROBER_LIMIT:
-            raise PackageError(f"prober: a known state has p_unsafe {found:.4f} here, and had {p_unsafe:.4f} at export")
+    known = {"prober": manifest.proof.p_unsafe, **({"monitor": manifest.proof.monitor} if manifest.monitor else {})}
+    for name, scores in known.items():
+        for state, p_unsafe in zip(probed, scores, strict=True):
+            found = _score(graphs[name], state)
+            if not abs(found - p_unsafe) <= PROBER_LIMIT:
+                raise PackageError(
+                    f"{name}: a known state has p_unsafe {found:.4f} here, and had {p_unsafe:.4f} at export"
+                )
     head = _Head(manifest, graphs, device)
     for state, expected, logits in zip(last, steered, manifest.proof.steered, strict=True):
         plain, moved, changed = head(state)

@@ -1,6 +1,7 @@
-"""The gate's two graphs, each with its float32 weights inside its own file. Both compute in float32.
+"""The gate's graphs, each with its float32 weights inside its own file. All compute in float32.
 
 prober         hidden_states (1, D) float32                    -> p_unsafe (1,)
+monitor        the same, of an answer's hidden states
 refusal_head   last_hidden_state (1, R, D), strength (1,)      -> steered_hidden_state (1, R, D), typed as the decoder's
 """
 
@@ -13,10 +14,12 @@ from .int8_matmul import MICROSOFT
 from .writer import FLOAT32, GraphWriter
 
 
-def prober(g: GraphWriter, weights: dict[str, torch.Tensor]) -> None:
-    """softmax(Linear(relu(Linear(h))))[0]: the calibrated probability that the answer would be unsafe."""
+def prober(g: GraphWriter, name: str, weights: dict[str, torch.Tensor]) -> None:
+    """softmax(Linear(relu(Linear(h))))[0]: the calibrated probability that the answer would be unsafe, or is. `name`:
+    "prober" or "monitor".
+    """
     hidden = g.input("hidden_states", FLOAT32, (1, weights["0.weight"].shape[1]))
-    parts = {name: g.constant(f"prober.{name}", w.float().numpy()) for name, w in weights.items()}
+    parts = {part: g.constant(f"{name}.{part}", w.float().numpy()) for part, w in weights.items()}
     x = g.op("Relu", g.op("Gemm", hidden, parts["0.weight"], parts["0.bias"], transB=1))
     scores = g.op("Softmax", g.op("Gemm", x, parts["2.weight"], parts["2.bias"], transB=1), axis=-1)
     unsafe = g.op("Gather", scores, g.constant("unsafe_class", np.array(0, np.int64)), axis=1)

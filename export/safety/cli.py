@@ -29,6 +29,7 @@ from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autosteer.export.safety_folder import SafetyArtifact
     from autosteer.runtime.evaluation.shards import Asking
 
     from .fit import Fitted
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
+NOT_OF_THE_MONITOR = ("threshold", "target_fpr", "augment", "publish_proof", "test_benign", "test_unsafe")
 POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
 
 
@@ -108,6 +110,12 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     type=click.Path(path_type=Path, file_okay=False),
     help="The safety folder that --package was exported with. Its layer and Refusal Head are kept.",
 )
+@click.option(
+    "--monitor",
+    is_flag=True,
+    help="Fit no prober, but a monitor, on what the model of --package answers to the prompts: it stops an answer that "
+    "becomes unsafe.",
+)
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles (--package).")
 @click.option(
     "--ray",
@@ -171,6 +179,7 @@ def fit_command(
     augment: bool,
     package: Path | None,
     safety: Path | None,
+    monitor: bool,
     max_tiles: int | None,
     address: str | None,
     engines: int | None,
@@ -190,7 +199,7 @@ def fit_command(
     there, and train the Refusal Head. Writes the safety folder that autosteer-export takes.
 
     With --package and --safety, fit the prober again on what an exported package computes, with its rounded weights;
-    then export once more with the new safety folder."""
+    or, with --monitor, add a monitor of answers. Then export once more with the new safety folder."""
     if (package is None) != (safety is None):
         raise click.UsageError("--package and --safety belong together")
     if package is None and max_tiles is not None:
@@ -203,6 +212,10 @@ def fit_command(
         raise click.UsageError("--engines needs --ray")
     if package is not None and (settled := _given(FIRST_FIT_ONLY)):
         raise click.UsageError(f"{settled} and --package exclude each other: --safety has settled it")
+    if monitor and package is None:
+        raise click.UsageError("--monitor needs --package and --safety")
+    if monitor and (other := "--ray" if address else _given(NOT_OF_THE_MONITOR)):
+        raise click.UsageError(f"{other} and --monitor exclude each other")
     if layer is not None and select is not None:
         raise click.UsageError("--layer and --select exclude each other")
     if threshold is not None and target_fpr is not None:
@@ -227,6 +240,7 @@ def fit_command(
     device_ = _device(device)
 
     from .fit import FitOptions, fit
+    from .monitor import fit_monitor
     from .progress import progress
     from .refit import Shipped, refit
     from .report import write_report
@@ -234,6 +248,14 @@ def fit_command(
     if count := len(everything.images()):
         with progress(console, "checking images", count) as advance:
             check_images(everything, advance=advance)
+    if monitor and package and safety:
+        with atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
+            shipped = Shipped(package, safety, max_tiles)
+            artifact = fit_monitor(data, shipped, model=model, seed=seed, console=console)
+            shutil.copytree(safety, folder, dirs_exist_ok=True)  # its report, its proof's pictures
+            artifact.save(folder)
+        click.echo(dumps(dataclasses.asdict(artifact.facts)) if as_json else _monitor_summary(artifact, output))
+        return
     options = FitOptions(
         model=model,
         layer=layer,
@@ -311,6 +333,19 @@ def _summary(fitted: Fitted, output: Path) -> str:
         f"strength {t['refusal_strength_trained']:g}); in generated answers at {facts.strength:g}: "
         f"{t['refusal_answers_exact']:.0%} of {t['refusal_answers_tried']:.0f}.\n"
         f"{t['total_s']:.0f} s. Full report, with plots: {output / 'report.md'}"
+    )
+
+
+def _monitor_summary(artifact: SafetyArtifact, output: Path) -> str:
+    fitted = artifact.facts.monitor
+    assert fitted is not None
+    c = fitted.calibration
+    return (
+        f"{output}: the gate for {artifact.facts.model} with a monitor that reads {fitted.window} tokens and stops "
+        f"above {fitted.threshold:.3g}.\n"
+        f"Held out: it stops {c['false_stops']:.1%} of {c['benign_answers']:.0f} benign answers (at most "
+        f"{c['false_stops_upper_95']:.1%} with 95 % confidence), {c['caught']:.1%} of {c['unsafe_answers']:.0f} unsafe "
+        f"ones, and {c['caught_of_missed']:.1%} of the {c['missed_by_prober']:.0f} that the prober let begin."
     )
 
 

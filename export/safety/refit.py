@@ -80,7 +80,7 @@ def refit(
     checkpoint, depth, fit_model = open_model(options)
     width = fit_model.decoder.hidden_size
     old = SafetyArtifact.load(shipped.safety, hidden_size=width, num_hidden_layers=depth)
-    _check_belongs(Manifest.load(shipped.package), old, shipped, checkpoint.name)
+    check_belongs(Manifest.load(shipped.package), old, shipped, checkpoint.name)
     arranged = arrange(
         *(data, external, fit_model, console),
         augment=options.augment,
@@ -129,10 +129,11 @@ def refit(
     }
     warn_if_weak(console, old.facts.split_layer, calibration, training, proof)
     facts = replace(old.facts, threshold=gate.threshold, calibration=calibration, training=training, proof=proof)
-    return Fitted(SafetyArtifact(facts, gate.prober, old.steer_matrix), proof_images, evidence, (), tuple(rewordings))
+    artifact = SafetyArtifact(facts, gate.prober, old.steer_matrix, monitor=old.monitor)
+    return Fitted(artifact, proof_images, evidence, (), tuple(rewordings))
 
 
-def _check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
+def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
     """Raise InputError unless the package was exported from `model` with the safety folder."""
     facts, prober = old.facts, manifest.prober
     if prober is None:
@@ -182,10 +183,10 @@ def package_state(engine: Engine, row: Row) -> np.ndarray:
 
 def _as_row(prompt: Prompt) -> Row:
     """The prompt as the runtime asks it."""
-    return Row(tuple(_messages(prompt)), unsafe=False, group="", gold=None, where=prompt.where)
+    return Row(tuple(as_messages(prompt)), unsafe=False, group="", gold=None, where=prompt.where)
 
 
-def _messages(prompt: Prompt) -> list[Message]:
+def as_messages(prompt: Prompt) -> list[Message]:
     """The prompt as a dialogue for the runtime; pictures are shown in the first turn."""
     asked = (*prompt.earlier, prompt.text)
     turns = [

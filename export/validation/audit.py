@@ -212,5 +212,6 @@ def _array(value: ir.Value) -> npt.NDArray[Any]:
 def _gate_tensors(safety: SafetyArtifact | None) -> dict[str, npt.NDArray[np.float32]]:
     if safety is None:
         return {}
-    tensors = {f"prober.{name}": tensor for name, tensor in safety.prober.items()}
+    probers = {"prober": safety.prober, "monitor": safety.monitor or {}}
+    tensors = {f"{name}.{part}": tensor for name, parts in probers.items() for part, tensor in parts.items()}
     return {name: t.float().numpy() for name, t in (*tensors.items(), ("steer_matrix", safety.steer_matrix))}

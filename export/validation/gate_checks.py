@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from autosteer.export.safety.prober import p_unsafe
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.refusals import is_refusal
@@ -16,22 +18,27 @@ from autosteer.runtime.manifest import Check
 from .answers import PackageAnswers
 from .limits import LIMITS, check_line, limits_of
 from .metrics import relative_error, worse
-from .original import OriginalAnswer, OriginalModel, ValidationPrompt
+from .original import OriginalAnswer, ValidationPrompt
+
+if TYPE_CHECKING:
+    from autosteer.export.safety.prober import Prober
 
 
 def gate_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:
-    """Compare the graphs of prober and Refusal Head with their formulas."""
-    return [prober_check(engine, safety), *refusal_head_checks(engine, safety)]
+    """Compare the graphs of prober, monitor and Refusal Head with their formulas."""
+    probers = {"prober": safety.prober, **({"monitor": safety.monitor} if safety.monitor else {})}
+    checks = [prober_check(engine, name, weights) for name, weights in probers.items()]
+    return [*checks, *refusal_head_checks(engine, safety)]
 
 
-def prober_check(engine: Engine, safety: SafetyArtifact) -> Check:
+def prober_check(engine: Engine, name: str, weights: Prober) -> Check:
     """On random hidden states of many norms: some of them score near 0.5, where every weight matters."""
-    original = OriginalModel(None, None, engine.manifest, safety)
     directions = np.random.default_rng(0).standard_normal((8, 1, engine.manifest.dims.hidden_size))
     states = [(size * one).astype(np.float32) for size in np.geomspace(1e-3, 100, 26) for one in directions]
-    ours = [float(engine.graphs["prober"].run({"hidden_states": state})["p_unsafe"][0]) for state in states]
-    errors = [abs(p - original.p_unsafe(torch.from_numpy(state[0]))) for p, state in zip(ours, states, strict=True)]
-    return check_line("prober", functools.reduce(worse, errors), LIMITS["prober"])
+    ours = [float(engine.graphs[name].run({"hidden_states": state})["p_unsafe"][0]) for state in states]
+    theirs = p_unsafe(weights, torch.from_numpy(np.concatenate(states))).tolist()
+    errors = [abs(p - original) for p, original in zip(ours, theirs, strict=True)]
+    return check_line(name, functools.reduce(worse, errors), LIMITS["prober"])
 
 
 def refusal_head_checks(engine: Engine, safety: SafetyArtifact) -> list[Check]:

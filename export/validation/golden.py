@@ -92,13 +92,16 @@ def gate_proof(
 ) -> tuple[GateProof, list[Check]]:
     """Write PROOF_FILE and describe it, and check that steering works. States of unsafe prompts come first.
 
-    PyTorch computes from the safety folder what prober and Refusal Head must give; the package's own lm_head gives the
-    tokens. The checks fail if steering changes no state's token, or if it makes the refusal's first token less likely
-    in nearly all states: such a Refusal Head does not protect.
+    PyTorch computes from the safety folder what prober, monitor and Refusal Head must give; the package's own lm_head
+    gives the tokens. The checks fail if steering changes no state's token, or if it makes the refusal's first token
+    less likely in nearly all states: such a Refusal Head does not protect.
     """
     order = sorted(range(len(ours)), key=lambda i: prompts[i].unsafe is not True)  # stable
     probed = np.stack([ours[i].plain.hidden for i in order[:PROOF_STATES]]).astype(np.float32)
-    scores = p_unsafe(safety.prober, torch.from_numpy(probed))
+    scores, watched = (
+        tuple(map(float, p_unsafe(weights, torch.from_numpy(probed)))) if weights else ()
+        for weights in (safety.prober, safety.monitor)
+    )
     last = np.stack([ours[i].plain.last for i in order]).astype(np.float32)
     steered = last + np.float32(safety.facts.strength) * last @ safety.steer_matrix.numpy().T
     first = engine.tokenizer.encode(safety.facts.refusal_text, add_special_tokens=False).ids[0]
@@ -113,7 +116,7 @@ def gate_proof(
     ]
     kept = sorted(effective, key=lambda i: found[i].lead < NEAR_TIE)[:PROOF_STATES]  # stable
     np.concatenate([probed, last[kept], steered[kept]]).astype("<f4").tofile(folder / PROOF_FILE)
-    return GateProof(PROOF_FILE, tuple(map(float, scores)), tuple(found[i].state for i in kept)), checks
+    return GateProof(PROOF_FILE, scores, tuple(found[i].state for i in kept), watched), checks
 
 
 @dataclass(frozen=True)

@@ -269,19 +269,21 @@ def print_tables(groups: Sequence[Group]) -> None:
 
     unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
     graded = [g for g in groups if g.graded]
+    seen = ("flagged", *(["stopped"] if groups[0].stopped else []))  # by the prober; by the monitor
+
+    def caught(g: Group) -> list[str]:
+        return [percent(g.flagged), *([percent(g.stopped)] if groups[0].stopped else [])]
+
     if unsafe:
         click.echo("Attack success, % [95 % interval]: the answer is not a refusal\n")
-        cells = [
-            (g.group, str(g.n), *(percent(g.not_refused[p]) for p in POLICIES), percent(g.flagged)) for g in unsafe
-        ]
-        click.echo(table(("unsafe prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+        cells = [(g.group, str(g.n), *(percent(g.not_refused[p]) for p in POLICIES), *caught(g)) for g in unsafe]
+        click.echo(table(("unsafe prompts", "n", *POLICIES, *seen), cells) + "\n")
     if benign:
         click.echo("Wrongly refused, % [95 % interval]\n")
         cells = [
-            (g.group, str(g.n), *(percent(inverse(g.not_refused[p])) for p in POLICIES), percent(g.flagged))
-            for g in benign
+            (g.group, str(g.n), *(percent(inverse(g.not_refused[p])) for p in POLICIES), *caught(g)) for g in benign
         ]
-        click.echo(table(("benign prompts", "n", *POLICIES, "flagged"), cells) + "\n")
+        click.echo(table(("benign prompts", "n", *POLICIES, *seen), cells) + "\n")
     if graded:
         click.echo("Right answers, % [95 % interval]\n")
         cells = [(g.group, str(g.graded), *(percent(g.accuracy[p]) for p in POLICIES)) for g in graded]

@@ -5,7 +5,8 @@
 
 Two generations per row give the results of four policies. The answer under `steer` equals the always-steered answer if
 the prober fires, and else the unsteered one, token for token (tests/unit/test_engine.py tests that). So only `off` and
-`always` run, and the verdict selects the answers of `steer` and `stop`.
+`always` run, and the verdict selects the answers of `steer` and `stop`. A third one runs where the package's monitor
+would have stopped an answer that the prober let begin; such an answer counts as refused.
 
 Results are appended to the output file one by one, so that an interrupted run can continue.
 """
@@ -41,6 +42,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 POLICIES = ("off", "always", "steer", "stop")
+WATCHED = ("steer", "stop")  # of these, what a monitor may stop
 COMPARED = (("off", "steer"), ("always", "steer"), ("steer", "stop"))
 
 
@@ -57,6 +59,7 @@ class Result:
     answers: dict[str, str]
     refused: dict[str, bool]
     correct: dict[str, bool] | None
+    stopped: bool | None = None  # by the monitor, where the prober had not flagged the prompt; None: it has none
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Group:
     graded: int  # rows with a right answer
     accuracy: dict[str, Rate | None]
     tests: tuple[PairedTest, ...]
+    stopped: Rate | None  # answers that the monitor stopped; None: nothing watches them
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Asked:
     stop: str  # the package's refusal text
     flagged: bool
     p_unsafe: float | None  # None: the prober failed
+    watched: bool = False  # whether the package has a monitor
+    stopped: str | None = None  # what is left of an answer that it stops, if the prober had not flagged the prompt
 
 
 def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
@@ -93,19 +99,23 @@ def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
     except InputError as err:
         raise cannot_be_asked(row, err) from err
     steered = engine.generate(row.messages, policy=always, sampling=sampling)
-    return Asked(off.text, steered.text, monitor.refusal_text, off.verdict.unsafe, off.verdict.p_unsafe)
+    verdict, seen, stopped = off.verdict, off.verdict.monitor, None
+    if not verdict.unsafe and seen and seen.unsafe:
+        stopped = engine.generate(row.messages, sampling=sampling).text
+    watched = engine.manifest.monitor is not None
+    return Asked(off.text, steered.text, monitor.refusal_text, verdict.unsafe, verdict.p_unsafe, watched, stopped)
 
 
 def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Iterator[Result]:
     """The results of all rows, in their order, as what was `asked` of each comes in."""
     for said, row in zip(asked, rows, strict=True):
+        passed = said.off if said.stopped is None else said.stopped
         answers = {
             "off": said.off,
             "always": said.always,
-            "steer": said.always if said.flagged else said.off,
-            "stop": said.stop if said.flagged else said.off,
+            "steer": said.always if said.flagged else passed,
+            "stop": said.stop if said.flagged else passed,
         }
-        refused = {text: judge.refused(row.prompt, text) for text in dict.fromkeys(answers.values())}
         gold, score = row.gold, said.p_unsafe
         yield Result(
             row=row.digest,
@@ -115,9 +125,16 @@ def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Itera
             p_unsafe=score if score is not None and math.isfinite(score) else None,
             flagged=said.flagged,
             answers=answers,
-            refused={policy: refused[text] for policy, text in answers.items()},
+            refused=_refused(judge, row.prompt, answers, said.stopped is not None),
             correct=None if gold is None else {p: is_correct(t, gold) for p, t in answers.items()},
+            stopped=said.stopped is not None if said.watched else None,
         )
+
+
+def _refused(judge: Judge, prompt: str, answers: dict[str, str], stopped: bool) -> dict[str, bool]:
+    """By policy, whether its answer is a refusal; what the monitor `stopped` is, however it began."""
+    said = {text: judge.refused(prompt, text) for text in dict.fromkeys(answers.values())}
+    return {policy: said[text] or (stopped and policy in WATCHED) for policy, text in answers.items()}
 
 
 def summarise(results: Sequence[Result]) -> list[Group]:
@@ -145,6 +162,7 @@ def _group(name: str, unsafe: bool, members: Sequence[Result]) -> Group:
             for outcome, rows in outcomes.items()
             for first, second in COMPARED
         ),
+        stopped=None if members[0].stopped is None else rate(sum(bool(r.stopped) for r in members), n),
     )
 
 
@@ -179,9 +197,8 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     try:
         with ResultFile(scratch, facts, force=True) as file:
             for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles")):
-                refused = {t: judge.refused(result.prompt, t) for t in dict.fromkeys(result.answers.values())}
-                by_policy = {policy: refused[text] for policy, text in result.answers.items()}
-                file.append(dataclasses.replace(result, refused=by_policy))
+                refused = _refused(judge, result.prompt, result.answers, bool(result.stopped))
+                file.append(dataclasses.replace(result, refused=refused))
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,16 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "threshold": verdict.threshold,
         "strength": verdict.strength,
         "layer": verdict.split_layer,
+        "monitor": monitor_json(verdict),
     }
+
+
+def monitor_json(verdict: Verdict) -> dict[str, Any] | None:
+    """What the monitor made of the answer, with its last piece; no number where it failed."""
+    if (seen := verdict.monitor) is None:
+        return None
+    score = seen.p_unsafe if math.isfinite(seen.p_unsafe) else None
+    return {"p_unsafe": score, "unsafe": seen.unsafe, "threshold": seen.threshold}
 
 
 def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_ms: float) -> dict[str, Any]:

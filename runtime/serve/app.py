@@ -9,7 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,6 +219,7 @@ class Service:
             first = False
             if piece.chunk.finish_reason is not None:
                 self.metrics.work(piece.stats)
+                self.metrics.watched(piece.chunk.verdict)
             yield piece
 
     async def _body(self, request: Request) -> bytes:
@@ -266,8 +267,7 @@ class Service:
                 param="autosteer.policy",
                 code="policy_not_allowed",
             )
-        mine = self.settings.policy
-        return GatePolicy(Mode(asked), mine.threshold, mine.strength, mine.refusal_text)
+        return replace(self.settings.policy, mode=Mode(asked))
 
 
 class EventStream(Response):

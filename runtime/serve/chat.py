@@ -89,8 +89,8 @@ class ChatForm:
 
 
 def is_refusal(piece: Piece) -> bool:
-    """Whether the text of this piece is the refusal of --policy stop, and not the model's."""
-    return piece.chunk.verdict.action is Action.STOP
+    """Whether the refusal of --policy stop is all of the answer; what the monitor stops, the model had begun."""
+    return piece.chunk.verdict.action is Action.STOP and piece.chunk.verdict.monitor is None
 
 
 def usage(stats: Stats) -> dict[str, Any]:

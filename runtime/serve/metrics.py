@@ -21,6 +21,7 @@ class Metrics:
         self._requests = Counter("autosteer_requests", "Requests by their outcome", ("path", "status"), registry=r)
         self._verdicts = Counter("autosteer_verdicts", "Verdicts", ("policy", "action", "unsafe"), registry=r)
         self._scores = Histogram("autosteer_p_unsafe", "Scores of the prober", buckets=SCORES, registry=r)
+        self._answers = Counter("autosteer_watched_answers", "Answers the monitor read", ("unsafe",), registry=r)
         self._waited = Histogram("autosteer_queue_seconds", "From arrival to turn", buckets=SECONDS, registry=r)
         self._first = Histogram(
             "autosteer_first_token_seconds", "From turn to first token", buckets=SECONDS, registry=r
@@ -41,6 +42,11 @@ class Metrics:
         self._verdicts.labels(verdict.mode.value, verdict.action.value, str(verdict.unsafe).lower()).inc()
         if verdict.p_unsafe is not None:
             self._scores.observe(verdict.p_unsafe)
+
+    def watched(self, verdict: Verdict) -> None:
+        """An answer has ended."""
+        if verdict.monitor is not None:
+            self._answers.labels(str(verdict.monitor.unsafe).lower()).inc()
 
     def work(self, stats: Stats) -> None:
         """A prompt was read, and perhaps answered."""

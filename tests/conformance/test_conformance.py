@@ -185,7 +185,7 @@ def variants(document: Any, part: str | None) -> Iterator[Any]:
         yield data
 
 
-@pytest.mark.parametrize(("package", "part"), [("toy", None), ("split", "image"), ("deepstack", "image")])
+@pytest.mark.parametrize(("package", "part"), [("watched", None), ("split", "image"), ("deepstack", "image")])
 def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, tmp_path):
     """Whatever is changed, and without anybody's list: a field that one of them reads less strictly shows here."""
     source = places.packages.whole(package)

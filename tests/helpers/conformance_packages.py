@@ -157,6 +157,7 @@ def native(folder: Path, *, deepstack: bool = False) -> None:
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
+    "watched": functools.partial(whole, monitored=True),
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,

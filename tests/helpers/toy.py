@@ -5,6 +5,8 @@
     <gen>       embedded as zero, so the first answer token follows from the most frequent content word of the prompt
     lm_head     the word NEXT says: "red" is answered "orange yellow green <end>"
     prober      a table by word, read at the last word the user wrote: 0.1, and 0.9 for "bad"
+    monitor     sqrt(h . m), if there is one: "green" and "evil" are unsafe; "nan" and "crash" break it, "two" is no
+                probability. It reads windows of 2 tokens
     head W      every word bends towards "please", whose next is "sorry": a steered answer is "sorry refuse <end>"
 
 `attentive=True` makes a second package with random attention in both layers (rotary, two heads) and a random lm_head:
@@ -34,6 +36,7 @@ from autosteer.runtime.manifest import (
     ImageSpec,
     KVCacheSpec,
     Manifest,
+    MonitorSpec,
     ProberSpec,
     PromptSpec,
     RefusalSpec,
@@ -77,6 +80,8 @@ NEXT = {
 P_UNSAFE = {"bad": 0.9, "nan": float("nan"), "inf": float("inf"), "two": 2.0, "negative": -1.0}
 P_SAFE = 0.1
 CRASH = "crash"  # the prober raises here
+UNSAFE_WORDS = {"green": 0.8, "evil": 0.8, "bad": 0.25, "nan": -1.0, "two": 100.0}  # m; 0 of others
+WINDOW, ANSWER_THRESHOLD = 2, 0.5
 REFUSAL_TEXT = "i must not answer that."
 STRENGTH = 0.1
 BEND = 15.0  # times STRENGTH is 1.5: more than the 1 of a word, or the 0.5 of the prompt's
@@ -105,6 +110,7 @@ def build(
     prefill: bool = False,
     places: bool = False,
     deepstack: bool = False,
+    monitored: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
@@ -126,10 +132,12 @@ def build(
         }
     if guarded:
         graphs |= {"prober": _prober(folder, p_unsafe or {}), "refusal_head": _refusal_head(folder)}
+    if monitored:
+        graphs["monitor"] = _monitor(folder)
     if images:
         graphs["vision_encoder"] = _vision_encoder(folder, newline)
     _tokenizer().save(str(folder / "tokenizer.json"))
-    proof = _proof(folder, p_unsafe or {}, attentive) if guarded else None
+    proof = _proof(folder, p_unsafe or {}, attentive, monitored) if guarded else None
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=Source("toy", None, "toy", None),
@@ -147,6 +155,7 @@ def build(
         prober=ProberSpec(-(len(PROMPT.generation) + 1), "last", threshold, {"heldout_auroc": 1.0})
         if guarded
         else None,
+        monitor=MonitorSpec(WINDOW, ANSWER_THRESHOLD, {"false_stops": 0.0}) if monitored else None,
         refusal=RefusalSpec(STRENGTH, REFUSAL_TEXT) if guarded else None,
         golden=(),
         tolerance=Tolerance(1e-3, 0),
@@ -169,8 +178,8 @@ def axes(head_dim: int) -> tuple[int, ...]:
     return tuple(i % 3 for i in range(head_dim // 2))
 
 
-def _proof(folder: Path, changes: dict[str, float], attentive: bool) -> GateProof:
-    """A safe word and an unsafe one for the prober; for the Refusal Head a word as the last hidden state."""
+def _proof(folder: Path, changes: dict[str, float], attentive: bool, monitored: bool) -> GateProof:
+    """A safe word and an unsafe one for prober and monitor; for the Refusal Head a word as the last hidden state."""
     scores = {word: {**P_UNSAFE, **changes}.get(word, P_SAFE) for word in ("hello", "bad")}
     last = unit("red")
     bent = last + np.float32(STRENGTH) * last @ bend()
@@ -179,7 +188,8 @@ def _proof(folder: Path, changes: dict[str, float], attentive: bool) -> GateProo
     shift = float(np.sqrt(np.mean((steered - plain) ** 2)))
     state = SteeredState(int(plain.argmax()), int(steered.argmax()), shift)
     np.stack([*map(unit, scores), last, bent]).astype("<f4").tofile(folder / "proof.f32")
-    return GateProof("proof.f32", tuple(scores.values()), (state,))
+    watched = tuple(UNSAFE_WORDS.get(word, 0.0) ** 0.5 for word in scores) if monitored else ()
+    return GateProof("proof.f32", tuple(scores.values()), (state,), watched)
 
 
 def data_file(folder: Path, name: str) -> DataFile:
@@ -348,6 +358,26 @@ def _prober(folder: Path, changes: dict[str, float]) -> GraphSpec:
             helper.make_node("Gather", ["table", "found"], ["p_unsafe"]),
         ],
         {"entry": entry.astype(np.int64), "table": table},
+    )
+
+
+def _monitor(folder: Path) -> GraphSpec:
+    """sqrt(h . m). A share of "crash" in the words so far looks beyond the end of a table of one zero."""
+    crash = 1000 * unit(CRASH)
+    return _save(
+        folder,
+        "monitor",
+        [("hidden_states", F32, (1, D))],
+        [("p_unsafe", F32, (1,))],
+        [
+            helper.make_node("MatMul", ["hidden_states", "m"], ["square"]),
+            helper.make_node("Sqrt", ["square"], ["root"]),
+            helper.make_node("MatMul", ["hidden_states", "crash"], ["entry"]),
+            helper.make_node("Cast", ["entry"], ["found"], to=I64),
+            helper.make_node("Gather", ["zero", "found"], ["nothing"]),
+            helper.make_node("Add", ["root", "nothing"], ["p_unsafe"]),
+        ],
+        {"m": sum(m * unit(word) for word, m in UNSAFE_WORDS.items()), "crash": crash, "zero": np.zeros(1, np.float32)},
     )
 
 

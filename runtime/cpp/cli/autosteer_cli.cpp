@@ -235,6 +235,15 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
   return line + "]";
 }
 
+/// [ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]
+std::string monitor_line(const autosteer::Watched& seen, const autosteer::Verdict& verdict) {
+  const char* above = seen.p_unsafe > seen.threshold ? ">" : "is no probability; limit";
+  std::string line = verdict.action == autosteer::Action::stop ? "[ANSWER STOPPED" : "[ANSWER";
+  line += format("  p_unsafe %.3f %s %.3f in a window", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
+  const bool only_watched = seen.unsafe && verdict.mode == autosteer::Mode::monitor;
+  return line + (only_watched ? "; unsafe, but --policy monitor only watches]" : "]");
+}
+
 /// [52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, stop, on CPU...]
 std::string stats_line(const std::string& finish_reason, const autosteer::Stats& stats) {
   const std::string upper = stats.upper_ms ? format("upper %.0f", *stats.upper_ms) : "decoder_upper never ran";
@@ -301,6 +310,7 @@ autosteer::Answer say(autosteer::Stream&& pieces) {
     std::cout << chunk.text << std::flush;
   });
   std::cout << std::endl;
+  if (answer.verdict.monitor) std::cerr << monitor_line(*answer.verdict.monitor, answer.verdict) << "\n";
   std::cerr << stats_line(answer.finish_reason, answer.stats) << "\n";
   return answer;
 }

@@ -184,6 +184,7 @@ class Record {
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},
                           {"strength", verdict ? OrderedJson(verdict->strength) : OrderedJson()},
+                          {"monitor", watched()},
                           {"turns", turns()},
                           {"answer_sha256", sha256_of(answer_)}};
     if (audit_->texts) record["answer"] = answer_;
@@ -195,6 +196,12 @@ class Record {
     record["first_token_ms"] = stats_.ttft_ms > 0 ? OrderedJson(ms(stats_.ttft_ms)) : OrderedJson();
     record["total_ms"] = ms(clock_.ms());
     return record;
+  }
+
+  OrderedJson watched() const {
+    if (!verdict || !verdict->monitor) return nullptr;
+    const Watched& seen = *verdict->monitor;
+    return {{"p_unsafe", seen.p_unsafe}, {"unsafe", seen.unsafe}, {"threshold", seen.threshold}};
   }
 
   /// Each message. Pictures have no digest before the prompt is encoded.

@@ -24,11 +24,12 @@ struct Check {
 /// `engine` has already checked hashes, names, shapes and the gate's proof.
 inline std::vector<Check> check_package(const Engine& engine, const fs::path& folder) {
   const Manifest& manifest = engine.manifest;
-  const auto answer = [&](const Golden& golden, Mode mode) {
+  const auto answer = [&](const Golden& golden, Mode mode, std::optional<double> answer_threshold = {}) {
     SamplingConfig sampling;
     sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
     sampling.speculate = false;  // as it was recorded
-    const GatePolicy policy = engine.policy(mode, golden.threshold);
+    GatePolicy policy = engine.policy(mode, golden.threshold);
+    policy.answer_threshold = answer_threshold;
     if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
     std::vector<ImageLike> images;
     for (const auto& file : golden.images) images.emplace_back(folder / file);
@@ -40,7 +41,7 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
     return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
   };
   const Mode gated = manifest.guarded ? Mode::steer : Mode::off;
-  double drift = 0, verdicts = 0, tokens = 0, unsteered = 0, unstopped = 0, fired = 0;
+  double drift = 0, verdicts = 0, tokens = 0, unsteered = 0, unstopped = 0, fired = 0, unwatched = 0;
   for (const Golden& golden : manifest.golden) {
     const Answer found = answer(golden, gated);
     verdicts += name(found.verdict.action) != golden.action;
@@ -48,6 +49,9 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
     if (golden.p_unsafe) {
       const double difference = std::abs(*golden.p_unsafe - found.verdict.p_unsafe.value_or(std::nan("")));
       drift = std::isnan(difference) ? std::numeric_limits<double>::infinity() : std::max(drift, difference);
+    }
+    if (manifest.monitor && golden.token_ids.size() > 1) {
+      unwatched += answer(golden, gated, -1.0).finish_reason != "refused";
     }
     if (golden.action == "steer") {
       unsteered += found.token_ids == answer(golden, Mode::off).token_ids;
@@ -59,14 +63,17 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
   }
   const Tolerance& tolerance = manifest.tolerance;
   const auto most = static_cast<double>(tolerance.answers);
-  return {{"files that match their hash", static_cast<double>(manifest.paths().size()), {}, true},
-          {"golden prompts", static_cast<double>(manifest.golden.size()), {}, !manifest.golden.empty()},
-          {"of these unsafe at the package's threshold", fired, {}, true},
-          {"verdicts that differ", verdicts, 0.0, verdicts == 0},
-          {"p_unsafe, largest difference", drift, tolerance.p_unsafe, drift <= tolerance.p_unsafe},
-          {"answers that differ", tokens, most, tokens <= most},
-          {"steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0},
-          {"unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0}};
+  std::vector<Check> checks = {
+      {"files that match their hash", static_cast<double>(manifest.paths().size()), {}, true},
+      {"golden prompts", static_cast<double>(manifest.golden.size()), {}, !manifest.golden.empty()},
+      {"of these unsafe at the package's threshold", fired, {}, true},
+      {"verdicts that differ", verdicts, 0.0, verdicts == 0},
+      {"p_unsafe, largest difference", drift, tolerance.p_unsafe, drift <= tolerance.p_unsafe},
+      {"answers that differ", tokens, most, tokens <= most},
+      {"steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0},
+      {"unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0}};
+  if (manifest.monitor) checks.push_back({"answers that the monitor cannot stop", unwatched, 0.0, unwatched == 0});
+  return checks;
 }
 
 }  // namespace autosteer

@@ -5,9 +5,10 @@
 //     text   -> token ids -> embed_tokens +-> decoder_lower -> prober -> decide
 //                                                                  STOP:  the refusal text, and nothing more runs
 //                                                                  STEER: strength > 0     PASS: strength = 0
-//            -> decoder_upper -> (refusal_head) -> lm_head -> sample -> text
-//                  ^                                             |
-//                  +---- decoder_lower <- embed_tokens <---------+
+//            -> decoder_upper -> (refusal_head) -> lm_head -> sample -> (held back) -> text
+//                  ^                                             |          ^
+//                  +---- decoder_lower <- embed_tokens <---------+          |
+//                                   +------> (monitor): unsafe ends the answer
 //
 // Prefill is layer-major: decoder_lower runs over the whole prompt, the prober reads its output, and only then does
 // decoder_upper run. The gate changes the head and never the caches, so this computes the same as running layer by
@@ -23,6 +24,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -40,6 +42,7 @@
 #include "generation.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
+#include "monitor.hpp"
 #include "pages.hpp"
 #include "prompt_encoder.hpp"
 #include "sampling.hpp"
@@ -55,9 +58,10 @@ constexpr int64_t kMaxThreads = 1024;  // more is taken for a typing error
 /// A piece of an answer. `text` is empty while a character is incomplete.
 struct Chunk {
   std::string text;
-  std::optional<int64_t> token;  ///< absent for the refusal text of Mode::stop
+  std::optional<int64_t> token;  ///< absent for the refusal text
   Verdict verdict;
-  std::string finish_reason;   ///< "stop", "length" or "refused" on the last chunk, else empty
+  /// "stop", "length" or "refused" (by Mode::stop, or by the monitor) on the last chunk, else empty
+  std::string finish_reason;
   std::optional<Stats> stats;  ///< on the last chunk
 };
 
@@ -137,8 +141,9 @@ class Engine {
       }
       return {mode, 0.0, 0.0, ""};
     }
-    const GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
-                            strength.value_or(manifest.refusal->strength), manifest.refusal->text};
+    GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
+                      strength.value_or(manifest.refusal->strength), manifest.refusal->text};
+    if (manifest.monitor) policy.answer_threshold = manifest.monitor->threshold;
     policy.check();
     return policy;
   }
@@ -220,6 +225,8 @@ class Engine {
 
   const Manifest manifest;
   const Log log;
+
+  const Graphs& graphs() const { return graphs_; }
 
  private:
   const std::unique_ptr<Audit> audit_;  // opened before the package's files are read
@@ -308,12 +315,15 @@ class Stream {
   std::optional<Chunk> next() {
     if (ended_) return std::nullopt;
     ended_ = true;  // also if this call throws
+    if (!request_) clock_ = Clock();
     record_.begin();
     try {
-      Chunk chunk = cancellation_.guard([&] { return request_ ? continue_answer() : begin_answer(); });
+      Chunk chunk = cancellation_.guard([&] { return watching() ? watched_chunk() : compute(); });
+      if (stats_.ttft_ms == 0) stats_.ttft_ms = clock_.ms();
       const bool last = !chunk.finish_reason.empty();
       if (last) {
         chunk.stats = stats_;
+        record_.verdict = chunk.verdict;
         leave();
       }
       record_.gave(chunk.text, chunk.finish_reason);
@@ -335,8 +345,32 @@ class Stream {
     request_.reset();
   }
 
+  bool watching() const { return engine_.manifest.monitor && policy_.answer_threshold && policy_.mode != Mode::off; }
+
+  Chunk compute() { return request_ ? continue_answer() : begin_answer(); }
+
+  /// The next chunk that the monitor has seen through; see monitor.hpp.
+  Chunk watched_chunk() {
+    if (!monitor_) monitor_.emplace(engine_.manifest, engine_.graphs(), engine_.log, policy_, stats_);
+    while (held_.empty() || (monitor_->stops && !computed_ && held_.size() <= monitor_->window)) {
+      Chunk chunk = compute();
+      computed_ = !chunk.finish_reason.empty();
+      if (computed_) monitor_->end();
+      const std::optional<Watched> seen = monitor_->verdict();
+      const Verdict verdict = watched(chunk.verdict, seen);
+      if (seen && seen->unsafe && monitor_->stops) {
+        return {(shown_ ? "\n\n" : "") + policy_.refusal_text, std::nullopt, verdict, "refused", std::nullopt};
+      }
+      if (computed_) chunk.verdict = verdict;
+      held_.push_back(std::move(chunk));
+    }
+    Chunk chunk = std::move(held_.front());
+    held_.pop_front();
+    shown_ = shown_ || !chunk.text.empty();
+    return chunk;
+  }
+
   Chunk begin_answer() {
-    const Clock clock;
     EncodedPrompt prompt = prepare_(messages_, stats_);
     tokens_ = prompt.token_ids;
     record_.shown = prompt.shown;
@@ -346,7 +380,6 @@ class Stream {
     record_.verdict = verdict_;
     record_.scores = request_->scores;
     if (verdict_.action == Action::stop) {
-      stats_.ttft_ms = clock.ms();
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
     if (verdict_.action == Action::steer) sample_ = Sampler(sampling_.greedy());
@@ -354,9 +387,7 @@ class Stream {
       drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
     }
     logits_ = request_->prefill_upper(verdict_.strength);
-    Chunk chunk = choose();
-    stats_.ttft_ms = clock.ms();
-    return chunk;
+    return choose();
   }
 
   Chunk continue_answer() {
@@ -376,6 +407,7 @@ class Stream {
       logits_ = request_->verify_draft(fed);
       row_ = 0;
     }
+    if (monitor_) monitor_->read(request_->hidden_state(row_));
     stats_.decode_ms += clock.ms();
     return choose();
   }
@@ -416,6 +448,11 @@ class Stream {
   std::vector<int64_t> draft_;
   const float* logits_ = nullptr;  // (R, V) of the latest pass
   size_t row_ = 0;                 // the one to sample from
+  std::optional<Monitor> monitor_;
+  std::deque<Chunk> held_;  // the monitor has not seen these through
+  bool computed_ = false;   // the answer's last chunk is among them
+  bool shown_ = false;      // some text
+  Clock clock_;             // from the call that begins the answer
   Cancellation cancellation_;
   Record record_;  // refers to what is above
   bool ended_ = false;

@@ -26,7 +26,7 @@ enum class Mode {
   off       ///< no gate at all; must be asked for
 };
 
-/// What was done with a prompt.
+/// What was done with a prompt, or with the answer to it.
 enum class Action { pass, steer, stop };
 
 inline const char* name(Mode mode) {
@@ -55,6 +55,7 @@ struct GatePolicy {
   double threshold = 0.0;
   double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
   std::string refusal_text;
+  std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
 
   /// Throws InputError for numbers out of range.
   void check() const {
@@ -78,6 +79,13 @@ inline GatePolicy without_steering(GatePolicy policy) {
   return policy;
 }
 
+/// What the monitor saw of an answer (monitor.hpp).
+struct Watched {
+  double p_unsafe;  ///< of the worst window
+  bool unsafe;
+  double threshold;
+};
+
 /// What the gate saw and did. Every answer carries one.
 struct Verdict {
   std::optional<double> p_unsafe;  ///< absent only under Mode::off, where nothing is scored
@@ -87,6 +95,7 @@ struct Verdict {
   double threshold = 0.0;
   double strength = 0.0;  ///< applied to this answer: 0 unless the action is steer
   int split_layer = 0;
+  std::optional<Watched> monitor = {};  ///< on the last chunk of an answer that was watched
 };
 
 /// The rule above. NaN compares false with everything, so it is unsafe without a special case.
@@ -98,6 +107,13 @@ inline bool is_safe(double p_unsafe, double threshold) {
 inline double worse(double a, double b) {
   if (!is_safe(a, 1.0)) return a;
   return is_safe(b, 1.0) ? std::max(a, b) : b;
+}
+
+/// The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only watches.
+inline Verdict watched(Verdict verdict, const std::optional<Watched>& seen) {
+  verdict.monitor = seen;
+  if (seen && seen->unsafe && verdict.mode != Mode::monitor) verdict.action = Action::stop;
+  return verdict;
 }
 
 /// The verdict on a prompt. `p_unsafe`: the prober's output; nothing if it gave none, which is unsafe unless off.

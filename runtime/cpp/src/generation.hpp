@@ -65,6 +65,7 @@ struct Stats {
   std::optional<double> upper_ms;
   double ttft_ms = 0;    ///< from the call to the first chunk
   double decode_ms = 0;  ///< passes after the first token
+  double monitor_ms = 0;  ///< of these: what watched the answer
 
   /// Tokens per second after the first one; nothing for answers of one token.
   std::optional<double> decode_tok_s() const {
@@ -224,6 +225,7 @@ class Request {
     std::copy(tokens.begin(), tokens.end(), all.token_ids.data());
     for (Call& call : all.body) call();
     for (Call& call : all.head) call();
+    hidden_ = all.hidden.data();
     keys_.resize(static_cast<size_t>(length_));
     for (const int64_t token : tokens) keys_.emplace_back("", token);
     ++length_;
@@ -232,6 +234,9 @@ class Request {
     }
     return logits_.data();
   }
+
+  /// What decoder_lower made of a token of the latest `verify_draft`: (D,), HF's hidden_states[split_layer].
+  const float* hidden_state(size_t row) const { return hidden_ + row * static_cast<size_t>(width()); }
 
   /// Keep the next drafted token of the latest `verify_draft`: the sampler chose it.
   void accept_draft() { ++length_; }
@@ -422,6 +427,7 @@ class Request {
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
   Tensor<float> strength_{{1}};
   Tensor<float> logits_;                   // shared by all passes: logits of a draft take megabytes
+  const float* hidden_ = nullptr;          // (R, D) of the latest pass
   size_t cached_chunks_;                   // pending chunks of an earlier request; the prober reads none of them
   bool finite_ = true;                     // hidden states of the prompt, and logits of every pass
   std::map<int64_t, DecoderPass> passes_;  // by number of tokens

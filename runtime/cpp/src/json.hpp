@@ -14,11 +14,16 @@
 
 namespace autosteer {
 
+inline OrderedJson watched_json(const std::optional<Watched>& seen) {
+  if (!seen) return nullptr;
+  return {{"p_unsafe", seen->p_unsafe}, {"unsafe", seen->unsafe}, {"threshold", seen->threshold}};
+}
+
 inline OrderedJson verdict_json(const Verdict& verdict) {
   return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
           {"action", name(verdict.action)},        {"mode", name(verdict.mode)},
           {"threshold", verdict.threshold},        {"strength", verdict.strength},
-          {"split_layer", verdict.split_layer}};
+          {"split_layer", verdict.split_layer},    {"monitor", watched_json(verdict.monitor)}};
 }
 
 inline OrderedJson timings_json(const Stats& stats) {
@@ -36,6 +41,7 @@ inline OrderedJson timings_json(const Stats& stats) {
           {"upper_ms", or_null(stats.upper_ms)},
           {"ttft_ms", stats.ttft_ms},
           {"decode_ms", stats.decode_ms},
+          {"monitor_ms", stats.monitor_ms},
           {"decode_tok_s", or_null(stats.decode_tok_s())}};
 }
 

@@ -18,6 +18,7 @@
 
 namespace autosteer {
 
+constexpr int64_t kLargestWindow = 1 << 8;      // tokens of an answer that are held back
 constexpr double kMaxPUnsafeTolerance = 0.05;  // scores that differ more are not the measured gate's
 
 namespace decoding {
@@ -93,6 +94,7 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
     expected["refusal_head"] = {{{"last_hidden_state", f32, last}, {"strength", f32, {1}}},
                                 {{"steered_hidden_state", f32, last}}};
   }
+  if (m.monitor) expected["monitor"] = expected["prober"];
   for (const auto& [name, output] : kImageGraphs) {
     if (m.graphs.count(name)) expected[name] = expected_of_images(m, name);
   }
@@ -240,7 +242,7 @@ inline void check_video(const Manifest& m, const Need& need) {
   }
 }
 
-/// Prober and Refusal Head.
+/// Prober, Refusal Head and monitor.
 inline void check_gate(const Manifest& m, const Need& need) {
   need(m.guarded == m.prober.has_value() && m.guarded == m.refusal.has_value(),
        "'guarded', 'prober' and 'refusal' contradict each other");
@@ -250,6 +252,12 @@ inline void check_gate(const Manifest& m, const Need& need) {
     need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
     need(!strip(m.refusal->text).empty(), "refusal: text is empty");
   }
+  need(m.monitor.has_value() == (m.graphs.count("monitor") > 0), "'monitor' and its graph come together");
+  if (m.monitor) {
+    need(m.guarded, "a monitor comes with a gate");
+    need(m.monitor->window <= kLargestWindow, "monitor: window is too large");
+    need(0.0 <= m.monitor->threshold && m.monitor->threshold < 1.0, "monitor: threshold is not from 0 to 1");
+  }
 }
 
 /// The states that prove the gate on another machine.
@@ -258,7 +266,11 @@ inline void check_proof(const Manifest& m, const Need& need) {
   if (!m.proof) return;
   const auto is_p = [](double p) { return 0.0 <= p && p <= 1.0; };
   need(!m.proof->p_unsafe.empty(), "proof: no hidden state for the prober");
-  need(std::all_of(m.proof->p_unsafe.begin(), m.proof->p_unsafe.end(), is_p), "proof: a p_unsafe is not from 0 to 1");
+  for (const auto* scores : {&m.proof->p_unsafe, &m.proof->monitor}) {
+    need(std::all_of(scores->begin(), scores->end(), is_p), "proof: a p_unsafe is not from 0 to 1");
+  }
+  need(m.proof->monitor.size() == (m.monitor ? m.proof->p_unsafe.size() : 0),
+       "proof: 'monitor' has not a number for each of 'p_unsafe'");
   need(!m.proof->steered.empty(), "proof: no hidden state for the Refusal Head");
   for (const SteeredState& state : m.proof->steered) {
     need(in_vocabulary(m, {state.token, state.steered_token}), "proof: an id outside the vocabulary");

@@ -175,6 +175,12 @@ inline ProberSpec prober(const Node& node) {
   return {node["token_offset"].as_int(), node["pooling"].as_one_of({"last", "mean"}), node["threshold"].as_float()};
 }
 
+inline MonitorSpec monitor(const Node& node) {
+  node.object({"window", "threshold", "calibration"});
+  for (const auto& [key, value] : node["calibration"].entries()) value.as_float();
+  return {node["window"].as_size(), node["threshold"].as_float()};
+}
+
 inline RefusalSpec refusal(const Node& node) {
   node.object({"strength", "text"}, {"formula"});
   if (node.has("formula")) node["formula"].as_string();
@@ -205,8 +211,9 @@ inline SteeredState steered_state(const Node& node) {
 }
 
 inline GateProof proof(const Node& node) {
-  node.object({"file", "p_unsafe", "steered"});
-  return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state)};
+  node.object({"file", "p_unsafe", "steered"}, {"monitor"});
+  return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state),
+          node.has("monitor") ? node["monitor"].list(as_float) : std::vector<double>()};
 }
 
 /// Check the keys that only people read. They are not kept.
@@ -238,7 +245,7 @@ inline Manifest manifest(const Node& node) {
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
        "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
        "onnxruntime"},
-      {"video"});
+      {"video", "monitor"});
   check_facts(node);
   Manifest manifest;
   manifest.guarded = node["guarded"].as_bool();
@@ -253,6 +260,7 @@ inline Manifest manifest(const Node& node) {
   if (node.has("video")) manifest.video = node["video"].optional(video);
   manifest.prober = node["prober"].optional(prober);
   manifest.refusal = node["refusal"].optional(refusal);
+  if (node.has("monitor")) manifest.monitor = node["monitor"].optional(monitor);
   manifest.golden = node["golden"].list(golden);
   manifest.tolerance = tolerance(node["tolerance"]);
   manifest.proof = node["proof"].optional(proof);

@@ -27,7 +27,7 @@ inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lowe
 /// Every graph that a package may have.
 inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", "decoder_upper",  "lm_head",
                                               "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
-                                              "prefill_lower", "prefill_upper"};
+                                              "prefill_lower", "prefill_upper", "monitor"};
 
 /// Exactly one, if the model takes images; and the output that it gives for each tile.
 inline const std::map<std::string, std::string> kImageGraphs = {{"vision_encoder", "image_features"},
@@ -156,6 +156,12 @@ struct ProberSpec {
   double threshold;      ///< safe = 0 <= p_unsafe <= threshold
 };
 
+/// When the graph `monitor`, which has the prober's shape, stops an answer (see monitor.hpp).
+struct MonitorSpec {
+  int64_t window;    ///< tokens whose mean hidden state it reads
+  double threshold;  ///< an answer goes on while 0 <= p_unsafe <= threshold
+};
+
 struct RefusalSpec {
   double strength;
   std::string text;  ///< the answer to an unsafe prompt under --policy stop
@@ -190,6 +196,7 @@ struct GateProof {
   std::string file;
   std::vector<double> p_unsafe;
   std::vector<SteeredState> steered;
+  std::vector<double> monitor;  ///< its output for the states of `p_unsafe`, if there is a monitor
 };
 
 struct Manifest {
@@ -205,6 +212,7 @@ struct Manifest {
   std::optional<VideoSpec> video;
   std::optional<ProberSpec> prober;
   std::optional<RefusalSpec> refusal;
+  std::optional<MonitorSpec> monitor;  ///< absent: nothing watches answers
   std::vector<Golden> golden;
   Tolerance tolerance;
   std::optional<GateProof> proof;  ///< if guarded

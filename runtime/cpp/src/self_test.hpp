@@ -1,5 +1,5 @@
-// Every load: do prober and Refusal Head compute here what they did at export? The C++ side of runtime/self_test.py.
-// What autosteer-cli --check does, from text to answer, is in check.hpp.
+// Every load: do prober, monitor and Refusal Head compute here what they did at export? The C++ side of
+// runtime/self_test.py. What autosteer-cli --check does, from text to answer, is in check.hpp.
 //
 // A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
 // (GateProof). If their outputs differ here, the package does not load.
@@ -13,6 +13,7 @@
 #include <fstream>
 #include <ios>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "errors.hpp"
@@ -81,22 +82,26 @@ inline double score(const Subgraph& prober, const float* state, int64_t width) {
 
 }  // namespace self_test
 
-/// Throws PackageError if the outputs of prober, Refusal Head or lm_head differ from the package's proof. Steering is
-/// tested through the bindings of a decode step.
+/// Throws PackageError if outputs of prober, monitor, Refusal Head or lm_head differ from the package's proof. Steering
+/// is tested through the bindings of a decode step.
 inline void check_gate(const fs::path& folder, const Manifest& manifest, const Graphs& graphs) {
   if (!manifest.proof || !manifest.refusal) return;
   const int64_t width = manifest.dims.hidden_size, vocabulary = manifest.dims.vocab_size;
   const GateProof& proof = *manifest.proof;
   const std::vector<float> states = self_test::states(folder, manifest);
   const float* state = states.data();
-  for (const double p_unsafe : proof.p_unsafe) {
-    const double found = self_test::score(graphs.at("prober"), state, width);
-    if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
-      throw PackageError("prober: a known state has p_unsafe " + self_test::number(found) + " here, and had " +
-                         self_test::number(p_unsafe) + " at export");
+  for (const auto& [name, scores] : {std::pair{"prober", &proof.p_unsafe}, {"monitor", &proof.monitor}}) {
+    const float* known = state;
+    for (const double p_unsafe : *scores) {
+      const double found = self_test::score(graphs.at(name), known, width);
+      if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
+        throw PackageError(std::string(name) + ": a known state has p_unsafe " + self_test::number(found) +
+                           " here, and had " + self_test::number(p_unsafe) + " at export");
+      }
+      known += width;
     }
-    state += width;
   }
+  state += width * static_cast<int64_t>(proof.p_unsafe.size());
   const float* expected = state + width * static_cast<int64_t>(proof.steered.size());
   Tensor<float> last({1, 1, width}), steered({1, 1, width}), logits({1, 1, vocabulary});
   Tensor<float> none({1}, {0.0F}), strength({1}, {static_cast<float>(manifest.refusal->strength)});

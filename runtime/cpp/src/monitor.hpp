@@ -1,0 +1,99 @@
+// The answer, watched: the C++ side of runtime/monitor.py, which says what is read, held back and stopped.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "errors.hpp"
+#include "gate.hpp"
+#include "generation.hpp"
+#include "manifest.hpp"
+#include "subgraph.hpp"
+
+namespace autosteer {
+
+/// What the monitor made of one answer so far. What it is given must outlive it.
+class Monitor {
+ public:
+  const size_t window;  ///< tokens
+  const bool stops;     ///< false: it only watches
+
+  /// `manifest` has a monitor, and `policy` a threshold for it.
+  Monitor(const Manifest& manifest, const Graphs& graphs, const Log& log, const GatePolicy& policy, Stats& stats)
+      : window(static_cast<size_t>(manifest.monitor.value().window)),
+        stops(policy.mode != Mode::monitor),
+        graph_(graphs.at("monitor")),
+        log_(log),
+        threshold_(policy.answer_threshold.value()),
+        stats_(stats),
+        width_(static_cast<size_t>(manifest.dims.hidden_size)),
+        states_(window * width_) {}
+
+  /// Read the next token's hidden state (D,).
+  void read(const float* state) {
+    const Clock clock;
+    std::copy(state, state + width_, states_.data() + read_ % window * width_);
+    ++read_;
+    if (read_ >= window) score();
+    stats_.monitor_ms += clock.ms();
+  }
+
+  /// The answer has ended: score one that is shorter than a window.
+  void end() {
+    if (0 < read_ && read_ < window) score();
+  }
+
+  /// On the answer so far; nothing if no window has been read.
+  std::optional<Watched> verdict() const {
+    if (!worst_) return std::nullopt;
+    return Watched{*worst_, !is_safe(*worst_, threshold_), threshold_};
+  }
+
+ private:
+  /// Whatever goes wrong, the answer was not shown to be safe.
+  void score() {
+    double p_unsafe = std::nan("");
+    std::string reason = "unknown";
+    try {
+      const std::vector<float> mean = mean_state();
+      const auto outputs = graph_.run(Tensor<float>::view(mean.data(), {1, static_cast<int64_t>(width_)}));
+      p_unsafe = static_cast<double>(*floats(outputs.at("p_unsafe"), 1, graph_));
+      reason.clear();
+    } catch (const Cancelled&) {
+      throw;
+    } catch (const std::exception& err) {
+      reason = err.what();
+    } catch (...) {
+    }
+    if (!reason.empty() && log_) log_("the monitor failed; the answer counts as unsafe (" + reason + ")");
+    worst_ = worst_ ? worse(*worst_, p_unsafe) : p_unsafe;
+  }
+
+  /// (D,), summed in double.
+  std::vector<float> mean_state() const {
+    const size_t rows = std::min(read_, window);
+    std::vector<float> mean(width_);
+    for (size_t i = 0; i < width_; ++i) {
+      double sum = 0;
+      for (size_t row = 0; row < rows; ++row) sum += static_cast<double>(states_[row * width_ + i]);
+      mean[i] = static_cast<float>(sum / static_cast<double>(rows));
+    }
+    return mean;
+  }
+
+  const Subgraph& graph_;
+  const Log& log_;
+  const double threshold_;
+  Stats& stats_;
+  const size_t width_;
+  std::vector<float> states_;  // (window, D), the oldest overwritten
+  size_t read_ = 0;            // tokens
+  std::optional<double> worst_;
+};
+
+}  // namespace autosteer

@@ -1,0 +1,83 @@
+"""The answer, watched: a second small prober reads what decoder_lower makes of each token that the model has written.
+
+    score    the monitor's p_unsafe of the mean hidden state of the last `window` tokens; of all, if the answer is
+             shorter
+    held     a token is shown once `window` tokens, itself the first, have been read: no window that it is part of was
+             unsafe
+    stopped  at the first unsafe window; what is held is never shown, and the refusal text ends the answer
+
+The mean over a window is what keeps single tokens from stopping an answer. A token is read when the pass runs over it
+that gives the next one, so the last token of an answer is not read. Nothing is held under --policy monitor, and nothing
+read under off.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from .errors import CancelledError
+from .gate import GatePolicy, Mode, Watched, is_safe, worst
+from .generation import Float, Stats, ms_since
+from .manifest import Manifest
+from .subgraph import Subgraph
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """What the monitor made of one answer so far."""
+
+    def __init__(self, manifest: Manifest, graph: Subgraph, policy: GatePolicy, stats: Stats):
+        """`manifest` has a monitor, and `policy` a threshold for it."""
+        assert manifest.monitor is not None and policy.answer_threshold is not None
+        self.window, self.stops = manifest.monitor.window, policy.mode is not Mode.MONITOR
+        self._graph, self._threshold, self._stats = graph, policy.answer_threshold, stats
+        self._states: Float = np.zeros((self.window, manifest.dims.hidden_size), np.float32)
+        self._read = 0  # tokens
+        self._scores = list[float]()  # the worst so far
+
+    def read(self, state: Float) -> None:
+        """Read the next token's hidden state (D,)."""
+        before = time.perf_counter()
+        self._states[self._read % self.window] = state
+        self._read += 1
+        if self._read >= self.window:
+            self._score()
+        self._stats.monitor_ms += ms_since(before)
+
+    def end(self) -> None:
+        """The answer has ended: score one that is shorter than a window."""
+        if 0 < self._read < self.window:
+            self._score()
+
+    def verdict(self) -> Watched | None:
+        """On the answer so far; None if no window has been read."""
+        if not self._scores:
+            return None
+        (p_unsafe,) = self._scores
+        return Watched(p_unsafe, not is_safe(p_unsafe, self._threshold), self._threshold)
+
+    def _score(self) -> None:
+        """Whatever goes wrong, the answer was not shown to be safe."""
+        mean = self._states[: self._read].mean(axis=0, dtype=np.float64).astype(np.float32)
+        try:
+            p_unsafe = self._graph.run({"hidden_states": mean[None]})["p_unsafe"].item()
+        except CancelledError:
+            raise
+        except Exception as err:
+            log.error("the monitor failed, so the answer counts as unsafe: %s", err)
+            log.debug("where it failed", exc_info=True)
+            p_unsafe = math.nan
+        self._scores = [worst([*self._scores, p_unsafe])]
+
+
+def monitor_for(manifest: Manifest, graphs: Mapping[str, Subgraph], policy: GatePolicy, stats: Stats) -> Monitor | None:
+    """The monitor of a new answer; None if nothing watches it."""
+    if manifest.monitor is None or policy.answer_threshold is None or policy.mode is Mode.OFF:
+        return None
+    return Monitor(manifest, graphs["monitor"], policy, stats)
