@@ -3,10 +3,11 @@
 //     allocations PACKAGE [EVERY]
 //
 // The package is toy.py's. `operator new` of the whole process is ours, libautosteer's and onnxruntime's included; the
-// n-th one that the asking thread calls throws std::bad_alloc, for n = 1, 1 + EVERY, ... until a request ends before it.
-// Each request has a process of its own: some end it (nlohmann::json's destructor allocates), and from some onnxruntime
-// does not return. Prints a line for each kind of request; the exit code is 1 if a piece of an unsafe prompt's unguarded
-// answer was seen, if a safe one's was another than without the fault, or if the engine answers otherwise afterwards.
+// n-th one that the asking thread calls throws std::bad_alloc: for small n each, then for every EVERY-th, until a
+// request ends before it. Each request has a process of its own: some end it (nlohmann::json's destructor allocates),
+// and from some onnxruntime does not return. Prints a line for each kind of request; the exit code is 1 if a piece of
+// an unsafe prompt's unguarded answer was seen, if a safe one's was another than without the fault, or if the engine
+// gives another answer afterwards.
 #include <autosteer/autosteer.hpp>
 #include <cstdlib>
 #include <iostream>
@@ -35,6 +36,7 @@ using autosteer::Engine;
 using autosteer::Message;
 using autosteer::Messages;
 
+constexpr long kOwn = 64;  // about as many allocations make a request; all of these fail
 constexpr unsigned kPatience = 2;  // seconds until a process that does not return is ended
 
 struct Outcome {
@@ -43,7 +45,7 @@ struct Outcome {
   bool failed = false;  // with an error
   bool died = false;  // the process ended
   bool fired = false;  // the allocation was reached
-  bool sound = false;  // afterwards the engine steers an unsafe prompt as it did before
+  bool sound = false;  // afterwards an unsafe prompt is steered as before, or is an error
 };
 
 /// A piece of an answer, on its way to the process that judges it.
@@ -127,7 +129,11 @@ Outcome with_fault(long nth, const Ask& ask, const Engine& engine, const std::st
     }
     if (nth > 0 && until_failure == 0) pipe.say('f');
     until_failure = 0;
-    if (steered(engine) == guarded) pipe.say('s');
+    try {
+      if (steered(engine) == guarded) pipe.say('s');
+    } catch (const autosteer::Error&) {  // onnxruntime's arena may be of no more use
+      pipe.say('s');
+    }
     _exit(0);
   }
   close(ends[1]);
@@ -146,11 +152,16 @@ bool try_all(const std::string& name, bool harmless, const Ask& ask, const Engin
   const std::string guarded = steered(engine);
   const Outcome sound = with_fault(0, ask, engine, guarded);
   long failed = 0, died = 0, ended = 0, bad = 0;
-  for (long nth = 1;; nth += every) {
+  for (long nth = 1;; nth += nth < kOwn ? 1 : every) {
     const Outcome outcome = with_fault(nth, ask, engine, guarded);
     if (!outcome.fired) break;
     (outcome.died ? died : outcome.failed ? failed : ended) += 1;
-    bad += wrong(outcome, sound, harmless);
+    if (wrong(outcome, sound, harmless)) {
+      ++bad;
+      std::cout << name << ", allocation " << nth << ": '" << outcome.text << "' instead of '" << sound.text << "'"
+                << (outcome.passed ? ", passed" : "") << (outcome.failed ? ", an error" : "")
+                << (outcome.sound ? "" : ", and then another answer") << std::endl;
+    }
   }
   std::cout << name << ": " << failed + died + ended << " allocations failed: " << failed << " errors, " << ended
             << " answers, " << died << " ends of the process; " << bad << " wrong" << std::endl;

@@ -86,7 +86,7 @@ def test_graph_that_stalls_can_be_left(built, cpp_package, tmp_path, graph, word
 
 
 def test_each_allocation_of_a_request_may_fail(built, cpp_package, tmp_path):
-    """Also onnxruntime's: tests/attacks/allocations.cpp replaces the process's operator new. Every 61st fails here."""
+    """Also onnxruntime's: tests/attacks/allocations.cpp replaces the process's operator new. Many fail here."""
     program, attacks = tmp_path / "allocations", Path(__file__).resolve().parents[1] / "attacks"
     command = ["g++", "-std=c++17", "-O1", f"-I{CPP / 'include'}", attacks / "allocations.cpp"]
     command += [built / "libautosteer.so", f"-Wl,-rpath,{built}", "-o", program]
