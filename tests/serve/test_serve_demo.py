@@ -48,7 +48,6 @@ def test_a_second_turn_with_a_picture_computes_neither_it_nor_the_first(client):
     again = ask(client, first, text, "describe the picture.")
     assert again.autosteer["pictures"] == [{"tokens": seen.autosteer["pictures"][0]["tokens"], "tiles": 0}]
     assert again.usage.prompt_tokens_details.cached_tokens >= seen.usage.prompt_tokens - 1
-    assert again.autosteer["first_token_ms"]["vision"] < seen.autosteer["first_token_ms"]["vision"] / 2
 
 
 def test_moderations_need_no_decoder_above_the_gate(client):
