@@ -31,7 +31,7 @@ from .kv_scales import uncached
 from .quantize import Blocks, Packed, grid, pack
 
 LENGTH = 512  # tokens that are read together
-SEQUENCES = 16  # at most; a quarter of them gives two thirds of the gain
+SEQUENCES = 16  # at most; a quarter of them gives three quarters of the gain
 DAMPING = (0.1, 1.0)  # of the mean energy, added to each column's: H is singular if columns outnumber rows
 REACH = 1.0  # steps between a weight and its code, at most: more would hide damage from validation, and gains 2 %
 SMALL = 2.0  # steps: a column whose weights are smaller on average is rounded to nearest, or it would drown
