@@ -12,7 +12,8 @@ So that the comparison is fair:
 - Peers get the token ids that the package made of the prompt, and their own best documented settings. Their own tools
   make their weights from --checkpoint, at the package's bits.
 
-Peers are text only. Run it on an idle machine: it says how much of the processor other programs took.
+With --image, llama.cpp is compared on Idefics3 and SmolVLM; the other peers read texts only here. Run it on an idle
+machine: it says how much of the processor other programs took.
 """
 
 from __future__ import annotations
@@ -78,6 +79,13 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
     help="The checkpoint that the package was made of; for --vs.",
 )
 @click.option(
+    "--gguf",
+    "ggufs",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    help="A GGUF file of the same weights for llama.cpp, run as it is. Repeatable.",
+)
+@click.option(
     "--peer-python",
     envvar="AUTOSTEER_PEER_PYTHON",
     default=sys.executable,
@@ -105,11 +113,14 @@ def bench(
     threads: int | None,
     vs: tuple[str, ...],
     checkpoint: Path | None,
+    ggufs: tuple[Path, ...],
     peer_python: str,
     work: Path,
     as_json: bool,
 ) -> None:
     """Measure packages, and peers beside them."""
+    if ggufs and image:
+        raise click.UsageError("--gguf and --image exclude each other: here a GGUF file reads texts only")
     if vs and not checkpoint:
         raise click.UsageError("--vs needs --checkpoint: the weights that the package was made from")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -122,14 +133,15 @@ def bench(
     if one_graph:
         configurations += [unsplit(c, work.resolve()) for c in configurations if not c.drafts]
     missing = []
-    for name in vs:
+    for name in (*vs, *map(str, ggufs)):
         say(f"preparing {name}")
-        assert checkpoint is not None and configurations[0].weights is not None
         try:
-            if image:
-                raise peers.PeerError(f"{name}: peers are text only, and --image was given")
-            body = configurations[0].weights.body
-            theirs = peers.configurations(name, checkpoint.resolve(), body, peer_python, threads, work.resolve())
+            if name not in PEERS:
+                theirs = peers.gguf(Path(name).resolve(), peer_python)
+            else:
+                assert checkpoint is not None and configurations[0].weights is not None
+                made_of = (name, checkpoint.resolve(), configurations[0].weights.body, peer_python, threads)
+                theirs = peers.configurations(*made_of, work.resolve(), pictures=image is not None)
             configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))

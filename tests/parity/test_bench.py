@@ -145,7 +145,7 @@ def test_a_peer_that_cannot_be_measured_is_said_and_the_package_is_measured_all_
                  "--image", picture, "--vs", "torch", "--checkpoint", TOOLS.parent / "models/demo")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "autosteer demo-int4" in done.stdout
-    assert done.stderr.strip() == "not measured: torch: peers are text only, and --image was given"
+    assert done.stderr.strip() == "not measured: torch: here it reads texts only, and --image was given"
 
 
 def test_a_peer_without_the_weights_is_a_usage_error():

@@ -14,7 +14,7 @@ from autosteer.export.checkpoint import chat_template as prompt
 from autosteer.export.checkpoint.open import TextProcessor
 from autosteer.models import FAMILIES
 
-PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 7.6B, 0.94B, 1.06B, 7B, 0.49B, 0.6B, 1.24B, 3.75B, 2.13B
+PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 7.6B, 0.94B, 1.06B, 7B, 0.49B, 0.6B, 1.24B, 3.75B, 2.13B, 0.5B, 2.2B
     "llava-ov-0.5b": 0.894e9,
     "llava-ov-7b": 8.03e9,
     "llava-1.5-7b": 7.063e9,
@@ -27,6 +27,8 @@ PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 7.6B, 0.94B, 1.06B, 7B, 0.49B, 0.6B
     "llama-3.2-1b": 1.236e9,
     "qwen2.5-vl-3b": 3.7546e9,
     "qwen3-vl-2b": 2.1275e9,
+    "smolvlm-500m": 0.5075e9,
+    "smolvlm-2b": 2.2463e9,
 }
 
 

@@ -1,10 +1,12 @@
-"""GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3; and a list of one's tensors.
+"""GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3, alone or in an Idefics3; and a
+list of one's tensors.
 
     python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
     python -m benchmark.gguf_file list FILE
 
-Runs in the peers' interpreter (gguf, llama-cpp-python, safetensors, torch). The file has no vocabulary: prompts are
-token ids. llama.cpp's own quantiser rounds the float32 weights.
+Runs in the peers' interpreter (gguf, llama-cpp-python, safetensors, torch). A text model's file has no vocabulary:
+prompts are token ids. That of a decoder of pictures has one, because llama.cpp looks up the tokens between tiles by
+name. llama.cpp's own quantiser rounds the float32 weights.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+TOWER = re.compile(r"model\.(vision_model|connector)\.")  # mmproj_file.py writes these
 
 
 def write(checkpoint: Path, path: Path, file_type: str) -> None:
@@ -42,10 +45,14 @@ def write(checkpoint: Path, path: Path, file_type: str) -> None:
 
 def write_float32(checkpoint: Path, path: Path) -> None:
     """The weights as they are."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    whole = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = whole.get("text_config", whole)
     arch, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, arch, use_temp_file=True)
-    writer.add_tokenizer_model("no_vocab")
+    if config is whole:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_vocabulary(writer, checkpoint)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -62,7 +69,10 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     if arch == "llama":
         writer.add_rope_dimension_count(head_size)
     names = gguf.get_tensor_name_map(ARCHITECTURES[arch], config["num_hidden_layers"])
-    for name, tensor in _tensors(checkpoint):
+    for name, tensor in tensors(checkpoint):
+        if TOWER.match(name):
+            continue
+        name = name.replace("model.text_model.", "model.")
         if arch == "llama" and (found := re.search(r"\.([qk])_proj\.weight$", name)):
             tensor = _interleaved(tensor, heads if found[1] == "q" else kv_heads)
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -75,13 +85,32 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     writer.close()
 
 
-def _tensors(checkpoint: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
+    """The tokens of a byte-level tokenizer.json, special ones as such. Merges are those of the file, or one that never
+    applies: llama.cpp wants some.
+    """
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = dict(tokenizer["model"]["vocab"])
+    ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(ids, key=lambda token: ids[token])
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(merges or ["<unused> <unused>"])
+    writer.add_add_bos_token(False)
+
+
+def tensors(checkpoint: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Names and values of a checkpoint's tensors."""
     from safetensors import safe_open
 
     for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open does not iterate)
-                yield name, tensors.get_tensor(name).float().numpy()
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (safe_open does not iterate)
+                yield name, opened.get_tensor(name).float().numpy()
 
 
 def _interleaved(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
@@ -94,10 +123,10 @@ def _interleaved(weight: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.
 
 def matrices(path: Path) -> list[dict[str, Any]]:
     """Every matrix that a decode step reads whole, as the fields of weights.Matrix."""
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    gathered = "token_embd.weight" if "output.weight" in tensors else ""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    gathered = "token_embd.weight" if "output.weight" in stored else ""
     found = []
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         if len(tensor.shape) == 2 and name != gathered:
             kind = tensor.tensor_type.name
             block_size = None if kind in ("F32", "F16", "BF16") else int(gguf.GGML_QUANT_SIZES[tensor.tensor_type][0])

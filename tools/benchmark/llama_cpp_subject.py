@@ -45,6 +45,9 @@ class LlamaCpp:
         tokens = (llama.llama_token * len(token_ids))(*token_ids)
         if code := llama.llama_decode(self._context, llama.llama_batch_get_one(tokens, len(token_ids))):
             raise RuntimeError(f"llama_decode returned {code}")
+        return self._likeliest()
+
+    def _likeliest(self) -> int:
         logits = llama.llama_get_logits_ith(self._context, -1)
         return int(np.ctypeslib.as_array(logits, shape=(self._vocab_size,)).argmax())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ NEEDS = {  # modules, and how to install them
     "torch": (("torch", "transformers"), "torch transformers"),
 }
 GGUF_TYPES = {4: "Q4_0", 8: "Q8_0", 32: "F32"}  # bits of the package's body -> llama-quantize's name
+TOWER_TYPE = "Q8_0"  # of llama.cpp's published towers, the fastest
 
 
 class PeerError(Exception):
@@ -51,15 +52,38 @@ class Configuration:
 
 
 def configurations(
-    peer: str, checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
+    peer: str, checkpoint: Path, body: Matrix, python: str, threads: int, work: Path, *, pictures: bool = False
 ) -> list[Configuration]:
-    """A peer's rows. Raises PeerError where it is not installed or cannot run the checkpoint."""
+    """A peer's rows; with `pictures`, those that take them. Raises PeerError where it is not installed, or cannot run
+    the checkpoint.
+    """
+    _require(peer, python)
+    work.mkdir(parents=True, exist_ok=True)
+    if pictures:
+        if peer != "llama.cpp":
+            raise PeerError(f"{peer}: here it reads texts only, and --image was given")
+        return _mtmd(checkpoint, body, python, work)
+    return {"genai": _genai, "llama.cpp": _llama_cpp, "torch": _torch}[peer](checkpoint, body, python, threads, work)
+
+
+def gguf(file: Path, python: str) -> list[Configuration]:
+    """llama.cpp's rows for a GGUF file as it is: its own bits, of the same weights. Raises PeerError as above."""
+    _require("llama.cpp", python)
+    listed = json.loads(_make("llama.cpp", python, "-m", "benchmark.gguf_file", "list", file))
+    weights = Weights(tuple(Matrix(**matrix) for matrix in listed))
+    name = f"llama.cpp {file.stem}"
+    return [
+        Configuration(name, "llama.cpp", file, python, weights),
+        Configuration(f"{name}, drafting", "llama.cpp drafting", file, python, weights, drafts=True),
+    ]
+
+
+def _require(peer: str, python: str) -> None:
+    """Raise PeerError unless the interpreter has what the peer needs."""
     modules, packages = NEEDS[peer]
     found = _run(python, "-c", f"import importlib.util as u; print([m for m in {modules!r} if not u.find_spec(m)])")
     if found.stdout.strip() != "[]":
         raise PeerError(f"{peer}: {python} lacks {found.stdout.strip()}; {python} -m pip install {packages}")
-    work.mkdir(parents=True, exist_ok=True)
-    return {"genai": _genai, "llama.cpp": _llama_cpp, "torch": _torch}[peer](checkpoint, body, python, threads, work)
 
 
 def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
@@ -112,20 +136,28 @@ def _with_session_options(folder: Path, variant: Path, threads: int, *, spinning
 
 def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
     """llama.cpp's own quantisation of the same weights; its blocks are always of 32."""
+    return gguf(_gguf_file(checkpoint, body, python, work, ("llama", "qwen2", "qwen3")), python)
+
+
+def _mtmd(checkpoint: Path, body: Matrix, python: str, work: Path) -> list[Configuration]:
+    """The same with its tower, at 8 bits as ours, by libmtmd."""
+    text = gguf(_gguf_file(checkpoint, body, python, work, ("idefics3",)), python)[0]
+    tower = work / checkpoint.name / f"mmproj-{TOWER_TYPE}.gguf"
+    if not tower.exists():
+        _make("llama.cpp", python, "-m", "benchmark.mmproj_file", checkpoint, tower, TOWER_TYPE)
+    return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower)})]
+
+
+def _gguf_file(checkpoint: Path, body: Matrix, python: str, work: Path, known: tuple[str, ...]) -> Path:
     kind = GGUF_TYPES.get(body.bits)
     model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
-    if kind is None or model_type not in ("llama", "qwen2", "qwen3"):
+    if kind is None or model_type not in known:
         raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
-    path = work / f"{checkpoint.name}-{kind}.gguf"
+    path = work / checkpoint.name / f"{kind}.gguf"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, path, kind)
-    listed = json.loads(_make("llama.cpp", python, "-m", "benchmark.gguf_file", "list", path))
-    weights = Weights(tuple(Matrix(**matrix) for matrix in listed))
-    name = f"llama.cpp {kind}"
-    return [
-        Configuration(name, "llama.cpp", path, python, weights),
-        Configuration(f"{name}, drafting", "llama.cpp drafting", path, python, weights, drafts=True),
-    ]
+    return path
 
 
 def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:

@@ -22,6 +22,11 @@ def prefill_tok_s(r: Round) -> float:
     return int(r["prompt_tokens"]) / seconds
 
 
+def first_tokens_per_s(r: Round) -> float:
+    """How many first tokens a second takes: pictures, prompt and all."""
+    return 1000 / float(r["ttft_ms"])
+
+
 def decode_tok_s(r: Round) -> float:
     """Tokens per second after the first."""
     return 1000 * (len(r["token_ids"]) - 1) / float(r["decode_ms"])
@@ -77,7 +82,8 @@ def row(measured: Measured, dims: tuple[int, int, int], machine: Machine) -> dic
         out["of_read_bandwidth"] = out["read_gb_s"] / machine.read_gb_s
     if "stages" in rounds[0]:
         stages = {f"{name}_ms": median(r["stages"][name] or 0.0 for r in rounds) for name in rounds[0]["stages"]}
-        out |= stages | {name: middle(itemgetter(name)) for name in ("kv_mb", "image_tiles", "accepted_tokens")}
+        counts = [name for name in ("kv_mb", "image_tiles", "accepted_tokens") if name in rounds[0]]
+        out |= stages | {name: middle(itemgetter(name)) for name in counts}
     if "steered" in rounds[0]:
         out |= {
             "gate_share_of_ttft": middle(gate_share),
@@ -93,7 +99,7 @@ def ratios(first: Measured, other: Measured) -> dict[str, Any]:
     """The first configuration over another, round by round: medians, and the worst and best round."""
     pairs = list(zip(first.rounds, other.rounds, strict=True))
     out: dict[str, Any] = {"of": first.configuration.name, "to": other.configuration.name}
-    for name, value in (("prefill", prefill_tok_s), ("decode", decode_tok_s)):
+    for name, value in (("first_token", first_tokens_per_s), ("prefill", prefill_tok_s), ("decode", decode_tok_s)):
         found = sorted(value(a) / value(b) for a, b in pairs)
         out |= {name: median(found), f"{name}_worst": found[0], f"{name}_best": found[-1]}
     out["same_tokens"] = median(_common(a["token_ids"], b["token_ids"]) for a, b in pairs)
@@ -128,16 +134,22 @@ def text(
         cells = [
             (
                 f"{c['of']} / {c['to']}",
-                f"{c['prefill']:.2f} ({c['prefill_worst']:.2f}-{c['prefill_best']:.2f})",
-                f"{c['decode']:.2f} ({c['decode_worst']:.2f}-{c['decode_best']:.2f})",
+                *(
+                    f"{c[what]:.2f} ({c[f'{what}_worst']:.2f}-{c[f'{what}_best']:.2f})"
+                    for what in ("first_token", "prefill", "decode")
+                ),
                 f"{c['same_tokens']:.0f}",
             )
             for c in compared
         ]
-        parts.append(table(("ratio, median (worst-best round)", "prefill", "decode", "same first tokens"), cells))
-    if staged := [r for r in rows if "lower_ms" in r]:
+        ratio = "ratio of speeds, median (worst-best round)"
+        parts.append(table((ratio, "first token", "prefill", "decode", "same first tokens"), cells))
+    if staged := [r for r in rows if "vision_ms" in r]:
         names = [key for key in staged[0] if key in ("vision_ms", "embed_ms", "lower_ms", "gate_ms", "upper_ms")]
-        cells = [(r["configuration"], f"{r['ttft_ms']:.1f}", *(f"{r[n]:.2f}" for n in names)) for r in staged]
+        cells = [
+            (r["configuration"], f"{r['ttft_ms']:.1f}", *(f"{r[n]:.2f}" if n in r else "" for n in names))
+            for r in staged
+        ]
         parts.append(table(("first token by stage, ms", "all", *(n.removesuffix("_ms") for n in names)), cells))
     if gated := [r for r in rows if "steering_cost" in r]:
         cells = [

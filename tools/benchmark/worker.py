@@ -22,6 +22,7 @@ SUBJECTS = {
     "genai": "benchmark.genai_subject:Genai",
     "llama.cpp": "benchmark.llama_cpp_subject:LlamaCpp",
     "llama.cpp drafting": "benchmark.llama_cpp_subject:Drafting",
+    "llama.cpp mtmd": "benchmark.mtmd_subject:Mtmd",
     "torch": "benchmark.torch_subject:Torch",
 }
 

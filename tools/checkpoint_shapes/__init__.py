@@ -3,7 +3,7 @@
 A shape is data; a family adds one file with a function for its config and one for its processor.
 """
 
-from . import chameleon, internvl, llava, llava_onevision, qwen_vl, text_only
+from . import chameleon, internvl, llava, llava_onevision, qwen_vl, smolvlm, text_only
 from .shape import Shape
 
 SHAPES: dict[str, Shape] = {
@@ -12,6 +12,7 @@ SHAPES: dict[str, Shape] = {
     **internvl.SHAPES,
     **chameleon.SHAPES,
     **qwen_vl.SHAPES,
+    **smolvlm.SHAPES,
     **text_only.SHAPES,
 }
 

@@ -1,0 +1,90 @@
+"""llama.cpp with pictures: a GGUF file and its mmproj (see peers.py), through libmtmd's C API of llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import llama_cpp as llama
+import numpy as np
+from llama_cpp import mtmd_cpp as mtmd
+from PIL import Image
+
+from benchmark.llama_cpp_subject import LlamaCpp
+
+BATCH = 2048  # tokens: llama.cpp's default
+
+
+class Mtmd(LlamaCpp):
+    """One model with its tower. A prompt is SmolVLM's: the picture, then the text."""
+
+    def __init__(self, path: str, threads: int, max_tokens: int, mmproj: str):
+        super().__init__(path, threads, max_tokens)
+        self._marker = mtmd.mtmd_default_marker()
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu, params.n_threads, params.print_timings = False, threads, False
+        mtmd.mtmd_log_set(self._silence, ctypes.c_void_p(0))
+        self._tower = mtmd.mtmd_init_from_file(mmproj.encode(), self._model, params)
+        if not self._tower:
+            raise RuntimeError(f"{mmproj}: libmtmd cannot load it")
+
+    def round(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Answer one prompt with a picture. Its decoding and resizing count, as ours do."""
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        start = time.perf_counter()
+        chunks = self._chunks(job["prompt"], job["image"])
+        position, vision_ms, tiles = 0, 0.0, 0
+        count = mtmd.mtmd_input_chunks_size(chunks)
+        for index in range(count):
+            chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+            reached = llama.llama_pos(0)
+            if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                before = time.perf_counter()
+                _check("mtmd_encode_chunk", mtmd.mtmd_encode_chunk(self._tower, chunk))
+                vision_ms += 1000 * (time.perf_counter() - before)
+                tiles += 1
+                rows = mtmd.mtmd_get_output_embd(self._tower)
+                no_callback, to = mtmd.mtmd_helper_post_decode_callback(), ctypes.byref(reached)
+                at = (position, 0, BATCH, to, no_callback, None)
+                code = mtmd.mtmd_helper_decode_image_chunk(self._tower, self._context, chunk, rows, *at)
+            else:
+                logits, to = index == count - 1, ctypes.byref(reached)
+                code = mtmd.mtmd_helper_eval_chunk_single(
+                    self._tower, self._context, chunk, position, 0, BATCH, logits, to
+                )
+            _check("decoding a chunk", code)
+            position = reached.value
+        mtmd.mtmd_input_chunks_free(chunks)
+        tokens = [self._likeliest()]
+        first = time.perf_counter()
+        while len(tokens) < job["new_tokens"]:
+            tokens.append(self._decode([tokens[-1]]))
+        end = time.perf_counter()
+        return {
+            "prompt_tokens": position,
+            "ttft_ms": 1000 * (first - start),
+            "decode_ms": 1000 * (end - first),
+            "token_ids": tokens,
+            "image_tiles": tiles,
+            "stages": {"vision": vision_ms},
+        }
+
+    def _chunks(self, prompt: str, image: str) -> Any:
+        """The prompt in pieces of text and tiles."""
+        pixels = np.ascontiguousarray(Image.open(image).convert("RGB"))
+        height, width = pixels.shape[:2]
+        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        bitmap = mtmd.mtmd_bitmap_init(width, height, data)
+        text = f"<|im_start|>User:{self._marker.decode()}{prompt}<end_of_utterance>\nAssistant:".encode()
+        asked = mtmd.mtmd_input_text(text, len(text), add_special=False, parse_special=True)
+        chunks = mtmd.mtmd_input_chunks_init()
+        bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+        _check("mtmd_tokenize", mtmd.mtmd_tokenize(self._tower, chunks, ctypes.byref(asked), bitmaps, 1))
+        mtmd.mtmd_bitmap_free(bitmap)
+        return chunks
+
+
+def _check(what: str, code: int) -> None:
+    if code:
+        raise RuntimeError(f"{what} returned {code}")
