@@ -29,7 +29,7 @@ sys.path[:0] = [str(HERE.parent / "helpers"), str(HERE.parents[1] / ".typing")]
 if TYPE_CHECKING:
     from autosteer.runtime import Engine
 
-OWN = 64  # all of the first ones fail
+OWN = 16  # all of the first ones fail
 PATIENCE_S = 5  # until a process that does not return is ended
 Ask = Callable[[], Iterator[tuple[str, str]]]  # pieces of an answer: its action and its text
 
