@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+BREAKS = "\u010a\u010a"  # two line breaks, byte by byte
 TOWER = re.compile(r"model\.(vision_model|connector)\.")  # mmproj_file.py writes these
 
 
@@ -86,14 +87,17 @@ def write_float32(checkpoint: Path, path: Path) -> None:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
-    """The tokens of a byte-level tokenizer.json, special ones as such. Merges are those of the file, or one that never
-    applies: llama.cpp wants some.
+    """The tokens of a byte-level tokenizer.json, special ones as such. llama.cpp wants some merge, and a token for the
+    two line breaks in front of a whole picture. Where make_checkpoint.py's tokenizer has none, one that never applies
+    and an unused token do.
     """
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     ids = dict(tokenizer["model"]["vocab"])
     ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     special = {token["content"] for token in tokenizer["added_tokens"]}
     tokens = sorted(ids, key=lambda token: ids[token])
+    if BREAKS not in ids:
+        tokens[tokens.index(next(token for token in tokens if token.startswith("<unused")))] = BREAKS
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")

@@ -24,7 +24,7 @@ class Mtmd(LlamaCpp):
         self._marker = mtmd.mtmd_default_marker()
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.n_threads, params.print_timings = False, threads, False
-        mtmd.mtmd_log_set(self._silence, ctypes.c_void_p(0))
+        mtmd.mtmd_helper_log_set(self._silence, ctypes.c_void_p(0))
         self._tower = mtmd.mtmd_init_from_file(mmproj.encode(), self._model, params)
         if not self._tower:
             raise RuntimeError(f"{mmproj}: libmtmd cannot load it")
@@ -38,7 +38,7 @@ class Mtmd(LlamaCpp):
         count = mtmd.mtmd_input_chunks_size(chunks)
         for index in range(count):
             chunk = mtmd.mtmd_input_chunks_get(chunks, index)
-            reached = llama.llama_pos(0)
+            reached = llama.llama_pos(position)
             if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
                 before = time.perf_counter()
                 _check("mtmd_encode_chunk", mtmd.mtmd_encode_chunk(self._tower, chunk))
