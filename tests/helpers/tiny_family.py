@@ -17,7 +17,10 @@ from cpp_runtime import in_python, joined, through_c
 from PIL import Image, ImageOps
 from traced import trace_once
 
+from autosteer.export.checkpoint import on_demand
+from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.checkpoint.renderer import Renderer
 from autosteer.export.cli import export
@@ -271,6 +274,16 @@ class TinyFamily:
             np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())
             answer = e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(max_tokens=16))
             assert list(answer.token_ids) == theirs.generate(inputs, tokens=16)
+
+    def check_weights_on_disk(self, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A model as large ones are opened, weight by weight, says of a picture what the one in memory says."""
+        monkeypatch.setattr(on_demand, "SMALL_BYTES", 1024)
+        theirs, source = self.original_model(variant), open_checkpoint(str(self.checkpoint(variant)))
+        model = on_demand.open_on_demand(source, decoder_config(source).lm_head, LayerSweep(0))
+        inputs = theirs.inputs(ValidationPrompt(self.interleaved(1), ()))
+        with torch.no_grad():
+            expected, found = theirs.model(**inputs).logits, model(**inputs).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def check_gate(self, variant: str) -> None:
         """Verdicts of both kinds, and what is said after them: the authors' formula where steered; `stop` stops."""

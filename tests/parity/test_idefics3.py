@@ -200,6 +200,10 @@ def test_a_late_split_without_a_gate(tmp_path: Path) -> None:
     FAMILY.check_split("idefics3", LAYERS - 1, tmp_path)
 
 
+def test_a_model_whose_weights_are_on_disk_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILY.check_weights_on_disk("idefics3", monkeypatch)
+
+
 @pytest.mark.parametrize("variant", ["idefics3", "smolvlm"])
 def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
     FAMILY.check_gate(variant)
