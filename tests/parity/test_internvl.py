@@ -97,6 +97,10 @@ FAMILY = TinyFamily(build_checkpoint, width=WIDTH, split=2, prompts=8, before_te
 engine, original_model, package = FAMILY.engine, FAMILY.original_model, FAMILY.package
 
 
+def test_a_model_whose_weights_are_on_disk_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILY.check_weights_on_disk("qwen3", monkeypatch)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pixels_equal_hugging_faces_for_odd_pictures(variant: str) -> None:
     """The processor's default, no tiles, is not what InternVLProcessor asks of it."""

@@ -140,6 +140,11 @@ def test_64_greedy_tokens_with_pictures_between_texts(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["one tile", "anyres"])
+def test_a_model_whose_weights_are_on_disk_is_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILY.check_weights_on_disk(variant, monkeypatch)
+
+
+@pytest.mark.parametrize("variant", ["one tile", "anyres"])
 @pytest.mark.parametrize("split_layer", range(1, LAYERS))
 def test_every_split_layer(variant: str, split_layer: int, tmp_path: Path) -> None:
     FAMILY.check_split(variant, split_layer, tmp_path)
