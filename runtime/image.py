@@ -313,17 +313,26 @@ def _whole(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
 
 
 def native_grid(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """How many rows and columns of tiles a `native` picture of `size` (height, width) becomes (HF: smart_resize)."""
+    """How many rows and columns of tiles a `native` picture of `size` (height, width) becomes."""
     assert spec.native is not None
-    n, (height, width) = spec.tile_size, size
-    rows, columns = round(height / n), round(width / n)
-    pixels = rows * n * columns * n
-    if pixels > spec.native.max_pixels:
-        shrink = math.sqrt(height * width / spec.native.max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / n)) for side in size)
-    elif pixels < spec.native.min_pixels:
-        enlarge = math.sqrt(spec.native.min_pixels / (height * width))
-        rows, columns = (math.ceil(side * enlarge / n) for side in size)
+    return whole_tiles(size, spec.tile_size, spec.native.min_pixels, spec.native.max_pixels)
+
+
+def whole_tiles(
+    size: tuple[int, int], tile: int, least: int, most: int, count: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """Rows and columns of tiles for `count` pictures of `size` (height, width), all alike, that have `least` to `most`
+    pixels together (HF: smart_resize). `counted`: the pictures that are taken into account where the sides are rounded.
+    """
+    height, width = size
+    rows, columns = round(height / tile), round(width / tile)
+    pixels = counted * (rows * tile * columns * tile)
+    if pixels > most:
+        shrink = math.sqrt(count * height * width / most)
+        rows, columns = (max(1, math.floor(side / shrink / tile)) for side in size)
+    elif pixels < least:
+        enlarge = math.sqrt(least / (count * height * width))
+        rows, columns = (math.ceil(side * enlarge / tile) for side in size)
     return rows, columns
 
 

@@ -13,6 +13,7 @@ from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, MONITOR_GRAPH, PREFILL_G
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
 MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
+MOST_PER_SECOND = 1000  # positions of a video's time axis
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 MOST_TILES = 1 << 8  # of a picture
 LARGEST_WINDOW = 1 << 8  # tokens of an answer that are held back: each holds a chunk and a hidden state
@@ -126,14 +127,25 @@ def _check_image(manifest: Contents, need: Need) -> None:
 
 
 def _check_video(manifest: Contents, need: Need) -> None:
-    """How videos are pooled."""
-    if manifest.video:
-        side = manifest.image.anyres.tokens_per_side if manifest.image and manifest.image.anyres else 0
-        need(
-            side > 0 and "vision_encoder" in manifest.graphs, "'video' comes with 'anyres' images and a vision_encoder"
-        )
-        need(manifest.video.pooled_side <= side, "video: pooled_side is above tokens_per_side")
-        need(0.0 not in manifest.video.std, "video: std is zero")
+    """How videos are scaled, and pooled."""
+    image, video = manifest.image, manifest.video
+    if video:
+        fits = (image is not None and "vision_encoder" in manifest.graphs) and (image.anyres or image.native)
+        need(bool(fits), "'video' comes with 'anyres' or 'native' images and a vision_encoder")
+        assert image is not None
+        need((video.native is not None) == (image.native is not None), "video: 'native' comes with 'native' images")
+        need((video.pooled_side is not None) == (image.anyres is not None), "video: 'pooled_side' comes with 'anyres'")
+        if video.pooled_side is not None and image.anyres:
+            need(video.pooled_side <= image.anyres.tokens_per_side, "video: pooled_side is above tokens_per_side")
+        if native := video.native:
+            need(native.min_pixels <= native.max_pixels, "video: min_pixels is above max_pixels")
+            need(native.max_pixels <= MOST_PIXELS, "video: max_pixels is too large")
+            need(image.tile_size**2 <= native.max_pixels, "video: a tile has more than max_pixels")
+            need(0 <= native.tokens_per_second <= MOST_PER_SECOND, "video: tokens_per_second is out of range")
+        need(0.0 not in video.std, "video: std is zero")
+    if group := manifest.prompt.frame_group:
+        native_frames = image.native.frames if video and image and image.native else 0
+        need(group.frames == native_frames, "prompt: frame_group has not the frames that the image graph reads as one")
     written = any(piece.kind == "video" for piece in manifest.prompt.pieces())
     need((manifest.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
 
@@ -201,6 +213,9 @@ def _check_prompt(manifest: Contents, need: Need) -> None:
     for kind, part in manifest.prompt.inside():
         slots = [piece.kind for piece in part if piece.kind not in ("token", "literal")]
         need(slots == [kind], f"prompt: a turn's {kind!r} must have one piece of that kind and no other")
+    if group := manifest.prompt.frame_group:
+        slots = [piece.kind for piece in group.pieces if piece.kind not in ("token", "literal")]
+        need(slots == ["seconds", "video"], "prompt: frame_group must have one 'seconds', then one 'video'")
     for piece in manifest.prompt.pieces():
         fits = piece.kind != "token" or 0 <= piece.id < manifest.dims.vocab_size
         need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {manifest.dims.vocab_size - 1}")
@@ -241,7 +256,11 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "image: min_tiles", grid.min_tiles
             yield "image: max_tiles", grid.max_tiles
     if manifest.video:
-        yield "video: pooled_side", manifest.video.pooled_side
+        if manifest.video.pooled_side is not None:
+            yield "video: pooled_side", manifest.video.pooled_side
+        if films := manifest.video.native:
+            yield "video: min_pixels", films.min_pixels
+            yield "video: max_pixels", films.max_pixels
     if manifest.monitor:
         yield "monitor: window", manifest.monitor.window
 

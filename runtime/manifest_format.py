@@ -171,13 +171,25 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
+class NativeVideoSpec:
+    """How the frames of a video are scaled, all alike, where pictures are "native"; and how its rows stand in time."""
+
+    min_pixels: int  # smaller frames are enlarged, larger ones than max_pixels shrunk
+    max_pixels: int
+    whole: bool  # the two bound the pixels of all frames together; false: those of each
+    tokens_per_second: float  # positions of the time axis; 0: one for each group of frames
+
+
+@dataclass(frozen=True)
 class VideoSpec:
     """How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.py)."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
-    pooled_side: int  # ImageSpec.anyres.tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
+    # If ImageSpec.kind is "anyres": tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2.
+    pooled_side: int | None
+    native: NativeVideoSpec | None = None  # if it is "native"
 
 
 @dataclass(frozen=True)
@@ -185,11 +197,11 @@ class TemplatePiece:
     """One piece of the chat template.
 
     Kinds: `token` is the special token `id` (its string in `text`); `literal` is the plain text `text`; `text`, `image`
-    and `video` stand for the user's text, an image's rows and a video's rows. Adjacent literal and user text are
-    tokenised together, as plain text.
+    and `video` stand for the user's text, an image's rows and a video's rows; `seconds` for the time of a FrameGroup,
+    as text with one decimal. Adjacent literal and user text are tokenised together, as plain text.
     """
 
-    kind: Literal["token", "literal", "text", "image", "video"]
+    kind: Literal["token", "literal", "text", "image", "video", "seconds"]
     text: str = ""
     id: int = -1
 
@@ -207,6 +219,14 @@ class TurnSpec:
 
 
 @dataclass(frozen=True)
+class FrameGroup:
+    """What is written for each group of a video's frames that the image graph reads as one."""
+
+    frames: int  # of a group; the last one is filled up with the last frame
+    pieces: tuple[TemplatePiece, ...]  # `video` stands for the group's rows, `seconds` for the mean of its ends' times
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """The chat template as pieces. The export checks that they render as Hugging Face's template does."""
 
@@ -219,6 +239,7 @@ class PromptSpec:
     strip_text: bool  # the template strips white space around a turn's text
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
+    frame_group: FrameGroup | None = None  # in the place of a turn's `video`; None: all rows of a video are one run
 
     def turns(self) -> tuple[TurnSpec, ...]:
         """The turns of all roles that the model has."""
@@ -236,7 +257,8 @@ class PromptSpec:
 
     def pieces(self) -> tuple[TemplatePiece, ...]:
         """Every piece of the template."""
-        return (*self.outside(), *(piece for _, part in self.inside() for piece in part))
+        grouped = self.frame_group.pieces if self.frame_group else ()
+        return (*self.outside(), *(piece for _, part in self.inside() for piece in part), *grouped)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Rotary position embedding: where a prompt's rows stand, and the tables that GroupQueryAttention rotates by.
 
 A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text after
-it goes on behind the largest of them. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index,
+column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
+video have a time for each group of frames. Text after it goes on behind the largest row or column, and the answer
+behind the largest position of all. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index,
 Qwen2_5_VLRotaryEmbedding.
 
 So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
@@ -10,6 +11,8 @@ tables as inputs and read row i for the i-th entry of their caches.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +38,15 @@ class PositionCounter:
         self._parts.append(np.broadcast_to(np.arange(self._next, self._next + count), (3, count)))
         self._next += count
 
-    def picture(self, count: int, grid: tuple[int, int] | None) -> None:
-        """`count` rows of a picture. `grid`: the (rows, columns) in which they stand, None where they stand in none."""
+    def picture(self, count: int, grid: tuple[int, int] | None, times: Sequence[int] = (0,)) -> None:
+        """`count` rows of a picture or a video. `grid`: the (rows, columns) in which they stand, None where they stand
+        in none. `times`: one for each group of a video's frames, whose rows stand in such a grid each.
+        """
         if grid is None or not self._spec.axes:
             self.text(count)
             return
-        at = np.stack([np.zeros(grid, np.int64), *np.indices(grid)])
+        at = np.indices((len(times), *grid))
+        at[0] = np.array(times)[:, None, None]
         self._parts.append(self._next + at.reshape(3, -1))
         self._next += max(grid)
 

@@ -123,7 +123,7 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
             file, out = tmp_path / f"{i}.png", tmp_path / f"{i}-{side}.raw"
             Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
             commands.append({"part": "squeeze", "file": str(file), "side": side, "out": str(out)})
-            expected.append(squeeze(open_image(file), side))
+            expected.append(squeeze(open_image(file), side, side))
     parts.run(*commands)
     for command, pixels in zip(commands, expected, strict=True):
         assert Path(command["out"]).read_bytes() == pixels.tobytes(), command

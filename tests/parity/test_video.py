@@ -60,7 +60,7 @@ def test_pixel_values_equal_hugging_faces_video_processor(width: int, height: in
     noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     for frames in (noise, np.stack(video(2, size=(width, height)))):
         theirs = processor([frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
-        ours = normalise(list(tiles(frames, 384)), spec)
+        ours = normalise(list(tiles(frames, 384, 384)), spec)
         assert np.abs(ours - theirs).max() <= 1e-6
 
 
@@ -73,7 +73,7 @@ def test_resizing_is_torchvisions_to_the_bit() -> None:
         frame = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
         pixels = torch.from_numpy(frame).permute(2, 0, 1)
         theirs = resize(pixels, [int(side), int(side)], InterpolationMode.BICUBIC, antialias=True)
-        assert (squeeze(frame, int(side)) == theirs.permute(1, 2, 0).numpy()).all(), (height, width, side)
+        assert (squeeze(frame, int(side), int(side)) == theirs.permute(1, 2, 0).numpy()).all(), (height, width, side)
 
 
 @pytest.mark.parametrize(("side", "pooled"), [(27, 14), (4, 2), (5, 3), (1, 1)])
@@ -90,7 +90,7 @@ def test_rows_equal_get_video_features(count: int) -> None:
     inputs = original_model().inputs(ValidationPrompt((Message.user("x", videos=[video(count)]),), ()))
     with torch.no_grad():
         theirs = original_model().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
-    (ours,) = engine.encoder.encode_video(tiles(video(count), 56), stats=Stats())
+    (ours,) = engine.encoder.encode_video(tiles(video(count), 56, 56), stats=Stats())
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 

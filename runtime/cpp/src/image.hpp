@@ -395,25 +395,31 @@ inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
   return tiles;
 }
 
-/// How many rows and columns of tiles a `native` picture becomes (HF: smart_resize).
-inline std::array<int64_t, 2> native_grid(int64_t height, int64_t width, const ImageSpec& spec) {
-  const NativeSpec& native = spec.native.value();
-  const std::array<double, 2> sides = {static_cast<double>(height), static_cast<double>(width)};
-  const auto n = static_cast<double>(spec.tile_size), area = static_cast<double>(height * width);
+/// Rows and columns of tiles for `count` pictures of `size` (height, width), all alike, that have `least` to `most`
+/// pixels together (HF: smart_resize). `counted`: the pictures that are taken into account where sides are rounded.
+inline std::array<int64_t, 2> whole_tiles(const std::array<int64_t, 2>& size, int64_t tile, int64_t least, int64_t most,
+                                          int64_t count = 1, int64_t counted = 1) {
+  const std::array<double, 2> sides = {static_cast<double>(size[0]), static_cast<double>(size[1])};
+  const auto n = static_cast<double>(tile), area = static_cast<double>(count * size[0] * size[1]);
   const auto tiles = [&](const auto& along) {
     return std::array<int64_t, 2>{static_cast<int64_t>(along(sides[0])), static_cast<int64_t>(along(sides[1]))};
   };
   const auto grid = tiles([&](double side) { return std::nearbyint(side / n); });  // half to even, as Python
-  const int64_t pixels = grid[0] * spec.tile_size * grid[1] * spec.tile_size;
-  if (pixels > native.max_pixels) {
-    const double shrink = std::sqrt(area / static_cast<double>(native.max_pixels));
+  const int64_t pixels = counted * (grid[0] * tile * grid[1] * tile);
+  if (pixels > most) {
+    const double shrink = std::sqrt(area / static_cast<double>(most));
     return tiles([&](double side) { return std::max(1.0, std::floor(side / shrink / n)); });
   }
-  if (pixels < native.min_pixels) {
-    const double enlarge = std::sqrt(static_cast<double>(native.min_pixels) / area);
+  if (pixels < least) {
+    const double enlarge = std::sqrt(static_cast<double>(least) / area);
     return tiles([&](double side) { return std::ceil(side * enlarge / n); });
   }
   return grid;
+}
+
+/// How many rows and columns of tiles a `native` picture becomes.
+inline std::array<int64_t, 2> native_grid(int64_t height, int64_t width, const ImageSpec& spec) {
+  return whole_tiles({height, width}, spec.tile_size, spec.native.value().min_pixels, spec.native->max_pixels);
 }
 
 /// The whole picture, as often as the graph reads frames (HF: Qwen2VLImageProcessorPil).
@@ -435,7 +441,7 @@ inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
   }
   if (spec.native) {
     const int64_t area = spec.tile_size * spec.tile_size, most = spec.native->max_pixels;
-    if (*tiles < most / area) spec.native->max_pixels = *tiles * area;  // the product may be too large for 64 bits
+    if (*tiles <= most / area) spec.native->max_pixels = *tiles * area;  // the product may be too large for 64 bits
     spec.native->min_pixels = std::min(spec.native->min_pixels, spec.native->max_pixels);
     return spec;
   }

@@ -123,10 +123,25 @@ inline ImageSpec image(const Node& node) {
   return spec;
 }
 
+inline NativeVideoSpec native_video(const Node& node) {
+  node.object({"min_pixels", "max_pixels", "whole", "tokens_per_second"});
+  NativeVideoSpec spec{node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["whole"].as_bool(),
+                       node["tokens_per_second"].as_float()};
+  if (spec.min_pixels > spec.max_pixels) node.fail("min_pixels is above max_pixels");
+  if (spec.max_pixels > 50'000'000) node.fail("max_pixels is too large");
+  if (!(0 <= spec.tokens_per_second && spec.tokens_per_second <= 1000)) node.fail("tokens_per_second is out of range");
+  return spec;
+}
+
 inline VideoSpec video(const Node& node) {
-  node.object({"mean", "std", "rescale_factor", "pooled_side"});
-  VideoSpec spec{node["mean"].tuple<3>(as_float), node["std"].tuple<3>(as_float), node["rescale_factor"].as_float(),
-                 node["pooled_side"].as_size()};
+  const auto as_size = [](const Node& size) { return size.as_size(); };
+  node.object({"mean", "std", "rescale_factor", "pooled_side"}, {"native"});
+  VideoSpec spec{node["mean"].tuple<3>(as_float),
+                 node["std"].tuple<3>(as_float),
+                 node["rescale_factor"].as_float(),
+                 node["pooled_side"].optional(as_size),
+                 {}};
+  if (node.has("native")) spec.native = node["native"].optional(native_video);
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   return spec;
 }
@@ -134,7 +149,7 @@ inline VideoSpec video(const Node& node) {
 inline TemplatePiece piece(const Node& node) {
   node.object({"kind"}, {"text", "id"});
   TemplatePiece piece;
-  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video"});
+  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video", "seconds"});
   if (node.has("text")) piece.text = node["text"].as_string();
   if (node.has("id")) piece.id = node["id"].as_int();
   return piece;
@@ -153,9 +168,14 @@ inline TurnSpec turn(const Node& node) {
   return turn;
 }
 
+inline FrameGroup frame_group(const Node& node) {
+  node.object({"frames", "pieces"});
+  return {node["frames"].as_size(), node["pieces"].list(piece)};
+}
+
 inline PromptSpec prompt(const Node& node) {
   node.object({"begin", "system", "user", "assistant", "generation", "images_first", "strip_text", "end_token_ids"},
-              {"tokenizer"});
+              {"tokenizer", "frame_group"});
   PromptSpec spec;
   spec.begin = node["begin"].list(piece);
   spec.system = node["system"].optional(turn);
@@ -166,6 +186,7 @@ inline PromptSpec prompt(const Node& node) {
   spec.strip_text = node["strip_text"].as_bool();
   spec.end_token_ids = node["end_token_ids"].list(as_int);
   if (node.has("tokenizer")) spec.tokenizer = node["tokenizer"].as_string();
+  if (node.has("frame_group")) spec.frame_group = node["frame_group"].optional(frame_group);
   return spec;
 }
 

@@ -119,16 +119,25 @@ struct ImageSpec {
   std::optional<GridSpec> grid;
 };
 
+/// How the frames of a video are scaled, all alike, where pictures are "native"; and how its rows stand in time.
+struct NativeVideoSpec {
+  int64_t min_pixels, max_pixels;  ///< smaller frames are enlarged, larger ones shrunk
+  bool whole;                      ///< the two bound the pixels of all frames together; false: those of each
+  double tokens_per_second;        ///< positions of the time axis; 0: one for each group of frames
+};
+
 /// How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.hpp).
 struct VideoSpec {
   std::array<double, 3> mean, std;
   double rescale_factor;
-  int64_t pooled_side;  ///< tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
+  /// If pictures are "anyres": tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2.
+  std::optional<int64_t> pooled_side;
+  std::optional<NativeVideoSpec> native;  ///< if they are "native"
 };
 
 /// One piece of the chat template (see text.hpp).
 struct TemplatePiece {
-  std::string kind;  ///< token, literal, text, image or video
+  std::string kind;  ///< token, literal, text, image, video or seconds
   std::string text;
   int64_t id = -1;
 };
@@ -137,6 +146,13 @@ struct TurnSpec {
   std::vector<TemplatePiece> prefix, image, text, suffix;
   std::vector<TemplatePiece> lead;  ///< after the prefix, if the turn's first part is a text
   std::vector<TemplatePiece> video;
+};
+
+/// What is written for each group of a video's frames that the image graph reads as one.
+struct FrameGroup {
+  int64_t frames;  ///< of a group; the last one is filled up with the last frame
+  /// `video` stands for the group's rows, `seconds` for the mean of its ends' times.
+  std::vector<TemplatePiece> pieces;
 };
 
 struct PromptSpec {
@@ -148,6 +164,7 @@ struct PromptSpec {
   bool strip_text;                        ///< strip white space around a turn's text
   std::vector<int64_t> end_token_ids;
   std::string tokenizer = "tokenizer.json";
+  std::optional<FrameGroup> frame_group;  ///< in the place of a turn's `video`; none: a video's rows are one run
 };
 
 struct ProberSpec {

@@ -2,8 +2,9 @@
 // side of runtime/rotary.py.
 //
 // A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text
-// after it goes on behind the largest of them. Each frequency reads one of the three.
+// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
+// video have a time for each group of frames. Text after it goes on behind the largest row or column, and the answer
+// behind the largest position of all. Each frequency reads one of the three.
 #pragma once
 
 #include <algorithm>
@@ -31,11 +32,14 @@ class PositionCounter {
     for (int64_t i = 0; i < count; ++i, ++next_) positions.push_back({next_, next_, next_});
   }
 
-  /// `count` rows of a picture. `grid`: the (rows, columns) in which they stand, nothing where they stand in none.
-  void picture(int64_t count, const std::optional<std::array<int64_t, 2>>& grid) {
+  /// `count` rows of a picture or a video. `grid`: the (rows, columns) in which they stand, nothing where they stand in
+  /// none. `times`: one for each group of a video's frames, whose rows stand in such a grid each.
+  void picture(int64_t count, const std::optional<std::array<int64_t, 2>>& grid, const std::vector<int64_t>& times) {
     if (!grid || !has_grids_) return text(count);
-    for (int64_t i = 0; i < count; ++i) {
-      positions.push_back({next_, next_ + i / (*grid)[1], next_ + i % (*grid)[1]});
+    for (const int64_t time : times) {
+      for (int64_t i = 0; i < (*grid)[0] * (*grid)[1]; ++i) {
+        positions.push_back({next_ + time, next_ + i / (*grid)[1], next_ + i % (*grid)[1]});
+      }
     }
     next_ += std::max((*grid)[0], (*grid)[1]);
   }
