@@ -191,6 +191,7 @@ def _check_golden(manifest: Contents, need: Need) -> None:
     """The golden prompts, and how far another machine may be off."""
     for golden in manifest.golden:
         need(bool(golden.token_ids), "golden: an answer without tokens")
+        need(len(golden.seconds) in (0, len(golden.videos)), "golden: not the seconds of each video")
         need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
         need(
             all(0 <= i < manifest.dims.vocab_size for i in (*golden.token_ids, *golden.prompt_ids)),

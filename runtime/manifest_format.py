@@ -305,6 +305,7 @@ class Golden:
     token_ids: tuple[int, ...]  # of the answer; if the action is "steer", the unsteered answer differs
     videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
     prompt_ids: tuple[int, ...] = ()
+    seconds: tuple[tuple[float, ...], ...] = ()  # when each frame of each video is shown; empty: nothing says so
 
     def pictures(self) -> tuple[str, ...]:
         """All its picture files, frames of videos included."""

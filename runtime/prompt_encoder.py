@@ -104,14 +104,17 @@ class PromptEncoder:
         keys: list[Key] = []
         counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
-        slots, width = iter(shown), self.manifest.dims.hidden_size
+        text: list[int] = []
+        slots, width = deque(shown), self.manifest.dims.hidden_size
         for run in runs:
+            between = isinstance(run, list) and bool(slots and slots[0].first)  # groups of a video's frames
             nothing: tuple[Any, ...] = (b"", [run], None, (), 0)
-            digest, parts, grid, times, first = nothing if isinstance(run, list) else next(slots)[:5]
+            digest, parts, grid, times, first = nothing if isinstance(run, list) else slots.popleft()[:5]
             row = itertools.count(first)  # of the picture
             for part in parts:
                 if isinstance(part, list):
                     rows.append(self.embed(part))
+                    text += [] if between else range(len(keys), len(keys) + len(part))
                     keys += part
                     token_ids += part
                     counter.text(len(part))
@@ -124,7 +127,6 @@ class PromptEncoder:
         embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        text = [position for position, key in enumerate(keys) if isinstance(key, int)]
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(shown), deepstack)
@@ -343,8 +345,9 @@ def probed_positions(
     a turn is too short, or where the text that follows changed the tokens that the prober would have read.
     Without a prober, the last position: a conversation continues from it.
 
-    `text`: the positions of token ids. `sizes`: the rows of each picture and video, separators included. A mean leaves
-    out pictures: their many rows would outweigh the text, whose hidden states have attended to them.
+    `text`: the positions of token ids, but those between groups of a video's frames. `sizes`: the rows of each picture,
+    video and group, separators included. A mean leaves out pictures and videos: their many rows, and times, would
+    outweigh the text, whose hidden states have attended to them.
     """
     before = [0, *itertools.accumulate(sizes)]  # rows of the first n pictures and videos
     length = turns[-1].end.tokens + before[turns[-1].end.slots]

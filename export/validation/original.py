@@ -385,6 +385,10 @@ class OriginalModel:
         if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
             turns = [replace(turn, end=Place(len(prompt.prompt_ids), 0)) for turn in turns]
         sizes = _slot_rows(runs, text, len(ids), self._framing(prompt))
+        if group := self.manifest.prompt.frame_group:
+            films = [math.ceil(len(film) / group.frames) for film in prompt.videos]
+            between = _between_groups((ids == self.processor.video_token_id).tolist(), films)
+            text = [position for position in text if position not in between]
         return probed_positions(self.manifest.prober, turns, text, sizes)
 
     def _framing(self, prompt: ValidationPrompt) -> list[int]:
@@ -419,6 +423,19 @@ def _slot_rows(runs: Rendered, text: Sequence[int], length: int, framing: Sequen
         end = text[before] if before < len(text) else length
         rows += [end - first, *[0] * (len(slots) - 1)]
     return rows
+
+
+def _between_groups(shown: Sequence[bool], films: Sequence[int]) -> set[int]:
+    """Positions of text between the groups of a video's frames. `shown`: whether a position is a row of a video's.
+    `films`: how many groups each video has.
+    """
+    runs = [[at for at, _ in run] for row, run in itertools.groupby(enumerate(shown), key=lambda pair: pair[1]) if row]
+    found, first = set[int](), 0
+    for groups in films:
+        own = runs[first : first + groups]
+        found |= {at for a, b in itertools.pairwise(own) for at in range(a[-1] + 1, b[0])}
+        first += groups
+    return found
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, load_tokenizer
+from autosteer.runtime.video import Video
 
 from .original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 
@@ -100,11 +101,12 @@ def _dialogue(folder: Path, manifest: Manifest) -> ValidationPrompt:
 
 
 def _video_prompt(folder: Path, size: int, frames: int) -> ValidationPrompt:
-    """Frames wider and flatter than a tile."""
+    """Frames wider and flatter than a tile, which are not shown as often as every video's whose times nobody says."""
     files = tuple(f"golden/frame{n}.png" for n in range(1, frames + 1))
     for seed, file in enumerate(files, 10):
         draw(size * 3 // 2 + 1, size // 2 + 3, seed).save(folder / file)
-    return ValidationPrompt((Message.user("what happens?", videos=[[folder / file for file in files]]),), (), (files,))
+    video = Video((folder / file for file in files), (1.75 * n for n in range(frames)))
+    return ValidationPrompt((Message.user("what happens?", videos=[video]),), (), (files,))
 
 
 def draw(width: int, height: int, seed: int) -> Image.Image:

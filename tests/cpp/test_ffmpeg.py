@@ -71,7 +71,7 @@ def test_without_ffmpeg_a_line_says_what_to_install(opened: Open, pretend: Any) 
         ("printf xxx; kill -9 $$", "it failed without a word"),
         ("yes worse | head -c 10000000 >&2; exit 1", r"\(ffmpeg: worse\)"),
         (f'[ -z "$COUNT" ] || {THREE}', "it changed while it was read"),
-        (f'if [ "$COUNT" ]; then yes | tr -d "\\n" | head -c 10000000; exit 0; fi', "it has no frames"),
+        ('if [ "$COUNT" ]; then yes | tr -d "\\n" | head -c 10000000; exit 0; fi', "it has no frames"),
         (
             f'if [ "$COUNT" ]; then {THREE}; else {PNG_HEAD}; exec cat /dev/zero; fi',
             "a frame of more than",

@@ -37,6 +37,7 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
     for (const auto& frames : golden.videos) {
       videos.emplace_back();
       for (const auto& file : frames) videos.back().frames.emplace_back(folder / file);
+      if (!golden.seconds.empty()) videos.back().seconds = golden.seconds.at(videos.size() - 1);
     }
     return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
   };

@@ -317,6 +317,8 @@ inline void check_files(const Manifest& m, const Need& need) {
 inline void check_golden(const Manifest& m, const Need& need) {
   for (const Golden& golden : m.golden) {
     need(!golden.token_ids.empty(), "golden: an answer without tokens");
+    need(golden.seconds.empty() || golden.seconds.size() == golden.videos.size(),
+         "golden: not the seconds of each video");
     need(golden.prompt_ids.empty() || (golden.prompt.empty() && golden.images.empty() && golden.videos.empty()),
          "golden: a prompt is given twice");
     need(in_vocabulary(m, golden.token_ids) && in_vocabulary(m, golden.prompt_ids),

@@ -209,8 +209,9 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids", "seconds"});
   const auto frames = [](const Node& files) { return files.list(as_string); };
+  const auto moments = [](const Node& seconds) { return seconds.list(as_float); };
   return {node["prompt"].as_string(),
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
@@ -218,7 +219,8 @@ inline Golden golden(const Node& node) {
           node["action"].as_one_of({"pass", "steer"}),
           node["token_ids"].list(as_int),
           node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>(),
-          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>()};
+          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>(),
+          node.has("seconds") ? node["seconds"].list(moments) : std::vector<std::vector<double>>()};
 }
 
 inline Tolerance tolerance(const Node& node) {

@@ -192,6 +192,7 @@ struct Golden {
   std::vector<int64_t> token_ids;  ///< of the answer; if the action is steer, the unsteered answer differs
   std::vector<std::vector<std::string>> videos;  ///< the frames of each
   std::vector<int64_t> prompt_ids;               ///< token ids of the rendered prompt, instead of `prompt`
+  std::vector<std::vector<double>> seconds;      ///< when each frame of each is shown; empty: nothing says so
 };
 
 /// How far results on another machine may differ from the golden ones.

@@ -48,9 +48,9 @@ inline void check_length(const Manifest& manifest, int64_t length, bool exact = 
 
 /// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
 /// a turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
-/// prober, the last position: a conversation continues from it. `text`: the positions of token ids. `sizes`: the rows
-/// of each picture and video, separators included. A mean leaves out pictures: their many rows would outweigh the
-/// text.
+/// prober, the last position: a conversation continues from it. `text`: the positions of token ids, but those between
+/// groups of a video's frames. `sizes`: the rows of each picture, video and group, separators included. A mean leaves
+/// out pictures and videos: their many rows, and times, would outweigh the text.
 inline std::vector<std::vector<int64_t>> probed_positions(const std::optional<ProberSpec>& prober,
                                                           const std::vector<JudgedTurn>& turns,
                                                           const std::vector<int64_t>& text,
@@ -104,10 +104,10 @@ class PromptEncoder {
     EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
     PositionCounter counter(manifest_.rotary);
     std::vector<int64_t> text_positions, sizes;
-    const auto add_tokens = [&](const std::vector<int64_t>& ids) {
+    const auto add_tokens = [&](const std::vector<int64_t>& ids, bool between) {
       const Rows rows = embed(ids);
       for (const int64_t id : ids) {
-        text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
+        if (!between) text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
         prompt.keys.emplace_back("", id);
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
@@ -117,13 +117,13 @@ class PromptEncoder {
     auto next = seen.begin();
     for (const Run& run : runs) {
       if (run.slot.empty()) {
-        add_tokens(run.ids);
+        add_tokens(run.ids, next != seen.end() && next->row);  // between groups of a video's frames
         continue;
       }
       int64_t row = next->row;
       for (size_t i = next->first; i < next->last; ++i) {
         const Laid& part = next->laid->at(i);
-        add_tokens(part.ids);
+        add_tokens(part.ids, false);
         if (part.rows.count()) prompt.add_picture(std::shared_ptr<const Rows>(next->laid, &part.rows));
         for (int64_t n = 0; n < part.rows.count(); ++n) prompt.keys.emplace_back(next->key, row++);
         if (part.rows.count()) counter.picture(part.rows.count(), next->grid, next->times);
