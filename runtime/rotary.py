@@ -2,9 +2,8 @@
 
 A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
 column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
-video have a time for each group of frames. Text after it goes on behind the largest row or column, and the answer
-behind the largest position of all. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index,
-Qwen2_5_VLRotaryEmbedding.
+video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
+video is. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index, Qwen2_5_VLRotaryEmbedding.
 
 So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
 tables as inputs and read row i for the i-th entry of their caches.
@@ -61,7 +60,7 @@ class RotaryTables:
     def __init__(
         self, spec: RotarySpec, positions: Positions, capacity: int, dtype: str, device: Device, *, first: int = 0
     ):
-        """`positions`: of the prompt's rows. The rows of the answer go on behind the largest. `dtype`: the graphs'.
+        """`positions`: of the prompt's rows. The rows of the answer go on behind the last. `dtype`: the graphs'.
         `first`: the first row that will be read.
         """
         self._spec, self._positions, self._device = spec, positions, device
@@ -86,7 +85,7 @@ class RotaryTables:
     def _at(self, first: int, last: int) -> Positions:
         """Positions of the rows first..last-1."""
         length = self._positions.shape[1]
-        following = self._positions.max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        following = self._positions[:, -1].max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
         given = self._positions[:, first : min(last, length)]
         return np.concatenate([given, np.broadcast_to(following, (3, len(following)))], axis=1)
 

@@ -309,7 +309,7 @@ def test_a_conversation_encodes_a_video_once(variant: str) -> None:
         dialogue += [Message.assistant(answer.text), Message("user", (f"turn {turn}:", part, "and now?"))]
     dialogue[0] = Message("user", ("first:", slow, "what now?"))
     answer = e.generate(dialogue, conversation=conversation, **asked)
-    assert answer.stats.reused_tokens < 40
+    assert answer.stats.reused_tokens < 60
     assert list(answer.token_ids) == theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
 
 

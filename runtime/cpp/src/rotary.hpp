@@ -3,8 +3,8 @@
 //
 // A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
 // column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
-// video have a time for each group of frames. Text after it goes on behind the largest row or column, and the answer
-// behind the largest position of all. Each frequency reads one of the three.
+// video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
+// video is. Each frequency reads one of the three.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +57,7 @@ class RotaryTables {
  public:
   static constexpr int64_t kBlock = 128;  ///< rows are computed at least so many at a time, as an answer grows
 
-  /// `positions`: of the prompt's rows. The rows of the answer go on behind the largest. `first`: the first row that
+  /// `positions`: of the prompt's rows. The rows of the answer go on behind the last. `first`: the first row that
   /// will be read.
   RotaryTables(const RotarySpec& spec, std::vector<Position> positions, int64_t capacity, int64_t first)
       : spec_(spec),
@@ -66,8 +66,8 @@ class RotaryTables {
         filled_(first),
         cos_({capacity, static_cast<int64_t>(spec.frequencies.size())}),
         sin_(cos_.shape()) {
-    for (const Position& position : positions_) {
-      following_ = std::max(following_, *std::max_element(position.begin(), position.end()) + 1);
+    if (!positions_.empty()) {
+      following_ = *std::max_element(positions_.back().begin(), positions_.back().end()) + 1;
     }
   }
 
