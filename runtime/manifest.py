@@ -27,6 +27,7 @@ from .manifest_format import (
     AnyresSpec,
     CacheType,
     Check,
+    ClosestGridSpec,
     Contents,
     DataFile,
     Dims,
@@ -34,7 +35,6 @@ from .manifest_format import (
     GateProof,
     Golden,
     GraphSpec,
-    GridSpec,
     ImageSpec,
     KVCacheSpec,
     MonitorSpec,
@@ -70,13 +70,13 @@ __all__ = [
     "AnyresSpec",
     "CacheType",
     "Check",
+    "ClosestGridSpec",
     "DataFile",
     "Dims",
     "FrameGroup",
     "GateProof",
     "Golden",
     "GraphSpec",
-    "GridSpec",
     "ImageSpec",
     "KVCacheSpec",
     "Manifest",
@@ -102,7 +102,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
 WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs

@@ -95,7 +95,7 @@ def _check_image(manifest: Contents, need: Need) -> None:
         return
     need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
     need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
-    need((image.kind == "closest_grid") == (image.grid is not None), "image: 'kind' and 'grid' differ")
+    need((image.kind == "closest_grid") == (image.closest_grid is not None), "image: 'kind' and 'closest_grid' differ")
     need((image.kind == "native") == (image.native is not None), "image: 'kind' and 'native' differ")
     if image.native:
         need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
@@ -107,9 +107,9 @@ def _check_image(manifest: Contents, need: Need) -> None:
         need(0 <= manifest.deepstack < manifest.dims.num_hidden_layers, "image: deepstack has too many layers")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
-    if image.grid:
-        need(image.grid.max_tiles <= MOST_TILES, "image: max_tiles is too large")
-        need(image.grid.max_tiles * image.tile_size <= LARGEST_GRID, "image: a grid is too large")
+    if image.closest_grid:
+        need(image.closest_grid.max_tiles <= MOST_TILES, "image: max_tiles is too large")
+        need(image.closest_grid.max_tiles * image.tile_size <= LARGEST_GRID, "image: a grid is too large")
     need(image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
     need(0.0 not in image.std, "image: std is zero")
     if anyres := image.anyres:
@@ -253,7 +253,7 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield from ((f"image: {name}", size) for name, size in sizes.items())
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
-        if grid := manifest.image.grid:
+        if grid := manifest.image.closest_grid:
             yield "image: min_tiles", grid.min_tiles
             yield "image: max_tiles", grid.max_tiles
     if manifest.video:

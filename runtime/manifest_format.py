@@ -117,7 +117,7 @@ class SplitSpec:
 
 
 @dataclass(frozen=True)
-class GridSpec:
+class ClosestGridSpec:
     """How kind "closest_grid" cuts an image into tiles; the whole image is one more, unless there is one tile.
 
     The rows of all tiles are one run.
@@ -167,7 +167,7 @@ class ImageSpec:
     split: SplitSpec | None = None  # if kind is "split"
     native: NativeSpec | None = None  # if kind is "native"
     tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
-    grid: GridSpec | None = None  # if kind is "closest_grid"
+    closest_grid: ClosestGridSpec | None = None  # if kind is "closest_grid"
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ class PromptEncoder:
             if spec.anyres:
                 newline, size = outputs[0]["image_newline"], (picture.shape[0], picture.shape[1])
                 rows = [images_.pack(np.stack(rows), newline, size, spec)]
-            elif spec.grid:
+            elif spec.closest_grid:
                 rows = [np.concatenate(rows)]
         stats.image_tiles += math.prod(grid) if spec.native else len(tiles)
         return images_.lay_out(rows, grid, spec)

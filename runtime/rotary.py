@@ -85,7 +85,9 @@ class RotaryTables:
     def _at(self, first: int, last: int) -> Positions:
         """Positions of the rows first..last-1."""
         length = self._positions.shape[1]
-        following = self._positions[:, -1].max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        following = (
+            self._positions[:, -1].max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        )
         given = self._positions[:, first : min(last, length)]
         return np.concatenate([given, np.broadcast_to(following, (3, len(following)))], axis=1)
 

@@ -50,7 +50,7 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
         picture = Image.new("RGB", (width, height))
         tiles, grid = cut(np.asarray(picture), spec, alone=True)
         frame = TileSeparators(grid, tuple(map(tuple, renderer.frame(picture))))
-        runs = 1 if spec.anyres or spec.grid else len(tiles)
+        runs = 1 if spec.anyres or spec.closest_grid else len(tiles)
         if any(frame.token_ids) and len(frame.token_ids) != runs + 1:
             raise UnsupportedModelError(
                 f"the processor makes {len(frame.token_ids) - 1} runs of image tokens of {len(tiles)} tiles "

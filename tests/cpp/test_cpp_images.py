@@ -18,7 +18,7 @@ from cpp_runtime import Parts
 from PIL import Image
 
 from autosteer.runtime.image import at_most, open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, GridSpec, ImageSpec, NativeSpec, SplitSpec
+from autosteer.runtime.manifest import AnyresSpec, ClosestGridSpec, ImageSpec, NativeSpec, SplitSpec
 from autosteer.runtime.video import open_video, squeeze
 
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
@@ -147,8 +147,8 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         replace(SPEC, anyres=replace(ANYRES, each=True)),
         replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078),
         replace(SPEC, kind="pad_to_square", anyres=None),
-        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(1, 12)),
-        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(3, 6)),
+        replace(SPEC, kind="closest_grid", anyres=None, closest_grid=ClosestGridSpec(1, 12)),
+        replace(SPEC, kind="closest_grid", anyres=None, closest_grid=ClosestGridSpec(3, 6)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
         replace(SPEC, kind="native", anyres=None, tile_size=28, native=NativeSpec(56 * 56, 300 * 201, 2)),

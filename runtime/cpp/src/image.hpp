@@ -370,7 +370,7 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
 /// Stretch to the grid whose shape is closest, and cut. The whole image comes last, squeezed into one tile (HF:
 /// GotOcr2ImageProcessorPil with crop_to_patches). Its grids are in the order of their tiles, then of their columns.
 inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
-  const GridSpec& limits = spec.grid.value();
+  const ClosestGridSpec& limits = spec.closest_grid.value();
   const auto width = static_cast<double>(image.width), height = static_cast<double>(image.height);
   int64_t best_columns = 1, best_rows = 1;
   double off = std::numeric_limits<double>::infinity();
@@ -433,10 +433,10 @@ inline Tiles whole(const Image& image, const ImageSpec& spec, bool) {
 /// tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to fewer
 /// pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
-  if (!tiles || !(spec.anyres || spec.grid || spec.native)) return spec;
+  if (!tiles || !(spec.anyres || spec.closest_grid || spec.native)) return spec;
   if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
-  if (spec.grid) {
-    spec.grid->max_tiles = std::min(spec.grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
+  if (spec.closest_grid) {
+    spec.closest_grid->max_tiles = std::min(spec.closest_grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
     return spec;
   }
   if (spec.native) {

@@ -64,7 +64,7 @@ inline SplitSpec split(const Node& node) {
   return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
 }
 
-inline GridSpec grid(const Node& node) {
+inline ClosestGridSpec closest_grid(const Node& node) {
   node.object({"min_tiles", "max_tiles"});
   return {node["min_tiles"].as_size(), node["max_tiles"].as_size()};
 }
@@ -82,7 +82,7 @@ inline TileSeparators tile_separators(const Node& node) {
 
 inline ImageSpec image(const Node& node) {
   node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "native", "tile_separators", "grid"});
+              {"split", "native", "tile_separators", "closest_grid"});
   ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "closest_grid", "native", "pad_to_square", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
@@ -97,10 +97,10 @@ inline ImageSpec image(const Node& node) {
   if (node.has("split")) spec.split = node["split"].optional(split);
   if (node.has("native")) spec.native = node["native"].optional(native);
   if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
-  if (node.has("grid")) spec.grid = node["grid"].optional(grid);
+  if (node.has("closest_grid")) spec.closest_grid = node["closest_grid"].optional(closest_grid);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
-  if ((spec.kind == "closest_grid") != spec.grid.has_value()) node.fail("'kind' and 'grid' differ");
+  if ((spec.kind == "closest_grid") != spec.closest_grid.has_value()) node.fail("'kind' and 'closest_grid' differ");
   if ((spec.kind == "native") != spec.native.has_value()) node.fail("'kind' and 'native' differ");
   if (spec.native) {
     if (spec.native->min_pixels > spec.native->max_pixels) node.fail("min_pixels is above max_pixels");
@@ -110,8 +110,8 @@ inline ImageSpec image(const Node& node) {
     if (!spec.tile_separators.empty()) node.fail("a 'native' picture has no tile_separators");
   }
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
-  if (spec.grid && spec.grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
-  if (spec.grid && spec.grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
+  if (spec.closest_grid && spec.closest_grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
+  if (spec.closest_grid && spec.closest_grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;

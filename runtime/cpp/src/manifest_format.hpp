@@ -85,7 +85,7 @@ struct SplitSpec {
 };
 
 /// How image kind "closest_grid" cuts an image into tiles: the whole image is one more, unless there is one tile.
-struct GridSpec {
+struct ClosestGridSpec {
   int64_t min_tiles, max_tiles;  ///< without the whole image
 };
 
@@ -116,7 +116,7 @@ struct ImageSpec {
   std::optional<SplitSpec> split;
   std::optional<NativeSpec> native;
   std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
-  std::optional<GridSpec> grid;
+  std::optional<ClosestGridSpec> closest_grid;
 };
 
 /// How the frames of a video are scaled, all alike, where pictures are "native"; and how its rows stand in time.

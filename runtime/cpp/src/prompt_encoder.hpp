@@ -350,7 +350,7 @@ class PromptEncoder {
       }
       if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
     });
-    if (!spec.anyres && !spec.grid) return runs;
+    if (!spec.anyres && !spec.closest_grid) return runs;
     Rows together{depth, {}};
     for (const Rows& run : runs) together.append(run.row(0), run.count());
     if (spec.anyres) together = pack(together, newline, height, width, spec);
