@@ -387,7 +387,7 @@ class Engine:
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
         check_length(self.manifest, length)
         cached = conversation.take_prefix() if conversation else None
-        room = min(max_tokens, context - length)
+        room = min(max_tokens, self.manifest.rotary.room(length, context))
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
 
 

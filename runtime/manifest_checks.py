@@ -87,6 +87,9 @@ def _check_rotary(manifest: Contents, need: Need) -> None:
     need(len(rotary.frequencies) == pairs, f"rotary: {len(rotary.frequencies)} frequencies, not half of head_dim")
     need(len(rotary.axes) in (0, pairs), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
     need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
+    if rotary.long:
+        need(0 < rotary.long.beyond < 2**31, f"rotary: beyond is {rotary.long.beyond}, which is no length")
+        need(len(rotary.long.frequencies) == pairs, "rotary: the long frequencies are not half of head_dim")
 
 
 def _check_image(manifest: Contents, need: Need) -> None:

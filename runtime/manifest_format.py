@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
@@ -88,6 +88,16 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True)
+class LongRotary:
+    """Other frequencies of long prompts (HF: longrope). They turn all positions, so an answer to a shorter prompt ends
+    where they would begin.
+    """
+
+    beyond: int  # positions; longer prompts have these frequencies
+    frequencies: tuple[float, ...]  # as RotarySpec's
+
+
+@dataclass(frozen=True)
 class RotarySpec:
     """Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.py)."""
 
@@ -96,6 +106,20 @@ class RotarySpec:
     # By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column (HF: mrope_section). Empty: a row
     # has one position, its index in the sequence, in text and pictures alike.
     axes: tuple[int, ...]
+    long: LongRotary | None = None
+
+    def is_long(self, length: int) -> bool:
+        """Whether a prompt of `length` has the other frequencies."""
+        return self.long is not None and length > self.long.beyond
+
+    def of(self, length: int) -> RotarySpec:
+        """That of a prompt of `length`."""
+        return replace(self, frequencies=self.long.frequencies) if self.long and self.is_long(length) else self
+
+    def room(self, length: int, context: int) -> int:
+        """Most tokens of an answer to a prompt of `length`: the last one has no position yet."""
+        most = context - length
+        return most if self.long is None or self.is_long(length) else min(most, self.long.beyond + 1 - length)
 
 
 @dataclass(frozen=True)

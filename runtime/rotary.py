@@ -5,6 +5,8 @@ column. They are equal for text. The rows of a picture have one time, and the ro
 video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
 video is. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index, Qwen2_5_VLRotaryEmbedding.
 
+Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
+
 So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
 tables as inputs and read row i for the i-th entry of their caches.
 """

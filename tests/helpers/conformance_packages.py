@@ -28,6 +28,7 @@ from autosteer.runtime.manifest import (
     FrameGroup,
     Golden,
     GraphSpec,
+    LongRotary,
     Manifest,
     NativeSpec,
     NativeVideoSpec,
@@ -158,6 +159,13 @@ def native(folder: Path, *, deepstack: bool = False) -> None:
     replace(manifest, image=image, rotary=rotary, graphs={**manifest.graphs, "vision_encoder": spec}).save(folder)
 
 
+def long(folder: Path) -> None:
+    """Prompts of more than twelve positions are turned by other frequencies (Phi-3's kind of model)."""
+    manifest = use_byte_level_words(folder, toy.build(folder, attentive=True))
+    others = LongRotary(12, tuple(f / 3 for f in manifest.rotary.frequencies))
+    replace(manifest, rotary=replace(manifest.rotary, long=others)).save(folder)
+
+
 def films(folder: Path, *, timed: bool = False) -> None:
     """The same with videos, two frames of which are one: they stand in time by seconds (Qwen2.5-VL's kind of model); or
     `timed`, by words before each group of frames (Qwen3-VL's), whose pixels are counted together.
@@ -187,6 +195,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "tokens": tokens,
     "native": native,
     "deepstack": functools.partial(native, deepstack=True),
+    "long": long,
     "films": films,
     "timed films": functools.partial(films, timed=True),
 }

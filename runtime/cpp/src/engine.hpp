@@ -213,7 +213,7 @@ class Engine {
             graphs_,
             log,
             std::move(prompt),
-            std::min(max_tokens, context - length),
+            std::min(max_tokens, manifest.rotary.room(length, context)),
             stats,
             conversation ? conversation->take_prefix() : std::nullopt};
   }

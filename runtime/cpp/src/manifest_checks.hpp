@@ -208,13 +208,14 @@ inline void check_graphs(const Manifest& m, const Need& need) {
 /// A frequency for each pair of a head's numbers; each reads a position that there is.
 inline void check_rotary(const Manifest& m, const Need& need) {
   const auto pairs = [&](size_t count) { return 2 * static_cast<int64_t>(count) == m.dims.head_dim; };
-  const auto& [frequencies, scale, axes] = m.rotary;
+  const auto& [frequencies, scale, axes, longer] = m.rotary;
   need(pairs(frequencies.size()),
        "rotary: " + std::to_string(frequencies.size()) + " frequencies, not half of head_dim");
   need(axes.empty() || pairs(axes.size()),
        "rotary: " + std::to_string(axes.size()) + " axes, not one for each frequency");
   const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
   need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
+  need(!longer || pairs(longer->frequencies.size()), "rotary: the long frequencies are not half of head_dim");
 }
 
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).

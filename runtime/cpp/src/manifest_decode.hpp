@@ -48,8 +48,14 @@ inline DataFile data_file(const Node& node) {
 }
 
 inline RotarySpec rotary(const Node& node) {
-  node.object({"frequencies", "scale", "axes"});
-  return {node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int)};
+  node.object({"frequencies", "scale", "axes"}, {"long"});
+  const auto longer = [](const Node& of) {
+    of.object({"beyond", "frequencies"});
+    return LongRotary{of["beyond"].as_size(), of["frequencies"].list(as_float)};
+  };
+  RotarySpec spec{node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int), {}};
+  if (node.has("long")) spec.longer = node["long"].optional(longer);
+  return spec;
 }
 
 inline AnyresSpec anyres(const Node& node) {

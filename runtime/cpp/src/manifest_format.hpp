@@ -61,6 +61,13 @@ struct DataFile {
   int64_t bytes;
 };
 
+/// Other frequencies of long prompts. They turn all positions, so an answer to a shorter prompt ends where they would
+/// begin.
+struct LongRotary {
+  int64_t beyond;                   ///< positions; longer prompts have these frequencies
+  std::vector<double> frequencies;  ///< as RotarySpec's
+};
+
 /// Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.hpp).
 struct RotarySpec {
   std::vector<double> frequencies;  ///< (head_dim / 2,), radians a position
@@ -68,6 +75,21 @@ struct RotarySpec {
   /// By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column. Empty: a row has one position,
   /// its index in the sequence, in text and pictures alike.
   std::vector<int64_t> axes;
+  std::optional<LongRotary> longer;  ///< "long" in the manifest
+
+  /// Whether a prompt of `length` has the other frequencies.
+  bool is_long(int64_t length) const { return longer && length > longer->beyond; }
+
+  /// Those of a prompt of `length`.
+  const std::vector<double>& frequencies_of(int64_t length) const {
+    return is_long(length) ? longer->frequencies : frequencies;
+  }
+
+  /// Most tokens of an answer to a prompt of `length`: the last one has no position yet.
+  int64_t room(int64_t length, int64_t context) const {
+    const int64_t most = context - length;
+    return !longer || is_long(length) ? most : std::min(most, longer->beyond + 1 - length);
+  }
 };
 
 /// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.

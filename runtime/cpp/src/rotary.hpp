@@ -5,6 +5,8 @@
 // column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
 // video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
 // video is. Each frequency reads one of the three.
+//
+// Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
 #pragma once
 
 #include <algorithm>
@@ -61,6 +63,7 @@ class RotaryTables {
   /// will be read.
   RotaryTables(const RotarySpec& spec, std::vector<Position> positions, int64_t capacity, int64_t first)
       : spec_(spec),
+        frequencies_(spec.frequencies_of(static_cast<int64_t>(positions.size()))),
         positions_(std::move(positions)),
         capacity_(capacity),
         filled_(first),
@@ -76,7 +79,7 @@ class RotaryTables {
     if (total <= filled_) return;
     const int64_t last = std::min(std::max(total, filled_ + kBlock), capacity_);
     const auto length = static_cast<int64_t>(positions_.size());
-    const size_t width = spec_.frequencies.size();
+    const size_t width = frequencies_.size();
     const auto scale = static_cast<float>(spec_.scale);
     for (; filled_ < last; ++filled_) {
       const int64_t answered = following_ + filled_ - length;
@@ -84,7 +87,7 @@ class RotaryTables {
                                            : Position{answered, answered, answered};
       for (size_t i = 0; i < width; ++i) {
         const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
-        const float angle = static_cast<float>(position) * static_cast<float>(spec_.frequencies[i]);
+        const float angle = static_cast<float>(position) * static_cast<float>(frequencies_[i]);
         const size_t cell = static_cast<size_t>(filled_) * width + i;
         // rounded from double, where all libraries agree to the last bit that counts: the tables are Python's
         cos_.data()[cell] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
@@ -98,6 +101,7 @@ class RotaryTables {
 
  private:
   const RotarySpec& spec_;
+  const std::vector<double>& frequencies_;
   std::vector<Position> positions_;
   int64_t capacity_, filled_;
   int64_t following_ = 0;  // the position of the first row after the prompt
