@@ -246,7 +246,8 @@ class Request {
   CachedPrefix cached_prefix() {
     keys_.resize(finite_ ? static_cast<size_t>(length_) : 0);
     const bool is_long = manifest_.rotary.is_long(prompt_length_);
-    return {is_long, std::move(keys_), std::move(probed_means_), std::move(lower_), std::move(upper_), std::move(pending_)};
+    return {is_long,           std::move(keys_),  std::move(probed_means_),
+            std::move(lower_), std::move(upper_), std::move(pending_)};
   }
 
  private:

@@ -3,8 +3,8 @@
 //     text    -> token ids ------------------------------------------> embed_tokens -> rows
 //     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
 //                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
-//     video   -> frames -> pixels -> vision_encoder (pooled) ------------------------> rows; with text between groups of
-//                                                                                      frames, if the template says so
+//     video   -> frames -> pixels -> vision_encoder (pooled) ------------------------> rows; with text between groups
+//                                                                                      of frames, if the template has it
 //
 // Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
 // context.
@@ -80,8 +80,8 @@ class PromptEncoder {
  public:
   using FindGraph = std::function<std::shared_ptr<const Subgraph>(const std::string& name)>;
 
-  /// `max_tiles`: a picture, or a frame of a video for a model that takes them in any size, is cut into so many at most.
-  /// `graph`: returns a loaded graph by name.
+  /// `max_tiles`: a picture, or a frame of a video for a model that takes them in any size, is cut into so many at
+  /// most. `graph`: returns a loaded graph by name.
   PromptEncoder(const Manifest& manifest, const Tokenizer& tokenizer, std::optional<int64_t> max_tiles, FindGraph graph)
       : manifest_(manifest),
         tokenizer_(tokenizer),

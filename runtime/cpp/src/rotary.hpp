@@ -2,9 +2,9 @@
 // side of runtime/rotary.py.
 //
 // A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
-// video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
-// video is. Each frequency reads one of the three.
+// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of
+// a video have a time for each group of frames. Text after it goes on behind the largest row or column, however long
+// the video is. Each frequency reads one of the three.
 //
 // Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
 #pragma once

@@ -5,8 +5,8 @@
 //     frames    ->  one tile each, squeezed
 //     features  ->  each frame's rows pooled, frame after frame, and one newline row at the very end
 //
-// With `native` ones (Qwen2-VL): frames are scaled to whole tiles, all alike. The graph reads groups of successive frames
-// as one, and makes a row of each tile. A group stands in time by its position, or by text before it.
+// With `native` ones (Qwen2-VL): frames are scaled to whole tiles, all alike. The graph reads groups of successive
+// frames as one, and makes a row of each tile. A group stands in time by its position, or by text before it.
 //
 // Frames are resized as torchvision does, like in Hugging Face's video processor; Pillow's pixels differ.
 #pragma once
@@ -164,8 +164,8 @@ inline std::vector<double> group_times(const std::vector<double>& moments, int64
   return times;
 }
 
-/// Where the rows of each group of frames stand on the time axis, from 0 on (HF: Qwen2_5_VLModel.get_rope_index). Groups
-/// are as far apart as frames are on average.
+/// Where the rows of each group of frames stand on the time axis, from 0 on (HF: Qwen2_5_VLModel.get_rope_index).
+/// Groups are as far apart as frames are on average.
 inline std::vector<int64_t> group_positions(const std::vector<double>& moments, int64_t group,
                                             double tokens_per_second) {
   const auto frames = static_cast<int64_t>(moments.size());

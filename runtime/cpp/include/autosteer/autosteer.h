@@ -127,8 +127,8 @@ AUTOSTEER_API int autosteer_request_image(autosteer_request *request, const auto
 AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const autosteer_image *const *frames,
                                           size_t count);
 
-/* The same, with the second at which each frame is shown, from the video's beginning and ascending. Without, a video has
- * 24 frames a second. Models of the Qwen-VL families read it. */
+/* The same, with the second at which each frame is shown, from the video's beginning and ascending. Without, a video
+ * has 24 frames a second. Models of the Qwen-VL families read it. */
 AUTOSTEER_API int autosteer_request_video_at(autosteer_request *request, const autosteer_image *const *frames,
                                              const double *seconds, size_t count);
 
