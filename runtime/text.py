@@ -91,10 +91,8 @@ class VideoPart:
 Part: TypeAlias = "str | ImagePart | VideoPart"
 
 SPACE = "\u2581"  # SentencePiece's letter for one
-IMAGE, VIDEO = (
-    object(),
-    object(),
-)  # mark the place of an image or a video, or a group of its frames, in a rendered prompt
+# Mark the place of an image, and of a video or a group of its frames, in a rendered prompt.
+IMAGE, VIDEO = object(), object()
 SLOTS = {"image": IMAGE, "video": VIDEO}  # by TemplatePiece.kind
 Rendered = list["list[int] | object"]  # runs of token ids, and IMAGE and VIDEO
 
