@@ -134,7 +134,10 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         (tmp_path / "frames" / name).touch()
     counts = (1, 2, 3, 7, 99)
     found = parts.run(*({"part": "frames", "path": str(tmp_path / "frames"), "frames": n} for n in counts))
-    assert found == [[Path(str(f)).name for f in open_video(tmp_path / "frames", n)] for n in counts]
+    videos = [open_video(tmp_path / "frames", n) for n in counts]
+    chosen = [[Path(str(frame)).name for frame in video] for video in videos]
+    assert [answer["chosen"] for answer in found] == chosen
+    assert [answer["seconds"] for answer in found] == [list(video.seconds) for video in videos]
     assert len(found[-1]) == len(names) - 3
 
 
