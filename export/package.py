@@ -178,7 +178,8 @@ def _write_tokenizer(
     video_ids = (processor.video_token_id,) if videos else ()
     prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
     video_token = processor.video_token if videos else None
-    return prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token)
+    group = pictures.native.frames if pictures and pictures.native else 1
+    return prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token, group)
 
 
 def _calibrate(

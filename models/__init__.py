@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
         text_only.LLAMA,
         text_only.MISTRAL,
         text_only.OLMO2,
+        text_only.PHI3,
         text_only.QWEN2,
         text_only.QWEN3,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from autosteer.runtime.errors import UnsupportedModelError
-from autosteer.runtime.manifest import GridSpec, ImageSpec
+from autosteer.runtime.manifest import ClosestGridSpec, ImageSpec
 
 from .family import LLAVA_LAYOUT, RESAMPLE, Family
 
@@ -36,7 +36,7 @@ def image_spec(config: Any, image_processor: Any) -> ImageSpec:
         rescale_factor=image_processor.rescale_factor,
         resample=RESAMPLE[int(image_processor.resample)],
         anyres=None,
-        grid=GridSpec(min_tiles=image_processor.min_patches, max_tiles=image_processor.max_patches),
+        closest_grid=ClosestGridSpec(min_tiles=image_processor.min_patches, max_tiles=image_processor.max_patches),
     )
 
 

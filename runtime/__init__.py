@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .manifest import Manifest
     from .sampling import SamplingConfig
     from .text import Message
-    from .video import open_video
+    from .video import Video, open_video
 
 __all__ = [
     "Action",
@@ -46,6 +46,7 @@ __all__ = [
     "Stats",
     "UnsupportedModelError",
     "Verdict",
+    "Video",
     "open_video",
 ]
 
@@ -61,7 +62,7 @@ _HOME = {
     "Manifest": "manifest",
     "SamplingConfig": "sampling",
     "Message": "text",
-    "open_video": "video",
+    **dict.fromkeys(("Video", "open_video"), "video"),
 }
 
 if not TYPE_CHECKING:

@@ -230,7 +230,8 @@ class SharedPass:
 
 def can_share(manifest: Manifest, device: Device) -> bool:
     """Whether several answers can be decoded together."""
-    return not manifest.rotary.axes and not manifest.deepstack and device.kind == "cpu"
+    alike = not manifest.rotary.axes and not manifest.rotary.long  # they share one table
+    return alike and not manifest.deepstack and device.kind == "cpu"
 
 
 def _run_alone(request: Request, tokens: Sequence[int]) -> Float | Exception:

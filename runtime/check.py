@@ -15,6 +15,7 @@ from .generation import EncodedPrompt, Stats
 from .manifest import Check, Golden
 from .sampling import SamplingConfig
 from .text import Message
+from .video import Video
 
 
 def check_package(engine: Engine, folder: Path) -> list[Check]:
@@ -63,7 +64,9 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
     if golden.prompt_ids:
         return engine.encoder.prepare_ids(golden.prompt_ids, Stats())
     images = [folder / image for image in golden.images]
-    videos = [[folder / frame for frame in video] for video in golden.videos]
+    seconds = golden.seconds or [()] * len(golden.videos)
+    films = zip(golden.videos, seconds, strict=True)
+    videos = [Video((folder / frame for frame in frames), shown) for frames, shown in films]
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
     from .image import ImageLike
     from .sampling import SamplingConfig
     from .text import Message
+    from .video import Video
 
 MAX_THREADS = 1024  # more is taken for a typing error
 
@@ -265,7 +266,7 @@ def chat(
     gate: GatePolicy,
     config: SamplingConfig,
     images: list[ImageLike],
-    videos: list[list[ImageLike]],
+    videos: list[Video],
     frames: int,
 ) -> None:
     """A dialogue on the terminal. Pictures and videos (at most `frames` frames each) go into the next answered turn.

@@ -38,7 +38,7 @@ from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, watched, without_steering
 from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, finish, ms_since
 from .grammar import Grammars
-from .image import ImageLike, at_most
+from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .monitor import Monitor, monitor_for
 from .pages import placing
@@ -123,8 +123,7 @@ class Engine:
             for name, spec in specs.items()
         }
         self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
-        image = manifest.image and at_most(manifest.image, max_tiles)
-        self.encoder = PromptEncoder(manifest, self.tokenizer, image, self._graph)
+        self.encoder = PromptEncoder(manifest, self.tokenizer, self._graph, max_tiles)
 
     @classmethod
     def load(
@@ -142,7 +141,8 @@ class Engine:
 
         `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
         the CPU, None for all cores. `low_memory`: check and load the image graph for each picture, and drop it
-        afterwards. `max_tiles`: cut a picture into at most this many tiles. `audit`: a file, to which a line is
+        afterwards. `max_tiles`: cut a picture into at most this many tiles, and each frame of a video if the model
+        takes them in any size. `audit`: a file, to which a line is
         appended for each request, or a function, which is given each as a dict; it must not use this engine, and what
         it raises fails the request. `audit_texts`: with the words of prompts and answers, not only their digests.
         Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
@@ -387,7 +387,7 @@ class Engine:
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
         check_length(self.manifest, length)
         cached = conversation.take_prefix() if conversation else None
-        room = min(max_tokens, context - length)
+        room = min(max_tokens, self.manifest.rotary.room(length, context))
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
 
 

@@ -1,6 +1,6 @@
 """A video file -> its frames, decoded by the program ffmpeg in a process of its own.
 
-    file  ->  how many frames there are: one byte of each
+    file  ->  when each frame is shown: a line of text for each
           ->  the chosen ones, as PNG files one after the other
 
 Whoever made the file is not trusted. ffmpeg gets it as its standard input, so it never sees a name; it may read the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import shutil
 import stat
@@ -25,6 +26,7 @@ from .image import MAX_FILE_BYTES, MAX_PIXELS
 
 SECONDS = 60.0  # to decode a file in, which is done twice
 MAX_FRAMES = 100_000  # of a file: an hour
+LINE = 1000  # bytes of a line that are read
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,apng"  # ffmpeg's names; "mov" is MP4, too
 INPUT = (
     *("-v", "error", "-nostdin", "-xerror"),  # -xerror: a damaged file is refused, like a damaged picture
@@ -32,7 +34,9 @@ INPUT = (
     *("-i", "/dev/fd/0"),  # unlike pipe:0 it can be sought in
 )
 ONE_EACH = "setpts=N/TB"  # with -r 1: every frame that is left, none twice, whatever the file says of their times
-COUNT = ("-vf", f"scale=1:1:flags=neighbor,format=gray,{ONE_EACH}", "-r", "1", "-f", "rawvideo", "pipe:1")
+# A line "frame:0    pts:0       pts_time:0" for each frame, and one of ours: of the file's own words none is printed.
+TIMES = "settb=1/1000000,metadata=add:key=autosteer:value=0,metadata=print:key=autosteer:file=-"
+COUNT = ("-an", "-sn", "-vf", f"{TIMES},scale=1:1:flags=neighbor,format=gray,{ONE_EACH}", "-r", "1", "-f", "null", "-")
 PNG = ("-r", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -55,17 +59,27 @@ class Film:
             raise InputError("ffmpeg, which reads such files, is not installed: apt-get install ffmpeg")
         self._file, self._deadline = file, time.monotonic() + SECONDS
 
-    def count(self) -> int:
-        """The number of frames. Raises InputError if there are none or too many."""
-        total = 0
+    def seconds(self) -> list[float]:
+        """When each frame is shown: from 0 on, ascending. A frame without a time has that of the frame before.
+
+        Raises InputError if there are no frames, or too many.
+        """
+        found, first, rest = list[float](), None, b""
         with contextlib.closing(self._run(*COUNT)) as blocks:
             for block in blocks:
-                total += len(block)
-                if total > MAX_FRAMES:
-                    raise InputError(f"more than {MAX_FRAMES} frames")
-        if total == 0:
+                *lines, rest = (rest[:LINE] + block).split(b"\n")
+                for line in lines:
+                    if not (said := re.match(rb"frame:\d+ +pts:(-?\d+)?", line)):
+                        continue
+                    time = int(said[1]) if said[1] else None
+                    first = time if first is None else first
+                    since = 0.0 if time is None or first is None else (time - first) / 1e6
+                    found.append(max(since, found[-1] if found else 0.0))
+                    if len(found) > MAX_FRAMES:
+                        raise InputError(f"more than {MAX_FRAMES} frames")
+        if not found:
             raise InputError("it has no frames")
-        return total
+        return found
 
     def pictures(self, chosen: Sequence[int]) -> Iterator[bytes]:
         """The frames of those indices, which ascend, as PNG files."""

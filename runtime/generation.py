@@ -106,6 +106,7 @@ class CachedPrefix:
     probed_means: dict[tuple[int, int], Float]  # what the prober read of a turn (1, D), by first and last position
     caches: dict[str, KVCache]  # by decoder half
     pending: dict[int, OrtValue]  # hidden states (1, n, D) that decoder_upper has not run over, by their first position
+    long: bool  # RotarySpec.is_long of its prompt: how its keys are turned
 
 
 def finish(steps: Generator[None, None, T]) -> T:
@@ -148,7 +149,9 @@ class Request:
         self._specs = {n: {t.name: t for t in (*s.inputs, *s.outputs)} for n, s in manifest.graphs.items()}
         self._capacity: int = self._prompt_length + max_tokens
         reused = 0
-        if cached and self._probed and all(self._probed):
+        rotary = manifest.rotary.of(self._prompt_length)
+        self._long = manifest.rotary.is_long(self._prompt_length)
+        if cached and cached.long == self._long and self._probed and all(self._probed):
             reused = _common_length(cached.keys, self._keys[: self._probed[-1][0]])
             self._probed_means = {read: mean for read, mean in cached.probed_means.items() if read[-1] < reused}
             missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)
@@ -165,9 +168,7 @@ class Request:
             self._caches = {half: KVCache(arrays, device) for half, arrays in self.room().items()}
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         first = min([reused, *self._pending])  # that either half will run over
-        self._rotary = RotaryTables(
-            manifest.rotary, prompt.positions, self._capacity, manifest.activations, device, first=first
-        )
+        self._rotary = RotaryTables(rotary, prompt.positions, self._capacity, manifest.activations, device, first=first)
         self._deepstack = Deepstack(
             manifest.deepstack, manifest.dims.hidden_size, prompt.deepstack, manifest.activations, device
         )
@@ -380,7 +381,7 @@ class Request:
         """
         length = self._length if self._finite else 0
         pending = {first: hidden for first, hidden in self._pending.items() if first < length}
-        return CachedPrefix(self._keys[:length], self._probed_means, self._caches, pending)
+        return CachedPrefix(self._keys[:length], self._probed_means, self._caches, pending, self._long)
 
     def head(self, last: OrtValue, logits: OrtValue, count: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""

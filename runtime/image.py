@@ -116,12 +116,12 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     base tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to
     fewer pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
     """
-    if tiles is None or not (spec.anyres or spec.grid or spec.native):
+    if tiles is None or not (spec.anyres or spec.closest_grid or spec.native):
         return spec
     if tiles < 1:
         raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
-    if grid := spec.grid:
-        return replace(spec, grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
+    if grid := spec.closest_grid:
+        return replace(spec, closest_grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
     if native := spec.native:
         most = min(tiles * spec.tile_size**2, native.max_pixels)
         return replace(spec, native=replace(native, min_pixels=min(native.min_pixels, most), max_pixels=most))
@@ -290,8 +290,8 @@ def _closest_grid(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
 
     HF: GotOcr2ImageProcessorPil with crop_to_patches. Its grids are in the order of their tiles, then of their columns.
     """
-    assert spec.grid is not None  # Manifest.load checks it
-    least, most, (height, width) = spec.grid.min_tiles, spec.grid.max_tiles, image.shape[:2]
+    assert spec.closest_grid is not None  # Manifest.load checks it
+    least, most, (height, width) = spec.closest_grid.min_tiles, spec.closest_grid.max_tiles, image.shape[:2]
     grids = ((c, n // c) for n in range(least, most + 1) for c in range(1, n + 1) if n % c == 0)
     best, off = (1, 1), math.inf
     for columns, rows in grids:
@@ -313,17 +313,26 @@ def _whole(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
 
 
 def native_grid(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """How many rows and columns of tiles a `native` picture of `size` (height, width) becomes (HF: smart_resize)."""
+    """How many rows and columns of tiles a `native` picture of `size` (height, width) becomes."""
     assert spec.native is not None
-    n, (height, width) = spec.tile_size, size
-    rows, columns = round(height / n), round(width / n)
-    pixels = rows * n * columns * n
-    if pixels > spec.native.max_pixels:
-        shrink = math.sqrt(height * width / spec.native.max_pixels)
-        rows, columns = (max(1, math.floor(side / shrink / n)) for side in size)
-    elif pixels < spec.native.min_pixels:
-        enlarge = math.sqrt(spec.native.min_pixels / (height * width))
-        rows, columns = (math.ceil(side * enlarge / n) for side in size)
+    return whole_tiles(size, spec.tile_size, spec.native.min_pixels, spec.native.max_pixels)
+
+
+def whole_tiles(
+    size: tuple[int, int], tile: int, least: int, most: int, count: int = 1, counted: int = 1
+) -> tuple[int, int]:
+    """Rows and columns of tiles for `count` pictures of `size` (height, width), all alike, that have `least` to `most`
+    pixels together (HF: smart_resize). `counted`: the pictures that are taken into account where the sides are rounded.
+    """
+    height, width = size
+    rows, columns = round(height / tile), round(width / tile)
+    pixels = counted * (rows * tile * columns * tile)
+    if pixels > most:
+        shrink = math.sqrt(count * height * width / most)
+        rows, columns = (max(1, math.floor(side / shrink / tile)) for side in size)
+    elif pixels < least:
+        enlarge = math.sqrt(least / (count * height * width))
+        rows, columns = (math.ceil(side * enlarge / tile) for side in size)
     return rows, columns
 
 

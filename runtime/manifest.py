@@ -27,17 +27,20 @@ from .manifest_format import (
     AnyresSpec,
     CacheType,
     Check,
+    ClosestGridSpec,
     Contents,
     DataFile,
     Dims,
+    FrameGroup,
     GateProof,
     Golden,
     GraphSpec,
-    GridSpec,
     ImageSpec,
     KVCacheSpec,
+    LongRotary,
     MonitorSpec,
     NativeSpec,
+    NativeVideoSpec,
     Precision,
     ProberSpec,
     PromptSpec,
@@ -68,17 +71,20 @@ __all__ = [
     "AnyresSpec",
     "CacheType",
     "Check",
+    "ClosestGridSpec",
     "DataFile",
     "Dims",
+    "FrameGroup",
     "GateProof",
     "Golden",
     "GraphSpec",
-    "GridSpec",
     "ImageSpec",
     "KVCacheSpec",
+    "LongRotary",
     "Manifest",
     "MonitorSpec",
     "NativeSpec",
+    "NativeVideoSpec",
     "Precision",
     "ProberSpec",
     "PromptSpec",
@@ -98,7 +104,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
 WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs

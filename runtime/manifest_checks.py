@@ -13,6 +13,7 @@ from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, MONITOR_GRAPH, PREFILL_G
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
 MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
+MOST_PER_SECOND = 1000  # positions of a video's time axis
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 MOST_TILES = 1 << 8  # of a picture
 LARGEST_WINDOW = 1 << 8  # tokens of an answer that are held back: each holds a chunk and a hidden state
@@ -86,6 +87,9 @@ def _check_rotary(manifest: Contents, need: Need) -> None:
     need(len(rotary.frequencies) == pairs, f"rotary: {len(rotary.frequencies)} frequencies, not half of head_dim")
     need(len(rotary.axes) in (0, pairs), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
     need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
+    if rotary.long:
+        need(0 < rotary.long.beyond < 2**31, f"rotary: beyond is {rotary.long.beyond}, which is no length")
+        need(len(rotary.long.frequencies) == pairs, "rotary: the long frequencies are not half of head_dim")
 
 
 def _check_image(manifest: Contents, need: Need) -> None:
@@ -94,7 +98,7 @@ def _check_image(manifest: Contents, need: Need) -> None:
         return
     need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
     need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
-    need((image.kind == "closest_grid") == (image.grid is not None), "image: 'kind' and 'grid' differ")
+    need((image.kind == "closest_grid") == (image.closest_grid is not None), "image: 'kind' and 'closest_grid' differ")
     need((image.kind == "native") == (image.native is not None), "image: 'kind' and 'native' differ")
     if image.native:
         need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
@@ -106,9 +110,9 @@ def _check_image(manifest: Contents, need: Need) -> None:
         need(0 <= manifest.deepstack < manifest.dims.num_hidden_layers, "image: deepstack has too many layers")
     if image.split:
         need(image.split.longest_edge <= LARGEST_TILE, "image: longest_edge is too large")
-    if image.grid:
-        need(image.grid.max_tiles <= MOST_TILES, "image: max_tiles is too large")
-        need(image.grid.max_tiles * image.tile_size <= LARGEST_GRID, "image: a grid is too large")
+    if image.closest_grid:
+        need(image.closest_grid.max_tiles <= MOST_TILES, "image: max_tiles is too large")
+        need(image.closest_grid.max_tiles * image.tile_size <= LARGEST_GRID, "image: a grid is too large")
     need(image.tile_size <= LARGEST_TILE, "image: tile_size is too large")
     need(0.0 not in image.std, "image: std is zero")
     if anyres := image.anyres:
@@ -126,14 +130,25 @@ def _check_image(manifest: Contents, need: Need) -> None:
 
 
 def _check_video(manifest: Contents, need: Need) -> None:
-    """How videos are pooled."""
-    if manifest.video:
-        side = manifest.image.anyres.tokens_per_side if manifest.image and manifest.image.anyres else 0
-        need(
-            side > 0 and "vision_encoder" in manifest.graphs, "'video' comes with 'anyres' images and a vision_encoder"
-        )
-        need(manifest.video.pooled_side <= side, "video: pooled_side is above tokens_per_side")
-        need(0.0 not in manifest.video.std, "video: std is zero")
+    """How videos are scaled, and pooled."""
+    image, video = manifest.image, manifest.video
+    if video:
+        fits = (image is not None and "vision_encoder" in manifest.graphs) and (image.anyres or image.native)
+        need(bool(fits), "'video' comes with 'anyres' or 'native' images and a vision_encoder")
+        assert image is not None
+        need((video.native is not None) == (image.native is not None), "video: 'native' comes with 'native' images")
+        need((video.pooled_side is not None) == (image.anyres is not None), "video: 'pooled_side' comes with 'anyres'")
+        if video.pooled_side is not None and image.anyres:
+            need(video.pooled_side <= image.anyres.tokens_per_side, "video: pooled_side is above tokens_per_side")
+        if native := video.native:
+            need(native.min_pixels <= native.max_pixels, "video: min_pixels is above max_pixels")
+            need(native.max_pixels <= MOST_PIXELS, "video: max_pixels is too large")
+            need(image.tile_size**2 <= native.max_pixels, "video: a tile has more than max_pixels")
+            need(0 <= native.tokens_per_second <= MOST_PER_SECOND, "video: tokens_per_second is out of range")
+        need(0.0 not in video.std, "video: std is zero")
+    if group := manifest.prompt.frame_group:
+        native_frames = image.native.frames if video and image and image.native else 0
+        need(group.frames == native_frames, "prompt: frame_group has not the frames that the image graph reads as one")
     written = any(piece.kind == "video" for piece in manifest.prompt.pieces())
     need((manifest.video is not None) == written, "'video' and the prompt's pieces of that kind come together")
 
@@ -179,6 +194,7 @@ def _check_golden(manifest: Contents, need: Need) -> None:
     """The golden prompts, and how far another machine may be off."""
     for golden in manifest.golden:
         need(bool(golden.token_ids), "golden: an answer without tokens")
+        need(len(golden.seconds) in (0, len(golden.videos)), "golden: not the seconds of each video")
         need(not (golden.prompt_ids and (golden.prompt or golden.pictures())), "golden: a prompt is given twice")
         need(
             all(0 <= i < manifest.dims.vocab_size for i in (*golden.token_ids, *golden.prompt_ids)),
@@ -201,6 +217,9 @@ def _check_prompt(manifest: Contents, need: Need) -> None:
     for kind, part in manifest.prompt.inside():
         slots = [piece.kind for piece in part if piece.kind not in ("token", "literal")]
         need(slots == [kind], f"prompt: a turn's {kind!r} must have one piece of that kind and no other")
+    if group := manifest.prompt.frame_group:
+        slots = [piece.kind for piece in group.pieces if piece.kind not in ("token", "literal")]
+        need(slots == ["seconds", "video"], "prompt: frame_group must have one 'seconds', then one 'video'")
     for piece in manifest.prompt.pieces():
         fits = piece.kind != "token" or 0 <= piece.id < manifest.dims.vocab_size
         need(fits, f"prompt: {piece.text!r} has id {piece.id}; the vocabulary ends at {manifest.dims.vocab_size - 1}")
@@ -237,11 +256,15 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield from ((f"image: {name}", size) for name, size in sizes.items())
         if manifest.image.split:
             yield "image: longest_edge", manifest.image.split.longest_edge
-        if grid := manifest.image.grid:
+        if grid := manifest.image.closest_grid:
             yield "image: min_tiles", grid.min_tiles
             yield "image: max_tiles", grid.max_tiles
     if manifest.video:
-        yield "video: pooled_side", manifest.video.pooled_side
+        if manifest.video.pooled_side is not None:
+            yield "video: pooled_side", manifest.video.pooled_side
+        if films := manifest.video.native:
+            yield "video: min_pixels", films.min_pixels
+            yield "video: max_pixels", films.max_pixels
     if manifest.monitor:
         yield "monitor: window", manifest.monitor.window
 

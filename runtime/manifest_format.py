@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
@@ -88,6 +88,16 @@ class KVCacheSpec:
 
 
 @dataclass(frozen=True)
+class LongRotary:
+    """Other frequencies of long prompts (HF: longrope). They turn all positions, so an answer to a shorter prompt ends
+    where they would begin.
+    """
+
+    beyond: int  # positions; longer prompts have these frequencies
+    frequencies: tuple[float, ...]  # as RotarySpec's
+
+
+@dataclass(frozen=True)
 class RotarySpec:
     """Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.py)."""
 
@@ -96,6 +106,20 @@ class RotarySpec:
     # By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column (HF: mrope_section). Empty: a row
     # has one position, its index in the sequence, in text and pictures alike.
     axes: tuple[int, ...]
+    long: LongRotary | None = None
+
+    def is_long(self, length: int) -> bool:
+        """Whether a prompt of `length` has the other frequencies."""
+        return self.long is not None and length > self.long.beyond
+
+    def of(self, length: int) -> RotarySpec:
+        """That of a prompt of `length`."""
+        return replace(self, frequencies=self.long.frequencies) if self.long and self.is_long(length) else self
+
+    def room(self, length: int, context: int) -> int:
+        """Most tokens of an answer to a prompt of `length`: the last one has no position yet."""
+        most = context - length
+        return most if self.long is None or self.is_long(length) else min(most, self.long.beyond + 1 - length)
 
 
 @dataclass(frozen=True)
@@ -117,7 +141,7 @@ class SplitSpec:
 
 
 @dataclass(frozen=True)
-class GridSpec:
+class ClosestGridSpec:
     """How kind "closest_grid" cuts an image into tiles; the whole image is one more, unless there is one tile.
 
     The rows of all tiles are one run.
@@ -167,7 +191,17 @@ class ImageSpec:
     split: SplitSpec | None = None  # if kind is "split"
     native: NativeSpec | None = None  # if kind is "native"
     tile_separators: tuple[TileSeparators, ...] = ()  # one for each grid; empty: no separators
-    grid: GridSpec | None = None  # if kind is "closest_grid"
+    closest_grid: ClosestGridSpec | None = None  # if kind is "closest_grid"
+
+
+@dataclass(frozen=True)
+class NativeVideoSpec:
+    """How the frames of a video are scaled, all alike, where pictures are "native"; and how its rows stand in time."""
+
+    min_pixels: int  # smaller frames are enlarged, larger ones than max_pixels shrunk
+    max_pixels: int
+    whole: bool  # the two bound the pixels of all frames together; false: those of each
+    tokens_per_second: float  # positions of the time axis; 0: one for each group of frames
 
 
 @dataclass(frozen=True)
@@ -177,7 +211,9 @@ class VideoSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     rescale_factor: float
-    pooled_side: int  # ImageSpec.anyres.tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
+    # If ImageSpec.kind is "anyres": tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2.
+    pooled_side: int | None
+    native: NativeVideoSpec | None = None  # if it is "native"
 
 
 @dataclass(frozen=True)
@@ -185,11 +221,11 @@ class TemplatePiece:
     """One piece of the chat template.
 
     Kinds: `token` is the special token `id` (its string in `text`); `literal` is the plain text `text`; `text`, `image`
-    and `video` stand for the user's text, an image's rows and a video's rows. Adjacent literal and user text are
-    tokenised together, as plain text.
+    and `video` stand for the user's text, an image's rows and a video's rows; `seconds` for the time of a FrameGroup,
+    as text with one decimal. Adjacent literal and user text are tokenised together, as plain text.
     """
 
-    kind: Literal["token", "literal", "text", "image", "video"]
+    kind: Literal["token", "literal", "text", "image", "video", "seconds"]
     text: str = ""
     id: int = -1
 
@@ -207,6 +243,14 @@ class TurnSpec:
 
 
 @dataclass(frozen=True)
+class FrameGroup:
+    """What is written for each group of a video's frames that the image graph reads as one."""
+
+    frames: int  # of a group; the last one is filled up with the last frame
+    pieces: tuple[TemplatePiece, ...]  # `video` stands for the group's rows, `seconds` for the mean of its ends' times
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """The chat template as pieces. The export checks that they render as Hugging Face's template does."""
 
@@ -219,6 +263,7 @@ class PromptSpec:
     strip_text: bool  # the template strips white space around a turn's text
     end_token_ids: tuple[int, ...]  # generation ends at any of these
     tokenizer: str = "tokenizer.json"
+    frame_group: FrameGroup | None = None  # in the place of a turn's `video`; None: all rows of a video are one run
 
     def turns(self) -> tuple[TurnSpec, ...]:
         """The turns of all roles that the model has."""
@@ -236,7 +281,8 @@ class PromptSpec:
 
     def pieces(self) -> tuple[TemplatePiece, ...]:
         """Every piece of the template."""
-        return (*self.outside(), *(piece for _, part in self.inside() for piece in part))
+        grouped = self.frame_group.pieces if self.frame_group else ()
+        return (*self.outside(), *(piece for _, part in self.inside() for piece in part), *grouped)
 
 
 @dataclass(frozen=True)
@@ -283,6 +329,7 @@ class Golden:
     token_ids: tuple[int, ...]  # of the answer; if the action is "steer", the unsteered answer differs
     videos: tuple[tuple[str, ...], ...] = ()  # the frames of each
     prompt_ids: tuple[int, ...] = ()
+    seconds: tuple[tuple[float, ...], ...] = ()  # when each frame of each video is shown; empty: nothing says so
 
     def pictures(self) -> tuple[str, ...]:
         """All its picture files, frames of videos included."""

@@ -3,7 +3,8 @@
     text    -> token ids ------------------------------------------> embed_tokens -> rows
     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
-    video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
+    video   -> frames -> pixels -> vision_encoder (pooled) ------------------------> rows; with text between groups of
+                                                                                     frames, if the template says so
 
 Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
 context.
@@ -16,6 +17,7 @@ import functools
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
 from .rotary import PositionCounter
 from .subgraph import Subgraph
-from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, render_judged
+from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, VideoPart, render_judged
 
 Encode = Callable[..., images_.Runs]
 
@@ -41,11 +43,13 @@ TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at
 
 
 class _Seen(NamedTuple):
-    """A picture or a video of a prompt."""
+    """A picture or a video of a prompt, or a group of the video's frames."""
 
     key: bytes  # its digest, and how it is encoded
     runs: images_.Runs
     grid: tuple[int, int] | None  # (rows, columns) in which its rows stand, if they do
+    times: tuple[int, ...]  # of the groups of a video's frames, whose rows stand in such a grid each
+    first: int  # its first row in the picture or video: of a further group above 0
     tiles: int  # encoded for this prompt
     sha256: str
     video: bool
@@ -58,16 +62,25 @@ class _Opened(NamedTuple):
     use: str  # how it is encoded
     encode: Encode
     grid: tuple[int, int] | None  # as in _Seen
+    times: tuple[int, ...] = (0,)
+    apart: int = 1  # places in the prompt that it fills: of its runs, each has as many
 
 
 class PromptEncoder:
     """Encodes prompts for one package. Keeps no state of a dialogue."""
 
     def __init__(
-        self, manifest: Manifest, tokenizer: Tokenizer, image: ImageSpec | None, graph: Callable[[str], Subgraph]
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        graph: Callable[[str], Subgraph],
+        max_tiles: int | None = None,
     ):
-        """`image`: how pictures are cut, None if the model takes none. `graph`: returns a loaded graph by name."""
-        self.manifest, self._tokenizer, self._image, self._graph = manifest, tokenizer, image, graph
+        """`graph`: returns a loaded graph by name. `max_tiles`: a picture, or a frame of a video for a model that takes
+        them in any size, is cut into so many at most.
+        """
+        self.manifest, self._tokenizer, self._graph, self._max_tiles = manifest, tokenizer, graph, max_tiles
+        self._image = manifest.image and images_.at_most(manifest.image, max_tiles)
 
     def prepare(
         self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None
@@ -91,13 +104,17 @@ class PromptEncoder:
         keys: list[Key] = []
         counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
-        slots, width = iter(shown), self.manifest.dims.hidden_size
+        text: list[int] = []
+        slots, width = deque(shown), self.manifest.dims.hidden_size
         for run in runs:
-            digest, parts, grid = (b"", [run], None) if isinstance(run, list) else next(slots)[:3]
-            row = itertools.count()  # of the picture
+            between = isinstance(run, list) and bool(slots and slots[0].first)  # groups of a video's frames
+            nothing: tuple[Any, ...] = (b"", [run], None, (), 0)
+            digest, parts, grid, times, first = nothing if isinstance(run, list) else slots.popleft()[:5]
+            row = itertools.count(first)  # of the picture
             for part in parts:
                 if isinstance(part, list):
                     rows.append(self.embed(part))
+                    text += [] if between else range(len(keys), len(keys) + len(part))
                     keys += part
                     token_ids += part
                     counter.text(len(part))
@@ -105,16 +122,14 @@ class PromptEncoder:
                     rows.append(part[:, :width])
                     if self.manifest.deepstack:
                         deepstack[len(keys)] = part[:, width:]
-                    counter.picture(len(part), grid)
+                    counter.picture(len(part), grid, times)
                     keys += [(digest, next(row)) for _ in part]
         embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        text = [position for position, key in enumerate(keys) if isinstance(key, int)]
         sizes = [_length(one.runs) for one in shown]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
-        pictures_and_videos = tuple(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video) for one in shown)
-        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, pictures_and_videos, deepstack)
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(shown), deepstack)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -139,42 +154,63 @@ class PromptEncoder:
         context. A picture that is shown twice, or that the conversation knows, is not encoded again.
         """
         pictures = [image for message in messages for image in message.images]
-        films = [frames for message in messages for frames in message.videos]
+        films = [film for message in messages for film in message.films]
         least = {IMAGE: self._least_rows(), VIDEO: 0}  # `_check_videos` has counted videos
         length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
-        alone, shown = len(pictures) == 1, list[_Seen]()
-        to_open: dict[object, Iterator[Callable[[], _Opened]]] = {
+        alone, shown, further = len(pictures) == 1, list[_Seen](), deque[_Seen]()
+        to_open: dict[object, Iterator[Callable[[int], _Opened]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
-            VIDEO: (functools.partial(self._open_film, frames) for frames in films),
+            VIDEO: (functools.partial(self._open_film, film) for film in films),
         }
+        left = len(pictures) + len(films)
         for run in (run for run in runs if not isinstance(run, list)):
-            sha256, use, encode, grid = next(to_open[run])()
-            key = f"{use} {sha256}".encode()
-            before = stats.image_tiles
-            if grid:  # its rows are known before it is encoded
-                check_length(self.manifest, length - least[run] + math.prod(grid), exact=False)
+            if further:  # of the video before, whose places in the prompt follow each other
+                shown.append(further.popleft())
+                continue
+            others = length - least[run]
+            opened = next(to_open[run])(others)
+            key, before = f"{opened.use} {opened.sha256}".encode(), stats.image_tiles
             if key not in encoded:
-                encoded[key] = known[key] if key in known else encode(stats=stats)
-            shown.append(_Seen(key, encoded[key], grid, stats.image_tiles - before, sha256, run is VIDEO))
-            length += _length(encoded[key]) - least[run]
-            check_length(self.manifest, length, exact=len(shown) == len(pictures) + len(films))
+                encoded[key] = known[key] if key in known else opened.encode(stats=stats)
+            further.extend(_places(key, encoded[key], opened, stats.image_tiles - before, run is VIDEO))
+            shown.append(further.popleft())
+            left -= 1
+            length = others + _length(encoded[key])
+            check_length(self.manifest, length, exact=not left)
         if conversation:
             conversation.images = encoded
         return shown
 
-    def _open_picture(self, picture: ImageLike, alone: bool) -> _Opened:
+    def _open_picture(self, picture: ImageLike, alone: bool, others: int) -> _Opened:
+        """`others`: how many positions the rest of the prompt takes at least."""
         assert self._image is not None
         pixels, use = images_.open_image(picture), "a picture" if alone or self._image.native else "one of several"
-        size = pixels.shape[0], pixels.shape[1]
-        grid = images_.native_grid(size, self._image) if self._image.native else None
+        size, grid = (pixels.shape[0], pixels.shape[1]), None
+        if self._image.native:
+            grid = images_.native_grid(size, self._image)
+            check_length(self.manifest, others + math.prod(grid), exact=False)  # before it is encoded
         return _Opened(images_.digest([pixels]), use, functools.partial(self.encode_image, pixels, alone=alone), grid)
 
-    def _open_film(self, frames: Sequence[ImageLike]) -> _Opened:
-        assert self._image is not None
-        tiles = videos_.tiles(frames, self._image.tile_size)
-        return _Opened(images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles), None)
+    def _open_film(self, film: VideoPart, others: int) -> _Opened:
+        """`others` as in `_open_picture`."""
+        image, video, frames = self._image, self.manifest.video, film.frames
+        assert image is not None and video is not None
+        if image.native is None or video.native is None:
+            tiles = videos_.tiles(frames, image.tile_size, image.tile_size)
+            return _Opened(images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles), None)
+        moments = videos_.moments(len(frames), film.seconds)
+        times = videos_.group_positions(moments, image.native.frames, video.native.tokens_per_second)
+        first = images_.open_image(frames[0])
+        grid = videos_.frame_grid((first.shape[0], first.shape[1]), len(frames), image, video, self._max_tiles)
+        check_length(self.manifest, others + len(times) * math.prod(grid), exact=False)  # before others are opened
+        tiles = videos_.scaled([first, *frames[1:]], grid, image.tile_size)
+        encode = functools.partial(self.encode_film, tiles)
+        if self.manifest.prompt.frame_group:
+            return _Opened(images_.digest(tiles), "a video", encode, grid, apart=len(times))
+        use = f"a video at {times}"  # the KV caches hold its rows turned by their times
+        return _Opened(images_.digest(tiles), use, encode, grid, times)
 
     def _least_rows(self) -> int:
         """Rows of the smallest picture: those of one tile."""
@@ -196,12 +232,20 @@ class PromptEncoder:
             raise InputError("this model takes no videos")
         if not all(videos):
             raise InputError("a video has no frames")
-        rows = sum(len(frames) * self.manifest.video.pooled_side**2 + 1 for frames in videos)
+        rows = sum(self._least_rows_of(len(frames), self.manifest.video) for frames in videos)
         if rows >= self.manifest.dims.context_length:
             raise InputError(
                 f"the video takes {rows} tokens ({sum(map(len, videos))} frames); "
                 f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
             )
+
+    def _least_rows_of(self, frames: int, video: VideoSpec) -> int:
+        """Rows of a video of so many frames, which may be larger where pictures have any size."""
+        native = self._image.native if self._image else None
+        if native:
+            return math.ceil(frames / native.frames)
+        assert video.pooled_side is not None
+        return frames * video.pooled_side**2 + 1
 
     def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
         """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them.
@@ -219,7 +263,7 @@ class PromptEncoder:
             if spec.anyres:
                 newline, size = outputs[0]["image_newline"], (picture.shape[0], picture.shape[1])
                 rows = [images_.pack(np.stack(rows), newline, size, spec)]
-            elif spec.grid:
+            elif spec.closest_grid:
                 rows = [np.concatenate(rows)]
         stats.image_tiles += math.prod(grid) if spec.native else len(tiles)
         return images_.lay_out(rows, grid, spec)
@@ -227,7 +271,7 @@ class PromptEncoder:
     def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
         """A video's tiles (frames, tile_size, tile_size, 3) uint8 -> its rows (n, D)."""
         spec = self.manifest.video
-        assert spec is not None
+        assert spec is not None and spec.pooled_side is not None
         rows: list[Float] = []
         for out in self._run("vision_encoder", frames, spec):
             rows[-1:] = [
@@ -236,6 +280,17 @@ class PromptEncoder:
             ]  # the newline ends the video, not the batch
         stats.image_tiles += len(frames)
         return [np.concatenate(rows)]
+
+    def encode_film(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+        """A video's frames (frames, height, width, 3) uint8, in whole tiles for a model that takes any size -> its rows
+        (n, D), with deepstack (n, (1 + L) * D): one run, or one for each group of frames if text stands between them.
+        """
+        image, video = self._image, self.manifest.video
+        assert image is not None and image.native is not None and video is not None
+        outputs = self._run("vision_encoder", videos_.filled(frames, image.native.frames), video)
+        rows = [out["image_features"][0] for out in outputs]
+        stats.image_tiles += sum(map(len, rows))
+        return [*rows] if self.manifest.prompt.frame_group else [np.concatenate(rows)]
 
     def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
         """The tiles of one image -> its token ids, in order."""
@@ -290,8 +345,9 @@ def probed_positions(
     a turn is too short, or where the text that follows changed the tokens that the prober would have read.
     Without a prober, the last position: a conversation continues from it.
 
-    `text`: the positions of token ids. `sizes`: the rows of each picture and video, separators included. A mean leaves
-    out pictures: their many rows would outweigh the text, whose hidden states have attended to them.
+    `text`: the positions of token ids, but those between groups of a video's frames. `sizes`: the rows of each picture,
+    video and group, separators included. A mean leaves out pictures and videos: their many rows, and times, would
+    outweigh the text, whose hidden states have attended to them.
     """
     before = [0, *itertools.accumulate(sizes)]  # rows of the first n pictures and videos
     length = turns[-1].end.tokens + before[turns[-1].end.slots]
@@ -323,3 +379,23 @@ def check_length(manifest: Manifest, length: int, *, exact: bool = True) -> None
 
 def _length(runs: images_.Runs) -> int:
     return sum(map(len, runs))
+
+
+def _places(key: bytes, runs: images_.Runs, opened: _Opened, tiles: int, video: bool) -> Iterator[_Seen]:
+    """What stands in each of the places in the prompt that a picture or a video fills."""
+    each, first = len(runs) // opened.apart, 0
+    for at in range(0, len(runs), each):
+        own = runs[at : at + each]
+        yield _Seen(key, own, opened.grid, opened.times, first, 0 if first else tiles, opened.sha256, video)
+        first += _length(own)
+
+
+def _shown(seen: Sequence[_Seen]) -> tuple[ShownPicture, ...]:
+    """What each picture and each video took of the prompt."""
+    found: list[ShownPicture] = []
+    for one in seen:
+        if one.first:
+            found[-1] = replace(found[-1], tokens=found[-1].tokens + _length(one.runs))
+        else:
+            found.append(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video))
+    return tuple(found)

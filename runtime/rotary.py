@@ -1,15 +1,19 @@
 """Rotary position embedding: where a prompt's rows stand, and the tables that GroupQueryAttention rotates by.
 
 A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text after
-it goes on behind the largest of them. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index,
-Qwen2_5_VLRotaryEmbedding.
+column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of a
+video have a time for each group of frames. Text after it goes on behind the largest row or column, however long the
+video is. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index, Qwen2_5_VLRotaryEmbedding.
+
+Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
 
 So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
 tables as inputs and read row i for the i-th entry of their caches.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +39,15 @@ class PositionCounter:
         self._parts.append(np.broadcast_to(np.arange(self._next, self._next + count), (3, count)))
         self._next += count
 
-    def picture(self, count: int, grid: tuple[int, int] | None) -> None:
-        """`count` rows of a picture. `grid`: the (rows, columns) in which they stand, None where they stand in none."""
+    def picture(self, count: int, grid: tuple[int, int] | None, times: Sequence[int] = (0,)) -> None:
+        """`count` rows of a picture or a video. `grid`: the (rows, columns) in which they stand, None where they stand
+        in none. `times`: one for each group of a video's frames, whose rows stand in such a grid each.
+        """
         if grid is None or not self._spec.axes:
             self.text(count)
             return
-        at = np.stack([np.zeros(grid, np.int64), *np.indices(grid)])
+        at = np.indices((len(times), *grid))
+        at[0] = np.array(times)[:, None, None]
         self._parts.append(self._next + at.reshape(3, -1))
         self._next += max(grid)
 
@@ -55,7 +62,7 @@ class RotaryTables:
     def __init__(
         self, spec: RotarySpec, positions: Positions, capacity: int, dtype: str, device: Device, *, first: int = 0
     ):
-        """`positions`: of the prompt's rows. The rows of the answer go on behind the largest. `dtype`: the graphs'.
+        """`positions`: of the prompt's rows. The rows of the answer go on behind the last. `dtype`: the graphs'.
         `first`: the first row that will be read.
         """
         self._spec, self._positions, self._device = spec, positions, device
@@ -80,7 +87,9 @@ class RotaryTables:
     def _at(self, first: int, last: int) -> Positions:
         """Positions of the rows first..last-1."""
         length = self._positions.shape[1]
-        following = self._positions.max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        following = (
+            self._positions[:, -1].max() + 1 + np.arange(max(first, length) - length, max(last, length) - length)
+        )
         given = self._positions[:, first : min(last, length)]
         return np.concatenate([given, np.broadcast_to(following, (3, len(following)))], axis=1)
 

@@ -21,7 +21,7 @@ from tokenizers.decoders import DecodeStream
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import PromptSpec, TemplatePiece, TurnSpec
-from .video import VideoLike, open_video
+from .video import Video, VideoLike, group_times, moments, open_video
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Message:
     def user(text: str, images: Sequence[ImageLike] = (), videos: Sequence[VideoLike] = ()) -> Message:
         """A user turn: images, videos, then a text.
 
-        A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used.
+        A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used: a
+        Video, if it is known when each is shown.
         """
         films = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
-        return Message("user", (*map(ImagePart, images), *(VideoPart(tuple(frames)) for frames in films), text))
+        return Message("user", (*map(ImagePart, images), *map(VideoPart.of, films), text))
 
     @staticmethod
     def assistant(text: str, *, trusted: bool = False) -> Message:
@@ -59,7 +60,12 @@ class Message:
     @property
     def videos(self) -> list[tuple[ImageLike, ...]]:
         """The frames of the turn's videos, in order."""
-        return [part.frames for part in self.parts if isinstance(part, VideoPart)]
+        return [film.frames for film in self.films]
+
+    @property
+    def films(self) -> list[VideoPart]:
+        """The turn's videos, in order."""
+        return [part for part in self.parts if isinstance(part, VideoPart)]
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,19 @@ class VideoPart:
     """A video among a turn's parts."""
 
     frames: tuple[ImageLike, ...]
+    seconds: tuple[float, ...] = ()  # when each frame is shown; see Video
+
+    @staticmethod
+    def of(frames: Sequence[ImageLike]) -> VideoPart:
+        """Frames, with their times if they are a Video."""
+        return VideoPart(tuple(frames), frames.seconds if isinstance(frames, Video) else ())
 
 
 Part: TypeAlias = "str | ImagePart | VideoPart"
 
 SPACE = "\u2581"  # SentencePiece's letter for one
-IMAGE, VIDEO = object(), object()  # mark the place of an image or a video in a rendered prompt
+# Mark the place of an image, and of a video or a group of its frames, in a rendered prompt.
+IMAGE, VIDEO = object(), object()
 SLOTS = {"image": IMAGE, "video": VIDEO}  # by TemplatePiece.kind
 Rendered = list["list[int] | object"]  # runs of token ids, and IMAGE and VIDEO
 
@@ -101,7 +114,7 @@ class Place:
     """A place in a rendered prompt: what stands before it."""
 
     tokens: int  # text tokens
-    slots: int  # images and videos
+    slots: int  # images, and videos or groups of their frames
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,13 @@ def _write_parts(writer: _Writer, message: Message, turn: TurnSpec, spec: Prompt
         kind, slot = ("image", turn.image) if isinstance(part, ImagePart) else ("video", turn.video)
         if not slot:  # never drop a picture silently, nor move it to another turn
             raise InputError(f"this model's {message.role!r} turns take no {kind}s")
-        writer.write(slot)
+        for piece in slot:
+            group = spec.frame_group if piece.kind == "video" else None
+            if group is None or not isinstance(part, VideoPart):
+                writer.write([piece])
+                continue
+            for time in group_times(moments(len(part.frames), part.seconds), group.frames):
+                writer.write(group.pieces, f"{time:.1f}")
 
 
 class _Writer:
@@ -201,9 +220,9 @@ class _Writer:
         self._tokens = self._slots = 0  # in the runs
 
     def write(self, pieces: Iterable[TemplatePiece], filling: str = "") -> None:
-        """Add pieces; `filling` is the text of those of kind `text`."""
+        """Add pieces; `filling` is the text of those of kind `text` or `seconds`."""
         for piece in pieces:
-            if piece.kind in ("literal", "text"):
+            if piece.kind in ("literal", "text", "seconds"):
                 self._text += piece.text if piece.kind == "literal" else filling
                 continue
             self._close_text()

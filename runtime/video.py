@@ -1,19 +1,26 @@
 """A video -> pixel_values; its frames' features -> the video's rows in the prompt. Pure numpy and Pillow.
 
+With `anyres` pictures (LLaVA-OneVision):
+
     frames    ->  one tile each, squeezed
     features  ->  each frame's rows pooled, frame after frame, and one newline row at the very end
 
-The same as Hugging Face for LLaVA-OneVision (LlavaOnevisionVideoProcessor, LlavaOnevisionModel.get_video_features). Its
-video processor resizes with torchvision, whose filter weights have 16 bits; Pillow's have more, so the pixels differ.
+With `native` ones (Qwen2-VL): frames are scaled to whole tiles, all alike. The graph reads groups of successive frames
+as one, and makes a row of each tile. A group stands in time by its position, or by text before it.
+
+The same as Hugging Face (LlavaOnevisionVideoProcessor, LlavaOnevisionModel.get_video_features, Qwen2VLVideoProcessor,
+Qwen3VLVideoProcessor). Its video processors resize with torchvision, whose filter weights have 16 bits; Pillow's have
+more, so the pixels differ.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -23,18 +30,42 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
 from .ffmpeg import Film, open_regular
-from .image import FORMATS, MAX_PIXELS, Float, ImageLike, Uint8, bilinear, check_size, open_file, open_image, to_rgb
+from .image import (
+    FORMATS,
+    MAX_PIXELS,
+    Float,
+    ImageLike,
+    Uint8,
+    bilinear,
+    check_size,
+    open_file,
+    open_image,
+    to_rgb,
+    whole_tiles,
+)
+from .manifest import ImageSpec, VideoSpec
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
 FRAMES = 8  # taken from a video by default
+FRAMES_PER_SECOND = 24  # where nothing says when a frame is shown (HF's processors say so, too)
+MAX_SECONDS = 1e6
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # the files of a folder that are frames
 MAX_FRAMES = 2000  # of an animated picture; all up to the last one taken are decoded
 MAX_DECODED = 10 * MAX_PIXELS  # pixels of all frames of an animated picture: seconds
 KINDS = "an MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or TIFF, or a folder of frames"
 
 
-def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
+class Video(list[ImageLike]):
+    """The frames of a video, and when each of them is shown."""
+
+    def __init__(self, frames: Iterable[ImageLike], seconds: Iterable[float] = ()):
+        """`seconds`: from the video's beginning, one for each frame; none: FRAMES_PER_SECOND."""
+        super().__init__(frames)
+        self.seconds = tuple(seconds)
+
+
+def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     """The frames of a video file, of an animated picture, or of a folder of picture files, which are ordered by name,
     with numbers in a name compared as numbers. At most `frames` of them, evenly spaced from the first to the last.
 
@@ -52,10 +83,11 @@ def open_video(path: str | Path, frames: int = FRAMES) -> list[ImageLike]:
         if not files:
             raise InputError(f"{path}: no picture files in this folder; a video is {KINDS}")
         files.sort(key=_numbered)
-        return [files[i] for i in spaced(len(files), frames)]
+        chosen = spaced(len(files), frames)
+        return Video((files[i] for i in chosen), (i / FRAMES_PER_SECOND for i in chosen))
     try:
         with open_regular(path) as file:
-            return list(_of_picture(path, frames) if _is_picture(file) else _of_film(file, frames))
+            return _of_picture(path, frames) if _is_picture(file) else _of_film(file, frames)
     except FileNotFoundError:
         raise InputError(f"{path}: no such video file or folder") from None
     except Exception as err:  # on damaged files Pillow's decoders raise any exception
@@ -73,40 +105,52 @@ def _is_picture(file: BinaryIO) -> bool:
     return True
 
 
-def _of_picture(path: Path, frames: int) -> Iterator[Uint8]:
+def _of_picture(path: Path, frames: int) -> Video:
     with open_file(path) as opened:
         check_size(opened.size)
-        chosen = spaced(_count_frames(opened), frames)
+        starts = _starts(opened)
+        chosen = spaced(len(starts), frames)
         check_size(opened.size, len(chosen))  # they are all in memory at a time
+        video = Video([])
         for i in chosen:
             opened.seek(i)
-            yield to_rgb(opened)
+            video.append(to_rgb(opened))
+            video.seconds += (opened.info.get("timestamp", starts[i]) / 1e3,)  # WebP has it once a frame is decoded
+        return video
 
 
-def _of_film(file: BinaryIO, frames: int) -> Iterator[Uint8]:
+def _of_film(file: BinaryIO, frames: int) -> Video:
     film = Film(file)
-    chosen = spaced(film.count(), frames)
+    seconds = film.seconds()
+    chosen = spaced(len(seconds), frames)
+    video = Video([], (seconds[i] for i in chosen))
     for png in film.pictures(chosen):
         with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
             check_size(opened.size, len(chosen))
-            yield to_rgb(opened)
+            video.append(to_rgb(opened))
+    return video
 
 
-def _count_frames(film: Image.Image) -> int:
-    """The number of frames, which are decoded one by one. Raises InputError if they are too many, or too large."""
+def _starts(film: Image.Image) -> list[float]:
+    """When each frame begins, in ms. They are decoded one by one. Raises InputError if they are too many, or too large.
+
+    A frame that is shown for less than 20 ms stands for 100, as in browsers and ffmpeg.
+    """
     width, height = film.size
     most = min(MAX_FRAMES, MAX_DECODED // (width * height))
-    total = 1
+    starts = [0.0]
     if getattr(film, "is_animated", False):
         with contextlib.suppress(EOFError):
-            for total in range(1, most + 2):
-                film.seek(total)
-    if total > most:
+            for i in range(1, most + 2):
+                shown = float(film.info.get("duration", 0))
+                film.seek(i)
+                starts.append(starts[-1] + (shown if shown >= 20 else 100))
+    if len(starts) > most:
         raise InputError(
             f"more than {most} frames of {width}x{height} pixels: at most {MAX_FRAMES} frames, and {MAX_DECODED} "
             "pixels of all"
         )
-    return total
+    return starts
 
 
 def spaced(total: int, count: int) -> list[int]:
@@ -118,12 +162,78 @@ def spaced(total: int, count: int) -> list[int]:
     return [i * (total - 1) // max(count - 1, 1) for i in range(count)]
 
 
-def tiles(frames: Iterable[ImageLike], side: int) -> Uint8:
-    """Frames -> (frames, side, side, 3) uint8. Opens one at a time, so that a long video fits in memory.
+def tiles(frames: Iterable[ImageLike], height: int, width: int) -> Uint8:
+    """Frames -> (frames, height, width, 3) uint8. Opens one at a time, so that a long video fits in memory.
 
     Raises InputError for a frame that cannot be read.
     """
-    return np.stack([squeeze(open_image(frame), side) for frame in frames])
+    return np.stack([squeeze(open_image(frame), height, width) for frame in frames])
+
+
+def moments(frames: int, seconds: Sequence[float]) -> list[float]:
+    """When each of so many frames is shown. Raises InputError where `seconds` cannot be that."""
+    if not seconds:
+        return [i / FRAMES_PER_SECOND for i in range(frames)]
+    ordered = all(a <= b for a, b in itertools.pairwise((0, *seconds, MAX_SECONDS)))  # false for NaN, too
+    if len(seconds) != frames or not ordered:
+        raise InputError(
+            f"a video of {frames} frames has {len(seconds)} seconds: there must be one for each frame, ascending, from "
+            f"0 to {MAX_SECONDS:g}"
+        )
+    return list(seconds)
+
+
+def group_times(moments: Sequence[float], group: int) -> list[float]:
+    """When each group of frames is shown: the mean of its first and last frame's (HF: Qwen3VLProcessor)."""
+    return [(moments[i] + moments[min(i + group, len(moments)) - 1]) / 2 for i in range(0, len(moments), group)]
+
+
+def group_positions(moments: Sequence[float], group: int, tokens_per_second: float) -> tuple[int, ...]:
+    """Where the rows of each group of frames stand on the time axis, from 0 on (HF: Qwen2_5_VLModel.get_rope_index).
+    Groups are as far apart as frames are on average.
+    """
+    groups = range(math.ceil(len(moments) / group))
+    if not tokens_per_second:
+        return tuple(groups)
+    apart = group * (moments[-1] - moments[0]) / max(len(moments) - 1, 1)
+    each = np.float32(tokens_per_second) * np.float32(apart)
+    return tuple(int(np.float32(i) * each) for i in groups)
+
+
+def frame_grid(
+    size: tuple[int, int], frames: int, image: ImageSpec, video: VideoSpec, max_tiles: int | None = None
+) -> tuple[int, int]:
+    """How many rows and columns of tiles each of a video's frames becomes, where pictures are `native`. `size`:
+    (height, width) of the first. `max_tiles`: of a frame. HF: smart_resize of Qwen2VLVideoProcessor and
+    Qwen3VLVideoProcessor.
+    """
+    assert image.native is not None and video.native is not None  # Manifest.load checks it
+    tile, group, count, counted = image.tile_size, image.native.frames, 1, 1
+    if video.native.whole:
+        count = max(frames, group)
+        counted = round(count / group) * group
+        if min(size) < tile:
+            enlarge = max(tile / side for side in size)
+            size = int(size[0] * enlarge), int(size[1] * enlarge)
+    most = video.native.max_pixels
+    if max_tiles is not None:
+        most = min(most, max_tiles * tile**2 * count)
+    return whole_tiles(size, tile, min(video.native.min_pixels, most), most, count, counted)
+
+
+def scaled(frames: Sequence[ImageLike], grid: tuple[int, int], side: int) -> Uint8:
+    """Frames -> (frames, height, width, 3) uint8 of `grid` (rows, columns) tiles of `side` pixels.
+
+    Raises InputError if they are too large together, or one cannot be read.
+    """
+    height, width = (n * side for n in grid)
+    check_size((width, height), len(frames))
+    return tiles(frames, height, width)
+
+
+def filled(tiles: Uint8, group: int) -> Uint8:
+    """With the last frame again until all groups are full."""
+    return np.concatenate([tiles, *[tiles[-1:]] * (-len(tiles) % group)])
 
 
 def pool(features: Float, side: int) -> Float:
@@ -132,13 +242,13 @@ def pool(features: Float, side: int) -> Float:
     return np.concatenate([bilinear(rows.reshape(n, n, width), side, side).reshape(-1, width) for rows in features])
 
 
-def squeeze(frame: Uint8, side: int) -> Uint8:
-    """(H, W, 3) -> (side, side, 3) uint8: torchvision's resize, bicubic with antialiasing.
+def squeeze(frame: Uint8, height: int, width: int) -> Uint8:
+    """(H, W, 3) -> (height, width, 3) uint8: torchvision's resize, bicubic with antialiasing.
 
     ATen: upsample_avx_bilinear_bicubic_uint8. It always resizes the width first.
     """
-    narrow = _resize_height(frame.transpose(1, 0, 2), side).transpose(1, 0, 2)
-    return np.ascontiguousarray(_resize_height(narrow, side))
+    narrow = _resize_height(frame.transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return np.ascontiguousarray(_resize_height(narrow, height))
 
 
 def _resize_height(image: Uint8, height: int) -> Uint8:

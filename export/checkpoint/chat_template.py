@@ -20,10 +20,12 @@ from transformers.utils import chat_template_utils
 
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.image import cut
-from autosteer.runtime.manifest import ImageSpec, PromptSpec, TemplatePiece, TileSeparators, TurnSpec
+from autosteer.runtime.manifest import FrameGroup, ImageSpec, PromptSpec, TemplatePiece, TileSeparators, TurnSpec
 from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, VideoPart, load_tokenizer, render
+from autosteer.runtime.video import group_times
 
 from .renderer import (
+    FILM,
     FIRST,
     REPLY,
     SECOND,
@@ -48,7 +50,7 @@ def image_frames(processor: Any, spec: ImageSpec) -> tuple[TileSeparators, ...]:
         picture = Image.new("RGB", (width, height))
         tiles, grid = cut(np.asarray(picture), spec, alone=True)
         frame = TileSeparators(grid, tuple(map(tuple, renderer.frame(picture))))
-        runs = 1 if spec.anyres or spec.grid else len(tiles)
+        runs = 1 if spec.anyres or spec.closest_grid else len(tiles)
         if any(frame.token_ids) and len(frame.token_ids) != runs + 1:
             raise UnsupportedModelError(
                 f"the processor makes {len(frame.token_ids) - 1} runs of image tokens of {len(tiles)} tiles "
@@ -78,10 +80,10 @@ def save_tokenizer(processor: Any, folder: Path, never_typed: tuple[int, ...] = 
 
 
 def take_apart(
-    processor: Any, end_token_ids: tuple[int, ...], folder: Path, video_token: str | None = None
+    processor: Any, end_token_ids: tuple[int, ...], folder: Path, video_token: str | None = None, group: int = 1
 ) -> PromptSpec:
     """PromptSpec of a Hugging Face processor, checked against it. `folder` holds the tokenizer.json the runtime will
-    read; `video_token` is given where the model takes videos.
+    read; `video_token` is given where the model takes videos, `group` is how many frames its image graph reads as one.
 
     Raises UnsupportedModelError where the template does more than the pieces can say.
     """
@@ -108,6 +110,7 @@ def take_apart(
         images_first=_images_first(renderer) if renderer.image_token else False,
         strip_text=_strips(renderer),
         end_token_ids=end_token_ids,
+        frame_group=_frame_group(renderer, group),
     )
     _refuse_what_changes(renderer, three)
     check(spec, renderer, folder)
@@ -120,7 +123,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
     Also: text that looks like a special token must not become one.
     """
     tokenizer = load_tokenizer(folder / spec.tokenizer)
-    image, video = ImagePart("unused"), VideoPart(("unused",))
+    image, video = ImagePart("unused"), VideoPart(("unused",) * len(FILM), FILM)
     dialogues: list[list[Message]] = [
         [Message.user("Hello!")],
         [Message.user("two\nlines, ünïcode 漢字 ")],
@@ -252,6 +255,23 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
     if added not in one or added * 3 not in three:
         raise UnsupportedModelError(f"the chat template writes a second {kind} unlike the first")
     return added, inserted(one.replace(added, ""), none)
+
+
+def _frame_group(renderer: Renderer, frames: int) -> FrameGroup | None:
+    """What the processor writes for each group of a video's frames; None where all rows of a video are one run."""
+    if not any(renderer.film):
+        return None
+    before, *between, after = (
+        renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in renderer.film
+    )
+    first, second = (f"{time:.1f}" for time in group_times(FILM, 2))
+    opening, found, closing = before.partition(first)
+    if frames != 2 or not found or between != [after + before.replace(first, second)]:
+        raise UnsupportedModelError(
+            f"what the processor writes between the frames of a video is not supported yet: {[before, *between, after]}"
+        )
+    around = [_pieces(text, renderer) for text in (opening, closing, after)]
+    return FrameGroup(frames, (*around[0], TemplatePiece("seconds"), *around[1], TemplatePiece("video"), *around[2]))
 
 
 def _images_first(renderer: Renderer) -> bool:

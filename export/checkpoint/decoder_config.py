@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from autosteer.runtime.errors import UnsupportedModelError
-from autosteer.runtime.manifest import CacheType, RotarySpec
+from autosteer.runtime.manifest import CacheType, LongRotary, RotarySpec
 
 from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
 DECODERS = (
-    *("chameleon", "llama", "mistral", "olmo2", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text"),
+    *("chameleon", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3"),
+    "qwen3_vl_text",
 )
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of a dialogue
+ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")  # longrope's depend on the length of a prompt
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -49,6 +50,7 @@ class DecoderConfig:
     norm_after: bool  # the two follow attention and MLP (Swin v2, OLMo 2), instead of preceding them
     never_generated: tuple[int, ...]  # token ids whose logits are masked
     deepstack: int  # first layers to whose output pictures add rows
+    stacked: bool  # query, key and value are one matrix, gate and up another (Phi-3)
 
 
 def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) -> DecoderConfig:
@@ -95,7 +97,9 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         vocab_size=checkpoint.shape(embedding)[0],
         context_length=min(text.max_position_embeddings, context_length or text.max_position_embeddings),
         rms_norm_eps=text.rms_norm_eps,
-        rotary=_rotary(text, head_dim),
+        rotary=_rotary(
+            text, head_dim, min(text.max_position_embeddings, context_length or text.max_position_embeddings)
+        ),
         windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
         head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,
@@ -103,6 +107,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         norm_after=family.norm_after(checkpoint.config),
         never_generated=family.never_generated(checkpoint.config),
         deepstack=deepstack,
+        stacked=f"{layer}.self_attn.qkv_proj.weight" in checkpoint,
     )
 
 
@@ -112,7 +117,7 @@ def _attention_kinds(text: Any) -> list[str]:
     return getattr(text, "layer_types", None) or [SLIDING if window else FULL] * text.num_hidden_layers
 
 
-def _rotary(text: Any, head_dim: int) -> RotarySpec:
+def _rotary(text: Any, head_dim: int, context: int) -> RotarySpec:
     """Frequencies as Hugging Face computes them, in float32."""
     kind, theta = text.rope_parameters.get("rope_type", "default"), np.float32(text.rope_parameters["rope_theta"])
     axes = _axes(text.rope_parameters)
@@ -120,7 +125,12 @@ def _rotary(text: Any, head_dim: int) -> RotarySpec:
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         return RotarySpec(tuple(float(f) for f in (1.0 / theta**exponents).astype(np.float32)), 1.0, axes)
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](text, device="cpu")
-    return RotarySpec(tuple(frequencies.tolist()), float(scale), axes)
+    spec = RotarySpec(tuple(frequencies.tolist()), float(scale), axes)
+    beyond = text.rope_parameters.get("original_max_position_embeddings")
+    if kind != "longrope" or context <= beyond:
+        return spec
+    longer, _ = ROPE_INIT_FUNCTIONS[kind](text, device="cpu", seq_len=beyond + 1)
+    return replace(spec, long=LongRotary(beyond, tuple(longer.tolist())))
 
 
 def _axes(rope_parameters: dict[str, Any]) -> tuple[int, ...]:

@@ -108,16 +108,19 @@ def deepstack_arguments(added: Sequence[torch.Tensor]) -> dict[str, Any]:
 
 def placed(base_model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Where the rows of prompts stand: position_ids (3, B, S), for a model with multimodal rotary embedding; none for
-    others. `inputs`: the processor's, of prompts without videos.
+    others. `inputs`: the processor's.
 
     Such a model remembers what it found for the prompt before (HF: rope_deltas), and takes it where a pass has no token
     ids, or continues a cache. Passes over several prompts may take turns here, so each says where its rows stand.
     """
     if not hasattr(base_model, "get_rope_index"):
         return {}
-    if "image_grid_thw" not in inputs:
+    if not {"image_grid_thw", "video_grid_thw"} & inputs.keys():
         batch, length = inputs["input_ids"].shape
         return {"position_ids": torch.arange(length, device=inputs["input_ids"].device).expand(3, batch, -1)}
-    given = {name: inputs[name] for name in ("input_ids", "image_grid_thw", "attention_mask") if name in inputs}
-    kinds = (inputs["input_ids"] == base_model.config.image_token_id).int()
+    names = ("input_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+    given, config = {name: inputs[name] for name in names if name in inputs}, base_model.config
+    kinds = sum(
+        (inputs["input_ids"] == i).int() * n for n, i in ((1, config.image_token_id), (2, config.video_token_id))
+    )
     return {"position_ids": base_model.get_rope_index(**given, mm_token_type_ids=kinds)[0]}

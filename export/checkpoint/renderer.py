@@ -14,6 +14,7 @@ from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.text import ImagePart, Message, Part
 
 # Texts that no template writes by itself, to find the user's texts in a rendering.
+FILM = (11.0, 12.0, 33.0, 34.0)  # seconds of frames that show what a processor writes of them
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
 
@@ -45,6 +46,8 @@ class Renderer:
         self._space = " " if spaces_first_text(self.tokenizer) else ""
         frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
         self._lead, self._trail = len(frame[0]), len(frame[-1])
+        # What the processor writes before each run of the rows of a video at FILM, and after the last.
+        self.film = self._between(self._ids(self.video_token, [], 1), self.video_id) if self.video_token else [[], []]
 
     def _strings(self, ids: list[int]) -> str:
         tokens = self.tokenizer.convert_ids_to_tokens(ids)
@@ -69,12 +72,12 @@ class Renderer:
 
     def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
         """The processor's own token ids for a template's text, with one token for each image and its frame, and for
-        each video.
+        each run of a video's rows. Videos have four frames, at the seconds FILM.
         """
-        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, [np.zeros((1, 32, 32, 3), np.uint8)] * videos)
+        ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, videos)
         if videos and self.video_id is not None:
             places = [at for at, i in enumerate(ids) if i == self.video_id]
-            each = len(places) // videos
+            each = len(places) // (videos * (len(self.film) - 1))
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
                 ids[first : last + 1] = [self.video_id]
         if images and self.image_id is not None:
@@ -87,19 +90,38 @@ class Renderer:
     def frame(self, picture: Image.Image) -> list[list[int]]:
         """The ids that the processor writes before each run of an image's placeholders, and after the last."""
         assert self.image_token is not None
-        ids = self._ids(self.image_token, [picture])
+        return self._between(self._ids(self.image_token, [picture]), self.image_id)
+
+    def _between(self, ids: list[int], placeholder: int | None) -> list[list[int]]:
+        """The ids before each run of `placeholder`, and after the last, without begin and end."""
         between: list[list[int]] = [[]]
         for previous, i in zip([None, *ids], ids[: len(ids) - len(self._end)], strict=False):
-            if i != self.image_id:
+            if i != placeholder:
                 between[-1].append(i)
             elif previous != i:
                 between.append([])
         between[0] = between[0][len(self._begin) :]
         return between
 
-    def _ids(self, text: str, pictures: Sequence[Image.Image], videos: Sequence[np.ndarray] = ()) -> list[int]:
-        shown = {name: [list(some)] for name, some in (("images", pictures), ("videos", videos)) if some}
+    def _ids(self, text: str, pictures: Sequence[Image.Image], videos: int = 0) -> list[int]:
+        shown: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
+        if videos:
+            shown |= film_arguments([np.zeros((len(FILM), 32, 32, 3), np.uint8)] * videos, [FILM] * videos)
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
+
+
+def film_arguments(films: Sequence[np.ndarray], seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """A processor's arguments for videos, all of whose frames it takes. `seconds`: when each frame is shown; of none of
+    a video's, HF says 24 a second.
+    """
+    facts: list[dict[str, Any]] = []
+    for frames, moments in zip(films, seconds, strict=True):
+        n = len(frames)
+        facts.append({"total_num_frames": n, "fps": None, "frames_indices": list(range(n))})
+        if moments:  # "the frames 1.5 and 2 of a film of one frame a second": HF divides by frames a second
+            apart = (moments[-1] - moments[0]) / max(n - 1, 1)
+            facts[-1] = {"total_num_frames": n * apart or n, "fps": 1.0, "frames_indices": list(moments)}
+    return {"videos": [list(films)], "video_metadata": [facts], "do_sample_frames": False}
 
 
 def around_text(renderer: Renderer) -> tuple[str, str]:

@@ -13,7 +13,7 @@ deepstack (runtime/deepstack.py).
 
 The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
 GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
-Qwen2DecoderLayer, Qwen3DecoderLayer, LlamaDecoderLayer, Olmo2DecoderLayer, ChameleonDecoderLayer,
+Qwen2DecoderLayer, Qwen3DecoderLayer, LlamaDecoderLayer, Olmo2DecoderLayer, Phi3DecoderLayer, ChameleonDecoderLayer,
 ChameleonSwinDecoderLayer.
 """
 
@@ -181,7 +181,7 @@ def _attention(
 ) -> tuple[ir.Value, ...]:
     """(the heads' output (1, S, H * d), present key, present value). ORT: com.microsoft GroupQueryAttention."""
     module = f"{config.module}.layers.{layer}.self_attn"
-    projections = tuple(f"{module}.{p}_proj" for p in "qkv")
+    projections = tuple(f"{module}.{part}_proj" for part in (("qkv",) if config.stacked else "qkv"))
     widths = (
         config.num_attention_heads * config.head_dim,
         config.num_key_value_heads * config.head_dim,
@@ -272,10 +272,13 @@ def _flat(g: GraphWriter, config: DecoderConfig, x: ir.Value, heads: int) -> ir.
 
 def _mlp(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, scheme: Scheme | None) -> ir.Value:
     """down(silu(gate(x)) * up(x))"""
-    names = "mlp.gate_proj", "mlp.up_proj"
-    gate, up = (
-        _project(g, config, module, name, x, config.intermediate_size, config.hidden_size, scheme) for name in names
-    )
+    n, k = config.intermediate_size, config.hidden_size
+    if config.stacked:
+        both = _project(g, config, module, "mlp.gate_up_proj", x, 2 * n, k, scheme)
+        widths = g.constant("gate_up_widths", np.array([n, n], np.int64))
+        gate, up = g.ops("Split", both, widths, outputs=2, used=(0, 1), axis=-1)
+    else:
+        gate, up = (_project(g, config, module, f"mlp.{name}_proj", x, n, k, scheme) for name in ("gate", "up"))
     activated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
     return _project(g, config, module, "mlp.down_proj", activated, config.hidden_size, config.intermediate_size, scheme)
 

@@ -98,14 +98,15 @@ def rotary_error(manifest: Manifest, rotary_emb: Any) -> float:
     """Largest difference between the runtime's rotary tables and those of Hugging Face's module, divided by the
     position (from 1), over the whole context. Time, row and column differ where a model has all three.
     """
-    count = manifest.dims.context_length
-    positions = np.stack([np.arange(count), np.arange(count)[::-1], np.roll(np.arange(count), count // 3)])
-    given = torch.from_numpy(positions)[:, None] if manifest.rotary.axes else torch.arange(count)[None]
-    worst = 0.0
-    for ours, both in zip(tables(manifest.rotary, positions), rotary_emb(torch.zeros(1, 1), given), strict=True):
-        theirs = both[0, :, : ours.shape[1]].numpy()
-        off = np.abs(ours.astype(manifest.activations) - theirs) / (1.0 + positions.max(0))[:, None]
-        worst = worse(worst, float(off.max()) if ours.shape == theirs.shape else math.inf)
+    worst, context, long = 0.0, manifest.dims.context_length, manifest.rotary.long
+    for count in [min(context, long.beyond), context] if long else [context]:
+        positions = np.stack([np.arange(count), np.arange(count)[::-1], np.roll(np.arange(count), count // 3)])
+        given = torch.from_numpy(positions)[:, None] if manifest.rotary.axes else torch.arange(count)[None]
+        rotary = manifest.rotary.of(count)
+        for ours, both in zip(tables(rotary, positions), rotary_emb(torch.zeros(1, 1), given), strict=True):
+            theirs = both[0, :, : ours.shape[1]].numpy()
+            off = np.abs(ours.astype(manifest.activations) - theirs) / (1.0 + positions.max(0))[:, None]
+            worst = worse(worst, float(off.max()) if ours.shape == theirs.shape else math.inf)
     return worst
 
 

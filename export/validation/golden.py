@@ -7,7 +7,7 @@ prompt may be given by its token ids, and the hidden states check prober and Ref
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,10 +70,9 @@ def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Go
         assert action is not Action.STOP
         tokens = tuple(answered.tokens)
         p = None if steered is None else verdict.p_unsafe
-        return (
-            Golden(text, prompt.image_files, threshold, p, action.value, tokens, prompt.video_files, prompt.prompt_ids),
-            answered,
-        )
+        given = Golden(text, prompt.image_files, threshold, p, action.value, tokens, prompt.video_files)
+        seconds = tuple(film.seconds for film in prompt.messages[0].films)
+        return replace(given, prompt_ids=prompt.prompt_ids, seconds=seconds if any(seconds) else ()), answered
 
     if steered is None:
         return [golden(None, Action.PASS, plain)]

@@ -22,7 +22,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from autosteer.export.checkpoint.hf_model import changing_arguments, deepstack_arguments, placed, watching_inputs
-from autosteer.export.checkpoint.renderer import hf_messages, runtime_tokenizer
+from autosteer.export.checkpoint.renderer import film_arguments, hf_messages, runtime_tokenizer
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
@@ -127,8 +127,9 @@ class OriginalModel:
         shown: dict[str, Any] = {}
         if prompt.images:
             shown["images"] = [[Image.fromarray(open_image(image)) for image in prompt.images]]
-        if prompt.videos:
-            shown["videos"] = [[np.stack([open_image(frame) for frame in frames]) for frames in prompt.videos]]
+        if films := [film for message in prompt.messages for film in message.films]:
+            frames = [np.stack([open_image(frame) for frame in film.frames]) for film in films]
+            shown |= film_arguments(frames, [film.seconds for film in films])
         return dict(self.processor(text=[text], **shown, return_tensors="pt"))
 
     def run(self, prompt: ValidationPrompt, ours: list[list[int]] | None = None) -> OriginalAnswer:
@@ -191,10 +192,14 @@ class OriginalModel:
         if not given or self.manifest.image is None or self.manifest.image.native is None:
             return torch.cat([torch.empty(0), *(_without_filling(pixels.flatten(0, -4)).flatten() for pixels in given)])
         frames, vision, found = self.manifest.image.native.frames, self.model.config.vision_config, []
-        (pixels,), grids, patch, merge = given, inputs["image_grid_thw"], vision.patch_size, vision.spatial_merge_size
-        for patches, (_, rows, columns) in zip(pixels.split(grids.prod(1).tolist()), grids.tolist(), strict=True):
-            shape = (rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
-            found.append(patches.reshape(shape).permute(5, 4, 0, 2, 6, 1, 3, 7).flatten())
+        patch, merge = vision.patch_size, vision.spatial_merge_size
+        sizes = [inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs]
+        for pixels, grids in zip(given, sizes, strict=True):
+            for patches, (groups, rows, columns) in zip(
+                pixels.split(grids.prod(1).tolist()), grids.tolist(), strict=True
+            ):
+                shape = (groups, rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
+                found.append(patches.reshape(shape).permute(0, 6, 5, 1, 3, 7, 2, 4, 8).flatten())
         return torch.cat(found)
 
     @torch.no_grad()
@@ -380,6 +385,10 @@ class OriginalModel:
         if prompt.prompt_ids:  # the empty turn in `messages` begins at the right token, but ends too early
             turns = [replace(turn, end=Place(len(prompt.prompt_ids), 0)) for turn in turns]
         sizes = _slot_rows(runs, text, len(ids), self._framing(prompt))
+        if group := self.manifest.prompt.frame_group:
+            films = [math.ceil(len(film) / group.frames) for film in prompt.videos]
+            between = _between_groups((ids == self.processor.video_token_id).tolist(), films)
+            text = [position for position in text if position not in between]
         return probed_positions(self.manifest.prober, turns, text, sizes)
 
     def _framing(self, prompt: ValidationPrompt) -> list[int]:
@@ -414,6 +423,19 @@ def _slot_rows(runs: Rendered, text: Sequence[int], length: int, framing: Sequen
         end = text[before] if before < len(text) else length
         rows += [end - first, *[0] * (len(slots) - 1)]
     return rows
+
+
+def _between_groups(shown: Sequence[bool], films: Sequence[int]) -> set[int]:
+    """Positions of text between the groups of a video's frames. `shown`: whether a position is a row of a video's.
+    `films`: how many groups each video has.
+    """
+    runs = [[at for at, _ in run] for row, run in itertools.groupby(enumerate(shown), key=lambda pair: pair[1]) if row]
+    found, first = set[int](), 0
+    for groups in films:
+        own = runs[first : first + groups]
+        found |= {at for a, b in itertools.pairwise(own) for at in range(a[-1] + 1, b[0])}
+        first += groups
+    return found
 
 
 def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:

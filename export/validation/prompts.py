@@ -16,6 +16,7 @@ from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, load_tokenizer
+from autosteer.runtime.video import Video
 
 from .original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 
@@ -52,7 +53,11 @@ def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArti
     return [
         *prompts,
         wide,
-        *([_video_prompt(folder, size)] if manifest.video else []),
+        *(
+            [_video_prompt(folder, size, 1 + (manifest.image.native.frames if manifest.image.native else 1))]
+            if manifest.video
+            else []
+        ),
         ValidationPrompt((turn("compare the two pictures.", "wide", "small"),), (files["wide"], files["small"])),
         *others,
         ValidationPrompt(
@@ -95,12 +100,13 @@ def _dialogue(folder: Path, manifest: Manifest) -> ValidationPrompt:
     return ValidationPrompt((opening, Message.assistant("hello!"), Message.user("what can you do?")), ())
 
 
-def _video_prompt(folder: Path, size: int) -> ValidationPrompt:
-    """Two frames, wider and flatter than a tile."""
-    files = ("golden/frame1.png", "golden/frame2.png")
+def _video_prompt(folder: Path, size: int, frames: int) -> ValidationPrompt:
+    """Frames wider and flatter than a tile, which are not shown as often as every video's whose times nobody says."""
+    files = tuple(f"golden/frame{n}.png" for n in range(1, frames + 1))
     for seed, file in enumerate(files, 10):
         draw(size * 3 // 2 + 1, size // 2 + 3, seed).save(folder / file)
-    return ValidationPrompt((Message.user("what happens?", videos=[[folder / file for file in files]]),), (), (files,))
+    video = Video((folder / file for file in files), (1.75 * n for n in range(frames)))
+    return ValidationPrompt((Message.user("what happens?", videos=[video]),), (), (files,))
 
 
 def draw(width: int, height: int, seed: int) -> Image.Image:

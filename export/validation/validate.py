@@ -36,9 +36,18 @@ from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.graphs.kv_scales import RoundedCaches, uncached
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.gate import is_safe
-from autosteer.runtime.image import normalise, open_image, prepare
-from autosteer.runtime.manifest import PREFILL_GRAPHS, Check, GateProof, Golden, Manifest, Tolerance
-from autosteer.runtime.video import tiles
+from autosteer.runtime.image import ImageLike, normalise, open_image, prepare
+from autosteer.runtime.manifest import (
+    PREFILL_GRAPHS,
+    Check,
+    GateProof,
+    Golden,
+    ImageSpec,
+    Manifest,
+    Tolerance,
+    VideoSpec,
+)
+from autosteer.runtime.video import filled, frame_grid, scaled, tiles
 
 from .answers import BUDGET_BYTES, PackageAnswers, answer_plainly, run_package
 from .audit import GraphAudit, Rounding, audit, cache_scales_error, rotary_error
@@ -322,6 +331,15 @@ def _pixel_values(prompt: ValidationPrompt, manifest: Manifest) -> np.ndarray:
     spec, alone = manifest.image, len(prompt.images) == 1
     assert spec is not None
     pixels = [prepare(open_image(image), spec, alone=alone) for image in prompt.images]
-    if manifest.video:
-        pixels += [normalise(list(tiles(frames, spec.tile_size)), manifest.video) for frames in prompt.videos]
+    if video := manifest.video:
+        pixels += [normalise(list(_frames(film, spec, video)), video) for film in prompt.videos]
     return np.concatenate([numbers.ravel() for numbers in pixels])
+
+
+def _frames(film: Sequence[ImageLike], image: ImageSpec, video: VideoSpec) -> np.ndarray:
+    """A video's frames (frames, height, width, 3) uint8 as the image graph reads them."""
+    if image.native is None:
+        return tiles(film, image.tile_size, image.tile_size)
+    height, width = open_image(film[0]).shape[:2]
+    grid = frame_grid((height, width), len(film), image, video)
+    return filled(scaled(film, grid, image.tile_size), image.native.frames)

@@ -48,7 +48,15 @@ class Picture:
             raise InputError(f"{self.where}: not a readable picture ({err or type(err).__name__})") from err
 
 
-Part = str | Picture | tuple[Picture, ...]
+@dataclass(frozen=True)
+class Film:
+    """A video: its frames, and when each is shown."""
+
+    frames: tuple[Picture, ...]
+    seconds: tuple[float, ...]
+
+
+Part = str | Picture | Film
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,10 @@ class Turn:
         """SHA-256 of this turn and the turns before it, whose digest is `earlier`."""
         sha = hashlib.sha256(earlier + self.role.encode())
         for part in self.parts:
-            for piece in part if isinstance(part, tuple) else (part,):
+            pieces: tuple[str | Picture, ...] = (
+                (*part.frames, repr(part.seconds)) if isinstance(part, Film) else (part,)
+            )
+            for piece in pieces:
                 data = piece.encode() if isinstance(piece, str) else piece.data
                 sha.update(f"{type(part).__name__} {len(data)}:".encode() + data)
         return sha.digest()
@@ -77,7 +88,7 @@ def _open(part: Part) -> str | ImagePart | VideoPart:
         return part
     if isinstance(part, Picture):
         return ImagePart(part.open())
-    return VideoPart(tuple(frame.open() for frame in part))
+    return VideoPart(tuple(frame.open() for frame in part.frames), part.seconds)
 
 
 def digests(turns: Sequence[Turn]) -> list[bytes]:
@@ -113,7 +124,8 @@ class Reader:
         if part.frames is not None:
             self._frames += len(part.frames)
             _within(self._frames, self._limits.frames, "frames of videos", f"{where}.video")
-            return tuple(self._picture(url, f"{where}.video[{i}]") for i, url in enumerate(part.frames))
+            frames = tuple(self._picture(url, f"{where}.video[{i}]") for i, url in enumerate(part.frames))
+            return Film(frames, tuple(part.moments))
         if part.picture is not None:
             self._pictures += 1
             _within(self._pictures, self._limits.pictures, "pictures", f"{where}.image_url")

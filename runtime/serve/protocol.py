@@ -90,6 +90,11 @@ class OnePart(Body):
         """The URLs of the frames of the video that this part is."""
         return None
 
+    @property
+    def moments(self) -> list[float]:
+        """When each of these frames is shown; empty: it does not say."""
+        return []
+
     @model_validator(mode="after")
     def _has_its_content(self) -> OnePart:
         kind: str = self.type  # type: ignore[attr-defined]
@@ -113,6 +118,13 @@ class ChatPart(OnePart):
     type: Literal["text", "refusal", "image_url", "video"]
     image_url: ImageUrl | None = None
     video: list[str] | None = None  # data URLs of its frames, in order
+    seconds: list[float] | None = None  # when each frame of the video is shown
+
+    @model_validator(mode="after")
+    def _has_seconds_of_a_video(self) -> ChatPart:
+        if self.seconds is not None and self.video is None:
+            raise PydanticCustomError("part", f"a part of type {self.type!r} has no 'seconds'")
+        return self
 
     @property
     def picture(self) -> str | None:
@@ -121,6 +133,10 @@ class ChatPart(OnePart):
     @property
     def frames(self) -> list[str] | None:
         return self.video
+
+    @property
+    def moments(self) -> list[float]:
+        return self.seconds or []
 
 
 Role = Literal["system", "developer", "user", "assistant"]

@@ -18,7 +18,7 @@ from cpp_runtime import Parts
 from PIL import Image
 
 from autosteer.runtime.image import at_most, open_image, pack, prepare
-from autosteer.runtime.manifest import AnyresSpec, GridSpec, ImageSpec, NativeSpec, SplitSpec
+from autosteer.runtime.manifest import AnyresSpec, ClosestGridSpec, ImageSpec, NativeSpec, SplitSpec
 from autosteer.runtime.video import open_video, squeeze
 
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
@@ -123,7 +123,7 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
             file, out = tmp_path / f"{i}.png", tmp_path / f"{i}-{side}.raw"
             Image.fromarray(noise(width, height).reshape(height, width, 3)).save(file)
             commands.append({"part": "squeeze", "file": str(file), "side": side, "out": str(out)})
-            expected.append(squeeze(open_image(file), side))
+            expected.append(squeeze(open_image(file), side, side))
     parts.run(*commands)
     for command, pixels in zip(commands, expected, strict=True):
         assert Path(command["out"]).read_bytes() == pixels.tobytes(), command
@@ -134,8 +134,11 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         (tmp_path / "frames" / name).touch()
     counts = (1, 2, 3, 7, 99)
     found = parts.run(*({"part": "frames", "path": str(tmp_path / "frames"), "frames": n} for n in counts))
-    assert found == [[Path(str(f)).name for f in open_video(tmp_path / "frames", n)] for n in counts]
-    assert len(found[-1]) == len(names) - 3
+    videos = [open_video(tmp_path / "frames", n) for n in counts]
+    chosen = [[Path(str(frame)).name for frame in video] for video in videos]
+    assert [answer["chosen"] for answer in found] == chosen
+    assert [answer["seconds"] for answer in found] == [list(video.seconds) for video in videos]
+    assert len(chosen[-1]) == len(names) - 3
 
 
 @pytest.mark.parametrize("most", [None, 1, 2, 3, 5, 9])
@@ -147,8 +150,8 @@ def test_frames_are_resized_and_chosen_as_in_python(parts, tmp_path):
         replace(SPEC, anyres=replace(ANYRES, each=True)),
         replace(SPEC, kind="centre_crop", anyres=None, resample="lanczos", rescale_factor=0.0078),
         replace(SPEC, kind="pad_to_square", anyres=None),
-        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(1, 12)),
-        replace(SPEC, kind="closest_grid", anyres=None, grid=GridSpec(3, 6)),
+        replace(SPEC, kind="closest_grid", anyres=None, closest_grid=ClosestGridSpec(1, 12)),
+        replace(SPEC, kind="closest_grid", anyres=None, closest_grid=ClosestGridSpec(3, 6)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(200, tiles=True)),
         replace(SPEC, kind="split", anyres=None, resample="lanczos", split=SplitSpec(113, tiles=False)),
         replace(SPEC, kind="native", anyres=None, tile_size=28, native=NativeSpec(56 * 56, 300 * 201, 2)),

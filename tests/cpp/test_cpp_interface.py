@@ -206,6 +206,7 @@ for name, types in {
     "image_from_file": [c_char_p, c_void_p], "open": [c_char_p, c_char_p, c_void_p],
     "request_new": [c_char_p, c_void_p], "request_turn": [c_void_p, c_char_p], "request_text": [c_void_p, c_char_p],
     "request_image": [c_void_p, c_void_p], "request_video": [c_void_p, c_void_p, c_size_t], "request_trust": [c_void_p],
+    "request_video_at": [c_void_p, c_void_p, c_void_p, c_size_t],
     "count_tokens": [c_void_p] * 3, "score": [c_void_p] * 5, "run": [c_void_p] * 3, "next": [c_void_p] * 2,
     "conversation_begin": [c_void_p] * 2, "conversation_run": [c_void_p] * 3,
 }.items():
@@ -251,6 +252,8 @@ HOSTILE_CALLS = [  # a function, its arguments, and what it says
     (["request_image", "REQUEST", None], "image is NULL"),
     (["request_video", "REQUEST", None, 1], "frames is NULL"),
     (["request_video", "REQUEST", "FRAMES", BIG], "a frame is NULL"),
+    (["request_video_at", None, "FRAMES", None, 1], "request is NULL"),
+    (["request_video_at", "REQUEST", None, "DATA", 1], "frames is NULL"),
     (["request_trust", None], "request is NULL"),
     (["count_tokens", "ENGINE", "REQUEST", None], "count is NULL"),
     (["score", None, "REQUEST", None, None, None], "engine is NULL"),

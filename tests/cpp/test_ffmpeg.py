@@ -17,6 +17,7 @@ import pytest
 from autosteer.runtime import InputError, ffmpeg, open_video
 
 Open = Callable[[Path], Any]
+THREE = "printf 'frame:%s pts:0 pts_time:0\\n' 0 1 2"  # what ffmpeg prints of three frames
 PNG_HEAD = r"printf '\211PNG\r\n\032\n\177\377\377\377IDAT'"  # of a picture that does not end
 
 
@@ -44,7 +45,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         folder = tmp_path / "bin"
         folder.mkdir()
         if script is not None:
-            text = f'#!/bin/sh\nPATH=/usr/bin:/bin\ncase "$*" in *rawvideo*) COUNT=1;; esac\n{script}\n'
+            text = f'#!/bin/sh\nPATH=/usr/bin:/bin\ncase "$*" in *null*) COUNT=1;; esac\n{script}\n'
             (folder / "ffmpeg").write_text(text)
             (folder / "ffmpeg").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder))
@@ -63,18 +64,19 @@ def test_without_ffmpeg_a_line_says_what_to_install(opened: Open, pretend: Any) 
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("exec yes", "more than 100000 frames"),
+        ("exec yes 'frame:0    pts:0       pts_time:0'", "more than 100000 frames"),
         ("exit 0", "it has no frames"),
         ("echo '[mov @ 0x55] moov atom not found' >&2; exit 1", r"\(ffmpeg: moov atom not found\)"),
         ("printf xxx; exit 3", "it failed without a word"),
         ("printf xxx; kill -9 $$", "it failed without a word"),
         ("yes worse | head -c 10000000 >&2; exit 1", r"\(ffmpeg: worse\)"),
-        ('[ -z "$COUNT" ] || printf xxx', "it changed while it was read"),
+        (f'[ -z "$COUNT" ] || {THREE}', "it changed while it was read"),
+        ('if [ "$COUNT" ]; then yes | tr -d "\\n" | head -c 10000000; exit 0; fi', "it has no frames"),
         (
-            f'if [ "$COUNT" ]; then printf xxx; else {PNG_HEAD}; exec cat /dev/zero; fi',
+            f'if [ "$COUNT" ]; then {THREE}; else {PNG_HEAD}; exec cat /dev/zero; fi',
             "a frame of more than",
         ),
-        (f'if [ "$COUNT" ]; then printf xxx; else {PNG_HEAD}; fi', "it changed while it was read"),
+        (f'if [ "$COUNT" ]; then {THREE}; else {PNG_HEAD}; fi', "it changed while it was read"),
     ],
 )
 def test_whatever_ffmpeg_does_a_line_says_so(opened: Open, pretend: Any, script: str, says: str) -> None:

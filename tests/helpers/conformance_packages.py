@@ -25,10 +25,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.runtime.manifest import (
     Check,
+    FrameGroup,
     Golden,
     GraphSpec,
+    LongRotary,
+    Manifest,
     NativeSpec,
+    NativeVideoSpec,
     SplitSpec,
+    TemplatePiece,
     TensorSpec,
     TileSeparators,
     sha256,
@@ -154,6 +159,33 @@ def native(folder: Path, *, deepstack: bool = False) -> None:
     replace(manifest, image=image, rotary=rotary, graphs={**manifest.graphs, "vision_encoder": spec}).save(folder)
 
 
+def long(folder: Path) -> None:
+    """Prompts of more than twelve positions are turned by other frequencies (Phi-3's kind of model)."""
+    manifest = use_byte_level_words(folder, toy.build(folder, attentive=True))
+    others = LongRotary(12, tuple(f / 3 for f in manifest.rotary.frequencies))
+    replace(manifest, rotary=replace(manifest.rotary, long=others)).save(folder)
+
+
+def films(folder: Path, *, timed: bool = False) -> None:
+    """The same with videos, two frames of which are one: they stand in time by seconds (Qwen2.5-VL's kind of model); or
+    `timed`, by words before each group of frames (Qwen3-VL's), whose pixels are counted together.
+    """
+    native(folder, deepstack=timed)
+    manifest = Manifest.load(folder)
+    scaled = NativeVideoSpec(64, (60 if timed else 9) * 16, whole=timed, tokens_per_second=0.0 if timed else 2.0)
+    video = replace(toy.VIDEO, pooled_side=None, native=scaled)
+    pieces = (
+        TemplatePiece("literal", "tick "),
+        TemplatePiece("seconds"),
+        TemplatePiece("literal", " tock"),
+        TemplatePiece("video"),
+        TemplatePiece("token", "<end>", toy.END),
+    )
+    user = replace(manifest.prompt.user, video=toy.PROMPT.user.video)
+    prompt = replace(manifest.prompt, user=user, frame_group=FrameGroup(2, pieces) if timed else None)
+    replace(manifest, video=video, prompt=prompt).save(folder)
+
+
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
@@ -163,6 +195,9 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "tokens": tokens,
     "native": native,
     "deepstack": functools.partial(native, deepstack=True),
+    "long": long,
+    "films": films,
+    "timed films": functools.partial(films, timed=True),
 }
 
 

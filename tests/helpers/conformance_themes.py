@@ -70,7 +70,9 @@ def as_message(turn: Case) -> Message:
     """A message of the C interface in Python."""
 
     def part(p: Any) -> Any:
-        return p if isinstance(p, str) else VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
+        if isinstance(p, str):
+            return p
+        return VideoPart(tuple(p["video"]), tuple(p.get("seconds", ()))) if "video" in p else ImagePart(p["image"])
 
     return Message(turn["role"], tuple(map(part, turn["parts"])), turn.get("trusted", False))
 
@@ -210,7 +212,8 @@ def video_in_python(case: Case, places: Places) -> Any:
     frames = open_video(film(case, places), case["frames"])
     known = frames_in_a_folder(case, places)
     digests = [f.name if isinstance(f, Path) else hashlib.sha256(np.asarray(f).tobytes()).hexdigest() for f in frames]
-    return {"chosen": [known.get(digest, digest) for digest in digests]}
+    found = {"chosen": [known.get(digest, digest) for digest in digests]}
+    return found | ({"seconds": [round(s, 6) for s in frames.seconds]} if "seconds" in case["expected"] else {})
 
 
 def video_in_cpp(case: Case, places: Places) -> Case:
@@ -219,7 +222,8 @@ def video_in_cpp(case: Case, places: Places) -> Case:
 
 def video_from_cpp(case: Case, places: Places, answer: Any) -> Any:
     known = frames_in_a_folder(case, places)
-    return {"chosen": [known.get(digest, digest) for digest in answer]}
+    found = {"chosen": [known.get(digest, digest) for digest in answer["chosen"]]}
+    return found | ({"seconds": [round(s, 6) for s in answer["seconds"]]} if "seconds" in case["expected"] else {})
 
 
 def request_in_python(case: Case, places: Places) -> Any:

@@ -136,7 +136,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
     def part(p: Any) -> Part:
         if isinstance(p, str):
             return p
-        return VideoPart(tuple(p["video"])) if "video" in p else ImagePart(p["image"])
+        return VideoPart(tuple(p["video"]), tuple(p.get("seconds", ()))) if "video" in p else ImagePart(p["image"])
 
     messages = [Message(m["role"], tuple(map(part, m["parts"])), m.get("trusted", False)) for m in request["messages"]]
     policy = engine.policy(

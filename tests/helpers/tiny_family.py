@@ -261,12 +261,14 @@ class TinyFamily:
         e = self.engine(variant)
         return list(e.generate(messages, policy=e.policy(Mode.OFF), sampling=SamplingConfig(tokens)).token_ids)
 
-    def check_split(self, variant: str, split_layer: int, folder: Path) -> None:
-        """Another split, without a gate: the state there and the answer are PyTorch's, with a picture and without."""
+    def check_split(self, variant: str, split_layer: int, folder: Path, *more: tuple[Message, ...]) -> None:
+        """Another split, without a gate: the state there and the answer are PyTorch's, with a picture and without, and
+        to `more` dialogues.
+        """
         theirs, source = self.original_model(variant), open_checkpoint(str(self.checkpoint(variant)))
         write_package(folder, source, None, ExportOptions(split_layer=split_layer), lambda _: None)
         e = Engine.load(folder, device="cpu", threads=1)
-        for messages in (self.interleaved(0), self.interleaved(1)):
+        for messages in (self.interleaved(0), self.interleaved(1), *more):
             inputs = theirs.inputs(ValidationPrompt(messages, ()))
             request = e.request(e.encoder.prepare(messages, Stats()), 1, Stats())
             request.prefill_lower(e.policy(Mode.OFF))

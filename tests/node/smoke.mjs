@@ -12,7 +12,7 @@ import ort from "onnxruntime-node";
 
 const folder = process.argv[2];
 const manifest = JSON.parse(readFileSync(join(folder, "autosteer.json"), "utf8"));
-if (manifest.format_version !== 3) throw new Error("another format_version");
+if (manifest.format_version !== 4) throw new Error("another format_version");
 
 for (const { file, sha256 } of [...Object.values(manifest.graphs), ...manifest.files]) {
   const hash = createHash("sha256");

@@ -26,7 +26,7 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.image import prepare
-from autosteer.runtime.manifest import GridSpec, TemplatePiece, TileSeparators
+from autosteer.runtime.manifest import ClosestGridSpec, TemplatePiece, TileSeparators
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("qwen2", "qwen3")
@@ -117,7 +117,7 @@ def test_of_two_grids_that_are_as_close_hugging_faces_is_taken(width: int, heigh
     spec = engine("qwen2").manifest.image
     assert spec is not None
     image = draw(width, height, 1)
-    ours = prepare(np.asarray(image), replace(spec, grid=GridSpec(2, 2)), alone=True)
+    ours = prepare(np.asarray(image), replace(spec, closest_grid=ClosestGridSpec(2, 2)), alone=True)
     np.testing.assert_array_equal(ours, processor(image, return_tensors="np")["pixel_values"])
 
 

@@ -9,7 +9,10 @@ pictures and larger than others.
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,29 @@ import pytest
 import torch
 from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE, QWEN3_CHAT_TEMPLATE
 from cpp_runtime import in_python, joined, through_c
+from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, odd_pictures, picture
 
 from autosteer.export.checkpoint import decoder_config
+from autosteer.export.checkpoint.renderer import hf_messages
 from autosteer.export.safety import states
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.validation.original import ValidationPrompt
+from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
+from autosteer.runtime import open_video, text
+from autosteer.runtime import video as videos
 from autosteer.runtime.check import check_package
 from autosteer.runtime.conversation import Conversation
 from autosteer.runtime.deepstack import Deepstack
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.generation import Stats
+from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.prompt_encoder import PromptEncoder
 from autosteer.runtime.sampling import SamplingConfig
-from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
+from autosteer.runtime.text import IMAGE, ImagePart, Message, VideoPart, load_tokenizer, render
+from autosteer.runtime.video import spaced
 
 VARIANTS = ("qwen2.5", "qwen2", "qwen3")
 GATED = ("qwen2.5", "qwen3")
@@ -197,7 +206,7 @@ def test_answers_to_thirty_dialogues_are_generates() -> None:
 
 @pytest.mark.parametrize(("variant", "layer"), itertools.product(GATED, (1, LAYERS - 1)))
 def test_another_split_without_a_gate(variant: str, layer: int, tmp_path: Path) -> None:
-    FAMILY.check_split(variant, layer, tmp_path)
+    FAMILY.check_split(variant, layer, tmp_path, filmed(4), filmed(5))
 
 
 @pytest.mark.parametrize("variant", GATED)
@@ -206,8 +215,159 @@ def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
     FAMILY.check_gate(variant)
 
 
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+def film(seed: int) -> VideoPart:
+    """Two to nine frames of any size, at times that nobody says, or in even steps, or not."""
+    rng = np.random.default_rng(seed)
+    count, width, height = 2 + seed % 8, *(int(n) for n in rng.integers(6, 90, 2))
+    frames = tuple(np.asarray(draw(width, height, 10 * seed + i)) for i in range(count))
+    steps = rng.uniform(0, 3, count) if seed % 3 == 1 else np.full(count, 0.4 + seed % 5)
+    return VideoPart(frames, () if seed % 3 == 0 else tuple((np.cumsum(steps) - steps[0]).round(2).tolist()))
+
+
+def filmed(i: int) -> tuple[Message, ...]:
+    """One or two videos, alone or among pictures, in one turn or two."""
+    last = Message(
+        "user", ("look", film(i), f"and number {i}.", *([ImagePart(picture(i)), film(i + 50)] * (i % 3 == 2)))
+    )
+    if i % 2:
+        return (last,)
+    first = Message("user", (film(i + 100), *([ImagePart(picture(i + 7))] * (i % 4 == 2)), f"what is number {i}?"))
+    return (first, Message.assistant(f"it is {i}."), last)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frames_and_their_places_equal_hugging_faces(variant: str) -> None:
+    """As many rows as the processor writes placeholders, the text between them, positions and embeddings; and what a
+    mean reads of them, without the times between groups of frames.
+    """
+    e, theirs, grids = engine(variant), original_model(variant), set()
+    assert e.manifest.prober is not None
+    mean = replace(e.manifest, prober=replace(e.manifest.prober, pooling="mean"))
+    read_as_mean = PromptEncoder(mean, e.tokenizer, e._graph)
+    asked = OriginalModel(theirs.model, theirs.processor, mean, None)
+    config = theirs.model.config
+    for i in range(24):
+        inputs = theirs.inputs(ValidationPrompt(filmed(i), ()))
+        encoded = e.encoder.prepare(filmed(i), Stats())
+        pads = (config.image_token_id, config.video_token_id)
+        expected = [-1 if token in pads else token for token in inputs["input_ids"][0].tolist()]
+        assert [key if isinstance(key, int) else -1 for key in encoded.keys] == expected
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        places, _ = theirs.model.model.get_rope_index(**{n: inputs[n] for n in names if n in inputs})
+        np.testing.assert_array_equal(encoded.positions, places[:, 0].numpy())
+        embeds = theirs.forward(inputs, [0]).entering[0].numpy()
+        assert np.abs(encoded.inputs_embeds[0] - embeds).max() <= 1e-4 * np.abs(embeds).max()
+        assert [one.video for one in encoded.shown].count(True) == sum(len(m.films) for m in filmed(i))
+        assert read_as_mean.prepare(filmed(i), Stats()).probed == asked._probed(
+            ValidationPrompt(filmed(i), ()), inputs["input_ids"][0]
+        )
+        grids |= {tuple(grid) for grid in inputs["video_grid_thw"].tolist()}
+    assert len(grids) > 15 and len({groups for groups, _, _ in grids}) == 5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_to_dialogues_with_videos_are_generates(variant: str) -> None:
+    theirs, answers = original_model(variant), []
+    for i in range(15):
+        answers.append(theirs.generate(theirs.inputs(ValidationPrompt(filmed(i), ())), tokens=16))
+        assert FAMILY.generate(variant, filmed(i), 16) == answers[-1], f"dialogue {i}"
+    assert len(set(map(tuple, answers))) > 7
+    longer = theirs.generate(theirs.inputs(ValidationPrompt(filmed(5), ())), tokens=64)
+    assert FAMILY.generate(variant, filmed(5), 64) == longer
+
+
 @pytest.mark.parametrize("variant", GATED)
-def test_the_prober_reads_the_token_that_ends_the_prompt(variant: str, tmp_path: Path) -> None:
+def test_verdicts_on_videos_are_pytorchs(variant: str) -> None:
+    e, theirs, unsafe = engine(variant), original_model(variant), list[bool]()
+    for i in range(12):
+        original = theirs.run(ValidationPrompt(filmed(i), ()))
+        answer = e.generate(filmed(i), sampling=SamplingConfig(ANSWER_TOKENS))
+        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+        assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
+        stopped = e.generate(filmed(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+        assert (stopped.stats.upper_ms is None) == answer.verdict.unsafe
+        unsafe.append(answer.verdict.unsafe)
+    assert len(set(unsafe)) == 2
+
+
+@pytest.mark.parametrize("variant", GATED)
+def test_a_conversation_encodes_a_video_once(variant: str) -> None:
+    """Three turns. The same frames at other times are other positions, or other words."""
+    e, theirs = engine(variant), original_model(variant)
+    conversation, asked = Conversation(e), {"policy": off(e), "sampling": SamplingConfig(max_tokens=20)}
+    slow = VideoPart(film(4).frames, tuple(2.5 * i for i in range(len(film(4).frames))))
+    dialogue = [Message("user", ("first:", film(4), "what now?"))]
+    for turn, shown in enumerate((film(6), picture(3), slow)):
+        answer = e.generate(dialogue, conversation=conversation, **asked)
+        expected = theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
+        assert list(answer.token_ids) == expected
+        assert (answer.stats.reused_tokens > 0) == (turn > 0)
+        part = shown if isinstance(shown, VideoPart) else ImagePart(shown)
+        dialogue += [Message.assistant(answer.text), Message("user", (f"turn {turn}:", part, "and now?"))]
+    dialogue[0] = Message("user", ("first:", slow, "what now?"))
+    answer = e.generate(dialogue, conversation=conversation, **asked)
+    assert answer.stats.reused_tokens < 60
+    assert list(answer.token_ids) == theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_is_answered_as_hugging_face_answers_its_frames(variant: str, tmp_path: Path) -> None:
+    """Whose times are the file's: HF gets its frames a second, and which frames were taken."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("no ffmpeg: apt-get install ffmpeg")
+    source = "testsrc2=size=60x44:rate=12.5:duration=4"
+    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-pix_fmt", "yuv420p", tmp_path / "a.mp4"]
+    subprocess.run(command, check=True)
+    theirs, taken = original_model(variant), spaced(50, 5)
+    message = Message.user("what happens?", videos=[open_video(tmp_path / "a.mp4", 5)])
+    frames = np.stack([np.asarray(frame) for frame in message.films[0].frames])
+    facts = {"total_num_frames": 5 * 49 / 4, "fps": 12.5, "frames_indices": taken}  # 2.5-VL: 49 / 4 frames apart
+    prompt = theirs.processor.apply_chat_template(hf_messages([message]), add_generation_prompt=True)
+    shown = {"videos": [[frames]], "video_metadata": [[facts]], "do_sample_frames": False}
+    inputs = dict(theirs.processor(text=[prompt], **shown, return_tensors="pt"))
+    assert FAMILY.generate(variant, (message,), 20) == theirs.generate(inputs, tokens=20)
+
+
+@pytest.mark.parametrize("variant", GATED)
+def test_a_video_of_one_frame_is_one_of_that_frame_twice(variant: str) -> None:
+    frame = np.asarray(draw(40, 30, 1))
+    once, twice = (encoded(variant, VideoPart((frame,) * n, (0.5,) * n)) for n in (1, 2))
+    np.testing.assert_array_equal(once.inputs_embeds, twice.inputs_embeds)
+    np.testing.assert_array_equal(once.positions, twice.positions)
+
+
+def encoded(variant: str, video: VideoPart) -> EncodedPrompt:
+    return engine(variant).encoder.prepare([Message("user", (video, "what?"))], Stats())
+
+
+@pytest.mark.parametrize(("variant", "most"), itertools.product(GATED, (4, 12)))
+def test_max_tiles_bounds_what_a_frame_costs(variant: str, most: int) -> None:
+    e = Engine.load(package(variant, "fp32"), device="cpu", threads=1, max_tiles=most)
+    frames = [np.asarray(draw(90, 150, i)) for i in range(4)]
+    answer = e.generate("what?", videos=[frames], policy=off(e), sampling=SamplingConfig(max_tokens=1))
+    assert most <= answer.stats.image_tiles <= 2 * most  # of two groups
+
+
+def test_a_video_processor_with_other_rules_is_refused(tmp_path: Path) -> None:
+    FAMILY.check_refused(
+        "qwen3", "processor_config.json", {"video_processor": {"cap_pixels_per_frame": True}}, "cap_pixels", tmp_path
+    )
+
+
+def test_videos_at_other_times_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the right rows: their positions, or the text between them."""
+    positions, times = videos.group_positions, text.group_times
+    monkeypatch.setattr(videos, "group_positions", lambda seen, *rest: positions([2 * s for s in seen], *rest))
+    FAMILY.check_unequal("qwen2.5", "hidden state at the split", tmp_path)
+    monkeypatch.setattr(text, "group_times", lambda seen, *rest: times([2 * s for s in seen], *rest))
+    FAMILY.check_refused("qwen3", "config.json", {}, "the chat template cannot be taken apart", tmp_path)
+
+
+@pytest.mark.parametrize("variant", GATED)
+def test_the_prober_reads_the_token_that_ends_thencoded(variant: str, tmp_path: Path) -> None:
     FAMILY.check_probed(variant, tmp_path)
 
 
@@ -283,13 +443,6 @@ def test_a_picture_that_does_not_fit_is_refused_before_it_is_encoded(monkeypatch
         e.generate("word " * 655, images=[draw(64, 64, 1)], policy=off(e))
 
 
-@pytest.mark.parametrize("variant", GATED)
-def test_videos_are_refused(variant: str) -> None:
-    e = engine(variant)
-    with pytest.raises(InputError, match="this model takes no videos"):
-        e.generate("what?", videos=[[draw(20, 20, 1)]], policy=off(e))
-
-
 def test_a_user_cannot_type_a_picture() -> None:
     spec = engine("qwen2.5").manifest.prompt
     tokenizer = load_tokenizer(package("qwen2.5", "fp32") / "tokenizer.json")
@@ -354,8 +507,8 @@ def test_golden_answers_replay(variant: str) -> None:
 
 @pytest.mark.parametrize(("variant", "precision"), itertools.product(GATED, ("fp32", "int8")))
 def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, variant: str, precision: str) -> None:
-    """Pictures of all sizes between texts, apart and in a conversation that grows; with a gate and drafts. Two turns of
-    the conversation are stopped: decoder_upper reads their pictures with the last one.
+    """Pictures of all sizes and videos between texts, apart and in a conversation that grows; with a gate and drafts.
+    Some turns of the conversation are stopped: decoder_upper reads their pictures with a later one's.
     """
     e, files = engine(variant, precision), list[str]()
     for seed in range(6):
@@ -369,10 +522,21 @@ def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, variant
     apart = [{"messages": [turn], "sampling": {"max_tokens": 24}} for turn in turns[::2]]
     for request, answer in zip(apart, through_c(built, package(variant, precision), apart), strict=True):
         assert joined(answer["chunks"]) == in_python(e, request)
+    for i in range(6):
+        seconds = film(i).seconds
+        for n, frame in enumerate(film(i).frames):
+            Image.fromarray(frame).save(tmp_path / f"film-{i}-{n}.png")
+        shown = {"video": [str(tmp_path / f"film-{i}-{n}.png") for n in range(len(film(i).frames))]}
+        shown |= {"seconds": list(seconds)} if seconds else {}
+        turns += [{"role": "user", "parts": [f"film {i}:", shown, *([{"image": files[i]}] * (i % 2)), "and now?"]}]
+        turns += [{"role": "assistant", "parts": ["a film."]}]
+    apart = [{"messages": [turn], "sampling": {"max_tokens": 24}} for turn in turns[8::2]]
+    for request, answer in zip(apart, through_c(built, package(variant, precision), apart), strict=True):
+        assert joined(answer["chunks"]) == in_python(e, request)
     growing: list[dict[str, Any]] = [
-        {"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, 8, 2)
+        {"messages": turns[: n + 1], "sampling": {"max_tokens": 24}} for n in range(0, len(turns), 2)
     ]
-    for stopped in growing[1:3]:
+    for stopped in growing[1:3] + growing[6:7]:
         stopped |= {"policy": "stop", "threshold": -1.0}
     conversation = Conversation(e)
     answers = through_c(built, package(variant, precision), growing, conversation=True)

@@ -20,6 +20,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -34,9 +36,12 @@ from autosteer.export.graphs.writer import GraphWriter
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.original import ANSWER_TOKENS
 from autosteer.models import FAMILIES, Family, text_only
+from autosteer.runtime.conversation import Conversation
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import CheckError, InputError
+from autosteer.runtime.generation import Request, Stats
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 
 # Scaled rotary embeddings begin to differ at position 0; 32 is the length that the model was first trained for.
@@ -46,6 +51,14 @@ ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SCALED},
     "yarn": {"rope_type": "yarn", **SCALED},
 }
+BEYOND = 96  # positions: the validation's short prompts and their answers stay below, its long one is above
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.02 * i for i in range(8)],
+    "long_factor": [1.5 + 0.7 * i for i in range(8)],
+    "original_max_position_embeddings": BEYOND,
+}
 WINDOW = 9  # positions
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -54,6 +67,18 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "mistral, windows": (MistralConfig, MistralForCausalLM, {"sliding_window": WINDOW}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"tie_word_embeddings": False}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0}),
+    "phi3, windows": (Phi3Config, Phi3ForCausalLM, {"pad_token_id": 0, "sliding_window": WINDOW}),
+    "phi3, rope longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "pad_token_id": 0,
+            "max_position_embeddings": 1536,
+            "original_max_position_embeddings": BEYOND,
+            "rope_parameters": LONGROPE,
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
     "qwen2, rope yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": ROPES["yarn"]}),
     "qwen2, some windows": (
@@ -86,11 +111,10 @@ def save_checkpoint(kind: str, folder: Path) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
-        **extra,
+        **{"max_position_embeddings": 128} | extra,
     )
     model = model_class(config)
     for name, weight in model.named_parameters():
@@ -178,3 +202,80 @@ def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package:
     np.testing.assert_allclose(engine.encoder.embed(list(range(len(table)))), table, atol=1e-6)
     original = checkpoint.tensor(name).numpy()
     assert 0.01 < np.linalg.norm(table - original) / np.linalg.norm(original) < 0.2
+
+
+# --- other frequencies for long prompts ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Any]:
+    """The package, and Hugging Face's model, whose answers do not end early."""
+    folder = tmp_path_factory.mktemp("longrope")
+    save_checkpoint("phi3, rope longrope", folder / "checkpoint")
+    export_fp32(folder / "checkpoint", folder / "package")
+    model = Phi3ForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32).eval()
+    return Engine.load(folder / "package", device="cpu", threads=1), model
+
+
+def prompt_of(engine: Engine, length: int) -> list[Message]:
+    """A prompt of so many tokens."""
+    words, frame = "where is the red circle and what colour has it now ", engine.encoder
+    for count in range(1, length):
+        messages = [Message.user(" ".join((words * length).split()[:count]))]
+        if frame.prepare(messages, Stats()).inputs_embeds.shape[1] == length:
+            return messages
+    raise AssertionError(length)
+
+
+def theirs(model: Any, engine: Engine, messages: list[Message], tokens: int) -> list[int]:
+    ids = torch.tensor([engine.encoder.prepare(messages, Stats()).token_ids])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return list(map(int, out[0, ids.shape[1] :]))
+
+
+@pytest.mark.parametrize("length", [BEYOND - 60, BEYOND - 20, BEYOND - 1, BEYOND, BEYOND + 1, BEYOND + 40, 1200])
+def test_answers_on_both_sides_of_the_boundary_are_generates(longrope: tuple[Engine, Any], length: int) -> None:
+    """An answer that begins before it ends where generate would turn every key anew."""
+    engine, model = longrope
+    messages = prompt_of(engine, length)
+    answer = engine.generate(messages, policy=engine.policy("off"), sampling=SamplingConfig(max_tokens=48))
+    room = 48 if length > BEYOND else min(48, BEYOND + 1 - length)
+    expected = theirs(model, engine, messages, 48)[:room]
+    assert list(answer.token_ids) == expected
+    assert answer.finish_reason == ("stop" if expected[-1] == engine.manifest.prompt.end_token_ids[0] else "length")
+
+
+def test_the_long_frequencies_change_what_is_computed(longrope: tuple[Engine, Any]) -> None:
+    """So that the tests around this one would see others."""
+    engine, _ = longrope
+    assert engine.manifest.rotary.long is not None and engine.manifest.rotary.long.beyond == BEYOND
+    short = dataclasses.replace(engine.manifest, rotary=dataclasses.replace(engine.manifest.rotary, long=None))
+    messages = prompt_of(engine, BEYOND + 40)
+    prompt = engine.encoder.prepare(messages, Stats())
+    rows = [Request(m, engine.graphs, engine.device, prompt, 1, Stats()) for m in (engine.manifest, short)]
+    logits = [(r.prefill_lower(engine.policy("off")), r.prefill_upper(0.0))[1].copy() for r in rows]
+    assert np.abs(logits[0] - logits[1]).max() > 0.05
+
+
+def test_a_conversation_that_crosses_the_boundary_is_computed_anew_once(longrope: tuple[Engine, Any]) -> None:
+    engine, model = longrope
+    conversation, dialogue, reused = Conversation(engine), prompt_of(engine, BEYOND - 40), list[int]()
+    for _ in range(4):
+        answer = engine.generate(
+            dialogue, conversation=conversation, policy=engine.policy("off"), sampling=SamplingConfig(max_tokens=24)
+        )
+        length = engine.encoder.prepare(dialogue, Stats()).inputs_embeds.shape[1]
+        room = 24 if length > BEYOND else BEYOND + 1 - length
+        assert list(answer.token_ids) == theirs(model, engine, dialogue, 24)[:room]
+        reused.append(answer.stats.reused_tokens)
+        dialogue = [*dialogue, Message.assistant(answer.text), Message.user("and where is the blue one?")]
+    assert reused[0] == reused[1] == 0 < reused[2] < reused[3]
+
+
+@pytest.mark.parametrize("options", [["--precision", "int8"], ["--precision", "int4", "--prefill-precision", "int8"]])
+def test_stacked_matrices_are_rounded_as_others(options: list[str], tmp_path: Path) -> None:
+    save_checkpoint("phi3, rope longrope", tmp_path / "checkpoint")
+    arguments = ["--model", tmp_path / "checkpoint", "--output", tmp_path / "x", "--unguarded", "--layer", 1, *options]
+    export.main([*map(str, arguments), "--kv-cache", "int8"], standalone_mode=False)
+    checks = Manifest.load(tmp_path / "x").validation["CPUExecutionProvider"]
+    assert all(check.passed for check in checks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from functools import cache
 from pathlib import Path
@@ -24,11 +25,12 @@ from autosteer.runtime import Conversation, Engine, InputError, Manifest, Messag
 from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import normalise, open_image
-from autosteer.runtime.manifest import VideoSpec
+from autosteer.runtime.manifest import ImageSpec, NativeSpec, NativeVideoSpec, VideoSpec
 from autosteer.runtime.prompt_encoder import TILES_PER_RUN
 from autosteer.runtime.text import ImagePart, VideoPart
-from autosteer.runtime.video import FRAMES, pool, spaced, squeeze, tiles
+from autosteer.runtime.video import FRAMES, Video, frame_grid, pool, spaced, squeeze, tiles
 
+ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SAMPLING = SamplingConfig(ANSWER_TOKENS)
 QUESTION = "what is shown here?"
 
@@ -60,7 +62,7 @@ def test_pixel_values_equal_hugging_faces_video_processor(width: int, height: in
     noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3)).astype(np.uint8)
     for frames in (noise, np.stack(video(2, size=(width, height)))):
         theirs = processor([frames], return_tensors="pt")["pixel_values_videos"][0].numpy()
-        ours = normalise(list(tiles(frames, 384)), spec)
+        ours = normalise(list(tiles(frames, 384, 384)), spec)
         assert np.abs(ours - theirs).max() <= 1e-6
 
 
@@ -73,7 +75,43 @@ def test_resizing_is_torchvisions_to_the_bit() -> None:
         frame = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
         pixels = torch.from_numpy(frame).permute(2, 0, 1)
         theirs = resize(pixels, [int(side), int(side)], InterpolationMode.BICUBIC, antialias=True)
-        assert (squeeze(frame, int(side)) == theirs.permute(1, 2, 0).numpy()).all(), (height, width, side)
+        assert (squeeze(frame, int(side), int(side)) == theirs.permute(1, 2, 0).numpy()).all(), (height, width, side)
+
+
+def test_frames_of_any_size_have_hugging_faces_grids() -> None:
+    """Budgets of the hub and others, of a frame and of a whole video, odd numbers of frames, sides below a tile."""
+    from transformers.models.qwen2_vl import video_processing_qwen2_vl as each
+    from transformers.models.qwen3_vl import video_processing_qwen3_vl as together
+
+    rng, found = np.random.default_rng(0), set()
+    for _ in range(20_000):
+        tile = int(rng.choice([8, 28, 32]))
+        least = int(rng.integers(1, 300)) * tile**2
+        budget, frames = (least, least * int(rng.integers(1, 300))), int(rng.integers(2, 40))
+        height, width = (int(2**x) for x in rng.uniform(0, 12, 2))
+        if max(height, width) > 150 * min(height, width):
+            continue
+        image = ImageSpec("native", tile, ZERO, ONE, 1.0, "bicubic", None, native=NativeSpec(1, 1, 2))
+        for whole in (False, True):
+            video = VideoSpec(ZERO, ONE, 1.0, None, NativeVideoSpec(*budget, whole, 0.0))
+            limits = {"factor": tile, "min_pixels": budget[0], "max_pixels": budget[1]}
+            if whole:
+                sides = together.smart_resize(frames, height, width, temporal_factor=2, **limits)
+            else:
+                sides = each.smart_resize(height, width, **limits)
+            ours = frame_grid((height, width), frames, image, video)
+            assert ours == (sides[0] // tile, sides[1] // tile), (height, width, frames, budget, whole)
+            found.add(ours)
+    assert len(found) > 1000
+
+
+def test_max_tiles_bounds_each_frame() -> None:
+    image = ImageSpec("native", 32, ZERO, ONE, 1.0, "bicubic", None, native=NativeSpec(1, 1, 2))
+    for whole, frames in itertools.product((False, True), (1, 2, 5, 8)):
+        video = VideoSpec(ZERO, ONE, 1.0, None, NativeVideoSpec(40_000, 25_165_824, whole, 0.0))
+        for most in (1, 7, 50):
+            rows, columns = frame_grid((720, 1280), frames, image, video, most)
+            assert most / 3 <= rows * columns <= most
 
 
 @pytest.mark.parametrize(("side", "pooled"), [(27, 14), (4, 2), (5, 3), (1, 1)])
@@ -90,7 +128,7 @@ def test_rows_equal_get_video_features(count: int) -> None:
     inputs = original_model().inputs(ValidationPrompt((Message.user("x", videos=[video(count)]),), ()))
     with torch.no_grad():
         theirs = original_model().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
-    (ours,) = engine.encoder.encode_video(tiles(video(count), 56), stats=Stats())
+    (ours,) = engine.encoder.encode_video(tiles(video(count), 56, 56), stats=Stats())
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
@@ -230,3 +268,21 @@ def test_frames_are_evenly_spaced_from_the_first_to_the_last(tmp_path: Path) -> 
     frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
     for source in (folder, file):  # f10.PNG comes after f9.PNG
         assert [int(open_image(frame)[0, 0, 0]) for frame in open_video(source, 5)] == [0, 4, 9, 14, 19]
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
+def test_an_animated_picture_says_when_its_frames_are_shown(tmp_path: Path, kind: str) -> None:
+    """Also one whose frames are shown for different times, and a GIF's that says no time, which is 100 ms."""
+    frames = [Image.new("RGB", (4, 4), (50 * i, 0, 0)) for i in range(5)]
+    durations = [200, 40, 0 if kind == "gif" else 100, 500, 300]
+    file = tmp_path / f"a.{kind}"
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, lossless=True)
+    assert open_video(file).seconds == pytest.approx((0.0, 0.2, 0.24, 0.34, 0.84))
+    assert open_video(file, 3).seconds == pytest.approx((0.0, 0.24, 0.84))
+
+
+def test_frames_without_times_are_24_a_second(tmp_path: Path) -> None:
+    for i in range(9):
+        (tmp_path / f"{i}.png").touch()
+    assert open_video(tmp_path, 3).seconds == (0.0, 4 / 24, 8 / 24)
+    assert Video(["a.png"]).seconds == ()

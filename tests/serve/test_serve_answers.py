@@ -96,6 +96,8 @@ def test_a_video_is_the_pictures_of_its_frames(client):
     answer = ask(client, [{"type": "video", "video": frames}, {"type": "text", "text": "look"}])
     assert answer.choices[0].message.content == "orange yellow green"
     assert answer.autosteer["pictures"][0]["tiles"] == 2
+    timed = ask(client, [{"type": "video", "video": frames, "seconds": [0, 2.5]}, {"type": "text", "text": "look"}])
+    assert timed.choices[0].message.content == "orange yellow green"
 
 
 def test_an_answer_sent_back_as_the_client_has_it_is_part_of_the_dialogue(client):

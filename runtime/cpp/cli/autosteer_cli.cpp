@@ -334,7 +334,7 @@ std::string typed_path(std::string_view text) {
 /// A dialogue on the terminal. Pictures and videos go into the next turn that is answered. A turn that was steered or
 /// stopped is forgotten: as part of the dialogue it would make every later turn unsafe.
 void chat(const autosteer::Engine& engine, const Arguments& arguments, const autosteer::GatePolicy& policy,
-          std::vector<std::vector<autosteer::ImageLike>> videos) {
+          std::vector<autosteer::VideoPart> videos) {
   const char* const help =
       "Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves.\n";
   std::vector<autosteer::Message> dialogue;
@@ -416,7 +416,7 @@ void run(const Arguments& arguments) {
   const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
   const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
   if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
-  std::vector<std::vector<autosteer::ImageLike>> videos;
+  std::vector<autosteer::VideoPart> videos;
   for (const auto& video : arguments.videos) videos.push_back(autosteer::open_video(video, arguments.frames));
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());

@@ -266,6 +266,11 @@ int autosteer_request_image(autosteer_request* request, const autosteer_image* i
 }
 
 int autosteer_request_video(autosteer_request* request, const autosteer_image* const* frames, size_t count) {
+  return autosteer_request_video_at(request, frames, nullptr, count);
+}
+
+int autosteer_request_video_at(autosteer_request* request, const autosteer_image* const* frames, const double* seconds,
+                               size_t count) {
   return guarded([&] {
     need(request, "request");
     if (count) need(frames, "frames");
@@ -273,6 +278,7 @@ int autosteer_request_video(autosteer_request* request, const autosteer_image* c
     for (size_t i = 0; i < count; ++i) {
       need(frames[i], "a frame");
       video.frames.emplace_back(frames[i]->image);
+      if (seconds) video.seconds.push_back(seconds[i]);
     }
     latest(request).parts.emplace_back(std::move(video));
   });

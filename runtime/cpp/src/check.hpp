@@ -33,10 +33,11 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
     if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
     std::vector<ImageLike> images;
     for (const auto& file : golden.images) images.emplace_back(folder / file);
-    std::vector<std::vector<ImageLike>> videos;
+    std::vector<VideoPart> videos;
     for (const auto& frames : golden.videos) {
       videos.emplace_back();
-      for (const auto& file : frames) videos.back().emplace_back(folder / file);
+      for (const auto& file : frames) videos.back().frames.emplace_back(folder / file);
+      if (!golden.seconds.empty()) videos.back().seconds = golden.seconds.at(videos.size() - 1);
     }
     return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
   };

@@ -106,7 +106,7 @@ class Engine {
                                      : std::make_unique<Audit>(options.audit, sha256(folder / kManifestFile),
                                                                options.audit_texts)),
         tokenizer(checked(folder, options.onnxruntime)),
-        encoder(manifest, tokenizer, cutting(options.max_tiles), [this](const auto& name) { return graph(name); }),
+        encoder(manifest, tokenizer, options.max_tiles, [this](const auto& name) { return graph(name); }),
         folder_(folder),
         files_(options.files) {
     if (options.device != "auto" && options.device != "cpu") {
@@ -213,7 +213,7 @@ class Engine {
             graphs_,
             log,
             std::move(prompt),
-            std::min(max_tokens, context - length),
+            std::min(max_tokens, manifest.rotary.room(length, context)),
             stats,
             conversation ? conversation->take_prefix() : std::nullopt};
   }
@@ -242,11 +242,6 @@ class Engine {
     manifest.verify(folder_);
     const GraphSpec& spec = manifest.graphs.at(name);
     return std::make_shared<const Subgraph>(*environment_, folder_ / spec.file, spec);
-  }
-
-  /// How pictures are cut: the manifest's specification, with the grids that EngineOptions::max_tiles leaves.
-  std::optional<ImageSpec> cutting(const std::optional<int64_t>& max_tiles) const {
-    return manifest.image ? std::optional(at_most(*manifest.image, max_tiles)) : std::nullopt;
   }
 
   /// Check every file of the package; the tokenizer's path.

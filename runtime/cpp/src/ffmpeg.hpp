@@ -1,6 +1,6 @@
 // A video file -> its frames, decoded by the program ffmpeg in a process of its own. The C++ side of runtime/ffmpeg.py.
 //
-//     file  ->  how many frames there are: one byte of each
+//     file  ->  when each frame is shown: a line of text for each
 //           ->  the chosen ones, as PNG files one after the other
 //
 // Whoever made the file is not trusted. ffmpeg gets it as its standard input, so it never sees a name; it may read the
@@ -38,8 +38,11 @@ namespace autosteer::ffmpeg {
 
 constexpr int64_t kSeconds = 60;         // to decode a file in, which is done twice
 constexpr int64_t kMaxFrames = 100'000;  // of a file: an hour
+constexpr size_t kLine = 1000;           // bytes of a line that are read
 const char* const kContainers = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,apng";  // ffmpeg's names; "mov" is MP4, too
 const char* const kOneEach = "setpts=N/TB";  // with -r 1: every frame that is left, none twice
+/// A line "frame:0    pts:0       pts_time:0" for each frame, and one of ours: of the file's own words none is printed.
+const char* const kTimes = "settb=1/1000000,metadata=add:key=autosteer:value=0,metadata=print:key=autosteer:file=-,";
 
 using Bytes = std::vector<uint8_t>;
 using Clock = std::chrono::steady_clock;
@@ -90,6 +93,23 @@ inline size_t png_end(const Bytes& bytes) {
     if (!std::memcmp(chunk + 4, "IEND", 4) && at <= bytes.size()) return at;
   }
   return 0;
+}
+
+/// Whether `line` says when a frame is shown; `time` receives that, in microseconds, if the file says so.
+inline bool is_frame(const std::string& line, std::optional<int64_t>& time) {
+  const char* at = line.c_str();
+  const auto skip = [&](const char* letters) { return at += std::strspn(at, letters); };
+  if (std::strncmp(at, "frame:", 6) != 0) return false;
+  at += 6;
+  if (const char* number = at; skip("0123456789") == number) return false;
+  if (const char* spaces = at; skip(" ") == spaces) return false;
+  if (std::strncmp(at, "pts:", 4) != 0) return false;
+  at += 4;
+  char* end = nullptr;
+  const bool number = *at == '-' || ('0' <= *at && *at <= '9');
+  const int64_t value = number ? std::strtoll(at, &end, 10) : 0;
+  if (end && end != at) time = value;
+  return true;
 }
 
 /// ffmpeg's first line, without the address that it begins with.
@@ -179,17 +199,34 @@ class Film {
  public:
   explicit Film(const Descriptor& file, int64_t seconds = kSeconds) : file_(file), deadline_{seconds} {}
 
-  /// The number of frames. Throws InputError if there are none or too many.
-  int64_t count() const {
-    int64_t total = 0;
-    const std::string frame = "scale=1:1:flags=neighbor,format=gray," + std::string(kOneEach);
-    Child(file_, {"-vf", frame, "-r", "1", "-f", "rawvideo", "pipe:1"})
-        .read(deadline_, [&](const uint8_t*, size_t count) {
-          total += static_cast<int64_t>(count);
-          if (total > kMaxFrames) throw InputError("more than " + std::to_string(kMaxFrames) + " frames");
+  /// When each frame is shown: from 0 on, ascending. A frame without a time has that of the frame before. Throws
+  /// InputError if there are no frames, or too many.
+  std::vector<double> seconds() const {
+    std::vector<double> found;
+    std::optional<int64_t> first;
+    std::string line;  // what is there of it
+    const std::string frame = kTimes + std::string("scale=1:1:flags=neighbor,format=gray,") + kOneEach;
+    const auto take = [&](char letter) {
+      if (letter != '\n') {
+        if (line.size() < kLine) line += letter;
+        return;
+      }
+      std::optional<int64_t> time;
+      if (is_frame(std::exchange(line, {}), time)) {
+        if (!first) first = time;
+        const double since = time ? static_cast<double>(*time - *first) / 1e6 : 0.0;
+        found.push_back(std::max(since, found.empty() ? 0.0 : found.back()));
+        if (static_cast<int64_t>(found.size()) > kMaxFrames) {
+          throw InputError("more than " + std::to_string(kMaxFrames) + " frames");
+        }
+      }
+    };
+    Child(file_, {"-an", "-sn", "-vf", frame, "-r", "1", "-f", "null", "-"})
+        .read(deadline_, [&](const uint8_t* block, size_t count) {
+          std::for_each(block, block + count, [&](uint8_t byte) { take(static_cast<char>(byte)); });
         });
-    if (total == 0) throw InputError("it has no frames");
-    return total;
+    if (found.empty()) throw InputError("it has no frames");
+    return found;
   }
 
   /// Hand the frames of those indices, which ascend, to `take` as PNG files.

@@ -108,6 +108,7 @@ using ProbedMeans = std::map<std::pair<int64_t, int64_t>, std::vector<float>>;
 
 /// What a request leaves for the next turn of its dialogue.
 struct CachedPrefix {
+  bool is_long;  // RotarySpec::is_long of its prompt: how its keys are turned
   std::vector<Key> keys;  // of the positions that decoder_lower has run over
   ProbedMeans probed_means;
   KVCache lower, upper;
@@ -244,7 +245,9 @@ class Request {
   /// What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request.
   CachedPrefix cached_prefix() {
     keys_.resize(finite_ ? static_cast<size_t>(length_) : 0);
-    return {std::move(keys_), std::move(probed_means_), std::move(lower_), std::move(upper_), std::move(pending_)};
+    const bool is_long = manifest_.rotary.is_long(prompt_length_);
+    return {is_long,           std::move(keys_),  std::move(probed_means_),
+            std::move(lower_), std::move(upper_), std::move(pending_)};
   }
 
  private:
@@ -294,6 +297,7 @@ class Request {
   /// How many positions of `cached` this prompt can reuse. Moves their probed means and pending hidden states here.
   int64_t reuse_prefix(CachedPrefix& cached) {
     const auto is_empty = [](const auto& positions) { return positions.empty(); };
+    if (cached.is_long != manifest_.rotary.is_long(prompt_length_)) return 0;
     if (probed_.empty() || std::any_of(probed_.begin(), probed_.end(), is_empty)) return 0;
     const int64_t most = std::min(probed_.back().front(), static_cast<int64_t>(cached.keys.size()));
     int64_t reused = std::mismatch(keys_.begin(), keys_.begin() + most, cached.keys.begin()).first - keys_.begin();

@@ -370,7 +370,7 @@ inline Tiles split_tiles(const Image& image, const ImageSpec& spec, bool) {
 /// Stretch to the grid whose shape is closest, and cut. The whole image comes last, squeezed into one tile (HF:
 /// GotOcr2ImageProcessorPil with crop_to_patches). Its grids are in the order of their tiles, then of their columns.
 inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
-  const GridSpec& limits = spec.grid.value();
+  const ClosestGridSpec& limits = spec.closest_grid.value();
   const auto width = static_cast<double>(image.width), height = static_cast<double>(image.height);
   int64_t best_columns = 1, best_rows = 1;
   double off = std::numeric_limits<double>::infinity();
@@ -395,25 +395,31 @@ inline Tiles closest_grid(const Image& image, const ImageSpec& spec, bool) {
   return tiles;
 }
 
-/// How many rows and columns of tiles a `native` picture becomes (HF: smart_resize).
-inline std::array<int64_t, 2> native_grid(int64_t height, int64_t width, const ImageSpec& spec) {
-  const NativeSpec& native = spec.native.value();
-  const std::array<double, 2> sides = {static_cast<double>(height), static_cast<double>(width)};
-  const auto n = static_cast<double>(spec.tile_size), area = static_cast<double>(height * width);
+/// Rows and columns of tiles for `count` pictures of `size` (height, width), all alike, that have `least` to `most`
+/// pixels together (HF: smart_resize). `counted`: the pictures that are taken into account where sides are rounded.
+inline std::array<int64_t, 2> whole_tiles(const std::array<int64_t, 2>& size, int64_t tile, int64_t least, int64_t most,
+                                          int64_t count = 1, int64_t counted = 1) {
+  const std::array<double, 2> sides = {static_cast<double>(size[0]), static_cast<double>(size[1])};
+  const auto n = static_cast<double>(tile), area = static_cast<double>(count * size[0] * size[1]);
   const auto tiles = [&](const auto& along) {
     return std::array<int64_t, 2>{static_cast<int64_t>(along(sides[0])), static_cast<int64_t>(along(sides[1]))};
   };
   const auto grid = tiles([&](double side) { return std::nearbyint(side / n); });  // half to even, as Python
-  const int64_t pixels = grid[0] * spec.tile_size * grid[1] * spec.tile_size;
-  if (pixels > native.max_pixels) {
-    const double shrink = std::sqrt(area / static_cast<double>(native.max_pixels));
+  const int64_t pixels = counted * (grid[0] * tile * grid[1] * tile);
+  if (pixels > most) {
+    const double shrink = std::sqrt(area / static_cast<double>(most));
     return tiles([&](double side) { return std::max(1.0, std::floor(side / shrink / n)); });
   }
-  if (pixels < native.min_pixels) {
-    const double enlarge = std::sqrt(static_cast<double>(native.min_pixels) / area);
+  if (pixels < least) {
+    const double enlarge = std::sqrt(static_cast<double>(least) / area);
     return tiles([&](double side) { return std::ceil(side * enlarge / n); });
   }
   return grid;
+}
+
+/// How many rows and columns of tiles a `native` picture becomes.
+inline std::array<int64_t, 2> native_grid(int64_t height, int64_t width, const ImageSpec& spec) {
+  return whole_tiles({height, width}, spec.tile_size, spec.native.value().min_pixels, spec.native->max_pixels);
 }
 
 /// The whole picture, as often as the graph reads frames (HF: Qwen2VLImageProcessorPil).
@@ -427,15 +433,15 @@ inline Tiles whole(const Image& image, const ImageSpec& spec, bool) {
 /// tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to fewer
 /// pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
-  if (!tiles || !(spec.anyres || spec.grid || spec.native)) return spec;
+  if (!tiles || !(spec.anyres || spec.closest_grid || spec.native)) return spec;
   if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
-  if (spec.grid) {
-    spec.grid->max_tiles = std::min(spec.grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
+  if (spec.closest_grid) {
+    spec.closest_grid->max_tiles = std::min(spec.closest_grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
     return spec;
   }
   if (spec.native) {
     const int64_t area = spec.tile_size * spec.tile_size, most = spec.native->max_pixels;
-    if (*tiles < most / area) spec.native->max_pixels = *tiles * area;  // the product may be too large for 64 bits
+    if (*tiles <= most / area) spec.native->max_pixels = *tiles * area;  // the product may be too large for 64 bits
     spec.native->min_pixels = std::min(spec.native->min_pixels, spec.native->max_pixels);
     return spec;
   }

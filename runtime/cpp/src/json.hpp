@@ -166,11 +166,14 @@ struct RequestJson {
 
   static Part part(const decoding::Node& node) {
     if (node.is_string()) return node.as_string();
-    node.object({}, {"image", "video"});
+    node.object({}, {"image", "video", "seconds"});
     if (node.has("image") == node.has("video")) node.fail("expected one of 'image' and 'video'");
     const auto file = [](const decoding::Node& name) { return ImageLike(fs::path(name.as_string())); };
+    if (node.has("image") && node.has("seconds")) node.fail("'seconds' are those of a video's frames");
     if (node.has("image")) return file(node["image"]);
-    return VideoPart{node["video"].list(file)};
+    VideoPart video{node["video"].list(file)};
+    if (node.has("seconds")) video.seconds = node["seconds"].list(decoding::as_float);
+    return video;
   }
 };
 

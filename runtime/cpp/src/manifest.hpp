@@ -22,7 +22,7 @@
 
 namespace autosteer {
 
-constexpr int kFormatVersion = 3;
+constexpr int kFormatVersion = 4;
 constexpr const char* kManifestFile = "autosteer.json";
 
 inline Manifest Manifest::load(const fs::path& folder) {

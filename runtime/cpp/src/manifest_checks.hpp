@@ -143,6 +143,7 @@ inline std::vector<std::pair<std::string, std::vector<TemplatePiece>>> inside(co
 inline std::vector<TemplatePiece> pieces(const PromptSpec& prompt) {
   std::vector<TemplatePiece> all = outside(prompt);
   for (const auto& [kind, part] : inside(prompt)) all.insert(all.end(), part.begin(), part.end());
+  if (prompt.frame_group) all.insert(all.end(), prompt.frame_group->pieces.begin(), prompt.frame_group->pieces.end());
   return all;
 }
 
@@ -207,13 +208,14 @@ inline void check_graphs(const Manifest& m, const Need& need) {
 /// A frequency for each pair of a head's numbers; each reads a position that there is.
 inline void check_rotary(const Manifest& m, const Need& need) {
   const auto pairs = [&](size_t count) { return 2 * static_cast<int64_t>(count) == m.dims.head_dim; };
-  const auto& [frequencies, scale, axes] = m.rotary;
+  const auto& [frequencies, scale, axes, longer] = m.rotary;
   need(pairs(frequencies.size()),
        "rotary: " + std::to_string(frequencies.size()) + " frequencies, not half of head_dim");
   need(axes.empty() || pairs(axes.size()),
        "rotary: " + std::to_string(axes.size()) + " axes, not one for each frequency");
   const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
   need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
+  need(!longer || pairs(longer->frequencies.size()), "rotary: the long frequencies are not half of head_dim");
 }
 
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
@@ -230,16 +232,26 @@ inline void check_image(const Manifest& m, const Need& need) {
   }
 }
 
-/// How videos are pooled.
+/// How videos are scaled, and pooled.
 inline void check_video(const Manifest& m, const Need& need) {
   const auto all = pieces(m.prompt);
   const bool written = std::any_of(all.begin(), all.end(), [](const auto& piece) { return piece.kind == "video"; });
   need(m.video.has_value() == written, "'video' and the prompt's pieces of that kind come together");
   if (m.video) {
-    need(m.image && m.image->anyres && m.graphs.count("vision_encoder"),
-         "'video' comes with 'anyres' images and a vision_encoder");
-    need(m.video->pooled_side <= m.image->anyres->tokens_per_side, "video: pooled_side is above tokens_per_side");
+    const VideoSpec& video = *m.video;
+    need(m.image && (m.image->anyres || m.image->native) && m.graphs.count("vision_encoder"),
+         "'video' comes with 'anyres' or 'native' images and a vision_encoder");
+    const ImageSpec& image = *m.image;
+    need(video.native.has_value() == image.native.has_value(), "video: 'native' comes with 'native' images");
+    need(video.pooled_side.has_value() == image.anyres.has_value(), "video: 'pooled_side' comes with 'anyres'");
+    need(!image.anyres || *video.pooled_side <= image.anyres->tokens_per_side,
+         "video: pooled_side is above tokens_per_side");
+    need(!video.native || image.tile_size * image.tile_size <= video.native->max_pixels,
+         "video: a tile has more than max_pixels");
   }
+  const int64_t frames = m.video && m.image->native ? m.image->native->frames : 0;
+  need(!m.prompt.frame_group || m.prompt.frame_group->frames == frames,
+       "prompt: frame_group has not the frames that the image graph reads as one");
 }
 
 /// Prober, Refusal Head and monitor.
@@ -306,6 +318,8 @@ inline void check_files(const Manifest& m, const Need& need) {
 inline void check_golden(const Manifest& m, const Need& need) {
   for (const Golden& golden : m.golden) {
     need(!golden.token_ids.empty(), "golden: an answer without tokens");
+    need(golden.seconds.empty() || golden.seconds.size() == golden.videos.size(),
+         "golden: not the seconds of each video");
     need(golden.prompt_ids.empty() || (golden.prompt.empty() && golden.images.empty() && golden.videos.empty()),
          "golden: a prompt is given twice");
     need(in_vocabulary(m, golden.token_ids) && in_vocabulary(m, golden.prompt_ids),
@@ -327,6 +341,14 @@ inline void check_prompt(const Manifest& m, const Need& need) {
     const auto first = std::find_if(part.begin(), part.end(), is_slot);
     need(first != part.end() && first->kind == kind && std::count_if(part.begin(), part.end(), is_slot) == 1,
          "prompt: a turn's '" + kind + "' must have one piece of that kind and no other");
+  }
+  if (m.prompt.frame_group) {
+    std::vector<std::string> slots;
+    for (const TemplatePiece& piece : m.prompt.frame_group->pieces) {
+      if (is_slot(piece)) slots.push_back(piece.kind);
+    }
+    need(slots == std::vector<std::string>{"seconds", "video"},
+         "prompt: frame_group must have one 'seconds', then one 'video'");
   }
   for (const TemplatePiece& piece : pieces(m.prompt)) {
     need(piece.kind != "token" || in_vocabulary(m, {piece.id}),

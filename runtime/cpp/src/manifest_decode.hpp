@@ -48,8 +48,14 @@ inline DataFile data_file(const Node& node) {
 }
 
 inline RotarySpec rotary(const Node& node) {
-  node.object({"frequencies", "scale", "axes"});
-  return {node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int)};
+  node.object({"frequencies", "scale", "axes"}, {"long"});
+  const auto longer = [](const Node& of) {
+    of.object({"beyond", "frequencies"});
+    return LongRotary{of["beyond"].as_size(), of["frequencies"].list(as_float)};
+  };
+  RotarySpec spec{node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int), {}};
+  if (node.has("long")) spec.longer = node["long"].optional(longer);
+  return spec;
 }
 
 inline AnyresSpec anyres(const Node& node) {
@@ -64,7 +70,7 @@ inline SplitSpec split(const Node& node) {
   return {node["longest_edge"].as_size(), node["tiles"].as_bool()};
 }
 
-inline GridSpec grid(const Node& node) {
+inline ClosestGridSpec closest_grid(const Node& node) {
   node.object({"min_tiles", "max_tiles"});
   return {node["min_tiles"].as_size(), node["max_tiles"].as_size()};
 }
@@ -82,7 +88,7 @@ inline TileSeparators tile_separators(const Node& node) {
 
 inline ImageSpec image(const Node& node) {
   node.object({"kind", "tile_size", "mean", "std", "rescale_factor", "resample", "anyres"},
-              {"split", "native", "tile_separators", "grid"});
+              {"split", "native", "tile_separators", "closest_grid"});
   ImageSpec spec{node["kind"].as_one_of({"anyres", "centre_crop", "closest_grid", "native", "pad_to_square", "split"}),
                  node["tile_size"].as_size(),
                  node["mean"].tuple<3>(as_float),
@@ -97,10 +103,10 @@ inline ImageSpec image(const Node& node) {
   if (node.has("split")) spec.split = node["split"].optional(split);
   if (node.has("native")) spec.native = node["native"].optional(native);
   if (node.has("tile_separators")) spec.tile_separators = node["tile_separators"].list(tile_separators);
-  if (node.has("grid")) spec.grid = node["grid"].optional(grid);
+  if (node.has("closest_grid")) spec.closest_grid = node["closest_grid"].optional(closest_grid);
   if ((spec.kind == "anyres") != spec.anyres.has_value()) node.fail("'kind' and 'anyres' differ");
   if ((spec.kind == "split") != spec.split.has_value()) node.fail("'kind' and 'split' differ");
-  if ((spec.kind == "closest_grid") != spec.grid.has_value()) node.fail("'kind' and 'grid' differ");
+  if ((spec.kind == "closest_grid") != spec.closest_grid.has_value()) node.fail("'kind' and 'closest_grid' differ");
   if ((spec.kind == "native") != spec.native.has_value()) node.fail("'kind' and 'native' differ");
   if (spec.native) {
     if (spec.native->min_pixels > spec.native->max_pixels) node.fail("min_pixels is above max_pixels");
@@ -110,8 +116,8 @@ inline ImageSpec image(const Node& node) {
     if (!spec.tile_separators.empty()) node.fail("a 'native' picture has no tile_separators");
   }
   if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
-  if (spec.grid && spec.grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
-  if (spec.grid && spec.grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
+  if (spec.closest_grid && spec.closest_grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
+  if (spec.closest_grid && spec.closest_grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
   if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;
@@ -123,10 +129,25 @@ inline ImageSpec image(const Node& node) {
   return spec;
 }
 
+inline NativeVideoSpec native_video(const Node& node) {
+  node.object({"min_pixels", "max_pixels", "whole", "tokens_per_second"});
+  NativeVideoSpec spec{node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["whole"].as_bool(),
+                       node["tokens_per_second"].as_float()};
+  if (spec.min_pixels > spec.max_pixels) node.fail("min_pixels is above max_pixels");
+  if (spec.max_pixels > 50'000'000) node.fail("max_pixels is too large");
+  if (!(0 <= spec.tokens_per_second && spec.tokens_per_second <= 1000)) node.fail("tokens_per_second is out of range");
+  return spec;
+}
+
 inline VideoSpec video(const Node& node) {
-  node.object({"mean", "std", "rescale_factor", "pooled_side"});
-  VideoSpec spec{node["mean"].tuple<3>(as_float), node["std"].tuple<3>(as_float), node["rescale_factor"].as_float(),
-                 node["pooled_side"].as_size()};
+  const auto as_size = [](const Node& size) { return size.as_size(); };
+  node.object({"mean", "std", "rescale_factor", "pooled_side"}, {"native"});
+  VideoSpec spec{node["mean"].tuple<3>(as_float),
+                 node["std"].tuple<3>(as_float),
+                 node["rescale_factor"].as_float(),
+                 node["pooled_side"].optional(as_size),
+                 {}};
+  if (node.has("native")) spec.native = node["native"].optional(native_video);
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   return spec;
 }
@@ -134,7 +155,7 @@ inline VideoSpec video(const Node& node) {
 inline TemplatePiece piece(const Node& node) {
   node.object({"kind"}, {"text", "id"});
   TemplatePiece piece;
-  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video"});
+  piece.kind = node["kind"].as_one_of({"token", "literal", "text", "image", "video", "seconds"});
   if (node.has("text")) piece.text = node["text"].as_string();
   if (node.has("id")) piece.id = node["id"].as_int();
   return piece;
@@ -153,9 +174,14 @@ inline TurnSpec turn(const Node& node) {
   return turn;
 }
 
+inline FrameGroup frame_group(const Node& node) {
+  node.object({"frames", "pieces"});
+  return {node["frames"].as_size(), node["pieces"].list(piece)};
+}
+
 inline PromptSpec prompt(const Node& node) {
   node.object({"begin", "system", "user", "assistant", "generation", "images_first", "strip_text", "end_token_ids"},
-              {"tokenizer"});
+              {"tokenizer", "frame_group"});
   PromptSpec spec;
   spec.begin = node["begin"].list(piece);
   spec.system = node["system"].optional(turn);
@@ -166,6 +192,7 @@ inline PromptSpec prompt(const Node& node) {
   spec.strip_text = node["strip_text"].as_bool();
   spec.end_token_ids = node["end_token_ids"].list(as_int);
   if (node.has("tokenizer")) spec.tokenizer = node["tokenizer"].as_string();
+  if (node.has("frame_group")) spec.frame_group = node["frame_group"].optional(frame_group);
   return spec;
 }
 
@@ -188,8 +215,9 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids", "seconds"});
   const auto frames = [](const Node& files) { return files.list(as_string); };
+  const auto moments = [](const Node& seconds) { return seconds.list(as_float); };
   return {node["prompt"].as_string(),
           node["images"].list(as_string),
           node["threshold"].optional(as_float),
@@ -197,7 +225,8 @@ inline Golden golden(const Node& node) {
           node["action"].as_one_of({"pass", "steer"}),
           node["token_ids"].list(as_int),
           node.has("videos") ? node["videos"].list(frames) : std::vector<std::vector<std::string>>(),
-          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>()};
+          node.has("prompt_ids") ? node["prompt_ids"].list(as_int) : std::vector<int64_t>(),
+          node.has("seconds") ? node["seconds"].list(moments) : std::vector<std::vector<double>>()};
 }
 
 inline Tolerance tolerance(const Node& node) {

@@ -61,6 +61,13 @@ struct DataFile {
   int64_t bytes;
 };
 
+/// Other frequencies of long prompts. They turn all positions, so an answer to a shorter prompt ends where they would
+/// begin.
+struct LongRotary {
+  int64_t beyond;                   ///< positions; longer prompts have these frequencies
+  std::vector<double> frequencies;  ///< as RotarySpec's
+};
+
 /// Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.hpp).
 struct RotarySpec {
   std::vector<double> frequencies;  ///< (head_dim / 2,), radians a position
@@ -68,6 +75,21 @@ struct RotarySpec {
   /// By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column. Empty: a row has one position,
   /// its index in the sequence, in text and pictures alike.
   std::vector<int64_t> axes;
+  std::optional<LongRotary> longer;  ///< "long" in the manifest
+
+  /// Whether a prompt of `length` has the other frequencies.
+  bool is_long(int64_t length) const { return longer && length > longer->beyond; }
+
+  /// Those of a prompt of `length`.
+  const std::vector<double>& frequencies_of(int64_t length) const {
+    return is_long(length) ? longer->frequencies : frequencies;
+  }
+
+  /// Most tokens of an answer to a prompt of `length`: the last one has no position yet.
+  int64_t room(int64_t length, int64_t context) const {
+    const int64_t most = context - length;
+    return !longer || is_long(length) ? most : std::min(most, longer->beyond + 1 - length);
+  }
 };
 
 /// How image kind "anyres" cuts one image into tiles and lays their features out among the tokens.
@@ -85,7 +107,7 @@ struct SplitSpec {
 };
 
 /// How image kind "closest_grid" cuts an image into tiles: the whole image is one more, unless there is one tile.
-struct GridSpec {
+struct ClosestGridSpec {
   int64_t min_tiles, max_tiles;  ///< without the whole image
 };
 
@@ -116,19 +138,28 @@ struct ImageSpec {
   std::optional<SplitSpec> split;
   std::optional<NativeSpec> native;
   std::vector<TileSeparators> tile_separators;  ///< one for each grid; empty: no separators
-  std::optional<GridSpec> grid;
+  std::optional<ClosestGridSpec> closest_grid;
+};
+
+/// How the frames of a video are scaled, all alike, where pictures are "native"; and how its rows stand in time.
+struct NativeVideoSpec {
+  int64_t min_pixels, max_pixels;  ///< smaller frames are enlarged, larger ones shrunk
+  bool whole;                      ///< the two bound the pixels of all frames together; false: those of each
+  double tokens_per_second;        ///< positions of the time axis; 0: one for each group of frames
 };
 
 /// How a video's frames become pixel_values, and the vision_encoder's features become rows (see video.hpp).
 struct VideoSpec {
   std::array<double, 3> mean, std;
   double rescale_factor;
-  int64_t pooled_side;  ///< tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2
+  /// If pictures are "anyres": tokens_per_side ** 2 rows of a frame are pooled to pooled_side ** 2.
+  std::optional<int64_t> pooled_side;
+  std::optional<NativeVideoSpec> native;  ///< if they are "native"
 };
 
 /// One piece of the chat template (see text.hpp).
 struct TemplatePiece {
-  std::string kind;  ///< token, literal, text, image or video
+  std::string kind;  ///< token, literal, text, image, video or seconds
   std::string text;
   int64_t id = -1;
 };
@@ -137,6 +168,13 @@ struct TurnSpec {
   std::vector<TemplatePiece> prefix, image, text, suffix;
   std::vector<TemplatePiece> lead;  ///< after the prefix, if the turn's first part is a text
   std::vector<TemplatePiece> video;
+};
+
+/// What is written for each group of a video's frames that the image graph reads as one.
+struct FrameGroup {
+  int64_t frames;  ///< of a group; the last one is filled up with the last frame
+  /// `video` stands for the group's rows, `seconds` for the mean of its ends' times.
+  std::vector<TemplatePiece> pieces;
 };
 
 struct PromptSpec {
@@ -148,6 +186,7 @@ struct PromptSpec {
   bool strip_text;                        ///< strip white space around a turn's text
   std::vector<int64_t> end_token_ids;
   std::string tokenizer = "tokenizer.json";
+  std::optional<FrameGroup> frame_group;  ///< in the place of a turn's `video`; none: a video's rows are one run
 };
 
 struct ProberSpec {
@@ -175,6 +214,7 @@ struct Golden {
   std::vector<int64_t> token_ids;  ///< of the answer; if the action is steer, the unsteered answer differs
   std::vector<std::vector<std::string>> videos;  ///< the frames of each
   std::vector<int64_t> prompt_ids;               ///< token ids of the rendered prompt, instead of `prompt`
+  std::vector<std::vector<double>> seconds;      ///< when each frame of each is shown; empty: nothing says so
 };
 
 /// How far results on another machine may differ from the golden ones.

@@ -3,7 +3,8 @@
 //     text    -> token ids ------------------------------------------> embed_tokens -> rows
 //     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
 //                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
-//     video   -> frames -> pixels -> vision_encoder, pooled -------------------------> rows
+//     video   -> frames -> pixels -> vision_encoder (pooled) ------------------------> rows; with text between groups
+//                                                                                      of frames, if the template has it
 //
 // Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
 // context.
@@ -47,9 +48,9 @@ inline void check_length(const Manifest& manifest, int64_t length, bool exact = 
 
 /// For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
 /// a turn is too short, or where the text that follows changed the tokens that the prober would have read. Without a
-/// prober, the last position: a conversation continues from it. `text`: the positions of token ids. `sizes`: the rows
-/// of each picture and video, separators included. A mean leaves out pictures: their many rows would outweigh the
-/// text.
+/// prober, the last position: a conversation continues from it. `text`: the positions of token ids, but those between
+/// groups of a video's frames. `sizes`: the rows of each picture, video and group, separators included. A mean leaves
+/// out pictures and videos: their many rows, and times, would outweigh the text.
 inline std::vector<std::vector<int64_t>> probed_positions(const std::optional<ProberSpec>& prober,
                                                           const std::vector<JudgedTurn>& turns,
                                                           const std::vector<int64_t>& text,
@@ -79,9 +80,14 @@ class PromptEncoder {
  public:
   using FindGraph = std::function<std::shared_ptr<const Subgraph>(const std::string& name)>;
 
-  /// `image`: how pictures are cut, nothing if the model takes none. `graph`: returns a loaded graph by name.
-  PromptEncoder(const Manifest& manifest, const Tokenizer& tokenizer, std::optional<ImageSpec> image, FindGraph graph)
-      : manifest_(manifest), tokenizer_(tokenizer), image_(std::move(image)), graph_(std::move(graph)) {}
+  /// `max_tiles`: a picture, or a frame of a video for a model that takes them in any size, is cut into so many at
+  /// most. `graph`: returns a loaded graph by name.
+  PromptEncoder(const Manifest& manifest, const Tokenizer& tokenizer, std::optional<int64_t> max_tiles, FindGraph graph)
+      : manifest_(manifest),
+        tokenizer_(tokenizer),
+        max_tiles_(max_tiles),
+        image_(manifest.image ? std::optional(at_most(*manifest.image, max_tiles)) : std::nullopt),
+        graph_(std::move(graph)) {}
 
   /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. What does not fit
   /// the context is refused before anything is embedded. Throws InputError for that, and for an unusable message, image
@@ -98,10 +104,10 @@ class PromptEncoder {
     EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
     PositionCounter counter(manifest_.rotary);
     std::vector<int64_t> text_positions, sizes;
-    const auto add_tokens = [&](const std::vector<int64_t>& ids) {
+    const auto add_tokens = [&](const std::vector<int64_t>& ids, bool between) {
       const Rows rows = embed(ids);
       for (const int64_t id : ids) {
-        text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
+        if (!between) text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
         prompt.keys.emplace_back("", id);
       }
       prompt.inputs_embeds.append(rows.row(0), rows.count());
@@ -111,17 +117,18 @@ class PromptEncoder {
     auto next = seen.begin();
     for (const Run& run : runs) {
       if (run.slot.empty()) {
-        add_tokens(run.ids);
+        add_tokens(run.ids, next != seen.end() && next->row);  // between groups of a video's frames
         continue;
       }
-      int64_t row = 0;
-      for (const Laid& part : *next->laid) {
-        add_tokens(part.ids);
+      int64_t row = next->row;
+      for (size_t i = next->first; i < next->last; ++i) {
+        const Laid& part = next->laid->at(i);
+        add_tokens(part.ids, false);
         if (part.rows.count()) prompt.add_picture(std::shared_ptr<const Rows>(next->laid, &part.rows));
-        for (int64_t i = 0; i < part.rows.count(); ++i) prompt.keys.emplace_back(next->key, row++);
-        counter.picture(part.rows.count(), next->grid);
+        for (int64_t n = 0; n < part.rows.count(); ++n) prompt.keys.emplace_back(next->key, row++);
+        if (part.rows.count()) counter.picture(part.rows.count(), next->grid, next->times);
       }
-      prompt.shown.push_back({next->sha256, run.slot == "video"});
+      if (!next->row) prompt.shown.push_back({next->sha256, run.slot == "video"});
       sizes.push_back(next++->rows());
     }
     prompt.positions = std::move(counter.positions);
@@ -151,17 +158,30 @@ class PromptEncoder {
   }
 
  private:
-  /// A picture or a video of a prompt.
+  /// A picture or a video of a prompt, or a group of the video's frames.
   struct Seen {
     std::string sha256, key;  // its key: how it is encoded, too
     std::shared_ptr<const std::vector<Laid>> laid;
+    size_t first, last;                          // its own of `laid`: the first, and one past the last
     std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
+    std::vector<int64_t> times = {0};  // of the groups of a video's frames, whose rows stand in such a grid each
+    int64_t row = 0;                   // its first row in the picture or video: of a further group above 0
 
     int64_t rows() const {
       int64_t count = 0;
-      for (const Laid& part : *laid) count += static_cast<int64_t>(part.ids.size()) + part.rows.count();
+      for (size_t i = first; i < last; ++i) {
+        count += static_cast<int64_t>(laid->at(i).ids.size()) + laid->at(i).rows.count();
+      }
       return count;
     }
+  };
+
+  /// The frames of a video as the image graph reads them.
+  struct Film {
+    std::vector<Image> frames;
+    std::optional<std::array<int64_t, 2>> grid;  // as in Seen
+    std::vector<int64_t> times = {0};
+    bool apart = false;  // text stands between groups of frames
   };
 
   /// The dialogue's pictures and videos, in the order of `runs`. One is opened and encoded after the other, so one is
@@ -188,12 +208,19 @@ class PromptEncoder {
       auto& laid = encoded[key];
       if (!laid && conversation && conversation->images.count(key)) laid = conversation->images[key];
       if (!laid) laid = std::make_shared<const std::vector<Laid>>(encode());
-      return Seen{sha256, key, laid, {}};
+      return Seen{sha256, key, laid, 0, laid->size(), {}};
     };
     std::vector<Seen> seen;
     size_t shown = 0, filmed = 0;
+    int64_t further = 0;  // places in the prompt of the video before, which follow each other
     for (const Run& run : runs) {
-      if (run.slot == "image") {
+      if (run.slot == "video" && further) {
+        --further;
+        Seen group = seen.back();
+        group.row += group.rows();
+        group.first = group.last++;
+        seen.push_back(std::move(group));
+      } else if (run.slot == "image") {
         const bool alone = pictures.size() == 1;
         const Image picture = open_image(*pictures.at(shown++));
         std::optional<std::array<int64_t, 2>> grid;
@@ -206,12 +233,20 @@ class PromptEncoder {
         seen.back().grid = grid;
         length += seen.back().rows() - least;
       } else if (run.slot == "video") {
-        const std::vector<Image> frames = tiles(*films.at(filmed++));
-        seen.push_back(take(frames.data(), frames.size(), "a video",
-                            [&] { return std::vector<Laid>{{{}, encode_video(frames, stats)}}; }));
+        const Film film = open_film(*films.at(filmed++), length);
+        std::string use = "a video";
+        if (film.grid && !film.apart) {  // the KV caches hold its rows turned by their times
+          for (const int64_t time : film.times) use += " " + std::to_string(time);
+        }
+        seen.push_back(take(film.frames.data(), film.frames.size(), use, [&] { return encode_film(film, stats); }));
+        seen.back().grid = film.grid;
+        seen.back().times = film.times;
         length += seen.back().rows();
+        if (film.apart) {
+          further = static_cast<int64_t>(std::exchange(seen.back().last, 1)) - 1;
+        }
       }
-      check_length(manifest_, length, seen.size() == pictures.size() + films.size());
+      check_length(manifest_, length, shown == pictures.size() && filmed == films.size());
     }
     if (conversation) conversation->images = encoded;
     return seen;
@@ -243,7 +278,7 @@ class PromptEncoder {
         const auto count = static_cast<int64_t>(video->frames.size());
         ++films;
         frames += count;
-        rows += count * manifest_.video->pooled_side * manifest_.video->pooled_side + 1;
+        rows += least_rows(count);
       }
     }
     if (films && rows >= manifest_.dims.context_length) {
@@ -251,6 +286,12 @@ class PromptEncoder {
                        " frames); the model's context holds " + std::to_string(manifest_.dims.context_length) +
                        "; take fewer frames");
     }
+  }
+
+  /// Rows of a video of so many frames, which may be larger where pictures have any size.
+  int64_t least_rows(int64_t frames) const {
+    if (image_->native) return (frames + image_->native->frames - 1) / image_->native->frames;
+    return frames * *manifest_.video->pooled_side * *manifest_.video->pooled_side + 1;
   }
 
   /// One image -> its rows, with the token ids around and between them.
@@ -309,18 +350,57 @@ class PromptEncoder {
       }
       if (spec.anyres && newline.data.empty()) newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
     });
-    if (!spec.anyres && !spec.grid) return runs;
+    if (!spec.anyres && !spec.closest_grid) return runs;
     Rows together{depth, {}};
     for (const Rows& run : runs) together.append(run.row(0), run.count());
     if (spec.anyres) together = pack(together, newline, height, width, spec);
     return {std::move(together)};
   }
 
-  /// The frames of a video, one tile each.
-  std::vector<Image> tiles(const VideoPart& video) const {
-    std::vector<Image> tiles;
-    for (const ImageLike& frame : video.frames) tiles.push_back(squeeze(open_image(frame), image_.value().tile_size));
-    return tiles;
+  /// Open the frames of a video. `others`: how many positions the rest of the prompt takes at least. Frames of any size
+  /// are opened once it is known from the first that they fit the context.
+  Film open_film(const VideoPart& video, int64_t others) const {
+    const int64_t side = image_.value().tile_size, count = static_cast<int64_t>(video.frames.size());
+    Film film;
+    int64_t height = side, width = side;
+    if (image_->native) {
+      const int64_t group = image_->native->frames;
+      const std::vector<int64_t> times =
+          group_positions(moments(video), group, manifest_.video->native.value().tokens_per_second);
+      const Image first = open_image(video.frames.at(0));
+      film.grid = frame_grid(first.height, first.width, count, *image_, *manifest_.video, max_tiles_);
+      const auto groups = static_cast<int64_t>(times.size());
+      check_length(manifest_, others + groups * (*film.grid)[0] * (*film.grid)[1], false);
+      height *= (*film.grid)[0];
+      width *= (*film.grid)[1];
+      if (height * width > picture::kMaxPixels / count) {
+        throw InputError(std::to_string(count) + " frames of " + std::to_string(width) + "x" + std::to_string(height) +
+                         " pixels: at most " + std::to_string(picture::kMaxPixels));
+      }
+      film.apart = manifest_.prompt.frame_group.has_value();
+      if (!film.apart) film.times = times;
+    }
+    for (const ImageLike& frame : video.frames) film.frames.push_back(squeeze(open_image(frame), height, width));
+    return film;
+  }
+
+  /// The frames of a video -> its rows: one run, or one for each group of frames if text stands between them.
+  std::vector<Laid> encode_film(const Film& film, Stats& stats) const {
+    if (!film.grid) return {{{}, encode_video(film.frames, stats)}};
+    std::vector<Laid> runs;
+    const auto group = static_cast<size_t>(image_->native->frames);
+    for (size_t first = 0; first < film.frames.size(); first += group) {
+      std::vector<Image> frames;
+      for (size_t i = first; i < first + group; ++i) frames.push_back(film.frames[std::min(i, film.frames.size() - 1)]);
+      Rows rows = encode_whole(normalise(frames, manifest_.video.value()), *film.grid);
+      stats.image_tiles += rows.count();
+      if (film.apart || runs.empty()) {
+        runs.push_back({{}, std::move(rows)});
+      } else {
+        runs.back().rows.append(rows.row(0), rows.count());
+      }
+    }
+    return runs;
   }
 
   /// A video's tiles -> its rows: pooled rows of each frame, and one newline row at the very end.
@@ -336,7 +416,7 @@ class PromptEncoder {
         const int64_t all = count * side * side;
         Rows features{depth, {}};
         features.append(floats(outputs.at("image_features"), all * depth, graph), all);
-        const Rows pooled = pool(features, side, manifest_.video->pooled_side);
+        const Rows pooled = pool(features, side, manifest_.video->pooled_side.value());
         rows.append(pooled.row(0), pooled.count());
         newline.data.clear();
         newline.append(floats(outputs.at("image_newline"), depth, graph), 1);
@@ -375,7 +455,8 @@ class PromptEncoder {
 
   const Manifest& manifest_;
   const Tokenizer& tokenizer_;
-  const std::optional<ImageSpec> image_;
+  const std::optional<int64_t> max_tiles_;
+  const std::optional<ImageSpec> image_;  // how pictures are cut, nothing if the model takes none
   const FindGraph graph_;
 };
 

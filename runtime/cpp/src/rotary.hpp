@@ -2,8 +2,11 @@
 // side of runtime/rotary.py.
 //
 // A row of text has one position. A model with multimodal rotary embedding (mrope) gives every row three: time, row and
-// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; text
-// after it goes on behind the largest of them. Each frequency reads one of the three.
+// column. They are equal for text. The rows of a picture have one time, and the rows and columns of its grid; those of
+// a video have a time for each group of frames. Text after it goes on behind the largest row or column, however long
+// the video is. Each frequency reads one of the three.
+//
+// Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
 #pragma once
 
 #include <algorithm>
@@ -31,11 +34,14 @@ class PositionCounter {
     for (int64_t i = 0; i < count; ++i, ++next_) positions.push_back({next_, next_, next_});
   }
 
-  /// `count` rows of a picture. `grid`: the (rows, columns) in which they stand, nothing where they stand in none.
-  void picture(int64_t count, const std::optional<std::array<int64_t, 2>>& grid) {
+  /// `count` rows of a picture or a video. `grid`: the (rows, columns) in which they stand, nothing where they stand in
+  /// none. `times`: one for each group of a video's frames, whose rows stand in such a grid each.
+  void picture(int64_t count, const std::optional<std::array<int64_t, 2>>& grid, const std::vector<int64_t>& times) {
     if (!grid || !has_grids_) return text(count);
-    for (int64_t i = 0; i < count; ++i) {
-      positions.push_back({next_, next_ + i / (*grid)[1], next_ + i % (*grid)[1]});
+    for (const int64_t time : times) {
+      for (int64_t i = 0; i < (*grid)[0] * (*grid)[1]; ++i) {
+        positions.push_back({next_ + time, next_ + i / (*grid)[1], next_ + i % (*grid)[1]});
+      }
     }
     next_ += std::max((*grid)[0], (*grid)[1]);
   }
@@ -53,17 +59,18 @@ class RotaryTables {
  public:
   static constexpr int64_t kBlock = 128;  ///< rows are computed at least so many at a time, as an answer grows
 
-  /// `positions`: of the prompt's rows. The rows of the answer go on behind the largest. `first`: the first row that
+  /// `positions`: of the prompt's rows. The rows of the answer go on behind the last. `first`: the first row that
   /// will be read.
   RotaryTables(const RotarySpec& spec, std::vector<Position> positions, int64_t capacity, int64_t first)
       : spec_(spec),
+        frequencies_(spec.frequencies_of(static_cast<int64_t>(positions.size()))),
         positions_(std::move(positions)),
         capacity_(capacity),
         filled_(first),
         cos_({capacity, static_cast<int64_t>(spec.frequencies.size())}),
         sin_(cos_.shape()) {
-    for (const Position& position : positions_) {
-      following_ = std::max(following_, *std::max_element(position.begin(), position.end()) + 1);
+    if (!positions_.empty()) {
+      following_ = *std::max_element(positions_.back().begin(), positions_.back().end()) + 1;
     }
   }
 
@@ -72,7 +79,7 @@ class RotaryTables {
     if (total <= filled_) return;
     const int64_t last = std::min(std::max(total, filled_ + kBlock), capacity_);
     const auto length = static_cast<int64_t>(positions_.size());
-    const size_t width = spec_.frequencies.size();
+    const size_t width = frequencies_.size();
     const auto scale = static_cast<float>(spec_.scale);
     for (; filled_ < last; ++filled_) {
       const int64_t answered = following_ + filled_ - length;
@@ -80,7 +87,7 @@ class RotaryTables {
                                            : Position{answered, answered, answered};
       for (size_t i = 0; i < width; ++i) {
         const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
-        const float angle = static_cast<float>(position) * static_cast<float>(spec_.frequencies[i]);
+        const float angle = static_cast<float>(position) * static_cast<float>(frequencies_[i]);
         const size_t cell = static_cast<size_t>(filled_) * width + i;
         // rounded from double, where all libraries agree to the last bit that counts: the tables are Python's
         cos_.data()[cell] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
@@ -94,6 +101,7 @@ class RotaryTables {
 
  private:
   const RotarySpec& spec_;
+  const std::vector<double>& frequencies_;
   std::vector<Position> positions_;
   int64_t capacity_, filled_;
   int64_t following_ = 0;  // the position of the first row after the prompt

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstdio>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -17,13 +19,9 @@
 #include "manifest.hpp"
 #include "tokenizer.hpp"
 #include "unicode.hpp"
+#include "video.hpp"
 
 namespace autosteer {
-
-/// A video among a turn's parts: its frames.
-struct VideoPart {
-  std::vector<ImageLike> frames;
-};
 
 /// A part of a turn: a text, an image (a file or pixels), or a video.
 using Part = std::variant<std::string, ImageLike, VideoPart>;
@@ -37,12 +35,11 @@ struct Message {
   /// A system turn. `trusted`: it is your program's own text.
   static Message system(std::string text, bool trusted = false) { return {"system", {std::move(text)}, trusted}; }
 
-  /// A user turn: images, videos (the frames of each; see open_video), then a text.
-  static Message user(std::string text, std::vector<ImageLike> images = {},
-                      std::vector<std::vector<ImageLike>> videos = {}) {
+  /// A user turn: images, videos (see open_video), then a text.
+  static Message user(std::string text, std::vector<ImageLike> images = {}, std::vector<VideoPart> videos = {}) {
     Message message{"user", {}, false};
     for (ImageLike& image : images) message.parts.emplace_back(std::move(image));
-    for (auto& frames : videos) message.parts.emplace_back(VideoPart{std::move(frames)});
+    for (VideoPart& video : videos) message.parts.emplace_back(std::move(video));
     message.parts.emplace_back(std::move(text));
     return message;
   }
@@ -53,16 +50,16 @@ struct Message {
   }
 };
 
-/// Token ids, or the place of an image or a video.
+/// Token ids, or the place of an image, a video, or a group of its frames.
 struct Run {
-  std::string slot;  ///< "image", "video", or "" for token ids
+  std::string slot;  ///< "image", "video" (or a group of its frames), or "" for token ids
   std::vector<int64_t> ids;
 };
 
 /// A place in a rendered prompt: what stands before it.
 struct Place {
   int64_t tokens;  ///< text tokens
-  size_t slots;    ///< images and videos
+  size_t slots;    ///< images, and videos or groups of their frames
 };
 
 /// A turn that the prober scores, counted as if the dialogue ended there.
@@ -81,12 +78,12 @@ class Writer {
 
   std::vector<Run> runs;
 
-  /// Add pieces; `filling` is the text of those of kind `text`.
+  /// Add pieces; `filling` is the text of those of kind `text` or `seconds`.
   void write(const std::vector<TemplatePiece>& pieces, std::string_view filling = {}) {
     for (const TemplatePiece& piece : pieces) {
       if (piece.kind == "literal") {
         text_ += piece.text;
-      } else if (piece.kind == "text") {
+      } else if (piece.kind == "text" || piece.kind == "seconds") {
         text_ += filling;
       } else {
         close_text();
@@ -158,12 +155,22 @@ inline void write_parts(Writer& writer, const Message& message, const TurnSpec& 
       writer.write(turn.text, spec.strip_text ? strip(*words) : std::string_view(*words));
       continue;
     }
-    const bool video = std::holds_alternative<VideoPart>(*part);
+    const auto* video = std::get_if<VideoPart>(part);
     const std::vector<TemplatePiece>& slot = video ? turn.video : turn.image;
     if (slot.empty()) {  // never drop a picture silently, nor move it to another turn
       throw InputError("this model's '" + message.role + "' turns take no " + (video ? "videos" : "images"));
     }
-    writer.write(slot);
+    for (const TemplatePiece& piece : slot) {
+      if (!video || piece.kind != "video" || !spec.frame_group) {
+        writer.write({piece});
+        continue;
+      }
+      for (const double time : group_times(moments(*video), spec.frame_group->frames)) {
+        std::array<char, 32> seconds{};
+        std::snprintf(seconds.data(), seconds.size(), "%.1f", time);
+        writer.write(spec.frame_group->pieces, seconds.data());
+      }
+    }
   }
 }
 

@@ -104,14 +104,15 @@ Json resize(const Json& command) {
 
 /// {"file": picture, "side", "out": file} -> null
 Json squeeze(const Json& command) {
-  write(command, autosteer::squeeze(picture(command), command.at("side")).rgb);
+  write(command, autosteer::squeeze(picture(command), command.at("side"), command.at("side")).rgb);
   return nullptr;
 }
 
-/// {"path", "frames"} -> of each frame that is chosen its file's name, or the SHA-256 of its pixels
+/// {"path", "frames"} -> of each frame that is chosen its file's name, or the SHA-256 of its pixels; and its seconds
 Json frames(const Json& command) {
   Json chosen = Json::array();
-  for (const auto& frame : autosteer::open_video(command.at("path").get<std::string>(), command.at("frames"))) {
+  const auto video = autosteer::open_video(command.at("path").get<std::string>(), command.at("frames"));
+  for (const auto& frame : video.frames) {
     if (const auto* decoded = std::get_if<autosteer::Image>(&frame)) {
       autosteer::Sha256 hash;
       hash.add(decoded->rgb.data(), decoded->rgb.size());
@@ -120,13 +121,13 @@ Json frames(const Json& command) {
       chosen.push_back(std::get<std::filesystem::path>(frame).filename().string());
     }
   }
-  return chosen;
+  return {{"chosen", chosen}, {"seconds", video.seconds}};
 }
 
 /// {"path", "seconds"} -> how many frames ffmpeg finds in so many seconds
 Json count(const Json& command) {
   const auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
-  return autosteer::ffmpeg::Film(file, command.at("seconds")).count();
+  return autosteer::ffmpeg::Film(file, command.at("seconds")).seconds().size();
 }
 
 /// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}

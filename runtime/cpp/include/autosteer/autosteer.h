@@ -106,7 +106,8 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
 
 /* A request from JSON, or an empty one from NULL:
  *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
- *                   {"video": ["frame1.png", "frame2.png", ...]}, ...], "trusted": true | false}, ...],
+ *                   {"video": ["frame1.png", "frame2.png", ...], "seconds": [0, 0.5, ...]}, ...],
+ *                   "trusted": true | false}, ...],
  *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
  *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
@@ -125,6 +126,11 @@ AUTOSTEER_API int autosteer_request_text(autosteer_request *request, const char 
 AUTOSTEER_API int autosteer_request_image(autosteer_request *request, const autosteer_image *image);
 AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const autosteer_image *const *frames,
                                           size_t count);
+
+/* The same, with the second at which each frame is shown, from the video's beginning and ascending. Without, a video
+ * has 24 frames a second. Models of the Qwen-VL families read it. */
+AUTOSTEER_API int autosteer_request_video_at(autosteer_request *request, const autosteer_image *const *frames,
+                                             const double *seconds, size_t count);
 
 /* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it,
  * as it does every other turn. */

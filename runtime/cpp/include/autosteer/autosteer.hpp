@@ -161,11 +161,14 @@ struct Part {
   Part(const char* words) : text(words) {}                            // NOLINT
   Part(Image image) : kind(Kind::image), frames{std::move(image)} {}  // NOLINT
   Part(Video video) : kind(Kind::video), frames(std::move(video)) {}  // NOLINT
+  /// `at`: when each frame is shown, from the video's beginning. Without, 24 a second.
+  Part(Video video, std::vector<double> at) : kind(Kind::video), frames(std::move(video)), seconds(std::move(at)) {}
 
   enum class Kind { text, image, video };
   Kind kind = Kind::text;
   std::string text;
   std::vector<Image> frames;
+  std::vector<double> seconds;
 };
 
 /// One turn of a dialogue.
@@ -327,7 +330,12 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
       for (const Image& frame : part.frames) frames.push_back(frame.get());
       if (part.kind == Part::Kind::text) check(autosteer_request_text(made, c_text(part.text)));
       if (part.kind == Part::Kind::image) check(autosteer_request_image(made, frames.at(0)));
-      if (part.kind == Part::Kind::video) check(autosteer_request_video(made, frames.data(), frames.size()));
+      if (part.kind != Part::Kind::video) continue;
+      if (!part.seconds.empty() && part.seconds.size() != frames.size()) {
+        throw InputError("a video has a second for each frame, or none");
+      }
+      const double* seconds = part.seconds.empty() ? nullptr : part.seconds.data();
+      check(autosteer_request_video_at(made, frames.data(), seconds, frames.size()));
     }
   }
   return request;
