@@ -204,6 +204,11 @@ def test_answers_to_thirty_dialogues_are_generates() -> None:
     FAMILY.check_answers("qwen3", 30)
 
 
+@pytest.mark.parametrize("variant", GATED)
+def test_a_model_whose_weights_are_on_disk_is_the_same(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILY.check_weights_on_disk(variant, monkeypatch)
+
+
 @pytest.mark.parametrize(("variant", "layer"), itertools.product(GATED, (1, LAYERS - 1)))
 def test_another_split_without_a_gate(variant: str, layer: int, tmp_path: Path) -> None:
     FAMILY.check_split(variant, layer, tmp_path, filmed(4), filmed(5))
