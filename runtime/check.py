@@ -9,6 +9,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import PIL
+
 from .engine import Answer, Engine
 from .gate import Mode
 from .generation import EncodedPrompt, Stats
@@ -34,10 +36,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         answer = _answer(engine, prompt, golden, gated)
         verdicts += answer.verdict.action.value != golden.action
         tokens += answer.token_ids != golden.token_ids
-        if golden.p_unsafe is not None:
-            p_unsafe = answer.verdict.p_unsafe
-            difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
-            drift = max(drift, math.inf if math.isnan(difference) else difference)  # max() drops a NaN
+        drift = max(drift, _drift(golden, answer))
         if manifest.monitor and len(golden.token_ids) > 1:
             unwatched += _answer(engine, prompt, golden, gated, -1.0).finish_reason != "refused"
         if golden.action == "steer":
@@ -57,6 +56,35 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         Check("unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0),
         *([Check("answers that the monitor cannot stop", unwatched, 0.0, unwatched == 0)] if manifest.monitor else []),
     ]
+
+
+def about_pictures(engine: Engine, folder: Path) -> str:
+    """What to say of a package that failed if golden prompts with pictures are answered otherwise here: versions of
+    Pillow resize pictures differently. "" if they are not.
+    """
+    manifest = engine.manifest
+    gated = Mode.STEER if manifest.guarded else Mode.OFF
+    shown = [golden for golden in manifest.golden if golden.pictures()]
+    differ = 0
+    for golden in shown:
+        answer = _answer(engine, golden_prompt(engine, folder, golden), golden, gated)
+        near = _drift(golden, answer) <= manifest.tolerance.p_unsafe
+        differ += not near or answer.verdict.action.value != golden.action or answer.token_ids != golden.token_ids
+    if not differ:
+        return ""
+    return (
+        f" ({differ} of {len(shown)} golden prompts with pictures differ: recorded with Pillow "
+        f"{manifest.versions.get('pillow', 'unknown')}, answered with Pillow {PIL.__version__})"
+    )
+
+
+def _drift(golden: Golden, answer: Answer) -> float:
+    """How far p_unsafe is from the recorded one: infinitely, if there is none."""
+    if golden.p_unsafe is None:
+        return 0.0
+    p_unsafe = answer.verdict.p_unsafe
+    difference = abs(golden.p_unsafe - p_unsafe) if p_unsafe is not None else math.inf
+    return math.inf if math.isnan(difference) else difference  # max() drops a NaN
 
 
 def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt:

@@ -410,7 +410,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
 
     Compares every file with its hash, every graph with the manifest, and every answer with the recorded one.
     """
-    from .check import check_package
+    from .check import about_pictures, check_package
     from .host import describe_host
 
     if host:
@@ -432,6 +432,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
     if failed := [r.name for r in results if not r.passed]:
         raise CheckError(
             f"{package}: {', '.join(failed)}: not as on the exporting machine; do not deploy this package here"
+            f"{about_pictures(engine, package)}"
         )
 
 

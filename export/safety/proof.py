@@ -1,8 +1,9 @@
 """Choose held-out prompts that go into every package, so that other machines can check what the gate catches.
 
 The gate classifies them correctly and clearly, but not by the widest margin: a score of 0.9999 hides the effect of
-rounding. By default only token ids are kept, and only of prompts without images. With --publish-proof, words and images
-are kept.
+rounding. Prompts whose pictures are taller than wide come last: Pillow 13 (and C++) shrinks such pictures to other
+pixels than Pillow 12. By default only token ids are kept, and only of prompts without images. With --publish-proof,
+words and images are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autosteer.export.safety_folder import ProofPrompt
+from autosteer.runtime.image import open_file
 
 from .batches import encode
 
@@ -41,7 +43,7 @@ def choose_proof(
         )
         rows = [i for i, item in enumerate(prompts) if item.unsafe is unsafe and margins[i] > 0]
         rows = [i for i in rows if published or not prompts[i].prompt.images]
-        rows.sort(key=lambda i: (margins[i] < CLEAR, abs(margins[i] - CLEAR)))
+        rows.sort(key=lambda i: (_tall(prompts[i].prompt), margins[i] < CLEAR, abs(margins[i] - CLEAR)))
         groups: dict[str, list[int]] = {}
         for i in rows:
             groups.setdefault(prompts[i].group, []).append(i)
@@ -74,6 +76,15 @@ def as_proof(
             )
         )
     return tuple(proof), files
+
+
+def _tall(prompt: Prompt) -> bool:
+    """Whether a picture is taller than wide, as its file has it."""
+    for path in prompt.images:
+        with open_file(path) as picture:
+            if picture.height > picture.width:
+                return True
+    return False
 
 
 def _tokens(fit_model: FitModel, prompt: Prompt) -> tuple[int, ...] | None:

@@ -28,6 +28,9 @@ LONG = 1000  # tokens: one prompt is longer, if the context has room
 def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArtifact | None) -> list[ValidationPrompt]:
     """The safety folder's prompts, then dialogues without, with one and with two images of several shapes, a video, and
     two turns, one of them long. The prompts that show most come first. Images are drawn and written to golden/.
+
+    The tall picture is as wide as a tile. Where both sides shrink, Pillow 13 begins with the height of a tall picture
+    and older versions with its width, which makes other pixels.
     """
     (folder / "golden").mkdir(exist_ok=True)
     prompts = [
@@ -39,7 +42,7 @@ def make_validation_prompts(folder: Path, manifest: Manifest, safety: SafetyArti
     if manifest.image is None:
         return prompts
     size = manifest.image.tile_size * (NATIVE_TILES if manifest.image.native else 1)
-    shapes = {"small": (33, 21), "tall": (size - 9, size * 3), "square": (size, size), "wide": (size * 2 + 7, size - 5)}
+    shapes = {"small": (33, 21), "tall": (size, size * 3 - 9), "square": (size, size), "wide": (size * 2 + 7, size - 5)}
     files = {name: f"golden/{name}.png" for name in shapes}
     for seed, (name, (width, height)) in enumerate(shapes.items()):
         draw(width, height, seed).save(folder / files[name])

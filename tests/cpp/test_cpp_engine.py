@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import toy
 from conformance_packages import split, tokens
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless
@@ -154,6 +155,21 @@ def test_a_check_that_fails_is_exit_code_6(built, cpp_package, tmp_path):
     assert done.returncode == 6
     assert "FAILED answers that differ" in done.stdout
     assert "answers that differ: not as on the exporting machine; do not deploy this package here" in done.stderr
+
+
+def test_a_check_that_fails_at_a_picture_names_the_versions_of_pillow(built, cpp_package, tmp_path):
+    package = Path(shutil.copytree(cpp_package, tmp_path / "package"))
+    (package / "golden").mkdir()
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(package / "golden" / "red.png")
+    manifest = Manifest.load(package)
+    files = (*manifest.files, toy.data_file(package, "golden/red.png"))
+    golden = Golden("look", ("golden/red.png",), None, 0.1, "pass", (6, 9))
+    versions = manifest.versions | {"pillow": "1.2"}
+    replace(manifest, golden=(golden,), files=files, versions=versions).save(package)
+    done = cli(built, package, "--check")
+    assert done.returncode == 6
+    note = "1 of 1 golden prompts with pictures differ: recorded with Pillow 1.2, answered with pixels of Pillow 13"
+    assert note in done.stderr
 
 
 def test_a_package_that_needs_a_newer_onnxruntime_is_refused(built, cpp_package, tmp_path):

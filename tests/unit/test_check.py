@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import PIL
 import pytest
 import toy
 from conftest import load
@@ -13,9 +14,9 @@ from PIL import Image
 
 from autosteer.runtime import Message, PackageError, Stats
 from autosteer.runtime import generation as request
-from autosteer.runtime.check import check_package, golden_prompt
+from autosteer.runtime.check import about_pictures, check_package, golden_prompt
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.manifest import Golden, Tolerance
+from autosteer.runtime.manifest import Golden, Manifest, Tolerance
 
 P_SAFE, P_BAD = (float(np.float32(p)) for p in (0.1, 0.9))
 GOLDEN = (
@@ -132,6 +133,20 @@ def test_prober_that_gives_no_number_fails_the_check(tmp_path, prompt):
     assert checks["verdicts that differ"].passed
     assert checks["p_unsafe, largest difference"].value == math.inf
     assert failed(tmp_path) == ["p_unsafe, largest difference"]
+
+
+def test_pictures_that_are_answered_otherwise_name_the_versions_of_pillow(tmp_path):
+    """A demo of Pillow 13 failed under Pillow 12, and nothing said that the pixels of its pictures were others."""
+    text, picture = GOLDEN[0], GOLDEN[3]
+    package_with(tmp_path, text, replace(picture, p_unsafe=P_SAFE + 2e-3), replace(picture, token_ids=(6, 7, 9, 31)))
+    manifest = Manifest.load(tmp_path)
+    replace(manifest, versions=manifest.versions | {"pillow": "1.2"}).save(tmp_path)
+    assert about_pictures(load(tmp_path), tmp_path) == (
+        " (2 of 2 golden prompts with pictures differ: recorded with Pillow 1.2, answered with Pillow "
+        f"{PIL.__version__})"
+    )
+    package_with(tmp_path, replace(text, token_ids=(6, 9)), picture)
+    assert about_pictures(load(tmp_path), tmp_path) == ""
 
 
 def test_package_without_golden_prompts_fails_the_check(tmp_path):

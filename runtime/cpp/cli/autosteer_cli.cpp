@@ -404,7 +404,8 @@ void check(const Arguments& arguments) {
   if (!failed.empty()) {
     constexpr int kCheckFailed = 6;
     throw autosteer::Error(
-        *arguments.package + ": " + failed + ": not as on the exporting machine; do not deploy this package here",
+        *arguments.package + ": " + failed + ": not as on the exporting machine; do not deploy this package here" +
+            autosteer::about_pictures(engine, *arguments.package),
         kCheckFailed);
   }
 }

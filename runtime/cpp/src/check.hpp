@@ -20,26 +20,57 @@ struct Check {
   bool passed;
 };
 
+/// Answer a golden prompt as at the recording: without drafts, and in as many tokens.
+inline Answer golden_answer(const Engine& engine, const fs::path& folder, const Golden& golden, Mode mode,
+                            std::optional<double> answer_threshold = {}) {
+  SamplingConfig sampling;
+  sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
+  sampling.speculate = false;
+  GatePolicy policy = engine.policy(mode, golden.threshold);
+  policy.answer_threshold = answer_threshold;
+  if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
+  std::vector<ImageLike> images;
+  for (const auto& file : golden.images) images.emplace_back(folder / file);
+  std::vector<VideoPart> videos;
+  for (const auto& frames : golden.videos) {
+    videos.emplace_back();
+    for (const auto& file : frames) videos.back().frames.emplace_back(folder / file);
+    if (!golden.seconds.empty()) videos.back().seconds = golden.seconds.at(videos.size() - 1);
+  }
+  return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
+}
+
+/// How far p_unsafe is from the recorded one: infinitely, if there is none.
+inline double golden_drift(const Golden& golden, const Answer& found) {
+  if (!golden.p_unsafe) return 0.0;
+  const double difference = std::abs(*golden.p_unsafe - found.verdict.p_unsafe.value_or(std::nan("")));
+  return std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference;
+}
+
+/// What to say of a package that failed if golden prompts with pictures are answered otherwise here: versions of Pillow
+/// resize pictures differently. "" if they are not.
+inline std::string about_pictures(const Engine& engine, const fs::path& folder) {
+  const Manifest& manifest = engine.manifest;
+  int64_t shown = 0, differ = 0;
+  for (const Golden& golden : manifest.golden) {
+    if (golden.images.empty() && golden.videos.empty()) continue;
+    const Answer found = golden_answer(engine, folder, golden, manifest.guarded ? Mode::steer : Mode::off);
+    const bool near = golden_drift(golden, found) <= manifest.tolerance.p_unsafe;
+    differ += !near || name(found.verdict.action) != golden.action || found.token_ids != golden.token_ids;
+    ++shown;
+  }
+  if (differ == 0) return "";
+  return " (" + std::to_string(differ) + " of " + std::to_string(shown) +
+         " golden prompts with pictures differ: recorded with Pillow " + manifest.pillow +
+         ", answered with pixels of Pillow 13)";
+}
+
 /// Answer every golden prompt of the package in `folder` again; runtime/check.py says what must be equal. Loading
 /// `engine` has already checked hashes, names, shapes and the gate's proof.
 inline std::vector<Check> check_package(const Engine& engine, const fs::path& folder) {
   const Manifest& manifest = engine.manifest;
   const auto answer = [&](const Golden& golden, Mode mode, std::optional<double> answer_threshold = {}) {
-    SamplingConfig sampling;
-    sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
-    sampling.speculate = false;  // as it was recorded
-    GatePolicy policy = engine.policy(mode, golden.threshold);
-    policy.answer_threshold = answer_threshold;
-    if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
-    std::vector<ImageLike> images;
-    for (const auto& file : golden.images) images.emplace_back(folder / file);
-    std::vector<VideoPart> videos;
-    for (const auto& frames : golden.videos) {
-      videos.emplace_back();
-      for (const auto& file : frames) videos.back().frames.emplace_back(folder / file);
-      if (!golden.seconds.empty()) videos.back().seconds = golden.seconds.at(videos.size() - 1);
-    }
-    return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
+    return golden_answer(engine, folder, golden, mode, answer_threshold);
   };
   const Mode gated = manifest.guarded ? Mode::steer : Mode::off;
   double drift = 0, verdicts = 0, tokens = 0, unsteered = 0, unstopped = 0, fired = 0, unwatched = 0;
@@ -47,10 +78,7 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
     const Answer found = answer(golden, gated);
     verdicts += name(found.verdict.action) != golden.action;
     tokens += found.token_ids != golden.token_ids;
-    if (golden.p_unsafe) {
-      const double difference = std::abs(*golden.p_unsafe - found.verdict.p_unsafe.value_or(std::nan("")));
-      drift = std::isnan(difference) ? std::numeric_limits<double>::infinity() : std::max(drift, difference);
-    }
+    drift = std::max(drift, golden_drift(golden, found));
     if (manifest.monitor && golden.token_ids.size() > 1) {
       unwatched += answer(golden, gated, -1.0).finish_reason != "refused";
     }

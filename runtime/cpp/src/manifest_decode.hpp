@@ -295,6 +295,7 @@ inline Manifest manifest(const Node& node) {
   manifest.proof = node["proof"].optional(proof);
   manifest.onnxruntime = node["onnxruntime"].as_string();
   manifest.precision = as_precision(node["precision"]);
+  if (node["versions"].has("pillow")) manifest.pillow = node["versions"]["pillow"].as_string();
   return manifest;
 }
 

@@ -258,6 +258,7 @@ struct Manifest {
   std::optional<GateProof> proof;  ///< if guarded
   std::string onnxruntime;         ///< the oldest version that computes this package correctly, for example "1.23"
   std::string precision;           ///< of the weights: fp32, fp16, int8 or int4
+  std::string pillow = "unknown";  ///< the version of Pillow that resized the golden pictures
 
   /// Whether all machines give the same tokens: no int8 or int4 weights or caches.
   bool exact() const {
