@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from autosteer.export.safety import calibrate, fit, measure, prober, refusal_head, sas
+from autosteer.export.safety import calibrate, fit, measure, prober, proof, refusal_head, sas
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data, read_external
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
@@ -555,3 +556,19 @@ def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):
         (tmp_path / name).write_text(name)
     row = {"unsafe": "make this", "safe": "make this", "image": "a.png", "safe_image": "b.png"}
     assert len(read_data([write_lines(tmp_path / "p.jsonl", row, *many())]).pairs) == 21
+
+
+# ---------------------------------------------------------------- proof
+
+
+def test_prompts_with_tall_pictures_come_last_in_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Six tall pictures went into every demo package, and Pillow 12 shrank them to other pixels than Pillow 13."""
+    for name, size in (("tall", (20, 60)), ("wide", (60, 20)), ("square", (30, 30))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    names = ["tall"] * 6 + ["wide"] * 3 + ["square"] * 2 + ["tall"]
+    prompts = [Labelled(Prompt(f"q {i}", (tmp_path / f"{name}.png",)), True, "g") for i, name in enumerate(names)]
+    monkeypatch.setattr(proof, "_tokens", lambda fit_model, prompt: ())
+    p = np.full(len(prompts), 0.95)
+    p[9] = 0.9  # the clearest
+    chosen = proof.choose_proof(None, prompts, p, 0.5, published=True)  # type: ignore[arg-type]
+    assert chosen == [9, 6, 7, 8, 10, 0]
