@@ -114,11 +114,13 @@ def write_package(
         image = image_graph(folder, checkpoint, store, chosen.image, chosen.activations)
         image_file = folder / image.file
         graphs[image_file.stem] = image
+    tokenizer = getattr(processor, "tokenizer", processor)
+    observation = _Observation(checkpoint, config, chosen, tokenizer, image_file, pictures, store, report)
     kv_scales: tuple[KVScales, ...] = ()
     if chosen.int8_caches or (chosen.body and chosen.body.needs_calibration):
-        kv_scales = _calibrate(checkpoint, config, chosen, processor, image_file, pictures, store, report)
+        kv_scales = observation.calibrate()
     if options.calibration_text is not None:
-        _round(options.calibration_text, checkpoint, config, chosen, processor, image_file, pictures, store, report)
+        observation.round(options.calibration_text)
     graphs |= _write_graphs(folder, chosen, safety, options.precision, config, kv_scales, layer, store, report)
     store.expect_all_read(
         *(f"{config.module}.{part}" for part in ("embed_tokens", "layers", "norm")),
@@ -182,44 +184,40 @@ def _write_tokenizer(
     return prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token, group)
 
 
-def _calibrate(
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
-    recipe: Recipe,
-    processor: Any,
-    image_file: Path | None,
-    pictures: ImageSpec | None,
-    store: WeightStore,
-    report: Report,
-) -> tuple[KVScales, ...]:
-    """Observe the decoder on texts and pictures: tell `store` each channel's energy; the scales of int8 caches."""
-    store.flush()
-    rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image_file, pictures)
-    rows = with_random_tokens(rows, checkpoint, config.vocab_size) if recipe.int8_caches else rows
-    observed = calibrate_decoder(checkpoint, config, rows, report)
-    store.channel_energy = observed.channel_energy
-    return observed.kv_scales if recipe.int8_caches else ()
+@dataclass(frozen=True)
+class _Observation:
+    """The decoder, and what it runs on before its matrices are rounded."""
 
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    recipe: Recipe
+    tokenizer: Any
+    image_file: Path | None
+    pictures: ImageSpec | None
+    store: WeightStore
+    report: Report
 
-def _round(
-    text: str,
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
-    recipe: Recipe,
-    processor: Any,
-    image_file: Path | None,
-    pictures: ImageSpec | None,
-    store: WeightStore,
-    report: Report,
-) -> None:
-    """Round the decoder's matrices with GPTQ, and tell `store` where they are."""
-    assert isinstance(recipe.body, Blocks)  # int4 is
-    store.flush()
-    picture = image_rows(checkpoint, image_file, pictures) if image_file and pictures else None
-    rows = text_rows(text, checkpoint, getattr(processor, "tokenizer", processor), picture)
-    scratch = store.folder / "rounded"
-    scratch.mkdir()
-    store.rounded = round_decoder(checkpoint, config, rows, recipe.body, scratch, report)
+    def calibrate(self) -> tuple[KVScales, ...]:
+        """Observe the decoder on texts and pictures: tell `store` each channel's energy; the scales of int8 caches."""
+        self.store.flush()
+        rows = calibration_rows(self.checkpoint, self.tokenizer, self.image_file, self.pictures)
+        if self.recipe.int8_caches:
+            rows = with_random_tokens(rows, self.checkpoint, self.config.vocab_size)
+        observed = calibrate_decoder(self.checkpoint, self.config, rows, self.report)
+        self.store.channel_energy = observed.channel_energy
+        return observed.kv_scales if self.recipe.int8_caches else ()
+
+    def round(self, text: str) -> None:
+        """Round the decoder's matrices with GPTQ, and tell `store` where they are."""
+        assert isinstance(self.recipe.body, Blocks)  # int4 is
+        self.store.flush()
+        picture = None
+        if self.image_file and self.pictures:
+            picture = image_rows(self.checkpoint, self.image_file, self.pictures)
+        rows = text_rows(text, self.checkpoint, self.tokenizer, picture)
+        scratch = self.store.folder / "rounded"
+        scratch.mkdir()
+        self.store.rounded = round_decoder(self.checkpoint, self.config, rows, self.recipe.body, scratch, self.report)
 
 
 def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
