@@ -92,20 +92,13 @@ def put_in_other_words(
     others = [family for family in families if not family.fitted]
     rng = random.Random(seed)
     rows = sorted([*split.train.tolist(), *split.validation.tolist()]) if augment else []
-    training = [
-        _reworded(prompts, row, family, seed)[-1] for row in rows for family in _taught(prompts[row], fitted, seed)
-    ]
+    training = [_reworded(prompts, row, family, seed)[-1] for row in rows for family in rng.sample(fitted, TAUGHT)]
 
     def every_turn(rows: np.ndarray, families: Sequence[Family]) -> tuple[Reworded, ...]:
         some = [row for label in (True, False) for row in _some(prompts, rows, label, rng)]
         return tuple(one for row in some for family in families for one in _reworded(prompts, row, family, seed))
 
     return OtherWords(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, families))
-
-
-def _taught(item: Labelled, families: Sequence[Family], seed: int) -> list[Family]:
-    """TAUGHT of the families: the same ones whatever other prompts there are, so that another fit has the states."""
-    return random.Random(f"{seed} {item.prompt.identity}").sample(list(families), TAUGHT)
 
 
 def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: random.Random) -> list[int]:

@@ -68,7 +68,7 @@ file_option: Any = click.Path(path_type=Path)
 @click.option(
     "--variants",
     is_flag=True,
-    help="Do not answer: measure what is flagged of every prompt and of its rewordings in 22 families (newlines, "
+    help="Do not answer: measure what is flagged of every prompt and of its rewordings in 20 families (newlines, "
     "closers, typos, role play, ...), by family.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")

@@ -1,8 +1,7 @@
 """What strangers type to get past the demo's gate: 126 hostile wordings, each with a harmless twin of its construction.
 
-Written by hand (strangers.jsonl) before the gate was fitted on anything like them. With one half in sight it was chosen
-what the fit trains on; the other half was looked at once, at the end. Each half has its own ways to say a kind of
-thing.
+Written by hand (strangers.jsonl) before any of them was tried. One half is for choosing what a fit trains on; the other
+one judges, and is looked at once, when everything is chosen. Each half has its own ways to say a kind of thing.
 """
 
 from __future__ import annotations
