@@ -14,13 +14,14 @@ from PIL import Image
 from benchmark.llama_cpp_subject import LlamaCpp
 
 BATCH = 2048  # tokens: llama.cpp's default
+PICTURE = 4096  # most positions of a picture's tiles and of what stands between them
 
 
 class Mtmd(LlamaCpp):
     """One model with its tower. A prompt is SmolVLM's: the picture, then the text."""
 
     def __init__(self, path: str, threads: int, max_tokens: int, mmproj: str):
-        super().__init__(path, threads, max_tokens)
+        super().__init__(path, threads, max_tokens + PICTURE)
         self._marker = mtmd.mtmd_default_marker()
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.n_threads, params.print_timings = False, threads, False
