@@ -62,7 +62,7 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
     for name in (*REQUIRED_GRAPHS, *gate):
         need(name in manifest.graphs, f"graph {name!r} is missing; the package cannot run without it")
     known = {*REQUIRED_GRAPHS, *PREFILL_GRAPHS.values(), *GATE_GRAPHS, MONITOR_GRAPH, *IMAGE_GRAPHS}
-    strange = ", ".join(sorted(set(manifest.graphs) - known))
+    strange = ", ".join(map(repr, sorted(set(manifest.graphs) - known)))
     need(
         not strange,
         f"this runtime has no use for graph {strange}; without it answers might not be the package's",

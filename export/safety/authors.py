@@ -97,7 +97,7 @@ def _prober(path: Path, hidden_size: int) -> dict[str, torch.Tensor]:
         "layers.2.bias": (2,),
     }
     if set(state) != set(shapes):
-        found = ", ".join(sorted(map(str, state))[:8]) or "nothing"
+        found = ", ".join(sorted(map(repr, state))[:8]) or "nothing"
         raise PackageError(f"{path}: a prober has {', '.join(shapes)}; here is {found}")
     return {name.removeprefix("layers."): _tensor(state[name], shape, path, name) for name, shape in shapes.items()}
 

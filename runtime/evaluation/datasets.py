@@ -181,7 +181,7 @@ def detect(data: Fields, place: Place) -> str:
         if set(fields) <= set(data):
             return name
     known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS)
-    raise place.error(f"not a row of a test set (fields {', '.join(data) or 'none'}; known are {known})")
+    raise place.error(f"not a row of a test set (fields {', '.join(map(repr, data)) or 'none'}; known are {known})")
 
 
 # --- the formats -----------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def corpus(target: str) -> Iterator[bytes]:
         yield b'{"messages": [{"role": "system", "parts": ["a"], "trusted": true}, {"role": "user", "parts": ["b"]}]}'
     elif target == "rows":
         yield b'{"prompt": "red", "unsafe": true, "answer": "a"}\n{"turns": ["a", "b", "c"], "unsafe": false}'
+        yield b'{"tur\\ns": ["a key that breaks the line"]}'
         yield b'{"question": "<image 1> a?", "options": "[\'a\', \'b\']", "answer": "A", "image_1": "x.png"}'
 
 

@@ -46,13 +46,7 @@ namespace {
 thread_local std::string last_error;
 
 /// One line of valid UTF-8: what a message quotes, the name of a file above all, may be any bytes.
-std::string one_line(const char* message) {
-  std::string line = autosteer::unicode::lossy(message);
-  for (char& c : line) {
-    if (0 <= c && c < ' ') c = ' ';
-  }
-  return line;
-}
+std::string one_line(const char* message) { return autosteer::in_one_line(autosteer::unicode::lossy(message)); }
 
 /// Run `body`; 0, or the code of its exception, whose message becomes the error line.
 template <class Body>

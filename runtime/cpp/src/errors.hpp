@@ -6,10 +6,19 @@
 
 namespace autosteer {
 
+/// `text` with a space for each control character: an error is one line, whatever a file or a key is called.
+inline std::string in_one_line(std::string text) {
+  for (char& c : text) {
+    if (0 <= c && c < ' ') c = ' ';
+  }
+  return text;
+}
+
 /// Base of all our errors: one line that says what is wrong, where, and what to do.
 class Error : public std::runtime_error {
  public:
-  explicit Error(const std::string& what, int exit_code = 1) : std::runtime_error(what), exit_code(exit_code) {}
+  explicit Error(const std::string& what, int exit_code = 1)
+      : std::runtime_error(in_one_line(what)), exit_code(exit_code) {}
   const int exit_code;  ///< of autosteer-cli; also what the C functions return
 };
 

@@ -188,7 +188,7 @@ inline void check_graphs(const Manifest& m, const Need& need) {
   }
   for (const auto& [name, graph] : m.graphs) {
     need(kGraphs.count(name) > 0,
-         "this runtime has no use for graph " + name + "; without it answers might not be the package's");
+         "this runtime has no use for graph '" + name + "'; without it answers might not be the package's");
   }
   need(m.graphs.count("vision_encoder") + m.graphs.count("image_tokenizer") == (m.image ? 1 : 0),
        "'image' comes with one graph of vision_encoder, image_tokenizer");
