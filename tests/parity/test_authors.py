@@ -191,7 +191,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers_0_bias": None}, r"a prober has .*; here is layers.0.weight, layers.2.bias, layers.2.weight"),
+        ({"layers_0_bias": None}, r"a prober has .*; here is 'layers.0.weight', 'layers.2.bias', 'layers.2.weight'"),
         ({"layers_4_bias": torch.zeros(2)}, r"a prober has .*here is .*layers.4.bias"),
         (
             {"layers_0_weight": torch.zeros(64, D + 1)},

@@ -180,7 +180,7 @@ def test_published_rows_with_something_missing_are_refused(tmp_path, row):
 
 def test_pairs_are_no_test_set(tmp_path):
     """The official reader takes the safe queries of such a file for unsafe ones."""
-    with pytest.raises(InputError, match=r"fields image_id, safe_query, orig_query; known are ours: "):
+    with pytest.raises(InputError, match=r"fields 'image_id', 'safe_query', 'orig_query'; known are ours: "):
         read_rows([DataSource(jsonl(tmp_path, {"image_id": "1.jpg", "safe_query": "a", "orig_query": "b"}))])
 
 

@@ -332,7 +332,7 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
       if (part.kind == Part::Kind::image) check(autosteer_request_image(made, frames.at(0)));
       if (part.kind != Part::Kind::video) continue;
       if (!part.seconds.empty() && part.seconds.size() != frames.size()) {
-        throw InputError("a video has a second for each frame, or none");
+        throw Error("a video has a second for each frame, or none", AUTOSTEER_BAD_INPUT);
       }
       const double* seconds = part.seconds.empty() ? nullptr : part.seconds.data();
       check(autosteer_request_video_at(made, frames.data(), seconds, frames.size()));
