@@ -370,6 +370,11 @@ def test_a_text_is_not_cut_at_a_nul(embedding, cpp_package):
     assert embedding("nul", cpp_package) == ["5 a text, role or file name has a NUL character"] * 4
 
 
+def test_a_video_has_a_second_for_each_frame(embedding, cpp_package):
+    """The C function reads as many as there are frames."""
+    assert embedding("seconds", cpp_package) == ["5 a video has a second for each frame, or none"]
+
+
 def test_a_prober_that_fails_is_logged_where_the_host_wants_it(embedding, cpp_package):
     """Once: the second answer comes when nobody listens, and of the third one the listener throws."""
     action, line, thrown = embedding("log", cpp_package)

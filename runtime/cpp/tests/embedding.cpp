@@ -147,6 +147,16 @@ void score(const Engine& engine, const Arguments&) {
   show("hello");
 }
 
+/// Print the error of what must be refused.
+void refused(const std::function<void()>& attempt) {
+  try {
+    attempt();
+    std::cout << "no error\n";
+  } catch (const autosteer::Error& err) {
+    std::cout << err.code << " " << err.what() << "\n";
+  }
+}
+
 /// What a NUL in a text, a role, and names of files says.
 void nul(const Engine& engine, const Arguments&) {
   using namespace std::string_literals;
@@ -158,14 +168,17 @@ void nul(const Engine& engine, const Arguments&) {
       [&] { autosteer::Image("a.png\0b.png"s); },
       [&] { Engine("package\0"s); },
   };
-  for (const auto& attempt : tries) {
-    try {
-      attempt();
-      std::cout << "no error\n";
-    } catch (const autosteer::Error& err) {
-      std::cout << err.code << " " << err.what() << "\n";
-    }
-  }
+  for (const auto& attempt : tries) refused(attempt);
+}
+
+/// What a video of two frames and one second says.
+void seconds(const Engine& engine, const Arguments&) {
+  const uint8_t pixel[3] = {};
+  const auto frame = autosteer::Image::from_rgb(1, 1, pixel);
+  const autosteer::Part video(autosteer::Video{frame, frame}, {0.0});
+  refused([&] {
+    engine.score({Message{"user", {video, "red"}}});
+  });
 }
 
 /// Whether four threads on one engine get what one thread gets.
@@ -251,7 +264,7 @@ int main(int argc, char** argv) try {
       {"pictures", pictures}, {"cancel", cancel},     {"cancel_early", cancel_early},
       {"callback", callback}, {"info", info},         {"log", log},
       {"threads", threads},   {"settings", settings}, {"score", score},
-      {"nul", nul},           {"bias", bias}};
+      {"nul", nul},           {"bias", bias},         {"seconds", seconds}};
   if (argc < 3) return 2;
   checks.at(argv[1])(Engine(argv[2], one_thread()), {argv + 3, argv + argc});
   return 0;
