@@ -23,7 +23,9 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -133,15 +135,16 @@ def bench(
     if one_graph:
         configurations += [unsplit(c, work.resolve()) for c in configurations if not c.drafts]
     missing = []
-    for name in (*vs, *map(str, ggufs)):
+    makers: list[tuple[str, Callable[[], list[peers.Configuration]]]] = []
+    if vs:
+        assert checkpoint is not None and configurations[0].weights is not None
+        given = (checkpoint.resolve(), configurations[0].weights.body, peer_python, threads, work.resolve())
+        makers += [(name, partial(peers.configurations, name, *given, pictures=image is not None)) for name in vs]
+    makers += [(str(file), partial(peers.gguf, file.resolve(), peer_python)) for file in ggufs]
+    for name, make in makers:
         say(f"preparing {name}")
         try:
-            if name not in PEERS:
-                theirs = peers.gguf(Path(name).resolve(), peer_python)
-            else:
-                assert checkpoint is not None and configurations[0].weights is not None
-                made_of = (name, checkpoint.resolve(), configurations[0].weights.body, peer_python, threads)
-                theirs = peers.configurations(*made_of, work.resolve(), pictures=image is not None)
+            theirs = make()
             configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))

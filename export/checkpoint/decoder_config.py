@@ -85,6 +85,7 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         if found:
             raise UnsupportedModelError(f"{checkpoint.folder / 'config.json'}: {what} is not supported yet")
     embedding = f"{family.decoder}.embed_tokens.weight"
+    context = min(text.max_position_embeddings, context_length or text.max_position_embeddings)
     return DecoderConfig(
         module=family.decoder,
         lm_head=family.lm_head if family.lm_head in checkpoint else embedding,
@@ -95,11 +96,9 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         head_dim=head_dim,
         intermediate_size=text.intermediate_size,
         vocab_size=checkpoint.shape(embedding)[0],
-        context_length=min(text.max_position_embeddings, context_length or text.max_position_embeddings),
+        context_length=context,
         rms_norm_eps=text.rms_norm_eps,
-        rotary=_rotary(
-            text, head_dim, min(text.max_position_embeddings, context_length or text.max_position_embeddings)
-        ),
+        rotary=_rotary(text, head_dim, context),
         windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
         head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,

@@ -166,7 +166,8 @@ def run(package: Path, every: int) -> bool:
         for prompt in ("bad", "crash", "red")
     ]
     kinds.append(("conversation", False, lambda: converse(engine)))
-    return not [kind for kind in kinds if not try_all(*kind, engine, every)]
+    results = [try_all(*kind, engine, every) for kind in kinds]
+    return all(results)
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ NEEDS = {  # modules, and how to install them
     "torch": (("torch", "transformers"), "torch transformers"),
 }
 GGUF_TYPES = {4: "Q4_0", 8: "Q8_0", 32: "F32"}  # bits of the package's body -> llama-quantize's name
-TOWER_TYPE = "Q8_0"  # of llama.cpp's published towers, the fastest
+TOWER_TYPE = "Q8_0"  # 8 bits, as our towers; F16 is about as fast
 
 
 class PeerError(Exception):

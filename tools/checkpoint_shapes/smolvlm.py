@@ -8,6 +8,7 @@ from typing import Any
 from .shape import Shape, byte_tokenizer, same_name
 
 GRID = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+TILES = 4  # along the longer side of a picture
 ROLES = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -41,8 +42,8 @@ def config(image_token_id: int, end_token_id: int, scale: int, vision: dict[str,
     )
 
 
-def processor(tiles: int, config: Any) -> Any:
-    """Images as on the hub, at most `tiles` x `tiles` and the whole; text as single bytes, special tokens at the hub's
+def processor(config: Any) -> Any:
+    """Images as on the hub, at most TILES x TILES and the whole; text as single bytes, special tokens at the hub's
     ids. The larger model spells the tokens between tiles; here all of them have ids.
     """
     from transformers import Idefics3ImageProcessor, Idefics3Processor
@@ -53,7 +54,7 @@ def processor(tiles: int, config: Any) -> Any:
     named[config.text_config.eos_token_id] = "<end_of_utterance>"
     tokenizer = byte_tokenizer(config.text_config.vocab_size, named, tuple(named.values()), ROLES)
     side, vision = config.vision_config.image_size, config.vision_config
-    images = Idefics3ImageProcessor(size={"longest_edge": tiles * side}, max_image_size={"longest_edge": side})
+    images = Idefics3ImageProcessor(size={"longest_edge": TILES * side}, max_image_size={"longest_edge": side})
     rows = (side // vision.patch_size // config.scale_factor) ** 2
     return Idefics3Processor(images, tokenizer, image_seq_len=rows, chat_template=CHAT_TEMPLATE)
 
@@ -82,7 +83,7 @@ SHAPES = {
             max_position_embeddings=8192,
             rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         ),
-        partial(processor, 4),
+        processor,
         same_name,
         split_layer=21,
     ),
@@ -109,7 +110,7 @@ SHAPES = {
             max_position_embeddings=16384,
             rope_parameters={"rope_type": "default", "rope_theta": 273768.0},
         ),
-        partial(processor, 4),
+        processor,
         same_name,
         split_layer=16,
     ),
