@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
         qwen_vl.QWEN2_VL,
         qwen_vl.QWEN2_5_VL,
         qwen_vl.QWEN3_VL,
+        text_only.GEMMA3,
         text_only.LLAMA,
         text_only.MISTRAL,
         text_only.OLMO2,

@@ -10,7 +10,9 @@ from typing import Any
 
 from autosteer.runtime.manifest import ImageSpec
 
-from .family import RESAMPLE, Family
+from .family import BEFORE, RESAMPLE, Family, LayerNorms
+
+AFTER: LayerNorms = (None, "input_layernorm", None, "post_attention_layernorm")  # Swin v2: HF's names stay the same
 
 
 def image_spec(config: Any, image_processor: Any) -> ImageSpec:
@@ -49,7 +51,7 @@ FAMILY = Family(
         "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
         "{% endfor %}"
     ),
-    norm_after=lambda config: bool(config.swin_norm),
+    layer_norms=lambda config: AFTER if config.swin_norm else BEFORE,
     never_generated=image_token_ids,
     authors_token_offset=-2,  # their prompts, made with Anole's own code, end without the separator
 )

@@ -19,6 +19,11 @@ LLAVA_LAYOUT = (  # renames: many of the hub's files have the layout of transfor
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^image_newline$", "model.image_newline"),
 )
+
+# A layer's RMS norms, under HF's names: of attention's input and output, of the MLP's input and output. None: no norm.
+LayerNorms = tuple[str | None, str | None, str | None, str | None]
+BEFORE: LayerNorms = ("input_layernorm", None, "post_attention_layernorm", None)
+
 RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 
 
@@ -35,7 +40,8 @@ class Family:
     image_spec: Callable[[Any, Any], ImageSpec] | None = None  # (config, HF image processor) -> ImageSpec
     video_spec: Callable[[Any, Any], VideoSpec] | None = None  # (config, HF video processor) -> VideoSpec
     chat_template: str | None = None  # used if the checkpoint has none
-    layer_norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")  # of a layer: attention's, the MLP's
-    norm_after: Callable[[Any], bool] = lambda config: False  # config -> whether these follow attention and MLP
+    layer_norms: Callable[[Any], LayerNorms] = lambda config: BEFORE  # of the config
+    norm_offset: float = 0.0  # what is added to the weights of every RMS norm (Gemma: 1)
+    scaled_embedding: bool = False  # whether rows of text are multiplied by the root of their width (Gemma)
     never_generated: Callable[[Any], tuple[int, ...]] = lambda config: ()  # token ids whose logits HF masks
     authors_token_offset: int = -1  # the token that the authors' prober reads, in the prompt without generation prompt

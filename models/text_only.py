@@ -1,14 +1,21 @@
 """Decoders without images: Llama (arXiv 2302.13971, 2407.21783; SmolLM2, too), Mistral (2310.06825), OLMo 2
-(2501.00656), Phi-3 (2404.14219; Phi-3.5, too), Qwen2 (2407.10671; Qwen2.5, too) and Qwen3 (2505.09388).
+(2501.00656), Phi-3 (2404.14219; Phi-3.5 and Phi-4-mini, 2503.01743, too), Qwen2 (2407.10671; Qwen2.5, too), Qwen3
+(2505.09388) and Gemma 3 without pictures (2503.19786).
 
-HF: transformers/models/{llama,mistral,olmo2,phi3,qwen2,qwen3}.
+HF: transformers/models/{llama,mistral,olmo2,phi3,qwen2,qwen3,gemma3}.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .family import Family
+from .family import Family, LayerNorms
+
+AFTER: LayerNorms = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND: LayerNorms = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 
 
 def _family(model_type: str, **facts: Any) -> Family:
@@ -24,12 +31,21 @@ def _family(model_type: str, **facts: Any) -> Family:
 
 LLAMA = _family("llama")
 MISTRAL = _family("mistral")
-OLMO2 = _family(
-    "olmo2", layer_norms=("post_attention_layernorm", "post_feedforward_layernorm"), norm_after=lambda config: True
-)
+OLMO2 = _family("olmo2", layer_norms=lambda config: AFTER)
 PHI3 = _family(
     "phi3",
-    aliases={"phi-3-mini": "microsoft/Phi-3-mini-4k-instruct", "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct"},
+    aliases={
+        "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+        "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+        "phi-4-mini": "microsoft/Phi-4-mini-instruct",
+    },
+)
+GEMMA3 = _family(
+    "gemma3_text",
+    aliases={"gemma3-270m": "google/gemma-3-270m-it", "gemma3-1b": "google/gemma-3-1b-it"},
+    layer_norms=lambda config: AROUND,
+    norm_offset=1.0,
+    scaled_embedding=True,
 )
 QWEN2 = _family("qwen2")
 QWEN3 = _family("qwen3")

@@ -9,7 +9,15 @@ from pathlib import PurePosixPath
 from typing import TypeAlias
 
 from .errors import PackageError
-from .manifest_format import GATE_GRAPHS, IMAGE_GRAPHS, MONITOR_GRAPH, PREFILL_GRAPHS, REQUIRED_GRAPHS, Contents
+from .manifest_format import (
+    GATE_GRAPHS,
+    IMAGE_GRAPHS,
+    MONITOR_GRAPH,
+    PREFILL_GRAPHS,
+    REQUIRED_GRAPHS,
+    ROTARY_TABLES,
+    Contents,
+)
 
 MAX_P_UNSAFE_TOLERANCE = 0.05  # a gate whose scores differ more between machines is not the one that was measured
 MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an image graph reads as one
@@ -32,6 +40,7 @@ def check_consistency(manifest: Contents, where: str) -> None:
 
     for check in (
         _check_sizes,
+        _check_rotary,
         _check_graphs,
         _check_image,
         _check_video,
@@ -41,7 +50,6 @@ def check_consistency(manifest: Contents, where: str) -> None:
         _check_golden,
         _check_prompt,
         _check_tensors,
-        _check_rotary,
     ):
         check(manifest, need)
 
@@ -83,13 +91,19 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
 
 def _check_rotary(manifest: Contents, need: Need) -> None:
     """A frequency for each pair of a head's numbers; each reads a position that there is."""
-    rotary, pairs = manifest.rotary, manifest.dims.head_dim / 2
-    need(len(rotary.frequencies) == pairs, f"rotary: {len(rotary.frequencies)} frequencies, not half of head_dim")
-    need(len(rotary.axes) in (0, pairs), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
+    rotary = manifest.rotary
+    count, head_dim = len(rotary.frequencies), manifest.dims.head_dim
+    need(0 < 2 * count <= head_dim, f"rotary: {count} frequencies, and head_dim is {head_dim}")
+    need(len(rotary.axes) in (0, count), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
+    need(len(rotary.windowed) in (0, count), f"rotary: {len(rotary.windowed)} windowed frequencies, not {count}")
     need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
     if rotary.long:
         need(0 < rotary.long.beyond < 2**31, f"rotary: beyond is {rotary.long.beyond}, which is no length")
-        need(len(rotary.long.frequencies) == pairs, "rotary: the long frequencies are not half of head_dim")
+        need(
+            len(rotary.long.frequencies) == count,
+            f"rotary: {len(rotary.long.frequencies)} long frequencies, not {count}",
+        )
+        need(not rotary.windowed, "rotary: long and windowed frequencies do not go together")
 
 
 def _check_image(manifest: Contents, need: Need) -> None:
@@ -306,7 +320,10 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
 
     def half(name: str, source: str, target: str, made: Shape, more: Tensors) -> tuple[Tensors, Tensors]:
         lengths: Tensors = {"seqlens_k": ("int32", (batch,)), "total_sequence_length": ("int32", ())}
-        tables: Tensors = {f"{kind}_cache": (act, ("rotary_length", d.head_dim // 2)) for kind in ("cos", "sin")}
+        table: Shape = ("rotary_length", len(manifest.rotary.frequencies))
+        tables: Tensors = {
+            f"{kind}{name}": (act, table) for kind in manifest.rotary.by_table() for name in ROTARY_TABLES
+        }
         past = caches(name, "past_key_values", "past_sequence_length")
         added: Tensors = {
             f"deepstack.{i}": (act, (1, "deepstack_length", d.hidden_size))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
+ROTARY_TABLES = ("cos_cache", "sin_cache")  # inputs of the decoder halves; RotarySpec.by_table
 PREFILL_GRAPHS = {
     "decoder_lower": "prefill_lower",
     "decoder_upper": "prefill_upper",
@@ -101,12 +102,22 @@ class LongRotary:
 class RotarySpec:
     """Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.py)."""
 
-    frequencies: tuple[float, ...]  # (head_dim / 2,), radians a position; float32 values
+    # Radians a position, float32 values: one for each pair of a head's numbers that is rotated, at most head_dim / 2.
+    # The pairs are the number i and that behind it by as many as there are frequencies; later ones stay as they are.
+    frequencies: tuple[float, ...]
     scale: float  # HF: attention_scaling
     # By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column (HF: mrope_section). Empty: a row
     # has one position, its index in the sequence, in text and pictures alike.
     axes: tuple[int, ...]
     long: LongRotary | None = None
+    windowed: tuple[float, ...] = ()  # other frequencies, as many, of layers with a window (Gemma 3); empty: the same
+
+    def by_table(self) -> dict[str, RotarySpec]:
+        """That of each pair of tables that the graphs read: "" for `cos_cache` and `sin_cache`, and "windowed_" for
+        `windowed_cos_cache` and `windowed_sin_cache`, if layers with a window read others.
+        """
+        windowed = {"windowed_": replace(self, frequencies=self.windowed, windowed=())} if self.windowed else {}
+        return {"": replace(self, windowed=()), **windowed}
 
     def is_long(self, length: int) -> bool:
         """Whether a prompt of `length` has the other frequencies."""

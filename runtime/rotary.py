@@ -6,6 +6,7 @@ video have a time for each group of frames. Text after it goes on behind the lar
 video is. Each frequency reads one of the three. HF: Qwen2_5_VLModel.get_rope_index, Qwen2_5_VLRotaryEmbedding.
 
 Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
+Some have others in layers with a window (Gemma 3). Those layers read tables of their own.
 
 So row i of the tables holds cos and sin of frequency_j * position[axis_j][i], times the scale. The graphs take the
 tables as inputs and read row i for the i-th entry of their caches.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .manifest import RotarySpec
+from .manifest import ROTARY_TABLES, RotarySpec
 from .subgraph import Device, buffer
 
 Positions = npt.NDArray[np.int64]  # (3, rows): time, row, column
@@ -57,7 +58,7 @@ class PositionCounter:
 
 
 class RotaryTables:
-    """Tables (capacity, head_dim / 2) for one prompt and its answer. Their rows are computed as they are needed."""
+    """Tables (capacity, frequencies) for one prompt and its answer. Their rows are computed as they are needed."""
 
     def __init__(
         self, spec: RotarySpec, positions: Positions, capacity: int, dtype: str, device: Device, *, first: int = 0
@@ -65,19 +66,20 @@ class RotaryTables:
         """`positions`: of the prompt's rows. The rows of the answer go on behind the last. `dtype`: the graphs'.
         `first`: the first row that will be read.
         """
-        self._spec, self._positions, self._device = spec, positions, device
+        self._specs, self._positions, self._device = spec.by_table(), positions, device
         shape = (capacity, len(spec.frequencies))
-        self._tables = {name: np.zeros(shape, np.dtype(dtype)) for name in ("cos_cache", "sin_cache")}
-        self._filled = first
+        names = [f"{kind}{name}" for kind in self._specs for name in ROTARY_TABLES]
+        self._tables = {name: np.zeros(shape, np.dtype(dtype)) for name in names}
+        self._capacity, self._filled = capacity, first
         self.inputs = {name: buffer(table, device) for name, table in self._tables.items()}  # of a decoder half
 
     def extend(self, total: int) -> None:
         """Compute the rows of the first `total` positions, and some more, if they are not there yet."""
-        capacity = len(self._tables["cos_cache"])
         if total <= self._filled:
             return
-        last = min(max(total, self._filled + BLOCK), capacity)
-        rows = tables(self._spec, self._at(self._filled, last))
+        last = min(max(total, self._filled + BLOCK), self._capacity)
+        positions = self._at(self._filled, last)
+        rows = [values for spec in self._specs.values() for values in tables(spec, positions)]
         for (name, table), values in zip(self._tables.items(), rows, strict=True):
             table[self._filled : last] = values
             if self._device.kind != "cpu":  # a buffer on the CPU shares the table's memory
@@ -95,7 +97,7 @@ class RotaryTables:
 
 
 def tables(spec: RotarySpec, positions: Positions) -> tuple[Float, Float]:
-    """cos and sin (rows, head_dim / 2) at `positions` (3, rows), float32.
+    """cos and sin (rows, frequencies) at `positions` (3, rows), float32.
 
     Angles are float32, as HF's. Their cosines are rounded from float64, where all libraries agree to the last bit that
     counts: so both runtimes have the same tables.

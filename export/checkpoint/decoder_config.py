@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from autosteer.models.family import LayerNorms
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.manifest import CacheType, LongRotary, RotarySpec
 
@@ -15,11 +16,13 @@ from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
 DECODERS = (
-    *("chameleon", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3"),
-    "qwen3_vl_text",
+    *("chameleon", "gemma3_text", "llama", "mistral", "olmo2", "phi3"),
+    *("qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text"),
 )
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")  # longrope's depend on the length of a prompt
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
+MLP_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 # Norms of queries and keys: a LayerNorm per head, each with its own weights; an RMS norm per head, all with the same
@@ -41,16 +44,23 @@ class DecoderConfig:
     intermediate_size: int
     vocab_size: int  # rows of the embedding, which may be more than config.json says
     context_length: int  # positions in a dialogue, at most max_position_embeddings
+    activation: str  # of the MLP's gate, one of MLP_ACTIVATIONS
+    attention_scale: float  # of query times key
+    embedding_scale: float  # of the rows of text
     rms_norm_eps: float
+    norm_offset: float  # what is added to the weights of RMS norms
     rotary: RotarySpec
     windows: tuple[int | None, ...]  # by layer: how many positions a query sees, itself among them; None: all
     biased: frozenset[str]  # those of PROJECTIONS that have a bias; k_proj and v_proj have one if q_proj has
     head_norm: HeadNorm | None  # the norm of queries and keys
-    layer_norms: tuple[str, str]  # HF's names of a layer's two RMS norms: attention's, the MLP's
-    norm_after: bool  # the two follow attention and MLP (Swin v2, OLMo 2), instead of preceding them
+    layer_norms: LayerNorms
     never_generated: tuple[int, ...]  # token ids whose logits are masked
     deepstack: int  # first layers to whose output pictures add rows
     stacked: bool  # query, key and value are one matrix, gate and up another (Phi-3)
+
+    def rotary_table(self, layer: int) -> str:
+        """The key in `rotary.by_table` of what turns this layer's queries and keys."""
+        return "windowed_" if self.windows[layer] and self.rotary.windowed else ""
 
 
 def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) -> DecoderConfig:
@@ -68,14 +78,19 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         (text.num_attention_heads * head_dim,): "rms_across_heads",
         (head_dim,): "rms",
     }
-    rope_type = text.rope_parameters.get("rope_type", "default")
-    kinds = _attention_kinds(text)
+    kinds, activation = _attention_kinds(text), getattr(text, "hidden_activation", None) or text.hidden_act
+    ropes = _ropes(text)
+    strange = {rope["rope_type"] for rope in ropes.values()} - set(ROPE_TYPES)
+    rotated = [_rotated(rope, head_dim) for rope in ropes.values()]
+    caps = [name for name in SOFT_CAPS if getattr(text, name, None)]
     deepstack = len(getattr(getattr(checkpoint.config, "vision_config", None), "deepstack_visual_indexes", ()))
     unsupported = {
-        f"hidden_act {text.hidden_act!r}": text.hidden_act != "silu",
-        f"rope_type {rope_type!r}": rope_type not in ROPE_TYPES,
+        f"hidden_act {activation!r}": activation not in MLP_ACTIVATIONS,
+        f"rope_type {', '.join(sorted(strange))!r}": strange != set(),
+        f"rotation of {rotated[0]} of a head's {head_dim} numbers (a multiple of 16 is)": any(n % 16 for n in rotated),
         f"attention of the kinds {', '.join(sorted(set(kinds)))}": not set(kinds) <= {FULL, SLIDING},
-        "rotation of a part of each head": text.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
+        ", ".join(caps): caps != [],
+        "use_bidirectional_attention": bool(getattr(text, "use_bidirectional_attention", False)),
         f"a decoder of type {text.model_type!r}": text.model_type not in DECODERS,
         f"deepstack for {deepstack} layers of {text.num_hidden_layers}": deepstack >= text.num_hidden_layers,
         "tie_word_embeddings false without an lm_head among the weights": not tied and family.lm_head not in checkpoint,
@@ -97,13 +112,16 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
         intermediate_size=text.intermediate_size,
         vocab_size=checkpoint.shape(embedding)[0],
         context_length=context,
+        activation=activation,
+        attention_scale=float(getattr(text, "query_pre_attn_scalar", head_dim)) ** -0.5,
+        embedding_scale=checkpoint.embedding_scale,
         rms_norm_eps=text.rms_norm_eps,
+        norm_offset=family.norm_offset,
         rotary=_rotary(text, head_dim, context),
         windows=tuple(text.sliding_window if kind == SLIDING else None for kind in kinds),
         biased=frozenset(name for name in PROJECTIONS if f"{layer}.{name}.bias" in checkpoint),
         head_norm=head_norms[checkpoint.shape(head_norm)] if head_norm in checkpoint else None,
-        layer_norms=family.layer_norms,
-        norm_after=family.norm_after(checkpoint.config),
+        layer_norms=family.layer_norms(checkpoint.config),
         never_generated=family.never_generated(checkpoint.config),
         deepstack=deepstack,
         stacked=f"{layer}.self_attn.qkv_proj.weight" in checkpoint,
@@ -116,20 +134,43 @@ def _attention_kinds(text: Any) -> list[str]:
     return getattr(text, "layer_types", None) or [SLIDING if window else FULL] * text.num_hidden_layers
 
 
+def _ropes(text: Any) -> dict[str, dict[str, Any]]:
+    """HF's rope_parameters of each kind of attention; most models have one for all, which is FULL's here."""
+    given: dict[str, Any] = text.rope_parameters
+    by_kind = {kind: given[kind] for kind in (FULL, SLIDING) if kind in given} or {FULL: given}
+    return {kind: {"rope_type": "default", **rope} for kind, rope in by_kind.items()}
+
+
 def _rotary(text: Any, head_dim: int, context: int) -> RotarySpec:
     """Frequencies as Hugging Face computes them, in float32."""
-    kind, theta = text.rope_parameters.get("rope_type", "default"), np.float32(text.rope_parameters["rope_theta"])
-    axes = _axes(text.rope_parameters)
-    if kind == "default":  # each of HF's models computes it by itself
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        return RotarySpec(tuple(float(f) for f in (1.0 / theta**exponents).astype(np.float32)), 1.0, axes)
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](text, device="cpu")
-    spec = RotarySpec(tuple(frequencies.tolist()), float(scale), axes)
-    beyond = text.rope_parameters.get("original_max_position_embeddings")
-    if kind != "longrope" or context <= beyond:
+    ropes = _ropes(text)
+    rope, by_kind = ropes[FULL], {"layer_type": FULL} if SLIDING in ropes else {}
+    frequencies, scale = _frequencies(text, rope, head_dim, **by_kind)
+    spec = RotarySpec(frequencies, scale, _axes(rope))
+    if SLIDING in ropes:
+        windowed, same = _frequencies(text, ropes[SLIDING], head_dim, layer_type=SLIDING)
+        if same != scale:
+            raise UnsupportedModelError("rope_parameters of which one scales cosines and sines are not supported yet")
+        return replace(spec, windowed=windowed if windowed != frequencies else ())
+    if rope["rope_type"] != "longrope" or context <= (beyond := rope["original_max_position_embeddings"]):
         return spec
-    longer, _ = ROPE_INIT_FUNCTIONS[kind](text, device="cpu", seq_len=beyond + 1)
-    return replace(spec, long=LongRotary(beyond, tuple(longer.tolist())))
+    longer, _ = _frequencies(text, rope, head_dim, seq_len=beyond + 1)
+    return replace(spec, long=LongRotary(beyond, longer))
+
+
+def _rotated(rope: dict[str, Any], head_dim: int) -> int:
+    """How many of a head's numbers are rotated. ORT: GroupQueryAttention takes multiples of 16."""
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def _frequencies(text: Any, rope: dict[str, Any], head_dim: int, **more: Any) -> tuple[tuple[float, ...], float]:
+    """(radians a position, the scale of cosines and sines); `more`: for Hugging Face's function."""
+    if rope["rope_type"] != "default":
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](text, device="cpu", **more)
+        return tuple(frequencies.tolist()), float(scale)
+    rotated = _rotated(rope, head_dim)  # each of HF's models computes it by itself
+    exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+    return tuple(float(f) for f in (1.0 / np.float32(rope["rope_theta"]) ** exponents).astype(np.float32)), 1.0
 
 
 def _axes(rope_parameters: dict[str, Any]) -> tuple[int, ...]:

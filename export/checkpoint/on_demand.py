@@ -47,7 +47,8 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, sweep: LayerSweep, sour
     source = source or checkpoint
     model = open_skeleton(checkpoint)
     decoder = checkpoint.family.decoder
-    model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight")
+    scale = float(getattr(model.get_submodule(decoder).embed_tokens, "embed_scale", 1.0))
+    model.get_submodule(decoder).embed_tokens = RowsOnDemand(source, f"{decoder}.embed_tokens.weight", scale)
     model.lm_head = HeadOnDemand(source, lm_head)
     modules = [(path, m) for path, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     large: dict[
@@ -162,16 +163,16 @@ class Weights:
 
 
 class RowsOnDemand(nn.Module):
-    """An embedding table that stays on disk."""
+    """An embedding table that stays on disk. Its rows are multiplied by `scale` (HF: Gemma3TextScaledWordEmbedding)."""
 
-    def __init__(self, source: WeightSource, name: str):
+    def __init__(self, source: WeightSource, name: str, scale: float = 1.0):
         super().__init__()
-        self._source, self._name = source, name
+        self._source, self._name, self._scale = source, name, scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (..) -> rows (.., D)"""
         wanted, where = ids.unique(return_inverse=True)
-        return self._source.gather(self._name, wanted.tolist())[where]
+        return self._source.gather(self._name, wanted.tolist())[where] * self._scale
 
 
 class HeadOnDemand(nn.Module):

@@ -171,6 +171,15 @@ class Checkpoint:
         step = max(1, block_bytes // (4 * k * unit)) * unit
         yield from ((first, min(first + step, n)) for first in range(0, n, step))
 
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of text are multiplied by."""
+        return float(self.config.get_text_config().hidden_size) ** 0.5 if self.family.scaled_embedding else 1.0
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Tokens as they enter the decoder, (len(ids), D) float32."""
+        return self.gather(f"{self.family.decoder}.embed_tokens.weight", ids) * self.embedding_scale
+
     def gather(self, module_path: str, rows: Sequence[int]) -> torch.Tensor:
         """Some rows of a matrix in float32, in the given order: (len(rows), ...)."""
         import torch
@@ -363,10 +372,24 @@ class TextProcessor:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, tokenize: Literal[False] = False
     ) -> str:
-        """Render a dialogue. Text templates want each turn's content as one string."""
+        """Render a dialogue, without what the template writes behind the last turn alone if no answer is to follow.
+
+        Text templates want each turn's content as one string.
+        """
         flat = [m | {"content": "".join(part["text"] for part in m["content"])} for m in messages]
         text = self.tokenizer.apply_chat_template(flat, add_generation_prompt=add_generation_prompt, tokenize=tokenize)
-        return str(text)
+        return str(text) if add_generation_prompt else str(text).removesuffix(self._closing)
+
+    @cached_property
+    def _closing(self) -> str:
+        """The special token that ends every dialogue, and no turn but the last (Phi-3); empty if there is none."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        shorter, longer = (str(self.tokenizer.apply_chat_template(turns[:n], tokenize=False)) for n in (1, 2))
+        for token in self.tokenizer.all_special_tokens:
+            bare = shorter.removesuffix(token)
+            if longer.startswith(bare) and longer.endswith(token) and not longer.startswith(shorter):
+                return str(token)
+        return ""
 
     def __call__(self, text: list[str], images: None = None, **options: Any) -> Any:
         """Token ids of rendered texts."""

@@ -70,7 +70,8 @@ def calibrate_decoder(
     """
     prefix, found = checkpoint.family.decoder, {}
     decoder = open_on_demand(checkpoint, config.lm_head, LayerSweep(0)).get_submodule(prefix)
-    caches = [RangeObserver(config.rotary, config.context_length) for _ in decoder.layers]
+    rotary = config.rotary.by_table()
+    caches = [RangeObserver(rotary[config.rotary_table(i)], config.context_length) for i in range(len(decoder.layers))]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -102,8 +103,7 @@ def calibration_rows(
     """(1, S, D) float32, (1, S, (1 + L) * D) with deepstack: TEXT and, if there is an image graph, a part of one image.
     Its weights must be on disk.
     """
-    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
-    text = checkpoint.gather(table, tokenizer(TEXT).input_ids[:TEXT_TOKENS])
+    text = checkpoint.embed(tokenizer(TEXT).input_ids[:TEXT_TOKENS])
     if image_graph is None or spec is None:
         return text[None]
     image = image_rows(checkpoint, image_graph, spec)
@@ -123,7 +123,7 @@ def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec) -> to
     rows = rows[:: max(1, len(rows) // IMAGE_ROWS)]
     if rows.is_floating_point():
         return rows
-    return checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", rows.tolist())
+    return checkpoint.embed(rows.tolist())
 
 
 def widened(text: torch.Tensor, width: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ def with_random_tokens(rows: torch.Tensor, checkpoint: Checkpoint, vocab: int) -
     _, length, width = rows.shape
     count = -(-RANDOM_TOKENS // length) * length
     ids = np.random.default_rng(0).integers(0, vocab, count)
-    random = checkpoint.gather(f"{checkpoint.family.decoder}.embed_tokens.weight", ids.tolist())
+    random = checkpoint.embed(ids.tolist())
     return torch.cat([rows, widened(random, width).reshape(-1, length, width)])
 
 

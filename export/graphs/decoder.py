@@ -11,9 +11,10 @@ has no caches takes B rows as R of one. The rotary tables are inputs, too: the r
 stand (runtime/rotary.py). So are the rows that pictures add to the output of the first layers, for models with
 deepstack (runtime/deepstack.py).
 
-The layer has RMS norms before attention and MLP, or after them; packed query/key/value with rotary inside
-GroupQueryAttention; norms of queries and keys (HEAD_NORMS), where the checkpoint has them; gated SiLU. HF:
-Qwen2DecoderLayer, Qwen3DecoderLayer, LlamaDecoderLayer, Olmo2DecoderLayer, Phi3DecoderLayer, ChameleonDecoderLayer,
+The layer has RMS norms before attention and MLP, after them, or both; packed query/key/value with rotary inside
+GroupQueryAttention, for a window by tables of its own, where the checkpoint has them; norms of queries and keys
+(HEAD_NORMS), where it has them; a gated MLP (MLP_ACTIVATIONS). HF: Qwen2DecoderLayer, Qwen3DecoderLayer,
+LlamaDecoderLayer, Olmo2DecoderLayer, Phi3DecoderLayer, Gemma3DecoderLayer, ChameleonDecoderLayer,
 ChameleonSwinDecoderLayer.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, HeadNorm
+from autosteer.runtime.manifest import ROTARY_TABLES
 
 from .int8_matmul import MICROSOFT
 from .kv_scales import KVScales
@@ -42,6 +44,8 @@ def embed_tokens(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -
     rows = g.embedding(
         ids, f"{config.module}.embed_tokens.weight", shape=(config.vocab_size, config.hidden_size), blocks=blocks
     )
+    if config.embedding_scale != 1.0:
+        rows = g.op("Mul", rows, g.constant("embedding_scale", np.array(config.embedding_scale, g.dtype)))
     g.output("inputs_embeds", rows, g.dtype, (1, "sequence_length", config.hidden_size))
 
 
@@ -56,20 +60,25 @@ def decoder_half(
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, g.dtype, ("batch", "sequence_length", config.hidden_size))
     lengths = g.input("seqlens_k", "int32", ("batch",)), g.input("total_sequence_length", "int32", ())
-    tables = ("rotary_length", config.head_dim // 2)
-    rotary = g.input("cos_cache", g.dtype, tables), g.input("sin_cache", g.dtype, tables)
+    table = ("rotary_length", len(config.rotary.frequencies))
+    rotary = {
+        kind: tuple(g.input(f"{kind}{name}", g.dtype, table) for name in ROTARY_TABLES)
+        for kind in config.rotary.by_table()
+    }
     presents: list[tuple[str, ir.Value]] = []
     cache_type = "int8" if kv_scales else g.dtype
     cache_in = ("batch", config.num_key_value_heads, "past_sequence_length", config.head_dim)
     cache_out = ("batch", config.num_key_value_heads, "total_sequence_length", config.head_dim)
-    attention_norm, mlp_norm = config.layer_norms
+    before_attention, after_attention, before_mlp, after_mlp = config.layer_norms
     branch: ir.Value | None = None  # what the previous layer adds to the residual stream
     for i in layers:
         past = tuple(g.input(f"past_key_values.{i}.{kind}", cache_type, cache_in) for kind in ("key", "value"))
         module = f"{config.module}.layers.{i}"
-        x, residual = _enter(g, config, f"{module}.{attention_norm}", residual, branch)
+        x, residual = _enter(g, config, module, before_attention, residual, branch)
         attended, *present = _attention(
-            g, config, i, x, past, lengths, rotary, scheme, kv_scales[i] if kv_scales else None
+            *(g, config, i, x, past, lengths),
+            rotary[config.rotary_table(i)],
+            *(scheme, kv_scales[i] if kv_scales else None),
         )
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
         if i == config.num_hidden_layers - 1:  # no later layer needs the other rows
@@ -84,10 +93,10 @@ def decoder_half(
             config.num_attention_heads * config.head_dim,
             scheme,
         )
-        branch = _leave(g, config, f"{module}.{attention_norm}", attended)
-        x, residual = _enter(g, config, f"{module}.{mlp_norm}", residual, branch)
+        branch = _leave(g, config, module, after_attention, attended)
+        x, residual = _enter(g, config, module, before_mlp, residual, branch)
         gathered = _mlp(g, config, module, x, scheme)
-        branch = _leave(g, config, f"{module}.{mlp_norm}", gathered)
+        branch = _leave(g, config, module, after_mlp, gathered)
         attended.name, gathered.name = (f"{module}.{name}" for name in BRANCHES)  # validation records these
         if i < config.deepstack:
             rows = g.input(f"deepstack.{i}", g.dtype, (1, "deepstack_length", config.hidden_size))
@@ -130,18 +139,18 @@ def _last_rows(g: GraphWriter, *values: ir.Value) -> tuple[ir.Value, ...]:
 
 
 def _enter(
-    g: GraphWriter, config: DecoderConfig, norm: str, residual: ir.Value, branch: ir.Value | None
+    g: GraphWriter, config: DecoderConfig, module: str, norm: str | None, residual: ir.Value, branch: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
     """(the input of attention or MLP, the residual stream so far: residual + branch)."""
-    if not config.norm_after:
-        return _norm(g, config, norm, residual, branch)
+    if norm:
+        return _norm(g, config, f"{module}.{norm}", residual, branch)
     total = residual if branch is None else g.op("Add", residual, branch)
     return total, total
 
 
-def _leave(g: GraphWriter, config: DecoderConfig, norm: str, branch: ir.Value) -> ir.Value:
+def _leave(g: GraphWriter, config: DecoderConfig, module: str, norm: str | None, branch: ir.Value) -> ir.Value:
     """The output of attention or MLP that is added to the residual stream."""
-    return _norm(g, config, norm, branch, None)[0] if config.norm_after else branch
+    return _norm(g, config, f"{module}.{norm}", branch, None)[0] if norm else branch
 
 
 def _norm(
@@ -150,10 +159,9 @@ def _norm(
     """RMS norm of residual + branch; returns (normed, the sum). ORT: (Skip)SimplifiedLayerNormalization."""
     if branch is None:
         return _rms_norm(g, config, module, residual, config.hidden_size), residual
-    weight = g.vector(f"{module}.weight", shape=(config.hidden_size,))
     normed, total = g.ops(
         "SkipSimplifiedLayerNormalization",
-        *(branch, residual, weight),
+        *(branch, residual, _norm_weight(g, config, module, config.hidden_size)),
         outputs=4,
         used=(0, 3),
         domain=MICROSOFT,
@@ -164,8 +172,16 @@ def _norm(
 
 def _rms_norm(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, width: int) -> ir.Value:
     """RMS norm over the last axis of x, which has `width` numbers."""
-    weight = g.vector(f"{module}.weight", shape=(width,))
+    weight = _norm_weight(g, config, module, width)
     return g.op("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=config.rms_norm_eps, stash_type=1)
+
+
+def _norm_weight(g: GraphWriter, config: DecoderConfig, module: str, width: int) -> ir.Value:
+    """What an RMS norm multiplies by, (width,); the sum is folded when the session is created."""
+    weight = g.vector(f"{module}.weight", shape=(width,))
+    if not config.norm_offset:
+        return weight
+    return g.op("Add", weight, g.constant("norm_offset", np.array(config.norm_offset, g.dtype)))
 
 
 def _attention(
@@ -175,7 +191,7 @@ def _attention(
     x: ir.Value,
     past: tuple[ir.Value, ...],
     lengths: tuple[ir.Value, ir.Value],
-    rotary: tuple[ir.Value, ir.Value],
+    rotary: tuple[ir.Value, ...],
     scheme: Scheme | None,
     kv_scales: KVScales | None,
 ) -> tuple[ir.Value, ...]:
@@ -215,7 +231,7 @@ def _attention(
         domain=MICROSOFT,
         num_heads=config.num_attention_heads,
         kv_num_heads=config.num_key_value_heads,
-        scale=config.head_dim**-0.5,
+        scale=config.attention_scale,
         do_rotary=1,
         **({"local_window_size": window} if (window := config.windows[layer]) else {}),
         **rounding,
@@ -270,8 +286,14 @@ def _flat(g: GraphWriter, config: DecoderConfig, x: ir.Value, heads: int) -> ir.
     return g.op("Reshape", x, g.constant(f"flat_{heads}", np.array([0, 0, heads * config.head_dim], np.int64)))
 
 
+MLP_ACTIVATIONS: dict[str, Callable[[GraphWriter, ir.Value], ir.Value]] = {
+    "silu": lambda g, x: g.op("Mul", x, g.op("Sigmoid", x)),
+    "gelu_pytorch_tanh": lambda g, x: g.op("Gelu", x, approximate="tanh"),
+}
+
+
 def _mlp(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, scheme: Scheme | None) -> ir.Value:
-    """down(silu(gate(x)) * up(x))"""
+    """down(activation(gate(x)) * up(x))"""
     n, k = config.intermediate_size, config.hidden_size
     if config.stacked:
         both = _project(g, config, module, "mlp.gate_up_proj", x, 2 * n, k, scheme)
@@ -279,7 +301,7 @@ def _mlp(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, scheme
         gate, up = g.ops("Split", both, widths, outputs=2, used=(0, 1), axis=-1)
     else:
         gate, up = (_project(g, config, module, f"mlp.{name}_proj", x, n, k, scheme) for name in ("gate", "up"))
-    activated = g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up)
+    activated = g.op("Mul", MLP_ACTIVATIONS[config.activation](g, gate), up)
     return _project(g, config, module, "mlp.down_proj", activated, config.hidden_size, config.intermediate_size, scheme)
 
 

@@ -65,8 +65,7 @@ def text_rows(text: str, checkpoint: Checkpoint, tokenizer: Any, picture: torch.
     ids = tokenizer(text, add_special_tokens=False).input_ids[: LENGTH * SEQUENCES]
     if len(ids) < LENGTH:
         raise InputError(f"--calibrate: the text has {len(ids)} tokens; give at least {LENGTH}, better {4 * LENGTH}")
-    table = f"{checkpoint.family.decoder}.embed_tokens.weight"
-    rows = checkpoint.gather(table, ids[: len(ids) // LENGTH * LENGTH])
+    rows = checkpoint.embed(ids[: len(ids) // LENGTH * LENGTH])
     rows = rows.reshape(-1, LENGTH, rows.shape[-1])
     if picture is not None:
         rows, shown = widened(rows, picture.shape[-1]), picture[: LENGTH - 1]

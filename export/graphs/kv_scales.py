@@ -60,9 +60,10 @@ class RangeObserver(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys (after rotary) and values unchanged, (B, H, T, d) each."""
-        first, second = key_states.chunk(2, dim=-1)
+        pairs = self._rotations[0][0].shape[-1]
+        first, second, rest = key_states.split([pairs, pairs, key_states.shape[-1] - 2 * pairs], dim=-1)
         keys = [
-            torch.cat([first * cos - second * sin, second * cos + first * sin], -1).abs().amax((0, 2))
+            torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).abs().amax((0, 2))
             for cos, sin in self._rotations
         ]
         self.scales = KVScales(_scales(torch.stack(keys).amax(0)), _scales(value_states.abs().amax((0, 2))))

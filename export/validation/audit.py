@@ -26,7 +26,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
+from autosteer.export.checkpoint.decoder_config import FULL, SLIDING, DecoderConfig, decoder_config
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
 from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
 from autosteer.export.safety_folder import SafetyArtifact
@@ -99,14 +99,23 @@ def rotary_error(manifest: Manifest, rotary_emb: Any) -> float:
     position (from 1), over the whole context. Time, row and column differ where a model has all three.
     """
     worst, context, long = 0.0, manifest.dims.context_length, manifest.rotary.long
+    kinds: dict[str, tuple[str, ...]] = {"": ()}  # by table: what Hugging Face's module wants to know
+    if isinstance(rotary_emb.rope_type, dict):
+        kinds = {"": (FULL,), "windowed_": (SLIDING,)}
+    elif manifest.rotary.windowed:
+        return math.inf
     for count in [min(context, long.beyond), context] if long else [context]:
         positions = np.stack([np.arange(count), np.arange(count)[::-1], np.roll(np.arange(count), count // 3)])
         given = torch.from_numpy(positions)[:, None] if manifest.rotary.axes else torch.arange(count)[None]
-        rotary = manifest.rotary.of(count)
-        for ours, both in zip(tables(rotary, positions), rotary_emb(torch.zeros(1, 1), given), strict=True):
-            theirs = both[0, :, : ours.shape[1]].numpy()
-            off = np.abs(ours.astype(manifest.activations) - theirs) / (1.0 + positions.max(0))[:, None]
-            worst = worse(worst, float(off.max()) if ours.shape == theirs.shape else math.inf)
+        specs = manifest.rotary.of(count).by_table()
+        for name, kind in kinds.items():
+            both = tables(specs.get(name, specs[""]), positions), rotary_emb(torch.zeros(1, 1), given, *kind)
+            for ours, doubled in zip(*both, strict=True):
+                theirs = doubled[0, :, : doubled.shape[-1] // 2].numpy()
+                if ours.shape != theirs.shape:
+                    return math.inf
+                off = np.abs(ours.astype(manifest.activations) - theirs) / (1.0 + positions.max(0))[:, None]
+                worst = worse(worst, float(off.max()))
     return worst
 
 
@@ -140,7 +149,7 @@ def _attributes_that_differ(node: ir.Node, config: DecoderConfig) -> int:
         expected = {
             "num_heads": config.num_attention_heads,
             "kv_num_heads": config.num_key_value_heads,
-            "scale": float(np.float32(config.head_dim**-0.5)),
+            "scale": float(np.float32(config.attention_scale)),
             "do_rotary": 1,
             "local_window_size": config.windows[layer] or -1,
             "softcap": 0,

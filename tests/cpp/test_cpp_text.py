@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cpp_inputs import odd_texts
 from exported import demo_checkpoint, demo_package
-from llama_tokenizer import llama_tokenizer
+from llama_tokenizer import gemma_tokenizer, llama_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
@@ -103,12 +103,18 @@ def llama2_like_by_words(path: Path) -> Path:
     return path
 
 
+def gemma_like(path: Path) -> Path:
+    """Spaces by a normaliser, and a cut at spaces that finds none; many added tokens that are not special."""
+    gemma_tokenizer().backend_tokenizer.save(str(path))
+    return path
+
+
 def demo_tokenizer(_path: Path) -> Path:
     """The bundled checkpoint's own."""
     return demo_checkpoint().folder / "tokenizer.json"
 
 
-FALLING_BACK = [llama2_like, llama2_like_of_runs, llama2_like_by_words, mistral_like]
+FALLING_BACK = [llama2_like, llama2_like_of_runs, llama2_like_by_words, mistral_like, gemma_like]
 TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased, *FALLING_BACK]
 
 
@@ -116,7 +122,11 @@ TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased, *FALLING_BACK]
 def test_token_ids_are_the_tokenizers_librarys(parts, tmp_path, make):
     """Special tokens in the text are plain text for both; an added token that is not special is one for both."""
     path = make(tmp_path / "tokenizer.json")
-    texts = [*odd_texts(500), " zebra zebra 12345"]
+    texts = [
+        *odd_texts(500),
+        " zebra zebra 12345",
+        "<unused7><unused1<unused12>\n\n\n\u2581\u2581  \u2581<end_of_turn>",
+    ]
     tokenizer = load_tokenizer(path)
     expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     (found,) = parts.run({"part": "encode", "tokenizer": str(path), "texts": texts})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cpp_runtime import in_python, joined, through_c
+from llama_tokenizer import LICENCE
 from PIL import Image, ImageOps
 from traced import trace_once
 
@@ -95,10 +96,11 @@ class TinyFamily:
         split: int,
         prompts: int,
         before_text: str = " ",
+        pictures: bool = True,
     ):
-        """`before_text`: what stands between an image and the text behind it."""
+        """`before_text`: what stands between an image and the text behind it. `pictures`: whether it takes any."""
         self.build, self.width, self.split, self.prompts = build, width, split, prompts
-        self.before_text = before_text
+        self.before_text, self.pictures = before_text, pictures
         self.scratch = Path(tempfile.mkdtemp(prefix="autosteer-tiny-"))
         for name in ("checkpoint", "fit_model", "safety", "package", "engine", "original_model"):
             setattr(self, name, cache(getattr(self, name)))
@@ -117,6 +119,9 @@ class TinyFamily:
 
     def interleaved(self, images: int, seed: int = 0) -> tuple[Message, ...]:
         """text, image, text, image, ..., text"""
+        if not self.pictures:
+            words = np.random.default_rng(seed).choice(LICENCE.read_text(encoding="utf-8").split(), 3 + seed % 20)
+            return (Message.user(" ".join(words)),)
         parts: list[str | ImagePart] = [f"look {seed}: "]
         for i in range(images):
             parts += [ImagePart(picture(100 * seed + i)), f"{self.before_text}and number {i}, "]
@@ -127,7 +132,7 @@ class TinyFamily:
         last = self.interleaved((0, 1, 3, 0, 1, 2)[i % 6], i)
         if i % 6 < 3:
             return last
-        shown = [ImagePart(picture(1000 + i))] if i % 2 else []
+        shown = [ImagePart(picture(1000 + i))] if i % 2 and self.pictures else []
         first = Message("user", (*shown, f"{self.before_text}what is number {i}?"))
         return (first, Message.assistant(f"it is {i}."), *last)
 
@@ -140,7 +145,7 @@ class TinyFamily:
             assert self.generate(variant, messages, tokens) == answers[-1], f"dialogue {i}"
         assert len(set(map(tuple, answers))) > dialogues / 2
 
-    def check_cpp(self, variant: str, built: Path, folder: Path, dialogues: int = 12) -> None:
+    def check_cpp(self, variant: str, built: Path, folder: Path, dialogues: int = 12, precision: str = "fp32") -> None:
         """libautosteer's answers, verdicts and texts are Python's: the same JSON, but what is measured."""
 
         def part(given: Part, name: str) -> Any:
@@ -160,9 +165,9 @@ class TinyFamily:
             }
             for i in range(dialogues)
         ]
-        answers = through_c(built, self.package(variant, "fp32"), requests)
+        answers = through_c(built, self.package(variant, precision), requests)
         assert [answer["error"] for answer in answers] == [None] * dialogues
-        expected = [in_python(self.engine(variant), request) for request in requests]
+        expected = [in_python(self.engine(variant, precision), request) for request in requests]
         assert [joined(answer["chunks"]) for answer in answers] == expected
         assert len({answer["verdict"]["unsafe"] for answer in expected}) == 2
 

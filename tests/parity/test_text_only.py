@@ -14,6 +14,8 @@ import torch
 from tiny_weights import TEMPLATE
 from transformers import (
     AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -60,7 +62,28 @@ LONGROPE = {
     "original_max_position_embeddings": BEYOND,
 }
 WINDOW = 9  # positions
+GEMMA = {  # windows in two layers of three; the other has other frequencies
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}},
+}
+PART_ROTATED = {  # as Phi-4-mini's: 8 pairs of each head's 32 numbers
+    "pad_token_id": 0,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA),
+    "gemma3, rope linear": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        GEMMA | {"rope_parameters": {"full_attention": ROPES["linear"]}},
+    ),
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "llama, rope llama3": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ROPES["llama3"]}),
     "llama, rope linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": ROPES["linear"]}),
@@ -77,6 +100,17 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "max_position_embeddings": 1536,
             "original_max_position_embeddings": BEYOND,
             "rope_parameters": LONGROPE,
+        },
+    ),
+    "phi3, part of each head": (Phi3Config, Phi3ForCausalLM, PART_ROTATED),
+    "phi3, part of each head, rope longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        PART_ROTATED
+        | {
+            "max_position_embeddings": 1536,
+            "original_max_position_embeddings": BEYOND,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.5},
         },
     ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
@@ -109,12 +143,10 @@ def save_checkpoint(kind: str, folder: Path) -> None:
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
-        **{"max_position_embeddings": 128} | extra,
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128} | extra,
     )
     model = model_class(config)
     for name, weight in model.named_parameters():
@@ -156,11 +188,12 @@ def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package
 
 
 def norms_exchanged() -> Family:
-    return dataclasses.replace(text_only.OLMO2, layer_norms=text_only.OLMO2.layer_norms[::-1])
+    return dataclasses.replace(text_only.OLMO2, layer_norms=lambda config: text_only.AFTER[2:] + text_only.AFTER[:2])
 
 
 def norms_before() -> Family:
-    return dataclasses.replace(text_only.OLMO2, norm_after=lambda config: False)
+    before = (text_only.AFTER[1], None, text_only.AFTER[3], None)
+    return dataclasses.replace(text_only.OLMO2, layer_norms=lambda config: before)
 
 
 @pytest.mark.parametrize("wrong", [norms_exchanged, norms_before])
@@ -199,7 +232,8 @@ def test_a_four_bit_head_and_embedding_are_what_the_table_compares_with(package:
     checkpoint = open_checkpoint(str(package.parent / "checkpoint"))
     packed = PackedWeights(tmp_path / "int4", manifest, checkpoint)
     table = packed.tensor(name := "model.embed_tokens.weight").numpy()
-    np.testing.assert_allclose(engine.encoder.embed(list(range(len(table)))), table, atol=1e-6)
+    embedded = engine.encoder.embed(list(range(len(table)))) / checkpoint.embedding_scale
+    np.testing.assert_allclose(embedded, table, atol=1e-6)
     original = checkpoint.tensor(name).numpy()
     assert 0.01 < np.linalg.norm(table - original) / np.linalg.norm(original) < 0.2
 

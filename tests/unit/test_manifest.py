@@ -162,7 +162,8 @@ def test_every_key_is_needed(tmp_path, document):
     optional, data = (
         {
             *("tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "each", "native"),
-            *("video", "videos", "seconds", "prompt_ids", "monitor", "frame_group", "long", "closest_grid"),
+            *("video", "videos", "seconds", "prompt_ids", "monitor", "frame_group", "long", "windowed"),
+            "closest_grid",
         },
         {"versions", "validation", "calibration"},
     )

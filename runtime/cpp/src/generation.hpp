@@ -393,11 +393,11 @@ class Request {
   Call half(const char* name, const Span& span, const KVCache& cache, Binding in, Binding out,
             const Call::Bound& more = {}) {
     Call::Bound inputs = cache.past, outputs = cache.present;
+    const auto rotary = rotary_.inputs();
     inputs.insert(inputs.end(), {std::move(in),
                                  {"seqlens_k", &seqlens_k_.value()},
-                                 {"total_sequence_length", &total_.value()},
-                                 {"cos_cache", &rotary_.cos()},
-                                 {"sin_cache", &rotary_.sin()}});
+                                 {"total_sequence_length", &total_.value()}});
+    inputs.insert(inputs.end(), rotary.begin(), rotary.end());
     inputs.insert(inputs.end(), more.begin(), more.end());
     const auto added = deepstack_.inputs(manifest_.graphs.at(name).layers.value(), span.first, span.count);
     inputs.insert(inputs.end(), added.begin(), added.end());

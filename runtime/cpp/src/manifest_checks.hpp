@@ -59,13 +59,14 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
   const std::string batch = "batch", n = "sequence_length", f32 = "float32";
   const std::vector<Dimension> rows = {1, n, d.hidden_size}, last = {1, "num_logits", d.hidden_size};
   const auto half = [&](const char* name, const char* source, const char* target, const Dimension& made) {
-    const std::vector<Dimension> table = {"rotary_length", d.head_dim / 2};
+    const std::vector<Dimension> table = {"rotary_length", static_cast<int64_t>(m.rotary.frequencies.size())};
     Tensors tensors{{{source, f32, {batch, n, d.hidden_size}},
                      {"seqlens_k", "int32", {batch}},
-                     {"total_sequence_length", "int32", {}},
-                     {"cos_cache", f32, table},
-                     {"sin_cache", f32, table}},
+                     {"total_sequence_length", "int32", {}}},
                     {{target, f32, {batch, made, d.hidden_size}}}};
+    for (const auto& [kind, frequencies] : m.rotary.by_table(0)) {
+      for (const char* name : {"cos_cache", "sin_cache"}) tensors.inputs.push_back({kind + name, f32, table});
+    }
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
       if (layer < m.deepstack()) {
@@ -207,15 +208,22 @@ inline void check_graphs(const Manifest& m, const Need& need) {
 
 /// A frequency for each pair of a head's numbers; each reads a position that there is.
 inline void check_rotary(const Manifest& m, const Need& need) {
-  const auto pairs = [&](size_t count) { return 2 * static_cast<int64_t>(count) == m.dims.head_dim; };
-  const auto& [frequencies, scale, axes, longer] = m.rotary;
-  need(pairs(frequencies.size()),
-       "rotary: " + std::to_string(frequencies.size()) + " frequencies, not half of head_dim");
-  need(axes.empty() || pairs(axes.size()),
+  const auto& [frequencies, scale, axes, longer, windowed] = m.rotary;
+  const size_t count = frequencies.size();
+  const std::string wanted = ", not " + std::to_string(count);
+  need(0 < count && 2 * static_cast<int64_t>(count) <= m.dims.head_dim,
+       "rotary: " + std::to_string(count) + " frequencies, and head_dim is " + std::to_string(m.dims.head_dim));
+  need(axes.empty() || axes.size() == count,
        "rotary: " + std::to_string(axes.size()) + " axes, not one for each frequency");
+  need(windowed.empty() || windowed.size() == count,
+       "rotary: " + std::to_string(windowed.size()) + " windowed frequencies" + wanted);
   const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
   need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
-  need(!longer || pairs(longer->frequencies.size()), "rotary: the long frequencies are not half of head_dim");
+  if (longer) {
+    need(longer->frequencies.size() == count,
+         "rotary: " + std::to_string(longer->frequencies.size()) + " long frequencies" + wanted);
+    need(windowed.empty(), "rotary: long and windowed frequencies do not go together");
+  }
 }
 
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
@@ -372,6 +380,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
     if (!condition) throw PackageError(where + ": " + what);
   };
   need(is_version(m.onnxruntime), "onnxruntime: '" + m.onnxruntime + "' is not a version like '1.23'");
+  check_rotary(m, need);
   check_graphs(m, need);
   check_image(m, need);
   check_video(m, need);
@@ -381,7 +390,6 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   check_golden(m, need);
   check_prompt(m, need);
   check_tensors(m, need);
-  check_rotary(m, need);
 }
 
 }  // namespace decoding

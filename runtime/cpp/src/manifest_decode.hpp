@@ -48,13 +48,14 @@ inline DataFile data_file(const Node& node) {
 }
 
 inline RotarySpec rotary(const Node& node) {
-  node.object({"frequencies", "scale", "axes"}, {"long"});
+  node.object({"frequencies", "scale", "axes"}, {"long", "windowed"});
   const auto longer = [](const Node& of) {
     of.object({"beyond", "frequencies"});
     return LongRotary{of["beyond"].as_size(), of["frequencies"].list(as_float)};
   };
-  RotarySpec spec{node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int), {}};
+  RotarySpec spec{node["frequencies"].list(as_float), node["scale"].as_float(), node["axes"].list(as_int), {}, {}};
   if (node.has("long")) spec.longer = node["long"].optional(longer);
+  if (node.has("windowed")) spec.windowed = node["windowed"].list(as_float);
   return spec;
 }
 

@@ -70,19 +70,25 @@ struct LongRotary {
 
 /// Rotary position embedding: cos and sin of position * frequency, both times `scale` (see rotary.hpp).
 struct RotarySpec {
-  std::vector<double> frequencies;  ///< (head_dim / 2,), radians a position
+  /// Radians a position: one for each pair of a head's numbers that is rotated, at most head_dim / 2.
+  std::vector<double> frequencies;
   double scale;
   /// By frequency: which of a row's three positions it reads: 0 time, 1 row, 2 column. Empty: a row has one position,
   /// its index in the sequence, in text and pictures alike.
   std::vector<int64_t> axes;
   std::optional<LongRotary> longer;  ///< "long" in the manifest
+  std::vector<double> windowed;      ///< other frequencies, as many, of layers with a window; empty: the same
 
   /// Whether a prompt of `length` has the other frequencies.
   bool is_long(int64_t length) const { return longer && length > longer->beyond; }
 
-  /// Those of a prompt of `length`.
-  const std::vector<double>& frequencies_of(int64_t length) const {
-    return is_long(length) ? longer->frequencies : frequencies;
+  /// The frequencies of each pair of tables that the graphs read, for a prompt of `length`: "" for `cos_cache` and
+  /// `sin_cache`, and "windowed_" for `windowed_cos_cache` and `windowed_sin_cache`, if layers with a window read others.
+  std::vector<std::pair<std::string, const std::vector<double>*>> by_table(int64_t length) const {
+    std::vector<std::pair<std::string, const std::vector<double>*>> tables;
+    tables.emplace_back("", is_long(length) ? &longer->frequencies : &frequencies);
+    if (!windowed.empty()) tables.emplace_back("windowed_", &windowed);
+    return tables;
   }
 
   /// Most tokens of an answer to a prompt of `length`: the last one has no position yet.

@@ -7,6 +7,7 @@
 // the video is. Each frequency reads one of the three.
 //
 // Some models have other frequencies for long prompts (longrope): for all rows of a prompt and its answer, or for none.
+// Some have others in layers with a window (Gemma 3). Those layers read tables of their own.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -53,7 +55,7 @@ class PositionCounter {
   int64_t next_ = 0;
 };
 
-/// Tables (capacity, head_dim / 2) for one prompt and its answer. Their rows are computed as they are needed. `spec`
+/// Tables (capacity, frequencies) for one prompt and its answer. Their rows are computed as they are needed. `spec`
 /// must outlive it.
 class RotaryTables {
  public:
@@ -62,13 +64,11 @@ class RotaryTables {
   /// `positions`: of the prompt's rows. The rows of the answer go on behind the last. `first`: the first row that
   /// will be read.
   RotaryTables(const RotarySpec& spec, std::vector<Position> positions, int64_t capacity, int64_t first)
-      : spec_(spec),
-        frequencies_(spec.frequencies_of(static_cast<int64_t>(positions.size()))),
-        positions_(std::move(positions)),
-        capacity_(capacity),
-        filled_(first),
-        cos_({capacity, static_cast<int64_t>(spec.frequencies.size())}),
-        sin_(cos_.shape()) {
+      : spec_(spec), positions_(std::move(positions)), capacity_(capacity), filled_(first) {
+    const std::vector<int64_t> shape = {capacity, static_cast<int64_t>(spec.frequencies.size())};
+    for (const auto& [kind, frequencies] : spec.by_table(static_cast<int64_t>(positions_.size()))) {
+      tables_.push_back({kind, *frequencies, Tensor<float>(shape), Tensor<float>(shape)});
+    }
     if (!positions_.empty()) {
       following_ = *std::max_element(positions_.back().begin(), positions_.back().end()) + 1;
     }
@@ -79,33 +79,49 @@ class RotaryTables {
     if (total <= filled_) return;
     const int64_t last = std::min(std::max(total, filled_ + kBlock), capacity_);
     const auto length = static_cast<int64_t>(positions_.size());
-    const size_t width = frequencies_.size();
-    const auto scale = static_cast<float>(spec_.scale);
     for (; filled_ < last; ++filled_) {
       const int64_t answered = following_ + filled_ - length;
       const Position at = filled_ < length ? positions_[static_cast<size_t>(filled_)]
                                            : Position{answered, answered, answered};
-      for (size_t i = 0; i < width; ++i) {
-        const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
-        const float angle = static_cast<float>(position) * static_cast<float>(frequencies_[i]);
-        const size_t cell = static_cast<size_t>(filled_) * width + i;
-        // rounded from double, where all libraries agree to the last bit that counts: the tables are Python's
-        cos_.data()[cell] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
-        sin_.data()[cell] = static_cast<float>(std::sin(static_cast<double>(angle))) * scale;
-      }
+      for (Table& table : tables_) fill(table, static_cast<size_t>(filled_), at);
     }
   }
 
-  const Ort::Value& cos() const { return cos_.value(); }
-  const Ort::Value& sin() const { return sin_.value(); }
+  /// Inputs of a decoder half.
+  std::vector<std::pair<std::string, const Ort::Value*>> inputs() const {
+    std::vector<std::pair<std::string, const Ort::Value*>> inputs;
+    for (const Table& table : tables_) {
+      inputs.emplace_back(table.kind + "cos_cache", &table.cos.value());
+      inputs.emplace_back(table.kind + "sin_cache", &table.sin.value());
+    }
+    return inputs;
+  }
 
  private:
+  struct Table {
+    std::string kind;
+    const std::vector<double>& frequencies;
+    Tensor<float> cos, sin;
+  };
+
+  void fill(Table& table, size_t row, const Position& at) const {
+    const size_t width = table.frequencies.size();
+    const auto scale = static_cast<float>(spec_.scale);
+    for (size_t i = 0; i < width; ++i) {
+      const int64_t position = at.at(spec_.axes.empty() ? 0 : static_cast<size_t>(spec_.axes[i]));
+      const float angle = static_cast<float>(position) * static_cast<float>(table.frequencies[i]);
+      const size_t cell = row * width + i;
+      // rounded from double, where all libraries agree to the last bit that counts: the tables are Python's
+      table.cos.data()[cell] = static_cast<float>(std::cos(static_cast<double>(angle))) * scale;
+      table.sin.data()[cell] = static_cast<float>(std::sin(static_cast<double>(angle))) * scale;
+    }
+  }
+
   const RotarySpec& spec_;
-  const std::vector<double>& frequencies_;
   std::vector<Position> positions_;
   int64_t capacity_, filled_;
   int64_t following_ = 0;  // the position of the first row after the prompt
-  Tensor<float> cos_, sin_;
+  std::vector<Table> tables_;
 };
 
 }  // namespace autosteer

@@ -1,5 +1,5 @@
 // Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), SentencePiece's BPE with
-// byte fallback (Llama 2, Vicuna, Mistral), and nothing else.
+// byte fallback (Llama 2, Vicuna, Mistral, Gemma), and nothing else.
 //
 //     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
 //     text -> added tokens cut out -> normaliser -> spaces become U+2581 -> characters, or bytes -> merges -> token ids
@@ -15,12 +15,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -130,9 +132,31 @@ class Tokenizer {
 
  private:
   struct AddedToken {
-    std::string content;
     int64_t id;
     bool special;
+  };
+
+  /// Added tokens by their text. Gemma has thousands, so none is compared with a text that it cannot be.
+  class AddedTokens {
+   public:
+    void add(const std::string& content, AddedToken token) {
+      first_bytes_.set(static_cast<unsigned char>(content.front()));
+      by_length_[content.size()].emplace(content, token);
+    }
+
+    /// The longest that stands in `text` at `at`, and its length; null if there is none.
+    std::pair<const AddedToken*, size_t> longest_at(std::string_view text, size_t at) const {
+      if (!first_bytes_.test(static_cast<unsigned char>(text[at]))) return {nullptr, 0};
+      for (const auto& [length, tokens] : by_length_) {
+        const auto found = tokens.find(text.substr(at, length));
+        if (found != tokens.end()) return {&found->second, length};
+      }
+      return {nullptr, 0};
+    }
+
+   private:
+    std::bitset<256> first_bytes_;
+    std::map<size_t, std::map<std::string, AddedToken, std::less<>>, std::greater<>> by_length_;
   };
 
   /// How one step of the pre-tokeniser cuts a text.
@@ -231,11 +255,12 @@ class Tokenizer {
   }
 
   void load_added_token(const Json& token, std::vector<std::string>& bytes) {
-    AddedToken added{token.at("content"), token.at("id"), token.at("special")};
-    if (added.content.empty()) unknown("added token", token);
+    const auto content = token.at("content").get<std::string>();
+    const AddedToken added{token.at("id"), token.at("special")};
+    if (content.empty()) unknown("added token", token);
     // The library numbers added tokens itself: the vocabulary's id, or one after the last. If the file has another id,
     // no model was trained with it.
-    const auto in_vocabulary = vocab_.find(added.content);
+    const auto in_vocabulary = vocab_.find(content);
     if (added.id != (in_vocabulary != vocab_.end() ? in_vocabulary->second : next_added_id_)) {
       unknown("the id of added token", token);
     }
@@ -244,8 +269,8 @@ class Tokenizer {
       unknown("added token", token);
     }
     if (!added.special && fallback_ && token.at("normalized")) unknown("added token", token);
-    set_bytes(bytes, added.id, added.special ? "" : decoded(added.content));
-    (token.at("normalized").get<bool>() ? added_normalised_ : added_).push_back(std::move(added));
+    set_bytes(bytes, added.id, added.special ? "" : decoded(content));
+    (token.at("normalized").get<bool>() ? added_normalised_ : added_).add(content, added);
   }
 
   void load_normalizer(const Json& normalizer) {
@@ -262,6 +287,7 @@ class Tokenizer {
     } else if (fallback_ && normalizer["type"] == "Replace" && normalizer.at("pattern") == Json{{"String", " "}} &&
                normalizer.at("content") == kSpace) {
       normalisers_.push_back(with_space_letters);
+      has_spaces_ = false;
     } else {
       unknown("normalizer", normalizer);
     }
@@ -292,9 +318,10 @@ class Tokenizer {
     if (splits_.empty()) unknown("pre_tokenizer", step);
   }
 
-  /// Nothing, or Metaspace.
+  /// Nothing; a cut at spaces, of which the normaliser leaves none (Gemma); or Metaspace.
   void load_metaspace(const Json& step) {
-    if (step.is_null()) return;
+    const Json at_spaces = {{"String", " "}};
+    if (step.is_null() || (!has_spaces_ && step.at("type") == "Split" && step.at("pattern") == at_spaces)) return;
     if (step.at("type") != "Metaspace" || step.at("replacement") != kSpace) unknown("pre_tokenizer", step);
     const auto& scheme = step.at("prepend_scheme");
     if (scheme != "always" && scheme != "never") unknown("prepend_scheme", scheme);
@@ -421,23 +448,17 @@ class Tokenizer {
   /// Cut the added tokens out of `text`, the leftmost and longest first. Appends their ids to `ids` and calls `rest`
   /// with the text between them. Special tokens stay in the text, but no other token is matched inside them.
   template <class Rest>
-  static void for_each_part(std::string_view text, const std::vector<AddedToken>& tokens, std::vector<int64_t>& ids,
+  static void for_each_part(std::string_view text, const AddedTokens& tokens, std::vector<int64_t>& ids,
                             const Rest& rest) {
     size_t start = 0;
     for (size_t at = 0; at < text.size();) {
-      const AddedToken* longest = nullptr;
-      for (const AddedToken& token : tokens) {
-        if (text.compare(at, token.content.size(), token.content) == 0 &&
-            (!longest || token.content.size() > longest->content.size())) {
-          longest = &token;
-        }
-      }
-      if (longest && !longest->special) {
+      const auto [token, length] = tokens.longest_at(text, at);
+      if (token && !token->special) {
         if (start < at) rest(text.substr(start, at - start));
-        ids.push_back(longest->id);
-        start = at + longest->content.size();
+        ids.push_back(token->id);
+        start = at + length;
       }
-      at += longest ? longest->content.size() : 1;
+      at += token ? length : 1;
     }
     if (start < text.size()) rest(text.substr(start));
   }
@@ -562,11 +583,11 @@ class Tokenizer {
   std::array<int64_t, 256> byte_ids_{};
   std::string bytes_;             // of all ids, concatenated
   std::vector<uint32_t> starts_;  // in bytes_, by id, and the end
-  std::vector<AddedToken> added_, added_normalised_;
+  AddedTokens added_, added_normalised_;
   std::vector<Split> splits_;
   int64_t next_added_id_ = 0;
   std::vector<std::function<std::string(std::string_view)>> normalisers_;  // in order
-  bool ignore_merges_ = false, byte_level_ = false, fallback_ = false, strips_ = false;
+  bool ignore_merges_ = false, byte_level_ = false, fallback_ = false, strips_ = false, has_spaces_ = true;
 };
 
 }  // namespace autosteer
