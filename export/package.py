@@ -151,7 +151,7 @@ def write_package(
         proof=None,
         validation={},
         versions={name: version(name) for name in VERSIONS},
-        onnxruntime=lowest_onnxruntime(chosen),
+        onnxruntime=lowest_onnxruntime(chosen, windowed=config.windowed),
     )
     manifest.save(folder)
     return manifest

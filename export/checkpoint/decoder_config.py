@@ -58,6 +58,11 @@ class DecoderConfig:
     deepstack: int  # first layers to whose output pictures add rows
     stacked: bool  # query, key and value are one matrix, gate and up another (Phi-3)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether a dialogue can be longer than a layer's window."""
+        return any(window and window < self.context_length for window in self.windows)
+
     def rotary_table(self, layer: int) -> str:
         """The key in `rotary.by_table` of what turns this layer's queries and keys."""
         return "windowed_" if self.windows[layer] and self.rotary.windowed else ""

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from onnxruntime_matrix import numbers, oldest
 from tiny_weights import TEMPLATE
 from transformers import (
     AutoTokenizer,
@@ -29,8 +32,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from version_matrix.environments import Interpreter
 
-from autosteer.export.checkpoint.decoder_config import DecoderConfig
+from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
 from autosteer.export.checkpoint.open import DEMO, open_checkpoint
 from autosteer.export.cli import export
 from autosteer.export.graphs.decoder import HEAD_NORMS
@@ -174,6 +178,28 @@ def test_such_a_package_has_no_image_graph_and_takes_no_image(package: Path) -> 
     assert set(engine.graphs) == {"embed_tokens", "decoder_lower", "decoder_upper", "lm_head"}
     with pytest.raises(InputError, match="takes no images"):
         engine.generate([Message.user("hello", [DEMO / "examples" / "benign.png"])], policy=engine.policy("off"))
+
+
+def test_windows_that_a_dialogue_can_leave_need_an_onnxruntime_that_cuts_them_right(package: Path) -> None:
+    """1.23 let each query see one position more, and so the prober read another state: nothing said so."""
+    config = json.loads((package.parent / "checkpoint" / "config.json").read_text())
+    kinds = config.get("layer_types") or ["sliding_attention" if config.get("sliding_window") else "full_attention"]
+    assert Manifest.load(package).onnxruntime == ("1.24" if "sliding_attention" in kinds else "1.20")
+
+
+def test_on_the_oldest_onnxruntime_it_answers_as_recorded_or_is_refused(package: Path) -> None:
+    """The matrix of versions asks the demo, which has no windows."""
+    needed = Manifest.load(package).onnxruntime
+    command = [sys.executable, "-c", "from autosteer.runtime.cli import check_main; check_main()", str(package)]
+    done = subprocess.run(command, env=Interpreter().environ(oldest()), capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (numbers(needed) <= numbers(oldest())), done.stdout + done.stderr
+    assert done.returncode == 0 or f"computes this package wrong; it needs {needed} or newer" in done.stderr
+
+
+def test_a_context_as_long_as_the_window_needs_none(tmp_path: Path) -> None:
+    save_checkpoint("mistral, windows", tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
+    assert [decoder_config(checkpoint, context).windowed for context in (WINDOW, WINDOW + 1)] == [False, True]
 
 
 def test_untied_heads_are_stored_beside_the_embedding_and_tied_ones_once(package: Path) -> None:

@@ -28,6 +28,11 @@ def test_a_package_needs_the_onnxruntime_that_its_most_demanding_part_needs(prec
     assert lowest_onnxruntime(recipe(precision, **options)) == lowest
 
 
+@pytest.mark.parametrize(("options", "lowest"), [({}, "1.24"), ({"caches": "int8"}, "1.27")])
+def test_windows_need_a_newer_one(options, lowest):
+    assert lowest_onnxruntime(recipe("fp32", **options), windowed=True) == lowest
+
+
 def test_the_highest_need_comes_first_because_the_first_that_applies_is_taken():
     versions = [tuple(map(int, version.split("."))) for version, _ in NEEDS]
     assert versions == sorted(versions, reverse=True)
