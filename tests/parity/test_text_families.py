@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from batched import Ask, together
 from checkpoint_shapes.text_only import GEMMA, PHI
 from llama_tokenizer import gemma_tokenizer
 from tiny_family import READ_IN_8_BITS, TinyFamily, randomise
@@ -27,6 +28,7 @@ from autosteer.models.text_only import AROUND
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import Message
 
 VARIANTS = ("gemma3", "phi4 mini")
@@ -211,3 +213,11 @@ def test_another_activation_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 def test_windows_that_read_the_other_tables_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DecoderConfig, "rotary_table", lambda config, layer: "")
     FAMILY.check_unequal("gemma3", "attention, each by itself", tmp_path)
+
+
+def test_gemmas_answers_in_one_pass_are_those_alone() -> None:
+    """Several answers read the same two pairs of tables, at positions of their own."""
+    engine = FAMILY.engine("gemma3")
+    asks = [Ask(list(FAMILY.dialogue(i)), SamplingConfig(max_tokens=24)) for i in range(6)]
+    together(engine, asks)
+    assert [one.said() for one in asks] == [one.alone(engine).said() for one in asks]
