@@ -15,7 +15,9 @@ import click
 from autosteer.export.cli import export
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.import_authors import import_authors
-from autosteer.runtime.cli import bench, check, run
+from autosteer.runtime.cli.bench import bench
+from autosteer.runtime.cli.check import check
+from autosteer.runtime.cli.run import run
 from autosteer.runtime.evaluation.cli import evaluate
 from autosteer.runtime.serve.cli import serve
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autosteer.runtime.cli import device_option, load, package_argument, threads_option
+from autosteer.runtime.cli.options import device_option, load, package_argument, threads_option
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.errors import InputError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..cli import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
+from ..cli.options import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
 from ..console import debug_option, run_command
 from ..errors import InputError
 from .limits import Limits

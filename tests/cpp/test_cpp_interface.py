@@ -19,7 +19,7 @@ from PIL import Image
 from terminal import Terminal
 
 from autosteer.runtime import Engine, SamplingConfig
-from autosteer.runtime.cli import answer_json
+from autosteer.runtime.cli.answer import answer_json
 from autosteer.runtime.video import open_video
 
 

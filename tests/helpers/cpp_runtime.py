@@ -25,7 +25,7 @@ from once import once
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
-from autosteer.runtime.cli import answer_json
+from autosteer.runtime.cli.answer import answer_json
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import ImagePart, Part, VideoPart
 

@@ -185,7 +185,7 @@ def test_what_generation_config_recommends_is_said_as_options_of_autosteer_run(c
     assert recommended_options(open_checkpoint(str(checkpoint))) == options
     package = run(checkpoint)
     assert f"recommends `autosteer-run {' '.join(options)}`" in capsys.readouterr().err
-    from autosteer.runtime.cli import run as run_command
+    from autosteer.runtime.cli.run import run as run_command
 
     context = run_command.make_context("autosteer-run", [str(package), *options])
     assert (context.params["top_k"], context.params["repetition_penalty"]) == (20, 1.05)

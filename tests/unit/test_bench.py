@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.runtime import bench as module
 from autosteer.runtime.bench import bench, read_bandwidth, weight_bytes
-from autosteer.runtime.cli import bench_text
+from autosteer.runtime.cli.bench import bench_text
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from conftest import load
 
 from autosteer.runtime import Action, Conversation, Engine, GatePolicy, Message, Mode, SamplingConfig
 from autosteer.runtime.check import check_package
-from autosteer.runtime.cli import monitor_line
+from autosteer.runtime.cli.answer import monitor_line
 from autosteer.runtime.drafting import Drafter
 from autosteer.runtime.evaluation.datasets import DataSource, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge

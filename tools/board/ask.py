@@ -15,7 +15,7 @@ from pathlib import Path
 
 from autosteer.runtime import Engine, Message, SamplingConfig
 from autosteer.runtime.check import check_package
-from autosteer.runtime.cli import answer_json
+from autosteer.runtime.cli.answer import answer_json
 from autosteer.runtime.console import dumps
 
 

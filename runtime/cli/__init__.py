@@ -1,0 +1,7 @@
+"""autosteer-run, autosteer-check, autosteer-bench. Answers go to stdout; verdicts, timings and progress to stderr."""
+
+from .bench import bench_main
+from .check import check_main
+from .run import run_main
+
+__all__ = ["bench_main", "check_main", "run_main"]

@@ -1,0 +1,62 @@
+"""What the commands that load a package have in common: its name, where it runs, what it records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --help is quick
+    from ..engine import Engine
+
+MAX_THREADS = 1024  # more is taken for a typing error
+
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+threads_option = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. Default: all cores.")
+
+
+class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument
+    """A package's folder, or `hf:owner/name[@revision]`, which is downloaded."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See hub.package_folder."""
+        from ..hub import package_folder
+
+        return package_folder(str(value))
+
+
+package_argument = click.argument("package", type=PackagePath())
+audit_option = click.option(
+    "--audit",
+    type=click.Path(path_type=Path),
+    help="Append a line of JSON to this file for each request: verdict, digests, counts. No line, no answer.",
+)
+audit_texts_option = click.option(
+    "--audit-texts", is_flag=True, help="In these lines, the words of prompts and answers, too."
+)
+
+
+def load(
+    package: Path,
+    device: Any,
+    threads: int | None,
+    audit: Path | None = None,
+    audit_texts: bool = False,
+    **options: Any,
+) -> Engine:
+    """Load a package, with log lines on stderr. `options`: more of Engine.load's."""
+    if audit_texts and audit is None:
+        raise click.UsageError("--audit-texts needs --audit FILE")
+    import logging
+
+    from ..engine import Engine
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("autosteer").setLevel(logging.INFO)
+    return Engine.load(package, device=device, threads=threads, audit=audit, audit_texts=audit_texts, **options)
