@@ -32,6 +32,7 @@ from .quantize import Blocks, Packed, grid, pack
 
 LENGTH = 512  # tokens that are read together
 SEQUENCES = 16  # at most; a quarter of them gives three quarters of the gain
+CHARACTERS = 16 * LENGTH * SEQUENCES  # read at most: a token of a text has about 4
 DAMPING = (0.1, 1.0)  # of the mean energy, added to each column's: H is singular if columns outnumber rows
 REACH = 1.0  # steps between a weight and its code, at most: more would hide damage from validation, and gains 2 %
 SMALL = 2.0  # steps: a column whose weights are smaller on average is rounded to nearest, or it would drown
@@ -40,13 +41,14 @@ ZERO_POINTS = 15  # the largest code
 
 
 def read_text(source: str) -> str:
-    """The text of a UTF-8 file; "builtin": calibration.txt, and then our prompts.
+    """The beginning of a UTF-8 file, as far as it is needed; "builtin": calibration.txt, and then our prompts.
 
     Raises InputError if it cannot be read.
     """
     if source != builtin.NAME:
         try:
-            return Path(source).read_text(encoding="utf-8")
+            with open(source, encoding="utf-8") as file:
+                return file.read(CHARACTERS)
         except (OSError, UnicodeDecodeError) as err:
             raise InputError(f"--calibrate {source}: {err}") from err
     prompts = [text for twins in builtin.builtin_twins() for text in (twins.unsafe, twins.safe)]
@@ -62,7 +64,7 @@ def text_rows(text: str, checkpoint: Checkpoint, tokenizer: Any, picture: torch.
 
     Raises InputError if the text is shorter than LENGTH tokens.
     """
-    ids = tokenizer(text, add_special_tokens=False).input_ids[: LENGTH * SEQUENCES]
+    ids = tokenizer(text[:CHARACTERS], add_special_tokens=False).input_ids[: LENGTH * SEQUENCES]
     if len(ids) < LENGTH:
         raise InputError(f"--calibrate: the text has {len(ids)} tokens; give at least {LENGTH}, better {4 * LENGTH}")
     rows = checkpoint.embed(ids[: len(ids) // LENGTH * LENGTH])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.cli import export
 from autosteer.export.graphs import gptq as module
-from autosteer.export.graphs.gptq import gptq, round_decoder
+from autosteer.export.graphs.gptq import CHARACTERS, LENGTH, SEQUENCES, gptq, read_text, round_decoder, text_rows
 from autosteer.export.graphs.quantize import Blocks, Packed, dequantise, quantise
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
@@ -104,6 +105,22 @@ def test_the_command_writes_a_valid_package_of_the_same_size(tmp_path: Path) -> 
         {c.name: c for c in Manifest.load(folder).validation["CPUExecutionProvider"]} for folder in (output, plain)
     ]
     assert checks[0].keys() == checks[1].keys() and all(c.passed for c in checks[0].values())
+
+
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path: Path) -> None:
+    """A book was tokenised as a whole."""
+    (tmp_path / "book").write_text("a lamp, " * CHARACTERS)
+    text = read_text(str(tmp_path / "book"))
+    assert text == ("a lamp, " * CHARACTERS)[:CHARACTERS]
+    asked: list[str] = []
+    checkpoint = demo_checkpoint()
+
+    def tokenizer(text: str, **options: bool) -> SimpleNamespace:
+        asked.append(text)
+        return SimpleNamespace(input_ids=[1] * len(text))
+
+    assert text_rows(text * 2, checkpoint, tokenizer, None).shape[:2] == (SEQUENCES, LENGTH)
+    assert asked == [text]
 
 
 @pytest.mark.parametrize(
