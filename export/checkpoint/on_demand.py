@@ -54,11 +54,11 @@ def open_on_demand(checkpoint: Checkpoint, lm_head: str, sweep: LayerSweep, sour
     large: dict[
         str, list[Weights]
     ] = {}  # by parent: SigLIP's attention declares k_proj before q_proj, but uses q_proj first
-    first = modules[0][1]  # Hugging Face takes a model's device from it
+    first = modules[0][1]  # Hugging Face asks it for the model's device
     for path, module in sorted(modules, key=lambda entry: entry[0].startswith(f"{decoder}.")):
         part = Weights(source, path, module)
-        small = part.bytes < SMALL_BYTES or (module is first and isinstance(module, nn.Conv2d))
-        if small or isinstance(module, nn.Embedding) or next(module.children(), None) is not None:
+        asked = module is first or isinstance(module, nn.Embedding) or next(module.children(), None) is not None
+        if asked or part.bytes < SMALL_BYTES:
             part.load()  # some of these are used without a call of their module's forward
         else:
             large.setdefault(path.rpartition(".")[0], []).append(part)
