@@ -225,17 +225,20 @@ class PromptEncoder:
 
     def _check_videos(self, messages: Sequence[Message]) -> None:
         """Raise InputError for videos that this model cannot take, before any frame is opened."""
-        videos = [frames for message in messages for frames in message.videos]
-        if not videos:
+        films = [film for message in messages for film in message.films]
+        if not films:
             return
         if self.manifest.video is None:
             raise InputError("this model takes no videos")
-        if not all(videos):
+        counts = [len(film.frames) for film in films]
+        if not all(counts):
             raise InputError("a video has no frames")
-        rows = sum(self._least_rows_of(len(frames), self.manifest.video) for frames in videos)
+        for count, film in zip(counts, films, strict=True):
+            videos_.check_seconds(count, film.seconds)  # whether the model reads them or not
+        rows = sum(self._least_rows_of(count, self.manifest.video) for count in counts)
         if rows >= self.manifest.dims.context_length:
             raise InputError(
-                f"the video takes {rows} tokens ({sum(map(len, videos))} frames); "
+                f"the video takes {rows} tokens ({sum(counts)} frames); "
                 f"the model's context holds {self.manifest.dims.context_length}; take fewer frames"
             )
 

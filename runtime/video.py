@@ -170,17 +170,19 @@ def tiles(frames: Iterable[ImageLike], height: int, width: int) -> Uint8:
     return np.stack([squeeze(open_image(frame), height, width) for frame in frames])
 
 
-def moments(frames: int, seconds: Sequence[float]) -> list[float]:
-    """When each of so many frames is shown. Raises InputError where `seconds` cannot be that."""
-    if not seconds:
-        return [i / FRAMES_PER_SECOND for i in range(frames)]
+def check_seconds(frames: int, seconds: Sequence[float]) -> None:
+    """Raise InputError where `seconds` cannot be when each of so many frames is shown. A video may have none."""
     ordered = all(a <= b for a, b in itertools.pairwise((0, *seconds, MAX_SECONDS)))  # false for NaN, too
-    if len(seconds) != frames or not ordered:
+    if seconds and (len(seconds) != frames or not ordered):
         raise InputError(
             f"a video of {frames} frames has {len(seconds)} seconds: there must be one for each frame, ascending, from "
             f"0 to {MAX_SECONDS:g}"
         )
-    return list(seconds)
+
+
+def moments(frames: int, seconds: Sequence[float]) -> list[float]:
+    """When each of so many frames is shown."""
+    return list(seconds) or [i / FRAMES_PER_SECOND for i in range(frames)]
 
 
 def group_times(moments: Sequence[float], group: int) -> list[float]:

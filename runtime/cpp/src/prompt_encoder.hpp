@@ -275,6 +275,7 @@ class PromptEncoder {
         if (!video) continue;
         if (!manifest_.video) throw InputError("this model takes no videos");
         if (video->frames.empty()) throw InputError("a video has no frames");
+        check_seconds(*video);  // whether the model reads them or not
         const auto count = static_cast<int64_t>(video->frames.size());
         ++films;
         frames += count;

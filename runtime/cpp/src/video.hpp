@@ -133,23 +133,26 @@ inline VideoPart open_video(const std::filesystem::path& path, int64_t frames = 
   return chosen;
 }
 
-/// When each frame is shown. Throws InputError where `seconds` cannot be that.
-inline std::vector<double> moments(const VideoPart& video) {
-  std::vector<double> moments = video.seconds;
-  if (moments.empty()) {
-    for (size_t i = 0; i < video.frames.size(); ++i) moments.push_back(static_cast<double>(i) / kFramesPerSecond);
-    return moments;
-  }
+/// Throws InputError where `seconds` cannot be when each frame is shown. A video may have none.
+inline void check_seconds(const VideoPart& video) {
   double last = 0;
   bool ordered = true;
-  for (const double moment : moments) {
+  for (const double moment : video.seconds) {
     ordered = ordered && last <= moment && moment <= kMaxSeconds;  // false for NaN, too
     last = moment;
   }
-  if (moments.size() != video.frames.size() || !ordered) {
+  if (!video.seconds.empty() && (video.seconds.size() != video.frames.size() || !ordered)) {
     throw InputError("a video of " + std::to_string(video.frames.size()) + " frames has " +
-                     std::to_string(moments.size()) + " seconds: there must be one for each frame, ascending, from 0 "
-                     "to 1e+06");
+                     std::to_string(video.seconds.size()) + " seconds: there must be one for each frame, ascending, "
+                     "from 0 to 1e+06");
+  }
+}
+
+/// When each frame is shown.
+inline std::vector<double> moments(const VideoPart& video) {
+  std::vector<double> moments = video.seconds;
+  for (size_t i = 0; video.seconds.empty() && i < video.frames.size(); ++i) {
+    moments.push_back(static_cast<double>(i) / kFramesPerSecond);
   }
   return moments;
 }
