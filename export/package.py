@@ -40,9 +40,9 @@ from .graphs import decoder
 from .graphs import gate as gate_graphs
 from .graphs.calibration import calibrate_decoder, calibration_rows, image_rows, with_random_tokens
 from .graphs.gptq import round_decoder, text_rows
+from .graphs.image_graph import image_graph
 from .graphs.kv_scales import KVScales
 from .graphs.quantize import Blocks, Recipe, Scheme, Target, recipe
-from .graphs.vision import image_graph
 from .graphs.weights import Advance, WeightStore
 from .graphs.writer import GraphWriter
 from .safety_folder import SafetyArtifact

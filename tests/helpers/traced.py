@@ -12,25 +12,27 @@ from typing import Any
 import onnx_ir as ir
 
 from autosteer.export.checkpoint.open import Checkpoint
-from autosteer.export.graphs import vision
+from autosteer.export.graphs import image_graph
+from autosteer.export.graphs.vision import ImageGraph
+from autosteer.export.graphs.writer import FLOAT32
 
 
 def trace_once() -> None:
-    """Replace vision.trace by one that remembers; exports change the graph, so each gets a copy.
+    """Replace image_graph.trace by one that remembers; exports change the graph, so each gets a copy.
 
     Nodes that an export adds to a copy have other names than those it adds to a fresh trace. Nothing else differs.
     """
-    trace = vision.trace
+    trace = image_graph.trace
     if hasattr(trace, "__wrapped__"):
         return
-    known: dict[Any, tuple[ir.Model, vision.ImageGraph]] = {}
+    known: dict[Any, tuple[ir.Model, ImageGraph]] = {}
 
     @wraps(trace)
-    def remembered(checkpoint: Checkpoint, computed: str = vision.FLOAT32) -> tuple[ir.Model, vision.ImageGraph]:
+    def remembered(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, ImageGraph]:
         key = checkpoint.config.to_json_string(use_diff=False), checkpoint.family.vision, computed
         if key not in known:
             known[key] = trace(checkpoint, computed)
         model, wrapper = known[key]
         return model.clone(), wrapper
 
-    vision.trace = remembered
+    image_graph.trace = remembered

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, picture
 
 from autosteer.export.cli import export
-from autosteer.export.graphs import vision
+from autosteer.export.graphs import image_graph
 from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety import batches
 from autosteer.export.validation.original import ImageErrors, ValidationPrompt
@@ -126,7 +126,7 @@ def build_checkpoint(folder: Path, variant: str) -> None:
 def _quick() -> Iterator[None]:
     """One thread; each VQ encoder is traced once, as its graph does not depend on split or precision."""
     torch.set_num_threads(1)
-    traced, trace = {}, vision.trace
+    traced, trace = {}, image_graph.trace
 
     def once(checkpoint: Any, computed: str) -> Any:
         if checkpoint.name not in traced:
@@ -134,7 +134,7 @@ def _quick() -> Iterator[None]:
         return traced[checkpoint.name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "trace", once)
+        patch.setattr(image_graph, "trace", once)
         yield
     FAMILY.remove()
 
