@@ -6,7 +6,7 @@ What every load checks, in milliseconds and without text, is in self_test.py.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import PIL
@@ -14,13 +14,21 @@ import PIL
 from .engine import Answer, Engine
 from .gate import Mode
 from .generation import EncodedPrompt, Stats
-from .manifest import Check, Golden
+from .manifest import Check, Golden, Manifest
 from .sampling import SamplingConfig
 from .text import Message
 from .video import Video
 
 
-def check_package(engine: Engine, folder: Path) -> list[Check]:
+@dataclass(frozen=True)
+class Replay:
+    """What came of the golden prompts."""
+
+    checks: list[Check]
+    about_pictures: str  # "" if those with pictures are answered as recorded
+
+
+def check_package(engine: Engine, folder: Path) -> Replay:
     """Answer every golden prompt again. Loading has already checked hashes, names, shapes and the gate's proof.
 
     Verdicts must be equal. Scores and tokens may differ by Manifest.tolerance. The answer to a steered prompt must
@@ -28,15 +36,19 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
     threshold. A monitor must stop every answer where its threshold is below 0; otherwise it does not watch here: the
     golden answers were recorded without one. A package without golden prompts fails.
     """
-    manifest = engine.manifest
+    manifest, tolerance = engine.manifest, engine.manifest.tolerance
     gated = Mode.STEER if manifest.guarded else Mode.OFF
     drift = verdicts = tokens = unsteered = unstopped = fired = unwatched = 0.0
+    shown = differ = 0  # golden prompts with pictures; of these, answered otherwise
     for golden in manifest.golden:
         prompt = golden_prompt(engine, folder, golden)
         answer = _answer(engine, prompt, golden, gated)
-        verdicts += answer.verdict.action.value != golden.action
-        tokens += answer.token_ids != golden.token_ids
-        drift = max(drift, _drift(golden, answer))
+        away = _drift(golden, answer)
+        other_verdict, other_tokens = answer.verdict.action.value != golden.action, answer.token_ids != golden.token_ids
+        drift, verdicts, tokens = max(drift, away), verdicts + other_verdict, tokens + other_tokens
+        if golden.pictures():
+            shown += 1
+            differ += away > tolerance.p_unsafe or other_verdict or other_tokens
         if manifest.monitor and len(golden.token_ids) > 1:
             unwatched += _answer(engine, prompt, golden, gated, -1.0).finish_reason != "refused"
         if golden.action == "steer":
@@ -44,8 +56,7 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
             if golden.threshold is None:
                 fired += 1
                 unstopped += _answer(engine, prompt, golden, Mode.STOP).finish_reason != "refused"
-    tolerance = manifest.tolerance
-    return [
+    checks = [
         Check("files that match their hash", float(len(manifest.paths())), None, True),
         Check("golden prompts", float(len(manifest.golden)), None, bool(manifest.golden)),
         Check("of these unsafe at the package's threshold", fired, None, True),
@@ -56,24 +67,17 @@ def check_package(engine: Engine, folder: Path) -> list[Check]:
         Check("unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0),
         *([Check("answers that the monitor cannot stop", unwatched, 0.0, unwatched == 0)] if manifest.monitor else []),
     ]
+    return Replay(checks, _about_pictures(manifest, differ, shown))
 
 
-def about_pictures(engine: Engine, folder: Path) -> str:
-    """What to say of a package that failed if golden prompts with pictures are answered otherwise here: versions of
-    Pillow resize pictures differently. "" if they are not.
+def _about_pictures(manifest: Manifest, differ: int, shown: int) -> str:
+    """What to say if `differ` of the `shown` golden prompts with pictures are answered otherwise here: versions of
+    Pillow resize pictures differently.
     """
-    manifest = engine.manifest
-    gated = Mode.STEER if manifest.guarded else Mode.OFF
-    shown = [golden for golden in manifest.golden if golden.pictures()]
-    differ = 0
-    for golden in shown:
-        answer = _answer(engine, golden_prompt(engine, folder, golden), golden, gated)
-        near = _drift(golden, answer) <= manifest.tolerance.p_unsafe
-        differ += not near or answer.verdict.action.value != golden.action or answer.token_ids != golden.token_ids
     if not differ:
         return ""
     return (
-        f" ({differ} of {len(shown)} golden prompts with pictures differ: recorded with Pillow "
+        f" ({differ} of {shown} golden prompts with pictures differ: recorded with Pillow "
         f"{manifest.versions.get('pillow', 'unknown')}, answered with Pillow {PIL.__version__})"
     )
 

@@ -25,7 +25,7 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
 
     Compares every file with its hash, every graph with the manifest, and every answer with the recorded one.
     """
-    from ..check import about_pictures, check_package
+    from ..check import check_package
     from ..host import describe_host
 
     if host:
@@ -35,19 +35,19 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
     if package is None:
         raise click.UsageError("give a PACKAGE, or --host")
     engine = load(package, device, threads)  # checks hashes, graphs and the gate's proof
-    results = check_package(engine, package)
+    replay = check_package(engine, package)
     if as_json:
-        click.echo(dumps({"package": str(package), "checks": [dataclasses.asdict(r) for r in results]}))
+        click.echo(dumps({"package": str(package), "checks": [dataclasses.asdict(r) for r in replay.checks]}))
     else:
         rows = [
             (r.name, f"{r.value:g}", "" if r.limit is None else f"{r.limit:g}", "ok" if r.passed else "FAILED")
-            for r in results
+            for r in replay.checks
         ]
         click.echo(table(("check", "value", "limit", ""), rows))
-    if failed := [r.name for r in results if not r.passed]:
+    if failed := [r.name for r in replay.checks if not r.passed]:
         raise CheckError(
             f"{package}: {', '.join(failed)}: not as on the exporting machine; do not deploy this package here"
-            f"{about_pictures(engine, package)}"
+            f"{replay.about_pictures}"
         )
 
 

@@ -139,7 +139,7 @@ def test_the_check_finds_what_python_finds(built, precision):
     package = demo_package(precision)
     done = cli(built, package, "--check", "--json")
     assert done.returncode == 0, done.stderr
-    ours = {check.name: check for check in check_package(demo_engine(precision), package)}
+    ours = {check.name: check for check in check_package(demo_engine(precision), package).checks}
     theirs = {line["name"]: line for line in json.loads(done.stdout)["checks"]}
     assert theirs.keys() == ours.keys()
     for name, line in theirs.items():

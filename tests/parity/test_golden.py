@@ -55,7 +55,7 @@ def test_unsafe_prompts_that_fire_and_are_steered_are_among_the_golden_ones(prec
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_the_demo_package_checks_itself(precision: str) -> None:
-    checks = {check.name: check for check in check_package(demo_engine(precision), demo_package(precision))}
+    checks = {check.name: check for check in check_package(demo_engine(precision), demo_package(precision)).checks}
     assert [name for name, check in checks.items() if not check.passed] == []
     assert checks["of these unsafe at the package's threshold"].value == 6
 

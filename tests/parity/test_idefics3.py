@@ -265,7 +265,7 @@ def test_a_quantised_package_exports_and_its_table_says_how_good_it_is(precision
 
 
 def test_golden_answers_replay() -> None:
-    assert all(check.passed for check in check_package(engine("smolvlm"), package("smolvlm", "fp32")))
+    assert all(check.passed for check in check_package(engine("smolvlm"), package("smolvlm", "fp32")).checks)
 
 
 def test_position_embeddings_are_found_as_hugging_face_finds_them() -> None:

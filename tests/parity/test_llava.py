@@ -235,7 +235,7 @@ def test_the_cpp_runtime_answers_alike(variant: str, built: Path, tmp_path: Path
 
 @pytest.mark.parametrize("variant", ["one tile", "anyres"])
 def test_golden_answers_replay(variant: str) -> None:
-    assert all(check.passed for check in check_package(engine(variant), package(variant, "fp32")))
+    assert all(check.passed for check in check_package(engine(variant), package(variant, "fp32")).checks)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_all_but_the_monitor_is_kept(fitted: Path):
 def test_the_package_loads_checks_and_stops_what_the_prober_lets_begin(package: Path):
     engine = Engine.load(package, device="cpu", threads=1)
     assert engine.manifest.monitor is not None and len(engine.manifest.proof.monitor) > 0  # type: ignore[union-attr]
-    checks = {check.name: check for check in check_package(engine, package)}
+    checks = {check.name: check for check in check_package(engine, package).checks}
     assert all(check.passed for check in checks.values())
     assert "answers that the monitor cannot stop" in checks
     lets_all_begin = engine.policy("stop", threshold=0.9999999)

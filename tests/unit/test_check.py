@@ -14,7 +14,7 @@ from PIL import Image
 
 from autosteer.runtime import Message, PackageError, Stats
 from autosteer.runtime import generation as request
-from autosteer.runtime.check import about_pictures, check_package, golden_prompt
+from autosteer.runtime.check import check_package, golden_prompt
 from autosteer.runtime.gate import Mode
 from autosteer.runtime.manifest import Golden, Manifest, Tolerance
 
@@ -40,12 +40,12 @@ def package_with(folder, *golden: Golden, tolerance: Tolerance = EXACT, guarded:
 
 
 def failed(folder) -> list[str]:
-    return [check.name for check in check_package(load(folder), folder) if not check.passed]
+    return [check.name for check in check_package(load(folder), folder).checks if not check.passed]
 
 
 def test_package_that_answers_as_recorded_passes(tmp_path):
     package_with(tmp_path, *GOLDEN)
-    checks = {check.name: check.value for check in check_package(load(tmp_path), tmp_path)}
+    checks = {check.name: check.value for check in check_package(load(tmp_path), tmp_path).checks}
     assert checks == {
         "files that match their hash": 10.0,
         "golden prompts": 4.0,
@@ -112,7 +112,7 @@ def test_a_head_that_stops_steering_fails_the_check(tmp_path, monkeypatch):
             {"last_hidden_state": last}, {"logits": logits}
         ),
     )
-    found = [check.name for check in check_package(engine, tmp_path) if not check.passed]
+    found = [check.name for check in check_package(engine, tmp_path).checks if not check.passed]
     assert found == ["steered answers that equal the unsteered"]
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_that_is_not_stopped_fails_the_check(tmp_path, monkeypatch):
     engine = load(tmp_path)
     policy = engine.policy
     monkeypatch.setattr(engine, "policy", lambda mode, **more: policy("monitor" if mode == Mode.STOP else mode, **more))
-    found = [check.name for check in check_package(engine, tmp_path) if not check.passed]
+    found = [check.name for check in check_package(engine, tmp_path).checks if not check.passed]
     assert found == ["unsafe prompts that --policy stop answers"]
 
 
@@ -129,7 +129,7 @@ def test_a_prompt_that_is_not_stopped_fails_the_check(tmp_path, monkeypatch):
 def test_prober_that_gives_no_number_fails_the_check(tmp_path, prompt):
     """max(0.0, nan) is 0.0: a prober gone NaN differed by nothing, and its verdict (unsafe) was the recorded one."""
     package_with(tmp_path, Golden(prompt, (), None, P_BAD, "steer", (22, 23, 31)))
-    checks = {check.name: check for check in check_package(load(tmp_path), tmp_path)}
+    checks = {check.name: check for check in check_package(load(tmp_path), tmp_path).checks}
     assert checks["verdicts that differ"].passed
     assert checks["p_unsafe, largest difference"].value == math.inf
     assert failed(tmp_path) == ["p_unsafe, largest difference"]
@@ -141,12 +141,12 @@ def test_pictures_that_are_answered_otherwise_name_the_versions_of_pillow(tmp_pa
     package_with(tmp_path, text, replace(picture, p_unsafe=P_SAFE + 2e-3), replace(picture, token_ids=(6, 7, 9, 31)))
     manifest = Manifest.load(tmp_path)
     replace(manifest, versions=manifest.versions | {"pillow": "1.2"}).save(tmp_path)
-    assert about_pictures(load(tmp_path), tmp_path) == (
+    assert check_package(load(tmp_path), tmp_path).about_pictures == (
         " (2 of 2 golden prompts with pictures differ: recorded with Pillow 1.2, answered with Pillow "
         f"{PIL.__version__})"
     )
     package_with(tmp_path, replace(text, token_ids=(6, 9)), picture)
-    assert about_pictures(load(tmp_path), tmp_path) == ""
+    assert check_package(load(tmp_path), tmp_path).about_pictures == ""
 
 
 def test_package_without_golden_prompts_fails_the_check(tmp_path):

@@ -302,11 +302,11 @@ def test_check_replays_unwatched_and_then_sees_every_answer_stopped(tmp_path, mo
     manifest = toy.build(tmp_path, monitored=True)
     replace(manifest, golden=GOLDEN, tolerance=Tolerance(1e-3, 0)).save(tmp_path)
     engine = load(tmp_path)
-    checks = {check.name: check for check in check_package(engine, tmp_path)}
+    checks = {check.name: check for check in check_package(engine, tmp_path).checks}
     assert checks["answers that the monitor cannot stop"].value == 0.0
     assert all(check.passed for check in checks.values())
     monkeypatch.setattr(Monitor, "read", lambda self, state: None)
-    failed = [check.name for check in check_package(engine, tmp_path) if not check.passed]
+    failed = [check.name for check in check_package(engine, tmp_path).checks if not check.passed]
     assert failed == ["answers that the monitor cannot stop"]
 
 

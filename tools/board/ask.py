@@ -32,7 +32,7 @@ def main() -> None:
             )
             for request in asked["requests"]
         ]
-        checks = check_package(engine, folder) if name in asked["check"] else []
+        checks = check_package(engine, folder).checks if name in asked["check"] else []
         said = {
             "package": folder.name,
             "exact": engine.manifest.exact,

@@ -385,10 +385,10 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
 /// autosteer-check: replay the golden prompts. Throws an Error with exit code 6 if something differs.
 void check(const Arguments& arguments) {
   const autosteer::Engine engine(*arguments.package, arguments.engine);
-  const std::vector<autosteer::Check> checks = autosteer::check_package(engine, *arguments.package);
+  const autosteer::Replay replay = autosteer::check_package(engine, *arguments.package);
   std::string failed;
   autosteer::OrderedJson lines = autosteer::OrderedJson::array();
-  for (const autosteer::Check& line : checks) {
+  for (const autosteer::Check& line : replay.checks) {
     if (!line.passed) failed += (failed.empty() ? "" : ", ") + line.name;
     lines.push_back({{"name", line.name},
                      {"value", line.value},
@@ -405,7 +405,7 @@ void check(const Arguments& arguments) {
     constexpr int kCheckFailed = 6;
     throw autosteer::Error(
         *arguments.package + ": " + failed + ": not as on the exporting machine; do not deploy this package here" +
-            autosteer::about_pictures(engine, *arguments.package),
+            replay.about_pictures,
         kCheckFailed);
   }
 }

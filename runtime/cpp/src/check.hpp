@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine.hpp"
@@ -47,38 +48,44 @@ inline double golden_drift(const Golden& golden, const Answer& found) {
   return std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference;
 }
 
-/// What to say of a package that failed if golden prompts with pictures are answered otherwise here: versions of Pillow
-/// resize pictures differently. "" if they are not.
-inline std::string about_pictures(const Engine& engine, const fs::path& folder) {
-  const Manifest& manifest = engine.manifest;
-  int64_t shown = 0, differ = 0;
-  for (const Golden& golden : manifest.golden) {
-    if (golden.images.empty() && golden.videos.empty()) continue;
-    const Answer found = golden_answer(engine, folder, golden, manifest.guarded ? Mode::steer : Mode::off);
-    const bool near = golden_drift(golden, found) <= manifest.tolerance.p_unsafe;
-    differ += !near || name(found.verdict.action) != golden.action || found.token_ids != golden.token_ids;
-    ++shown;
-  }
+/// What to say if `differ` of the `shown` golden prompts with pictures are answered otherwise here: versions of Pillow
+/// resize pictures differently.
+inline std::string about_pictures(const Manifest& manifest, int64_t differ, int64_t shown) {
   if (differ == 0) return "";
   return " (" + std::to_string(differ) + " of " + std::to_string(shown) +
          " golden prompts with pictures differ: recorded with Pillow " + manifest.pillow +
          ", answered with pixels of Pillow 13)";
 }
 
+/// What came of the golden prompts.
+struct Replay {
+  std::vector<Check> checks;
+  std::string about_pictures;  ///< "" if those with pictures are answered as recorded
+};
+
 /// Answer every golden prompt of the package in `folder` again; runtime/check.py says what must be equal. Loading
 /// `engine` has already checked hashes, names, shapes and the gate's proof.
-inline std::vector<Check> check_package(const Engine& engine, const fs::path& folder) {
+inline Replay check_package(const Engine& engine, const fs::path& folder) {
   const Manifest& manifest = engine.manifest;
+  const Tolerance& tolerance = manifest.tolerance;
   const auto answer = [&](const Golden& golden, Mode mode, std::optional<double> answer_threshold = {}) {
     return golden_answer(engine, folder, golden, mode, answer_threshold);
   };
   const Mode gated = manifest.guarded ? Mode::steer : Mode::off;
   double drift = 0, verdicts = 0, tokens = 0, unsteered = 0, unstopped = 0, fired = 0, unwatched = 0;
+  int64_t shown = 0, differ = 0;  // golden prompts with pictures; of these, answered otherwise
   for (const Golden& golden : manifest.golden) {
     const Answer found = answer(golden, gated);
-    verdicts += name(found.verdict.action) != golden.action;
-    tokens += found.token_ids != golden.token_ids;
-    drift = std::max(drift, golden_drift(golden, found));
+    const double away = golden_drift(golden, found);
+    const bool other_verdict = name(found.verdict.action) != golden.action;
+    const bool other_tokens = found.token_ids != golden.token_ids;
+    drift = std::max(drift, away);
+    verdicts += other_verdict;
+    tokens += other_tokens;
+    if (!golden.images.empty() || !golden.videos.empty()) {
+      ++shown;
+      differ += away > tolerance.p_unsafe || other_verdict || other_tokens;
+    }
     if (manifest.monitor && golden.token_ids.size() > 1) {
       unwatched += answer(golden, gated, -1.0).finish_reason != "refused";
     }
@@ -90,7 +97,6 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
       }
     }
   }
-  const Tolerance& tolerance = manifest.tolerance;
   const auto most = static_cast<double>(tolerance.answers);
   std::vector<Check> checks = {
       {"files that match their hash", static_cast<double>(manifest.paths().size()), {}, true},
@@ -102,7 +108,7 @@ inline std::vector<Check> check_package(const Engine& engine, const fs::path& fo
       {"steered answers that equal the unsteered", unsteered, 0.0, unsteered == 0},
       {"unsafe prompts that --policy stop answers", unstopped, 0.0, unstopped == 0}};
   if (manifest.monitor) checks.push_back({"answers that the monitor cannot stop", unwatched, 0.0, unwatched == 0});
-  return checks;
+  return {std::move(checks), about_pictures(manifest, differ, shown)};
 }
 
 }  // namespace autosteer
