@@ -35,9 +35,15 @@ def _type_hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+@functools.cache
+def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """A type's origin, its arguments, and whether it is a dataclass: cached, as a manifest has thousands of values."""
+    return typing.get_origin(kind), typing.get_args(kind), dataclasses.is_dataclass(kind)
+
+
 def _decode(kind: Any, data: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    origin, args, is_object = _taken_apart(kind)
+    if is_object:
         if not isinstance(data, dict):
             raise PackageError(f"{where}: expected an object")
         fields = {f.name: f for f in dataclasses.fields(kind)}
@@ -47,7 +53,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if missing := sorted(required - data.keys()):
             raise PackageError(f"{where}: missing key {missing[0]!r}")
         hints = _type_hints(typing.cast(type, kind))
-        return kind(**{key: _decode(hints[key], value, f"{where}: {key}") for key, value in data.items()})  # type: ignore[operator]
+        return kind(**{key: _decode(hints[key], value, f"{where}: {key}") for key, value in data.items()})
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in args:
             return None
@@ -134,7 +140,7 @@ def json_schema(kind: Any) -> dict[str, Any]:
     """The JSON Schema of what `decode` accepts for a dataclass, or for the type of a field."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _type_hints(typing.cast(type, kind))
         fields = dataclasses.fields(kind)
         return {
             "type": "object",

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 import toy
 
+from autosteer.runtime.serve.cli import main
+
 COMMAND = (sys.executable, "-c", "from autosteer.runtime.serve.cli import main; main()")
 KEY = "correct-horse-battery-staple"
+Refused = Callable[..., tuple[int, str]]
 
 
-def refused(*arguments: object, **environment: str) -> tuple[int, str]:
-    """Exit code and the one line of an autosteer-serve that does not start."""
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
-    assert done.stdout == "" and "Traceback" not in done.stderr
-    return done.returncode, done.stderr.strip()
+@pytest.fixture
+def refused(monkeypatch, capsys) -> Refused:
+    """Exit code and the one line of an autosteer-serve that does not start: main(), in this process."""
+
+    def run(*arguments: object, **environment: str) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["autosteer-serve", *map(str, arguments)])
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as left:
+                main()
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1
+        return int(left.value.code or 0), said.err.strip()
+
+    return run
 
 
 @pytest.fixture
@@ -64,13 +76,13 @@ def test_a_package_that_cannot_share_a_pass_is_answered_one_request_at_a_time_an
         running.kill()
 
 
-def test_beyond_this_machine_it_needs_a_key(package):
+def test_beyond_this_machine_it_needs_a_key(refused, package):
     for host in ("0.0.0.0", "::", "example.org"):
         code, line = refused(package, "--host", host)
         assert code == 5 and f"--host {host}: others could use this server; give a key" in line
 
 
-def test_a_key_that_is_none_is_refused(package, tmp_path):
+def test_a_key_that_is_none_is_refused(refused, package, tmp_path):
     (tmp_path / "short").write_text("x\n")
     for arguments, environment in (
         (("--api-key-file", tmp_path / "short"), {}),
@@ -83,14 +95,14 @@ def test_a_key_that_is_none_is_refused(package, tmp_path):
     assert code == 1 and "No such file" in line
 
 
-def test_an_address_in_use_is_an_error_with_the_options_to_change(package):
+def test_an_address_in_use_is_an_error_with_the_options_to_change(refused, package):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, line = refused(package, "--port", port)
         assert code == 1 and f"--host 127.0.0.1 --port {port}: Address already in use" in line
 
 
-def test_what_does_not_go_together_is_refused(package, unguarded_package):
+def test_what_does_not_go_together_is_refused(refused, package, unguarded_package):
     assert "is stricter than" in refused(package, "--policy", "steer", "--weakest-policy", "stop")[1]
     code, line = refused(unguarded_package, "--port", 0)
     assert code == 3 and "--unguarded" in line

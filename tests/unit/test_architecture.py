@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def output_of(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Every module that a source file imports, wherever in it; relative ones as autosteer.<folder>.<module>."""
     package = "autosteer." + ".".join(path.relative_to(ROOT).parts[:-1])

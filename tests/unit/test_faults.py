@@ -1,8 +1,12 @@
-"""Faults at every subgraph, within a request: whatever fails, nobody sees a piece of an unguarded answer."""
+"""Faults at every subgraph and at allocations, within a request: whatever fails, nobody sees a piece of an unguarded
+answer.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -83,3 +87,11 @@ def test_faults_are_met(package, tmp_path):
         engine = load(with_fault(package, tmp_path / graph, graph, "raises"))
         pieces = shown(engine, UNSAFE, "steer", pictures_for(graph))
         assert not pieces or (graph == "prober" and pieces[0].verdict.p_unsafe != pieces[0].verdict.p_unsafe)
+
+
+def test_each_allocation_of_a_request_may_fail():
+    pytest.importorskip("_testcapi", reason="this Python was built without CPython's own tests")
+    command = [sys.executable, Path(__file__).parents[1] / "attacks" / "allocations.py", "61"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" 0 wrong") == 7
