@@ -5,6 +5,7 @@ Also what becomes of skipped tests: locally, one line says how to run those of t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the command-line tools that
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl-C, and so would the tools we start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+ROOMS_OF_TOYS = ("unit", "cli", "serve", "conformance")
 
 # Why tests may be skipped in CI, too: any other reason is a failure there.
 ALLOWED_IN_CI = (
@@ -92,6 +95,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> Iterator[None]:
         stats["skipped"] = skipped
         why = cpp[0].partition(f"{NO_CPP}: ")[2]
         terminalreporter.write_line(f"{len(cpp)} tests of the C++ runtime skipped ({why}): apt-get install {PACKAGES}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _toys_stay_where_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Packages of a few KB have nothing for huge pages, and to look for it took a third of a load (test_pages.py has
+    one). Engines that tests start in other processes, and those of tests/parity, look.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name in ROOMS_OF_TOYS:
+            patch.setattr("autosteer.runtime.engine.placing", contextlib.nullcontext)
+        yield
 
 
 def load(folder: Path) -> Engine:

@@ -16,7 +16,6 @@ import toy
 from autosteer.runtime.serve.cli import main
 
 COMMAND = (sys.executable, "-c", "from autosteer.runtime.serve.cli import main; main()")
-KEY = "correct-horse-battery-staple"
 Refused = Callable[..., tuple[int, str]]
 
 

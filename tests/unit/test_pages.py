@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load
 
 from autosteer.runtime import pages as subject
 from autosteer.runtime.pages import HUGE, MADV_COLLAPSE, MADV_PAGEOUT, placing
@@ -61,6 +62,15 @@ def test_what_was_filled_meanwhile_is_moved_and_what_was_read_of_files_is_given_
         *((n * HUGE, (n + 8) * HUGE, MADV_COLLAPSE) for n in (10, 20, 30)),
         *((n * HUGE, (n + 8) * HUGE, MADV_PAGEOUT) for n in (50, 90)),
     ]
+
+
+def test_what_a_load_fills_is_placed(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    """Other tests in this room load without it: see tests/conftest.py."""
+    looks: list[int] = []
+    monkeypatch.setattr(subject, "_mappings", lambda: looks.append(1) or [])
+    monkeypatch.setattr("autosteer.runtime.engine.placing", placing)
+    load(package)
+    assert len(looks) == 2  # before, and afterwards
 
 
 def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
