@@ -135,16 +135,20 @@ def test_prober_that_gives_no_number_fails_the_check(tmp_path, prompt):
     assert failed(tmp_path) == ["p_unsafe, largest difference"]
 
 
-def test_pictures_that_are_answered_otherwise_name_the_versions_of_pillow(tmp_path):
+def test_pictures_that_are_answered_otherwise_name_the_versions_of_pillow(tmp_path, monkeypatch):
     """A demo of Pillow 13 failed under Pillow 12, and nothing said that the pixels of its pictures were others."""
     text, picture = GOLDEN[0], GOLDEN[3]
     package_with(tmp_path, text, replace(picture, p_unsafe=P_SAFE + 2e-3), replace(picture, token_ids=(6, 7, 9, 31)))
     manifest = Manifest.load(tmp_path)
     replace(manifest, versions=manifest.versions | {"pillow": "1.2"}).save(tmp_path)
-    assert check_package(load(tmp_path), tmp_path).about_pictures == (
+    engine, answers = load(tmp_path), list[int]()
+    answer = engine.answer
+    monkeypatch.setattr(engine, "answer", lambda *asked: answers.append(1) or answer(*asked))
+    assert check_package(engine, tmp_path).about_pictures == (
         " (2 of 2 golden prompts with pictures differ: recorded with Pillow 1.2, answered with Pillow "
         f"{PIL.__version__})"
     )
+    assert len(answers) == 3, "each prompt is answered once"
     package_with(tmp_path, replace(text, token_ids=(6, 9)), picture)
     assert check_package(load(tmp_path), tmp_path).about_pictures == ""
 
