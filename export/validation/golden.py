@@ -113,7 +113,8 @@ def gate_proof(
         Check("states whose token steering changes", float(len(effective)), None, bool(effective)),
         Check("states steered away from the refusal", away, AWAY_LIMIT, away <= AWAY_LIMIT),
     ]
-    kept = sorted(effective, key=lambda i: found[i].lead < NEAR_TIE)[:PROOF_STATES]  # stable
+    clear = [i for i in effective if found[i].lead >= NEAR_TIE]
+    kept = clear[:PROOF_STATES] or sorted(effective, key=lambda i: -found[i].lead)[:1]
     np.concatenate([probed, last[kept], steered[kept]]).astype("<f4").tofile(folder / PROOF_FILE)
     return GateProof(PROOF_FILE, scores, tuple(found[i].state for i in kept), watched), checks
 

@@ -15,6 +15,7 @@ from exported import demo_checkpoint, demo_engine, demo_package
 from autosteer.export.cli import find_safety
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety_folder import ProofPrompt, SafetyArtifact
+from autosteer.export.validation import golden
 from autosteer.export.validation.answers import run_package
 from autosteer.export.validation.gate_checks import refusal_checks
 from autosteer.export.validation.golden import gate_proof, goldens, lead
@@ -104,6 +105,17 @@ def test_a_refusal_head_that_makes_no_refusals_is_not_exported(
     checks, _ = judged(tmp_path, replace(safety, steer_matrix=damage(safety.steer_matrix)))
     assert {check.name for check in checks if not check.passed} >= set(names)
     assert bool(names) == any(not check.passed for check in checks)
+
+
+def test_a_state_whose_token_hangs_by_a_thread_is_no_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int8 package loaded on x86 and was refused on ARM, where other kernels chose the runner-up."""
+    cases = proof_prompts(tmp_golden(tmp_path), demo_safety())
+    engine, ours = run_package(demo_package("fp32"), demo_engine("fp32").manifest, cases, 16)
+    kept = []
+    for near in (0.0, 2.0, 1e9):
+        monkeypatch.setattr(golden, "NEAR_TIE", near)
+        kept.append(len(gate_proof(tmp_path, engine, cases, ours, demo_safety())[0].steered))
+    assert kept[0] > kept[1] > kept[2] == 1  # the clearest, where none is clear
 
 
 def test_a_model_that_refuses_by_itself_is_exported_and_its_verdicts_are_golden(tmp_path: Path) -> None:
