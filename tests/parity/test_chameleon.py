@@ -170,6 +170,16 @@ def test_64_greedy_tokens_equal_hugging_faces_with_images_between_texts(variant:
     assert FAMILY.generate(variant, messages, 64) == expected
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_answers_are_those_of_hugging_face(variant: str) -> None:
+    FAMILY.check_answers(variant, 30)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_cpp_runtime_answers_alike(variant: str, built: Path, tmp_path: Path) -> None:
+    FAMILY.check_cpp(variant, built, tmp_path)
+
+
 def test_the_order_of_texts_and_images_is_the_users() -> None:
     image = ImagePart(picture(1))
     orders = [("a", image, "b"), ("a", "b", image), (image, "a", "b")]
