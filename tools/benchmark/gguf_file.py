@@ -1,5 +1,5 @@
 """GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3, alone or as the decoder of a
-family in mmproj_file.py; and a list of one's tensors.
+family in towers.py; and a list of one's tensors.
 
     python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
     python -m benchmark.gguf_file list FILE
@@ -23,6 +23,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from benchmark import towers
+
 ARCHITECTURES = {  # of a decoder's model_type: llama.cpp's layer, and its way to split text
     "llama": (gguf.MODEL_ARCH.LLAMA, "smollm"),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, "qwen2"),
@@ -30,9 +32,6 @@ ARCHITECTURES = {  # of a decoder's model_type: llama.cpp's layer, and its way t
     "qwen3_vl_text": (gguf.MODEL_ARCH.QWEN3VL, "qwen2"),
 }
 BREAKS = "\u010a\u010a"  # two line breaks, byte by byte
-TOWER = re.compile(
-    r"(model\.)?(vision_model|vision_tower|visual|connector|multi_modal_projector)\."
-)  # mmproj_file.py's
 DECODER = re.compile(r"(model\.)?((language|text)_model\.)?(model\.)?")  # what precedes a decoder's own names
 
 
@@ -85,7 +84,7 @@ def write_float32(checkpoint: Path, path: Path) -> None:
         writer.add_rope_dimension_count(head_size)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in tensors(checkpoint):
-        if TOWER.match(name):
+        if towers.TENSORS.match(name):
             continue
         if pairs and (found := re.search(r"\.([qk])_proj\.weight$", name)):
             tensor = _interleaved(tensor, heads if found[1] == "q" else kv_heads)

@@ -18,7 +18,7 @@ PICTURE = 4096  # most positions of a picture's tiles and of what stands between
 
 
 class Mtmd(LlamaCpp):
-    """One model with its tower, asked in its family's `turn` (peers.TURNS). Tiles are encoded as llama-mtmd-cli does:
+    """One model with its tower, asked in its family's `turn` (towers.py). Tiles are encoded as llama-mtmd-cli does:
     as many at once as libmtmd takes, if no text stands between them.
     """
 

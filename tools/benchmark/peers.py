@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import towers
 from .weights import Matrix, Weights, onnx_weights
 
 TOOLS = Path(__file__).resolve().parents[1]
@@ -25,11 +26,6 @@ NEEDS = {  # modules, and how to install them
     "torch": (("torch", "transformers"), "torch transformers"),
 }
 GGUF_TYPES = {4: "Q4_0", 8: "Q8_0", 32: "F32"}  # bits of the package's body -> llama-quantize's name
-TURNS = {  # families with pictures that mmproj_file.py writes: their turn of one picture, {image}, and a text, {text}
-    "idefics3": "<|im_start|>User:{image}{text}<end_of_utterance>\nAssistant:",
-    "internvl": "<|im_start|>user\n{image}\n{text}<|im_end|>\n<|im_start|>assistant\n",
-    "qwen3_vl": "<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
-}
 TOWER_TYPE = "Q8_0"  # 8 bits, as our towers; F16 is about as fast
 
 
@@ -146,17 +142,16 @@ def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: 
 
 def _mtmd(checkpoint: Path, body: Matrix, python: str, work: Path) -> list[Configuration]:
     """The same with its tower, at 8 bits as ours, by libmtmd."""
-    text = gguf(_gguf_file(checkpoint, body, python, work, tuple(TURNS)), python)[0]
-    turn = TURNS[_model_type(checkpoint)]
+    text = gguf(_gguf_file(checkpoint, body, python, work, tuple(towers.FAMILIES)), python)[0]
     tower = work / checkpoint.name / f"mmproj-{TOWER_TYPE}.gguf"
     if not tower.exists():
         _make("llama.cpp", python, "-m", "benchmark.mmproj_file", checkpoint, tower, TOWER_TYPE)
-    return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower), "turn": turn})]
+    return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower), "turn": towers.of(checkpoint).turn})]
 
 
 def _gguf_file(checkpoint: Path, body: Matrix, python: str, work: Path, known: tuple[str, ...]) -> Path:
     kind = GGUF_TYPES.get(body.bits)
-    model_type = _model_type(checkpoint)
+    model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind is None or model_type not in known:
         raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
     path = work / checkpoint.name / f"{kind}.gguf"
@@ -164,10 +159,6 @@ def _gguf_file(checkpoint: Path, body: Matrix, python: str, work: Path, known: t
         path.parent.mkdir(exist_ok=True)
         _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, path, kind)
     return path
-
-
-def _model_type(checkpoint: Path) -> str:
-    return str(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
 def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
