@@ -12,8 +12,8 @@ So that the comparison is fair:
 - Peers get the token ids that the package made of the prompt, and their own best documented settings. Their own tools
   make their weights from --checkpoint, at the package's bits.
 
-With --image, llama.cpp is compared on Idefics3 and SmolVLM; the other peers read texts only here. Run it on an idle
-machine: it says how much of the processor other programs took.
+With --image, llama.cpp is compared on SmolVLM, InternVL and Qwen3-VL (tools/benchmark/towers.py); the other peers read
+texts only here. Run it on an idle machine: it says how much of the processor other programs took.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3, alone or in an Idefics3; and a
-list of one's tensors.
+"""GGUF files for llama.cpp, from a Hugging Face checkpoint of a Llama, Qwen2 or Qwen3, alone or as the decoder of a
+family in towers.py; and a list of one's tensors.
 
     python -m benchmark.gguf_file write CHECKPOINT FILE Q4_0
     python -m benchmark.gguf_file list FILE
@@ -23,9 +23,16 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+from benchmark import towers
+
+ARCHITECTURES = {  # of a decoder's model_type: llama.cpp's layer, and its way to split text
+    "llama": (gguf.MODEL_ARCH.LLAMA, "smollm"),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, "qwen2"),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, "qwen2"),
+    "qwen3_vl_text": (gguf.MODEL_ARCH.QWEN3VL, "qwen2"),
+}
 BREAKS = "\u010a\u010a"  # two line breaks, byte by byte
-TOWER = re.compile(r"model\.(vision_model|connector)\.")  # mmproj_file.py writes these
+DECODER = re.compile(r"(model\.)?((language|text)_model\.)?(model\.)?")  # what precedes a decoder's own names
 
 
 def write(checkpoint: Path, path: Path, file_type: str) -> None:
@@ -48,12 +55,13 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     """The weights as they are."""
     whole = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     config = whole.get("text_config", whole)
-    arch, heads, kv_heads = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, arch, use_temp_file=True)
+    arch, split = ARCHITECTURES[config["model_type"]]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     if config is whole:
         writer.add_tokenizer_model("no_vocab")
     else:
-        add_vocabulary(writer, checkpoint)
+        add_vocabulary(writer, checkpoint, config["vocab_size"], split)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -67,40 +75,45 @@ def write_float32(checkpoint: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config.get("rope_parameters") or config
     writer.add_rope_freq_base(rope["rope_theta"])
-    if arch == "llama":
+    if axes := rope.get("mrope_section"):
+        writer.add_rope_dimension_sections([*axes, 0])
+    if deepstack := whole.get("vision_config", {}).get("deepstack_visual_indexes"):
+        writer.add_num_deepstack_layers(len(deepstack))
+    pairs = arch is gguf.MODEL_ARCH.LLAMA
+    if pairs:
         writer.add_rope_dimension_count(head_size)
-    names = gguf.get_tensor_name_map(ARCHITECTURES[arch], config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in tensors(checkpoint):
-        if TOWER.match(name):
+        if towers.TENSORS.match(name):
             continue
-        name = name.replace("model.text_model.", "model.")
-        if arch == "llama" and (found := re.search(r"\.([qk])_proj\.weight$", name)):
+        if pairs and (found := re.search(r"\.([qk])_proj\.weight$", name)):
             tensor = _interleaved(tensor, heads if found[1] == "q" else kv_heads)
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if known is None:
+        own = DECODER.sub("", name, count=1)
+        given = (names.get_name(known, try_suffixes=(".weight", ".bias")) for known in (f"model.{own}", own))
+        if (theirs := next(filter(None, given), None)) is None:
             raise ValueError(f"{name}: llama.cpp has no such tensor")
-        writer.add_tensor(known, tensor)
+        writer.add_tensor(theirs, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
-    """The tokens of a byte-level tokenizer.json, special ones as such. llama.cpp wants some merge, and a token for the
-    two line breaks in front of a whole picture. Where make_checkpoint.py's tokenizer has none, one that never applies
-    and an unused token do.
+def add_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, size: int, split: str) -> None:
+    """The tokens of a byte-level tokenizer.json, special ones as such, and more up to `size`. llama.cpp wants some
+    merge, and a token for the two line breaks in front of an Idefics3's whole picture. Where make_checkpoint.py's
+    tokenizer has none, one that never applies and an unused token do.
     """
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     ids = dict(tokenizer["model"]["vocab"])
     ids |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     special = {token["content"] for token in tokenizer["added_tokens"]}
-    tokens = sorted(ids, key=lambda token: ids[token])
+    tokens = [*sorted(ids, key=lambda token: ids[token]), *(f"<unused {i}>" for i in range(len(ids), size))]
     if BREAKS not in ids:
         tokens[tokens.index(next(token for token in tokens if token.startswith("<unused")))] = BREAKS
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
     writer.add_token_merges(merges or ["<unused> <unused>"])

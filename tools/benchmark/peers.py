@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import towers
 from .weights import Matrix, Weights, onnx_weights
 
 TOOLS = Path(__file__).resolve().parents[1]
@@ -141,11 +142,11 @@ def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: 
 
 def _mtmd(checkpoint: Path, body: Matrix, python: str, work: Path) -> list[Configuration]:
     """The same with its tower, at 8 bits as ours, by libmtmd."""
-    text = gguf(_gguf_file(checkpoint, body, python, work, ("idefics3",)), python)[0]
+    text = gguf(_gguf_file(checkpoint, body, python, work, tuple(towers.FAMILIES)), python)[0]
     tower = work / checkpoint.name / f"mmproj-{TOWER_TYPE}.gguf"
     if not tower.exists():
         _make("llama.cpp", python, "-m", "benchmark.mmproj_file", checkpoint, tower, TOWER_TYPE)
-    return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower)})]
+    return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower), "turn": towers.of(checkpoint).turn})]
 
 
 def _gguf_file(checkpoint: Path, body: Matrix, python: str, work: Path, known: tuple[str, ...]) -> Path:
