@@ -12,26 +12,38 @@ from .weights import WeightStore
 
 
 def quantise_linears(graph: ir.Graph, store: WeightStore) -> None:
-    """Rewrite every `x @ transpose(weight)` of `graph`. Its weights leave the graph's initialisers, and `store` streams
-    them from the checkpoint. Convolutions, norms, biases and attention are unchanged.
+    """Rewrite every `x @ transpose(weight)` of `graph`, and every `x @ transpose(weight) + bias`. Its weights leave the
+    graph's initialisers, and `store` streams them from the checkpoint. Convolutions, norms, biases and attention are
+    unchanged.
     """
     rows: dict[ir.Value, Rows] = {}  # query, key and value have the same input: quantise it once
     for node in list(graph):
-        transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
-        if transpose is None or transpose.op_type != "Transpose":
-            continue
-        weight, x = transpose.inputs[0], node.inputs[0]
+        weight, x = linear_weight(node), node.inputs[0] if node.inputs else None
         if weight is None or x is None or weight.name not in graph.initializers:
             continue
         g = _Inserting(graph, node)
         if x not in rows:
             rows[x] = quantise_activations(g, x)
+        transpose = node.inputs[1] and node.inputs[1].producer()
         _replace(g, weight, rows[x], store)
         graph.remove(node, safe=True)
-        if not transpose.outputs[0].uses():
+        if transpose and not transpose.outputs[0].uses():
             graph.remove(transpose, safe=True)
+        if not weight.uses():
             assert weight.name is not None
             del graph.initializers[weight.name]
+
+
+def linear_weight(node: ir.Node) -> ir.Value | None:
+    """The weight (N, K) of a linear layer as PyTorch's exporter writes it: MatMul with a Transpose for rows (.., S, K),
+    Gemm for rows (S, K); None for other nodes.
+    """
+    if node.op_type == "Gemm":
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+        return node.inputs[1] if {**plain, "transB": 0, **given} == plain else None
+    transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
+    return transpose.inputs[0] if transpose and transpose.op_type == "Transpose" else None
 
 
 class _Inserting:
@@ -64,6 +76,8 @@ def _replace(g: _Inserting, weight: ir.Value, rows: Rows, store: WeightStore) ->
     parts = store.columns([weight.name], (shape[0], shape[1]))
     codes, scales = (g.initialiser(f"{weight.name}.{part}", parts[part]) for part in ("codes", "scales"))
     old, new = g.before.outputs[0], product(g, rows, codes, scales)
+    if len(g.before.inputs) > 2:
+        new = g.op("Add", new, g.before.inputs[2])
     if old.is_graph_output():
         (new.name, old.name), new.shape, new.type = (old.name, None), old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from cpp_runtime import in_python, joined, through_c
@@ -25,6 +26,7 @@ from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.open import open_checkpoint
 from autosteer.export.checkpoint.renderer import Renderer
 from autosteer.export.cli import export
+from autosteer.export.graphs.dynamic_int8 import linear_weight
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import states
 from autosteer.export.safety.model import FitModel, open_fit_model
@@ -258,7 +260,12 @@ class TinyFamily:
         return OriginalModel(model, processor, Manifest.load(self.package(variant, "fp32")), self.safety(variant))
 
     def table(self, variant: str, precision: str) -> dict[str, Check]:
-        """The lines of validation."""
+        """The lines of validation. An image graph that is said to be int8 has no matrix in float."""
+        graphs = self.engine(variant, precision).manifest.graphs
+        if "vision_encoder" in graphs and graphs["vision_encoder"].precision == "int8":
+            graph = ir.load(self.package(variant, precision) / "vision_encoder.onnx").graph
+            weights = [weight for node in graph if (weight := linear_weight(node)) is not None]
+            assert [weight.name for weight in weights if weight.name in graph.initializers] == []
         return {c.name: c for c in self.engine(variant, precision).manifest.validation["CPUExecutionProvider"]}
 
     def generate(self, variant: str, messages: tuple[Message, ...], tokens: int) -> list[int]:

@@ -41,6 +41,30 @@ def quantised(folder: Path) -> tuple[ort.InferenceSession, Weights, ir.Graph]:
     return ort.InferenceSession(folder / "g.onnx", providers=["CPUExecutionProvider"]), weights, graph
 
 
+def test_a_linear_layer_of_rows_without_a_batch_is_int8_with_its_bias(tmp_path: Path) -> None:
+    """PyTorch's exporter writes it as Gemm: Qwen-VL's towers stayed in float32, and were said to be int8."""
+    x = ir.Value(name="x", shape=ir.Shape(["S", K]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight = ir.Value(name="a.weight", shape=ir.Shape([N, K]), type=x.type)
+    bias = ir.Value(
+        name="a.bias", shape=ir.Shape([N]), type=x.type, const_value=ir.tensor(np.arange(N, dtype=np.float32))
+    )
+    gemm = ir.Node("", "Gemm", [x, weight, bias], [ir.AttrInt64("transB", 1)])
+    gemm.outputs[0].name, gemm.outputs[0].type, gemm.outputs[0].shape = "y", x.type, ir.Shape(["S", N])
+    imports = {"": OPSET, MICROSOFT: 1}
+    graph = ir.Graph([x], gemm.outputs, nodes=[gemm], initializers=[weight, bias], opset_imports=imports)
+    weights = random_weights("a.weight", shape=(N, K))
+    store = WeightStore(tmp_path, weights)  # type: ignore[arg-type]
+    quantise_linears(graph, store)
+    store.close()
+    assert [node.op_type for node in graph].count("MatMulIntegerToFloat") == 1
+    assert not any(node.op_type == "Gemm" for node in graph) and "a.weight" not in graph.initializers
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "g.onnx")
+    session = ort.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+    rows = np.random.default_rng(0).standard_normal((9, K), dtype=np.float32)
+    expected = rows @ weights.tensors["a.weight"].numpy().T
+    assert relative(session.run(None, {"x": rows})[0] - added, expected) < 0.015
+
+
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
