@@ -45,9 +45,8 @@ def test_a_linear_layer_of_rows_without_a_batch_is_int8_with_its_bias(tmp_path: 
     """PyTorch's exporter writes it as Gemm: Qwen-VL's towers stayed in float32, and were said to be int8."""
     x = ir.Value(name="x", shape=ir.Shape(["S", K]), type=ir.TensorType(ir.DataType.FLOAT))
     weight = ir.Value(name="a.weight", shape=ir.Shape([N, K]), type=x.type)
-    bias = ir.Value(
-        name="a.bias", shape=ir.Shape([N]), type=x.type, const_value=ir.tensor(np.arange(N, dtype=np.float32))
-    )
+    added = np.arange(N, dtype=np.float32)
+    bias = ir.Value(name="a.bias", shape=ir.Shape([N]), type=x.type, const_value=ir.tensor(added))
     gemm = ir.Node("", "Gemm", [x, weight, bias], [ir.AttrInt64("transB", 1)])
     gemm.outputs[0].name, gemm.outputs[0].type, gemm.outputs[0].shape = "y", x.type, ir.Shape(["S", N])
     imports = {"": OPSET, MICROSOFT: 1}
