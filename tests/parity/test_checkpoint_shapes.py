@@ -25,6 +25,8 @@ PARAMETERS = {  # the hub says 0.9B, 8B, 7B, 7.6B, 0.94B, 1.06B, 7B, 0.49B, 0.6B
     "qwen2.5-0.5b": 0.494e9,
     "qwen3-0.6b": 0.596e9,
     "llama-3.2-1b": 1.236e9,
+    "gemma3-1b": 0.9999e9,
+    "phi4-mini": 3.836e9,
     "qwen2.5-vl-3b": 3.7546e9,
     "qwen3-vl-2b": 2.1275e9,
     "smolvlm-500m": 0.5075e9,

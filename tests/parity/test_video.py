@@ -21,7 +21,8 @@ from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.export.validation import prompts as subject
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalModel, ValidationPrompt
 from autosteer.export.validation.prompts import draw
-from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, cli, open_video
+from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
+from autosteer.runtime.cli.run import run
 from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import normalise, open_image
@@ -238,7 +239,7 @@ def test_videos_that_cannot_be_taken_are_refused(engine: Engine, unguarded: Engi
 def test_a_files_name_is_a_video(engine: Engine, tmp_path: Path) -> None:
     frames = [draw(9, 6, seed) for seed in range(10)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert {p.name: p.default for p in cli.run.params}["frames"] == FRAMES
+    assert {p.name: p.default for p in run.params}["frames"] == FRAMES
     for video in (tmp_path / "a.gif", str(tmp_path / "a.gif"), open_video(tmp_path / "a.gif")):
         assert engine.generate("red", videos=[video]).stats.image_tiles == FRAMES
 
