@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
         qwen_vl.QWEN3_VL,
         text_only.GEMMA3,
         text_only.LLAMA,
+        text_only.MINISTRAL,
         text_only.MISTRAL,
         text_only.OLMO2,
         text_only.PHI3,

@@ -1,8 +1,8 @@
-"""Decoders without images: Llama (arXiv 2302.13971, 2407.21783; SmolLM2, too), Mistral (2310.06825), OLMo 2
-(2501.00656), Phi-3 (2404.14219; Phi-3.5 and Phi-4-mini, 2503.01743, too), Qwen2 (2407.10671; Qwen2.5, too), Qwen3
-(2505.09388) and Gemma 3 without pictures (2503.19786).
+"""Decoders without images: Llama (arXiv 2302.13971, 2407.21783; SmolLM2, too), Mistral and Ministral (2310.06825),
+OLMo 2 (2501.00656), Phi-3 (2404.14219; Phi-3.5 and Phi-4-mini, 2503.01743, too), Qwen2 (2407.10671; Qwen2.5, too),
+Qwen3 (2505.09388) and Gemma 3 without pictures (2503.19786).
 
-HF: transformers/models/{llama,mistral,olmo2,phi3,qwen2,qwen3,gemma3}.
+HF: transformers/models/{llama,ministral,mistral,olmo2,phi3,qwen2,qwen3,gemma3}.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def _family(model_type: str, **facts: Any) -> Family:
 
 
 LLAMA = _family("llama")
+MINISTRAL = _family("ministral", aliases={"ministral-8b": "mistralai/Ministral-8B-Instruct-2410"})
 MISTRAL = _family("mistral")
 OLMO2 = _family("olmo2", layer_norms=lambda config: AFTER)
 PHI3 = _family(

@@ -16,7 +16,7 @@ from .open import Checkpoint
 
 # Model types whose decoder layer export/graphs/decoder.py writes.
 DECODERS = (
-    *("chameleon", "gemma3_text", "llama", "mistral", "olmo2", "phi3"),
+    *("chameleon", "gemma3_text", "llama", "ministral", "mistral", "olmo2", "phi3"),
     *("qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_vl_text"),
 )
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")  # longrope's depend on the length of a prompt
