@@ -3,6 +3,7 @@
 - `gemma3`: four norms a layer, whose weights count from 1; windows in most layers, which have frequencies of their own;
   scaled embeddings; GELU.
 - `llama 3.2`: llama3's rope, and a dialogue that leaves the length for which the model was first trained.
+- `ministral`: windows in some layers.
 - `qwen3`: norms of queries and keys.
 - `phi4 mini`: three quarters of each head rotated, by longrope; one end token more where no answer is to follow.
 """
@@ -105,6 +106,22 @@ def llama3() -> tuple[Any, Any, str]:
     return hf.LlamaForCausalLM(config), tokenizer, "<|im_end|>"
 
 
+def ministral() -> tuple[Any, Any, str]:
+    import transformers as hf
+
+    tokenizer = chatml()
+    config = hf.MinistralConfig(
+        vocab_size=len(tokenizer),
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["full_attention", *["sliding_attention"] * 3],
+        tie_word_embeddings=True,
+    )
+    return hf.MinistralForCausalLM(config), tokenizer, "<|im_end|>"
+
+
 def qwen3() -> tuple[Any, Any, str]:
     import transformers as hf
 
@@ -123,7 +140,7 @@ def chatml() -> Any:
     return tokenizer
 
 
-MODELS = {"gemma3": gemma3, "llama 3.2": llama3, "phi4 mini": phi4_mini, "qwen3": qwen3}
+MODELS = {"gemma3": gemma3, "llama 3.2": llama3, "ministral": ministral, "phi4 mini": phi4_mini, "qwen3": qwen3}
 VARIANTS = tuple(MODELS)
 
 
