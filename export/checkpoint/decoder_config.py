@@ -86,13 +86,13 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
     kinds, activation = _attention_kinds(text), getattr(text, "hidden_activation", None) or text.hidden_act
     ropes = _ropes(text)
     strange = {rope["rope_type"] for rope in ropes.values()} - set(ROPE_TYPES)
-    rotated = [_rotated(rope, head_dim) for rope in ropes.values()]
+    odd = [rotated for rope in ropes.values() if (rotated := _rotated(rope, head_dim)) % 16]
     caps = [name for name in SOFT_CAPS if getattr(text, name, None)]
     deepstack = len(getattr(getattr(checkpoint.config, "vision_config", None), "deepstack_visual_indexes", ()))
     unsupported = {
         f"hidden_act {activation!r}": activation not in MLP_ACTIVATIONS,
         f"rope_type {', '.join(sorted(strange))!r}": strange != set(),
-        f"rotation of {rotated[0]} of a head's {head_dim} numbers (a multiple of 16 is)": any(n % 16 for n in rotated),
+        f"rotation of {odd} of a head's {head_dim} numbers, not a multiple of 16,": odd != [],
         f"attention of the kinds {', '.join(sorted(set(kinds)))}": not set(kinds) <= {FULL, SLIDING},
         ", ".join(caps): caps != [],
         "use_bidirectional_attention": bool(getattr(text, "use_bidirectional_attention", False)),
@@ -155,7 +155,7 @@ def _rotary(text: Any, head_dim: int, context: int) -> RotarySpec:
     if SLIDING in ropes:
         windowed, same = _frequencies(text, ropes[SLIDING], head_dim, layer_type=SLIDING)
         if same != scale:
-            raise UnsupportedModelError("rope_parameters of which one scales cosines and sines are not supported yet")
+            raise UnsupportedModelError("config.json: rope_parameters whose attention factors differ are not supported")
         return replace(spec, windowed=windowed if windowed != frequencies else ())
     if rope["rope_type"] != "longrope" or context <= (beyond := rope["original_max_position_embeddings"]):
         return spec

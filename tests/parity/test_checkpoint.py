@@ -91,6 +91,12 @@ def test_pictures_that_are_prepared_otherwise_are_refused(
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "rope_type 'dynamic'"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"model_type": "gemma"}, "a decoder of type 'gemma' is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.3}},
+            r"rotation of \[\d+\] of a head's \d+ numbers, not a multiple of 16, is not supported",
+        ),
     ],
 )
 def test_a_decoder_that_computes_otherwise_is_refused(

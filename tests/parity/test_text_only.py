@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,6 +206,17 @@ def test_on_the_oldest_onnxruntime_it_answers_as_recorded_or_is_refused(package:
     done = subprocess.run(command, env=Interpreter().environ(oldest()), capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (numbers(needed) <= numbers(oldest())), done.stdout + done.stderr
     assert done.returncode == 0 or f"computes this package wrong; it needs {needed} or newer" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "code"), [("mistral, windows", 4), ("qwen3", 0)])
+def test_the_cpp_runtime_refuses_windows_there_too(kind: str, code: int, built: Path, tmp_path: Path) -> None:
+    save_checkpoint(kind, tmp_path / "checkpoint")
+    export_fp32(tmp_path / "checkpoint", tmp_path / "package")
+    command = [built / "autosteer-cli", tmp_path / "package", "--prompt", "hello", "--policy", "off"]
+    environ = {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(Interpreter().library(oldest()))}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("it needs 1.24 or newer" in done.stderr) == (code != 0)
 
 
 def test_a_context_as_long_as_the_window_needs_none(tmp_path: Path) -> None:
