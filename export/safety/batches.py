@@ -25,7 +25,7 @@ from .pairs import Prompt
 
 T = TypeVar("T")
 
-TOKENS_PER_FORWARD = 2048  # bounds activations, not quality
+TOKENS_PER_FORWARD = 1024  # bounds activations, not quality
 WINDOW_BYTES = 256 << 20  # preprocessed images held at a time
 WINDOW_PROMPTS = 512
 SWEEP_BYTES = 512 << 20  # activations of forward passes that share a sweep

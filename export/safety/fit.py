@@ -31,7 +31,7 @@ from .head_fit import fit_refusal_head
 from .model import FitModel, open_fit_model
 from .prober import balanced_accuracy, p_unsafe, prober_logits, train_probers
 from .progress import progress, warn
-from .proof import as_proof, choose_proof
+from .proof import make_proof
 from .refusal_head import StrengthScore
 from .sas import SasSum
 from .states import (
@@ -119,7 +119,7 @@ def fit(
     files = checkpoint_files(checkpoint)
     with progress(console, "checkpoint files", len(files)) as advance:
         identity = digests(files, advance=advance)
-    with prompt_store(features, identity, fit_model) as store:
+    with prompt_store(features, identity, fit_model, fast=True) as store:
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
@@ -127,14 +127,15 @@ def fit(
         gate, p = chosen.gate, chosen.scores
         rewordings = by_family(words.outcomes(p, reworded, gate.threshold))
         console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
-        shown, scores = [prompts[row] for row in split.heldout], p[split.heldout]
-        rows = choose_proof(fit_model, shown, scores, gate.threshold, published=options.publish_proof)
-        proof, proof_images = as_proof(
-            fit_model, [shown[row] for row in rows], scores[rows].tolist(), published=options.publish_proof
-        )
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
             evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
-    with answer_store(features, identity, fit_model, answer) as store:
+    heldout = [prompts[row] for row in split.heldout]
+    with prompt_store(features, identity, fit_model) as store:
+        proof, proof_images = make_proof(
+            *(fit_model, store, heldout, p[split.heldout], gate, chosen.layer, chosen.pooling),
+            published=options.publish_proof,
+        )
+    with answer_store(features, identity, fit_model, answer, fast=True) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
             *(fit_model, data, prompts, split, words, answer, store, console),
             wanted=options.strength,

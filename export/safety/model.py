@@ -7,8 +7,8 @@ a 7B model is fitted in a few GiB. On CUDA the model is loaded as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -150,6 +150,19 @@ def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None)
             return states
     except torch.OutOfMemoryError as err:
         raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Inside, PyTorch may round the factors of float32 matrix products to bfloat16 (on CUDA to TF32), where the machine
+    multiplies these faster: 3 to 4 times on a CPU with AMX. Sums stay float32. For all threads of the process.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def cache_after(prefix: DynamicCache, *, keep: bool) -> DynamicCache:

@@ -20,27 +20,54 @@ from autosteer.export.safety_folder import ProofPrompt
 from autosteer.runtime.image import open_file
 
 from .batches import encode
+from .prober import p_unsafe
+from .states import POSITIONS, Pooling, prompt_states
 
 if TYPE_CHECKING:
+    from .evidence import Gate
     from .model import FitModel
     from .pairs import Labelled, Prompt
+    from .store import FeatureStore
 
 PER_LABEL = 6  # prompts of each label
 MOST_TOKENS = 256  # of a prompt; every export and every autosteer-check runs all prompts
 CLEAR = 0.8  # margin: share of the way from the threshold to 0 or 1; rounding to 4 bits rarely moves a score that far
 
 
+def make_proof(
+    fit_model: FitModel,
+    store: FeatureStore,
+    heldout: Sequence[Labelled],
+    scores: np.ndarray,
+    gate: Gate,
+    layer: int,
+    pooling: Pooling,
+    *,
+    published: bool,
+) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
+    """The safety folder's proof, and the images of a `published` one by their names in that folder.
+
+    `scores` (n,) of the held-out prompts choose it. The scores that it records are those of the model in float32, which
+    every export compares its own with; prompts that the gate judges wrongly there are left out. `store`: of prompt
+    states in float32.
+    """
+    rows = choose_proof(fit_model, heldout, scores, gate.threshold, published=published)
+    chosen = [heldout[row] for row in rows]
+    states = prompt_states(fit_model, [item.prompt for item in chosen], store).layer(layer - 1)
+    exact = p_unsafe(gate.prober, states[:, POSITIONS.index(pooling)]).tolist()
+    right = [(item, p) for item, p in zip(chosen, exact, strict=True) if item.unsafe == (p > gate.threshold)]
+    return _as_proof(fit_model, right, published=published)
+
+
 def choose_proof(
-    fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: np.ndarray, threshold: float, *, published: bool
+    fit_model: FitModel, prompts: Sequence[Labelled], scores: np.ndarray, threshold: float, *, published: bool
 ) -> list[int]:
-    """Rows of up to PER_LABEL of the held-out `prompts` per label, from every group in turn. p_unsafe (n,): their
-    scores.
+    """Rows of up to PER_LABEL of the held-out `prompts` per label, from every group in turn. scores (n,): their
+    p_unsafe.
     """
     chosen: list[int] = []
     for unsafe in (True, False):
-        margins = np.where(
-            unsafe, (p_unsafe - threshold) / (1 - threshold), (threshold - p_unsafe) / max(threshold, 1e-9)
-        )
+        margins = np.where(unsafe, (scores - threshold) / (1 - threshold), (threshold - scores) / max(threshold, 1e-9))
         rows = [i for i, item in enumerate(prompts) if item.unsafe is unsafe and margins[i] > 0]
         rows = [i for i in rows if published or not prompts[i].prompt.images]
         rows.sort(key=lambda i: (_tall(prompts[i].prompt), margins[i] < CLEAR, abs(margins[i] - CLEAR)))
@@ -53,15 +80,12 @@ def choose_proof(
     return chosen
 
 
-def as_proof(
-    fit_model: FitModel, prompts: Sequence[Labelled], p_unsafe: Sequence[float], *, published: bool
+def _as_proof(
+    fit_model: FitModel, scored: Sequence[tuple[Labelled, float]], *, published: bool
 ) -> tuple[tuple[ProofPrompt, ...], dict[str, Path]]:
-    """The safety folder's entries for `prompts`, whose float32 scores are p_unsafe (n,), and the images of `published`
-    ones by their names in the safety folder.
-    """
     proof: list[ProofPrompt] = []
     files: dict[str, Path] = {}
-    for item, p in zip(prompts, p_unsafe, strict=True):
+    for item, p in scored:
         prompt = item.prompt
         names = tuple(f"proof-{len(files) + n}{path.suffix}" for n, path in enumerate(prompt.images, 1))
         files |= dict(zip(names, prompt.images, strict=True))

@@ -37,8 +37,8 @@ from .fit import FitOptions, Fitted, calibrate, open_model, warn_if_weak
 from .pairs import Prompt
 from .prober import p_unsafe, train_prober
 from .progress import progress
-from .proof import as_proof, choose_proof
-from .states import POSITIONS, checkpoint_files, digests, prompt_keys, prompt_states, prompt_store
+from .proof import make_proof
+from .states import checkpoint_files, digests, prompt_keys, prompt_store
 from .store import FeatureStore, digest
 
 if TYPE_CHECKING:
@@ -108,15 +108,11 @@ def refit(
     with progress(console, "evidence", len(t.sources) + 2) as advance:
         evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)
     shown = [arranged.prompts[row] for row in heldout]
-    rows = choose_proof(fit_model, shown, p[heldout], gate.threshold, published=options.publish_proof)
     with prompt_store(features, digests(checkpoint_files(checkpoint)), fit_model) as store:
-        original = prompt_states(fit_model, [shown[row].prompt for row in rows], store).layer(old.facts.split_layer - 1)
-    scores = p_unsafe(gate.prober, original[:, POSITIONS.index(old.facts.pooling)]).tolist()
-    judged = zip([shown[row] for row in rows], scores, strict=True)
-    alike = [(item, score) for item, score in judged if item.unsafe == (score > gate.threshold)]
-    proof, proof_images = as_proof(
-        fit_model, [item for item, _ in alike], [score for _, score in alike], published=options.publish_proof
-    )
+        proof, proof_images = make_proof(
+            *(fit_model, store, shown, p[heldout], gate, old.facts.split_layer, old.facts.pooling),
+            published=options.publish_proof,
+        )
     calibration = gate.facts | evidence.facts() | {PICTURES: float(count_pictures(arranged.prompts))}
     training = old.facts.training | {
         "seed": float(options.seed),

@@ -5,6 +5,9 @@
 
 "Entering layer k" is Hugging Face's hidden_states[k]. [0] depends on the token alone, and [N] comes after the final
 norm, where no package can be split; both are left out. Both functions keep their states in a store, sweep by sweep.
+
+A fit keeps thousands of prompts in a `fast` store (model.fast_products): that moves a state less than int8 weights do.
+A score that others compare theirs with needs float32, the default.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +24,7 @@ import torch
 from autosteer.runtime.errors import PackageError
 
 from .batches import Batch, about_tokens, batches, sweep_groups, waiting_bytes
-from .model import FitModel, common_opening, forward
+from .model import FitModel, common_opening, fast_products, forward
 from .pairs import Prompt
 from .store import FeatureStore, States, digest, file_digest
 
@@ -48,16 +52,21 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
     return parts
 
 
-def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel) -> FeatureStore:
-    """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files."""
+def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, fast: bool = False) -> FeatureStore:
+    """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files. `fast`: computed
+    with fast products.
+    """
     shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
-    return FeatureStore(folder, digest(repr((POSITIONS, fit_model.token_offset)).encode(), *model), shape)
+    what = repr((POSITIONS, fit_model.token_offset, fast)).encode()
+    return FeatureStore(folder, digest(what, *model), shape, fast=fast)
 
 
-def answer_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor) -> FeatureStore:
+def answer_store(
+    folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor, *, fast: bool = False
+) -> FeatureStore:
     """As `prompt_store`, for answer states, records (1, T, d)."""
-    what = repr(("answer", answer.tolist())).encode()
-    return FeatureStore(folder, digest(what, *model), (1, len(answer), fit_model.decoder.hidden_size))
+    what, shape = repr(("answer", answer.tolist(), fast)).encode(), (1, len(answer), fit_model.decoder.hidden_size)
+    return FeatureStore(folder, digest(what, *model), shape, fast=fast)
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
@@ -168,7 +177,8 @@ def _complete(
     ready = batches(fit_model, prompts, wanted, generation=generation)
     record = 4 * math.prod(store.shape)
     for group in sweep_groups(ready, lambda batch: waiting_bytes(fit_model, batch.inputs) + len(batch.rows) * record):
-        found = fit_model.sweep.run([functools.partial(job, batch) for batch in group])
+        with fast_products() if store.fast else nullcontext():
+            found = fit_model.sweep.run([functools.partial(job, batch) for batch in group])
         for batch, records in zip(group, found, strict=True):
             store.append([keys[row] for row in batch.rows], records)
     return store.view(keys)

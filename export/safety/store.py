@@ -50,9 +50,12 @@ def file_digest(path: Path) -> bytes:
 class FeatureStore:
     """Records of shape (L, P, d) float32 by 16-byte digest. Use as a context manager; one process at a time."""
 
-    def __init__(self, folder: Path, identity: bytes, shape: tuple[int, int, int]):
-        """Open or create the files. Raises InputError if another process uses them, or `folder` is not writable."""
-        self.shape = shape
+    def __init__(self, folder: Path, identity: bytes, shape: tuple[int, int, int], *, fast: bool = False):
+        """Open or create the files. Raises InputError if another process uses them, or `folder` is not writable.
+
+        `fast`: how its records are computed; see states.py.
+        """
+        self.shape, self.fast = shape, fast
         self._bytes = int(np.prod(shape)) * 4
         try:
             folder.mkdir(parents=True, exist_ok=True)

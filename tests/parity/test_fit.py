@@ -161,6 +161,34 @@ def test_held_out_prompts_that_the_gate_judges_rightly_go_into_packages_as_token
         assert item.prompt.text in rendered and rendered.endswith("<|im_start|>assistant\n")
 
 
+def test_scores_of_the_proof_are_those_of_the_model_in_float32(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fit_model: FitModel,
+    prompt_states: Callable[..., torch.Tensor],
+):
+    """However the states of the fit were rounded: every export compares its own scores with them."""
+    forward = states_module.forward
+
+    def rounded(*args: Any, watch: Any, **options: Any) -> torch.Tensor:
+        fast = torch.get_float32_matmul_precision() == "medium"
+        return forward(
+            *args, watch=lambda k, hidden: watch(k, hidden.bfloat16().float() if fast else hidden), **options
+        )
+
+    monkeypatch.setattr(states_module, "forward", rounded)
+    assert fit(*command(checkpoint, data, tmp_path / "safety", "--publish-proof")).exit_code == 0
+    artifact = load(tmp_path / "safety")
+    proof, layer = artifact.facts.proof, artifact.facts.split_layer - 1
+    asked = [Prompt(prompt.text, tuple(tmp_path / "safety" / name for name in prompt.images)) for prompt in proof]
+    exact = prober.p_unsafe(
+        artifact.prober, prompt_states(asked)[:, layer, states_module.POSITIONS.index(artifact.facts.pooling)]
+    )
+    np.testing.assert_allclose([prompt.p_unsafe for prompt in proof], exact, atol=2e-5)
+
+
 def test_words_and_pictures_are_kept_where_they_may_be_published(checkpoint: Path, data: Path, tmp_path: Path):
     result = fit(*command(checkpoint, data, tmp_path / "safety", "--publish-proof"))
     assert result.exit_code == 0, result.stderr

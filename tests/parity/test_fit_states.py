@@ -166,6 +166,35 @@ def test_states_are_computed_once_and_survive_a_kill(
         assert torch.equal(again.layer(1, [4, 0]), expected[[4, 0], 1])
 
 
+def test_fast_products_are_used_for_a_fast_store_alone_and_turned_off_again(
+    fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a machine without bfloat16 products the states are equal; elsewhere they are nearly."""
+    seen: list[str] = []
+    forward = states_module.forward
+
+    def noting(fit_model: FitModel, inputs: Any, **options: Any) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return forward(fit_model, inputs, **options)
+
+    def overflow(*args: Any, **options: Any) -> torch.Tensor:
+        raise PackageError("not finite")
+
+    monkeypatch.setattr(states_module, "forward", noting)
+    some, found = prompts(data), list[torch.Tensor]()
+    for fast, precision in ((False, "highest"), (True, "medium")):
+        with states_module.prompt_store(tmp_path, [], fit_model, fast=fast) as store:
+            found.append(states_module.prompt_states(fit_model, some, store)[range(len(some))])
+        assert set(seen) == {precision}, "a fast store must not hand out exact states, nor the other way round"
+        seen.clear()
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+    monkeypatch.setattr(states_module, "forward", overflow)
+    failing = states_module.prompt_store(tmp_path / "fails", [], fit_model, fast=True)
+    with failing as store, pytest.raises(PackageError):
+        states_module.prompt_states(fit_model, some, store)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_two_fits_do_not_share_a_folder_at_once(tmp_path: Path):
     with FeatureStore(tmp_path, b"0" * 16, (1, 1, 1)), pytest.raises(InputError, match="another autosteer-fit"):
         FeatureStore(tmp_path, b"0" * 16, (1, 1, 1))

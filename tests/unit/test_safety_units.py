@@ -384,6 +384,18 @@ def test_refusal_head_repeats_with_its_seed():
     assert not torch.equal(trained_head()[0].steer_matrix, trained_head(seed=1)[0].steer_matrix)
 
 
+def test_what_keeps_denormal_floats_out_of_the_training_changes_no_weight(monkeypatch: pytest.MonkeyPatch):
+    """Embeddings so large that unlikely tokens fall below e^-60; gradients of 1e-39 make a step 16 times as long."""
+    embeddings = 40 * torch.randn(50, 24, generator=torch.Generator().manual_seed(3))
+    args = (toy_states(64, seed=1), toy_states(16, seed=2), torch.tensor([7, 41, 3, 0]), embeddings)
+    trained = [refusal_head.train_refusal_head(*args, strength=0.1, seed=0).steer_matrix]
+    monkeypatch.setattr(refusal_head, "DEEPEST", float("inf"))
+    trained.append(refusal_head.train_refusal_head(*args, strength=0.1, seed=0).steer_matrix)
+    logits = refusal_head.steered_logits(args[0], trained[1], embeddings, 0.1)
+    assert (logits.amax(dim=-1, keepdim=True) - logits).max() > 100, "this test needs unlikely tokens"
+    torch.testing.assert_close(*trained)
+
+
 def test_artifact_rejects_a_matrix_that_was_never_trained(tmp_path: Path):
     weights = {"0.weight": torch.zeros(64, 8), "0.bias": torch.zeros(64), "2.weight": torch.zeros(2, 64)}
     facts = SafetyFacts(1, "m", 2, -1, 0.5, 0.1, "no", (), {}, {})
