@@ -1,4 +1,4 @@
-"""Shared by all command-line tools: errors as one line and an exit code, tables, JSON without NaN."""
+"""Shared by all command-line tools: errors as one line and an exit code, progress, tables, JSON without NaN."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import os
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
@@ -16,6 +18,7 @@ import click
 from .errors import AutoSteerError
 
 INTERRUPTED, TERMINATED = 130, 143
+LINE_EVERY = 60.0  # seconds, where there is no terminal for a bar
 
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")
@@ -77,6 +80,28 @@ def _count_interrupts() -> list[int]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # `nohup` and `&` ignore it
         signal.signal(signal.SIGINT, interrupt)
     return interrupts
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show on stderr how many of `total` are done: a bar on a terminal, elsewhere a line a minute. Yields a function to
+    call after each.
+    """
+    if sys.stderr.isatty():
+        with click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True) as bar:
+            yield lambda: bar.update(1)
+        return
+    done, start = 0, time.monotonic()
+    shown = start
+
+    def advance() -> None:
+        nonlocal done, shown
+        done += 1
+        if (now := time.monotonic()) - shown >= LINE_EVERY:
+            shown = now
+            click.echo(f"{label}: {done} of {total}, after {(now - start) / 60:.0f} min", err=True)
+
+    yield advance
 
 
 def dumps(value: Any) -> str:

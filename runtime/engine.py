@@ -13,9 +13,9 @@ Prefill is layer-major: decoder_lower runs over the whole prompt, the prober rea
 decoder_upper run. The gate changes the head and never the KV caches, so this computes the same as running layer by
 layer. A stopped prompt costs k/N of prefill and no decoding.
 
-If an answer copies from its prompt, the decoder verifies several tokens per pass (drafting.py). A Conversation keeps
-the caches of a dialogue's earlier turns (conversation.py). The loop may pause: between chunks of a prompt, and where a
-server decodes several answers in one pass (batch.py).
+If an answer copies from its prompt, or says what the model often says, the decoder verifies several tokens per pass
+(drafting.py). A Conversation keeps the caches of a dialogue's earlier turns (conversation.py). The loop may pause:
+between chunks of a prompt, and where a server decodes several answers in one pass (batch.py).
 
 All state belongs to a Request or a Conversation (generation.py, conversation.py). One Engine may serve several threads.
 """
@@ -33,6 +33,7 @@ from typing import Literal
 from .audit import Audit, Hook, Record, open_audit
 from .batch import Batch
 from .conversation import Conversation
+from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, watched, without_steering
@@ -122,6 +123,8 @@ class Engine:
             name: load(folder / spec.file, spec, host if name in ON_THE_HOST else device)
             for name, spec in specs.items()
         }
+        drafts = manifest.drafts
+        self.drafts = DraftTable.load(folder / drafts.file, manifest.dims.vocab_size) if drafts else None
         self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
         self.encoder = PromptEncoder(manifest, self.tokenizer, self._graph, max_tiles)
 
@@ -327,7 +330,7 @@ class Engine:
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
         precision = self.manifest.graphs["decoder_lower"].precision
         drafting = sampling.speculate and self.device.kind == "cpu"  # POSITION_COST was measured on CPUs only
-        drafter = Drafter(tokens, POSITION_COST[precision]) if drafting else None
+        drafter = Drafter(tokens, POSITION_COST[precision], self.drafts) if drafting else None
         first = yield from request.upper_chunks(verdict.strength)
         logits, row = first[None], 0  # of the latest pass; the row to sample from
         draft: list[int] = []

@@ -32,6 +32,7 @@ from .manifest_format import (
     Contents,
     DataFile,
     Dims,
+    DraftSpec,
     FrameGroup,
     GateProof,
     Golden,
@@ -76,6 +77,7 @@ __all__ = [
     "ClosestGridSpec",
     "DataFile",
     "Dims",
+    "DraftSpec",
     "FrameGroup",
     "GateProof",
     "Golden",
@@ -118,7 +120,9 @@ class Manifest(Contents):
     def save(self, folder: Path) -> None:
         """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON does not have."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        written = folder / f"{MANIFEST_FILE}.new"
+        written.write_text(text + "\n", encoding="utf-8")
+        written.replace(folder / MANIFEST_FILE)  # at once: a package that is changed is whole at every moment
 
     @staticmethod
     def load(folder: Path) -> Manifest:

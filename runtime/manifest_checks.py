@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
+from .draft_table import ENTRY_BYTES
 from .errors import PackageError
 from .manifest_format import (
     GATE_GRAPHS,
@@ -46,6 +47,7 @@ def check_consistency(manifest: Contents, where: str) -> None:
         _check_video,
         _check_gate,
         _check_proof,
+        _check_drafts,
         _check_files,
         _check_golden,
         _check_prompt,
@@ -281,6 +283,8 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
             yield "video: max_pixels", films.max_pixels
     if manifest.monitor:
         yield "monitor: window", manifest.monitor.window
+    if manifest.drafts:
+        yield "drafts: ngrams", manifest.drafts.ngrams
 
 
 def _check_proof(manifest: Contents, need: Need) -> None:
@@ -305,6 +309,14 @@ def _check_proof(manifest: Contents, need: Need) -> None:
     size = 4 * manifest.dims.hidden_size * (len(manifest.proof.p_unsafe) + 2 * len(manifest.proof.steered))
     found = next((file.bytes for file in manifest.files if file.file == manifest.proof.file), None)
     need(found == size, f"proof: {manifest.proof.file!r} must be in 'files' with {size} bytes")
+
+
+def _check_drafts(manifest: Contents, need: Need) -> None:
+    """The table of n-grams has as many as it says."""
+    if drafts := manifest.drafts:
+        found = next((file.bytes for file in manifest.files if file.file == drafts.file), None)
+        size = ENTRY_BYTES * drafts.ngrams
+        need(found == size, f"drafts: {drafts.file!r} must be in 'files' with {size} bytes")
 
 
 def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:

@@ -70,7 +70,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of the package that is not a graph: weights, tokenizer, golden pictures, proof states."""
+    """A file of the package that is not a graph: weights, tokenizer, golden pictures, proof states, drafts."""
 
     file: str
     bytes: int
@@ -316,6 +316,14 @@ class MonitorSpec:
 
 
 @dataclass(frozen=True)
+class DraftSpec:
+    """N-grams of the model's own answers, from which free text is drafted (see draft_table.py)."""
+
+    file: str
+    ngrams: int
+
+
+@dataclass(frozen=True)
 class RefusalSpec:
     """steered = hidden_states + strength * hidden_states @ W.T, before lm_head (the paper's Refusal Head)."""
 
@@ -414,6 +422,7 @@ class Contents:
     onnxruntime: str  # the oldest version that computes this package correctly, for example "1.23"
     video: VideoSpec | None = None
     monitor: MonitorSpec | None = None  # None: nothing watches answers
+    drafts: DraftSpec | None = None  # None: only what an answer copies is drafted
 
     def prefill_graph(self, half: str) -> str:
         """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""

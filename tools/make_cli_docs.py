@@ -17,6 +17,7 @@ from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.import_authors import import_authors
 from autosteer.runtime.cli.bench import bench
 from autosteer.runtime.cli.check import check
+from autosteer.runtime.cli.draft import draft
 from autosteer.runtime.cli.run import run
 from autosteer.runtime.evaluation.cli import evaluate
 from autosteer.runtime.serve.cli import serve
@@ -24,7 +25,7 @@ from autosteer.runtime.serve.cli import serve
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "cli.md"
 CPP_SOURCE = ROOT / "runtime" / "cpp" / "cli" / "autosteer_cli.cpp"
-COMMANDS = (fit_command, import_authors, export, check, bench, run, serve, evaluate)  # in the order of use
+COMMANDS = (fit_command, import_authors, export, check, bench, draft, run, serve, evaluate)  # in the order of use
 WIDTH = 100
 INTRODUCTION = """# Commands
 

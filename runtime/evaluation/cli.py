@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autosteer.runtime.cli.options import device_option, load, package_argument, threads_option
-from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
+from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table
 from autosteer.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -215,12 +214,10 @@ def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:
     from .variants import as_text, by_family, row_outcomes
 
     outcomes = []
-    with (
-        asking(row_outcomes, rows) as asked,
-        click.progressbar(asked, len(rows), label="rewording", file=sys.stderr, show_pos=True) as each_row,
-    ):
-        for found in each_row:
+    with asking(row_outcomes, rows) as asked, progress("rewording", len(rows)) as advance:
+        for found in asked:
             outcomes += found
+            advance()
     rates = by_family(outcomes)
     if as_json:
         for family in rates:
@@ -247,12 +244,12 @@ def answer(
             return results
         asked = stack.enter_context(asking(partial(ask, max_tokens=facts.max_tokens), left))
         try:
-            with click.progressbar(length=len(left), label="evaluating", file=sys.stderr, show_pos=True) as bar:
+            with progress("evaluating", len(left)) as advance:
                 for result in run_rows(asked, left, judge):
                     results.append(result)
                     if file:
                         file.append(result)
-                    bar.update(1)
+                    advance()
         except (KeyboardInterrupt, SystemExit):
             kept = f"kept in {output}; the same command goes on from there" if output else "lost; --output keeps them"
             click.echo(f"\nstopped after {len(results)} of {len(rows)} rows, {kept}", err=True)

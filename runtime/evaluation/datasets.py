@@ -81,6 +81,7 @@ class DataSource:
     path: Path
     unsafe: bool | None = None  # None: as in the file, or by its format
     format: str | None = None  # None: recognised by the fields
+    labelled: bool = True  # False: it does not matter what a row says of that, or whether it does
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,8 @@ def detect(data: Fields, place: Place) -> str:
 def _ours(data: Fields, place: Place) -> Row:
     place.need(("turns" in data) != ("prompt" in data), "one of 'prompt' and 'turns' must be given")
     turns, names = data["turns"] if "turns" in data else [data["prompt"]], data.get("images", [])
-    group, unsafe, answer = data.get("group", place.group), data.get("unsafe", place.file.unsafe), data.get("answer")
+    group, answer = data.get("group", place.group), data.get("answer")
+    unsafe = data.get("unsafe", place.file.unsafe) if place.file.labelled else place.file.unsafe
     place.need(
         _texts(turns) and len(turns) % 2 == 1, "texts must be strings: user, assistant, user, ..., the user last"
     )

@@ -14,6 +14,7 @@ from cpp_inputs import demo, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless, use_byte_level_words
 
 from autosteer.runtime import Engine, SamplingConfig
+from autosteer.runtime.draft_table import draft_table
 from autosteer.runtime.drafting import MAX_DRAFT, POSITION_COST, Drafter
 
 
@@ -29,9 +30,13 @@ def copying_text(rng: random.Random, length: int) -> list[int]:
     return text[:length]
 
 
-def test_drafts_are_pythons_token_by_token(parts):
+@pytest.mark.parametrize("habits", [False, True], ids=["copies", "copies and the table"])
+def test_drafts_are_pythons_token_by_token(parts, tmp_path, habits):
     """One float added in another order, and a draft would be longer somewhere in here."""
     rng = random.Random(11)
+    table = draft_table([copying_text(random.Random(7), 9000)[n : n + 90] for n in range(0, 9000, 90)])
+    (tmp_path / "table.bin").write_bytes(table.to_bytes())
+    file = {"table": str(tmp_path / "table.bin") if habits else None, "ngrams": len(table.tokens), "vocab_size": 40}
     commands: list[dict[str, Any]] = []
     expected = []
     for position_cost in (*POSITION_COST.values(), 0.001, 1.0):
@@ -41,8 +46,9 @@ def test_drafts_are_pythons_token_by_token(parts):
             answer = text[len(prompt) :]
             commands.append(
                 {"part": "draft", "prompt": prompt, "answer": answer, "position_cost": position_cost, "limit": limit}
+                | file
             )
-            drafter = Drafter(prompt, position_cost)
+            drafter = Drafter(prompt, position_cost, table if habits else None)
             drafts = [drafter.draft(limit)]
             for token in answer:
                 drafter.push(token)

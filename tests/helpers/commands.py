@@ -9,13 +9,14 @@ from pathlib import Path
 
 from terminal import PATIENCE
 
-from autosteer.runtime.cli import bench_main, check_main, run_main
+from autosteer.runtime.cli import bench_main, check_main, draft_main, run_main
 from autosteer.runtime.evaluation.cli import main as eval_main
 
 MAINS = {
     "autosteer-run": run_main,
     "autosteer-check": check_main,
     "autosteer-bench": bench_main,
+    "autosteer-draft": draft_main,
     "autosteer-eval": eval_main,
 }
 

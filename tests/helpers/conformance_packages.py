@@ -23,6 +23,8 @@ import toy
 from cpp_runtime import use_byte_level_words
 from onnx import TensorProto, helper, numpy_helper
 
+from autosteer.runtime.draft_maker import install
+from autosteer.runtime.draft_table import DraftTable, keys
 from autosteer.runtime.manifest import (
     Check,
     FrameGroup,
@@ -64,6 +66,15 @@ def whole(folder: Path, **variant: Any) -> None:
         validation={"CPUExecutionProvider": (Check("logits", 1e-6, 1e-3, True), Check("note", 0.5, None, True))},
         source=replace(manifest.source, revision="abc", licence="apache-2.0"),
     ).save(folder)
+
+
+def drafted(folder: Path) -> None:
+    """With a table of what its model often says: "tock" after "tick", and "tick" after "tock"."""
+    whole(folder)
+    tick, tock = toy.ID["tick"], toy.ID["tock"]
+    rows = sorted([(keys([tick])[0], tock), (keys([tock])[0], tick)])
+    ngrams, tokens = np.array([key for key, _ in rows], np.uint64), np.array([token for _, token in rows], np.int32)
+    install(folder, DraftTable(ngrams, tokens, np.array([204, 204], np.uint8)))
 
 
 def unguarded(folder: Path) -> None:
@@ -190,6 +201,7 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
     "watched": functools.partial(whole, monitored=True),
+    "drafted": drafted,
     "unguarded": unguarded,
     "split": split,
     "tokens": tokens,

@@ -24,6 +24,7 @@ COMMANDS = (
     "autosteer-run",
     "autosteer-check",
     "autosteer-bench",
+    "autosteer-draft",
     "autosteer-serve",
     "autosteer-eval",
     "autosteer-export",

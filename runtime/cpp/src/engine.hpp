@@ -14,7 +14,8 @@
 // decoder_upper run. The gate changes the head and never the caches, so this computes the same as running layer by
 // layer. A stopped prompt costs k/N of prefill and no decoding.
 //
-// If an answer copies from its prompt, the decoder verifies several tokens per pass (drafting.hpp).
+// If an answer copies from its prompt, or says what the model often says, the decoder verifies several tokens per pass
+// (drafting.hpp).
 //
 // All state belongs to a Request (generation.hpp) or to the Conversation that you pass. One Engine may serve several
 // threads; a Stream and a Conversation belong to one.
@@ -36,6 +37,7 @@
 
 #include "audit.hpp"
 #include "conversation.hpp"
+#include "draft_table.hpp"
 #include "drafting.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
@@ -123,6 +125,10 @@ class Engine {
       if (const auto found = manifest.graphs.find(name); found != manifest.graphs.end()) load(name, found->second);
     }
     for (const auto& [name, spec] : manifest.graphs) load(name, spec);
+    if (manifest.drafts) {
+      drafts_.emplace(folder / manifest.drafts->file, static_cast<size_t>(manifest.drafts->ngrams),
+                      manifest.dims.vocab_size);
+    }
     check_gate(folder, manifest, graphs_);
     if (pages_) pages_->place();
   }
@@ -228,6 +234,9 @@ class Engine {
 
   const Graphs& graphs() const { return graphs_; }
 
+  /// The package's table of n-grams; null if it has none.
+  const DraftTable* drafts() const { return drafts_ ? &*drafts_ : nullptr; }
+
  private:
   const std::unique_ptr<Audit> audit_;  // opened before the package's files are read
 
@@ -263,6 +272,7 @@ class Engine {
   const bool files_;
   std::optional<Environment> environment_;
   Graphs graphs_;
+  std::optional<DraftTable> drafts_;
 };
 
 /// An answer in chunks: call `next` until it returns nothing.
@@ -379,7 +389,8 @@ class Stream {
     }
     if (verdict_.action == Action::steer) sample_ = Sampler(sampling_.greedy());
     if (sampling_.speculate) {
-      drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision));
+      drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision),
+                       engine_.drafts());
     }
     logits_ = request_->prefill_upper(verdict_.strength);
     return choose();

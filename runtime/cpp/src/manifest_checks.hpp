@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "draft_table.hpp"
 #include "errors.hpp"
 #include "manifest_format.hpp"
 #include "unicode.hpp"
@@ -280,6 +281,15 @@ inline void check_gate(const Manifest& m, const Need& need) {
   }
 }
 
+/// `file`, which `where` names, is in 'files' with so many bytes.
+inline void need_bytes(const Manifest& m, const std::string& where, const std::string& file, int64_t bytes,
+                       const Need& need) {
+  const auto described =
+      std::find_if(m.files.begin(), m.files.end(), [&](const DataFile& one) { return one.file == file; });
+  need(described != m.files.end() && described->bytes == bytes,
+       where + ": '" + file + "' must be in 'files' with " + std::to_string(bytes) + " bytes");
+}
+
 /// The states that prove the gate on another machine.
 inline void check_proof(const Manifest& m, const Need& need) {
   need(m.guarded == m.proof.has_value(), "'guarded' and 'proof' contradict each other");
@@ -298,11 +308,12 @@ inline void check_proof(const Manifest& m, const Need& need) {
     need(state.shift > 0.0, "proof: a shift is not above zero");
   }
   const auto states = static_cast<int64_t>(m.proof->p_unsafe.size() + 2 * m.proof->steered.size());
-  const int64_t size = 4 * m.dims.hidden_size * states;
-  const auto described =
-      std::find_if(m.files.begin(), m.files.end(), [&](const DataFile& file) { return file.file == m.proof->file; });
-  need(described != m.files.end() && described->bytes == size,
-       "proof: '" + m.proof->file + "' must be in 'files' with " + std::to_string(size) + " bytes");
+  need_bytes(m, "proof", m.proof->file, 4 * m.dims.hidden_size * states, need);
+}
+
+/// The table of n-grams has as many as it says.
+inline void check_drafts(const Manifest& m, const Need& need) {
+  if (m.drafts) need_bytes(m, "drafts", m.drafts->file, DraftTable::kEntryBytes * m.drafts->ngrams, need);
 }
 
 /// Every file is inside the package, and has one hash.
@@ -386,6 +397,7 @@ inline void check_consistency(const Manifest& m, const std::string& where) {
   check_video(m, need);
   check_gate(m, need);
   check_proof(m, need);
+  check_drafts(m, need);
   check_files(m, need);
   check_golden(m, need);
   check_prompt(m, need);

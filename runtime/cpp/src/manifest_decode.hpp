@@ -240,6 +240,11 @@ inline SteeredState steered_state(const Node& node) {
   return {node["token"].as_int(), node["steered_token"].as_int(), node["shift"].as_float()};
 }
 
+inline DraftSpec drafts(const Node& node) {
+  node.object({"file", "ngrams"});
+  return {node["file"].as_string(), node["ngrams"].as_size()};
+}
+
 inline GateProof proof(const Node& node) {
   node.object({"file", "p_unsafe", "steered"}, {"monitor"});
   return {node["file"].as_string(), node["p_unsafe"].list(as_float), node["steered"].list(steered_state),
@@ -275,7 +280,7 @@ inline Manifest manifest(const Node& node) {
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
        "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
        "onnxruntime"},
-      {"video", "monitor"});
+      {"video", "monitor", "drafts"});
   check_facts(node);
   Manifest manifest;
   manifest.guarded = node["guarded"].as_bool();
@@ -291,6 +296,7 @@ inline Manifest manifest(const Node& node) {
   manifest.prober = node["prober"].optional(prober);
   manifest.refusal = node["refusal"].optional(refusal);
   if (node.has("monitor")) manifest.monitor = node["monitor"].optional(monitor);
+  if (node.has("drafts")) manifest.drafts = node["drafts"].optional(drafts);
   manifest.golden = node["golden"].list(golden);
   manifest.tolerance = tolerance(node["tolerance"]);
   manifest.proof = node["proof"].optional(proof);

@@ -207,6 +207,12 @@ struct MonitorSpec {
   double threshold;  ///< an answer goes on while 0 <= p_unsafe <= threshold
 };
 
+/// N-grams of the model's own answers, from which free text is drafted (see draft_table.hpp).
+struct DraftSpec {
+  std::string file;
+  int64_t ngrams;
+};
+
 struct RefusalSpec {
   double strength;
   std::string text;  ///< the answer to an unsafe prompt under --policy stop
@@ -259,6 +265,7 @@ struct Manifest {
   std::optional<ProberSpec> prober;
   std::optional<RefusalSpec> refusal;
   std::optional<MonitorSpec> monitor;  ///< absent: nothing watches answers
+  std::optional<DraftSpec> drafts;     ///< absent: only what an answer copies is drafted
   std::vector<Golden> golden;
   Tolerance tolerance;
   std::optional<GateProof> proof;  ///< if guarded

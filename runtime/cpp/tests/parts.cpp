@@ -151,10 +151,15 @@ Json pack(const Json& command) {
   return rows.count();
 }
 
-/// {"prompt": [id, ...], "answer": [id, ...], "position_cost", "limit"} -> the draft before each token of the answer,
-/// and after the last
+/// {"prompt": [id, ...], "answer": [id, ...], "position_cost", "limit", "table": null or file, "ngrams", "vocab_size"}
+/// -> the draft before each token of the answer, and after the last
 Json draft(const Json& command) {
-  autosteer::Drafter drafter(command.at("prompt").get<std::vector<int64_t>>(), command.at("position_cost"));
+  std::optional<autosteer::DraftTable> table;
+  if (!command.at("table").is_null()) {
+    table.emplace(command.at("table").get<std::string>(), command.at("ngrams").get<size_t>(), command.at("vocab_size"));
+  }
+  autosteer::Drafter drafter(command.at("prompt").get<std::vector<int64_t>>(), command.at("position_cost"),
+                             table ? &*table : nullptr);
   Json drafts = {drafter.draft(command.at("limit"))};
   for (const auto& token : command.at("answer")) {
     drafter.push(token);
