@@ -185,7 +185,7 @@ def variants(document: Any, part: str | None) -> Iterator[Any]:
         yield data
 
 
-@pytest.mark.parametrize(("package", "part"), [("watched", None), ("split", "image"), ("deepstack", "image")])
+@pytest.mark.parametrize(("package", "part"), [("drafted", None), ("split", "image"), ("deepstack", "image")])
 def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, tmp_path):
     """Whatever is changed, and without anybody's list: a field that one of them reads less strictly shows here."""
     source = places.packages.whole(package)
@@ -220,13 +220,13 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 PYTHON_FILES = (
     *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py"),
     *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py"),
-    *("audit.py", "ffmpeg.py"),
+    *("audit.py", "ffmpeg.py", "draft_table.py"),
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "manifest_checks.hpp"),
     *("manifest_decode.hpp", "picture.hpp", "generation.hpp", "prompt_encoder.hpp", "sampling.hpp"),
     *("self_test.hpp", "strict_json.hpp", "subgraph.hpp", "text.hpp", "unicode.hpp", "video.hpp"),
-    *("audit.hpp", "ffmpeg.hpp"),
+    *("audit.hpp", "ffmpeg.hpp", "draft_table.hpp"),
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {

@@ -69,8 +69,8 @@ def whole(folder: Path, **variant: Any) -> None:
 
 
 def drafted(folder: Path) -> None:
-    """With a table of what its model often says: "tock" after "tick", and "tick" after "tock"."""
-    whole(folder)
+    """With a table of what its model often says: "tock" after "tick", and "tick" after "tock". And with a monitor."""
+    whole(folder, monitored=True)
     tick, tock = toy.ID["tick"], toy.ID["tock"]
     rows = sorted([(keys([tick])[0], tock), (keys([tock])[0], tick)])
     ngrams, tokens = np.array([key for key, _ in rows], np.uint64), np.array([token for _, token in rows], np.int32)

@@ -40,10 +40,10 @@ class DraftTable {
     read(in, ngrams_);
     read(in, tokens_);
     read(in, chances_);
+    if (!in) throw PackageError(file.string() + ": not readable; copy the package again");
     const auto wrong = [&](const std::string& what) {
       return PackageError(file.string() + ": " + what + "; make it again with autosteer-draft");
     };
-    if (!in) throw wrong("not readable");
     const auto is_above = [](uint64_t one, uint64_t next) { return one >= next; };
     if (std::adjacent_find(ngrams_.begin(), ngrams_.end(), is_above) != ngrams_.end()) {
       throw wrong("the n-grams are not in order");
