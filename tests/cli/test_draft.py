@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,19 +43,31 @@ def test_where_there_is_no_terminal_a_line_tells_how_far_it_is(call, copy_of_pac
     assert len(lines) == len(PROMPTS) and lines[-1].startswith("answering: 30 of 30, after ")
 
 
-def test_ctrl_c_makes_a_table_of_the_answers_so_far(call, copy_of_package, prompts, monkeypatch):
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt(), 0), (SystemExit(143), 143)])
+def test_ctrl_c_or_a_kill_makes_a_table_of_the_answers_so_far(
+    call, copy_of_package, prompts, monkeypatch, signal, code
+):
     whole = draft_maker.own_answers
 
     def interrupted(*args: object):
         for n, answer in enumerate(whole(*args)):  # type: ignore[arg-type]
             if n == 20:
-                raise KeyboardInterrupt
+                raise signal
             yield answer
 
     monkeypatch.setattr(draft_maker, "own_answers", interrupted)
     done = call("autosteer-draft", copy_of_package, "--data", prompts, "--max-tokens", 20, "--device", "cpu")
-    assert done.returncode == 0 and "interrupted: the table is made from the answers so far" in done.stderr
+    assert done.returncode == code and "interrupted: the table is made from the answers so far" in done.stderr
     assert "of 20 answers" in done.stdout and Manifest.load(copy_of_package).drafts
+
+
+def test_a_package_that_is_not_writable_is_refused_before_anything_is_answered(
+    call, copy_of_package, prompts, monkeypatch
+):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    done = call("autosteer-draft", copy_of_package, "--data", prompts)
+    assert done.returncode == 5 and "not writable; copy the package" in done.stderr
+    assert call("autosteer-draft", copy_of_package / "none", "--data", prompts).returncode == 2
 
 
 def test_prompts_that_cannot_be_used_leave_the_package_as_it_was(call, copy_of_package, tmp_path):
