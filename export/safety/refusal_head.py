@@ -107,7 +107,6 @@ def train_refusal_head(
     `embeddings`. Raises InputError if training did not lower the held-out loss.
     """
     import torch
-    from torch.nn import functional
 
     device = embeddings.device
     answer = answer.to(device)
