@@ -163,7 +163,7 @@ def test_every_key_is_needed(tmp_path, document):
         {
             *("tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "each", "native"),
             *("video", "videos", "seconds", "prompt_ids", "monitor", "frame_group", "long", "windowed"),
-            "closest_grid",
+            *("closest_grid", "drafts"),
         },
         {"versions", "validation", "calibration"},
     )

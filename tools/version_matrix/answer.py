@@ -33,7 +33,7 @@ class Forced:
     def __init__(self, answer: tuple[int, ...]):
         self._answer, self._at = answer, 0
 
-    def __call__(self, prompt: object, position_cost: float) -> Forced:
+    def __call__(self, prompt: object, position_cost: float, table: object) -> Forced:
         """In place of drafting.Drafter's constructor."""
         return self
 
