@@ -67,8 +67,8 @@ def draft(
     manifest = install(package, table)
     assert manifest.drafts
     name, ngrams, seen = manifest.drafts.file, manifest.drafts.ngrams, sum(map(len, answers))
-    size = (package / name).stat().st_size / 1e6
-    click.echo(f"{name}: {ngrams} n-grams from {seen} tokens of {len(answers)} answers, {size:.1f} MB")
+    size = (package / name).stat().st_size / 1e3
+    click.echo(f"{name}: {ngrams} n-grams from {seen} tokens of {len(answers)} answers, {size:,.0f} kB")
     if isinstance(ended, SystemExit):
         raise ended
 
