@@ -59,6 +59,13 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
     type=click.Path(path_type=Path, exists=True),
     help='JSONL of {"prompt": ...}: one round for each of these prompts instead.',
 )
+@click.option(
+    "--each",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --prompts: ask each of them so many times; its middle round counts.",
+)
 @click.option("--tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Most tokens in an answer.")
 @click.option("--image", type=click.Path(path_type=Path, exists=True), help="Add this image to the prompt.")
 @click.option(
@@ -100,12 +107,16 @@ def peer_names(context: click.Context, parameter: click.Parameter, value: str) -
     show_default=True,
     help="Folder that keeps the peers' models.",
 )
+@click.option(
+    "--without", metavar="NAME", multiple=True, help="Leave out a configuration, named as in the report. Repeatable."
+)
 @json_option
 @debug_option
 def bench(
     packages: tuple[Path, ...],
     prompt_tokens: int,
     prompt_file: Path | None,
+    each: int,
     tokens: int,
     image: Path | None,
     rounds: int,
@@ -118,6 +129,7 @@ def bench(
     ggufs: tuple[Path, ...],
     peer_python: str,
     work: Path,
+    without: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Measure packages, and peers beside them."""
@@ -148,9 +160,13 @@ def bench(
             configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))
+    if unknown := set(without) - {one.name for one in configurations}:
+        names = "; ".join(one.name for one in configurations)
+        raise click.UsageError(f"--without {min(unknown)!r}: there are {names}")
+    configurations = [one for one in configurations if one.name not in without]
     say("preparing prompts")
     if prompt_file:
-        jobs = prompts.of_file(packages[0], manifests[0], prompt_file, tokens, threads)
+        jobs = prompts.of_file(packages[0], manifests[0], prompt_file, tokens, threads, each)
     else:
         jobs = prompts.of_length(packages[0], manifests[0], prompt_tokens, tokens, rounds, image)
     say("reading memory")
@@ -168,13 +184,14 @@ def bench(
     say("")
     if not measured:
         raise PackageError("; ".join(failed))
+    measured = [session.middle_rounds(one, each) for one in measured]
     dims = manifests[0].dims
     shape = (dims.num_hidden_layers, dims.num_key_value_heads, dims.head_dim)
     workload = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
         "threads": threads,
-        "rounds": len(jobs) - 1,
+        "rounds": (len(jobs) - 1) // each,
         "image": jobs[0]["image"],
         "seconds": round(seconds, 1),
         "others_cpu_share": None if after is None or before is None else (after - before) / seconds / here.cores,

@@ -53,12 +53,25 @@ def test_prompts_of_a_file_are_a_round_each_and_answers_end_where_the_package_en
     """Behind its end token a model repeats itself, which would flatter drafts."""
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("how do i open a jar?", "what is a cup?")))
-    done = bench("--package", demo_package("int4"), "--prompts", file, "--tokens", 500, "--speculation", "--json")
+    done = bench("--package", demo_package("int4"), "--prompts", file, "--each", 3, "--tokens", 500,
+                 "--speculation", "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["workload"]["rounds"] == 2
     plain, drafting = measured["configurations"]
     assert 2 <= plain["tokens"] == drafting["tokens"] < 100
+
+
+def test_of_a_prompt_that_was_asked_thrice_the_middle_round_counts():
+    """One slow moment of the machine is not a prompt's worst ratio."""
+    rounds = tuple({"prompt": prompt, "decode_ms": ms} for ms, prompt in zip((9, 1, 5, 30, 7, 20), "ababab", strict=True))
+    middle = session.middle_rounds(session.Measured(None, {}, rounds, {}, ()), each=3)
+    assert [(r["prompt"], r["decode_ms"]) for r in middle.rounds] == [("a", 7), ("b", 20)]
+
+
+def test_what_is_to_be_left_out_is_named_as_in_the_report():
+    done = bench("--package", demo_package("int4"), "--without", "genai")
+    assert done.returncode == 2 and f"there are autosteer {demo_package('int4').name}" in done.stderr
 
 
 def test_a_file_without_prompts_is_refused_by_its_line(tmp_path):

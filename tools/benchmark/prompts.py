@@ -51,8 +51,9 @@ def of_length(
     return jobs
 
 
-def of_file(folder: Path, manifest: Manifest, file: Path, new_tokens: int, threads: int) -> list[dict[str, Any]]:
-    """The prompts of a file of JSON lines, {"prompt": text}; the first one twice, because the first round is dropped.
+def of_file(folder: Path, manifest: Manifest, file: Path, new_tokens: int, threads: int, each: int) -> list[dict[str, Any]]:
+    """The prompts of a file of JSON lines, {"prompt": text}, `each` times one after the other (`session.middle_rounds`);
+    the first one once more, because the first round is dropped.
 
     Answers end where the package's own answer ends, if that is before `new_tokens`: what a model says behind its end
     repeats itself, which flatters drafts.
@@ -67,7 +68,7 @@ def of_file(folder: Path, manifest: Manifest, file: Path, new_tokens: int, threa
         jobs.append(_job(prompt, token_ids, None, max(2, len(answer.token_ids))))
     if not jobs:
         raise InputError(f"{file}: no prompts")
-    return [jobs[0], *jobs]
+    return [jobs[0], *jobs * each]
 
 
 def _token_ids(message: Message, manifest: Manifest, tokenizer: Tokenizer) -> list[int]:

@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from .peers import Configuration, environment
@@ -121,6 +122,13 @@ def measure(
         Measured(c, workers[c.name].facts, tuple(rounds[c.name][1:]), memory[c.name], tuple(cold[c.name][1:]))
         for c in alive
     ], failed
+
+
+def middle_rounds(measured: Measured, each: int) -> Measured:
+    """For prompts that were all asked `each` times: of each prompt, the round in the middle by its decode time."""
+    prompts = len(measured.rounds) // each
+    asked = [sorted(measured.rounds[n::prompts], key=itemgetter("decode_ms")) for n in range(prompts)]
+    return replace(measured, rounds=tuple(rounds[len(rounds) // 2] for rounds in asked))
 
 
 def _cold_start(configuration: Configuration, job: dict[str, Any], threads: int, max_tokens: int) -> float:
