@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .engine import Chunk, Engine
     from .errors import AuditError, AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
-    from .generation import Stats
     from .manifest import Manifest
     from .sampling import SamplingConfig
+    from .stats import Stats
     from .text import Message
     from .video import Video, open_video
 

@@ -27,9 +27,10 @@ try:
 except ImportError:  # Windows: records go to a function there
     fcntl = None  # type: ignore[assignment]
 
+from .encoded_prompt import EncodedPrompt
 from .errors import AuditError, CancelledError, InputError, PackageError, ProviderError
 from .gate import GatePolicy, Verdict, Watched
-from .generation import EncodedPrompt, Stats, ms_since
+from .stats import Stats, ms_since
 from .text import Message, judged
 
 Hook: TypeAlias = "Callable[[Mapping[str, Any]], None]"

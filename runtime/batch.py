@@ -29,7 +29,8 @@ from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 
-from .generation import Float, Request
+from .encoded_prompt import Float
+from .generation import Request
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
 from .rotary import RotaryTables

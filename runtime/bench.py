@@ -22,10 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch, can_share
+from .encoded_prompt import EncodedPrompt
 from .engine import Engine
 from .gate import Mode
-from .generation import EncodedPrompt, Request, Stats, finish, ms_since
+from .generation import Request, finish
 from .host import describe_host
+from .stats import Stats, ms_since
 from .text import Message
 
 SWEEP_BYTES = 512 << 20  # far beyond any cache

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import PIL
 
+from .encoded_prompt import EncodedPrompt
 from .engine import Answer, Engine
 from .gate import Mode
-from .generation import EncodedPrompt, Stats
 from .manifest import Check, Golden, Manifest
 from .sampling import SamplingConfig
+from .stats import Stats
 from .text import Message
 from .video import Video
 

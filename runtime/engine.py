@@ -35,9 +35,10 @@ from .batch import Batch
 from .conversation import Conversation
 from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
+from .encoded_prompt import EncodedPrompt
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, watched, without_steering
-from .generation import PREFILL_CHUNK, EncodedPrompt, Request, Stats, finish, ms_since
+from .generation import PREFILL_CHUNK, Request, finish
 from .grammar import Grammars
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
@@ -46,6 +47,7 @@ from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
 from .sampling import Constraint, LogProbs, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
+from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike

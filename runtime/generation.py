@@ -20,82 +20,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .deepstack import Deepstack
 from .drafting import MAX_DRAFT
+from .encoded_prompt import EncodedPrompt, Float, Key
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
-from .rotary import Positions, RotaryTables
+from .rotary import RotaryTables
+from .stats import Stats, ms_since
 from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Float = npt.NDArray[np.float32]
 PREFILL_CHUNK = 128  # tokens: bounds activations; larger ones are not faster; results do not depend on it
-Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
-
-
-@dataclass
-class Stats:
-    """What an answer cost. Milliseconds are wall time; `upper_ms` is None if decoder_upper never ran."""
-
-    device: str = ""
-    prompt_tokens: int = 0
-    reused_tokens: int = 0  # prompt tokens whose keys and values were cached by the conversation
-    completion_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0  # drafted tokens that the sampler then chose
-    image_tiles: int = 0  # encoded for this answer
-    kv_bytes: int = 0
-    vision_ms: float = 0.0
-    embed_ms: float = 0.0
-    lower_ms: float = 0.0
-    gate_ms: float = 0.0
-    upper_ms: float | None = None
-    ttft_ms: float = 0.0  # from the call to the first chunk
-    decode_ms: float = 0.0  # passes after the first token
-    monitor_ms: float = 0.0  # of these: what watched the answer
-
-    @property
-    def decode_tok_s(self) -> float | None:
-        """Tokens per second after the first one; None for answers of one token."""
-        steps = self.completion_tokens - 1
-        return 1000 * steps / self.decode_ms if steps > 0 and self.decode_ms > 0 else None
-
-
-def ms_since(start: float) -> float:
-    """Milliseconds since time.perf_counter() was `start`."""
-    return 1000 * (time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class ShownPicture:
-    """What a picture or a video took of a prompt."""
-
-    tokens: int  # its rows, and the separators around and between its tiles
-    tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
-    sha256: str  # of its pixels, or of the video's frames as they are encoded; see image.digest
-    video: bool
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A dialogue as the decoder's input: S positions."""
-
-    inputs_embeds: Float  # (1, S, D)
-    token_ids: list[int]  # of the text only; the repetition penalty reads them
-    keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
-    positions: Positions  # (3, S), for rotary
-    probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
-    shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
-    deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .encoded_prompt import Float
 from .errors import CancelledError
 from .gate import GatePolicy, Mode, Watched, is_safe, worst
-from .generation import Float, Stats, ms_since
 from .manifest import Manifest
+from .stats import Stats, ms_since
 from .subgraph import Subgraph
 
 log = logging.getLogger(__name__)

@@ -29,11 +29,12 @@ from tokenizers import Tokenizer
 from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
+from .encoded_prompt import EncodedPrompt, Float, Key, ShownPicture
 from .errors import InputError, PackageError
-from .generation import EncodedPrompt, Float, Key, ShownPicture, Stats, ms_since
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
 from .rotary import PositionCounter
+from .stats import Stats, ms_since
 from .subgraph import Subgraph
 from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, VideoPart, render_judged
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .encoded_prompt import Float
 from .errors import PackageError
-from .generation import Float, steered_head
+from .generation import steered_head
 from .manifest import GateProof, Manifest
 from .subgraph import Device, Subgraph, buffer, empty
 

@@ -14,7 +14,7 @@ import numpy as np
 from autosteer.runtime import Engine, Mode
 from autosteer.runtime.batch import Batch, can_share
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.generation import Stats
+from autosteer.runtime.stats import Stats
 
 from .pairs import Prompt
 from .refit import as_messages

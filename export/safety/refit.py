@@ -26,8 +26,8 @@ from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import Row
 from autosteer.runtime.evaluation.variants import as_text, by_family
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+from autosteer.runtime.stats import Stats
 
 from . import PICTURES
 from .arrange import arrange, count_pictures, training_weights

@@ -13,11 +13,12 @@ import numpy as np
 from autosteer.export.checkpoint.layer_sweep import LayerSweep, grouped
 from autosteer.export.footprint import package_kv_bytes_per_token
 from autosteer.export.graphs.decoder import BRANCHES
+from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, Verdict
-from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.image import cut, open_image
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.subgraph import find_device
 
 from .graph_shards import ActivationRecorder, ShardedGraph

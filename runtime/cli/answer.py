@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..conversation import Conversation
     from ..engine import Chunk, Engine
     from ..gate import GatePolicy, Verdict, Watched
-    from ..generation import Stats
     from ..sampling import SamplingConfig
+    from ..stats import Stats
     from ..text import Message
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..batch import Batch
+from ..encoded_prompt import ShownPicture
 from ..engine import Chunk, Engine
 from ..gate import GatePolicy, Mode, Verdict
-from ..generation import ShownPicture, Stats
 from ..sampling import SamplingConfig
+from ..stats import Stats
 from .conversations import Conversations
 from .dialogue import Turn, digests
 from .faults import ApiError

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..gate import Action
-from ..generation import Stats
+from ..stats import Stats
 from .answering import Piece, report
 from .protocol import ChatBody
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..generation import Stats
+from ..stats import Stats
 from .answering import Piece, report
 from .chat import is_refusal
 from .protocol import ResponsesBody

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, GatePolicy
 from autosteer.runtime.gate import Mode, decide, is_safe
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import at_most, open_image, prepare
 from autosteer.runtime.manifest import ImageSpec
 from autosteer.runtime.sampling import make_sampler
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.strict_json import decode
 from autosteer.runtime.text import Detokeniser, ImagePart, Message, VideoPart, load_tokenizer
 from autosteer.runtime.video import open_video

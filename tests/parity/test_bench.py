@@ -64,7 +64,9 @@ def test_prompts_of_a_file_are_a_round_each_and_answers_end_where_the_package_en
 
 def test_of_a_prompt_that_was_asked_thrice_the_middle_round_counts():
     """One slow moment of the machine is not a prompt's worst ratio."""
-    rounds = tuple({"prompt": prompt, "decode_ms": ms} for ms, prompt in zip((9, 1, 5, 30, 7, 20), "ababab", strict=True))
+    rounds = tuple(
+        {"prompt": prompt, "decode_ms": ms} for ms, prompt in zip((9, 1, 5, 30, 7, 20), "ababab", strict=True)
+    )
     middle = session.middle_rounds(session.Measured(None, {}, rounds, {}, ()), each=3)
     assert [(r["prompt"], r["decode_ms"]) for r in middle.rounds] == [("a", 7), ("b", 20)]
 

@@ -6,7 +6,7 @@ import pytest
 from exported import demo_package
 
 from autosteer.runtime import Engine, Message
-from autosteer.runtime.generation import Stats
+from autosteer.runtime.stats import Stats
 
 SYSTEMS = (
     "You are a helpful assistant.",

@@ -19,9 +19,9 @@ from autosteer.export.graphs.quantize import recipe
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.gate import Action
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.subgraph import ON_THE_CPU
 from autosteer.runtime.text import Message
 

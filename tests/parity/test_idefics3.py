@@ -24,9 +24,9 @@ from autosteer.export.graphs import vision
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import cut, lay_out, open_image, prepare
 from autosteer.runtime.manifest import TemplatePiece
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("idefics3", "smolvlm", "whole")

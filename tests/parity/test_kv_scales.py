@@ -26,8 +26,8 @@ from autosteer.export.validation.dequantize import packed_kv_scales
 from autosteer.export.validation.limits import LIMITS
 from autosteer.runtime import Conversation, Engine, Message, SamplingConfig
 from autosteer.runtime.errors import CheckError, InputError
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest, RotarySpec
+from autosteer.runtime.stats import Stats
 
 HEADS, KV_HEADS, WIDTH, CONTEXT = 4, 2, 16, 64
 ROTARY = RotarySpec(tuple(10000.0 ** (-np.arange(0, WIDTH, 2) / WIDTH)), 1.0, ())

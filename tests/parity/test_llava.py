@@ -23,8 +23,8 @@ from autosteer.export.checkpoint.open import DEMO
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.runtime.check import check_package
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import TemplatePiece
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 
 VARIANTS = ("one tile", "padded", "anyres", "anyres, llama 3")

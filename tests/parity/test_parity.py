@@ -21,9 +21,9 @@ from autosteer.export.validation.original import ANSWER_TOKENS, OriginalAnswer, 
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
 from autosteer.runtime.gate import Action, Mode, is_safe
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import Message
 
 ROWS_PER_GROUP = 2  # of some thirty groups: every kind of question, attack and look-alike

@@ -35,13 +35,14 @@ from autosteer.runtime import video as videos
 from autosteer.runtime.check import check_package
 from autosteer.runtime.conversation import Conversation
 from autosteer.runtime.deepstack import Deepstack
+from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.generation import EncodedPrompt, Stats
 from autosteer.runtime.image import open_image, prepare
 from autosteer.runtime.prompt_encoder import PromptEncoder
 from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import IMAGE, ImagePart, Message, VideoPart, load_tokenizer, render
 from autosteer.runtime.video import spaced
 

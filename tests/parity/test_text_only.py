@@ -48,9 +48,10 @@ from autosteer.models import FAMILIES, Family, text_only
 from autosteer.runtime.conversation import Conversation
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import CheckError, InputError
-from autosteer.runtime.generation import Request, Stats
+from autosteer.runtime.generation import Request
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.sampling import SamplingConfig
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import Message
 
 # Scaled rotary embeddings begin to differ at position 0; 32 is the length that the model was first trained for.

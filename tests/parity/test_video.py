@@ -24,10 +24,10 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
 from autosteer.runtime.cli.run import run
 from autosteer.runtime.gate import Action, Mode
-from autosteer.runtime.generation import Stats
 from autosteer.runtime.image import normalise, open_image
 from autosteer.runtime.manifest import ImageSpec, NativeSpec, NativeVideoSpec, VideoSpec
 from autosteer.runtime.prompt_encoder import TILES_PER_RUN
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import ImagePart, VideoPart
 from autosteer.runtime.video import FRAMES, Video, frame_grid, pool, spaced, squeeze, tiles
 

@@ -51,9 +51,11 @@ def of_length(
     return jobs
 
 
-def of_file(folder: Path, manifest: Manifest, file: Path, new_tokens: int, threads: int, each: int) -> list[dict[str, Any]]:
-    """The prompts of a file of JSON lines, {"prompt": text}, `each` times one after the other (`session.middle_rounds`);
-    the first one once more, because the first round is dropped.
+def of_file(
+    folder: Path, manifest: Manifest, file: Path, new_tokens: int, threads: int, each: int
+) -> list[dict[str, Any]]:
+    """All prompts of a file of JSON lines, {"prompt": text}, `each` times over (see `session.middle_rounds`). The first
+    one comes once more, because the first round is dropped.
 
     Answers end where the package's own answer ends, if that is before `new_tokens`: what a model says behind its end
     repeats itself, which flatters drafts.

@@ -29,7 +29,7 @@ from autosteer.runtime import engine as engine_module
 from autosteer.runtime import subgraph
 from autosteer.runtime.console import dumps, table
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.generation import Stats
+from autosteer.runtime.stats import Stats
 from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import Message
 

@@ -97,8 +97,8 @@ class Drafter {
  private:
   static constexpr size_t kNgram = 4;  // longest match that is looked up; a match grows while the answer keeps copying
   static constexpr double kWeight = 3.0;  // of the prior, in observed tokens
-  static constexpr double kMemory =
-      0.95;  // decay of old observations at each new one: an answer may begin or stop copying
+  /// Decay of old observations at each new one: an answer may begin or stop copying.
+  static constexpr double kMemory = 0.95;
   static constexpr double kGain = 1.05;  // least expected speed-up of a draft
   /// Tokens for which the table's chances are believed before they are compared with an answer.
   static constexpr double kTableWeight = 4.0;

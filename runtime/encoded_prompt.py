@@ -1,0 +1,38 @@
+"""A dialogue as the decoder reads it: what prompt_encoder.py makes and generation.py runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .rotary import Positions
+
+Float = npt.NDArray[np.float32]
+Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """What a picture or a video took of a prompt."""
+
+    tokens: int  # its rows, and the separators around and between its tiles
+    tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
+    sha256: str  # of its pixels, or of the video's frames as they are encoded; see image.digest
+    video: bool
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A dialogue as the decoder's input: S positions."""
+
+    inputs_embeds: Float  # (1, S, D)
+    token_ids: list[int]  # of the text only; the repetition penalty reads them
+    keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
+    positions: Positions  # (3, S), for rotary
+    probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
+    shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
+    deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position
