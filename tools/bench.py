@@ -135,6 +135,8 @@ def bench(
     """Measure packages, and peers beside them."""
     if ggufs and image:
         raise click.UsageError("--gguf and --image exclude each other: here a GGUF file reads texts only")
+    if each > 1 and not prompt_file:
+        raise click.UsageError("--each needs --prompts: other prompts are asked once, in --rounds")
     if vs and not checkpoint:
         raise click.UsageError("--vs needs --checkpoint: the weights that the package was made from")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -164,6 +166,8 @@ def bench(
         names = "; ".join(one.name for one in configurations)
         raise click.UsageError(f"--without {min(unknown)!r}: there are {names}")
     configurations = [one for one in configurations if one.name not in without]
+    if not configurations:
+        raise click.UsageError("--without leaves nothing to measure")
     say("preparing prompts")
     if prompt_file:
         jobs = prompts.of_file(packages[0], manifests[0], prompt_file, tokens, threads, each)

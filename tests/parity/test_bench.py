@@ -72,8 +72,17 @@ def test_of_a_prompt_that_was_asked_thrice_the_middle_round_counts():
 
 
 def test_what_is_to_be_left_out_is_named_as_in_the_report():
+    name = f"autosteer {demo_package('int4').name}"
     done = bench("--package", demo_package("int4"), "--without", "genai")
-    assert done.returncode == 2 and f"there are autosteer {demo_package('int4').name}" in done.stderr
+    assert done.returncode == 2 and f"there are {name}" in done.stderr
+    done = bench("--package", demo_package("int4"), "--without", name)
+    assert done.returncode == 2 and "nothing to measure" in done.stderr
+
+
+def test_each_is_for_prompts_of_a_file_alone():
+    """Other prompts are asked once: taking every third of their rounds together would mix different prompts."""
+    done = bench("--package", demo_package("int4"), "--each", 3)
+    assert done.returncode == 2 and "--each needs --prompts" in done.stderr
 
 
 def test_a_file_without_prompts_is_refused_by_its_line(tmp_path):
