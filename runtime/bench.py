@@ -136,7 +136,7 @@ def weight_bytes(file: Path, activations: str) -> int:
 
 def _case(engine: Engine, folder: Path, name: str, message: Message, new_tokens: int, rounds: int) -> Case:
     manifest, gated = engine.manifest, engine.manifest.refusal
-    policy = engine.policy(Mode.MONITOR if gated else Mode.OFF)
+    policy = engine.policy(Mode.REPORT if gated else Mode.OFF)
     stages: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "total")}
     steps: dict[float, list[float]] = {strength: [] for strength in ([0.0, gated.strength] if gated else [0.0])}
     for number in range(rounds + 1):  # the first warms up
@@ -178,7 +178,7 @@ def _together(engine: Engine, message: Message, answers: int, new_tokens: int) -
     for _ in range(answers):
         stats = Stats()
         request = engine.request(engine.encoder.prepare([message], stats), new_tokens, stats)
-        request.prefill_lower(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+        request.prefill_lower(engine.policy(Mode.REPORT if engine.manifest.guarded else Mode.OFF))
         tokens[request] = int(request.prefill_upper(0.0).argmax())
     for step in range(new_tokens - 1):
         if step == 1:

@@ -26,7 +26,7 @@ class Mode(str, Enum):
 
     STEER = "steer"  # steer every answer token towards a refusal, as in the paper
     STOP = "stop"  # answer with the refusal text; decoder_upper never runs
-    MONITOR = "monitor"  # score and report, never intervene
+    REPORT = "report"  # score and report, never intervene
     OFF = "off"  # no gate at all; must be asked for
 
 
@@ -38,7 +38,7 @@ class Action(str, Enum):
     STOP = "stop"
 
 
-_ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.MONITOR: Action.PASS, Mode.OFF: Action.PASS}
+_ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.REPORT: Action.PASS, Mode.OFF: Action.PASS}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class GatePolicy:
         if not self.threshold < 1.0:
             raise InputError(
                 f"threshold = {self.threshold:g}: give a number below 1; a prompt is unsafe above it, and no p_unsafe "
-                "is above 1 (to let every prompt pass, use --policy monitor or off)"
+                "is above 1 (to let every prompt pass, use --policy report or off)"
             )
         if not 0.0 <= self.strength <= STRENGTH_MAX:
             raise InputError(
@@ -106,8 +106,8 @@ def worst(scores: Iterable[float]) -> float:
 
 
 def watched(verdict: Verdict, seen: Watched | None) -> Verdict:
-    """The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only watches."""
-    stopped = seen is not None and seen.unsafe and verdict.mode is not Mode.MONITOR
+    """The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only reports."""
+    stopped = seen is not None and seen.unsafe and verdict.mode is not Mode.REPORT
     return replace(verdict, monitor=seen, action=Action.STOP if stopped else verdict.action)
 
 

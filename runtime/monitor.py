@@ -7,7 +7,7 @@
     stopped  at the first unsafe window; what is held is never shown, and the refusal text ends the answer
 
 The mean over a window is what keeps single tokens from stopping an answer. A token is read when the pass runs over it
-that gives the next one, so the last token of an answer is not read. Nothing is held under --policy monitor, and nothing
+that gives the next one, so the last token of an answer is not read. Nothing is held under --policy report, and nothing
 read under off.
 """
 
@@ -36,7 +36,7 @@ class Monitor:
     def __init__(self, manifest: Manifest, graph: Subgraph, policy: GatePolicy, stats: Stats):
         """`manifest` has a monitor, and `policy` a threshold for it."""
         assert manifest.monitor is not None and policy.answer_threshold is not None
-        self.window, self.stops = manifest.monitor.window, policy.mode is not Mode.MONITOR
+        self.window, self.stops = manifest.monitor.window, policy.mode is not Mode.REPORT
         self._graph, self._threshold, self._stats = graph, policy.answer_threshold, stats
         self._states: Float = np.zeros((self.window, manifest.dims.hidden_size), np.float32)
         self._read = 0  # tokens

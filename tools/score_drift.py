@@ -83,7 +83,7 @@ def catching(p_unsafe: np.ndarray, count: int) -> float:
 
 def score(engine: Engine, row: Row) -> float:
     """p_unsafe of a prompt; the upper half never runs."""
-    p_unsafe = engine.score(row.messages, policy=engine.policy("monitor")).p_unsafe
+    p_unsafe = engine.score(row.messages, policy=engine.policy("report")).p_unsafe
     assert p_unsafe is not None  # only policy "off" gives none
     return p_unsafe
 

@@ -168,7 +168,7 @@ def _answer(
     if recorder and length <= recorded_length:
         recorder.start()
     request = engine.request(prompt, tokens, Stats(), chunk=-(-length // chunks))
-    verdict = request.prefill_lower(engine.policy(Mode.MONITOR if engine.manifest.guarded else Mode.OFF))
+    verdict = request.prefill_lower(engine.policy(Mode.REPORT if engine.manifest.guarded else Mode.OFF))
     hidden = request.probed_mean()[0].copy()
     logits = [request.prefill_upper(strength).copy()]
     last = request.last_hidden_state()

@@ -53,8 +53,8 @@ def verdict_line(verdict: Verdict) -> str:
     line += f" at layer {verdict.split_layer}"
     if verdict.action.value == "steer":
         line += f", strength {verdict.strength:g}"
-    if verdict.unsafe and verdict.mode.value == "monitor":
-        line += "; unsafe, but --policy monitor only watches"
+    if verdict.unsafe and verdict.mode.value == "report":
+        line += "; unsafe, but --policy report lets it pass"
     return line + "]"
 
 
@@ -63,8 +63,8 @@ def monitor_line(seen: Watched, verdict: Verdict) -> str:
     above = ">" if seen.p_unsafe > seen.threshold else "is no probability; limit"
     line = "[ANSWER STOPPED" if verdict.action.value == "stop" else "[ANSWER"
     line += f"  p_unsafe {seen.p_unsafe:.3f} {above if seen.unsafe else '<='} {seen.threshold:.3f} in a window"
-    if seen.unsafe and verdict.mode.value == "monitor":
-        line += "; unsafe, but --policy monitor only watches"
+    if seen.unsafe and verdict.mode.value == "report":
+        line += "; unsafe, but --policy report lets it pass"
     return line + "]"
 
 

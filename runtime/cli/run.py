@@ -39,7 +39,7 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
 )
 @click.option(
     "--policy",
-    type=click.Choice(["steer", "stop", "monitor", "off"]),
+    type=click.Choice(["steer", "stop", "report", "off"]),
     default="steer",
     show_default=True,
     help="For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only report it; or no gate.",

@@ -93,9 +93,9 @@ class Asked:
 def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
     """Answer a row twice, greedily. Raises InputError for one that cannot be asked."""
     sampling = SamplingConfig(max_tokens=max_tokens)
-    monitor, always = engine.policy(Mode.MONITOR), engine.policy(Mode.STEER, threshold=-1.0)
+    report, always = engine.policy(Mode.REPORT), engine.policy(Mode.STEER, threshold=-1.0)
     try:
-        off = engine.generate(row.messages, policy=monitor, sampling=sampling)
+        off = engine.generate(row.messages, policy=report, sampling=sampling)
     except InputError as err:
         raise cannot_be_asked(row, err) from err
     steered = engine.generate(row.messages, policy=always, sampling=sampling)
@@ -103,7 +103,7 @@ def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
     if not verdict.unsafe and seen and seen.unsafe:
         stopped = engine.generate(row.messages, sampling=sampling).text
     watched = engine.manifest.monitor is not None
-    return Asked(off.text, steered.text, monitor.refusal_text, verdict.unsafe, verdict.p_unsafe, watched, stopped)
+    return Asked(off.text, steered.text, report.refusal_text, verdict.unsafe, verdict.p_unsafe, watched, stopped)
 
 
 def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Iterator[Result]:

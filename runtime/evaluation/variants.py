@@ -45,7 +45,7 @@ def possible_families(*, system: bool) -> tuple[Family, ...]:
 def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
     """The verdicts on a row and its rewordings. Raises InputError for one that cannot be asked."""
     families = possible_families(system=engine.manifest.prompt.system is not None)
-    policy = engine.policy(Mode.MONITOR)
+    policy = engine.policy(Mode.REPORT)
     found = []
     for name, asked in ((UNCHANGED, row), *((family.name, reworded(row, family)) for family in families)):
         try:

@@ -84,7 +84,7 @@ def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator
 def require_score(verdict: Verdict) -> None:
     """Raise ApiError 500 unless the prober gave a probability, or the policy asks for none.
 
-    The engine treats such a prompt as unsafe, but --policy monitor would still answer it. And steering needs a model
+    The engine treats such a prompt as unsafe, but --policy report would still answer it. And steering needs a model
     that works, which a failed prober puts in doubt.
     """
     if verdict.mode is not Mode.OFF and not (verdict.p_unsafe is not None and 0.0 <= verdict.p_unsafe <= 1.0):

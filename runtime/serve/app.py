@@ -41,7 +41,7 @@ from .responses import ResponseForm
 from .scheduler import Job, Scheduler
 
 STATIC = Path(__file__).parent / "static"
-BY_STRICTNESS = (Mode.STOP, Mode.STEER, Mode.MONITOR, Mode.OFF)
+BY_STRICTNESS = (Mode.STOP, Mode.STEER, Mode.REPORT, Mode.OFF)
 CLIENT_GONE = 499  # nginx's number for it; nobody reads this answer, but /metrics counts it
 
 
@@ -177,7 +177,7 @@ class Service:
             self._require_model(body.model)
         if self.engine.manifest.prober is None:
             raise ApiError(501, "this package was exported with --unguarded: it cannot score", code="unguarded")
-        policy = self.engine.policy(Mode.MONITOR, threshold=self.settings.policy.threshold)
+        policy = self.engine.policy(Mode.REPORT, threshold=self.settings.policy.threshold)
         reader = Reader(self.settings.limits)
         turns = [
             Turn("user", tuple(reader.part(part, f"input[{i}]") for i, part in enumerate(parts)))

@@ -35,14 +35,14 @@ ALONE = {  # by device: why requests take turns
 @click.option("--name", help="Name of the model that clients ask for. Default: the package's.")
 @click.option(
     "--policy",
-    type=click.Choice(["steer", "stop", "monitor", "off"]),
+    type=click.Choice(["steer", "stop", "report", "off"]),
     default="steer",
     show_default=True,
     help="What to do with an unsafe prompt.",
 )
 @click.option(
     "--weakest-policy",
-    type=click.Choice(["stop", "steer", "monitor", "off"]),
+    type=click.Choice(["stop", "steer", "report", "off"]),
     help="The least strict policy that a request may ask for; stop is the strictest.  [--policy]",
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")

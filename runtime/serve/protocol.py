@@ -192,7 +192,7 @@ class Item(Body):
 class GateOptions(Body):
     """What a request may say about the gate: a policy that is at least as strict as the server's weakest."""
 
-    policy: Literal["stop", "steer", "monitor", "off"] | None = None
+    policy: Literal["stop", "steer", "report", "off"] | None = None
 
 
 class Generation(Body):

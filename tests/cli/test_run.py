@@ -48,9 +48,9 @@ def test_audit_record_of_the_command(call, package, tmp_path):
         (("-p", "bad", "--threshold", 0.95), "evil plan", "[PASS  p_unsafe 0.900 <= 0.950 at layer 1]"),
         (("-p", "bad", "--strength", 0), "evil plan", "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0]"),
         (
-            ("-p", "bad", "--policy", "monitor"),
+            ("-p", "bad", "--policy", "report"),
             "evil plan",
-            "[PASS  p_unsafe 0.900 > 0.500 at layer 1; unsafe, but --policy monitor only watches]",
+            "[PASS  p_unsafe 0.900 > 0.500 at layer 1; unsafe, but --policy report lets it pass]",
         ),
         (
             ("-p", "nan"),

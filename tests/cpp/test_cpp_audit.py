@@ -32,7 +32,7 @@ def asks(*messages: dict[str, Any], **wishes: Any) -> dict[str, Any]:
 
 PICTURE, TRUSTED = {"image": "red.png"}, {"role": "system", "parts": ["bad"], "trusted": True}
 REQUESTS = [
-    *(asks(user(word), policy=mode) for word in ("red", "bad", "nan") for mode in ("steer", "stop", "monitor", "off")),
+    *(asks(user(word), policy=mode) for word in ("red", "bad", "nan") for mode in ("steer", "stop", "report", "off")),
     *(asks(user(word)) for word in ("crash", "inf", "two", "negative")),
     asks(user("hello"), threshold=-1.0, strength=0.25),
     asks(TRUSTED, user("red"), {"role": "assistant", "parts": ["bad"]}, user("tick"), sampling={"max_tokens": 3}),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from autosteer.runtime import Conversation, Engine
 
-MODES = ["steer", "stop", "monitor", "off"]
+MODES = ["steer", "stop", "report", "off"]
 
 
 def turn(role: str, *parts: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def test_dialogue_about_pictures_and_a_video(built, kind):
     more = [turn("assistant", "it is."), turn("user", {"image": pictures[1]}, film, "what colours are there?")]
     last = [turn("assistant", "blue."), turn("user", film, "is there a star?")]
     dialogues = [opening[:1], opening[:3], opening, opening + more, [*opening[:2], *more[1:], *last], more[1:] + last]
-    modes = ["steer", "stop", "off", "steer", "monitor", "steer"]
+    modes = ["steer", "stop", "off", "steer", "report", "steer"]
     requests = [
         {"messages": messages, "policy": mode, "sampling": {"max_tokens": 12}}
         for messages, mode in zip(dialogues, modes, strict=True)

@@ -26,7 +26,7 @@ from autosteer.runtime.manifest import Golden
 def test_score_is_pythons_and_needs_no_answer(parts, cpp_package, cpp_engine):
     """Policy off scores nothing."""
     dialogues = [["red"], ["bad"], ["bad", "orange", "red"]]
-    for mode in ("monitor", "off"):
+    for mode in ("report", "off"):
         for texts in dialogues:
             turns = [Message("assistant" if i % 2 else "user", (text,)) for i, text in enumerate(texts)]
             messages = [{"role": turn.role, "parts": list(turn.parts)} for turn in turns]

@@ -359,7 +359,7 @@ def test_a_package_says_what_it_is(embedding, cpp_package, cpp_engine):
 def test_a_verdict_without_an_answer(embedding, cpp_package, cpp_engine):
     """As Python's, under every policy; with `off` there is none."""
     lines = [line.split() for line in embedding("score", cpp_package)]
-    verdicts = [cpp_engine.score("bad", policy=cpp_engine.policy(mode)) for mode in ("steer", "stop", "monitor")]
+    verdicts = [cpp_engine.score("bad", policy=cpp_engine.policy(mode)) for mode in ("steer", "stop", "report")]
     assert [line[:2] for line in lines[:3]] == [[v.action.value, str(int(v.unsafe))] for v in verdicts]
     assert [float(line[2]) for line in lines[:3]] == pytest.approx([v.p_unsafe for v in verdicts])
     assert lines[3] == ["pass", "0", "nan"] and lines[4][:2] == ["pass", "0"] and float(lines[4][2]) < 0.5

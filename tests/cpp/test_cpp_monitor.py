@@ -39,9 +39,9 @@ def test_answers_are_pythons_drafted_or_not(built, watched):
     for seed in range(40):
         text = " ".join(rng.choice(words[: rng.randrange(2, 14)]) for _ in range(rng.randrange(1, 16)))
         sampling = {"max_tokens": rng.randrange(1, 40), "speculate": bool(seed % 3)}
-        requests.append(asked(text, policy=("steer", "stop", "monitor", "off")[seed % 4], sampling=sampling))
+        requests.append(asked(text, policy=("steer", "stop", "report", "off")[seed % 4], sampling=sampling))
     copying = "green tick tick tick tock tick tock"  # an answer without end, which is drafted; "green" fades in it
-    requests += [asked(copying, policy=policy, sampling={"max_tokens": 40}) for policy in ("steer", "monitor")]
+    requests += [asked(copying, policy=policy, sampling={"max_tokens": 40}) for policy in ("steer", "report")]
     answers = [joined(answer["chunks"]) for answer in through_c(built, watched, requests)]
     stopped = accepted = 0
     for request, found in zip(requests, answers, strict=True):
@@ -74,5 +74,5 @@ def test_lines_of_the_command(built, tmp_path):
     done = cli(built, tmp_path, "-p", "red")
     assert done.stdout == f"{STOPPED}\n"
     assert "[ANSWER STOPPED  p_unsafe 0.655 > 0.500 in a window]" in done.stderr
-    watching = cli(built, tmp_path, "-p", "red", "--policy", "monitor")
-    assert "0.500 in a window; unsafe, but --policy monitor only watches]" in watching.stderr
+    watching = cli(built, tmp_path, "-p", "red", "--policy", "report")
+    assert "0.500 in a window; unsafe, but --policy report lets it pass]" in watching.stderr

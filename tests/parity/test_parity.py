@@ -161,7 +161,7 @@ def test_quantised_verdicts_are_the_originals_outside_the_band(
     same_tokens, judged = 0, 0
     for row in held_out():
         theirs = original(row.messages)
-        answer = engine.generate(row.messages, policy=engine.policy(Mode.MONITOR), sampling=SAMPLING)
+        answer = engine.generate(row.messages, policy=engine.policy(Mode.REPORT), sampling=SAMPLING)
         same_tokens += list(answer.token_ids) == theirs.tokens
         if abs(theirs.p_unsafe - threshold) > VERDICT_BAND:
             judged += 1

@@ -161,7 +161,7 @@ def test_prompt_tokens_and_verdict_equal_hugging_faces(messages: tuple[Message, 
     prompt = engine.encoder.prepare(messages, Stats())
     assert [key if isinstance(key, int) else -1 for key in prompt.keys] == expected
     assert np.abs(prompt.inputs_embeds[0] - theirs.embeds).max() <= 1e-4 * np.abs(theirs.embeds).max()
-    answer = engine.generate(messages, policy=engine.policy(Mode.MONITOR), sampling=SAMPLING)
+    answer = engine.generate(messages, policy=engine.policy(Mode.REPORT), sampling=SAMPLING)
     assert answer.verdict.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
     assert list(answer.token_ids) == theirs.tokens
     steered = engine.generate(messages, policy=engine.policy(threshold=-1.0), sampling=SAMPLING)

@@ -76,12 +76,12 @@ def test_under_stop_an_unsafe_prompt_gets_a_refusal_and_no_answer(client):
     assert answer.autosteer["first_token_ms"]["upper"] is None  # decoder_upper never ran
 
 
-@pytest.mark.parametrize(("policy", "text"), [("monitor", "evil plan"), ("off", "evil plan")])
+@pytest.mark.parametrize(("policy", "text"), [("report", "evil plan"), ("off", "evil plan")])
 def test_weaker_policies_answer_if_the_server_allows_them(client, policy, text):
     answer = ask(client, "bad", policy)
     assert answer.choices[0].message.content == text
     assert answer.autosteer["verdict"]["policy"] == policy
-    assert answer.autosteer["verdict"]["unsafe"] is (policy == "monitor")
+    assert answer.autosteer["verdict"]["unsafe"] is (policy == "report")
 
 
 def test_a_picture_is_seen_and_its_tiles_and_tokens_are_reported(client, engine):
@@ -303,7 +303,7 @@ def test_verdicts_and_answers_of_clients_at_the_same_time_never_cross(server, en
 def test_models_health_and_metrics(client, server):
     (model,) = client.models.list().data
     assert (model.id, client.models.retrieve("toy").id) == ("toy", "toy")
-    assert model.autosteer["policies"] == ["stop", "steer", "monitor", "off"]
+    assert model.autosteer["policies"] == ["stop", "steer", "report", "off"]
     http = server.http()
     assert http.get("/health").json()["status"] == "ok"
     assert 'autosteer_verdicts_total{action="steer",policy="steer",unsafe="true"}' in http.get("/metrics").text

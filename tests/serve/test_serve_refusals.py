@@ -322,7 +322,7 @@ def test_a_request_that_waits_and_goes_away_frees_its_place(engine, package, slo
 
 @pytest.mark.parametrize("prompt", ["crash", "nan", "inf", "two", "negative"])
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("policy", ["stop", "steer", "monitor"])
+@pytest.mark.parametrize("policy", ["stop", "steer", "report"])
 def test_a_prober_that_fails_is_a_500_and_never_text(engine, package, prompt, stream, policy):
     with served(engine, package, policy=policy) as server:
         message = refused(server, 500, json=body(prompt, stream=stream, max_tokens=5))
@@ -373,9 +373,9 @@ def test_a_broken_engine_fails_request_by_request(copy_of_package):
 
 def test_policies_weaker_than_the_servers_are_refused(engine, package):
     for weakest, weaker in {
-        "stop": ["steer", "monitor", "off"],
-        "steer": ["monitor", "off"],
-        "monitor": ["off"],
+        "stop": ["steer", "report", "off"],
+        "steer": ["report", "off"],
+        "report": ["off"],
     }.items():
         with served(engine, package, policy=weakest, weakest=weakest) as server:
             assert server.http().post(CHAT, json=body("red", autosteer={"policy": "stop"})).status_code == 200

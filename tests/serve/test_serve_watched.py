@@ -64,7 +64,7 @@ def test_responses_end_incomplete(client):
 
 
 def test_a_policy_that_only_watches_shows_all(client):
-    answer = ask(client, "red", "monitor")
+    answer = ask(client, "red", "report")
     assert answer.choices[0].message.content == "orange yellow green"
     assert answer.autosteer["verdict"]["monitor"]["unsafe"]
     assert ask(client, "red", "off").autosteer["verdict"]["monitor"] is None

@@ -110,7 +110,7 @@ def test_each_turn_has_its_score_and_its_pictures(audited, file):
 
 @pytest.mark.parametrize(("prompt", "turn"), [("nan", None), ("crash", None), ("two", 2.0)])
 def test_score_that_is_no_number_is_null_and_unsafe(audited, file, prompt, turn):
-    audited.generate(prompt, policy=audited.policy("monitor"))
+    audited.generate(prompt, policy=audited.policy("report"))
     (line,) = lines(file)
     assert (line["unsafe"], line["action"], line["turns"][0]["p_unsafe"]) == (True, "pass", turn)
 

@@ -38,7 +38,7 @@ def any_ask(rng: random.Random) -> Ask:
         ]
     )
     words = " ".join([*rng.choices(WORDS, k=rng.randint(1, 29)), rng.choice(["bad", "red", "tick"])])
-    policy = rng.choice(["steer", "steer", "stop", "monitor", "off"])
+    policy = rng.choice(["steer", "steer", "stop", "report", "off"])
     return ask(words, rng.randint(1, 25), policy=policy, strength=rng.choice([None, 0.05]), **how)
 
 

@@ -120,7 +120,7 @@ def test_a_prompt_that_is_not_stopped_fails_the_check(tmp_path, monkeypatch):
     package_with(tmp_path, GOLDEN[2])
     engine = load(tmp_path)
     policy = engine.policy
-    monkeypatch.setattr(engine, "policy", lambda mode, **more: policy("monitor" if mode == Mode.STOP else mode, **more))
+    monkeypatch.setattr(engine, "policy", lambda mode, **more: policy("report" if mode == Mode.STOP else mode, **more))
     found = [check.name for check in check_package(engine, tmp_path).checks if not check.passed]
     assert found == ["unsafe prompts that --policy stop answers"]
 

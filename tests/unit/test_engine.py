@@ -162,7 +162,7 @@ def test_unsafe_prompt_is_refused_outright_under_stop(engine, prompt):
 
 @pytest.mark.parametrize("prompt", UNSAFE)
 def test_monitor_reports_an_unsafe_prompt_and_lets_it_pass(engine, prompt):
-    answer = engine.generate(prompt, policy=engine.policy("monitor"))
+    answer = engine.generate(prompt, policy=engine.policy("report"))
     assert (answer.text, answer.verdict.action, answer.verdict.unsafe) == ("evil plan", Action.PASS, True)
 
 
@@ -256,15 +256,15 @@ def test_an_earlier_turn_is_judged_as_it_was_when_it_came(engine):
         request.prefill_lower(engine.policy("off"))
     assert [len(prompt.probed) for prompt in prompts] == [1, 2]
     np.testing.assert_array_equal(requests[0].probed_mean(), requests[1].probed_mean(0))
-    assert engine.generate(turns[:3], policy=engine.policy("monitor")).verdict.p_unsafe == np.float32(0.9)
+    assert engine.generate(turns[:3], policy=engine.policy("report")).verdict.p_unsafe == np.float32(0.9)
 
 
 def test_score_is_the_verdict_of_an_answer_that_is_not_written(own_engine, monkeypatch):
     turns = [Message.user("red"), Message.assistant("orange"), Message.user("bad")]
-    monitor, off = own_engine.policy("monitor"), own_engine.policy("off")
-    asked = [own_engine.generate(turns).verdict, own_engine.generate("red", policy=monitor).verdict]
+    report, off = own_engine.policy("report"), own_engine.policy("off")
+    asked = [own_engine.generate(turns).verdict, own_engine.generate("red", policy=report).verdict]
     monkeypatch.delitem(own_engine.graphs, "decoder_upper")
-    assert [own_engine.score(turns), own_engine.score("red", policy=monitor)] == asked
+    assert [own_engine.score(turns), own_engine.score("red", policy=report)] == asked
     assert own_engine.score("bad", policy=off).p_unsafe is None
     with pytest.raises(InputError, match="images and videos go into the messages"):
         own_engine.score(turns, images=[picture(255, 0, 0)])
@@ -407,7 +407,7 @@ def test_steer_is_always_steer_where_flagged_and_off_where_not(which, prompt, re
 # --- packages without a gate -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["steer", "stop", "monitor"])
+@pytest.mark.parametrize("mode", ["steer", "stop", "report"])
 def test_package_without_a_gate_refuses_every_policy_but_off(unguarded, mode):
     with pytest.raises(PackageError, match="--unguarded"):
         unguarded.policy(mode)
@@ -552,7 +552,7 @@ def test_last_position_of_the_context_is_computed_right(attentive):
 
 
 def test_interleaved_streams_do_not_disturb_each_other(attentive):
-    policy = attentive.policy("monitor")
+    policy = attentive.policy("report")
     prompts = ("red tick bad", "hello world", "plan two")
     alone = [[c.token for c in attentive.stream(p, sampling=of(12), policy=policy)] for p in prompts]
     streams = [attentive.stream(p, sampling=of(12), policy=policy) for p in prompts]

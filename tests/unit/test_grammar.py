@@ -68,7 +68,7 @@ def test_without_steering_a_policy_is_no_weaker(mode: Mode, p_unsafe: float | No
 
 
 def test_monitor_and_off_answer_within_the_grammar(cpp_engine: Engine) -> None:
-    for mode in ("monitor", "off"):
+    for mode in ("report", "off"):
         sampling = SamplingConfig(regex=COLOURS)
         answer = cpp_engine.generate("bad", sampling=sampling, policy=cpp_engine.policy(mode))
         assert re.fullmatch(COLOURS, answer.text) and answer.verdict.action is Action.PASS

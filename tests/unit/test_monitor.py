@@ -143,12 +143,12 @@ def test_nothing_after_a_failure_makes_it_good(watched, monkeypatch):
     run = Subgraph.run
     given = lambda: {"p_unsafe": np.array([next(scores)], np.float32)}  # noqa: E731
     monkeypatch.setattr(Subgraph, "run", lambda self, x: given() if self.name == "monitor" else run(self, x))
-    answer = watched.generate("tick", sampling=of(6), policy=watched.policy("monitor"))
+    answer = watched.generate("tick", sampling=of(6), policy=watched.policy("report"))
     assert answer.verdict.monitor is not None and answer.verdict.monitor.unsafe
 
 
 def test_policies_that_do_not_intervene(watched):
-    monitored = list(watched.stream("red", policy=watched.policy("monitor")))
+    monitored = list(watched.stream("red", policy=watched.policy("report")))
     assert [chunk.text for chunk in monitored] == ["orange", " yellow", " green", ""]  # nothing is held
     last = monitored[-1].verdict
     assert last.action is Action.PASS and last.monitor is not None and last.monitor.unsafe
@@ -181,7 +181,7 @@ def states_read(monkeypatch, ask_it) -> list[np.ndarray]:
 
 def test_drafted_tokens_are_read_as_all_others(attentive_watched, monkeypatch):
     """Whatever the drafts: right in part, wrong, or none."""
-    engine, policy = attentive_watched, attentive_watched.policy("monitor")
+    engine, policy = attentive_watched, attentive_watched.policy("report")
     plain = engine.generate("red tick", policy=policy, sampling=of(20, speculate=False))
     true = list(plain.token_ids)
     alone = states_read(
@@ -219,7 +219,7 @@ def test_drafted_words_are_stopped_and_held_as_all_others(watched):
 def test_answers_in_one_pass_are_each_watched(watched, attentive_watched):
     asks = [
         *(ask("red", 9), ask("hello", 9), ask("tick", 12), ask("tick tick nan tick", 9)),
-        *(ask("red", 9, policy="monitor"), ask("red tick tick tick", 9, policy="stop"), ask("red", 9, policy="off")),
+        *(ask("red", 9, policy="report"), ask("red tick tick tick", 9, policy="stop"), ask("red", 9, policy="off")),
     ]
     for engine in (watched, attentive_watched):
         for one in asks:
@@ -241,7 +241,7 @@ def test_the_window_moves_over_the_answer(watched_package, monkeypatch):
         "run",
         lambda self, x: (self.name == "monitor" and means.append(x["hidden_states"][0]), run(self, x))[1],
     )
-    states = states_read(monkeypatch, lambda: engine.generate("tick", policy=engine.policy("monitor"), sampling=of(7)))
+    states = states_read(monkeypatch, lambda: engine.generate("tick", policy=engine.policy("report"), sampling=of(7)))
     expected = [(a + b) / 2 for a, b in itertools.pairwise(states)]
     np.testing.assert_allclose(means, expected, atol=1e-6)
 
@@ -273,15 +273,15 @@ def test_the_time_to_the_first_word_is_until_it_is_shown(watched, monkeypatch):
     monkeypatch.setattr("autosteer.runtime.engine.ms_since", lambda start: 1.0 + len(reads))
     assert watched.generate("tick", sampling=of(9)).stats.ttft_ms == 1.0 + toy.WINDOW
     reads.clear()
-    assert watched.generate("tick", sampling=of(9), policy=watched.policy("monitor")).stats.ttft_ms == 1.0
+    assert watched.generate("tick", sampling=of(9), policy=watched.policy("report")).stats.ttft_ms == 1.0
 
 
 def test_lines_of_the_command():
     verdict = replace(load_verdict(), action=Action.STOP, monitor=Watched(p_unsafe=0.931, unsafe=True, threshold=0.7))
     assert verdict.monitor is not None
     assert monitor_line(verdict.monitor, verdict) == "[ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]"
-    watching = replace(verdict, action=Action.PASS, mode=Mode.MONITOR)
-    assert monitor_line(verdict.monitor, watching).endswith("; unsafe, but --policy monitor only watches]")
+    watching = replace(verdict, action=Action.PASS, mode=Mode.REPORT)
+    assert monitor_line(verdict.monitor, watching).endswith("; unsafe, but --policy report lets it pass]")
     safe = Watched(p_unsafe=0.1, unsafe=False, threshold=0.7)
     assert monitor_line(safe, replace(verdict, action=Action.PASS)) == "[ANSWER  p_unsafe 0.100 <= 0.700 in a window]"
 

@@ -38,7 +38,7 @@ def make_cases(pictures: Path) -> list[dict[str, Any]]:
         "passed": _passed,
         "steered": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "steer")],
         "stopped": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "stop")],
-        "watched": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "monitor")],
+        "watched": lambda rng, n, draw: [_ask(_unsafe(rng, n), draw, "report")],
         "two pictures": _two_pictures,
         "two turns": _two_turns,
         "drafted": lambda rng, n, draw: [_ask(_safe(rng, n) if n == 2 else _unsafe(rng, n), draw, "steer")],

@@ -38,7 +38,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --video FILE                 An MP4 or another file that ffmpeg reads, or a folder of PNG or JPEG files, ordered by
                                name; repeatable.
   --frames INTEGER             Number of frames to take from a longer video, evenly spaced.  [default: 8]
-  --policy [steer|stop|monitor|off]
+  --policy [steer|stop|report|off]
                                For an unsafe prompt: steer the answer towards a refusal, refuse outright, or only
                                report it; or no gate.  [default: steer]
   --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
@@ -127,7 +127,7 @@ Arguments parse(const std::vector<std::string>& words) {
          if (arguments.frames < 1) throw UsageError("Invalid value for '--frames': 1 or more.");
        }},
       {"--policy",
-       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "monitor", "off"}); }},
+       [&](auto& o, auto& value) { arguments.policy = as_one_of(o, value, {"steer", "stop", "report", "off"}); }},
       {"--threshold", [&](auto& o, auto& value) { arguments.threshold = as_float(o, value); }},
       {"--strength", [&](auto& o, auto& value) { arguments.strength = as_float(o, value); }},
       {"--max-tokens", [&](auto& o, auto& value) { sampling.max_tokens = as_int(o, value); }},
@@ -231,7 +231,7 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
                      format("  p_unsafe %.3f %s %.3f at layer %d", *verdict.p_unsafe,
                             verdict.unsafe ? above : "<=", verdict.threshold, verdict.split_layer);
   if (verdict.action == autosteer::Action::steer) line += format(", strength %g", verdict.strength);
-  if (verdict.unsafe && verdict.mode == autosteer::Mode::monitor) line += "; unsafe, but --policy monitor only watches";
+  if (verdict.unsafe && verdict.mode == autosteer::Mode::report) line += "; unsafe, but --policy report lets it pass";
   return line + "]";
 }
 
@@ -240,8 +240,8 @@ std::string monitor_line(const autosteer::Watched& seen, const autosteer::Verdic
   const char* above = seen.p_unsafe > seen.threshold ? ">" : "is no probability; limit";
   std::string line = verdict.action == autosteer::Action::stop ? "[ANSWER STOPPED" : "[ANSWER";
   line += format("  p_unsafe %.3f %s %.3f in a window", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
-  const bool only_watched = seen.unsafe && verdict.mode == autosteer::Mode::monitor;
-  return line + (only_watched ? "; unsafe, but --policy monitor only watches]" : "]");
+  const bool passes = seen.unsafe && verdict.mode == autosteer::Mode::report;
+  return line + (passes ? "; unsafe, but --policy report lets it pass]" : "]");
 }
 
 /// [52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, stop, on CPU...]

@@ -22,7 +22,7 @@ namespace autosteer {
 enum class Mode {
   steer,    ///< steer every answer token towards a refusal, as in the paper
   stop,     ///< answer with the refusal text; decoder_upper never runs
-  monitor,  ///< score and report, never intervene
+  report,   ///< score and report, never intervene
   off       ///< no gate at all; must be asked for
 };
 
@@ -30,7 +30,7 @@ enum class Mode {
 enum class Action { pass, steer, stop };
 
 inline const char* name(Mode mode) {
-  static constexpr const char* names[] = {"steer", "stop", "monitor", "off"};
+  static constexpr const char* names[] = {"steer", "stop", "report", "off"};
   return names[static_cast<int>(mode)];
 }
 
@@ -41,10 +41,10 @@ inline const char* name(Action action) {
 
 /// The mode named `text`. Throws InputError for any other word: a mistyped policy must not become a weaker one.
 inline Mode mode_from(const std::string& text) {
-  for (Mode mode : {Mode::steer, Mode::stop, Mode::monitor, Mode::off}) {
+  for (Mode mode : {Mode::steer, Mode::stop, Mode::report, Mode::off}) {
     if (text == name(mode)) return mode;
   }
-  throw InputError("policy '" + text + "' is not one of steer, stop, monitor, off");
+  throw InputError("policy '" + text + "' is not one of steer, stop, report, off");
 }
 
 constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
@@ -62,7 +62,7 @@ struct GatePolicy {
     if (!(threshold < 1.0)) {
       throw InputError(
           "threshold: give a number below 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
-          "prompt pass, use policy monitor or off)");
+          "prompt pass, use policy report or off)");
     }
     if (!(0.0 <= strength && strength <= kMaxStrength)) {
       throw InputError(
@@ -109,10 +109,10 @@ inline double worse(double a, double b) {
   return is_safe(b, 1.0) ? std::max(a, b) : b;
 }
 
-/// The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only watches.
+/// The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only reports.
 inline Verdict watched(Verdict verdict, const std::optional<Watched>& seen) {
   verdict.monitor = seen;
-  if (seen && seen->unsafe && verdict.mode != Mode::monitor) verdict.action = Action::stop;
+  if (seen && seen->unsafe && verdict.mode != Mode::report) verdict.action = Action::stop;
   return verdict;
 }
 

@@ -21,12 +21,12 @@ namespace autosteer {
 class Monitor {
  public:
   const size_t window;  ///< tokens
-  const bool stops;     ///< false: it only watches
+  const bool stops;     ///< false: it only reports
 
   /// `manifest` has a monitor, and `policy` a threshold for it.
   Monitor(const Manifest& manifest, const Graphs& graphs, const Log& log, const GatePolicy& policy, Stats& stats)
       : window(static_cast<size_t>(manifest.monitor.value().window)),
-        stops(policy.mode != Mode::monitor),
+        stops(policy.mode != Mode::report),
         graph_(graphs.at("monitor")),
         log_(log),
         threshold_(policy.answer_threshold.value()),

@@ -139,7 +139,7 @@ void score(const Engine& engine, const Arguments&) {
     const autosteer::Verdict verdict = engine.score(prompt, settings);
     std::cout << verdict.action << " " << verdict.unsafe << " " << verdict.p_unsafe << "\n";
   };
-  for (const char* policy : {"steer", "stop", "monitor", "off"}) {
+  for (const char* policy : {"steer", "stop", "report", "off"}) {
     settings.policy = policy;
     show("bad");
   }

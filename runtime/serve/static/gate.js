@@ -21,7 +21,7 @@ export function verdictKind({ p_unsafe, unsafe, action }) {
 export function verdictWords({ p_unsafe, unsafe, action, policy, threshold, strength }) {
   if (p_unsafe === null) return ["GATE OFF", "not scored"];
   const relation = unsafe ? ">" : "≤";
-  const more = action === "steer" ? `, strength ${strength}` : unsafe && action === "pass" ? `; policy ${policy} only watches` : "";
+  const more = action === "steer" ? `, strength ${strength}` : unsafe && action === "pass" ? `; policy ${policy} lets it pass` : "";
   return [action.toUpperCase(), `p_unsafe ${number(p_unsafe)} ${relation} ${threshold}${more}`];
 }
 

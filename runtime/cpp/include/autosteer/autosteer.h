@@ -108,7 +108,7 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *     {"messages": [{"role": "system" | "user" | "assistant", "parts": ["text", {"image": "file.png"},
  *                   {"video": ["frame1.png", "frame2.png", ...], "seconds": [0, 0.5, ...]}, ...],
  *                   "trusted": true | false}, ...],
- *      "policy": "steer" | "stop" | "monitor" | "off", "threshold": number, "strength": number,
+ *      "policy": "steer" | "stop" | "report" | "off", "threshold": number, "strength": number,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
  *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
  *                    "stop": [text, ...], "speculate": true | false}}
@@ -152,7 +152,7 @@ typedef struct autosteer_chunk {
   const char *json;          /* everything: {"text", "token", "verdict": {...}, "finish_reason", "device", "timings"} */
   const char *text;          /* "" while a character is incomplete */
   const char *finish_reason; /* NULL; of the last piece "stop", "length", "refused" (policy "stop", or a monitor) */
-  const char *action;        /* what the gate did: "pass" (always with "monitor"), "steer", "stop" */
+  const char *action;        /* what the gate did: "pass" (always with "report"), "steer", "stop" */
   int unsafe;                /* whether the gate takes the prompt for unsafe */
   double p_unsafe;           /* its score; NaN if the prober failed (unsafe), or with policy "off" */
   int64_t token;             /* -1 for the text of a refusal */

@@ -200,7 +200,7 @@ using Messages = std::vector<Message>;
 
 /// How to answer. What is not set is the package's, or autosteer-run's.
 struct Settings {
-  std::string policy = "steer";  ///< steer, stop, monitor or off
+  std::string policy = "steer";  ///< steer, stop, report or off
   std::optional<double> threshold, strength;
   std::optional<int64_t> max_tokens, top_k, seed;
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
