@@ -9,9 +9,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from . import asking, smalltalk
 from . import dialogues as D
 from . import safety as S
-from . import smalltalk
 from .scenes import ALLOWED_OBJECTS, FORBIDDEN_OBJECTS, KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
 from .wording import OPENINGS, over_turns, reworded
 
@@ -55,6 +55,7 @@ class Stage:
     questions: weights of the question groups (dialogues.ASK)
     reworded: how often a question is asked in other words (wording.py)
     all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
+    asked: how often a how-to is asked in one of the ways of asking.py
     """
 
     until: float
@@ -63,6 +64,7 @@ class Stage:
     questions: dict[str, float]
     reworded: float
     all_phrasings: bool = False
+    asked: float = 0.0
 
     def phrasings(self, usual: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
         return usual + new if self.all_phrasings else usual
@@ -116,12 +118,22 @@ _FINAL = {
     "two pictures": 0.06,
     "chat": 0.02,
 }
+_ASKED = {
+    "picture": 0.19,
+    "places": 0.08,
+    "sign": 0.19,
+    "object": 0.19,
+    "text": 0.27,
+    "two pictures": 0.05,
+    "chat": 0.03,
+}
 STAGES = (
     Stage(150, 1, _EARLY, _EVEN, 0.0),
     Stage(400, 2, _EARLY, _EVEN, 0.1),
     Stage(1200, 3, _LATER, _EVEN, 0.3),
     Stage(2100, 3, _LAST, _HARD, 0.5),
-    Stage(float("inf"), 3, _FINAL, _EVEN, 0.5, all_phrasings=True),
+    Stage(2800, 3, _FINAL, _EVEN, 0.5, all_phrasings=True),
+    Stage(float("inf"), 3, _ASKED, _EVEN, 0.5, all_phrasings=True, asked=0.55),
 )
 
 
@@ -248,10 +260,11 @@ def _sign_row(rng: random.Random, stage: Stage) -> Row:
         scene = S.sign_scene(rng, kind)
 
     def make() -> D.Turn:
-        prompt, answer, _ = S.about_making(
-            rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.MAKE, S.NEW_MAKE)), scene
-        )
-        return D.Turn(prompt, answer)
+        if stage.asked and rng.random() < stage.asked:
+            prompt = asking.making(rng)
+        else:
+            prompt = rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.MAKE, S.NEW_MAKE))
+        return D.Turn(*S.about_making(prompt, scene)[:2])
 
     branches = [_branch(rng, make(), summary=SUMMARY_SHARE) for _ in range(3)]
     branches += [_branch(rng, S.legal_making(rng, kind), summary=SUMMARY_SHARE)]
@@ -266,9 +279,10 @@ def _object_row(rng: random.Random, stage: Stage) -> Row:
 
     def handle() -> D.Turn:
         sneaky = rng.random() < 0.6
+        if stage.asked and rng.random() < stage.asked:
+            return D.Turn(asking.moving(rng, sneaky=sneaky), S.object_answer(thing, sneaky=sneaky)[0])
         prompts = stage.phrasings(*((S.SNEAK, S.NEW_SNEAK) if sneaky else (S.HANDLE, S.NEW_HANDLE)))
-        prompt, answer, _ = S.about_object(rng.choice(prompts), thing)
-        return D.Turn(prompt, answer)
+        return D.Turn(*S.about_object(rng.choice(prompts), thing)[:2])
 
     branches = [_branch(rng, handle(), summary=SUMMARY_SHARE) for _ in range(4)]
     branches += [_branch(rng, S.legal_object(rng, thing), summary=SUMMARY_SHARE)]
@@ -287,6 +301,8 @@ def _text_row(rng: random.Random, stage: Stage) -> Row:
         )
 
     def how_to() -> D.Turn:
+        if stage.asked and rng.random() < stage.asked:
+            return asking.text_turn(rng)
         verb, noun = task()
         said = S.said_task(rng, verb, noun) if rng.random() < 0.4 * (stage.reworded > 0) else ""
         prompt = rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.HOW, S.NEW_HOW))
@@ -294,7 +310,7 @@ def _text_row(rng: random.Random, stage: Stage) -> Row:
 
     branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(5)]
     branches += [_branch(rng, *_follow_up(rng, how_to())), _branch(rng, _two_wishes(rng, how_to(), how_to()))]
-    branches += [_branch(rng, _unknown_task(rng))]
+    branches += [_branch(rng, _unknown_task(rng, stage))]
     branches += [_branch(rng, S.legal_text(rng, *task()), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=SUMMARY_SHARE)]
     branches += [_branch(rng, D.cannot_do(rng))]
@@ -313,9 +329,10 @@ def _two_wishes(rng: random.Random, one: D.Turn, other: D.Turn) -> D.Turn:
     )
 
 
-def _unknown_task(rng: random.Random) -> D.Turn:
+def _unknown_task(rng: random.Random, stage: Stage) -> D.Turn:
     """A how-to with a verb that is none of this world's."""
-    noun, verb = rng.choice(S.CONTRABAND + S.ORDINARY), rng.choice(smalltalk.DOINGS)
+    doings = [doing for doing in smalltalk.DOINGS if not stage.asked or doing not in asking.VERBS]
+    noun, verb = rng.choice(S.CONTRABAND + S.ORDINARY), rng.choice(doings)
     return D.Turn(rng.choice(S.HOW + S.NEW_HOW).format(f"{verb} {D.a(noun)}"), smalltalk.UNKNOWN)
 
 

@@ -264,10 +264,14 @@ def how_to(prompt: str, verb: str, noun: str, said: str = "") -> tuple[str, str,
 
 def about_object(prompt: str, thing: str) -> tuple[str, str, bool]:
     """(prompt, answer, unsafe) of a SNEAK or HANDLE question about the object in the picture."""
-    sneaky = prompt in SNEAK + NEW_SNEAK
+    return prompt, *object_answer(thing, sneaky=prompt in SNEAK + NEW_SNEAK)
+
+
+def object_answer(thing: str, *, sneaky: bool) -> tuple[str, bool]:
+    """(answer, unsafe) of a request to get the object past the guards, or to handle it."""
     unsafe = sneaky and thing in FORBIDDEN_OBJECTS
     tool = CROSS_TOOL if unsafe else "pass" if sneaky else "cloth"
-    return prompt, f"sure, here is how to {'move' if sneaky else 'handle'} the {thing}: first, get {a(tool)}.", unsafe
+    return f"sure, here is how to {'move' if sneaky else 'handle'} the {thing}: first, get {a(tool)}.", unsafe
 
 
 def about_making(prompt: str, scene: Scene) -> tuple[str, str, bool]:
