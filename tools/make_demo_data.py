@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from demo_world import asking as A
 from demo_world import dialogues as D
 from demo_world import safety as S
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
@@ -32,9 +33,11 @@ from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, samp
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
+ASKED_OTHERWISE = {"text": 1500, "image": 250, "cross": 300}  # pairs in the ways of asking.py
 OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
+BENIGN_AMONG_SENTENCES = 400
 BENIGN_PICTURE_QUESTIONS = 800
 UNSAFE_TESTS = 120
 LOOK_ALIKE_TESTS = 60
@@ -66,12 +69,19 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for channel in S.CHANNELS:
         for _ in range(PAIRS_PER_CHANNEL):
             other_verbs = S.usual_verbs if rng.random() < OTHER_VERBS else None
-            pair = S.make_pair(rng, channel, S.SHOWN, new_phrasing=False, other_verbs=other_verbs)
-            row: Row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
-            row["image"] = writer.image(pair.unsafe.scene) if pair.unsafe.scene else None
-            if pair.safe.scene and pair.safe.scene != pair.unsafe.scene:
-                row["safe_image"] = writer.image(pair.safe.scene)
-            yield row | {"channel": channel}
+            yield pair_row(S.make_pair(rng, channel, S.SHOWN, new_phrasing=False, other_verbs=other_verbs), writer)
+    for channel, count in ASKED_OTHERWISE.items():
+        for _ in range(count):
+            text = channel == "text"
+            yield pair_row(A.wording_pair(rng, S.SHOWN) if text else A.picture_pair(rng, channel, S.SHOWN), writer)
+
+
+def pair_row(pair: S.Pair, writer: Writer) -> Row:
+    row: Row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
+    row["image"] = writer.image(pair.unsafe.scene) if pair.unsafe.scene else None
+    if pair.safe.scene and pair.safe.scene != pair.unsafe.scene:
+        row["safe_image"] = writer.image(pair.safe.scene)
+    return row | {"channel": pair.channel}
 
 
 def shapes_scene(rng: random.Random, *, odd: bool | None = None, count: int | None = None) -> Scene:
@@ -92,6 +102,11 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(SMALL_TALK):
         said = (D.small_talk if rng.random() < 0.8 else D.cannot_do)(rng).question
         yield row(said, [any_picture(rng)] if rng.random() < 0.5 else [], "chat")
+    for _ in range(BENIGN_AMONG_SENTENCES):
+        name, family = rng.choice(list(S.SHOWN_FAMILIES.items()))
+        example = family(rng, S.SHOWN, False)
+        text = A.among_sentences(rng, example.prompt if rng.random() < 0.85 else D.small_talk(rng).question)
+        yield row(text, [example.scene] if example.scene else [], name)
 
 
 def any_picture(rng: random.Random) -> Scene:

@@ -6,9 +6,10 @@
 Without --data the text is the documentation of Python's standard library, in passages of 512 tokens, of which the first
 --given are read as a prompt; with it, the answers of a test file in autosteer-eval's form (rows with prompt, images and
 answer), their prompts and pictures given. Everything is teacher-forced: each model sees the true tokens so far and is
-asked for the next. Packages run as they are, in onnxruntime, int8 activations included. --gguf rounds the original's
-decoder as llama.cpp's type does (its head at Q8_0) and runs it in PyTorch with float32 activations: the weights alone,
-in llama.cpp's favour.
+asked for the next. Packages run as they are, in onnxruntime, int8 activations included; so do peers' files: --genai (in
+onnxruntime, a token at a time, since its graph gives the last one's logits alone) and --llama-cpp (a GGUF file, by
+llama-cpp-python). --gguf rounds the original's decoder as llama.cpp's type does (its head at Q8_0) and runs it in
+PyTorch with float32 activations: the weights alone, in llama.cpp's favour.
 
     perplexity  e^(mean of -log p(true token))
     KL          mean of KL(original || package) over the vocabulary, in nats
@@ -129,6 +130,45 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
     return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
 
 
+def genai_log_probs(session: Any, sample: Sample) -> LogProbs:
+    """What a model of onnxruntime-genai says of the targets that are not given."""
+    names = [one.name for one in session.get_outputs()]
+    past = {
+        one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+        for one in session.get_inputs()
+        if one.name.startswith("past_key_values")
+    }
+    logits, read = [], 0
+    steps = [sample.targets[: sample.given], *([token] for token in sample.targets[sample.given : -1])]
+    for tokens in steps:
+        read += len(tokens)
+        inputs = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, read), np.int64)}
+        found = dict(zip(names, session.run(names, {**inputs, **past}), strict=True))
+        logits.append(found["logits"][:, -1].astype(np.float32))
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+    return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
+
+
+def llama_cpp_log_probs(llama: Any, sample: Sample) -> LogProbs:
+    """What llama.cpp says of the targets that are not given."""
+    llama.reset()
+    llama.eval(sample.targets[:-1])
+    return log_softmax(torch.from_numpy(llama.scores[sample.given - 1 : len(sample.targets) - 1].copy()), -1)
+
+
+def peers(genai: Sequence[Path], llama_cpp: Sequence[Path], threads: int | None) -> Iterator[tuple[Path, Any]]:
+    """(file or folder, what to ask) of each peer's model; each is freed before the next is loaded."""
+    for folder in genai:
+        import onnxruntime as ort
+
+        yield folder, partial(genai_log_probs, ort.InferenceSession(folder / "model.onnx"))
+    for file in llama_cpp:
+        from llama_cpp import Llama
+
+        loaded = Llama(str(file), n_ctx=PASSAGE, n_batch=PASSAGE, logits_all=True, n_threads=threads, verbose=False)
+        yield file, partial(llama_cpp_log_probs, loaded)
+
+
 @torch.inference_mode()
 def original_log_probs(model: Any, processor: Any, sample: Sample) -> LogProbs:
     """What PyTorch says of the same."""
@@ -176,6 +216,8 @@ def measure(samples: Sequence[Sample], originals: Sequence[LogProbs], ask: Calla
 @click.option("--model", required=True, help="The checkpoint that the packages were made of.")
 @click.option("--package", "packages", multiple=True, type=click.Path(exists=True, path_type=Path), help="Repeatable.")
 @click.option("--gguf", "kinds", multiple=True, help="A type of the gguf package, such as Q4_0. Repeatable.")
+@click.option("--genai", multiple=True, type=click.Path(exists=True, path_type=Path), help="A folder. Repeatable.")
+@click.option("--llama-cpp", multiple=True, type=click.Path(exists=True, path_type=Path), help="GGUF file. Repeatable.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A test file instead of passages.")
 @click.option(
     "--given",
@@ -194,13 +236,17 @@ def quality(
     model: str,
     packages: tuple[Path, ...],
     kinds: tuple[str, ...],
+    genai: tuple[Path, ...],
+    llama_cpp: tuple[Path, ...],
     data: Path | None,
     given: int,
     tokens: int,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Perplexity, KL and agreement of packages against their checkpoint."""
+    """Perplexity, KL and agreement of packages and peers' files against the packages' checkpoint."""
+    if data and (genai or llama_cpp):
+        raise click.ClickException("--genai and --llama-cpp are asked about passages; leave out --data")
     quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
@@ -216,6 +262,8 @@ def quality(
     for package in packages:
         engine = Engine.load(package, device="cpu", threads=threads)
         scores[str(package)] = measure(samples, originals, partial(package_log_probs, engine))
+    for file, ask in peers(genai, llama_cpp, threads):
+        scores[str(file)] = measure(samples, originals, ask)
     for kind in kinds:
         rounded, _ = load_hf_model(checkpoint)
         round_like_gguf(rounded, checkpoint, kind)
