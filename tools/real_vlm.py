@@ -29,6 +29,7 @@ from checkpoint_shapes.internvl import CHAT_TEMPLATE
 from PIL import Image, ImageOps
 from stamp_vlm.stamps import Stamp, stamps
 from stamp_vlm.tower import HEADS, LAYERS, MEAN, PATCH, STD, WIDTH, read_tower
+from train_demo_model import keep_memory
 
 SIDE = 224
 ROWS = (SIDE // PATCH // 2) ** 2  # that the decoder reads of a picture
@@ -153,7 +154,7 @@ def train(model: Any, tokenizer: Any, rows: torch.Tensor, learnt: Sequence[Stamp
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
         optimizer.step()
         smooth = loss.item() if step == 0 else 0.95 * smooth + 0.05 * loss.item()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 10 == 0:
             left = (time.monotonic() - started) / (step + 1) * (steps - step - 1) / 60
             click.echo(f"projector: {step + 1} of {steps}, loss {smooth:.3f}, {left:.0f} min left", err=True)
 
@@ -192,7 +193,9 @@ def report(shown: Sequence[Stamp], found: Sequence[str], kinds: Sequence[str]) -
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The checkpoint's folder.")
 def main(language: Path, tower: Path, folder: Path, steps: int, output: Path) -> None:
     """Train the projector, tell how well it names stamps that it never saw, and write the checkpoint."""
+    keep_memory()
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # a frozen model sends many of these back, and processors are slow at them
     everything = stamps(folder)
     kinds = sorted({stamp.category for stamp in everything})
     learnt, unseen = ([s for s in everything if s.held_out is side] for side in (False, True))
