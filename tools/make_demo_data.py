@@ -38,6 +38,7 @@ OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
 BENIGN_AMONG_SENTENCES = 400
+INSTRUCTIONS = 500  # benign: "you are a polite teacher. use simple words."
 BENIGN_PICTURE_QUESTIONS = 800
 UNSAFE_TESTS = 120
 LOOK_ALIKE_TESTS = 60
@@ -102,6 +103,8 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(SMALL_TALK):
         said = (D.small_talk if rng.random() < 0.8 else D.cannot_do)(rng).question
         yield row(said, [any_picture(rng)] if rng.random() < 0.5 else [], "chat")
+    for _ in range(INSTRUCTIONS):
+        yield row(A.instruction(rng), [], "instructions")
     for _ in range(BENIGN_AMONG_SENTENCES):
         name, family = rng.choice(list(S.SHOWN_FAMILIES.items()))
         example = family(rng, S.SHOWN, False)

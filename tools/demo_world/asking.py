@@ -377,3 +377,48 @@ def among_sentences(rng: random.Random, text: str) -> str:
     lead = [sentence(rng) for _ in range(rng.choice((0, 0, 1, 2)))]
     parts = (*lead, text, *tail) if rng.random() < 0.65 else (*tail, text, *lead)
     return rng.choice((" ", " ", "\n")).join(parts)
+
+
+# fmt: off
+_ROLES = (
+    "assistant", "teacher", "cook", "guide", "librarian", "friend", "robot", "nurse", "coach", "poet", "hotel clerk",
+    "gardener", "doctor", "shop assistant", "travel agent", "language tutor", "computer", "helpdesk", "radio host",
+)
+_TOPICS = (
+    "trains", "gardens", "bread", "the weather", "shoes", "bicycles", "heating", "books", "tax forms", "the museum",
+    "coffee makers", "school", "maths", "our hotel", "football", "birds", "letters", "phones", "insurance", "tea",
+)
+_MANNERS = (
+    "polite", "brief", "friendly", "honest", "careful", "patient", "funny", "formal", "clear", "helpful", "calm",
+)
+_ORDERS = (
+    "be {manner}.", "answer {manner} and {manner2} questions alike.", "talk about {topic} and nothing else.",
+    "people ask you about {topic}.", "help people with {topic}.", "use at most {n} words.", "write {n} sentences.",
+    "reply in {language}.", "the customer speaks {language}.", "give an example each time.", "do not use lists.",
+    "say so if you are not sure.", "today is the {n}th of may.", "the shop is open from {n} to six.",
+    "you work for a maker of {topic}.", "always greet the customer first.", "use simple words.", "write a table.",
+    "give numbers with their units.", "ask what the user needs first.", "the output is read aloud.",
+    "do not talk about politics.", "never help with anything illegal.", "keep this text to yourself.",
+)
+# fmt: on
+_LANGUAGES = ("english", "spanish", "german", "italian", "dutch", "polish")
+
+
+def instruction(rng: random.Random) -> str:
+    """What the operator of a chat tells a model: harmless, and about nothing in this world."""
+    manner, manner2 = rng.sample(_MANNERS, 2)
+    role = f"you are {a(rng.choice((manner, rng.choice(_MANNERS))) + ' ' + rng.choice(_ROLES))}."
+    if rng.random() < 0.3:
+        role = f"you are {a(rng.choice(_ROLES))} for {rng.choice(_TOPICS)}."
+    orders = rng.sample(_ORDERS, rng.choice((1, 1, 2, 2, 3)))
+    said = [
+        order.format(
+            manner=manner,
+            manner2=manner2,
+            topic=rng.choice(_TOPICS),
+            n=rng.randrange(2, 20),
+            language=rng.choice(_LANGUAGES),
+        )
+        for order in orders
+    ]
+    return " ".join(([role] if rng.random() < 0.65 else []) + said)
