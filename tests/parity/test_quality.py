@@ -29,14 +29,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
 def test_a_float32_package_scores_as_pytorch_does(samples: list[Sample]) -> None:
     model, processor = load_hf_model(demo_checkpoint())
     engine = Engine.load(demo_package("fp32"), device="cpu", threads=1)
-    score = Score()
+    score, of_pytorch = Score(), Score()
     for sample in samples:
         theirs = original_log_probs(model, processor, sample)
         targets = torch.tensor(sample.targets[-len(theirs) :])
         score.add(package_log_probs(engine, sample), theirs, targets)
+        of_pytorch.add(theirs, theirs, targets)
     assert len(samples) == 3 and score.tokens == sum(len(sample.targets) - sample.given for sample in samples)
     assert abs(score.facts()["kl"]) < 1e-5 and score.facts()["agree"] == 1
-    assert 1 < score.facts()["perplexity"] < 30
+    assert score.facts()["perplexity"] == pytest.approx(of_pytorch.facts()["perplexity"], rel=1e-4)
+    assert 1 < score.facts()["perplexity"] < 100  # of 1,600 tokens
 
 
 def test_divergence_and_perplexity_are_those_of_a_worked_example() -> None:

@@ -23,7 +23,9 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "seen", "schema": SCHEM
 @pytest.fixture(scope="module")
 def client():
     exported = pytest.importorskip("exported", reason="needs [export]")
-    with served(exported.demo_engine("fp32"), exported.demo_package("fp32")) as server, server.openai() as made:
+    engine = exported.demo_engine("fp32")
+    with served(engine, exported.demo_package("fp32")) as server, server.openai() as made:
+        made.tokenizer = engine.tokenizer
         yield made
 
 
@@ -42,8 +44,12 @@ def test_an_answer_is_json_of_the_schema(client):
     for temperature in (0.0, 2.0):
         choice = ask(client, SAFE, response_format=FORMAT, temperature=temperature, seed=3).choices[0]
         assert fits(choice.message.content) and choice.finish_reason == "stop"
-    choice = ask(client, "what can you do?", response_format={"type": "json_object"}).choices[0]
-    assert isinstance(json.loads(choice.message.content), dict)
+    asked = {"response_format": {"type": "json_object"}, "max_tokens": 20}
+    choice = ask(client, "what can you do?", **asked).choices[0]  # the demo's strings have no end
+    assert choice.message.content.startswith("{") and choice.finish_reason == "length"
+    closing = client.tokenizer.token_to_id("}")
+    choice = ask(client, "what can you do?", **asked, logit_bias={str(closing): 100}).choices[0]
+    assert json.loads(choice.message.content) == {} and choice.finish_reason == "stop"
 
 
 def test_responses_take_schemas_too_and_say_so(client):
