@@ -2,7 +2,7 @@
 
 hidden states of every layer        states.py, store.py       one forward pass per distinct prompt
 SAS and a prober at every layer     sas.py, prober.py
-choose the layer, calibrate         calibrate.py
+choose the layer, calibrate         layers.py, calibrate.py
 leave each data set out in turn     evidence.py               compared with the paper's prober and the words alone
 train the Refusal Head, try it      refusal_head.py, answers.py
 """
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
-from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family
 
@@ -28,6 +27,7 @@ from .batches import answer_tokens
 from .calibrate import choose_threshold, fit_temperature, fold_temperature, heldout_facts
 from .evidence import Evidence, Gate, Table, gather
 from .head_fit import fit_refusal_head
+from .layers import better_layer, choose_layer, layer_table
 from .model import FitModel, open_fit_model
 from .prober import balanced_accuracy, p_unsafe, prober_logits, train_probers
 from .progress import progress, warn
@@ -169,6 +169,8 @@ def fit(
         pooling=chosen.pooling,
         proof=proof,
     )
+    if better := better_layer(facts):
+        warn(console, better)
     artifact = SafetyArtifact(facts, gate.prober, head)
     artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
     return Fitted(artifact, proof_images, evidence, strengths, tuple(rewordings))
@@ -208,7 +210,7 @@ def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptio
     }
     pooling: Pooling = arranged.words.choose(found, arranged.reworded)
     layer, layers = layer_of[pooling], scores[pooling]
-    console.print(_layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
+    console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
     gate = calibrate(probers[pooling][layer - 1], pooled[pooling], arranged.table, options)
     return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
@@ -283,12 +285,6 @@ def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore
     ]
 
 
-def choose_layer(scores: Sequence[LayerScore], select: Literal["sas", "prober"]) -> int:
-    """The layer with the highest score; of equal ones the first, where a refused prompt stops soonest."""
-    key = {"sas": lambda s: s.sas, "prober": lambda s: s.prober_accuracy}[select]
-    return max(scores, key=key).layer
-
-
 def calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptions) -> Gate:
     """Temperature from the validation part; threshold and facts from the held-out part of states (n, d)."""
     validation, heldout = t.split.validation, t.split.heldout
@@ -301,23 +297,6 @@ def calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOption
         threshold = choose_threshold(p, labels, target_fpr=options.target_fpr)
     facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], threshold=threshold)
     return Gate(prober, threshold, facts | {"temperature": temperature})
-
-
-def _layer_table(scores: list[LayerScore], chosen: int) -> str:
-    channels = list(scores[0].sas_by_channel or {})
-    header = ("layer", "SAS", "95 % interval", *(f"SAS {name}" for name in channels), "prober", "")
-    rows = [
-        (
-            str(s.layer),
-            f"{s.sas:.3f}",
-            f"{s.sas_low:.3f} .. {s.sas_high:.3f}",
-            *(f"{(s.sas_by_channel or {})[name]:.3f}" for name in channels),
-            f"{s.prober_accuracy:.3f}",
-            "<- split here" if s.layer == chosen else "",
-        )
-        for s in scores
-    ]
-    return f"\n{table(header, rows)}\nSAS on all pairs; prober: balanced accuracy on the validation part.\n"
 
 
 def warn_if_weak(

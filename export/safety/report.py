@@ -18,6 +18,7 @@ import numpy as np
 from autosteer.runtime.evaluation.variants import cells, in_short
 
 from .evidence import NO_BETTER, OURS, Comparison, FlagRate
+from .layers import better_layer
 from .measure import roc
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def _sentences(fitted: Fitted) -> list[str]:
             f"SAS would have chosen layer {by_sas.layer} ({by_sas.sas:.3f}, not {here.sas:.3f}). A prober's balanced "
             f"accuracy on the validation part is {by_sas.prober_accuracy:.1%} there, {here.prober_accuracy:.1%} here."
         )
+    if fitted.strengths and (better := better_layer(facts)):  # autosteer-fit --package cannot choose another layer
+        lines.append(f"**Another layer's prober is better.** {better}.")
     foreign = [x for x in e.comparisons if x.kind != "held out"]
     if foreign:
         worst = min(foreign, key=lambda x: x.auc[OURS])

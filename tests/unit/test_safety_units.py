@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from autosteer.export.safety import calibrate, fit, measure, prober, proof, refusal_head, sas
+from autosteer.export.safety import calibrate, measure, prober, proof, refusal_head, sas
+from autosteer.export.safety.layers import better_layer, choose_layer
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data, read_external
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
@@ -84,8 +85,22 @@ def test_layer_is_chosen_by_the_score_that_was_asked_for_and_the_first_of_equals
         LayerScore(layer=layer, sas=score, sas_low=-layer, sas_high=layer, prober_accuracy=accuracy)
         for layer, score, accuracy in ((1, 0.1, 0.7), (2, 0.3, 0.9), (3, 0.4, 0.8), (4, 0.2, 0.9))
     ]
-    assert fit.choose_layer(layers, "sas") == 3
-    assert fit.choose_layer(layers, "prober") == 2
+    assert choose_layer(layers, "sas") == 3
+    assert choose_layer(layers, "prober") == 2
+
+
+def test_a_layer_with_a_better_prober_is_named_only_beyond_chance():
+    def facts(*accuracies: float, prompts: int) -> SafetyFacts:
+        layers = tuple(LayerScore(i, 0.1, 0.0, 0.2, a) for i, a in enumerate(accuracies, start=1))
+        return SafetyFacts(1, "m", 2, -1, 0.5, 0.1, "no", layers, {}, {"validation_prompts": float(prompts)})
+
+    named = better_layer(facts(0.85, 0.80, 0.85, prompts=900))
+    assert named == (
+        "On the 900 prompts of the validation part, a prober at layer 1 is right in 85.0%, at layer 2 in 80.0%: "
+        "try --select prober"
+    )
+    assert better_layer(facts(0.85, 0.80, 0.85, prompts=200)) is None
+    assert better_layer(facts(0.75, 0.80, 0.79, prompts=900)) is None
 
 
 def test_pair_without_difference_is_dropped_from_every_layer():
