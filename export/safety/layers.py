@@ -19,20 +19,18 @@ def choose_layer(scores: Sequence[LayerScore], select: Literal["sas", "prober"])
 
 
 def better_layer(facts: SafetyFacts) -> str | None:
-    """A sentence about the layer whose prober is best, if it is better than the chosen one's beyond chance: by more
-    than half the 95 % interval of its accuracy on the validation part.
+    """A sentence about the layer with the best prober, if that one is better than the chosen layer's beyond chance: by
+    more than half the width of the 95 % interval of the chosen one's accuracy on the validation part.
     """
-    here = facts.layers[facts.split_layer - 1]
-    measured = [(s.prober_accuracy, -s.layer) for s in facts.layers if s.prober_accuracy is not None]
-    if here.prober_accuracy is None or not measured:
-        return None
-    best, minus_layer = max(measured)
-    a, n = here.prober_accuracy, facts.training["validation_prompts"]
-    if best - a <= 1.96 * math.sqrt(a * (1 - a) / n):
+    here = facts.layers[facts.split_layer - 1].prober_accuracy
+    layer = choose_layer(facts.layers, "prober")
+    best, prompts = facts.layers[layer - 1].prober_accuracy, facts.training["validation_prompts"]
+    assert here is not None and best is not None
+    if best - here <= 1.96 * math.sqrt(here * (1 - here) / prompts):
         return None
     return (
-        f"On the {n:.0f} prompts of the validation part, a prober at layer {-minus_layer} is right in {best:.1%}, at "
-        f"layer {here.layer} in {a:.1%}: try --select prober"
+        f"on the {prompts:.0f} prompts of the validation part, a prober at layer {layer} has a balanced accuracy of "
+        f"{best:.1%}, the one at layer {facts.split_layer} {here:.1%}: try --select prober"
     )
 
 

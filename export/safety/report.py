@@ -138,7 +138,7 @@ def _sentences(fitted: Fitted) -> list[str]:
             f"accuracy on the validation part is {by_sas.prober_accuracy:.1%} there, {here.prober_accuracy:.1%} here."
         )
     if fitted.strengths and (better := better_layer(facts)):  # autosteer-fit --package cannot choose another layer
-        lines.append(f"**Another layer's prober is better.** {better}.")
+        lines.append(f"**Another layer's prober is better:** {better}.")
     foreign = [x for x in e.comparisons if x.kind != "held out"]
     if foreign:
         worst = min(foreign, key=lambda x: x.auc[OURS])

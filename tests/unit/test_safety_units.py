@@ -96,8 +96,8 @@ def test_a_layer_with_a_better_prober_is_named_only_beyond_chance():
 
     named = better_layer(facts(0.85, 0.80, 0.85, prompts=900))
     assert named == (
-        "On the 900 prompts of the validation part, a prober at layer 1 is right in 85.0%, at layer 2 in 80.0%: "
-        "try --select prober"
+        "on the 900 prompts of the validation part, a prober at layer 1 has a balanced accuracy of 85.0%, "
+        "the one at layer 2 80.0%: try --select prober"
     )
     assert better_layer(facts(0.85, 0.80, 0.85, prompts=200)) is None
     assert better_layer(facts(0.75, 0.80, 0.79, prompts=900)) is None
