@@ -37,6 +37,9 @@ COLUMNS = {  # of the table: the line's name
     "MLP": "MLP, each by itself",
     "norm": "final norm, by itself",
     "head": "head, by itself",
+    "attention lost": "attention, share lost",
+    "MLP lost": "MLP, share lost",
+    "head lost": "head, share lost",
     "image rows": "image rows, error to rounded",
     "hidden state": "hidden state, error to rounded",
     "KL to rounded": "logits, KL to rounded",
@@ -46,6 +49,7 @@ COLUMNS = {  # of the table: the line's name
     "scale": "quantised weights, scale",
     "8-bit steps": "8-bit weights, steps",
     "chunks": "chunked prefill",
+    "chunks, median": "chunked prefill, median",
 }
 
 

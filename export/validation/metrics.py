@@ -35,6 +35,20 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
+def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Mean over rows (R, D) of |ours - theirs| / |theirs|."""
+    sizes = np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)
+    return float((np.linalg.norm(ours - theirs, axis=1) / sizes).mean())
+
+
+def share_lost(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """How much of theirs (R, D) is not in ours: 0 if ours is theirs plus unrelated noise, 1 if it is zeros or unrelated
+    to theirs. |1 - mean over rows of <ours, theirs> / <theirs, theirs>|
+    """
+    present = (ours * theirs).sum(axis=1) / np.maximum((theirs * theirs).sum(axis=1), 1e-30)
+    return float(abs(1 - present.mean()))
+
+
 def cosine_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """1 - cosine of the angle between two arrays, as vectors."""
     if ours.shape != theirs.shape:

@@ -34,7 +34,7 @@ from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import IMAGE, Message, Place, Rendered, render_judged
 
-from .metrics import MASKED_LOGIT, worse
+from .metrics import MASKED_LOGIT, row_error, worse
 
 ANSWER_TOKENS = 32  # per answer, at most
 NEAR_TIE = 5e-5  # of the largest squared distance: torch and onnxruntime differ by 1.4e-5 at Chameleon's depth
@@ -230,6 +230,7 @@ class OriginalModel:
         deepstack: np.ndarray,
         given: Mapping[str, np.ndarray],
         logits: np.ndarray,
+        error: Callable[[np.ndarray, np.ndarray], float] = row_error,
     ) -> dict[str, float]:
         """Error of each branch of the decoder by itself: attention and MLP of every layer, the final norm, the LM head.
 
@@ -239,16 +240,16 @@ class OriginalModel:
         `embeds` (S, D) of `prompt` enter the decoder, `deepstack` (L, S, D) behind its first layers. `inputs_embeds` of
         `given`, the tokens of an answer but the last, follow in passes of their own. The rest of `given` are the
         package's branch outputs at the last positions, by name ("<layer>.self_attn", "<layer>.mlp": HF's modules;
-        `last_hidden_state`). `logits` (n, V) are the package's, after prompt and tokens. Returns a `row_error` for each
-        of these names: the prompt's or the answer's, whichever is worse; infinite for a branch that is missing in
-        `given`.
+        `last_hidden_state`). `logits` (n, V) are the package's, after prompt and tokens. Returns `error` (row_error or
+        share_lost) for each of these names: the prompt's or the answer's, whichever is worse; infinite for a branch
+        that is missing in `given`.
         """
         decoder, me, answered = self.model.get_decoder(), threading.get_ident(), len(logits) - 1
 
         def separate_errors(ours: np.ndarray, theirs: np.ndarray) -> float:
             prefill = len(ours) - answered  # rows of the prompt
             parts = (slice(prefill), slice(prefill, None)) if answered else (slice(None),)
-            return functools.reduce(worse, (row_error(ours[rows], theirs[rows]) for rows in parts))
+            return functools.reduce(worse, (error(ours[rows], theirs[rows]) for rows in parts))
 
         def take_over(name: str) -> Callable[..., Any]:
             def hook(module: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -449,9 +450,3 @@ def _extended(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
-
-
-def row_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean over rows (R, D) of |ours - theirs| / |theirs|."""
-    sizes = np.maximum(np.linalg.norm(theirs, axis=1), 1e-30)
-    return float((np.linalg.norm(ours - theirs, axis=1) / sizes).mean())

@@ -62,10 +62,12 @@ from .metrics import (
     divergence,
     largest_difference,
     relative_error,
+    row_error,
+    share_lost,
     worse,
     worst_of,
 )
-from .original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt, row_error
+from .original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt
 from .prompts import affordable, make_validation_prompts
 
 REPORTED_TOKENS = ANSWER_TOKENS // 2  # answer length if tokens have no limit: each costs a sweep over the package
@@ -135,6 +137,7 @@ def behaviour_checks(
         question: Callable[[OriginalModel, ValidationPrompt, PackageAnswers], T],
         answers: Sequence[PackageAnswers],
         caching: Callable[[Any], dict[str, Any]] = uncached,
+        prompts: Sequence[ValidationPrompt] = prompts,
     ) -> list[T]:
         sweep = LayerSweep(BUDGET_BYTES)
         model = open_on_demand(checkpoint, lm_head, sweep, source)
@@ -159,12 +162,16 @@ def behaviour_checks(
         if len(parts) > 1 and not suffix:  # only the first token comes from the prefill graphs
             plain = [answer.first() for answer in plain]
         caches = RoundedCaches(packed_kv_scales(folder, part))
+        answers = [replace(own, plain=answer) for own, answer in zip(ours, plain, strict=True)]
         found = ask(
             PackedWeights(folder, part, checkpoint) if quantised else checkpoint,
             rounded_errors if quantised else branch_errors,
-            [replace(own, plain=answer) for own, answer in zip(ours, plain, strict=True)],
+            answers,
             caches if scales else uncached,
         )
+        if quantised:
+            shortest = min(range(len(prompts)), key=lambda i: answers[i].encoded.inputs_embeds.shape[1])
+            found += ask(checkpoint, shares_lost, [answers[shortest]], prompts=[prompts[shortest]])
         if scales:
             found.append({"int8 caches, relative error": functools.reduce(worse, caches.errors)})
         checks += [check_line(name + suffix, error, limits[name]) for name, error in worst_of(found).items()]
@@ -194,6 +201,7 @@ def compare(
     """The checks against the original. `wide`: the checkpoint has weights that float16 cannot hold exactly."""
     exact, limits = manifest.exact, limits_of(manifest, wide=wide)
     worst: dict[str, float] = {}
+    chunked: list[float] = []
 
     def note(name: str, value: float) -> None:
         worst[name] = worse(worst.get(name, 0.0), value)
@@ -217,7 +225,8 @@ def compare(
         note("logits", relative_error(logits[possible], original.logits[possible]))
         note("logits, KL to original", divergence(logits, original.logits))
         note("masked logits that differ", float(((logits > MASKED_LOGIT) != possible).sum()))
-        note("chunked prefill", relative_error(answers.chunked.logits[0][possible[0]], plain.logits[0][possible[0]]))
+        chunked.append(relative_error(answers.chunked.logits[0][possible[0]], plain.logits[0][possible[0]]))
+        note("chunked prefill", chunked[-1])
         note("greedy tokens that differ", differing_tokens(plain.tokens[: len(original.tokens)], original.tokens))
         if answers.steered is None or manifest.prober is None:
             continue
@@ -232,6 +241,9 @@ def compare(
         differs = is_safe(p_unsafe, threshold) != is_safe(original.p_unsafe, threshold)
         outside = exact or abs(original.p_unsafe - threshold) > VERDICT_BAND
         note("verdicts that differ" + ("" if exact else f" outside +-{VERDICT_BAND}"), float(differs and outside))
+
+    if quantised:
+        worst["chunked prefill, median"] = float(np.median(chunked))
 
     def check(name: str, value: float) -> Check:
         always = name.startswith(ALWAYS_LIMITED)
@@ -269,18 +281,33 @@ def rounded_errors(original: OriginalModel, prompt: ValidationPrompt, answers: P
     return lines | branch_errors(original, prompt, answers)
 
 
-def branch_errors(original: OriginalModel, prompt: ValidationPrompt, answers: PackageAnswers) -> dict[str, float]:
+def branch_errors(
+    original: OriginalModel,
+    prompt: ValidationPrompt,
+    answers: PackageAnswers,
+    error: Callable[[np.ndarray, np.ndarray], float] = row_error,
+) -> dict[str, float]:
     """Errors of each branch by itself: see OriginalModel.branch_errors. Empty if the prompt was not recorded."""
     if not answers.plain.branches:
         return {}
+    plain = answers.plain
     errors = original.branch_errors(
-        prompt, answers.encoded.inputs_embeds[0], answers.deepstack, answers.plain.branches, answers.plain.logits
+        *(prompt, answers.encoded.inputs_embeds[0], answers.deepstack, plain.branches, plain.logits, error)
     )
     lines: dict[str, float] = {}
-    for name, error in errors.items():
+    for name, value in errors.items():
         line = BY_ITSELF[name.rpartition(".")[2]]
-        lines[line] = worse(lines.get(line, 0.0), error)
+        lines[line] = worse(lines.get(line, 0.0), value)
     return lines
+
+
+def shares_lost(original: OriginalModel, prompt: ValidationPrompt, answers: PackageAnswers) -> dict[str, float]:
+    """How much of each branch rounding took away, against PyTorch with the checkpoint's own weights: see share_lost.
+
+    Weights that are zeros in the package are zeros in `rounded_errors`, too. Here they are a branch that is not there.
+    """
+    lost = branch_errors(original, prompt, answers, share_lost)
+    return {f"{line.partition(',')[0]}, share lost": share for line, share in lost.items()}
 
 
 def loader_check(checkpoint: Checkpoint) -> Check:
