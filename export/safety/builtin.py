@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 NAME = "builtin"  # what --pairs takes
+BRIEF = "builtin-brief"  # the same, with one pair of each family
 PLAIN_FORMS = ("question", "order")  # every act appears in one of these
 DRAWN_FORMS = 2  # and in this many of the others, drawn at random
 OFTEN = ("jailbreak", "gerund")  # drawn with twice the probability
@@ -57,6 +58,14 @@ def builtin_twins() -> list[Twins]:
     for row in (*_written(), *_formed_acts(), *_thing_uses()):
         distinct.setdefault(row.unsafe.casefold(), row)
     return list(distinct.values())
+
+
+def brief_twins() -> list[Twins]:
+    """One pair of each family, in one of its forms at random: the same harms in two fifths of the pairs."""
+    families: dict[str, list[Twins]] = {}
+    for twins in builtin_twins():
+        families.setdefault(twins.family, []).append(twins)
+    return [random.Random(family).choice(rows) for family, rows in families.items()]
 
 
 def builtin_harmless() -> list[Harmless]:

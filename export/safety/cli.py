@@ -48,7 +48,8 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer. Repeatable.",
+    help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer; "
+    "`builtin-brief`: one form of each of these pairs, in half the time. Repeatable.",
 )
 @click.option(
     "--benign",

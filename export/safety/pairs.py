@@ -11,6 +11,7 @@ formats may have a "family": prompts of one family say the same thing in other w
     --refusal-only      as --unsafe, for the Refusal Head alone: the authors train it on other prompts than the prober
 
 `--pairs builtin` is not a file: it means the pairs and the harmless prompts that come with AutoSteer (builtin.py).
+`--pairs builtin-brief` means one pair of each family, and the same harmless prompts.
 
 Nothing here depends on the model; batches.py checks prompts against the tokenizer.
 """
@@ -31,7 +32,7 @@ from . import builtin
 from .store import file_digest
 
 MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
-BUILTIN = Path(builtin.NAME)
+BUILTIN = {Path(builtin.BRIEF): builtin.brief_twins, Path(builtin.NAME): builtin.builtin_twins}
 
 PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
 VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
@@ -142,18 +143,20 @@ def read_data(
     images: Path | None = None,
     text_only: bool = False,
 ) -> FitData:
-    """Read and cross-check the files. Path("builtin") among `pairs` is not read but stands for what builtin.py makes.
-    `text_only` leaves out all pictures.
+    """Read and cross-check the files. Path("builtin") and Path("builtin-brief") among `pairs` are not read but stand for
+    what builtin.py makes. `text_only` leaves out all pictures.
 
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
     that is called both safe and unsafe.
     """
     sources = list(pairs)
-    files = [path for path in sources if path != BUILTIN]
-    shipped = len(files) < len(sources)
+    files = [path for path in sources if path not in BUILTIN]
+    shipped = set(sources) & set(BUILTIN)
+    if len(shipped) > 1:
+        raise InputError(f"--pairs: give {builtin.NAME} or {builtin.BRIEF}; the first holds the second")
     data = FitData(
         pairs=(
-            *(_builtin_pairs() if shipped else ()),
+            *(pair for name in shipped for pair in _builtin_pairs(BUILTIN[name]())),
             *(pair for path in files for pair in _pairs(path, images, text_only=text_only)),
         ),
         extra=(
@@ -190,8 +193,8 @@ def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done:
         advance(1)
 
 
-def _builtin_pairs() -> Iterator[Pair]:
-    for twins in builtin.builtin_twins():
+def _builtin_pairs(rows: Iterable[builtin.Twins]) -> Iterator[Pair]:
+    for twins in rows:
         where = f"{builtin.NAME}: {twins.kind}, {twins.form}"
         yield Pair(
             Prompt(twins.unsafe, where=where),

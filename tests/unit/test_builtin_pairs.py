@@ -101,6 +101,19 @@ def test_builtin_stands_for_all_pairs_and_harmless_prompts(prompts):
     assert {item.group for item in prompts} == {"builtin", "builtin everyday", "builtin lookalikes"}
 
 
+def test_brief_has_one_pair_of_each_family_and_the_same_harmless_prompts(prompts):
+    brief = read_data([Path("builtin-brief")])
+    assert {pair.family for pair in brief.pairs} == {item.family for item in prompts if item.group == "builtin"}
+    assert len({pair.family for pair in brief.pairs}) == len(brief.pairs)
+    assert {item.prompt for item in brief.labelled()} <= {item.prompt for item in prompts}
+    assert len(brief.extra) == len(HARMLESS)
+
+
+def test_both_at_once_are_refused():
+    with pytest.raises(InputError, match="builtin or builtin-brief"):
+        read_data([Path("builtin"), Path("builtin-brief")])
+
+
 def test_no_family_is_on_two_sides_of_the_split(prompts):
     strata = [(item.unsafe, item.group) for item in prompts]
     split = prober.split_by_text([item.cluster for item in prompts], strata, seed=0)
