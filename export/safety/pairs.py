@@ -143,7 +143,7 @@ def read_data(
     images: Path | None = None,
     text_only: bool = False,
 ) -> FitData:
-    """Read and cross-check the files. Path("builtin") and Path("builtin-brief") among `pairs` are not read but stand for
+    """Read and cross-check the files. Path("builtin") or Path("builtin-brief") among `pairs` is not read but stands for
     what builtin.py makes. `text_only` leaves out all pictures.
 
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
