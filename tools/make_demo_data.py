@@ -29,14 +29,11 @@ from demo_world import asking as A
 from demo_world import dialogues as D
 from demo_world import safety as S
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
-from demo_world.wording import reworded
 
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
 ASKED_OTHERWISE = {"text": 1500, "image": 250, "cross": 300}  # pairs in the ways of asking.py
-PAIRS_REWORDED = 1200  # pairs in other words (wording.py), and of benign prompts:
-BENIGN_REWORDED = 2000
 OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
@@ -78,10 +75,6 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
         for _ in range(count):
             text = channel == "text"
             yield pair_row(A.wording_pair(rng, S.SHOWN) if text else A.picture_pair(rng, channel, S.SHOWN), writer)
-    for _ in range(PAIRS_REWORDED):
-        pair, seed = S.make_pair(rng, rng.choice(S.CHANNELS), S.SHOWN, new_phrasing=False), rng.random()
-        row = pair_row(pair, writer)
-        yield row | {side: reworded(row[side], random.Random(seed)) for side in ("unsafe", "safe")}
 
 
 def pair_row(pair: S.Pair, writer: Writer) -> Row:
@@ -117,10 +110,6 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         example = family(rng, S.SHOWN, False)
         text = A.among_sentences(rng, example.prompt if rng.random() < 0.85 else D.small_talk(rng).question)
         yield row(text, [example.scene] if example.scene else [], name)
-    for _ in range(BENIGN_REWORDED):
-        name, family = rng.choice(list(S.SHOWN_FAMILIES.items()))
-        example = family(rng, S.SHOWN, False)
-        yield row(reworded(example.prompt, rng), [example.scene] if example.scene else [], name)
 
 
 def any_picture(rng: random.Random) -> Scene:
