@@ -49,7 +49,7 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     required=True,
     type=click.Path(path_type=Path),
     help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer; "
-    "`builtin-brief`: one form of each of these pairs, in half the time. Repeatable.",
+    "`builtin-brief`: one form of each of these pairs. Repeatable.",
 )
 @click.option(
     "--benign",

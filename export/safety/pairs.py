@@ -153,7 +153,7 @@ def read_data(
     files = [path for path in sources if path not in BUILTIN]
     shipped = set(sources) & set(BUILTIN)
     if len(shipped) > 1:
-        raise InputError(f"--pairs: give {builtin.NAME} or {builtin.BRIEF}; the first holds the second")
+        raise InputError(f"--pairs: give either {builtin.NAME} or {builtin.BRIEF}; the first includes the second")
     data = FitData(
         pairs=(
             *(pair for name in shipped for pair in _builtin_pairs(BUILTIN[name]())),
