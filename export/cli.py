@@ -53,7 +53,7 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
 @click.option(
     "--layer",
     type=int,
-    help="Split before this decoder layer. Default: the safety folder's.",
+    help="With --unguarded: split before this decoder layer. Default: the middle. A gate has a layer of its own.",
 )
 @click.option(
     "--precision",
@@ -83,8 +83,8 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
 @click.option(
     "--calibrate",
     metavar="FILE|builtin",
-    help="int4: round with GPTQ so that what the model computes on this text changes least; `builtin`: our prompts. "
-    "Closer to the original and as fast, but the export takes longer. Default: no.",
+    help="int4: round with GPTQ so that what the model computes on this text changes least; `builtin`: our text and "
+    "prompts. Closer to the original and as fast, but the export takes longer. Default: no.",
 )
 @click.option(
     "--image-precision",

@@ -159,7 +159,9 @@ def write_package(
 
 def _split_layer(options: ExportOptions, safety: SafetyArtifact | None, config: DecoderConfig) -> int:
     """The first layer of decoder_upper. Raises InputError if the model has no such layer."""
-    layer = options.split_layer or (safety.facts.split_layer if safety else config.num_hidden_layers // 2)
+    layer = options.split_layer
+    if layer is None:
+        layer = safety.facts.split_layer if safety else config.num_hidden_layers // 2
     if not 0 < layer < config.num_hidden_layers:
         raise InputError(f"--layer {layer}: this model can be split at 1..{config.num_hidden_layers - 1}")
     return layer

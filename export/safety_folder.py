@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 TENSOR_FILE = "safety.safetensors"
 MOST_FALSE_STOPS = 0.005  # of benign answers; a monitor that stops more, or catches less, must be asked for
 LEAST_CAUGHT = 0.5  # of the unsafe answers that the prober lets begin
-UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained (method.md)
+UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class SafetyFacts:
     strength: float  # the paper's epsilon, in use; training's is among the facts below
     refusal_text: str
     layers: tuple[LayerScore, ...]
-    calibration: dict[str, float]  # held-out facts: accuracy, false_positive_rate, ece, ...
-    training: dict[str, float]  # sizes, seeds, epochs
+    calibration: dict[str, float]  # held-out facts: heldout_accuracy, heldout_fpr, ece, ...
+    training: dict[str, float]  # sizes, seeds
     selected_by: Literal["sas", "prober", "user"] = "sas"  # what chose split_layer
     pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
     proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches

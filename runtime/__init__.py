@@ -19,23 +19,25 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 
 if TYPE_CHECKING:
     from .conversation import Conversation
-    from .engine import Chunk, Engine
+    from .engine import Answer, Chunk, Engine
     from .errors import AuditError, AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
     from .manifest import Manifest
     from .sampling import SamplingConfig
     from .stats import Stats
-    from .text import Message
+    from .text import ImagePart, Message, VideoPart
     from .video import Video, open_video
 
 __all__ = [
     "Action",
+    "Answer",
     "AuditError",
     "AutoSteerError",
     "Chunk",
     "Conversation",
     "Engine",
     "GatePolicy",
+    "ImagePart",
     "InputError",
     "Manifest",
     "Message",
@@ -47,13 +49,14 @@ __all__ = [
     "UnsupportedModelError",
     "Verdict",
     "Video",
+    "VideoPart",
     "open_video",
 ]
 
 _HOME = {
-    **dict.fromkeys(("Chunk", "Engine"), "engine"),
+    **dict.fromkeys(("Answer", "Chunk", "Engine"), "engine"),
     "Conversation": "conversation",
-    "Stats": "generation",
+    "Stats": "stats",
     **dict.fromkeys(
         ("AuditError", "AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"),
         "errors",
@@ -61,7 +64,7 @@ _HOME = {
     **dict.fromkeys(("Action", "GatePolicy", "Mode", "Verdict"), "gate"),
     "Manifest": "manifest",
     "SamplingConfig": "sampling",
-    "Message": "text",
+    **dict.fromkeys(("ImagePart", "Message", "VideoPart"), "text"),
     **dict.fromkeys(("Video", "open_video"), "video"),
 }
 

@@ -2,7 +2,7 @@
 
 A pass reads all weights, whatever it computes. For four answers it takes about one and a half times as long as for one.
 
-    batch = Batch(manifest, graphs, device)
+    batch = Batch(manifest, graphs, device, rows)
     answers = [engine.steps(prompt, sampling, record, conversation, batch) for ...]
     ... advance each until it pauses (yields None) or ends ...
     batch.run()                                              # then advance them again

@@ -145,13 +145,14 @@ class Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
         `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
-        the CPU, None for all cores. `low_memory`: check and load the image graph for each picture, and drop it
+        the CPU, None for all cores. `low_memory`: hash and load the image graph for each picture, and drop it
         afterwards. `max_tiles`: cut a picture into at most this many tiles, and each frame of a video if the model
         takes them in any size. `audit`: a file, to which a line is appended for each request, or a function, which is
         given each as a dict; it must not use this engine, and what it raises fails the request. `audit_texts`: with
         the words of prompts and answers, not only their digests.
         Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
-        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`).
+        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`, `max_tiles`
+        below 1).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -226,12 +227,14 @@ class Engine:
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
-        A video is a file or folder (see open_video), or its frames. The defaults are greedy `sampling` and the
+        An image is a path, a PIL image or an RGB array (H, W, 3) uint8. A video is a file or folder (see open_video),
+        or its frames. The defaults are greedy `sampling` and the
         package's `policy`. A steered answer is greedy; where `sampling` restricts the answer, what would be steered is
         stopped. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the first
         `next()`.
-        Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, and AuditError
-        if the engine has an audit record that cannot be written.
+        Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, PackageError for
+        a package without a gate unless `policy` is off, and AuditError if the engine has an audit record that cannot be
+        written.
         """
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")

@@ -8,7 +8,6 @@ What files say is read below a root folder, which a test can make. A Jetson has 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from .subgraph import GPU_DEVICES
+from .subgraph import GPU_DEVICES, usable_cores
 
 UNKNOWN = "unknown"
 ROOT = Path("/")
@@ -42,11 +41,6 @@ def describe_host(root: Path = ROOT) -> dict[str, str]:
         "providers": ", ".join(ort.get_available_providers()),
     }
     return {name: fact for name, fact in facts.items() if fact} | {"install": _install(facts)}
-
-
-def usable_cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _jetson(root: Path) -> dict[str, str]:

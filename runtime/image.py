@@ -116,10 +116,10 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     base tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to
     fewer pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
     """
+    if tiles is not None and tiles < 1:
+        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
     if tiles is None or not (spec.anyres or spec.closest_grid or spec.native):
         return spec
-    if tiles < 1:
-        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
     if grid := spec.closest_grid:
         return replace(spec, closest_grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
     if native := spec.native:

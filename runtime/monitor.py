@@ -40,7 +40,7 @@ class Monitor:
         self._graph, self._threshold, self._stats = graph, policy.answer_threshold, stats
         self._states: Float = np.zeros((self.window, manifest.dims.hidden_size), np.float32)
         self._read = 0  # tokens
-        self._scores = list[float]()  # the worst so far
+        self._worst: float | None = None  # p_unsafe so far
 
     def read(self, state: Float) -> None:
         """Read the next token's hidden state (D,)."""
@@ -58,10 +58,9 @@ class Monitor:
 
     def verdict(self) -> Watched | None:
         """On the answer so far; None if no window has been read."""
-        if not self._scores:
+        if self._worst is None:
             return None
-        (p_unsafe,) = self._scores
-        return Watched(p_unsafe, not is_safe(p_unsafe, self._threshold), self._threshold)
+        return Watched(self._worst, not is_safe(self._worst, self._threshold), self._threshold)
 
     def _score(self) -> None:
         """Whatever goes wrong, the answer was not shown to be safe."""
@@ -74,7 +73,7 @@ class Monitor:
             log.error("the monitor failed, so the answer counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)
             p_unsafe = math.nan
-        self._scores = [worst([*self._scores, p_unsafe])]
+        self._worst = p_unsafe if self._worst is None else worst([self._worst, p_unsafe])
 
 
 def monitor_for(manifest: Manifest, graphs: Mapping[str, Subgraph], policy: GatePolicy, stats: Stats) -> Monitor | None:

@@ -106,25 +106,36 @@ class PromptEncoder:
         counter = PositionCounter(self.manifest.rotary)
         token_ids: list[int] = []
         text: list[int] = []
-        slots, width = deque(shown), self.manifest.dims.hidden_size
+        width = self.manifest.dims.hidden_size
+
+        def add_text(ids: list[int], *, probed: bool = True) -> None:
+            rows.append(self.embed(ids))
+            text.extend(range(len(keys), len(keys) + len(ids)) if probed else ())
+            keys.extend(ids)
+            token_ids.extend(ids)
+            counter.text(len(ids))
+
+        def add_rows(part: Float, seen: _Seen, first: int) -> None:
+            rows.append(part[:, :width])
+            if self.manifest.deepstack:
+                deepstack[len(keys)] = part[:, width:]
+            counter.picture(len(part), seen.grid, seen.times)
+            keys.extend((seen.key, first + i) for i in range(len(part)))
+
+        slots = deque(shown)
         for run in runs:
-            between = isinstance(run, list) and bool(slots and slots[0].first)  # groups of a video's frames
-            nothing: tuple[Any, ...] = (b"", [run], None, (), 0)
-            digest, parts, grid, times, first = nothing if isinstance(run, list) else slots.popleft()[:5]
-            row = itertools.count(first)  # of the picture
-            for part in parts:
+            if isinstance(run, list):
+                between_frames = bool(slots and slots[0].first)  # the groups of a video's
+                add_text(run, probed=not between_frames)
+                continue
+            seen = slots.popleft()
+            row = seen.first
+            for part in seen.runs:
                 if isinstance(part, list):
-                    rows.append(self.embed(part))
-                    text += [] if between else range(len(keys), len(keys) + len(part))
-                    keys += part
-                    token_ids += part
-                    counter.text(len(part))
+                    add_text(part)
                 else:
-                    rows.append(part[:, :width])
-                    if self.manifest.deepstack:
-                        deepstack[len(keys)] = part[:, width:]
-                    counter.picture(len(part), grid, times)
-                    keys += [(digest, next(row)) for _ in part]
+                    add_rows(part, seen, row)
+                    row += len(part)
         embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]

@@ -17,7 +17,7 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # drafted tokens that the sampler then chose
     image_tiles: int = 0  # encoded for this answer
-    kv_bytes: int = 0
+    kv_bytes: int = 0  # memory of the keys and values, room for the answer included
     vision_ms: float = 0.0
     embed_ms: float = 0.0
     lower_ms: float = 0.0
@@ -25,7 +25,7 @@ class Stats:
     upper_ms: float | None = None
     ttft_ms: float = 0.0  # from the call to the first chunk
     decode_ms: float = 0.0  # passes after the first token
-    monitor_ms: float = 0.0  # of these: what watched the answer
+    monitor_ms: float = 0.0  # part of decode_ms: what watched the answer
 
     @property
     def decode_tok_s(self) -> float | None:

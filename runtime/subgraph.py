@@ -60,9 +60,7 @@ def find_device(name: DeviceName, threads: int | None, activations: str | None =
     """
     if name not in typing.get_args(DeviceName):
         raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
-    threads = (
-        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
-    )
+    threads = threads or usable_cores()
     why_not = "" if name == "cpu" else _why_not_cuda(activations)
     if name == "cuda" and why_not:
         raise ProviderError(f"--device cuda: {why_not}, or use --device cpu")
@@ -72,6 +70,11 @@ def find_device(name: DeviceName, threads: int | None, activations: str | None =
         with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             ort.preload_dlls()  # CUDA libraries from NVIDIA's Python packages, if the system has none
     return Device(CUDA, "cuda", threads), ""
+
+
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_cuda() -> bool:
@@ -104,10 +107,8 @@ def _why_not_cuda(activations: str | None) -> str:
 def require_onnxruntime(lowest: str, installed: str = ort.__version__) -> None:
     """Raise ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs."""
     if _version(installed) < _version(lowest):
-        raise ProviderError(
-            f"onnxruntime {installed} computes this package wrong; it needs {lowest} or newer "
-            f"(pip install 'onnxruntime>={lowest}')"
-        )
+        advice = "" if has_cuda() else f" (pip install 'onnxruntime>={lowest}')"  # would hide a build with CUDA
+        raise ProviderError(f"this package needs onnxruntime {lowest} or newer; {installed} is installed{advice}")
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -19,7 +19,6 @@ texts only here. Run it on an idle machine: it says how much of the processor ot
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 import sys
 import time
@@ -34,6 +33,7 @@ from benchmark import machine, peers, prompts, report, session, weights
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.subgraph import usable_cores
 
 PEERS = tuple(peers.NEEDS)
 
@@ -139,7 +139,7 @@ def bench(
         raise click.UsageError("--each needs --prompts: other prompts are asked once, in --rounds")
     if vs and not checkpoint:
         raise click.UsageError("--vs needs --checkpoint: the weights that the package was made from")
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = threads or usable_cores()
     manifests = [Manifest.load(folder) for folder in packages]
     configurations = [
         ours(folder, manifest, speculate=speculate)

@@ -26,7 +26,9 @@ class AutoSteerExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         for option in export.params:
             assert isinstance(option, click.Option)
             kind = {"action": "store_true"} if option.is_flag else {"required": option.required}
-            parser.add_argument(*option.opts, help=(option.help or "").replace("%", "%%"), **kind)
+            parser.add_argument(
+                *option.opts, *option.secondary_opts, help=(option.help or "").replace("%", "%%"), **kind
+            )
 
     def run(self) -> None:
         """Hand the arguments over as they were typed, and exit."""

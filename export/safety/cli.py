@@ -49,7 +49,7 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     required=True,
     type=click.Path(path_type=Path),
     help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer; "
-    "`builtin-brief`: one form of each of these pairs. Repeatable.",
+    "`builtin-brief`: one form of each of these pairs, and the same benign prompts. Repeatable.",
 )
 @click.option(
     "--benign",
@@ -84,7 +84,7 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
 @click.option("--text-only", is_flag=True, help="Ignore the images of all files, and fit on texts alone.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option(
-    "--features",
+    "--states-cache",
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep hidden states in this folder, for later fits.  [default: beside --output, deleted at the end]",
 )
@@ -175,7 +175,7 @@ def fit_command(
     images: Path | None,
     text_only: bool,
     output: Path,
-    features: Path | None,
+    states_cache: Path | None,
     prober: Literal["auto", "pooled", "paper"],
     augment: bool,
     package: Path | None,
@@ -271,14 +271,14 @@ def fit_command(
         device=device_,
         publish_proof=publish_proof,
     )
-    states = _states_folder(features, output, console)
+    states = _states_folder(states_cache, output, console)
     with states as cache, atomic_folder(output, marker=SAFETY_FILE, force=force) as folder:
         if package and safety:
             shipped = Shipped(package, safety, max_tiles)
             asking = _asking(shipped, address, engines, console)
-            fitted = refit(data, external, options, shipped, asking, features=cache, console=console)
+            fitted = refit(data, external, options, shipped, asking, cache=cache, console=console)
         else:
-            fitted = fit(data, external, options, features=cache, console=console)
+            fitted = fit(data, external, options, cache=cache, console=console)
         fitted.artifact.save(folder)
         for name, picture in fitted.proof_images.items():
             shutil.copyfile(picture, folder / name)
@@ -309,7 +309,7 @@ def _given(names: Sequence[str]) -> str | None:
 @contextlib.contextmanager
 def _states_folder(wanted: Path | None, output: Path, console: Console) -> Iterator[Path]:
     """The folder of the hidden states. One that was not asked for is deleted, unless the fit ended early."""
-    cache = wanted or output.absolute().parent / f".{output.name}.features"
+    cache = wanted or output.absolute().parent / f".{output.name}.states"
     try:
         yield cache
     except BaseException:  # SIGTERM is a SystemExit

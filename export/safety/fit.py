@@ -100,10 +100,8 @@ class Chosen:
     pairs_without_difference: int
 
 
-def fit(
-    data: FitData, external: Sequence[Labelled], options: FitOptions, *, features: Path, console: Console
-) -> Fitted:
-    """Fit a gate on `data`. `external` prompts are only for the report. `features`: folder for hidden states."""
+def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cache: Path, console: Console) -> Fitted:
+    """Fit a gate on `data`. `external` prompts are only for the report. `cache`: folder for hidden states."""
     started = time.perf_counter()
     checkpoint, depth, fit_model = open_model(options)
     arranged = arrange(
@@ -119,7 +117,7 @@ def fit(
     files = checkpoint_files(checkpoint)
     with progress(console, "checkpoint files", len(files)) as advance:
         identity = digests(files, advance=advance)
-    with prompt_store(features, identity, fit_model, fast=True) as store:
+    with prompt_store(cache, identity, fit_model, fast=True) as store:
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
         states_s = time.perf_counter() - started
@@ -130,12 +128,12 @@ def fit(
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
             evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
     heldout = [prompts[row] for row in split.heldout]
-    with prompt_store(features, identity, fit_model) as store:
+    with prompt_store(cache, identity, fit_model) as store:
         proof, proof_images = make_proof(
             *(fit_model, store, heldout, p[split.heldout], gate, chosen.layer, chosen.pooling),
             published=options.publish_proof,
         )
-    with answer_store(features, identity, fit_model, answer, fast=True) as store:
+    with answer_store(cache, identity, fit_model, answer, fast=True) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
             *(fit_model, data, prompts, split, words, answer, store, console),
             wanted=options.strength,

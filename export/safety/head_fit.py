@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .other_words import OtherWords
     from .pairs import FitData, Labelled, Prompt
     from .prober import Split
-    from .store import FeatureStore
+    from .store import StateStore
 
 PAPER_STRENGTH = 0.1
 # Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12.
@@ -35,7 +35,7 @@ def fit_refusal_head(
     split: Split,
     words: OtherWords,
     answer: torch.Tensor,
-    store: FeatureStore,
+    store: StateStore,
     console: Console,
     *,
     wanted: float | None,

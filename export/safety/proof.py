@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .evidence import Gate
     from .model import FitModel
     from .pairs import Labelled, Prompt
-    from .store import FeatureStore
+    from .store import StateStore
 
 PER_LABEL = 6  # prompts of each label
 MOST_TOKENS = 256  # of a prompt; every export and every autosteer-check runs all prompts
@@ -36,7 +36,7 @@ CLEAR = 0.8  # margin: share of the way from the threshold to 0 or 1; rounding t
 
 def make_proof(
     fit_model: FitModel,
-    store: FeatureStore,
+    store: StateStore,
     heldout: Sequence[Labelled],
     scores: np.ndarray,
     gate: Gate,

@@ -39,7 +39,7 @@ from .prober import p_unsafe, train_prober
 from .progress import progress
 from .proof import make_proof
 from .states import checkpoint_files, digests, prompt_keys, prompt_store
-from .store import FeatureStore, digest
+from .store import StateStore, digest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,11 +68,11 @@ def refit(
     shipped: Shipped,
     asking: Asking,
     *,
-    features: Path,
+    cache: Path,
     console: Console,
 ) -> Fitted:
     """Fit a prober on the states of `shipped`. `external` prompts are only for the report. `asking`: how engines of the
-    package are asked, here or on a cluster. `features`: folder for states.
+    package are asked, here or on a cluster. `cache`: folder for states.
 
     Raises InputError if the safety folder is not the package's, PackageError if one of the two is damaged.
     """
@@ -89,7 +89,7 @@ def refit(
     )
     t, heldout = arranged.table, arranged.split.heldout
     what = digest(sha256(shipped.package / MANIFEST_FILE).encode(), repr(shipped.max_tiles).encode())
-    with FeatureStore(features, what, (1, 1, width)) as store:
+    with StateStore(cache, what, (1, 1, width)) as store:
         with progress(console, "hidden states", len(arranged.items)) as advance:
             states = _package_states(asking, [item.prompt for item in arranged.items], store, advance)
         states_s = time.perf_counter() - started
@@ -108,7 +108,7 @@ def refit(
     with progress(console, "evidence", len(t.sources) + 2) as advance:
         evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)
     shown = [arranged.prompts[row] for row in heldout]
-    with prompt_store(features, digests(checkpoint_files(checkpoint)), fit_model) as store:
+    with prompt_store(cache, digests(checkpoint_files(checkpoint)), fit_model) as store:
         proof, proof_images = make_proof(
             *(fit_model, store, shown, p[heldout], gate, old.facts.split_layer, old.facts.pooling),
             published=options.publish_proof,
@@ -144,7 +144,7 @@ def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, mod
         )
 
 
-def _package_states(asking: Asking, prompts: Sequence[Prompt], store: FeatureStore, advance: Advance) -> torch.Tensor:
+def _package_states(asking: Asking, prompts: Sequence[Prompt], store: StateStore, advance: Advance) -> torch.Tensor:
     """(n, d): what the package's prober reads of each prompt's last turn. Only what `store` lacks is computed.
 
     Raises InputError naming a prompt that the package refuses, or whose state is not finite.

@@ -26,7 +26,7 @@ from autosteer.runtime.errors import PackageError
 from .batches import Batch, about_tokens, batches, sweep_groups, waiting_bytes
 from .model import FitModel, common_opening, fast_products, forward
 from .pairs import Prompt
-from .store import FeatureStore, States, digest, file_digest
+from .store import States, StateStore, digest, file_digest
 
 if TYPE_CHECKING:
     from autosteer.export.checkpoint.open import Checkpoint
@@ -52,21 +52,21 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
     return parts
 
 
-def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, fast: bool = False) -> FeatureStore:
+def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, fast: bool = False) -> StateStore:
     """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files. `fast`: computed
     with fast products.
     """
     shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
     what = repr((POSITIONS, fit_model.token_offset, fast)).encode()
-    return FeatureStore(folder, digest(what, *model), shape, fast=fast)
+    return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 
 def answer_store(
     folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor, *, fast: bool = False
-) -> FeatureStore:
+) -> StateStore:
     """As `prompt_store`, for answer states, records (1, T, d)."""
     what, shape = repr(("answer", answer.tolist(), fast)).encode(), (1, len(answer), fit_model.decoder.hidden_size)
-    return FeatureStore(folder, digest(what, *model), shape, fast=fast)
+    return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 
 def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
@@ -78,17 +78,14 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
         digest(
             prompt.text.encode(),
             *(seen[path] for path in prompt.images),
-            *(
-                repr((prompt.earlier, prompt.system)).encode()
-                for _ in range(prompt.earlier != () or prompt.system != "")
-            ),
+            *([repr((prompt.earlier, prompt.system)).encode()] if prompt.earlier or prompt.system else []),
         )
         for prompt in prompts
     ]
 
 
 def prompt_states(
-    fit_model: FitModel, prompts: Sequence[Prompt], store: FeatureStore, *, advance: Advance = lambda done: None
+    fit_model: FitModel, prompts: Sequence[Prompt], store: StateStore, *, advance: Advance = lambda done: None
 ) -> States:
     """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only records that `store`
     lacks are computed.
@@ -123,7 +120,7 @@ def answer_states(
     fit_model: FitModel,
     prompts: Sequence[Prompt],
     answer: torch.Tensor,
-    store: FeatureStore,
+    store: StateStore,
     *,
     advance: Advance = lambda done: None,
 ) -> States:
@@ -151,7 +148,7 @@ def answer_states(
 def _complete(
     fit_model: FitModel,
     prompts: Sequence[Prompt],
-    store: FeatureStore,
+    store: StateStore,
     compute: Compute,
     *,
     generation: bool,

@@ -47,7 +47,7 @@ def file_digest(path: Path) -> bytes:
     return h.digest()
 
 
-class FeatureStore:
+class StateStore:
     """Records of shape (L, P, d) float32 by 16-byte digest. Use as a context manager; one process at a time."""
 
     def __init__(self, folder: Path, identity: bytes, shape: tuple[int, int, int], *, fast: bool = False):
@@ -67,7 +67,9 @@ class FeatureStore:
         except Timeout:
             raise InputError(f"{folder}: another autosteer-fit is writing here; wait for it, or name another") from None
         except OSError as err:
-            raise InputError(f"{folder}: not writable ({err.strerror}); name another folder with --features") from err
+            raise InputError(
+                f"{folder}: not writable ({err.strerror}); name another folder with --states-cache"
+            ) from err
         whole = min(os.fstat(self._states).st_size // self._bytes, os.fstat(self._keys).st_size // DIGEST_BYTES)
         os.truncate(self._states, whole * self._bytes)
         os.truncate(self._keys, whole * DIGEST_BYTES)
@@ -75,7 +77,7 @@ class FeatureStore:
         self._record = {keys[i * DIGEST_BYTES :][:DIGEST_BYTES]: i for i in range(whole)}
         self._count = whole
 
-    def __enter__(self) -> FeatureStore:
+    def __enter__(self) -> StateStore:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -101,7 +103,7 @@ class FeatureStore:
         except OSError as err:
             raise InputError(
                 f"the hidden states do not fit on the disk ({err.strerror}; {self._bytes >> 10} KiB a prompt); make "
-                "room, or name a folder elsewhere with --features; what is stored already is kept"
+                "room, or name a folder elsewhere with --states-cache; what is stored already is kept"
             ) from err
         for key in keys:
             self._record[key] = self._count

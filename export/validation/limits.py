@@ -1,7 +1,8 @@
 """Every tolerance of the validation, with its reason.
 
 An error is the largest difference, relative to the original's largest value, unless a comment says otherwise. A number
-in a comment is the worst of correct exports (docs/validation.md); the limit is four times that.
+in a comment is the worst of correct exports (docs/validation.md). The limit is about four times that, or less where a
+damaged export leaves little more.
 """
 
 from __future__ import annotations

@@ -26,10 +26,14 @@ def worst_of(found: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest |ours - theirs|, arrays of any one shape; inf if the shapes differ."""
     return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else math.inf
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest |ours - theirs| over the largest |theirs|, arrays of any one shape; inf if the shapes differ, inf or NaN
+    (which no limit allows) if theirs is all zeros.
+    """
     if ours.shape != theirs.shape:
         return float("inf")
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -14,10 +14,16 @@ from .options import device_option, load, package_argument, threads_option
 @click.command("autosteer-bench", context_settings={"help_option_names": ["-h", "--help"]})
 @package_argument
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=256, show_default=True, help="Of text in a prompt, about."
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="About how many tokens of text a prompt has.",
 )
-@click.option("--new-tokens", type=click.IntRange(3), default=64, show_default=True, help="Of an answer.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="The medians are printed.")
+@click.option("--new-tokens", type=click.IntRange(3), default=64, show_default=True, help="Tokens of an answer.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Medians of this many are printed."
+)
 @device_option
 @threads_option
 @json_option
@@ -52,7 +58,7 @@ def bench_text(found: dict[str, Any]) -> str:
         ("gate, of the first token", [percent(case["gate_share"]) for case in cases]),
         ("decode, tok/s", [f"{1000 / case['decode_ms']:.3g}" for case in cases]),
         ("steering, of a step", [percent(case["steering_share"]) for case in cases]),
-        ("of the memory's bandwidth", [percent(case["read_share"]) for case in cases]),
+        ("memory bandwidth used", [percent(case["read_share"]) for case in cases]),
     ]
     rows += [
         (f"{together['answers']} together, tok/s", [f"{together['tok_s']:.3g}", *[""] * (len(cases) - 1)])

@@ -40,9 +40,9 @@ def draft(
     """Make PACKAGE answer faster: note which tokens its model often says one after the other.
 
     PACKAGE is a folder made by autosteer-export. It answers your prompts, and the table of what follows what goes into
-    the folder, in place of an earlier one. The runtimes draft from it, and verify several tokens in one pass. Answers
-    do not change. Some 500 prompts help; with 100,000 tokens of answers most is gained. Ctrl-C ends early, with the
-    answers so far.
+    the folder, in place of an earlier one. The runtimes draft from it, and verify several tokens in one pass. At fp32
+    and fp16 answers do not change; at int8 and int4 near ties may fall differently. Some 500 prompts help; with 100,000
+    tokens of answers most is gained. Ctrl-C ends early, with the answers so far.
     """
     from ..draft_maker import install, own_answers
     from ..draft_table import draft_table

@@ -83,14 +83,17 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
     type=click.File(encoding="utf-8"),
     help="Answer with JSON of the schema in this file ('-': stdin). Unsafe prompts are then stopped, not steered.",
 )
-@click.option("--regex", help="Answer with a text that this regular expression matches; the same holds.")
+@click.option(
+    "--regex", help="Answer with a text that this regular expression matches. Unsafe prompts are then stopped."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="End the answer before this string; repeatable.")
 @click.option(
     "--speculation/--no-speculation",
     "speculate",
     default=True,
-    help="Draft what the answer copies from the prompt. Faster. Near ties may differ at int8 and int4.  [on]",
+    help="Draft tokens from the prompt and from autosteer-draft's table. Faster. "
+    "Near ties may differ at int8 and int4.  [on]",
 )
 @click.option("--score-only", is_flag=True, help="Print the verdict on the prompt and answer nothing.")
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")

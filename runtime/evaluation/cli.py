@@ -36,7 +36,12 @@ file_option: Any = click.Path(path_type=Path)
 
 @click.command("autosteer-eval", context_settings={"help_option_names": ["-h", "--help"]})
 @package_argument
-@click.option("--data", multiple=True, type=file_option, help="JSONL test set whose rows have 'unsafe'; repeatable.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=file_option,
+    help="JSONL test set whose rows, or whose format, say what is unsafe; repeatable.",
+)
 @click.option("--unsafe", multiple=True, type=file_option, help="JSONL of unsafe prompts; repeatable.")
 @click.option("--benign", multiple=True, type=file_option, help="JSONL of benign prompts; repeatable.")
 @click.option(

@@ -229,7 +229,9 @@ def _turns(data: Fields, place: Place) -> Row:
         raise place.error("the format 'turns' does not say whether it is unsafe: give it as --unsafe or as --benign")
     turns = data.get("turns")
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], str):
-        raise place.error("not a row of a test set ('turns' must be one text: answers between several are not in it)")
+        raise place.error(
+            "not a row of a test set ('turns' must be one text; a dialogue, user, assistant, user, has 'unsafe', too)"
+        )
     return Row((Message.user(turns[0]),), place.file.unsafe, place.group, None)
 
 

@@ -91,7 +91,7 @@ class Service:
     async def health(self, request: Request) -> Response:
         """GET /health"""
         return JSONResponse(
-            {"status": "ok", "waiting": self.scheduler.waiting, "waiting_limit": self.settings.limits.waiting}
+            {"status": "ok", "waiting": self.scheduler.waiting, "waiting_limit": self.settings.limits.max_queue}
         )
 
     async def show_metrics(self, request: Request) -> Response:
@@ -121,8 +121,8 @@ class Service:
                 "layer": manifest.split_layer if manifest.prober else None,
                 "layers": manifest.dims.num_hidden_layers,
                 "context_length": manifest.dims.context_length,
-                "pictures": limits.pictures if manifest.image else 0,
-                "frames": limits.frames if manifest.video else 0,
+                "pictures": limits.max_images if manifest.image else 0,
+                "frames": limits.max_frames if manifest.video else 0,
                 "max_tokens": limits.max_tokens,
                 "precision": manifest.precision,
                 "device": self.engine.device.provider,
@@ -227,9 +227,9 @@ class Service:
         self.scheduler.require_room()
         limits = self.settings.limits
         try:
-            return await asyncio.wait_for(read_body(request, limits.body_bytes), limits.seconds)
+            return await asyncio.wait_for(read_body(request, limits.body_bytes), limits.timeout)
         except asyncio.TimeoutError:
-            raise ApiError(408, f"the body took longer than {limits.seconds:g} s", code="time_limit") from None
+            raise ApiError(408, f"the body took longer than {limits.timeout:g} s", code="time_limit") from None
 
     def _require_model(self, name: str) -> None:
         if name != self.settings.model:

@@ -18,7 +18,7 @@ MOST_DRAIN_SECONDS = 30
 MOST_CONNECTIONS = 256  # each may hold a body
 DEFAULTS = Limits()
 ALONE = {  # by device: why requests take turns
-    "cpu": "one request at a time: this model gives the parts of a picture positions of their own",
+    "cpu": "one request at a time: this model's rotary positions depend on the request (its pictures, or its length)",
     "cuda": "one request at a time: on CUDA several together have not been tried",
 }
 
@@ -43,12 +43,12 @@ ALONE = {  # by device: why requests take turns
 @click.option(
     "--weakest-policy",
     type=click.Choice(["stop", "steer", "report", "off"]),
-    help="The least strict policy that a request may ask for; stop is the strictest.  [--policy]",
+    help="The least strict policy that a request may ask for; stop is the strictest.  [the --policy]",
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Of an answer."
+    "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer."
 )
 @click.option(
     "--parallel",
@@ -58,24 +58,46 @@ ALONE = {  # by device: why requests take turns
     help="Answers computed together, each with keys and values of its own in memory.",
 )
 @click.option(
-    "--waiting", type=click.IntRange(0), default=DEFAULTS.waiting, show_default=True, help="Requests that wait."
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0.001),
-    default=DEFAULTS.seconds,
+    "--max-queue",
+    type=click.IntRange(0),
+    default=DEFAULTS.max_queue,
     show_default=True,
-    help="From a request's arrival to the end of its answer.",
+    help="Most requests that wait for their turn.",
 )
 @click.option(
-    "--body-mb", type=click.FloatRange(0.001), default=DEFAULTS.body_mb, show_default=True, help="Of a request."
+    "--timeout",
+    type=click.FloatRange(0.001),
+    default=DEFAULTS.timeout,
+    show_default=True,
+    help="Seconds for a request, from its arrival to the end of its answer.",
 )
-@click.option("--pictures", type=click.IntRange(0), default=DEFAULTS.pictures, show_default=True, help="In a request.")
 @click.option(
-    "--megapixels", type=click.FloatRange(0.001), default=DEFAULTS.megapixels, show_default=True, help="Of a picture."
+    "--max-body-mb",
+    type=click.FloatRange(0.001),
+    default=DEFAULTS.max_body_mb,
+    show_default=True,
+    help="Largest body of a request.",
 )
 @click.option(
-    "--frames", type=click.IntRange(0), default=DEFAULTS.frames, show_default=True, help="In a request's videos."
+    "--max-images",
+    type=click.IntRange(0),
+    default=DEFAULTS.max_images,
+    show_default=True,
+    help="Most images in a request.",
+)
+@click.option(
+    "--max-megapixels",
+    type=click.FloatRange(0.001),
+    default=DEFAULTS.max_megapixels,
+    show_default=True,
+    help="Largest image, and largest frame of a video.",
+)
+@click.option(
+    "--max-frames",
+    type=click.IntRange(0),
+    default=DEFAULTS.max_frames,
+    show_default=True,
+    help="Most frames in a request's videos.",
 )
 @click.option(
     "--conversations",

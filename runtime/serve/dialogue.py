@@ -123,12 +123,12 @@ class Reader:
         """A text, a picture, or the frames of a video."""
         if part.frames is not None:
             self._frames += len(part.frames)
-            _within(self._frames, self._limits.frames, "frames of videos", f"{where}.video")
+            _within(self._frames, self._limits.max_frames, "frames of videos", f"{where}.video")
             frames = tuple(self._picture(url, f"{where}.video[{i}]") for i, url in enumerate(part.frames))
             return Film(frames, tuple(part.moments))
         if part.picture is not None:
             self._pictures += 1
-            _within(self._pictures, self._limits.pictures, "pictures", f"{where}.image_url")
+            _within(self._pictures, self._limits.max_images, "pictures", f"{where}.image_url")
             return self._picture(part.picture, f"{where}.image_url")
         return (part.text if part.refusal is None else part.refusal) or ""
 
@@ -139,10 +139,11 @@ class Reader:
                 width, height = opened.size
         except Exception as err:  # Pillow warns of bombs with an exception of its own
             raise ApiError(400, f"{where}: no {', '.join(FORMATS)} picture ({err})", param=where) from None
-        if width * height > self._limits.megapixels * 1e6:
+        if width * height > self._limits.max_megapixels * 1e6:
             raise ApiError(
                 413,
-                f"{where}: a picture of {width}x{height} pixels; this server takes {self._limits.megapixels:g} million",
+                f"{where}: a picture of {width}x{height} pixels; this server takes "
+                f"{self._limits.max_megapixels:g} million",
                 param=where,
                 code="picture_too_large",
             )

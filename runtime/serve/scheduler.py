@@ -130,7 +130,7 @@ class Scheduler:
         """Raise ApiError 429 if too many requests wait already, 503 once the server stops."""
         if self._closed:
             raise ApiError(503, "the server is stopping", code="stopping")
-        limit = self._limits.waiting
+        limit = self._limits.max_queue
         if self.waiting + self.running >= limit + self._limits.parallel:
             seconds = max(1, math.ceil(self._mean_s * (limit + 1) / self._limits.parallel))
             raise ApiError(
@@ -143,7 +143,7 @@ class Scheduler:
     def submit(self, work: Work[E]) -> Job[E]:
         """Queue `work`. Raises ApiError as `require_room` does."""
         self.require_room()
-        job = Job(work, self._limits.seconds)
+        job = Job(work, self._limits.timeout)
         with self._changed:
             waiting = [other for other in self._waiting if not other.cancel.is_set]  # the others' bodies are freed
             self._waiting = deque([*waiting, job])

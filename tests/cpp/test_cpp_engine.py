@@ -177,4 +177,4 @@ def test_a_package_that_needs_a_newer_onnxruntime_is_refused(built, cpp_package,
     replace(Manifest.load(package), onnxruntime="99.0").save(package)
     done = cli(built, package, "--prompt", "red")
     assert (done.returncode, done.stdout) == (4, "")
-    assert "computes this package wrong; it needs 99.0 or newer" in done.stderr
+    assert "this package needs onnxruntime 99.0 or newer" in done.stderr

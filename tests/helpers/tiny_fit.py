@@ -14,7 +14,7 @@ from PIL import Image
 from autosteer.export.safety import states
 from autosteer.export.safety.model import FitModel
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.safety.store import FeatureStore
+from autosteer.export.safety.store import StateStore
 
 TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + ' '}}"
@@ -125,5 +125,5 @@ def states_of(
 ) -> torch.Tensor:
     """(n, N-1, P, d) of prompts, through an empty store in `folder`."""
     shape = (LAYERS - 1, len(states.POSITIONS), WIDTH)
-    with FeatureStore(folder / "features", random.randbytes(16), shape) as store:
+    with StateStore(folder / "features", random.randbytes(16), shape) as store:
         return states.prompt_states(fit_model, prompts, store, advance=advance)[range(len(prompts))]

@@ -86,6 +86,8 @@ def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
     other = 1 if demo_safety(DEMO / "safety").facts.split_layer != 1 else 2
     with pytest.raises(InputError, match=f"--layer {other}: the prober .* was trained on layer"):
         run("--model", "demo", "--layer", str(other), "--output", tmp_path / "package")
+    with pytest.raises(InputError, match=r"--layer 0: this model can be split at 1\.\.7"):
+        run("--model", "demo", "--layer", "0", "--unguarded", "--output", tmp_path / "package")
 
 
 def demo_safety(folder: Path) -> SafetyArtifact:
@@ -270,10 +272,11 @@ def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Pa
     assert engine.generate("hello", policy=engine.policy("off")).verdict.p_unsafe is None
 
 
-def test_optimum_cli_knows_our_command() -> None:
+def test_optimum_cli_knows_our_command_with_all_options() -> None:
     command = [Path(sys.executable).parent / "optimum-cli", "export", "autosteer", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "--unguarded" in result.stdout
+    names = {name for option in export.params for name in (*option.opts, *option.secondary_opts)}
+    assert "--no-monitor" in names and not {name for name in names if name not in result.stdout}
 
 
 def test_validation_catches_a_graph_of_nans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -389,7 +389,7 @@ def test_interrupt_while_writing_leaves_the_old_folder_whole(
     assert (result.exit_code, (output / "safety.json").read_text(encoding="utf-8")) == (130, "old")
     assert result.stderr.endswith("autosteer-fit: interrupted\n")
     assert "the same command continues from there" in " ".join(result.stderr.split())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".safety.features", "safety"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".safety.states", "safety"]
 
 
 def test_installed_command_prints_one_line_and_with_debug_the_traceback(tmp_path: Path):

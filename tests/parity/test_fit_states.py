@@ -23,7 +23,7 @@ from autosteer.export.safety import states as states_module
 from autosteer.export.safety.answers import steered_answers
 from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt
-from autosteer.export.safety.store import FeatureStore
+from autosteer.export.safety.store import StateStore
 from autosteer.runtime.errors import InputError, PackageError
 
 LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
@@ -145,7 +145,7 @@ def test_states_are_computed_once_and_survive_a_kill(
 ):
     """A fit that dies in the middle of a write goes on behind the last whole block."""
     some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
-    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+    with StateStore(tmp_path, b"0" * 16, shape) as store:
         expected = states_module.prompt_states(fit_model, some[:5], store)[range(5)]
     states = next(tmp_path.glob("*.states"))
     with states.open("ab") as file:
@@ -159,7 +159,7 @@ def test_states_are_computed_once_and_survive_a_kill(
         return forward(fit_model, inputs, **options)
 
     monkeypatch.setattr(states_module, "forward", counted)
-    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+    with StateStore(tmp_path, b"0" * 16, shape) as store:
         again = states_module.prompt_states(fit_model, some, store)
         assert torch.equal(again[range(5)], expected)
         assert sum(seen) == len(some) - 5
@@ -196,8 +196,8 @@ def test_fast_products_are_used_for_a_fast_store_alone_and_turned_off_again(
 
 
 def test_two_fits_do_not_share_a_folder_at_once(tmp_path: Path):
-    with FeatureStore(tmp_path, b"0" * 16, (1, 1, 1)), pytest.raises(InputError, match="another autosteer-fit"):
-        FeatureStore(tmp_path, b"0" * 16, (1, 1, 1))
+    with StateStore(tmp_path, b"0" * 16, (1, 1, 1)), pytest.raises(InputError, match="another autosteer-fit"):
+        StateStore(tmp_path, b"0" * 16, (1, 1, 1))
 
 
 def test_states_of_another_checkpoint_are_never_taken(checkpoint: Path, tmp_path: Path):
@@ -240,7 +240,7 @@ def test_answer_ends_the_turn_and_decodes_to_the_refusal(fit_model: FitModel):
 
 def test_answer_states_are_what_lm_head_sees(fit_model: FitModel, data: Path, tmp_path: Path):
     answer = batches.answer_tokens(fit_model, REFUSAL)
-    with FeatureStore(tmp_path, b"0" * 16, (1, len(answer), WIDTH)) as store:
+    with StateStore(tmp_path, b"0" * 16, (1, len(answer), WIDTH)) as store:
         states = states_module.answer_states(fit_model, prompts(data), answer, store).layer(0)
     for prompt, state in zip(prompts(data), states, strict=True):
         inputs = batches.encode(fit_model, prompt, generation=True)
@@ -270,7 +270,7 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
     both = []
     for model in (fit_model, large):
         loaded.clear()
-        with FeatureStore(tmp_path, random.randbytes(16), shape) as store:
+        with StateStore(tmp_path, random.randbytes(16), shape) as store:
             both.append(states_module.prompt_states(model, some, store)[range(len(some))])
     torch.testing.assert_close(both[1], both[0], rtol=1e-5, atol=1e-5)
     matrices = {name: times for name, times in loaded.items() if "_proj" in name}
@@ -313,7 +313,7 @@ def test_what_a_sweep_has_computed_survives_the_next_ones_failure(
     monkeypatch.setattr(states_module, "forward", fails)
     monkeypatch.setattr(batches, "SWEEP_BYTES", 1)
     monkeypatch.setattr(batches, "TOKENS_PER_FORWARD", 1)
-    with FeatureStore(tmp_path, b"0" * 16, shape) as store:
+    with StateStore(tmp_path, b"0" * 16, shape) as store:
         with pytest.raises(KeyboardInterrupt):
             states_module.prompt_states(fit_model, prompts(data), store)
         kept = [key in store for key in states_module.prompt_keys(prompts(data))]

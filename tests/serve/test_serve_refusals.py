@@ -235,7 +235,7 @@ def in_background(call, count):
 
 
 def test_more_requests_than_may_wait_are_turned_away_with_numbers(engine, package, slow):
-    with served(engine, package, waiting=2, parallel=1) as server:
+    with served(engine, package, max_queue=2, parallel=1) as server:
         threads, answers = in_background(lambda: server.http().post(CHAT, json=body()), 3)
         until(lambda: server.http().get("/health").json()["waiting"] == 2)
         response = server.http().post(CHAT, json=body())
@@ -250,7 +250,7 @@ def test_more_requests_than_may_wait_are_turned_away_with_numbers(engine, packag
 
 
 def test_the_time_limit_ends_a_request_that_computes_and_those_that_wait(engine, package, slow):
-    with served(engine, package, seconds=0.3) as server:
+    with served(engine, package, timeout=0.3) as server:
         started = time.monotonic()
         threads, answers = in_background(lambda: server.http().post(CHAT, json=body("tick", max_tokens=100)), 3)
         for thread in threads:
@@ -307,7 +307,7 @@ def test_a_client_that_leaves_a_stream_ends_it(engine, package, slow):
 
 
 def test_a_request_that_waits_and_goes_away_frees_its_place(engine, package, slow):
-    with served(engine, package, waiting=1) as server:
+    with served(engine, package, max_queue=1) as server:
         threads, _ = in_background(lambda: server.http().post(CHAT, json=body()), 1)
         until(lambda: server.metric("autosteer_running ") == 1)
         with pytest.raises(Exception, match="timed out"):

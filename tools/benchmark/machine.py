@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosteer.runtime.bench import read_bandwidth
+from autosteer.runtime.subgraph import usable_cores
 
 FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")  # what kernels use
 
@@ -36,7 +37,7 @@ def describe_machine(threads: int) -> Machine:
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         cpu=info.get("model name") or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         features=tuple(name for name in FEATURES if name in flags),
         memory_gib=round(pages / 2**30, 1),
         system=platform.platform(),

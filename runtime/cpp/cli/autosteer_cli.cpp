@@ -1,6 +1,6 @@
 // autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FILE]...
 //
-// autosteer-run without Python: the same options, chat, --json and exit codes. Answers go to stdout, verdicts and
+// autosteer-run without Python: most of its options, its chat, --json and exit codes (docs/embedding.md). Answers go to stdout, verdicts and
 // timings to stderr.
 #include <malloc.h>
 #include <unistd.h>
@@ -54,8 +54,8 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
   --speculation / --no-speculation
-                               Draft what the answer copies from the prompt. Faster. Near ties may differ at int8
-                               and int4.  [on]
+                               Draft tokens from the prompt and from autosteer-draft's table. Faster. Near ties
+                               may differ at int8, int4.  [on]
   --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
   --low-memory                 Load the image graph for each picture, and drop it afterwards.
   --audit FILE                 Append a line of JSON to this file for each request: verdict, digests, counts. No line,

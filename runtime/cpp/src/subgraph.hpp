@@ -35,8 +35,7 @@ constexpr int kSpinUs = 50;  // an idle thread's wait for the next operator; mos
 /// Throws ProviderError if this onnxruntime is older than `lowest` ("1.23"), which the package needs.
 inline void require_onnxruntime(const std::string& lowest, const char* installed = onnxruntime_version()) {
   if (version_numbers(installed) < version_numbers(lowest.c_str())) {
-    throw ProviderError(std::string("onnxruntime ") + installed + " computes this package wrong; it needs " + lowest +
-                        " or newer");
+    throw ProviderError("this package needs onnxruntime " + lowest + " or newer; " + installed + " is installed");
   }
 }
 

@@ -132,16 +132,16 @@ AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const auto
 AUTOSTEER_API int autosteer_request_video_at(autosteer_request *request, const autosteer_image *const *frames,
                                              const double *seconds, size_t count);
 
-/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it,
- * as it does every other turn. */
+/* Say that your program wrote the message begun last: a system turn, or an answer of ours. Unlike every other turn,
+ * it is not judged by the gate. */
 AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 
 /* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. */
 AUTOSTEER_API int autosteer_count_tokens(const autosteer_engine *engine, const autosteer_request *request,
                                          int64_t *count);
 
-/* What the gate makes of a request's prompt, without an answer: half of the model reads it. What autosteer_chunk has of
- * the same names, which see; NULL for what you do not need. Cannot be cancelled. */
+/* What the gate makes of a request's prompt, without an answer: half of the model reads it. The outputs mean the same
+ * as in autosteer_chunk; NULL for what you do not need. Cannot be cancelled. */
 AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autosteer_request *request, const char **action,
                                   int *unsafe, double *p_unsafe);
 

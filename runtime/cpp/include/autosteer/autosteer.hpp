@@ -5,8 +5,8 @@
 //       std::cout << chunk.text << std::flush;
 //     }
 //
-// Everything that fails throws autosteer::Error. docs/embedding.md has whole programs; what is not said here says
-// autosteer.h.
+// Everything that fails throws autosteer::Error. docs/embedding.md has whole programs, autosteer.h the
+// rest of what callers must know.
 #pragma once
 
 #include <cstddef>
