@@ -39,18 +39,19 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
     scratch = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}")
+    old = scratch.with_name(f"{scratch.name}-old")
     try:  # from before there is anything: a signal may come at any time
         with _held(scratch):
             scratch.mkdir(mode=0o700)
             yield scratch
             check_output(destination, marker=marker, force=force)  # again: another run may have finished first
             scratch.chmod(0o755)
-            old = scratch.with_name(f"{scratch.name}-old")
             if destination.exists():
                 destination.rename(old)
             scratch.rename(destination)
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        _put_back(old, destination)
         shutil.rmtree(scratch, ignore_errors=True)
         _lock_of(scratch).unlink(missing_ok=True)
         raise
@@ -73,10 +74,18 @@ def _lock_of(scratch: Path) -> Path:
     return scratch.with_name(f"{scratch.name}.lock")
 
 
+def _put_back(old: Path, destination: Path) -> None:
+    """Give `destination` back what was moved away for a folder that did not come, or delete it."""
+    if old.is_dir() and not destination.exists():
+        old.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _remove_abandoned(destination: Path) -> None:
-    """Delete scratch folders for `destination` whose process has ended."""
+    """Delete scratch folders for `destination` whose process has ended, and undo the half of its last step."""
     from filelock import Timeout
 
     for lock in destination.parent.glob(f".{glob.escape(destination.name)}-????????.lock"):
         with suppress(Timeout), _held(scratch := lock.with_suffix("")):
+            _put_back(scratch.with_name(f"{scratch.name}-old"), destination)
             shutil.rmtree(scratch, ignore_errors=True)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 if TYPE_CHECKING:
+    from .chunk import Answer, Chunk
     from .conversation import Conversation
-    from .engine import Answer, Chunk, Engine
+    from .engine import Engine
     from .errors import AuditError, AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
     from .gate import Action, GatePolicy, Mode, Verdict
     from .manifest import Manifest
@@ -54,7 +55,8 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Answer", "Chunk", "Engine"), "engine"),
+    **dict.fromkeys(("Answer", "Chunk"), "chunk"),
+    "Engine": "engine",
     "Conversation": "conversation",
     "Stats": "stats",
     **dict.fromkeys(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import PIL
 
+from .chunk import Answer
 from .encoded_prompt import EncodedPrompt
-from .engine import Answer, Engine
+from .engine import Engine
 from .gate import Mode
 from .manifest import Check, Golden, Manifest
 from .sampling import SamplingConfig

@@ -72,7 +72,12 @@ def install(folder: Path, table: DraftTable) -> Manifest:
     raw = table.to_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     file = f"drafts-{digest[:8]}.bin"
-    (folder / file).write_bytes(raw)
+    part = folder / f"{file}.part"
+    try:
+        part.write_bytes(raw)
+        part.replace(folder / file)
+    finally:
+        part.unlink(missing_ok=True)
     old = before.drafts.file if before.drafts else None
     others = tuple(one for one in before.files if one.file not in (old, file))
     manifest = replace(

@@ -23,29 +23,29 @@ All state belongs to a Request or a Conversation (generation.py, conversation.py
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from .audit import Audit, Hook, Record, open_audit
 from .batch import Batch
+from .chunk import Answer, Chunk, FinishReason
 from .conversation import Conversation
 from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
 from .encoded_prompt import EncodedPrompt
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict, watched, without_steering
+from .gate import Action, GatePolicy, Mode, Verdict, without_steering, worst
 from .generation import PREFILL_CHUNK, Request, finish
-from .grammar import Grammars
+from .grammar import Grammars, words_of
+from .held_back import beginnings, until_judged, until_watched
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .monitor import Monitor, monitor_for
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
-from .sampling import Constraint, LogProbs, SamplingConfig, log_probabilities, make_sampler
+from .sampling import Constraint, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate
 from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
@@ -54,45 +54,7 @@ from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "refused"]  # refused: by --policy stop, or by the monitor
 ON_THE_HOST = ("prober", "monitor")  # their input is a mean that the host computes; float32 on every device
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer. `text` is empty while a character is incomplete."""
-
-    text: str
-    token: int | None  # None for the refusal text
-    verdict: Verdict
-    finish_reason: FinishReason | None = None  # set on the last chunk
-    stats: Stats | None = None  # set on the last chunk
-    logprobs: LogProbs | None = None  # of `token` and the likeliest ones, if SamplingConfig.logprobs asks
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer, as `generate` returns it."""
-
-    text: str
-    token_ids: tuple[int, ...]  # with the end-of-turn token if the model wrote one
-    verdict: Verdict
-    finish_reason: FinishReason
-    stats: Stats
-
-    @staticmethod
-    def of(stream: Iterable[Chunk]) -> Answer:
-        """All chunks of a stream as one answer."""
-        chunks = list(stream)
-        last = chunks[-1]
-        assert last.finish_reason is not None and last.stats is not None
-        return Answer(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(chunk.token for chunk in chunks if chunk.token is not None),
-            verdict=last.verdict,
-            finish_reason=last.finish_reason,
-            stats=last.stats,
-        )
 
 
 class Engine:
@@ -151,8 +113,7 @@ class Engine:
         given each as a dict; it must not use this engine, and what it raises fails the request. `audit_texts`: with
         the words of prompts and answers, not only their digests.
         Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
-        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`, `max_tiles`
-        below 1).
+        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -298,8 +259,18 @@ class Engine:
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         monitor = monitor_for(self.manifest, self.graphs, record.policy, record.stats)
         chunks = self._answer(request, list(prompt.token_ids), sampling, constraint, record, batch, monitor)
+        if monitor:
+            chunks = until_watched(chunks, monitor, record)
+        if sampling.restricts and record.policy.mode is not Mode.OFF:
+
+            def score(answer: str) -> Generator[None, None, float]:
+                if batch:
+                    batch.leave(request)  # whose rows all decode
+                return self._score_of(answer, record.policy)
+
+            chunks = until_judged(chunks, score, record)
         try:
-            for chunk in _held_back(chunks, monitor, record) if monitor else chunks:
+            for chunk in chunks:
                 if chunk is not None:
                     record.verdict = chunk.verdict
                     record.stats.ttft_ms = record.stats.ttft_ms or ms_since(record.start)
@@ -310,6 +281,19 @@ class Engine:
                 batch.leave(request)
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
+
+    def _score_of(self, answer: str, policy: GatePolicy) -> Generator[None, None, float]:
+        """The worst p_unsafe of an answer's beginnings, each as a user's prompt; NaN if one cannot be read."""
+        scores = []
+        for said in beginnings(words_of(answer)):
+            try:
+                prompt = self.encoder.prepare([Message.user(said)], Stats())
+            except InputError as err:
+                log.error("the answer could not be judged, so it counts as unsafe: %s", err)
+                return math.nan
+            verdict = yield from self.request(prompt, 1, Stats()).lower_chunks(policy)
+            scores.append(math.nan if verdict.p_unsafe is None else verdict.p_unsafe)
+        return worst(scores)
 
     def _answer(
         self,
@@ -397,28 +381,6 @@ class Engine:
         cached = conversation.take_prefix() if conversation else None
         room = min(max_tokens, self.manifest.rotary.room(length, context))
         return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
-
-
-def _held_back(chunks: Iterator[Chunk | None], monitor: Monitor, record: Record) -> Iterator[Chunk | None]:
-    """The chunks of an answer, each once `monitor` has seen it through; see monitor.py."""
-    held, shown = deque[Chunk](), False
-    for chunk in chunks:
-        if chunk is None:
-            yield None
-            continue
-        last = chunk.finish_reason is not None
-        if last:
-            monitor.end()
-        verdict = watched(chunk.verdict, seen := monitor.verdict())
-        if seen and seen.unsafe and monitor.stops:
-            separator = "\n\n" if shown else ""
-            yield Chunk(separator + record.policy.refusal_text, None, verdict, "refused", record.stats)
-            return
-        held.append(replace(chunk, verdict=verdict) if last else chunk)
-        while held and (last or not monitor.stops or len(held) > monitor.window):
-            released = held.popleft()
-            shown = shown or bool(released.text)
-            yield released
 
 
 def _dialogue(

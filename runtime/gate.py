@@ -52,6 +52,7 @@ class GatePolicy:
     answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", Mode(self.mode))  # "stop" is Mode.STOP
         if not self.threshold < 1.0:
             raise InputError(
                 f"threshold = {self.threshold:g}: give a number below 1; a prompt is unsafe above it, and no p_unsafe "

@@ -29,6 +29,7 @@ import numpy.typing as npt
 from .deepstack import Deepstack
 from .drafting import MAX_DRAFT
 from .encoded_prompt import EncodedPrompt, Float, Key
+from .errors import CancelledError
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
@@ -175,6 +176,8 @@ class Request:
                 mean = self.probed_mean(turn)
                 self.scores[turn] = self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item()
             return worst(self.scores)
+        except CancelledError:
+            raise
         except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
             log.error("the prober failed, so the prompt counts as unsafe: %s", err)
             log.debug("where it failed", exc_info=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,28 @@ class Grammars:
         from llguidance import LLTokenizer
 
         return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._ends)
+
+
+def words_of(answer: str) -> str:
+    """The keys and values of an answer that is JSON, one after the other, as a reader puts them together; else the
+    answer.
+    """
+    try:
+        return " ".join(_leaves(json.loads(answer))) or answer
+    except (ValueError, RecursionError):
+        return answer
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _compiled(sampling: SamplingConfig) -> str:

@@ -32,23 +32,27 @@ from .manifest import AnyresSpec, ImageSpec, VideoSpec
 
 Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
-ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8]"
+ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8] | Callable[[], npt.NDArray[np.uint8]]"
 Runs: TypeAlias = "list[list[int] | Float]"  # an image in a prompt: token ids, and rows (n, D)
 Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their TileSeparators.grid
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, and starts Ghostscript for one of them
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
+MAX_SQUARE = 2 * MAX_PIXELS  # of a picture that is padded: one of MAX_PIXELS, if its sides differ by at most 2 times
 MAX_FILE_BYTES = 100_000_000
 ORIENTATION = 0x0112  # EXIF's tag
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
 def open_image(image: ImageLike) -> Uint8:
-    """Open an image as RGB (H, W, 3) uint8, turned upright by its EXIF tag.
+    """Open an image as RGB (H, W, 3) uint8, turned upright by its EXIF tag. A function is called for its pixels: so
+    those of many pictures need not be in memory at a time.
 
     Raises InputError for a missing file, something that is not an image, a damaged one, too many pixels, or an extreme
     shape.
     """
+    if callable(image):
+        image = image()
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image array: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
@@ -116,10 +120,10 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     base tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to
     fewer pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
     """
-    if tiles is not None and tiles < 1:
-        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
     if tiles is None or not (spec.anyres or spec.closest_grid or spec.native):
         return spec
+    if tiles < 1:
+        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
     if grid := spec.closest_grid:
         return replace(spec, closest_grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
     if native := spec.native:
@@ -241,6 +245,8 @@ def _padded(image: Uint8, spec: ImageSpec, alone: bool) -> Tiles:
     """Pad with the mean colour to a square, which becomes one tile (HF: LlavaImageProcessorPil with do_pad)."""
     height, width = image.shape[:2]
     side = max(height, width)
+    if side * side > MAX_SQUARE:
+        raise InputError(f"image of {width}x{height} pixels: padded to a square it has more than {MAX_SQUARE}")
     square = np.empty((side, side, 3), np.uint8)
     square[:] = [int(mean * 255) for mean in spec.mean]
     top, left = (side - height) // 2, (side - width) // 2

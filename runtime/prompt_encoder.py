@@ -40,6 +40,7 @@ from .text import IMAGE, VIDEO, JudgedTurn, Message, Place, Rendered, VideoPart,
 
 Encode = Callable[..., images_.Runs]
 
+CHARACTERS_A_TOKEN = 16  # more than any text has, on average; English has 4 to 5
 TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and as long
 
 
@@ -95,6 +96,7 @@ class PromptEncoder:
         if pictures and self.manifest.image is None:
             raise InputError("this model takes no images")
         self._check_videos(messages)
+        check_characters(self.manifest, messages)
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         before = time.perf_counter()
         shown = self._see(runs, messages, stats, conversation)
@@ -378,6 +380,14 @@ def probed_positions(
             first = turn.content.tokens + before[turn.content.slots]
             probed.append(list(text[bisect.bisect_left(text, first) : bisect.bisect_right(text, last)]))
     return probed
+
+
+def check_characters(manifest: Manifest, messages: Sequence[Message]) -> None:
+    """Raise InputError for texts that cannot fit the context, before tokens are counted: of 4 MB that takes 1.5 GB."""
+    characters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
+    most = CHARACTERS_A_TOKEN * manifest.dims.context_length
+    if characters > most:
+        raise InputError(f"the prompt has {characters} characters; for this model's context at most {most} are read")
 
 
 def check_length(manifest: Manifest, length: int, *, exact: bool = True) -> None:

@@ -270,6 +270,10 @@ def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     except (UnicodeEncodeError, TypeError) as err:  # a lone surrogate, as from a badly decoded argument
         raise InputError("the prompt is not valid Unicode text") from err
+    except BaseException as err:
+        if type(err).__name__ != "PanicException":  # of tokenizers, which exports no such name
+            raise
+        raise InputError("the prompt is too much for the tokenizer's regular expression") from err
     return ids
 
 

@@ -114,6 +114,7 @@ def _of_picture(path: Path, frames: int) -> Video:
         video = Video([])
         for i in chosen:
             opened.seek(i)
+            check_size(opened.size, len(chosen))  # a TIFF's pages, and a GIF's frames, differ in size
             video.append(to_rgb(opened))
             video.seconds += (opened.info.get("timestamp", starts[i]) / 1e3,)  # WebP has it once a frame is decoded
         return video
@@ -136,20 +137,21 @@ def _starts(film: Image.Image) -> list[float]:
 
     A frame that is shown for less than 20 ms stands for 100, as in browsers and ffmpeg.
     """
-    width, height = film.size
-    most = min(MAX_FRAMES, MAX_DECODED // (width * height))
-    starts = [0.0]
+    starts, pixels = [0.0], math.prod(film.size)
     if getattr(film, "is_animated", False):
         with contextlib.suppress(EOFError):
-            for i in range(1, most + 2):
+            while True:
                 shown = float(film.info.get("duration", 0))
-                film.seek(i)
+                film.seek(len(starts))  # which decodes the frame before; this one's size may be larger
+                check_size(film.size)
                 starts.append(starts[-1] + (shown if shown >= 20 else 100))
-    if len(starts) > most:
-        raise InputError(
-            f"more than {most} frames of {width}x{height} pixels: at most {MAX_FRAMES} frames, and {MAX_DECODED} "
-            "pixels of all"
-        )
+                pixels += math.prod(film.size)
+                if len(starts) > MAX_FRAMES or pixels > MAX_DECODED:
+                    width, height = film.size
+                    raise InputError(
+                        f"more than {len(starts) - 1} frames of {width}x{height} pixels: at most {MAX_FRAMES} "
+                        f"frames, and {MAX_DECODED} pixels of all"
+                    )
     return starts
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from ..chunk import Chunk
     from ..conversation import Conversation
-    from ..engine import Chunk, Engine
+    from ..engine import Engine
     from ..gate import GatePolicy, Verdict, Watched
     from ..sampling import SamplingConfig
     from ..stats import Stats

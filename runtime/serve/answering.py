@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..batch import Batch
+from ..chunk import Chunk
 from ..encoded_prompt import ShownPicture
-from ..engine import Chunk, Engine
+from ..engine import Engine
 from ..gate import GatePolicy, Mode, Verdict
 from ..sampling import SamplingConfig
 from ..stats import Stats
@@ -35,6 +36,7 @@ class Piece:
     chunk: Chunk
     stats: Stats  # as of this chunk
     shown: tuple[ShownPicture, ...]
+    is_refusal: bool = False  # the refusal text is all of the answer
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
                 yield None
                 continue
             require_score(chunk.verdict)
+            is_refusal = chunk.finish_reason == "refused" and not text  # else what came before it is an answer
             text += chunk.text
-            yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown)
+            yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown, is_refusal)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
-    conversations.remember(beginnings[-1], text)
+    if not ask.sampling.restricts:  # else the client may have dictated it
+        conversations.remember(beginnings[-1], text)
 
 
 def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score | None]:

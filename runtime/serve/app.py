@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from ..batch import Batch
+from ..batch import Batch, can_share
 from ..engine import Engine
 from ..gate import GatePolicy, Mode
 from ..grammar import GrammarError
@@ -70,6 +70,8 @@ class Service:
     """One engine and what its endpoints share."""
 
     def __init__(self, engine: Engine, settings: Settings, package: Path):
+        if not can_share(engine.manifest, engine.device):
+            settings = replace(settings, limits=replace(settings.limits, parallel=1))
         self.engine, self.settings = engine, settings
         self.metrics = Metrics()
         self.batch = Batch(engine.manifest, engine.graphs, engine.device, settings.limits.parallel)

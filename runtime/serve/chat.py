@@ -9,7 +9,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..gate import Action
 from ..stats import Stats
 from .answering import Piece, report
 from .protocol import ChatBody
@@ -33,7 +32,7 @@ class ChatForm:
     def whole(self, pieces: Sequence[Piece], queue_ms: float) -> dict[str, Any]:
         """chat.completion"""
         last = pieces[-1]
-        text, refused = "".join(piece.chunk.text for piece in pieces), is_refusal(last)
+        text, refused = "".join(piece.chunk.text for piece in pieces), last.is_refusal
         message = {"role": "assistant", "content": None if refused else text, "refusal": text if refused else None}
         assert last.chunk.finish_reason is not None
         choice = {
@@ -58,7 +57,7 @@ class ChatForm:
         if first:
             yield self._chunk({"role": "assistant", "content": "", "refusal": None}, autosteer=facts)
         if piece.chunk.text or piece.chunk.logprobs:
-            delta = {"refusal" if is_refusal(piece) else "content": piece.chunk.text}
+            delta = {"refusal" if piece.is_refusal else "content": piece.chunk.text}
             yield self._chunk(delta, logprobs=self._logprobs([piece]))
         if piece.chunk.finish_reason is not None:
             yield self._chunk({}, finish=FINISH[piece.chunk.finish_reason], autosteer=facts)
@@ -86,11 +85,6 @@ class ChatForm:
         text = self._tokenizer.decode([token], skip_special_tokens=False)
         whole = "\N{REPLACEMENT CHARACTER}" not in text  # else a part of a character, whose bytes are not known here
         return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode()) if whole else None}
-
-
-def is_refusal(piece: Piece) -> bool:
-    """Whether the refusal of --policy stop is all of the answer; what the monitor stops, the model had begun."""
-    return piece.chunk.verdict.action is Action.STOP and piece.chunk.verdict.monitor is None
 
 
 def usage(stats: Stats) -> dict[str, Any]:

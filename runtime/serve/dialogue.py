@@ -17,7 +17,7 @@ from typing import Literal
 from PIL import Image
 
 from ..errors import InputError
-from ..image import ImageLike, to_rgb
+from ..image import Uint8, to_rgb
 from ..text import ImagePart, Message, VideoPart
 from .faults import ApiError
 from .limits import Limits
@@ -39,7 +39,7 @@ class Picture:
     where: str  # its path in the body
     data: bytes
 
-    def open(self) -> ImageLike:
+    def open(self) -> Uint8:
         """Its pixels, RGB (H, W, 3) uint8. Raises InputError for a damaged picture."""
         try:
             with Image.open(io.BytesIO(self.data), formats=FORMATS) as opened:
@@ -67,7 +67,7 @@ class Turn:
     parts: tuple[Part, ...]
 
     def open(self) -> Message:
-        """The engine's message. Raises InputError for a damaged picture."""
+        """The engine's message, whose pictures the engine opens, one at a time."""
         return Message(self.role, tuple(map(_open, self.parts)))
 
     def digest(self, earlier: bytes) -> bytes:
@@ -87,8 +87,8 @@ def _open(part: Part) -> str | ImagePart | VideoPart:
     if isinstance(part, str):
         return part
     if isinstance(part, Picture):
-        return ImagePart(part.open())
-    return VideoPart(tuple(frame.open() for frame in part.frames), part.seconds)
+        return ImagePart(part.open)
+    return VideoPart(tuple(frame.open for frame in part.frames), part.seconds)
 
 
 def digests(turns: Sequence[Turn]) -> list[bytes]:

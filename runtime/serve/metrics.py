@@ -21,7 +21,12 @@ class Metrics:
         self._requests = Counter("autosteer_requests", "Requests by their outcome", ("path", "status"), registry=r)
         self._verdicts = Counter("autosteer_verdicts", "Verdicts", ("policy", "action", "unsafe"), registry=r)
         self._scores = Histogram("autosteer_p_unsafe", "Scores of the prober", buckets=SCORES, registry=r)
-        self._answers = Counter("autosteer_watched_answers", "Answers the monitor read", ("unsafe",), registry=r)
+        self._answers = Counter(
+            "autosteer_watched_answers",
+            "Answers that were judged: by the monitor, or as a request dictated them",
+            ("unsafe",),
+            registry=r,
+        )
         self._waited = Histogram("autosteer_queue_seconds", "From arrival to turn", buckets=SECONDS, registry=r)
         self._first = Histogram(
             "autosteer_first_token_seconds", "From turn to first token", buckets=SECONDS, registry=r

@@ -48,6 +48,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+MOST_VALUES = 50_000  # in a body: for each that is wrong pydantic keeps an error of 1.5 KB, and reports the first
 MOST_MESSAGES = 1024  # rendering a dialogue takes time that grows with their square
 LARGEST_SEED = 2**63 - 1
 TokenId = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
@@ -365,6 +366,8 @@ def parse(kind: type[B], text: bytes) -> B:
         raise ApiError(400, f"the body is not JSON: {err}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "the body is no JSON object", code="invalid_json")
+    if _has_more_than(MOST_VALUES, data):
+        raise ApiError(413, f"the body has more than {MOST_VALUES} values", code="too_many_values")
     given = {name: value for name, value in data.items() if value is not None}
     for name in [name for name in given if name in NEUTRAL and name not in kind.model_fields]:
         value = given.pop(name)
@@ -376,6 +379,17 @@ def parse(kind: type[B], text: bytes) -> B:
         raise _refusal(err) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+def _has_more_than(most: int, data: Any) -> bool:
+    """Whether JSON has more values than that, in all its objects and lists."""
+    count, open_ = 1, [data]
+    while open_ and count <= most:
+        inner = open_.pop()
+        inner = list(inner.values()) if isinstance(inner, dict) else inner
+        count += len(inner)
+        open_ += [value for value in inner[: most + 1] if isinstance(value, (dict, list))]
+    return count > most
 
 
 def _same(given: Any, neutral: Any) -> bool:

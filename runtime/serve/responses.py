@@ -9,7 +9,6 @@ from typing import Any
 
 from ..stats import Stats
 from .answering import Piece, report
-from .chat import is_refusal
 from .protocol import ResponsesBody
 
 INCOMPLETE = {"length": "max_output_tokens", "refused": "content_filter"}
@@ -33,7 +32,7 @@ class ResponseForm:
 
     def chunks(self, piece: Piece, queue_ms: float, *, first: bool) -> Iterator[dict[str, Any]]:
         """The events of a stream that a piece brings, in order."""
-        kind = "refusal" if is_refusal(piece) else "output_text"
+        kind = "refusal" if piece.is_refusal else "output_text"
         at = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         if first:
             opened = self._response(piece, queue_ms, status="in_progress", output=[])
@@ -59,7 +58,7 @@ class ResponseForm:
         return {"type": kind, "sequence_number": self._sequence - 1, **fields}
 
     def _part(self, piece: Piece) -> dict[str, Any]:
-        if is_refusal(piece):
+        if piece.is_refusal:
             return {"type": "refusal", "refusal": self._text}
         return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": []}
 

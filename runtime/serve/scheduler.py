@@ -73,7 +73,9 @@ class Job(Generic[E]):
             self.deliver(_END)
         except Exception as err:  # whatever it was, it is this request's answer, and not another's
             self.deliver(err)
-        with contextlib.suppress(Exception):
+        except BaseException as err:  # a panic of a library in Rust: the thread goes on for the others
+            self.deliver(RuntimeError(f"{type(err).__name__}: {err}"))
+        with contextlib.suppress(BaseException):
             self._steps.close()  # type: ignore[attr-defined]
         return False
 

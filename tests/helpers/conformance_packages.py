@@ -337,12 +337,16 @@ def _rehash(folder: Path, change: Change) -> None:
 
 
 def _weights(folder: Path, change: Change) -> None:
-    """Put other numbers into a graph's initializer: "value" everywhere; or, of one called "bend", see MATRICES."""
+    """Put other numbers into a graph's initializer: "value" everywhere, or in "row"; or, of one called "bend",
+    see MATRICES.
+    """
     file = folder / f"{change['graph']}.onnx"
     model = onnx.load(file)
     (held,) = (tensor for tensor in model.graph.initializer if tensor.name == change["initializer"])
     old = numpy_helper.to_array(held)
-    new = MATRICES[change["matrix"]](old) if "matrix" in change else np.full_like(old, float(change["value"]))
+    new = MATRICES[change["matrix"]](old) if "matrix" in change else old.copy()
+    if "value" in change:
+        new[change.get("row", ...)] = float(change["value"])
     held.CopyFrom(numpy_helper.from_array(new.astype(old.dtype), held.name))
     file.write_bytes(model.SerializeToString())
 

@@ -17,6 +17,7 @@ import pytest
 import toy
 from conformance_packages import PICTURES, Packages, cases, shown
 from cpp_runtime import as_sampling, in_python
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, GatePolicy
@@ -145,7 +146,7 @@ def stops_in_cpp(case: Case, places: Places) -> Case:
 
 
 def picture_file(case: Case, places: Places) -> Path:
-    """A case's picture; or a pipe, or a file without content, which Git does not keep."""
+    """A case's picture; or a pipe, a file without content or a black picture, which Git does not keep."""
     if "special" not in case:
         return PICTURES / case["file"]
     path = places.file(case).with_suffix(".special")
@@ -154,6 +155,9 @@ def picture_file(case: Case, places: Places) -> Path:
     if case["special"].endswith(" bytes"):
         path.touch()
         os.truncate(path, int(case["special"].removesuffix(" bytes")))
+    if case["special"].endswith(" pixels"):
+        width, height = map(int, case["special"].removesuffix(" pixels").split("x"))
+        Image.new("1", (width, height)).save(path, "PNG")
     return path
 
 

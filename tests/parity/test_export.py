@@ -364,6 +364,36 @@ def test_what_a_killed_run_left_is_removed_by_the_next_but_not_what_is_still_gro
     assert not list(tmp_path.glob(".package-abandond*"))
 
 
+def test_an_interrupt_between_the_last_two_steps_loses_neither_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old folder is moved away, then the new one gets its name. What ends there, or is killed there, is undone."""
+    package, rename = tmp_path / "package", Path.rename
+    package.mkdir()
+    (package / "x").write_text("old")
+
+    def interrupted(self: Path, to: Path) -> Path:
+        if (self / "x").read_text() == "new":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(package, marker="x", force=True) as folder:
+        (folder / "x").write_text("new")
+    assert (package / "x").read_text() == "old" and list(tmp_path.iterdir()) == [package]
+    monkeypatch.undo()
+
+    package.rename(tmp_path / ".package-abandond-old")
+    (tmp_path / ".package-abandond").mkdir()
+    (tmp_path / ".package-abandond.lock").touch()
+    with pytest.raises(InputError, match="exists"), atomic_folder(package, marker="x", force=False):
+        pass
+    with atomic_folder(package, marker="x", force=True) as folder:
+        assert (package / "x").read_text() == "old"
+        (folder / "x").write_text("old")
+    assert (package / "x").read_text() == "old" and list(tmp_path.iterdir()) == [package]
+
+
 def test_an_index_that_lists_a_file_which_is_not_there_is_an_error_before_any_work(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     shutil.copy(DEMO / "config.json", tmp_path)

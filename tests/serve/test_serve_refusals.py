@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import asks, data_url, served, with_picture
 
+from autosteer.runtime import Mode
 from autosteer.runtime.serve import app as app_module
+from autosteer.runtime.serve.app import Settings
+from autosteer.runtime.serve.limits import Limits
 from autosteer.runtime.serve.protocol import NEUTRAL, ChatBody
 from autosteer.runtime.subgraph import BoundGraph
 
@@ -26,7 +29,7 @@ KEY = "correct-horse-battery-staple"
 
 @pytest.fixture(scope="module")
 def server(engine, package):
-    limits = {"pictures": 2, "frames": 2, "megapixels": 0.01, "body_mb": 0.1, "max_tokens": 20}
+    limits = {"max_images": 2, "max_frames": 2, "max_megapixels": 0.01, "max_body_mb": 0.1, "max_tokens": 20}
     with served(engine, package, weakest="steer", **limits) as running:
         yield running
 
@@ -274,6 +277,47 @@ def test_requests_compute_at_the_same_time_and_one_that_leaves_harms_no_other(en
         thread.join()
         assert [answer.json()["choices"][0]["message"]["content"] for answer in answers] == ["orange yellow green"]
         until(lambda: server.metric("autosteer_batch_bytes ") == 0)
+
+
+def test_more_values_than_a_body_may_have_are_refused_at_once(engine, package):
+    """pydantic kept an error of 1.5 KB for each: 4 MB took 3 GB and 15 seconds."""
+    with served(engine, package) as server:
+        for content in ([0] * 60_000, [{"type": "text", "text": "red", str(i): 0} for i in range(20_000)]):
+            assert "more than 50000 values" in refused(server, 413, json=body(content))
+        assert "more than 50000 values" in refused(server, 413, json=body("red") | {str(i): 0 for i in range(60_000)})
+
+
+def test_a_panic_of_a_library_is_one_requests_error(engine, package, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(*args, **kwargs):
+        raise PanicException("somewhere in Rust")
+
+    with served(engine, package) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.encoder, "prepare", panics)
+            refused(server, 500, json=body())
+        assert server.http().post(CHAT, json=body()).status_code == 200
+
+
+def test_a_package_that_cannot_share_passes_takes_one_request_at_a_time(engine, package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.serve.app.can_share", lambda manifest, device: False)
+    service = app_module.Service(
+        engine, Settings("toy", engine.policy(), Mode.STEER, Limits(parallel=4), None), package
+    )
+    assert service.settings.limits.parallel == 1
+    service.scheduler.close()
+
+
+def test_pictures_are_opened_one_at_a_time_and_only_as_they_fit(engine, package, monkeypatch):
+    """8 pictures took 424 MB before they were counted."""
+    opened: list[object] = []
+    monkeypatch.setattr("autosteer.runtime.serve.dialogue.to_rgb", opened.append)
+    parts = [{"type": "image_url", "image_url": {"url": data_url()}}] * 60
+    with served(engine, package, max_images=60) as server:
+        assert "context" in refused(server, 400, json=body(parts))
+    assert not opened
 
 
 # --- disconnects -----------------------------------------------------------------------------------------------------

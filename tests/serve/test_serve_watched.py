@@ -51,7 +51,8 @@ def test_a_stream_never_has_what_is_held(client):
 
 def test_a_monitor_that_gives_no_number_stops_and_is_json(client):
     answer = ask(client, "tick tick nan tick", max_tokens=9)
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (toy.REFUSAL_TEXT, "content_filter")
+    message, reason = answer.choices[0].message, answer.choices[0].finish_reason
+    assert (message.content, message.refusal, reason) == (None, toy.REFUSAL_TEXT, "content_filter")  # all was held back
     assert answer.autosteer["verdict"]["monitor"] == {"p_unsafe": None, "unsafe": True, "threshold": 0.5}
 
 

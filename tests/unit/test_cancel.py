@@ -89,3 +89,18 @@ def test_what_a_cancelled_turn_leaves_is_sound(attentive, after, monkeypatch):
     reusing = attentive.generate(messages, policy=attentive.policy("steer"), sampling=config, conversation=conversation)
     fresh = attentive.generate(messages, policy=attentive.policy("steer"), sampling=config)
     assert (reusing.token_ids, reusing.verdict) == (fresh.token_ids, fresh.verdict)
+
+
+@pytest.mark.parametrize("mode", ["stop", "steer", "report"])
+def test_a_cancel_while_the_prober_runs_is_no_verdict(engine, monkeypatch, mode):
+    cancel = Cancel()
+    prober = engine.graphs["prober"]
+
+    class Cancelling:
+        def run(self, inputs):
+            cancel.set()
+            return prober.run(inputs)
+
+    monkeypatch.setitem(engine.graphs, "prober", Cancelling())
+    with cancel, pytest.raises(CancelledError):
+        engine.generate("red", policy=engine.policy(mode))

@@ -174,6 +174,23 @@ def test_table_without_entries_is_refused_and_the_package_stays(tmp_path):
     assert Manifest.load(tmp_path) == before
 
 
+def test_the_same_table_again_on_a_full_disk_leaves_the_package_whole(tmp_path, monkeypatch):
+    toy.build(tmp_path)
+    small = DraftTable(np.array([1, 2], np.uint64), np.array([5, 6], np.int32), np.array([255, 9], np.uint8))
+    install(tmp_path, small)
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        install(tmp_path, small)
+    Manifest.load(tmp_path).verify(tmp_path)
+    assert len(list(tmp_path.glob("drafts*"))) == 1
+
+
 def test_package_is_whole_if_the_disk_is_full(tmp_path, monkeypatch):
     """The manifest is written last, under another name first."""
     before = toy.build(tmp_path)

@@ -17,7 +17,7 @@ from faults import ANSWER_WORD, BEFORE_THE_VERDICT, GRAPHS, GUARDED, KINDS, PROM
 
 from autosteer.runtime import Action, Engine, PackageError
 from autosteer.runtime.cancel import Cancel
-from autosteer.runtime.engine import Chunk
+from autosteer.runtime.chunk import Chunk
 from autosteer.runtime.errors import CancelledError
 
 BRIGHT = PICTURES / "blue.png"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosteer.runtime import Action, GatePolicy, Mode
-from autosteer.runtime.gate import decide, is_safe, worst
+from autosteer.runtime.gate import decide, is_safe, without_steering, worst
 
 NAN, INF = math.nan, math.inf
 MODES = st.sampled_from(Mode)
@@ -65,3 +65,9 @@ def test_several_scores_are_safe_if_each_of_them_is(scores: list[float], thresho
 
 def test_no_score_is_not_safe() -> None:
     assert math.isnan(worst([]))
+
+
+def test_a_policys_mode_may_be_its_name() -> None:
+    """`mode is Mode.STEER` was false for "steer": what a schema restricts was then steered and not stopped."""
+    policy = GatePolicy("steer", 0.5, 0.1, "no")  # type: ignore[arg-type]
+    assert policy.mode is Mode.STEER and without_steering(policy).mode is Mode.STOP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import time
 import warnings
 from pathlib import Path
@@ -26,10 +27,17 @@ from autosteer.runtime.video import MAX_FRAMES, open_video
 # --- counted before anything runs ------------------------------------------------------------------------------------
 
 
-def test_a_prompt_of_a_megabyte_is_refused_before_it_is_embedded(engine, monkeypatch):
-    """At width 128 its rows took 1.4 GB; of a 7B model, all memory."""
+def test_a_prompt_beyond_the_context_is_refused_before_it_is_embedded(engine, monkeypatch):
+    """At width 128 the rows of 1 MB took 1.4 GB; of a 7B model, all memory."""
     monkeypatch.setattr(engine.encoder, "embed", lambda ids: pytest.fail("embedded"))
-    with pytest.raises(InputError, match="takes 250003 tokens"):
+    with pytest.raises(InputError, match="takes 253 tokens"):
+        engine.generate("red " * 250)
+
+
+def test_a_prompt_of_a_megabyte_is_refused_before_it_is_tokenised(engine, monkeypatch):
+    """4 MB took 1.5 GB and 5 seconds, in which nothing could be cancelled."""
+    monkeypatch.setattr("autosteer.runtime.text._encode", lambda *args: pytest.fail("tokenised"))
+    with pytest.raises(InputError, match="has 1000000 characters; for this model's context at most 1024 are read"):
         engine.generate("red " * 250_000)
 
 
@@ -166,7 +174,24 @@ def test_an_animation_of_too_many_pixels_is_refused_early(tmp_path, monkeypatch)
     monkeypatch.setattr("autosteer.runtime.video.MAX_DECODED", 40 * 200 * 200)
     with pytest.raises(InputError, match=r"more than 40 frames of 200x200 pixels"):
         open_video(path)
-    assert max(decoded) == 41
+    assert max(decoded) == 40
+
+
+def test_a_frame_that_is_larger_than_the_first_is_refused_before_it_is_decoded(tmp_path):
+    """A TIFF of 19 KB took 2 GB, a GIF whose canvas grows 1 GB: only the first and the last frame were measured."""
+    small, large = Image.new("1", (1, 1)), Image.new("1", (8000, 8000))
+    small.save(tmp_path / "a.tif", save_all=True, append_images=[large, large, small], compression="group4")
+    with pytest.raises(InputError, match="8000x8000 pixels: at most"):
+        open_video(tmp_path / "a.tif")
+    some = Image.new("1", (4000, 4000))
+    small.save(tmp_path / "b.tif", save_all=True, append_images=[some] * 6, compression="group4")
+    with pytest.raises(InputError, match=r"7 frames of 4000x4000 pixels: at most"):
+        open_video(tmp_path / "b.tif")
+    data = gif(tmp_path / "c.gif", 2, 8).read_bytes()
+    block = data.rindex(b"\x2c\0\0\0\0")  # the second frame's place and size
+    (tmp_path / "c.gif").write_bytes(data[: block + 5] + struct.pack("<HH", 8000, 8000) + data[block + 9 :])
+    with pytest.raises(InputError, match="8000x8000 pixels: at most"):
+        open_video(tmp_path / "c.gif")
 
 
 def test_frames_are_in_memory_together_so_they_are_counted_together(tmp_path):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Engine, Message, SamplingConfig
+from autosteer.runtime.chunk import Answer
 from autosteer.runtime.drafting import MAX_DRAFT, TRUST, Drafter
-from autosteer.runtime.engine import Answer
 
 WORDS = st.lists(st.sampled_from(toy.CONTENT.split()[:12]), min_size=1, max_size=12)
 

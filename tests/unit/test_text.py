@@ -274,3 +274,17 @@ def test_bytes_that_are_no_character_do_not_end_an_answer():
     stream = Detokeniser(tokenizer, ())
     ids = [tokenizer.token_to_id(name) for name in ("<0x41>", "<0xFF>", "<end>", "\u2581a", "<0x62>")]
     assert [stream.push(i) for i in ids] == ["A", "", "", "\ufffd a", "b"]
+
+
+def test_a_panic_of_tokenizers_is_an_error_like_any_other(monkeypatch):
+    """Its class is no Exception, and would end a server's thread. A regular expression of 11 MB of blanks makes one."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Panics:
+        def encode(self, text, add_special_tokens):
+            raise PanicException("Onig: retry-limit-in-match over")
+
+    with pytest.raises(InputError, match="too much for the tokenizer's regular expression"):
+        render([user("red")], toy.PROMPT, Panics())

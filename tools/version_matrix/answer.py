@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 
 from autosteer.runtime import AutoSteerError, Conversation, Engine, Message, SamplingConfig, engine
-from autosteer.runtime.engine import Answer
+from autosteer.runtime.chunk import Answer
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.text import ImagePart
 

@@ -62,7 +62,7 @@ struct Chunk {
   std::string text;
   std::optional<int64_t> token;  ///< absent for the refusal text
   Verdict verdict;
-  /// "stop", "length" or "refused" (by Mode::stop, or by the monitor) on the last chunk, else empty
+  /// "stop", "length" or "refused" (by Mode::stop, the monitor, or the verdict on a biased answer) on the last chunk, else empty
   std::string finish_reason;
   std::optional<Stats> stats;  ///< on the last chunk
 };
@@ -323,7 +323,7 @@ class Stream {
     if (!request_) clock_ = Clock();
     record_.begin();
     try {
-      Chunk chunk = cancellation_.guard([&] { return watching() ? watched_chunk() : compute(); });
+      Chunk chunk = cancellation_.guard([&] { return judging() ? judged_chunk() : next_chunk(); });
       if (stats_.ttft_ms == 0) stats_.ttft_ms = clock_.ms();
       const bool last = !chunk.finish_reason.empty();
       if (last) {
@@ -352,6 +352,10 @@ class Stream {
 
   bool watching() const { return engine_.manifest.monitor && policy_.answer_threshold && policy_.mode != Mode::off; }
 
+  bool judging() const { return sampling_.restricts() && policy_.mode != Mode::off; }
+
+  Chunk next_chunk() { return watching() ? watched_chunk() : compute(); }
+
   Chunk compute() { return request_ ? continue_answer() : begin_answer(); }
 
   /// The next chunk that the monitor has seen through; see monitor.hpp.
@@ -373,6 +377,72 @@ class Stream {
     held_.pop_front();
     shown_ = shown_ || !chunk.text.empty();
     return chunk;
+  }
+
+  /// The next chunk of an answer whose tokens the request biases. All wait for the gate's verdict on the whole, as if
+  /// the user had said it: a bias can dictate an unsafe request, and the answer to it (runtime/held_back.py).
+  Chunk judged_chunk() {
+    const bool stops = policy_.mode != Mode::report;
+    while (judged_.empty() || (stops && !whole_)) {
+      Chunk chunk = next_chunk();
+      if (chunk.finish_reason == "refused") {
+        chunk.text = policy_.refusal_text;  // nothing was shown before it
+        return chunk;
+      }
+      said_ += chunk.text;
+      whole_ = !chunk.finish_reason.empty();
+      if (whole_ && !is_blank(said_)) {
+        const double p_unsafe = score_of(said_);
+        const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
+        if (seen.unsafe || !chunk.verdict.monitor) chunk.verdict = watched(chunk.verdict, seen);
+        if (chunk.verdict.action == Action::stop) {
+          return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};
+        }
+      }
+      judged_.push_back(std::move(chunk));
+    }
+    Chunk chunk = std::move(judged_.front());
+    judged_.pop_front();
+    return chunk;
+  }
+
+  static bool is_blank(const std::string& text) {
+    return std::all_of(text.begin(), text.end(), is_space);
+  }
+
+  static bool is_space(char c) { return c == ' ' || ('\t' <= c && c <= '\r'); }
+
+  /// The text up to its 16th, 32nd, 64th, ... word, and the whole: biased tokens, which may leave out the one that ends
+  /// the answer, can drown what it begins with. Words end at ASCII white space.
+  static std::vector<std::string> beginnings(const std::string& text) {
+    std::vector<std::string> found;
+    size_t words = 0, next = 16;
+    for (size_t at = 0; at < text.size(); ++at) {
+      const bool ends = !is_space(text[at]) && at + 1 < text.size() && is_space(text[at + 1]);
+      if (!ends || ++words < next) continue;
+      found.push_back(text.substr(0, at + 1));
+      next *= 2;
+    }
+    found.push_back(text);
+    return found;
+  }
+
+  /// The worst p_unsafe of an answer's beginnings, each as a user's prompt; NaN if one cannot be read.
+  double score_of(const std::string& answer) const {
+    double p_unsafe = 0.0;
+    try {
+      for (const std::string& said : beginnings(answer)) {
+        Stats stats;
+        EncodedPrompt prompt = engine_.encoder.prepare({Message::user(said)}, stats);
+        const Verdict verdict = engine_.request(std::move(prompt), 1, stats).prefill_lower(policy_);
+        p_unsafe = worse(p_unsafe, verdict.p_unsafe.value_or(std::nan("")));
+      }
+    } catch (const InputError& err) {
+      const std::string reason = err.what();
+      if (engine_.log) engine_.log("the answer could not be judged; it counts as unsafe (" + reason + ")");
+      return std::nan("");
+    }
+    return p_unsafe;
   }
 
   Chunk begin_answer() {
@@ -455,10 +525,13 @@ class Stream {
   const float* logits_ = nullptr;  // (R, V) of the latest pass
   size_t row_ = 0;                 // the one to sample from
   std::optional<Monitor> monitor_;
-  std::deque<Chunk> held_;  // the monitor has not seen these through
-  bool computed_ = false;   // the answer's last chunk is among them
-  bool shown_ = false;      // some text
-  Clock clock_;             // from the call that begins the answer
+  std::deque<Chunk> held_;    // the monitor has not seen these through
+  bool computed_ = false;     // the answer's last chunk is among them
+  bool shown_ = false;        // some text
+  std::deque<Chunk> judged_;  // the gate has not judged these, or they may be shown
+  std::string said_;          // their text
+  bool whole_ = false;        // the answer's last chunk is among them
+  Clock clock_;               // from the call that begins the answer
   Cancellation cancellation_;
   Record record_;  // refers to what is above
   bool ended_ = false;

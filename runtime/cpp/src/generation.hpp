@@ -195,6 +195,7 @@ class Request {
   const float* prefill_upper(double strength) {
     const Clock clock;
     *strength_.data() = static_cast<float>(strength);
+    const bool finite = std::exchange(finite_, false);  // until the first logits are known to be
     DecoderPass& single = pass(1);
     for (int64_t done = prompt_length_ - count(pending_); !pending_.empty(); pending_.erase(pending_.begin())) {
       const Tensor<float>& hidden = pending_.front();
@@ -207,7 +208,7 @@ class Request {
     }
     stats_.upper_ms = clock.ms();
     for (Call& call : single.head) call();
-    finite_ = finite_ && is_finite(*logits_.data());  // NaN makes all of its row NaN
+    finite_ = finite && is_finite(*logits_.data());  // NaN makes all of its row NaN
     return logits_.data();
   }
 
@@ -244,6 +245,7 @@ class Request {
 
   /// What the next turn of the dialogue can start from; empty if anything was not finite. Ends this request.
   CachedPrefix cached_prefix() {
+    if (!finite_) pending_.clear();
     keys_.resize(finite_ ? static_cast<size_t>(length_) : 0);
     const bool is_long = manifest_.rotary.is_long(prompt_length_);
     return {is_long,           std::move(keys_),  std::move(probed_means_),

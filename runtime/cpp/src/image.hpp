@@ -38,6 +38,7 @@ namespace autosteer {
 /// A file, or pixels.
 using ImageLike = std::variant<std::filesystem::path, Image>;
 
+constexpr int64_t kMaxSquare = 2 * picture::kMaxPixels;  // of a picture that is padded
 constexpr int64_t kMaxAspectRatio = 200;  // beyond this a side of the resized picture would round to nothing
 
 /// Rows of floats (n, width), one after the other.
@@ -285,6 +286,10 @@ inline Image squeezed(const Image& image, const ImageSpec& spec) {
 /// Pad with the mean colour to a square, which becomes one tile (HF: LlavaImageProcessorPil with do_pad).
 inline Tiles pad_to_square(const Image& image, const ImageSpec& spec, bool) {
   const int64_t side = std::max(image.height, image.width);
+  if (side > kMaxSquare / side) {
+    throw InputError("image of " + std::to_string(image.width) + "x" + std::to_string(image.height) +
+                     " pixels: padded to a square it has more than " + std::to_string(kMaxSquare));
+  }
   Image square{side, side, std::vector<uint8_t>(static_cast<size_t>(3 * side * side))};
   for (size_t i = 0; i < square.rgb.size(); ++i) {
     square.rgb[i] = static_cast<uint8_t>(static_cast<int>(spec.mean[i % 3] * 255));

@@ -36,6 +36,26 @@ namespace autosteer {
 
 constexpr int64_t kTilesPerRun = 2;  // bounds the image graph's activations
 
+constexpr int64_t kCharactersAToken = 16;  // more than any text has, on average; English has 4 to 5
+
+/// Throws InputError for texts that cannot fit the context, before tokens are counted.
+inline void check_characters(const Manifest& manifest, const std::vector<Message>& messages) {
+  const auto begins = [](char byte) { return (static_cast<unsigned char>(byte) & 0xC0U) != 0x80; };
+  int64_t characters = 0;
+  for (const Message& message : messages) {
+    for (const Part& part : message.parts) {
+      if (const auto* text = std::get_if<std::string>(&part)) {
+        characters += std::count_if(text->begin(), text->end(), begins);
+      }
+    }
+  }
+  const int64_t most = kCharactersAToken * manifest.dims.context_length;
+  if (characters > most) {
+    throw InputError("the prompt has " + std::to_string(characters) +
+                     " characters; for this model's context at most " + std::to_string(most) + " are read");
+  }
+}
+
 /// Throws InputError for a prompt of `length` tokens, or of at least as many, that does not fit the context.
 inline void check_length(const Manifest& manifest, int64_t length, bool exact = true) {
   if (length == 0) throw InputError("the prompt is empty");
@@ -95,6 +115,7 @@ class PromptEncoder {
   EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
                         Conversation* conversation = nullptr) const {
     check_parts(messages);
+    check_characters(manifest_, messages);
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
     const Clock seeing;

@@ -151,7 +151,8 @@ AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autostee
 typedef struct autosteer_chunk {
   const char *json;          /* everything: {"text", "token", "verdict": {...}, "finish_reason", "device", "timings"} */
   const char *text;          /* "" while a character is incomplete */
-  const char *finish_reason; /* NULL; of the last piece "stop", "length", "refused" (policy "stop", or a monitor) */
+  const char *finish_reason; /* NULL; of the last piece "stop", "length", "refused" (policy "stop", a monitor, or a
+                              * biased answer that is unsafe, all of which is held back until it is judged) */
   const char *action;        /* what the gate did: "pass" (always with "report"), "steer", "stop" */
   int unsafe;                /* whether the gate takes the prompt for unsafe */
   double p_unsafe;           /* its score; NaN if the prober failed (unsafe), or with policy "off" */

@@ -1,0 +1,90 @@
+"""What of an answer is held back, until it is known that it may be shown. None in a stream is a pause (engine.py).
+
+    until_watched   the package has a monitor: each chunk waits for the windows that it is in (monitor.py)
+    until_judged    the request restricts or biases the answer's tokens: all wait for the gate's verdict on the whole
+
+A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
+model say a request that the gate has never seen, and go on from there. So such an answer is judged as if the user had
+said it; and its beginnings, too: biased tokens, which may leave out the one that ends the answer, can drown what it
+begins with.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import TypeAlias
+
+from .audit import Record
+from .chunk import Chunk
+from .gate import Action, Mode, Watched, is_safe, watched
+from .monitor import Monitor
+
+FIRST_WORDS = 16  # of the shortest beginning that is judged
+
+Chunks: TypeAlias = "Iterator[Chunk | None]"
+Score: TypeAlias = "Callable[[str], Generator[None, None, float]]"  # p_unsafe of a text; it may pause
+
+
+def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
+    """Each chunk once `monitor` has seen it through. A window that is unsafe ends the answer with the refusal text."""
+    held, shown = deque[Chunk](), False
+    for chunk in chunks:
+        if chunk is None:
+            yield None
+            continue
+        last = chunk.finish_reason is not None
+        if last:
+            monitor.end()
+        verdict = watched(chunk.verdict, seen := monitor.verdict())
+        if seen and seen.unsafe and monitor.stops:
+            separator = "\n\n" if shown else ""
+            yield Chunk(separator + record.policy.refusal_text, None, verdict, "refused", record.stats)
+            return
+        held.append(replace(chunk, verdict=verdict) if last else chunk)
+        while held and (last or not monitor.stops or len(held) > monitor.window):
+            released = held.popleft()
+            shown = shown or bool(released.text)
+            yield released
+
+
+def beginnings(text: str) -> Iterator[str]:
+    """The text up to its 16th, 32nd, 64th, ... word, and the whole. Words end at ASCII white space."""
+    words = FIRST_WORDS
+    for number, word in enumerate(re.finditer(r"[^ \t\n\v\f\r]+", text), 1):
+        if number == words and word.end() < len(text):
+            yield text[: word.end()]
+            words *= 2
+    yield text
+
+
+def until_judged(chunks: Chunks, score: Score, record: Record) -> Chunks:
+    """All chunks once the gate has judged the text and its beginnings; the refusal text in their place if it is unsafe.
+    The verdict on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold. Under Mode.REPORT
+    nothing waits.
+    """
+    policy, held, text = record.policy, list[Chunk](), ""
+    for chunk in chunks:
+        if chunk is None:
+            yield None
+            continue
+        if chunk.finish_reason == "refused":
+            yield replace(chunk, text=policy.refusal_text)
+            return
+        text += chunk.text
+        last = chunk.finish_reason is not None
+        if last and text.strip(string.whitespace):
+            p_unsafe = yield from score(text)
+            seen = Watched(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
+            if seen.unsafe or chunk.verdict.monitor is None:
+                chunk = replace(chunk, verdict=watched(chunk.verdict, seen))
+            if chunk.verdict.action is Action.STOP:
+                yield Chunk(policy.refusal_text, None, chunk.verdict, "refused", record.stats)
+                return
+        held.append(chunk)
+        if last or policy.mode is Mode.REPORT:
+            yield from held
+            held.clear()
