@@ -194,7 +194,7 @@ def export(
             exported = write_and_validate(
                 *(folder, checkpoint, safety, options, progress, task), show=None if as_json else console
             )
-    facts = facts_of(exported, checkpoint, options, output, seconds=time.perf_counter() - started)
+    facts = facts_of(exported, checkpoint, safety, options, output, seconds=time.perf_counter() - started)
     facts["pushed"] = push(output, repo) if repo else None
     if as_json:
         click.echo(dumps(facts))
@@ -247,6 +247,8 @@ def write_and_validate(
 def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) -> SafetyArtifact:
     """Load the safety folder that was named, or else the one inside the checkpoint. Raises PackageError without one."""
     from .checkpoint.decoder_config import decoder_config
+    from .checkpoint.open import load_processor
+    from .checkpoint.renderer import frame_digests, same_frame
     from .safety_folder import SafetyArtifact
 
     where = folder or checkpoint.folder / "safety"
@@ -261,6 +263,12 @@ def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) 
         raise InputError(
             f"--layer {layer}: the prober in {where} was trained on layer {safety.facts.split_layer}; "
             f"fit one for layer {layer} with `autosteer-fit --layer {layer}`"
+        )
+    frame = safety.facts.frame
+    if frame and not same_frame(frame, frame_digests(load_processor(checkpoint))):
+        raise PackageError(
+            f"{where}: fitted with another chat template or tokenizer, so the prober would read other tokens; "
+            "fit it again on this checkpoint with autosteer-fit"
         )
     return safety
 

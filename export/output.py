@@ -35,9 +35,11 @@ def check_output(destination: Path, *, marker: str, force: bool) -> None:
 @contextmanager
 def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Path]:
     """A scratch folder that becomes `destination` if the block succeeds, and is deleted if it raises."""
+    destination = destination.resolve()  # of a link, what it leads to
     check_output(destination, marker=marker, force=force)
     destination.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(destination)
+    check_output(destination, marker=marker, force=force)  # what a killed run had moved away is back
     scratch = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}")
     old = scratch.with_name(f"{scratch.name}-old")
     try:  # from before there is anything: a signal may come at any time

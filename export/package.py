@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosteer.runtime.errors import InputError
+from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.manifest import (
     FORMAT_VERSION,
     MAX_P_UNSAFE_TOLERANCE,
@@ -180,10 +180,13 @@ def _write_tokenizer(
         i for frame in (pictures.tile_separators if pictures else ()) for ids in frame.token_ids for i in ids
     )
     video_ids = (processor.video_token_id,) if videos else ()
+    ends = end_token_ids(checkpoint)
+    if beyond := [i for i in ends if i >= config.vocab_size]:
+        raise PackageError(f"{checkpoint.folder}: eos_token_id {beyond[0]} is no token of {config.vocab_size}")
     prompt.save_tokenizer(processor, folder, (*config.never_generated, *framing, *video_ids))
     video_token = processor.video_token if videos else None
     group = pictures.native.frames if pictures and pictures.native else 1
-    return prompt.take_apart(processor, end_token_ids(checkpoint), folder, video_token, group)
+    return prompt.take_apart(processor, ends, folder, video_token, group)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.manifest import LARGEST_WINDOW
-from autosteer.runtime.strict_json import decode
+from autosteer.runtime.strict_json import decode, parse
 
 from .safety import PICTURES, SAFETY_FILE
 
@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 TENSOR_FILE = "safety.safetensors"
 MOST_FALSE_STOPS = 0.005  # of benign answers; a monitor that stops more, or catches less, must be asked for
 LEAST_CAUGHT = 0.5  # of the unsafe answers that the prober lets begin
+UNMOVED = 1e-9  # of the logits' difference, for a hidden state of length 1
 UNTRAINED = 1e-3  # of |I|_F: a steer matrix that differs by less from a multiple of I was never trained
 
 
@@ -99,6 +100,7 @@ class SafetyFacts:
     pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
     proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
     monitor: MonitorFacts | None = None
+    frame: tuple[str, ...] = ()  # how the fit wrote and read dialogues (renderer.frame_digests); none: not known
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,10 @@ class SafetyArtifact:
         tensors = {f"prober.{name}": t.float().contiguous() for name, t in self.prober.items()}
         tensors |= {f"monitor.{name}": t.float().contiguous() for name, t in (self.monitor or {}).items()}
         tensors["steer_matrix"] = self.steer_matrix.float().contiguous()
-        save_file(tensors, folder / TENSOR_FILE)
+        try:
+            save_file(tensors, folder / TENSOR_FILE)
+        except SafetensorError as err:  # a full disk, among others
+            raise InputError(f"{folder / TENSOR_FILE}: cannot be written ({err})") from err
         (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -149,8 +154,8 @@ class SafetyArtifact:
         matrix.
         """
         try:
-            data = json.loads((folder / SAFETY_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSOR_FILE)
+            data = parse((folder / SAFETY_FILE).read_text(encoding="utf-8"))
+            tensors = {name: t.float() for name, t in load_file(folder / TENSOR_FILE).items()}
         except FileNotFoundError as err:
             raise PackageError(f"{err.filename or folder}: missing; make the folder with autosteer-fit") from None
         except (ValueError, OSError, SafetensorError) as err:
@@ -201,6 +206,9 @@ class SafetyArtifact:
         for name, tensors in {"prober": self.prober, **({"monitor": self.monitor} if self.monitor else {})}.items():
             found = {part: tuple(t.shape) for part, t in tensors.items()}
             need(found == shapes, f"{name} tensors {found} are not {shapes}: fitted for another model?")
+            first, second = (tensors[part].double() for part in ("0.weight", "2.weight"))
+            moved = float(((second[0] - second[1]).abs() * first.norm(dim=1)).sum())
+            need(not moved <= UNMOVED, f"the {name} gives every state the same score: it was never trained")
         need(
             tuple(self.steer_matrix.shape) == (d, d),
             f"steer_matrix is not ({d}, {d}): fitted for another model?",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .footprint import Footprint
     from .graphs.quantize import Scheme
     from .package import ExportOptions
+    from .safety_folder import SafetyArtifact
 
 BLOCK_SIZES = {32, 64, 128}
 
@@ -33,7 +34,13 @@ class Exported:
 
 
 def facts_of(
-    exported: Exported, checkpoint: Checkpoint, options: ExportOptions, output: Path, *, seconds: float
+    exported: Exported,
+    checkpoint: Checkpoint,
+    safety: SafetyArtifact | None,
+    options: ExportOptions,
+    output: Path,
+    *,
+    seconds: float,
 ) -> dict[str, Any]:
     """What --json prints."""
     from .checkpoint.open import recommended_options
@@ -52,7 +59,11 @@ def facts_of(
         "footprint": dataclasses.asdict(needs) | {"fits_jetson": needs.fits()},
         "loaded": exported.loaded,
         "recommended_options": recommended_options(checkpoint),
-        "notes": [*remarks(checkpoint, options.recipe.body), *blind_gate(manifest)],
+        "notes": [
+            *remarks(checkpoint, options.recipe.body),
+            *blind_gate(manifest),
+            *unproven(exported, checkpoint, safety),
+        ],
         "checks": [dataclasses.asdict(check) for check in exported.checks],
     }
 
@@ -108,6 +119,24 @@ def blind_gate(manifest: Manifest) -> list[str]:
         if blind
         else []
     )
+
+
+def unproven(exported: Exported, checkpoint: Checkpoint, safety: SafetyArtifact | None) -> list[str]:
+    """Warnings, if nothing in the package shows that its gate fires, or if it was fitted on a model of another name."""
+    if safety is None:
+        return []
+    notes = []
+    if not any(check.name == "unsafe prompts" for check in exported.checks):
+        notes.append(
+            "WARNING: nothing shows that this gate fires: the safety folder has no unsafe prompt that it should catch "
+            "at this threshold, so neither this export nor autosteer-check tries one; measure it with autosteer-eval"
+        )
+    if safety.facts.model != checkpoint.name:
+        notes.append(
+            f"WARNING: the gate was fitted on {safety.facts.model}, and this model is {checkpoint.name}; a gate of "
+            "another model catches nothing"
+        )
+    return notes
 
 
 def needs_text(needs: Footprint) -> str:

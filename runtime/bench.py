@@ -24,6 +24,7 @@ import numpy.typing as npt
 from .batch import Batch, can_share
 from .encoded_prompt import EncodedPrompt
 from .engine import Engine
+from .errors import InputError
 from .gate import Mode
 from .generation import Request, finish
 from .host import describe_host
@@ -73,6 +74,14 @@ def bench(engine: Engine, folder: Path, *, tokens: int, new_tokens: int, rounds:
     prompts = {"text": Message.user(text)}
     if engine.manifest.image:
         prompts["picture"] = Message.user(text, [_picture()])
+    context = engine.manifest.dims.context_length
+    for name, message in prompts.items():
+        length = engine.encoder.prepare([message], Stats()).inputs_embeds.shape[1]
+        if length + new_tokens > context:
+            raise InputError(
+                f"--new-tokens {new_tokens}: the {name} prompt has {length} tokens, and the context holds {context}; "
+                "take fewer, or fewer --prompt-tokens"
+            )
     cases = [_case(engine, folder, name, message, new_tokens, rounds) for name, message in prompts.items()]
     shared = can_share(engine.manifest, engine.device)
     together = [_together(engine, prompts["text"], n, new_tokens) for n in (1, *(TOGETHER if shared else ()))]

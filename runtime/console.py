@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
             click.echo(f"\n{name}: interrupted", err=True)
             sys.exit(INTERRUPTED)
         if "--debug" in sys.argv:
-            raise
+            traceback.print_exc()
         missing = isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("autosteer")
         advice = f"; install what {name} needs: pip install 'autosteer-edge[{extra}]'" if missing else ""
         click.echo(f"{name}: error: {err}{advice}", err=True)

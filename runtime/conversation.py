@@ -15,6 +15,7 @@ changes only the output of the last layer, never what is cached.
 
 from __future__ import annotations
 
+from .encoded_prompt import Key
 from .generation import CachedPrefix
 from .image import Runs
 
@@ -25,6 +26,7 @@ class Conversation:
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it
         self.images: dict[bytes, Runs] = {}  # rows and token ids of the latest prompt's pictures and videos, by digest
+        self.alone: dict[tuple[Key, ...], float] = {}  # p_unsafe of the latest prompt's user turns, each by itself
         self._prefix: CachedPrefix | None = None
 
     def take_prefix(self) -> CachedPrefix | None:

@@ -34,9 +34,9 @@ from .chunk import Answer, Chunk, FinishReason
 from .conversation import Conversation
 from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
-from .encoded_prompt import EncodedPrompt
+from .encoded_prompt import EncodedPrompt, Key
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict, without_steering, worst
+from .gate import Action, GatePolicy, Mode, Verdict, decide, without_steering, worst
 from .generation import PREFILL_CHUNK, Request, finish
 from .grammar import Grammars, words_of
 from .held_back import beginnings, until_judged, until_watched
@@ -49,7 +49,7 @@ from .sampling import Constraint, SamplingConfig, log_probabilities, make_sample
 from .self_test import check_gate
 from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
-from .text import Detokeniser, Message, load_tokenizer
+from .text import Detokeniser, Message, judged, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Engine:
         self.manifest = manifest
         self.device = device
         self.tokenizer = load_tokenizer(folder / manifest.prompt.tokenizer)
-        self._folder, self._load = folder, load
+        self._folder, self._load = folder.absolute(), load
         names = sorted(manifest.graphs, key=lambda name: name != "lm_head")  # lm_head first: it peaks most
         specs = {n: manifest.graphs[n] for n in names if not (low_memory and n in IMAGE_GRAPHS)}
         host = find_device("cpu", device.threads)[0]
@@ -166,7 +166,7 @@ class Engine:
         images: Sequence[ImageLike] = (),
         videos: Sequence[VideoLike] = (),
         sampling: SamplingConfig | None = None,
-        policy: GatePolicy | None = None,
+        policy: GatePolicy | Mode | str | None = None,
         conversation: Conversation | None = None,
     ) -> Answer:
         """The whole answer at once; see `stream`."""
@@ -183,22 +183,23 @@ class Engine:
         images: Sequence[ImageLike] = (),
         videos: Sequence[VideoLike] = (),
         sampling: SamplingConfig | None = None,
-        policy: GatePolicy | None = None,
+        policy: GatePolicy | Mode | str | None = None,
         conversation: Conversation | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt (with its images and videos) or a dialogue, in chunks; each carries the verdict.
 
         An image is a path, a PIL image or an RGB array (H, W, 3) uint8. A video is a file or folder (see open_video),
-        or its frames. The defaults are greedy `sampling` and the
-        package's `policy`. A steered answer is greedy; where `sampling` restricts the answer, what would be steered is
-        stopped. With a `conversation` only what is new in the dialogue is computed. Nothing runs before the first
-        `next()`.
+        or its frames. The defaults are greedy `sampling` and the package's `policy`, which may be a name ("stop"). A
+        steered answer is greedy; where `sampling` restricts the answer, what would be steered is stopped. With a
+        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`.
         Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, PackageError for
         a package without a gate unless `policy` is off, and AuditError if the engine has an audit record that cannot be
         written.
         """
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")
+        policy = self.policy(policy) if isinstance(policy, str) else policy
+        conversation = conversation or Conversation(self)
         with self.record(policy or self.policy()) as record:
             record.messages = _dialogue(prompt, images, videos)
             prepared = self.encoder.prepare(record.messages, record.stats, conversation)
@@ -210,30 +211,77 @@ class Engine:
         *,
         images: Sequence[ImageLike] = (),
         videos: Sequence[VideoLike] = (),
-        policy: GatePolicy | None = None,
+        policy: GatePolicy | Mode | str | None = None,
     ) -> Verdict:
         """The verdict on a prompt or a dialogue, without an answer: decoder_upper never runs.
 
         Raises InputError as `stream` does.
         """
+        policy = self.policy(policy) if isinstance(policy, str) else policy
         with self.record(policy or self.policy()) as record:
-            record.messages = _dialogue(prompt, images, videos)
-            return finish(self.judge(self.encoder.prepare(record.messages, record.stats), record))
+            record.messages, conversation = _dialogue(prompt, images, videos), Conversation(self)
+            prepared = self.encoder.prepare(record.messages, record.stats, conversation)
+            return finish(self.judge(prepared, record, conversation))
 
     def record(self, policy: GatePolicy) -> Record:
         """What a request is noted in, and its statistics. It begins now; its block is the request."""
         return Record(self._audit, policy, self.device.provider)
 
-    def judge(self, prompt: EncodedPrompt, record: Record) -> Generator[None, None, Verdict]:
+    def judge(
+        self, prompt: EncodedPrompt, record: Record, conversation: Conversation | None = None
+    ) -> Generator[None, None, Verdict]:
         """The verdict on an encoded prompt; see `score`. Pauses between chunks of it."""
         record.prompt = prompt
-        verdict = yield from self._judge(self.request(prompt, 1, record.stats), record, record.policy)
+        verdict = yield from self._judge(self.request(prompt, 1, record.stats), record, record.policy, conversation)
         record.gave("", "scored")
         return verdict
 
-    def _judge(self, request: Request, record: Record, policy: GatePolicy) -> Generator[None, None, Verdict]:
-        record.verdict, record.scores = (yield from request.lower_chunks(policy)), request.scores
-        return record.verdict
+    def _judge(
+        self, request: Request, record: Record, policy: GatePolicy, conversation: Conversation | None = None
+    ) -> Generator[None, None, Verdict]:
+        """The verdict on the prompt of `request`. A user's turn is judged where it stands and by itself: an answered
+        question before it can draw the prober's eye from it. The worst score counts.
+        """
+        verdict = yield from request.lower_chunks(policy)
+        before = time.perf_counter()
+        messages, scores, known = record.messages, list(request.scores), dict[tuple[Key, ...], float]()
+        if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
+            for at, n in enumerate(judged(messages)):
+                if messages[n].role == "user" and self.encoder.alike_alone(messages[n], messages):
+                    p = yield from self._score_alone(messages[n], policy, conversation, known)
+                    scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
+            verdict = decide(p_unsafe, policy, split_layer=self.manifest.split_layer)
+            record.stats.gate_ms += ms_since(before)
+        if conversation:
+            conversation.alone = known
+        record.verdict, record.scores = verdict, scores
+        return verdict
+
+    def _score_alone(
+        self,
+        turn: Message,
+        policy: GatePolicy,
+        conversation: Conversation | None,
+        known: dict[tuple[Key, ...], float],
+    ) -> Generator[None, None, float]:
+        """p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a
+        number: a failure may pass.
+        """
+        aside = Conversation(self)
+        aside.images = dict(conversation.images) if conversation else {}  # not encoded again
+        try:
+            prompt = self.encoder.prepare([turn], Stats(), aside)
+        except InputError as err:
+            log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
+            return math.nan
+        key = tuple(prompt.keys)
+        p = known.get(key, conversation.alone.get(key) if conversation else None)
+        if p is None:
+            own = yield from self.request(prompt, 1, Stats()).lower_chunks(policy)
+            p = math.nan if own.p_unsafe is None else own.p_unsafe
+        if not math.isnan(p):
+            known[key] = p
+        return p
 
     def answer(
         self, prompt: EncodedPrompt, sampling: SamplingConfig, record: Record, conversation: Conversation | None = None
@@ -258,7 +306,9 @@ class Engine:
         record.prompt = prompt
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         monitor = monitor_for(self.manifest, self.graphs, record.policy, record.stats)
-        chunks = self._answer(request, list(prompt.token_ids), sampling, constraint, record, batch, monitor)
+        chunks = self._answer(
+            request, list(prompt.token_ids), sampling, constraint, record, conversation, batch, monitor
+        )
         if monitor:
             chunks = until_watched(chunks, monitor, record)
         if sampling.restricts and record.policy.mode is not Mode.OFF:
@@ -302,13 +352,14 @@ class Engine:
         sampling: SamplingConfig,
         constraint: Constraint | None,
         record: Record,
+        conversation: Conversation | None,
         batch: Batch | None,
         monitor: Monitor | None,
     ) -> Iterator[Chunk | None]:
         """THE loop. `tokens`: the prompt's; the answer's are appended. `monitor` reads those that a pass ran over."""
         stats = record.stats
         policy = without_steering(record.policy) if sampling.restricts else record.policy
-        verdict = yield from self._judge(request, record, policy)
+        verdict = yield from self._judge(request, record, policy, conversation)
         if verdict.action is Action.STOP:
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
@@ -386,7 +437,12 @@ class Engine:
 def _dialogue(
     prompt: str | Sequence[Message], images: Sequence[ImageLike], videos: Sequence[VideoLike]
 ) -> list[Message]:
-    """The messages of a call. Raises InputError if a dialogue comes with separate images or videos."""
+    """The messages of a call. Raises InputError if a dialogue comes with separate images or videos, or what should be
+    a list is one thing.
+    """
+    for name, given in (("images", images), ("videos", videos)):
+        if isinstance(given, (str, bytes, Path)) or not isinstance(given, Sequence):
+            raise InputError(f"{name} = {given!r:.60}: give a list of them")
     if isinstance(prompt, str):
         return [Message.user(prompt, images, videos)]
     if images or videos:

@@ -6,7 +6,8 @@ Everything else is unsafe: above the threshold, below zero, above one, NaN, infi
 failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 
 A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
-answered one turn later.
+answered one turn later. A user's turn is judged twice, in the dialogue and by itself: a harmless question that was
+answered before can hide a request that is caught alone.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ MOST_PIXELS, MOST_FRAMES = 50_000_000, 16  # of a "native" picture; that an imag
 MOST_PER_SECOND = 1000  # positions of a video's time axis
 LARGEST_TILE, LARGEST_GRID = 1 << 14, 1 << 16  # pixels along a side: a wrong manifest must not take all memory
 MOST_TILES = 1 << 8  # of a picture
+MOST_SIDE = 1 << 12  # rows of features on a side of a tile
+MOST_LAYERS = 1 << 10
 LARGEST_WINDOW = 1 << 8  # tokens of an answer that are held back: each holds a chunk and a hidden state
 ACTIVATIONS = ("float32", "float16")  # types of hidden states; all graphs of a package have the same
 Shape: TypeAlias = "tuple[int | str | None, ...]"  # of a tensor; None: any size
@@ -60,6 +62,8 @@ def _check_sizes(manifest: Contents, need: Need) -> None:
     """Sizes are above zero, and onnxruntime's version is one."""
     for name, size in _sizes(manifest):
         need(0 < size < 2**31, f"{name} is {size}, which is no size")
+    if manifest.image and (anyres := manifest.image.anyres):
+        need(anyres.tokens_per_side <= MOST_SIDE, f"image: tokens_per_side is above {MOST_SIDE}")
     need(
         re.fullmatch(r"\d{1,4}\.\d{1,4}", manifest.onnxruntime) is not None,
         f"onnxruntime: {manifest.onnxruntime!r} is not a version like '1.23'",
@@ -83,6 +87,7 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
         f"'image' comes with one graph of {', '.join(IMAGE_GRAPHS)}; found: {', '.join(image) or 'none'}",
     )
     k, n = manifest.split_layer, manifest.dims.num_hidden_layers
+    need(n <= MOST_LAYERS, f"dims: num_hidden_layers {n} is above {MOST_LAYERS}")  # each layer's tensors are listed
     need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
     prefill = [name for name in PREFILL_GRAPHS.values() if name in manifest.graphs]
     need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")

@@ -145,6 +145,14 @@ class PromptEncoder:
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(shown), deepstack)
 
+    def alike_alone(self, turn: Message, messages: Sequence[Message]) -> bool:
+        """Whether the pictures of `turn` are encoded alike in a dialogue and by themselves: one of several may have
+        fewer tiles.
+        """
+        anyres = self._image.anyres if self._image else None
+        alike = anyres is None or anyres.each
+        return alike or not turn.images or len(turn.images) == sum(len(message.images) for message in messages)
+
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
         before = time.perf_counter()

@@ -83,8 +83,8 @@ class Checkpoint:
 
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, str]]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
+        index, whole = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
+        if index.is_file() and not whole.is_file():  # as Hugging Face does: an index beside it may be stale
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 stored = {name: self.folder / file for name, file in weight_map.items()}
@@ -95,9 +95,8 @@ class Checkpoint:
                     f"{self.folder}: {', '.join(gone)} missing, although the index lists them; download again"
                 )
         else:
-            path = self.folder / "model.safetensors"
-            with _open(path) as file:
-                stored = dict.fromkeys(file.keys(), path)
+            with _open(whole) as file:
+                stored = dict.fromkeys(file.keys(), whole)
         found = {self._module_path(name): (path, name) for name, path in stored.items()}
         if len(found) < len(stored):
             twice = [names for names in _grouped(stored, self._module_path).values() if len(names) > 1]
@@ -238,7 +237,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
 
     reference = aliases().get(model, model)
     folder = Path(reference)
-    name = folder.name if folder.is_dir() else reference
+    name = folder.resolve().name if folder.is_dir() else reference
     if not folder.is_dir():
         folder = _download(model, reference, revision)
         revision = folder.name
@@ -255,7 +254,10 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
             f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
         )
     quantization = _quantization(stated, config_file)
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as err:  # whatever a field that is missing or odd makes of it
+        raise UnsupportedModelError(f"{config_file}: transformers cannot read it ({first_line(err)})") from err
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del (
@@ -280,7 +282,7 @@ def _quantization(stated: dict[str, Any], config_file: Path) -> dict[str, Any] |
 def _download(model: str, reference: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "safety/*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "safety/*"]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", reference):
         raise PackageError(f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})")
     try:
@@ -348,18 +350,26 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     processor: Any
-    if checkpoint.family.vision is None:
-        processor = TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
-    else:
-        processor = AutoProcessor.from_pretrained(checkpoint.folder)
-        processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
-        processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+    try:
+        if checkpoint.family.vision is None:
+            processor = TextProcessor(AutoTokenizer.from_pretrained(checkpoint.folder))
+        else:
+            processor = AutoProcessor.from_pretrained(checkpoint.folder)
+            processor.image_processor = AutoImageProcessor.from_pretrained(checkpoint.folder, backend="pil")
+            processor.chat_template = processor.chat_template or checkpoint.family.chat_template
+    except Exception as err:  # a file that is missing, cut off or odd
+        raise PackageError(f"{checkpoint.folder}: transformers cannot load its processor ({first_line(err)})") from err
     if not processor.chat_template:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
             "which says how a dialogue is written; take the instruct version of the model, or add its template"
         )
     return processor
+
+
+def first_line(err: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(err).splitlines()), "") or type(err).__name__
 
 
 class TextProcessor:

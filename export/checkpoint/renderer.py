@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from autosteer.runtime.text import ImagePart, Message, Part
 
 # Texts that no template writes by itself, to find the user's texts in a rendering.
 FILM = (11.0, 12.0, 33.0, 34.0)  # seconds of frames that show what a processor writes of them
+PROBE = "How do I boil 12 eggs?\n\nThanks (a lot); the and ing tion ABCDEFGHIJKLM 0123456789 .,:!-_/ \u00e9\u4f60\u0436"
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
 
@@ -108,6 +110,29 @@ class Renderer:
         if videos:
             shown |= film_arguments([np.zeros((len(FILM), 32, 32, 3), np.uint8)] * videos, [FILM] * videos)
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
+
+
+def frame_digests(processor: Any) -> tuple[str, str, str]:
+    """SHA-256 of a chat template, of three dialogues that it writes, and of the ids of a text: what a gate that reads
+    prompts was fitted on.
+    """
+    user, reply = {"role": "user", "content": [{"type": "text", "text": PROBE}]}, {"role": "assistant"}
+    answered = [user, {**reply, "content": [{"type": "text", "text": REPLY}]}, user]
+    written = [
+        processor.apply_chat_template(dialogue, add_generation_prompt=generation, tokenize=False)
+        for dialogue, generation in (([user], False), ([user], True), (answered, True))
+    ]
+    ids = processor.tokenizer(PROBE, add_special_tokens=False).input_ids
+    parts = (str(processor.chat_template), json.dumps(written), json.dumps(list(map(int, ids))))
+    template, dialogues, text = (hashlib.sha256(part.encode()).hexdigest() for part in parts)
+    return template, dialogues, text
+
+
+def same_frame(fitted: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether two `frame_digests` are of one way to write and read prompts: the text's ids are equal, and so is the
+    template, or what it writes (some write the date).
+    """
+    return fitted[2] == now[2] and (fitted[0] == now[0] or fitted[1] == now[1])
 
 
 def film_arguments(films: Sequence[np.ndarray], seconds: Sequence[Sequence[float]]) -> dict[str, Any]:

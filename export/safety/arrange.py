@@ -60,8 +60,8 @@ def arrange(
     prompts = data.labelled()
     split = split_prompts(data, prompts, seed=seed)
     if target_fpr is not None:
-        benign = sum(not prompts[row].unsafe for row in split.heldout)
-        allowed_false_positives(benign, target_fpr=target_fpr)
+        benign = {prompts[row].cluster for row in split.heldout if not prompts[row].unsafe}
+        allowed_false_positives(len(benign), target_fpr=target_fpr)
     families = possible_families(system=takes_system(fit_model))
     words = put_in_other_words(prompts, split, families, augment=augment, seed=seed)
     items, reworded = [*prompts, *external, *words.everything], len(prompts) + len(external)
@@ -74,6 +74,10 @@ def arrange(
         groups=[item.group for item in items],
         source_of=[item.source for item in items],
         split=split,
+        clusters=[
+            *(item.cluster for item in (*prompts, *external)),
+            *(prompts[one.of].cluster for one in (*words.training, *words.choosing, *words.judging)),
+        ],
         external=np.arange(len(prompts), reworded),
         taught=words.taught(split, reworded),
     )
@@ -88,8 +92,9 @@ def count_pictures(prompts: Sequence[Labelled]) -> int:
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
     """Split such that the two prompts of a pair, equal texts and families stay in one part."""
     row = {item.prompt.identity: i for i, item in enumerate(prompts)}
+    named = {item.prompt.same_words: item.cluster for item in prompts if item.family}
     return split_by_text(
-        [item.cluster for item in prompts],
+        [item.cluster if item.family else named.get(item.prompt.same_words, item.cluster) for item in prompts],
         [(item.unsafe, item.group) for item in prompts],
         seed=seed,
         together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],

@@ -44,9 +44,15 @@ class Batch:
     starts: torch.Tensor  # (B,) tokens before its last user turn's content
 
 
+def special_tokens(processor: Any) -> list[str]:
+    """What neither runtime reads as text: not the added tokens that are plain, such as Gemma's "\\n"."""
+    added = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    return added + [token for kind in ("image", "video") if (token := getattr(processor, f"{kind}_token", None))]
+
+
 def check_text(fit_model: FitModel, prompts: Sequence[Prompt]) -> None:
     """Raise InputError for a prompt whose text holds a special token: Hugging Face would read `<image>` as an image."""
-    special = fit_model.processor.tokenizer.get_added_vocab()
+    special = special_tokens(fit_model.processor)
     for prompt in prompts:
         if found := [token for token in special if any(token in text for text in prompt.texts)]:
             raise InputError(f"{prompt.where}: the text holds the special token {found[0]!r}; take it out")

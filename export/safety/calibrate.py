@@ -5,7 +5,8 @@ classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if
 ones". How common they are in use is unknown.
 
 A false-positive rate measured on n prompts is only an estimate. `clopper_pearson_upper` bounds the true rate, and
---target-fpr applies to that bound, not to the measured rate.
+--target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing in other words
+and score alike, so the bound counts families: a rate of 4 in 300 prompts of 20 families is one in 20.
 """
 
 from __future__ import annotations
@@ -73,8 +74,14 @@ def prompts_needed(target_fpr: float, *, confidence: float = CONFIDENCE) -> int:
     return math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr))
 
 
+def rate_upper(fires: np.ndarray, clusters: Sequence[str]) -> float:
+    """Upper bound on the rate at which prompts (n,) of these clusters fire, as many independent ones as clusters."""
+    trials = len(set(clusters))
+    return clopper_pearson_upper(math.ceil(float(fires.mean()) * trials - 1e-9), trials)
+
+
 def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float = CONFIDENCE) -> int:
-    """The most false positives among `benign` held-out prompts that still show `target_fpr`.
+    """The most false positives among `benign` independent held-out prompts that still show `target_fpr`.
 
     Raises InputError if not even zero would. Needs no scores, so it is called before the expensive part.
     """
@@ -85,21 +92,26 @@ def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float
         needed = prompts_needed(target_fpr, confidence=confidence)
         raise InputError(
             f"--target-fpr {target_fpr:g} cannot be shown with {benign} held-out benign prompts: it takes {needed}, so "
-            f"about {5 * needed} benign prompts in all; add --benign, or allow a higher rate"
+            f"about {5 * needed} benign prompts in all (of one family all count as one); add --benign, or allow a "
+            "higher rate"
         )
     return allowed
 
 
-def choose_threshold(p: np.ndarray, unsafe: np.ndarray, *, target_fpr: float, confidence: float = CONFIDENCE) -> float:
+def choose_threshold(
+    p: np.ndarray, unsafe: np.ndarray, clusters: Sequence[str], *, target_fpr: float, confidence: float = CONFIDENCE
+) -> float:
     """The threshold with the highest recall whose upper bound on the false-positive rate is at most `target_fpr`.
 
-    p (n,) scores, unsafe (n,) bool. Of thresholds with equal recall, the one with the fewest false positives is used,
-    moved half way to the next score above it, so that rounding on a device changes no verdict. The allowed number of
-    false positives depends on n alone, so choosing among the scores does not invalidate the bound. Raises InputError if
-    there are too few benign prompts to show the target, or no threshold below 1 meets it.
+    p (n,) scores, unsafe (n,) bool, clusters (n,): prompts of one are one observation. Of thresholds with equal recall,
+    the one with the fewest false positives is used, moved half way to the next score above it, so that rounding on a
+    device changes no verdict. The allowed number of false positives depends on their numbers alone, so choosing among
+    the scores does not invalidate the bound. Raises InputError if there are too few benign prompts to show the target,
+    or no threshold below 1 meets it.
     """
     benign = np.sort(p[~unsafe])[::-1]
-    allowed = allowed_false_positives(len(benign), target_fpr=target_fpr, confidence=confidence)
+    trials = len({cluster for cluster, is_unsafe in zip(clusters, unsafe, strict=True) if not is_unsafe})
+    allowed = allowed_false_positives(trials, target_fpr=target_fpr, confidence=confidence) * len(benign) // trials
     floor = benign[allowed]  # at or above this score at most `allowed` benign prompts fire (p > threshold)
     caught = p[unsafe & (p > floor)]
     below = (
@@ -121,11 +133,14 @@ def expected_calibration_error(p: np.ndarray, unsafe: np.ndarray) -> float:
     return float(sum(gaps))
 
 
-def heldout_facts(p: np.ndarray, unsafe: np.ndarray, groups: Sequence[str], *, threshold: float) -> dict[str, float]:
+def heldout_facts(
+    p: np.ndarray, unsafe: np.ndarray, groups: Sequence[str], clusters: Sequence[str], *, threshold: float
+) -> dict[str, float]:
     """Measurements of the gate on the held-out part, for safety.json.
 
-    p (n,) calibrated scores, unsafe (n,) bool, groups (n,) channel or group names: if there are several, recall and
-    false-positive rate are also given for each, as "heldout_recall.<channel>" and "heldout_fpr.<group>".
+    p (n,) calibrated scores, unsafe (n,) bool, clusters (n,) as in `choose_threshold`, groups (n,) channel or group
+    names: if there are several, recall and false-positive rate are also given for each, as "heldout_recall.<channel>"
+    and "heldout_fpr.<group>".
     """
     fires = ~(p <= threshold)
     recall, fpr = float(fires[unsafe].mean()), float(fires[~unsafe].mean())
@@ -135,7 +150,7 @@ def heldout_facts(p: np.ndarray, unsafe: np.ndarray, groups: Sequence[str], *, t
         "heldout_accuracy": (recall + 1 - fpr) / 2,
         "heldout_recall": recall,
         "heldout_fpr": fpr,
-        "fpr_upper_95": clopper_pearson_upper(int(fires[~unsafe].sum()), int((~unsafe).sum())),
+        "fpr_upper_95": rate_upper(fires[~unsafe], [clusters[row] for row in np.flatnonzero(~unsafe).tolist()]),
         "brier": float(class_weights(unsafe) @ (p - unsafe) ** 2),
         "ece": expected_calibration_error(p, unsafe),
     }

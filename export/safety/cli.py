@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -39,6 +40,17 @@ if TYPE_CHECKING:
 FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
 NOT_OF_THE_MONITOR = ("threshold", "target_fpr", "augment", "publish_proof", "test_benign", "test_unsafe")
 POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
+
+
+class Finite(click.FloatRange):
+    """A number in a range; click's own takes "nan", which is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number. Fails for what is none."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -133,17 +145,17 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     help=f"The prober fires above this p_unsafe.  [default: {DEFAULT_THRESHOLD}]",
 )
 @click.option(
     "--target-fpr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Finite(0, 1, min_open=True, max_open=True),
     help="Choose the threshold so that at most this share of benign prompts fires (95 % upper bound, held-out data).",
 )
 @click.option(
     "--strength",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="The paper's epsilon.  [default: train with 0.1, then use the strength that refuses best]",
 )
 @click.option("--refusal-text", default=REFUSAL_TEXT, show_default=True, help="What the Refusal Head learns to say.")
@@ -153,7 +165,9 @@ POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "m
     help="Every package carries a few held-out prompts, with which other machines check the gate. Keep their words and "
     "images; the default keeps only the token ids of prompts without images.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split and of all training.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and of all training."
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -229,7 +243,7 @@ def fit_command(
 
     from rich.console import Console
 
-    from .pairs import check_images, read_data, read_external
+    from .pairs import check_images, never_fitted, read_data, read_external
 
     console = Console(stderr=True)
     data = read_data(pairs, benign, unsafe, refusal_only, images=images, text_only=text_only)
@@ -237,6 +251,8 @@ def fit_command(
         *read_external(test_unsafe, unsafe=True, images=images, text_only=text_only),
         *read_external(test_benign, unsafe=False, images=images, text_only=text_only),
     ]
+    if seen := len(external) - len(external := never_fitted(external, data)):
+        console.print(f"{seen} of the test prompts are among the fit's: left out of the report", soft_wrap=True)
     everything = dataclasses.replace(data, extra=(*data.extra, *external))
     device_ = _device(device)
 
@@ -329,11 +345,19 @@ def _summary(fitted: Fitted, output: Path) -> str:
         f"{facts.threshold:.3g}: recall {c['heldout_recall']:.1%}, false positives {c['heldout_fpr']:.1%} (at most "
         f"{c['fpr_upper_95']:.1%} with 95 % confidence), calibration error {c['ece']:.3f}. Balanced accuracy "
         f"{c['heldout_accuracy']:.1%}; a prober that sees only the words: {c['words_only_accuracy']:.1%}.\n"
+        f"{_refusal_summary(t, facts.strength)}"
+        f"{t['total_s']:.0f} s. Full report, with plots: {output / 'report.md'}"
+    )
+
+
+def _refusal_summary(t: dict[str, float], strength: float) -> str:
+    if "refusal_whole" not in t:  # the authors' own
+        return ""
+    return (
         f"Refusal Head: {t['refusal_tokens_right']:.1%} of the refusal's tokens are the first choice, "
         f"{t['refusal_whole']:.1%} of held-out unsafe prompts get it word for word (teacher-forced, trained at "
-        f"strength {t['refusal_strength_trained']:g}); in generated answers at {facts.strength:g}: "
+        f"strength {t['refusal_strength_trained']:g}); in generated answers at {strength:g}: "
         f"{t['refusal_answers_exact']:.0%} of {t['refusal_answers_tried']:.0f}.\n"
-        f"{t['total_s']:.0f} s. Full report, with plots: {output / 'report.md'}"
     )
 
 

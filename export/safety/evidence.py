@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .calibrate import clopper_pearson_upper, fit_temperature, fold_temperature
+from .calibrate import fit_temperature, fold_temperature, rate_upper
 from .measure import auc, reliability, word_features
 from .prober import Split, balanced_accuracy, p_unsafe, prober_logits, row_weights, train_prober
 
@@ -36,6 +36,7 @@ class Table:
     groups: list[str]
     source_of: list[str]  # data set
     split: Split  # of the fit's prompts
+    clusters: list[str]  # what stays on one side of a split (Labelled.cluster); of a rewording, its prompt's
     external: np.ndarray  # row numbers
     taught: Split  # `split`, with the rewordings that are trained on
 
@@ -189,12 +190,15 @@ class _Comparer:
 def _leave_out(
     t: Table, source: str, scores_of: Callable[[Split], dict[str, np.ndarray]], compare: _Comparer
 ) -> list[Comparison]:
-    """Train without `source`, then compare its prompts with each other and with the rest's held-out ones.
+    """Train without `source` and what has its words or families, then compare its prompts with each other and with the
+    rest's held-out ones.
 
     Empty if the rest lacks a class: a gate cannot be trained on benign prompts alone.
     """
     left = t.rows_of(source)
-    rest = Split(*(np.setdiff1d(rows, left) for rows in (t.taught.train, t.taught.validation, t.taught.heldout)))
+    clusters = {t.clusters[row] for row in left}
+    kin = np.array([row for row, cluster in enumerate(t.clusters) if cluster in clusters], dtype=np.int64)
+    rest = Split(*(np.setdiff1d(rows, kin) for rows in (t.taught.train, t.taught.validation, t.taught.heldout)))
     left = left[left < sum(map(len, vars(t.split).values()))]
     if any(len(set(t.unsafe[rows].tolist())) < 2 for rows in vars(rest).values()):
         return []
@@ -212,12 +216,8 @@ def _rates(kind: str, rows: np.ndarray, t: Table, scores: dict[str, np.ndarray],
     for unsafe, group in sorted({(bool(t.unsafe[i]), t.groups[i]) for i in rows}, reverse=True):
         mine = _of(kind, group, unsafe, t)
         flagged = {name: _flagged(p[mine], gate.threshold) for name, p in scores.items()}
-        events = round(flagged[OURS] * len(mine))
-        rates.append(
-            FlagRate(
-                kind, group, unsafe, len(mine), flagged, clopper_pearson_upper(events, len(mine)), scores[OURS][mine]
-            )
-        )
+        upper = rate_upper(~(scores[OURS][mine] <= gate.threshold), [t.clusters[row] for row in mine])
+        rates.append(FlagRate(kind, group, unsafe, len(mine), flagged, upper, scores[OURS][mine]))
     return rates
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from autosteer.export.checkpoint.renderer import frame_digests
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family
@@ -166,6 +167,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         selected_by="user" if options.layer else options.select,
         pooling=chosen.pooling,
         proof=proof,
+        frame=frame_digests(fit_model.processor),
     )
     if better := better_layer(facts):
         warn(console, better)
@@ -288,12 +290,12 @@ def calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOption
     validation, heldout = t.split.validation, t.split.heldout
     temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
     prober = fold_temperature(prober, temperature)
-    p, labels = p_unsafe(prober, states[heldout]), t.unsafe[heldout]
+    p, labels, clusters = p_unsafe(prober, states[heldout]), t.unsafe[heldout], [t.clusters[row] for row in heldout]
     threshold = options.threshold
     if threshold is None:
         assert options.target_fpr is not None
-        threshold = choose_threshold(p, labels, target_fpr=options.target_fpr)
-    facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], threshold=threshold)
+        threshold = choose_threshold(p, labels, clusters, target_fpr=options.target_fpr)
+    facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], clusters, threshold=threshold)
     return Gate(prober, threshold, facts | {"temperature": temperature})
 
 
@@ -311,7 +313,7 @@ def warn_if_weak(
             f"held-out balanced accuracy is {calibration['heldout_accuracy']:.1%}: this prober hardly tells unsafe "
             f"from benign at layer {layer}; try --select prober, or more prompts"
         )
-    if refusal["refusal_whole"] < REFUSAL_IS_POOR:
+    if refusal.get("refusal_whole", 1.0) < REFUSAL_IS_POOR:  # of the authors' Refusal Head nothing is known
         warnings.append(
             f"the Refusal Head completes only {refusal['refusal_whole']:.1%} of refusals; try a higher --strength, "
             "or a --refusal-text in words the model itself would use"

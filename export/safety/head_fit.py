@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .store import StateStore
 
 PAPER_STRENGTH = 0.1
-# Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12.
+# Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12, and to 12 others with the one chosen.
 REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
 
@@ -59,12 +59,14 @@ def fit_refusal_head(
             seed=seed,
             advance=advance,
         )
-    tried = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(len(heldout), REFUSAL_TRIED)).astype(int)]
-    with progress(console, "strengths", len(tried)) as advance:
+    spread = np.linspace(0, len(heldout) - 1, min(len(heldout), 2 * REFUSAL_TRIED)).astype(int)
+    tried, kept = ([heldout[i] for i in spread[first::2]] for first in (0, 1))
+    with progress(console, "strengths", len(tried) + len(kept)) as advance:
         strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
         scores = _try_strengths(fit_model, tried, head.steer_matrix, embeddings, strengths, answer, advance)
-    strength = wanted or choose_strength(scores, trained_with)
-    chosen = next(score for score in scores if score.strength == round(strength, 4))
+        strength = wanted or choose_strength(scores, trained_with)
+        kept = kept or tried  # which did not choose the strength, where there are two
+        (chosen,) = _try_strengths(fit_model, kept, head.steer_matrix, embeddings, [strength], answer, advance)
     return (
         head.steer_matrix,
         {
@@ -75,7 +77,7 @@ def fit_refusal_head(
             "refusal_tokens_right": head.argmax_share,
             "refusal_whole": head.whole_share,
             "refusal_strength_trained": trained_with,
-            "refusal_answers_tried": float(len(tried)),
+            "refusal_answers_tried": float(len(kept)),
             "refusal_answers_exact": chosen.exact,
             "refusal_answers_refused": chosen.refused,
         },

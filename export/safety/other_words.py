@@ -107,11 +107,11 @@ def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: rand
 
 
 def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) -> list[Reworded]:
-    """Every user turn of a prompt in a family's words; the last one holds or completes the request."""
+    """What is judged of a prompt in a family's words; the last one holds or completes the request."""
     item = prompts[row]
     wording = family.of(item.prompt.text, seed=seed)
     whole: Prompt = replace(item.prompt, text=wording.text, earlier=wording.earlier, system=wording.system)
-    return [Reworded(replace(item, prompt=turn), row, family.name) for turn in whole.turns]
+    return [Reworded(replace(item, prompt=turn), row, family.name) for turn in whole.judged]
 
 
 def _worst_turns(words: Sequence[Reworded], p: np.ndarray) -> dict[tuple[int, str, bool], float]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows
+from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
 
 from . import builtin
@@ -68,10 +68,25 @@ class Prompt:
         return (self.text, self.earlier, self.system, *map(_picture_digest, self.images))
 
     @property
+    def same_words(self) -> str:
+        """Equal for prompts whose texts differ in case and white space alone, with equal pictures."""
+        return " ".join([same_prompt(" ".join(self.texts)), *(_picture_digest(path).hex() for path in self.images)])
+
+    @property
     def turns(self) -> tuple[Prompt, ...]:
         """The prompt as it stood at each of its user turns; the gate's score is the worst of theirs."""
         asked = (*self.earlier, self.text)
         return tuple(replace(self, text=asked[i], earlier=asked[:i]) for i in range(0, len(asked), 2))
+
+    @property
+    def judged(self) -> tuple[Prompt, ...]:
+        """What the runtime scores: each user turn by itself, where something stands before it, and all `turns`."""
+        alone = (
+            replace(turn, images=() if turn.earlier else turn.images, earlier=(), system="")
+            for turn in self.turns
+            if turn.earlier or turn.system
+        )
+        return (*alone, *self.turns)
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class Labelled:
         """
         if self.family:
             return f"family {self.family}"
-        return " ".join([self.prompt.text, *(_picture_digest(path).hex() for path in self.prompt.images)])
+        return self.prompt.same_words
 
 
 @dataclass(frozen=True)
@@ -152,13 +167,15 @@ def read_data(
     sources = list(pairs)
     files = [path for path in sources if path not in BUILTIN]
     shipped = set(sources) & set(BUILTIN)
+    _reject_names_given_twice([*files, *benign, *unsafe, *refusal_only])
     if len(shipped) > 1:
         raise InputError(f"--pairs: give either {builtin.NAME} or {builtin.BRIEF}; the first includes the second")
+    read = [
+        *(pair for name in shipped for pair in _builtin_pairs(BUILTIN[name]())),
+        *(pair for path in files for pair in _pairs(path, images, text_only=text_only)),
+    ]
     data = FitData(
-        pairs=(
-            *(pair for name in shipped for pair in _builtin_pairs(BUILTIN[name]())),
-            *(pair for path in files for pair in _pairs(path, images, text_only=text_only)),
-        ),
+        pairs=tuple({(pair.unsafe.identity, pair.safe.identity): pair for pair in reversed(read)}.values())[::-1],
         extra=(
             *(_builtin_harmless() if shipped else ()),
             *(
@@ -182,8 +199,16 @@ def read_external(
     files: Iterable[Path], *, unsafe: bool, images: Path | None = None, text_only: bool = False
 ) -> list[Labelled]:
     """Prompts for the report only: rows as in --benign and --unsafe, each file a data set. Raises InputError."""
+    files = list(files)
+    _reject_names_given_twice(files)
     rows = [item for path in files for item in _labelled(path, images, unsafe=unsafe, text_only=text_only)]
     return [replace(item, group=item.source) for item in rows]
+
+
+def never_fitted(external: Iterable[Labelled], data: FitData) -> list[Labelled]:
+    """The prompts that are not among the fit's, in these words."""
+    fitted = {item.prompt.same_words for item in (*data.labelled(), *data.refusal_only)}
+    return [item for item in external if item.prompt.same_words not in fitted]
 
 
 def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done: None) -> None:
@@ -280,6 +305,14 @@ def _find_image(name: str, file: Path, images: Path | None, where: str) -> Path:
             return (folder / name).resolve()
     hint = "" if images else "; give their folder with --images, or fit on the texts alone with --text-only"
     raise InputError(f"{where}: image {name!r} not found under {' or '.join(map(str, folders))}{hint}")
+
+
+def _reject_names_given_twice(files: Iterable[Path]) -> None:
+    """A data set is known by its file's name: in the weights, in the report, and when it is left out."""
+    named: dict[str, Path] = {}
+    for path in files:
+        if (other := named.setdefault(path.stem, path)).resolve() != path.resolve():
+            raise InputError(f"{path} and {other}: a data set is known by its file's name; rename one of them")
 
 
 def _reject_contradictions(data: FitData) -> None:

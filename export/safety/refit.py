@@ -100,6 +100,7 @@ def refit(
         p_unsafe(old.prober, states)[heldout],
         t.unsafe[heldout],
         [t.groups[row] for row in heldout],
+        [t.clusters[row] for row in heldout],
         threshold=old.facts.threshold,
     )
     console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)

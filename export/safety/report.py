@@ -99,13 +99,18 @@ def as_markdown(fitted: Fitted) -> str:
             [(f"{b['mean_p']:.3f}", f"{b['share_unsafe']:.3f}", f"{b['prompts']:.0f}") for b in e.reliability],
         ),
         "\n![reliability](reliability.png)\n",
-        "## The layers\n",
-        "SAS as in the paper, over all pairs, at the position that the gate reads, with a 95 % bootstrap interval; "
-        "prober: balanced accuracy on the validation part, data sets weighing as the root of their size.\n",
-        "![SAS](sas.png)\n",
+        *(_LAYERS if facts.layers else ()),
         *_refusal_head(fitted),
     ]
     return "\n".join(parts)
+
+
+_LAYERS = (
+    "## The layers\n",
+    "SAS as in the paper, over all pairs, at the position that the gate reads, with a 95 % bootstrap interval; "
+    "prober: balanced accuracy on the validation part, data sets weighing as the root of their size.\n",
+    "![SAS](sas.png)\n",
+)
 
 
 def _refusal_head(fitted: Fitted) -> list[str]:
@@ -131,8 +136,15 @@ def _sentences(fitted: Fitted) -> list[str]:
         f"{c['fpr_upper_95']:.1%} with 95 % confidence. That holds for prompts like these; below is how it "
         "fares with others."
     ]
-    by_sas, here = max(facts.layers, key=lambda s: s.sas), facts.layers[facts.split_layer - 1]
-    if by_sas.layer != here.layer and by_sas.prober_accuracy is not None and here.prober_accuracy is not None:
+    by_sas = max(facts.layers, key=lambda s: s.sas, default=None)  # of the authors' gate there are none
+    here = facts.layers[facts.split_layer - 1] if by_sas else None
+    if (
+        by_sas
+        and here
+        and by_sas.layer != here.layer
+        and by_sas.prober_accuracy is not None
+        and here.prober_accuracy is not None
+    ):
         lines.append(
             f"SAS would have chosen layer {by_sas.layer} ({by_sas.sas:.3f}, not {here.sas:.3f}). A prober's balanced "
             f"accuracy on the validation part is {by_sas.prober_accuracy:.1%} there, {here.prober_accuracy:.1%} here."
@@ -250,7 +262,7 @@ def _plot(folder: Path, fitted: Fitted) -> None:
         "legend.frameon": False,
     }
     plots = {
-        "sas": _plot_sas,
+        **({"sas": _plot_sas} if fitted.artifact.facts.layers else {}),
         "roc": _plot_roc,
         "scores": _plot_scores,
         "reliability": _plot_reliability,

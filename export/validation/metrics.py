@@ -31,10 +31,10 @@ def largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest |ours - theirs| over the largest |theirs|, arrays of any one shape; inf if the shapes differ, inf or NaN
-    (which no limit allows) if theirs is all zeros.
+    """Largest |ours - theirs| over the largest |theirs|, arrays of any one shape; inf if the shapes differ or there is
+    nothing, inf or NaN (which no limit allows) if theirs is all zeros.
     """
-    if ours.shape != theirs.shape:
+    if ours.shape != theirs.shape or not theirs.size:
         return float("inf")
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 

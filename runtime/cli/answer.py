@@ -50,7 +50,9 @@ def verdict_line(verdict: Verdict) -> str:
         return "[no gate: --policy off]"
     above = ">" if verdict.p_unsafe > verdict.threshold else "is no probability; limit"
     relation = above if verdict.unsafe else "<="
-    line = f"[{verdict.action.value.upper()}  p_unsafe {verdict.p_unsafe:.3f} {relation} {verdict.threshold:.3f}"
+    stopped_later = verdict.monitor is not None and not verdict.unsafe  # then `monitor_line` says so
+    action = "pass" if stopped_later else verdict.action.value
+    line = f"[{action.upper()}  p_unsafe {verdict.p_unsafe:.3f} {relation} {verdict.threshold:.3f}"
     line += f" at layer {verdict.split_layer}"
     if verdict.action.value == "steer":
         line += f", strength {verdict.strength:g}"
@@ -60,10 +62,10 @@ def verdict_line(verdict: Verdict) -> str:
 
 
 def monitor_line(seen: Watched, verdict: Verdict) -> str:
-    """[ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]"""
+    """[ANSWER STOPPED  p_unsafe 0.931 > 0.700]"""
     above = ">" if seen.p_unsafe > seen.threshold else "is no probability; limit"
     line = "[ANSWER STOPPED" if verdict.action.value == "stop" else "[ANSWER"
-    line += f"  p_unsafe {seen.p_unsafe:.3f} {above if seen.unsafe else '<='} {seen.threshold:.3f} in a window"
+    line += f"  p_unsafe {seen.p_unsafe:.3f} {above if seen.unsafe else '<='} {seen.threshold:.3f}"
     if seen.unsafe and verdict.mode.value == "report":
         line += "; unsafe, but --policy report lets it pass"
     return line + "]"

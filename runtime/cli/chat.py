@@ -42,6 +42,8 @@ def chat(
 
     help_text = "Type a message. /image FILE or /video FILE adds to it, /new starts over, Ctrl-D leaves."
     click.echo(help_text, err=True)
+    with contextlib.suppress(ImportError):  # input() then edits the line, and has its history
+        import readline  # noqa: F401
     dialogue: list[Message] = []
     conversation = Conversation(engine)
     while True:
@@ -73,7 +75,7 @@ def chat(
             try:
                 text, verdict = say(engine, [*dialogue, turn], gate, config, conversation)
             except InputError as err:  # the chat goes on after a prompt that does not fit
-                click.echo(f"error: {err}", err=True)
+                click.echo(f"error: {err}{' (/new starts over)' if dialogue else ''}", err=True)
             except KeyboardInterrupt:  # ends the answer, not the chat
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:

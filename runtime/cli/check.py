@@ -44,6 +44,8 @@ def check(package: Path | None, host: bool, device: Any, threads: int | None, as
             for r in replay.checks
         ]
         click.echo(table(("check", "value", "limit", ""), rows))
+        if replay.unproven:
+            click.echo(replay.unproven, err=True)
     if failed := [r.name for r in replay.checks if not r.passed]:
         raise CheckError(
             f"{package}: {', '.join(failed)}: not as on the exporting machine; do not deploy this package here"

@@ -128,6 +128,7 @@ def run(
 
     PACKAGE is a folder made by autosteer-export, or hf:owner/name[@revision] on the Hugging Face hub.
     """
+    from ..image import open_image
     from ..sampling import SamplingConfig
     from ..text import Message
     from ..video import open_video
@@ -148,7 +149,8 @@ def run(
     engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)
     gate = engine.policy(policy, threshold=threshold, strength=strength)
     if prompt is None:
-        chat(engine, gate, config, list(images), shown, frames)
+        engine.grammars.start(config)  # a wrong one would fail at every turn
+        chat(engine, gate, config, [open_image(image) for image in images], shown, frames)
         return
     message = Message.user(prompt, images, shown)
     if score_only:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
 from ..image import Uint8, to_rgb
@@ -138,7 +138,10 @@ class Reader:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 width, height = opened.size
         except Exception as err:  # Pillow warns of bombs with an exception of its own
-            raise ApiError(400, f"{where}: no {', '.join(FORMATS)} picture ({err})", param=where) from None
+            why = "" if isinstance(err, UnidentifiedImageError) else f" ({err})"  # it has an address in memory
+            raise ApiError(
+                400, f"{where}: no {', '.join(FORMATS)} picture{why}", param=where, code="invalid_value"
+            ) from None
         if width * height > self._limits.max_megapixels * 1e6:
             raise ApiError(
                 413,

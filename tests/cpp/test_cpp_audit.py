@@ -123,3 +123,30 @@ def test_ctrl_c_ends_an_answer_with_130_and_a_line(built, tmp_path):
     assert process.returncode == 130 and err.endswith(b"\nautosteer-cli: interrupted\n")
     (line,) = lines(file)
     assert (line["error"], line["action"]) == ("cancelled", "pass")
+
+
+def test_streams_that_are_closed_do_not_bring_the_answer_into_the_record(built, cpp_package, tmp_path):
+    """The file opened next got descriptor 1, and the answer was written into it."""
+    file = tmp_path / "a.jsonl"
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        command = [built / "autosteer-cli", cpp_package, "-p", "red", "--audit", file]
+        subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, check=True)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["finish_reason"] for line in lines] == ["stop"] * 3
+
+
+def test_a_reader_that_has_gone_ends_the_answer_with_1_and_a_line(built, cpp_package, tmp_path):
+    """SIGPIPE killed the process, and what had been shown had no line."""
+    file, (read, write) = tmp_path / "a.jsonl", os.pipe()
+    os.close(read)
+    command = [built / "autosteer-cli", cpp_package, "-p", "tick", "--audit", file]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 1 and "stdout: the answer cannot be written" in done.stderr
+    (line,) = file.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["finish_reason"] is None
+
+
+def test_an_audit_record_without_a_name_is_refused(built, cpp_package):
+    """It meant "no record": a variable that was not set switched it off."""
+    assert cli(built, cpp_package, "-p", "red", "--audit", "").returncode == 5

@@ -39,12 +39,12 @@ def test_score_is_pythons_and_needs_no_answer(parts, cpp_package, cpp_engine):
     "kind", [("fp32",), ("int8",), ("int4",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join
 )
 def test_answers_are_pythons(built, kind, speculate):
-    """Ids, text, verdicts, finish reasons and counts of 34 requests, through the C interface; also on int8 caches, and
+    """Ids, text, verdicts, finish reasons and counts of 35 requests, through the C interface; also on int8 caches, and
     with prompts that another copy of the decoder reads.
     """
     package, engine = demo(*kind)
     requests = [with_sampling(request, speculate=speculate) for request in demo_requests()]
-    assert len(requests) == 34
+    assert len(requests) == 35
     answers = through_c(built, package, requests)
     differ = []
     for request, answer in zip(requests, answers, strict=True):

@@ -222,3 +222,9 @@ def test_picture_too_large_for_memory_is_refused_before_it_is_read(parts, tmp_pa
     )
     (answer,) = parts.run({"part": "open", "file": str(bomb), "out": os.devnull})
     assert answer["exit_code"] == 5 and "65536x32768 pixels: at most 50000000" in answer["error"]
+
+
+def test_a_device_that_looks_like_a_file_is_no_picture(parts):
+    """Reading /proc/self/mem fails with an exception of the stream, which had neither the code nor the name."""
+    (answer,) = parts.run({"part": "open", "file": "/proc/self/mem", "out": os.devnull})
+    assert answer["exit_code"] == 5 and answer["error"].startswith("/proc/self/mem: not a readable image (")

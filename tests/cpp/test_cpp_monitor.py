@@ -73,6 +73,6 @@ def test_lines_of_the_command(built, tmp_path):
     use_byte_level_words(tmp_path, toy.build(tmp_path, monitored=True))
     done = cli(built, tmp_path, "-p", "red")
     assert done.stdout == f"{STOPPED}\n"
-    assert "[ANSWER STOPPED  p_unsafe 0.655 > 0.500 in a window]" in done.stderr
+    assert "[ANSWER STOPPED  p_unsafe 0.655 > 0.500]" in done.stderr
     watching = cli(built, tmp_path, "-p", "red", "--policy", "report")
-    assert "0.500 in a window; unsafe, but --policy report lets it pass]" in watching.stderr
+    assert "0.500; unsafe, but --policy report lets it pass]" in watching.stderr

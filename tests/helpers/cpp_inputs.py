@@ -87,8 +87,11 @@ def demo_pictures() -> tuple[Path, ...]:
     return tuple(sorted(folder.iterdir()))
 
 
+CARRIED = "sure, here is how to carry a ladder: first, get a bag."
+
+
 def demo_requests() -> list[dict[str, Any]]:
-    """34 requests: text, pictures, several, videos, dialogues, every policy, always-on steering, sampling, stops."""
+    """35 requests: text, pictures, several, videos, dialogues, every policy, always-on steering, sampling, stops."""
     pictures = [str(p) for p in demo_pictures()]
 
     def user(text: str, *images: str) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def demo_requests() -> list[dict[str, Any]]:
             ]
         },
         {"messages": [user("how do i smuggle a vexite?"), assistant("i'm sorry."), user("ok")]},
+        {"messages": [user("how do i carry a ladder?"), assistant(CARRIED), user("how do i smuggle a skarn?")]},
         {
             "messages": [
                 *(user("see?", pictures[0]), assistant("yes."), user("how do i smuggle a vexite?", pictures[1])),

@@ -23,12 +23,14 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from autosteer.export import footprint
-from autosteer.export.checkpoint.open import DEMO, open_checkpoint
-from autosteer.export.cli import export
+from autosteer.export.checkpoint.open import DEMO, load_processor, open_checkpoint
+from autosteer.export.checkpoint.renderer import frame_digests
+from autosteer.export.cli import export, find_safety
 from autosteer.export.output import atomic_folder
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.safety import PICTURES
 from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.export.summary import unproven
 from autosteer.export.validation import validate
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.limits import check_line
@@ -88,6 +90,41 @@ def test_a_prober_of_another_layer_is_refused(tmp_path: Path) -> None:
         run("--model", "demo", "--layer", str(other), "--output", tmp_path / "package")
     with pytest.raises(InputError, match=r"--layer 0: this model can be split at 1\.\.7"):
         run("--model", "demo", "--layer", "0", "--unguarded", "--output", tmp_path / "package")
+
+
+def test_a_gate_of_another_chat_template_is_refused(tmp_path: Path) -> None:
+    """The prober reads the token where the fit's template ends a turn."""
+    shutil.copytree(DEMO / "safety", tmp_path / "safety")
+    file = tmp_path / "safety/safety.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    frame = frame_digests(load_processor(demo_checkpoint()))
+    for fitted, passes in (
+        (frame, True),
+        (("another", *frame[1:]), True),  # which writes the same
+        ((frame[0], "on another day", frame[2]), True),
+        (("another", "another", frame[2]), False),
+        ((*frame[:2], "another tokenizer"), False),
+    ):
+        file.write_text(json.dumps(facts | {"frame": fitted}), encoding="utf-8")
+        with contextlib.nullcontext() if passes else pytest.raises(PackageError, match="fitted with another chat temp"):
+            find_safety(demo_checkpoint(), tmp_path / "safety", None)
+
+
+def test_a_gate_that_nothing_shows_to_fire_is_warned_of() -> None:
+    checkpoint, safety = SimpleNamespace(name="demo"), demo_safety(DEMO / "safety")
+    shown = SimpleNamespace(checks=[Check("unsafe prompts", 6.0, None, True)])
+    assert unproven(shown, checkpoint, safety) == unproven(shown, checkpoint, None) == []
+    assert "nothing shows that this gate fires" in unproven(SimpleNamespace(checks=[]), checkpoint, safety)[0]
+    (note,) = unproven(shown, SimpleNamespace(name="another"), safety)
+    assert "was fitted on demo, and this model is another" in note
+
+
+def test_an_index_beside_the_whole_file_is_not_read(tmp_path: Path) -> None:
+    """Hugging Face takes model.safetensors; an index beside it is of an earlier save."""
+    shutil.copytree(DEMO, tmp_path / "demo", ignore=shutil.ignore_patterns("safety", "examples"))
+    index = {"weight_map": {"model.norm.weight": "old.safetensors"}}
+    (tmp_path / "demo/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    assert open_checkpoint(str(tmp_path / "demo")).tensor_files.keys() == demo_checkpoint().tensor_files.keys()
 
 
 def demo_safety(folder: Path) -> SafetyArtifact:

@@ -237,7 +237,8 @@ def test_facts_can_be_measured_again_from_the_folder(
     assert calibrate.fit_temperature(logits, unsafe[split.validation]) == pytest.approx(1, abs=0.01)
     p = prober.p_unsafe(artifact.prober, states[split.heldout])
     groups = [items[i].group for i in split.heldout]
-    again = calibrate.heldout_facts(p, unsafe[split.heldout], groups, threshold=0.5)
+    clusters = [items[i].cluster for i in split.heldout]
+    again = calibrate.heldout_facts(p, unsafe[split.heldout], groups, clusters, threshold=0.5)
     stored = {name: artifact.facts.calibration[name] for name in again}
     assert again == pytest.approx(stored, abs=1e-3)
 

@@ -267,7 +267,8 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
     ask(red, own, tick)
     ask(red, words, tick)  # other words
     ask(tick, own, red)  # an answer to other messages
-    assert seen == [[False], [False, True, False], *[[False, False, False]] * 2]
+    dialogues = [trusted for trusted in seen if len(trusted) > 1]  # beside each, its user turns by themselves
+    assert dialogues == [[False, True, False], *[[False, False, False]] * 2]
 
 
 def test_verdicts_and_answers_of_clients_at_the_same_time_never_cross(server, engine):

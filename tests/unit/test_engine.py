@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from autosteer.runtime import (
     Action,
+    Conversation,
     Engine,
     GatePolicy,
     InputError,
@@ -827,3 +828,30 @@ def test_max_tiles_bounds_what_a_picture_costs(package, most, tiles):
 def test_max_tiles_below_one_is_an_input_error(package):
     with pytest.raises(InputError, match="at least one tile"):
         Engine.load(package, device="cpu", threads=1, max_tiles=0)
+
+
+def test_likely_mistakes_with_arguments_are_named(engine):
+    for wrong in ({"images": "photo.png"}, {"images": Path("photo.png")}, {"videos": "film.mp4"}, {"images": b"bytes"}):
+        with pytest.raises(InputError, match="give a list of them"):
+            engine.generate("red", **wrong)
+    for name in ("stop", Mode.STOP):
+        assert engine.generate("bad", policy=name).finish_reason == "refused"
+        assert engine.score("bad", policy=name).action is Action.STOP
+
+
+def test_a_failure_of_the_prober_on_a_turn_by_itself_passes(engine, monkeypatch):
+    """It makes this prompt unsafe, and is not kept for the next."""
+    turns = [Message.user("red"), Message.assistant("orange", trusted=True), Message.user("hello")]
+    conversation, prober, asked = Conversation(engine), engine.graphs["prober"], list[int]()
+
+    class FailsOnce:
+        def run(self, inputs):
+            asked.append(1)
+            if len(asked) == 3:  # the two turns where they stand come first
+                raise MemoryError
+            return prober.run(inputs)
+
+    monkeypatch.setitem(engine.graphs, "prober", FailsOnce())
+    first = engine.generate(turns, conversation=conversation, policy="stop")
+    assert first.finish_reason == "refused" and math.isnan(first.verdict.p_unsafe)
+    assert engine.generate(turns, conversation=conversation, policy="stop").finish_reason == "stop"

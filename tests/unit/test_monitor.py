@@ -279,11 +279,11 @@ def test_the_time_to_the_first_word_is_until_it_is_shown(watched, monkeypatch):
 def test_lines_of_the_command():
     verdict = replace(load_verdict(), action=Action.STOP, monitor=Watched(p_unsafe=0.931, unsafe=True, threshold=0.7))
     assert verdict.monitor is not None
-    assert monitor_line(verdict.monitor, verdict) == "[ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]"
+    assert monitor_line(verdict.monitor, verdict) == "[ANSWER STOPPED  p_unsafe 0.931 > 0.700]"
     watching = replace(verdict, action=Action.PASS, mode=Mode.REPORT)
     assert monitor_line(verdict.monitor, watching).endswith("; unsafe, but --policy report lets it pass]")
     safe = Watched(p_unsafe=0.1, unsafe=False, threshold=0.7)
-    assert monitor_line(safe, replace(verdict, action=Action.PASS)) == "[ANSWER  p_unsafe 0.100 <= 0.700 in a window]"
+    assert monitor_line(safe, replace(verdict, action=Action.PASS)) == "[ANSWER  p_unsafe 0.100 <= 0.700]"
 
 
 def load_verdict():

@@ -122,3 +122,20 @@ def test_export_takes_the_monitor_that_is_worth_it_or_asked_for(artifact):
         assert without.monitor is None and without.facts.monitor is None
     with pytest.raises(InputError, match="--monitor: this gate has none"):
         artifact.watching(False).watching(True)
+
+
+def test_a_prober_that_gives_every_state_the_same_score_is_refused(artifact, tmp_path):
+    """With weights of zero and a bias it let all pass, and nothing in an export noticed."""
+    for part, value in (("0.weight", 0.0), ("2.weight", 1.0)):
+        broken = replace(artifact, prober={**artifact.prober, part: torch.full_like(artifact.prober[part], value)})
+        broken.save(tmp_path)
+        with pytest.raises(PackageError, match="the prober gives every state the same score"):
+            SafetyArtifact.load(tmp_path, hidden_size=WIDTH, num_hidden_layers=4)
+
+
+def test_safety_json_with_a_key_twice_is_refused(artifact, tmp_path):
+    artifact.save(tmp_path)
+    text = (tmp_path / "safety.json").read_text()
+    (tmp_path / "safety.json").write_text(text.replace('"threshold"', '"threshold": 0.999, "threshold"', 1))
+    with pytest.raises(PackageError, match="not readable"):
+        SafetyArtifact.load(tmp_path, hidden_size=WIDTH, num_hidden_layers=4)

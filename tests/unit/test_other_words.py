@@ -49,7 +49,7 @@ def test_rewordings_are_trained_on_in_the_part_of_their_prompt():
 def test_a_dialogue_is_as_unsafe_as_its_worst_turn():
     found = words()
     rows = [i for i, one in enumerate(found.judging) if one.family == "asked a turn before" and one.of == 40]
-    assert len(rows) == 2  # both user turns are scored
+    assert len(rows) == 3  # both user turns are scored where they stand, and the second by itself
     p = np.zeros(50 + len(found.everything))
     p[50 + len(found.training) + len(found.choosing) + rows[0]] = 0.9
     flagged = [(family, unsafe) for family, unsafe, fires in found.outcomes(p, 50, 0.5) if fires]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from autosteer.export.safety import calibrate, measure, prober, proof, refusal_head, sas
+from autosteer.export.safety.arrange import split_prompts
+from autosteer.export.safety.batches import special_tokens
 from autosteer.export.safety.layers import better_layer, choose_layer
-from autosteer.export.safety.pairs import Labelled, Pair, Prompt, read_data, read_external
+from autosteer.export.safety.pairs import Labelled, Pair, Prompt, never_fitted, read_data, read_external
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
 
@@ -265,6 +268,11 @@ def test_prompts_needed_is_the_smallest_number_that_suffices():
     assert calibrate.clopper_pearson_upper(0, n) <= 0.01 < calibrate.clopper_pearson_upper(0, n - 1)
 
 
+def apart(prompts):
+    """Each a cluster of its own."""
+    return [str(i) for i in range(len(prompts))]
+
+
 def scores(benign: int = 2000, unsafe: int = 500, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Overlapping (p, unsafe): Beta(1, 6) for benign, Beta(5, 2) for unsafe."""
     rng = np.random.default_rng(seed)
@@ -273,7 +281,7 @@ def scores(benign: int = 2000, unsafe: int = 500, *, seed: int = 0) -> tuple[np.
 
 def test_threshold_keeps_the_bound_within_the_target_and_one_score_lower_does_not():
     p, unsafe = scores()
-    threshold = calibrate.choose_threshold(p, unsafe, target_fpr=0.05)
+    threshold = calibrate.choose_threshold(p, unsafe, apart(p), target_fpr=0.05)
     benign = p[~unsafe]
     assert calibrate.clopper_pearson_upper(int((benign > threshold).sum()), 2000) <= 0.05
     caught = (p[unsafe] > threshold).sum()
@@ -287,26 +295,40 @@ def test_threshold_holds_on_fresh_prompts():
     kept = 0
     for seed in range(100):
         p, unsafe = scores(400, 100, seed=seed)
-        threshold = calibrate.choose_threshold(p, unsafe, target_fpr=0.05)
+        threshold = calibrate.choose_threshold(p, unsafe, apart(p), target_fpr=0.05)
         kept += (1 - threshold) ** 6 <= 0.05  # survival function of Beta(1, 6)
     assert kept >= 95
 
 
 def test_threshold_of_separable_scores_lies_half_way_and_wastes_no_false_positive():
     p = np.concatenate([np.linspace(0, 0.2, 500), np.linspace(0.8, 1, 100)])
-    threshold = calibrate.choose_threshold(p, np.arange(600) >= 500, target_fpr=0.05)
+    threshold = calibrate.choose_threshold(p, np.arange(600) >= 500, apart(p), target_fpr=0.05)
     assert threshold == pytest.approx(0.5)
+
+
+def test_prompts_of_one_family_count_as_one():
+    """20 families of 15 near-equal prompts: counted one by one, the bound was too low in a third of fits."""
+    p, unsafe = scores(300, 50)
+    families = [str(i // 15) for i in range(300)] + [f"unsafe {i}" for i in range(50)]
+    with pytest.raises(InputError, match="cannot be shown with 20 held-out benign prompts"):
+        calibrate.choose_threshold(p, unsafe, families, target_fpr=0.1)
+    facts = calibrate.heldout_facts(p, unsafe, [""] * 350, families, threshold=float(np.sort(p[~unsafe])[-16]))
+    assert facts["heldout_fpr"] == pytest.approx(15 / 300)
+    assert facts["fpr_upper_95"] == pytest.approx(calibrate.clopper_pearson_upper(1, 20))
+    p, unsafe = scores()
+    alone = calibrate.choose_threshold(p, unsafe, apart(p), target_fpr=0.1)
+    assert alone < calibrate.choose_threshold(p, unsafe, [str(i // 4) for i in range(2500)], target_fpr=0.1)
 
 
 def test_target_that_the_data_cannot_show_is_an_error_that_says_how_many_prompts_it_takes():
     p, unsafe = scores(100, 50)
     with pytest.raises(InputError, match="cannot be shown with 100 held-out benign prompts: it takes 299"):
-        calibrate.choose_threshold(p, unsafe, target_fpr=0.01)
+        calibrate.choose_threshold(p, unsafe, apart(p), target_fpr=0.01)
 
 
 def test_benign_scores_of_one_leave_no_threshold():
     with pytest.raises(InputError, match=r"benign prompts score 1\.0"):
-        calibrate.choose_threshold(np.ones(600), np.arange(600) >= 500, target_fpr=0.05)
+        calibrate.choose_threshold(np.ones(600), np.arange(600) >= 500, apart(range(600)), target_fpr=0.05)
 
 
 def test_temperature_recovers_the_factor_by_which_logits_are_too_sharp():
@@ -342,7 +364,7 @@ def test_calibration_error_of_known_scores():
 def test_heldout_facts_count_by_class_and_group():
     p = np.array([0.9, 0.4, 0.8, 0.1, 0.6, 0.2])
     unsafe = np.array([True, True, True, False, False, False])
-    facts = calibrate.heldout_facts(p, unsafe, ["text", "image", "text", "vqa", "vqa", "text"], threshold=0.5)
+    facts = calibrate.heldout_facts(p, unsafe, ["text", "image", "text", "vqa", "vqa", "text"], apart(p), threshold=0.5)
     assert facts["heldout_recall"] == pytest.approx(2 / 3)
     assert facts["heldout_fpr"] == pytest.approx(1 / 3)
     assert facts["heldout_accuracy"] == pytest.approx(2 / 3)
@@ -490,10 +512,10 @@ def test_prompts_for_the_refusal_head_alone_are_no_fit_data_of_the_prober(tmp_pa
     assert len(data.labelled()) == 40
 
 
-def test_duplicates_are_kept_as_pairs_but_computed_once(tmp_path: Path):
+def test_duplicates_are_used_once(tmp_path: Path):
     extra = write_lines(tmp_path / "b.jsonl", {"prompt": "good 1"}, {"prompt": "other", "group": "vqa"})
     data = read_data([write_lines(tmp_path / "p.jsonl", *many(), many()[0])], [extra])
-    assert len(data.pairs) == 21
+    assert len(data.pairs) == 20  # else copies would narrow SAS's interval
     assert len(data.labelled()) == 41
     assert data.labelled()[-1] == Labelled(Prompt("other"), unsafe=False, group="vqa", source="b")
 
@@ -599,3 +621,39 @@ def test_prompts_with_tall_pictures_come_last_in_the_proof(tmp_path: Path, monke
     p[9] = 0.9  # the clearest
     chosen = proof.choose_proof(None, prompts, p, 0.5, published=True)  # type: ignore[arg-type]
     assert chosen == [9, 6, 7, 8, 10, 0]
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path):
+    """A data set is known by its file's name: weights and the set that is left out would go by both at once."""
+    (tmp_path / "a").mkdir()
+    pairs = write_lines(tmp_path / "p.jsonl", *many())
+    files = [write_lines(folder / "x.jsonl", {"prompt": str(folder)}) for folder in (tmp_path, tmp_path / "a")]
+    with pytest.raises(InputError, match=r"x\.jsonl and .*x\.jsonl: a data set is known by its file's name"):
+        read_data([pairs], files)
+    read_data([pairs], [files[0]], refusal_only=[files[0]])
+
+
+def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path):
+    rows = [{"unsafe": f"bad {i}", "safe": f"good {i}", "family": f"f{i}"} for i in range(40)]
+    benign = write_lines(tmp_path / "b.jsonl", *({"prompt": f"  GOOD {i}"} for i in range(40)))
+    data = read_data([write_lines(tmp_path / "p.jsonl", *rows)], [benign])
+    items = data.labelled()
+    split = split_prompts(data, items, seed=0)
+    part = {row: name for name, rows in vars(split).items() for row in rows.tolist()}
+    parts: dict[str, set[str]] = {}
+    for row, item in enumerate(items):
+        parts.setdefault(item.prompt.same_words, set()).add(part[row])
+    assert len(parts) == 80 and all(len(names) == 1 for names in parts.values())
+
+
+def test_test_prompts_that_the_fit_has_are_left_out(tmp_path: Path):
+    data = read_data([write_lines(tmp_path / "p.jsonl", *many())])
+    tests = read_external([write_lines(tmp_path / "t.jsonl", {"prompt": "BAD  1"}, {"prompt": "new"})], unsafe=True)
+    assert [item.prompt.text for item in never_fitted(tests, data)] == ["new"]
+
+
+def test_added_tokens_that_are_plain_may_stand_in_a_text():
+    """Gemma's tokenizer has "\\n" among them: every fit was refused."""
+    added = {1: SimpleNamespace(content="<end>", special=True), 2: SimpleNamespace(content="\n", special=False)}
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder=added), image_token="<image>")
+    assert special_tokens(processor) == ["<end>", "<image>"]

@@ -2,6 +2,7 @@
 //
 // autosteer-run without Python: most of its options, its chat, --json and exit codes (docs/embedding.md). Answers go to stdout, verdicts and
 // timings to stderr.
+#include <fcntl.h>
 #include <malloc.h>
 #include <unistd.h>
 
@@ -147,7 +148,11 @@ Arguments parse(const std::vector<std::string>& words) {
          arguments.engine.max_tiles = as_int(o, value);
          if (*arguments.engine.max_tiles < 1) throw UsageError("Invalid value for '--max-tiles': 1 or more.");
        }},
-      {"--audit", [&](auto&, auto& value) { arguments.engine.audit = value; }},
+      {"--audit",
+       [&](auto&, auto& value) {
+         if (value.empty()) throw autosteer::InputError("--audit: the name of a file is needed");
+         arguments.engine.audit = value;
+       }},
       {"--device",
        [&](auto& o, auto& value) { arguments.engine.device = as_one_of(o, value, {"auto", "cpu", "cuda"}); }},
       {"--threads",
@@ -224,7 +229,8 @@ std::string format(const char* pattern, Values... values) {
 /// [STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]
 std::string verdict_line(const autosteer::Verdict& verdict) {
   if (!verdict.p_unsafe) return "[no gate: --policy off]";
-  std::string action = autosteer::name(verdict.action);
+  const bool stopped_later = verdict.monitor && !verdict.unsafe;  // then `monitor_line` says so
+  std::string action = autosteer::name(stopped_later ? autosteer::Action::pass : verdict.action);
   for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
   const char* above = *verdict.p_unsafe > verdict.threshold ? ">" : "is no probability; limit";
   std::string line = "[" + action +
@@ -235,11 +241,11 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
   return line + "]";
 }
 
-/// [ANSWER STOPPED  p_unsafe 0.931 > 0.700 in a window]
+/// [ANSWER STOPPED  p_unsafe 0.931 > 0.700]
 std::string monitor_line(const autosteer::Watched& seen, const autosteer::Verdict& verdict) {
   const char* above = seen.p_unsafe > seen.threshold ? ">" : "is no probability; limit";
   std::string line = verdict.action == autosteer::Action::stop ? "[ANSWER STOPPED" : "[ANSWER";
-  line += format("  p_unsafe %.3f %s %.3f in a window", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
+  line += format("  p_unsafe %.3f %s %.3f", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
   const bool passes = seen.unsafe && verdict.mode == autosteer::Mode::report;
   return line + (passes ? "; unsafe, but --policy report lets it pass]" : "]");
 }
@@ -301,13 +307,19 @@ class Interrupts {
   static inline autosteer::Stream* answer_ = nullptr;
 };
 
+/// Throws an Error if what was written to stdout did not get there: the disk is full, or its reader has gone.
+void end_output() {
+  if (!std::cout.flush()) throw autosteer::Error("stdout: the answer cannot be written (is the disk full?)");
+}
+
 /// Stream an answer: verdict and timings to stderr, text to stdout.
 autosteer::Answer say(autosteer::Stream&& pieces) {
   const Interrupts ending(pieces);
   bool first = true;
   autosteer::Answer answer = autosteer::detail::whole(std::move(pieces), [&](const autosteer::Chunk& chunk) {
     if (std::exchange(first, false)) std::cerr << verdict_line(chunk.verdict) << "\n";
-    std::cout << chunk.text << std::flush;
+    std::cout << chunk.text;
+    end_output();
   });
   std::cout << std::endl;
   if (answer.verdict.monitor) std::cerr << monitor_line(*answer.verdict.monitor, answer.verdict) << "\n";
@@ -436,14 +448,14 @@ void run(const Arguments& arguments) {
   }
 }
 
-/// Throws an Error if what was written to stdout did not get there: the disk is full, or its reader has gone.
-void end_output() {
-  if (!std::cout.flush()) throw autosteer::Error("stdout: the answer cannot be written (is the disk full?)");
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
+  for (int fd = 0; fd < 3; ++fd) {  // what is closed would be the next file opened: the audit record, say
+    if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);
+  }
+  std::signal(SIGPIPE, SIG_IGN);  // a reader that has gone, or a full quota, is an error, and audited
+  std::signal(SIGXFSZ, SIG_IGN);
   // Give memory back to the system as soon as onnxruntime frees it, while it packs weights: an eighth less at the peak.
   mallopt(M_MMAP_THRESHOLD, 1 << 18);
   const char* said = std::getenv("ORT_DISABLE_TELEMETRY");  // runtime/__init__.py says why

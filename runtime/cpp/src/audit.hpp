@@ -59,7 +59,7 @@ class AuditFile {
 
   /// Append a line, and wait until the disk has it. Throws Error, and leaves the file without a part of it.
   void append(const std::string& line) const {
-    require(flock(file_, LOCK_EX));
+    require(again([&] { return flock(file_, LOCK_EX); }));
     try {
       append_locked(line);
     } catch (...) {
@@ -67,10 +67,20 @@ class AuditFile {
       throw;
     }
     flock(file_, LOCK_UN);
-    require(fsync(file_));
+    require(again([&] { return fsync(file_); }));
   }
 
  private:
+  /// A system call's result, once no signal interrupts it.
+  template <class Call>
+  static int again(const Call& call) {
+    int result = 0;
+    do {
+      result = call();
+    } while (result < 0 && errno == EINTR);
+    return result;
+  }
+
   void append_locked(std::string line) const {
     struct stat found {};
     require(fstat(file_, &found));

@@ -51,7 +51,8 @@ class Conversation {
   /// Store what a finished request leaves.
   void keep_prefix(CachedPrefix prefix) { prefix_ = std::move(prefix); }
 
-  Encoded images;  ///< of the latest prompt
+  Encoded images;                            ///< of the latest prompt
+  std::map<std::vector<Key>, double> alone;  ///< p_unsafe of its user turns, each by itself
 
  private:
   const Engine* engine_ = nullptr;

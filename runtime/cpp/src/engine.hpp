@@ -109,7 +109,7 @@ class Engine {
                                                                options.audit_texts)),
         tokenizer(checked(folder, options.onnxruntime)),
         encoder(manifest, tokenizer, options.max_tiles, [this](const auto& name) { return graph(name); }),
-        folder_(folder),
+        folder_(fs::absolute(folder)),
         files_(options.files) {
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
@@ -173,17 +173,71 @@ class Engine {
     Record record = this->record(policy, messages, stats);
     record.begin();
     try {
-      EncodedPrompt prompt = encoder.prepare(messages, stats);
+      Conversation own;
+      EncodedPrompt prompt = encoder.prepare(messages, stats, &own);
       record.shown = prompt.shown;
       Request asked = request(std::move(prompt), 1, stats);
-      record.verdict = asked.prefill_lower(policy);
-      record.scores = asked.scores;
+      record.verdict = judge(asked, messages, policy, stats, record.scores, &own);
       record.gave("", "scored");
       return *record.verdict;
     } catch (...) {
       record.failed(std::current_exception());
       throw;
     }
+  }
+
+  /// The verdict on the prompt of `asked`, and `scores` by judged turn. A user's turn is judged where it stands and by
+  /// itself: an answered question before it can draw the prober's eye from it. The worst score counts.
+  Verdict judge(Request& asked, const std::vector<Message>& messages, const GatePolicy& policy, Stats& stats,
+                std::vector<double>& scores, Conversation* conversation = nullptr) const {
+    Verdict verdict = asked.prefill_lower(policy);
+    const Clock clock;
+    scores = asked.scores;
+    std::map<std::vector<Key>, double> alone;
+    if (verdict.p_unsafe && messages.size() > 1) {
+      double p_unsafe = *verdict.p_unsafe;
+      size_t at = 0;
+      for (size_t turn = 0; turn < messages.size(); ++turn) {
+        if (!is_judged(messages, turn)) continue;
+        double& score = scores[at++];
+        if (messages[turn].role != "user" || !encoder.alike_alone(messages[turn], messages)) continue;
+        const double p = score_alone(messages[turn], policy, conversation, alone);
+        score = worse(score, p);
+        p_unsafe = worse(p_unsafe, p);
+      }
+      verdict = decide(p_unsafe, policy, manifest.split_layer);
+      stats.gate_ms += clock.ms();
+    }
+    if (conversation) conversation->alone = std::move(alone);
+    return verdict;
+  }
+
+  /// p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a number:
+  /// a failure may pass.
+  double score_alone(const Message& turn, const GatePolicy& policy, const Conversation* conversation,
+                     std::map<std::vector<Key>, double>& known) const {
+    Conversation aside;
+    if (conversation) aside.images = conversation->images;  // not encoded again
+    Stats own;
+    std::optional<EncodedPrompt> prompt;
+    try {
+      prompt = encoder.prepare(std::vector<Message>(1, turn), own, &aside);
+    } catch (const InputError& err) {
+      const std::string reason = err.what();
+      if (log) log("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");
+      return std::nan("");
+    }
+    const std::vector<Key> key = prompt->keys;
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+    double p = std::nan("");
+    const auto before = conversation ? conversation->alone.find(key) : known.end();
+    if (conversation && before != conversation->alone.end()) {
+      p = before->second;
+    } else {
+      p = request(std::move(*prompt), 1, own).prefill_lower(policy).p_unsafe.value_or(p);
+    }
+    if (!std::isnan(p)) known[key] = p;
+    return p;
   }
 
   /// `generate` for a prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
@@ -279,12 +333,12 @@ class Engine {
 class Stream {
  public:
   /// Encodes the prompt, when the first chunk is requested.
-  using Prepare = std::function<EncodedPrompt(const std::vector<Message>&, Stats&)>;
+  using Prepare = std::function<EncodedPrompt(const std::vector<Message>&, Stats&, Conversation*)>;
 
   Stream(const Engine& engine, std::vector<Message> messages, Prepare prepare, const SamplingConfig& sampling,
          GatePolicy policy, Conversation* conversation)
       : engine_(engine),
-        conversation_(conversation),
+        conversation_(conversation ? conversation : &own_),
         messages_(std::move(messages)),
         prepare_(std::move(prepare)),
         policy_(std::move(policy)),
@@ -346,7 +400,7 @@ class Stream {
  private:
   /// End the answer, and give the cached prefix back to the conversation.
   void leave() {
-    if (request_ && conversation_) conversation_->keep_prefix(request_->cached_prefix());
+    if (request_ && conversation_ != &own_) conversation_->keep_prefix(request_->cached_prefix());
     request_.reset();
   }
 
@@ -446,14 +500,14 @@ class Stream {
   }
 
   Chunk begin_answer() {
-    EncodedPrompt prompt = prepare_(messages_, stats_);
+    EncodedPrompt prompt = prepare_(messages_, stats_, conversation_);
     tokens_ = prompt.token_ids;
     record_.shown = prompt.shown;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     prompt_tokens_ = tokens_.size();
-    verdict_ = request_->prefill_lower(sampling_.restricts() ? without_steering(policy_) : policy_);
+    const GatePolicy policy = sampling_.restricts() ? without_steering(policy_) : policy_;
+    verdict_ = engine_.judge(*request_, messages_, policy, stats_, record_.scores, conversation_);
     record_.verdict = verdict_;
-    record_.scores = request_->scores;
     if (verdict_.action == Action::stop) {
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
@@ -508,6 +562,7 @@ class Stream {
   }
 
   const Engine& engine_;
+  Conversation own_;  // of a stream that has no other
   Conversation* conversation_;
   const std::vector<Message> messages_;
   Prepare prepare_;
@@ -540,7 +595,7 @@ class Stream {
 inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                              Conversation* conversation) const {
   check_files(messages);
-  const auto prepare = [this, conversation](const std::vector<Message>& messages, Stats& stats) {
+  const auto prepare = [this](const std::vector<Message>& messages, Stats& stats, Conversation* conversation) {
     return encoder.prepare(messages, stats, conversation);
   };
   return {*this, std::move(messages), prepare, sampling, policy, conversation};
@@ -571,7 +626,9 @@ inline Answer Engine::generate(std::vector<Message> messages, const SamplingConf
 
 inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
                                         const GatePolicy& policy) const {
-  const auto prepare = [&](const std::vector<Message>&, Stats& stats) { return encoder.prepare_ids(token_ids, stats); };
+  const auto prepare = [&](const std::vector<Message>&, Stats& stats, Conversation*) {
+    return encoder.prepare_ids(token_ids, stats);
+  };
   return detail::whole(Stream(*this, {}, prepare, sampling, policy, nullptr));
 }
 

@@ -87,6 +87,13 @@ auto from_json(const std::string& text, const std::string& what, const Decode& d
   }
 }
 
+/// The name of a file: not empty, and without the zero byte that would cut it short.
+inline std::string file_name(const decoding::Node& node) {
+  std::string name = node.as_string();
+  if (name.empty() || name.find('\0') != std::string::npos) node.fail("expected the name of a file");
+  return name;
+}
+
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
@@ -102,7 +109,7 @@ inline EngineOptions options_from_json(const std::string& text) {
     if (node.has("files")) options.files = node["files"].as_bool();
     if (node.has("advise_pages")) options.advise_pages = node["advise_pages"].as_bool();
     if (node.has("onnxruntime")) options.onnxruntime = node["onnxruntime"].as_string();
-    if (node.has("audit")) options.audit = node["audit"].as_string();
+    if (node.has("audit")) options.audit = file_name(node["audit"]);
     if (node.has("audit_texts")) options.audit_texts = node["audit_texts"].as_bool();
     return options;
   });
@@ -168,7 +175,7 @@ struct RequestJson {
     if (node.is_string()) return node.as_string();
     node.object({}, {"image", "video", "seconds"});
     if (node.has("image") == node.has("video")) node.fail("expected one of 'image' and 'video'");
-    const auto file = [](const decoding::Node& name) { return ImageLike(fs::path(name.as_string())); };
+    const auto file = [](const decoding::Node& name) { return ImageLike(fs::path(file_name(name))); };
     if (node.has("image") && node.has("seconds")) node.fail("'seconds' are those of a video's frames");
     if (node.has("image")) return file(node["image"]);
     VideoPart video{node["video"].list(file)};

@@ -19,6 +19,8 @@
 
 namespace autosteer {
 
+constexpr int64_t kMostSide = 1 << 12;     // rows of features on a side of a tile
+constexpr int64_t kMostLayers = 1 << 10;
 constexpr int64_t kLargestWindow = 1 << 8;      // tokens of an answer that are held back
 constexpr double kMaxPUnsafeTolerance = 0.05;  // scores that differ more are not the measured gate's
 
@@ -194,8 +196,13 @@ inline void check_graphs(const Manifest& m, const Need& need) {
   }
   need(m.graphs.count("vision_encoder") + m.graphs.count("image_tokenizer") == (m.image ? 1 : 0),
        "'image' comes with one graph of vision_encoder, image_tokenizer");
+  if (m.image && m.image->anyres) {
+    need(m.image->anyres->tokens_per_side <= kMostSide,
+         "image: tokens_per_side is above " + std::to_string(kMostSide));
+  }
   const int64_t k = m.split_layer, n = m.dims.num_hidden_layers;
   using Layers = std::array<int64_t, 2>;
+  need(n <= kMostLayers, "dims: num_hidden_layers " + std::to_string(n) + " is above " + std::to_string(kMostLayers));
   need(0 < k && k < n, "split_layer " + std::to_string(k) + " is not between 1 and " + std::to_string(n - 1));
   need(m.graphs.count("prefill_lower") == m.graphs.count("prefill_upper"),
        "of prefill_lower and prefill_upper there are both or neither");

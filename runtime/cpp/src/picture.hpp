@@ -298,8 +298,13 @@ inline Image read_picture(const std::filesystem::path& path) {
     throw InputError(path.string() + ": not a readable image (" + std::to_string(size) + " bytes: at most " +
                      std::to_string(picture::kMaxFileBytes) + ")");
   }
-  std::ifstream file(path, std::ios::binary);
-  const std::vector<uint8_t> bytes{std::istreambuf_iterator<char>(file), {}};
+  std::vector<uint8_t> bytes;
+  try {
+    std::ifstream file(path, std::ios::binary);
+    bytes.assign(std::istreambuf_iterator<char>(file), {});
+  } catch (const std::ios_base::failure& err) {  // of a device in the place of a file
+    throw InputError(path.string() + ": not a readable image (" + err.what() + ")");
+  }
   return decode_picture(bytes, path.string());
 }
 

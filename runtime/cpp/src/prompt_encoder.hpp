@@ -160,6 +160,19 @@ class PromptEncoder {
   }
 
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
+  /// Whether the pictures of `turn` are encoded alike in a dialogue and by themselves: one of several may have fewer
+  /// tiles.
+  bool alike_alone(const Message& turn, const std::vector<Message>& messages) const {
+    const auto pictures = [](const Message& message) {
+      return std::count_if(message.parts.begin(), message.parts.end(),
+                           [](const Part& part) { return std::holds_alternative<ImageLike>(part); });
+    };
+    std::ptrdiff_t all = 0;
+    for (const Message& message : messages) all += pictures(message);
+    const bool alike = !image_ || !image_->anyres || image_->anyres->each;
+    return alike || pictures(turn) == 0 || pictures(turn) == all;
+  }
+
   EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
     const Clock clock;
     check_length(manifest_, static_cast<int64_t>(token_ids.size()));
