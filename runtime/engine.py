@@ -23,7 +23,6 @@ All state belongs to a Request or a Conversation (generation.py, conversation.py
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -34,13 +33,14 @@ from .chunk import Answer, Chunk, FinishReason
 from .conversation import Conversation
 from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
-from .encoded_prompt import EncodedPrompt, Key
+from .encoded_prompt import EncodedPrompt
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict, decide, without_steering, worst
+from .gate import Action, GatePolicy, Mode, Verdict, without_steering
 from .generation import PREFILL_CHUNK, Request, finish
-from .grammar import Grammars, words_of
-from .held_back import beginnings, until_judged, until_watched
+from .grammar import Grammars
+from .held_back import until_judged, until_watched
 from .image import ImageLike
+from .judge import Judge
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .monitor import Monitor, monitor_for
 from .pages import placing
@@ -49,7 +49,7 @@ from .sampling import Constraint, SamplingConfig, log_probabilities, make_sample
 from .self_test import check_gate
 from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
-from .text import Detokeniser, Message, judged, load_tokenizer
+from .text import Detokeniser, Message, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class Engine:
         self.drafts = DraftTable.load(folder / drafts.file, manifest.dims.vocab_size) if drafts else None
         self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
         self.encoder = PromptEncoder(manifest, self.tokenizer, self._graph, max_tiles)
+        self._judge = Judge(self.encoder, lambda prompt: self.request(prompt, 1, Stats()), manifest.split_layer)
 
     @classmethod
     def load(
@@ -232,56 +233,10 @@ class Engine:
     ) -> Generator[None, None, Verdict]:
         """The verdict on an encoded prompt; see `score`. Pauses between chunks of it."""
         record.prompt = prompt
-        verdict = yield from self._judge(self.request(prompt, 1, record.stats), record, record.policy, conversation)
+        asked = self.request(prompt, 1, record.stats)
+        verdict = yield from self._judge.prompt(asked, record, record.policy, conversation)
         record.gave("", "scored")
         return verdict
-
-    def _judge(
-        self, request: Request, record: Record, policy: GatePolicy, conversation: Conversation | None = None
-    ) -> Generator[None, None, Verdict]:
-        """The verdict on the prompt of `request`. A user's turn is judged where it stands and by itself: an answered
-        question before it can draw the prober's eye from it. The worst score counts.
-        """
-        verdict = yield from request.lower_chunks(policy)
-        before = time.perf_counter()
-        messages, scores, known = record.messages, list(request.scores), dict[tuple[Key, ...], float]()
-        if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
-            for at, n in enumerate(judged(messages)):
-                if messages[n].role == "user" and self.encoder.alike_alone(messages[n], messages):
-                    p = yield from self._score_alone(messages[n], policy, conversation, known)
-                    scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
-            verdict = decide(p_unsafe, policy, split_layer=self.manifest.split_layer)
-            record.stats.gate_ms += ms_since(before)
-        if conversation:
-            conversation.alone = known
-        record.verdict, record.scores = verdict, scores
-        return verdict
-
-    def _score_alone(
-        self,
-        turn: Message,
-        policy: GatePolicy,
-        conversation: Conversation | None,
-        known: dict[tuple[Key, ...], float],
-    ) -> Generator[None, None, float]:
-        """p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a
-        number: a failure may pass.
-        """
-        aside = Conversation(self)
-        aside.images = dict(conversation.images) if conversation else {}  # not encoded again
-        try:
-            prompt = self.encoder.prepare([turn], Stats(), aside)
-        except InputError as err:
-            log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
-            return math.nan
-        key = tuple(prompt.keys)
-        p = known.get(key, conversation.alone.get(key) if conversation else None)
-        if p is None:
-            own = yield from self.request(prompt, 1, Stats()).lower_chunks(policy)
-            p = math.nan if own.p_unsafe is None else own.p_unsafe
-        if not math.isnan(p):
-            known[key] = p
-        return p
 
     def answer(
         self, prompt: EncodedPrompt, sampling: SamplingConfig, record: Record, conversation: Conversation | None = None
@@ -316,7 +271,7 @@ class Engine:
             def score(answer: str) -> Generator[None, None, float]:
                 if batch:
                     batch.leave(request)  # whose rows all decode
-                return self._score_of(answer, record.policy)
+                return self._judge.answer(answer, record.policy)
 
             chunks = until_judged(chunks, score, record)
         try:
@@ -332,19 +287,6 @@ class Engine:
             if conversation:
                 conversation.keep_prefix(request.cached_prefix())
 
-    def _score_of(self, answer: str, policy: GatePolicy) -> Generator[None, None, float]:
-        """The worst p_unsafe of an answer's beginnings, each as a user's prompt; NaN if one cannot be read."""
-        scores = []
-        for said in beginnings(words_of(answer)):
-            try:
-                prompt = self.encoder.prepare([Message.user(said)], Stats())
-            except InputError as err:
-                log.error("the answer could not be judged, so it counts as unsafe: %s", err)
-                return math.nan
-            verdict = yield from self.request(prompt, 1, Stats()).lower_chunks(policy)
-            scores.append(math.nan if verdict.p_unsafe is None else verdict.p_unsafe)
-        return worst(scores)
-
     def _answer(
         self,
         request: Request,
@@ -359,7 +301,7 @@ class Engine:
         """THE loop. `tokens`: the prompt's; the answer's are appended. `monitor` reads those that a pass ran over."""
         stats = record.stats
         policy = without_steering(record.policy) if sampling.restricts else record.policy
-        verdict = yield from self._judge(request, record, policy, conversation)
+        verdict = yield from self._judge.prompt(request, record, policy, conversation)
         if verdict.action is Action.STOP:
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return

@@ -11,7 +11,6 @@ begins with.
 
 from __future__ import annotations
 
-import re
 import string
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -22,8 +21,6 @@ from .audit import Record
 from .chunk import Chunk
 from .gate import Action, Mode, Watched, is_safe, watched
 from .monitor import Monitor
-
-FIRST_WORDS = 16  # of the shortest beginning that is judged
 
 Chunks: TypeAlias = "Iterator[Chunk | None]"
 Score: TypeAlias = "Callable[[str], Generator[None, None, float]]"  # p_unsafe of a text; it may pause
@@ -49,16 +46,6 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
             released = held.popleft()
             shown = shown or bool(released.text)
             yield released
-
-
-def beginnings(text: str) -> Iterator[str]:
-    """The text up to its 16th, 32nd, 64th, ... word, and the whole. Words end at ASCII white space."""
-    words = FIRST_WORDS
-    for number, word in enumerate(re.finditer(r"[^ \t\n\v\f\r]+", text), 1):
-        if number == words and word.end() < len(text):
-            yield text[: word.end()]
-            words *= 2
-    yield text
 
 
 def until_judged(chunks: Chunks, score: Score, record: Record) -> Chunks:

@@ -855,3 +855,31 @@ def test_a_failure_of_the_prober_on_a_turn_by_itself_passes(engine, monkeypatch)
     first = engine.generate(turns, conversation=conversation, policy="stop")
     assert first.finish_reason == "refused" and math.isnan(first.verdict.p_unsafe)
     assert engine.generate(turns, conversation=conversation, policy="stop").finish_reason == "stop"
+
+
+def test_turns_are_judged_by_themselves_unless_their_pictures_become_others_there(engine, monkeypatch):
+    one, other, text = Message.user("look", ["a.png"]), Message.user("look", ["b.png"]), Message.user("red")
+    alike = engine.encoder.alike_alone
+    assert alike(text, [one, other, text]) and alike(one, [text, one])
+    assert not alike(one, [one, other])  # anyres: one of several is a single tile
+    spec = engine.manifest.image
+    for changed in (
+        dataclasses.replace(spec, anyres=dataclasses.replace(spec.anyres, each=True)),
+        dataclasses.replace(spec, kind="split", anyres=None),
+    ):
+        monkeypatch.setattr(engine.encoder, "_image", changed)
+        assert alike(one, [one, other])
+
+
+def test_a_turn_that_does_not_fit_by_itself_is_unsafe(engine, monkeypatch):
+    turns = [Message.user("red"), Message.assistant("orange", trusted=True), Message.user("hello")]
+    prepare = engine.encoder.prepare
+
+    def narrow(messages, *arguments):
+        if messages == turns[2:]:
+            raise InputError("the prompt takes 99 tokens")
+        return prepare(messages, *arguments)
+
+    monkeypatch.setattr(engine.encoder, "prepare", narrow)
+    verdict = engine.score(turns, policy="stop")
+    assert verdict.action is Action.STOP and math.isnan(verdict.p_unsafe)
