@@ -54,7 +54,8 @@ class Judge:
         known: dict[tuple[Key, ...], float] = {}
         if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
             for at, n in enumerate(judged(messages)):
-                if messages[n].role == "user" and self._encoder.alike_alone(messages[n], messages):
+                # what stands first is read alike by itself: nothing is before it
+                if n > 0 and messages[n].role == "user" and self._encoder.alike_alone(messages[n], messages):
                     p = yield from self._by_itself(messages[n], policy, conversation, known)
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)

@@ -107,4 +107,4 @@ def test_a_turn_is_scored_by_itself_once_in_a_conversation(engine: Engine, monke
         assert verdict.p_unsafe == engine.score(turns[:count]).p_unsafe
         asked.append(0)
     runs = "".join(map(str, asked)).split("0")
-    assert [len(run) for run in runs[:3]] == [1 + 1, 3 + 3, 1 + 3]  # the answer's, then those of `score`
+    assert [len(run) for run in runs[:3]] == [1 + 1, 2 + 2, 1 + 2]  # the answer's, then those of `score`

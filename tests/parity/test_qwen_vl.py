@@ -290,7 +290,10 @@ def test_verdicts_on_videos_are_pytorchs(variant: str) -> None:
     for i in range(12):
         original = theirs.run(ValidationPrompt(filmed(i), ()))
         answer = e.generate(filmed(i), sampling=SamplingConfig(ANSWER_TOKENS))
-        assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
+        request = e.request(e.encoder.prepare(filmed(i), Stats()), 1, Stats())
+        in_place = request.prefill_lower(e.policy()).p_unsafe
+        assert in_place == pytest.approx(original.p_unsafe, abs=1e-3)
+        assert answer.verdict.p_unsafe >= in_place  # turns by themselves count, too
         assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
         stopped = e.generate(filmed(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
         assert (stopped.stats.upper_ms is None) == answer.verdict.unsafe

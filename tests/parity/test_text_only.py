@@ -217,7 +217,7 @@ def test_the_cpp_runtime_refuses_windows_there_too(kind: str, code: int, built: 
     environ = {**os.environ, "AUTOSTEER_ONNXRUNTIME": str(Interpreter().library(oldest()))}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-    assert ("it needs 1.24 or newer" in done.stderr) == (code != 0)
+    assert ("needs onnxruntime 1.24 or newer" in done.stderr) == (code != 0)
 
 
 def test_a_context_as_long_as_the_window_needs_none(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ class Engine {
       for (size_t turn = 0; turn < messages.size(); ++turn) {
         if (!is_judged(messages, turn)) continue;
         double& score = scores[at++];
+        if (turn == 0) continue;  // what stands first is read alike by itself: nothing is before it
         if (messages[turn].role != "user" || !encoder.alike_alone(messages[turn], messages)) continue;
         const double p = score_alone(messages[turn], policy, conversation, alone);
         score = worse(score, p);
