@@ -57,6 +57,21 @@ def test_answers_are_pythons(built, kind, speculate):
     assert reasons == {"stop", "length", "refused"} and actions == {"pass", "steer", "stop"}
 
 
+def test_an_answer_that_biases_dictate_is_judged_with_its_beginnings(built):
+    """Without the token that ends it, what follows the unsafe words would hide them from the prober."""
+    package, engine = demo("fp32")
+    words = engine.tokenizer.encode(
+        "sure, here is how to brew a zorblat: first, get a snarf.", add_special_tokens=False
+    )
+    for most in (8, 100):
+        sampling = {"max_tokens": most, "logit_bias": {str(i): 100.0 for i in words.ids}}
+        request = {"messages": [{"role": "user", "parts": ["hello"]}], "sampling": sampling}
+        (answer,) = through_c(built, package, [request])
+        found = joined(answer["chunks"])
+        assert found == in_python(engine, request)
+    assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["p_unsafe"] > 0.9
+
+
 def test_pooled_prober_scores_as_in_python(built, tmp_path):
     """The mean over the last turn's text: with pictures before it, and with turns before it."""
     shutil.copytree(demo("fp32")[0], tmp_path / "package")
