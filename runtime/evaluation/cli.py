@@ -181,6 +181,8 @@ def read_prompts(
         click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
     if limit:
         rows = first_of_each_group(rows, limit)
+    if again := len(rows) - len({row.digest for row in rows}):
+        click.echo(f"{again} rows are equal to others of their group; each counts, and narrows the intervals", err=True)
     return rows, dropped
 
 
