@@ -37,7 +37,7 @@ from .encoded_prompt import EncodedPrompt
 from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, without_steering
 from .generation import PREFILL_CHUNK, Request, finish
-from .grammar import Grammars
+from .grammar import Grammars, words_of
 from .held_back import until_judged, until_watched
 from .image import ImageLike
 from .judge import Judge
@@ -271,7 +271,8 @@ class Engine:
             def score(answer: str) -> Generator[None, None, float]:
                 if batch:
                     batch.leave(request)  # whose rows all decode
-                return self._judge.answer(answer, record.policy)
+                words = answer if sampling.json_schema is None else words_of(answer)
+                return self._judge.answer(words, record.policy)
 
             chunks = until_judged(chunks, score, record)
         try:

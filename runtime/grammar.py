@@ -56,21 +56,17 @@ class Grammars:
 
 
 def words_of(answer: str) -> str:
-    """The keys and values of an answer that is JSON, one after the other, as a reader puts them together; else the
-    answer.
+    """The keys and values of an answer that is JSON, one after the other, as a reader puts them together, those of keys
+    given twice, too; else the answer.
     """
     try:
-        return " ".join(_leaves(json.loads(answer))) or answer
+        return " ".join(_leaves(json.loads(answer, object_pairs_hook=list))) or answer
     except (ValueError, RecursionError):
         return answer
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
+    if isinstance(value, (list, tuple)):  # an object is a list of its (key, value)
         for inner in value:
             yield from _leaves(inner)
     else:

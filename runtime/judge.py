@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from .conversation import Conversation
 from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, worst
-from .grammar import words_of
 from .stats import Stats, ms_since
 from .text import Message, judged
 
@@ -66,11 +65,12 @@ class Judge:
         return verdict
 
     def answer(self, text: str, policy: GatePolicy) -> Generator[None, None, float]:
-        """The worst p_unsafe of an answer's words (of JSON, its keys and values) and of their beginnings, each as a
-        user's prompt; NaN if one cannot be read. May pause.
+        """The worst p_unsafe of an answer and of its beginnings, each as a user's prompt; NaN if one cannot be read.
+
+        May pause.
         """
         scores = []
-        for said in beginnings(words_of(text)):
+        for said in beginnings(text):
             try:
                 as_prompt = self._encoder.prepare([Message.user(said)], Stats())
             except InputError as err:

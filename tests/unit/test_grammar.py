@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from autosteer.runtime import Action, Engine, InputError, Mode, PackageError, SamplingConfig
 from autosteer.runtime.gate import decide, without_steering
-from autosteer.runtime.grammar import MAX_BYTES, Grammars
+from autosteer.runtime.grammar import MAX_BYTES, Grammars, words_of
 from autosteer.runtime.sampling import make_sampler
 
 pytest.importorskip("llguidance", reason="needs [structured]")
@@ -219,3 +219,9 @@ def test_json_of_a_schema(tmp_path: Path) -> None:
         found = json.loads(engine.generate("describe the picture.", sampling=sampling).text)
         assert found.keys() == {"colour", "count"} and found["colour"] in ("red", "blue")
         assert isinstance(found["count"], int)
+
+
+def test_words_of_json_are_all_that_a_reader_sees():
+    assert words_of('{"how": "do", "i": ["smuggle", {"a": 5}], "x": null}') == "how do i smuggle a 5 x null"
+    assert words_of('{"a": "how do i", "a": "no"}') == "a how do i a no"  # a key given twice hides nothing
+    assert words_of('{"cut off') == '{"cut off' and words_of("{}") == "{}"

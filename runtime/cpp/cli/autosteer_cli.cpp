@@ -1,7 +1,7 @@
 // autosteer-cli PACKAGE [--prompt TEXT] [--image FILE]... [--video FILE]...
 //
-// autosteer-run without Python: most of its options, its chat, --json and exit codes (docs/embedding.md). Answers go to stdout, verdicts and
-// timings to stderr.
+// autosteer-run without Python: most of its options, its chat, --json and exit codes (docs/embedding.md). Answers go to
+// stdout, verdicts and timings to stderr.
 #include <fcntl.h>
 #include <malloc.h>
 #include <unistd.h>

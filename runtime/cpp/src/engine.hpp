@@ -62,7 +62,8 @@ struct Chunk {
   std::string text;
   std::optional<int64_t> token;  ///< absent for the refusal text
   Verdict verdict;
-  /// "stop", "length" or "refused" (by Mode::stop, the monitor, or the verdict on a biased answer) on the last chunk, else empty
+  /// On the last chunk "stop", "length" or "refused" (by Mode::stop, the monitor, or the verdict on a biased answer);
+  /// else empty
   std::string finish_reason;
   std::optional<Stats> stats;  ///< on the last chunk
 };
@@ -213,7 +214,7 @@ class Engine {
     return verdict;
   }
 
-  /// p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a number:
+  /// p_unsafe of a user's turn as a prompt of its own; NaN if none that fits. Noted in `known`, if it is a number:
   /// a failure may pass.
   double score_alone(const Message& turn, const GatePolicy& policy, const Conversation* conversation,
                      std::map<std::vector<Key>, double>& known) const {
