@@ -51,11 +51,12 @@ class Judge:
         before = time.perf_counter()
         messages, scores = record.messages, list(request.scores)
         known: dict[tuple[Key, ...], float] = {}
+        several = sum(len(message.images) for message in messages) > 1
         if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
             for at, n in enumerate(judged(messages)):
                 # what stands first is read alike by itself: nothing is before it
-                if n > 0 and messages[n].role == "user" and self._encoder.alike_alone(messages[n], messages):
-                    p = yield from self._by_itself(messages[n], policy, conversation, known)
+                if n > 0 and messages[n].role == "user":
+                    p = yield from self._by_itself(messages[n], several, policy, conversation, known)
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)
             record.stats.gate_ms += ms_since(before)
@@ -80,15 +81,20 @@ class Judge:
         return worst(scores)
 
     def _by_itself(
-        self, turn: Message, policy: GatePolicy, conversation: Conversation | None, known: dict[tuple[Key, ...], float]
+        self,
+        turn: Message,
+        several: bool,
+        policy: GatePolicy,
+        conversation: Conversation | None,
+        known: dict[tuple[Key, ...], float],
     ) -> Generator[None, None, float]:
         """p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a
-        number: a failure may pass.
+        number: a failure may pass. `several`: the dialogue has several pictures, so this turn's are encoded as there.
         """
         aside = Conversation(self)
         aside.images = dict(conversation.images) if conversation else {}  # not encoded again
         try:
-            alone = self._encoder.prepare([turn], Stats(), aside)
+            alone = self._encoder.prepare([turn], Stats(), aside, several)
         except InputError as err:
             log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
             return math.nan

@@ -85,9 +85,15 @@ class PromptEncoder:
         self._image = manifest.image and images_.at_most(manifest.image, max_tiles)
 
     def prepare(
-        self, messages: Sequence[Message], stats: Stats, conversation: Conversation | None = None
+        self,
+        messages: Sequence[Message],
+        stats: Stats,
+        conversation: Conversation | None = None,
+        several: bool = False,
     ) -> EncodedPrompt:
         """Render a dialogue, encode its images and videos, and lay everything out as the decoder's input.
+
+        `several`: encode even a single picture as one of several, which may have fewer tiles.
 
         What does not fit the context is refused before anything is embedded. Raises InputError for that, and for an
         unusable message, image or video.
@@ -99,7 +105,7 @@ class PromptEncoder:
         check_characters(self.manifest, messages)
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         before = time.perf_counter()
-        shown = self._see(runs, messages, stats, conversation)
+        shown = self._see(runs, messages, stats, conversation, several)
         stats.vision_ms = ms_since(before)
         before = time.perf_counter()
         rows: list[Float] = []
@@ -145,14 +151,6 @@ class PromptEncoder:
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(shown), deepstack)
 
-    def alike_alone(self, turn: Message, messages: Sequence[Message]) -> bool:
-        """Whether the pictures of `turn` are encoded alike in a dialogue and by themselves: one of several may have
-        fewer tiles.
-        """
-        anyres = self._image.anyres if self._image else None
-        alike = anyres is None or anyres.each
-        return alike or not turn.images or len(turn.images) == sum(len(message.images) for message in messages)
-
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
         before = time.perf_counter()
@@ -168,7 +166,12 @@ class PromptEncoder:
         return EncodedPrompt(embeds, list(token_ids), list(token_ids), counter.positions(), probed)
 
     def _see(
-        self, runs: Rendered, messages: Sequence[Message], stats: Stats, conversation: Conversation | None
+        self,
+        runs: Rendered,
+        messages: Sequence[Message],
+        stats: Stats,
+        conversation: Conversation | None,
+        several: bool,
     ) -> list[_Seen]:
         """The dialogue's pictures and videos, in the order of `runs`.
 
@@ -181,7 +184,7 @@ class PromptEncoder:
         length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
-        alone, shown, further = len(pictures) == 1, list[_Seen](), deque[_Seen]()
+        alone, shown, further = len(pictures) == 1 and not several, list[_Seen](), deque[_Seen]()
         to_open: dict[object, Iterator[Callable[[int], _Opened]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
             VIDEO: (functools.partial(self._open_film, film) for film in films),

@@ -857,18 +857,17 @@ def test_a_failure_of_the_prober_on_a_turn_by_itself_passes(engine, monkeypatch)
     assert engine.generate(turns, conversation=conversation, policy="stop").finish_reason == "stop"
 
 
-def test_turns_are_judged_by_themselves_unless_their_pictures_become_others_there(engine, monkeypatch):
-    one, other, text = Message.user("look", ["a.png"]), Message.user("look", ["b.png"]), Message.user("red")
-    alike = engine.encoder.alike_alone
-    assert alike(text, [one, other, text]) and alike(one, [text, one])
-    assert not alike(one, [one, other])  # anyres: one of several is a single tile
-    spec = engine.manifest.image
-    for changed in (
-        dataclasses.replace(spec, anyres=dataclasses.replace(spec.anyres, each=True)),
-        dataclasses.replace(spec, kind="split", anyres=None),
-    ):
-        monkeypatch.setattr(engine.encoder, "_image", changed)
-        assert alike(one, [one, other])
+@pytest.mark.parametrize("dialogue", ["two pictures", "one picture"])
+def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engine, monkeypatch, dialogue):
+    rng = np.random.default_rng(7)
+    one, other = (rng.integers(0, 256, (40, 90, 3), dtype=np.uint8) for _ in range(2))
+    first = Message.user("look", [one] if dialogue == "two pictures" else [])
+    turns = [first, Message.assistant("red", trusted=True), Message.user("blue", [other])]
+    prepare, prompts = engine.encoder.prepare, []
+    monkeypatch.setattr(engine.encoder, "prepare", lambda *a: prompts.append(prepare(*a)) or prompts[-1])
+    engine.score(turns)
+    whole, alone = ({key for key in prompt.keys if isinstance(key, tuple)} for prompt in prompts)
+    assert alone and alone <= whole
 
 
 def test_a_turn_that_does_not_fit_by_itself_is_unsafe(engine, monkeypatch):

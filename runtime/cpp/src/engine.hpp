@@ -197,13 +197,16 @@ class Engine {
     std::map<std::vector<Key>, double> alone;
     if (verdict.p_unsafe && messages.size() > 1) {
       double p_unsafe = *verdict.p_unsafe;
-      size_t at = 0;
+      size_t at = 0, pictures = 0;
+      for (const Message& message : messages) {
+        for (const Part& part : message.parts) pictures += std::holds_alternative<ImageLike>(part);
+      }
       for (size_t turn = 0; turn < messages.size(); ++turn) {
         if (!is_judged(messages, turn)) continue;
         double& score = scores[at++];
         if (turn == 0) continue;  // what stands first is read alike by itself: nothing is before it
-        if (messages[turn].role != "user" || !encoder.alike_alone(messages[turn], messages)) continue;
-        const double p = score_alone(messages[turn], policy, conversation, alone);
+        if (messages[turn].role != "user") continue;
+        const double p = score_alone(messages[turn], pictures > 1, policy, conversation, alone);
         score = worse(score, p);
         p_unsafe = worse(p_unsafe, p);
       }
@@ -215,15 +218,15 @@ class Engine {
   }
 
   /// p_unsafe of a user's turn as a prompt of its own; NaN if none that fits. Noted in `known`, if it is a number:
-  /// a failure may pass.
-  double score_alone(const Message& turn, const GatePolicy& policy, const Conversation* conversation,
+  /// a failure may pass. `several`: the dialogue has several pictures, so this turn's are encoded as there.
+  double score_alone(const Message& turn, bool several, const GatePolicy& policy, const Conversation* conversation,
                      std::map<std::vector<Key>, double>& known) const {
     Conversation aside;
     if (conversation) aside.images = conversation->images;  // not encoded again
     Stats own;
     std::optional<EncodedPrompt> prompt;
     try {
-      prompt = encoder.prepare(std::vector<Message>(1, turn), own, &aside);
+      prompt = encoder.prepare(std::vector<Message>(1, turn), own, &aside, several);
     } catch (const InputError& err) {
       const std::string reason = err.what();
       if (log) log("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");

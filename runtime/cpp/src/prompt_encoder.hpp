@@ -111,15 +111,15 @@ class PromptEncoder {
 
   /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. What does not fit
   /// the context is refused before anything is embedded. Throws InputError for that, and for an unusable message, image
-  /// or video.
-  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
-                        Conversation* conversation = nullptr) const {
+  /// or video. `several`: encode even a single picture as one of several, which may have fewer tiles.
+  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr,
+                        bool several = false) const {
     check_parts(messages);
     check_characters(manifest_, messages);
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
     const Clock seeing;
-    const std::vector<Seen> seen = see(runs, messages, stats, conversation);
+    const std::vector<Seen> seen = see(runs, messages, stats, conversation, several);
     stats.vision_ms = seeing.ms();
     const Clock clock;
     EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
@@ -160,19 +160,6 @@ class PromptEncoder {
   }
 
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
-  /// Whether the pictures of `turn` are encoded alike in a dialogue and by themselves: one of several may have fewer
-  /// tiles.
-  bool alike_alone(const Message& turn, const std::vector<Message>& messages) const {
-    const auto pictures = [](const Message& message) {
-      return std::count_if(message.parts.begin(), message.parts.end(),
-                           [](const Part& part) { return std::holds_alternative<ImageLike>(part); });
-    };
-    std::ptrdiff_t all = 0;
-    for (const Message& message : messages) all += pictures(message);
-    const bool alike = !image_ || !image_->anyres || image_->anyres->each;
-    return alike || pictures(turn) == 0 || pictures(turn) == all;
-  }
-
   EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
     const Clock clock;
     check_length(manifest_, static_cast<int64_t>(token_ids.size()));
@@ -222,7 +209,7 @@ class PromptEncoder {
   /// in memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation
   /// knows, is not encoded again.
   std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
-                        Conversation* conversation) const {
+                        Conversation* conversation, bool several) const {
     std::vector<const ImageLike*> pictures;
     std::vector<const VideoPart*> films;
     for (const Message& message : messages) {
@@ -255,7 +242,7 @@ class PromptEncoder {
         group.first = group.last++;
         seen.push_back(std::move(group));
       } else if (run.slot == "image") {
-        const bool alone = pictures.size() == 1;
+        const bool alone = pictures.size() == 1 && !several;
         const Image picture = open_image(*pictures.at(shown++));
         std::optional<std::array<int64_t, 2>> grid;
         if (image_->native) {  // its rows are known before it is encoded
