@@ -316,7 +316,7 @@ void end_output() {
 autosteer::Answer say(autosteer::Stream&& pieces) {
   const Interrupts ending(pieces);
   bool first = true;
-  autosteer::Answer answer = autosteer::detail::whole(std::move(pieces), [&](const autosteer::Chunk& chunk) {
+  autosteer::Answer answer = pieces.whole([&](const autosteer::Chunk& chunk) {
     if (std::exchange(first, false)) std::cerr << verdict_line(chunk.verdict) << "\n";
     std::cout << chunk.text;
     end_output();
@@ -442,7 +442,7 @@ void run(const Arguments& arguments) {
   autosteer::Stream pieces = engine.stream(std::move(dialogue), arguments.sampling, policy);
   if (arguments.json) {
     const Interrupts ending(pieces);
-    std::cout << answer_json(autosteer::detail::whole(std::move(pieces))).dump() << "\n";
+    std::cout << answer_json(pieces.whole()).dump() << "\n";
   } else {
     say(std::move(pieces));
   }

@@ -149,11 +149,13 @@ class Record {
   static constexpr int kVersion = 1;
 
   /// `audit`: null writes nothing. What is referred to must outlive it.
-  Record(Audit* audit, const GatePolicy& policy, const std::vector<Message>& messages, const Stats& stats)
-      : audit_(audit), policy_(policy), messages_(messages), stats_(stats) {}
+  Record(Audit* audit, const GatePolicy& policy, const std::vector<Message>& messages, Stats& stats)
+      : messages(messages), stats(stats), audit_(audit), policy_(policy) {}
 
-  std::vector<Shown> shown;            ///< once the prompt is encoded
-  std::vector<double> scores;          ///< p_unsafe of each judged turn
+  const std::vector<Message>& messages;
+  Stats& stats;
+  std::vector<Shown> shown;    ///< once the prompt is encoded
+  std::vector<double> scores;  ///< p_unsafe of each judged turn
   std::optional<Verdict> verdict;
 
   /// The request begins. Throws AuditError if an earlier record is not written.
@@ -187,7 +189,7 @@ class Record {
     OrderedJson record = {{"version", kVersion},
                           {"time", time_of(*begun_)},
                           {"package", audit_->package},
-                          {"provider", stats_.device},
+                          {"provider", stats.device},
                           {"policy", name(policy_.mode)},
                           {"threshold", policy_.threshold},
                           {"p_unsafe", verdict ? or_null(verdict->p_unsafe) : OrderedJson()},
@@ -200,10 +202,10 @@ class Record {
     if (audit_->texts) record["answer"] = answer_;
     record["finish_reason"] = word(finish_reason);
     record["error"] = word(error);
-    record["prompt_tokens"] = stats_.prompt_tokens;
-    record["reused_tokens"] = stats_.reused_tokens;
-    record["completion_tokens"] = stats_.completion_tokens;
-    record["first_token_ms"] = stats_.ttft_ms > 0 ? OrderedJson(ms(stats_.ttft_ms)) : OrderedJson();
+    record["prompt_tokens"] = stats.prompt_tokens;
+    record["reused_tokens"] = stats.reused_tokens;
+    record["completion_tokens"] = stats.completion_tokens;
+    record["first_token_ms"] = stats.ttft_ms > 0 ? OrderedJson(ms(stats.ttft_ms)) : OrderedJson();
     record["total_ms"] = ms(clock_.ms());
     return record;
   }
@@ -219,8 +221,8 @@ class Record {
     OrderedJson turns = OrderedJson::array();
     auto score = scores.begin();
     size_t image = 0, video = 0;
-    for (size_t i = 0; i < messages_.size(); ++i) {
-      const Message& message = messages_[i];
+    for (size_t i = 0; i < messages.size(); ++i) {
+      const Message& message = messages[i];
       OrderedJson digests = OrderedJson::array(), words = digests, images = digests, videos = digests;
       for (const Part& part : message.parts) {
         if (const auto* text = std::get_if<std::string>(&part)) {
@@ -233,7 +235,7 @@ class Record {
         }
       }
       const bool known = message.role == "system" || message.role == "user" || message.role == "assistant";
-      const bool scored = is_judged(messages_, i) && score != scores.end();
+      const bool scored = is_judged(messages, i) && score != scores.end();
       OrderedJson turn = {{"role", known ? OrderedJson(message.role) : OrderedJson()},
                           {"trusted", message.trusted},
                           {"p_unsafe", scored ? OrderedJson(*score++) : OrderedJson()},
@@ -292,8 +294,6 @@ class Record {
 
   Audit* audit_;
   const GatePolicy& policy_;
-  const std::vector<Message>& messages_;
-  const Stats& stats_;
   std::optional<std::chrono::system_clock::time_point> begun_;
   Clock clock_;
   std::string answer_;

@@ -21,28 +21,26 @@
 // threads; a Stream and a Conversation belong to one.
 #pragma once
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <functional>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "audit.hpp"
+#include "chunk.hpp"
 #include "conversation.hpp"
 #include "draft_table.hpp"
 #include "drafting.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
 #include "generation.hpp"
+#include "held_back.hpp"
 #include "image.hpp"
+#include "judge.hpp"
 #include "manifest.hpp"
 #include "monitor.hpp"
 #include "pages.hpp"
@@ -56,26 +54,6 @@
 namespace autosteer {
 
 constexpr int64_t kMaxThreads = 1024;  // more is taken for a typing error
-
-/// A piece of an answer. `text` is empty while a character is incomplete.
-struct Chunk {
-  std::string text;
-  std::optional<int64_t> token;  ///< absent for the refusal text
-  Verdict verdict;
-  /// On the last chunk "stop", "length" or "refused" (by Mode::stop, the monitor, or the verdict on a biased answer);
-  /// else empty
-  std::string finish_reason;
-  std::optional<Stats> stats;  ///< on the last chunk
-};
-
-/// A whole answer, as `generate` returns it.
-struct Answer {
-  std::string text;
-  std::vector<int64_t> token_ids;  ///< with the end-of-turn token if the model wrote one
-  Verdict verdict;
-  std::string finish_reason;
-  Stats stats;
-};
 
 /// How to load a package.
 struct EngineOptions {
@@ -110,12 +88,15 @@ class Engine {
                                                                options.audit_texts)),
         tokenizer(checked(folder, options.onnxruntime)),
         encoder(manifest, tokenizer, options.max_tiles, [this](const auto& name) { return graph(name); }),
+        judge(
+            encoder, [this](EncodedPrompt prompt, Stats& stats) { return request(std::move(prompt), 1, stats); },
+            manifest.split_layer, log),
         folder_(fs::absolute(folder)),
         files_(options.files) {
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
-    environment_.emplace(options.threads > 0 ? options.threads : usable_cpus());
+    environment_.emplace(options.threads > 0 ? options.threads : usable_cores());
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       if (options.low_memory && kImageGraphs.count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
@@ -178,71 +159,13 @@ class Engine {
       EncodedPrompt prompt = encoder.prepare(messages, stats, &own);
       record.shown = prompt.shown;
       Request asked = request(std::move(prompt), 1, stats);
-      record.verdict = judge(asked, messages, policy, stats, record.scores, &own);
+      const Verdict verdict = judge.prompt(asked, record, policy, &own);
       record.gave("", "scored");
-      return *record.verdict;
+      return verdict;
     } catch (...) {
       record.failed(std::current_exception());
       throw;
     }
-  }
-
-  /// The verdict on the prompt of `asked`, and `scores` by judged turn. A user's turn is judged where it stands and by
-  /// itself: an answered question before it can draw the prober's eye from it. The worst score counts.
-  Verdict judge(Request& asked, const std::vector<Message>& messages, const GatePolicy& policy, Stats& stats,
-                std::vector<double>& scores, Conversation* conversation = nullptr) const {
-    Verdict verdict = asked.prefill_lower(policy);
-    const Clock clock;
-    scores = asked.scores;
-    std::map<std::vector<Key>, double> alone;
-    if (verdict.p_unsafe && messages.size() > 1) {
-      double p_unsafe = *verdict.p_unsafe;
-      size_t at = 0, pictures = 0;
-      for (const Message& message : messages) {
-        for (const Part& part : message.parts) pictures += std::holds_alternative<ImageLike>(part);
-      }
-      for (size_t turn = 0; turn < messages.size(); ++turn) {
-        if (!is_judged(messages, turn)) continue;
-        double& score = scores[at++];
-        if (turn == 0) continue;  // what stands first is read alike by itself: nothing is before it
-        if (messages[turn].role != "user") continue;
-        const double p = score_alone(messages[turn], pictures > 1, policy, conversation, alone);
-        score = worse(score, p);
-        p_unsafe = worse(p_unsafe, p);
-      }
-      verdict = decide(p_unsafe, policy, manifest.split_layer);
-      stats.gate_ms += clock.ms();
-    }
-    if (conversation) conversation->alone = std::move(alone);
-    return verdict;
-  }
-
-  /// p_unsafe of a user's turn as a prompt of its own; NaN if none that fits. Noted in `known`, if it is a number:
-  /// a failure may pass. `several`: the dialogue has several pictures, so this turn's are encoded as there.
-  double score_alone(const Message& turn, bool several, const GatePolicy& policy, const Conversation* conversation,
-                     std::map<std::vector<Key>, double>& known) const {
-    Conversation aside;
-    if (conversation) aside.images = conversation->images;  // not encoded again
-    Stats own;
-    std::optional<EncodedPrompt> prompt;
-    try {
-      prompt = encoder.prepare(std::vector<Message>(1, turn), own, &aside, several);
-    } catch (const InputError& err) {
-      const std::string reason = err.what();
-      if (log) log("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");
-      return std::nan("");
-    }
-    const std::vector<Key> key = prompt->keys;
-    if (const auto found = known.find(key); found != known.end()) return found->second;
-    double p = std::nan("");
-    const auto before = conversation ? conversation->alone.find(key) : known.end();
-    if (conversation && before != conversation->alone.end()) {
-      p = before->second;
-    } else {
-      p = request(std::move(*prompt), 1, own).prefill_lower(policy).p_unsafe.value_or(p);
-    }
-    if (!std::isnan(p)) known[key] = p;
-    return p;
   }
 
   /// `generate` for a prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
@@ -251,15 +174,8 @@ class Engine {
 
   /// Throws InputError for a picture that is the name of a file, where EngineOptions::files forbids them.
   void check_files(const std::vector<Message>& messages) const {
-    const auto is_file = [](const ImageLike& image) { return std::holds_alternative<fs::path>(image); };
-    for (const Message& message : messages) {
-      for (const Part& part : message.parts) {
-        const auto* image = std::get_if<ImageLike>(&part);
-        const auto* video = std::get_if<VideoPart>(&part);
-        const bool named = (image && is_file(*image)) ||
-                           (video && std::any_of(video->frames.begin(), video->frames.end(), is_file));
-        if (named && !files_) throw InputError("a picture is the name of a file, which this engine does not open");
-      }
+    if (!files_ && std::any_of(messages.begin(), messages.end(), names_a_file)) {
+      throw InputError("a picture is the name of a file, which this engine does not open");
     }
   }
 
@@ -284,7 +200,7 @@ class Engine {
   }
 
   /// Where a request notes what becomes of it. What it is given must outlive it.
-  Record record(const GatePolicy& policy, const std::vector<Message>& messages, const Stats& stats) const {
+  Record record(const GatePolicy& policy, const std::vector<Message>& messages, Stats& stats) const {
     return {audit_.get(), policy, messages, stats};
   }
 
@@ -302,6 +218,7 @@ class Engine {
  public:
   const Tokenizer tokenizer;
   const PromptEncoder encoder;
+  const Judge judge;
 
  private:
   /// A graph by name. If low_memory left it out, the package is verified and the graph loaded for this call.
@@ -318,13 +235,6 @@ class Engine {
     require_onnxruntime(manifest.onnxruntime);
     manifest.verify(folder);
     return folder / manifest.prompt.tokenizer;
-  }
-
-  static int usable_cpus() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);
-    return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
   }
 
   const fs::path folder_;
@@ -359,6 +269,14 @@ class Stream {
     for (const std::string& stop : sampling.stop) {
       if (!unicode::is_valid(stop)) throw InputError("a stop string is not valid Unicode text");
     }
+    if (engine.manifest.monitor && policy_.answer_threshold && policy_.mode != Mode::off) {
+      monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
+      next_ = UntilWatched(std::move(next_), *monitor_, policy_);
+    }
+    if (sampling.restricts() && policy_.mode != Mode::off) {
+      const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, policy_); };
+      next_ = UntilJudged(std::move(next_), score, policy_);
+    }
   }
 
   ~Stream() {
@@ -382,7 +300,7 @@ class Stream {
     if (!request_) clock_ = Clock();
     record_.begin();
     try {
-      Chunk chunk = cancellation_.guard([&] { return judging() ? judged_chunk() : next_chunk(); });
+      Chunk chunk = cancellation_.guard(next_);
       if (stats_.ttft_ms == 0) stats_.ttft_ms = clock_.ms();
       const bool last = !chunk.finish_reason.empty();
       if (last) {
@@ -399,6 +317,16 @@ class Stream {
     }
   }
 
+  /// All chunks as one answer. `on_chunk`, if given, is called with each.
+  Answer whole(const std::function<void(const Chunk&)>& on_chunk = {}) {
+    Answer answer;
+    while (const std::optional<Chunk> chunk = next()) {
+      answer.add(*chunk);
+      if (on_chunk) on_chunk(*chunk);
+    }
+    return answer;
+  }
+
   /// End the answer: a `next` that is running throws Cancelled soon, and so does the next one. For any thread.
   void cancel() { cancellation_.cancel(); }
 
@@ -409,101 +337,6 @@ class Stream {
     request_.reset();
   }
 
-  bool watching() const { return engine_.manifest.monitor && policy_.answer_threshold && policy_.mode != Mode::off; }
-
-  bool judging() const { return sampling_.restricts() && policy_.mode != Mode::off; }
-
-  Chunk next_chunk() { return watching() ? watched_chunk() : compute(); }
-
-  Chunk compute() { return request_ ? continue_answer() : begin_answer(); }
-
-  /// The next chunk that the monitor has seen through; see monitor.hpp.
-  Chunk watched_chunk() {
-    if (!monitor_) monitor_.emplace(engine_.manifest, engine_.graphs(), engine_.log, policy_, stats_);
-    while (held_.empty() || (monitor_->stops && !computed_ && held_.size() <= monitor_->window)) {
-      Chunk chunk = compute();
-      computed_ = !chunk.finish_reason.empty();
-      if (computed_) monitor_->end();
-      const std::optional<Watched> seen = monitor_->verdict();
-      const Verdict verdict = watched(chunk.verdict, seen);
-      if (seen && seen->unsafe && monitor_->stops) {
-        return {(shown_ ? "\n\n" : "") + policy_.refusal_text, std::nullopt, verdict, "refused", std::nullopt};
-      }
-      if (computed_) chunk.verdict = verdict;
-      held_.push_back(std::move(chunk));
-    }
-    Chunk chunk = std::move(held_.front());
-    held_.pop_front();
-    shown_ = shown_ || !chunk.text.empty();
-    return chunk;
-  }
-
-  /// The next chunk of an answer whose tokens the request biases. All wait for the gate's verdict on the whole, as if
-  /// the user had said it: a bias can dictate an unsafe request, and the answer to it (runtime/held_back.py).
-  Chunk judged_chunk() {
-    const bool stops = policy_.mode != Mode::report;
-    while (judged_.empty() || (stops && !whole_)) {
-      Chunk chunk = next_chunk();
-      if (chunk.finish_reason == "refused") {
-        chunk.text = policy_.refusal_text;  // nothing was shown before it
-        return chunk;
-      }
-      said_ += chunk.text;
-      whole_ = !chunk.finish_reason.empty();
-      if (whole_ && !is_blank(said_)) {
-        const double p_unsafe = score_of(said_);
-        const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
-        if (seen.unsafe || !chunk.verdict.monitor) chunk.verdict = watched(chunk.verdict, seen);
-        if (chunk.verdict.action == Action::stop) {
-          return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};
-        }
-      }
-      judged_.push_back(std::move(chunk));
-    }
-    Chunk chunk = std::move(judged_.front());
-    judged_.pop_front();
-    return chunk;
-  }
-
-  static bool is_blank(const std::string& text) {
-    return std::all_of(text.begin(), text.end(), is_space);
-  }
-
-  static bool is_space(char c) { return c == ' ' || ('\t' <= c && c <= '\r'); }
-
-  /// The text up to its 16th, 32nd, 64th, ... word, and the whole: biased tokens, which may leave out the one that ends
-  /// the answer, can drown what it begins with. Words end at ASCII white space.
-  static std::vector<std::string> beginnings(const std::string& text) {
-    std::vector<std::string> found;
-    size_t words = 0, next = 16;
-    for (size_t at = 0; at < text.size(); ++at) {
-      const bool ends = !is_space(text[at]) && at + 1 < text.size() && is_space(text[at + 1]);
-      if (!ends || ++words < next) continue;
-      found.push_back(text.substr(0, at + 1));
-      next *= 2;
-    }
-    found.push_back(text);
-    return found;
-  }
-
-  /// The worst p_unsafe of an answer's beginnings, each as a user's prompt; NaN if one cannot be read.
-  double score_of(const std::string& answer) const {
-    double p_unsafe = 0.0;
-    try {
-      for (const std::string& said : beginnings(answer)) {
-        Stats stats;
-        EncodedPrompt prompt = engine_.encoder.prepare({Message::user(said)}, stats);
-        const Verdict verdict = engine_.request(std::move(prompt), 1, stats).prefill_lower(policy_);
-        p_unsafe = worse(p_unsafe, verdict.p_unsafe.value_or(std::nan("")));
-      }
-    } catch (const InputError& err) {
-      const std::string reason = err.what();
-      if (engine_.log) engine_.log("the answer could not be judged; it counts as unsafe (" + reason + ")");
-      return std::nan("");
-    }
-    return p_unsafe;
-  }
-
   Chunk begin_answer() {
     EncodedPrompt prompt = prepare_(messages_, stats_, conversation_);
     tokens_ = prompt.token_ids;
@@ -511,8 +344,7 @@ class Stream {
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     prompt_tokens_ = tokens_.size();
     const GatePolicy policy = sampling_.restricts() ? without_steering(policy_) : policy_;
-    verdict_ = engine_.judge(*request_, messages_, policy, stats_, record_.scores, conversation_);
-    record_.verdict = verdict_;
+    verdict_ = engine_.judge.prompt(*request_, record_, policy, conversation_);
     if (verdict_.action == Action::stop) {
       return {policy_.refusal_text, std::nullopt, verdict_, "refused", std::nullopt};
     }
@@ -585,13 +417,8 @@ class Stream {
   const float* logits_ = nullptr;  // (R, V) of the latest pass
   size_t row_ = 0;                 // the one to sample from
   std::optional<Monitor> monitor_;
-  std::deque<Chunk> held_;    // the monitor has not seen these through
-  bool computed_ = false;     // the answer's last chunk is among them
-  bool shown_ = false;        // some text
-  std::deque<Chunk> judged_;  // the gate has not judged these, or they may be shown
-  std::string said_;          // their text
-  bool whole_ = false;        // the answer's last chunk is among them
-  Clock clock_;               // from the call that begins the answer
+  NextChunk next_ = [this] { return request_ ? continue_answer() : begin_answer(); };
+  Clock clock_;  // from the call that begins the answer
   Cancellation cancellation_;
   Record record_;  // refers to what is above
   bool ended_ = false;
@@ -606,27 +433,9 @@ inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig
   return {*this, std::move(messages), prepare, sampling, policy, conversation};
 }
 
-namespace detail {
-
-/// All chunks of a stream as one answer.
-inline Answer whole(Stream&& pieces, const std::function<void(const Chunk&)>& on_chunk = {}) {
-  Answer answer;
-  while (const std::optional<Chunk> chunk = pieces.next()) {
-    answer.text += chunk->text;
-    if (chunk->token) answer.token_ids.push_back(*chunk->token);
-    answer.verdict = chunk->verdict;
-    answer.finish_reason = chunk->finish_reason;
-    if (chunk->stats) answer.stats = *chunk->stats;
-    if (on_chunk) on_chunk(*chunk);
-  }
-  return answer;
-}
-
-}  // namespace detail
-
 inline Answer Engine::generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                                const std::function<void(const Chunk&)>& on_chunk, Conversation* conversation) const {
-  return detail::whole(stream(std::move(messages), sampling, policy, conversation), on_chunk);
+  return stream(std::move(messages), sampling, policy, conversation).whole(on_chunk);
 }
 
 inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
@@ -634,7 +443,7 @@ inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, c
   const auto prepare = [&](const std::vector<Message>&, Stats& stats, Conversation*) {
     return encoder.prepare_ids(token_ids, stats);
   };
-  return detail::whole(Stream(*this, {}, prepare, sampling, policy, nullptr));
+  return Stream(*this, {}, prepare, sampling, policy, nullptr).whole();
 }
 
 }  // namespace autosteer

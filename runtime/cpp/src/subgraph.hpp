@@ -7,6 +7,8 @@
 // docs/design-notes.md).
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -19,6 +21,7 @@
 #include <new>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -42,6 +45,14 @@ inline void require_onnxruntime(const std::string& lowest, const char* installed
 /// Whether an onnxruntime can bound how long threads spin.
 inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
   return version_numbers(version) >= std::pair(1, 26);
+}
+
+/// Processors that this process may use.
+inline int usable_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);
+  return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
 }
 
 /// onnxruntime's environment for the sessions of an engine: `threads` threads, and one arena of memory for all sessions

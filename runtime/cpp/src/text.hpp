@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -49,6 +50,16 @@ struct Message {
     return {"assistant", {std::move(text)}, trusted};
   }
 };
+
+/// Whether a picture, or a frame of a video, is the name of a file.
+inline bool names_a_file(const Message& message) {
+  const auto is_file = [](const ImageLike& image) { return std::holds_alternative<std::filesystem::path>(image); };
+  return std::any_of(message.parts.begin(), message.parts.end(), [&](const Part& part) {
+    if (const auto* image = std::get_if<ImageLike>(&part)) return is_file(*image);
+    const auto* video = std::get_if<VideoPart>(&part);
+    return video && std::any_of(video->frames.begin(), video->frames.end(), is_file);
+  });
+}
 
 /// Token ids, or the place of an image, a video, or a group of its frames.
 struct Run {

@@ -1,0 +1,107 @@
+// What of an answer is held back, until it is known that it may be shown. The C++ side of runtime/held_back.py.
+//
+//     UntilWatched   the package has a monitor: each chunk waits for the windows that it is in (monitor.hpp)
+//     UntilJudged    the request biases the answer's tokens: all wait for the gate's verdict on the whole
+//
+// A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
+// So such an answer is judged as if the user had said it; and its beginnings, too (judge.hpp).
+#pragma once
+
+#include <algorithm>
+#include <deque>
+#include <functional>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "chunk.hpp"
+#include "gate.hpp"
+#include "judge.hpp"
+#include "monitor.hpp"
+
+namespace autosteer {
+
+using NextChunk = std::function<Chunk()>;  ///< not called again after the answer's last chunk
+
+/// Each chunk once a monitor has seen it through. A window that is unsafe ends the answer with the refusal text. What
+/// it is given must outlive it.
+class UntilWatched {
+ public:
+  UntilWatched(NextChunk compute, Monitor& monitor, const GatePolicy& policy)
+      : compute_(std::move(compute)), monitor_(monitor), policy_(policy) {}
+
+  /// The next chunk that may be shown.
+  Chunk operator()() {
+    while (held_.empty() || (monitor_.stops && !computed_ && held_.size() <= monitor_.window)) {
+      Chunk chunk = compute_();
+      computed_ = !chunk.finish_reason.empty();
+      if (computed_) monitor_.end();
+      const std::optional<Watched> seen = monitor_.verdict();
+      const Verdict verdict = watched(chunk.verdict, seen);
+      if (seen && seen->unsafe && monitor_.stops) {
+        return {(shown_ ? "\n\n" : "") + policy_.refusal_text, std::nullopt, verdict, "refused", std::nullopt};
+      }
+      if (computed_) chunk.verdict = verdict;
+      held_.push_back(std::move(chunk));
+    }
+    Chunk chunk = std::move(held_.front());
+    held_.pop_front();
+    shown_ = shown_ || !chunk.text.empty();
+    return chunk;
+  }
+
+ private:
+  NextChunk compute_;
+  Monitor& monitor_;
+  const GatePolicy& policy_;
+  std::deque<Chunk> held_;  // the monitor has not seen these through
+  bool computed_ = false;   // the answer's last chunk is among them
+  bool shown_ = false;      // some text
+};
+
+/// All chunks once the gate has judged the text and its beginnings; the refusal text in their place if it is unsafe.
+/// The verdict on the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report
+/// nothing waits. What it is given must outlive it.
+class UntilJudged {
+ public:
+  using Score = std::function<double(const std::string&)>;  ///< p_unsafe of a text
+
+  UntilJudged(NextChunk compute, Score score, const GatePolicy& policy)
+      : compute_(std::move(compute)), score_(std::move(score)), policy_(policy) {}
+
+  /// The next chunk that may be shown.
+  Chunk operator()() {
+    const bool stops = policy_.mode != Mode::report;
+    while (held_.empty() || (stops && !computed_)) {
+      Chunk chunk = compute_();
+      if (chunk.finish_reason == "refused") {
+        chunk.text = policy_.refusal_text;  // nothing was shown before it
+        return chunk;
+      }
+      text_ += chunk.text;
+      computed_ = !chunk.finish_reason.empty();
+      if (computed_ && !std::all_of(text_.begin(), text_.end(), is_space)) {
+        const double p_unsafe = score_(text_);
+        const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
+        if (seen.unsafe || !chunk.verdict.monitor) chunk.verdict = watched(chunk.verdict, seen);
+        if (chunk.verdict.action == Action::stop) {
+          return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};
+        }
+      }
+      held_.push_back(std::move(chunk));
+    }
+    Chunk chunk = std::move(held_.front());
+    held_.pop_front();
+    return chunk;
+  }
+
+ private:
+  NextChunk compute_;
+  Score score_;
+  const GatePolicy& policy_;
+  std::deque<Chunk> held_;  // the gate has not judged these, or they may be shown
+  std::string text_;        // of the answer so far
+  bool computed_ = false;   // the answer's last chunk is among them
+};
+
+}  // namespace autosteer
