@@ -15,9 +15,12 @@ changes only the output of the last layer, never what is cached.
 
 from __future__ import annotations
 
-from .encoded_prompt import Key
+from typing import TypeAlias
+
 from .generation import CachedPrefix
 from .image import Runs
+
+TurnKey: TypeAlias = "tuple[object, ...]"  # identifies a user's turn: what it says and shows; see judge.turn_key
 
 
 class Conversation:
@@ -26,7 +29,7 @@ class Conversation:
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it
         self.images: dict[bytes, Runs] = {}  # rows and token ids of the latest prompt's pictures and videos, by digest
-        self.alone: dict[tuple[Key, ...], float] = {}  # p_unsafe of the latest prompt's user turns, each by itself
+        self.alone: dict[TurnKey, float] = {}  # p_unsafe of the latest prompt's user turns, each by itself
         self._prefix: CachedPrefix | None = None
 
     def take_prefix(self) -> CachedPrefix | None:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from .image import Runs
 from .rotary import Positions
 
 Float = npt.NDArray[np.float32]
 Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
+
+
+class Seen(NamedTuple):
+    """A picture or a video of a prompt, or a group of the video's frames."""
+
+    key: bytes  # its digest, and how it is encoded
+    runs: Runs
+    grid: tuple[int, int] | None  # (rows, columns) in which its rows stand, if they do
+    times: tuple[int, ...]  # of the groups of a video's frames, whose rows stand in such a grid each
+    first: int  # its first row in the picture or video: of a further group above 0
+    tiles: int  # encoded for this prompt
+    sha256: str
+    video: bool
 
 
 @dataclass(frozen=True)
@@ -35,4 +49,5 @@ class EncodedPrompt:
     positions: Positions  # (3, S), for rotary
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
     shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
+    seen: Sequence[Sequence[Seen]] = ()  # of each judged turn, in the prompt's order
     deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position

@@ -13,18 +13,18 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .conversation import Conversation
+from .conversation import Conversation, TurnKey
 from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, worst
 from .stats import Stats, ms_since
-from .text import Message, judged
+from .text import Message, VideoPart, judged
 
 if TYPE_CHECKING:
     from .audit import Record
-    from .encoded_prompt import EncodedPrompt, Key
+    from .encoded_prompt import EncodedPrompt, Seen
     from .generation import Request
     from .prompt_encoder import PromptEncoder
 
@@ -36,30 +36,34 @@ log = logging.getLogger(__name__)
 class Judge:
     """Asks a package's prober."""
 
-    def __init__(self, encoder: PromptEncoder, ask: Callable[[EncodedPrompt], Request], split_layer: int):
+    def __init__(self, encoder: PromptEncoder, ask: Callable[[EncodedPrompt, Stats], Request], split_layer: int):
         """`ask`: makes a request that gives no answer."""
         self._encoder, self._ask, self._split_layer = encoder, ask, split_layer
 
     def prompt(
         self, request: Request, record: Record, policy: GatePolicy, conversation: Conversation | None
     ) -> Generator[None, None, Verdict]:
-        """The verdict on the prompt of `request`, noted in `record`, which has its messages. Pauses between chunks.
+        """The verdict on the prompt of `request`, noted in `record`, which has its messages and the encoded prompt.
+        Pauses between chunks.
 
-        `conversation` knows the scores of its turns by themselves, and their pictures.
+        `conversation` knows the scores of its user's turns by themselves: those cost nothing again.
         """
         verdict = yield from request.lower_chunks(policy)
-        before = time.perf_counter()
-        messages, scores = record.messages, list(request.scores)
-        known: dict[tuple[Key, ...], float] = {}
-        several = sum(len(message.images) for message in messages) > 1
+        messages, scores, prompt = record.messages, list(request.scores), record.prompt
+        known, kept = dict[TurnKey, float](), conversation.alone if conversation else {}
         if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
+            assert prompt is not None
             for at, n in enumerate(judged(messages)):
                 # what stands first is read alike by itself: nothing is before it
                 if n > 0 and messages[n].role == "user":
-                    p = yield from self._by_itself(messages[n], several, policy, conversation, known)
+                    key = turn_key(messages[n], prompt.seen[at])
+                    p = known.get(key, kept.get(key))
+                    if p is None:
+                        p = yield from self._by_itself(messages[n], prompt.seen[at], policy, record.stats)
+                    if not math.isnan(p):  # a failure may pass
+                        known[key] = p
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)
-            record.stats.gate_ms += ms_since(before)
         if conversation:
             conversation.alone = known
         record.verdict, record.scores = verdict, scores
@@ -72,43 +76,47 @@ class Judge:
         """
         scores = []
         for said in beginnings(text):
+            stats = Stats()
             try:
-                as_prompt = self._encoder.prepare([Message.user(said)], Stats())
+                request = self._ask(self._encoder.prepare([Message.user(said)], stats), stats)
             except InputError as err:
                 log.error("the answer could not be judged, so it counts as unsafe: %s", err)
                 return math.nan
-            scores.append((yield from self._score(as_prompt, policy)))
+            scores.append(_score((yield from request.lower_chunks(policy))))
         return worst(scores)
 
     def _by_itself(
-        self,
-        turn: Message,
-        several: bool,
-        policy: GatePolicy,
-        conversation: Conversation | None,
-        known: dict[tuple[Key, ...], float],
+        self, turn: Message, seen: Sequence[Seen], policy: GatePolicy, stats: Stats
     ) -> Generator[None, None, float]:
-        """p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a
-        number: a failure may pass. `several`: the dialogue has several pictures, so this turn's are encoded as there.
+        """p_unsafe of a user's turn as a prompt of its own, with its pictures and videos as the dialogue has them; NaN
+        if it is none that fits. What it took, without pauses, is added to `stats`.gate_ms.
         """
-        aside = Conversation(self)
-        aside.images = dict(conversation.images) if conversation else {}  # not encoded again
+        before, own = time.perf_counter(), Stats()
         try:
-            alone = self._encoder.prepare([turn], Stats(), aside, several)
+            request = self._ask(self._encoder.prepare_turn(turn, seen, own), own)
         except InputError as err:
             log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
             return math.nan
-        key = tuple(alone.keys)
-        p = known.get(key, conversation.alone.get(key) if conversation else None)
-        if p is None:
-            p = yield from self._score(alone, policy)
-        if not math.isnan(p):
-            known[key] = p
-        return p
+        finally:
+            stats.gate_ms += ms_since(before)
+        verdict = yield from request.lower_chunks(policy)
+        stats.gate_ms += own.lower_ms + own.gate_ms
+        return _score(verdict)
 
-    def _score(self, as_prompt: EncodedPrompt, policy: GatePolicy) -> Generator[None, None, float]:
-        verdict = yield from self._ask(as_prompt).lower_chunks(policy)
-        return math.nan if verdict.p_unsafe is None else verdict.p_unsafe
+
+def turn_key(turn: Message, seen: Sequence[Seen]) -> TurnKey:
+    """What a user's turn says and shows: two turns with the same key are the same prompt by themselves.
+
+    `seen`: its pictures and videos as the dialogue has them. They count by their pixels and by how they are encoded,
+    not by their files' names.
+    """
+    key: list[object] = []
+    for part in turn.parts:
+        if isinstance(part, VideoPart):
+            key.append((len(part.frames), repr(part.seconds)))
+        else:
+            key.append(part if isinstance(part, str) else None)
+    return (*key, *(one.key for one in seen))
 
 
 def beginnings(text: str) -> Iterator[str]:
@@ -119,3 +127,7 @@ def beginnings(text: str) -> Iterator[str]:
             yield text[: word.end()]
             words *= 2
     yield text
+
+
+def _score(verdict: Verdict) -> float:
+    return math.nan if verdict.p_unsafe is None else verdict.p_unsafe

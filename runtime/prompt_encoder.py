@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from . import image as images_
 from . import video as videos_
 from .conversation import Conversation
-from .encoded_prompt import EncodedPrompt, Float, Key, ShownPicture
+from .encoded_prompt import EncodedPrompt, Float, Key, Seen, ShownPicture
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
@@ -44,26 +44,13 @@ CHARACTERS_A_TOKEN = 16  # more than any text has, on average; English has 4 to 
 TILES_PER_RUN = 2  # bounds the image graph's activations: 4 take 120 MB more at SigLIP-so400m's size, and as long
 
 
-class _Seen(NamedTuple):
-    """A picture or a video of a prompt, or a group of the video's frames."""
-
-    key: bytes  # its digest, and how it is encoded
-    runs: images_.Runs
-    grid: tuple[int, int] | None  # (rows, columns) in which its rows stand, if they do
-    times: tuple[int, ...]  # of the groups of a video's frames, whose rows stand in such a grid each
-    first: int  # its first row in the picture or video: of a further group above 0
-    tiles: int  # encoded for this prompt
-    sha256: str
-    video: bool
-
-
 class _Opened(NamedTuple):
     """A picture or a video that was opened, and not encoded yet."""
 
     sha256: str
     use: str  # how it is encoded
     encode: Encode
-    grid: tuple[int, int] | None  # as in _Seen
+    grid: tuple[int, int] | None  # as in Seen
     times: tuple[int, ...] = (0,)
     apart: int = 1  # places in the prompt that it fills: of its runs, each has as many
 
@@ -89,11 +76,8 @@ class PromptEncoder:
         messages: Sequence[Message],
         stats: Stats,
         conversation: Conversation | None = None,
-        several: bool = False,
     ) -> EncodedPrompt:
         """Render a dialogue, encode its images and videos, and lay everything out as the decoder's input.
-
-        `several`: encode even a single picture as one of several, which may have fewer tiles.
 
         What does not fit the context is refused before anything is embedded. Raises InputError for that, and for an
         unusable message, image or video.
@@ -105,8 +89,25 @@ class PromptEncoder:
         check_characters(self.manifest, messages)
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         before = time.perf_counter()
-        shown = self._see(runs, messages, stats, conversation, several)
+        seen = self._see(runs, messages, stats, conversation)
         stats.vision_ms = ms_since(before)
+        return self._assemble(runs, turns, seen, stats)
+
+    def prepare_turn(self, turn: Message, seen: Sequence[Seen], stats: Stats) -> EncodedPrompt:
+        """A turn of a dialogue as a prompt of its own. `seen`: its pictures and videos as the dialogue has them, which
+        are not opened or encoded again (EncodedPrompt.seen).
+
+        Raises InputError if it does not fit the context.
+        """
+        runs, turns = render_judged([turn], self.manifest.prompt, self._tokenizer)
+        length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
+        check_length(self.manifest, length)
+        return self._assemble(runs, turns, seen, stats)
+
+    def _assemble(
+        self, runs: Rendered, turns: Sequence[JudgedTurn], seen: Sequence[Seen], stats: Stats
+    ) -> EncodedPrompt:
+        """A rendered dialogue as the decoder's input. `seen`: what stands in its places for pictures and videos."""
         before = time.perf_counter()
         rows: list[Float] = []
         deepstack: dict[int, Float] = {}
@@ -123,33 +124,34 @@ class PromptEncoder:
             token_ids.extend(ids)
             counter.text(len(ids))
 
-        def add_rows(part: Float, seen: _Seen, first: int) -> None:
+        def add_rows(part: Float, one: Seen, first: int) -> None:
             rows.append(part[:, :width])
             if self.manifest.deepstack:
                 deepstack[len(keys)] = part[:, width:]
-            counter.picture(len(part), seen.grid, seen.times)
-            keys.extend((seen.key, first + i) for i in range(len(part)))
+            counter.picture(len(part), one.grid, one.times)
+            keys.extend((one.key, first + i) for i in range(len(part)))
 
-        slots = deque(shown)
+        slots = deque(seen)
         for run in runs:
             if isinstance(run, list):
                 between_frames = bool(slots and slots[0].first)  # the groups of a video's
                 add_text(run, probed=not between_frames)
                 continue
-            seen = slots.popleft()
-            row = seen.first
-            for part in seen.runs:
+            one = slots.popleft()
+            row = one.first
+            for part in one.runs:
                 if isinstance(part, list):
                     add_text(part)
                 else:
-                    add_rows(part, seen, row)
+                    add_rows(part, one, row)
                     row += len(part)
         embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        sizes = [_length(one.runs) for one in shown]
+        sizes = [_length(one.runs) for one in seen]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
-        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(shown), deepstack)
+        by_turn = [seen[turn.content.slots : turn.end.slots] for turn in turns]
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), by_turn, deepstack)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -171,8 +173,7 @@ class PromptEncoder:
         messages: Sequence[Message],
         stats: Stats,
         conversation: Conversation | None,
-        several: bool,
-    ) -> list[_Seen]:
+    ) -> list[Seen]:
         """The dialogue's pictures and videos, in the order of `runs`.
 
         One is opened and encoded after the other, so one is in memory at a time; and only as long as they fit the
@@ -184,7 +185,7 @@ class PromptEncoder:
         length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
         check_length(self.manifest, length, exact=not pictures)
         known, encoded = conversation.images if conversation else {}, dict[bytes, images_.Runs]()
-        alone, shown, further = len(pictures) == 1 and not several, list[_Seen](), deque[_Seen]()
+        alone, seen, further = len(pictures) == 1, list[Seen](), deque[Seen]()
         to_open: dict[object, Iterator[Callable[[int], _Opened]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
             VIDEO: (functools.partial(self._open_film, film) for film in films),
@@ -192,7 +193,7 @@ class PromptEncoder:
         left = len(pictures) + len(films)
         for run in (run for run in runs if not isinstance(run, list)):
             if further:  # of the video before, whose places in the prompt follow each other
-                shown.append(further.popleft())
+                seen.append(further.popleft())
                 continue
             others = length - least[run]
             opened = next(to_open[run])(others)
@@ -200,13 +201,13 @@ class PromptEncoder:
             if key not in encoded:
                 encoded[key] = known[key] if key in known else opened.encode(stats=stats)
             further.extend(_places(key, encoded[key], opened, stats.image_tiles - before, run is VIDEO))
-            shown.append(further.popleft())
+            seen.append(further.popleft())
             left -= 1
             length = others + _length(encoded[key])
             check_length(self.manifest, length, exact=not left)
         if conversation:
             conversation.images = encoded
-        return shown
+        return seen
 
     def _open_picture(self, picture: ImageLike, alone: bool, others: int) -> _Opened:
         """`others`: how many positions the rest of the prompt takes at least."""
@@ -417,16 +418,16 @@ def _length(runs: images_.Runs) -> int:
     return sum(map(len, runs))
 
 
-def _places(key: bytes, runs: images_.Runs, opened: _Opened, tiles: int, video: bool) -> Iterator[_Seen]:
+def _places(key: bytes, runs: images_.Runs, opened: _Opened, tiles: int, video: bool) -> Iterator[Seen]:
     """What stands in each of the places in the prompt that a picture or a video fills."""
     each, first = len(runs) // opened.apart, 0
     for at in range(0, len(runs), each):
         own = runs[at : at + each]
-        yield _Seen(key, own, opened.grid, opened.times, first, 0 if first else tiles, opened.sha256, video)
+        yield Seen(key, own, opened.grid, opened.times, first, 0 if first else tiles, opened.sha256, video)
         first += _length(own)
 
 
-def _shown(seen: Sequence[_Seen]) -> tuple[ShownPicture, ...]:
+def _shown(seen: Sequence[Seen]) -> tuple[ShownPicture, ...]:
     """What each picture and each video took of the prompt."""
     found: list[ShownPicture] = []
     for one in seen:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy
 from cpp_inputs import demo, demo_pictures, noise
-from cpp_runtime import in_python, joined, through_c, use_byte_level_words
+from cpp_runtime import Parts, as_message, in_python, joined, through_c, use_byte_level_words
 from exported import INT8_CACHES, PREFILL
 from PIL import Image
 
 from autosteer.runtime import Conversation, Engine
+from autosteer.runtime.generation import finish
+from autosteer.runtime.image import digest, open_image
 
 MODES = ["steer", "stop", "report", "off"]
 
@@ -141,6 +144,79 @@ def test_requests_that_fail_leave_the_conversation_as_it_was(built, cpp_package)
     assert [answer["code"] for answer in refused] == [5] * len(bad)
     assert joined(again["chunks"])["text"] == joined(first["chunks"])["text"]
     assert joined(again["chunks"])["timings"]["reused_tokens"] > 0
+
+
+def judged_in_both(parts: Parts, dialogues: list[list[dict[str, Any]]], *, conversation: bool) -> list[dict[str, Any]]:
+    """What C++'s judge made of dialogues about the demo (`judge` in parts.cpp), which is what Python's made of them."""
+    package, engine = demo("fp32")
+    command = {"part": "judge", "package": str(package), "requests": [{"messages": turns} for turns in dialogues]}
+    (found,) = parts.run(command | {"conversation": conversation})
+    graph, ask, encoded, asked = engine.encoder._graph, engine._judge._ask, Counter[str](), list[object]()
+    shared = Conversation(engine) if conversation else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.encoder, "_graph", lambda name: encoded.update([name]) or graph(name))
+        patch.setattr(engine._judge, "_ask", lambda *a: asked.append(a) or ask(*a))
+        for turns, theirs in zip(dialogues, found, strict=True):
+            encoded.clear()
+            asked.clear()
+            with engine.record(engine.policy("report")) as record:
+                record.messages = [as_message(given) for given in turns]
+                prompt = engine.encoder.prepare(record.messages, record.stats, shared)
+                finish(engine.judge(prompt, record, shared))
+            scores = pytest.approx(list(record.scores), abs=1e-5)
+            assert theirs == {"scores": scores, "encoded": dict(encoded), "by_themselves": len(asked)}
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def three_pictures(tmp_path: Path) -> list[str]:
+    """Files: the first and the last have the same pixels."""
+    files = [str(tmp_path / f"{n}.png") for n in range(3)]
+    for file, width in zip(files, (40, 41, 40), strict=True):
+        Image.fromarray(noise(width, 30)).save(file)
+    return files
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_turns_are_judged_by_themselves_as_in_python_and_cost_as_little(parts, three_pictures, conversation):
+    """A turn whose score the conversation keeps was tokenised and embedded again in each request; without one a later
+    turn's picture was encoded twice.
+    """
+    one, other, copy = ({"image": file} for file in three_pictures)
+    users: list[list[Any]] = [["hello"], [one, "what is this?"], ["why?"], [other, "what is this?"], ["why?"]]
+    dialogue = [turn(role, *parts) for said in users for role, parts in (("user", said), ("assistant", ["it is."]))]
+    dialogues = [dialogue[:3], dialogue[:5], dialogue[:7], dialogue[:9], dialogue[:9]]
+    dialogues += [[*dialogue[:2], turn("user", copy, "what is this?"), *dialogue[3:9]]]
+    found = judged_in_both(parts, dialogues, conversation=conversation)
+    # the same question twice is judged once; a second picture changes how the first one is encoded
+    assert [one["by_themselves"] for one in found] == ([1, 1, 2, 0, 0, 0] if conversation else [1, 2, 3, 3, 3, 3])
+    assert [one["encoded"].get("vision_encoder", 0) for one in found] == (
+        [1, 0, 2, 0, 0, 0] if conversation else [1, 1, 2, 2, 2, 2]
+    )
+
+
+def test_turns_share_a_score_only_if_they_are_the_same_prompt(parts, three_pictures):
+    """In one dialogue, each twice: as many are judged by themselves as differ. One says what another one's key is."""
+    one, other, copy = three_pictures
+    turns: list[list[Any]] = [["why?"], ["why", "?"], ["?", "why"], ["why?", ""], ["", "why?"], [""], ["image"]]
+    turns += [[{"image": one}], [{"image": other}], [{"image": one}, {"image": other}]]
+    turns += [[{"image": other}, {"image": one}], [{"image": one}, "why?"], ["why?", {"image": one}]]
+    turns += [[{"video": [one]}], [{"video": [other]}], [{"video": [one, other]}], [{"video": [other, one]}]]
+    turns += [[{"video": [one, other], "seconds": seconds}] for seconds in ([0, 1], [0, 1.5], [0, 1.5 + 1e-9])]
+    turns += [["image", f"seen one of several {digest([open_image(one)])}"]]
+    again = [[{"image": copy} if part == {"image": one} else part for part in said] for said in turns]
+    dialogue = [turn("user", "hello"), *(turn("user", *said) for said in turns + again)]
+    (found,) = judged_in_both(parts, [dialogue], conversation=False)
+    assert found["by_themselves"] == len(turns)
+
+
+def test_a_failure_on_a_turn_by_itself_passes(parts, cpp_package):
+    """It makes this prompt unsafe, and is not kept for the next (Python: test_engine.py)."""
+    dialogue = [turn("user", "red"), turn("assistant", "orange"), turn("user", "hello")]
+    command = {"part": "judge", "package": str(cpp_package), "requests": [{"messages": dialogue}] * 3}
+    (found,) = parts.run(command | {"conversation": True, "failing": 1})
+    assert [one["by_themselves"] for one in found] == [1, 1, 0]
+    assert [one["scores"][-1] is None for one in found] == [True, False, False]
 
 
 def test_conversation_of_another_engine_is_refused(parts, cpp_package):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import toy
 from conformance_packages import PICTURES, Packages, cases, shown
-from cpp_runtime import as_sampling, in_python
+from cpp_runtime import as_message, as_sampling, in_python
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -27,7 +27,7 @@ from autosteer.runtime.manifest import ImageSpec
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.strict_json import decode
-from autosteer.runtime.text import Detokeniser, ImagePart, Message, VideoPart, load_tokenizer
+from autosteer.runtime.text import Detokeniser, load_tokenizer
 from autosteer.runtime.video import open_video
 
 Case = dict[str, Any]
@@ -65,17 +65,6 @@ def bytes_to_characters() -> list[str]:
 def number(value: Any) -> float:
     """A number; "nan", "inf" and "-inf", which JSON lacks, as text."""
     return float(value)
-
-
-def as_message(turn: Case) -> Message:
-    """A message of the C interface in Python."""
-
-    def part(p: Any) -> Any:
-        if isinstance(p, str):
-            return p
-        return VideoPart(tuple(p["video"]), tuple(p.get("seconds", ()))) if "video" in p else ImagePart(p["image"])
-
-    return Message(turn["role"], tuple(map(part, turn["parts"])), turn.get("trusted", False))
 
 
 def words(rows: list[int | None]) -> str:

@@ -132,19 +132,24 @@ def null_for_nan(value: Any) -> Any:
 
 def in_python(engine: Engine, request: dict[str, Any], conversation: Conversation | None = None) -> dict[str, Any]:
     """A request of the C interface, answered by the Python engine."""
-
-    def part(p: Any) -> Part:
-        if isinstance(p, str):
-            return p
-        return VideoPart(tuple(p["video"]), tuple(p.get("seconds", ()))) if "video" in p else ImagePart(p["image"])
-
-    messages = [Message(m["role"], tuple(map(part, m["parts"])), m.get("trusted", False)) for m in request["messages"]]
+    messages = list(map(as_message, request["messages"]))
     policy = engine.policy(
         request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
     )
     return python_json(
         engine, messages, sampling=as_sampling(request.get("sampling", {})), policy=policy, conversation=conversation
     )
+
+
+def as_message(given: dict[str, Any]) -> Message:
+    """A message of the C interface in Python."""
+
+    def part(p: Any) -> Part:
+        if isinstance(p, str):
+            return p
+        return VideoPart(tuple(p["video"]), tuple(p.get("seconds", ()))) if "video" in p else ImagePart(p["image"])
+
+    return Message(given["role"], tuple(map(part, given["parts"])), given.get("trusted", False))
 
 
 def as_sampling(wishes: dict[str, Any]) -> SamplingConfig:

@@ -7,7 +7,9 @@ import itertools
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import toy
 from conftest import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from autosteer.runtime import (
     Action,
@@ -28,9 +31,16 @@ from autosteer.runtime import (
     ProviderError,
     SamplingConfig,
     Stats,
+    image,
+    prompt_encoder,
     subgraph,
 )
+from autosteer.runtime.conversation import TurnKey
+from autosteer.runtime.encoded_prompt import Seen
+from autosteer.runtime.generation import finish
+from autosteer.runtime.judge import turn_key
 from autosteer.runtime.subgraph import Subgraph
+from autosteer.runtime.text import ImagePart, VideoPart
 
 UNSAFE = ("bad", "nan", "inf", "two", "negative", "crash")  # what the prober says is unsafe, or is no probability
 SAFE = {"red": "orange yellow green", "yellow": "green", "hello": "world", "green": ""}
@@ -863,8 +873,10 @@ def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engin
     one, other = (rng.integers(0, 256, (40, 90, 3), dtype=np.uint8) for _ in range(2))
     first = Message.user("look", [one] if dialogue == "two pictures" else [])
     turns = [first, Message.assistant("red", trusted=True), Message.user("blue", [other])]
-    prepare, prompts = engine.encoder.prepare, []
-    monkeypatch.setattr(engine.encoder, "prepare", lambda *a: prompts.append(prepare(*a)) or prompts[-1])
+    prompts = []
+    for name in ("prepare", "prepare_turn"):
+        encode = getattr(engine.encoder, name)
+        monkeypatch.setattr(engine.encoder, name, lambda *a, encode=encode: prompts.append(encode(*a)) or prompts[-1])
     engine.score(turns)
     whole, alone = ({key for key in prompt.keys if isinstance(key, tuple)} for prompt in prompts)
     assert alone and alone <= whole
@@ -872,13 +884,136 @@ def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engin
 
 def test_a_turn_that_does_not_fit_by_itself_is_unsafe(engine, monkeypatch):
     turns = [Message.user("red"), Message.assistant("orange", trusted=True), Message.user("hello")]
-    prepare = engine.encoder.prepare
 
-    def narrow(messages, *arguments):
-        if messages == turns[2:]:
-            raise InputError("the prompt takes 99 tokens")
-        return prepare(messages, *arguments)
+    def narrow(turn, *_):
+        assert turn == turns[2]
+        raise InputError("the prompt takes 99 tokens")
 
-    monkeypatch.setattr(engine.encoder, "prepare", narrow)
+    monkeypatch.setattr(engine.encoder, "prepare_turn", narrow)
     verdict = engine.score(turns, policy="stop")
     assert verdict.action is Action.STOP and math.isnan(verdict.p_unsafe)
+
+
+def test_a_turn_by_itself_that_leaves_no_room_is_not_computed(engine):
+    """A template may write more before a turn that stands first."""
+    turn = Message.user("red " * 62)
+    with pytest.raises(InputError, match="the prompt takes 65 tokens"):
+        engine.encoder.prepare_turn(turn, [], Stats())
+
+
+@pytest.fixture
+def by_itself(engine, monkeypatch) -> list[Message]:
+    """The turns that are encoded to be judged by themselves, in order, from here on."""
+    turns, prepare = list[Message](), engine.encoder.prepare_turn
+    monkeypatch.setattr(engine.encoder, "prepare_turn", lambda turn, *a: turns.append(turn) or prepare(turn, *a))
+    return turns
+
+
+@pytest.fixture
+def encoded(engine, monkeypatch) -> list[str]:
+    """Names of the graphs that encode texts and pictures, in order, from here on."""
+    names, graph = list[str](), engine.encoder._graph
+    monkeypatch.setattr(engine.encoder, "_graph", lambda name: names.append(name) or graph(name))
+    return names
+
+
+def dialogue(*users: Message) -> list[Message]:
+    """User turns, with an answer between two of them."""
+    return [turn for user in users for turn in (user, Message.assistant("orange", trusted=True))][:-1]
+
+
+def test_a_turn_whose_score_is_kept_costs_nothing(engine, by_itself, encoded, monkeypatch, tmp_path):
+    """It was tokenised and embedded, and its files opened, in each request, to find that its score was known."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    users = [Message.user("red"), Message.user("look", [tmp_path / "red.png"]), Message.user("hello")]
+    conversation, opened, tokenised = Conversation(engine), list[object](), list[object]()
+    first = engine.generate(dialogue(*users), conversation=conversation)
+    assert by_itself == users[1:]
+    open_image, render = image.open_image, prompt_encoder.render_judged
+    monkeypatch.setattr(image, "open_image", lambda one: opened.append(one) or open_image(one))
+    monkeypatch.setattr(
+        prompt_encoder, "render_judged", lambda messages, *a: tokenised.append(messages) or render(messages, *a)
+    )
+    encoded.clear()
+    users.append(Message.user("tick"))
+    second = engine.generate(dialogue(*users), conversation=conversation, sampling=of(1))
+    assert by_itself == users[1:]
+    assert (opened, tokenised) == ([tmp_path / "red.png"], [dialogue(*users), users[-1:]])
+    # the dialogue's text before and behind the picture, and that of the new turn
+    assert encoded == ["embed_tokens"] * 3
+    assert first.verdict.p_unsafe == second.verdict.p_unsafe == engine.score(dialogue(*users)).p_unsafe
+
+
+def test_pictures_of_later_turns_are_encoded_once(engine, encoded):
+    """Without a conversation, too: those of autosteer-serve's scores were encoded where they stand, and again."""
+    users = [
+        Message.user("red"),
+        Message.user("look", [picture(255, 0, 0)]),
+        Message.user("look", [picture(0, 255, 0)]),
+    ]
+    with engine.record(engine.policy("report")) as record:
+        record.messages = dialogue(*users)
+        verdict = finish(engine.judge(engine.encoder.prepare(record.messages, record.stats), record))
+    assert encoded.count("vision_encoder") == 2 == record.stats.image_tiles
+    assert verdict == engine.score(record.messages, policy="report")
+
+
+def test_a_picture_that_changed_behind_its_name_is_judged_again(engine, by_itself, tmp_path):
+    path = tmp_path / "picture.png"
+    turns, conversation = dialogue(Message.user("red"), Message.user("look", [path])), Conversation(engine)
+    for number, colour in enumerate(("red", "blue"), 1):
+        Image.new("RGB", (8, 8), colour).save(path)
+        for _ in range(2):
+            engine.generate(turns, conversation=conversation)
+        assert by_itself == turns[-1:] * number
+    path.rename(tmp_path / "moved.png")
+    turns = dialogue(Message.user("red"), Message.user("look", [tmp_path / "moved.png"]))
+    engine.generate(turns, conversation=conversation)
+    assert len(by_itself) == 2  # the same pixels in another file
+
+
+def test_turns_share_a_score_only_if_they_are_the_same_prompt(engine):
+    """Each of these differs from the others in what the prober reads, or may."""
+    red, green = (ImagePart(picture(*colour)) for colour in ((255, 0, 0), (0, 255, 0)))
+    ways = [
+        *[("red", "tick"), ("tick", "red"), ("redtick",), ("red tick",), ("red", " tick"), ("",), ("", "")],
+        *[(red,), (green,), (red, green), (green, red), (red, red), ("red", red), (red, "red"), ("red", red, green)],
+        *[("red", red, "tick"), ("redtick", red), ("None",), ("image",), (red, "None")],
+    ]
+
+    def key(first: Message, parts: tuple[Any, ...]) -> TurnKey:
+        turns = dialogue(first, Message("user", parts))
+        return turn_key(turns[-1], engine.encoder.prepare(turns, Stats()).seen[-1])
+
+    behind_text = [key(Message.user("red"), parts) for parts in ways]
+    behind_picture = [key(Message.user("look", [picture(0, 0, 255)]), parts) for parts in ways]
+    assert len(set(behind_text)) == len(set(behind_picture)) == len(ways)
+    for parts, one, other in zip(ways, behind_text, behind_picture, strict=True):
+        a_single_picture = sum(isinstance(part, ImagePart) for part in parts) == 1  # it becomes one of several
+        assert (one != other) is a_single_picture
+
+
+def test_videos_count_by_their_frames_and_times():
+    seen = Seen(b"a video 00", [], None, (0,), 0, 0, "00", True)
+    frames = (picture(255, 0, 0), picture(0, 255, 0))
+    parts = [VideoPart(frames), VideoPart(frames, (0.0, 1.0)), VideoPart(frames, (0.0, 1.5)), VideoPart(frames[:1])]
+    parts += [VideoPart(frames, (-0.0, 1.0)), VideoPart(frames[:1], (0.0,))]  # -0.0 is written as such
+    keys = {turn_key(Message("user", (part,)), [seen]) for part in parts}
+    others = [seen._replace(key=key) for key in (b"a video 01", b"a picture 00")]
+    keys |= {turn_key(Message("user", (parts[0],)), [other]) for other in others}
+    assert len(keys) == len(parts) + 2
+
+
+def test_time_in_which_others_compute_is_not_the_gates(engine, monkeypatch):
+    """A turn longer than a chunk pauses within the gate, and the time until it went on was counted."""
+    turns = dialogue(Message.user("red"), Message.user("red " * 8), Message.user("hello"))
+    monkeypatch.setattr(engine._judge, "_ask", lambda *a: engine.request(a[0], 1, a[1], chunk=4))
+    engine.score(turns)  # the first run of a graph takes longer
+    with engine.record(engine.policy("report")) as record:
+        record.messages = turns
+        steps = engine.judge(engine.encoder.prepare(turns, record.stats), record)
+        pauses = 0
+        for _ in steps:
+            pauses += 1
+            time.sleep(0.2)
+    assert pauses and 0 < record.stats.gate_ms < 200 * pauses

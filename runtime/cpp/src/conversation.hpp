@@ -28,6 +28,9 @@ namespace autosteer {
 
 class Engine;
 
+/// Identifies a user's turn: what it says and shows; see `turn_key` in judge.hpp.
+using TurnKey = std::vector<std::string>;
+
 /// Rows and token ids of pictures and videos, by digest.
 using Encoded = std::map<std::string, std::shared_ptr<const std::vector<Laid>>>;
 
@@ -51,8 +54,8 @@ class Conversation {
   /// Store what a finished request leaves.
   void keep_prefix(CachedPrefix prefix) { prefix_ = std::move(prefix); }
 
-  Encoded images;                            ///< of the latest prompt
-  std::map<std::vector<Key>, double> alone;  ///< p_unsafe of its user turns, each by itself
+  Encoded images;                   ///< of the latest prompt
+  std::map<TurnKey, double> alone;  ///< p_unsafe of its user turns, each by itself
 
  private:
   const Engine* engine_ = nullptr;

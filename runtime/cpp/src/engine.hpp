@@ -157,7 +157,7 @@ class Engine {
     try {
       Conversation own;
       EncodedPrompt prompt = encoder.prepare(messages, stats, &own);
-      record.shown = prompt.shown;
+      record.encoded(prompt);
       Request asked = request(std::move(prompt), 1, stats);
       const Verdict verdict = judge.prompt(asked, record, policy, &own);
       record.gave("", "scored");
@@ -340,7 +340,7 @@ class Stream {
   Chunk begin_answer() {
     EncodedPrompt prompt = prepare_(messages_, stats_, conversation_);
     tokens_ = prompt.token_ids;
-    record_.shown = prompt.shown;
+    record_.encoded(prompt);
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     prompt_tokens_ = tokens_.size();
     const GatePolicy policy = sampling_.restricts() ? without_steering(policy_) : policy_;

@@ -16,12 +16,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -77,6 +79,24 @@ struct Stats {
 /// Identifies a position: "" and a token id, or a picture's digest and a row of it.
 using Key = std::pair<std::string, int64_t>;
 
+/// A picture or a video of a prompt, or a group of the video's frames.
+struct Seen {
+  std::string sha256, key;  // its key: how it is encoded, too
+  std::shared_ptr<const std::vector<Laid>> laid;
+  size_t first, last;                          // its own of `laid`: the first, and one past the last
+  std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
+  std::vector<int64_t> times = {0};  // of the groups of a video's frames, whose rows stand in such a grid each
+  int64_t row = 0;                   // its first row in the picture or video: of a further group above 0
+
+  int64_t rows() const {
+    int64_t count = 0;
+    for (size_t i = first; i < last; ++i) {
+      count += static_cast<int64_t>(laid->at(i).ids.size()) + laid->at(i).rows.count();
+    }
+    return count;
+  }
+};
+
 /// A picture or a video of a prompt.
 struct Shown {
   std::string sha256;  ///< of its pixels, or of the video's frames as they are encoded; see `digest`
@@ -92,8 +112,9 @@ struct EncodedPrompt {
   std::vector<Position> positions;  // S of them, for rotary
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
-  std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
-  PictureRows pictures = {};      ///< for models with deepstack
+  std::vector<Shown> shown = {};             ///< pictures and videos, in the prompt's order
+  std::vector<std::vector<Seen>> seen = {};  ///< of each judged turn, in the prompt's order
+  PictureRows pictures = {};                 ///< for models with deepstack
 
   /// Rows (n, D) of a picture follow; or (n, (1 + L) * D), whose first parts do.
   void add_picture(const std::shared_ptr<const Rows>& rows) {

@@ -32,7 +32,9 @@ namespace autosteer {
 constexpr size_t kFirstWords = 16;  // of the shortest beginning that is judged
 
 /// ASCII white space.
-inline bool is_space(char c) { return c == ' ' || ('\t' <= c && c <= '\r'); }
+inline bool is_space(char c) {
+  return c == ' ' || ('\t' <= c && c <= '\r');
+}
 
 /// The text up to its 16th, 32nd, 64th, ... word, and the whole. Words end at ASCII white space.
 inline std::vector<std::string> beginnings(const std::string& text) {
@@ -48,6 +50,26 @@ inline std::vector<std::string> beginnings(const std::string& text) {
   return found;
 }
 
+/// What a user's turn says and shows: two turns with the same key are the same prompt by themselves. `seen`: its
+/// pictures and videos as the dialogue has them. They count by their pixels and by how they are encoded, not by their
+/// files' names.
+inline TurnKey turn_key(const Message& turn, const std::vector<Seen>& seen) {
+  TurnKey key;
+  for (const Part& part : turn.parts) {
+    if (const auto* text = std::get_if<std::string>(&part)) {
+      key.push_back("text " + *text);
+    } else if (const auto* video = std::get_if<VideoPart>(&part)) {
+      const auto* bytes = reinterpret_cast<const char*>(video->seconds.data());
+      key.push_back("video " + std::to_string(video->frames.size()) + " ");
+      key.back().append(bytes, bytes + video->seconds.size() * sizeof(double));
+    } else {
+      key.emplace_back("image");
+    }
+  }
+  for (const Seen& one : seen) key.push_back("seen " + one.key);
+  return key;
+}
+
 /// Asks a package's prober. What it is given must outlive it.
 class Judge {
  public:
@@ -57,28 +79,30 @@ class Judge {
   Judge(const PromptEncoder& encoder, Ask ask, int split_layer, const Log& log)
       : encoder_(encoder), ask_(std::move(ask)), split_layer_(split_layer), log_(log) {}
 
-  /// The verdict on the prompt of `request`, noted in `record`, which has its messages. `conversation` knows the scores
-  /// of its turns by themselves, and their pictures.
+  /// The verdict on the prompt of `request`, noted in `record`, which has its messages and what they show.
+  /// `conversation` knows the scores of its user's turns by themselves: those cost nothing again.
   Verdict prompt(Request& request, Record& record, const GatePolicy& policy, Conversation* conversation) const {
     Verdict verdict = request.prefill_lower(policy);
     const Clock clock;
     const std::vector<Message>& messages = record.messages;
     record.scores = request.scores;
-    std::map<std::vector<Key>, double> known;
+    std::map<TurnKey, double> known;
     if (verdict.p_unsafe && messages.size() > 1) {
       double p_unsafe = *verdict.p_unsafe;
-      size_t at = 0, pictures = 0;
-      for (const Message& message : messages) {
-        for (const Part& part : message.parts) pictures += std::holds_alternative<ImageLike>(part);
-      }
-      for (size_t turn = 0; turn < messages.size(); ++turn) {
-        if (!is_judged(messages, turn)) continue;
-        double& score = record.scores[at++];
-        if (turn == 0) continue;  // what stands first is read alike by itself: nothing is before it
-        if (messages[turn].role != "user") continue;
-        const double p = by_itself(messages[turn], pictures > 1, policy, conversation, known);
-        score = worse(score, p);
-        p_unsafe = worse(p_unsafe, p);
+      size_t at = 0;
+      for (size_t n = 0; n < messages.size(); ++n) {
+        if (!is_judged(messages, n)) continue;
+        double& score = record.scores.at(at);
+        const std::vector<Seen>& seen = record.seen.at(at++);
+        if (n == 0) continue;  // what stands first is read alike by itself: nothing is before it
+        if (messages[n].role != "user") continue;
+        TurnKey key = turn_key(messages[n], seen);
+        std::optional<double> p = find(known, key);
+        if (!p && conversation) p = find(conversation->alone, key);
+        if (!p) p = by_itself(messages[n], seen, policy);
+        if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
+        score = worse(score, *p);
+        p_unsafe = worse(p_unsafe, *p);
       }
       verdict = decide(p_unsafe, policy, split_layer_);
       record.stats.gate_ms += clock.ms();
@@ -105,32 +129,22 @@ class Judge {
   }
 
  private:
-  /// p_unsafe of a user's turn as a prompt of its own; NaN if it is none that fits. Noted in `known`, if it is a
-  /// number: a failure may pass. `several`: the dialogue has several pictures, so this turn's are encoded as there.
-  double by_itself(const Message& turn, bool several, const GatePolicy& policy, const Conversation* conversation,
-                   std::map<std::vector<Key>, double>& known) const {
-    Conversation aside;
-    if (conversation) aside.images = conversation->images;  // not encoded again
-    Stats own;
-    std::optional<EncodedPrompt> alone;
+  /// p_unsafe of a user's turn as a prompt of its own, with its pictures and videos as the dialogue has them; NaN if it
+  /// is none that fits.
+  double by_itself(const Message& turn, const std::vector<Seen>& seen, const GatePolicy& policy) const {
+    Stats stats;
     try {
-      alone = encoder_.prepare(std::vector<Message>(1, turn), own, &aside, several);
+      return score(encoder_.prepare_turn(turn, seen, stats), policy, stats);
     } catch (const InputError& err) {
       const std::string reason = err.what();
       if (log_) log_("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");
       return std::nan("");
     }
-    const std::vector<Key> key = alone->keys;
-    if (const auto found = known.find(key); found != known.end()) return found->second;
-    double p = std::nan("");
-    const auto before = conversation ? conversation->alone.find(key) : known.end();
-    if (conversation && before != conversation->alone.end()) {
-      p = before->second;
-    } else {
-      p = score(std::move(*alone), policy, own);
-    }
-    if (!std::isnan(p)) known[key] = p;
-    return p;
+  }
+
+  static std::optional<double> find(const std::map<TurnKey, double>& scores, const TurnKey& turn) {
+    const auto found = scores.find(turn);
+    return found == scores.end() ? std::nullopt : std::optional(found->second);
   }
 
   double score(EncodedPrompt as_prompt, const GatePolicy& policy, Stats& stats) const {

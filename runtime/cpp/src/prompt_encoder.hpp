@@ -17,6 +17,7 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
@@ -111,52 +112,29 @@ class PromptEncoder {
 
   /// Render a dialogue, encode its images and videos, and lay everything out as the decoder's input. What does not fit
   /// the context is refused before anything is embedded. Throws InputError for that, and for an unusable message, image
-  /// or video. `several`: encode even a single picture as one of several, which may have fewer tiles.
-  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr,
-                        bool several = false) const {
+  /// or video.
+  EncodedPrompt prepare(const std::vector<Message>& messages, Stats& stats,
+                        Conversation* conversation = nullptr) const {
     check_parts(messages);
     check_characters(manifest_, messages);
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
-    const Clock seeing;
-    const std::vector<Seen> seen = see(runs, messages, stats, conversation, several);
-    stats.vision_ms = seeing.ms();
     const Clock clock;
-    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
-    PositionCounter counter(manifest_.rotary);
-    std::vector<int64_t> text_positions, sizes;
-    const auto add_tokens = [&](const std::vector<int64_t>& ids, bool between) {
-      const Rows rows = embed(ids);
-      for (const int64_t id : ids) {
-        if (!between) text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
-        prompt.keys.emplace_back("", id);
-      }
-      prompt.inputs_embeds.append(rows.row(0), rows.count());
-      prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
-      counter.text(static_cast<int64_t>(ids.size()));
-    };
-    auto next = seen.begin();
-    for (const Run& run : runs) {
-      if (run.slot.empty()) {
-        add_tokens(run.ids, next != seen.end() && next->row);  // between groups of a video's frames
-        continue;
-      }
-      int64_t row = next->row;
-      for (size_t i = next->first; i < next->last; ++i) {
-        const Laid& part = next->laid->at(i);
-        add_tokens(part.ids, false);
-        if (part.rows.count()) prompt.add_picture(std::shared_ptr<const Rows>(next->laid, &part.rows));
-        for (int64_t n = 0; n < part.rows.count(); ++n) prompt.keys.emplace_back(next->key, row++);
-        if (part.rows.count()) counter.picture(part.rows.count(), next->grid, next->times);
-      }
-      if (!next->row) prompt.shown.push_back({next->sha256, run.slot == "video"});
-      sizes.push_back(next++->rows());
-    }
-    prompt.positions = std::move(counter.positions);
-    prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
-    stats.embed_ms = clock.ms();
-    stats.prompt_tokens = prompt.inputs_embeds.count();
-    return prompt;
+    const std::vector<Seen> seen = see(runs, messages, stats, conversation);
+    stats.vision_ms = clock.ms();
+    return assemble(runs, turns, seen, stats);
+  }
+
+  /// A turn of a dialogue as a prompt of its own. `seen`: its pictures and videos as the dialogue has them, which are
+  /// not opened or encoded again (EncodedPrompt::seen). Throws InputError if it does not fit the context.
+  EncodedPrompt prepare_turn(const Message& turn, const std::vector<Seen>& seen, Stats& stats) const {
+    std::vector<JudgedTurn> turns;
+    const std::vector<Run> runs = render({turn}, manifest_.prompt, tokenizer_, turns);
+    int64_t length = 0;
+    for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
+    for (const Seen& one : seen) length += one.rows();
+    check_length(manifest_, length);
+    return assemble(runs, turns, seen, stats);
   }
 
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
@@ -179,23 +157,49 @@ class PromptEncoder {
   }
 
  private:
-  /// A picture or a video of a prompt, or a group of the video's frames.
-  struct Seen {
-    std::string sha256, key;  // its key: how it is encoded, too
-    std::shared_ptr<const std::vector<Laid>> laid;
-    size_t first, last;                          // its own of `laid`: the first, and one past the last
-    std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
-    std::vector<int64_t> times = {0};  // of the groups of a video's frames, whose rows stand in such a grid each
-    int64_t row = 0;                   // its first row in the picture or video: of a further group above 0
-
-    int64_t rows() const {
-      int64_t count = 0;
-      for (size_t i = first; i < last; ++i) {
-        count += static_cast<int64_t>(laid->at(i).ids.size()) + laid->at(i).rows.count();
+  /// A rendered dialogue as the decoder's input. `seen`: what stands in its places for pictures and videos.
+  EncodedPrompt assemble(const std::vector<Run>& runs, const std::vector<JudgedTurn>& turns,
+                         const std::vector<Seen>& seen, Stats& stats) const {
+    const Clock clock;
+    EncodedPrompt prompt{{manifest_.dims.hidden_size, {}}, {}, {}, {}, {}};
+    PositionCounter counter(manifest_.rotary);
+    std::vector<int64_t> text_positions, sizes;
+    const auto add_tokens = [&](const std::vector<int64_t>& ids, bool between) {
+      const Rows rows = embed(ids);
+      for (const int64_t id : ids) {
+        if (!between) text_positions.push_back(static_cast<int64_t>(prompt.keys.size()));
+        prompt.keys.emplace_back("", id);
       }
-      return count;
+      prompt.inputs_embeds.append(rows.row(0), rows.count());
+      prompt.token_ids.insert(prompt.token_ids.end(), ids.begin(), ids.end());
+      counter.text(static_cast<int64_t>(ids.size()));
+    };
+    auto next = seen.begin();
+    for (const Run& run : runs) {
+      if (run.slot.empty()) {
+        add_tokens(run.ids, next != seen.end() && next->row);  // between groups of a video's frames
+        continue;
+      }
+      if (next == seen.end()) throw std::logic_error("PromptEncoder: more places for pictures than pictures");
+      int64_t row = next->row;
+      for (size_t i = next->first; i < next->last; ++i) {
+        const Laid& part = next->laid->at(i);
+        if (!part.ids.empty()) add_tokens(part.ids, false);
+        if (part.rows.count()) prompt.add_picture(std::shared_ptr<const Rows>(next->laid, &part.rows));
+        for (int64_t n = 0; n < part.rows.count(); ++n) prompt.keys.emplace_back(next->key, row++);
+        if (part.rows.count()) counter.picture(part.rows.count(), next->grid, next->times);
+      }
+      if (!next->row) prompt.shown.push_back({next->sha256, run.slot == "video"});
+      sizes.push_back(next++->rows());
     }
-  };
+    prompt.positions = std::move(counter.positions);
+    prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
+    const auto at = [&](const Place& place) { return seen.begin() + static_cast<std::ptrdiff_t>(place.slots); };
+    for (const JudgedTurn& turn : turns) prompt.seen.emplace_back(at(turn.content), at(turn.end));
+    stats.embed_ms = clock.ms();
+    stats.prompt_tokens = prompt.inputs_embeds.count();
+    return prompt;
+  }
 
   /// The frames of a video as the image graph reads them.
   struct Film {
@@ -209,7 +213,7 @@ class PromptEncoder {
   /// in memory at a time; and only as long as they fit the context. What is shown twice, or what the conversation
   /// knows, is not encoded again.
   std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
-                        Conversation* conversation, bool several) const {
+                        Conversation* conversation) const {
     std::vector<const ImageLike*> pictures;
     std::vector<const VideoPart*> films;
     for (const Message& message : messages) {
@@ -242,7 +246,7 @@ class PromptEncoder {
         group.first = group.last++;
         seen.push_back(std::move(group));
       } else if (run.slot == "image") {
-        const bool alone = pictures.size() == 1 && !several;
+        const bool alone = pictures.size() == 1;
         const Image picture = open_image(*pictures.at(shown++));
         std::optional<std::array<int64_t, 2>> grid;
         if (image_->native) {  // its rows are known before it is encoded

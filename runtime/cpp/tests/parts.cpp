@@ -274,6 +274,42 @@ Json score(const Json& command) {
   return Json(autosteer::or_null(loaded->score(messages, loaded->policy(mode)).p_unsafe));
 }
 
+/// {"package": folder, "requests": [{"messages": as in autosteer.h}, ...], "conversation": bool, "failing": number}
+/// -> for each request the scores of its judged turns, how often each graph encoded for it, and how many turns were
+/// judged by themselves. The first of these, as many as are "failing", get no score.
+Json judge(const Json& command) {
+  const auto loaded = engine(command);
+  std::map<std::string, int> encoded;
+  int by_themselves = 0, failing = command.value("failing", 0);
+  const autosteer::PromptEncoder encoder(loaded->manifest, loaded->tokenizer, {}, [&](const std::string& name) {
+    ++encoded[name];
+    return std::shared_ptr<const autosteer::Subgraph>(std::shared_ptr<void>(), &loaded->graphs().at(name));
+  });
+  const auto ask = [&](autosteer::EncodedPrompt prompt, autosteer::Stats& stats) {
+    ++by_themselves;
+    if (failing-- > 0) throw autosteer::InputError("it fails");
+    return loaded->request(std::move(prompt), 1, stats);
+  };
+  const autosteer::Judge judge(encoder, ask, loaded->manifest.split_layer, loaded->log);
+  const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report);
+  autosteer::Conversation conversation;
+  autosteer::Conversation* shared = command.value("conversation", false) ? &conversation : nullptr;
+  Json judged = Json::array();
+  for (const Json& asked : command.at("requests")) {
+    const auto messages = autosteer::RequestJson::parse(asked.dump()).messages;
+    autosteer::Stats stats;
+    autosteer::Record record = loaded->record(policy, messages, stats);
+    encoded.clear();
+    by_themselves = 0;
+    autosteer::EncodedPrompt prompt = encoder.prepare(messages, stats, shared);
+    record.encoded(prompt);
+    autosteer::Request request = loaded->request(std::move(prompt), 1, stats);
+    judge.prompt(request, record, policy, shared);
+    judged.push_back({{"scores", record.scores}, {"encoded", encoded}, {"by_themselves", by_themselves}});
+  }
+  return judged;
+}
+
 /// {"package": folder} -> null; asks one conversation with two engines
 Json share(const Json& command) {
   autosteer::EngineOptions options;
@@ -292,7 +328,7 @@ Json share(const Json& command) {
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
       {"ask", ask},       {"count", count}, {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
-      {"gate", gate},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
+      {"gate", gate},     {"judge", judge},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
       {"prompt", prompt}, {"resize", resize},     {"rule", rule},       {"sample", sample}, {"score", score},
       {"share", share},   {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
