@@ -1,5 +1,6 @@
 // libFuzzer's targets for the C++ runtime, one by name (AUTOSTEER_FUZZ): what strangers hand over. Only errors of the
-// runtime may come out, as valid UTF-8 in one line; the sanitizers see the rest. tests/attacks/run builds and runs them.
+// runtime may come out, as valid UTF-8 in one line; the sanitizers see the rest. tests/attacks/run builds and runs
+// them.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -77,7 +78,8 @@ void prompt(const std::string& text) {
   const auto prepared = engine.encoder.prepare(messages, stats);
   for (const auto& read : prepared.probed) {
     for (size_t i = 0; i < read.size(); ++i) {
-      const bool sound = 0 <= read[i] && read[i] < static_cast<int64_t>(prepared.keys.size()) && (!i || read[i - 1] < read[i]);
+      const bool sound =
+          0 <= read[i] && read[i] < static_cast<int64_t>(prepared.keys.size()) && (!i || read[i - 1] < read[i]);
       if (!sound) std::abort();
     }
   }

@@ -211,6 +211,15 @@ def test_runtime_modules_hold_no_state_that_changes(path):
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)] == []
 
 
+@pytest.mark.parametrize("folder", ["runtime/cpp", "tests/attacks", "examples"])
+def test_lines_of_c_and_cpp_are_short(folder):
+    """As runtime/cpp/.clang-format has them; clang-format need not be installed, and Ruff sees only Python's."""
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".hpp", ".cpp", ".h", ".c")]
+    assert files
+    long = {path.name: [line for line in path.read_text("utf-8").splitlines() if len(line) > 120] for path in files}
+    assert {name: lines for name, lines in long.items() if lines} == {}
+
+
 def test_two_engines_in_one_process_are_independent(engine, tmp_path):
     toy.build(tmp_path, p_unsafe={"red": 0.7, "bad": 0.2})
     other = load(tmp_path)

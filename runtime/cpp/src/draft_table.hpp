@@ -1,6 +1,6 @@
 // What a model tends to say next: the C++ side of runtime/draft_table.py. A package may have a table of n-grams of its
-// own answers (`drafts` in the manifest), from which drafting.hpp drafts free text. A wrong entry costs time and changes
-// no answer.
+// own answers (`drafts` in the manifest), from which drafting.hpp drafts free text. A wrong entry costs time and
+// changes no answer.
 //
 // The file: for N n-grams their keys (uint64, ascending), their next tokens (int32) and chances (uint8, 255ths), each N
 // numbers, little-endian.
@@ -32,8 +32,8 @@ class DraftTable {
   static constexpr size_t kLongest = 4;  // tokens of an n-gram
   static constexpr int64_t kEntryBytes = 8 + 4 + 1;
 
-  /// Read a file whose size, `count` entries, and hash the manifest has vouched for. Throws PackageError if its contents
-  /// are none.
+  /// Read a file whose size, `count` entries, and hash the manifest has vouched for. Throws PackageError if its
+  /// contents are none.
   DraftTable(const std::filesystem::path& file, size_t count, int64_t vocab_size)
       : ngrams_(count), tokens_(count), chances_(count) {
     std::ifstream in(file, std::ios::binary);

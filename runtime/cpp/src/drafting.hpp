@@ -1,6 +1,7 @@
 // Lossless speculative decoding without a second model: the C++ side of runtime/drafting.py. What an answer copies is
 // drafted from the text, what the model often says from the package's table (draft_table.hpp). The sampler then goes
-// through the logits in order and samples as it would without a draft. So a draft changes an answer's cost, not its text.
+// through the logits in order and samples as it would without a draft. So a draft changes an answer's cost, not its
+// text.
 //
 //     text so far   ... the red sign is locked ... >the red<    the latest earlier occurrence of its last 1 to 4 tokens
 //     draft                     sign is locked                  what followed there, fed after the last token

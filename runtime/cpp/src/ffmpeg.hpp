@@ -39,7 +39,8 @@ namespace autosteer::ffmpeg {
 constexpr int64_t kSeconds = 60;         // to decode a file in, which is done twice
 constexpr int64_t kMaxFrames = 100'000;  // of a file: an hour
 constexpr size_t kLine = 1000;           // bytes of a line that are read
-const char* const kContainers = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,apng";  // ffmpeg's names; "mov" is MP4, too
+/// ffmpeg's names; "mov" is MP4, too.
+const char* const kContainers = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,gif,apng";
 const char* const kOneEach = "setpts=N/TB";  // with -r 1: every frame that is left, none twice
 /// A line "frame:0    pts:0       pts_time:0" for each frame, and one of ours: of the file's own words none is printed.
 const char* const kTimes = "settb=1/1000000,metadata=add:key=autosteer:value=0,metadata=print:key=autosteer:file=-,";

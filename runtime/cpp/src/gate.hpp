@@ -72,8 +72,8 @@ struct GatePolicy {
   }
 };
 
-/// The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits refuse
-/// only if the refusal's tokens may be chosen.
+/// The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits
+/// refuse only if the refusal's tokens may be chosen.
 inline GatePolicy without_steering(GatePolicy policy) {
   if (policy.mode == Mode::steer) policy.mode = Mode::stop;
   return policy;

@@ -97,7 +97,8 @@ inline std::string file_name(const decoding::Node& node) {
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object({}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime", "audit", "audit_texts"});
+    node.object(
+        {}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime", "audit", "audit_texts"});
     EngineOptions options;
     if (node.has("threads")) {
       const int64_t threads = node["threads"].as_int();

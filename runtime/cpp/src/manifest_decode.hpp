@@ -216,7 +216,8 @@ inline RefusalSpec refusal(const Node& node) {
 }
 
 inline Golden golden(const Node& node) {
-  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"}, {"videos", "prompt_ids", "seconds"});
+  node.object({"prompt", "images", "threshold", "p_unsafe", "action", "token_ids"},
+              {"videos", "prompt_ids", "seconds"});
   const auto frames = [](const Node& files) { return files.list(as_string); };
   const auto moments = [](const Node& seconds) { return seconds.list(as_float); };
   return {node["prompt"].as_string(),

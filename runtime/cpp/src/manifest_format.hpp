@@ -83,7 +83,8 @@ struct RotarySpec {
   bool is_long(int64_t length) const { return longer && length > longer->beyond; }
 
   /// The frequencies of each pair of tables that the graphs read, for a prompt of `length`: "" for `cos_cache` and
-  /// `sin_cache`, and "windowed_" for `windowed_cos_cache` and `windowed_sin_cache`, if layers with a window read others.
+  /// `sin_cache`, and "windowed_" for `windowed_cos_cache` and `windowed_sin_cache`, if layers with a window read
+  /// others.
   std::vector<std::pair<std::string, const std::vector<double>*>> by_table(int64_t length) const {
     std::vector<std::pair<std::string, const std::vector<double>*>> tables;
     tables.emplace_back("", is_long(length) ? &longer->frequencies : &frequencies);

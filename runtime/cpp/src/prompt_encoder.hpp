@@ -4,7 +4,7 @@
 //     picture -> tiles -> pixels -> vision_encoder ---------------------------------> rows, and token ids between them
 //                                   image_tokenizer (where images are tokens) -> ids -> embed_tokens -> rows
 //     video   -> frames -> pixels -> vision_encoder (pooled) ------------------------> rows; with text between groups
-//                                                                                      of frames, if the template has it
+//                                                                                      of frames, if there is any
 //
 // Pictures are opened and encoded one after the other, a few tiles at a time, and only as long as the prompt fits the
 // context.

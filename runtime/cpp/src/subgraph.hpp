@@ -180,7 +180,8 @@ class Subgraph {
     std::vector<const char*> outputs;
     for (const auto& name : outputs_) outputs.push_back(name.c_str());
     const char* name = inputs_[0].c_str();
-    std::vector<Ort::Value> made = session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
+    std::vector<Ort::Value> made =
+        session_.Run(Cancellation::shrinking(), &name, &input, 1, outputs.data(), outputs.size());
     std::map<std::string, Ort::Value> named;
     for (size_t i = 0; i < made.size(); ++i) named.emplace(outputs_[i], std::move(made[i]));
     return named;

@@ -228,7 +228,9 @@ inline std::vector<Run> render(const std::vector<Message>& messages, const Promp
     const Place content = writer.place(writer.ahead().size());
     rendering::write_parts(writer, message, *turn, spec);
     writer.write(turn->suffix);
-    if (is_judged(messages, static_cast<size_t>(&message - messages.data()))) ends.push_back({content, writer.place(0), writer.ahead(spec.generation)});
+    if (is_judged(messages, static_cast<size_t>(&message - messages.data()))) {
+      ends.push_back({content, writer.place(0), writer.ahead(spec.generation)});
+    }
   }
   writer.write(spec.generation);
   writer.close_text();

@@ -1,5 +1,5 @@
-// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), SentencePiece's BPE with
-// byte fallback (Llama 2, Vicuna, Mistral, Gemma), and nothing else.
+// Hugging Face's tokenizer.json from C++: byte-level BPE (GPT-2, Llama 3, Qwen 2 and the like), SentencePiece's BPE
+// with byte fallback (Llama 2, Vicuna, Mistral, Gemma), and nothing else.
 //
 //     text -> added tokens cut out -> normaliser -> split by regular expressions -> bytes -> merges -> token ids
 //     text -> added tokens cut out -> normaliser -> spaces become U+2581 -> characters, or bytes -> merges -> token ids

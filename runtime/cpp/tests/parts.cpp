@@ -200,8 +200,8 @@ Json gate(const Json& command) {
   return {{"unsafe", verdict.unsafe}, {"action", autosteer::name(verdict.action)}, {"strength", verdict.strength}};
 }
 
-/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...], "prompt_tokens"} -> [id, ...], one after the
-/// other drawn from the rows of logits
+/// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...], "prompt_tokens"} -> [id, ...],
+/// one after the other drawn from the rows of logits
 Json sample(const Json& command) {
   const Json request = {{"messages", Json::array()}, {"sampling", command.at("sampling")}};
   const auto config = autosteer::RequestJson::parse(request.dump()).sampling;
@@ -327,10 +327,11 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},       {"count", count}, {"decode", decode},     {"draft", draft},     {"encode", encode}, {"frames", frames},
-      {"gate", gate},     {"judge", judge},     {"load", load},         {"open", open},       {"pack", pack},     {"prepare", prepare},
-      {"prompt", prompt}, {"resize", resize},     {"rule", rule},       {"sample", sample}, {"score", score},
-      {"share", share},   {"spinning", spinning}, {"squeeze", squeeze}, {"verify", verify}};
+      {"ask", ask},       {"count", count},     {"decode", decode}, {"draft", draft},       {"encode", encode},
+      {"frames", frames}, {"gate", gate},       {"judge", judge},   {"load", load},         {"open", open},
+      {"pack", pack},     {"prepare", prepare}, {"prompt", prompt}, {"resize", resize},     {"rule", rule},
+      {"sample", sample}, {"score", score},     {"share", share},   {"spinning", spinning}, {"squeeze", squeeze},
+      {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
     Json said;
     bool trace = false;
