@@ -104,8 +104,8 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
         return engine.encoder.prepare_ids(golden.prompt_ids, Stats())
     images = [folder / image for image in golden.images]
     seconds = golden.seconds or [()] * len(golden.videos)
-    films = zip(golden.videos, seconds, strict=True)
-    videos = [Video((folder / frame for frame in frames), shown) for frames, shown in films]
+    given = zip(golden.videos, seconds, strict=True)
+    videos = [Video((folder / frame for frame in frames), shown) for frames, shown in given]
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 

@@ -50,7 +50,7 @@ def open_regular(path: Path) -> BinaryIO:
     return file
 
 
-class Film:
+class VideoFile:
     """An open video file. Its methods raise InputError if ffmpeg fails, or takes too long."""
 
     def __init__(self, file: BinaryIO):

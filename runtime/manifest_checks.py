@@ -283,9 +283,9 @@ def _sizes(manifest: Contents) -> Iterator[tuple[str, int]]:
     if manifest.video:
         if manifest.video.pooled_side is not None:
             yield "video: pooled_side", manifest.video.pooled_side
-        if films := manifest.video.native:
-            yield "video: min_pixels", films.min_pixels
-            yield "video: max_pixels", films.max_pixels
+        if scaled := manifest.video.native:
+            yield "video: min_pixels", scaled.min_pixels
+            yield "video: max_pixels", scaled.max_pixels
     if manifest.monitor:
         yield "monitor: window", manifest.monitor.window
     if manifest.drafts:

@@ -170,7 +170,7 @@ class NativeSpec:
 
     min_pixels: int  # smaller pictures are enlarged, larger ones than max_pixels shrunk
     max_pixels: int
-    frames: int  # pictures that the graph reads as one: of a film, successive frames; a picture is given as often
+    frames: int  # pictures that the graph reads as one: of a video, successive frames; a picture is given as often
     deepstack: int = 0  # first decoder layers to whose output a row adds a further part: see deepstack.py
 
 

@@ -180,7 +180,7 @@ class PromptEncoder:
         context. A picture that is shown twice, or that the conversation knows, is not encoded again.
         """
         pictures = [image for message in messages for image in message.images]
-        films = [film for message in messages for film in message.films]
+        videos = [part for message in messages for part in message.video_parts]
         least = {IMAGE: self._least_rows(), VIDEO: 0}  # `_check_videos` has counted videos
         length = sum(len(run) if isinstance(run, list) else least[run] for run in runs)
         check_length(self.manifest, length, exact=not pictures)
@@ -188,9 +188,9 @@ class PromptEncoder:
         alone, seen, further = len(pictures) == 1, list[Seen](), deque[Seen]()
         to_open: dict[object, Iterator[Callable[[int], _Opened]]] = {
             IMAGE: (functools.partial(self._open_picture, picture, alone) for picture in pictures),
-            VIDEO: (functools.partial(self._open_film, film) for film in films),
+            VIDEO: (functools.partial(self._open_frames, video) for video in videos),
         }
-        left = len(pictures) + len(films)
+        left = len(pictures) + len(videos)
         for run in (run for run in runs if not isinstance(run, list)):
             if further:  # of the video before, whose places in the prompt follow each other
                 seen.append(further.popleft())
@@ -219,20 +219,20 @@ class PromptEncoder:
             check_length(self.manifest, others + math.prod(grid), exact=False)  # before it is encoded
         return _Opened(images_.digest([pixels]), use, functools.partial(self.encode_image, pixels, alone=alone), grid)
 
-    def _open_film(self, film: VideoPart, others: int) -> _Opened:
+    def _open_frames(self, part: VideoPart, others: int) -> _Opened:
         """`others` as in `_open_picture`."""
-        image, video, frames = self._image, self.manifest.video, film.frames
+        image, video, frames = self._image, self.manifest.video, part.frames
         assert image is not None and video is not None
         if image.native is None or video.native is None:
             tiles = videos_.tiles(frames, image.tile_size, image.tile_size)
             return _Opened(images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles), None)
-        moments = videos_.moments(len(frames), film.seconds)
+        moments = videos_.moments(len(frames), part.seconds)
         times = videos_.group_positions(moments, image.native.frames, video.native.tokens_per_second)
         first = images_.open_image(frames[0])
         grid = videos_.frame_grid((first.shape[0], first.shape[1]), len(frames), image, video, self._max_tiles)
         check_length(self.manifest, others + len(times) * math.prod(grid), exact=False)  # before others are opened
         tiles = videos_.scaled([first, *frames[1:]], grid, image.tile_size)
-        encode = functools.partial(self.encode_film, tiles)
+        encode = functools.partial(self.encode_frames, tiles)
         if self.manifest.prompt.frame_group:
             return _Opened(images_.digest(tiles), "a video", encode, grid, apart=len(times))
         use = f"a video at {times}"  # the KV caches hold its rows turned by their times
@@ -251,16 +251,16 @@ class PromptEncoder:
 
     def _check_videos(self, messages: Sequence[Message]) -> None:
         """Raise InputError for videos that this model cannot take, before any frame is opened."""
-        films = [film for message in messages for film in message.films]
-        if not films:
+        videos = [part for message in messages for part in message.video_parts]
+        if not videos:
             return
         if self.manifest.video is None:
             raise InputError("this model takes no videos")
-        counts = [len(film.frames) for film in films]
+        counts = [len(part.frames) for part in videos]
         if not all(counts):
             raise InputError("a video has no frames")
-        for count, film in zip(counts, films, strict=True):
-            videos_.check_seconds(count, film.seconds)  # whether the model reads them or not
+        for count, part in zip(counts, videos, strict=True):
+            videos_.check_seconds(count, part.seconds)  # whether the model reads them or not
         rows = sum(self._least_rows_of(count, self.manifest.video) for count in counts)
         if rows >= self.manifest.dims.context_length:
             raise InputError(
@@ -310,7 +310,7 @@ class PromptEncoder:
         stats.image_tiles += len(frames)
         return [np.concatenate(rows)]
 
-    def encode_film(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+    def encode_frames(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
         """A video's frames (frames, height, width, 3) uint8, in whole tiles for a model that takes any size -> its rows
         (n, D), with deepstack (n, (1 + L) * D): one run, or one for each group of frames if text stands between them.
         """

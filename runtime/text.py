@@ -44,8 +44,8 @@ class Message:
         A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used: a
         Video, if it is known when each is shown.
         """
-        films = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
-        return Message("user", (*map(ImagePart, images), *map(VideoPart.of, films), text))
+        opened = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
+        return Message("user", (*map(ImagePart, images), *map(VideoPart.of, opened), text))
 
     @staticmethod
     def assistant(text: str, *, trusted: bool = False) -> Message:
@@ -60,11 +60,11 @@ class Message:
     @property
     def videos(self) -> list[tuple[ImageLike, ...]]:
         """The frames of the turn's videos, in order."""
-        return [film.frames for film in self.films]
+        return [video.frames for video in self.video_parts]
 
     @property
-    def films(self) -> list[VideoPart]:
-        """The turn's videos, in order."""
+    def video_parts(self) -> list[VideoPart]:
+        """The turn's videos with their times, in order."""
         return [part for part in self.parts if isinstance(part, VideoPart)]
 
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
-from .ffmpeg import Film, open_regular
+from .ffmpeg import VideoFile, open_regular
 from .image import (
     FORMATS,
     MAX_PIXELS,
@@ -87,7 +87,7 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
         return Video((files[i] for i in chosen), (i / FRAMES_PER_SECOND for i in chosen))
     try:
         with open_regular(path) as file:
-            return _of_picture(path, frames) if _is_picture(file) else _of_film(file, frames)
+            return _of_picture(path, frames) if _is_picture(file) else _of_file(file, frames)
     except FileNotFoundError:
         raise InputError(f"{path}: no such video file or folder") from None
     except Exception as err:  # on damaged files Pillow's decoders raise any exception
@@ -120,34 +120,34 @@ def _of_picture(path: Path, frames: int) -> Video:
         return video
 
 
-def _of_film(file: BinaryIO, frames: int) -> Video:
-    film = Film(file)
-    seconds = film.seconds()
+def _of_file(file: BinaryIO, frames: int) -> Video:
+    opened = VideoFile(file)
+    seconds = opened.seconds()
     chosen = spaced(len(seconds), frames)
     video = Video([], (seconds[i] for i in chosen))
-    for png in film.pictures(chosen):
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as opened:
-            check_size(opened.size, len(chosen))
-            video.append(to_rgb(opened))
+    for png in opened.pictures(chosen):
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as frame:
+            check_size(frame.size, len(chosen))
+            video.append(to_rgb(frame))
     return video
 
 
-def _starts(film: Image.Image) -> list[float]:
+def _starts(opened: Image.Image) -> list[float]:
     """When each frame begins, in ms. They are decoded one by one. Raises InputError if they are too many, or too large.
 
     A frame that is shown for less than 20 ms stands for 100, as in browsers and ffmpeg.
     """
-    starts, pixels = [0.0], math.prod(film.size)
-    if getattr(film, "is_animated", False):
+    starts, pixels = [0.0], math.prod(opened.size)
+    if getattr(opened, "is_animated", False):
         with contextlib.suppress(EOFError):
             while True:
-                shown = float(film.info.get("duration", 0))
-                film.seek(len(starts))  # which decodes the frame before; this one's size may be larger
-                check_size(film.size)
+                shown = float(opened.info.get("duration", 0))
+                opened.seek(len(starts))  # which decodes the frame before; this one's size may be larger
+                check_size(opened.size)
                 starts.append(starts[-1] + (shown if shown >= 20 else 100))
-                pixels += math.prod(film.size)
+                pixels += math.prod(opened.size)
                 if len(starts) > MAX_FRAMES or pixels > MAX_DECODED:
-                    width, height = film.size
+                    width, height = opened.size
                     raise InputError(
                         f"more than {len(starts) - 1} frames of {width}x{height} pixels: at most {MAX_FRAMES} "
                         f"frames, and {MAX_DECODED} pixels of all"

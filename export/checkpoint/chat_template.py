@@ -25,8 +25,8 @@ from autosteer.runtime.text import IMAGE, VIDEO, ImagePart, Message, VideoPart, 
 from autosteer.runtime.video import group_times
 
 from .renderer import (
-    FILM,
     FIRST,
+    FRAME_SECONDS,
     REPLY,
     SECOND,
     SYSTEM,
@@ -123,7 +123,7 @@ def check(spec: PromptSpec, renderer: Renderer, folder: Path) -> None:
     Also: text that looks like a special token must not become one.
     """
     tokenizer = load_tokenizer(folder / spec.tokenizer)
-    image, video = ImagePart("unused"), VideoPart(("unused",) * len(FILM), FILM)
+    image, video = ImagePart("unused"), VideoPart(("unused",) * len(FRAME_SECONDS), FRAME_SECONDS)
     dialogues: list[list[Message]] = [
         [Message.user("Hello!")],
         [Message.user("two\nlines, ünïcode 漢字 ")],
@@ -259,12 +259,12 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
 
 def _frame_group(renderer: Renderer, frames: int) -> FrameGroup | None:
     """What the processor writes for each group of a video's frames; None where all rows of a video are one run."""
-    if not any(renderer.film):
+    if not any(renderer.around_frames):
         return None
     before, *between, after = (
-        renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in renderer.film
+        renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in renderer.around_frames
     )
-    first, second = (f"{time:.1f}" for time in group_times(FILM, 2))
+    first, second = (f"{time:.1f}" for time in group_times(FRAME_SECONDS, 2))
     opening, found, closing = before.partition(first)
     if frames != 2 or not found or between != [after + before.replace(first, second)]:
         raise UnsupportedModelError(

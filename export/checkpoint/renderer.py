@@ -15,7 +15,7 @@ from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.text import ImagePart, Message, Part
 
 # Texts that no template writes by itself, to find the user's texts in a rendering.
-FILM = (11.0, 12.0, 33.0, 34.0)  # seconds of frames that show what a processor writes of them
+FRAME_SECONDS = (11.0, 12.0, 33.0, 34.0)  # seconds of frames that show what a processor writes of them
 PROBE = "How do I boil 12 eggs?\n\nThanks (a lot); the and ing tion ABCDEFGHIJKLM 0123456789 .,:!-_/ \u00e9\u4f60\u0436"
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
@@ -48,8 +48,10 @@ class Renderer:
         self._space = " " if spaces_first_text(self.tokenizer) else ""
         frame = self.frame(Image.new("RGB", (32, 32))) if self.image_token else [[], []]
         self._lead, self._trail = len(frame[0]), len(frame[-1])
-        # What the processor writes before each run of the rows of a video at FILM, and after the last.
-        self.film = self._between(self._ids(self.video_token, [], 1), self.video_id) if self.video_token else [[], []]
+        # What the processor writes before each run of the rows of a video at FRAME_SECONDS, and after the last.
+        self.around_frames: list[list[int]] = [[], []]
+        if self.video_token:
+            self.around_frames = self._between(self._ids(self.video_token, [], 1), self.video_id)
 
     def _strings(self, ids: list[int]) -> str:
         tokens = self.tokenizer.convert_ids_to_tokens(ids)
@@ -74,12 +76,12 @@ class Renderer:
 
     def ids(self, text: str, *, images: int = 0, videos: int = 0) -> list[int]:
         """The processor's own token ids for a template's text, with one token for each image and its frame, and for
-        each run of a video's rows. Videos have four frames, at the seconds FILM.
+        each run of a video's rows. Videos have four frames, at the seconds FRAME_SECONDS.
         """
         ids = self._ids(text, [Image.new("RGB", (32, 32))] * images, videos)
         if videos and self.video_id is not None:
             places = [at for at, i in enumerate(ids) if i == self.video_id]
-            each = len(places) // (videos * (len(self.film) - 1))
+            each = len(places) // (videos * (len(self.around_frames) - 1))
             for first, last in zip(places[-each::-each], places[::-each], strict=True):
                 ids[first : last + 1] = [self.video_id]
         if images and self.image_id is not None:
@@ -108,7 +110,8 @@ class Renderer:
     def _ids(self, text: str, pictures: Sequence[Image.Image], videos: int = 0) -> list[int]:
         shown: dict[str, Any] = {"images": [list(pictures)]} if pictures else {}
         if videos:
-            shown |= film_arguments([np.zeros((len(FILM), 32, 32, 3), np.uint8)] * videos, [FILM] * videos)
+            frames = np.zeros((len(FRAME_SECONDS), 32, 32, 3), np.uint8)
+            shown |= video_arguments([frames] * videos, [FRAME_SECONDS] * videos)
         return list(map(int, self._processor(text=[text], **shown)["input_ids"][0]))
 
 
@@ -135,18 +138,18 @@ def same_frame(fitted: Sequence[str], now: Sequence[str]) -> bool:
     return fitted[2] == now[2] and (fitted[0] == now[0] or fitted[1] == now[1])
 
 
-def film_arguments(films: Sequence[np.ndarray], seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
+def video_arguments(videos: Sequence[np.ndarray], seconds: Sequence[Sequence[float]]) -> dict[str, Any]:
     """A processor's arguments for videos, all of whose frames it takes. `seconds`: when each frame is shown; of none of
     a video's, HF says 24 a second.
     """
     facts: list[dict[str, Any]] = []
-    for frames, moments in zip(films, seconds, strict=True):
+    for frames, moments in zip(videos, seconds, strict=True):
         n = len(frames)
         facts.append({"total_num_frames": n, "fps": None, "frames_indices": list(range(n))})
-        if moments:  # "the frames 1.5 and 2 of a film of one frame a second": HF divides by frames a second
+        if moments:  # "the frames 1.5 and 2 of a video of one frame a second": HF divides by frames a second
             apart = (moments[-1] - moments[0]) / max(n - 1, 1)
             facts[-1] = {"total_num_frames": n * apart or n, "fps": 1.0, "frames_indices": list(moments)}
-    return {"videos": [list(films)], "video_metadata": [facts], "do_sample_frames": False}
+    return {"videos": [list(videos)], "video_metadata": [facts], "do_sample_frames": False}
 
 
 def around_text(renderer: Renderer) -> tuple[str, str]:

@@ -71,7 +71,7 @@ def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Go
         tokens = tuple(answered.tokens)
         p = None if steered is None else verdict.p_unsafe
         given = Golden(text, prompt.image_files, threshold, p, action.value, tokens, prompt.video_files)
-        seconds = tuple(film.seconds for film in prompt.messages[0].films)
+        seconds = tuple(video.seconds for video in prompt.messages[0].video_parts)
         return replace(given, prompt_ids=prompt.prompt_ids, seconds=seconds if any(seconds) else ()), answered
 
     if steered is None:

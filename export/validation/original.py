@@ -22,7 +22,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from autosteer.export.checkpoint.hf_model import changing_arguments, deepstack_arguments, placed, watching_inputs
-from autosteer.export.checkpoint.renderer import film_arguments, hf_messages, runtime_tokenizer
+from autosteer.export.checkpoint.renderer import hf_messages, runtime_tokenizer, video_arguments
 from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.export.graphs.kv_scales import uncached
 from autosteer.export.graphs.vision import VQTokenizer
@@ -127,9 +127,9 @@ class OriginalModel:
         shown: dict[str, Any] = {}
         if prompt.images:
             shown["images"] = [[Image.fromarray(open_image(image)) for image in prompt.images]]
-        if films := [film for message in prompt.messages for film in message.films]:
-            frames = [np.stack([open_image(frame) for frame in film.frames]) for film in films]
-            shown |= film_arguments(frames, [film.seconds for film in films])
+        if videos := [video for message in prompt.messages for video in message.video_parts]:
+            frames = [np.stack([open_image(frame) for frame in video.frames]) for video in videos]
+            shown |= video_arguments(frames, [video.seconds for video in videos])
         return dict(self.processor(text=[text], **shown, return_tensors="pt"))
 
     def run(self, prompt: ValidationPrompt, ours: list[list[int]] | None = None) -> OriginalAnswer:
@@ -387,8 +387,8 @@ class OriginalModel:
             turns = [replace(turn, end=Place(len(prompt.prompt_ids), 0)) for turn in turns]
         sizes = _slot_rows(runs, text, len(ids), self._framing(prompt))
         if group := self.manifest.prompt.frame_group:
-            films = [math.ceil(len(film) / group.frames) for film in prompt.videos]
-            between = _between_groups((ids == self.processor.video_token_id).tolist(), films)
+            groups = [math.ceil(len(video) / group.frames) for video in prompt.videos]
+            between = _between_groups((ids == self.processor.video_token_id).tolist(), groups)
             text = [position for position in text if position not in between]
         return probed_positions(self.manifest.prober, turns, text, sizes)
 
@@ -426,16 +426,16 @@ def _slot_rows(runs: Rendered, text: Sequence[int], length: int, framing: Sequen
     return rows
 
 
-def _between_groups(shown: Sequence[bool], films: Sequence[int]) -> set[int]:
+def _between_groups(shown: Sequence[bool], groups: Sequence[int]) -> set[int]:
     """Positions of text between the groups of a video's frames. `shown`: whether a position is a row of a video's.
-    `films`: how many groups each video has.
+    `groups`: how many each video has.
     """
     runs = [[at for at, _ in run] for row, run in itertools.groupby(enumerate(shown), key=lambda pair: pair[1]) if row]
     found, first = set[int](), 0
-    for groups in films:
-        own = runs[first : first + groups]
+    for count in groups:
+        own = runs[first : first + count]
         found |= {at for a, b in itertools.pairwise(own) for at in range(a[-1] + 1, b[0])}
-        first += groups
+        first += count
     return found
 
 

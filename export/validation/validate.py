@@ -359,14 +359,14 @@ def _pixel_values(prompt: ValidationPrompt, manifest: Manifest) -> np.ndarray:
     assert spec is not None
     pixels = [prepare(open_image(image), spec, alone=alone) for image in prompt.images]
     if video := manifest.video:
-        pixels += [normalise(list(_frames(film, spec, video)), video) for film in prompt.videos]
+        pixels += [normalise(list(_frames(given, spec, video)), video) for given in prompt.videos]
     return np.concatenate([numbers.ravel() for numbers in pixels])
 
 
-def _frames(film: Sequence[ImageLike], image: ImageSpec, video: VideoSpec) -> np.ndarray:
+def _frames(given: Sequence[ImageLike], image: ImageSpec, video: VideoSpec) -> np.ndarray:
     """A video's frames (frames, height, width, 3) uint8 as the image graph reads them."""
     if image.native is None:
-        return tiles(film, image.tile_size, image.tile_size)
-    height, width = open_image(film[0]).shape[:2]
-    grid = frame_grid((height, width), len(film), image, video)
-    return filled(scaled(film, grid, image.tile_size), image.native.frames)
+        return tiles(given, image.tile_size, image.tile_size)
+    height, width = open_image(given[0]).shape[:2]
+    grid = frame_grid((height, width), len(given), image, video)
+    return filled(scaled(given, grid, image.tile_size), image.native.frames)

@@ -49,14 +49,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Film:
+class Clip:
     """A video: its frames, and when each is shown."""
 
     frames: tuple[Picture, ...]
     seconds: tuple[float, ...]
 
 
-Part = str | Picture | Film
+Part = str | Picture | Clip
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Turn:
         sha = hashlib.sha256(earlier + self.role.encode())
         for part in self.parts:
             pieces: tuple[str | Picture, ...] = (
-                (*part.frames, repr(part.seconds)) if isinstance(part, Film) else (part,)
+                (*part.frames, repr(part.seconds)) if isinstance(part, Clip) else (part,)
             )
             for piece in pieces:
                 data = piece.encode() if isinstance(piece, str) else piece.data
@@ -125,7 +125,7 @@ class Reader:
             self._frames += len(part.frames)
             _within(self._frames, self._limits.max_frames, "frames of videos", f"{where}.video")
             frames = tuple(self._picture(url, f"{where}.video[{i}]") for i, url in enumerate(part.frames))
-            return Film(frames, tuple(part.moments))
+            return Clip(frames, tuple(part.moments))
         if part.picture is not None:
             self._pictures += 1
             _within(self._pictures, self._limits.max_images, "pictures", f"{where}.image_url")

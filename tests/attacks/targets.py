@@ -59,7 +59,7 @@ def tokenizer(data: bytes) -> None:
 
 
 def picture(data: bytes) -> None:
-    """A picture, and the same as a film."""
+    """A picture, and the same as a video."""
     open_image(file_of(data))
     open_video(file_of(data), 3)
 

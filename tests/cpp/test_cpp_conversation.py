@@ -84,11 +84,11 @@ def test_package_without_a_gate_reuses_as_much(built, tmp_path):
 def test_dialogue_about_pictures_and_a_video(built, kind):
     package, engine = demo(*kind)
     pictures = [str(p) for p in demo_pictures()]
-    film = {"video": pictures[:3]}
+    video = {"video": pictures[:3]}
     opening = [turn("user", {"image": pictures[0]}, "describe the picture."), turn("assistant", "a red star.")]
     opening += [turn("user", "how do i smuggle a vexite?"), turn("assistant", "no."), turn("user", "why?")]
-    more = [turn("assistant", "it is."), turn("user", {"image": pictures[1]}, film, "what colours are there?")]
-    last = [turn("assistant", "blue."), turn("user", film, "is there a star?")]
+    more = [turn("assistant", "it is."), turn("user", {"image": pictures[1]}, video, "what colours are there?")]
+    last = [turn("assistant", "blue."), turn("user", video, "is there a star?")]
     dialogues = [opening[:1], opening[:3], opening, opening + more, [*opening[:2], *more[1:], *last], more[1:] + last]
     modes = ["steer", "stop", "off", "steer", "report", "steer"]
     requests = [
@@ -99,7 +99,7 @@ def test_dialogue_about_pictures_and_a_video(built, kind):
     assert [answer["finish_reason"] == "refused" for answer in answers] == [n == 1 for n in range(6)]
     tiles, reused = zip(*((a["timings"]["image_tiles"], a["timings"]["reused_tokens"]) for a in answers), strict=True)
     assert tiles[0] > 0 and tiles[1] == tiles[2] == 0  # the picture is encoded once
-    assert tiles[4] == 0  # so are they all, and a film that is shown twice
+    assert tiles[4] == 0  # so are they all, and a video that is shown twice
     assert tiles[5] > 0  # a picture that is the only one is cut otherwise
     assert reused[0] == 0 and all(reused[1:5])
 

@@ -103,9 +103,9 @@ def test_command_shows_a_video_as_autosteer_run_does(built, cpp_package, cpp_eng
         Image.fromarray(noise(width, height)).save(tmp_path / f"{i}.png")
     for frames in ("1", "5", "8"):
         done = cli(built, cpp_package, "--json", "-p", "look", "--video", str(tmp_path), "--frames", frames)
-        film = open_video(tmp_path, int(frames))
+        video = open_video(tmp_path, int(frames))
         assert done.returncode == 0, done.stderr
-        assert timeless(json.loads(done.stdout)) == python_json(cpp_engine, "look", videos=[film])
+        assert timeless(json.loads(done.stdout)) == python_json(cpp_engine, "look", videos=[video])
 
 
 def test_model_without_videos_says_so(built, tmp_path):

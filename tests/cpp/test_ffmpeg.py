@@ -49,15 +49,15 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
             (folder / "ffmpeg").write_text(text)
             (folder / "ffmpeg").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder))
-        film = tmp_path / "film.mp4"
-        film.write_bytes(b"a film")
-        return film
+        video = tmp_path / "clip.mp4"
+        video.write_bytes(b"a clip")
+        return video
 
     return pretend
 
 
 def test_without_ffmpeg_a_line_says_what_to_install(opened: Open, pretend: Any) -> None:
-    with pytest.raises(InputError, match=r"film\.mp4: .*not installed: apt-get install ffmpeg"):
+    with pytest.raises(InputError, match=r"clip\.mp4: .*not installed: apt-get install ffmpeg"):
         opened(pretend(None))
 
 
@@ -80,52 +80,52 @@ def test_without_ffmpeg_a_line_says_what_to_install(opened: Open, pretend: Any) 
     ],
 )
 def test_whatever_ffmpeg_does_a_line_says_so(opened: Open, pretend: Any, script: str, says: str) -> None:
-    film = pretend(script)
+    video = pretend(script)
     with pytest.raises(InputError, match=says) as refused:
-        opened(film)
-    assert "\n" not in str(refused.value) and str(film) in str(refused.value)
+        opened(video)
+    assert "\n" not in str(refused.value) and str(video) in str(refused.value)
 
 
 def test_python_waits_no_longer_than_it_may(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for one that writes all the time, and it does not outlive the refusal."""
     monkeypatch.setattr(ffmpeg, "SECONDS", 1.0)
-    film = pretend("echo $$ > ${0%/bin/ffmpeg}/pid; while :; do printf x; sleep 0.01; done")
+    video = pretend("echo $$ > ${0%/bin/ffmpeg}/pid; while :; do printf x; sleep 0.01; done")
     before = time.monotonic()
     with pytest.raises(InputError, match="more than 1 s"):
-        open_video(film)
+        open_video(video)
     assert time.monotonic() - before < 10
     with pytest.raises(ProcessLookupError):
-        os.kill(int((film.parent / "pid").read_text()), 0)
+        os.kill(int((video.parent / "pid").read_text()), 0)
 
 
 def test_cpp_waits_no_longer_than_it_may(parts: Any, pretend: Any) -> None:
-    film = pretend("echo $$ > ${0%/bin/ffmpeg}/pid; while :; do printf x; sleep 0.01; done")
-    (answer,) = parts.run({"part": "count", "path": str(film), "seconds": 1})
+    video = pretend("echo $$ > ${0%/bin/ffmpeg}/pid; while :; do printf x; sleep 0.01; done")
+    (answer,) = parts.run({"part": "count", "path": str(video), "seconds": 1})
     assert "ffmpeg takes more than 1 s" in answer["error"]
     with pytest.raises(ProcessLookupError):
-        os.kill(int((film.parent / "pid").read_text()), 0)
+        os.kill(int((video.parent / "pid").read_text()), 0)
 
 
 def test_ffmpeg_never_sees_a_name(opened: Open, pretend: Any, tmp_path: Path) -> None:
     """Nor could it take one for an option, a pattern or an address."""
-    film = pretend('echo "$@" >> ${0%/bin/ffmpeg}/words; cat > ${0%/bin/ffmpeg}/read')
-    for name in ("-y", "concat:x", "%d.png", "http:", "a film"):
-        path = film.rename(tmp_path / name)
+    video = pretend('echo "$@" >> ${0%/bin/ffmpeg}/words; cat > ${0%/bin/ffmpeg}/read')
+    for name in ("-y", "concat:x", "%d.png", "http:", "a clip"):
+        path = video.rename(tmp_path / name)
         with pytest.raises(InputError, match="no frames"):
             opened(path)
-        assert (tmp_path / "read").read_bytes() == b"a film"
+        assert (tmp_path / "read").read_bytes() == b"a clip"
         assert name not in (tmp_path / "words").read_text().replace("-nostdin", "")
-        film = path
+        video = path
 
 
 def test_a_file_of_a_terabyte_of_nothing_is_no_video(opened: Open, tmp_path: Path) -> None:
-    film = tmp_path / "film.mp4"
-    film.touch()
-    os.truncate(film, 1 << 40)
+    video = tmp_path / "clip.mp4"
+    video.touch()
+    os.truncate(video, 1 << 40)
     if subprocess.run(["which", "ffmpeg"], capture_output=True, check=False).returncode:
         pytest.skip("no ffmpeg: apt-get install ffmpeg")
     with pytest.raises(InputError, match="not a readable video"):
-        opened(film)
+        opened(video)
 
 
 def test_a_device_is_no_video(opened: Open) -> None:

@@ -177,7 +177,7 @@ def long(folder: Path) -> None:
     replace(manifest, rotary=replace(manifest.rotary, long=others)).save(folder)
 
 
-def films(folder: Path, *, timed: bool = False) -> None:
+def videos(folder: Path, *, timed: bool = False) -> None:
     """The same with videos, two frames of which are one: they stand in time by seconds (Qwen2.5-VL's kind of model); or
     `timed`, by words before each group of frames (Qwen3-VL's), whose pixels are counted together.
     """
@@ -208,8 +208,8 @@ PACKAGES: dict[str, Callable[[Path], None]] = {
     "native": native,
     "deepstack": functools.partial(native, deepstack=True),
     "long": long,
-    "films": films,
-    "timed films": functools.partial(films, timed=True),
+    "native videos": videos,
+    "timed videos": functools.partial(videos, timed=True),
 }
 
 

@@ -172,7 +172,7 @@ def picture_from_cpp(case: Case, places: Places, answer: Any) -> Any:
     return {"tiles" if "image" in case else "size": answer, "sha256": digest}
 
 
-def film(case: Case, places: Places) -> Path:
+def video_of(case: Case, places: Places) -> Path:
     """The folder of a case's files, which are empty; a file of ffmpeg's making, a pipe, or a text; or nothing."""
     path, files = places.file(case), case["files"]
     if isinstance(files, dict) and not path.exists():
@@ -190,19 +190,20 @@ def film(case: Case, places: Places) -> Path:
 
 
 def frames_in_a_folder(case: Case, places: Places) -> dict[str, str]:
-    """What `ffmpeg -i VIDEO FOLDER/%04d.png` makes of a case's film: the SHA-256 of each frame's pixels -> its name."""
+    """What `ffmpeg -i VIDEO FOLDER/%04d.png` makes of a case's video: SHA-256 of each frame's pixels -> its name."""
     if not isinstance(case["files"], dict):
         return {}
     folder = places.file(case).with_suffix(".frames")
     if not folder.exists():
         folder.mkdir()
-        decode = ["ffmpeg", "-v", "error", "-i", film(case, places), "-fps_mode", "passthrough", folder / "%04d.png"]
+        video = video_of(case, places)
+        decode = ["ffmpeg", "-v", "error", "-i", video, "-fps_mode", "passthrough", folder / "%04d.png"]
         subprocess.run(decode, check=True)
     return {hashlib.sha256(open_image(file).tobytes()).hexdigest(): file.name for file in folder.iterdir()}
 
 
 def video_in_python(case: Case, places: Places) -> Any:
-    frames = open_video(film(case, places), case["frames"])
+    frames = open_video(video_of(case, places), case["frames"])
     known = frames_in_a_folder(case, places)
     digests = [f.name if isinstance(f, Path) else hashlib.sha256(np.asarray(f).tobytes()).hexdigest() for f in frames]
     found = {"chosen": [known.get(digest, digest) for digest in digests]}
@@ -210,7 +211,7 @@ def video_in_python(case: Case, places: Places) -> Any:
 
 
 def video_in_cpp(case: Case, places: Places) -> Case:
-    return {"part": "frames", "path": str(film(case, places)), "frames": case["frames"]}
+    return {"part": "frames", "path": str(video_of(case, places)), "frames": case["frames"]}
 
 
 def video_from_cpp(case: Case, places: Places, answer: Any) -> Any:

@@ -117,10 +117,10 @@ def demo_requests() -> list[dict[str, Any]]:
     ]
     asked: list[dict[str, Any]] = [{"messages": [user(text)]} for text in texts]
     asked += [{"messages": [user("what do you see?", p)]} for p in pictures]
-    film = {"video": pictures[:4] + pictures[:2]}
+    video = {"video": pictures[:4] + pictures[:2]}
     asked += [
-        {"messages": [{"role": "user", "parts": ["and", film, {"image": pictures[0]}, "what do you see?"]}]},
-        {"messages": [{"role": "user", "parts": [film, "hello"]}, assistant("hi"), user("how many?", pictures[4])]},
+        {"messages": [{"role": "user", "parts": ["and", video, {"image": pictures[0]}, "what do you see?"]}]},
+        {"messages": [{"role": "user", "parts": [video, "hello"]}, assistant("hi"), user("how many?", pictures[4])]},
         {"messages": [user("what is shown here?", pictures[0], pictures[3])]},
         {"messages": [user("describe the image.", *pictures[1:4])]},
         {"messages": [user("what do you see?", pictures[0]), assistant("a red circle."), user("how many?")]},

@@ -79,11 +79,11 @@ def build_processor(variant: str, tokenizer: Any) -> Any:
     sizes = {"size": {"shortest_edge": 4 * TILE**2, "longest_edge": 96 * TILE**2}, "patch_size": PATCH}
     if variant == "qwen3":
         grey = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        pictures, films = hf.Qwen2VLImageProcessor(**sizes, **grey), hf.Qwen3VLVideoProcessor(**sizes)
-        return hf.Qwen3VLProcessor(pictures, tokenizer, films, chat_template=QWEN3_CHAT_TEMPLATE)
-    pictures, films = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes)
+        pictures, videos = hf.Qwen2VLImageProcessor(**sizes, **grey), hf.Qwen3VLVideoProcessor(**sizes)
+        return hf.Qwen3VLProcessor(pictures, tokenizer, videos, chat_template=QWEN3_CHAT_TEMPLATE)
+    pictures, videos = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen2VLVideoProcessor(**sizes)
     kind = hf.Qwen2_5_VLProcessor if variant == "qwen2.5" else hf.Qwen2VLProcessor
-    return kind(pictures, tokenizer, films, chat_template=CHAT_TEMPLATE)
+    return kind(pictures, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_checkpoint(folder: Path, variant: str) -> None:
@@ -211,7 +211,7 @@ def test_a_model_whose_weights_are_on_disk_is_the_same(variant: str, monkeypatch
 
 @pytest.mark.parametrize(("variant", "layer"), itertools.product(VARIANTS, (1, LAYERS - 1)))
 def test_another_split_without_a_gate(variant: str, layer: int, tmp_path: Path) -> None:
-    FAMILY.check_split(variant, layer, tmp_path, filmed(4), filmed(5))
+    FAMILY.check_split(variant, layer, tmp_path, with_videos(4), with_videos(5))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -223,7 +223,7 @@ def test_verdicts_and_gated_answers_are_pytorchs(variant: str) -> None:
 # --- videos ----------------------------------------------------------------------------------------------------------
 
 
-def film(seed: int) -> VideoPart:
+def video(seed: int) -> VideoPart:
     """Two to nine frames of any size, at times that nobody says, or in even steps, or not."""
     rng = np.random.default_rng(seed)
     count, width, height = 2 + seed % 8, *(int(n) for n in rng.integers(6, 90, 2))
@@ -232,14 +232,14 @@ def film(seed: int) -> VideoPart:
     return VideoPart(frames, () if seed % 3 == 0 else tuple((np.cumsum(steps) - steps[0]).round(2).tolist()))
 
 
-def filmed(i: int) -> tuple[Message, ...]:
+def with_videos(i: int) -> tuple[Message, ...]:
     """One or two videos, alone or among pictures, in one turn or two."""
     last = Message(
-        "user", ("look", film(i), f"and number {i}.", *([ImagePart(picture(i)), film(i + 50)] * (i % 3 == 2)))
+        "user", ("look", video(i), f"and number {i}.", *([ImagePart(picture(i)), video(i + 50)] * (i % 3 == 2)))
     )
     if i % 2:
         return (last,)
-    first = Message("user", (film(i + 100), *([ImagePart(picture(i + 7))] * (i % 4 == 2)), f"what is number {i}?"))
+    first = Message("user", (video(i + 100), *([ImagePart(picture(i + 7))] * (i % 4 == 2)), f"what is number {i}?"))
     return (first, Message.assistant(f"it is {i}."), last)
 
 
@@ -255,8 +255,8 @@ def test_frames_and_their_places_equal_hugging_faces(variant: str) -> None:
     asked = OriginalModel(theirs.model, theirs.processor, mean, None)
     config = theirs.model.config
     for i in range(24):
-        inputs = theirs.inputs(ValidationPrompt(filmed(i), ()))
-        encoded = e.encoder.prepare(filmed(i), Stats())
+        inputs = theirs.inputs(ValidationPrompt(with_videos(i), ()))
+        encoded = e.encoder.prepare(with_videos(i), Stats())
         pads = (config.image_token_id, config.video_token_id)
         expected = [-1 if token in pads else token for token in inputs["input_ids"][0].tolist()]
         assert [key if isinstance(key, int) else -1 for key in encoded.keys] == expected
@@ -265,9 +265,9 @@ def test_frames_and_their_places_equal_hugging_faces(variant: str) -> None:
         np.testing.assert_array_equal(encoded.positions, places[:, 0].numpy())
         embeds = theirs.forward(inputs, [0]).entering[0].numpy()
         assert np.abs(encoded.inputs_embeds[0] - embeds).max() <= 1e-4 * np.abs(embeds).max()
-        assert [one.video for one in encoded.shown].count(True) == sum(len(m.films) for m in filmed(i))
-        assert read_as_mean.prepare(filmed(i), Stats()).probed == asked._probed(
-            ValidationPrompt(filmed(i), ()), inputs["input_ids"][0]
+        assert [one.video for one in encoded.shown].count(True) == sum(len(m.video_parts) for m in with_videos(i))
+        assert read_as_mean.prepare(with_videos(i), Stats()).probed == asked._probed(
+            ValidationPrompt(with_videos(i), ()), inputs["input_ids"][0]
         )
         grids |= {tuple(grid) for grid in inputs["video_grid_thw"].tolist()}
     assert len(grids) > 15 and len({groups for groups, _, _ in grids}) == 5
@@ -277,25 +277,25 @@ def test_frames_and_their_places_equal_hugging_faces(variant: str) -> None:
 def test_answers_to_dialogues_with_videos_are_generates(variant: str) -> None:
     theirs, answers = original_model(variant), []
     for i in range(15):
-        answers.append(theirs.generate(theirs.inputs(ValidationPrompt(filmed(i), ())), tokens=16))
-        assert FAMILY.generate(variant, filmed(i), 16) == answers[-1], f"dialogue {i}"
+        answers.append(theirs.generate(theirs.inputs(ValidationPrompt(with_videos(i), ())), tokens=16))
+        assert FAMILY.generate(variant, with_videos(i), 16) == answers[-1], f"dialogue {i}"
     assert len(set(map(tuple, answers))) > 7
-    longer = theirs.generate(theirs.inputs(ValidationPrompt(filmed(5), ())), tokens=64)
-    assert FAMILY.generate(variant, filmed(5), 64) == longer
+    longer = theirs.generate(theirs.inputs(ValidationPrompt(with_videos(5), ())), tokens=64)
+    assert FAMILY.generate(variant, with_videos(5), 64) == longer
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_verdicts_on_videos_are_pytorchs(variant: str) -> None:
     e, theirs, unsafe = engine(variant), original_model(variant), list[bool]()
     for i in range(12):
-        original = theirs.run(ValidationPrompt(filmed(i), ()))
-        answer = e.generate(filmed(i), sampling=SamplingConfig(ANSWER_TOKENS))
-        request = e.request(e.encoder.prepare(filmed(i), Stats()), 1, Stats())
+        original = theirs.run(ValidationPrompt(with_videos(i), ()))
+        answer = e.generate(with_videos(i), sampling=SamplingConfig(ANSWER_TOKENS))
+        request = e.request(e.encoder.prepare(with_videos(i), Stats()), 1, Stats())
         in_place = request.prefill_lower(e.policy()).p_unsafe
         assert in_place == pytest.approx(original.p_unsafe, abs=1e-3)
         assert answer.verdict.p_unsafe >= in_place  # turns by themselves count, too
         assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
-        stopped = e.generate(filmed(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+        stopped = e.generate(with_videos(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
         assert (stopped.stats.upper_ms is None) == answer.verdict.unsafe
         unsafe.append(answer.verdict.unsafe)
     assert len(set(unsafe)) == 2
@@ -306,9 +306,9 @@ def test_a_conversation_encodes_a_video_once(variant: str) -> None:
     """Three turns. The same frames at other times are other positions, or other words; Qwen2-VL reads no times."""
     e, theirs = engine(variant), original_model(variant)
     conversation, asked = Conversation(e), {"policy": off(e), "sampling": SamplingConfig(max_tokens=20)}
-    slow = VideoPart(film(4).frames, tuple(2.5 * i for i in range(len(film(4).frames))))
-    dialogue = [Message("user", ("first:", film(4), "what now?"))]
-    for turn, shown in enumerate((film(6), picture(3), slow)):
+    slow = VideoPart(video(4).frames, tuple(2.5 * i for i in range(len(video(4).frames))))
+    dialogue = [Message("user", ("first:", video(4), "what now?"))]
+    for turn, shown in enumerate((video(6), picture(3), slow)):
         answer = e.generate(dialogue, conversation=conversation, **asked)
         expected = theirs.generate(theirs.inputs(ValidationPrompt(tuple(dialogue), ())), tokens=20)
         assert list(answer.token_ids) == expected
@@ -331,7 +331,7 @@ def test_a_file_is_answered_as_hugging_face_answers_its_frames(variant: str, tmp
     subprocess.run(command, check=True)
     theirs, taken = original_model(variant), spaced(50, 5)
     message = Message.user("what happens?", videos=[open_video(tmp_path / "a.mp4", 5)])
-    frames = np.stack([np.asarray(frame) for frame in message.films[0].frames])
+    frames = np.stack([np.asarray(frame) for frame in message.video_parts[0].frames])
     facts = {"total_num_frames": 5 * 49 / 4, "fps": 12.5, "frames_indices": taken}  # 2.5-VL: 49 / 4 frames apart
     prompt = theirs.processor.apply_chat_template(hf_messages([message]), add_generation_prompt=True)
     shown = {"videos": [[frames]], "video_metadata": [[facts]], "do_sample_frames": False}
@@ -531,10 +531,10 @@ def test_the_cpp_runtime_answers_as_pythons(built: Path, tmp_path: Path, variant
     for request, answer in zip(apart, through_c(built, package(variant, precision), apart), strict=True):
         assert joined(answer["chunks"]) == in_python(e, request)
     for i in range(6):
-        seconds = film(i).seconds
-        for n, frame in enumerate(film(i).frames):
-            Image.fromarray(frame).save(tmp_path / f"film-{i}-{n}.png")
-        shown = {"video": [str(tmp_path / f"film-{i}-{n}.png") for n in range(len(film(i).frames))]}
+        seconds = video(i).seconds
+        for n, frame in enumerate(video(i).frames):
+            Image.fromarray(frame).save(tmp_path / f"video-{i}-{n}.png")
+        shown = {"video": [str(tmp_path / f"video-{i}-{n}.png") for n in range(len(video(i).frames))]}
         shown |= {"seconds": list(seconds)} if seconds else {}
         turns += [{"role": "user", "parts": [f"film {i}:", shown, *([{"image": files[i]}] * (i % 2)), "and now?"]}]
         turns += [{"role": "assistant", "parts": ["a film."]}]

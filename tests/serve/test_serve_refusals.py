@@ -189,8 +189,8 @@ def test_what_is_too_large_is_refused_with_numbers(server):
     assert "more than 2 pictures" in refused(server, 413, "messages[0].content[2].image_url", json=body(three))
     large = with_picture("look", data_url(size=(101, 100)))
     assert "100x101 pixels; this server takes 0.01 million" in refused(server, 413, picture, json=body(large))
-    film = [{"type": "video", "video": [data_url()] * 3}]
-    assert "more than 2 frames" in refused(server, 413, "messages[0].content[0].video", json=body(film))
+    video = [{"type": "video", "video": [data_url()] * 3}]
+    assert "more than 2 frames" in refused(server, 413, "messages[0].content[0].video", json=body(video))
     text = [{"type": "text", "text": "red", "seconds": [0]}]
     assert "has no 'seconds'" in refused(server, 400, "messages[0].content[0]", json=body(text))
     assert "takes 0.1 MB" in refused(server, 413, json=body("x" * 200_000))

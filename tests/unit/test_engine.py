@@ -841,7 +841,7 @@ def test_max_tiles_below_one_is_an_input_error(package):
 
 
 def test_likely_mistakes_with_arguments_are_named(engine):
-    for wrong in ({"images": "photo.png"}, {"images": Path("photo.png")}, {"videos": "film.mp4"}, {"images": b"bytes"}):
+    for wrong in ({"images": "photo.png"}, {"images": Path("photo.png")}, {"videos": "clip.mp4"}, {"images": b"bytes"}):
         with pytest.raises(InputError, match="give a list of them"):
             engine.generate("red", **wrong)
     for name in ("stop", Mode.STOP):

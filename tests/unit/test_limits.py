@@ -1,4 +1,4 @@
-"""What is too much is refused before it costs anything: long prompts, many turns, large pictures, long films."""
+"""What is too much is refused before it costs anything: long prompts, many turns, large pictures, long videos."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _generation(spec: PromptSpec, engine: Engine) -> list[int]:
     return [token for run in runs if isinstance(run, list) for token in run]
 
 
-# --- pictures and films ----------------------------------------------------------------------------------------------
+# --- pictures and videos ---------------------------------------------------------------------------------------------
 
 
 def gif(path: Path, frames: int, side: int) -> Path:
@@ -170,7 +170,7 @@ def test_an_animation_of_too_many_pixels_is_refused_early(tmp_path, monkeypatch)
     """478 KB became 3.1 GB in 73 s."""
     path, seek = gif(tmp_path / "large.gif", 60, 200), GifImageFile.seek
     decoded: list[int] = []
-    monkeypatch.setattr(GifImageFile, "seek", lambda film, n: (decoded.append(n), seek(film, n)))
+    monkeypatch.setattr(GifImageFile, "seek", lambda opened, n: (decoded.append(n), seek(opened, n)))
     monkeypatch.setattr("autosteer.runtime.video.MAX_DECODED", 40 * 200 * 200)
     with pytest.raises(InputError, match=r"more than 40 frames of 200x200 pixels"):
         open_video(path)

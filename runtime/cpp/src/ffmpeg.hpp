@@ -196,9 +196,9 @@ class Child {
 };
 
 /// An open video file. Its methods throw InputError if ffmpeg fails, or takes too long.
-class Film {
+class VideoFile {
  public:
-  explicit Film(const Descriptor& file, int64_t seconds = kSeconds) : file_(file), deadline_{seconds} {}
+  explicit VideoFile(const Descriptor& file, int64_t seconds = kSeconds) : file_(file), deadline_{seconds} {}
 
   /// When each frame is shown: from 0 on, ascending. A frame without a time has that of the frame before. Throws
   /// InputError if there are no frames, or too many.

@@ -202,8 +202,8 @@ class PromptEncoder {
   }
 
   /// The frames of a video as the image graph reads them.
-  struct Film {
-    std::vector<Image> frames;
+  struct Frames {
+    std::vector<Image> images;
     std::optional<std::array<int64_t, 2>> grid;  // as in Seen
     std::vector<int64_t> times = {0};
     bool apart = false;  // text stands between groups of frames
@@ -215,11 +215,11 @@ class PromptEncoder {
   std::vector<Seen> see(const std::vector<Run>& runs, const std::vector<Message>& messages, Stats& stats,
                         Conversation* conversation) const {
     std::vector<const ImageLike*> pictures;
-    std::vector<const VideoPart*> films;
+    std::vector<const VideoPart*> videos;
     for (const Message& message : messages) {
       for (const Part& part : message.parts) {
         if (const auto* picture = std::get_if<ImageLike>(&part)) pictures.push_back(picture);
-        if (const auto* film = std::get_if<VideoPart>(&part)) films.push_back(film);
+        if (const auto* video = std::get_if<VideoPart>(&part)) videos.push_back(video);
       }
     }
     const int64_t least = least_rows();
@@ -236,8 +236,8 @@ class PromptEncoder {
       return Seen{sha256, key, laid, 0, laid->size(), {}};
     };
     std::vector<Seen> seen;
-    size_t shown = 0, filmed = 0;
-    int64_t further = 0;  // places in the prompt of the video before, which follow each other
+    size_t shown = 0, played = 0;  // pictures, and videos, so far
+    int64_t further = 0;           // places in the prompt of the video before, which follow each other
     for (const Run& run : runs) {
       if (run.slot == "video" && further) {
         --further;
@@ -258,20 +258,21 @@ class PromptEncoder {
         seen.back().grid = grid;
         length += seen.back().rows() - least;
       } else if (run.slot == "video") {
-        const Film film = open_film(*films.at(filmed++), length);
+        const Frames frames = open_frames(*videos.at(played++), length);
         std::string use = "a video";
-        if (film.grid && !film.apart) {  // the KV caches hold its rows turned by their times
-          for (const int64_t time : film.times) use += " " + std::to_string(time);
+        if (frames.grid && !frames.apart) {  // the KV caches hold its rows turned by their times
+          for (const int64_t time : frames.times) use += " " + std::to_string(time);
         }
-        seen.push_back(take(film.frames.data(), film.frames.size(), use, [&] { return encode_film(film, stats); }));
-        seen.back().grid = film.grid;
-        seen.back().times = film.times;
+        const auto encode = [&] { return encode_frames(frames, stats); };
+        seen.push_back(take(frames.images.data(), frames.images.size(), use, encode));
+        seen.back().grid = frames.grid;
+        seen.back().times = frames.times;
         length += seen.back().rows();
-        if (film.apart) {
+        if (frames.apart) {
           further = static_cast<int64_t>(std::exchange(seen.back().last, 1)) - 1;
         }
       }
-      check_length(manifest_, length, shown == pictures.size() && filmed == films.size());
+      check_length(manifest_, length, shown == pictures.size() && played == videos.size());
     }
     if (conversation) conversation->images = encoded;
     return seen;
@@ -292,7 +293,7 @@ class PromptEncoder {
 
   /// Throws InputError for pictures and videos that this model cannot take, before any is opened.
   void check_parts(const std::vector<Message>& messages) const {
-    int64_t films = 0, frames = 0, rows = 0;
+    int64_t videos = 0, frames = 0, rows = 0;
     for (const Message& message : messages) {
       for (const Part& part : message.parts) {
         if (std::holds_alternative<ImageLike>(part) && !manifest_.image) throw InputError("this model takes no images");
@@ -302,12 +303,12 @@ class PromptEncoder {
         if (video->frames.empty()) throw InputError("a video has no frames");
         check_seconds(*video);  // whether the model reads them or not
         const auto count = static_cast<int64_t>(video->frames.size());
-        ++films;
+        ++videos;
         frames += count;
         rows += least_rows(count);
       }
     }
-    if (films && rows >= manifest_.dims.context_length) {
+    if (videos && rows >= manifest_.dims.context_length) {
       throw InputError("the video takes " + std::to_string(rows) + " tokens (" + std::to_string(frames) +
                        " frames); the model's context holds " + std::to_string(manifest_.dims.context_length) +
                        "; take fewer frames");
@@ -385,42 +386,44 @@ class PromptEncoder {
 
   /// Open the frames of a video. `others`: how many positions the rest of the prompt takes at least. Frames of any size
   /// are opened once it is known from the first that they fit the context.
-  Film open_film(const VideoPart& video, int64_t others) const {
+  Frames open_frames(const VideoPart& video, int64_t others) const {
     const int64_t side = image_.value().tile_size, count = static_cast<int64_t>(video.frames.size());
-    Film film;
+    Frames frames;
     int64_t height = side, width = side;
     if (image_->native) {
       const int64_t group = image_->native->frames;
       const std::vector<int64_t> times =
           group_positions(moments(video), group, manifest_.video->native.value().tokens_per_second);
       const Image first = open_image(video.frames.at(0));
-      film.grid = frame_grid(first.height, first.width, count, *image_, *manifest_.video, max_tiles_);
+      frames.grid = frame_grid(first.height, first.width, count, *image_, *manifest_.video, max_tiles_);
       const auto groups = static_cast<int64_t>(times.size());
-      check_length(manifest_, others + groups * (*film.grid)[0] * (*film.grid)[1], false);
-      height *= (*film.grid)[0];
-      width *= (*film.grid)[1];
+      check_length(manifest_, others + groups * (*frames.grid)[0] * (*frames.grid)[1], false);
+      height *= (*frames.grid)[0];
+      width *= (*frames.grid)[1];
       if (height * width > picture::kMaxPixels / count) {
         throw InputError(std::to_string(count) + " frames of " + std::to_string(width) + "x" + std::to_string(height) +
                          " pixels: at most " + std::to_string(picture::kMaxPixels));
       }
-      film.apart = manifest_.prompt.frame_group.has_value();
-      if (!film.apart) film.times = times;
+      frames.apart = manifest_.prompt.frame_group.has_value();
+      if (!frames.apart) frames.times = times;
     }
-    for (const ImageLike& frame : video.frames) film.frames.push_back(squeeze(open_image(frame), height, width));
-    return film;
+    for (const ImageLike& frame : video.frames) frames.images.push_back(squeeze(open_image(frame), height, width));
+    return frames;
   }
 
   /// The frames of a video -> its rows: one run, or one for each group of frames if text stands between them.
-  std::vector<Laid> encode_film(const Film& film, Stats& stats) const {
-    if (!film.grid) return {{{}, encode_video(film.frames, stats)}};
+  std::vector<Laid> encode_frames(const Frames& frames, Stats& stats) const {
+    if (!frames.grid) return {{{}, encode_video(frames.images, stats)}};
     std::vector<Laid> runs;
     const auto group = static_cast<size_t>(image_->native->frames);
-    for (size_t first = 0; first < film.frames.size(); first += group) {
-      std::vector<Image> frames;
-      for (size_t i = first; i < first + group; ++i) frames.push_back(film.frames[std::min(i, film.frames.size() - 1)]);
-      Rows rows = encode_whole(normalise(frames, manifest_.video.value()), *film.grid);
+    for (size_t first = 0; first < frames.images.size(); first += group) {
+      std::vector<Image> images;
+      for (size_t i = first; i < first + group; ++i) {
+        images.push_back(frames.images[std::min(i, frames.images.size() - 1)]);
+      }
+      Rows rows = encode_whole(normalise(images, manifest_.video.value()), *frames.grid);
       stats.image_tiles += rows.count();
-      if (film.apart || runs.empty()) {
+      if (frames.apart || runs.empty()) {
         runs.push_back({{}, std::move(rows)});
       } else {
         runs.back().rows.append(rows.row(0), rows.count());

@@ -81,15 +81,15 @@ inline bool before(const std::string& a, const std::string& b) {
 }
 
 /// The frames of a video file, decoded by ffmpeg.
-inline VideoPart of_film(const std::filesystem::path& path, int64_t frames) {
+inline VideoPart of_file(const std::filesystem::path& path, int64_t frames) {
   VideoPart found;
   try {
     const ffmpeg::Descriptor file = ffmpeg::open_regular(path);
-    const ffmpeg::Film film(file);
-    const std::vector<double> seconds = film.seconds();
+    const ffmpeg::VideoFile opened(file);
+    const std::vector<double> seconds = opened.seconds();
     const std::vector<int64_t> chosen = spaced(static_cast<int64_t>(seconds.size()), frames);
     for (const int64_t i : chosen) found.seconds.push_back(seconds[static_cast<size_t>(i)]);
-    film.pictures(chosen, [&](const std::vector<uint8_t>& png) {
+    opened.pictures(chosen, [&](const std::vector<uint8_t>& png) {
       Image frame = decode_picture(png, "a frame");
       if (frame.width * frame.height > picture::kMaxPixels / static_cast<int64_t>(chosen.size())) {
         throw InputError(std::to_string(chosen.size()) + " frames of " + std::to_string(frame.width) + "x" +
@@ -113,7 +113,7 @@ inline VideoPart open_video(const std::filesystem::path& path, int64_t frames = 
   if (frames < 1) throw InputError(std::to_string(frames) + " frames of a video: take at least one");
   std::error_code error;
   if (!std::filesystem::exists(path, error)) throw InputError(path.string() + ": no such video file or folder");
-  if (!std::filesystem::is_directory(path, error)) return video::of_film(path, frames);
+  if (!std::filesystem::is_directory(path, error)) return video::of_file(path, frames);
   const std::vector<std::string> pictures = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"};
   std::vector<std::string> names;
   for (const auto& entry : std::filesystem::directory_iterator(path, error)) {

@@ -127,7 +127,7 @@ Json frames(const Json& command) {
 /// {"path", "seconds"} -> how many frames ffmpeg finds in so many seconds
 Json count(const Json& command) {
   const auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
-  return autosteer::ffmpeg::Film(file, command.at("seconds")).seconds().size();
+  return autosteer::ffmpeg::VideoFile(file, command.at("seconds")).seconds().size();
 }
 
 /// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}
