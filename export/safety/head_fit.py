@@ -1,8 +1,13 @@
-"""Train the Refusal Head on unsafe prompts of the fit, and try it at several strengths."""
+"""Train the Refusal Head on unsafe prompts of the fit, and try it at several strengths.
+
+Half of them are asked once more behind a harmless prompt and the model's own answer to it. A Refusal Head that knows
+single prompts alone may lose to such an answer: "sure, here is how to ..." wants to be said again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +30,9 @@ if TYPE_CHECKING:
 PAPER_STRENGTH = 0.1
 # Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12, and to 12 others with the one chosen.
 REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12
+# Harmless prompts that are answered, to stand before unsafe ones: for training, held-out ones; characters of such a
+# prompt and tokens of its answer at most.
+EARLIER_TRAIN, EARLIER_HELDOUT, EARLIER_LONGEST, EARLIER_TOKENS = 32, 8, 500, 24
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
 
 
@@ -42,10 +50,12 @@ def fit_refusal_head(
     seed: int,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
     """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
-    and on --refusal-only, and on as many of their rewordings; measured on held-out ones.
+    and on --refusal-only, on as many of their rewordings, and in dialogues; measured on held-out ones.
     """
     train, heldout = _choose_prompts(data, prompts, split, words, seed)
     trained_with = wanted or PAPER_STRENGTH
+    earlier = _answered_prompts(fit_model, prompts, split, seed, console)
+    train, heldout = ([*asked, *_behind(turns, asked)] for asked, turns in zip((train, heldout), earlier, strict=True))
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
     embeddings = fit_model.embeddings()
@@ -103,6 +113,35 @@ def _choose_prompts(
     more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
     plain = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
     return plain + some([one.item.prompt for one in words.training if one.item.unsafe], REFUSAL_TRAIN), heldout
+
+
+def _answered_prompts(
+    fit_model: FitModel, prompts: list[Labelled], split: Split, seed: int, console: Console
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Short harmless prompts without pictures, and what the model answers: for training, and held-out ones."""
+    rng = np.random.default_rng(seed)
+
+    def harmless(rows: np.ndarray, most: int) -> list[Prompt]:
+        asked = [prompts[i].prompt for i in rows if not prompts[i].unsafe and not prompts[i].prompt.images]
+        short = [prompt for prompt in asked if len(prompt.text) <= EARLIER_LONGEST]
+        return [short[i] for i in sorted(rng.permutation(len(short))[:most])]
+
+    train = harmless(np.concatenate([split.train, split.validation]), EARLIER_TRAIN)
+    asked = [*train, *harmless(split.heldout, EARLIER_HELDOUT)]
+    embeddings = fit_model.embeddings()
+    with progress(console, "answers before", len(asked)) as advance:
+        unsteered = embeddings.new_zeros(embeddings.shape[1], embeddings.shape[1])
+        answers = steered_answers(
+            fit_model, asked, unsteered, embeddings, [0.0], tokens=EARLIER_TOKENS, advance=advance
+        )
+    turns = [(one.text, fit_model.decode(answer.ids)) for one, (answer,) in zip(asked, answers, strict=True)]
+    return turns[: len(train)], turns[len(train) :]
+
+
+def _behind(turns: Sequence[tuple[str, str]], asked: Sequence[Prompt]) -> list[Prompt]:
+    """Every second of the prompts that are no dialogues, each behind one of `turns`, which may be none."""
+    alone = [prompt for prompt in asked if not prompt.earlier][::2]
+    return [replace(prompt, earlier=turns[i % len(turns)]) for i, prompt in enumerate(alone) if turns]
 
 
 def _try_strengths(

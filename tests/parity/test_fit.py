@@ -9,7 +9,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from tiny_fit import LAYERS, REFUSAL, WIDTH
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
 from autosteer.export.safety import arrange, calibrate, cli, head_fit, other_words, prober
 from autosteer.export.safety import states as states_module
+from autosteer.export.safety.batches import encode
 from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
+from autosteer.export.safety.store import States
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.errors import PackageError
 
@@ -266,10 +268,36 @@ def test_refusal_head_is_measured_on_prompts_it_was_not_trained_on(
     assert fit(*command(checkpoint, data, tmp_path / "safety", "--refusal-only", str(more))).exit_code == 0
     seen, heldout = ({tuple(row.flatten().tolist()) for row in states} for states in taken)
     facts = load(tmp_path / "safety").facts
-    assert (len(seen), len(heldout)) == (facts.training["refusal_prompts"], facts.calibration["heldout_unsafe"])
+    measured = int(facts.calibration["heldout_unsafe"])
+    trained = 60 - measured + 5
+    assert len(seen) == facts.training["refusal_prompts"] == trained + (trained + 1) // 2  # half in dialogues, too
+    assert len(heldout) == measured + (measured + 1) // 2
     assert not seen & heldout
-    assert len(seen) == 60 - len(heldout) + 5
     assert facts.training["prompts"] == 120  # the prober saw none of the five
+
+
+def test_refusal_head_learns_dialogues_that_begin_with_the_models_own_answers(
+    checkpoint: Path, data: Path, fit_model: FitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One that knew single prompts alone lost to the answer before: "sure, here is how to ..." was said again."""
+    asked: list[Prompt] = []
+    states = head_fit.answer_states
+
+    def spy(model: FitModel, prompts: Sequence[Prompt], *args: Any, **options: Any) -> States:
+        asked.extend(prompts)
+        return states(model, prompts, *args, **options)
+
+    monkeypatch.setattr(head_fit, "answer_states", spy)
+    assert fit(*command(checkpoint, data, tmp_path / "safety")).exit_code == 0
+    items = read_data([data / "pairs.jsonl"]).labelled()
+    harmless = {item.prompt.text for item in items if not item.unsafe and not item.prompt.images}
+    before = dict(prompt.earlier for prompt in asked if prompt.earlier)
+    assert set(before) <= harmless
+    question, answer = next(iter(before.items()))
+    inputs = encode(fit_model, Prompt(question), generation=True)
+    limit = {"do_sample": False, "max_new_tokens": head_fit.EARLIER_TOKENS}
+    ids = fit_model.hf_model.generate(**inputs, **limit)[0, inputs["input_ids"].shape[1] :]
+    assert answer == fit_model.decode(ids.tolist())
 
 
 def test_a_multimodal_fit_without_pictures_warns_and_says_so_in_its_facts(checkpoint: Path, data: Path, tmp_path: Path):
