@@ -101,7 +101,7 @@ class AuditFile:
             os.close(self._file)
 
     def __call__(self, record: Mapping[str, Any]) -> None:
-        """Append a line, and wait until the disk has it. Raises OSError, and leaves the file without a part of it."""
+        """Append a line, and wait until the disk has it. Raises OSError, and leaves the file without the line."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         with self._lock:
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -109,7 +109,6 @@ class AuditFile:
                 self._append(line)
             finally:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
-        os.fsync(self._file)
 
     def _append(self, line: bytes) -> None:
         found = os.fstat(self._file)
@@ -120,7 +119,8 @@ class AuditFile:
         try:
             while line:  # a second time only to learn why the disk did not take it all
                 line = line[os.write(self._file, line) :]
-        except OSError:
+            os.fsync(self._file)
+        except BaseException:  # Ctrl-C, too: the line is written again, and must not stand there twice
             os.ftruncate(self._file, found.st_size)
             raise
 

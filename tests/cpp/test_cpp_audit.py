@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,14 @@ from autosteer.runtime import Engine
 from autosteer.runtime.errors import AutoSteerError
 
 MEASURED = ("time", "first_token_ms", "total_ms")
+FSYNC_FAILS_ONCE = """
+#include <errno.h>
+extern "C" int fsync(int) {
+  static int calls = 0;
+  errno = EIO;
+  return calls++ ? 0 : -1;
+}
+"""
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -91,6 +100,19 @@ def test_no_answer_ends_without_its_record_and_none_begins_before_it_is_written(
     assert "the audit record cannot be written, so no answer is given (File too large)" in said[1]["error"]
     assert [chunk["finish_reason"] for chunk in said[1]["chunks"]] == [None, None] and said[2]["chunks"] == []
     assert [line["unsafe"] for line in lines(file)] == [False, True, False, False]  # none of the one that was refused
+
+
+def test_line_that_the_disk_did_not_confirm_is_written_once(built, cpp_package, tmp_path, monkeypatch):
+    """It stayed in the file, and was written again before the next request."""
+    shim, source = tmp_path / "fsync.so", tmp_path / "fsync.cpp"
+    source.write_text(FSYNC_FAILS_ONCE)
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", shim], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(shim))
+    requests = [asks(user("red")), asks(user("hello"))]
+    said = through_c(built, cpp_package, requests, audit=str(tmp_path / "audit.jsonl"))
+    assert [answer["code"] for answer in said] == [1, 0] and "Input/output error" in said[0]["error"]
+    words = [sha256(word.encode()).hexdigest() for word in ("red", "hello")]
+    assert [line["turns"][0]["text_sha256"] for line in lines(tmp_path / "audit.jsonl")] == [[word] for word in words]
 
 
 def test_line_that_another_process_died_in_does_not_spoil_the_next(built, cpp_package, tmp_path):

@@ -260,6 +260,33 @@ def test_full_disk_leaves_whole_lines(package, file):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+def test_line_that_the_disk_did_not_confirm_is_written_once(audited, file, monkeypatch):
+    """It stayed in the file, and was written again before the next request."""
+    monkeypatch.setattr(os, "fsync", lambda _: os.close(-1))  # raises OSError
+    with pytest.raises(AuditError, match="Bad file descriptor"):
+        audited.generate("red")
+    assert not lines(file)
+    monkeypatch.undo()
+    audited.generate("hello")
+    assert [line["turns"][0]["text_sha256"] for line in lines(file)] == [[sha256("red")], [sha256("hello")]]
+
+
+def test_line_that_is_interrupted_is_written_once(audited, file, monkeypatch):
+    """Ctrl-C while the disk was waited for: the request wrote its line a second time."""
+    sync, calls = os.fsync, list[int]()
+
+    def interrupted(number: int) -> None:
+        sync(number)
+        calls.append(number)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        audited.generate("red")
+    assert len(calls) == 2 and len(lines(file)) == 1
+
+
 def test_line_that_another_process_died_in_does_not_spoil_the_next(audited, file):
     file.write_text('{"version": 1}\n{"version": 1, "ti')
     audited.generate("red")

@@ -57,7 +57,7 @@ class AuditFile {
   AuditFile(const AuditFile&) = delete;
   AuditFile& operator=(const AuditFile&) = delete;
 
-  /// Append a line, and wait until the disk has it. Throws Error, and leaves the file without a part of it.
+  /// Append a line, and wait until the disk has it. Throws Error, and leaves the file without the line.
   void append(const std::string& line) const {
     require(again([&] { return flock(file_, LOCK_EX); }));
     try {
@@ -67,7 +67,6 @@ class AuditFile {
       throw;
     }
     flock(file_, LOCK_UN);
-    require(again([&] { return fsync(file_); }));
   }
 
  private:
@@ -90,13 +89,18 @@ class AuditFile {
     if (last != '\n') line.insert(line.begin(), '\n');  // somebody died in a line
     for (size_t done = 0; done < line.size();) {        // a second time only to learn why the disk did not take it all
       const ssize_t written = write(file_, line.data() + done, line.size() - done);
-      if (written < 0 && errno != EINTR) {
-        const int error = errno;
-        if (ftruncate(file_, found.st_size) != 0) throw Error(std::string(std::strerror(error)) + ", in a line");
-        throw Error(std::strerror(error));
-      }
+      if (written < 0 && errno != EINTR) take_back(found.st_size);
       done += static_cast<size_t>(std::max<ssize_t>(written, 0));
     }
+    if (again([&] { return fsync(file_); }) != 0) take_back(found.st_size);
+  }
+
+  /// Throws Error for the system call that failed, once the file is as it was: the line is written again, and must not
+  /// stand there twice.
+  [[noreturn]] void take_back(off_t size) const {
+    const int error = errno;
+    if (ftruncate(file_, size) != 0) throw Error(std::string(std::strerror(error)) + ", in a line");
+    throw Error(std::strerror(error));
   }
 
   /// Throws Error for a system call that failed.
