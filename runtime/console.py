@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import AutoSteerError
+from .errors import AutoSteerError, OptionError
 
 INTERRUPTED, TERMINATED = 130, 143
 LINE_EVERY = 60.0  # seconds, where there is no terminal for a bar
@@ -61,13 +61,22 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
             traceback.print_exc()
         missing = isinstance(err, ModuleNotFoundError) and err.name and not err.name.startswith("autosteer")
         advice = f"; install what {name} needs: pip install 'autosteer-edge[{extra}]'" if missing else ""
-        click.echo(f"{name}: error: {err}{advice}", err=True)
+        click.echo(f"{name}: error: {_in_options_of(command, err)}{advice}", err=True)
         code = err.exit_code if isinstance(err, AutoSteerError) else 1
     try:
         sys.stdout.flush()
     except OSError:  # a full disk, or no reader: what is left must not fail again when Python ends, with another code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or 0)
+
+
+def _in_options_of(command: click.Command, err: Exception) -> str:
+    """What an error says, of an option as it is typed: --max-tokens for max_tokens."""
+    if isinstance(err, OptionError):
+        for option in command.params:
+            if option.name == err.field:
+                return max(option.opts, key=len) + err.problem
+    return str(err)
 
 
 def _count_interrupts() -> list[int]:

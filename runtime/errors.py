@@ -29,6 +29,17 @@ class InputError(AutoSteerError):
     exit_code = 5
 
 
+class OptionError(InputError):
+    """A number or a text that does not fit. `field` is its name in Python; a command names its option instead."""
+
+    def __init__(self, field: str, problem: str):
+        super().__init__(field, problem)
+        self.field, self.problem = field, problem
+
+    def __str__(self) -> str:
+        return self.field + self.problem
+
+
 class CancelledError(AutoSteerError):
     """Somebody cancelled the request while it ran."""
 

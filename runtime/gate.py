@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .errors import InputError
+from .errors import OptionError
 
 STRENGTH_MAX = 1e6  # the paper's is 0.1; far beyond it float32 overflows and the answer is noise instead of a refusal
 
@@ -55,14 +55,16 @@ class GatePolicy:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))  # "stop" is Mode.STOP
         if not self.threshold < 1.0:
-            raise InputError(
-                f"threshold = {self.threshold:g}: give a number below 1; a prompt is unsafe above it, and no p_unsafe "
-                "is above 1 (to let every prompt pass, use --policy report or off)"
+            raise OptionError(
+                "threshold",
+                f" = {self.threshold:g}: give a number below 1; a prompt is unsafe above it, and no p_unsafe is above "
+                "1 (to let every prompt pass, use policy report or off)",
             )
         if not 0.0 <= self.strength <= STRENGTH_MAX:
-            raise InputError(
-                f"strength = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; "
-                "below 0 it would steer answers away from the refusal"
+            raise OptionError(
+                "strength",
+                f" = {self.strength:g}: give a number from 0 (steers nothing) to {STRENGTH_MAX:g}; below 0 it would "
+                "steer answers away from the refusal",
             )
 
 

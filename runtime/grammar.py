@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from .errors import InputError
+from .errors import OptionError
 from .sampling import SamplingConfig
 
 MAX_BYTES = 50_000  # of a schema or a regular expression; compiling them takes a second, of 200,000 half a minute
 WHITESPACE = " "  # between JSON's tokens, or nothing: if it may, a small model writes nothing but line ends
 
 
-class GrammarError(InputError):
+class GrammarError(OptionError):
     """A schema or a regular expression that is wrong, not supported or too large."""
 
 
@@ -39,13 +39,13 @@ class Grammars:
         if sampling.json_schema is None and sampling.regex is None:
             return None
         if None not in (sampling.json_schema, sampling.regex):
-            raise GrammarError("json_schema and regex: give one of them")
+            raise GrammarError("json_schema", " and regex: give one of them")
         try:
             return Grammar(option, self._vocabulary, _compiled(sampling), self._vocab_size)
         except ImportError:
-            raise GrammarError(f"{option}: needs llguidance: pip install 'autosteer-edge[structured]'") from None
+            raise GrammarError(option, ": needs llguidance: pip install 'autosteer-edge[structured]'") from None
         except (TypeError, ValueError, RecursionError) as err:  # no JSON or Unicode; or a tokenizer it does not know
-            raise GrammarError(f"{option}: {_line(err)}") from err
+            raise GrammarError(option, f": {_line(err)}") from err
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
@@ -102,7 +102,7 @@ class Grammar:
         self._check("no token of this model fits, or it is too complex: ")
         mask = np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(bool)
         if not mask.any():
-            raise GrammarError(f"{self._option}: no token of this model fits")
+            raise GrammarError(self._option, ": no token of this model fits")
         return mask
 
     def accept(self, token: int) -> None:
@@ -112,7 +112,7 @@ class Grammar:
 
     def _check(self, what: str = "") -> None:
         if self._matcher.is_error():
-            raise GrammarError(f"{self._option}: {what}{_line(self._matcher.get_error())}")
+            raise GrammarError(self._option, f": {what}{_line(self._matcher.get_error())}")
 
 
 def _line(said: object) -> str:

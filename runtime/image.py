@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from .errors import InputError, PackageError
+from .errors import InputError, OptionError, PackageError
 from .manifest import AnyresSpec, ImageSpec, VideoSpec
 
 Float = npt.NDArray[np.float32]
@@ -123,7 +123,7 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     if tiles is None or not (spec.anyres or spec.closest_grid or spec.native):
         return spec
     if tiles < 1:
-        raise InputError(f"max_tiles = {tiles}: a picture takes at least one tile")
+        raise OptionError("max_tiles", f" = {tiles}: a picture takes at least one tile")
     if grid := spec.closest_grid:
         return replace(spec, closest_grid=replace(grid, max_tiles=min(grid.max_tiles, max(tiles - 1, 1))))
     if native := spec.native:

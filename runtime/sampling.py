@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, PackageError
+from .errors import InputError, OptionError, PackageError
 
 Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
 LogProbs: TypeAlias = "tuple[tuple[int, float], ...]"  # pairs (token, log probability)
@@ -44,7 +44,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         def need(fits: bool, name: str, expected: str) -> None:
             if not fits:
-                raise InputError(f"{name} = {getattr(self, name)!r} is out of range ({expected})")
+                raise OptionError(name, f" = {getattr(self, name)!r} is out of range ({expected})")
 
         penalty = f"from {-PENALTY_MAX:g} to {PENALTY_MAX:g}"
         need(isinstance(self.max_tokens, int) and self.max_tokens >= 1, "max_tokens", "at least 1")

@@ -379,6 +379,18 @@ def test_command_refuses_a_package_in_one_line(built, packages, tmp_path):
         assert done.stderr.startswith("autosteer-cli: error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("option", "value"), [("--max-tokens", "0"), ("--threshold", "2")])
+def test_an_error_names_the_option_as_it_is_typed(built, cpp_package, option, value):
+    """And the field where JSON has one."""
+    done = subprocess.run(
+        [built / "autosteer-cli", cpp_package, "--prompt", "red", option, value],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.startswith(f"autosteer-cli: error: {option}")
+
+
 def test_stop_string_that_is_not_unicode_is_an_input_error(built, cpp_package):
     """JSON cannot say one; a command line can."""
     command = [built / "autosteer-cli", cpp_package, "--prompt", "red", "--stop", b"a\xff"]

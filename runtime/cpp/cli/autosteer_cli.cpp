@@ -6,6 +6,7 @@
 #include <malloc.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
@@ -85,6 +86,12 @@ struct Arguments {
   autosteer::EngineOptions engine;
   bool json = false, check = false, help = false;
 };
+
+/// The option that sets a field: --max-tokens for max_tokens.
+std::string option_of(std::string field) {
+  std::replace(field.begin(), field.end(), '_', '-');
+  return "--" + field;
+}
 
 double as_float(const std::string& option, const std::string& text) {
   char* end = nullptr;
@@ -480,6 +487,9 @@ int main(int argc, char** argv) {
     return err.exit_code;
   } catch (const autosteer::Cancelled& err) {
     std::cerr << "\nautosteer-cli: interrupted\n";
+    return err.exit_code;
+  } catch (const autosteer::OptionError& err) {
+    std::cerr << "autosteer-cli: error: " << option_of(err.field) << err.problem << "\n";
     return err.exit_code;
   } catch (const autosteer::Error& err) {
     std::cerr << "autosteer-cli: error: " << err.what() << "\n";

@@ -37,6 +37,13 @@ struct InputError : Error {
   explicit InputError(const std::string& what) : Error(what, 5) {}
 };
 
+/// A number or a text that does not fit. `field` is its name in C++ and in JSON; a command names its option instead.
+struct OptionError : InputError {
+  OptionError(const std::string& field, const std::string& problem)
+      : InputError(field + problem), field(field), problem(problem) {}
+  const std::string field, problem;
+};
+
 /// The audit record of a request cannot be written.
 struct AuditError : Error {
   explicit AuditError(const std::string& what) : Error(what) {}

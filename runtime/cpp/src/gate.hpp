@@ -57,17 +57,17 @@ struct GatePolicy {
   std::string refusal_text;
   std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
 
-  /// Throws InputError for numbers out of range.
+  /// Throws OptionError for numbers out of range.
   void check() const {
     if (!(threshold < 1.0)) {
-      throw InputError(
-          "threshold: give a number below 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let every "
-          "prompt pass, use policy report or off)");
+      throw OptionError("threshold",
+                        ": give a number below 1; a prompt is unsafe above it, and no p_unsafe is above 1 (to let "
+                        "every prompt pass, use policy report or off)");
     }
     if (!(0.0 <= strength && strength <= kMaxStrength)) {
-      throw InputError(
-          "strength: give a number from 0 (steers nothing) to 1e+06; below 0 it would steer answers away from the "
-          "refusal");
+      throw OptionError("strength",
+                        ": give a number from 0 (steers nothing) to 1e+06; below 0 it would steer answers away from "
+                        "the refusal");
     }
   }
 };

@@ -439,7 +439,9 @@ inline Tiles whole(const Image& image, const ImageSpec& spec, bool) {
 /// pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
 inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
   if (!tiles || !(spec.anyres || spec.closest_grid || spec.native)) return spec;
-  if (*tiles < 1) throw InputError("max_tiles = " + std::to_string(*tiles) + ": a picture takes at least one tile");
+  if (*tiles < 1) {
+    throw OptionError("max_tiles", " = " + std::to_string(*tiles) + ": a picture takes at least one tile");
+  }
   if (spec.closest_grid) {
     spec.closest_grid->max_tiles = std::min(spec.closest_grid->max_tiles, std::max<int64_t>(*tiles - 1, 1));
     return spec;

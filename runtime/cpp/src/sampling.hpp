@@ -31,10 +31,10 @@ struct SamplingConfig {
   std::vector<std::string> stop;    ///< end the answer before the first of these strings
   bool speculate = true;            ///< draft what the answer copies: faster; near ties may differ at int8 and int4
 
-  /// Throws InputError if a value is out of range.
+  /// Throws OptionError if a value is out of range.
   void check() const {
     const auto need = [](bool fits, const std::string& what, const std::string& range) {
-      if (!fits) throw InputError(what + " is out of range (" + range + ")");
+      if (!fits) throw OptionError(what, " is out of range (" + range + ")");
     };
     const auto within = [](double most) {
       const std::string number = std::to_string(std::lround(most));
