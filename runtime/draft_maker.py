@@ -50,8 +50,7 @@ def _answer(
     """None at each pause, the answer at the end."""
     sampling = SamplingConfig(max_tokens=max_tokens, speculate=False)
     with engine.record(engine.policy("steer" if engine.manifest.guarded else "off")) as record:
-        record.messages = list(messages)
-        prompt = engine.encoder.prepare(record.messages, record.stats)
+        prompt = engine.encode(list(messages), record)
         answer = list(prompt.token_ids[1 - LONGEST :])
         for chunk in engine.steps(prompt, sampling, record, batch=batch):
             if chunk is None:

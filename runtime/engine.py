@@ -49,7 +49,7 @@ from .sampling import Constraint, SamplingConfig, log_probabilities, make_sample
 from .self_test import check_gate
 from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
-from .text import Detokeniser, Message, load_tokenizer
+from .text import Detokeniser, Message, check_turns, load_tokenizer
 from .video import VideoLike
 
 log = logging.getLogger(__name__)
@@ -202,8 +202,7 @@ class Engine:
         policy = self.policy(policy) if isinstance(policy, str) else policy
         conversation = conversation or Conversation(self)
         with self.record(policy or self.policy()) as record:
-            record.messages = _dialogue(prompt, images, videos)
-            prepared = self.encoder.prepare(record.messages, record.stats, conversation)
+            prepared = self.encode(_dialogue(prompt, images, videos), record, conversation)
             yield from self.answer(prepared, sampling or SamplingConfig(), record, conversation)
 
     def score(
@@ -220,13 +219,21 @@ class Engine:
         """
         policy = self.policy(policy) if isinstance(policy, str) else policy
         with self.record(policy or self.policy()) as record:
-            record.messages, conversation = _dialogue(prompt, images, videos), Conversation(self)
-            prepared = self.encoder.prepare(record.messages, record.stats, conversation)
+            conversation = Conversation(self)
+            prepared = self.encode(_dialogue(prompt, images, videos), record, conversation)
             return finish(self.judge(prepared, record, conversation))
 
     def record(self, policy: GatePolicy) -> Record:
         """What a request is noted in, and its statistics. It begins now; its block is the request."""
         return Record(self._audit, policy, self.device.provider)
+
+    def encode(
+        self, messages: list[Message], record: Record, conversation: Conversation | None = None
+    ) -> EncodedPrompt:
+        """A request's dialogue, noted in its `record`, as the decoder's input. Raises InputError as `stream` does."""
+        record.messages = messages
+        check_turns(messages)
+        return self.encoder.prepare(messages, record.stats, conversation)
 
     def judge(
         self, prompt: EncodedPrompt, record: Record, conversation: Conversation | None = None

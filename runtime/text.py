@@ -144,6 +144,13 @@ def render_judged(
     return rendered, [turns[n] for n in judged(messages)]
 
 
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise InputError for a user turn without a word, an image or a video. Other turns may be empty."""
+    for message in messages:
+        if message.role == "user" and all(isinstance(part, str) and not part.strip() for part in message.parts):
+            raise InputError("a user turn is empty: give it a text, or an image or a video")
+
+
 def judged(messages: Sequence[Message]) -> list[int]:
     """Indices of the turns that the prober scores."""
     return [n for n, message in enumerate(messages) if not message.trusted or n == len(messages) - 1]

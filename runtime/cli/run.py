@@ -142,8 +142,6 @@ def run(
             prompt = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as err:
             raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
-    if prompt is not None and not prompt.strip():
-        raise InputError("the prompt is empty")
     shown = [open_video(video, frames) for video in videos]
     one_text = prompt is not None and not images and not videos  # no picture will need the image graph
     engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)

@@ -55,12 +55,12 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
     """
     beginnings = digests(ask.turns)
     with engine.record(ask.policy) as record:
-        record.messages = [
+        messages = [
             dataclasses.replace(turn.open(), trusted=conversations.wrote(beginning))
             for turn, beginning in zip(ask.turns, beginnings, strict=True)
         ]
         conversation = conversations.take(beginnings)
-        prompt, text = engine.encoder.prepare(record.messages, record.stats, conversation), ""
+        prompt, text = engine.encode(messages, record, conversation), ""
         for chunk in engine.steps(prompt, ask.sampling, record, conversation, batch):
             if chunk is None:
                 yield None
@@ -78,8 +78,7 @@ def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator
     """The verdict on each turn by itself: only decoder_lower and the prober run. None where it pauses."""
     for turn in turns:
         with engine.record(policy) as record:
-            record.messages = [turn.open()]
-            prompt = engine.encoder.prepare(record.messages, record.stats)
+            prompt = engine.encode([turn.open()], record)
             verdict = yield from engine.judge(prompt, record)
         require_score(verdict)
         yield Score(verdict, record.stats, prompt.shown)

@@ -435,7 +435,6 @@ void run(const Arguments& arguments) {
   const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
   const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
   const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
-  if (!is_chat && autosteer::strip(prompt).empty()) throw autosteer::InputError("the prompt is empty");
   std::vector<autosteer::VideoPart> videos;
   for (const auto& video : arguments.videos) videos.push_back(autosteer::open_video(video, arguments.frames));
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph

@@ -156,7 +156,7 @@ class Engine {
     record.begin();
     try {
       Conversation own;
-      EncodedPrompt prompt = encoder.prepare(messages, stats, &own);
+      EncodedPrompt prompt = encode(messages, stats, &own);
       record.encoded(prompt);
       Request asked = request(std::move(prompt), 1, stats);
       const Verdict verdict = judge.prompt(asked, record, policy, &own);
@@ -172,6 +172,12 @@ class Engine {
   Answer generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
                            const GatePolicy& policy) const;
 
+  /// A request's dialogue as the decoder's input. Throws InputError as `score` does.
+  EncodedPrompt encode(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr) const {
+    check_turns(messages);
+    return encoder.prepare(messages, stats, conversation);
+  }
+
   /// Throws InputError for a picture that is the name of a file, where EngineOptions::files forbids them.
   void check_files(const std::vector<Message>& messages) const {
     if (!files_ && std::any_of(messages.begin(), messages.end(), names_a_file)) {
@@ -183,7 +189,7 @@ class Engine {
   int64_t count_tokens(const std::vector<Message>& messages) const {
     check_files(messages);
     Stats stats;
-    return encoder.prepare(messages, stats).inputs_embeds.count();
+    return encode(messages, stats).inputs_embeds.count();
   }
 
   /// Buffers and caches for one answer. Throws InputError if the prompt does not fit the context.
@@ -428,7 +434,7 @@ inline Stream Engine::stream(std::vector<Message> messages, const SamplingConfig
                              Conversation* conversation) const {
   check_files(messages);
   const auto prepare = [this](const std::vector<Message>& messages, Stats& stats, Conversation* conversation) {
-    return encoder.prepare(messages, stats, conversation);
+    return encode(messages, stats, conversation);
   };
   return {*this, std::move(messages), prepare, sampling, policy, conversation};
 }

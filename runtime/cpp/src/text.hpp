@@ -201,6 +201,19 @@ inline JudgedTurn judged(const TurnEnd& turn, const std::vector<int64_t>& rows) 
 
 }  // namespace rendering
 
+/// Throws InputError for a user turn without a word, an image or a video. Other turns may be empty.
+inline void check_turns(const std::vector<Message>& messages) {
+  const auto is_blank = [](const Part& part) {
+    const auto* words = std::get_if<std::string>(&part);
+    return words && strip(*words).empty();
+  };
+  for (const Message& message : messages) {
+    if (message.role == "user" && std::all_of(message.parts.begin(), message.parts.end(), is_blank)) {
+      throw InputError("a user turn is empty: give it a text, or an image or a video");
+    }
+  }
+}
+
 /// Whether the prober scores a turn.
 inline bool is_judged(const std::vector<Message>& messages, size_t turn) {
   return !messages[turn].trusted || turn + 1 == messages.size();
