@@ -114,7 +114,8 @@ class Engine:
         given each as a dict; it must not use this engine, and what it raises fails the request. `audit_texts`: with
         the words of prompts and answers, not only their digests.
         Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
-        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`).
+        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`, more than
+        four `threads` for each CPU of the machine).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cancel import current
-from .errors import PackageError, ProviderError
+from .errors import OptionError, PackageError, ProviderError
 from .manifest import GraphSpec, TensorSpec
 
 try:
@@ -48,6 +48,7 @@ class Device:
     threads: int
 
 
+THREADS_A_CPU = 4  # more make nothing faster, and onnxruntime hangs where the system gives none
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
 
@@ -56,10 +57,15 @@ def find_device(name: DeviceName, threads: int | None, activations: str | None =
     """The device for `name`, and for "auto" the reason if it is the CPU ("" otherwise).
 
     `threads`: of the CPU, None for all cores. `activations`: numpy name of the type that a package computes in, None
-    for any. Raises ProviderError for "cuda" if this onnxruntime cannot run the package there, and for unknown names.
+    for any. Raises ProviderError for "cuda" if this onnxruntime cannot run the package there, and for unknown names;
+    OptionError for more than THREADS_A_CPU threads for each CPU of the machine.
     """
     if name not in typing.get_args(DeviceName):
         raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
+    most = THREADS_A_CPU * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        each = f"{THREADS_A_CPU} for each CPU of this machine"
+        raise OptionError("threads", f" = {threads} is out of range (from 1 to {most}, {each})")
     threads = threads or usable_cores()
     why_not = "" if name == "cpu" else _why_not_cuda(activations)
     if name == "cuda" and why_not:

@@ -11,12 +11,10 @@ import click
 if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --help is quick
     from ..engine import Engine
 
-MAX_THREADS = 1024  # more is taken for a typing error
-
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-threads_option = click.option("--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. Default: all cores.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
 
 
 class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument

@@ -379,7 +379,7 @@ def test_command_refuses_a_package_in_one_line(built, packages, tmp_path):
         assert done.stderr.startswith("autosteer-cli: error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("option", "value"), [("--max-tokens", "0"), ("--threshold", "2")])
+@pytest.mark.parametrize(("option", "value"), [("--max-tokens", "0"), ("--threshold", "2"), ("--threads", "100000")])
 def test_an_error_names_the_option_as_it_is_typed(built, cpp_package, option, value):
     """And the field where JSON has one."""
     done = subprocess.run(
@@ -416,6 +416,7 @@ def test_stop_string_that_is_not_unicode_is_an_input_error(built, cpp_package):
         (["{package}", "--prompt", "red", "--video", "{package}"], 5),
         (["{package}", "--prompt", "red", "--video", "/not/there", "--frames", "0"], 2),
         (["{package}", "--prompt", "red", "--max-tiles", "0"], 2),
+        (["{package}", "--prompt", "red", "--threads", "100000"], 5),
         (["{package}", "--prompt", "red", "--temperature", "-1"], 5),
         (["{package}", "--prompt", "red", "--threshold", "nan"], 5),
         (["{package}", "--prompt", "red", "--threshold", "1.01"], 5),

@@ -73,7 +73,7 @@ def words(rows: list[int | None]) -> str:
 
 
 def damage_in_python(case: Case, places: Places) -> Any:
-    Engine.load(places.packages.of(case), device="cpu", threads=1, **case.get("options", {}))
+    Engine.load(places.packages.of(case), device="cpu", **{"threads": 1, **case.get("options", {})})
     return {"loads": True}
 
 

@@ -53,12 +53,10 @@
 
 namespace autosteer {
 
-constexpr int64_t kMaxThreads = 1024;  // more is taken for a typing error
-
 /// How to load a package.
 struct EngineOptions {
   std::string device = "auto";            ///< auto or cpu
-  int threads = 0;                        ///< 0: every CPU this process may use
+  int64_t threads = 0;                    ///< 0: every CPU this process may use
   std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most this many tiles
   bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
   bool files = true;                      ///< whether messages may name files of pictures
@@ -96,7 +94,7 @@ class Engine {
     if (options.device != "auto" && options.device != "cpu") {
       throw ProviderError("--device " + options.device + ": the C++ runtime binds CPU buffers only; use --device cpu");
     }
-    environment_.emplace(options.threads > 0 ? options.threads : usable_cores());
+    environment_.emplace(threads_for(options.threads));
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
       if (options.low_memory && kImageGraphs.count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);

@@ -100,11 +100,7 @@ inline EngineOptions options_from_json(const std::string& text) {
     node.object(
         {}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime", "audit", "audit_texts"});
     EngineOptions options;
-    if (node.has("threads")) {
-      const int64_t threads = node["threads"].as_int();
-      if (threads < 0 || threads > kMaxThreads) node["threads"].fail("from 0 to " + std::to_string(kMaxThreads));
-      options.threads = static_cast<int>(threads);
-    }
+    if (node.has("threads")) options.threads = node["threads"].as_int();
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
     if (node.has("low_memory")) options.low_memory = node["low_memory"].as_bool();
     if (node.has("files")) options.files = node["files"].as_bool();

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -47,8 +48,18 @@ inline bool can_bound_spinning(const char* version = onnxruntime_version()) {
   return version_numbers(version) >= std::pair(1, 26);
 }
 
-/// Processors that this process may use.
-inline int usable_cores() {
+constexpr int64_t kThreadsACpu = 4;  // more make nothing faster, and onnxruntime hangs where the system gives none
+
+/// The threads of an engine that was asked for `threads`; 0: one for each CPU that this process may use. Throws
+/// OptionError for more than kThreadsACpu for each CPU of the machine.
+inline int threads_for(int64_t threads) {
+  const int64_t most = kThreadsACpu * std::max(sysconf(_SC_NPROCESSORS_ONLN), 1L);
+  if (threads < 0 || threads > most) {
+    throw OptionError("threads", " = " + std::to_string(threads) + " is out of range (from 1 to " +
+                                     std::to_string(most) + ", " + std::to_string(kThreadsACpu) +
+                                     " for each CPU of this machine)");
+  }
+  if (threads > 0) return static_cast<int>(threads);
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);

@@ -217,10 +217,10 @@ Json sample(const Json& command) {
   return drawn;
 }
 
-/// The engine of a command's "package", with its "options" (as in autosteer.h), on one thread.
+/// The engine of a command's "package", with its "options" (as in autosteer.h), on one thread unless these say otherwise.
 std::unique_ptr<const autosteer::Engine> engine(const Json& command) {
   auto options = autosteer::options_from_json(command.value("options", Json::object()).dump());
-  options.threads = 1;
+  if (options.threads == 0) options.threads = 1;
   return std::make_unique<const autosteer::Engine>(command.at("package").get<std::string>(), options);
 }
 

@@ -60,7 +60,7 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
 /* --- an engine ----------------------------------------------------------------------------------------------------*/
 
 /* Check and load a package (a folder). options: NULL, or JSON with any of
- *     {"threads": 0 for every CPU that this process may use,
+ *     {"threads": at most 4 for each CPU of the machine; 0 for every CPU that this process may use,
  *      "max_tiles": cut a picture into at most this many tiles,
  *      "low_memory": true to load the image graph for each picture, and drop it afterwards,
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
