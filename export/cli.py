@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
-from autosteer.runtime.console import debug_option, dumps, json_option, run_command
+from autosteer.runtime.console import debug_option, dumps, json_option, run_command, version_option
 from autosteer.runtime.errors import CheckError, InputError, PackageError
 from autosteer.runtime.manifest import MANIFEST_FILE, CacheType, Precision
 
@@ -116,6 +116,7 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
 )
 @json_option
 @debug_option
+@version_option
 def export(
     model: str,
     output: Path,

@@ -12,15 +12,39 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 import click
 
 from .errors import AutoSteerError, OptionError
 
+DISTRIBUTION = "autosteer-edge"
 INTERRUPTED, TERMINATED = 130, 143
 LINE_EVERY = 60.0  # seconds, where there is no terminal for a bar
 
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        import onnxruntime
+
+        runs_on = f"onnxruntime {onnxruntime.__version__}"
+    except ImportError:
+        runs_on = "no onnxruntime"
+    click.echo(f"{ctx.command.name} {version(DISTRIBUTION)} ({runs_on})")
+    ctx.exit()
+
+
+version_option = click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the versions of AutoSteer and of onnxruntime, and exit.",
+)
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object per line on stdout.")
 

@@ -22,7 +22,7 @@ import click
 from click.core import ParameterSource
 
 from autosteer.export.output import atomic_folder, check_output
-from autosteer.runtime.console import debug_option, dumps, json_option, run_command
+from autosteer.runtime.console import debug_option, dumps, json_option, run_command, version_option
 from autosteer.runtime.errors import ProviderError
 
 from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
@@ -178,6 +178,7 @@ class Finite(click.FloatRange):
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @json_option
 @debug_option
+@version_option
 def fit_command(
     model: str,
     pairs: tuple[Path, ...],

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import click
 
 from autosteer.export.output import atomic_folder, check_output
-from autosteer.runtime.console import debug_option, run_command
+from autosteer.runtime.console import debug_option, run_command, version_option
 
 from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
 
@@ -53,6 +53,7 @@ from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")
 @click.option("--force", is_flag=True, help="Replace --output if it exists.")
 @debug_option
+@version_option
 def import_authors(
     model: str,
     revision: str | None,

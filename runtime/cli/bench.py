@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..console import debug_option, dumps, json_option, run_command, table
+from ..console import debug_option, dumps, json_option, run_command, table, version_option
 from .options import device_option, load, package_argument, threads_option
 
 
@@ -28,6 +28,7 @@ from .options import device_option, load, package_argument, threads_option
 @threads_option
 @json_option
 @debug_option
+@version_option
 def bench(
     package: Path, prompt_tokens: int, new_tokens: int, rounds: int, device: Any, threads: int | None, as_json: bool
 ) -> None:

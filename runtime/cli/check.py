@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..console import debug_option, dumps, json_option, run_command, table
+from ..console import debug_option, dumps, json_option, run_command, table, version_option
 from ..errors import CheckError
 from .options import PackagePath, device_option, load, threads_option
 
@@ -20,6 +20,7 @@ from .options import PackagePath, device_option, load, threads_option
 @threads_option
 @json_option
 @debug_option
+@version_option
 def check(package: Path | None, host: bool, device: Any, threads: int | None, as_json: bool) -> None:
     """Verify the files of PACKAGE and replay its golden prompts on this machine.
 

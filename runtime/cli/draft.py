@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..console import debug_option, progress, run_command
+from ..console import debug_option, progress, run_command, version_option
 from ..errors import InputError
 from .options import device_option, load, threads_option
 
@@ -28,6 +28,7 @@ from .options import device_option, load, threads_option
 @device_option
 @threads_option
 @debug_option
+@version_option
 def draft(
     package: Path,
     data: tuple[Path, ...],

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..console import debug_option, dumps, json_option, run_command
+from ..console import debug_option, dumps, json_option, run_command, version_option
 from ..errors import InputError
 from .answer import answer_json, say, verdict_json, verdict_line
 from .chat import chat
@@ -104,6 +104,7 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
 @threads_option
 @json_option
 @debug_option
+@version_option
 def run(
     package: Path,
     prompt: str | None,

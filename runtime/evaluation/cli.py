@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autosteer.runtime.cli.options import device_option, load, package_argument, threads_option
-from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table
+from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table, version_option
 from autosteer.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ file_option: Any = click.Path(path_type=Path)
 @threads_option
 @json_option
 @debug_option
+@version_option
 def evaluate(
     package: Path,
     data: tuple[Path, ...],

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..cli.options import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
-from ..console import debug_option, run_command
+from ..console import debug_option, run_command, version_option
 from ..errors import InputError
 from .limits import Limits
 
@@ -114,6 +114,7 @@ ALONE = {  # by device: why requests take turns
 @device_option
 @threads_option
 @debug_option
+@version_option
 def serve(
     package: Path,
     host: str,

@@ -402,6 +402,7 @@ def test_stop_string_that_is_not_unicode_is_an_input_error(built, cpp_package):
     ("arguments", "code"),
     [
         (["--help"], 0),
+        (["--version"], 0),
         ([], 2),
         (["{package}", "--bogus"], 2),
         (["{package}", "--prompt"], 2),

@@ -13,6 +13,7 @@ import demo_report
 import make_cli_docs
 import plots
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
@@ -221,3 +222,14 @@ def test_plots_are_drawn_from_a_new_run(tmp_path: Path, monkeypatch: pytest.Monk
     by_kind = plots.by_kind(json.loads((tmp_path / plots.SCORES).read_text())["groups"])
     assert [list(values) for values in by_kind.values()] == [[0.9] * 3, [0.4] * 3, [0.1] * 3, [0.12346] * 3]
     assert [row["peak_rss_mb"] for row in json.loads((tmp_path / plots.SPEEDS).read_text())["configurations"]] == [7, 7]
+
+
+def test_every_console_script_says_its_version():
+    scripts = re.findall(
+        r"^(autosteer-[a-z-]+) = ", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    commands = {command.name: command for command in make_cli_docs.COMMANDS}
+    assert sorted(commands) == sorted(scripts)
+    for name, command in commands.items():
+        done = CliRunner().invoke(command, ["--version"])
+        assert re.fullmatch(rf"{name} [0-9.]+ \(onnxruntime [0-9.]+\)\n", done.output), done.output

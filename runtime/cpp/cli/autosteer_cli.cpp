@@ -67,6 +67,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --threads INTEGER            CPU threads. Default: all cores.
   --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.
   --json                       One JSON object on stdout.
+  --version                    Show the versions of AutoSteer and of onnxruntime, and exit.
   -h, --help                   Show this and exit.
 )";
 
@@ -84,7 +85,7 @@ struct Arguments {
   std::optional<double> threshold, strength;
   autosteer::SamplingConfig sampling;
   autosteer::EngineOptions engine;
-  bool json = false, check = false, help = false;
+  bool json = false, check = false, version = false, help = false;
 };
 
 /// The option that sets a field: --max-tokens for max_tokens.
@@ -191,6 +192,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.engine.low_memory = true;
     } else if (word == "--speculation" || word == "--no-speculation") {
       sampling.speculate = word == "--speculation";
+    } else if (word == "--version") {
+      arguments.version = true;
     } else if (word == "--help" || word == "-h") {
       arguments.help = true;
     } else {
@@ -208,7 +211,7 @@ Arguments parse(const std::vector<std::string>& words) {
       option->second(word, value ? *value : words[i]);
     }
   }
-  if (!arguments.package && !arguments.help) throw UsageError("Missing argument 'PACKAGE'.");
+  if (!arguments.package && !arguments.help && !arguments.version) throw UsageError("Missing argument 'PACKAGE'.");
   if (arguments.engine.audit_texts && arguments.engine.audit.empty()) {
     throw UsageError("--audit-texts needs --audit FILE");
   }
@@ -251,6 +254,16 @@ std::string monitor_line(const autosteer::Watched& seen, const autosteer::Verdic
   line += format("  p_unsafe %.3f %s %.3f", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
   const bool passes = seen.unsafe && verdict.mode == autosteer::Mode::report;
   return line + (passes ? "; unsafe, but --policy report lets it pass]" : "]");
+}
+
+/// autosteer-cli 0.1.0 (onnxruntime 1.32.0)
+std::string version_line() {
+  const std::string ours = "autosteer-cli " AUTOSTEER_VERSION;
+  try {
+    return ours + " (onnxruntime " + autosteer::onnxruntime_version() + ")";
+  } catch (const autosteer::ProviderError&) {
+    return ours + " (no onnxruntime)";
+  }
 }
 
 /// [52 + 7 tokens, first after 31 ms (vision 20, lower 6, gate 0.1, upper 4), then 410 tok/s, stop, on CPU...]
@@ -467,6 +480,11 @@ int main(int argc, char** argv) {
     Arguments arguments = parse({argv + 1, argv + argc});
     if (arguments.help) {
       std::cout << kUsage;
+      end_output();
+      return 0;
+    }
+    if (arguments.version) {
+      std::cout << version_line() << "\n";
       end_output();
       return 0;
     }
