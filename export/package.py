@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosteer.runtime.errors import InputError, PackageError
+from autosteer.runtime.errors import InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import (
     FORMAT_VERSION,
     MAX_P_UNSAFE_TOLERANCE,
@@ -35,6 +35,7 @@ from autosteer.runtime.manifest import (
 from .checkpoint import chat_template as prompt
 from .checkpoint.decoder_config import DecoderConfig, decoder_config
 from .checkpoint.open import Checkpoint, check_generation, end_token_ids, load_processor
+from .checkpoint.stated import ADVICE
 from .floor import lowest_onnxruntime
 from .graphs import decoder
 from .graphs import gate as gate_graphs
@@ -230,6 +231,11 @@ def image_spec(checkpoint: Checkpoint, processor: Any) -> ImageSpec | None:
     if checkpoint.family.image_spec is None:
         return None
     spec = checkpoint.family.image_spec(checkpoint.config, processor.image_processor)
+    if spec.anyres and any(side % spec.tile_size for sides in spec.anyres.grid_pinpoints for side in sides):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'config.json'}: image_grid_pinpoints are no multiples of image_size, which is "
+            f"{spec.tile_size}; {ADVICE}"
+        )
     return replace(spec, tile_separators=prompt.image_frames(processor, spec))
 
 

@@ -13,6 +13,7 @@ import torch
 from autosteer.runtime.errors import PackageError
 
 from .open import Checkpoint, load_processor
+from .stated import NO_MODEL, in_one_line
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -47,7 +48,8 @@ def load_hf_model(checkpoint: Checkpoint) -> tuple[Any, Any]:
         if gone := set(missing) - set(model.all_tied_weights_keys):
             raise PackageError(f"{checkpoint.folder}: no tensor {min(gone)!r} in the checkpoint (incomplete download?)")
     else:
-        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
+        with in_one_line(checkpoint.folder / "config.json", NO_MODEL):
+            model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32)
     return model.eval(), load_processor(checkpoint)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from .hf_model import auto_class
 from .layer_sweep import LayerSweep
 from .open import Checkpoint
+from .stated import NO_MODEL, in_one_line
 
 SMALL_BYTES = 1 << 20  # modules below it are loaded at once and stay
 HEAD_BLOCK_BYTES = 64 << 20
@@ -137,7 +138,8 @@ def open_skeleton(checkpoint: Checkpoint) -> Any:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    config_file = checkpoint.folder / "config.json"
+    with in_one_line(config_file, NO_MODEL), init_empty_weights(include_buffers=False), no_init_weights():
         return auto_class(checkpoint).from_config(checkpoint.config, dtype=torch.float32).eval()
 
 

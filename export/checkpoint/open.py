@@ -17,6 +17,15 @@ from safetensors import SafetensorError, safe_open
 from autosteer.models import FAMILIES, Family
 from autosteer.runtime.errors import PackageError, UnsupportedModelError
 
+from .stated import (
+    check_config,
+    check_generation_numbers,
+    check_processor,
+    check_stated,
+    first_line,
+    in_one_line,
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -249,15 +258,15 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         model_type = stated.get("model_type")
     except (ValueError, AttributeError) as err:
         raise PackageError(f"{config_file}: not a JSON object ({err})") from err
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"{config_file}: model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}"
         )
+    check_stated(stated, config_file)
     quantization = _quantization(stated, config_file)
-    try:
+    with in_one_line(config_file, "transformers cannot read it"):
         config = AutoConfig.from_pretrained(folder)
-    except Exception as err:  # whatever a field that is missing or odd makes of it
-        raise UnsupportedModelError(f"{config_file}: transformers cannot read it ({first_line(err)})") from err
+    check_config(config, config_file)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del (
@@ -299,7 +308,7 @@ def end_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     eos = generation_settings(checkpoint).get("eos_token_id")
     eos = checkpoint.config.get_text_config().eos_token_id if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not ids or any(not isinstance(i, int) or i < 0 for i in ids):
+    if not ids or any(type(i) is not int or i < 0 for i in ids):
         raise PackageError(
             f"{checkpoint.folder}: neither generation_config.json nor config.json says which token ends an answer "
             f"(eos_token_id: {eos}); add it to generation_config.json"
@@ -313,9 +322,11 @@ def generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as err:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
         raise PackageError(f"{path}: not a JSON object ({err})") from err
+    check_generation_numbers(settings, path)
+    return settings
 
 
 def recommended_options(checkpoint: Checkpoint) -> list[str]:
@@ -364,12 +375,8 @@ def load_processor(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), "
             "which says how a dialogue is written; take the instruct version of the model, or add its template"
         )
+    check_processor(processor, checkpoint.folder, checkpoint.family)
     return processor
-
-
-def first_line(err: Exception) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(err).splitlines()), "") or type(err).__name__
 
 
 class TextProcessor:

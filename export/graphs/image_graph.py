@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from autosteer.export.checkpoint.open import Checkpoint
+from autosteer.export.checkpoint.stated import NO_MODEL, in_one_line
 from autosteer.runtime.manifest import GraphSpec, Precision
 
 from .dynamic_int8 import quantise_linears
@@ -59,9 +60,10 @@ def trace(checkpoint: Checkpoint, computed: str = FLOAT32) -> tuple[ir.Model, Im
 
     assert checkpoint.family.vision is not None
     with FakeTensorMode(), no_init_weights(), _quiet(), _fused_attention() as name:
-        hf_model = AutoModelForImageTextToText.from_config(
-            copy.deepcopy(checkpoint.config), dtype=getattr(torch, computed), attn_implementation=name
-        )
+        with in_one_line(checkpoint.folder / "config.json", NO_MODEL):
+            hf_model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(checkpoint.config), dtype=getattr(torch, computed), attn_implementation=name
+            )
         wrapper = WRAPPERS[checkpoint.family.vision](hf_model).eval()
         pixels, sizes = wrapper.example()
         program = torch.onnx.export(

@@ -21,6 +21,7 @@ from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
 from autosteer.export.checkpoint.renderer import FIRST, Renderer, around_text
+from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
 from autosteer.runtime.errors import ProviderError, UnsupportedModelError
 
 KEPT_BYTES = 4 << 30  # of float32 weights: a smaller model stays in memory
@@ -143,13 +144,14 @@ def forward(fit_model: FitModel, inputs: Encoded, *, watch: Watch | None = None)
     watched: AbstractContextManager[None] = nullcontext()
     if watch:
         watched = watching_inputs(dict(enumerate(fit_model.layers)), lambda k, hidden: watch(k, hidden[:, skip:]))
-    try:
-        with torch.inference_mode(), watched:
-            outputs = fit_model.hf_model.base_model(**on_device, use_cache=use_opening)
-            states: torch.Tensor = outputs.last_hidden_state[:, skip:]
-            return states
-    except torch.OutOfMemoryError as err:
-        raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
+    with in_one_line(fit_model.checkpoint.folder, NO_PROMPT):
+        try:
+            with torch.inference_mode(), watched:
+                outputs = fit_model.hf_model.base_model(**on_device, use_cache=use_opening)
+                states: torch.Tensor = outputs.last_hidden_state[:, skip:]
+                return states
+        except torch.OutOfMemoryError as err:
+            raise ProviderError("a batch does not fit on the GPU beside the model; use --device cpu") from err
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import WeightSource, open_on_demand, open_skeleton, tensors_read_differently
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
+from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
 from autosteer.export.graphs.kv_scales import RoundedCaches, uncached
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.gate import is_safe
@@ -149,7 +150,8 @@ def behaviour_checks(
         return original.follow(prompt, answers.plain.tokens, steered, answers.image_tokens)
 
     report(f"{len(prompts)} prompts, PyTorch")
-    theirs = ask(checkpoint, follow, ours)
+    with in_one_line(checkpoint.folder, NO_PROMPT):
+        theirs = ask(checkpoint, follow, ours)
     checks = [
         *compare(prompts, ours, theirs, manifest, quantised=quantised, wide=checkpoint.wide),
         *gate,

@@ -63,6 +63,48 @@ def test_a_checkpoint_that_never_ends_an_answer_is_refused(checkpoint: Path) -> 
     refused(checkpoint, r"which token ends an answer \(eos_token_id: None\)", PackageError)
 
 
+ODD = [  # file, path to a field, its value, what is said of it; most were tracebacks
+    ("config.json", ("text_config", "rope_scaling"), "yarn", "text_config.rope_scaling is 'yarn', and not an object"),
+    (
+        "config.json",
+        ("text_config", "rope_parameters", "rope_theta"),
+        "x",
+        "rope_theta is 'x', and not a number above 0",
+    ),
+    ("config.json", ("text_config", "num_attention_heads"), 0, "text_config.num_attention_heads is 0, and not a whole"),
+    ("config.json", ("text_config", "num_hidden_layers"), -1, r"`num_hidden_layers` \(-1\) must be equal to"),
+    ("config.json", ("text_config", "vocab_size"), -1, "text_config.vocab_size is -1, and not a whole number above 0"),
+    ("config.json", ("text_config", "pad_token_id"), 9999, "transformers cannot make the model that it describes"),
+    ("config.json", ("vision_config",), [], r"vision_config is \[\], and not an object"),
+    ("config.json", ("vision_config", "patch_size"), 0, "vision_config.patch_size is 0, and not whole numbers above 0"),
+    ("config.json", ("vision_config", "hidden_act"), "x", r"cannot make the model that it describes \('x'\)"),
+    ("config.json", ("image_grid_pinpoints",), [[1]], r"image_grid_pinpoints is \[\[1\]\], and not pairs of whole"),
+    ("config.json", ("image_token_index",), 99999, "image_token_id is 99999, and not a token of the vocabulary"),
+    ("config.json", ("quantization_config",), "gptq", "quantization_config is 'gptq', and not an object"),
+    ("config.json", ("dtype",), "nonsense", "dtype is 'nonsense', and not a type of numbers"),
+    ("config.json", ("tie_word_embeddings",), "yes", "Field 'tie_word_embeddings' expected bool, got str"),
+    ("config.json", ("model_type",), [], r"model_type \[\] is not supported"),
+    ("processor_config.json", ("image_processor", "resample"), 99, "image_processor.resample is 99, and not one of"),
+    ("processor_config.json", ("image_processor", "size"), {"height": 0, "width": 0}, "cannot prepare a prompt with"),
+    ("processor_config.json", ("processor_class",), "Nope", "cannot prepare a prompt with these settings"),
+    ("tokenizer_config.json", ("model_max_length",), "x", "cannot prepare a prompt with these settings"),
+    ("generation_config.json", ("repetition_penalty",), "x", "repetition_penalty is 'x', and not a number"),
+]
+
+
+@pytest.mark.parametrize(("file", "path", "value", "message"), ODD, ids=[".".join(odd[1]) for odd in ODD])
+def test_an_odd_field_is_refused_by_its_name(
+    checkpoint: Path, file: str, path: tuple[str, ...], value, message
+) -> None:
+    stated = json.loads((checkpoint / file).read_text(encoding="utf-8"))
+    part = stated
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    (checkpoint / file).write_text(json.dumps(stated), encoding="utf-8")
+    refused(checkpoint, rf"checkpoint/\w+\.json: .*{message}")
+
+
 def test_a_checkpoint_without_a_chat_template_is_refused(checkpoint: Path) -> None:
     (checkpoint / "chat_template.jinja").unlink()
     refused(checkpoint, "no chat template")
