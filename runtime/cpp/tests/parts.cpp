@@ -217,7 +217,8 @@ Json sample(const Json& command) {
   return drawn;
 }
 
-/// The engine of a command's "package", with its "options" (as in autosteer.h), on one thread unless these say otherwise.
+/// The engine of a command's "package", with its "options" (as in autosteer.h); on one thread unless these say
+/// otherwise.
 std::unique_ptr<const autosteer::Engine> engine(const Json& command) {
   auto options = autosteer::options_from_json(command.value("options", Json::object()).dump());
   if (options.threads == 0) options.threads = 1;
