@@ -43,7 +43,8 @@ def take_scores(evaluation: Path) -> dict[str, Any]:
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(round(row["p_unsafe"], DIGITS))
-    return {"threshold": 0.5, "groups": groups}
+    gate = json.loads((ROOT / "models" / "demo" / "safety" / "safety.json").read_text(encoding="utf-8"))
+    return {"threshold": gate["threshold"], "groups": groups}
 
 
 def take_speeds(report: dict[str, Any]) -> dict[str, Any]:
