@@ -39,7 +39,7 @@ from .checkpoint.stated import ADVICE
 from .floor import lowest_onnxruntime
 from .graphs import decoder
 from .graphs import gate as gate_graphs
-from .graphs.calibration import calibrate_decoder, calibration_rows, image_rows, with_random_tokens
+from .graphs.calibration import calibrate_decoder, calibration_rows, image_rows, rows_for_scales
 from .graphs.gptq import round_decoder, text_rows
 from .graphs.image_graph import image_graph
 from .graphs.kv_scales import KVScales
@@ -208,7 +208,7 @@ class _Observation:
         self.store.flush()
         rows = calibration_rows(self.checkpoint, self.tokenizer, self.image_file, self.pictures)
         if self.recipe.int8_caches:
-            rows = with_random_tokens(rows, self.checkpoint, self.config.vocab_size)
+            rows = rows_for_scales(rows, self.checkpoint, self.config.vocab_size, self.image_file, self.pictures)
         observed = calibrate_decoder(self.checkpoint, self.config, rows, self.report)
         self.store.channel_energy = observed.channel_energy
         return observed.kv_scales if self.recipe.int8_caches else ()

@@ -6,9 +6,9 @@ That is onnxruntime's GroupQueryAttention with k_quant_type and v_quant_type PER
 one scale for each channel of each head of each layer. A position attends to rounded keys and values only, its own
 included. So prefill in chunks and drafts see what prefill of the whole prompt sees.
 
-Scales are fixed at export, from the text, the image and the random tokens of calibration.py. Clipping a value costs far
-more than a coarser step. So the scale covers the largest value seen, times HEADROOM. A key's channels change with its
-position, so each key is rotated to positions all over the context. SmolLM2-135M, KL to float32 caches:
+Scales are fixed at export, from the text, the pictures and the random tokens of calibration.py. Clipping a value costs
+far more than a coarser step. So the scale covers the largest value seen, times HEADROOM. A key's channels change with
+its position, so each key is rotated to positions all over the context. SmolLM2-135M, KL to float32 caches:
 
     HEADROOM                                    1        1.25     1.5
     as it is                                    0.0130   0.0045   0.0034

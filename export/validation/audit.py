@@ -28,7 +28,7 @@ import torch
 
 from autosteer.export.checkpoint.decoder_config import FULL, SLIDING, DecoderConfig, decoder_config
 from autosteer.export.checkpoint.open import Checkpoint, load_processor
-from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, with_random_tokens
+from autosteer.export.graphs.calibration import calibrate_decoder, calibration_rows, rows_for_scales
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.manifest import IMAGE_GRAPHS, Manifest
 from autosteer.runtime.rotary import tables
@@ -126,7 +126,8 @@ def cache_scales_error(folder: Path, manifest: Manifest, checkpoint: Checkpoint,
     config, processor = decoder_config(checkpoint, manifest.dims.context_length), load_processor(checkpoint)
     image = next((folder / manifest.graphs[name].file for name in IMAGE_GRAPHS if name in manifest.graphs), None)
     rows = calibration_rows(checkpoint, getattr(processor, "tokenizer", processor), image, manifest.image)
-    found = calibrate_decoder(checkpoint, config, with_random_tokens(rows, checkpoint, config.vocab_size)).kv_scales
+    rows = rows_for_scales(rows, checkpoint, config.vocab_size, image, manifest.image)
+    found = calibrate_decoder(checkpoint, config, rows).kv_scales
 
     def error(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
         return math.inf if one.shape != other.shape else float((np.abs(one - other) / other).max())

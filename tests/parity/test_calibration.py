@@ -2,20 +2,25 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from exported import demo_checkpoint, demo_package
+from PIL import Image
 from torch import nn
 
 from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.checkpoint.hf_model import load_hf_model
+from autosteer.export.checkpoint.open import DEMO
 from autosteer.export.graphs.calibration import (
     FLOOR,
     RANDOM_TOKENS,
     calibrate_decoder,
     calibration_rows,
     energy,
-    with_random_tokens,
+    image_rows,
+    rows_for_scales,
 )
+from autosteer.export.graphs.kv_scales import RoundedCaches
 from autosteer.export.package import image_spec
 from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.runtime.manifest import Manifest
@@ -81,7 +86,7 @@ def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     config = decoder_config(checkpoint)
     _, processor = load_hf_model(checkpoint)
     text = calibration_rows(checkpoint, processor.tokenizer, None, None)
-    more = with_random_tokens(text, checkpoint, config.vocab_size)
+    more = rows_for_scales(text, checkpoint, config.vocab_size, None, None)
     assert len(more) == 1 + -(-RANDOM_TOKENS // text.shape[1]) and more[1:].flatten(0, 1).unique(dim=0).shape[0] > 200
     torch.testing.assert_close(more[:1], text)
     without, with_them = (calibrate_decoder(checkpoint, config, rows) for rows in (text, more))
@@ -90,3 +95,32 @@ def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
     for near, far in zip(without.kv_scales, with_them.kv_scales, strict=True):
         assert (far.values >= 0.999 * near.values).all() and far.values.sum() > near.values.sum()
         assert (far.keys >= 0.999 * near.keys).all() and far.keys.sum() > near.keys.sum()
+
+
+def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
+    """Scales of one picture of gradients clipped such keys, and whether the demo could be exported with int8 caches
+    depended on the pictures in its proof.
+    """
+    checkpoint, package = demo_checkpoint(), demo_package("fp32")
+    config, processor = decoder_config(checkpoint), load_hf_model(checkpoint)[1]
+    graph, spec = package / "vision_encoder.onnx", Manifest.load(package).image
+    assert spec is not None
+    rows = calibration_rows(checkpoint, processor.tokenizer, graph, spec)
+    decoder = load_hf_model(checkpoint)[0].get_submodule(DECODER)
+    picture = image_rows(checkpoint, graph, spec, _sign)
+
+    def error(calibrated_on: torch.Tensor) -> float:
+        caches = RoundedCaches(calibrate_decoder(checkpoint, config, calibrated_on).kv_scales)
+        with torch.inference_mode():
+            decoder(inputs_embeds=torch.cat([rows[:, :1], picture[None]], 1), **caches(decoder))
+        return max(caches.errors)
+
+    texts = rows_for_scales(rows, checkpoint, config.vocab_size, None, None)
+    assert error(texts) > 0.08
+    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.06
+
+
+def _sign(size: int) -> np.ndarray:
+    with Image.open(DEMO / "examples" / "unsafe.png") as picture:
+        small = np.asarray(picture.convert("RGB").resize((size, size)), np.float32)
+    return (small / 127.5 - 1).transpose(2, 0, 1)[None]
