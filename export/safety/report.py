@@ -120,8 +120,9 @@ def _refusal_head(fitted: Fitted) -> list[str]:
     return [
         "## The Refusal Head\n",
         f"Trained with the base frozen at strength {t['refusal_strength_trained']:g}; what the model then says, "
-        f"greedily, to {t['refusal_answers_tried']:.0f} held-out unsafe prompts. Fluency is the mean log-probability "
-        "of its tokens under the unsteered model. Prompts that do not fire are answered without it, token for token.\n",
+        f"greedily, to {t['refusal_answers_tried']:.0f} held-out unsafe prompts, some of them behind a harmless one "
+        "and the model's answer to it. Fluency is the mean log-probability of its tokens under the unsteered model. "
+        "Prompts that do not fire are answered without it, token for token.\n",
         _strength_table(fitted),
         "\n![refusal](refusal.png)\n",
     ]
