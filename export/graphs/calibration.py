@@ -45,8 +45,42 @@ TEXT_TOKENS = 192  # at most; TEXT may be more in a small vocabulary
 NATIVE_TILES = 16  # along a side of the image, for models that take pictures in any size: 256 rows
 IMAGE_ROWS = 256  # about; every n-th row of one tile
 RANDOM_TOKENS = 448  # at least, for the scales of int8 caches
-Draw = Callable[[int], np.ndarray]  # a side in pixels -> pixel_values (1, 3, side, side) in -1..1
 FLOOR = 1e-3  # of the mean energy: a channel without energy here may have some elsewhere
+
+Draw = Callable[[int], np.ndarray]  # a side in pixels -> pixel_values (1, 3, side, side) in -1..1
+
+
+def _gradients(size: int) -> np.ndarray:
+    """pixel_values (1, 3, size, size) in -1..1: gradients, and a bright and a dark rectangle."""
+    y, x = np.mgrid[0:size, 0:size] * (2.0 / size) - 1.0
+    picture = np.stack([x, y, x * y]).astype(np.float32)
+    third = size // 3
+    picture[:, third // 2 : third, third:-third] = np.array([0.9, -0.7, 0.3], np.float32)[:, None, None]
+    picture[:, 2 * third :, third // 2 : 2 * third] = np.array([-0.8, -0.6, -0.9], np.float32)[:, None, None]
+    return picture[None]
+
+
+def _white(size: int) -> np.ndarray:
+    """A white picture."""
+    return np.ones((1, 3, size, size), np.float32)
+
+
+def _colours(size: int) -> np.ndarray:
+    """Eight plain stripes, in the corners of the colour cube."""
+    corner = np.arange(size) * 8 // size
+    stripes = np.stack([corner >> bit & 1 for bit in range(3)]) * 2.0 - 1.0
+    return np.broadcast_to(stripes[:, None], (3, size, size)).astype(np.float32)[None]
+
+
+def _chessboard(size: int) -> np.ndarray:
+    """8 x 8 fields, white and black."""
+    field = np.arange(size) * 8 // size
+    board = (field[:, None] + field) % 2 * 2.0 - 1.0
+    return np.broadcast_to(board, (1, 3, size, size)).astype(np.float32)
+
+
+# Plain areas and hard edges. With the gradients alone, what shows a thing on plain ground was clipped to half.
+OTHER_PICTURES: tuple[Draw, ...] = (_white, _colours, _chessboard)
 
 
 @dataclass(frozen=True)
@@ -112,11 +146,11 @@ def calibration_rows(
     return torch.cat([text[:1], image, text[1:]])[None]
 
 
-def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec, draw: Draw | None = None) -> torch.Tensor:
+def image_rows(checkpoint: Checkpoint, image_graph: Path, spec: ImageSpec, draw: Draw = _gradients) -> torch.Tensor:
     """(n, D) float32, (n, (1 + L) * D) with deepstack: about IMAGE_ROWS rows of a drawn picture. The image graph's
     weights must be on disk.
     """
-    session, draw = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"]), draw or _gradients
+    session = ort.InferenceSession(image_graph, providers=["CPUExecutionProvider"])
     pixels = draw(spec.tile_size)
     if native := spec.native:
         pixels = np.repeat(draw(NATIVE_TILES * spec.tile_size), native.frames, 0)
@@ -151,40 +185,8 @@ def rows_for_scales(
     ids = np.random.default_rng(0).integers(0, vocab, count)
     random = checkpoint.embed(ids.tolist())
     more = [widened(random, width).reshape(-1, length, width)]
-    for draw in OTHER_PICTURES if image_graph is not None and spec is not None else ():
-        assert image_graph is not None and spec is not None
-        image = image_rows(checkpoint, image_graph, spec, draw)
-        more.append(torch.cat([rows[:, :1], image[None], rows[:, 1 + len(image) :]], 1))
+    if image_graph is not None and spec is not None:
+        for draw in OTHER_PICTURES:
+            image = image_rows(checkpoint, image_graph, spec, draw)
+            more.append(torch.cat([rows[:, :1], image[None], rows[:, 1 + len(image) :]], 1))
     return torch.cat([rows, *more])
-
-
-def _gradients(size: int) -> np.ndarray:
-    """pixel_values (1, 3, size, size) in -1..1: gradients, and a bright and a dark rectangle."""
-    y, x = np.mgrid[0:size, 0:size] * (2.0 / size) - 1.0
-    picture = np.stack([x, y, x * y]).astype(np.float32)
-    third = size // 3
-    picture[:, third // 2 : third, third:-third] = np.array([0.9, -0.7, 0.3], np.float32)[:, None, None]
-    picture[:, 2 * third :, third // 2 : 2 * third] = np.array([-0.8, -0.6, -0.9], np.float32)[:, None, None]
-    return picture[None]
-
-
-def _white(size: int) -> np.ndarray:
-    return np.ones((1, 3, size, size), np.float32)
-
-
-def _colours(size: int) -> np.ndarray:
-    """Eight plain stripes, in the corners of the colour cube."""
-    corner = np.arange(size) * 8 // size
-    stripes = np.stack([corner >> bit & 1 for bit in range(3)]) * 2.0 - 1.0
-    return np.broadcast_to(stripes[:, None], (3, size, size)).astype(np.float32)[None]
-
-
-def _chessboard(size: int) -> np.ndarray:
-    """8 x 8 fields, white and black."""
-    field = np.arange(size) * 8 // size
-    board = (field[:, None] + field) % 2 * 2.0 - 1.0
-    return np.broadcast_to(board, (1, 3, size, size)).astype(np.float32)
-
-
-# Plain areas and hard edges. With the gradients alone, what shows a thing on plain ground was clipped to half.
-OTHER_PICTURES: tuple[Draw, ...] = (_white, _colours, _chessboard)
