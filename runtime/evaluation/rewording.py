@@ -42,8 +42,9 @@ class Family:
     reword: Reword
 
     def of(self, text: str, *, seed: int = 0) -> Wording:
-        """The rewording of `text`: always the same for one seed."""
-        return self.reword(text, random.Random(f"{seed} {self.name} {text}"))
+        """The rewording of `text`, the same for one seed; `text` itself if a turn would be left without a word."""
+        wording = self.reword(text, random.Random(f"{seed} {self.name} {text}"))
+        return wording if all(turn.strip() for turn in (*wording.earlier, wording.text)) else Wording(text)
 
 
 def reworded(row: Row, family: Family, *, seed: int = 0) -> Row:

@@ -44,6 +44,14 @@ def test_the_seed_and_the_prompt_alone_choose_the_words(family: Family):
         assert family.of(odd).text
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_no_turn_is_left_without_a_word(family: Family):
+    """The engine refuses such a turn, which would end an evaluation or a fit of hours."""
+    for text in ("?", "...", "??", "a", "a ", " a", "hi !", "\u2026", "  what?  "):
+        wording = family.of(text)
+        assert all(turn.strip() for turn in (*wording.earlier, wording.text))
+
+
 def test_pictures_are_shown_first_and_a_dialogue_goes_on():
     family = next(family for family in FAMILIES if family.name == "asked a turn before")
     found = reworded(row(images=("a.png", "b.png")), family)
