@@ -15,7 +15,7 @@ import numpy as np
 from .answers import steered_answers
 from .model import FitModel
 from .progress import progress
-from .refusal_head import STEPS, StrengthScore, choose_strength, score_strength, train_refusal_head
+from .refusal_head import StrengthScore, choose_strength, score_strength, train_refusal_head, training_steps
 from .states import answer_states
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12
 # Harmless prompts that are answered, to stand before unsafe ones: for training, held-out ones; characters of such a
 # prompt and tokens of its answer at most.
 EARLIER_TRAIN, EARLIER_HELDOUT, EARLIER_LONGEST, EARLIER_TOKENS = 32, 8, 500, 24
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # times the training's
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # times the training's
 
 
 def fit_refusal_head(
@@ -59,7 +59,8 @@ def fit_refusal_head(
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
     embeddings = fit_model.embeddings()
-    with progress(console, "refusal head", STEPS) as advance:
+    steps = training_steps(states[: len(train)])
+    with progress(console, "refusal head", steps) as advance:
         head = train_refusal_head(
             states[: len(train)],
             states[len(train) :],
@@ -67,6 +68,7 @@ def fit_refusal_head(
             embeddings,
             strength=trained_with,
             seed=seed,
+            steps=steps,
             advance=advance,
         )
     spread = np.linspace(0, len(heldout) - 1, min(len(heldout), 2 * REFUSAL_TRIED)).astype(int)
@@ -74,14 +76,14 @@ def fit_refusal_head(
     with progress(console, "strengths", len(tried) + len(kept)) as advance:
         strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
         scores = _try_strengths(fit_model, tried, head.steer_matrix, embeddings, strengths, answer, advance)
-        strength = wanted or choose_strength(scores, trained_with)
+        strength = wanted or choose_strength(scores)
         kept = kept or tried  # which did not choose the strength, where there are two
         (chosen,) = _try_strengths(fit_model, kept, head.steer_matrix, embeddings, [strength], answer, advance)
     return (
         head.steer_matrix,
         {
             "refusal_prompts": float(len(train)),
-            "refusal_steps": float(STEPS),
+            "refusal_steps": float(steps),
             "refusal_initial_loss": head.initial_loss,
             "refusal_loss": head.loss,
             "refusal_tokens_right": head.argmax_share,

@@ -4,11 +4,12 @@
 
 W starts as the identity, which changes no argmax. It is trained on unsafe prompts alone, so without the gate it may
 refuse benign prompts, too. Under teacher forcing the model's states do not depend on W. So they are computed once
-(states.answer_states), and training takes a few hundred small steps.
+(states.answer_states), and training takes some hundred small steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from .answers import SteeredAnswer
 
-STEPS, BATCH, LEARNING_RATE = 400, 64, 1e-2  # Adam; the rate falls linearly to 0
+STEPS, PASSES = 400, 3  # at least so many steps, and so many passes over all (prompt, token) places
+BATCH, LEARNING_RATE = 64, 1e-2  # places; Adam, whose rate falls linearly to 0
 # Logits further below the largest one count as this far below in the softmax, where e^-60 changes no sum. Probabilities
 # of e^-90 are denormal floats, and the backward product over them takes 16 times as long.
 DEEPEST = 60.0
@@ -74,13 +76,20 @@ def score_strength(
     )
 
 
-def choose_strength(scores: Sequence[StrengthScore], trained_with: float) -> float:
-    """The strength at which most answers are the refusal, then most refuse, then the one nearest to the training's.
+def choose_strength(scores: Sequence[StrengthScore]) -> float:
+    """The middle one of the strengths (ascending) at which most answers are the refusal, then most refuse.
 
-    Steering is not monotone: beyond the best strength, the words degrade.
+    A prompt of another kind may need more than these did, and too much degrades the words: steering is not monotone.
     """
     steered = [score for score in scores if score.strength > 0]
-    return max(steered, key=lambda s: (s.exact, s.refused, -abs(s.strength - trained_with))).strength
+    best = max((score.exact, score.refused) for score in steered)
+    equal = [score.strength for score in steered if (score.exact, score.refused) == best]
+    return equal[len(equal) // 2]
+
+
+def training_steps(states: torch.Tensor) -> int:
+    """Steps of a training on states (n, T, d)."""
+    return max(STEPS, math.ceil(PASSES * states.shape[0] * states.shape[1] / BATCH))
 
 
 def steered_logits(
@@ -98,7 +107,7 @@ def train_refusal_head(
     *,
     strength: float,
     seed: int,
-    steps: int = STEPS,
+    steps: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> RefusalHead:
     """Fit W on cached states.

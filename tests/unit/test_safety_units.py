@@ -397,7 +397,7 @@ def trained_head(seed: int = 0) -> tuple[refusal_head.RefusalHead, torch.Tensor,
     embeddings = torch.randn(50, 24, generator=torch.Generator().manual_seed(3))
     answer = torch.tensor([7, 41, 3, 0])
     args = (toy_states(64, seed=1), toy_states(16, seed=2), answer, embeddings)
-    return refusal_head.train_refusal_head(*args, strength=0.1, seed=seed), answer, embeddings
+    return refusal_head.train_refusal_head(*args, strength=0.1, seed=seed, steps=400), answer, embeddings
 
 
 def test_trained_head_says_the_answer_on_states_it_has_not_seen():
@@ -406,6 +406,24 @@ def test_trained_head_says_the_answer_on_states_it_has_not_seen():
     assert head.loss < head.initial_loss / 5
     assert (logits.argmax(dim=-1) == answer).all(dim=1).float().mean() > 0.9
     assert head.argmax_share > 0.95
+
+
+def test_more_prompts_are_trained_on_for_more_steps():
+    assert refusal_head.training_steps(torch.empty(20, 12, 1)) == 400
+    assert refusal_head.training_steps(torch.empty(1500, 13, 1)) == 915  # 3 * 1500 * 13 / 64
+
+
+def test_the_strength_in_use_is_far_from_those_that_refuse_less():
+    def scores(**exact: float) -> list[refusal_head.StrengthScore]:
+        return [
+            refusal_head.StrengthScore(float(at[1:]) / 100, share, 1.0, 1.0, 0.0, 0.0, "")
+            for at, share in exact.items()
+        ]
+
+    chosen = refusal_head.choose_strength
+    assert chosen(scores(_0=1, _5=0.2, _8=1, _10=1, _15=1, _20=1, _30=0.7)) == 0.15
+    assert chosen(scores(_0=0, _5=1, _10=1, _20=1)) == 0.1
+    assert chosen(scores(_0=0, _5=0.1, _10=0.8, _20=0.7)) == 0.1
 
 
 def test_identity_matrix_changes_no_first_choice():
@@ -425,9 +443,9 @@ def test_what_keeps_denormal_floats_out_of_the_training_changes_no_weight(monkey
     """Embeddings so large that unlikely tokens fall below e^-60; gradients of 1e-39 make a step 16 times as long."""
     embeddings = 40 * torch.randn(50, 24, generator=torch.Generator().manual_seed(3))
     args = (toy_states(64, seed=1), toy_states(16, seed=2), torch.tensor([7, 41, 3, 0]), embeddings)
-    trained = [refusal_head.train_refusal_head(*args, strength=0.1, seed=0).steer_matrix]
+    trained = [refusal_head.train_refusal_head(*args, strength=0.1, seed=0, steps=400).steer_matrix]
     monkeypatch.setattr(refusal_head, "DEEPEST", float("inf"))
-    trained.append(refusal_head.train_refusal_head(*args, strength=0.1, seed=0).steer_matrix)
+    trained.append(refusal_head.train_refusal_head(*args, strength=0.1, seed=0, steps=400).steer_matrix)
     logits = refusal_head.steered_logits(args[0], trained[1], embeddings, 0.1)
     assert (logits.amax(dim=-1, keepdim=True) - logits).max() > 100, "this test needs unlikely tokens"
     torch.testing.assert_close(*trained)
