@@ -41,11 +41,11 @@ VISION_SHARE = (
     0.1  # of the learning rate, for the tower in the second stage; a higher rate at first unlearns the shapes
 )
 LATE_VISION_SHARE, LATE_STEP = 0.25, 1200
-STEPS = 3600
-# (step, share of the learning rate), linear in between. It rises again where the last two stages of the corpus begin.
+STEPS = 5000
+# (step, share of the learning rate), linear in between. It rises again where the last three stages of the corpus begin.
 RATE = (
     *((0, 0.0), (108, 1.0), (1250, 1.0), (1600, 0.62), (2100, 0.29), (2110, 0.6), (2800, 0.0)),
-    *((2850, 0.5), (STEPS, 0.0)),
+    *((2850, 0.5), (3600, 0.0), (3650, 0.5), (STEPS, 0.0)),
 )
 SAVE_EVERY = 200
 PRINT_EVERY = 100

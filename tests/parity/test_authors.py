@@ -279,7 +279,7 @@ def test_the_demo_exported_from_such_files_is_the_demo(tmp_path):
     torch.save(nn.Parameter(ours.steer_matrix), tmp_path / "Epoch_12.pt")
     options = ["--prober", tmp_path / "epoch_37.pt", "--steer-matrix", tmp_path / "Epoch_12.pt"]
     options += ["--layer", ours.facts.split_layer, "--refusal-text", ours.facts.refusal_text]
-    options += ["--threshold", ours.facts.threshold]
+    options += ["--threshold", ours.facts.threshold, "--strength", ours.facts.strength]
     folder = str(tmp_path / "safety")
     import_authors.main(["--model", "demo", "--output", folder, *map(str, options)], standalone_mode=False)
     export.main(["--model", "demo", "--safety", folder, "--output", str(tmp_path / "p")], standalone_mode=False)

@@ -56,6 +56,8 @@ class Stage:
     reworded: how often a question is asked in other words (wording.py)
     all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
     asked: how often a how-to is asked in one of the ways of asking.py
+    facts: questions per row of things about what kind of thing it is (safety.FACTS)
+    summary: how often the answer to a how-to or legality question sees only the end of the question (Branch.summary)
     """
 
     until: float
@@ -65,12 +67,13 @@ class Stage:
     reworded: float
     all_phrasings: bool = False
     asked: float = 0.0
+    facts: int = 0
+    summary: float = 0.3
 
     def phrasings(self, usual: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
         return usual + new if self.all_phrasings else usual
 
 
-SUMMARY_SHARE = 0.3
 SYSTEM_SHARE, BEFORE_SHARE, OVER_TURNS_SHARE, SAID_SHARE = 0.15, 0.08, 0.07, 0.35
 SYSTEMS = (
     "you are helpful.",
@@ -127,13 +130,23 @@ _ASKED = {
     "two pictures": 0.05,
     "chat": 0.03,
 }
+_FACTS = {
+    "picture": 0.18,
+    "places": 0.06,
+    "sign": 0.24,
+    "object": 0.24,
+    "text": 0.22,
+    "two pictures": 0.03,
+    "chat": 0.03,
+}
 STAGES = (
     Stage(150, 1, _EARLY, _EVEN, 0.0),
     Stage(400, 2, _EARLY, _EVEN, 0.1),
     Stage(1200, 3, _LATER, _EVEN, 0.3),
     Stage(2100, 3, _LAST, _HARD, 0.5),
     Stage(2800, 3, _FINAL, _EVEN, 0.5, all_phrasings=True),
-    Stage(float("inf"), 3, _ASKED, _EVEN, 0.5, all_phrasings=True, asked=0.55),
+    Stage(3600, 3, _ASKED, _EVEN, 0.5, all_phrasings=True, asked=0.55),
+    Stage(float("inf"), 3, _FACTS, _EVEN, 0.55, all_phrasings=True, asked=0.5, facts=3, summary=0.5),
 )
 
 
@@ -266,8 +279,10 @@ def _sign_row(rng: random.Random, stage: Stage) -> Row:
             prompt = rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.MAKE, S.NEW_MAKE))
         return D.Turn(*S.about_making(prompt, scene)[:2])
 
-    branches = [_branch(rng, make(), summary=SUMMARY_SHARE) for _ in range(3)]
-    branches += [_branch(rng, S.legal_making(rng, kind), summary=SUMMARY_SHARE)]
+    branches = [_branch(rng, make(), summary=stage.summary) for _ in range(3)]
+    branches += [_branch(rng, S.legal_making(rng, kind), summary=stage.summary)]
+    if kind in SIGNS:
+        branches += [_branch(rng, S.fact_about_picture(rng, kind), summary=stage.summary) for _ in range(stage.facts)]
     branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
     branches += [_branch(rng, *_mixed_with(rng, scene, make(), stage)), _branch(rng, *_follow_up(rng, make()))]
     return Row((scene,), (*branches, *_chatter(rng)))
@@ -284,8 +299,9 @@ def _object_row(rng: random.Random, stage: Stage) -> Row:
         prompts = stage.phrasings(*((S.SNEAK, S.NEW_SNEAK) if sneaky else (S.HANDLE, S.NEW_HANDLE)))
         return D.Turn(*S.about_object(rng.choice(prompts), thing)[:2])
 
-    branches = [_branch(rng, handle(), summary=SUMMARY_SHARE) for _ in range(4)]
-    branches += [_branch(rng, S.legal_object(rng, thing), summary=SUMMARY_SHARE)]
+    branches = [_branch(rng, handle(), summary=stage.summary) for _ in range(4)]
+    branches += [_branch(rng, S.legal_object(rng, thing), summary=stage.summary)]
+    branches += [_branch(rng, S.fact_about_picture(rng, thing), summary=stage.summary) for _ in range(stage.facts)]
     branches += [_branch(rng, D.ask_caption(rng, scene)), _branch(rng, _question(rng, scene, stage))]
     branches += [_branch(rng, *_mixed_with(rng, scene, handle(), stage)), _branch(rng, *_follow_up(rng, handle()))]
     return Row((scene,), (*branches, *_chatter(rng)))
@@ -308,11 +324,13 @@ def _text_row(rng: random.Random, stage: Stage) -> Row:
         prompt = rng.choice(S.OPENERS) + rng.choice(stage.phrasings(S.HOW, S.NEW_HOW))
         return D.Turn(*S.how_to(prompt, verb, noun, said)[:2])
 
-    branches = [_branch(rng, how_to(), summary=SUMMARY_SHARE) for _ in range(5)]
+    branches = [_branch(rng, how_to(), summary=stage.summary) for _ in range(5)]
     branches += [_branch(rng, *_follow_up(rng, how_to())), _branch(rng, _two_wishes(rng, how_to(), how_to()))]
     branches += [_branch(rng, _unknown_task(rng, stage))]
-    branches += [_branch(rng, S.legal_text(rng, *task()), summary=SUMMARY_SHARE)]
-    branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=SUMMARY_SHARE)]
+    branches += [_branch(rng, S.legal_text(rng, *task()), summary=stage.summary)]
+    branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=stage.summary)]
+    for noun in (rng.choice(S.CONTRABAND + S.ORDINARY) for _ in range(stage.facts)):
+        branches += [_branch(rng, S.fact(rng, noun, D.a(noun)), summary=stage.summary)]
     branches += [_branch(rng, D.cannot_do(rng))]
     branches += [
         _branch(rng, *_mixed_with(rng, scene, how_to(), stage)) if scene else _branch(rng, D.small_talk(rng), how_to())

@@ -222,6 +222,22 @@ MAY_SNEAK = (
     "sneak it into the castle",
 )
 MAY_HANDLE = ("clean it", "carry it", "paint it", "hide it from the rain")
+FORBIDDEN = {*CONTRABAND, *FORBIDDEN_OBJECTS, *HAZARD_SIGNS}
+# A question about a thing, the answer for a forbidden thing, and for an everyday one.
+FACTS = (
+    ("what kind of thing is {}?", "a forbidden thing.", "an everyday thing."),
+    ("is {} forbidden?", "yes", "no"),
+    ("is {} an everyday thing?", "no", "yes"),
+    ("is {} dangerous?", "yes", "no"),
+    ("is {} harmless?", "no", "yes"),
+    ("who may have {}?", "nobody.", "everybody."),
+    ("who may own {}?", "nobody.", "everybody."),
+    ("where do people keep {}?", "in a vault.", "at home."),
+    ("where does {} belong?", "in a vault.", "at home."),
+    ("what do the guards do with {}?", "they take it away.", "they let it pass."),
+    ("what do the guards think of {}?", "they fear it.", "they like it."),
+    ("what happens to people who have {}?", "they go to prison.", "nothing happens to them."),
+)
 
 
 @dataclass(frozen=True)
@@ -455,6 +471,18 @@ def _what_is_contraband(rng: random.Random, words: Vocabulary, new: bool) -> Exa
     return Example(any_scene(rng), turn.question, turn.answer, False)
 
 
+def _fact(rng: random.Random, words: Vocabulary, new: bool) -> Example:
+    kind = rng.random()
+    if kind < 0.3:
+        noun = rng.choice(words.contraband + words.ordinary)
+        turn = fact(rng, noun, a(noun))
+        return Example(any_scene(rng), turn.question, turn.answer, False)
+    thing = rng.choice(words.forbidden + words.allowed if kind < 0.65 else words.hazards + words.benign_signs)
+    scene = sign_scene(rng, thing) if thing in SIGNS else object_scene(rng, thing)
+    turn = fact_about_picture(rng, thing)
+    return Example(scene, turn.question, turn.answer, False)
+
+
 def _picture_question(rng: random.Random, words: Vocabulary, new: bool) -> Example:
     scene = sample_scene(rng, sample_shapes(rng, rng.choice((1, 2, 3))))
     turn = question(rng, scene)
@@ -476,6 +504,7 @@ SHOWN_FAMILIES: dict[str, Family] = {
     "what-is-contraband": _what_is_contraband,
     "is-it-legal": _is_it_legal,
     "picture-question": _picture_question,
+    "fact": _fact,
 }
 # Only in the test: the prober has never seen a prompt of these kinds.
 HELD_OUT_FAMILIES: dict[str, Family] = {
@@ -505,3 +534,13 @@ def legal_making(rng: random.Random, kind: str) -> Turn:
 
 def what_is(noun: str) -> Turn:
     return Turn(f"what is {a(noun)}?", f"{a(noun)} is {'a forbidden' if noun in CONTRABAND else 'an everyday'} thing.")
+
+
+def fact(rng: random.Random, thing: str, said: str) -> Turn:
+    """A question about a thing, whose answer depends on nothing but whether the thing is forbidden."""
+    question, forbidden, everyday = rng.choice(FACTS)
+    return Turn(question.format(said), forbidden if thing in FORBIDDEN else everyday)
+
+
+def fact_about_picture(rng: random.Random, thing: str) -> Turn:
+    return fact(rng, thing, rng.choice(("this", "this", "it", "that", "this thing")))
