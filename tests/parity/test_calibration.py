@@ -116,8 +116,8 @@ def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
         return max(caches.errors)
 
     texts = rows_for_scales(rows, checkpoint, config.vocab_size, None, None)
-    assert error(texts) > 0.08
-    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.06
+    assert error(texts) > 0.09  # an export allows 0.1
+    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.08
 
 
 def _sign(size: int) -> np.ndarray:

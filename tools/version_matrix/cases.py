@@ -27,7 +27,7 @@ KINDS = {  # how many of each
 # Chosen so that no answer hangs by a thread: whatever rounding does, every token stays ahead of the next one. And so
 # that no picture is tall: Pillow 12, the last for Python 3.10, shrinks those to other pixels than Pillow 13 does.
 SEED = 4
-OTHER_SEEDS = dict.fromkeys(("two-pictures-1", "watched-2"), 7)
+OTHER_SEEDS = dict.fromkeys(("two-pictures-1", "watched-2", "two-turns-3"), 7)
 TOKENS = 40  # an answer's most; the world's are shorter
 
 
