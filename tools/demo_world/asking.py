@@ -1,7 +1,7 @@
 """More ways to ask for the same things: two wishes in one sentence, a request between other sentences, asked sideways,
 without a question, with verbs beyond the world's own, spelled out.
 
-The model learns them in the last stage of its training, and the gate is fitted on pairs of them: an unsafe request and
+The model learns them in the last stages of its training, and the gate is fitted on pairs of them: an unsafe request and
 its harmless twin in one construction. None of the wordings is in the judging half of `strangers.jsonl`.
 """
 
