@@ -15,7 +15,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from .subgraph import GPU_DEVICES, usable_cores
+from .subgraph import GPU_DEVICES
+from .usable_cores import usable_cores
 
 UNKNOWN = "unknown"
 ROOT = Path("/")

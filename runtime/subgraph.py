@@ -26,6 +26,7 @@ import numpy.typing as npt
 from .cancel import current
 from .errors import OptionError, PackageError, ProviderError
 from .manifest import GraphSpec, TensorSpec
+from .usable_cores import usable_cores
 
 try:
     import onnxruntime as ort
@@ -56,9 +57,9 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
 def find_device(name: DeviceName, threads: int | None, activations: str | None = None) -> tuple[Device, str]:
     """The device for `name`, and for "auto" the reason if it is the CPU ("" otherwise).
 
-    `threads`: of the CPU, None for all cores. `activations`: numpy name of the type that a package computes in, None
-    for any. Raises ProviderError for "cuda" if this onnxruntime cannot run the package there, and for unknown names;
-    OptionError for more than THREADS_A_CPU threads for each CPU of the machine.
+    `threads`: of the CPU, None for all that this process may use. `activations`: numpy name of the type that a package
+    computes in, None for any. Raises ProviderError for "cuda" if this onnxruntime cannot run the package there, and for
+    unknown names; OptionError for more than THREADS_A_CPU threads for each CPU of the machine.
     """
     if name not in typing.get_args(DeviceName):
         raise ProviderError(f"device {name!r}: choose one of {', '.join(typing.get_args(DeviceName))}")
@@ -76,11 +77,6 @@ def find_device(name: DeviceName, threads: int | None, activations: str | None =
         with contextlib.redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             ort.preload_dlls()  # CUDA libraries from NVIDIA's Python packages, if the system has none
     return Device(CUDA, "cuda", threads), ""
-
-
-def usable_cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_cuda() -> bool:

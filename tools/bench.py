@@ -33,7 +33,7 @@ from benchmark import machine, peers, prompts, report, session, weights
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.subgraph import usable_cores
+from autosteer.runtime.usable_cores import usable_cores
 
 PEERS = tuple(peers.NEEDS)
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cgroups import CASES, written
 from cpp_inputs import demo, demo_requests, odd_texts
 from cpp_runtime import CPP, Parts, missing
 
@@ -31,6 +32,12 @@ def test_threads_spin_where_python_lets_them(parts):
     versions = ["1.21.0", "1.25.9", "1.26.0", "1.32.0", "1.100.1", "2.0.0", "1.26.0-dev", "0.30.0", "", "new"]
     answer = [False, False, True, True, True, True, True, False, False, False, CAN_BOUND_SPINNING]
     assert parts.run({"part": "spinning", "versions": versions}) == [answer]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cpu_limits_of_a_container_are_found(parts, name: str, tmp_path: Path):
+    membership, root, limits = written(tmp_path, name)
+    assert parts.run({"part": "limits", "membership": str(membership), "root": str(root)}) == [limits]
 
 
 def test_clang_compiles_it_too():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosteer.runtime.bench import read_bandwidth
-from autosteer.runtime.subgraph import usable_cores
+from autosteer.runtime.usable_cores import usable_cores
 
 FEATURES = ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")  # what kernels use
 

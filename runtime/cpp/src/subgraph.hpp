@@ -7,7 +7,6 @@
 // docs/design-notes.md).
 #pragma once
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,7 +21,6 @@
 #include <new>
 #include <numeric>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,6 +29,7 @@
 #include "log.hpp"
 #include "manifest.hpp"
 #include "onnxruntime.hpp"
+#include "usable_cores.hpp"
 
 namespace autosteer {
 
@@ -59,11 +58,7 @@ inline int threads_for(int64_t threads) {
                                      std::to_string(most) + ", " + std::to_string(kThreadsACpu) +
                                      " for each CPU of this machine)");
   }
-  if (threads > 0) return static_cast<int>(threads);
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(CPU_COUNT(&set), 1);
-  return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1U));
+  return threads > 0 ? static_cast<int>(threads) : usable_cores();
 }
 
 /// onnxruntime's environment for the sessions of an engine: `threads` threads, and one arena of memory for all sessions

@@ -178,6 +178,10 @@ Json spinning(const Json& command) {
   return can;
 }
 
+Json limits(const Json& command) {
+  return autosteer::cpu_limits(command.at("membership").get<std::string>(), command.at("root").get<std::string>());
+}
+
 /// A number; "nan", "inf" and "-inf", which JSON lacks, as text.
 double number(const Json& value) {
   return value.is_string() ? std::stod(value.get<std::string>()) : value.get<double>();
@@ -329,10 +333,10 @@ Json share(const Json& command) {
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
       {"ask", ask},       {"count", count},     {"decode", decode}, {"draft", draft},       {"encode", encode},
-      {"frames", frames}, {"gate", gate},       {"judge", judge},   {"load", load},         {"open", open},
-      {"pack", pack},     {"prepare", prepare}, {"prompt", prompt}, {"resize", resize},     {"rule", rule},
-      {"sample", sample}, {"score", score},     {"share", share},   {"spinning", spinning}, {"squeeze", squeeze},
-      {"verify", verify}};
+      {"frames", frames}, {"gate", gate},       {"judge", judge},   {"limits", limits},     {"load", load},
+      {"open", open},     {"pack", pack},       {"prepare", prepare}, {"prompt", prompt},   {"resize", resize},
+      {"rule", rule},     {"sample", sample},   {"score", score},   {"share", share},       {"spinning", spinning},
+      {"squeeze", squeeze}, {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
     Json said;
     bool trace = false;
