@@ -108,7 +108,7 @@ class Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
         `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
-        the CPU, None for all cores. `low_memory`: hash and load the image graph for each picture, and drop it
+        the CPU, None for one per usable CPU. `low_memory`: hash and load the image graph for each picture, and drop it
         afterwards. `max_tiles`: cut a picture into at most this many tiles, and each frame of a video if the model
         takes them in any size. `audit`: a file, to which a line is appended for each request, or a function, which is
         given each as a dict; it must not use this engine, and what it raises fails the request. `audit_texts`: with

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 
 
 class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument

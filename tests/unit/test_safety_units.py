@@ -414,16 +414,14 @@ def test_more_prompts_are_trained_on_for_more_steps():
 
 
 def test_the_strength_in_use_is_far_from_those_that_refuse_less():
-    def scores(**exact: float) -> list[refusal_head.StrengthScore]:
-        return [
-            refusal_head.StrengthScore(float(at[1:]) / 100, share, 1.0, 1.0, 0.0, 0.0, "")
-            for at, share in exact.items()
-        ]
+    def chosen(exact: dict[float, float]) -> float:
+        """Of strengths, by the share of answers that are the refusal."""
+        scores = [refusal_head.StrengthScore(at, share, 1.0, 1.0, 0.0, 0.0, "") for at, share in exact.items()]
+        return refusal_head.choose_strength(scores)
 
-    chosen = refusal_head.choose_strength
-    assert chosen(scores(_0=1, _5=0.2, _8=1, _10=1, _15=1, _20=1, _30=0.7)) == 0.15
-    assert chosen(scores(_0=0, _5=1, _10=1, _20=1)) == 0.1
-    assert chosen(scores(_0=0, _5=0.1, _10=0.8, _20=0.7)) == 0.1
+    assert chosen({0: 1, 0.05: 0.2, 0.075: 1, 0.1: 1, 0.15: 1, 0.2: 1, 0.3: 0.7}) == 0.15
+    assert chosen({0: 0, 0.05: 1, 0.1: 1, 0.2: 1}) == 0.1
+    assert chosen({0: 0, 0.05: 0.1, 0.1: 0.8, 0.2: 0.7}) == 0.1
 
 
 def test_identity_matrix_changes_no_first_choice():

@@ -64,7 +64,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
                                no answer.
   --audit-texts                In these lines, the words of prompts and answers, too.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
-  --threads INTEGER            CPU threads. Default: all cores.
+  --threads INTEGER            CPU threads. Default: one per usable CPU.
   --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.
   --json                       One JSON object on stdout.
   --version                    Show the versions of AutoSteer and of onnxruntime, and exit.

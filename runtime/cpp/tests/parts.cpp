@@ -332,10 +332,10 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},       {"count", count},     {"decode", decode}, {"draft", draft},       {"encode", encode},
-      {"frames", frames}, {"gate", gate},       {"judge", judge},   {"limits", limits},     {"load", load},
-      {"open", open},     {"pack", pack},       {"prepare", prepare}, {"prompt", prompt},   {"resize", resize},
-      {"rule", rule},     {"sample", sample},   {"score", score},   {"share", share},       {"spinning", spinning},
+      {"ask", ask},         {"count", count},   {"decode", decode},   {"draft", draft},   {"encode", encode},
+      {"frames", frames},   {"gate", gate},     {"judge", judge},     {"limits", limits}, {"load", load},
+      {"open", open},       {"pack", pack},     {"prepare", prepare}, {"prompt", prompt}, {"resize", resize},
+      {"rule", rule},       {"sample", sample}, {"score", score},     {"share", share},   {"spinning", spinning},
       {"squeeze", squeeze}, {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
     Json said;
