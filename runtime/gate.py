@@ -7,7 +7,7 @@ failed. A policy decides what happens to an unsafe prompt, not whether it is uns
 
 A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
 answered one turn later. A user's turn is judged twice, in the dialogue and by itself: a harmless question that was
-answered before can hide a request that is caught alone.
+answered before can hide a request that is caught alone. Obfuscated letters are judged in plain ones, too (judge.py).
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """What the prober is asked about a dialogue, and about an answer that its request dictates.
 
-    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too
-    answer   as if the user had said it, and its beginnings
+    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; and by itself a turn whose
+             letters are obfuscated, in plain ones (obfuscation.py)
+    answer   as if the user had said it, and its beginnings; in plain letters, too
 
 A harmless question that was answered before can draw the prober's eye from a request that it catches by itself. And
 biased tokens, which may leave out the one that ends the answer, can drown what it begins with. The worst score counts.
+What is unsafe in plain letters is stopped, not steered: the Refusal Head was trained on plain text.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from .conversation import Conversation, TurnKey
 from .errors import InputError
-from .gate import GatePolicy, Verdict, decide, worst
+from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
+from .obfuscation import deobfuscated
 from .stats import Stats, ms_since
 from .text import Message, VideoPart, judged
 
@@ -51,18 +54,22 @@ class Judge:
         verdict = yield from request.lower_chunks(policy)
         messages, scores, prompt = record.messages, list(request.scores), record.prompt
         known, kept = dict[TurnKey, float](), conversation.alone if conversation else {}
-        if (p_unsafe := verdict.p_unsafe) is not None and len(messages) > 1:
+        if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
             for at, n in enumerate(judged(messages)):
+                plain = in_plain_letters(messages[n])
                 # what stands first is read alike by itself: nothing is before it
-                if n > 0 and messages[n].role == "user":
-                    key = turn_key(messages[n], prompt.seen[at])
+                alone = messages[n] if n > 0 and messages[n].role == "user" else None
+                for turn in filter(None, (alone, plain)):
+                    key = turn_key(turn, prompt.seen[at])
                     p = known.get(key, kept.get(key))
                     if p is None:
-                        p = yield from self._by_itself(messages[n], prompt.seen[at], policy, record.stats)
+                        p = yield from self._by_itself(turn, prompt.seen[at], policy, record.stats)
                     if not math.isnan(p):  # a failure may pass
                         known[key] = p
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
+                    if turn is plain and not is_safe(p, policy.threshold):
+                        policy = without_steering(policy)
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)
         if conversation:
             conversation.alone = known
@@ -70,12 +77,11 @@ class Judge:
         return verdict
 
     def answer(self, text: str, policy: GatePolicy) -> Generator[None, None, float]:
-        """The worst p_unsafe of an answer and of its beginnings, each as a user's prompt; NaN if one cannot be read.
-
-        May pause.
+        """The worst p_unsafe of an answer and of its beginnings, also in plain letters, each as a user's prompt; NaN if
+        one cannot be read. May pause.
         """
-        scores = []
-        for said in beginnings(text):
+        scores, plain = [], deobfuscated(text)
+        for said in (*beginnings(text), *(beginnings(plain) if plain != text else ())):
             stats = Stats()
             try:
                 request = self._ask(self._encoder.prepare([Message.user(said)], stats), stats)
@@ -102,6 +108,12 @@ class Judge:
         verdict = yield from request.lower_chunks(policy)
         stats.gate_ms += own.lower_ms + own.gate_ms
         return _score(verdict)
+
+
+def in_plain_letters(turn: Message) -> Message | None:
+    """A turn with obfuscated letters as a user's in plain ones; None if it has no such letters."""
+    parts = tuple(deobfuscated(part) if isinstance(part, str) else part for part in turn.parts)
+    return None if parts == turn.parts else Message("user", parts)
 
 
 def turn_key(turn: Message, seen: Sequence[Seen]) -> TurnKey:

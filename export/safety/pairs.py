@@ -27,6 +27,7 @@ from typing import Any, cast
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
+from autosteer.runtime.obfuscation import deobfuscated
 
 from . import builtin
 from .store import file_digest
@@ -80,13 +81,14 @@ class Prompt:
 
     @property
     def judged(self) -> tuple[Prompt, ...]:
-        """What the runtime scores: each user turn by itself, where something stands before it, and all `turns`."""
-        alone = (
-            replace(turn, images=() if turn.earlier else turn.images, earlier=(), system="")
-            for turn in self.turns
-            if turn.earlier or turn.system
-        )
-        return (*alone, *self.turns)
+        """What the runtime scores (runtime/judge.py): each user turn by itself, the same in plain letters, and all
+        `turns`; equal ones once.
+        """
+        alone = [
+            replace(turn, images=() if turn.earlier else turn.images, earlier=(), system="") for turn in self.turns
+        ]
+        plain = [replace(turn, text=deobfuscated(turn.text)) for turn in alone]
+        return tuple(reversed(dict.fromkeys(reversed((*alone, *plain, *self.turns)))))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
 
 from .datasets import Row, cannot_be_asked
-from .rewording import FAMILIES, UNCHANGED, Family, reworded
+from .rewording import FAMILIES, OBFUSCATED, UNCHANGED, Family, reworded
 from .statistics import Rate, rate
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 Outcome = tuple[str, bool, bool]  # (family or UNCHANGED, whether the prompt is unsafe, whether it is flagged)
 HALVES = {True: "families that a fit may train on", False: "families that no fit trains on"}
+IN_OBFUSCATED = "obfuscated letters"
 
 
 @dataclass(frozen=True)
 class FamilyRates:
     """What is flagged of the prompts in one family's words. A rate is None where there is no such prompt."""
 
-    family: str  # or UNCHANGED, or one of HALVES: all of its families together
+    family: str  # or UNCHANGED, or all families of one of HALVES or of OBFUSCATED together
     fitted: bool | None  # whether a fit may train on it; None for UNCHANGED
     unsafe: int  # prompts
     caught: Rate | None
@@ -43,8 +44,10 @@ def possible_families(*, system: bool) -> tuple[Family, ...]:
 
 
 def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
-    """The verdicts on a row and its rewordings. Raises InputError for one that cannot be asked."""
-    families = possible_families(system=engine.manifest.prompt.system is not None)
+    """The verdicts on a row, its rewordings and it with obfuscated letters. Raises InputError for one that cannot be
+    asked.
+    """
+    families = (*possible_families(system=engine.manifest.prompt.system is not None), *OBFUSCATED)
     policy = engine.policy(Mode.REPORT)
     found = []
     for name, asked in ((UNCHANGED, row), *((family.name, reworded(row, family)) for family in families)):
@@ -57,14 +60,16 @@ def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
 
 
 def by_family(outcomes: Iterable[Outcome]) -> list[FamilyRates]:
-    """Rates of the prompts unchanged, of every family, and of both halves of the families."""
+    """Rates of the prompts unchanged, of every family, of both halves of the families, and of obfuscated letters."""
     known = list(outcomes)
-    fitted = {family.name: family.fitted for family in FAMILIES}
-    names = [UNCHANGED, *(name for name in fitted if any(name == one for one, _, _ in known))]
+    fitted = {family.name: family.fitted for family in (*FAMILIES, *OBFUSCATED)}
+    asked = {name for name, _, _ in known}
+    names = [UNCHANGED, *(name for name in fitted if name in asked)]
     found = [_rates(name, fitted.get(name), [o for o in known if o[0] == name]) for name in names]
-    for half, title in HALVES.items():
-        found.append(_rates(title, half, [o for o in known if fitted.get(o[0]) is half]))
-    return found
+    sets = {title: (half, [f.name for f in FAMILIES if f.fitted is half]) for half, title in HALVES.items()}
+    if obfuscated := [family.name for family in OBFUSCATED if family.name in asked]:
+        sets[IN_OBFUSCATED] = (False, obfuscated)
+    return found + [_rates(title, half, [o for o in known if o[0] in of]) for title, (half, of) in sets.items()]
 
 
 def _rates(name: str, fitted: bool | None, outcomes: Sequence[Outcome]) -> FamilyRates:
@@ -120,6 +125,10 @@ def in_short(found: Sequence[FamilyRates]) -> str:
             f"{plain.wrongly_refused.value:.1%} of the benign ones are wrongly refused as they are, "
             f"{judged.wrongly_refused.value:.1%} in such words ({more:+.1f} points)"
         )
+    for letters in (r for r in found if r.family == IN_OBFUSCATED):
+        rates = ((letters.caught, "caught"), (letters.wrongly_refused, "wrongly refused"))
+        shares = " and ".join(f"{one.value:.1%} are {what}" for one, what in rates if one)
+        parts.append(f"in obfuscated letters {shares}")
     return "; ".join(parts) + "."
 
 

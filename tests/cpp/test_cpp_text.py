@@ -16,6 +16,7 @@ from llama_tokenizer import gemma_tokenizer, llama_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
+from autosteer.runtime.obfuscation import deobfuscated
 from autosteer.runtime.text import Detokeniser, load_tokenizer
 
 
@@ -116,6 +117,36 @@ def demo_tokenizer(_path: Path) -> Path:
 
 FALLING_BACK = [llama2_like, llama2_like_of_runs, llama2_like_by_words, mistral_like, gemma_like]
 TOKENIZERS = [demo_tokenizer, qwen_like, llama3_like, uncased, *FALLING_BACK]
+
+
+def test_every_character_is_obfuscated_for_both_or_for_neither(parts):
+    """Each one that Python's Unicode knows, within a word and by itself; and odd texts."""
+    known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    texts = [f"st{c}al {c}{c} {c}" for c in known] + odd_texts(2000)
+    assert parts.run({"part": "deobfuscate", "texts": texts}) == [[deobfuscated(text) for text in texts]]
+
+
+def test_obfuscated_words_are_the_same_for_both(parts):
+    """Random mixtures of what the steps look for."""
+    rng = random.Random(0)
+    pieces = [
+        *"aBct013459@$! .-_,?\n",
+        "11",
+        "w",
+        "www",
+        "km",
+        "\u200b",
+        "\u0301",
+        "\u00e9",
+        "\u0430",
+        "\u03bf",
+        "\uff41",
+        "YWJj",
+    ]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 30))) for _ in range(20000)]
+    plain = [deobfuscated(text) for text in texts]
+    assert parts.run({"part": "deobfuscate", "texts": texts}) == [plain]
+    assert sum(a != b for a, b in zip(texts, plain, strict=True)) > 2000
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)

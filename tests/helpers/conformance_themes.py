@@ -24,6 +24,7 @@ from autosteer.runtime import Conversation, Engine, GatePolicy
 from autosteer.runtime.gate import Mode, decide, is_safe
 from autosteer.runtime.image import at_most, open_image, prepare
 from autosteer.runtime.manifest import ImageSpec
+from autosteer.runtime.obfuscation import deobfuscated
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.strict_json import decode
@@ -269,6 +270,11 @@ THEMES = {
     "stops": Theme(stops_in_python, stops_in_cpp, lambda _case, _places, a: {"pieces": a[0]}),
     "pictures": Theme(picture_in_python, picture_in_cpp, picture_from_cpp),
     "videos": Theme(video_in_python, video_in_cpp, video_from_cpp),
+    "obfuscation": Theme(
+        lambda case, _: {"plain": deobfuscated(case["text"])},
+        lambda case, _: {"part": "deobfuscate", "texts": [case["text"]]},
+        lambda _case, _places, a: {"plain": a[0]},
+    ),
     "requests": Theme(request_in_python, request_in_cpp, lambda _case, _places, a: a[0]),
     "json_requests": Theme(None, request_in_cpp, lambda _case, _places, a: a[0]),
     "dialogues": Theme(dialogue_in_python, dialogue_in_cpp),

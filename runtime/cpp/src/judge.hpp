@@ -1,12 +1,13 @@
 // What the prober is asked about a dialogue, and about an answer that its request dictates. The C++ side of
 // runtime/judge.py.
 //
-//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too
-//     answer   as if the user had said it, and its beginnings
+//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; and by itself a turn
+//              whose letters are obfuscated, in plain ones (obfuscation.hpp)
+//     answer   as if the user had said it, and its beginnings; in plain letters, too
 //
 // A harmless question that was answered before can draw the prober's eye from a request that it catches by itself. And
 // biased tokens, which may leave out the one that ends the answer, can drown what it begins with. The worst score
-// counts.
+// counts. What is unsafe in plain letters is stopped, not steered: the Refusal Head was trained on plain text.
 #pragma once
 
 #include <cmath>
@@ -24,6 +25,7 @@
 #include "errors.hpp"
 #include "gate.hpp"
 #include "generation.hpp"
+#include "obfuscation.hpp"
 #include "prompt_encoder.hpp"
 #include "text.hpp"
 
@@ -48,6 +50,20 @@ inline std::vector<std::string> beginnings(const std::string& text) {
   }
   found.push_back(text);
   return found;
+}
+
+/// A turn with obfuscated letters as a user's in plain ones; nothing if it has no such letters.
+inline std::optional<Message> in_plain_letters(const Message& turn) {
+  Message plain{"user", turn.parts};
+  bool obfuscated = false;
+  for (Part& part : plain.parts) {
+    auto* text = std::get_if<std::string>(&part);
+    if (!text) continue;
+    std::string letters = deobfuscated(*text);
+    obfuscated = obfuscated || letters != *text;
+    *text = std::move(letters);
+  }
+  return obfuscated ? std::optional(std::move(plain)) : std::nullopt;
 }
 
 /// What a user's turn says and shows: two turns with the same key are the same prompt by themselves. `seen`: its
@@ -87,24 +103,29 @@ class Judge {
     const std::vector<Message>& messages = record.messages;
     record.scores = request.scores;
     std::map<TurnKey, double> known;
-    if (verdict.p_unsafe && messages.size() > 1) {
+    if (verdict.p_unsafe) {
       double p_unsafe = *verdict.p_unsafe;
+      bool stops = false;
       size_t at = 0;
       for (size_t n = 0; n < messages.size(); ++n) {
         if (!is_judged(messages, n)) continue;
         double& score = record.scores.at(at);
         const std::vector<Seen>& seen = record.seen.at(at++);
-        if (n == 0) continue;  // what stands first is read alike by itself: nothing is before it
-        if (messages[n].role != "user") continue;
-        TurnKey key = turn_key(messages[n], seen);
-        std::optional<double> p = find(known, key);
-        if (!p && conversation) p = find(conversation->alone, key);
-        if (!p) p = by_itself(messages[n], seen, policy);
-        if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
-        score = worse(score, *p);
-        p_unsafe = worse(p_unsafe, *p);
+        const auto read = [&](const Message& turn) {
+          TurnKey key = turn_key(turn, seen);
+          std::optional<double> p = find(known, key);
+          if (!p && conversation) p = find(conversation->alone, key);
+          if (!p) p = by_itself(turn, seen, policy);
+          if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
+          score = worse(score, *p);
+          p_unsafe = worse(p_unsafe, *p);
+          return *p;
+        };
+        // what stands first is read alike by itself: nothing is before it
+        if (n > 0 && messages[n].role == "user") read(messages[n]);
+        if (const auto plain = in_plain_letters(messages[n])) stops = !is_safe(read(*plain), policy.threshold) || stops;
       }
-      verdict = decide(p_unsafe, policy, split_layer_);
+      verdict = decide(p_unsafe, stops ? without_steering(policy) : policy, split_layer_);
       record.stats.gate_ms += clock.ms();
     }
     if (conversation) conversation->alone = std::move(known);
@@ -112,11 +133,16 @@ class Judge {
     return verdict;
   }
 
-  /// The worst p_unsafe of an answer and of its beginnings, each as a user's prompt; NaN if one cannot be read.
+  /// The worst p_unsafe of an answer and of its beginnings, also in plain letters, each as a user's prompt; NaN if one
+  /// cannot be read.
   double answer(const std::string& text, const GatePolicy& policy) const {
     double p_unsafe = 0.0;
     try {
-      for (const std::string& said : beginnings(text)) {
+      std::vector<std::string> readings = beginnings(text);
+      if (const std::string plain = deobfuscated(text); plain != text) {
+        for (std::string& said : beginnings(plain)) readings.push_back(std::move(said));
+      }
+      for (const std::string& said : readings) {
         Stats stats;
         p_unsafe = worse(p_unsafe, score(encoder_.prepare({Message::user(said)}, stats), policy, stats));
       }

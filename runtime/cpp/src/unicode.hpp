@@ -1,4 +1,4 @@
-// UTF-8: characters, white space, NFC, lower case, and ill-formed bytes.
+// UTF-8: characters, white space, NFC and NFD, lower case, and ill-formed bytes.
 #pragma once
 
 #include <utf8proc.h>
@@ -33,15 +33,25 @@ inline bool is_valid(std::string_view text) {
   return true;
 }
 
-/// Canonical composition (NFC) of a valid text.
-inline std::string nfc(std::string_view text) {
-  utf8proc_uint8_t* composed = nullptr;
+/// A valid text mapped by utf8proc.
+inline std::string mapped(std::string_view text, int options) {
+  utf8proc_uint8_t* found = nullptr;
   const auto length =
       utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
-                   &composed, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(composed, std::free);
+                   &found, static_cast<utf8proc_option_t>(options));
+  const std::unique_ptr<utf8proc_uint8_t, decltype(&std::free)> owner(found, std::free);
   if (length < 0) throw InputError(std::string("the prompt cannot be normalised (") + utf8proc_errmsg(length) + ")");
-  return {reinterpret_cast<const char*>(composed), static_cast<size_t>(length)};
+  return {reinterpret_cast<const char*>(found), static_cast<size_t>(length)};
+}
+
+/// Canonical composition of a valid text.
+inline std::string nfc(std::string_view text) {
+  return mapped(text, UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+}
+
+/// Canonical decomposition of a valid text.
+inline std::string nfd(std::string_view text) {
+  return mapped(text, UTF8PROC_STABLE | UTF8PROC_DECOMPOSE);
 }
 
 /// Every character of a valid text in lower case, as Rust's char::to_lowercase has it.

@@ -178,6 +178,13 @@ Json spinning(const Json& command) {
   return can;
 }
 
+/// {"texts": [...]} -> the texts in plain letters
+Json deobfuscate(const Json& command) {
+  Json plain = Json::array();
+  for (const auto& text : command.at("texts")) plain.push_back(autosteer::deobfuscated(text.get<std::string>()));
+  return plain;
+}
+
 Json limits(const Json& command) {
   return autosteer::cpu_limits(command.at("membership").get<std::string>(), command.at("root").get<std::string>());
 }
@@ -332,11 +339,11 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask},         {"count", count},   {"decode", decode},   {"draft", draft},   {"encode", encode},
-      {"frames", frames},   {"gate", gate},     {"judge", judge},     {"limits", limits}, {"load", load},
-      {"open", open},       {"pack", pack},     {"prepare", prepare}, {"prompt", prompt}, {"resize", resize},
-      {"rule", rule},       {"sample", sample}, {"score", score},     {"share", share},   {"spinning", spinning},
-      {"squeeze", squeeze}, {"verify", verify}};
+      {"ask", ask}, {"count", count}, {"decode", decode}, {"deobfuscate", deobfuscate}, {"draft", draft},
+      {"encode", encode}, {"frames", frames}, {"gate", gate}, {"judge", judge}, {"limits", limits}, {"load", load},
+      {"open", open}, {"pack", pack}, {"prepare", prepare}, {"prompt", prompt}, {"resize", resize}, {"rule", rule},
+      {"sample", sample}, {"score", score}, {"share", share}, {"spinning", spinning}, {"squeeze", squeeze},
+      {"verify", verify}};
   for (std::string line; std::getline(std::cin, line);) {
     Json said;
     bool trace = false;
