@@ -10,7 +10,7 @@ turn a second time, in plain letters (judge.py). The steps, in order:
     look-alikes   Cyrillic, Greek and Armenian letters become ASCII, if a word mixes the two
     accents       go, if more than a fifth of the letters bear one
     spelled out   single letters between equal separators are joined, if four or more are in a row
-    drawn out     three or more equal letters become one; not w, which URLs have three of
+    drawn out     three or more equal letters become one; but for "www" and "III"
     digits        0, 1, 3, 4, 5, 7, 8, 9, @, $ and ! become letters, if one stands before a letter in a word
 
 Plain text stays as it is, and costs nothing. What is taken for obfuscated by mistake ("log4j") is judged twice. The C++
@@ -62,8 +62,8 @@ LOOK_ALIKES = (
 USUAL_ACCENTS = 5  # plain text has them on one letter in five at most
 DIGITS = {"11": "ll"} | dict(zip("01345789@$!", "oieastbgasi", strict=True))
 UNITS = {
-    *("am", "cm", "ft", "gb", "hz", "kb", "kg", "khz", "km", "mb", "mg", "mhz", "min", "ml", "mm", "mpg", "mph"),
-    *("nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"),
+    *("am", "cm", "db", "fps", "ft", "gb", "hz", "kb", "kbps", "kcal", "kg", "khz", "km", "mb", "mbps", "mg", "mhz"),
+    *("min", "ml", "mm", "mpg", "mph", "nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"),
 }
 
 _BASE64 = re.compile("([A-Za-z0-9+/_-]{16,})={0,2}")
@@ -77,7 +77,7 @@ _SINGLE_LETTERS = [  # first those between hyphens and the like, then those betw
     re.compile(f"(?<![A-Za-z0-9])[A-Za-z0-9]([{between}])[A-Za-z0-9](?:\\1[A-Za-z0-9])*(?:\\1[?!])?(?![A-Za-z0-9])")
     for between in ("._*/|+~,-", " \\n\\t")
 ]
-_DRAWN_OUT = re.compile("([A-VX-Za-vx-z])\\1\\1+")
+_DRAWN_OUT = re.compile("([A-HJ-VX-Za-vx-z])\\1\\1+")
 _WORD = re.compile("[A-Za-z0-9@$]+(?:!+[A-Za-z0-9@$]+)*")
 _WITHIN = re.compile("[A-Za-z][01345789@$!]+[A-Za-z]")
 _IN_FRONT = re.compile("[01345789]+([A-Za-z]{2,})")

@@ -59,9 +59,9 @@ inline const std::string kMarks =
 
 constexpr size_t kUsualAccents = 5;  // plain text has them on one letter in five at most
 constexpr std::string_view kDigits = "01345789@$!", kOfDigits = "oieastbgasi";
-inline const std::set<std::string> kUnits = {"am", "cm",  "ft",  "gb", "hz", "kb", "kg",  "khz", "km",
-                                             "mb", "mg",  "mhz", "min", "ml", "mm", "mpg", "mph", "nd",
-                                             "nm", "pm",  "px",  "rd", "sec", "st", "tb",  "th"};
+inline const std::set<std::string> kUnits = {
+    "am", "cm", "db",  "fps", "ft", "gb", "hz",  "kb",  "kbps", "kcal", "kg", "khz", "km",  "mb", "mbps", "mg",
+    "mhz", "min", "ml", "mm", "mpg", "mph", "nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"};
 
 inline bool is_letter(char c) {
   return ('A' <= c && c <= 'Z') || ('a' <= c && c <= 'z');
@@ -199,7 +199,7 @@ inline std::string joined(std::string_view text) {
 }
 
 inline std::string not_drawn_out(std::string_view text) {
-  static const Regex drawn_out(R"(([A-VX-Za-vx-z])\1\1+)");
+  static const Regex drawn_out(R"(([A-HJ-VX-Za-vx-z])\1\1+)");
   return replaced(text, drawn_out, [](std::string_view run) { return run.substr(0, 1); });
 }
 
