@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,22 +56,22 @@ class Grammars:
         return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._ends)
 
 
+_JSON_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"?|([^\s{}\[\]:,"]+)', re.DOTALL)
+
+
 def words_of(answer: str) -> str:
-    """The keys and values of an answer that is JSON, one after the other, as a reader puts them together, those of keys
-    given twice, too; else the answer.
+    """The keys and values of an answer in JSON, one after the other, as a reader puts them together: those of keys
+    given twice, too, and of an answer that is cut off. The answer itself if there are none.
     """
+    return " ".join(_text(*parts) for parts in _JSON_WORD.findall(answer)) or answer
+
+
+def _text(within: str, bare: str) -> str:
+    """A string by what is `within` its quotation marks, or a `bare` number, true, false or null."""
     try:
-        return " ".join(_leaves(json.loads(answer, object_pairs_hook=list))) or answer
-    except (ValueError, RecursionError):
-        return answer
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, (list, tuple)):  # an object is a list of its (key, value)
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value if isinstance(value, str) else json.dumps(value)
+        return bare or str(json.loads(f'"{within}"', strict=False))
+    except ValueError:  # cut off in an escape
+        return within
 
 
 def _compiled(sampling: SamplingConfig) -> str:
