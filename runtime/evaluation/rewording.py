@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from autosteer.runtime.text import Message
@@ -251,7 +251,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def _translated(*tables: dict[int, str]) -> Reword:
+def _translated(*tables: Mapping[int, int | str]) -> Reword:
     """The letters as one of `tables` has them."""
     return lambda text, rng: Wording(text.translate(rng.choice(tables)))
 
