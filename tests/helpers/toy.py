@@ -4,7 +4,7 @@
     lower       h_t = e_t + mean(content words so far) / 2      GroupQueryAttention with q = k = 0: a plain mean
     <gen>       embedded as zero, so the first answer token follows from the most frequent content word of the prompt
     lm_head     the word NEXT says: "red" is answered "orange yellow green <end>"
-    prober      a table by word, read at the last word the user wrote: 0.1, and 0.9 for "bad"
+    prober      a table by word, read at the last word the user wrote: 0.1, and 0.9 for "bad"; "b4d" is another word
     monitor     sqrt(h . m), if there is one: "green" and "evil" are unsafe; "nan" and "crash" break it, "two" is no
                 probability. It reads windows of 2 tokens
     head W      every word bends towards "please", whose next is "sorry": a steered answer is "sorry refuse <end>"
@@ -55,7 +55,7 @@ CONTENT = "red orange yellow green tick tock hello world bad evil plan nan inf t
 FUNCTION = "<unk> you: system: what look"
 SPECIAL = ("<begin>", "<gen>", "<image>", "<end>")
 WORDS = (*FUNCTION.split(), *CONTENT.split())
-FILLERS = tuple(f"w{i}" for i in range(32 - len(WORDS) - len(SPECIAL)))
+FILLERS = ("b4d", *(f"w{i}" for i in range(1, 32 - len(WORDS) - len(SPECIAL))))
 VOCABULARY = (*WORDS, *FILLERS, *SPECIAL)
 ID = {word: i for i, word in enumerate(VOCABULARY)}
 V = D = len(VOCABULARY)  # 32

@@ -21,7 +21,7 @@ from autosteer.runtime.batch import Batch, can_share
 from autosteer.runtime.manifest import Manifest, NativeSpec
 from autosteer.runtime.subgraph import Device, Subgraph
 
-WORDS = [*toy.CONTENT.split()[:11], "w0", "w1", "w2"]  # none at which the prober fails
+WORDS = [*toy.CONTENT.split()[:11], "w1", "w2", "w3"]  # none at which the prober fails
 
 
 def any_ask(rng: random.Random) -> Ask:

@@ -158,7 +158,7 @@ def test_policies_that_do_not_intervene(watched):
 
 
 def test_a_restricted_answer_is_stopped_too(watched):
-    bias = {toy.ID["w0"]: -1.0}
+    bias = {toy.ID["w1"]: -1.0}
     assert watched.generate("red", sampling=of(9, logit_bias=bias)).text == toy.REFUSAL_TEXT  # all was held back
 
 
