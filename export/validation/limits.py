@@ -40,7 +40,7 @@ LIMITS = {
     "embedded text, to rounded": 1e-6,  # the same numbers; 0
     "image rows, 1 - cosine": 1e-2,  # int8 image graphs: 1e-3; more if outliers dominate the scales
     "refusal head": 1e-5,  # one float32 matrix product
-    "prober": 1e-5,  # absolute: two small matrix products; 3e-7
+    "prober": 3e-5,  # absolute: two small matrix products; 3e-7, Qwen2.5-Coder-1.5B 1.1e-5
     "chunked prefill": 1e-4,  # other matrix shapes sum in another order
 }
 
@@ -63,7 +63,7 @@ ROUNDED_LIMITS = {
     "hidden state, error to rounded": 0.4,  # 0.12
     "logits, KL to rounded": 0.36,  # 0.09 with random weights, 0.031 with trained ones
     "chunked prefill": 0.057,  # 0.05: a rounding that falls the other way in one of several dialogues
-    "chunked prefill, median": 0.015,  # 0; keys for values: 0.026 or more
+    "chunked prefill, median": 0.024,  # 0; Qwen2.5-Coder-1.5B, int8 in blocks on Zen 5: 0.019; keys for values: 0.026
 }
 
 # A package that computes in float16: 11 bits, 5e-4 for each rounding. On a CPU, onnxruntime casts to float32 around
