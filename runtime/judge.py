@@ -23,7 +23,7 @@ from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
 from .stats import Stats, ms_since
-from .text import Message, VideoPart, judged
+from .text import Message, Part, VideoPart, judged
 
 if TYPE_CHECKING:
     from .audit import Record
@@ -111,9 +111,18 @@ class Judge:
 
 
 def in_plain_letters(turn: Message) -> Message | None:
-    """A turn with obfuscated letters as a user's in plain ones; None if it has no such letters."""
-    parts = tuple(deobfuscated(part) if isinstance(part, str) else part for part in turn.parts)
-    return None if parts == turn.parts else Message("user", parts)
+    """A turn with obfuscated letters as a user's in plain ones; None if it has no such letters.
+
+    Texts that follow each other are read as one: "b4" and "d" say "bad".
+    """
+    parts: list[Part] = []
+    for part in turn.parts:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    plain = [deobfuscated(part) if isinstance(part, str) else part for part in parts]
+    return None if plain == parts else Message("user", tuple(plain))
 
 
 def turn_key(turn: Message, seen: Sequence[Seen]) -> TurnKey:

@@ -73,7 +73,7 @@ file_option: Any = click.Path(path_type=Path)
     "--variants",
     is_flag=True,
     help="Do not answer: measure what is flagged of every prompt and of its rewordings in 20 families (newlines, "
-    "closers, typos, role play, ...), by family.",
+    "closers, typos, role play, ...) and of its letters in 6 (digits for letters, base64, ...), by family.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")
 @click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")

@@ -42,6 +42,4 @@ def test_a_request_in_obfuscated_letters_is_refused(engine: Engine, family: Fami
 
 @pytest.mark.parametrize("family", OBFUSCATED, ids=lambda family: family.name)
 def test_a_harmless_prompt_in_obfuscated_letters_passes(engine: Engine, family: Family):
-    """At most one of the six: what the model misreads where it stands can look like a request."""
-    refused = [text for text in HARMLESS if engine.score(family.of(text).text).unsafe]
-    assert len(refused) <= 1, refused
+    assert not [text for text in HARMLESS if engine.score(family.of(text).text).unsafe]

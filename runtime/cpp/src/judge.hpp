@@ -52,9 +52,15 @@ inline std::vector<std::string> beginnings(const std::string& text) {
   return found;
 }
 
-/// A turn with obfuscated letters as a user's in plain ones; nothing if it has no such letters.
+/// A turn with obfuscated letters as a user's in plain ones; nothing if it has no such letters. Texts that follow each
+/// other are read as one: "b4" and "d" say "bad".
 inline std::optional<Message> in_plain_letters(const Message& turn) {
-  Message plain{"user", turn.parts};
+  Message plain{"user", {}};
+  for (const Part& part : turn.parts) {
+    const auto* text = std::get_if<std::string>(&part);
+    auto* before = plain.parts.empty() ? nullptr : std::get_if<std::string>(&plain.parts.back());
+    text && before ? void(*before += *text) : plain.parts.push_back(part);
+  }
   bool obfuscated = false;
   for (Part& part : plain.parts) {
     auto* text = std::get_if<std::string>(&part);

@@ -184,7 +184,7 @@ inline std::string without_accents(std::string_view text) {
 inline std::string joined(std::string_view text) {
   static const Regex spelled(
       R"((?<![A-Za-z0-9])[A-Za-z]([ \n\t._*/|+~,-])[A-Za-z01345789]\1[A-Za-z01345789]\1[A-Za-z](?![A-Za-z0-9]))");
-  static const auto single_letters = [](const std::string& between) {
+  const auto single_letters = [](const std::string& between) {
     return Regex("(?<![A-Za-z0-9])[A-Za-z0-9]([" + between +
                  R"(])[A-Za-z0-9](?:\1[A-Za-z0-9])*(?:\1[?!])?(?![A-Za-z0-9]))");
   };
