@@ -29,8 +29,8 @@ class SamplingConfig:
     repetition_penalty: float = (
         1.0  # > 1 divides (positive) or multiplies (negative) the logits of tokens already there
     )
-    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer has
-    frequency_penalty: float = 0.0  # taken from them for each time that the answer has them
+    presence_penalty: float = 0.0  # subtracted from the logit of each token already in the answer
+    frequency_penalty: float = 0.0  # subtracted once for each time that the token is already in the answer
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of these token ids
     # What the answer must be: JSON of this schema, or a text that this regular expression matches (not in C++).
     json_schema: Mapping[str, Any] | None = None

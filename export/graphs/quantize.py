@@ -9,7 +9,7 @@ weight = (code - zero point) * scale.
                  weighted by its column's channel energy (calibration.py)
 
 Per channel, in 8 bits: one scale for each row of weights, for the int8 matmul of int8_matmul.py. Blocks are closer to
-the original, but they are dequantised for every matrix product: prefill takes 1.7 to 3 times as long.
+the original, but they are dequantised for every matrix product, so prefill takes longer (docs/performance.md).
 """
 
 from __future__ import annotations

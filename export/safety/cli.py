@@ -61,7 +61,7 @@ class Finite(click.FloatRange):
     required=True,
     type=click.Path(path_type=Path),
     help="JSONL of unsafe/safe pairs; `builtin`: the pairs and benign prompts that come with AutoSteer; "
-    "`builtin-brief`: one form of each of these pairs, and the same benign prompts. Repeatable.",
+    "`builtin-brief`: one pair of each family of them, and the same benign prompts. Repeatable.",
 )
 @click.option(
     "--benign",
@@ -136,7 +136,7 @@ class Finite(click.FloatRange):
     metavar="ADDRESS",
     help="Compute the hidden states of --package on the machines of a Ray cluster, as autosteer-eval --ray asks there.",
 )
-@click.option("--engines", type=click.IntRange(min=1), help="How many, with --ray.  [one on each node]")
+@click.option("--engines", type=click.IntRange(min=1), help="Number of engines, with --ray.  [one on each node]")
 @click.option("--layer", type=int, help="Use this layer instead of choosing one.")
 @click.option(
     "--select",

@@ -68,14 +68,14 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
     type=float,
     default=0.0,
     show_default=True,
-    help="Taken from the logits of tokens that the answer has.",
+    help="Subtracted from the logit of each token already in the answer.",
 )
 @click.option(
     "--frequency-penalty",
     type=float,
     default=0.0,
     show_default=True,
-    help="Taken from them for each time that the answer has them.",
+    help="Subtracted once for each time that the token is already in the answer.",
 )
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 discourages repeats.")
 @click.option(
@@ -93,7 +93,7 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
     "speculate",
     default=True,
     help="Draft tokens from the prompt and from autosteer-draft's table. Faster. "
-    "Near ties may differ at int8 and int4.  [on]",
+    "At int8 and int4 an answer may differ where two tokens are almost equally likely.  [on]",
 )
 @click.option("--score-only", is_flag=True, help="Print the verdict on the prompt and answer nothing.")
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")

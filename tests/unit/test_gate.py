@@ -39,7 +39,7 @@ def test_strength_is_applied_exactly_where_the_action_is_steer(mode, p_unsafe, t
 
 
 @given(MODES, st.none() | ANY, THRESHOLD)
-def test_only_monitor_and_off_let_an_unsafe_prompt_pass(mode, p_unsafe, threshold):
+def test_only_report_and_off_let_an_unsafe_prompt_pass(mode, p_unsafe, threshold):
     safe = p_unsafe is not None and is_safe(p_unsafe, threshold)
     passed = decide(p_unsafe, policy(mode, threshold), split_layer=1).action is Action.PASS
     assert passed == (safe or mode in (Mode.REPORT, Mode.OFF))

@@ -50,19 +50,19 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
   --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
   --min-p FLOAT                Sample from tokens with this share of the likeliest one's probability.  [default: 0]
-  --presence-penalty FLOAT     Taken from the logits of tokens that the answer has.  [default: 0]
-  --frequency-penalty FLOAT    Taken from them for each time that the answer has them.  [default: 0]
+  --presence-penalty FLOAT     Subtracted from the logit of each token already in the answer.  [default: 0]
+  --frequency-penalty FLOAT    Subtracted once for each time that the token is already in the answer.  [default: 0]
   --repetition-penalty FLOAT   Above 1 discourages repeats.  [default: 1]
   --seed INTEGER               Same seed, same text.  [default: 0]
   --stop TEXT                  End the answer before this string; repeatable.
   --speculation / --no-speculation
-                               Draft tokens from the prompt and from autosteer-draft's table. Faster. Near ties
-                               may differ at int8, int4.  [on]
+                               Draft tokens from the prompt and from autosteer-draft's table. Faster. At int8
+                               and int4 an answer may differ where two tokens are almost equally likely.  [on]
   --max-tiles INTEGER          Cut a picture into at most this many tiles.  [no limit]
   --low-memory                 Load the image graph for each picture, and drop it afterwards.
-  --audit FILE                 Append a line of JSON to this file for each request: verdict, digests, counts. No line,
-                               no answer.
-  --audit-texts                In these lines, the words of prompts and answers, too.
+  --audit FILE                 Append a line of JSON to this file for each request: verdict, digests, counts. If it
+                               cannot be written, the request fails.
+  --audit-texts                Also write the texts of prompts and answers to it.
   --device [auto|cpu|cuda]     Where to run; this build runs on the CPU.  [default: auto]
   --threads INTEGER            CPU threads. Default: one per usable CPU.
   --check                      Instead of a prompt, verify the files and replay the golden prompts on this machine.

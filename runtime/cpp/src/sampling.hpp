@@ -24,8 +24,8 @@ struct SamplingConfig {
   double top_p = 1.0;               ///< keep the smallest set of tokens with this much probability
   double repetition_penalty = 1.0;  ///< > 1 divides (positive) or multiplies (negative) logits of tokens already there
   double min_p = 0.0;               ///< keep tokens with this share of the likeliest one's probability
-  double presence_penalty = 0.0;    ///< taken from the logits of tokens that the answer has
-  double frequency_penalty = 0.0;   ///< taken from them for each time that the answer has them
+  double presence_penalty = 0.0;    ///< subtracted from the logit of each token already in the answer
+  double frequency_penalty = 0.0;   ///< subtracted once for each time that it is already there
   std::map<int64_t, double> logit_bias;  ///< added to the logits of these token ids
   int64_t seed = 0;                 ///< same seed, same text
   std::vector<std::string> stop;    ///< end the answer before the first of these strings

@@ -1,7 +1,7 @@
 // Every load: do prober, monitor and Refusal Head compute here what they did at export? The C++ side of
 // runtime/self_test.py. What autosteer-cli --check does, from text to answer, is in check.hpp.
 //
-// A package has hidden states, and the outputs that prober, Refusal Head and lm_head gave for them at export
+// A package has hidden states, and the outputs that prober, monitor, Refusal Head and lm_head gave for them at export
 // (GateProof). If their outputs differ here, the package does not load.
 #pragma once
 
