@@ -33,7 +33,8 @@ package_argument = click.argument("package", type=PackagePath())
 audit_option = click.option(
     "--audit",
     type=click.Path(path_type=Path),
-    help="Append a line of JSON to this file for each request: verdict, digests, counts. If it cannot be written, the request fails.",
+    help="Append a line of JSON to this file for each request: verdict, digests, counts. "
+    "If it cannot be written, the request fails.",
 )
 audit_texts_option = click.option(
     "--audit-texts", is_flag=True, help="Also write the texts of prompts and answers to it."

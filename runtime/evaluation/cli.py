@@ -87,7 +87,8 @@ file_option: Any = click.Path(path_type=Path)
 @click.option(
     "--engines",
     type=click.IntRange(min=1),
-    help="Number of engines, with --ray. Each has --threads, or its share of the cores of its node.  [one on each node]",
+    help="Number of engines, with --ray. Each has --threads, or its share of the cores of its node.  "
+    "[one on each node]",
 )
 @device_option
 @threads_option

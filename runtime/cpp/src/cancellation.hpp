@@ -45,6 +45,9 @@ class Cancellation {
     }
   }
 
+  /// Whether this thread's stream was cancelled: onnxruntime then ends a run with an error like any other.
+  static bool is_cancelled() { return current() && current()->cancelled_; }
+
   /// Options of a run on this thread.
   static const Ort::RunOptions& plain() { return here().plain_; }
 

@@ -367,7 +367,7 @@ class Request {
       reason = err.what();
     } catch (...) {
     }
-    if (log_) log_("the prober failed; the prompt counts as unsafe (" + reason + ")");
+    if (log_ && !Cancellation::is_cancelled()) log_("the prober failed; the prompt counts as unsafe (" + reason + ")");
     return std::nan("");
   }
 

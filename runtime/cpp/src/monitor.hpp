@@ -64,13 +64,12 @@ class Monitor {
       const auto outputs = graph_.run(Tensor<float>::view(mean.data(), {1, static_cast<int64_t>(width_)}));
       p_unsafe = static_cast<double>(*floats(outputs.at("p_unsafe"), 1, graph_));
       reason.clear();
-    } catch (const Cancelled&) {
-      throw;
     } catch (const std::exception& err) {
       reason = err.what();
     } catch (...) {
     }
-    if (!reason.empty() && log_) log_("the monitor failed; the answer counts as unsafe (" + reason + ")");
+    if (!reason.empty() && log_ && !Cancellation::is_cancelled())
+      log_("the monitor failed; the answer counts as unsafe (" + reason + ")");
     worst_ = worst_ ? worse(*worst_, p_unsafe) : p_unsafe;
   }
 
