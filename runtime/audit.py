@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import stat
 import threading
@@ -29,7 +28,7 @@ except ImportError:  # Windows: records go to a function there
 
 from .encoded_prompt import EncodedPrompt
 from .errors import AuditError, CancelledError, InputError, PackageError, ProviderError
-from .gate import GatePolicy, Verdict, Watched
+from .gate import GatePolicy, Verdict, finite, watched_json
 from .stats import Stats, ms_since
 from .text import Message, judged
 
@@ -179,12 +178,12 @@ class Record:
             "package": audit.package,
             "provider": stats.device,
             "policy": self.policy.mode.value,
-            "threshold": _finite(self.policy.threshold),
-            "p_unsafe": None if verdict is None else _finite(verdict.p_unsafe),
+            "threshold": finite(self.policy.threshold),
+            "p_unsafe": None if verdict is None else finite(verdict.p_unsafe),
             "unsafe": None if verdict is None else verdict.unsafe,
             "action": None if verdict is None else verdict.action.value,
             "strength": None if verdict is None else verdict.strength,
-            "monitor": None if verdict is None else _watched(verdict.monitor),
+            "monitor": None if verdict is None else watched_json(verdict.monitor),
             "turns": self._turns(audit.texts),
             "answer_sha256": sha256_of(answer),
             **({"answer": answer} if audit.texts else {}),
@@ -209,7 +208,7 @@ class Record:
             turn = {
                 "role": message.role if message.role in ROLES else None,
                 "trusted": message.trusted,
-                "p_unsafe": _finite(scores.get(number)),
+                "p_unsafe": finite(scores.get(number)),
                 "text_sha256": [sha256_of(text) for text in words],
                 **({"text": words} if texts else {}),
                 "image_sha256": [next(images, None) for _ in message.images],
@@ -229,13 +228,3 @@ def error_name(err: BaseException | None) -> str:
 def sha256_of(text: str) -> str:
     """SHA-256 of a text's UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _watched(seen: Watched | None) -> dict[str, Any] | None:
-    if seen is None:
-        return None
-    return {"p_unsafe": _finite(seen.p_unsafe), "unsafe": seen.unsafe, "threshold": _finite(seen.threshold)}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from .errors import OptionError
 
@@ -96,6 +97,32 @@ class Verdict:
     strength: float  # applied to this answer: 0.0 unless the action is STEER
     split_layer: int
     monitor: Watched | None = None  # on the last chunk of an answer that was watched
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as `--json`, the server and the C functions give it. Numbers that are not finite are None."""
+    return {
+        "p_unsafe": finite(verdict.p_unsafe),
+        "unsafe": verdict.unsafe,
+        "action": verdict.action.value,
+        "policy": verdict.mode.value,
+        "threshold": verdict.threshold,
+        "strength": verdict.strength,
+        "layer": verdict.split_layer,
+        "monitor": watched_json(verdict.monitor),
+    }
+
+
+def watched_json(seen: Watched | None) -> dict[str, Any] | None:
+    """What the monitor saw, as in `verdict_json`."""
+    if seen is None:
+        return None
+    return {"p_unsafe": finite(seen.p_unsafe), "unsafe": seen.unsafe, "threshold": finite(seen.threshold)}
+
+
+def finite(value: float | None) -> float | None:
+    """`value`; None if it is NaN or infinite, which JSON has no word for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def is_safe(p_unsafe: float, threshold: float) -> bool:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..gate import verdict_json
+
 if TYPE_CHECKING:
     from ..chunk import Chunk
     from ..conversation import Conversation
@@ -83,11 +85,6 @@ def stats_line(last: Chunk, stats: Stats) -> str:
     drafted = f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafts held)" if stats.drafted_tokens else ""
     tokens = f"{stats.prompt_tokens}{reused} + {stats.completion_tokens}{drafted} tokens"
     return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
-
-
-def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """What --json prints of a verdict."""
-    return dataclasses.asdict(verdict) | {"action": verdict.action.value, "mode": verdict.mode.value}
 
 
 def answer_json(answer: Any) -> dict[str, Any]:

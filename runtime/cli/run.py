@@ -11,7 +11,8 @@ import click
 
 from ..console import debug_option, dumps, json_option, run_command, version_option
 from ..errors import InputError
-from .answer import answer_json, say, verdict_json, verdict_line
+from ..gate import verdict_json
+from .answer import answer_json, say, verdict_line
 from .chat import chat
 from .options import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from ..batch import Batch
 from ..chunk import Chunk
 from ..encoded_prompt import ShownPicture
 from ..engine import Engine
-from ..gate import GatePolicy, Mode, Verdict
+from ..gate import GatePolicy, Mode, Verdict, verdict_json
 from ..sampling import SamplingConfig
 from ..stats import Stats
 from .conversations import Conversations
@@ -92,28 +91,6 @@ def require_score(verdict: Verdict) -> None:
     """
     if verdict.mode is not Mode.OFF and not (verdict.p_unsafe is not None and 0.0 <= verdict.p_unsafe <= 1.0):
         raise ApiError(500, "the gate could not score this prompt, so it gets no answer", code="gate_failed")
-
-
-def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """The verdict, in every answer."""
-    return {
-        "p_unsafe": verdict.p_unsafe,
-        "unsafe": verdict.unsafe,
-        "action": verdict.action.value,
-        "policy": verdict.mode.value,
-        "threshold": verdict.threshold,
-        "strength": verdict.strength,
-        "layer": verdict.split_layer,
-        "monitor": monitor_json(verdict),
-    }
-
-
-def monitor_json(verdict: Verdict) -> dict[str, Any] | None:
-    """What the monitor made of the answer, with its last piece; no number where it failed."""
-    if (seen := verdict.monitor) is None:
-        return None
-    score = seen.p_unsafe if math.isfinite(seen.p_unsafe) else None
-    return {"p_unsafe": score, "unsafe": seen.unsafe, "threshold": seen.threshold}
 
 
 def report(verdict: Verdict, stats: Stats, shown: Sequence[ShownPicture], queue_ms: float) -> dict[str, Any]:

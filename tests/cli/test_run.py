@@ -99,10 +99,10 @@ def test_json_is_one_object_with_everything_in_it(call, package):
         "p_unsafe": pytest.approx(0.9),
         "unsafe": True,
         "action": "steer",
-        "mode": "steer",
+        "policy": "steer",
         "threshold": 0.5,
         "strength": 0.1,
-        "split_layer": 1,
+        "layer": 1,
         "monitor": None,
     }
     assert answer["device"] == "CPUExecutionProvider"
@@ -132,7 +132,7 @@ def test_score_only_prints_the_verdict_and_answers_nothing(call, package):
     assert (done.returncode, done.stdout) == (0, "[STOP  p_unsafe 0.900 > 0.500 at layer 1]\n")
     done = run_here(call, package, "-p", "red", "--score-only", "--json")
     verdict = json.loads(done.stdout)
-    assert (verdict["p_unsafe"], verdict["unsafe"], verdict["mode"]) == (pytest.approx(0.1), False, "steer")
+    assert (verdict["p_unsafe"], verdict["unsafe"], verdict["policy"]) == (pytest.approx(0.1), False, "steer")
     assert run_here(call, package, "-p", "red", "--score-only", "--policy", "off").returncode == 2
 
 

@@ -35,7 +35,7 @@ def in_both(built: Path, package: Path, engine: Engine, requests: list[dict[str,
         assert [answer[key] for key in ("text", "token_ids", "finish_reason")] == [
             fresh[key] for key in ("text", "token_ids", "finish_reason")
         ]
-        if answer["verdict"]["mode"] != "off":
+        if answer["verdict"]["policy"] != "off":
             assert answer["verdict"]["p_unsafe"] == pytest.approx(fresh["verdict"]["p_unsafe"], abs=1e-5)
         assert answer["verdict"]["action"] == fresh["verdict"]["action"]
     return answers

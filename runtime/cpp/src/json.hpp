@@ -21,9 +21,9 @@ inline OrderedJson watched_json(const std::optional<Watched>& seen) {
 
 inline OrderedJson verdict_json(const Verdict& verdict) {
   return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
-          {"action", name(verdict.action)},        {"mode", name(verdict.mode)},
+          {"action", name(verdict.action)},        {"policy", name(verdict.mode)},
           {"threshold", verdict.threshold},        {"strength", verdict.strength},
-          {"split_layer", verdict.split_layer},    {"monitor", watched_json(verdict.monitor)}};
+          {"layer", verdict.split_layer},          {"monitor", watched_json(verdict.monitor)}};
 }
 
 inline OrderedJson timings_json(const Stats& stats) {
