@@ -1,4 +1,4 @@
-"""Arrange the prompts of a fit: split them, put some in other words, and lay them out in one order."""
+"""Arrange the prompts of a fit: split them, reword some, and lay them out in one order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from autosteer.runtime.evaluation.variants import possible_families
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives
 from .evidence import Table
-from .other_words import OtherWords, put_in_other_words
 from .prober import row_weights, split_by_text
 from .progress import warn
+from .reworded import Reworded, reword_prompts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,13 +32,13 @@ BLIND = (
 
 @dataclass(frozen=True)
 class Arranged:
-    """Every prompt of a fit, in one order: its own, external ones, both in other words."""
+    """Every prompt of a fit, in one order: its own, external ones, rewordings of its own."""
 
     prompts: list[Labelled]  # the fit's own
     split: Split  # of these
-    words: OtherWords
+    reworded: Reworded
     items: list[Labelled]  # all
-    reworded: int  # row of the first one in other words
+    first_reworded: int  # row of the first rewording
     table: Table
 
 
@@ -52,7 +52,7 @@ def arrange(
     target_fpr: float | None,
     seed: int,
 ) -> Arranged:
-    """Split the fit's prompts, put some of them in other words, and check that all of them can be used.
+    """Split the fit's prompts, reword some of them, and check that all of them can be used.
 
     Raises InputError for a text that holds a special token, or too few prompts to show --target-fpr. Warns if the model
     takes pictures, and no prompt has one.
@@ -63,8 +63,8 @@ def arrange(
         benign = {prompts[row].cluster for row in split.heldout if not prompts[row].unsafe}
         allowed_false_positives(len(benign), target_fpr=target_fpr)
     families = possible_families(system=takes_system(fit_model))
-    words = put_in_other_words(prompts, split, families, augment=augment, seed=seed)
-    items, reworded = [*prompts, *external, *words.everything], len(prompts) + len(external)
+    reworded = reword_prompts(prompts, split, families, augment=augment, seed=seed)
+    items, first_reworded = [*prompts, *external, *reworded.everything], len(prompts) + len(external)
     check_text(fit_model, [item.prompt for item in (*items, *data.refusal_only)])
     if fit_model.image_token_id is not None and not count_pictures(prompts):
         warn(console, BLIND)
@@ -76,12 +76,12 @@ def arrange(
         split=split,
         clusters=[
             *(item.cluster for item in (*prompts, *external)),
-            *(prompts[one.of].cluster for one in (*words.training, *words.choosing, *words.judging)),
+            *(prompts[one.of].cluster for one in (*reworded.training, *reworded.choosing, *reworded.judging)),
         ],
-        external=np.arange(len(prompts), reworded),
-        taught=words.taught(split, reworded),
+        external=np.arange(len(prompts), first_reworded),
+        taught=reworded.taught(split, first_reworded),
     )
-    return Arranged(prompts, split, words, items, reworded, table)
+    return Arranged(prompts, split, reworded, items, first_reworded, table)
 
 
 def count_pictures(prompts: Sequence[Labelled]) -> int:

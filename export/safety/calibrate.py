@@ -5,8 +5,8 @@ classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if
 ones". How common they are in use is unknown.
 
 A false-positive rate measured on n prompts is only an estimate. `clopper_pearson_upper` bounds the true rate, and
---target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing in other words
-and score alike, so the bound counts families: a rate of 4 in 300 prompts of 20 families is one in 20.
+--target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing and
+score alike, so the bound counts families: a rate of 4 in 300 prompts of 20 families is one in 20.
 """
 
 from __future__ import annotations

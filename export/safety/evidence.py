@@ -29,7 +29,7 @@ NO_BETTER = 0.01  # an AUC counts as better only if it exceeds the words-only AU
 
 @dataclass(frozen=True)
 class Table:
-    """All prompts: first the fit's, then external ones, then rewordings of the fit's (other_words.py); arrays (n,)."""
+    """All prompts: first the fit's, then external ones, then rewordings of the fit's (reworded.py); arrays (n,)."""
 
     texts: list[str]
     unsafe: np.ndarray  # bool

@@ -85,7 +85,7 @@ class Fitted:
     proof_images: dict[str, Path]  # images of the proof's prompts, by their names in the safety folder
     evidence: Evidence
     strengths: tuple[StrengthScore, ...]
-    rewordings: tuple[FamilyRates, ...]  # what the gate makes of held-out prompts in other words
+    rewordings: tuple[FamilyRates, ...]  # what the gate makes of held-out prompts, reworded
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         target_fpr=options.target_fpr,
         seed=options.seed,
     )
-    prompts, split, words, reworded = arranged.prompts, arranged.split, arranged.words, arranged.reworded
+    prompts, split, reworded = arranged.prompts, arranged.split, arranged.reworded
     everything, with_pictures = [item.prompt for item in arranged.items], count_pictures(prompts)
     answer = answer_tokens(fit_model, options.refusal_text)
 
@@ -124,8 +124,8 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         states_s = time.perf_counter() - started
         chosen = _choose(data, arranged, states, options, console)
         gate, p = chosen.gate, chosen.scores
-        rewordings = by_family(words.outcomes(p, reworded, gate.threshold))
-        console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
+        rates = by_family(reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+        console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
             evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
     heldout = [prompts[row] for row in split.heldout]
@@ -136,7 +136,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         )
     with answer_store(cache, identity, fit_model, answer, fast=True) as store:
         head, refusal_facts, strengths, strength = fit_refusal_head(
-            *(fit_model, data, prompts, split, words, answer, store, console),
+            *(fit_model, data, prompts, split, reworded, answer, store, console),
             wanted=options.strength,
             seed=options.seed,
         )
@@ -159,7 +159,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
             "pairs_without_difference": float(chosen.pairs_without_difference),
             "prompts": float(len(prompts)),
             **{f"{part}_prompts": float(len(rows)) for part, rows in vars(split).items()},
-            "augmented_prompts": float(len(words.training)),
+            "augmented_prompts": float(len(reworded.training)),
             **refusal_facts,
             "hidden_states_s": round(states_s, 1),
             "total_s": round(time.perf_counter() - started, 1),
@@ -173,7 +173,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         warn(console, better)
     artifact = SafetyArtifact(facts, gate.prober, head)
     artifact.check(Path("the fitted gate"), hidden_size=states.shape[-1], num_hidden_layers=depth)
-    return Fitted(artifact, proof_images, evidence, strengths, tuple(rewordings))
+    return Fitted(artifact, proof_images, evidence, strengths, tuple(rates))
 
 
 def open_model(options: FitOptions) -> tuple[Checkpoint, int, FitModel]:
@@ -193,7 +193,7 @@ def open_model(options: FitOptions) -> tuple[Checkpoint, int, FitModel]:
 def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptions, console: Console) -> Chosen:
     """Choose layer and position, and calibrate the prober there.
 
-    Every position has its own layer. Of these probers, the one is used that does best in other words.
+    Every position has its own layer. Of these probers, the one is used that does best on rewordings.
     """
     positions: Sequence[Pooling] = [options.pooling] if options.pooling else POSITIONS
     scores, dropped = _sas(data, arranged.prompts, states, positions, options.seed, console)
@@ -208,7 +208,7 @@ def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptio
         name: p_unsafe(probers[name][layer - 1], states.layer(layer - 1)[:, POSITIONS.index(name)])
         for name, layer in layer_of.items()
     }
-    pooling: Pooling = arranged.words.choose(found, arranged.reworded)
+    pooling: Pooling = arranged.reworded.choose(found, arranged.first_reworded)
     layer, layers = layer_of[pooling], scores[pooling]
     console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}

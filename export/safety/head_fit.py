@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from .other_words import OtherWords
     from .pairs import FitData, Labelled, Prompt
     from .prober import Split
+    from .reworded import Reworded
     from .store import StateStore
 
 PAPER_STRENGTH = 0.1
@@ -41,7 +41,7 @@ def fit_refusal_head(
     data: FitData,
     prompts: list[Labelled],
     split: Split,
-    words: OtherWords,
+    reworded: Reworded,
     answer: torch.Tensor,
     store: StateStore,
     console: Console,
@@ -52,7 +52,7 @@ def fit_refusal_head(
     """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
     and on --refusal-only, on as many of their rewordings, and in dialogues; measured on held-out ones.
     """
-    train, heldout = _choose_prompts(data, prompts, split, words, seed)
+    train, heldout = _choose_prompts(data, prompts, split, reworded, seed)
     trained_with = wanted or PAPER_STRENGTH
     earlier = _answered_prompts(fit_model, prompts, split, seed, console)
     train, heldout = ([*asked, *_behind(turns, asked)] for asked, turns in zip((train, heldout), earlier, strict=True))
@@ -99,7 +99,7 @@ def fit_refusal_head(
 
 
 def _choose_prompts(
-    data: FitData, prompts: list[Labelled], split: Split, words: OtherWords, seed: int
+    data: FitData, prompts: list[Labelled], split: Split, reworded: Reworded, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Unsafe prompts to train on, and held-out ones to measure on."""
     rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def _choose_prompts(
     tested = {prompt.identity for prompt in unsafe(split.heldout)}
     more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
     plain = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
-    return plain + some([one.item.prompt for one in words.training if one.item.unsafe], REFUSAL_TRAIN), heldout
+    return plain + some([one.item.prompt for one in reworded.training if one.item.unsafe], REFUSAL_TRAIN), heldout
 
 
 def _answered_prompts(

@@ -6,7 +6,7 @@
 
 One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
 file and under --images. VLSafe's pairs come without its pictures: give --images, or say --text-only. Rows of our own
-formats may have a "family": prompts of one family say the same thing in other words, and stay in one part of the split.
+formats may have a "family": prompts of one family say the same thing, and stay in one part of the split.
 
     --refusal-only      as --unsafe, for the Refusal Head alone: the authors train it on other prompts than the prober
 

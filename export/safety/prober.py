@@ -97,7 +97,7 @@ def _need_both_classes(split: Split, unsafe: np.ndarray) -> None:
             if not (unsafe[rows] == label).any():
                 raise InputError(
                     f"the prompts have too few different texts to split them: no {name} ones would be left for the "
-                    f"{part} part; add prompts in other words"
+                    f"{part} part; add prompts that are worded differently"
                 )
 
 

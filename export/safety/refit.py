@@ -104,8 +104,8 @@ def refit(
         threshold=old.facts.threshold,
     )
     console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)
-    rewordings = by_family(arranged.words.outcomes(p, arranged.reworded, gate.threshold))
-    console.print(as_text(rewordings), soft_wrap=True, markup=False, highlight=False)
+    rates = by_family(arranged.reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+    console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
     with progress(console, "evidence", len(t.sources) + 2) as advance:
         evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)
     shown = [arranged.prompts[row] for row in heldout]
@@ -120,14 +120,14 @@ def refit(
         "pairs": float(len(data.pairs)),
         "prompts": float(len(arranged.prompts)),
         **{f"{part}_prompts": float(len(rows)) for part, rows in vars(arranged.split).items()},
-        "augmented_prompts": float(len(arranged.words.training)),
+        "augmented_prompts": float(len(arranged.reworded.training)),
         "hidden_states_s": round(states_s, 1),
         "total_s": round(time.perf_counter() - started, 1),
     }
     warn_if_weak(console, old.facts.split_layer, calibration, training, proof)
     facts = replace(old.facts, threshold=gate.threshold, calibration=calibration, training=training, proof=proof)
     artifact = SafetyArtifact(facts, gate.prober, old.steer_matrix, monitor=old.monitor)
-    return Fitted(artifact, proof_images, evidence, (), tuple(rewordings))
+    return Fitted(artifact, proof_images, evidence, (), tuple(rates))
 
 
 def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, model: str) -> None:

@@ -46,7 +46,7 @@ def as_json(fitted: Fitted) -> dict[str, Any]:
         "reliability": list(e.reliability),
         "thresholds": threshold_costs(fitted),
         "strengths": [dataclasses.asdict(s) for s in fitted.strengths],
-        "other_words": [dataclasses.asdict(r) for r in fitted.rewordings],
+        "rewordings": [dataclasses.asdict(r) for r in fitted.rewordings],
     }
 
 
@@ -83,7 +83,7 @@ def as_markdown(fitted: Fitted) -> str:
         "with 95 % confidence.\n",
         _rate_table(e.rates),
         "\n![scores](scores.png)\n",
-        "## In other words\n",
+        "## Reworded prompts\n",
         "Held-out prompts, unchanged and reworded in 20 families that keep their meaning (docs/evaluation.md). The fit "
         f"{'trained on rewordings of half of them' if t['augmented_prompts'] else 'trained on none of them'}.\n",
         _table(*cells(fitted.rewordings)),

@@ -99,7 +99,7 @@ def refusal_checks(engine: Engine, prompts: Sequence[ValidationPrompt], ours: Se
 
 
 def _refuses(engine: Engine, tokens: Sequence[int]) -> bool:
-    """Whether an answer begins as the package's refusal text does, or is a refusal in other words."""
+    """Whether an answer begins as the package's refusal text does, or is a refusal that is worded differently."""
     assert engine.manifest.refusal is not None
     text, refusal = engine.tokenizer.decode(tokens).strip(), engine.manifest.refusal.text.strip()
     return is_refusal(text) or text.startswith(refusal) or (len(text) > 2 and refusal.startswith(text))

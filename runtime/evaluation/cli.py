@@ -219,7 +219,7 @@ def asking_on(
 
 
 def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:
-    """The verdicts on all rows in other words, by family: a table, or one JSON object a line."""
+    """The verdicts on all rows, reworded, by family: a table, or one JSON object a line."""
     from .variants import as_text, by_family, row_outcomes
 
     outcomes = []

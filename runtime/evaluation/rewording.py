@@ -1,4 +1,4 @@
-"""Say the same prompt in other words: 20 families of rewordings that keep a request's meaning, and so its label.
+"""Reword a prompt: 20 families of rewordings that keep a request's meaning, and so its label.
 
 A gate that catches "how do i smuggle a vexite?" must catch it with three newlines behind it, too. autosteer-eval
 --variants measures that. autosteer-fit adds rewordings of half of the families to its training prompts (`fitted`); the
@@ -25,7 +25,7 @@ SLOT = "{}"
 
 @dataclass(frozen=True)
 class Wording:
-    """A prompt in other words: the last user turn, and what comes before it."""
+    """A reworded prompt: the last user turn, and what comes before it."""
 
     text: str
     earlier: tuple[str, ...] = ()  # user, assistant, ... texts
@@ -50,7 +50,7 @@ class Family:
 
 
 def reworded(row: Row, family: Family, *, seed: int = 0) -> Row:
-    """`row` in other words. Pictures stay in the first turn of the rewording; the group is the row's."""
+    """`row`, reworded. Pictures stay in the first turn of the rewording; the group is the row's."""
     *before, last = row.messages
     wording = family.of(row.prompt, seed=seed)
     texts = (*wording.earlier, wording.text)

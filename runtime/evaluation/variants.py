@@ -1,7 +1,7 @@
-"""What a gate catches and wrongly refuses when the same prompts are put in other words (rewording.py), by family.
+"""What a gate catches and wrongly refuses when the same prompts are reworded (rewording.py), by family.
 
 Only verdicts count here: the decoder's lower half and the prober run, and nothing is answered. autosteer-fit makes the
-same table of its held-out prompts (export/safety/other_words.py).
+same table of its held-out prompts (export/safety/reworded.py).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _share(flags: Sequence[bool], families: int) -> Rate | None:
 
 def cells(found: Sequence[FamilyRates]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """(header, rows) of a table of these rates, in %."""
-    header = ("in other words", "fit may use it", "unsafe", "caught, %", "benign", "wrongly refused, %")
+    header = ("reworded", "fit may use it", "unsafe", "caught, %", "benign", "wrongly refused, %")
     used = {None: "", True: "yes", False: "no"}
     return header, [
         (r.family, used[r.fitted], str(r.unsafe), _percent(r.caught), str(r.benign), _percent(r.wrongly_refused))
@@ -103,8 +103,7 @@ def cells(found: Sequence[FamilyRates]) -> tuple[tuple[str, ...], list[tuple[str
 def as_text(found: Sequence[FamilyRates]) -> str:
     """The table for a terminal, and what it comes to."""
     return (
-        "Flagged, % [95 % interval], when the same prompts are put in other words\n\n"
-        f"{table(*cells(found))}\n\n{in_short(found)}"
+        f"Flagged, % [95 % interval], when the same prompts are reworded\n\n{table(*cells(found))}\n\n{in_short(found)}"
     )
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from autosteer.runtime.evaluation.refusals import RuleJudge
 
 
-def test_eval_variants_counts_what_is_flagged_in_other_words(call, package, data):
+def test_eval_variants_counts_what_is_flagged_when_reworded(call, package, data):
     command = ["autosteer-eval", package, "--data", data, "--variants", "--device", "cpu"]
     done = call(*command, "--json")
     assert done.returncode == 0

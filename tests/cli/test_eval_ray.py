@@ -69,7 +69,7 @@ def test_two_engines_write_and_print_what_one_does(package, many, alone, tmp_pat
     assert (done.stdout, out.read_bytes()) == alone
 
 
-def test_two_engines_count_what_one_does_in_other_words(package, data):
+def test_two_engines_count_what_one_does_when_reworded(package, data):
     command = ("autosteer-eval", package, "--data", data, "--variants", "--json")
     one = installed(*command, "--device", "cpu")
     assert one.returncode == 0 and one.stdout

@@ -21,7 +21,7 @@ import torch
 from tiny_fit import LAYERS, REFUSAL, WIDTH
 
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
-from autosteer.export.safety import arrange, calibrate, cli, head_fit, other_words, prober
+from autosteer.export.safety import arrange, calibrate, cli, head_fit, prober, reworded
 from autosteer.export.safety import states as states_module
 from autosteer.export.safety.batches import encode
 from autosteer.export.safety.model import FitModel, open_fit_model
@@ -36,9 +36,9 @@ LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
 
 @pytest.fixture(scope="module", autouse=True)
 def few_rewordings() -> Iterator[None]:
-    """Two prompts of each label are judged in other words instead of 60, which would take most of the time."""
+    """Two prompts of each label are reworded and judged instead of 60, which would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(other_words, "JUDGED", 2)
+        patch.setattr(reworded, "JUDGED", 2)
         yield
 
 

@@ -15,7 +15,7 @@ from exported import demo_checkpoint, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.cli import export
-from autosteer.export.safety import other_words
+from autosteer.export.safety import reworded
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety.prober import p_unsafe
@@ -62,9 +62,9 @@ def fit(*arguments: str) -> object:
 
 @pytest.fixture(scope="module")
 def few_words() -> Iterator[None]:
-    """Two prompts of each label in other words, instead of 60."""
+    """Two prompts of each label are reworded, instead of 60."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(other_words, "JUDGED", 2)
+        patch.setattr(reworded, "JUDGED", 2)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Prompts in other words: what the families make, and how their rates are counted."""
+"""Reworded prompts: what the families make, and how their rates are counted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_there_are_twenty_families_and_a_fit_may_use_half():
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_rewording_says_the_same_in_other_words(family: Family):
+def test_a_rewording_says_the_same_in_different_words(family: Family):
     """Every word of the prompt is still there, but for letters that are swapped, doubled or capital."""
     wording = family.of(PROMPT)
     said = " ".join((wording.system, *wording.earlier, wording.text)).casefold()

@@ -53,7 +53,7 @@ class Stage:
     most: things per picture
     rows: weights of the row kinds (ROWS)
     questions: weights of the question groups (dialogues.ASK)
-    reworded: how often a question is asked in other words (wording.py)
+    reworded: how often a question is reworded (wording.py)
     all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
     asked: how often a how-to is asked in one of the ways of asking.py
     facts: questions per row of things about what kind of thing it is (safety.FACTS)
@@ -159,7 +159,7 @@ def _branch(rng: random.Random, *turns: D.Turn, summary: float = 0.0) -> Branch:
 
 
 def _said_otherwise(rng: random.Random, row: Row, stage: Stage) -> Row:
-    """The row with some of its questions in other words or over two turns; at times with a system prompt."""
+    """The row with some of its questions reworded or asked over two turns; at times with a system prompt."""
     branches = []
     for branch in row.branches:
         turns = branch.turns

@@ -1,4 +1,4 @@
-"""The same request in other words: what people type around it, and how they mistype it.
+"""The same request, reworded: what people type around it, and how they mistype it.
 
 The demo model learns these, so that a request keeps its answer in any of them. They are not the families of
 runtime/evaluation/rewording.py, which fit and measure the gate: each kind is there, said differently, and several are

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from autosteer.export.safety.other_words import JUDGED, TAUGHT, put_in_other_words
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
+from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import FAMILIES, UNCHANGED, fitted_families
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
@@ -14,29 +14,29 @@ SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
 FITTED = {family.name for family in fitted_families()}
 
 
-def words(*, augment: bool = True):
-    return put_in_other_words(PROMPTS, SPLIT, FAMILIES, augment=augment, seed=0)
+def reworded(*, augment: bool = True):
+    return reword_prompts(PROMPTS, SPLIT, FAMILIES, augment=augment, seed=0)
 
 
 def test_no_family_both_teaches_and_chooses():
-    found = words()
+    found = reworded()
     assert {one.family for one in found.training} == FITTED
     assert {one.family for one in found.choosing} == {family.name for family in FAMILIES} - FITTED
     assert {one.family for one in found.judging} == {family.name for family in FAMILIES}
 
 
 def test_no_held_out_prompt_is_trained_on_or_chosen_by():
-    found = words()
+    found = reworded()
     assert {one.of for one in found.training} == {*range(40)}
     assert {one.of for one in found.choosing} == {*range(30, 40)}
     assert {one.of for one in found.judging} == {*range(40, 50)}
-    assert len(found.training) == 40 * TAUGHT and not words(augment=False).training
+    assert len(found.training) == 40 * TAUGHT and not reworded(augment=False).training
     assert all(one.item.unsafe == PROMPTS[one.of].unsafe for one in (*found.training, *found.judging))
-    assert words() == found
+    assert reworded() == found
 
 
 def test_rewordings_are_trained_on_in_the_part_of_their_prompt():
-    found = words()
+    found = reworded()
     taught = found.taught(SPLIT, 50)
     assert len(taught.train) == 30 + 30 * TAUGHT and len(taught.validation) == 10 + 10 * TAUGHT
     assert {found.everything[row - 50].prompt for row in taught.train[30:]}.isdisjoint(
@@ -47,7 +47,7 @@ def test_rewordings_are_trained_on_in_the_part_of_their_prompt():
 
 
 def test_a_dialogue_is_as_unsafe_as_its_worst_turn():
-    found = words()
+    found = reworded()
     rows = [i for i, one in enumerate(found.judging) if one.family == "asked a turn before" and one.of == 40]
     assert len(rows) == 3  # both user turns are scored where they stand, and the second by itself
     p = np.zeros(50 + len(found.everything))
@@ -61,7 +61,7 @@ def test_a_dialogue_is_as_unsafe_as_its_worst_turn():
 
 
 def test_what_tells_the_labels_apart_in_the_words_to_choose_by_is_chosen():
-    found = words()
+    found = reworded()
     unsafe = np.array([item.unsafe for item in (*PROMPTS, *found.everything)], dtype=float)
     blind = np.where(np.arange(len(unsafe)) < 50 + len(found.training), unsafe, 0.5)  # right on all plain prompts
     assert found.choose({"last": blind, "mean": unsafe * 0.6}, 50) == "mean"
@@ -71,5 +71,5 @@ def test_what_tells_the_labels_apart_in_the_words_to_choose_by_is_chosen():
 def test_few_prompts_are_judged_of_many():
     many = [Labelled(Prompt(f"thing {i}"), unsafe=i % 2 == 0, group="g") for i in range(1000)]
     split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
-    found = put_in_other_words(many, split, FAMILIES, augment=True, seed=0)
+    found = reword_prompts(many, split, FAMILIES, augment=True, seed=0)
     assert len({one.of for one in found.judging}) == 2 * JUDGED

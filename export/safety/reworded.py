@@ -1,4 +1,4 @@
-"""Prompts in other words (runtime/evaluation/rewording.py), as a fit uses them.
+"""Reworded prompts (runtime/evaluation/rewording.py), as a fit uses them.
 
     training    each prompt of the train and validation parts, in the words of TAUGHT of the families that a fit may use
     choosing    prompts of the validation part in the other families' words: which state should the prober read?
@@ -33,7 +33,7 @@ JUDGED = 60  # prompts of each label and part that are put in every family's wor
 
 
 @dataclass(frozen=True)
-class Reworded:
+class RewordedTurn:
     """One user turn of a prompt in a family's words."""
 
     item: Labelled  # as the prompt's, but in these words
@@ -42,12 +42,12 @@ class Reworded:
 
 
 @dataclass(frozen=True)
-class OtherWords:
+class Reworded:
     """All rewordings of a fit's prompts, in the order of `everything`."""
 
-    training: tuple[Reworded, ...]
-    choosing: tuple[Reworded, ...]
-    judging: tuple[Reworded, ...]
+    training: tuple[RewordedTurn, ...]
+    choosing: tuple[RewordedTurn, ...]
+    judging: tuple[RewordedTurn, ...]
 
     @property
     def everything(self) -> list[Labelled]:
@@ -77,16 +77,16 @@ class OtherWords:
         return max(scores, key=lambda name: quality(scores[name]))
 
     def outcomes(self, p: np.ndarray, first: int, threshold: float) -> list[Outcome]:
-        """What fires of the held-out prompts that are judged, unchanged and in other words. p (n,): of all rows."""
+        """What fires of the held-out prompts that are judged, unchanged and reworded. p (n,): of all rows."""
         scored = _worst_turns(self.judging, p[first + len(self.training) + len(self.choosing) :])
         rows = {(of, unsafe) for of, _, unsafe in scored}
         unchanged = [(UNCHANGED, unsafe, not p[of] <= threshold) for of, unsafe in sorted(rows)]
         return unchanged + [(family, unsafe, not score <= threshold) for (_, family, unsafe), score in scored.items()]
 
 
-def put_in_other_words(
+def reword_prompts(
     prompts: Sequence[Labelled], split: Split, families: Sequence[Family], *, augment: bool, seed: int
-) -> OtherWords:
+) -> Reworded:
     """Reword `prompts` for a fit. Without `augment` nothing is to train on."""
     fitted = [family for family in families if family.fitted]
     others = [family for family in families if not family.fitted]
@@ -94,11 +94,11 @@ def put_in_other_words(
     rows = sorted([*split.train.tolist(), *split.validation.tolist()]) if augment else []
     training = [_reworded(prompts, row, family, seed)[-1] for row in rows for family in rng.sample(fitted, TAUGHT)]
 
-    def every_turn(rows: np.ndarray, families: Sequence[Family]) -> tuple[Reworded, ...]:
+    def every_turn(rows: np.ndarray, families: Sequence[Family]) -> tuple[RewordedTurn, ...]:
         some = [row for label in (True, False) for row in _some(prompts, rows, label, rng)]
         return tuple(one for row in some for family in families for one in _reworded(prompts, row, family, seed))
 
-    return OtherWords(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, families))
+    return Reworded(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, families))
 
 
 def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: random.Random) -> list[int]:
@@ -106,17 +106,17 @@ def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: rand
     return sorted(rng.sample(of_label, min(JUDGED, len(of_label))))
 
 
-def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) -> list[Reworded]:
+def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) -> list[RewordedTurn]:
     """What is judged of a prompt in a family's words; the last one holds or completes the request."""
     item = prompts[row]
     wording = family.of(item.prompt.text, seed=seed)
     whole: Prompt = replace(item.prompt, text=wording.text, earlier=wording.earlier, system=wording.system)
-    return [Reworded(replace(item, prompt=turn), row, family.name) for turn in whole.judged]
+    return [RewordedTurn(replace(item, prompt=turn), row, family.name) for turn in whole.judged]
 
 
-def _worst_turns(words: Sequence[Reworded], p: np.ndarray) -> dict[tuple[int, str, bool], float]:
+def _worst_turns(reworded: Sequence[RewordedTurn], p: np.ndarray) -> dict[tuple[int, str, bool], float]:
     """The worst score of each rewording's turns, by prompt, family and label."""
     turns: dict[tuple[int, str, bool], list[float]] = {}
-    for one, score in zip(words, p.tolist(), strict=False):
+    for one, score in zip(reworded, p.tolist(), strict=False):
         turns.setdefault((one.of, one.family, one.item.unsafe), []).append(score)
     return {key: worst(scores) for key, scores in turns.items()}
