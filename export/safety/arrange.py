@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autosteer.runtime.evaluation.variants import possible_families
+from autosteer.runtime.evaluation.variants import possible_rewordings
 
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives
@@ -62,8 +62,8 @@ def arrange(
     if target_fpr is not None:
         benign = {prompts[row].cluster for row in split.heldout if not prompts[row].unsafe}
         allowed_false_positives(len(benign), target_fpr=target_fpr)
-    families = possible_families(system=takes_system(fit_model))
-    reworded = reword_prompts(prompts, split, families, augment=augment, seed=seed)
+    rewordings = possible_rewordings(system=takes_system(fit_model))
+    reworded = reword_prompts(prompts, split, rewordings, augment=augment, seed=seed)
     items, first_reworded = [*prompts, *external, *reworded.everything], len(prompts) + len(external)
     check_text(fit_model, [item.prompt for item in (*items, *data.refusal_only)])
     if fit_model.image_token_id is not None and not count_pictures(prompts):

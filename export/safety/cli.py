@@ -106,7 +106,7 @@ class Finite(click.FloatRange):
     default="auto",
     show_default=True,
     help="The prober reads the mean over the user's turn (pooled), its last token (paper), or whichever of these tells "
-    "unsafe from benign better in words of kinds that it was not trained on (auto).",
+    "unsafe from benign better in kinds of rewording that it was not trained on (auto).",
 )
 @click.option(
     "--augment",

@@ -20,7 +20,7 @@ import numpy as np
 from autosteer.export.checkpoint.renderer import frame_digests
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.evaluation.variants import FamilyRates, as_text, by_family
+from autosteer.runtime.evaluation.variants import RewordingRates, as_text, by_rewording
 
 from . import DEFAULT_THRESHOLD, PICTURES
 from .arrange import Arranged, arrange, count_pictures, training_weights
@@ -85,7 +85,7 @@ class Fitted:
     proof_images: dict[str, Path]  # images of the proof's prompts, by their names in the safety folder
     evidence: Evidence
     strengths: tuple[StrengthScore, ...]
-    rewordings: tuple[FamilyRates, ...]  # what the gate makes of held-out prompts, reworded
+    rewordings: tuple[RewordingRates, ...]  # what the gate makes of held-out prompts, reworded
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         states_s = time.perf_counter() - started
         chosen = _choose(data, arranged, states, options, console)
         gate, p = chosen.gate, chosen.scores
-        rates = by_family(reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+        rates = by_rewording(reworded.outcomes(p, arranged.first_reworded, gate.threshold))
         console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
             evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)

@@ -25,7 +25,7 @@ from autosteer.runtime import Engine, Manifest, Message, Mode
 from autosteer.runtime.console import table
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import Row
-from autosteer.runtime.evaluation.variants import as_text, by_family
+from autosteer.runtime.evaluation.variants import as_text, by_rewording
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.stats import Stats
 
@@ -104,7 +104,7 @@ def refit(
         threshold=old.facts.threshold,
     )
     console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)
-    rates = by_family(arranged.reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+    rates = by_rewording(arranged.reworded.outcomes(p, arranged.first_reworded, gate.threshold))
     console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
     with progress(console, "evidence", len(t.sources) + 2) as advance:
         evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)

@@ -84,7 +84,7 @@ def as_markdown(fitted: Fitted) -> str:
         _rate_table(e.rates),
         "\n![scores](scores.png)\n",
         "## Reworded prompts\n",
-        "Held-out prompts, unchanged and reworded in 20 families that keep their meaning (docs/evaluation.md). The fit "
+        "Held-out prompts, unchanged and reworded in 20 ways that keep their meaning (docs/evaluation.md). The fit "
         f"{'trained on rewordings of half of them' if t['augmented_prompts'] else 'trained on none of them'}.\n",
         _table(*cells(fitted.rewordings)),
         f"\n{in_short(fitted.rewordings)}\n",

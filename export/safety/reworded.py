@@ -1,8 +1,8 @@
 """Reworded prompts (runtime/evaluation/rewording.py), as a fit uses them.
 
-    training    each prompt of the train and validation parts, in the words of TAUGHT of the families that a fit may use
-    choosing    prompts of the validation part in the other families' words: which state should the prober read?
-    judging     held-out prompts in the words of all families: the table in the report
+    training    each prompt of the train and validation parts, in TAUGHT kinds of rewording that a fit may use
+    choosing    prompts of the validation part in the other kinds: which state should the prober read?
+    judging     held-out prompts in all kinds: the table in the report
 
 A rewording can be a dialogue. The gate's score of one is the worst of its user turns', so every turn is a prompt here.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from autosteer.runtime.evaluation.rewording import UNCHANGED, Family
+from autosteer.runtime.evaluation.rewording import UNCHANGED, Rewording
 from autosteer.runtime.evaluation.variants import Outcome
 from autosteer.runtime.gate import worst
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 Name = TypeVar("Name", bound=str)
 
 TAUGHT = 2  # rewordings of each prompt that is trained on
-JUDGED = 60  # prompts of each label and part that are put in every family's words
+JUDGED = 60  # prompts of each label and part that are reworded in every way
 
 
 @dataclass(frozen=True)
 class RewordedTurn:
-    """One user turn of a prompt in a family's words."""
+    """One user turn of a reworded prompt."""
 
     item: Labelled  # as the prompt's, but in these words
     of: int  # the prompt's row
-    family: str
+    rewording: str  # its name
 
 
 @dataclass(frozen=True)
@@ -81,24 +81,24 @@ class Reworded:
         scored = _worst_turns(self.judging, p[first + len(self.training) + len(self.choosing) :])
         rows = {(of, unsafe) for of, _, unsafe in scored}
         unchanged = [(UNCHANGED, unsafe, not p[of] <= threshold) for of, unsafe in sorted(rows)]
-        return unchanged + [(family, unsafe, not score <= threshold) for (_, family, unsafe), score in scored.items()]
+        return unchanged + [(name, unsafe, not score <= threshold) for (_, name, unsafe), score in scored.items()]
 
 
 def reword_prompts(
-    prompts: Sequence[Labelled], split: Split, families: Sequence[Family], *, augment: bool, seed: int
+    prompts: Sequence[Labelled], split: Split, rewordings: Sequence[Rewording], *, augment: bool, seed: int
 ) -> Reworded:
     """Reword `prompts` for a fit. Without `augment` nothing is to train on."""
-    fitted = [family for family in families if family.fitted]
-    others = [family for family in families if not family.fitted]
+    fitted = [rewording for rewording in rewordings if rewording.fitted]
+    others = [rewording for rewording in rewordings if not rewording.fitted]
     rng = random.Random(seed)
     rows = sorted([*split.train.tolist(), *split.validation.tolist()]) if augment else []
-    training = [_reworded(prompts, row, family, seed)[-1] for row in rows for family in rng.sample(fitted, TAUGHT)]
+    training = [_reworded(prompts, row, way, seed)[-1] for row in rows for way in rng.sample(fitted, TAUGHT)]
 
-    def every_turn(rows: np.ndarray, families: Sequence[Family]) -> tuple[RewordedTurn, ...]:
+    def every_turn(rows: np.ndarray, rewordings: Sequence[Rewording]) -> tuple[RewordedTurn, ...]:
         some = [row for label in (True, False) for row in _some(prompts, rows, label, rng)]
-        return tuple(one for row in some for family in families for one in _reworded(prompts, row, family, seed))
+        return tuple(one for row in some for way in rewordings for one in _reworded(prompts, row, way, seed))
 
-    return Reworded(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, families))
+    return Reworded(tuple(training), every_turn(split.validation, others), every_turn(split.heldout, rewordings))
 
 
 def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: random.Random) -> list[int]:
@@ -106,17 +106,17 @@ def _some(prompts: Sequence[Labelled], rows: np.ndarray, unsafe: bool, rng: rand
     return sorted(rng.sample(of_label, min(JUDGED, len(of_label))))
 
 
-def _reworded(prompts: Sequence[Labelled], row: int, family: Family, seed: int) -> list[RewordedTurn]:
-    """What is judged of a prompt in a family's words; the last one holds or completes the request."""
+def _reworded(prompts: Sequence[Labelled], row: int, rewording: Rewording, seed: int) -> list[RewordedTurn]:
+    """What is judged of a reworded prompt; the last one holds or completes the request."""
     item = prompts[row]
-    wording = family.of(item.prompt.text, seed=seed)
+    wording = rewording.of(item.prompt.text, seed=seed)
     whole: Prompt = replace(item.prompt, text=wording.text, earlier=wording.earlier, system=wording.system)
-    return [RewordedTurn(replace(item, prompt=turn), row, family.name) for turn in whole.judged]
+    return [RewordedTurn(replace(item, prompt=turn), row, rewording.name) for turn in whole.judged]
 
 
 def _worst_turns(reworded: Sequence[RewordedTurn], p: np.ndarray) -> dict[tuple[int, str, bool], float]:
-    """The worst score of each rewording's turns, by prompt, family and label."""
+    """The worst score of each reworded prompt's turns, by prompt, rewording and label."""
     turns: dict[tuple[int, str, bool], list[float]] = {}
     for one, score in zip(reworded, p.tolist(), strict=False):
-        turns.setdefault((one.of, one.family, one.item.unsafe), []).append(score)
+        turns.setdefault((one.of, one.rewording, one.item.unsafe), []).append(score)
     return {key: worst(scores) for key, scores in turns.items()}

@@ -72,8 +72,8 @@ file_option: Any = click.Path(path_type=Path)
 @click.option(
     "--variants",
     is_flag=True,
-    help="Do not answer: measure what is flagged of every prompt and of its rewordings in 20 families (newlines, "
-    "closers, typos, role play, ...) and of its letters in 6 (digits for letters, base64, ...), by family.",
+    help="Do not answer: measure what is flagged of every prompt, in 20 kinds of rewording (newlines, closers, "
+    "typos, role play, ...) and in 6 kinds of obfuscation (digits for letters, base64, ...), by kind.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")
 @click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")
@@ -219,18 +219,18 @@ def asking_on(
 
 
 def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:
-    """The verdicts on all rows, reworded, by family: a table, or one JSON object a line."""
-    from .variants import as_text, by_family, row_outcomes
+    """The verdicts on all rows, reworded, by kind: a table, or one JSON object a line."""
+    from .variants import as_text, by_rewording, row_outcomes
 
     outcomes = []
     with asking(row_outcomes, rows) as asked, progress("rewording", len(rows)) as advance:
         for found in asked:
             outcomes += found
             advance()
-    rates = by_family(outcomes)
+    rates = by_rewording(outcomes)
     if as_json:
-        for family in rates:
-            click.echo(dumps(dataclasses.asdict(family)))
+        for one in rates:
+            click.echo(dumps(dataclasses.asdict(one)))
     else:
         click.echo(as_text(rates))
 

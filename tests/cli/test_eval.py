@@ -17,7 +17,7 @@ def test_eval_variants_counts_what_is_flagged_when_reworded(call, package, data)
     command = ["autosteer-eval", package, "--data", data, "--variants", "--device", "cpu"]
     done = call(*command, "--json")
     assert done.returncode == 0
-    rates = {row["family"]: row for row in map(json.loads, done.stdout.splitlines())}
+    rates = {row["rewording"]: row for row in map(json.loads, done.stdout.splitlines())}
     assert (rates["unchanged"]["unsafe"], rates["unchanged"]["caught"]["value"]) == (2, 0.5)
     assert (rates["closers"]["fitted"], rates["quotes"]["fitted"]) == (True, False)
     table = call(*command).stdout

@@ -7,22 +7,22 @@ import numpy as np
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
-from autosteer.runtime.evaluation.rewording import FAMILIES, UNCHANGED, fitted_families
+from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED, fitted_rewordings
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
 SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
-FITTED = {family.name for family in fitted_families()}
+FITTED = {rewording.name for rewording in fitted_rewordings()}
 
 
 def reworded(*, augment: bool = True):
-    return reword_prompts(PROMPTS, SPLIT, FAMILIES, augment=augment, seed=0)
+    return reword_prompts(PROMPTS, SPLIT, REWORDINGS, augment=augment, seed=0)
 
 
-def test_no_family_both_teaches_and_chooses():
+def test_no_kind_of_rewording_both_teaches_and_chooses():
     found = reworded()
-    assert {one.family for one in found.training} == FITTED
-    assert {one.family for one in found.choosing} == {family.name for family in FAMILIES} - FITTED
-    assert {one.family for one in found.judging} == {family.name for family in FAMILIES}
+    assert {one.rewording for one in found.training} == FITTED
+    assert {one.rewording for one in found.choosing} == {rewording.name for rewording in REWORDINGS} - FITTED
+    assert {one.rewording for one in found.judging} == {rewording.name for rewording in REWORDINGS}
 
 
 def test_no_held_out_prompt_is_trained_on_or_chosen_by():
@@ -48,11 +48,11 @@ def test_rewordings_are_trained_on_in_the_part_of_their_prompt():
 
 def test_a_dialogue_is_as_unsafe_as_its_worst_turn():
     found = reworded()
-    rows = [i for i, one in enumerate(found.judging) if one.family == "asked a turn before" and one.of == 40]
+    rows = [i for i, one in enumerate(found.judging) if one.rewording == "asked a turn before" and one.of == 40]
     assert len(rows) == 3  # both user turns are scored where they stand, and the second by itself
     p = np.zeros(50 + len(found.everything))
     p[50 + len(found.training) + len(found.choosing) + rows[0]] = 0.9
-    flagged = [(family, unsafe) for family, unsafe, fires in found.outcomes(p, 50, 0.5) if fires]
+    flagged = [(rewording, unsafe) for rewording, unsafe, fires in found.outcomes(p, 50, 0.5) if fires]
     assert flagged == [("asked a turn before", True)]
     p[40] = 0.9
     assert (UNCHANGED, True, True) in found.outcomes(p, 50, 0.5)
@@ -71,5 +71,5 @@ def test_what_tells_the_labels_apart_in_the_words_to_choose_by_is_chosen():
 def test_few_prompts_are_judged_of_many():
     many = [Labelled(Prompt(f"thing {i}"), unsafe=i % 2 == 0, group="g") for i in range(1000)]
     split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
-    found = reword_prompts(many, split, FAMILIES, augment=True, seed=0)
+    found = reword_prompts(many, split, REWORDINGS, augment=True, seed=0)
     assert len({one.of for one in found.judging}) == 2 * JUDGED

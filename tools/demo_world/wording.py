@@ -1,6 +1,6 @@
 """The same request, reworded: what people type around it, and how they mistype it.
 
-The demo model learns these, so that a request keeps its answer in any of them. They are not the families of
+The demo model learns these, so that a request keeps its answer in any of them. They are not the kinds of
 runtime/evaluation/rewording.py, which fit and measure the gate: each kind is there, said differently, and several are
 put together at random.
 """
