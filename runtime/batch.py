@@ -91,7 +91,7 @@ class Batch:
         if request not in self._seated:
             return
         try:
-            request.move(request.room())
+            request.move(request.empty_caches())
         finally:
             row, last = self._seated.index(request), self._seated.pop()
             if last is not request:

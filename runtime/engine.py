@@ -381,8 +381,8 @@ class Engine:
         length, context = prompt.inputs_embeds.shape[1], self.manifest.dims.context_length
         check_length(self.manifest, length)
         cached = conversation.take_prefix() if conversation else None
-        room = min(max_tokens, self.manifest.rotary.room(length, context))
-        return Request(self.manifest, self.graphs, self.device, prompt, room, stats, chunk=chunk, cached=cached)
+        longest = min(max_tokens, self.manifest.rotary.longest_answer(length, context))
+        return Request(self.manifest, self.graphs, self.device, prompt, longest, stats, chunk=chunk, cached=cached)
 
 
 def _dialogue(

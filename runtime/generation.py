@@ -110,7 +110,7 @@ class Request:
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
         else:
-            self._caches = {half: KVCache(arrays, device) for half, arrays in self.room().items()}
+            self._caches = {half: KVCache(arrays, device) for half, arrays in self.empty_caches().items()}
         stats.kv_bytes = sum(cache.bytes for cache in self._caches.values())
         first = min([reused, *self._pending])  # that either half will run over
         self._rotary = RotaryTables(rotary, prompt.positions, self._capacity, manifest.activations, device, first=first)
@@ -306,7 +306,7 @@ class Request:
         """The strength at which every token goes through the Refusal Head; None if they do not."""
         return self._strength if self._steered else None
 
-    def room(self) -> dict[str, Arrays]:
+    def empty_caches(self) -> dict[str, Arrays]:
         """Empty caches for all of this request, by decoder half."""
         manifest = self._manifest
         return {

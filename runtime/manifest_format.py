@@ -127,7 +127,7 @@ class RotarySpec:
         """That of a prompt of `length`."""
         return replace(self, frequencies=self.long.frequencies) if self.long and self.is_long(length) else self
 
-    def room(self, length: int, context: int) -> int:
+    def longest_answer(self, length: int, context: int) -> int:
         """Most tokens of an answer to a prompt of `length`: the last one has no position yet."""
         most = context - length
         return most if self.long is None or self.is_long(length) else min(most, self.long.beyond + 1 - length)

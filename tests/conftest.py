@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-ROOMS_OF_TOYS = ("unit", "cli", "serve", "conformance")
+TOY_DIRECTORIES = ("unit", "cli", "serve", "conformance")
 
 # Why tests may be skipped in CI, too: any other reason is a failure there.
 ALLOWED_IN_CI = (
@@ -103,7 +103,7 @@ def _toys_stay_where_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
     one). Engines that tests start in other processes, and those of tests/parity, look.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name in ROOMS_OF_TOYS:
+        if request.path.parent.name in TOY_DIRECTORIES:
             patch.setattr("autosteer.runtime.engine.placing", contextlib.nullcontext)
         yield
 

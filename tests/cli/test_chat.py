@@ -1,4 +1,4 @@
-"""Tier 3: autosteer-run without a prompt, on a terminal."""
+"""autosteer-run without a prompt, on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 3: autosteer-check and autosteer-bench."""
+"""autosteer-check and autosteer-bench."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 3: autosteer-draft."""
+"""autosteer-draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 3: autosteer-eval. Exit codes, what goes to stdout and what to stderr, what it keeps, and no tracebacks."""
+"""autosteer-eval. Exit codes, what goes to stdout and what to stderr, what it keeps, and no tracebacks."""
 
 from __future__ import annotations
 

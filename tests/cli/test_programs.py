@@ -1,4 +1,4 @@
-"""Tier 3: the installed programs. Exit codes, streams that are closed, Ctrl-C, a full disk, and no tracebacks.
+"""The installed programs. Exit codes, streams that are closed, Ctrl-C, a full disk, and no tracebacks.
 
 Variants of what is answered or refused run `main()` in this process, which is 20 times quicker: test_run.py.
 """

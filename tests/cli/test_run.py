@@ -1,4 +1,4 @@
-"""Tier 3: autosteer-run. Exit codes, and what goes to stdout and what to stderr."""
+"""autosteer-run. Exit codes, and what goes to stdout and what to stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime under sanitizers, a second compiler, and with nothing around it."""
+"""The C++ runtime under sanitizers, a second compiler, and with nothing around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: a conversation in C++ computes what Python's computes, and answers as from a fresh start."""
+"""A conversation in C++ computes what Python's computes, and answers as from a fresh start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime gives the verdicts and answers of Python's, fails closed as it does."""
+"""The C++ runtime gives the verdicts and answers of Python's, fails closed as it does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime's pixels are Python's to the bit, from every kind of picture and frame."""
+"""The C++ runtime's pixels are Python's to the bit, from every kind of picture and frame."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: autosteer-cli is autosteer-run without Python; the C functions let no exception out."""
+"""autosteer-cli is autosteer-run without Python; the C functions let no exception out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: libautosteer as a product gets it: an installed prefix, a compiler, and nothing of this repository."""
+"""libautosteer as a product gets it: an installed prefix, a compiler, and nothing of this repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime watches answers as Python's does: chunk by chunk, drafted or not, and in its record."""
+"""The C++ runtime watches answers as Python's does: chunk by chunk, drafted or not, and in its record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime drafts what Python's drafts, verifies it as Python does, and says the same without drafts."""
+"""The C++ runtime drafts what Python's drafts, verifies it as Python does, and says the same without drafts."""
 
 from __future__ import annotations
 

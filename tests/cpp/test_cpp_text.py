@@ -1,4 +1,4 @@
-"""Tier 5: the C++ runtime's token ids and pieces of text are those of Python's."""
+"""The C++ runtime's token ids and pieces of text are those of Python's."""
 
 from __future__ import annotations
 

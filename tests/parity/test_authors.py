@@ -1,4 +1,4 @@
-"""Tier 4: the authors' two files as a safety half, in exactly the formats that their code writes."""
+"""The authors' two files as a safety half, in exactly the formats that their code writes."""
 
 from __future__ import annotations
 

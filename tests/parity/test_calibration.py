@@ -1,4 +1,4 @@
-"""Tier 4: which columns matter, against Hugging Face's whole model; and what a package holds of each matrix."""
+"""Which columns matter, against Hugging Face's whole model; and what a package holds of each matrix."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: tiny random Chameleons with a real VQ-VAE encoder, exported and compared with Hugging Face.
+"""Tiny random Chameleons with a real VQ-VAE encoder, exported and compared with Hugging Face.
 
 Two of them: `plain` (norms before, as many key heads as query heads) and `swin` (norms after, grouped heads, attention
 in the VQ encoder), which is the 34B variant.

@@ -1,4 +1,4 @@
-"""Tier 4: what a checkpoint says beside its weights is read, said or refused in one line, and never passed over."""
+"""What a checkpoint says beside its weights is read, said or refused in one line, and never passed over."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tier 4: the random checkpoints of tools/make_checkpoint.py have what the hub's have, as far as no weights say it."""
+"""The random checkpoints of tools/make_checkpoint.py have what the hub's have, as far as no weights say it."""
 
 from __future__ import annotations
 

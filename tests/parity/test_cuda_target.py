@@ -1,4 +1,4 @@
-"""Tier 4: packages for CUDA, as far as a CPU shows what they are: float16 throughout, on onnxruntime's CPU provider."""
+"""Packages for CUDA, as far as a CPU shows what they are: float16 throughout, on onnxruntime's CPU provider."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 4: the image graph in 8 bits computes what it did, patches with outliers beside the others included."""
+"""The image graph in 8 bits computes what it did, patches with outliers beside the others included."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: what autosteer-export does with what users give it. Nothing half-written, one line per error."""
+"""What autosteer-export does with what users give it. Nothing half-written, one line per error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 4: --calibrate. What a matrix computes changes least, on rows that the decoder really sees."""
+"""--calibrate. What a matrix computes changes least, on rows that the decoder really sees."""
 
 from __future__ import annotations
 

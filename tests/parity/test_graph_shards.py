@@ -1,4 +1,4 @@
-"""Tier 4: graphs larger than memory run in pieces: what is loaded when, and that the pieces compute the whole."""
+"""Graphs larger than memory run in pieces: what is loaded when, and that the pieces compute the whole."""
 
 from __future__ import annotations
 

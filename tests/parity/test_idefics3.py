@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: tiny random Idefics3 and SmolVLM, exported and compared with Hugging Face.
+"""Tiny random Idefics3 and SmolVLM, exported and compared with Hugging Face.
 
 Three of them: `idefics3` (its own lm_head; a patch grid of 25, where HF misplaces some position embeddings), `smolvlm`
 (tied; another model type and processor), and `whole`, whose processor cuts no tiles.

@@ -1,4 +1,4 @@
-"""Tier 4: the decoder's products in 8 bits on both sides are those of the checkpoint, and of what is unpacked."""
+"""The decoder's products in 8 bits on both sides are those of the checkpoint, and of what is unpacked."""
 
 from pathlib import Path
 

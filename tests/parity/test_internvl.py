@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: tiny random InternVL3 and InternVL3.5 in Hugging Face's format, exported and compared with it.
+"""Tiny random InternVL3 and InternVL3.5 in Hugging Face's format, exported and compared with it.
 
 - `qwen2`: InternVL3 as on the hub.
 - `qwen3`: InternVL3.5; its tower norms queries and keys and has RMS norms and biases as the largest towers do, pictures

@@ -1,4 +1,4 @@
-"""int8 KV caches: what onnxruntime's operator does, by numpy; scales; packages that have them (tiers 1 and 4)."""
+"""int8 KV caches: what onnxruntime's operator does, by numpy; scales; packages that have them."""
 
 from __future__ import annotations
 

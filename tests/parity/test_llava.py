@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: tiny random LLaVA-1.5 and LLaVA-NeXT, exported and compared with Hugging Face.
+"""Tiny random LLaVA-1.5 and LLaVA-NeXT, exported and compared with Hugging Face.
 
 - `one tile`: LLaVA-1.5 as on the hub: Llama decoder and tokenizer, no class token, the middle of a picture.
 - `padded`: Qwen2 decoder, byte-level tokenizer, all of CLIP's rows, pictures padded to a square.

@@ -1,4 +1,4 @@
-"""Tier 4: validation refuses every damage that tools/mutate.py does to a package, and every wrong reading of a
+"""Validation refuses every damage that tools/mutate.py does to a package, and every wrong reading of a
 checkpoint. The whole count takes minutes a precision (`pytest -m mutation`); a sample of it runs always.
 """
 

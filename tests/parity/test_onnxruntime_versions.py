@@ -1,4 +1,4 @@
-"""Tier 4: the oldest onnxruntime that pyproject.toml allows answers as the installed one does, in both runtimes.
+"""The oldest onnxruntime that pyproject.toml allows answers as the installed one does, in both runtimes.
 
 The whole matrix is tools/matrix; this is its first and its last row, on packages that other tests have exported, too.
 The wheel is installed once, into build/matrix.

@@ -1,4 +1,4 @@
-"""Tiers 4 and 6: the demo package against the PyTorch original, on held-out dialogues with pictures."""
+"""The demo package against the PyTorch original, on held-out dialogues with pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiers 1 and 4: packages in which one copy of the decoder reads prompts and another writes answers."""
+"""Packages in which one copy of the decoder reads prompts and another writes answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier 4: chat templates are taken apart into pieces that render as Hugging Face does, or are refused."""
+"""Chat templates are taken apart into pieces that render as Hugging Face does, or are refused."""
 
 from pathlib import Path
 from typing import Any

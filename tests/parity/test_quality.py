@@ -1,4 +1,4 @@
-"""Tier 4: the ruler that rounding is measured with reads zero where nothing is rounded."""
+"""The ruler that rounding is measured with reads zero where nothing is rounded."""
 
 import json
 

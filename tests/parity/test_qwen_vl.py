@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: a tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL, exported and compared with Hugging Face.
+"""A tiny random Qwen2-VL, Qwen2.5-VL and Qwen3-VL, exported and compared with Hugging Face.
 
 `qwen2.5` has key heads that are shared, an lm_head of its own, and pictures of several windows, the last of a row and
 of a column not full; `qwen2` is tied, and its tower has no windows. `qwen3` has norms of queries and keys, and

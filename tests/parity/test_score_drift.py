@@ -1,4 +1,4 @@
-"""Tier 3: what rounding does to the gate, and the threshold that makes up for it."""
+"""What rounding does to the gate, and the threshold that makes up for it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tiers 3 and 4: tiny random text models with tokenizer and template of the hub's kind, compared with Hugging Face.
+"""Tiny random text models with tokenizer and template of the hub's kind, compared with Hugging Face.
 
 - `gemma3`: four norms a layer, whose weights count from 1; windows in most layers, which have frequencies of their own;
   scaled embeddings; GELU.

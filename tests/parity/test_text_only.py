@@ -1,4 +1,4 @@
-"""Tier 4: decoders without images, on tiny random checkpoints with the demo's tokenizer."""
+"""Decoders without images, on tiny random checkpoints with the demo's tokenizer."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Tier 4: our numpy pixels and packing are Hugging Face's, for pictures of awkward sizes.
+"""Our numpy pixels and packing are Hugging Face's, for pictures of awkward sizes.
 
 A tiny random model with the real grid: 384-pixel tiles, 36 pinpoints, anyres_max_9; shrinking and unpadding happen.
 """

@@ -1,4 +1,4 @@
-"""Tier 0: what depends on what. The runtime is for devices that have no PyTorch, so nothing of it may lead there."""
+"""What depends on what. The runtime is for devices that have no PyTorch, so nothing of it may lead there."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_no_module_leads_back_to_itself():
     assert arrows == {}  # what is left stands in a circle, or leads to one
 
 
-def test_the_fast_rooms_import_no_helper_that_exports():
+def test_the_fast_directories_import_no_helper_that_exports():
     """`tools/test --fast` runs them. Tests marked `exports` import inside the function."""
     slow = {"exported", "tiny_family", "tiny_fit", "cpp_inputs"}
     tests = [*sources("tests/unit"), *sources("tests/cli"), *sources("tests/serve")]

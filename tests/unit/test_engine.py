@@ -1,4 +1,4 @@
-"""Tier 1: the loop and its gate, on the toy whose every answer is worked out in tests/helpers/toy.py."""
+"""The loop and its gate, on the toy whose every answer is worked out in tests/helpers/toy.py."""
 
 from __future__ import annotations
 

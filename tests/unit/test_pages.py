@@ -1,4 +1,4 @@
-"""Tier 1: what is moved onto huge pages or given back, and that it stays what it was."""
+"""What is moved onto huge pages or given back, and that it stays what it was."""
 
 import mmap
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_what_was_filled_meanwhile_is_moved_and_what_was_read_of_files_is_given_
 
 
 def test_what_a_load_fills_is_placed(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
-    """Other tests in this room load without it: see tests/conftest.py."""
+    """Other tests in this directory load without it: see tests/conftest.py."""
     looks: list[int] = []
     monkeypatch.setattr(subject, "_mappings", lambda: looks.append(1) or [])
     monkeypatch.setattr("autosteer.runtime.engine.placing", placing)

@@ -1,4 +1,4 @@
-"""Tier 2 and 4: our blocks are onnxruntime's blocks, and what rounding costs."""
+"""Our blocks are onnxruntime's blocks, and what rounding costs."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tier 1: memory that sessions share, on a graph with one large activation; and where operators may run."""
+"""Memory that sessions share, on a graph with one large activation; and where operators may run."""
 
 import contextlib
 import os

@@ -198,7 +198,7 @@ class Engine {
             graphs_,
             log,
             std::move(prompt),
-            std::min(max_tokens, manifest.rotary.room(length, context)),
+            std::min(max_tokens, manifest.rotary.longest_answer(length, context)),
             stats,
             conversation ? conversation->take_prefix() : std::nullopt};
   }

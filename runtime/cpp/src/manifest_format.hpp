@@ -93,7 +93,7 @@ struct RotarySpec {
   }
 
   /// Most tokens of an answer to a prompt of `length`: the last one has no position yet.
-  int64_t room(int64_t length, int64_t context) const {
+  int64_t longest_answer(int64_t length, int64_t context) const {
     const int64_t most = context - length;
     return !longer || is_long(length) ? most : std::min(most, longer->beyond + 1 - length);
   }
