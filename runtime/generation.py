@@ -123,7 +123,6 @@ class Request:
         self._finite = True  # hidden states of the prompt, and logits of every pass
         self._lower_done = self._upper_done = False
         self._strength = 0.0
-        self._steered = False
         self._passes: dict[int, DecoderPass] = {}  # by number of tokens
         self._logits: npt.NDArray[Any] = np.empty((1, 0, 0))
         self._hidden: Callable[[], Float] = lambda: np.empty((0, 0), np.float32)
@@ -206,21 +205,21 @@ class Request:
         mean: Float = (total / len(probed)).astype(np.float32)[None]
         return mean
 
-    def prefill_upper(self, strength: float, *, through_head: bool = False) -> Float:
+    def prefill_upper(self, strength: float) -> Float:
         """`upper_chunks` without a pause."""
-        return finish(self.upper_chunks(strength, through_head=through_head))
+        return finish(self.upper_chunks(strength))
 
-    def upper_chunks(self, strength: float, *, through_head: bool = False) -> Generator[None, None, Float]:
+    def upper_chunks(self, strength: float) -> Generator[None, None, Float]:
         """Run decoder_upper over the prompt; logits (V,) of the first answer token, steered by `strength`. Pauses
         between two chunks.
 
-        At strength 0 the Refusal Head changes nothing and is skipped. `through_head` runs it anyway, to test that.
+        At strength 0 the Refusal Head changes nothing and is skipped.
         """
         if not self._lower_done or self._upper_done:
             raise RuntimeError("Request.prefill_upper before Request.prefill_lower, or twice")
         self._upper_done = True
         finite, self._finite = self._finite, False  # until the first logits are known to be
-        self._strength, self._steered = strength, bool(strength) or through_head
+        self._strength = strength
         single = self._passes[1] = DecoderPass(self, 1)
         self._stats.upper_ms = 0.0
         for chunk, first in enumerate(sorted(self._pending)):
@@ -304,7 +303,7 @@ class Request:
     @property
     def steered_by(self) -> float | None:
         """The strength at which every token goes through the Refusal Head; None if they do not."""
-        return self._strength if self._steered else None
+        return self._strength or None
 
     def empty_caches(self) -> dict[str, Arrays]:
         """Empty caches for all of this request, by decoder half."""
@@ -332,7 +331,7 @@ class Request:
 
     def head(self, last: OrtValue, logits: OrtValue, count: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""
-        if not self._steered:
+        if not self._strength:
             return self._graphs["lm_head"].bind({"last_hidden_state": last}, {"logits": logits})
         steered = self.empty("refusal_head", "steered_hidden_state", count)
         return steered_head(self._graphs, last, self._strength, steered, logits, self._device)

@@ -69,9 +69,9 @@ def clopper_pearson_upper(events: int, trials: int, *, confidence: float = CONFI
     return float(binomtest(events, trials, alternative="less").proportion_ci(confidence, method="exact").high)
 
 
-def prompts_needed(target_fpr: float, *, confidence: float = CONFIDENCE) -> int:
+def prompts_needed(target_fpr: float) -> int:
     """How many held-out benign prompts are needed to show `target_fpr`, if none of them fires."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-target_fpr))
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-target_fpr))
 
 
 def rate_upper(fires: np.ndarray, clusters: Sequence[str]) -> float:
@@ -80,16 +80,16 @@ def rate_upper(fires: np.ndarray, clusters: Sequence[str]) -> float:
     return clopper_pearson_upper(math.ceil(float(fires.mean()) * trials - 1e-9), trials)
 
 
-def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float = CONFIDENCE) -> int:
+def allowed_false_positives(benign: int, *, target_fpr: float) -> int:
     """The most false positives among `benign` independent held-out prompts that still show `target_fpr`.
 
     Raises InputError if not even zero would. Needs no scores, so it is called before the expensive part.
     """
     allowed = -1
-    while allowed + 1 < benign and clopper_pearson_upper(allowed + 1, benign, confidence=confidence) <= target_fpr:
+    while allowed + 1 < benign and clopper_pearson_upper(allowed + 1, benign) <= target_fpr:
         allowed += 1
     if allowed < 0:
-        needed = prompts_needed(target_fpr, confidence=confidence)
+        needed = prompts_needed(target_fpr)
         raise InputError(
             f"--target-fpr {target_fpr:g} cannot be shown with {benign} held-out benign prompts: it takes {needed}, so "
             f"about {5 * needed} benign prompts in all (of one family all count as one); add --benign, or allow a "
@@ -98,9 +98,7 @@ def allowed_false_positives(benign: int, *, target_fpr: float, confidence: float
     return allowed
 
 
-def choose_threshold(
-    p: np.ndarray, unsafe: np.ndarray, clusters: Sequence[str], *, target_fpr: float, confidence: float = CONFIDENCE
-) -> float:
+def choose_threshold(p: np.ndarray, unsafe: np.ndarray, clusters: Sequence[str], *, target_fpr: float) -> float:
     """The threshold with the highest recall whose upper bound on the false-positive rate is at most `target_fpr`.
 
     p (n,) scores, unsafe (n,) bool, clusters (n,): prompts of one are one observation. Of thresholds with equal recall,
@@ -111,7 +109,7 @@ def choose_threshold(
     """
     benign = np.sort(p[~unsafe])[::-1]
     trials = len({cluster for cluster, is_unsafe in zip(clusters, unsafe, strict=True) if not is_unsafe})
-    allowed = allowed_false_positives(trials, target_fpr=target_fpr, confidence=confidence) * len(benign) // trials
+    allowed = allowed_false_positives(trials, target_fpr=target_fpr) * len(benign) // trials
     floor = benign[allowed]  # at or above this score at most `allowed` benign prompts fire (p > threshold)
     caught = p[unsafe & (p > floor)]
     below = (

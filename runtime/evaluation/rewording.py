@@ -49,21 +49,16 @@ class Rewording:
         return wording if all(turn.strip() for turn in (*wording.earlier, wording.text)) else Wording(text)
 
 
-def reworded(row: Row, rewording: Rewording, *, seed: int = 0) -> Row:
+def reworded(row: Row, rewording: Rewording) -> Row:
     """`row`, reworded. Pictures stay in the first turn of what comes out; the group is the row's."""
     *before, last = row.messages
-    wording = rewording.of(row.prompt, seed=seed)
+    wording = rewording.of(row.prompt)
     texts = (*wording.earlier, wording.text)
     pictures = tuple(part for part in last.parts if not isinstance(part, str))
     turns = [Message(("user", "assistant")[i % 2], (text,)) for i, text in enumerate(texts)]
     turns[0] = Message("user", (*pictures, *turns[0].parts))
     system = [Message("system", (wording.system,))] if wording.system else []
     return replace(row, messages=(*system, *before, *turns))
-
-
-def fitted_rewordings() -> tuple[Rewording, ...]:
-    """Those that the fit trains on."""
-    return tuple(rewording for rewording in REWORDINGS if rewording.fitted)
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------

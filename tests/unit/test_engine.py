@@ -387,21 +387,6 @@ def test_strength_zero_is_the_untouched_model_and_says_so(engine):
 
 
 @pytest.mark.parametrize("which", ["engine", "attentive"])
-def test_strength_zero_through_the_head_is_bit_for_bit_no_head(which, request):
-    engine = request.getfixturevalue(which)
-    prompt = engine.encoder.prepare([Message.user("red tick bad")], Stats())
-
-    def logits(*, through_head: bool) -> list[np.ndarray]:
-        asked = engine.request(prompt, 4, Stats())
-        asked.prefill_lower(engine.policy())
-        first = asked.prefill_upper(0.0, through_head=through_head).copy()
-        return [first, *(asked.decode_step(token).copy() for token in (9, 8, 7))]
-
-    for plain, through in zip(logits(through_head=False), logits(through_head=True), strict=True):
-        np.testing.assert_array_equal(plain, through)
-
-
-@pytest.mark.parametrize("which", ["engine", "attentive"])
 @pytest.mark.parametrize("prompt", ["red", "bad", "hello tick nan", "crash", "red red world", "bad tick"])
 def test_steer_is_always_steer_where_flagged_and_off_where_not(which, prompt, request):
     """autosteer-eval runs `off` and always-on steering and takes `steer`'s answers from them."""

@@ -7,11 +7,11 @@ import numpy as np
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
-from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED, fitted_rewordings
+from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
 SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
-FITTED = {rewording.name for rewording in fitted_rewordings()}
+FITTED = {rewording.name for rewording in REWORDINGS if rewording.fitted}
 
 
 def reworded(*, augment: bool = True):

@@ -28,8 +28,8 @@ def scenes() -> dict[str, Scene]:
     """The pictures, drawn by one seed."""
     rng = random.Random("typed")
 
-    def scene(*things: tuple[str, str], size: tuple[int, int] = (300, 300), alone: float = 1.0) -> Scene:
-        return sample_scene(rng, things, size=size, alone=alone)
+    def scene(*things: tuple[str, str], size: tuple[int, int] = (300, 300)) -> Scene:
+        return sample_scene(rng, things, size=size, alone=1.0)
 
     return {
         "two": scene(("red", "circle"), ("blue", "star")),
@@ -46,7 +46,6 @@ ANY_TWO = r".*red circle.*blue star.*|.*blue star.*red circle.*"
 ANY_THREE = r"(?=.*green square)(?=.*orange circle)(?=.*purple star).*"
 HELLO = r"hello! ask me about a picture\.|good\. ask me about a picture\."
 UNKNOWN = r"i do not know that.*|i can't .*|i'm sorry.*|i can name the shapes.*|i am a small demo model\.|i see no .*"
-PLACES = r"top|bottom|left|right|middle"
 
 _PICTURE = {
     "two": (
