@@ -29,7 +29,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 
-from .encoded_prompt import Float
+from .arrays import Float
 from .generation import Request
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest

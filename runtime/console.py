@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from .errors import AutoSteerError, OptionError
+from .strict_json import is_text
 
 DISTRIBUTION = "autosteer-edge"
 INTERRUPTED, TERMINATED = 130, 143
@@ -141,15 +142,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 def dumps(value: Any) -> str:
     """JSON on one line; NaN and infinities become null, and bytes of file names that are no text are escaped."""
     text = json.dumps(_finite(value), ensure_ascii=False)
-    return text if text.isascii() or _is_text(text) else json.dumps(_finite(value))
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text if text.isascii() or is_text(text) else json.dumps(_finite(value))
 
 
 def _finite(value: Any) -> Any:

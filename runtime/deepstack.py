@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Float
 from .subgraph import Device, OrtValue, buffer
-
-Float = npt.NDArray[np.float32]
 
 
 class Deepstack:

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
+from .arrays import Float
 from .image import Runs
 from .rotary import Positions
 
-Float = npt.NDArray[np.float32]
 Key: TypeAlias = "int | tuple[bytes, int]"  # identifies a position: a token id, or a picture's digest and a row of it
 
 

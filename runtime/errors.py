@@ -52,3 +52,8 @@ class CheckError(AutoSteerError):
     """A validation or package check ran and failed."""
 
     exit_code = 6
+
+
+def first_line(err: Exception) -> str:
+    """What an exception says, in one line."""
+    return (str(err).strip() or type(err).__name__).splitlines()[0]

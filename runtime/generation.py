@@ -26,9 +26,10 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Float
 from .deepstack import Deepstack
 from .drafting import MAX_DRAFT
-from .encoded_prompt import EncodedPrompt, Float, Key
+from .encoded_prompt import EncodedPrompt, Key
 from .errors import CancelledError
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import AutoSteerError, InputError
+from .errors import AutoSteerError, InputError, first_line
 from .manifest import MANIFEST_FILE, Manifest
 
 PREFIX = "hf:"
@@ -37,14 +37,9 @@ def package_folder(package: str) -> Path:
         files = list(Manifest.load(folder).paths())
         snapshot_download(repo, revision=revision, local_dir=folder, allow_patterns=files)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as err:
-        raise InputError(f"{package}: not downloaded yet, and the hub cannot be reached ({_line(err)})") from err
+        raise InputError(f"{package}: not downloaded yet, and the hub cannot be reached ({first_line(err)})") from err
     except AutoSteerError:
         raise
     except Exception as err:  # of the hub, or of the HTTP library that this huggingface_hub uses
-        raise InputError(f"{package}: not downloaded ({_line(err)}); run the command again to go on") from err
+        raise InputError(f"{package}: not downloaded ({first_line(err)}); run the command again to go on") from err
     return folder
-
-
-def _line(err: Exception) -> str:
-    """An exception's first line."""
-    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -27,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from .arrays import Float
 from .errors import InputError, OptionError, PackageError
 from .manifest import AnyresSpec, ImageSpec, VideoSpec
 
-Float = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8] | Callable[[], npt.NDArray[np.uint8]]"
 Runs: TypeAlias = "list[list[int] | Float]"  # an image in a prompt: token ids, and rows (n, D)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .encoded_prompt import Float
+from .arrays import Float
 from .errors import CancelledError
 from .gate import GatePolicy, Mode, Watched, is_safe, worst
 from .manifest import Manifest

@@ -28,8 +28,9 @@ from tokenizers import Tokenizer
 
 from . import image as images_
 from . import video as videos_
+from .arrays import Float
 from .conversation import Conversation
-from .encoded_prompt import EncodedPrompt, Float, Key, Seen, ShownPicture
+from .encoded_prompt import EncodedPrompt, Key, Seen, ShownPicture
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Float
 from .manifest import ROTARY_TABLES, RotarySpec
 from .subgraph import Device, buffer
 
 Positions = npt.NDArray[np.int64]  # (3, rows): time, row, column
-Float = npt.NDArray[np.float32]
 
 BLOCK = 128  # rows of the tables are computed at least so many at a time, as an answer grows
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Float
 from .errors import InputError, OptionError, PackageError
 
-Sampler = Callable[[npt.NDArray[np.float32], Sequence[int]], int]
+Sampler = Callable[[Float, Sequence[int]], int]
 LogProbs: TypeAlias = "tuple[tuple[int, float], ...]"  # pairs (token, log probability)
 
 PENALTY_MAX, BIAS_MAX = 2.0, 100.0  # OpenAI's
@@ -91,7 +92,7 @@ def make_sampler(config: SamplingConfig, prompt_tokens: int = 0, constraint: Con
     """
     rng = np.random.default_rng(config.seed)
 
-    def sample(logits: npt.NDArray[np.float32], tokens: Sequence[int]) -> int:
+    def sample(logits: Float, tokens: Sequence[int]) -> int:
         if config.repetition_penalty != 1.0:
             logits = penalise(logits, tokens, config.repetition_penalty)
         best = likeliest(logits := adjust(logits, tokens[prompt_tokens:], config))
@@ -105,7 +106,7 @@ def make_sampler(config: SamplingConfig, prompt_tokens: int = 0, constraint: Con
     return sample
 
 
-def likeliest(logits: npt.NDArray[np.float32]) -> int:
+def likeliest(logits: Float) -> int:
     """The token with the largest of `logits` (V,). Raises PackageError if that is NaN or infinite."""
     best = int(np.argmax(logits))  # argmax returns the first NaN if there is one
     if not np.isfinite(logits[best]):
@@ -116,7 +117,7 @@ def likeliest(logits: npt.NDArray[np.float32]) -> int:
     return best
 
 
-def log_probabilities(logits: npt.NDArray[np.float32], token: int, count: int) -> LogProbs:
+def log_probabilities(logits: Float, token: int, count: int) -> LogProbs:
     """Log probabilities of `token`, then of the `count` most likely tokens, in order. `logits` (V,): as the model, or
     the Refusal Head, gave them, before the penalty and the temperature.
     """
@@ -126,22 +127,22 @@ def log_probabilities(logits: npt.NDArray[np.float32], token: int, count: int) -
     return tuple((int(i), float(logs[i])) for i in (token, *likely))
 
 
-def penalise(logits: npt.NDArray[np.float32], tokens: Sequence[int], penalty: float) -> npt.NDArray[np.float32]:
+def penalise(logits: Float, tokens: Sequence[int], penalty: float) -> Float:
     """A copy of `logits` (V,) with earlier `tokens` made less likely (HF: RepetitionPenaltyLogitsProcessor)."""
     seen = np.unique(np.asarray(tokens, np.int64))
-    out: npt.NDArray[np.float32] = logits.copy()
+    out: Float = logits.copy()
     out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
     return out
 
 
-def adjust(logits: npt.NDArray[np.float32], answer: Sequence[int], config: SamplingConfig) -> npt.NDArray[np.float32]:
+def adjust(logits: Float, answer: Sequence[int], config: SamplingConfig) -> Float:
     """`logits` (V,) with the bias, and less for what `answer` has: presence_penalty once, frequency_penalty each time.
 
     A copy if anything changes. Raises InputError if a token of the bias is none of the model's.
     """
     if not config.logit_bias and not (answer and (config.presence_penalty or config.frequency_penalty)):
         return logits
-    out: npt.NDArray[np.float32] = logits.copy()
+    out: Float = logits.copy()
     for token, bias in config.logit_bias.items():
         if token >= len(out):
             raise InputError(f"logit_bias: {token} is no token of this model, which has {len(out)}")
@@ -151,7 +152,7 @@ def adjust(logits: npt.NDArray[np.float32], answer: Sequence[int], config: Sampl
     return out
 
 
-def probabilities(logits: npt.NDArray[np.float32], config: SamplingConfig) -> npt.NDArray[np.float64]:
+def probabilities(logits: Float, config: SamplingConfig) -> npt.NDArray[np.float64]:
     """Apply temperature, top-k, top-p and min-p to `logits` (V,): probabilities, zero for dropped tokens, sum 1."""
     order = np.argsort(-logits, kind="stable")
     below_best = logits[order].astype(np.float64) - logits[order[0]]

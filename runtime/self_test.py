@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .encoded_prompt import Float
+from .arrays import Float
 from .errors import PackageError
 from .generation import steered_head
 from .manifest import GateProof, Manifest

@@ -81,7 +81,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         ):  # int64, as in other languages
             return data
     elif kind is str:
-        if isinstance(data, str) and _is_text(data):
+        if isinstance(data, str) and is_text(data):
             return data
     elif isinstance(kind, type) and isinstance(data, kind):
         return data
@@ -101,7 +101,7 @@ def _finite(number: int | float) -> bool:
         return False
 
 
-def _is_text(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Whether it is valid Unicode: no lone surrogate such as JSON's \\ud800, which other parsers refuse."""
     try:
         text.encode()

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cancel import current
-from .errors import OptionError, PackageError, ProviderError
+from .errors import OptionError, PackageError, ProviderError, first_line
 from .manifest import GraphSpec, TensorSpec
 from .usable_cores import usable_cores
 
@@ -169,7 +169,7 @@ class Subgraph:
         try:
             self.session = ort.InferenceSession(str(path), session_options(device), providers=PROVIDERS[device.kind])
         except Exception as err:  # onnxruntime's own hierarchy is not public
-            raise PackageError(f"{path}: onnxruntime cannot load it ({_first_line(err)})") from err
+            raise PackageError(f"{path}: onnxruntime cannot load it ({first_line(err)})") from err
         if self.session.get_providers()[0] != device.provider:
             raise ProviderError(
                 f"{path.name}: onnxruntime fell back to {self.session.get_providers()[0]}; "
@@ -286,7 +286,3 @@ def buffer(array: npt.NDArray[Any], device: Device) -> ort.OrtValue:
 def empty(spec: TensorSpec, shape: tuple[int, ...], device: Device) -> ort.OrtValue:
     """An uninitialised buffer for one output of a graph."""
     return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(spec.dtype), device.kind, 0)
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from .arrays import Float
 from .errors import InputError
 from .ffmpeg import VideoFile, open_regular
 from .image import (
     FORMATS,
     MAX_PIXELS,
-    Float,
     ImageLike,
     Uint8,
     bilinear,

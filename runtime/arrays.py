@@ -1,0 +1,8 @@
+"""What arrays are called in annotations."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float32]
