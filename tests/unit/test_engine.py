@@ -154,6 +154,15 @@ def test_nothing_runs_before_the_first_chunk_is_asked_for(engine, calls):
     assert calls == ["decoder_lower", "decoder_upper", "lm_head"]
 
 
+def test_likely_mistakes_with_arguments_are_named(engine):
+    for wrong in ({"images": "photo.png"}, {"images": Path("photo.png")}, {"videos": "clip.mp4"}, {"images": b"bytes"}):
+        with pytest.raises(InputError, match="give a list of them"):
+            engine.generate("red", **wrong)
+    for name in ("stop", Mode.STOP):
+        assert engine.generate("bad", policy=name).finish_reason == "refused"
+        assert engine.score("bad", policy=name).action is Action.STOP
+
+
 # --- the gate in the loop --------------------------------------------------------------------------------------------
 
 
@@ -777,7 +786,22 @@ def test_graph_of_another_width_is_refused(copy_of_package):
         load(copy_of_package)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
+def test_large_file_is_hashed_while_the_graphs_load_and_refused_all_the_same(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)  # tokenizer.json is the toy's only other file
+    with (copy_of_package / "tokenizer.json").open("a") as file:
+        file.write("\n")  # still a tokenizer
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+def test_wrong_hash_is_the_reason_given_where_loading_fails_too(copy_of_package, monkeypatch):
+    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)
+    (copy_of_package / "tokenizer.json").write_text("{")
+    with pytest.raises(PackageError, match="sha256 differs"):
+        Engine.load(copy_of_package, device="cpu", threads=1)
+
+
+# --- low memory -------------------------------------------------------------------------------------------------------
 
 
 def test_low_memory_answers_alike_and_keeps_no_image_graph(package):
@@ -797,21 +821,6 @@ def test_image_graph_that_changed_since_the_package_was_loaded_is_refused(copy_o
         low.generate("what", images=[np.zeros((8, 8, 3), np.uint8)])
 
 
-def test_large_file_is_hashed_while_the_graphs_load_and_refused_all_the_same(copy_of_package, monkeypatch):
-    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)  # tokenizer.json is the toy's only other file
-    with (copy_of_package / "tokenizer.json").open("a") as file:
-        file.write("\n")  # still a tokenizer
-    with pytest.raises(PackageError, match="sha256 differs"):
-        Engine.load(copy_of_package, device="cpu", threads=1)
-
-
-def test_wrong_hash_is_the_reason_given_where_loading_fails_too(copy_of_package, monkeypatch):
-    monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)
-    (copy_of_package / "tokenizer.json").write_text("{")
-    with pytest.raises(PackageError, match="sha256 differs"):
-        Engine.load(copy_of_package, device="cpu", threads=1)
-
-
 @pytest.mark.parametrize(("most", "tiles"), [(None, 5), (5, 5), (4, 3), (3, 3), (2, 1), (1, 1)])
 def test_max_tiles_bounds_what_a_picture_costs(package, most, tiles):
     """Grids of 2, 2 and 4 tiles beside the base tile; where none fits the picture is one square tile."""
@@ -825,13 +834,7 @@ def test_max_tiles_below_one_is_an_input_error(package):
         Engine.load(package, device="cpu", threads=1, max_tiles=0)
 
 
-def test_likely_mistakes_with_arguments_are_named(engine):
-    for wrong in ({"images": "photo.png"}, {"images": Path("photo.png")}, {"videos": "clip.mp4"}, {"images": b"bytes"}):
-        with pytest.raises(InputError, match="give a list of them"):
-            engine.generate("red", **wrong)
-    for name in ("stop", Mode.STOP):
-        assert engine.generate("bad", policy=name).finish_reason == "refused"
-        assert engine.score("bad", policy=name).action is Action.STOP
+# --- turns judged by themselves ---------------------------------------------------------------------------------------
 
 
 def test_a_failure_of_the_prober_on_a_turn_by_itself_passes(engine, monkeypatch):

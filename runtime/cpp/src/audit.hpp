@@ -29,10 +29,11 @@
 #include <vector>
 
 #include "digest.hpp"
+#include "encoded_prompt.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
-#include "generation.hpp"
 #include "manifest.hpp"
+#include "stats.hpp"
 #include "text.hpp"
 
 namespace autosteer {

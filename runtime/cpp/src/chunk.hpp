@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "gate.hpp"
-#include "generation.hpp"
+#include "stats.hpp"
 
 namespace autosteer {
 

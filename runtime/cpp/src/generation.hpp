@@ -16,14 +16,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <functional>
 #include <map>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -32,11 +29,15 @@
 
 #include "deepstack.hpp"
 #include "drafting.hpp"
+#include "encoded_prompt.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
 #include "image.hpp"
+#include "kv_cache.hpp"
+#include "log.hpp"
 #include "manifest.hpp"
 #include "rotary.hpp"
+#include "stats.hpp"
 #include "subgraph.hpp"
 
 namespace autosteer {
@@ -44,85 +45,6 @@ namespace autosteer {
 constexpr int64_t kPrefillChunk = 128;  // tokens: bounds activations; results do not depend on it
 
 using Graphs = std::map<std::string, Subgraph>;
-
-/// Wall time since it was made.
-class Clock {
- public:
-  double ms() const {
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start_).count();
-  }
-
- private:
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-/// What an answer cost. Milliseconds are wall time; `upper_ms` is absent if decoder_upper never ran.
-struct Stats {
-  std::string device = "CPUExecutionProvider";
-  int64_t prompt_tokens = 0, completion_tokens = 0, image_tiles = 0, kv_bytes = 0;
-  int64_t reused_tokens = 0;  ///< prompt tokens whose keys and values were cached by the conversation
-  int64_t drafted_tokens = 0;
-  int64_t accepted_tokens = 0;  ///< drafted tokens that the sampler then chose
-  double vision_ms = 0, embed_ms = 0, lower_ms = 0, gate_ms = 0;
-  std::optional<double> upper_ms;
-  double ttft_ms = 0;    ///< from the call to the first chunk
-  double decode_ms = 0;  ///< passes after the first token
-  double monitor_ms = 0;  ///< of these: what watched the answer
-
-  /// Tokens per second after the first one; nothing for answers of one token.
-  std::optional<double> decode_tok_s() const {
-    const auto steps = static_cast<double>(completion_tokens - 1);
-    return steps > 0 && decode_ms > 0 ? std::optional(1000 * steps / decode_ms) : std::nullopt;
-  }
-};
-
-/// Identifies a position: "" and a token id, or a picture's digest and a row of it.
-using Key = std::pair<std::string, int64_t>;
-
-/// A picture or a video of a prompt, or a group of the video's frames.
-struct Seen {
-  std::string sha256, key;  // its key: how it is encoded, too
-  std::shared_ptr<const std::vector<Laid>> laid;
-  size_t first, last;                          // its own of `laid`: the first, and one past the last
-  std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
-  std::vector<int64_t> times = {0};  // of the groups of a video's frames, whose rows stand in such a grid each
-  int64_t row = 0;                   // its first row in the picture or video: of a further group above 0
-
-  int64_t rows() const {
-    int64_t count = 0;
-    for (size_t i = first; i < last; ++i) {
-      count += static_cast<int64_t>(laid->at(i).ids.size()) + laid->at(i).rows.count();
-    }
-    return count;
-  }
-};
-
-/// A picture or a video of a prompt.
-struct Shown {
-  std::string sha256;  ///< of its pixels, or of the video's frames as they are encoded; see `digest`
-  bool video;
-};
-
-/// A dialogue as the decoder's input: S positions.
-struct EncodedPrompt {
-  Rows inputs_embeds;              // (S, D)
-  std::vector<int64_t> token_ids;  // of the text only; the repetition penalty reads them
-  /// S of them. Two prompts that share a prefix of keys share those positions' keys and values.
-  std::vector<Key> keys;
-  std::vector<Position> positions;  // S of them, for rotary
-  /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
-  std::vector<std::vector<int64_t>> probed;
-  std::vector<Shown> shown = {};             ///< pictures and videos, in the prompt's order
-  std::vector<std::vector<Seen>> seen = {};  ///< of each judged turn, in the prompt's order
-  PictureRows pictures = {};                 ///< for models with deepstack
-
-  /// Rows (n, D) of a picture follow; or (n, (1 + L) * D), whose first parts do.
-  void add_picture(const std::shared_ptr<const Rows>& rows) {
-    if (rows->width == inputs_embeds.width) return inputs_embeds.append(rows->row(0), rows->count());
-    pictures[inputs_embeds.count()] = rows;
-    for (int64_t i = 0; i < rows->count(); ++i) inputs_embeds.append(rows->row(i), 1);
-  }
-};
 
 /// What the prober read of a turn (D,), by the first and last position.
 using ProbedMeans = std::map<std::pair<int64_t, int64_t>, std::vector<float>>;

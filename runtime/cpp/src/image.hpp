@@ -82,8 +82,7 @@ inline std::string digest(const Image* images, size_t count) {
   return hash.hex();
 }
 
-// --- Pillow's resampling
-// ------------------------------------------------------------------------------------------------
+// --- Pillow's resampling ---
 
 namespace resampling {
 
@@ -243,8 +242,7 @@ inline Image resize(const Image& image, int64_t height, int64_t width, const std
   return down_first ? across(down(image)) : down(across(image));
 }
 
-// --- tiles
-// ----------------------------------------------------------------------------------------------------------------
+// --- tiles ---
 
 /// The (height, width) that keeps most of the picture and wastes least (HF: select_best_resolution).
 inline std::array<int64_t, 2> best_pinpoint(int64_t height, int64_t width, const AnyresSpec& spec) {
@@ -499,8 +497,7 @@ inline Rows prepare(const Image& image, const ImageSpec& spec, bool alone) {
   return normalise(cut(image, spec, alone).images, spec);
 }
 
-// --- features to rows
-// -------------------------------------------------------------------------------------------------------
+// --- features to rows ---
 
 /// Python's int(round(x, 7)): correctly rounded to seven decimals, then truncated.
 inline int64_t rounded(double x) {

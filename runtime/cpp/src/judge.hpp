@@ -22,11 +22,13 @@
 
 #include "audit.hpp"
 #include "conversation.hpp"
+#include "encoded_prompt.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
 #include "generation.hpp"
 #include "obfuscation.hpp"
 #include "prompt_encoder.hpp"
+#include "stats.hpp"
 #include "text.hpp"
 
 namespace autosteer {

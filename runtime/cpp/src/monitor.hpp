@@ -13,6 +13,7 @@
 #include "gate.hpp"
 #include "generation.hpp"
 #include "manifest.hpp"
+#include "stats.hpp"
 #include "subgraph.hpp"
 
 namespace autosteer {

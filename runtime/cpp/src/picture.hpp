@@ -65,8 +65,7 @@ inline bool reserve(Decoded& out, int64_t height, int64_t width) {
   return true;
 }
 
-// --- PNG
-// --------------------------------------------------------------------------------------------------------------
+// --- PNG ---
 
 struct PngSource {
   const std::vector<uint8_t>& bytes;
@@ -154,8 +153,7 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   png_metadata(state.png, state.info, out);
 }
 
-// --- JPEG
-// -------------------------------------------------------------------------------------------------------------
+// --- JPEG ---
 
 struct JpegErrors {
   jpeg_error_mgr manager;  // first: libjpeg hands us a pointer to it
@@ -231,8 +229,7 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   jpeg_finish_decompress(&info);
 }
 
-// --- orientation
-// --------------------------------------------------------------------------------------------------
+// --- orientation ---
 
 /// The orientation tag (0x0112) of a TIFF structure, 0 if it has none.
 inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {

@@ -24,10 +24,12 @@
 #include <vector>
 
 #include "conversation.hpp"
+#include "encoded_prompt.hpp"
 #include "errors.hpp"
 #include "generation.hpp"
 #include "image.hpp"
 #include "manifest.hpp"
+#include "stats.hpp"
 #include "subgraph.hpp"
 #include "text.hpp"
 #include "tokenizer.hpp"
