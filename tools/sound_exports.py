@@ -49,7 +49,7 @@ COLUMNS = {  # of the table: the line's name
     "scale": "quantised weights, scale",
     "8-bit steps": "8-bit weights, steps",
     "chunks": "chunked prefill",
-    "chunks, median": "chunked prefill, median",
+    "chunks, attention": "chunked prefill, attention",
 }
 
 

@@ -75,7 +75,7 @@ def run_package(
     n, strength = len(prompts), manifest.refusal.strength if manifest.refusal else 0.0
     ways = [
         functools.partial(_answer, engine, tokens=tokens, recorder=recorder, recorded_length=length),
-        functools.partial(_answer, engine, tokens=1, chunks=3),
+        functools.partial(_answer, engine, tokens=1, chunks=3, recorder=recorder, recorded_length=length),
         *([functools.partial(_answer, engine, tokens=tokens, strength=strength)] if strength else []),
     ]
     answers = _answers(sweep, manifest, ways, encoded, tokens)

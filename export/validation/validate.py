@@ -203,7 +203,6 @@ def compare(
     """The checks against the original. `wide`: the checkpoint has weights that float16 cannot hold exactly."""
     exact, limits = manifest.exact, limits_of(manifest, wide=wide)
     worst: dict[str, float] = {}
-    chunked: list[float] = []
 
     def note(name: str, value: float) -> None:
         worst[name] = worse(worst.get(name, 0.0), value)
@@ -227,8 +226,9 @@ def compare(
         note("logits", relative_error(logits[possible], original.logits[possible]))
         note("logits, KL to original", divergence(logits, original.logits))
         note("masked logits that differ", float(((logits > MASKED_LOGIT) != possible).sum()))
-        chunked.append(relative_error(answers.chunked.logits[0][possible[0]], plain.logits[0][possible[0]]))
-        note("chunked prefill", chunked[-1])
+        note("chunked prefill", relative_error(answers.chunked.logits[0][possible[0]], plain.logits[0][possible[0]]))
+        if quantised and plain.branches:
+            note("chunked prefill, attention", chunked_attention_error(answers))
         note("greedy tokens that differ", differing_tokens(plain.tokens[: len(original.tokens)], original.tokens))
         if answers.steered is None or manifest.prober is None:
             continue
@@ -244,9 +244,6 @@ def compare(
         outside = exact or abs(original.p_unsafe - threshold) > VERDICT_BAND
         note("verdicts that differ" + ("" if exact else f" outside +-{VERDICT_BAND}"), float(differs and outside))
 
-    if quantised:
-        worst["chunked prefill, median"] = float(np.median(chunked))
-
     def check(name: str, value: float) -> Check:
         always = name.startswith(ALWAYS_LIMITED)
         reported = quantised or name in REPORTED or (name in CHOICES and not exact)
@@ -254,6 +251,24 @@ def compare(
         return check_line(name, value, limit)
 
     return [Check("dialogues compared", float(len(prompts)), None, True), *(check(*line) for line in worst.items())]
+
+
+def chunked_attention_error(answers: PackageAnswers) -> float:
+    """Largest row_error of a layer's attention output, prompt read in chunks, against the prompt read at once.
+
+    Both round alike. So the limit holds for large models, too, in whose logits a few roundings that fall the other way
+    are as large as a defect of one layer.
+    """
+    whole, chunks = answers.plain.first().branches, answers.chunked.branches
+    names = [name for name in whole if name.endswith("self_attn")]
+    errors = [_common_rows_error(chunks[name][0], whole[name][0]) if name in chunks else math.inf for name in names]
+    return functools.reduce(worse, errors, 0.0)
+
+
+def _common_rows_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """row_error of the last rows that both have: the last layers compute fewer than the prompt's."""
+    rows = min(len(ours), len(theirs))
+    return row_error(ours[-rows:], theirs[-rows:])
 
 
 def _parts(answers: PackageAnswers, original: OriginalAnswer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
