@@ -20,7 +20,7 @@ from typing import TypeAlias
 from .generation import CachedPrefix
 from .image import Runs
 
-TurnKey: TypeAlias = "tuple[object, ...]"  # identifies a user's turn: what it says and shows; see judge.turn_key
+ReadingKey: TypeAlias = bytes  # identifies what the prober read of a turn; see judge.reading_key
 
 
 class Conversation:
@@ -29,7 +29,7 @@ class Conversation:
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it
         self.images: dict[bytes, Runs] = {}  # rows and token ids of the latest prompt's pictures and videos, by digest
-        self.alone: dict[TurnKey, float] = {}  # p_unsafe of the latest prompt's user turns, each by itself
+        self.read: dict[ReadingKey, float] = {}  # p_unsafe of other readings of the latest prompt's turns (judge.py)
         self._prefix: CachedPrefix | None = None
 
     def take_prefix(self) -> CachedPrefix | None:

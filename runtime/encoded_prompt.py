@@ -47,4 +47,5 @@ class EncodedPrompt:
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
     shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
     seen: Sequence[Sequence[Seen]] = ()  # of each judged turn, in the prompt's order
+    earlier: Sequence[Sequence[Seen]] = ()  # what is seen before each judged turn
     deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position

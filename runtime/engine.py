@@ -91,7 +91,11 @@ class Engine:
         self.drafts = DraftTable.load(folder / drafts.file, manifest.dims.vocab_size) if drafts else None
         self.grammars = Grammars(self.tokenizer, manifest.dims.vocab_size, manifest.prompt.end_token_ids)
         self.encoder = PromptEncoder(manifest, self.tokenizer, self._graph, max_tiles)
-        self._judge = Judge(self.encoder, lambda prompt, stats: self.request(prompt, 1, stats), manifest.split_layer)
+        self._judge = Judge(
+            self.encoder,
+            lambda prompt, stats, before: self.request(prompt, 1, stats, conversation=before),
+            manifest.split_layer,
+        )
 
     @classmethod
     def load(

@@ -1,27 +1,30 @@
 """What the prober is asked about a dialogue, and about an answer that its request dictates.
 
-    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; and by itself a turn whose
-             letters are obfuscated, in plain ones (obfuscation.py)
-    answer   as if the user had said it, and its beginnings; in plain letters, too
+    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn whose letters are
+             obfuscated in plain ones (obfuscation.py); and the pieces of all these (pieces.py). What is not the turn
+             itself is read by itself, and where the turn stands
+    answer   as if the user had said it, and its pieces; in plain letters, too
 
-A harmless question that was answered before can draw the prober's eye from a request that it catches by itself. And
-biased tokens, which may leave out the one that ends the answer, can drown what it begins with. The worst score counts.
-What is unsafe in plain letters is stopped, not steered: the Refusal Head was trained on plain text.
+A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
+catches by itself. The worst score counts. Pieces are read until one is unsafe. What is unsafe in another reading than
+the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .conversation import Conversation, TurnKey
+from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
+from .pieces import pieces
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart, judged
 
@@ -31,16 +34,16 @@ if TYPE_CHECKING:
     from .generation import Request
     from .prompt_encoder import PromptEncoder
 
-FIRST_WORDS = 16  # of the shortest beginning that is judged
-
 log = logging.getLogger(__name__)
 
 
 class Judge:
     """Asks a package's prober."""
 
-    def __init__(self, encoder: PromptEncoder, ask: Callable[[EncodedPrompt, Stats], Request], split_layer: int):
-        """`ask`: makes a request that gives no answer."""
+    def __init__(
+        self, encoder: PromptEncoder, ask: Callable[[EncodedPrompt, Stats, Conversation], Request], split_layer: int
+    ):
+        """`ask`: makes a request that gives no answer, and starts from what the conversation keeps."""
         self._encoder, self._ask, self._split_layer = encoder, ask, split_layer
 
     def prompt(
@@ -49,65 +52,107 @@ class Judge:
         """The verdict on the prompt of `request`, noted in `record`, which has its messages and the encoded prompt.
         Pauses between chunks.
 
-        `conversation` knows the scores of its user's turns by themselves: those cost nothing again.
+        `conversation` knows the scores of other readings of its turns: those cost nothing again.
         """
         verdict = yield from request.lower_chunks(policy)
         messages, scores, prompt = record.messages, list(request.scores), record.prompt
-        known, kept = dict[TurnKey, float](), conversation.alone if conversation else {}
+        known, kept = dict[ReadingKey, float](), conversation.read if conversation else {}
         if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
+            scratch = {alone: Conversation(self) for alone in (True, False)}
+            plain = [in_plain_letters(message) for message in messages]
             for at, n in enumerate(judged(messages)):
-                plain = in_plain_letters(messages[n])
-                # what stands first is read alike by itself: nothing is before it
-                alone = messages[n] if n > 0 and messages[n].role == "user" else None
-                for turn in filter(None, (alone, plain)):
-                    key = turn_key(turn, prompt.seen[at])
+                for reading in readings(messages, plain, n):
+                    if reading.if_safe and not is_safe(scores[at], policy.threshold):
+                        break
+                    seen = prompt.seen[at] if reading.alone else (*prompt.earlier[at], *prompt.seen[at])
+                    key = reading_key(reading.messages, seen)
                     p = known.get(key, kept.get(key))
                     if p is None:
-                        p = yield from self._by_itself(turn, prompt.seen[at], policy, record.stats)
+                        p = yield from self._read(reading, seen, policy, record.stats, scratch[reading.alone])
                     if not math.isnan(p):  # a failure may pass
                         known[key] = p
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
-                    if turn is plain and not is_safe(p, policy.threshold):
+                    if reading.stops and not is_safe(p, policy.threshold):
                         policy = without_steering(policy)
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)
         if conversation:
-            conversation.alone = known
+            conversation.read = known
         record.verdict, record.scores = verdict, scores
         return verdict
 
     def answer(self, text: str, policy: GatePolicy) -> Generator[None, None, float]:
-        """The worst p_unsafe of an answer and of its beginnings, also in plain letters, each as a user's prompt; NaN if
-        one cannot be read. May pause.
+        """The worst p_unsafe of an answer and its pieces, also in plain letters, each as a user's prompt, until one is
+        unsafe; NaN if one cannot be read. May pause.
         """
-        scores, plain = [], deobfuscated(text)
-        for said in (*beginnings(text), *(beginnings(plain) if plain != text else ())):
-            stats = Stats()
-            try:
-                request = self._ask(self._encoder.prepare([Message.user(said)], stats), stats)
-            except InputError as err:
-                log.error("the answer could not be judged, so it counts as unsafe: %s", err)
-                return math.nan
-            scores.append(_score((yield from request.lower_chunks(policy))))
-        return worst(scores)
+        p_unsafe, plain, scratch = 0.0, deobfuscated(text), Conversation(self)
+        for said in dict.fromkeys((text, plain, *pieces(text), *pieces(plain))):
+            reading = Reading((Message.user(said),), if_safe=False, stops=False)
+            p_unsafe = worst([p_unsafe, (yield from self._read(reading, (), policy, Stats(), scratch))])
+            if not is_safe(p_unsafe, policy.threshold):
+                break
+        return p_unsafe
 
-    def _by_itself(
-        self, turn: Message, seen: Sequence[Seen], policy: GatePolicy, stats: Stats
+    def _read(
+        self, reading: Reading, seen: Sequence[Seen], policy: GatePolicy, stats: Stats, scratch: Conversation
     ) -> Generator[None, None, float]:
-        """p_unsafe of a user's turn as a prompt of its own, with its pictures and videos as the dialogue has them; NaN
-        if it is none that fits. What it took, without pauses, is added to `stats`.gate_ms.
+        """p_unsafe of the last turn of `reading`, with the dialogue's pictures and videos as `seen` has them; NaN if it
+        cannot be read. What it took, without pauses, is added to `stats`.gate_ms. `scratch` has what the reading
+        before computed.
         """
         before, own = time.perf_counter(), Stats()
         try:
-            request = self._ask(self._encoder.prepare_turn(turn, seen, own), own)
+            request = self._ask(self._encoder.prepare_seen(reading.messages, seen, own), own, scratch)
         except InputError as err:
             log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
             return math.nan
         finally:
             stats.gate_ms += ms_since(before)
-        verdict = yield from request.lower_chunks(policy)
+        yield from request.lower_chunks(policy)
+        scratch.keep_prefix(request.cached_prefix())
         stats.gate_ms += own.lower_ms + own.gate_ms
-        return _score(verdict)
+        return request.scores[-1]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A turn as the prober reads it beside the turn itself."""
+
+    messages: tuple[Message, ...]  # the turn is the last; before it, what came before, or nothing
+    if_safe: bool  # read only while the readings before it are safe
+    stops: bool  # what is unsafe in it is stopped, not steered
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing stands before the turn."""
+        return len(self.messages) == 1
+
+
+def readings(messages: Sequence[Message], plain: Sequence[Message | None], n: int) -> Iterator[Reading]:
+    """The other readings of turn `n`, pieces last. `plain`: `in_plain_letters` of each turn."""
+    turn, letters = messages[n], plain[n]
+    context = tuple(
+        message if message.trusted or other is None else replace(message, parts=other.parts)
+        for message, other in zip(messages[:n], plain, strict=False)
+    )
+    if n > 0 and turn.role == "user":
+        yield Reading((turn,), if_safe=False, stops=False)  # what stands first is read alike where it stands
+    if letters:
+        yield Reading((letters,), if_safe=False, stops=True)
+    if n > 0 and any(plain[: n + 1]):
+        yield Reading((*context, Message("user", (letters or turn).parts)), if_safe=True, stops=True)
+    for whole in filter(None, (turn, letters)):
+        for piece in cut(whole):
+            yield Reading((piece,), if_safe=True, stops=True)
+            if n > 0:
+                yield Reading((*context, piece), if_safe=True, stops=True)
+
+
+def cut(turn: Message) -> list[Message]:
+    """The pieces of a turn's text, each as a user's turn with all that the turn shows in front; see pieces.py."""
+    shown = [part for part in turn.parts if not isinstance(part, str)]
+    text = "".join(part if isinstance(part, str) else " " for part in turn.parts)
+    return [Message("user", (*shown, piece)) for piece in pieces(text)]
 
 
 def in_plain_letters(turn: Message) -> Message | None:
@@ -125,30 +170,18 @@ def in_plain_letters(turn: Message) -> Message | None:
     return None if plain == parts else Message("user", tuple(plain))
 
 
-def turn_key(turn: Message, seen: Sequence[Seen]) -> TurnKey:
-    """What a user's turn says and shows: two turns with the same key are the same prompt by themselves.
+def reading_key(messages: Sequence[Message], seen: Sequence[Seen]) -> ReadingKey:
+    """What a reading's messages say and show: two with the same key have the same score.
 
     `seen`: its pictures and videos as the dialogue has them. They count by their pixels and by how they are encoded,
     not by their files' names.
     """
     key: list[object] = []
-    for part in turn.parts:
-        if isinstance(part, VideoPart):
-            key.append((len(part.frames), repr(part.seconds)))
-        else:
-            key.append(part if isinstance(part, str) else None)
-    return (*key, *(one.key for one in seen))
-
-
-def beginnings(text: str) -> Iterator[str]:
-    """The text up to its 16th, 32nd, 64th, ... word, and the whole. Words end at ASCII white space."""
-    words = FIRST_WORDS
-    for number, word in enumerate(re.finditer(r"[^ \t\n\v\f\r]+", text), 1):
-        if number == words and word.end() < len(text):
-            yield text[: word.end()]
-            words *= 2
-    yield text
-
-
-def _score(verdict: Verdict) -> float:
-    return math.nan if verdict.p_unsafe is None else verdict.p_unsafe
+    for message in messages:
+        key.append(message.role)
+        for part in message.parts:
+            if isinstance(part, VideoPart):
+                key.append((len(part.frames), repr(part.seconds)))
+            else:
+                key.append(part if isinstance(part, str) else None)
+    return hashlib.sha256(repr((key, [one.key for one in seen])).encode("utf-8", "surrogatepass")).digest()

@@ -94,16 +94,16 @@ class PromptEncoder:
         stats.vision_ms = ms_since(before)
         return self._assemble(runs, turns, seen, stats)
 
-    def prepare_turn(self, turn: Message, seen: Sequence[Seen], stats: Stats) -> EncodedPrompt:
-        """A turn of a dialogue as a prompt of its own. `seen`: its pictures and videos as the dialogue has them, which
-        are not opened or encoded again (EncodedPrompt.seen).
+    def prepare_seen(self, messages: Sequence[Message], seen: Sequence[Seen], stats: Stats) -> EncodedPrompt:
+        """Turns of a dialogue as a prompt of their own, of which the prober reads the last. `seen`: their pictures and
+        videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt.seen).
 
         Raises InputError if it does not fit the context.
         """
-        runs, turns = render_judged([turn], self.manifest.prompt, self._tokenizer)
+        runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
         check_length(self.manifest, length)
-        return self._assemble(runs, turns, seen, stats)
+        return self._assemble(runs, turns[-1:], seen, stats)
 
     def _assemble(
         self, runs: Rendered, turns: Sequence[JudgedTurn], seen: Sequence[Seen], stats: Stats
@@ -152,7 +152,10 @@ class PromptEncoder:
         sizes = [_length(one.runs) for one in seen]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
         by_turn = [seen[turn.content.slots : turn.end.slots] for turn in turns]
-        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), by_turn, deepstack)
+        earlier = [seen[: turn.content.slots] for turn in turns]
+        return EncodedPrompt(
+            *(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), by_turn, earlier, deepstack)
+        )
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""

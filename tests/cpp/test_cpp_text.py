@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.trainers import BpeTrainer
 
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.pieces import pieces
 from autosteer.runtime.text import Detokeniser, load_tokenizer
 
 
@@ -129,7 +130,7 @@ def test_every_character_is_obfuscated_for_both_or_for_neither(parts):
 def test_obfuscated_words_are_the_same_for_both(parts):
     """Random mixtures of what the steps look for."""
     rng = random.Random(0)
-    pieces = [
+    marks = [
         *"aBct013459@$! .-_,?\n",
         "11",
         "w",
@@ -143,10 +144,34 @@ def test_obfuscated_words_are_the_same_for_both(parts):
         "\uff41",
         "YWJj",
     ]
-    texts = ["".join(rng.choices(pieces, k=rng.randint(1, 30))) for _ in range(20000)]
+    texts = ["".join(rng.choices(marks, k=rng.randint(1, 30))) for _ in range(20000)]
     plain = [deobfuscated(text) for text in texts]
     assert parts.run({"part": "deobfuscate", "texts": texts}) == [plain]
     assert sum(a != b for a, b in zip(texts, plain, strict=True)) > 2000
+
+
+def test_pieces_are_the_same_for_both(parts):
+    """Random mixtures of words and of what parts them."""
+    rng = random.Random(0)
+    marks = [
+        *" \t\n\v\f\r.?!;,:/|",
+        " ",
+        " ",
+        "\u2026",
+        "\u3002",
+        "\u2013",
+        "\uff0c",
+        "\u00a0",
+        "\u2028",
+        "a",
+        "bc",
+        "\u00e9",
+    ]
+    marks += ["de ", " f g h "] * 5
+    texts = ["".join(rng.choices(marks, k=rng.randint(0, 80))) for _ in range(5000)]
+    cut = [pieces(text) for text in texts]
+    assert parts.run({"part": "cut", "texts": texts}) == [cut]
+    assert sum(map(bool, cut)) > 2000
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)

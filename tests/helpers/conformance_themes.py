@@ -25,6 +25,7 @@ from autosteer.runtime.gate import Mode, decide, is_safe
 from autosteer.runtime.image import at_most, open_image, prepare
 from autosteer.runtime.manifest import ImageSpec
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.pieces import pieces
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.strict_json import decode
@@ -274,6 +275,11 @@ THEMES = {
         lambda case, _: {"plain": deobfuscated(case["text"])},
         lambda case, _: {"part": "deobfuscate", "texts": [case["text"]]},
         lambda _case, _places, a: {"plain": a[0]},
+    ),
+    "pieces": Theme(
+        lambda case, _: {"pieces": pieces(case["text"])},
+        lambda case, _: {"part": "cut", "texts": [case["text"]]},
+        lambda _case, _places, a: {"pieces": a[0]},
     ),
     "requests": Theme(request_in_python, request_in_cpp, lambda _case, _places, a: a[0]),
     "json_requests": Theme(None, request_in_cpp, lambda _case, _places, a: a[0]),

@@ -35,10 +35,9 @@ from autosteer.runtime import (
     prompt_encoder,
     subgraph,
 )
-from autosteer.runtime.conversation import TurnKey
 from autosteer.runtime.encoded_prompt import Seen
 from autosteer.runtime.generation import finish
-from autosteer.runtime.judge import turn_key
+from autosteer.runtime.judge import reading_key
 from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import ImagePart, VideoPart
 
@@ -862,7 +861,7 @@ def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engin
     first = Message.user("look", [one] if dialogue == "two pictures" else [])
     turns = [first, Message.assistant("red", trusted=True), Message.user("blue", [other])]
     prompts = []
-    for name in ("prepare", "prepare_turn"):
+    for name in ("prepare", "prepare_seen"):
         encode = getattr(engine.encoder, name)
         monkeypatch.setattr(engine.encoder, name, lambda *a, encode=encode: prompts.append(encode(*a)) or prompts[-1])
     engine.score(turns)
@@ -873,11 +872,11 @@ def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engin
 def test_a_turn_that_does_not_fit_by_itself_is_unsafe(engine, monkeypatch):
     turns = [Message.user("red"), Message.assistant("orange", trusted=True), Message.user("hello")]
 
-    def narrow(turn, *_):
-        assert turn == turns[2]
+    def narrow(messages, *_):
+        assert messages == (turns[2],)
         raise InputError("the prompt takes 99 tokens")
 
-    monkeypatch.setattr(engine.encoder, "prepare_turn", narrow)
+    monkeypatch.setattr(engine.encoder, "prepare_seen", narrow)
     verdict = engine.score(turns, policy="stop")
     assert verdict.action is Action.STOP and math.isnan(verdict.p_unsafe)
 
@@ -886,14 +885,14 @@ def test_a_turn_by_itself_that_leaves_no_room_is_not_computed(engine):
     """A template may write more before a turn that stands first."""
     turn = Message.user("red " * 62)
     with pytest.raises(InputError, match="the prompt takes 65 tokens"):
-        engine.encoder.prepare_turn(turn, [], Stats())
+        engine.encoder.prepare_seen([turn], [], Stats())
 
 
 @pytest.fixture
 def by_itself(engine, monkeypatch) -> list[Message]:
     """The turns that are encoded to be judged by themselves, in order, from here on."""
-    turns, prepare = list[Message](), engine.encoder.prepare_turn
-    monkeypatch.setattr(engine.encoder, "prepare_turn", lambda turn, *a: turns.append(turn) or prepare(turn, *a))
+    turns, prepare = list[Message](), engine.encoder.prepare_seen
+    monkeypatch.setattr(engine.encoder, "prepare_seen", lambda said, *a: turns.extend(said) or prepare(said, *a))
     return turns
 
 
@@ -926,7 +925,7 @@ def test_a_turn_whose_score_is_kept_costs_nothing(engine, by_itself, encoded, mo
     users.append(Message.user("tick"))
     second = engine.generate(dialogue(*users), conversation=conversation, sampling=of(1))
     assert by_itself == users[1:]
-    assert (opened, tokenised) == ([tmp_path / "red.png"], [dialogue(*users), users[-1:]])
+    assert (opened, tokenised) == ([tmp_path / "red.png"], [dialogue(*users), (users[-1],)])
     # the dialogue's text before and behind the picture, and that of the new turn
     assert encoded == ["embed_tokens"] * 3
     assert first.verdict.p_unsafe == second.verdict.p_unsafe == engine.score(dialogue(*users)).p_unsafe
@@ -969,9 +968,9 @@ def test_turns_share_a_score_only_if_they_are_the_same_prompt(engine):
         *[("red", red, "tick"), ("redtick", red), ("None",), ("image",), (red, "None")],
     ]
 
-    def key(first: Message, parts: tuple[Any, ...]) -> TurnKey:
+    def key(first: Message, parts: tuple[Any, ...]) -> bytes:
         turns = dialogue(first, Message("user", parts))
-        return turn_key(turns[-1], engine.encoder.prepare(turns, Stats()).seen[-1])
+        return reading_key(turns[-1:], engine.encoder.prepare(turns, Stats()).seen[-1])
 
     behind_text = [key(Message.user("red"), parts) for parts in ways]
     behind_picture = [key(Message.user("look", [picture(0, 0, 255)]), parts) for parts in ways]
@@ -986,9 +985,9 @@ def test_videos_count_by_their_frames_and_times():
     frames = (picture(255, 0, 0), picture(0, 255, 0))
     parts = [VideoPart(frames), VideoPart(frames, (0.0, 1.0)), VideoPart(frames, (0.0, 1.5)), VideoPart(frames[:1])]
     parts += [VideoPart(frames, (-0.0, 1.0)), VideoPart(frames[:1], (0.0,))]  # -0.0 is written as such
-    keys = {turn_key(Message("user", (part,)), [seen]) for part in parts}
+    keys = {reading_key([Message("user", (part,))], [seen]) for part in parts}
     others = [seen._replace(key=key) for key in (b"a video 01", b"a picture 00")]
-    keys |= {turn_key(Message("user", (parts[0],)), [other]) for other in others}
+    keys |= {reading_key([Message("user", (parts[0],))], [other]) for other in others}
     assert len(keys) == len(parts) + 2
 
 

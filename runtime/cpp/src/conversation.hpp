@@ -28,8 +28,8 @@ namespace autosteer {
 
 class Engine;
 
-/// Identifies a user's turn: what it says and shows; see `turn_key` in judge.hpp.
-using TurnKey = std::vector<std::string>;
+/// Identifies what the prober read of a turn; see `reading_key` in judge.hpp.
+using ReadingKey = std::string;
 
 /// Rows and token ids of pictures and videos, by digest.
 using Encoded = std::map<std::string, std::shared_ptr<const std::vector<Laid>>>;
@@ -54,8 +54,8 @@ class Conversation {
   /// Store what a finished request leaves.
   void keep_prefix(CachedPrefix prefix) { prefix_ = std::move(prefix); }
 
-  Encoded images;                   ///< of the latest prompt
-  std::map<TurnKey, double> alone;  ///< p_unsafe of its user turns, each by itself
+  Encoded images;                     ///< of the latest prompt
+  std::map<ReadingKey, double> read;  ///< p_unsafe of other readings of its turns; see judge.hpp
 
  private:
   const Engine* engine_ = nullptr;

@@ -89,7 +89,10 @@ class Engine {
         tokenizer(checked(folder, options.onnxruntime)),
         encoder(manifest, tokenizer, options.max_tiles, [this](const auto& name) { return graph(name); }),
         judge(
-            encoder, [this](EncodedPrompt prompt, Stats& stats) { return request(std::move(prompt), 1, stats); },
+            encoder,
+            [this](EncodedPrompt prompt, Stats& stats, Conversation& before) {
+              return request(std::move(prompt), 1, stats, &before);
+            },
             manifest.split_layer, log),
         folder_(fs::absolute(folder)),
         files_(options.files) {

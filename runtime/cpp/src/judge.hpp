@@ -1,13 +1,14 @@
 // What the prober is asked about a dialogue, and about an answer that its request dictates. The C++ side of
 // runtime/judge.py.
 //
-//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; and by itself a turn
-//              whose letters are obfuscated, in plain ones (obfuscation.hpp)
-//     answer   as if the user had said it, and its beginnings; in plain letters, too
+//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn whose letters are
+//              obfuscated in plain ones (obfuscation.hpp); and the pieces of all these (pieces.hpp). What is not the
+//              turn itself is read by itself, and where the turn stands
+//     answer   as if the user had said it, and its pieces; in plain letters, too
 //
-// A harmless question that was answered before can draw the prober's eye from a request that it catches by itself. And
-// biased tokens, which may leave out the one that ends the answer, can drown what it begins with. The worst score
-// counts. What is unsafe in plain letters is stopped, not steered: the Refusal Head was trained on plain text.
+// A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that
+// it catches by itself. The worst score counts. Pieces are read until one is unsafe. What is unsafe in another reading
+// than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
 #pragma once
 
 #include <cmath>
@@ -22,37 +23,18 @@
 
 #include "audit.hpp"
 #include "conversation.hpp"
+#include "digest.hpp"
 #include "encoded_prompt.hpp"
 #include "errors.hpp"
 #include "gate.hpp"
 #include "generation.hpp"
 #include "obfuscation.hpp"
+#include "pieces.hpp"
 #include "prompt_encoder.hpp"
 #include "stats.hpp"
 #include "text.hpp"
 
 namespace autosteer {
-
-constexpr size_t kFirstWords = 16;  // of the shortest beginning that is judged
-
-/// ASCII white space.
-inline bool is_space(char c) {
-  return c == ' ' || ('\t' <= c && c <= '\r');
-}
-
-/// The text up to its 16th, 32nd, 64th, ... word, and the whole. Words end at ASCII white space.
-inline std::vector<std::string> beginnings(const std::string& text) {
-  std::vector<std::string> found;
-  size_t words = 0, next = kFirstWords;
-  for (size_t at = 0; at < text.size(); ++at) {
-    const bool ends = !is_space(text[at]) && at + 1 < text.size() && is_space(text[at + 1]);
-    if (!ends || ++words < next) continue;
-    found.push_back(text.substr(0, at + 1));
-    next *= 2;
-  }
-  found.push_back(text);
-  return found;
-}
 
 /// A turn with obfuscated letters as a user's in plain ones; nothing if it has no such letters. Texts that follow each
 /// other are read as one: "b4" and "d" say "bad".
@@ -74,101 +56,165 @@ inline std::optional<Message> in_plain_letters(const Message& turn) {
   return obfuscated ? std::optional(std::move(plain)) : std::nullopt;
 }
 
-/// What a user's turn says and shows: two turns with the same key are the same prompt by themselves. `seen`: its
-/// pictures and videos as the dialogue has them. They count by their pixels and by how they are encoded, not by their
-/// files' names.
-inline TurnKey turn_key(const Message& turn, const std::vector<Seen>& seen) {
-  TurnKey key;
+/// The pieces of a turn's text, each as a user's turn with all that the turn shows in front; see pieces.hpp.
+inline std::vector<Message> cut(const Message& turn) {
+  std::vector<Part> shown;
+  std::string text;
   for (const Part& part : turn.parts) {
-    if (const auto* text = std::get_if<std::string>(&part)) {
-      key.push_back("text " + *text);
-    } else if (const auto* video = std::get_if<VideoPart>(&part)) {
-      const auto* bytes = reinterpret_cast<const char*>(video->seconds.data());
-      key.push_back("video " + std::to_string(video->frames.size()) + " ");
-      key.back().append(bytes, bytes + video->seconds.size() * sizeof(double));
-    } else {
-      key.emplace_back("image");
+    const auto* said = std::get_if<std::string>(&part);
+    if (!said) shown.push_back(part);
+    text += said ? *said : " ";
+  }
+  std::vector<Message> turns;
+  for (std::string& piece : pieces(text)) {
+    turns.push_back({"user", shown});
+    turns.back().parts.emplace_back(std::move(piece));
+  }
+  return turns;
+}
+
+/// A turn as the prober reads it beside the turn itself.
+struct Reading {
+  std::vector<Message> messages;  // the turn is the last; before it, what came before, or nothing
+  bool if_safe = false;           // read only while the readings before it are safe
+  bool stops = false;             // what is unsafe in it is stopped, not steered
+};
+
+/// Hands the other readings of turn `n` to `read`, pieces last. `plain`: `in_plain_letters` of each turn.
+template <class Read>
+void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
+                      const Read& read) {
+  const Message& turn = messages[n];
+  std::vector<Message> context(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(n));
+  bool obfuscated = plain[n].has_value();
+  for (size_t i = 0; i < n; ++i) {
+    if (plain[i] && !context[i].trusted) context[i].parts = plain[i]->parts;
+    obfuscated = obfuscated || plain[i];
+  }
+  const auto behind_others = [&](const Message& last) {
+    std::vector<Message> all = context;
+    all.push_back({"user", last.parts});
+    return all;
+  };
+  if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
+  if (plain[n]) read(Reading{{*plain[n]}, false, true});
+  if (n > 0 && obfuscated) read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true});
+  for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
+    if (!whole) continue;
+    for (const Message& piece : cut(*whole)) {
+      read(Reading{{piece}, true, true});
+      if (n > 0) read(Reading{behind_others(piece), true, true});
     }
   }
-  for (const Seen& one : seen) key.push_back("seen " + one.key);
-  return key;
+}
+
+/// What a reading's messages say and show: two with the same key have the same score. `seen`: its pictures and videos
+/// as the dialogue has them. They count by their pixels and by how they are encoded, not by their files' names.
+inline ReadingKey reading_key(const std::vector<Message>& messages, const std::vector<Seen>& seen) {
+  Sha256 key;
+  const auto add = [&](const std::string& item) {
+    const std::string size = std::to_string(item.size()) + " ";
+    key.add(size.data(), size.size());
+    key.add(item.data(), item.size());
+  };
+  for (const Message& message : messages) {
+    add("role " + message.role);
+    for (const Part& part : message.parts) {
+      if (const auto* text = std::get_if<std::string>(&part)) {
+        add("text " + *text);
+      } else if (const auto* video = std::get_if<VideoPart>(&part)) {
+        const auto* bytes = reinterpret_cast<const char*>(video->seconds.data());
+        add("video " + std::to_string(video->frames.size()) + " " +
+            std::string(bytes, bytes + video->seconds.size() * sizeof(double)));
+      } else {
+        add("image");
+      }
+    }
+  }
+  for (const Seen& one : seen) add("seen " + one.key);
+  return key.hex();
 }
 
 /// Asks a package's prober. What it is given must outlive it.
 class Judge {
  public:
-  /// Makes a request that gives no answer.
-  using Ask = std::function<Request(EncodedPrompt, Stats&)>;
+  /// Makes a request that gives no answer, and starts from what the conversation keeps.
+  using Ask = std::function<Request(EncodedPrompt, Stats&, Conversation&)>;
 
   Judge(const PromptEncoder& encoder, Ask ask, int split_layer, const Log& log)
       : encoder_(encoder), ask_(std::move(ask)), split_layer_(split_layer), log_(log) {}
 
   /// The verdict on the prompt of `request`, noted in `record`, which has its messages and what they show.
-  /// `conversation` knows the scores of its user's turns by themselves: those cost nothing again.
+  /// `conversation` knows the scores of other readings of its turns: those cost nothing again.
   Verdict prompt(Request& request, Record& record, const GatePolicy& policy, Conversation* conversation) const {
     Verdict verdict = request.prefill_lower(policy);
     const Clock clock;
     const std::vector<Message>& messages = record.messages;
     record.scores = request.scores;
-    std::map<TurnKey, double> known;
+    std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
+      std::vector<std::optional<Message>> plain;
+      for (const Message& message : messages) plain.push_back(in_plain_letters(message));
       double p_unsafe = *verdict.p_unsafe;
       bool stops = false;
       size_t at = 0;
+      Conversation by_itself, in_place;
       for (size_t n = 0; n < messages.size(); ++n) {
         if (!is_judged(messages, n)) continue;
         double& score = record.scores.at(at);
-        const std::vector<Seen>& seen = record.seen.at(at++);
-        const auto read = [&](const Message& turn) {
-          TurnKey key = turn_key(turn, seen);
+        const std::vector<Seen>& own = record.seen.at(at);
+        std::vector<Seen> all = record.earlier.at(at++);
+        all.insert(all.end(), own.begin(), own.end());
+        for_each_reading(messages, plain, n, [&](const Reading& reading) {
+          if (reading.if_safe && !is_safe(score, policy.threshold)) return;
+          const bool alone = reading.messages.size() == 1;
+          const std::vector<Seen>& seen = alone ? own : all;
+          ReadingKey key = reading_key(reading.messages, seen);
           std::optional<double> p = find(known, key);
-          if (!p && conversation) p = find(conversation->alone, key);
-          if (!p) p = by_itself(turn, seen, policy);
+          if (!p && conversation) p = find(conversation->read, key);
+          if (!p) p = this->read(reading.messages, seen, policy, alone ? by_itself : in_place);
           if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
           score = worse(score, *p);
           p_unsafe = worse(p_unsafe, *p);
-          return *p;
-        };
-        // what stands first is read alike by itself: nothing is before it
-        if (n > 0 && messages[n].role == "user") read(messages[n]);
-        if (const auto plain = in_plain_letters(messages[n])) stops = !is_safe(read(*plain), policy.threshold) || stops;
+          stops = (reading.stops && !is_safe(*p, policy.threshold)) || stops;
+        });
       }
       verdict = decide(p_unsafe, stops ? without_steering(policy) : policy, split_layer_);
       record.stats.gate_ms += clock.ms();
     }
-    if (conversation) conversation->alone = std::move(known);
+    if (conversation) conversation->read = std::move(known);
     record.verdict = verdict;
     return verdict;
   }
 
-  /// The worst p_unsafe of an answer and of its beginnings, also in plain letters, each as a user's prompt; NaN if one
-  /// cannot be read.
+  /// The worst p_unsafe of an answer and its pieces, also in plain letters, each as a user's prompt, until one is
+  /// unsafe; NaN if one cannot be read.
   double answer(const std::string& text, const GatePolicy& policy) const {
+    const std::string plain = deobfuscated(text);
+    std::vector<std::string> readings = {text};
+    if (plain != text) readings.push_back(plain);
+    for (const std::string& whole : std::vector<std::string>(readings)) {
+      for (std::string& piece : pieces(whole)) readings.push_back(std::move(piece));
+    }
     double p_unsafe = 0.0;
-    try {
-      std::vector<std::string> readings = beginnings(text);
-      if (const std::string plain = deobfuscated(text); plain != text) {
-        for (std::string& said : beginnings(plain)) readings.push_back(std::move(said));
-      }
-      for (const std::string& said : readings) {
-        Stats stats;
-        p_unsafe = worse(p_unsafe, score(encoder_.prepare({Message::user(said)}, stats), policy, stats));
-      }
-    } catch (const InputError& err) {
-      const std::string reason = err.what();
-      if (log_) log_("the answer could not be judged; it counts as unsafe (" + reason + ")");
-      return std::nan("");
+    Conversation scratch;
+    for (size_t i = 0; i < readings.size() && is_safe(p_unsafe, policy.threshold); ++i) {
+      p_unsafe = worse(p_unsafe, read({Message::user(readings[i])}, {}, policy, scratch));
     }
     return p_unsafe;
   }
 
  private:
-  /// p_unsafe of a user's turn as a prompt of its own, with its pictures and videos as the dialogue has them; NaN if it
-  /// is none that fits.
-  double by_itself(const Message& turn, const std::vector<Seen>& seen, const GatePolicy& policy) const {
+  /// p_unsafe of the last of `messages`, with the dialogue's pictures and videos as `seen` has them; NaN if it cannot
+  /// be read. `scratch` has what the reading before computed.
+  double read(const std::vector<Message>& messages, const std::vector<Seen>& seen, const GatePolicy& policy,
+              Conversation& scratch) const {
     Stats stats;
     try {
-      return score(encoder_.prepare_turn(turn, seen, stats), policy, stats);
+      Request request = ask_(encoder_.prepare_seen(messages, seen, stats), stats, scratch);
+      request.prefill_lower(policy);
+      scratch.keep_prefix(request.cached_prefix());
+      return request.scores.back();
     } catch (const InputError& err) {
       const std::string reason = err.what();
       if (log_) log_("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");
@@ -176,13 +222,9 @@ class Judge {
     }
   }
 
-  static std::optional<double> find(const std::map<TurnKey, double>& scores, const TurnKey& turn) {
-    const auto found = scores.find(turn);
+  static std::optional<double> find(const std::map<ReadingKey, double>& scores, const ReadingKey& reading) {
+    const auto found = scores.find(reading);
     return found == scores.end() ? std::nullopt : std::optional(found->second);
-  }
-
-  double score(EncodedPrompt as_prompt, const GatePolicy& policy, Stats& stats) const {
-    return ask_(std::move(as_prompt), stats).prefill_lower(policy).p_unsafe.value_or(std::nan(""));
   }
 
   const PromptEncoder& encoder_;

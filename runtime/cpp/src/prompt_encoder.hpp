@@ -127,16 +127,17 @@ class PromptEncoder {
     return assemble(runs, turns, seen, stats);
   }
 
-  /// A turn of a dialogue as a prompt of its own. `seen`: its pictures and videos as the dialogue has them, which are
-  /// not opened or encoded again (EncodedPrompt::seen). Throws InputError if it does not fit the context.
-  EncodedPrompt prepare_turn(const Message& turn, const std::vector<Seen>& seen, Stats& stats) const {
+  /// Turns of a dialogue as a prompt of their own, of which the prober reads the last. `seen`: their pictures and
+  /// videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws InputError if
+  /// it does not fit the context.
+  EncodedPrompt prepare_seen(const std::vector<Message>& messages, const std::vector<Seen>& seen, Stats& stats) const {
     std::vector<JudgedTurn> turns;
-    const std::vector<Run> runs = render({turn}, manifest_.prompt, tokenizer_, turns);
+    const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
     int64_t length = 0;
     for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
     for (const Seen& one : seen) length += one.rows();
     check_length(manifest_, length);
-    return assemble(runs, turns, seen, stats);
+    return assemble(runs, {turns.back()}, seen, stats);
   }
 
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
@@ -197,7 +198,10 @@ class PromptEncoder {
     prompt.positions = std::move(counter.positions);
     prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
     const auto at = [&](const Place& place) { return seen.begin() + static_cast<std::ptrdiff_t>(place.slots); };
-    for (const JudgedTurn& turn : turns) prompt.seen.emplace_back(at(turn.content), at(turn.end));
+    for (const JudgedTurn& turn : turns) {
+      prompt.seen.emplace_back(at(turn.content), at(turn.end));
+      prompt.earlier.emplace_back(seen.begin(), at(turn.content));
+    }
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;

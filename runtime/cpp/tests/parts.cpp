@@ -178,6 +178,13 @@ Json spinning(const Json& command) {
   return can;
 }
 
+/// {"texts": [...]} -> the pieces of each
+Json cut(const Json& command) {
+  Json pieces = Json::array();
+  for (const auto& text : command.at("texts")) pieces.push_back(autosteer::pieces(text.get<std::string>()));
+  return pieces;
+}
+
 /// {"texts": [...]} -> the texts in plain letters
 Json deobfuscate(const Json& command) {
   Json plain = Json::array();
@@ -297,10 +304,10 @@ Json judge(const Json& command) {
     ++encoded[name];
     return std::shared_ptr<const autosteer::Subgraph>(std::shared_ptr<void>(), &loaded->graphs().at(name));
   });
-  const auto ask = [&](autosteer::EncodedPrompt prompt, autosteer::Stats& stats) {
+  const auto ask = [&](autosteer::EncodedPrompt prompt, autosteer::Stats& stats, autosteer::Conversation& before) {
     ++by_themselves;
     if (failing-- > 0) throw autosteer::InputError("it fails");
-    return loaded->request(std::move(prompt), 1, stats);
+    return loaded->request(std::move(prompt), 1, stats, &before);
   };
   const autosteer::Judge judge(encoder, ask, loaded->manifest.split_layer, loaded->log);
   const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report);
@@ -339,7 +346,7 @@ Json share(const Json& command) {
 
 int main() {
   const std::map<std::string, Json (*)(const Json&)> parts = {
-      {"ask", ask}, {"count", count}, {"decode", decode}, {"deobfuscate", deobfuscate}, {"draft", draft},
+      {"ask", ask}, {"count", count}, {"cut", cut}, {"decode", decode}, {"deobfuscate", deobfuscate}, {"draft", draft},
       {"encode", encode}, {"frames", frames}, {"gate", gate}, {"judge", judge}, {"limits", limits}, {"load", load},
       {"open", open}, {"pack", pack}, {"prepare", prepare}, {"prompt", prompt}, {"resize", resize}, {"rule", rule},
       {"sample", sample}, {"score", score}, {"share", share}, {"spinning", spinning}, {"squeeze", squeeze},
