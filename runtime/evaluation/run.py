@@ -3,10 +3,11 @@
     datasets.py   files -> Row            grading.py      is an answer right?
     refusals.py   is it a refusal?        statistics.py   intervals and paired tests
 
-Two generations per row give the results of four policies. The answer under `steer` equals the always-steered answer if
-the prober fires, and else the unsteered one, token for token (tests/unit/test_engine.py tests that). So only `off` and
-`always` run, and the verdict selects the answers of `steer` and `stop`. A third one runs where the package's monitor
-would have stopped an answer that the prober let begin; such an answer counts as refused.
+Two generations per row give the results of four policies. If the prober fires, the answer under `steer` equals the
+always-steered answer, or it is the refusal text where what fired was another reading of the prompt (judge.py); else it
+is the unsteered one, token for token (tests/unit/test_engine.py tests that). So only `off` and `always` run, and the
+verdict selects the answers of `steer` and `stop`. A third one runs where the package's monitor would have stopped an
+answer that the prober let begin; such an answer counts as refused.
 
 Results are appended to the output file one by one, so that an interrupted run can continue.
 """
@@ -26,7 +27,7 @@ from typing import Any, TextIO
 from autosteer.runtime.console import dumps
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError
-from autosteer.runtime.gate import Mode
+from autosteer.runtime.gate import Action, Mode
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.strict_json import decode
@@ -83,11 +84,11 @@ class Asked:
 
     off: str  # without a gate
     always: str  # with every token steered
-    stop: str  # the package's refusal text
+    steer: str
+    stop: str
     flagged: bool
     p_unsafe: float | None  # None: the prober failed
-    watched: bool = False  # whether the package has a monitor
-    stopped: str | None = None  # what is left of an answer that it stops, if the prober had not flagged the prompt
+    stopped: bool | None = None  # whether a monitor stopped what the prober had not flagged; None: there is none
 
 
 def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
@@ -98,24 +99,20 @@ def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
         off = engine.generate(row.messages, policy=report, sampling=sampling)
     except InputError as err:
         raise cannot_be_asked(row, err) from err
-    steered = engine.generate(row.messages, policy=always, sampling=sampling)
-    verdict, seen, stopped = off.verdict, off.verdict.monitor, None
-    if not verdict.unsafe and seen and seen.unsafe:
-        stopped = engine.generate(row.messages, sampling=sampling).text
-    watched = engine.manifest.monitor is not None
-    return Asked(off.text, steered.text, report.refusal_text, verdict.unsafe, verdict.p_unsafe, watched, stopped)
+    steered = engine.generate(row.messages, policy=always, sampling=sampling).text
+    verdict, seen = off.verdict, off.verdict.monitor
+    stopped = bool(seen and seen.unsafe and not verdict.unsafe) if engine.manifest.monitor else None
+    steer = stop = engine.generate(row.messages, sampling=sampling).text if stopped else off.text
+    if verdict.unsafe:
+        stop = report.refusal_text
+        steer = stop if engine.score(row.messages).action is Action.STOP else steered
+    return Asked(off.text, steered, steer, stop, verdict.unsafe, verdict.p_unsafe, stopped)
 
 
 def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Iterator[Result]:
     """The results of all rows, in their order, as what was `asked` of each comes in."""
     for said, row in zip(asked, rows, strict=True):
-        passed = said.off if said.stopped is None else said.stopped
-        answers = {
-            "off": said.off,
-            "always": said.always,
-            "steer": said.always if said.flagged else passed,
-            "stop": said.stop if said.flagged else passed,
-        }
+        answers = {policy: getattr(said, policy) for policy in POLICIES}
         gold, score = row.gold, said.p_unsafe
         yield Result(
             row=row.digest,
@@ -125,9 +122,9 @@ def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Itera
             p_unsafe=score if score is not None and math.isfinite(score) else None,
             flagged=said.flagged,
             answers=answers,
-            refused=_refused(judge, row.prompt, answers, said.stopped is not None),
+            refused=_refused(judge, row.prompt, answers, bool(said.stopped)),
             correct=None if gold is None else {p: is_correct(t, gold) for p, t in answers.items()},
-            stopped=said.stopped is not None if said.watched else None,
+            stopped=said.stopped,
         )
 
 

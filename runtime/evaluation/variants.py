@@ -6,6 +6,7 @@ same table of its held-out prompts (export/safety/reworded.py).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
 
 from .datasets import Row, cannot_be_asked
-from .rewording import OBFUSCATED, REWORDINGS, UNCHANGED, Rewording, reworded
+from .rewording import FURTHER, REWORDINGS, UNCHANGED, Rewording, reworded
 from .statistics import Rate, rate
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 Outcome = tuple[str, bool, bool]  # (rewording or UNCHANGED, whether the prompt is unsafe, whether it is flagged)
 HALVES = {True: "kinds that a fit may train on", False: "kinds that no fit trains on"}
-IN_OBFUSCATED = "obfuscated letters"
+KINDS = (*REWORDINGS, *itertools.chain.from_iterable(FURTHER.values()))
 
 
 @dataclass(frozen=True)
 class RewordingRates:
     """What is flagged of the prompts in one kind of rewording. A rate is None where there is no such prompt."""
 
-    rewording: str  # its name; or UNCHANGED, or all kinds of one of HALVES or of OBFUSCATED together
+    rewording: str  # its name; or UNCHANGED, or all kinds of one of HALVES or of FURTHER together
     fitted: bool | None  # whether a fit may train on it; None for UNCHANGED
     unsafe: int  # prompts
     caught: Rate | None
@@ -39,15 +40,13 @@ class RewordingRates:
 
 
 def possible_rewordings(*, system: bool) -> tuple[Rewording, ...]:
-    """All kinds of rewording; without those that need a system prompt where the model takes none."""
+    """All kinds that a fit knows; without those that need a system prompt where the model takes none."""
     return tuple(rewording for rewording in REWORDINGS if system or not rewording.of("x").system)
 
 
 def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
-    """The verdicts on a row, its rewordings and it with obfuscated letters. Raises InputError for one that cannot be
-    asked.
-    """
-    rewordings = (*possible_rewordings(system=engine.manifest.prompt.system is not None), *OBFUSCATED)
+    """The verdicts on a row and its rewordings of all KINDS. Raises InputError for one that cannot be asked."""
+    rewordings = (*possible_rewordings(system=engine.manifest.prompt.system is not None), *KINDS[len(REWORDINGS) :])
     policy = engine.policy(Mode.REPORT)
     found = []
     for name, asked in ((UNCHANGED, row), *((rewording.name, reworded(row, rewording)) for rewording in rewordings)):
@@ -60,15 +59,18 @@ def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
 
 
 def by_rewording(outcomes: Iterable[Outcome]) -> list[RewordingRates]:
-    """Rates of the prompts unchanged, of every kind of rewording, of both halves, and of obfuscated letters."""
+    """Rates of the prompts unchanged, of every kind of rewording, of both halves, and of each set of FURTHER."""
     known = list(outcomes)
-    fitted = {rewording.name: rewording.fitted for rewording in (*REWORDINGS, *OBFUSCATED)}
+    fitted = {rewording.name: rewording.fitted for rewording in KINDS}
     asked = {name for name, _, _ in known}
     names = [UNCHANGED, *(name for name in fitted if name in asked)]
     found = [_rates(name, fitted.get(name), [o for o in known if o[0] == name]) for name in names]
     sets = {title: (half, [f.name for f in REWORDINGS if f.fitted is half]) for half, title in HALVES.items()}
-    if obfuscated := [rewording.name for rewording in OBFUSCATED if rewording.name in asked]:
-        sets[IN_OBFUSCATED] = (False, obfuscated)
+    sets |= {
+        title: (False, names)
+        for title, kinds in FURTHER.items()
+        if (names := [r.name for r in kinds if r.name in asked])
+    }
     return found + [_rates(title, half, [o for o in known if o[0] in of]) for title, (half, of) in sets.items()]
 
 
@@ -124,10 +126,10 @@ def in_short(found: Sequence[RewordingRates]) -> str:
             f"{plain.wrongly_refused.value:.1%} of the benign ones are wrongly refused as they are, "
             f"{judged.wrongly_refused.value:.1%} in such rewordings ({more:+.1f} points)"
         )
-    for letters in (r for r in found if r.rewording == IN_OBFUSCATED):
-        rates = ((letters.caught, "caught"), (letters.wrongly_refused, "wrongly refused"))
+    for further in (r for r in found if r.rewording in FURTHER):
+        rates = ((further.caught, "caught"), (further.wrongly_refused, "wrongly refused"))
         shares = " and ".join(f"{one.value:.1%} are {what}" for one, what in rates if one)
-        parts.append(f"in obfuscated letters {shares}")
+        parts.append(f"{further.rewording}, {shares}")
     return "; ".join(parts) + "."
 
 

@@ -93,7 +93,8 @@ def test_the_gated_answer_is_pytorchs_for_the_same_verdict() -> None:
     for row in held_out():
         theirs = original(row.messages)
         answer = engine.generate(row.messages, sampling=SAMPLING)
-        assert answer.verdict.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
+        whole = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats()).prefill_lower(policy)
+        assert whole.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
         assert answer.verdict.unsafe == (not is_safe(theirs.p_unsafe, policy.threshold))
         assert list(answer.token_ids) == (theirs.steered_tokens if answer.verdict.unsafe else theirs.tokens)
 

@@ -149,7 +149,7 @@ def test_a_file_begun_by_one_engine_and_ended_by_several_is_the_same(tmp_path, k
     facts = RunFacts("p", "d", 8, "rules")
 
     def said(row: Row) -> Asked:
-        return Asked(row.prompt, "sorry", "no", flagged=False, p_unsafe=0.1 + len(row.prompt) / 3)
+        return Asked(row.prompt, "sorry", row.prompt, row.prompt, flagged=False, p_unsafe=0.1 + len(row.prompt) / 3)
 
     def write(path, asked, rows):
         with ResultFile(path, facts, force=False) as file:

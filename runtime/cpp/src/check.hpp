@@ -21,7 +21,7 @@ struct Check {
   bool passed;
 };
 
-/// Answer a golden prompt as at the recording: without drafts, and in as many tokens.
+/// Answer a golden prompt as at the recording: without drafts, in as many tokens, and its turn judged as a whole.
 inline Answer golden_answer(const Engine& engine, const fs::path& folder, const Golden& golden, Mode mode,
                             std::optional<double> answer_threshold = {}) {
   SamplingConfig sampling;
@@ -29,7 +29,6 @@ inline Answer golden_answer(const Engine& engine, const fs::path& folder, const 
   sampling.speculate = false;
   GatePolicy policy = engine.policy(mode, golden.threshold);
   policy.answer_threshold = answer_threshold;
-  if (!golden.prompt_ids.empty()) return engine.generate_from_ids(golden.prompt_ids, sampling, policy);
   std::vector<ImageLike> images;
   for (const auto& file : golden.images) images.emplace_back(folder / file);
   std::vector<VideoPart> videos;
@@ -38,7 +37,11 @@ inline Answer golden_answer(const Engine& engine, const fs::path& folder, const 
     for (const auto& file : frames) videos.back().frames.emplace_back(folder / file);
     if (!golden.seconds.empty()) videos.back().seconds = golden.seconds.at(videos.size() - 1);
   }
-  return engine.generate({Message::user(golden.prompt, images, videos)}, sampling, policy);
+  const auto encode = [&](Stats& stats) {
+    return golden.prompt_ids.empty() ? engine.encode({Message::user(golden.prompt, images, videos)}, stats)
+                                     : engine.encoder.prepare_ids(golden.prompt_ids, stats);
+  };
+  return engine.generate_encoded(encode, sampling, policy);
 }
 
 /// How far p_unsafe is from the recorded one: infinitely, if there is none.

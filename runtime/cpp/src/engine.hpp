@@ -171,9 +171,9 @@ class Engine {
     }
   }
 
-  /// `generate` for a prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
-  Answer generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
-                           const GatePolicy& policy) const;
+  /// `generate` for what `encode` returns. The prober reads its turns where they stand, and no piece of them.
+  Answer generate_encoded(const std::function<EncodedPrompt(Stats&)>& encode, const SamplingConfig& sampling,
+                          const GatePolicy& policy) const;
 
   /// A request's dialogue as the decoder's input. Throws InputError as `score` does.
   EncodedPrompt encode(const std::vector<Message>& messages, Stats& stats, Conversation* conversation = nullptr) const {
@@ -447,11 +447,9 @@ inline Answer Engine::generate(std::vector<Message> messages, const SamplingConf
   return stream(std::move(messages), sampling, policy, conversation).whole(on_chunk);
 }
 
-inline Answer Engine::generate_from_ids(const std::vector<int64_t>& token_ids, const SamplingConfig& sampling,
-                                        const GatePolicy& policy) const {
-  const auto prepare = [&](const std::vector<Message>&, Stats& stats, Conversation*) {
-    return encoder.prepare_ids(token_ids, stats);
-  };
+inline Answer Engine::generate_encoded(const std::function<EncodedPrompt(Stats&)>& encode,
+                                       const SamplingConfig& sampling, const GatePolicy& policy) const {
+  const auto prepare = [&](const std::vector<Message>&, Stats& stats, Conversation*) { return encode(stats); };
   return Stream(*this, {}, prepare, sampling, policy, nullptr).whole();
 }
 
