@@ -5,13 +5,14 @@ turn a second time, in plain letters (judge.py). The steps, in order:
 
     NFC           accents join their letters
     base64        is decoded where it is text
-    alphabets     full-width, mathematical, circled, small-capital ... letters become ASCII
+    alphabets     full-width, mathematical, circled, small-capital ... letters become ASCII, odd blanks a blank
     invisible     characters, and marks over and through a letter, go
+    parted        signs between two letters that no word has ("st%eal", "br•ew") go, if there are two or more
     look-alikes   Cyrillic, Greek and Armenian letters become ASCII, if a word mixes the two
-    accents       go, if more than a fifth of the letters bear one
+    accents       and strokes go, if more than a fifth of the letters bear one
     spelled out   single letters between equal separators are joined, if four or more are in a row
     drawn out     three or more equal letters become one; but for "www" and "III"
-    digits        0, 1, 3, 4, 5, 7, 8, 9, @, $ and ! become letters, if one stands before a letter in a word
+    digits        all but 2, and @, $ and !, become letters, if one stands before a letter in a word
 
 Plain text stays as it is, and costs nothing. What is taken for obfuscated by mistake ("log4j") is judged twice. The C++
 side is src/obfuscation.hpp; tests/cpp/test_cpp_text.py compares the two on every character.
@@ -38,10 +39,12 @@ ALPHABETS = {  # the first of 26 letters, and what it stands for
 }
 SHAPES = (  # other shapes of letters, and the letters
     "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡʏᴢᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
-    "ℂℊℋℌℍℎℐℑℒℓℕℙℚℛℜℝℤℨℬℭℯℰℱℳℴℹⅅⅆⅇⅈⅉⅠⅤⅩⅬⅭⅮⅯⅰⅴⅹⅼⅽⅾⅿ",
+    "ℂℊℋℌℍℎℐℑℒℓℕℙℚℛℜℝℤℨℬℭℯℰℱℳℴℹⅅⅆⅇⅈⅉⅠⅤⅩⅬⅭⅮⅯⅰⅴⅹⅼⅽⅾⅿ€¢"
+    "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000",
     "abcdefghijklmnopqrstuvwyzabcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVWaehijklmnoprstuvx"
-    "CgHHHhIILlNPQRRRZZBCeEFMoiDdeijIVXLCDMivxlcdm",
+    "CgHHHhIILlNPQRRRZZBCeEFMoiDdeijIVXLCDMivxlcdmec" + " " * 19,
 )
+STROKES = str.maketrans({a: f"{b}\u0335" for a, b in zip("øØłŁđĐħĦŧŦ", "oOlLdDhHtT", strict=True)})  # as marks
 TAGS = range(0xE0020, 0xE007F)  # invisible copies of ASCII
 IN_ASCII = (
     str.maketrans(*SHAPES)
@@ -51,16 +54,20 @@ IN_ASCII = (
 # In character classes: of letters, of characters that nobody sees, and of marks that stand on the letter before.
 LETTERS = "A-Za-z\u00c0-\u024f\u1e00-\u1eff"
 INVISIBLE = (
-    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u08e2\u115f\u1160"
+    "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff9-\ufffc\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
 MARKS = "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+NOT_IN_WORDS = (  # signs; not those that stand between words, as dashes and slashes do
+    r"%\\^+|=#~*<>&\xa1-\xac\xae-\xbf\u2010-\u2012\u2020-\u2027\u2030-\u205e\u2190-\u2bff\U0001f000-\U0001faff"
+)
 LOOK_ALIKES = (
     "АВЕКМНОРСТУХЅІЈаеорсухѕіјһкмтԁԛԝѵӏΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχօսհոɑɡ",
     "ABEKMHOPCTYXSIJaeopcyxsijhkmtdqwvlABEZHIKMNOPTYXaeikvoptuxouhnag",
 )
 USUAL_ACCENTS = 5  # plain text has them on one letter in five at most
-DIGITS = {"11": "ll"} | dict(zip("01345789@$!", "oieastbgasi", strict=True))
+DIGITS = {"11": "ll"} | dict(zip("013456789@$!", "oieasgtbgasi", strict=True))
 UNITS = {
     *("am", "cm", "db", "fps", "ft", "gb", "hz", "kb", "kbps", "kcal", "kg", "khz", "km", "mb", "mbps", "mg", "mhz"),
     *("min", "ml", "mm", "mpg", "mph", "nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"),
@@ -69,9 +76,10 @@ UNITS = {
 _BASE64 = re.compile("([A-Za-z0-9+/_-]{16,})={0,2}")
 _HIDDEN = re.compile(f"(?<=[{LETTERS} \\t\\n])[{INVISIBLE}{MARKS}]+|(?<![{INVISIBLE}])[{INVISIBLE}]+(?=[{LETTERS}])")
 _MIXED = re.compile(f"[A-Za-z][{LOOK_ALIKES[0]}]|[{LOOK_ALIKES[0]}][A-Za-z]")
+_PARTED = re.compile(f"(?<=[A-Za-z])[{NOT_IN_WORDS}](?=[A-Za-z])")
 _ACCENTED = re.compile("([A-Za-z])[\u0300-\u036f]+")
 _SPELLED = re.compile(
-    "(?<![A-Za-z0-9])[A-Za-z]([ \\n\\t._*/|+~,-])[A-Za-z01345789]\\1[A-Za-z01345789]\\1[A-Za-z](?![A-Za-z0-9])"
+    "(?<![A-Za-z0-9])[A-Za-z]([ \\n\\t._*/|+~,-])[A-Za-z013456789]\\1[A-Za-z013456789]\\1[A-Za-z](?![A-Za-z0-9])"
 )
 _SINGLE_LETTERS = [  # first those between hyphens and the like, then those between blanks
     re.compile(f"(?<![A-Za-z0-9])[A-Za-z0-9]([{between}])[A-Za-z0-9](?:\\1[A-Za-z0-9])*(?:\\1[?!])?(?![A-Za-z0-9])")
@@ -79,9 +87,9 @@ _SINGLE_LETTERS = [  # first those between hyphens and the like, then those betw
 ]
 _DRAWN_OUT = re.compile("([A-HJ-VX-Za-vx-z])\\1\\1+")
 _WORD = re.compile("[A-Za-z0-9@$]+(?:!+[A-Za-z0-9@$]+)*")
-_WITHIN = re.compile("[A-Za-z][01345789@$!]+[A-Za-z]")
-_IN_FRONT = re.compile("[01345789]+([A-Za-z]{2,})")
-_DIGITS = re.compile("11|[01345789@$!]")
+_WITHIN = re.compile("[A-Za-z][013456789@$!]+[A-Za-z]")
+_IN_FRONT = re.compile("[013456789]+([A-Za-z]{2,})")
+_DIGITS = re.compile("11|[013456789@$!]")
 
 
 def deobfuscated(text: str) -> str:
@@ -89,6 +97,7 @@ def deobfuscated(text: str) -> str:
     composed = unicodedata.normalize("NFC", text)
     plain = _decoded(composed).translate(IN_ASCII)
     plain = _HIDDEN.sub("", plain)
+    plain = _PARTED.sub("", plain) if len(_PARTED.findall(plain)) > 1 else plain
     if _MIXED.search(plain):
         plain = plain.translate(str.maketrans(*LOOK_ALIKES))
     plain = _DRAWN_OUT.sub(r"\1", _joined(_without_accents(plain)))
@@ -113,7 +122,7 @@ def _decoded(text: str) -> str:
 def _without_accents(text: str) -> str:
     if text.isascii():
         return text
-    apart = unicodedata.normalize("NFD", text)
+    apart = unicodedata.normalize("NFD", text).translate(STROKES)
     letters = sum(c.isascii() and c.isalpha() for c in apart)
     if len(_ACCENTED.findall(apart)) * USUAL_ACCENTS <= letters:
         return text

@@ -39,10 +39,13 @@ constexpr char32_t kMathematical = 0x1D400, kMathematicalEnd = 0x1D6A4;  // A to
 /// Other shapes of letters, and the letters.
 inline const std::string kShapes =
     "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡʏᴢᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
-    "ℂℊℋℌℍℎℐℑℒℓℕℙℚℛℜℝℤℨℬℭℯℰℱℳℴℹⅅⅆⅇⅈⅉⅠⅤⅩⅬⅭⅮⅯⅰⅴⅹⅼⅽⅾⅿ";
+    "ℂℊℋℌℍℎℐℑℒℓℕℙℚℛℜℝℤℨℬℭℯℰℱℳℴℹⅅⅆⅇⅈⅉⅠⅤⅩⅬⅭⅮⅯⅰⅴⅹⅼⅽⅾⅿ€¢"
+    "\xc2\x85\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
+    "\u200a\u2028\u2029\u202f\u205f\u3000";
 constexpr std::string_view kOfShapes =
     "abcdefghijklmnopqrstuvwyzabcdefghijklmnoprstuvwxyzABDEGHIJKLMNOPRTUVWaehijklmnoprstuvx"
-    "CgHHHhIILlNPQRRRZZBCeEFMoiDdeijIVXLCDMivxlcdm";
+    "CgHHHhIILlNPQRRRZZBCeEFMoiDdeijIVXLCDMivxlcdmec"
+    "                   ";
 
 /// Cyrillic, Greek, Armenian and phonetic letters, and what they look like.
 inline const std::string kLookAlikes = "АВЕКМНОРСТУХЅІЈаеорсухѕіјһкмтԁԛԝѵӏΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχօսհոɑɡ";
@@ -51,14 +54,24 @@ constexpr std::string_view kOfLookAlikes = "ABEKMHOPCTYXSIJaeopcyxsijhkmtdqwvlAB
 // In character classes: of letters, of characters that nobody sees, and of marks that stand on the letter before.
 inline const std::string kLetters = R"(A-Za-z\x{c0}-\x{24f}\x{1e00}-\x{1eff})";
 inline const std::string kInvisible =
-    R"(\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{80}-\x{84}\x{86}-\x{9f}\x{ad}\x{34f}\x{61c}\x{115f}\x{1160}\x{17b4}\x{17b5})"
-    R"(\x{180b}-\x{180f}\x{200b}-\x{200f}\x{202a}-\x{202e}\x{2060}-\x{206f}\x{2800}\x{3164}\x{fe00}-\x{fe0f}\x{feff})"
-    R"(\x{ffa0}\x{e0000}-\x{e0fff})";
+    R"(\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{80}-\x{84}\x{86}-\x{9f}\x{ad}\x{34f}\x{600}-\x{605}\x{61c}\x{6dd}\x{70f})"
+    R"(\x{8e2}\x{115f}\x{1160}\x{17b4}\x{17b5}\x{180b}-\x{180f}\x{200b}-\x{200f}\x{202a}-\x{202e}\x{2060}-\x{206f})"
+    R"(\x{2800}\x{3164}\x{fe00}-\x{fe0f}\x{feff}\x{ffa0}\x{fff9}-\x{fffc}\x{110bd}\x{110cd}\x{13430}-\x{1343f})"
+    R"(\x{1bca0}-\x{1bca3}\x{1d173}-\x{1d17a}\x{e0000}-\x{e0fff})";
 inline const std::string kMarks =
     R"(\x{300}-\x{36f}\x{1ab0}-\x{1aff}\x{1dc0}-\x{1dff}\x{20d0}-\x{20ff}\x{fe20}-\x{fe2f})";
 
+/// Signs; not those that stand between words, as dashes and slashes do.
+inline const std::string kNotInWords =
+    R"(%\\^+|=#~*<>&\x{a1}-\x{ac}\x{ae}-\x{bf}\x{2010}-\x{2012}\x{2020}-\x{2027}\x{2030}-\x{205e}\x{2190}-\x{2bff})"
+    R"(\x{1f000}-\x{1faff})";
+
+/// Letters with a stroke, and those without.
+inline const std::string kStroked = "øØłŁđĐħĦŧŦ";
+constexpr std::string_view kOfStroked = "oOlLdDhHtT";
+
 constexpr size_t kUsualAccents = 5;  // plain text has them on one letter in five at most
-constexpr std::string_view kDigits = "01345789@$!", kOfDigits = "oieastbgasi";
+constexpr std::string_view kDigits = "013456789@$!", kOfDigits = "oieasgtbgasi";
 inline const std::set<std::string> kUnits = {
     "am", "cm", "db",  "fps", "ft", "gb", "hz",  "kb",  "kbps", "kcal", "kg", "khz", "km",  "mb", "mbps", "mg",
     "mhz", "min", "ml", "mm", "mpg", "mph", "nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"};
@@ -162,6 +175,17 @@ inline std::string without_hidden(std::string_view text) {
   return replaced(text, hidden, [](std::string_view) { return ""; });
 }
 
+/// Signs within words go, if there are two or more.
+inline std::string not_parted(std::string_view text) {
+  static const Regex parted("(?<=[A-Za-z])[" + kNotInWords + "](?=[A-Za-z])");
+  size_t signs = 0;
+  const std::string whole = replaced(text, parted, [&signs](std::string_view) {
+    ++signs;
+    return "";
+  });
+  return signs > 1 ? whole : std::string(text);
+}
+
 inline std::string without_look_alikes(std::string_view text) {
   static const Regex mixed("[A-Za-z][" + kLookAlikes + "]|[" + kLookAlikes + "][A-Za-z]");
   static const Table table = table_of(kLookAlikes, kOfLookAlikes);
@@ -170,7 +194,11 @@ inline std::string without_look_alikes(std::string_view text) {
 
 inline std::string without_accents(std::string_view text) {
   static const Regex accented("[A-Za-z][\\x{300}-\\x{36f}]+");
-  const std::string apart = unicode::nfd(text);
+  static const Table strokes = table_of(kStroked, kOfStroked);
+  static const Regex stroked("[" + kStroked + "]");
+  const std::string apart = replaced(unicode::nfd(text), stroked, [](std::string_view letter) {
+    return strokes.at(std::string(letter)) + std::string("\u0335");
+  });
   const auto letters = static_cast<size_t>(std::count_if(apart.begin(), apart.end(), is_letter));
   size_t accents = 0;
   const std::string bare = replaced(apart, accented, [&accents](std::string_view found) {
@@ -183,7 +211,7 @@ inline std::string without_accents(std::string_view text) {
 /// Words that are spelled out, in one, if one of them has four letters or more.
 inline std::string joined(std::string_view text) {
   static const Regex spelled(
-      R"((?<![A-Za-z0-9])[A-Za-z]([ \n\t._*/|+~,-])[A-Za-z01345789]\1[A-Za-z01345789]\1[A-Za-z](?![A-Za-z0-9]))");
+      R"((?<![A-Za-z0-9])[A-Za-z]([ \n\t._*/|+~,-])[A-Za-z013456789]\1[A-Za-z013456789]\1[A-Za-z](?![A-Za-z0-9]))");
   const auto single_letters = [](const std::string& between) {
     return Regex("(?<![A-Za-z0-9])[A-Za-z0-9]([" + between +
                  R"(])[A-Za-z0-9](?:\1[A-Za-z0-9])*(?:\1[?!])?(?![A-Za-z0-9]))");
@@ -204,7 +232,7 @@ inline std::string not_drawn_out(std::string_view text) {
 }
 
 inline bool has_digit_for_letter(std::string_view word) {
-  static const Regex within("[A-Za-z][01345789@$!]+[A-Za-z]"), in_front("\\A[01345789]+[A-Za-z]{2,}\\z");
+  static const Regex within("[A-Za-z][013456789@$!]+[A-Za-z]"), in_front("\\A[013456789]+[A-Za-z]{2,}\\z");
   if (within.find(word, 0)) return true;
   if (!in_front.find(word, 0)) return false;
   std::string unit(std::find_if(word.begin(), word.end(), is_letter), word.end());
@@ -245,7 +273,7 @@ inline std::string deobfuscated(const std::string& text) {
   using namespace obfuscation;
   static const Table ascii = in_ascii();
   const std::string composed = unicode::nfc(text);
-  std::string plain = without_hidden(translated(decoded(composed), ascii));
+  std::string plain = not_parted(without_hidden(translated(decoded(composed), ascii)));
   plain = not_drawn_out(joined(without_accents(without_look_alikes(plain))));
   plain = without_digits(plain);
   return plain == composed ? text : plain;
