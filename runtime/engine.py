@@ -143,7 +143,12 @@ class Engine:
             return engine
 
     def policy(
-        self, mode: Mode | str = Mode.STEER, *, threshold: float | None = None, strength: float | None = None
+        self,
+        mode: Mode | str = Mode.STEER,
+        *,
+        threshold: float | None = None,
+        strength: float | None = None,
+        pieces: bool = True,
     ) -> GatePolicy:
         """The package's policy with your overrides.
 
@@ -163,6 +168,7 @@ class Engine:
             strength=refusal.strength if strength is None else strength,
             refusal_text=refusal.text,
             answer_threshold=self.manifest.monitor.threshold if self.manifest.monitor else None,
+            pieces=pieces,
         )
 
     def generate(

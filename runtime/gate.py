@@ -52,6 +52,7 @@ class GatePolicy:
     strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
     refusal_text: str
     answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
+    pieces: bool = True  # whether the pieces of a turn are read, too (pieces.py)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))  # "stop" is Mode.STOP

@@ -24,7 +24,7 @@ from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
-from .pieces import pieces
+from .pieces import pieces as pieces_of
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart, judged
 
@@ -62,7 +62,7 @@ class Judge:
             scratch = {alone: Conversation(self) for alone in (True, False)}
             plain = [in_plain_letters(message) for message in messages]
             for at, n in enumerate(judged(messages)):
-                for reading in readings(messages, plain, n):
+                for reading in readings(messages, plain, n, pieces=policy.pieces):
                     if reading.if_safe and not is_safe(scores[at], policy.threshold):
                         break
                     seen = prompt.seen[at] if reading.alone else (*prompt.earlier[at], *prompt.seen[at])
@@ -86,7 +86,7 @@ class Judge:
         unsafe; NaN if one cannot be read. May pause.
         """
         p_unsafe, plain, scratch = 0.0, deobfuscated(text), Conversation(self)
-        for said in dict.fromkeys((text, plain, *pieces(text), *pieces(plain))):
+        for said in dict.fromkeys((text, plain, *pieces_of(text), *pieces_of(plain))):
             reading = Reading((Message.user(said),), if_safe=False, stops=False)
             p_unsafe = worst([p_unsafe, (yield from self._read(reading, (), policy, Stats(), scratch))])
             if not is_safe(p_unsafe, policy.threshold):
@@ -128,8 +128,10 @@ class Reading:
         return len(self.messages) == 1
 
 
-def readings(messages: Sequence[Message], plain: Sequence[Message | None], n: int) -> Iterator[Reading]:
-    """The other readings of turn `n`, pieces last. `plain`: `in_plain_letters` of each turn."""
+def readings(
+    messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool
+) -> Iterator[Reading]:
+    """The other readings of turn `n`, last its pieces, if wanted. `plain`: `in_plain_letters` of each turn."""
     turn, letters = messages[n], plain[n]
     context = tuple(
         message if message.trusted or other is None else replace(message, parts=other.parts)
@@ -141,7 +143,7 @@ def readings(messages: Sequence[Message], plain: Sequence[Message | None], n: in
         yield Reading((letters,), if_safe=False, stops=True)
     if n > 0 and any(plain[: n + 1]):
         yield Reading((*context, Message("user", (letters or turn).parts)), if_safe=True, stops=True)
-    for whole in filter(None, (turn, letters)):
+    for whole in filter(None, (turn, letters) if pieces else ()):
         for piece in cut(whole):
             yield Reading((piece,), if_safe=True, stops=True)
             if n > 0:
@@ -152,7 +154,7 @@ def cut(turn: Message) -> list[Message]:
     """The pieces of a turn's text, each as a user's turn with all that the turn shows in front; see pieces.py."""
     shown = [part for part in turn.parts if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " " for part in turn.parts)
-    return [Message("user", (*shown, piece)) for piece in pieces(text)]
+    return [Message("user", (*shown, piece)) for piece in pieces_of(text)]
 
 
 def in_plain_letters(turn: Message) -> Message | None:

@@ -95,15 +95,19 @@ class PromptEncoder:
         return self._assemble(runs, turns, seen, stats)
 
     def prepare_seen(self, messages: Sequence[Message], seen: Sequence[Seen], stats: Stats) -> EncodedPrompt:
-        """Turns of a dialogue as a prompt of their own, of which the prober reads the last. `seen`: their pictures and
-        videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt.seen).
+        """Turns of a dialogue as a prompt of their own that ends where the prober reads the last. `seen`: their
+        pictures and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt.seen).
 
         Raises InputError if it does not fit the context.
         """
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
         check_length(self.manifest, length)
-        return self._assemble(runs, turns[-1:], seen, stats)
+        whole = self._assemble(runs, turns[-1:], seen, stats)
+        end = whole.probed[-1][-1] + 1 if whole.probed[-1] else len(whole.keys)
+        return replace(
+            whole, inputs_embeds=whole.inputs_embeds[:, :end], keys=whole.keys[:end], positions=whole.positions[:, :end]
+        )
 
     def _assemble(
         self, runs: Rendered, turns: Sequence[JudgedTurn], seen: Sequence[Seen], stats: Stats

@@ -47,6 +47,12 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
+@click.option(
+    "--pieces/--no-pieces",
+    default=True,
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request. Without, prompts of several "
+    "sentences start about twice as fast.  [on]",
+)
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens.  [0: all]")
@@ -115,6 +121,7 @@ def run(
     policy: str,
     threshold: float | None,
     strength: float | None,
+    pieces: bool,
     score_only: bool,
     max_tiles: int | None,
     low_memory: bool,
@@ -147,7 +154,7 @@ def run(
     shown = [open_video(video, frames) for video in videos]
     one_text = prompt is not None and not images and not videos  # no picture will need the image graph
     engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)
-    gate = engine.policy(policy, threshold=threshold, strength=strength)
+    gate = engine.policy(policy, threshold=threshold, strength=strength, pieces=pieces)
     if prompt is None:
         engine.grammars.start(config)  # a wrong one would fail at every turn
         chat(engine, gate, config, [open_image(image) for image in images], shown, frames)

@@ -276,7 +276,7 @@ def _in_base64(text: str, rng: random.Random) -> Wording:
     )
 
 
-HARMLESS = ("clean a spoon", "paint a wall", "carry a ladder", "water a plant", "fold a map", "store a pillow")
+HARMLESS = ("clean a spoon", "paint a wall", "carry a ladder", "water a plant", "draw a flower", "store a pillow")
 
 
 def _among(before: int, behind: int) -> Reword:

@@ -48,6 +48,12 @@ ALONE = {  # by device: why requests take turns
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @click.option(
+    "--pieces/--no-pieces",
+    default=True,
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request. Without, prompts of several "
+    "sentences start about twice as fast.  [on]",
+)
+@click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer."
 )
 @click.option(
@@ -125,6 +131,7 @@ def serve(
     weakest_policy: str | None,
     threshold: float | None,
     strength: float | None,
+    pieces: bool,
     max_tiles: int | None,
     low_memory: bool,
     access_log: bool,
@@ -160,7 +167,7 @@ def serve(
             limits["parallel"] = 1
         settings = Settings(
             model=name or engine.manifest.source.repo,
-            policy=engine.policy(policy, threshold=threshold, strength=strength),
+            policy=engine.policy(policy, threshold=threshold, strength=strength, pieces=pieces),
             weakest=weakest,
             limits=Limits(**limits),
             key=key,

@@ -134,7 +134,10 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
     """A request of the C interface, answered by the Python engine."""
     messages = list(map(as_message, request["messages"]))
     policy = engine.policy(
-        request.get("policy", "steer"), threshold=request.get("threshold"), strength=request.get("strength")
+        request.get("policy", "steer"),
+        threshold=request.get("threshold"),
+        strength=request.get("strength"),
+        pieces=request.get("pieces", True),
     )
     return python_json(
         engine, messages, sampling=as_sampling(request.get("sampling", {})), policy=policy, conversation=conversation

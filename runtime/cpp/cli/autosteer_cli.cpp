@@ -45,6 +45,8 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
                                report it; or no gate.  [default: steer]
   --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
   --strength FLOAT             Strength of steering. Default: the package's.
+  --pieces / --no-pieces       Also read the pieces of a turn, in which harmless words cannot hide a request. Without,
+                               prompts of several sentences start about twice as fast.  [on]
   --max-tokens INTEGER         Longest answer.  [default: 256]
   --temperature FLOAT          0 is greedy.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
@@ -83,6 +85,7 @@ struct Arguments {
   int64_t frames = autosteer::kFrames;
   std::string policy = "steer";
   std::optional<double> threshold, strength;
+  bool pieces = true;
   autosteer::SamplingConfig sampling;
   autosteer::EngineOptions engine;
   bool json = false, check = false, version = false, help = false;
@@ -190,6 +193,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.engine.audit_texts = true;
     } else if (word == "--low-memory") {
       arguments.engine.low_memory = true;
+    } else if (word == "--pieces" || word == "--no-pieces") {
+      arguments.pieces = word == "--pieces";
     } else if (word == "--speculation" || word == "--no-speculation") {
       sampling.speculate = word == "--speculation";
     } else if (word == "--version") {
@@ -449,7 +454,8 @@ void run(const Arguments& arguments) {
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
   const autosteer::Engine engine(*arguments.package, options);
-  const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold, arguments.strength);
+  const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold,
+                                    arguments.strength, arguments.pieces);
   if (is_chat) {
     return chat(engine, arguments, policy, std::move(videos));
   }

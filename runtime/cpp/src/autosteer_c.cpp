@@ -117,7 +117,7 @@ autosteer::Message& latest(autosteer_request* request) {
 autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation,
                       const autosteer::RequestJson& request) {
-  const auto policy = engine->policy(request.mode, request.threshold, request.strength);
+  const auto policy = engine->policy(request.mode, request.threshold, request.strength, request.pieces);
   return new autosteer_stream{
       engine, conversation, engine->stream(request.messages, request.sampling, policy, conversation.get()), {}, {}, {}};
 }
@@ -293,7 +293,7 @@ int autosteer_score(const autosteer_engine* engine, const autosteer_request* req
     need(engine, "engine");
     need(request, "request");
     const autosteer::RequestJson& asked = request->request;
-    const auto policy = engine->engine->policy(asked.mode, asked.threshold, asked.strength);
+    const auto policy = engine->engine->policy(asked.mode, asked.threshold, asked.strength, asked.pieces);
     const autosteer::Verdict verdict = engine->engine->score(asked.messages, policy);
     if (action) *action = autosteer::name(verdict.action);
     if (unsafe) *unsafe = verdict.unsafe;

@@ -123,7 +123,7 @@ class Engine {
   /// The package's policy with your overrides. Throws PackageError if `mode` needs a gate and the package has none,
   /// InputError for numbers out of range.
   GatePolicy policy(Mode mode = Mode::steer, std::optional<double> threshold = {},
-                    std::optional<double> strength = {}) const {
+                    std::optional<double> strength = {}, bool pieces = true) const {
     if (!manifest.prober || !manifest.refusal) {
       if (mode != Mode::off) {
         throw PackageError(
@@ -135,6 +135,7 @@ class Engine {
     GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
                       strength.value_or(manifest.refusal->strength), manifest.refusal->text};
     if (manifest.monitor) policy.answer_threshold = manifest.monitor->threshold;
+    policy.pieces = pieces;
     policy.check();
     return policy;
   }

@@ -56,6 +56,7 @@ struct GatePolicy {
   double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
   std::string refusal_text;
   std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
+  bool pieces = true;                           ///< whether the pieces of a turn are read, too (pieces.hpp)
 
   /// Throws OptionError for numbers out of range.
   void check() const {

@@ -118,6 +118,7 @@ struct RequestJson {
   SamplingConfig sampling;
   Mode mode = Mode::steer;
   std::optional<double> threshold, strength;
+  bool pieces = true;
 
   /// Throws InputError for anything that does not fit, and for unknown keys: a mistyped "policy" must not be ignored.
   static RequestJson parse(const std::string& text) { return from_json(text, "request", decode); }
@@ -125,12 +126,13 @@ struct RequestJson {
  private:
   static RequestJson decode(const decoding::Node& node) {
     using decoding::as_float;
-    node.object({"messages"}, {"policy", "threshold", "strength", "sampling"});
+    node.object({"messages"}, {"policy", "threshold", "strength", "pieces", "sampling"});
     RequestJson request;
     request.messages = node["messages"].list(message);
     if (node.has("policy")) request.mode = mode_from(node["policy"].as_string());
     if (node.has("threshold")) request.threshold = node["threshold"].optional(as_float);
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
+    if (node.has("pieces")) request.pieces = node["pieces"].as_bool();
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];
     wishes.object({}, {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",

@@ -80,10 +80,10 @@ struct Reading {
   bool stops = false;             // what is unsafe in it is stopped, not steered
 };
 
-/// Hands the other readings of turn `n` to `read`, pieces last. `plain`: `in_plain_letters` of each turn.
+/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of each turn.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
-                      const Read& read) {
+                      bool pieces, const Read& read) {
   const Message& turn = messages[n];
   std::vector<Message> context(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(n));
   bool obfuscated = plain[n].has_value();
@@ -99,6 +99,7 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
   if (plain[n]) read(Reading{{*plain[n]}, false, true});
   if (n > 0 && obfuscated) read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true});
+  if (!pieces) return;
   for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
     if (!whole) continue;
     for (const Message& piece : cut(*whole)) {
@@ -165,7 +166,7 @@ class Judge {
         const std::vector<Seen>& own = record.seen.at(at);
         std::vector<Seen> all = record.earlier.at(at++);
         all.insert(all.end(), own.begin(), own.end());
-        for_each_reading(messages, plain, n, [&](const Reading& reading) {
+        for_each_reading(messages, plain, n, policy.pieces, [&](const Reading& reading) {
           if (reading.if_safe && !is_safe(score, policy.threshold)) return;
           const bool alone = reading.messages.size() == 1;
           const std::vector<Seen>& seen = alone ? own : all;

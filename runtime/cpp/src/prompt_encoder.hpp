@@ -127,9 +127,9 @@ class PromptEncoder {
     return assemble(runs, turns, seen, stats);
   }
 
-  /// Turns of a dialogue as a prompt of their own, of which the prober reads the last. `seen`: their pictures and
-  /// videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws InputError if
-  /// it does not fit the context.
+  /// Turns of a dialogue as a prompt of their own that ends where the prober reads the last. `seen`: their pictures
+  /// and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws InputError
+  /// if it does not fit the context.
   EncodedPrompt prepare_seen(const std::vector<Message>& messages, const std::vector<Seen>& seen, Stats& stats) const {
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
@@ -137,7 +137,14 @@ class PromptEncoder {
     for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
     for (const Seen& one : seen) length += one.rows();
     check_length(manifest_, length);
-    return assemble(runs, {turns.back()}, seen, stats);
+    EncodedPrompt prompt = assemble(runs, {turns.back()}, seen, stats);
+    if (const auto& probed = prompt.probed.back(); !probed.empty()) {
+      const auto end = static_cast<size_t>(probed.back() + 1);
+      prompt.inputs_embeds.data.resize(end * static_cast<size_t>(prompt.inputs_embeds.width));
+      prompt.keys.resize(end);
+      prompt.positions.resize(end);
+    }
+    return prompt;
   }
 
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.

@@ -109,11 +109,13 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *                   {"video": ["frame1.png", "frame2.png", ...], "seconds": [0, 0.5, ...]}, ...],
  *                   "trusted": true | false}, ...],
  *      "policy": "steer" | "stop" | "report" | "off", "threshold": number, "strength": number,
+ *      "pieces": true | false,
  *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
  *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
  *                    "stop": [text, ...], "speculate": true | false}}
  * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
- * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
+ * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength, turns
+ * read in pieces, too (without, prompts of several sentences start about twice as fast, and can hide a request),
  * the likeliest token each time ("temperature": 0), at most 256 tokens. An unknown key is an error.
  * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
  * to in between. */
