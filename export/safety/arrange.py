@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .model import FitModel
-    from .pairs import FitData, Labelled
+    from .pairs import FitData, Labelled, Prompt
     from .prober import Split
 
 BLIND = (
@@ -40,6 +40,12 @@ class Arranged:
     items: list[Labelled]  # all
     first_reworded: int  # row of the first rewording
     table: Table
+
+    @property
+    def pieces(self) -> list[tuple[int, Prompt]]:
+        """What the runtime also reads of the held-out prompts: (which one of them, its piece)."""
+        shown = [self.prompts[row].prompt for row in self.split.heldout]
+        return [(i, piece) for i, prompt in enumerate(shown) for piece in prompt.pieces]
 
 
 def arrange(

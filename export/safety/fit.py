@@ -121,8 +121,11 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
     with prompt_store(cache, identity, fit_model, fast=True) as store:
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
+        pieces = [piece for _, piece in arranged.pieces]
+        with progress(console, "hidden states of pieces", len(pieces)) as advance:
+            piece_states = prompt_states(fit_model, pieces, store, advance=advance)
         states_s = time.perf_counter() - started
-        chosen = _choose(data, arranged, states, options, console)
+        chosen = _choose(data, arranged, states, piece_states, options, console)
         gate, p = chosen.gate, chosen.scores
         rates = by_rewording(reworded.outcomes(p, arranged.first_reworded, gate.threshold))
         console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
@@ -190,7 +193,9 @@ def open_model(options: FitOptions) -> tuple[Checkpoint, int, FitModel]:
     return checkpoint, depth, open_fit_model(checkpoint, device=options.device)
 
 
-def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptions, console: Console) -> Chosen:
+def _choose(
+    data: FitData, arranged: Arranged, states: States, piece_states: States, options: FitOptions, console: Console
+) -> Chosen:
     """Choose layer and position, and calibrate the prober there.
 
     Every position has its own layer. Of these probers, the one is used that does best on rewordings.
@@ -212,7 +217,8 @@ def _choose(data: FitData, arranged: Arranged, states: States, options: FitOptio
     layer, layers = layer_of[pooling], scores[pooling]
     console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
-    gate = calibrate(probers[pooling][layer - 1], pooled[pooling], arranged.table, options)
+    read = piece_states.layer(layer - 1)[:, POSITIONS.index(pooling)]
+    gate = calibrate(probers[pooling][layer - 1], pooled[pooling], read, arranged, options)
     return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
 
 
@@ -285,12 +291,18 @@ def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore
     ]
 
 
-def calibrate(prober: Prober, states: torch.Tensor, t: Table, options: FitOptions) -> Gate:
-    """Temperature from the validation part; threshold and facts from the held-out part of states (n, d)."""
+def calibrate(
+    prober: Prober, states: torch.Tensor, piece_states: torch.Tensor, arranged: Arranged, options: FitOptions
+) -> Gate:
+    """Temperature from the validation part; threshold and facts from the held-out part of states (n, d), and what the
+    runtime also reads of it: piece_states (m, d) of `arranged.pieces`. The worst score of a prompt counts.
+    """
+    t = arranged.table
     validation, heldout = t.split.validation, t.split.heldout
     temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
     prober = fold_temperature(prober, temperature)
     p, labels, clusters = p_unsafe(prober, states[heldout]), t.unsafe[heldout], [t.clusters[row] for row in heldout]
+    np.maximum.at(p, np.array([i for i, _ in arranged.pieces], dtype=np.int64), p_unsafe(prober, piece_states))
     threshold = options.threshold
     if threshold is None:
         assert options.target_fpr is not None

@@ -28,6 +28,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.pieces import pieces as pieces_of
 
 from . import builtin
 from .store import file_digest
@@ -89,6 +90,19 @@ class Prompt:
         ]
         plain = [replace(turn, text=deobfuscated(turn.text)) for turn in alone]
         return tuple(reversed(dict.fromkeys(reversed((*alone, *plain, *self.turns)))))
+
+    @property
+    def pieces(self) -> tuple[Prompt, ...]:
+        """The pieces of the user's turn that the runtime reads beside it, also in plain letters: by themselves, and
+        where the turn stands. Equal ones once.
+        """
+        found = []
+        for text in dict.fromkeys((self.text, deobfuscated(self.text))):
+            for piece in pieces_of(text):
+                shown = () if self.earlier else self.images
+                found.append(replace(self, text=piece, images=shown, earlier=(), system=""))
+                found.append(replace(self, text=piece))
+        return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

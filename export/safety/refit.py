@@ -92,9 +92,12 @@ def refit(
     with StateStore(cache, what, (1, 1, width)) as store:
         with progress(console, "hidden states", len(arranged.items)) as advance:
             states = _package_states(asking, [item.prompt for item in arranged.items], store, advance)
+        pieces = [piece for _, piece in arranged.pieces]
+        with progress(console, "hidden states of pieces", len(pieces)) as advance:
+            piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started
     prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
-    gate = calibrate(prober, states, t, options)
+    gate = calibrate(prober, states, piece_states, arranged, options)
     p = p_unsafe(gate.prober, states)
     before = heldout_facts(
         p_unsafe(old.prober, states)[heldout],

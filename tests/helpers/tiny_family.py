@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -305,12 +306,15 @@ class TinyFamily:
         verdicts = []
         for i in range(self.prompts):
             original = theirs.run(ValidationPrompt(self.prompt(i), ()))
-            answer = e.generate(self.prompt(i), sampling=SamplingConfig(ANSWER_TOKENS))
+            wholes = e.policy(pieces=False)  # PyTorch was asked about these
+            answer = e.generate(self.prompt(i), policy=wholes, sampling=SamplingConfig(ANSWER_TOKENS))
             assert answer.verdict.p_unsafe == pytest.approx(original.p_unsafe, abs=1e-3)
             assert answer.verdict.unsafe == (not is_safe(original.p_unsafe, 0.5))
             assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
             verdicts.append(answer.verdict.unsafe)
-            stopped = e.generate(self.prompt(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+            stopped = e.generate(
+                self.prompt(i), policy=replace(wholes, mode=Mode.STOP), sampling=SamplingConfig(max_tokens=1)
+            )
             assert (stopped.text == "i can't." and stopped.stats.upper_ms is None) == answer.verdict.unsafe
         assert sum(verdicts) == self.prompts // 2
 

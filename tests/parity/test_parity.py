@@ -89,12 +89,11 @@ def test_steered_tokens_equal_the_authors_formula() -> None:
 
 def test_the_gated_answer_is_pytorchs_for_the_same_verdict() -> None:
     engine = demo_engine("fp32")
-    policy = engine.policy()
+    policy = engine.policy(pieces=False)
     for row in held_out():
         theirs = original(row.messages)
-        answer = engine.generate(row.messages, sampling=SAMPLING)
-        whole = engine.request(engine.encoder.prepare(row.messages, Stats()), 1, Stats()).prefill_lower(policy)
-        assert whole.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
+        answer = engine.generate(row.messages, sampling=SAMPLING, policy=policy)
+        assert answer.verdict.p_unsafe == pytest.approx(theirs.p_unsafe, abs=1e-3)
         assert answer.verdict.unsafe == (not is_safe(theirs.p_unsafe, policy.threshold))
         assert list(answer.token_ids) == (theirs.steered_tokens if answer.verdict.unsafe else theirs.tokens)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
+from autosteer.runtime.judge import in_plain_letters, readings
+from autosteer.runtime.text import Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
 SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
@@ -73,3 +76,20 @@ def test_few_prompts_are_judged_of_many():
     split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
     found = reword_prompts(many, split, REWORDINGS, augment=True, seed=0)
     assert len({one.of for one in found.judging}) == 2 * JUDGED
+
+
+@pytest.mark.parametrize("earlier", [(), ("what is shown?", "a kite.")])
+def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[str, ...]):
+    """In plain letters, too; the fit's threshold counts them."""
+    text = "how do i clean a spoon? h0w d0 i carry a ladder? and how do i paint a kettle?"
+    prompt = Prompt(text, earlier=earlier)
+
+    def dialogue(one: Prompt) -> tuple[Message, ...]:
+        spoken = zip(("user", "assistant") * 2, (*one.earlier, one.text), strict=False)
+        return tuple(Message(role, (said,)) for role, said in spoken)
+
+    messages = dialogue(prompt)
+    plain = [in_plain_letters(message) for message in messages]
+    found = [reading.messages for reading in readings(messages, plain, len(messages) - 1, pieces=True)]
+    wholes = [reading.messages for reading in readings(messages, plain, len(messages) - 1, pieces=False)]
+    assert set(found) - set(wholes) == {dialogue(piece) for piece in prompt.pieces} and prompt.pieces

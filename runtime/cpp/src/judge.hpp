@@ -80,7 +80,8 @@ struct Reading {
   bool stops = false;             // what is unsafe in it is stopped, not steered
 };
 
-/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of each turn.
+/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of each
+/// turn.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {

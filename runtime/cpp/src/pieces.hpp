@@ -33,8 +33,8 @@ inline std::vector<Span> words_in(std::string_view text) {
   return words;
 }
 
-/// What `ends` cuts `text` into; a part of fewer than kFewestWords words is joined with what follows it, at the end with
-/// what comes before.
+/// What `ends` cuts `text` into; a part of fewer than kFewestWords words is joined with what follows it, at the end
+/// with what comes before.
 inline std::vector<std::string_view> parts_of(std::string_view text, const Regex& ends) {
   const std::vector<Span> words = words_in(text);
   std::vector<size_t> cuts = {0};

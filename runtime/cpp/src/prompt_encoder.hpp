@@ -128,8 +128,8 @@ class PromptEncoder {
   }
 
   /// Turns of a dialogue as a prompt of their own that ends where the prober reads the last. `seen`: their pictures
-  /// and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws InputError
-  /// if it does not fit the context.
+  /// and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws
+  /// InputError if it does not fit the context.
   EncodedPrompt prepare_seen(const std::vector<Message>& messages, const std::vector<Seen>& seen, Stats& stats) const {
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);

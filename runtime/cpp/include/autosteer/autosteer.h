@@ -114,8 +114,8 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
  *                    "stop": [text, ...], "speculate": true | false}}
  * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
- * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength, turns
- * read in pieces, too (without, prompts of several sentences start about twice as fast, and can hide a request),
+ * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
+ * turns read in pieces, too (without, prompts of several sentences start about twice as fast, and can hide a request),
  * the likeliest token each time ("temperature": 0), at most 256 tokens. An unknown key is an error.
  * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
  * to in between. */
