@@ -98,7 +98,7 @@ class Judge:
     ) -> Generator[None, None, float]:
         """p_unsafe of the last turn of `reading`, with the dialogue's pictures and videos as `seen` has them; NaN if it
         cannot be read. What it took, without pauses, is added to `stats`.gate_ms. `scratch` has what the reading
-        before computed.
+        before computed. Pauses at its end: a long turn has many pieces, and others wait.
         """
         before, own = time.perf_counter(), Stats()
         try:
@@ -111,6 +111,7 @@ class Judge:
         yield from request.lower_chunks(policy)
         scratch.keep_prefix(request.cached_prefix())
         stats.gate_ms += own.lower_ms + own.gate_ms
+        yield
         return request.scores[-1]
 
 
