@@ -69,7 +69,10 @@ class Together:
 
 
 def bench(engine: Engine, folder: Path, *, tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Measure the package in `folder`, loaded as `engine`. `tokens`: about so many of text in a prompt."""
+    """Measure the package in `folder`, loaded as `engine`. `tokens`: about so many of text in a prompt.
+
+    Raises InputError if a prompt and its answer do not fit the context.
+    """
     text = _text_of(engine, tokens)
     prompts = {"text": Message.user(text)}
     if engine.manifest.image:

@@ -226,7 +226,7 @@ class Engine:
     ) -> Verdict:
         """The verdict on a prompt or a dialogue, without an answer: decoder_upper never runs.
 
-        Raises InputError as `stream` does.
+        Raises what `stream` raises.
         """
         policy = self.policy(policy) if isinstance(policy, str) else policy
         with self.record(policy or self.policy()) as record:

@@ -119,6 +119,7 @@ def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:
     """`spec` that cuts a picture into at most `tiles` tiles. `anyres` and `closest_grid` lose the grids of more, the
     base tile included; if none is left, a picture becomes one tile, like each of several pictures. `native` scales to
     fewer pixels; a long narrow picture may still take a tile for each of its sides' ratio. The others are as they were.
+    Raises OptionError if `tiles` is below 1.
     """
     if tiles is None or not (spec.anyres or spec.closest_grid or spec.native):
         return spec

@@ -29,15 +29,20 @@ SAMPLED_ROWS = 256  # of an embedding table, gathered one by one
 class WeightSource(Protocol):
     """Float32 weights by module path: a Checkpoint, or the dequantised weights of a package."""
 
-    def __contains__(self, path: str) -> bool: ...
+    def __contains__(self, path: str) -> bool:
+        """Whether there is such a weight."""
 
-    def expect(self, path: str, shape: Sequence[int]) -> None: ...
+    def expect(self, path: str, shape: Sequence[int]) -> None:
+        """Raise PackageError unless the weight has this shape."""
 
-    def tensor(self, path: str) -> torch.Tensor: ...
+    def tensor(self, path: str) -> torch.Tensor:
+        """The whole weight."""
 
-    def rows(self, path: str, block_bytes: int) -> Iterator[torch.Tensor]: ...
+    def rows(self, path: str, block_bytes: int) -> Iterator[torch.Tensor]:
+        """The weight in blocks of rows, of at most so many bytes each."""
 
-    def gather(self, path: str, rows: Sequence[int]) -> torch.Tensor: ...
+    def gather(self, path: str, rows: Sequence[int]) -> torch.Tensor:
+        """Some of its rows, (len(rows), ..)."""
 
 
 def open_on_demand(checkpoint: Checkpoint, lm_head: str, sweep: LayerSweep, source: WeightSource | None = None) -> Any:

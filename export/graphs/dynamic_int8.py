@@ -53,14 +53,17 @@ class _Inserting:
         self.graph, self.before = graph, before
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """Insert an operator; its first output."""
         node = ir.Node(domain, kind, inputs, [ir.AttrInt64(name, value) for name, value in attributes.items()])
         self.graph.insert_before(self.before, node)
         return node.outputs[0]
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """An array as an initialiser."""
         return self.initialiser(name, ir.tensor(array, name=name))
 
     def initialiser(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """The graph's initialiser of this name, added if it is not there."""
         if name not in self.graph.initializers:
             value = ir.Value(
                 name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor

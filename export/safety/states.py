@@ -125,7 +125,7 @@ def answer_states(
     advance: Advance = lambda done: None,
 ) -> States:
     """n records (1, T, d): the LM head's input before each of the T answer tokens, teacher-forced. answer (T,) ids.
-    Only records that `store` lacks are computed.
+    Only records that `store` lacks are computed. Raises PackageError if a state is not finite.
     """
     length = len(answer)
 

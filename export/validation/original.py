@@ -57,10 +57,12 @@ class ValidationPrompt:
 
     @property
     def images(self) -> list[ImageLike]:
+        """Its images, in the order of the dialogue."""
         return [image for message in self.messages for image in message.images]
 
     @property
     def videos(self) -> list[tuple[ImageLike, ...]]:
+        """The frames of each of its videos, in the order of the dialogue."""
         return [frames for message in self.messages for frames in message.videos]
 
     @property

@@ -158,7 +158,9 @@ def first_of_each_group(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
-    """(line number, object) of a JSONL file, without blank lines."""
+    """(line number, object) of a JSONL file, without blank lines. Raises InputError for a file or a line that is not
+    readable.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): JSON may hold a U+2028
     except (OSError, UnicodeDecodeError) as err:
@@ -374,7 +376,9 @@ def same_prompt(text: str) -> str:
 
 
 def drop_known(rows: Sequence[Row], known: Known) -> tuple[list[Row], Counter[str]]:
-    """(rows whose prompt, with its pictures, is not among `known`, how many of each group were)"""
+    """(rows whose prompt, with its pictures, is not among `known`, how many of each group were). Raises InputError if
+    none is left.
+    """
 
     def is_known(row: Row) -> bool:
         seen = known.get(same_prompt(row.prompt), set())

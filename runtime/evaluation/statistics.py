@@ -18,7 +18,10 @@ class Rate:
 
 
 def rate(events: int, trials: int) -> Rate:
-    """Wilson's score interval (1927). Unlike the normal interval it is valid for small counts and at rates 0 and 1."""
+    """Wilson's score interval (1927). Unlike the normal interval it is valid for small counts and at rates 0 and 1.
+
+    Raises ValueError unless 0 <= events <= trials and trials > 0.
+    """
     if not 0 <= events <= trials or trials == 0:
         raise ValueError(f"{events} events in {trials} trials")
     low, high = binomtest(events, trials).proportion_ci(0.95, method="wilson")

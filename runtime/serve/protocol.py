@@ -129,14 +129,17 @@ class ChatPart(OnePart):
 
     @property
     def picture(self) -> str | None:
+        """The data URL of the part's image; None if it has none."""
         return self.image_url.url if self.image_url else None
 
     @property
     def frames(self) -> list[str] | None:
+        """The data URLs of the part's frames; None if it is no video."""
         return self.video
 
     @property
     def moments(self) -> list[float]:
+        """When each frame is shown, in seconds; none if the part does not say."""
         return self.seconds or []
 
 
@@ -173,6 +176,7 @@ class ItemPart(OnePart):
 
     @property
     def picture(self) -> str | None:
+        """The data URL of the part's image; None if it has none."""
         return self.image_url
 
 

@@ -78,7 +78,8 @@ class Engine {
  public:
   /// Check every file of `folder` against the manifest's hashes and load it.
   /// Throws PackageError (package damaged or incomplete, another version, a gate that does not work here),
-  /// ProviderError (device not available, onnxruntime too old) or InputError (no such folder for EngineOptions::audit).
+  /// ProviderError (device not available, onnxruntime too old), InputError (no such folder for EngineOptions::audit) or
+  /// OptionError (more than four threads for each CPU).
   explicit Engine(const fs::path& folder, const EngineOptions& options = {})
       : pages_(options.advise_pages ? std::make_unique<Pages>() : nullptr),
         manifest(Manifest::load(folder)),
