@@ -36,7 +36,7 @@ from .proof import make_proof
 from .refusal_head import StrengthScore
 from .sas import SasSum
 from .states import (
-    POSITIONS,
+    POOLINGS,
     Pooling,
     answer_store,
     checkpoint_files,
@@ -196,35 +196,35 @@ def open_model(options: FitOptions) -> tuple[Checkpoint, int, FitModel]:
 def _choose(
     data: FitData, arranged: Arranged, states: States, piece_states: States, options: FitOptions, console: Console
 ) -> Chosen:
-    """Choose layer and position, and calibrate the prober there.
+    """Choose layer and pooling, and calibrate the prober there.
 
-    Every position has its own layer. Of these probers, the one is used that does best on rewordings.
+    Every pooling has its own layer. Of these probers, the one is used that does best on rewordings.
     """
-    positions: Sequence[Pooling] = [options.pooling] if options.pooling else POSITIONS
-    scores, dropped = _sas(data, arranged.prompts, states, positions, options.seed, console)
+    poolings: Sequence[Pooling] = [options.pooling] if options.pooling else POOLINGS
+    scores, dropped = _sas(data, arranged.prompts, states, poolings, options.seed, console)
     probers = {}
-    with progress(console, "probers", len(positions)) as advance:
-        for name in positions:
+    with progress(console, "probers", len(poolings)) as advance:
+        for name in poolings:
             probers[name] = _probers(arranged.table, states, name, options.seed)
             scores[name] = _with_accuracy(scores[name], probers[name], arranged.table, states, name)
             advance(1)
-    layer_of = {name: options.layer or choose_layer(scores[name], options.select) for name in positions}
+    layer_of = {name: options.layer or choose_layer(scores[name], options.select) for name in poolings}
     found = {
-        name: p_unsafe(probers[name][layer - 1], states.layer(layer - 1)[:, POSITIONS.index(name)])
+        name: p_unsafe(probers[name][layer - 1], states.layer(layer - 1)[:, POOLINGS.index(name)])
         for name, layer in layer_of.items()
     }
     pooling: Pooling = arranged.reworded.choose(found, arranged.first_reworded)
     layer, layers = layer_of[pooling], scores[pooling]
     console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
-    pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POSITIONS)}
-    read = piece_states.layer(layer - 1)[:, POSITIONS.index(pooling)]
+    pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POOLINGS)}
+    read = piece_states.layer(layer - 1)[:, POOLINGS.index(pooling)]
     gate = calibrate(probers[pooling][layer - 1], pooled[pooling], read, arranged, options)
     return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
 
 
 def _probers(t: Table, states: States, pooling: Pooling, seed: int) -> list[Prober]:
     """A prober that reads `pooling` for every layer; entry 0 is layer 1."""
-    position = POSITIONS.index(pooling)
+    position = POOLINGS.index(pooling)
     return train_probers(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught, seed=seed)
 
 
@@ -235,7 +235,7 @@ def _with_accuracy(
     rows, weight = t.split.validation, training_weights(t)
 
     def accuracy(index: int) -> float:
-        p = p_unsafe(probers[index], states.layer(index, rows)[:, POSITIONS.index(pooling)])
+        p = p_unsafe(probers[index], states.layer(index, rows)[:, POOLINGS.index(pooling)])
         return balanced_accuracy(p, t.unsafe[rows], DEFAULT_THRESHOLD, weight[rows])
 
     return [replace(score, prober_accuracy=accuracy(index)) for index, score in enumerate(scores)]
@@ -245,21 +245,21 @@ def _sas(
     data: FitData,
     prompts: list[Labelled],
     states: States,
-    positions: Sequence[Pooling],
+    poolings: Sequence[Pooling],
     seed: int,
     console: Console,
 ) -> tuple[dict[Pooling, list[LayerScore]], int]:
-    """SAS of every layer by position, over all pairs and over those of each channel, if there are several; and the
+    """SAS of every layer by pooling, over all pairs and over those of each channel, if there are several; and the
     number of pairs whose states are equal.
     """
     row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     members: dict[str, list[int]] = {}
     for i, pair in enumerate(data.pairs):
         members.setdefault(pair.channel, []).append(i)
-    whole = {name: SasSum(len(data.pairs), seed=seed) for name in positions}
+    whole = {name: SasSum(len(data.pairs), seed=seed) for name in poolings}
     channels = {
         name: {channel: SasSum(len(m), seed=seed, resamples=1) for channel, m in sorted(members.items())}
-        for name in positions
+        for name in poolings
     }
     with progress(console, "SAS", len(data.pairs)) as advance:
         for channel, numbers in members.items():
@@ -267,12 +267,12 @@ def _sas(
                 some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
                 unsafe, safe = [row[p.unsafe.identity] for p in some], [row[p.safe.identity] for p in some]
                 deltas = states[unsafe] - states[safe]
-                for name in positions:
-                    of_position = deltas[:, :, POSITIONS.index(name)]
-                    whole[name].add(of_position)
-                    channels[name][channel].add(of_position)
+                for name in poolings:
+                    of_pooling = deltas[:, :, POOLINGS.index(name)]
+                    whole[name].add(of_pooling)
+                    channels[name][channel].add(of_pooling)
                 advance(len(some))
-    scores = {name: _layer_scores(whole[name], channels[name]) for name in positions}
+    scores = {name: _layer_scores(whole[name], channels[name]) for name in poolings}
     return scores, len(data.pairs) - min(sas.usable for sas in whole.values())
 
 

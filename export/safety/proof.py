@@ -21,7 +21,7 @@ from autosteer.runtime.image import open_file
 
 from .batches import encode
 from .prober import p_unsafe
-from .states import POSITIONS, Pooling, prompt_states
+from .states import POOLINGS, Pooling, prompt_states
 
 if TYPE_CHECKING:
     from .evidence import Gate
@@ -54,7 +54,7 @@ def make_proof(
     rows = choose_proof(fit_model, heldout, scores, gate.threshold, published=published)
     chosen = [heldout[row] for row in rows]
     states = prompt_states(fit_model, [item.prompt for item in chosen], store).layer(layer - 1)
-    exact = p_unsafe(gate.prober, states[:, POSITIONS.index(pooling)]).tolist()
+    exact = p_unsafe(gate.prober, states[:, POOLINGS.index(pooling)]).tolist()
     right = [(item, p) for item, p in zip(chosen, exact, strict=True) if item.unsafe == (p > gate.threshold)]
     return _as_proof(fit_model, right, published=published)
 

@@ -1,6 +1,6 @@
 """Compute hidden states of prompts, on which SAS, prober and Refusal Head are fitted.
 
-    prompt_states   prompt without generation prompt          ->  residual entering each layer k = 1..N-1, at POSITIONS
+    prompt_states   prompt without generation prompt          ->  residual entering each layer k = 1..N-1, at POOLINGS
     answer_states   prompt + generation prompt + the refusal  ->  final-norm output before each of its tokens
 
 "Entering layer k" is Hugging Face's hidden_states[k]. [0] depends on the token alone, and [N] comes after the final
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from autosteer.export.checkpoint.open import Checkpoint
 
 Pooling = Literal["last", "mean"]  # what a prober reads: see `prompt_states`
-POSITIONS: tuple[Pooling, ...] = ("last", "mean")
+POOLINGS: tuple[Pooling, ...] = ("last", "mean")
 
 Advance = Callable[[float], None]  # told how many more prompts are done; a long one counts for several short ones
 Compute = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch -> its records; calls back at each layer
@@ -56,8 +56,8 @@ def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, f
     """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files. `fast`: computed
     with fast products.
     """
-    shape = (len(fit_model.layers) - 1, len(POSITIONS), fit_model.decoder.hidden_size)
-    what = repr((POSITIONS, fit_model.token_offset, fast)).encode()
+    shape = (len(fit_model.layers) - 1, len(POOLINGS), fit_model.decoder.hidden_size)
+    what = repr((POOLINGS, fit_model.token_offset, fast)).encode()
     return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 
@@ -87,7 +87,7 @@ def prompt_keys(prompts: Sequence[Prompt]) -> list[bytes]:
 def prompt_states(
     fit_model: FitModel, prompts: Sequence[Prompt], store: StateStore, *, advance: Advance = lambda done: None
 ) -> States:
-    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POSITIONS[p]. Only records that `store`
+    """n records (N-1, P, d): [:, k-1, p] is the residual entering layer k at POOLINGS[p]. Only records that `store`
     lacks are computed.
 
     "last" is the last prompt token (FitModel.token_offset); "mean" the mean over the text tokens of the user's turn up
@@ -191,7 +191,7 @@ def read_positions(fit_model: FitModel, batch: Batch) -> torch.Tensor:
 
 
 def _tap(fit_model: FitModel, batch: Batch) -> Callable[[torch.Tensor], torch.Tensor]:
-    """(B, S - O, d) -> (B, P, d): the states at POSITIONS."""
+    """(B, S - O, d) -> (B, P, d): the states at POOLINGS."""
     device, skipped = fit_model.device, common_opening(fit_model, batch.inputs)
     ids, pooled = batch.inputs["input_ids"], read_positions(fit_model, batch)
     last = batch.lengths + fit_model.token_offset

@@ -323,7 +323,7 @@ class TinyFamily:
         e, theirs = self.engine(variant), self.fit_model(variant)
         with states.prompt_store(folder, [], theirs) as store:
             kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
-            expected = kept.layer(self.split - 1)[0, states.POSITIONS.index("last")].numpy()
+            expected = kept.layer(self.split - 1)[0, states.POOLINGS.index("last")].numpy()
         request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
         request.prefill_lower(e.policy(Mode.OFF))
         np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())

@@ -124,6 +124,6 @@ def states_of(
     fit_model: FitModel, folder: Path, prompts: list[Prompt], advance: states.Advance = lambda done: None
 ) -> torch.Tensor:
     """(n, N-1, P, d) of prompts, through an empty store in `folder`."""
-    shape = (LAYERS - 1, len(states.POSITIONS), WIDTH)
+    shape = (LAYERS - 1, len(states.POOLINGS), WIDTH)
     with StateStore(folder / "features", random.randbytes(16), shape) as store:
         return states.prompt_states(fit_model, prompts, store, advance=advance)[range(len(prompts))]

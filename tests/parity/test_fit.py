@@ -31,7 +31,7 @@ from autosteer.export.safety.store import States
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.errors import PackageError
 
-LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
+LAST, MEAN = (states_module.POOLINGS.index(name) for name in ("last", "mean"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,7 +186,7 @@ def test_scores_of_the_proof_are_those_of_the_model_in_float32(
     proof, layer = artifact.facts.proof, artifact.facts.split_layer - 1
     asked = [Prompt(prompt.text, tuple(tmp_path / "safety" / name for name in prompt.images)) for prompt in proof]
     exact = prober.p_unsafe(
-        artifact.prober, prompt_states(asked)[:, layer, states_module.POSITIONS.index(artifact.facts.pooling)]
+        artifact.prober, prompt_states(asked)[:, layer, states_module.POOLINGS.index(artifact.facts.pooling)]
     )
     np.testing.assert_allclose([prompt.p_unsafe for prompt in proof], exact, atol=2e-5)
 

@@ -26,7 +26,7 @@ from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety.store import StateStore
 from autosteer.runtime.errors import InputError, PackageError
 
-LAST, MEAN = (states_module.POSITIONS.index(name) for name in ("last", "mean"))
+LAST, MEAN = (states_module.POOLINGS.index(name) for name in ("last", "mean"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_states_are_computed_once_and_survive_a_kill(
     fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A fit that dies in the middle of a write goes on behind the last whole block."""
-    some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
+    some, shape = prompts(data), (LAYERS - 1, len(states_module.POOLINGS), WIDTH)
     with StateStore(tmp_path, b"0" * 16, shape) as store:
         expected = states_module.prompt_states(fit_model, some[:5], store)[range(5)]
     states = next(tmp_path.glob("*.states"))
@@ -266,7 +266,7 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
     monkeypatch.setattr(on_demand, "SMALL_BYTES", 1024)
     monkeypatch.setattr("autosteer.export.safety.model.KEPT_BYTES", 0)
     large = open_fit_model(open_checkpoint(str(checkpoint)), device="cpu")
-    some, shape = prompts(data), (LAYERS - 1, len(states_module.POSITIONS), WIDTH)
+    some, shape = prompts(data), (LAYERS - 1, len(states_module.POOLINGS), WIDTH)
     both = []
     for model in (fit_model, large):
         loaded.clear()
@@ -303,7 +303,7 @@ def test_what_a_sweep_has_computed_survives_the_next_ones_failure(
     fit_model: FitModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A 7B model takes minutes for a sweep: no more than one may be lost."""
-    shape, forward, calls = (LAYERS - 1, len(states_module.POSITIONS), WIDTH), states_module.forward, iter(range(9))
+    shape, forward, calls = (LAYERS - 1, len(states_module.POOLINGS), WIDTH), states_module.forward, iter(range(9))
 
     def fails(*args: Any, **options: Any) -> torch.Tensor:
         if next(calls) == 2:

@@ -391,7 +391,7 @@ def test_a_fit_reads_what_the_model_computes_whatever_it_saw_before(variant: str
     with states.prompt_store(tmp_path / "store", [], fitted) as store:
         for prompt in prompts:
             kept = states.prompt_states(fitted, [prompt], store).layer(FAMILY.split - 1)
-            found = kept[0, states.POSITIONS.index("last")].numpy()
+            found = kept[0, states.POOLINGS.index("last")].numpy()
             asked = ValidationPrompt((Message.user(prompt.text, prompt.images),), ())
             passed = theirs.forward(theirs.inputs(asked), [FAMILY.split])
             expected = passed.entering[FAMILY.split][-1 - generated].numpy()
