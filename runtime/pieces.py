@@ -4,10 +4,12 @@ A prober reads one state of a whole turn. With three harmless questions around i
 passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read these, too:
 
     sentences    each, with the next while they have fewer than three words
+    joints       ten words from the beginning of a sentence of fewer than five, which may cut a request
     clauses      between commas, colons, slashes and dashes, of a sentence of more than ten words; as short ones joined
     windows      of ten words, every five, of a sentence or clause of more than ten words
 
-Words stand between ASCII white space. The C++ side is src/pieces.hpp; shared cases: tests/conformance/pieces.json.
+Words stand between ASCII white space; in a piece, between single blanks. The C++ side is src/pieces.hpp; shared cases:
+tests/conformance/pieces.json.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import re
 from collections.abc import Iterator
 
 FEWEST_WORDS = 3  # of a piece, if the text has so many
+SHORT = 5  # words; a sentence of fewer is read with what follows, too
 WINDOW = 10  # words that are read at once
 STRIDE = 5
 
@@ -28,12 +31,16 @@ _WORD = re.compile(f"[^{SPACE}]+")
 
 
 def pieces(text: str) -> list[str]:
-    """The pieces of `text`, in order, without repetition; none if it is the only one."""
+    """The pieces of `text`, in order, without repetition; none if the text is the only one."""
     found: list[str] = []
-    for sentence in _parts(text, SENTENCES):
-        parts = (sentence, *_parts(sentence, CLAUSES)) if len(_WORD.findall(sentence)) > WINDOW else (sentence,)
-        for part in dict.fromkeys(parts):
+    sentences = list(_parts(text, SENTENCES))
+    for i, sentence in enumerate(sentences):
+        words = len(_WORD.findall(sentence))
+        parts = (sentence, *_parts(sentence, CLAUSES)) if words > WINDOW else (sentence,)
+        for part in parts:
             found += _windows(part)
+        if words < SHORT and i + 1 < len(sentences):
+            found += itertools.islice(_windows("".join(sentences[i : i + WINDOW])), 1)
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
 
@@ -54,8 +61,8 @@ def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
 
 
 def _windows(text: str) -> Iterator[str]:
-    """`text` from its first word to its last, or windows of WINDOW words if it has more; none if it has none."""
-    words = [word.span() for word in _WORD.finditer(text)]
+    """The words of `text`, WINDOW at a time; nothing if it has none."""
+    words = _WORD.findall(text)
     last = max(0, len(words) - WINDOW)
     for first in (*range(0, last, STRIDE), last) if words else ():
-        yield text[words[first][0] : words[first : first + WINDOW][-1][1]]
+        yield " ".join(words[first : first + WINDOW])

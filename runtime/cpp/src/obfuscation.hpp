@@ -186,6 +186,17 @@ inline std::string not_parted(std::string_view text) {
   return signs > 1 ? whole : std::string(text);
 }
 
+/// Five words or more with _ or - between them are parted.
+inline std::string not_joined(std::string_view text) {
+  static const std::string word = "(?:[A-Za-z]{2,}[.,]?|[aAiI])";
+  static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:[_-]" + word + "){4,}(?![A-Za-z0-9_-])");
+  return replaced(text, joined, [](std::string_view run) {
+    std::string parted(run);
+    std::replace_if(parted.begin(), parted.end(), [](char c) { return c == '_' || c == '-'; }, ' ');
+    return parted;
+  });
+}
+
 inline std::string without_look_alikes(std::string_view text) {
   static const Regex mixed("[A-Za-z][" + kLookAlikes + "]|[" + kLookAlikes + "][A-Za-z]");
   static const Table table = table_of(kLookAlikes, kOfLookAlikes);
@@ -273,7 +284,7 @@ inline std::string deobfuscated(const std::string& text) {
   using namespace obfuscation;
   static const Table ascii = in_ascii();
   const std::string composed = unicode::nfc(text);
-  std::string plain = not_parted(without_hidden(translated(decoded(composed), ascii)));
+  std::string plain = not_joined(not_parted(without_hidden(translated(decoded(composed), ascii))));
   plain = not_drawn_out(joined(without_accents(without_look_alikes(plain))));
   plain = without_digits(plain);
   return plain == composed ? text : plain;

@@ -4,16 +4,19 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "regex.hpp"
 
 namespace autosteer {
 
-constexpr size_t kFewestWords = 3;         // of a piece, if the text has so many
+constexpr size_t kFewestWords = 3;           // of a piece, if the text has so many
+constexpr size_t kShort = 5;                 // words; a sentence of fewer is read with what follows, too
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
 
 /// ASCII white space.
@@ -54,30 +57,50 @@ inline std::vector<std::string_view> parts_of(std::string_view text, const Regex
   return parts;
 }
 
-/// The pieces of `text`, in order, without repetition; none if it is the only one.
+/// The words of `text`, kWindow at a time, in which single blanks part them; at most so many windows.
+inline std::vector<std::string> windows_of(std::string_view text, size_t most = SIZE_MAX) {
+  const std::vector<Span> words = words_in(text);
+  std::vector<std::string> windows;
+  const size_t last = words.size() > kWindow ? words.size() - kWindow : 0;
+  for (size_t first = 0; !words.empty() && windows.size() < most; first = std::min(first + kStride, last)) {
+    std::string window;
+    for (size_t i = first; i < std::min(first + kWindow, words.size()); ++i) {
+      window += window.empty() ? "" : " ";
+      window += text.substr(words[i].first, words[i].second - words[i].first);
+    }
+    windows.push_back(std::move(window));
+    if (first == last) break;
+  }
+  return windows;
+}
+
+/// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
-  static const Regex sentences("[^.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*");
-  static const Regex clauses("[^,:/|\u2013\u2014\u3001\uff0c\uff1a]*[,:/|\u2013\u2014\u3001\uff0c\uff1a]*");
+  static const Regex sentence_ends("[^.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*");
+  static const Regex clause_ends("[^,:/|\u2013\u2014\u3001\uff0c\uff1a]*[,:/|\u2013\u2014\u3001\uff0c\uff1a]*");
   std::vector<std::string> found;
-  std::set<std::string_view> known;
-  const auto add_windows = [&](std::string_view part) {
-    const std::vector<Span> words = words_in(part);
-    if (words.empty()) return;
-    const size_t last = words.size() > kWindow ? words.size() - kWindow : 0;
-    for (size_t first = 0;; first = std::min(first + kStride, last)) {
-      const size_t begin = words[first].first, end = words[std::min(first + kWindow, words.size()) - 1].second;
-      const std::string_view window = part.substr(begin, end - begin);
-      if (known.insert(window).second) found.emplace_back(window);
-      if (first == last) break;
+  std::set<std::string> known;
+  const auto add = [&](std::vector<std::string> windows) {
+    for (std::string& window : windows) {
+      if (known.insert(window).second) found.push_back(std::move(window));
     }
   };
-  for (const std::string_view sentence : parts_of(text, sentences)) {
-    add_windows(sentence);
-    if (words_in(sentence).size() <= kWindow) continue;
-    for (const std::string_view clause : parts_of(sentence, clauses)) add_windows(clause);
+  const std::vector<std::string_view> sentences = parts_of(text, sentence_ends);
+  for (size_t i = 0; i < sentences.size(); ++i) {
+    const size_t words = words_in(sentences[i]).size();
+    add(windows_of(sentences[i]));
+    if (words > kWindow) {
+      for (const std::string_view clause : parts_of(sentences[i], clause_ends)) add(windows_of(clause));
+    }
+    if (words < kShort && i + 1 < sentences.size()) {
+      const std::string_view& last = sentences[std::min(i + kWindow, sentences.size()) - 1];
+      const char* begin = sentences[i].data();
+      add(windows_of({begin, static_cast<size_t>(last.data() + last.size() - begin)}, 1));
+    }
   }
   const std::vector<Span> words = words_in(text);
-  const bool whole = found.size() == 1 && found[0].size() == words.back().second - words.front().first;
+  const bool whole = found.size() == 1 &&
+                     found[0] == text.substr(words.front().first, words.back().second - words.front().first);
   return whole ? std::vector<std::string>() : found;
 }
 
