@@ -43,6 +43,7 @@ READ_BY_A_STEP = ("decoder_lower", "decoder_upper", "lm_head")
 ONE_ROW_READ = (b"cos_cache", b"sin_cache")  # tables of which a step reads a row
 FLOAT16 = 10  # onnx.TensorProto's
 Field: TypeAlias = "tuple[int, int | memoryview]"
+ALL_PIECES = 0.999999  # a threshold at which no piece ends the reading
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Case:
     first_token_ms: dict[str, float]  # by stage; "total" is from the messages to the first token
     decode_ms: float  # a step
     steered_ms: float | None  # a step through the Refusal Head; None without a gate
-    gate_share: float  # of the first token's time
+    gate_share: float  # of the first token's time, the prompt read as a whole
+    pieces_ms: float | None  # what reading its pieces adds to the first token (pieces.py); None without a gate
     steering_share: float | None  # what steering adds to a step
     step_bytes: int  # that a step reads of weights and caches
 
@@ -179,9 +181,23 @@ def _case(engine: Engine, folder: Path, name: str, message: Message, new_tokens:
         decode_ms=plain,
         steered_ms=steered[0] if steered else None,
         gate_share=first["gate"] / first["total"],
+        pieces_ms=_pieces_ms(engine, message, rounds) if gated else None,
         steering_share=steered[0] / plain - 1 if steered else None,
         step_bytes=read,
     )
+
+
+def _pieces_ms(engine: Engine, message: Message, rounds: int) -> float:
+    """Milliseconds that all pieces of a prompt take."""
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for pieces, times in taken.items():
+        policy = engine.policy(Mode.REPORT, threshold=ALL_PIECES, pieces=pieces)
+        for _ in range(rounds + 1):  # the first warms up
+            start = time.perf_counter()
+            engine.score([message], policy=policy)
+            times.append(ms_since(start))
+    whole, both = (statistics.median(times[1:]) for times in taken.values())
+    return max(0.0, both - whole)
 
 
 def _together(engine: Engine, message: Message, answers: int, new_tokens: int) -> Together:

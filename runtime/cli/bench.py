@@ -57,6 +57,10 @@ def bench_text(found: dict[str, Any]) -> str:
         rows.append((f"{name}, ms", [f"{case['first_token_ms'][stage]:.3g}" for case in cases]))
     rows += [
         ("gate, of the first token", [percent(case["gate_share"]) for case in cases]),
+        (
+            "pieces of the prompt add, ms",
+            ["" if case["pieces_ms"] is None else f"{case['pieces_ms']:.3g}" for case in cases],
+        ),
         ("decode, tok/s", [f"{1000 / case['decode_ms']:.3g}" for case in cases]),
         ("steering, of a step", [percent(case["steering_share"]) for case in cases]),
         ("memory bandwidth used", [percent(case["read_share"]) for case in cases]),
