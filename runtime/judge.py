@@ -60,8 +60,11 @@ class Judge:
         if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
             scratch = {alone: Conversation(self) for alone in (True, False)}
-            plain = [in_plain_letters(message) for message in messages]
-            for at, n in enumerate(judged(messages)):
+            turns = judged(messages)
+            plain: list[Message | None] = [None] * len(messages)
+            for n in turns:
+                plain[n] = in_plain_letters(messages[n])
+            for at, n in enumerate(turns):
                 for reading in readings(messages, plain, n, pieces=policy.pieces):
                     if reading.if_safe and not is_safe(scores[at], policy.threshold):
                         break
@@ -132,23 +135,25 @@ class Reading:
 def readings(
     messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool
 ) -> Iterator[Reading]:
-    """The other readings of turn `n`, last its pieces, if wanted. `plain`: `in_plain_letters` of each turn."""
+    """The other readings of turn `n`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged turns."""
     turn, letters = messages[n], plain[n]
-    context = tuple(
-        message if message.trusted or other is None else replace(message, parts=other.parts)
-        for message, other in zip(messages[:n], plain, strict=False)
-    )
+
+    def in_place(last: Message) -> tuple[Message, ...]:
+        before = zip(messages[:n], plain, strict=False)
+        context = (replace(message, parts=other.parts) if other else message for message, other in before)
+        return (*context, Message("user", last.parts))
+
     if n > 0 and turn.role == "user":
         yield Reading((turn,), if_safe=False, stops=False)  # what stands first is read alike where it stands
     if letters:
         yield Reading((letters,), if_safe=False, stops=True)
     if n > 0 and any(plain[: n + 1]):
-        yield Reading((*context, Message("user", (letters or turn).parts)), if_safe=True, stops=True)
+        yield Reading(in_place(letters or turn), if_safe=True, stops=True)
     for whole in filter(None, (turn, letters) if pieces else ()):
         for piece in cut(whole):
             yield Reading((piece,), if_safe=True, stops=True)
             if n > 0:
-                yield Reading((*context, piece), if_safe=True, stops=True)
+                yield Reading(in_place(piece), if_safe=True, stops=True)
 
 
 def cut(turn: Message) -> list[Message]:

@@ -11,6 +11,7 @@
 // than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -80,23 +81,22 @@ struct Reading {
   bool stops = false;             // what is unsafe in it is stopped, not steered
 };
 
-/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of each
-/// turn.
+/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged
+/// turns.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
   const Message& turn = messages[n];
-  std::vector<Message> context(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(n));
-  bool obfuscated = plain[n].has_value();
-  for (size_t i = 0; i < n; ++i) {
-    if (plain[i] && !context[i].trusted) context[i].parts = plain[i]->parts;
-    obfuscated = obfuscated || plain[i];
-  }
   const auto behind_others = [&](const Message& last) {
-    std::vector<Message> all = context;
+    std::vector<Message> all(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(n));
+    for (size_t i = 0; i < n; ++i) {
+      if (plain[i]) all[i].parts = plain[i]->parts;
+    }
     all.push_back({"user", last.parts});
     return all;
   };
+  const auto end = plain.begin() + static_cast<std::ptrdiff_t>(n) + 1;
+  const bool obfuscated = std::any_of(plain.begin(), end, [](const auto& letters) { return letters.has_value(); });
   if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
   if (plain[n]) read(Reading{{*plain[n]}, false, true});
   if (n > 0 && obfuscated) read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true});
@@ -156,7 +156,9 @@ class Judge {
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
       std::vector<std::optional<Message>> plain;
-      for (const Message& message : messages) plain.push_back(in_plain_letters(message));
+      for (size_t n = 0; n < messages.size(); ++n) {
+        plain.push_back(is_judged(messages, n) ? in_plain_letters(messages[n]) : std::nullopt);
+      }
       double p_unsafe = *verdict.p_unsafe;
       bool stops = false;
       size_t at = 0;
