@@ -6,8 +6,8 @@
     answer   as if the user had said it, and its pieces; in plain letters, too
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
-catches by itself. The worst score counts. Pieces are read until one is unsafe. What is unsafe in another reading than
-the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
+catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is unsafe in
+another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
 from .pieces import pieces as pieces_of
+from .pieces import weighed
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart, judged
 
@@ -75,6 +76,8 @@ class Judge:
                         p = yield from self._read(reading, seen, policy, record.stats, scratch[reading.alone])
                     if not math.isnan(p):  # a failure may pass
                         known[key] = p
+                    if reading.piece:
+                        p = weighed(p)
                     scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
                     if reading.stops and not is_safe(p, policy.threshold):
                         policy = without_steering(policy)
@@ -89,9 +92,11 @@ class Judge:
         unsafe; NaN if one cannot be read. May pause.
         """
         p_unsafe, plain, scratch = 0.0, deobfuscated(text), Conversation(self)
-        for said in dict.fromkeys((text, plain, *pieces_of(text), *pieces_of(plain))):
-            reading = Reading((Message.user(said),), if_safe=False, stops=False)
-            p_unsafe = worst([p_unsafe, (yield from self._read(reading, (), policy, Stats(), scratch))])
+        wholes = dict.fromkeys((text, plain))
+        for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
+            reading = Reading((Message.user(said),), piece=said not in wholes)
+            p = yield from self._read(reading, (), policy, Stats(), scratch)
+            p_unsafe = worst([p_unsafe, weighed(p) if reading.piece else p])
             if not is_safe(p_unsafe, policy.threshold):
                 break
         return p_unsafe
@@ -123,8 +128,9 @@ class Reading:
     """A turn as the prober reads it beside the turn itself."""
 
     messages: tuple[Message, ...]  # the turn is the last; before it, what came before, or nothing
-    if_safe: bool  # read only while the readings before it are safe
-    stops: bool  # what is unsafe in it is stopped, not steered
+    if_safe: bool = False  # read only while the readings before it are safe
+    stops: bool = False  # what is unsafe in it is stopped, not steered
+    piece: bool = False
 
     @property
     def alone(self) -> bool:
@@ -144,16 +150,16 @@ def readings(
         return (*context, Message("user", last.parts))
 
     if n > 0 and turn.role == "user":
-        yield Reading((turn,), if_safe=False, stops=False)  # what stands first is read alike where it stands
+        yield Reading((turn,))  # what stands first is read alike where it stands
     if letters:
-        yield Reading((letters,), if_safe=False, stops=True)
+        yield Reading((letters,), stops=True)
     if n > 0 and any(plain[: n + 1]):
         yield Reading(in_place(letters or turn), if_safe=True, stops=True)
     for whole in filter(None, (turn, letters) if pieces else ()):
         for piece in cut(whole):
-            yield Reading((piece,), if_safe=True, stops=True)
+            yield Reading((piece,), if_safe=True, stops=True, piece=True)
             if n > 0:
-                yield Reading(in_place(piece), if_safe=True, stops=True)
+                yield Reading(in_place(piece), if_safe=True, stops=True, piece=True)
 
 
 def cut(turn: Message) -> list[Message]:

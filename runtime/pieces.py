@@ -3,10 +3,13 @@
 A prober reads one state of a whole turn. With three harmless questions around it, a request that it catches alone
 passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read these, too:
 
-    sentences    each, with the next while they have fewer than three words
-    joints       ten words from the beginning of a sentence of fewer than five, which may cut a request
-    clauses      between commas, colons, slashes and dashes, of a sentence of more than ten words; as short ones joined
-    windows      of ten words, every five, of a sentence or clause of more than ten words
+    sentences    each, with the next while they have fewer than three words; in windows of ten words, every five
+    clauses      what commas, colons, slashes, dashes and "and" part in a sentence; the later ones behind its first
+                 three words: "how do i clean a spoon, steal a kite" also says "how do i steal a kite"
+    fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
+                 with what follows, ten words in all: a request may be cut
+
+Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`).
 
 Words stand between ASCII white space; in a piece, between single blanks. The C++ side is src/pieces.hpp; shared cases:
 tests/conformance/pieces.json.
@@ -19,45 +22,71 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from .gate import is_safe
+
 FEWEST_WORDS = 3  # of a piece, if the text has so many
-SHORT = 5  # words; a sentence of fewer is read with what follows, too
+SHORT = 5  # words; a sentence of fewer is a fragment
+OPENING = 3  # words of a sentence in front of its later clauses, and of fragments behind it
 WINDOW = 10  # words that are read at once
 STRIDE = 5
+PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one of them is unsafe, if any
 
-SENTENCES = re.compile("[^.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]*")
-CLAUSES = re.compile("[^,:/|\u2013\u2014\u3001\uff0c\uff1a]*[,:/|\u2013\u2014\u3001\uff0c\uff1a]*")
 SPACE = " \t\n\v\f\r"
+BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
+BETWEEN_CLAUSES = re.compile(f"[,:/|+&\u2013\u2014\u3001\uff0c\uff1a]+|[{SPACE}](?i:and|or|then)(?=[{SPACE}])")
 _WORD = re.compile(f"[^{SPACE}]+")
 
 
 def pieces(text: str) -> list[str]:
     """The pieces of `text`, in order, without repetition; none if the text is the only one."""
     found: list[str] = []
-    sentences = list(_parts(text, SENTENCES))
+    sentences = list(_parts(text, BETWEEN_SENTENCES, marks=True))
+    opening = ""  # of the latest sentence that is no fragment, or of the first
     for i, sentence in enumerate(sentences):
-        words = len(_WORD.findall(sentence))
-        parts = (sentence, *_parts(sentence, CLAUSES)) if words > WINDOW else (sentence,)
-        for part in parts:
-            found += _windows(part)
-        if words < SHORT and i + 1 < len(sentences):
-            found += itertools.islice(_windows("".join(sentences[i : i + WINDOW])), 1)
+        words, start = len(_WORD.findall(sentence)), _beginning(sentence, OPENING)
+        found += _windows(sentence)
+        first, *later = _parts(sentence, BETWEEN_CLAUSES, marks=False)
+        found += _windows(first)
+        found += [f"{start} {_beginning(clause, WINDOW)}" for clause in later]
+        if words < SHORT:
+            found += [f"{opening} {_beginning(sentence, SHORT)}"] if opening else []
+            found += [_beginning("".join(sentences[i : i + WINDOW]), WINDOW)]
+        opening = opening if opening and words < SHORT else start
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
 
 
-def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """What `ends` cuts `text` into; a part of fewer than FEWEST_WORDS words is joined with what follows it, at the end
-    with what comes before.
+def weighed(p_unsafe: float) -> float:
+    """What the prober's p_unsafe of a piece counts in its turn.
+
+    The prober was fitted on turns of which half are unsafe. Of the pieces of an unsafe turn one in PIECES_OF_A_TURN is,
+    so the odds are divided by it (Bayes). What is no probability stays what it is.
+    """
+    return p_unsafe / (p_unsafe + PIECES_OF_A_TURN * (1.0 - p_unsafe)) if is_safe(p_unsafe, 1.0) else p_unsafe
+
+
+def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> Iterator[str]:
+    """The parts of `text` with what is `between` them left out, or with `marks` kept at the end of the part before. A
+    part of fewer than FEWEST_WORDS words is joined with what follows, at the end with what comes before.
     """
     words = [word.span() for word in _WORD.finditer(text)]
-    cuts, first = [0], 0  # the first word of the part
-    for part in ends.finditer(text):
-        behind = bisect.bisect_left(words, (part.end(),))  # the first word that begins behind it
-        if behind - first >= FEWEST_WORDS:
-            cuts.append(part.end())
-            first = behind - (behind > 0 and words[behind - 1][1] > part.end())  # a word that is cut counts twice
-    cuts = [*cuts[: max(1, len(cuts) - 1)], len(text)]
-    yield from (text[a:b] for a, b in itertools.pairwise(cuts))
+    cuts = [(0, 0)]  # where a part ends, and the next begins
+    first = 0  # word of the part
+    for found in between.finditer(text):
+        end, begin = found.end() if marks else found.start(), found.end()
+        if bisect.bisect_left(words, (end,)) - first >= FEWEST_WORDS:
+            cuts.append((end, begin))
+            first = bisect.bisect_left(words, (begin,))
+            first -= words[first - 1][1] > begin  # a word that is cut counts twice
+    if len(words) - first < FEWEST_WORDS and len(cuts) > 1:
+        cuts.pop()
+    cuts.append((len(text), len(text)))
+    yield from (text[begin:end] for (_, begin), (end, _) in itertools.pairwise(cuts))
+
+
+def _beginning(text: str, most: int) -> str:
+    """The first words of `text`, at most so many."""
+    return " ".join(word.group() for word in itertools.islice(_WORD.finditer(text), most))
 
 
 def _windows(text: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from autosteer.export.checkpoint.renderer import frame_digests
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.variants import RewordingRates, as_text, by_rewording
+from autosteer.runtime.pieces import weighed
 
 from . import DEFAULT_THRESHOLD, PICTURES
 from .arrange import Arranged, arrange, count_pictures, training_weights
@@ -295,14 +296,16 @@ def calibrate(
     prober: Prober, states: torch.Tensor, piece_states: torch.Tensor, arranged: Arranged, options: FitOptions
 ) -> Gate:
     """Temperature from the validation part; threshold and facts from the held-out part of states (n, d), and what the
-    runtime also reads of it: piece_states (m, d) of `arranged.pieces`. The worst score of a prompt counts.
+    runtime also reads of it: piece_states (m, d) of `arranged.pieces`. The worst score of a prompt counts, a piece's
+    weighed.
     """
     t = arranged.table
     validation, heldout = t.split.validation, t.split.heldout
     temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
     prober = fold_temperature(prober, temperature)
     p, labels, clusters = p_unsafe(prober, states[heldout]), t.unsafe[heldout], [t.clusters[row] for row in heldout]
-    np.maximum.at(p, np.array([i for i, _ in arranged.pieces], dtype=np.int64), p_unsafe(prober, piece_states))
+    for (i, _), of_piece in zip(arranged.pieces, p_unsafe(prober, piece_states).tolist(), strict=True):
+        p[i] = max(p[i], weighed(of_piece))
     threshold = options.threshold
     if threshold is None:
         assert options.target_fpr is not None

@@ -7,8 +7,9 @@
 //     answer   as if the user had said it, and its pieces; in plain letters, too
 //
 // A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that
-// it catches by itself. The worst score counts. Pieces are read until one is unsafe. What is unsafe in another reading
-// than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
+// it catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is
+// unsafe in another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain
+// turns.
 #pragma once
 
 #include <algorithm>
@@ -79,6 +80,7 @@ struct Reading {
   std::vector<Message> messages;  // the turn is the last; before it, what came before, or nothing
   bool if_safe = false;           // read only while the readings before it are safe
   bool stops = false;             // what is unsafe in it is stopped, not steered
+  bool piece = false;
 };
 
 /// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged
@@ -104,8 +106,8 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
     if (!whole) continue;
     for (const Message& piece : cut(*whole)) {
-      read(Reading{{piece}, true, true});
-      if (n > 0) read(Reading{behind_others(piece), true, true});
+      read(Reading{{piece}, true, true, true});
+      if (n > 0) read(Reading{behind_others(piece), true, true, true});
     }
   }
 }
@@ -178,6 +180,7 @@ class Judge {
           if (!p && conversation) p = find(conversation->read, key);
           if (!p) p = this->read(reading.messages, seen, policy, alone ? by_itself : in_place);
           if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
+          if (reading.piece) p = weighed(*p);
           score = worse(score, *p);
           p_unsafe = worse(p_unsafe, *p);
           stops = (reading.stops && !is_safe(*p, policy.threshold)) || stops;
@@ -197,13 +200,15 @@ class Judge {
     const std::string plain = deobfuscated(text);
     std::vector<std::string> readings = {text};
     if (plain != text) readings.push_back(plain);
-    for (const std::string& whole : std::vector<std::string>(readings)) {
-      for (std::string& piece : pieces(whole)) readings.push_back(std::move(piece));
+    const size_t wholes = readings.size();
+    for (size_t i = 0; i < wholes; ++i) {
+      for (std::string& piece : pieces(readings[i])) readings.push_back(std::move(piece));
     }
     double p_unsafe = 0.0;
     Conversation scratch;
     for (size_t i = 0; i < readings.size() && is_safe(p_unsafe, policy.threshold); ++i) {
-      p_unsafe = worse(p_unsafe, read({Message::user(readings[i])}, {}, policy, scratch));
+      const double p = read({Message::user(readings[i])}, {}, policy, scratch);
+      p_unsafe = worse(p_unsafe, i < wholes ? p : weighed(p));
     }
     return p_unsafe;
   }
