@@ -179,6 +179,7 @@ class Record:
             "provider": stats.device,
             "policy": self.policy.mode.value,
             "threshold": finite(self.policy.threshold),
+            "pieces": self.policy.pieces,
             "p_unsafe": None if verdict is None else finite(verdict.p_unsafe),
             "unsafe": None if verdict is None else verdict.unsafe,
             "action": None if verdict is None else verdict.action.value,

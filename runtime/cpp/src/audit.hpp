@@ -205,6 +205,7 @@ class Record {
                           {"provider", stats.device},
                           {"policy", name(policy_.mode)},
                           {"threshold", policy_.threshold},
+                          {"pieces", policy_.pieces},
                           {"p_unsafe", verdict ? or_null(verdict->p_unsafe) : OrderedJson()},
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},

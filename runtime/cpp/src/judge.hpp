@@ -83,8 +83,27 @@ struct Reading {
   bool piece = false;
 };
 
-/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged
-/// turns.
+/// The messages without the pixels of their pictures and videos, which are encoded already: a turn is copied for each of
+/// its readings.
+inline std::vector<Message> without_pixels(const std::vector<Message>& messages) {
+  std::vector<Message> same;
+  for (const Message& message : messages) {
+    Message& turn = same.emplace_back(Message{message.role, {}, message.trusted});
+    for (const Part& part : message.parts) {
+      if (const auto* text = std::get_if<std::string>(&part)) {
+        turn.parts.emplace_back(*text);
+      } else if (const auto* video = std::get_if<VideoPart>(&part)) {
+        turn.parts.emplace_back(VideoPart{std::vector<ImageLike>(video->frames.size()), video->seconds});
+      } else {
+        turn.parts.emplace_back(ImageLike());
+      }
+    }
+  }
+  return same;
+}
+
+/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted, until it returns false. `plain`:
+/// `in_plain_letters` of judged turns.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
@@ -101,13 +120,13 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   const bool obfuscated = std::any_of(plain.begin(), end, [](const auto& letters) { return letters.has_value(); });
   if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
   if (plain[n]) read(Reading{{*plain[n]}, false, true});
-  if (n > 0 && obfuscated) read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true});
+  if (n > 0 && obfuscated && !read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true})) return;
   if (!pieces) return;
   for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
     if (!whole) continue;
     for (const Message& piece : cut(*whole)) {
-      read(Reading{{piece}, true, true, true});
-      if (n > 0) read(Reading{behind_others(piece), true, true, true});
+      if (!read(Reading{{piece}, true, true, true})) return;
+      if (n > 0 && !read(Reading{behind_others(piece), true, true, true})) return;
     }
   }
 }
@@ -153,7 +172,7 @@ class Judge {
   Verdict prompt(Request& request, Record& record, const GatePolicy& policy, Conversation* conversation) const {
     Verdict verdict = request.prefill_lower(policy);
     const Clock clock;
-    const std::vector<Message>& messages = record.messages;
+    const std::vector<Message> messages = without_pixels(record.messages);
     record.scores = request.scores;
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
@@ -172,7 +191,7 @@ class Judge {
         std::vector<Seen> all = record.earlier.at(at++);
         all.insert(all.end(), own.begin(), own.end());
         for_each_reading(messages, plain, n, policy.pieces, [&](const Reading& reading) {
-          if (reading.if_safe && !is_safe(score, policy.threshold)) return;
+          if (reading.if_safe && !is_safe(score, policy.threshold)) return false;
           const bool alone = reading.messages.size() == 1;
           const std::vector<Seen>& seen = alone ? own : all;
           ReadingKey key = reading_key(reading.messages, seen);
@@ -184,6 +203,7 @@ class Judge {
           score = worse(score, *p);
           p_unsafe = worse(p_unsafe, *p);
           stops = (reading.stops && !is_safe(*p, policy.threshold)) || stops;
+          return true;
         });
       }
       verdict = decide(p_unsafe, stops ? without_steering(policy) : policy, split_layer_);
