@@ -446,7 +446,8 @@ def do(code):
     if code:
         sys.exit(lib.autosteer_error().decode())
 do(lib.autosteer_open(package.encode(), b'{"threads": 1}', ctypes.byref(engine)))
-do(lib.autosteer_image_from_rgb(ctypes.c_int64(4000), ctypes.c_int64(3000), ctypes.c_int64(0), pixels, ctypes.byref(image)))
+width, height = ctypes.c_int64(4000), ctypes.c_int64(3000)
+do(lib.autosteer_image_from_rgb(width, height, ctypes.c_int64(0), pixels, ctypes.byref(image)))
 do(lib.autosteer_request_new(wishes, ctypes.byref(asked)))
 for words in (text, "and this?"):
     do(lib.autosteer_request_turn(asked, b"user"))

@@ -83,8 +83,8 @@ struct Reading {
   bool piece = false;
 };
 
-/// The messages without the pixels of their pictures and videos, which are encoded already: a turn is copied for each of
-/// its readings.
+/// The messages without the pixels of their pictures and videos. These are encoded already, and each reading copies
+/// its turn.
 inline std::vector<Message> without_pixels(const std::vector<Message>& messages) {
   std::vector<Message> same;
   for (const Message& message : messages) {
