@@ -3,7 +3,7 @@
 A prober reads one state of a whole turn. With three harmless questions around it, a request that it catches alone
 passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read these, too:
 
-    sentences    each, with the next while they have fewer than three words; in windows of ten words, every five
+    sentences    each, in windows of ten words, every five; one of fewer than three words joins another
     clauses      what commas, colons, slashes, dashes and "and" part in a sentence; the later ones behind its first
                  three words: "how do i clean a spoon, steal a kite" also says "how do i steal a kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
@@ -40,7 +40,7 @@ _WORD = re.compile(f"[^{SPACE}]+")
 def pieces(text: str) -> list[str]:
     """The pieces of `text`, in order, without repetition; none if the text is the only one."""
     found: list[str] = []
-    sentences = list(_parts(text, BETWEEN_SENTENCES, marks=True))
+    sentences = _parts(text, BETWEEN_SENTENCES, marks=True)
     opening = ""  # of the latest sentence that is no fragment, or of the first
     for i, sentence in enumerate(sentences):
         words, start = len(_WORD.findall(sentence)), _beginning(sentence, OPENING)
@@ -50,7 +50,7 @@ def pieces(text: str) -> list[str]:
         found += [f"{start} {_beginning(clause, WINDOW)}" for clause in later]
         if words < SHORT:
             found += [f"{opening} {_beginning(sentence, SHORT)}"] if opening else []
-            found += [_beginning("".join(sentences[i : i + WINDOW]), WINDOW)]
+            found += [_beginning(" ".join(sentences[i : i + WINDOW]), WINDOW)]
         opening = opening if opening and words < SHORT else start
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
@@ -65,23 +65,36 @@ def weighed(p_unsafe: float) -> float:
     return p_unsafe / (p_unsafe + PIECES_OF_A_TURN * (1.0 - p_unsafe)) if is_safe(p_unsafe, 1.0) else p_unsafe
 
 
-def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> Iterator[str]:
-    """The parts of `text` with what is `between` them left out, or with `marks` kept at the end of the part before. A
-    part of fewer than FEWEST_WORDS words is joined with what follows, at the end with what comes before.
+def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> list[str]:
+    """The parts of `text` without what is `between` them; with `marks` that stays at the end of the part before.
+
+    A part of fewer than FEWEST_WORDS words is joined with the next if that is as short, or if it is the first, and else
+    with the one before.
     """
     words = [word.span() for word in _WORD.finditer(text)]
-    cuts = [(0, 0)]  # where a part ends, and the next begins
-    first = 0  # word of the part
-    for found in between.finditer(text):
-        end, begin = found.end() if marks else found.start(), found.end()
-        if bisect.bisect_left(words, (end,)) - first >= FEWEST_WORDS:
-            cuts.append((end, begin))
-            first = bisect.bisect_left(words, (begin,))
-            first -= words[first - 1][1] > begin  # a word that is cut counts twice
-    if len(words) - first < FEWEST_WORDS and len(cuts) > 1:
-        cuts.pop()
-    cuts.append((len(text), len(text)))
-    yield from (text[begin:end] for (_, begin), (end, _) in itertools.pairwise(cuts))
+    begins, ends = [begin for begin, _ in words], [end for _, end in words]
+
+    def words_in(begin: int, end: int) -> int:
+        return bisect.bisect_left(begins, end) - bisect.bisect_right(ends, begin)
+
+    def is_short(part: tuple[int, int]) -> bool:
+        return words_in(*part) < FEWEST_WORDS
+
+    parts: list[tuple[int, int]] = []
+    begin = 0
+    for gap in (*(found.span() for found in between.finditer(text)), (len(text), len(text))):
+        part, begin = (begin, gap[1] if marks else gap[0]), gap[1]
+        if not words_in(*part):
+            continue
+        if not parts or not is_short(parts[-1]):
+            parts.append(part)
+        elif len(parts) == 1 or is_short(part):
+            parts[-1] = (parts[-1][0], part[1])
+        else:
+            parts[-2:] = [(parts[-2][0], parts[-1][1]), part]
+    if len(parts) > 1 and is_short(parts[-1]):
+        parts[-2:] = [(parts[-2][0], parts[-1][1])]
+    return [text[begin:end] for begin, end in parts] or [text]
 
 
 def _beginning(text: str, most: int) -> str:

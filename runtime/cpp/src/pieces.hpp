@@ -15,7 +15,7 @@
 
 namespace autosteer {
 
-constexpr size_t kFewestWords = 3;           // of a piece, if the text has so many
+constexpr int kFewestWords = 3;              // of a piece, if the text has so many
 constexpr size_t kShort = 5;                 // words; a sentence of fewer is a fragment
 constexpr size_t kOpening = 3;               // words of a sentence in front of later clauses and fragments
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
@@ -44,30 +44,42 @@ inline std::vector<Span> words_in(std::string_view text) {
   return words;
 }
 
-/// The parts of `text` with what is `between` them left out, or with `marks` kept at the end of the part before. A part
-/// of fewer than kFewestWords words is joined with what follows, at the end with what comes before.
+/// The parts of `text` without what is `between` them; with `marks` that stays at the end of the part before. A part of
+/// fewer than kFewestWords words is joined with the next if that is as short, or if it is the first, and else with the
+/// one before.
 inline std::vector<std::string_view> parts_of(std::string_view text, const Regex& between, bool marks) {
   const std::vector<Span> words = words_in(text);
-  const auto words_before = [&](size_t place) {
-    return static_cast<size_t>(std::lower_bound(words.begin(), words.end(), Span{place, 0}) - words.begin());
+  const auto word_count = [&](const Span& part) {
+    const auto begins_before = [](const Span& word, size_t place) { return word.first < place; };
+    const auto ends_behind = [](size_t place, const Span& word) { return place < word.second; };
+    return std::lower_bound(words.begin(), words.end(), part.second, begins_before) -
+           std::upper_bound(words.begin(), words.end(), part.first, ends_behind);
   };
-  std::vector<Span> cuts = {{0, 0}};  // where a part ends, and the next begins
-  size_t first = 0;                   // word of the part
-  for (auto found = between.find(text, 0); found; found = between.find(text, found->second)) {
-    const auto [gap, begin] = *found;
-    const size_t end = marks ? begin : gap;
-    if (words_before(end) < first + kFewestWords) continue;
-    cuts.emplace_back(end, begin);
-    first = words_before(begin);
-    if (words[first - 1].second > begin) --first;  // a word that is cut counts twice
+  const auto is_short = [&](const Span& part) { return word_count(part) < kFewestWords; };
+  std::vector<Span> parts;
+  const auto join_back = [&] {
+    const size_t end = parts.back().second;
+    parts.pop_back();
+    parts.back().second = end;
+  };
+  for (size_t begin = 0; begin < text.size();) {
+    const Span gap = between.find(text, begin).value_or(Span{text.size(), text.size()});
+    const Span part = {begin, marks ? gap.second : gap.first};
+    begin = gap.second;
+    if (word_count(part) == 0) continue;
+    if (parts.empty() || !is_short(parts.back())) {
+      parts.push_back(part);
+    } else if (parts.size() == 1 || is_short(part)) {
+      parts.back().second = part.second;
+    } else {
+      join_back();
+      parts.push_back(part);
+    }
   }
-  if (words.size() < first + kFewestWords && cuts.size() > 1) cuts.pop_back();
-  cuts.emplace_back(text.size(), text.size());
-  std::vector<std::string_view> parts;
-  for (size_t i = 1; i < cuts.size(); ++i) {
-    parts.push_back(text.substr(cuts[i - 1].second, cuts[i].first - cuts[i - 1].second));
-  }
-  return parts;
+  if (parts.size() > 1 && is_short(parts.back())) join_back();
+  std::vector<std::string_view> texts;
+  for (const auto& [begin, end] : parts) texts.push_back(text.substr(begin, end - begin));
+  return texts.empty() ? std::vector<std::string_view>{text} : texts;
 }
 
 /// At most `most` of the `words` in `text`, from number `first` on; single blanks part them.
@@ -120,9 +132,9 @@ inline std::vector<std::string> pieces(std::string_view text) {
     for (size_t k = 1; k < clauses.size(); ++k) add(start + " " + beginning(clauses[k], kWindow));
     if (words < kShort) {
       if (!opening.empty()) add(opening + " " + beginning(sentence, kShort));
-      const std::string_view last = sentences[std::min(i + kWindow, sentences.size()) - 1];
-      const char* begin = sentence.data();
-      add(beginning({begin, static_cast<size_t>(last.data() + last.size() - begin)}, kWindow));
+      std::string onwards;
+      for (size_t k = i; k < std::min(i + kWindow, sentences.size()); ++k) onwards += std::string(sentences[k]) + " ";
+      add(beginning(onwards, kWindow));
     }
     if (opening.empty() || words >= kShort) opening = start;
   }
