@@ -153,20 +153,8 @@ def test_obfuscated_words_are_the_same_for_both(parts):
 def test_pieces_are_the_same_for_both(parts):
     """Random mixtures of words and of what parts them."""
     rng = random.Random(0)
-    marks = [
-        *" \t\n\v\f\r.?!;,:/|",
-        " ",
-        " ",
-        "\u2026",
-        "\u3002",
-        "\u2013",
-        "\uff0c",
-        "\u00a0",
-        "\u2028",
-        "a",
-        "bc",
-        "\u00e9",
-    ]
+    marks = [*" \t\n\v\f\r.?!;,:/|+&", " ", " ", *"\u2026\u3002\u2013\uff0c\u00a0\u2028\u00e9", "a", "bc"]
+    marks += [" and ", " OR", "then ", "and"]
     marks += ["de ", " f g h "] * 5
     texts = ["".join(rng.choices(marks, k=rng.randint(0, 80))) for _ in range(5000)]
     cut = [pieces(text) for text in texts]
