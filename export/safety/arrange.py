@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from autosteer.runtime.evaluation.variants import possible_rewordings
+from autosteer.runtime.pieces import weighed
 
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives
@@ -41,11 +43,20 @@ class Arranged:
     first_reworded: int  # row of the first rewording
     table: Table
 
-    @property
+    @cached_property
     def pieces(self) -> list[tuple[int, Prompt]]:
-        """What the runtime also reads of the held-out prompts: (which one of them, its piece)."""
-        shown = [self.prompts[row].prompt for row in self.split.heldout]
-        return [(i, piece) for i, prompt in enumerate(shown) for piece in prompt.pieces]
+        """What the runtime also reads of held-out prompts and of their rewordings: (row of the item, its piece)."""
+        judged = range(len(self.items) - len(self.reworded.judging), len(self.items))
+        return [
+            (row, piece) for row in (*self.split.heldout.tolist(), *judged) for piece in self.items[row].prompt.pieces
+        ]
+
+    def as_read(self, p: np.ndarray, of_pieces: np.ndarray) -> np.ndarray:
+        """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), weighed."""
+        read: np.ndarray = p.copy()
+        for (row, _), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
+            read[row] = max(read[row], weighed(of_piece))
+        return read
 
 
 def arrange(

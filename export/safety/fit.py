@@ -21,7 +21,6 @@ from autosteer.export.checkpoint.renderer import frame_digests
 from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofPrompt, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.variants import RewordingRates, as_text, by_rewording
-from autosteer.runtime.pieces import weighed
 
 from . import DEFAULT_THRESHOLD, PICTURES
 from .arrange import Arranged, arrange, count_pictures, training_weights
@@ -97,7 +96,8 @@ class Chosen:
     pooling: Pooling
     gate: Gate
     states: dict[Pooling, torch.Tensor]  # (n, d) of all prompts as they enter that layer, by position
-    scores: np.ndarray  # (n,) p_unsafe of all prompts
+    scores: np.ndarray  # (n,) p_unsafe of all prompts, as wholes
+    read: np.ndarray  # (n,) the same as the runtime has it, with pieces
     layers: tuple[LayerScore, ...]  # every layer's, for the report
     pairs_without_difference: int
 
@@ -128,7 +128,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         states_s = time.perf_counter() - started
         chosen = _choose(data, arranged, states, piece_states, options, console)
         gate, p = chosen.gate, chosen.scores
-        rates = by_rewording(reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+        rates = by_rewording(reworded.outcomes(chosen.read, arranged.first_reworded, gate.threshold))
         console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
             evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
@@ -218,9 +218,9 @@ def _choose(
     layer, layers = layer_of[pooling], scores[pooling]
     console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POOLINGS)}
-    read = piece_states.layer(layer - 1)[:, POOLINGS.index(pooling)]
-    gate = calibrate(probers[pooling][layer - 1], pooled[pooling], read, arranged, options)
-    return Chosen(layer, pooling, gate, pooled, p_unsafe(gate.prober, pooled[pooling]), tuple(layers), dropped)
+    of_pieces = piece_states.layer(layer - 1)[:, POOLINGS.index(pooling)]
+    gate, p, read = calibrate(probers[pooling][layer - 1], pooled[pooling], of_pieces, arranged, options)
+    return Chosen(layer, pooling, gate, pooled, p, read, tuple(layers), dropped)
 
 
 def _probers(t: Table, states: States, pooling: Pooling, seed: int) -> list[Prober]:
@@ -294,24 +294,25 @@ def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore
 
 def calibrate(
     prober: Prober, states: torch.Tensor, piece_states: torch.Tensor, arranged: Arranged, options: FitOptions
-) -> Gate:
-    """Temperature from the validation part; threshold and facts from the held-out part of states (n, d), and what the
-    runtime also reads of it: piece_states (m, d) of `arranged.pieces`. The worst score of a prompt counts, a piece's
-    weighed.
+) -> tuple[Gate, np.ndarray, np.ndarray]:
+    """The gate, and its p_unsafe of states (n, d) of all prompts: as wholes, and as the runtime reads them, with
+    piece_states (m, d) of `arranged.pieces`; both (n,).
+
+    The temperature is from the validation part; threshold and facts are from the held-out part, as it is read.
     """
     t = arranged.table
     validation, heldout = t.split.validation, t.split.heldout
     temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
     prober = fold_temperature(prober, temperature)
-    p, labels, clusters = p_unsafe(prober, states[heldout]), t.unsafe[heldout], [t.clusters[row] for row in heldout]
-    for (i, _), of_piece in zip(arranged.pieces, p_unsafe(prober, piece_states).tolist(), strict=True):
-        p[i] = max(p[i], weighed(of_piece))
+    p = p_unsafe(prober, states)
+    read = arranged.as_read(p, p_unsafe(prober, piece_states))
+    scores, labels, clusters = read[heldout], t.unsafe[heldout], [t.clusters[row] for row in heldout]
     threshold = options.threshold
     if threshold is None:
         assert options.target_fpr is not None
-        threshold = choose_threshold(p, labels, clusters, target_fpr=options.target_fpr)
-    facts = heldout_facts(p, labels, [t.groups[row] for row in heldout], clusters, threshold=threshold)
-    return Gate(prober, threshold, facts | {"temperature": temperature})
+        threshold = choose_threshold(scores, labels, clusters, target_fpr=options.target_fpr)
+    facts = heldout_facts(scores, labels, [t.groups[row] for row in heldout], clusters, threshold=threshold)
+    return Gate(prober, threshold, facts | {"temperature": temperature}), p, read
 
 
 def warn_if_weak(

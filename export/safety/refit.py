@@ -97,17 +97,16 @@ def refit(
             piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started
     prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
-    gate = calibrate(prober, states, piece_states, arranged, options)
-    p = p_unsafe(gate.prober, states)
+    gate, p, read = calibrate(prober, states, piece_states, arranged, options)
     before = heldout_facts(
-        p_unsafe(old.prober, states)[heldout],
+        arranged.as_read(p_unsafe(old.prober, states), p_unsafe(old.prober, piece_states))[heldout],
         t.unsafe[heldout],
         [t.groups[row] for row in heldout],
         [t.clusters[row] for row in heldout],
         threshold=old.facts.threshold,
     )
     console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)
-    rates = by_rewording(arranged.reworded.outcomes(p, arranged.first_reworded, gate.threshold))
+    rates = by_rewording(arranged.reworded.outcomes(read, arranged.first_reworded, gate.threshold))
     console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
     with progress(console, "evidence", len(t.sources) + 2) as advance:
         evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)

@@ -69,7 +69,9 @@ def as_markdown(fitted: Fitted) -> str:
     parts = [
         f"# The gate for {facts.model}\n",
         f"Fitted on {t['prompts']:.0f} prompts ({t['pairs']:.0f} pairs). It reads {reads}, as it enters layer "
-        f"{facts.split_layer} (chosen by {facts.selected_by}), and fires above p_unsafe = {facts.threshold:.3g}.\n",
+        f"{facts.split_layer} (chosen by {facts.selected_by}), and fires above p_unsafe = {facts.threshold:.3g}. The "
+        'runtime also reads each turn in pieces: so do the threshold, "in short" and "reworded prompts"; the other '
+        "tables are of whole turns.\n",
         "## In short\n",
         *(f"- {sentence}" for sentence in _sentences(fitted)),
         "\n## On data sets that taught it nothing\n",

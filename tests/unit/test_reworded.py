@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from autosteer.export.safety.arrange import Arranged
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
 from autosteer.runtime.judge import in_plain_letters, readings
+from autosteer.runtime.pieces import weighed
 from autosteer.runtime.text import Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
@@ -76,6 +78,23 @@ def test_few_prompts_are_judged_of_many():
     split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
     found = reword_prompts(many, split, REWORDINGS, augment=True, seed=0)
     assert len({one.of for one in found.judging}) == 2 * JUDGED
+
+
+def test_the_worst_of_a_prompt_and_its_pieces_counts():
+    """Of held-out prompts and of their rewordings, which are judged; nothing else is read in pieces."""
+    found = reworded()
+    items = [*PROMPTS, *found.everything]
+    arranged = Arranged(PROMPTS, SPLIT, found, items, len(PROMPTS), table=None)  # type: ignore[arg-type]
+    judged = {*range(40, 50), *range(len(items) - len(found.judging), len(items))}
+    rows = [row for row, _ in arranged.pieces]
+    assert set(rows) <= judged and len(set(rows)) > 50
+    assert all(piece in items[row].prompt.pieces for row, piece in arranged.pieces)
+    whole, of_pieces = np.full(len(items), 0.3), np.full(len(rows), 0.1)
+    of_pieces[[0, -1]] = 0.9, 0.5
+    read = arranged.as_read(whole, of_pieces)
+    assert read[rows[0]] == weighed(0.9) > 0.5 and read[rows[-1]] == 0.3 > weighed(0.5)
+    read[rows[0]] = 0.3
+    assert (read == 0.3).all() and (whole == 0.3).all()
 
 
 @pytest.mark.parametrize("earlier", [(), ("what is shown?", "a kite.")])
