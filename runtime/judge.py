@@ -24,8 +24,8 @@ from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
+from .pieces import in_single_blanks, weighed
 from .pieces import pieces as pieces_of
-from .pieces import weighed
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart, judged
 
@@ -93,8 +93,9 @@ class Judge:
         """
         p_unsafe, plain, scratch = 0.0, deobfuscated(text), Conversation(self)
         wholes = dict.fromkeys((text, plain))
+        complete = {*wholes, *map(in_single_blanks, wholes)}
         for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
-            reading = Reading((Message.user(said),), piece=said not in wholes)
+            reading = Reading((Message.user(said),), piece=said not in complete)
             p = yield from self._read(reading, (), policy, Stats(), scratch)
             p_unsafe = worst([p_unsafe, weighed(p) if reading.piece else p])
             if not is_safe(p_unsafe, policy.threshold):
@@ -130,7 +131,7 @@ class Reading:
     messages: tuple[Message, ...]  # the turn is the last; before it, what came before, or nothing
     if_safe: bool = False  # read only while the readings before it are safe
     stops: bool = False  # what is unsafe in it is stopped, not steered
-    piece: bool = False
+    piece: bool = False  # it has only some of the turn's words
 
     @property
     def alone(self) -> bool:
@@ -156,17 +157,20 @@ def readings(
     if n > 0 and any(plain[: n + 1]):
         yield Reading(in_place(letters or turn), if_safe=True, stops=True)
     for whole in filter(None, (turn, letters) if pieces else ()):
-        for piece in cut(whole):
-            yield Reading((piece,), if_safe=True, stops=True, piece=True)
+        for piece, is_part in cut(whole):
+            yield Reading((piece,), if_safe=True, stops=True, piece=is_part)
             if n > 0:
-                yield Reading(in_place(piece), if_safe=True, stops=True, piece=True)
+                yield Reading(in_place(piece), if_safe=True, stops=True, piece=is_part)
 
 
-def cut(turn: Message) -> list[Message]:
-    """The pieces of a turn's text, each as a user's turn with all that the turn shows in front; see pieces.py."""
+def cut(turn: Message) -> list[tuple[Message, bool]]:
+    """The pieces of a turn's text, each as a user's turn with all that the turn shows in front, and whether it has only
+    some of the words; see pieces.py.
+    """
     shown = [part for part in turn.parts if not isinstance(part, str)]
     text = "".join(part if isinstance(part, str) else " " for part in turn.parts)
-    return [Message("user", (*shown, piece)) for piece in pieces_of(text)]
+    whole = in_single_blanks(text)
+    return [(Message("user", (*shown, piece)), piece != whole) for piece in pieces_of(text)]
 
 
 def in_plain_letters(turn: Message) -> Message | None:

@@ -9,7 +9,8 @@ passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it re
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
                  with what follows, ten words in all: a request may be cut
 
-Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`).
+Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`), unless it has all
+the words (`in_single_blanks`).
 
 Words stand between ASCII white space; in a piece, between single blanks. The C++ side is src/pieces.hpp; shared cases:
 tests/conformance/pieces.json.
@@ -54,6 +55,11 @@ def pieces(text: str) -> list[str]:
         opening = opening if opening and words < SHORT else start
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
+
+
+def in_single_blanks(text: str) -> str:
+    """The words of `text`; a piece that has all of them."""
+    return " ".join(_WORD.findall(text))
 
 
 def weighed(p_unsafe: float) -> float:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autosteer.runtime.evaluation.variants import possible_rewordings
-from autosteer.runtime.pieces import weighed
+from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.pieces import in_single_blanks, weighed
 
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives
@@ -54,8 +55,10 @@ class Arranged:
     def as_read(self, p: np.ndarray, of_pieces: np.ndarray) -> np.ndarray:
         """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), weighed."""
         read: np.ndarray = p.copy()
-        for (row, _), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
-            read[row] = max(read[row], weighed(of_piece))
+        for (row, piece), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
+            whole = self.items[row].prompt.text
+            is_part = piece.text not in (in_single_blanks(whole), in_single_blanks(deobfuscated(whole)))
+            read[row] = max(read[row], weighed(of_piece) if is_part else of_piece)
         return read
 
 

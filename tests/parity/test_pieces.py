@@ -64,6 +64,15 @@ def test_a_wish_among_others_is_refused(engine: Engine, begin: str, between: str
             assert not engine.score(text).unsafe, text
 
 
+@pytest.mark.parametrize("blank", ["  ", "\n", "\t", "\r\n"])
+def test_a_piece_with_all_the_words_counts_as_a_whole(engine: Engine, blank: str):
+    """Otherwise 13 of 840 requests, one word a line, passed that are caught in single blanks."""
+    for request in UNSAFE:
+        in_blanks = engine.score(request, policy=engine.policy(pieces=False)).p_unsafe
+        policy = engine.policy(threshold=in_blanks - 1e-5)
+        assert engine.score(blank.join(request.split()), policy=policy).unsafe, request
+
+
 def test_one_of_several_verbs_is_refused(engine: Engine):
     """14 of 20 were answered."""
     for verb in ("smuggle", "brew", "steal"):

@@ -18,6 +18,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <variant>
@@ -58,8 +59,14 @@ inline std::optional<Message> in_plain_letters(const Message& turn) {
   return obfuscated ? std::optional(std::move(plain)) : std::nullopt;
 }
 
-/// The pieces of a turn's text, each as a user's turn with all that the turn shows in front; see pieces.hpp.
-inline std::vector<Message> cut(const Message& turn) {
+/// A piece of a turn, as a user's turn with all that the turn shows in front.
+struct Piece {
+  Message turn;
+  bool is_part;  // it has only some of the words
+};
+
+/// The pieces of a turn; see pieces.hpp.
+inline std::vector<Piece> cut(const Message& turn) {
   std::vector<Part> shown;
   std::string text;
   for (const Part& part : turn.parts) {
@@ -67,12 +74,13 @@ inline std::vector<Message> cut(const Message& turn) {
     if (!said) shown.push_back(part);
     text += said ? *said : " ";
   }
-  std::vector<Message> turns;
+  const std::string whole = in_single_blanks(text);
+  std::vector<Piece> found;
   for (std::string& piece : pieces(text)) {
-    turns.push_back({"user", shown});
-    turns.back().parts.emplace_back(std::move(piece));
+    found.push_back({{"user", shown}, piece != whole});
+    found.back().turn.parts.emplace_back(std::move(piece));
   }
-  return turns;
+  return found;
 }
 
 /// A turn as the prober reads it beside the turn itself.
@@ -80,7 +88,7 @@ struct Reading {
   std::vector<Message> messages;  // the turn is the last; before it, what came before, or nothing
   bool if_safe = false;           // read only while the readings before it are safe
   bool stops = false;             // what is unsafe in it is stopped, not steered
-  bool piece = false;
+  bool piece = false;             // it has only some of the turn's words
 };
 
 /// The messages without the pixels of their pictures and videos. These are encoded already, and each reading copies
@@ -124,9 +132,9 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   if (!pieces) return;
   for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
     if (!whole) continue;
-    for (const Message& piece : cut(*whole)) {
-      if (!read(Reading{{piece}, true, true, true})) return;
-      if (n > 0 && !read(Reading{behind_others(piece), true, true, true})) return;
+    for (const Piece& piece : cut(*whole)) {
+      if (!read(Reading{{piece.turn}, true, true, piece.is_part})) return;
+      if (n > 0 && !read(Reading{behind_others(piece.turn), true, true, piece.is_part})) return;
     }
   }
 }
@@ -221,14 +229,16 @@ class Judge {
     std::vector<std::string> readings = {text};
     if (plain != text) readings.push_back(plain);
     const size_t wholes = readings.size();
+    std::set<std::string> complete(readings.begin(), readings.end());
     for (size_t i = 0; i < wholes; ++i) {
+      complete.insert(in_single_blanks(readings[i]));
       for (std::string& piece : pieces(readings[i])) readings.push_back(std::move(piece));
     }
     double p_unsafe = 0.0;
     Conversation scratch;
     for (size_t i = 0; i < readings.size() && is_safe(p_unsafe, policy.threshold); ++i) {
       const double p = read({Message::user(readings[i])}, {}, policy, scratch);
-      p_unsafe = worse(p_unsafe, i < wholes ? p : weighed(p));
+      p_unsafe = worse(p_unsafe, complete.count(readings[i]) ? p : weighed(p));
     }
     return p_unsafe;
   }

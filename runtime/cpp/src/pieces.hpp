@@ -97,6 +97,11 @@ inline std::string beginning(std::string_view text, size_t most) {
   return joined(text, words_in(text), 0, most);
 }
 
+/// The words of `text`; a piece that has all of them.
+inline std::string in_single_blanks(std::string_view text) {
+  return beginning(text, text.size());
+}
+
 /// The words of `text`, kWindow at a time; nothing if it has none.
 inline std::vector<std::string> windows_of(std::string_view text) {
   const std::vector<Span> words = words_in(text);
