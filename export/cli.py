@@ -34,7 +34,7 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
 
 
 @click.command("autosteer-export", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", required=True, help="demo, llava-ov, chameleon, ..., a local folder, or a hub id.")
+@click.option("--model", required=True, help="demo, a checkpoint folder, a hub id, or an alias (docs/families.md).")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The package folder to write.")
 @click.option(
     "--safety",

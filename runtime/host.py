@@ -20,7 +20,8 @@ from .usable_cores import usable_cores
 
 UNKNOWN = "unknown"
 ROOT = Path("/")
-FROM_PYPI = "pip install 'autosteer-edge[gpu]' 'onnxruntime-gpu[cuda,cudnn]'"
+INSTALL_CPU = "pip install '.[cpu]'"  # in a clone, as all three
+INSTALL_GPU = "pip install '.[gpu]' 'onnxruntime-gpu[cuda,cudnn]'"
 CUDA_OF_PYPI = 13  # for which PyPI has ARM wheels of onnxruntime-gpu; NVIDIA has those for the CUDA of older Jetsons
 
 
@@ -69,12 +70,12 @@ def _cuda(root: Path) -> str:
 
 
 def _install(facts: dict[str, str]) -> str:
-    """The line that installs the runtime here."""
+    """The line that installs the runtime here, in a clone."""
     if "l4t" in facts and int(_found(r"^(\d+)", facts["cuda"]) or 0) < CUDA_OF_PYPI:
         tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
         wheel = f"onnxruntime_gpu-1.26.0-{tag}-{tag}-linux_aarch64.whl"
-        return f"pip install ./{wheel} autosteer-edge  # the wheel: NVIDIA's for this JetPack, 1.26.0 or newer"
-    return FROM_PYPI if facts["gpu"] == "NVIDIA" else "pip install 'autosteer-edge[cpu]'"
+        return f"pip install ./{wheel} .  # the wheel: NVIDIA's for this JetPack, 1.26.0 or newer"
+    return INSTALL_GPU if facts["gpu"] == "NVIDIA" else INSTALL_CPU
 
 
 def _memory(root: Path) -> str:

@@ -121,7 +121,7 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
-@click.command(help=__doc__)
+@click.command(help="\b\n" + __doc__.replace("\n\n", "\n\n\b\n"))
 @click.option("--eval", "evaluation", type=click.Path(path_type=Path, exists=True), help="Output of autosteer-eval.")
 @click.option("--bench", type=click.Path(path_type=Path, exists=True), help="JSON of tools/bench.py.")
 @click.option("--output", type=click.Path(path_type=Path), default=IMAGES, help="Folder of the plots.")

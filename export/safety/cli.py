@@ -54,7 +54,7 @@ class Finite(click.FloatRange):
 
 
 @click.command("autosteer-fit", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--model", required=True, help="demo, a checkpoint folder, a hub id or one of our aliases.")
+@click.option("--model", required=True, help="demo, a checkpoint folder, a hub id, or an alias (docs/families.md).")
 @click.option(
     "--pairs",
     multiple=True,
@@ -111,7 +111,7 @@ class Finite(click.FloatRange):
 @click.option(
     "--augment",
     is_flag=True,
-    help="Train on rewordings of the prompts, too: newlines, closers, typos, politeness and six other kinds.",
+    help="Train on rewordings of the prompts, too: newlines, thanks, typos, politeness and six other kinds.",
 )
 @click.option(
     "--package",
@@ -156,7 +156,7 @@ class Finite(click.FloatRange):
 @click.option(
     "--strength",
     type=Finite(min=0, min_open=True),
-    help="The paper's epsilon.  [default: train with 0.1, then use the middle of those that refuse best]",
+    help="The paper's epsilon.  [default: train with 0.1, then try several, and use the middle of those that refuse best]",
 )
 @click.option("--refusal-text", default=REFUSAL_TEXT, show_default=True, help="What the Refusal Head learns to say.")
 @click.option(

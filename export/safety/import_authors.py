@@ -17,7 +17,7 @@ from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
     "autosteer-import-authors",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.option("--model", required=True, help="demo, llava-ov, chameleon, ..., a local folder, or a hub id.")
+@click.option("--model", required=True, help="demo, a checkpoint folder, a hub id, or an alias (docs/families.md).")
 @click.option("--revision", help="Commit, branch or tag on the hub.")
 @click.option("--prober", required=True, type=click.Path(path_type=Path), help="The authors' prober (.pt).")
 @click.option("--steer-matrix", required=True, type=click.Path(path_type=Path), help="The authors' steer matrix (.pt).")

@@ -22,7 +22,7 @@ from .options import PackagePath, device_option, load, threads_option
 @debug_option
 @version_option
 def check(package: Path | None, host: bool, device: Any, threads: int | None, as_json: bool) -> None:
-    """Verify the files of PACKAGE and replay its golden prompts on this machine.
+    """Verify the files of PACKAGE and replay the prompts recorded at its export on this machine.
 
     Compares every file with its hash, every graph with the manifest, and every answer with the recorded one.
     """

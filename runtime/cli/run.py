@@ -50,8 +50,8 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
 @click.option(
     "--pieces/--no-pieces",
     default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request. Without, prompts of several "
-    "sentences start about twice as fast.  [on]",
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
+    "several sentences start two to three times as fast.  [on]",
 )
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")

@@ -72,8 +72,8 @@ file_option: Any = click.Path(path_type=Path)
 @click.option(
     "--variants",
     is_flag=True,
-    help="Do not answer: measure what is flagged of every prompt, in 20 kinds of rewording (newlines, closers, "
-    "typos, role play, ...) and in 6 kinds of obfuscation (digits for letters, base64, ...), by kind.",
+    help="Do not answer: measure what is flagged of every prompt, in 20 kinds of rewording (newlines, typos, "
+    "role play, ...), among harmless questions in 4, and in 6 kinds of obfuscation (base64, ...), by kind.",
 )
 @click.option("--force", is_flag=True, help="Overwrite --output.")
 @click.option("--rejudge", is_flag=True, help="Judge the answers in --output again, with another judge or newer rules.")
@@ -119,7 +119,8 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure the gate of PACKAGE: attack success, wrong refusals and accuracy, by group, under four policies.
+    """Measure the gate of PACKAGE: attack success, wrong refusals and accuracy, by group: without a gate, always
+    steered, under `steer` and under `stop`.
 
     Rows: {"prompt": text, "images": [files], "unsafe": true|false, "group": name, "answer": gold text or null};
     "turns": [user, assistant, user, ...] instead of "prompt" for dialogues. Also VLSafe, ToViLaG, MMMU, RealWorldQA and

@@ -50,8 +50,8 @@ ALONE = {  # by device: why requests take turns
 @click.option(
     "--pieces/--no-pieces",
     default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request. Without, prompts of several "
-    "sentences start about twice as fast.  [on]",
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
+    "several sentences start two to three times as fast.  [on]",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer."

@@ -67,14 +67,14 @@ def test_an_older_jetson_has_its_cuda_version_in_a_text(tmp_path):
 
 def test_a_jetson_with_cuda_13_installs_from_pypi(tmp_path):
     root = root_with(tmp_path, ORIN | {"usr/local/cuda/version.json": '{"cuda": {"version": "13.0.0"}}'})
-    assert "autosteer-edge[gpu]" in describe_host(root)["install"]
+    assert "'.[gpu]'" in describe_host(root)["install"]
 
 
 def test_a_pc_is_no_jetson(tmp_path):
     files = {"proc/cpuinfo": "processor\t: 0\nmodel name\t: A fast one @ 3 GHz\n", "proc/meminfo": MEMINFO}
     facts = describe_host(root_with(tmp_path, files))
     assert (facts["cpu"], facts["gpu"]) == ("A fast one @ 3 GHz", "none of NVIDIA's")
-    assert facts["install"] == "pip install 'autosteer-edge[cpu]'"
+    assert facts["install"] == "pip install '.[cpu]'"
     assert not {"board", "l4t", "cuda", "power mode", "tegrastats"} & facts.keys()
     with_gpu = describe_host(root_with(tmp_path, files | {"dev/nvidiactl": ""}))
-    assert "autosteer-edge[gpu]" in with_gpu["install"]
+    assert "'.[gpu]'" in with_gpu["install"]
