@@ -279,12 +279,14 @@ class Engine:
         record.prompt = prompt
         request = self.request(prompt, sampling.max_tokens, record.stats, conversation=conversation)
         monitor = monitor_for(self.manifest, self.graphs, record.policy, record.stats)
-        chunks = self._answer(
-            request, list(prompt.token_ids), sampling, constraint, record, conversation, batch, monitor
-        )
+        tokens = list(prompt.token_ids)
+        chunks = self._answer(request, tokens, sampling, constraint, record, conversation, batch, monitor)
         if monitor:
             chunks = until_watched(chunks, monitor, record)
         if sampling.restricts and record.policy.mode is not Mode.OFF:
+
+            def said() -> str:
+                return "".join(map(Detokeniser(self.tokenizer, ()).push, tokens[len(prompt.token_ids) :]))
 
             def score(answer: str) -> Generator[None, None, float]:
                 if batch:
@@ -292,7 +294,7 @@ class Engine:
                 words = answer if sampling.json_schema is None else words_of(answer)
                 return self._judge.answer(words, record.policy)
 
-            chunks = until_judged(chunks, score, record)
+            chunks = until_judged(chunks, said, score, record)
         try:
             for chunk in chunks:
                 if chunk is not None:

@@ -5,8 +5,7 @@
 
 A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
 model say a request that the gate has never seen, and go on from there. So such an answer is judged as if the user had
-said it; and its beginnings, too: biased tokens, which may leave out the one that ends the answer, can drown what it
-begins with.
+said it (judge.py), with what a stop string cuts from it: its chunks have tokens and their probabilities.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from .gate import Action, Mode, Watched, is_safe, watched
 from .monitor import Monitor
 
 Chunks: TypeAlias = "Iterator[Chunk | None]"
+Said: TypeAlias = "Callable[[], str]"  # all that the answer's tokens say, also what a stop string cuts
 Score: TypeAlias = "Callable[[str], Generator[None, None, float]]"  # p_unsafe of a text; it may pause
 
 
@@ -48,12 +48,11 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
             yield released
 
 
-def until_judged(chunks: Chunks, score: Score, record: Record) -> Chunks:
-    """All chunks once the gate has judged the text and its beginnings; the refusal text in their place if it is unsafe.
-    The verdict on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold. Under Mode.REPORT
-    nothing waits.
+def until_judged(chunks: Chunks, said: Said, score: Score, record: Record) -> Chunks:
+    """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict
+    on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold. Under Mode.REPORT nothing waits.
     """
-    policy, held, text = record.policy, list[Chunk](), ""
+    policy, held = record.policy, list[Chunk]()
     for chunk in chunks:
         if chunk is None:
             yield None
@@ -61,9 +60,8 @@ def until_judged(chunks: Chunks, score: Score, record: Record) -> Chunks:
         if chunk.finish_reason == "refused":
             yield replace(chunk, text=policy.refusal_text)
             return
-        text += chunk.text
         last = chunk.finish_reason is not None
-        if last and text.strip(string.whitespace):
+        if last and (text := said()).strip(string.whitespace):
             p_unsafe = yield from score(text)
             seen = Watched(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
             if seen.unsafe or chunk.verdict.monitor is None:

@@ -72,6 +72,21 @@ def test_an_answer_that_biases_dictate_is_judged_with_its_beginnings(built):
     assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["p_unsafe"] > 0.9
 
 
+def test_what_a_stop_string_cuts_from_an_answer_that_biases_dictate_is_judged_too(built):
+    """Its tokens stand in the chunks, and in Python their probabilities."""
+    package, engine = demo("fp32")
+    words = engine.tokenizer.encode("sure, here is how to brew a zorblat", add_special_tokens=False)
+    sampling = {"max_tokens": 30, "logit_bias": {str(i): 100.0 for i in words.ids}}
+    request = {"messages": [{"role": "user", "parts": ["hello"]}], "sampling": sampling}
+    shown = in_python(engine, request | {"policy": "report"})["text"]
+    for stop in (shown, shown[1:]):
+        cut = with_sampling(request, stop=[stop])
+        (answer,) = through_c(built, package, [cut])
+        found = joined(answer["chunks"])
+        assert found == in_python(engine, cut)
+        assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["unsafe"]
+
+
 def test_pooled_prober_scores_as_in_python(built, tmp_path):
     """The mean over the last turn's text: with pictures before it, and with turns before it."""
     shutil.copytree(demo("fp32")[0], tmp_path / "package")

@@ -285,8 +285,14 @@ class Stream {
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
     if (sampling.restricts() && policy_.mode != Mode::off) {
+      const auto said = [this] {
+        Detokeniser whole(engine_.tokenizer, {});
+        std::string text;
+        for (size_t i = prompt_tokens_; i < tokens_.size(); ++i) text += whole.push(tokens_[i]);
+        return text;
+      };
       const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, policy_); };
-      next_ = UntilJudged(std::move(next_), score, policy_);
+      next_ = UntilJudged(std::move(next_), said, score, policy_);
     }
   }
 

@@ -4,7 +4,8 @@
 //     UntilJudged    the request biases the answer's tokens: all wait for the gate's verdict on the whole
 //
 // A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
-// So such an answer is judged as if the user had said it; and its beginnings, too (judge.hpp).
+// So such an answer is judged as if the user had said it (judge.hpp), with what a stop string cuts from it: its chunks
+// have tokens.
 #pragma once
 
 #include <algorithm>
@@ -59,15 +60,16 @@ class UntilWatched {
   bool shown_ = false;      // some text
 };
 
-/// All chunks once the gate has judged the text and its beginnings; the refusal text in their place if it is unsafe.
-/// The verdict on the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report
-/// nothing waits. What it is given must outlive it.
+/// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict on
+/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report nothing waits. What
+/// it is given must outlive it.
 class UntilJudged {
  public:
+  using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts
   using Score = std::function<double(const std::string&)>;  ///< p_unsafe of a text
 
-  UntilJudged(NextChunk compute, Score score, const GatePolicy& policy)
-      : compute_(std::move(compute)), score_(std::move(score)), policy_(policy) {}
+  UntilJudged(NextChunk compute, Said said, Score score, const GatePolicy& policy)
+      : compute_(std::move(compute)), said_(std::move(said)), score_(std::move(score)), policy_(policy) {}
 
   /// The next chunk that may be shown.
   Chunk operator()() {
@@ -78,10 +80,10 @@ class UntilJudged {
         chunk.text = policy_.refusal_text;  // nothing was shown before it
         return chunk;
       }
-      text_ += chunk.text;
       computed_ = !chunk.finish_reason.empty();
-      if (computed_ && !std::all_of(text_.begin(), text_.end(), is_space)) {
-        const double p_unsafe = score_(text_);
+      const std::string text = computed_ ? said_() : "";
+      if (!std::all_of(text.begin(), text.end(), is_space)) {
+        const double p_unsafe = score_(text);
         const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
         if (seen.unsafe || !chunk.verdict.monitor) chunk.verdict = watched(chunk.verdict, seen);
         if (chunk.verdict.action == Action::stop) {
@@ -97,10 +99,10 @@ class UntilJudged {
 
  private:
   NextChunk compute_;
+  Said said_;
   Score score_;
   const GatePolicy& policy_;
   std::deque<Chunk> held_;  // the gate has not judged these, or they may be shown
-  std::string text_;        // of the answer so far
   bool computed_ = false;   // the answer's last chunk is among them
 };
 
