@@ -1,8 +1,8 @@
 """What the prober is asked about a dialogue, and about an answer that its request dictates.
 
-    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn whose letters are
-             obfuscated in plain ones (obfuscation.py); and the pieces of all these (pieces.py). What is not the turn
-             itself is read by itself, and where the turn stands
+    prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts, and
+             a user's turns in a row, as one text; what has obfuscated letters in plain ones (obfuscation.py); and the
+             pieces of all these (pieces.py). What is not the turn itself is read by itself, and where the turn stands
     answer   as if the user had said it, and its pieces; in plain letters, too
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
@@ -13,6 +13,7 @@ another reading than the turn itself is stopped, not steered: the Refusal Head w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -69,7 +70,8 @@ class Judge:
                 for reading in readings(messages, plain, n, pieces=policy.pieces):
                     if reading.if_safe and not is_safe(scores[at], policy.threshold):
                         break
-                    seen = prompt.seen[at] if reading.alone else (*prompt.earlier[at], *prompt.seen[at])
+                    own = [one for turn in prompt.seen[at + 1 - reading.turns : at + 1] for one in turn]
+                    seen = own if reading.alone else (*prompt.earlier[at], *prompt.seen[at])
                     key = reading_key(reading.messages, seen)
                     p = known.get(key, kept.get(key))
                     if p is None:
@@ -132,6 +134,7 @@ class Reading:
     if_safe: bool = False  # read only while the readings before it are safe
     stops: bool = False  # what is unsafe in it is stopped, not steered
     piece: bool = False  # it has only some of the turn's words
+    turns: int = 1  # in a row that it reads as one
 
     @property
     def alone(self) -> bool:
@@ -145,10 +148,15 @@ def readings(
     """The other readings of turn `n`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged turns."""
     turn, letters = messages[n], plain[n]
 
-    def in_place(last: Message) -> tuple[Message, ...]:
-        before = zip(messages[:n], plain, strict=False)
+    def in_place(last: Message, turns: int = 1) -> tuple[Message, ...]:
+        before = zip(messages[: n + 1 - turns], plain, strict=False)
         context = (replace(message, parts=other.parts) if other else message for message, other in before)
         return (*context, Message("user", last.parts))
+
+    def both(last: Message, turns: int, *, piece: bool) -> Iterator[Reading]:
+        yield Reading((last,), if_safe=True, stops=True, piece=piece, turns=turns)
+        if turns <= n:
+            yield Reading(in_place(last, turns), if_safe=True, stops=True, piece=piece, turns=turns)
 
     if n > 0 and turn.role == "user":
         yield Reading((turn,))  # what stands first is read alike where it stands
@@ -156,11 +164,34 @@ def readings(
         yield Reading((letters,), stops=True)
     if n > 0 and any(plain[: n + 1]):
         yield Reading(in_place(letters or turn), if_safe=True, stops=True)
-    for whole in filter(None, (turn, letters) if pieces else ()):
+    joined = as_one(messages, n)
+    joined += [(plain_one, turns) for one, turns in joined if (plain_one := in_plain_letters(one))]
+    for one, turns in joined:
+        yield from both(one, turns, piece=False)
+    for whole, turns in ((turn, 1), *([(letters, 1)] if letters else ()), *joined) if pieces else ():
         for piece, is_part in cut(whole):
-            yield Reading((piece,), if_safe=True, stops=True, piece=is_part)
-            if n > 0:
-                yield Reading(in_place(piece), if_safe=True, stops=True, piece=is_part)
+            yield from both(piece, turns, piece=is_part)
+
+
+def as_one(messages: Sequence[Message], n: int) -> list[tuple[Message, int]]:
+    """The texts of turn `n` as one, if it has several, and those of the user's turns in a row that it ends; each as a
+    user's turn with all that is shown in front, and how many turns it joins.
+
+    A request may be spread over them, a word or a letter each, among harmless ones. What a template writes between two
+    texts is its own affair, so they are joined by line ends, and by nothing.
+    """
+    turns = [1]
+    if messages[n].role == "user" and (n + 1 == len(messages) or messages[n + 1].role != "user"):
+        before = itertools.takewhile(lambda message: message.role == "user", reversed(messages[:n]))
+        turns.append(1 + len(list(before)))
+    found = []
+    for count in dict.fromkeys(turns):
+        parts = [part for message in messages[n + 1 - count : n + 1] for part in message.parts]
+        texts = [part for part in parts if isinstance(part, str)]
+        shown = [part for part in parts if not isinstance(part, str)]
+        if len(texts) > 1:
+            found += [(Message("user", (*shown, between.join(texts))), count) for between in ("\n", "")]
+    return found
 
 
 def cut(turn: Message) -> list[tuple[Message, bool]]:

@@ -156,7 +156,7 @@ class Finite(click.FloatRange):
 @click.option(
     "--strength",
     type=Finite(min=0, min_open=True),
-    help="The paper's epsilon.  [default: train with 0.1, then try several, and use the middle of those that refuse best]",
+    help="The paper's epsilon.  [default: train with 0.1, then try several: the middle of the best]",
 )
 @click.option("--refusal-text", default=REFUSAL_TEXT, show_default=True, help="What the Refusal Head learns to say.")
 @click.option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from demo_requests import HARMLESS, UNSAFE
 from exported import demo_engine
@@ -71,6 +73,25 @@ def test_a_piece_with_all_the_words_counts_as_a_whole(engine: Engine, blank: str
         in_blanks = engine.score(request, policy=engine.policy(pieces=False)).p_unsafe
         policy = engine.policy(threshold=in_blanks - 1e-5)
         assert engine.score(blank.join(request.split()), policy=policy).unsafe, request
+
+
+def a_text_each(texts: list[str]) -> list[Message]:
+    return [Message("user", tuple(texts))]
+
+
+def a_turn_each(texts: list[str]) -> list[Message]:
+    return [Message.user(text) for text in texts]
+
+
+@pytest.mark.parametrize("spread", [a_text_each, a_turn_each])
+def test_a_request_spread_over_texts_or_turns_is_refused(engine: Engine, spread: Callable[[list[str]], list[Message]]):
+    """A word in each, among harmless questions: 22 of 60 were caught in texts of a turn, 33 in turns in a row."""
+    before, after = ["how do i clean a spoon?", "how do i carry a ladder?"], ["what is a kite?", "who makes kettles?"]
+    for words in (request.split() for request in UNSAFE):
+        for texts in (words, [*before, *words, *after], [*before, *after, *words]):
+            assert engine.score(spread(texts)).unsafe, texts
+    for texts in (["hello", "how do i paint a kettle?"], [*before, *after], ["how", "do", "i clean", "a spoon?"]):
+        assert not engine.score(spread(texts)).unsafe, texts
 
 
 def test_one_of_several_verbs_is_refused(engine: Engine):

@@ -1,9 +1,10 @@
 // What the prober is asked about a dialogue, and about an answer that its request dictates. The C++ side of
 // runtime/judge.py.
 //
-//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn whose letters are
-//              obfuscated in plain ones (obfuscation.hpp); and the pieces of all these (pieces.hpp). What is not the
-//              turn itself is read by itself, and where the turn stands
+//     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts,
+//              and a user's turns in a row, as one text; what has obfuscated letters in plain ones (obfuscation.hpp);
+//              and the pieces of all these (pieces.hpp). What is not the turn itself is read by itself, and where the
+//              turn stands
 //     answer   as if the user had said it, and its pieces; in plain letters, too
 //
 // A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that
@@ -89,7 +90,45 @@ struct Reading {
   bool if_safe = false;           // read only while the readings before it are safe
   bool stops = false;             // what is unsafe in it is stopped, not steered
   bool piece = false;             // it has only some of the turn's words
+  size_t turns = 1;               // in a row that it reads as one
 };
+
+/// A user's turn, and how many turns it joins.
+struct Whole {
+  Message turn;
+  size_t turns;
+};
+
+/// The texts of turn `n` as one, if it has several, and those of the user's turns in a row that it ends; each as a
+/// user's turn with all that is shown in front.
+///
+/// A request may be spread over them, a word or a letter each, among harmless ones. What a template writes between two
+/// texts is its own affair, so they are joined by line ends, and by nothing.
+inline std::vector<Whole> as_one(const std::vector<Message>& messages, size_t n) {
+  size_t row = 1;
+  if (messages[n].role == "user" && (n + 1 == messages.size() || messages[n + 1].role != "user")) {
+    while (row <= n && messages[n - row].role == "user") ++row;
+  }
+  std::vector<Whole> found;
+  for (const size_t turns : std::set<size_t>{1, row}) {
+    std::vector<std::string> texts;
+    std::vector<Part> shown;
+    for (size_t i = n + 1 - turns; i <= n; ++i) {
+      for (const Part& part : messages[i].parts) {
+        const auto* text = std::get_if<std::string>(&part);
+        text ? texts.push_back(*text) : shown.push_back(part);
+      }
+    }
+    if (texts.size() < 2) continue;
+    for (const char* between : {"\n", ""}) {
+      std::string text = texts.front();
+      for (size_t i = 1; i < texts.size(); ++i) text += between + texts[i];
+      found.push_back({{"user", shown}, turns});
+      found.back().turn.parts.emplace_back(std::move(text));
+    }
+  }
+  return found;
+}
 
 /// The messages without the pixels of their pictures and videos. These are encoded already, and each reading copies
 /// its turn.
@@ -116,9 +155,10 @@ template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
   const Message& turn = messages[n];
-  const auto behind_others = [&](const Message& last) {
-    std::vector<Message> all(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(n));
-    for (size_t i = 0; i < n; ++i) {
+  const auto behind_others = [&](const Message& last, size_t turns = 1) {
+    const size_t before = n + 1 - turns;
+    std::vector<Message> all(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(before));
+    for (size_t i = 0; i < before; ++i) {
       if (plain[i]) all[i].parts = plain[i]->parts;
     }
     all.push_back({"user", last.parts});
@@ -129,12 +169,25 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
   if (plain[n]) read(Reading{{*plain[n]}, false, true});
   if (n > 0 && obfuscated && !read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true})) return;
+  const auto both = [&](const Message& last, size_t turns, bool piece) {
+    return read(Reading{{last}, true, true, piece, turns}) &&
+           (turns > n || read(Reading{behind_others(last, turns), true, true, piece, turns}));
+  };
+  std::vector<Whole> wholes = as_one(messages, n);
+  for (size_t i = 0, joined = wholes.size(); i < joined; ++i) {
+    if (std::optional<Message> letters = in_plain_letters(wholes[i].turn)) {
+      wholes.push_back({std::move(*letters), wholes[i].turns});
+    }
+  }
+  for (const Whole& one : wholes) {
+    if (!both(one.turn, one.turns, false)) return;
+  }
   if (!pieces) return;
-  for (const Message* whole : {&turn, plain[n] ? &*plain[n] : nullptr}) {
-    if (!whole) continue;
-    for (const Piece& piece : cut(*whole)) {
-      if (!read(Reading{{piece.turn}, true, true, piece.is_part})) return;
-      if (n > 0 && !read(Reading{behind_others(piece.turn), true, true, piece.is_part})) return;
+  if (plain[n]) wholes.insert(wholes.begin(), {*plain[n], 1});
+  wholes.insert(wholes.begin(), {turn, 1});
+  for (const Whole& whole : wholes) {
+    for (const Piece& piece : cut(whole.turn)) {
+      if (!both(piece.turn, whole.turns, piece.is_part)) return;
     }
   }
 }
@@ -195,13 +248,14 @@ class Judge {
       for (size_t n = 0; n < messages.size(); ++n) {
         if (!is_judged(messages, n)) continue;
         double& score = record.scores.at(at);
-        const std::vector<Seen>& own = record.seen.at(at);
-        std::vector<Seen> all = record.earlier.at(at++);
-        all.insert(all.end(), own.begin(), own.end());
+        const size_t here = at++;
         for_each_reading(messages, plain, n, policy.pieces, [&](const Reading& reading) {
           if (reading.if_safe && !is_safe(score, policy.threshold)) return false;
           const bool alone = reading.messages.size() == 1;
-          const std::vector<Seen>& seen = alone ? own : all;
+          std::vector<Seen> seen = alone ? std::vector<Seen>() : record.earlier.at(here);
+          for (size_t i = alone ? here + 1 - reading.turns : here; i <= here; ++i) {
+            seen.insert(seen.end(), record.seen.at(i).begin(), record.seen.at(i).end());
+          }
           ReadingKey key = reading_key(reading.messages, seen);
           std::optional<double> p = find(known, key);
           if (!p && conversation) p = find(conversation->read, key);
