@@ -51,7 +51,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=Fals
 MOST_VALUES = 50_000  # in a body: for each that is wrong pydantic keeps an error of 1.5 KB, and reports the first
 MOST_MESSAGES = 1024  # rendering a dialogue takes time that grows with their square
 LARGEST_SEED = 2**63 - 1
-TokenId = Annotated[str, Field(pattern="^[0-9]{1,18}$")]
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,17})$")]
 
 
 class Body(BaseModel):

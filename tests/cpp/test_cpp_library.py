@@ -329,6 +329,20 @@ def test_an_engine_without_files_opens_none(built, cpp_package, tmp_path):
     assert [answer["code"] for answer in through_c(built, cpp_package, requests, files=True)] == [0, 0]
 
 
+def test_an_engine_with_a_policy_takes_requests_that_change_nothing_of_the_gate(built, cpp_package):
+    """JSON from somebody else could turn it off."""
+    plain = {"messages": [turn("bad")]}
+    trusted = {"messages": [{"role": "system", "parts": ["bad"], "trusted": True}, turn("hello")]}
+    changes = [{"policy": "off"}, {"policy": "stop"}, {"threshold": 0.9}, {"threshold": None}, {"strength": 0}]
+    theirs = [*(plain | change for change in (*changes, {"pieces": False})), trusted]
+    *refused, fine = through_c(built, cpp_package, [*theirs, plain], policy="stop")
+    assert [answer["code"] for answer in refused] == [5] * len(theirs)
+    assert all("a policy for all requests" in answer["error"] for answer in refused)
+    verdict = joined(fine["chunks"])["verdict"]
+    assert verdict["policy"] == "stop" and verdict["action"] == "stop"
+    assert [answer["code"] for answer in through_c(built, cpp_package, theirs)] == [0] * len(theirs)
+
+
 def test_an_answer_is_cancelled_while_it_reads_its_prompt(embedding):
     """Within a part of the time that reading takes; the conversation then answers as if nothing had been."""
     whole, cut, alike = embedding("cancel", demo_package("fp32"), "what is shown here? " * 100)

@@ -117,7 +117,7 @@ def test_penalties_biases_and_min_p_are_honoured(client):
 
 
 def test_a_bias_for_a_token_that_there_is_not_is_an_error(client):
-    for bias in ({"99999999": 1}, {"-1": 1}, {"x": 1}, {"1": 101}):
+    for bias in ({"99999999": 1}, {"-1": 1}, {"01": 1}, {"x": 1}, {"1": 101}):
         with pytest.raises(openai.BadRequestError, match="logit_bias"):
             ask(client, SAFE, logit_bias=bias)
 

@@ -114,10 +114,18 @@ autosteer::Message& latest(autosteer_request* request) {
   return request->request.messages.back();
 }
 
+/// The policy of a request. Throws InputError where the engine has one for all requests, and this one changes it.
+autosteer::GatePolicy policy_of(const autosteer::Engine& engine, const autosteer::RequestJson& asked) {
+  if (!engine.only_policy) return engine.policy(asked.mode, asked.threshold, asked.strength, asked.pieces);
+  if (!asked.of_the_gate) return engine.policy(*engine.only_policy);
+  throw autosteer::InputError(
+      "this engine has a policy for all requests: leave out policy, threshold, strength, pieces and trusted");
+}
+
 autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,
                       const std::shared_ptr<autosteer::Conversation>& conversation,
                       const autosteer::RequestJson& request) {
-  const auto policy = engine->policy(request.mode, request.threshold, request.strength, request.pieces);
+  const auto policy = policy_of(*engine, request);
   return new autosteer_stream{
       engine, conversation, engine->stream(request.messages, request.sampling, policy, conversation.get()), {}, {}, {}};
 }
@@ -293,7 +301,7 @@ int autosteer_score(const autosteer_engine* engine, const autosteer_request* req
     need(engine, "engine");
     need(request, "request");
     const autosteer::RequestJson& asked = request->request;
-    const auto policy = engine->engine->policy(asked.mode, asked.threshold, asked.strength, asked.pieces);
+    const auto policy = policy_of(*engine->engine, asked);
     const autosteer::Verdict verdict = engine->engine->score(asked.messages, policy);
     if (action) *action = autosteer::name(verdict.action);
     if (unsafe) *unsafe = verdict.unsafe;

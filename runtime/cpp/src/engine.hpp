@@ -62,6 +62,7 @@ struct EngineOptions {
   std::optional<int64_t> max_tiles = {};  ///< cut a picture into at most this many tiles
   bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
   bool files = true;                      ///< whether messages may name files of pictures
+  std::optional<Mode> policy = {};        ///< of every request in JSON, which may then say nothing of the gate
   bool advise_pages = false;              ///< advise Linux on the process's memory while loading (pages.hpp)
   std::string onnxruntime = {};           ///< path of libonnxruntime.so; "": find_onnxruntime() says where it is
   std::string audit = {};                 ///< file to append a line to for each request; "": none
@@ -84,6 +85,7 @@ class Engine {
       : pages_(options.advise_pages ? std::make_unique<Pages>() : nullptr),
         manifest(Manifest::load(folder)),
         log(options.log),
+        only_policy(options.policy),
         audit_(options.audit.empty() ? nullptr
                                      : std::make_unique<Audit>(options.audit, sha256(folder / kManifestFile),
                                                                options.audit_texts)),
@@ -217,6 +219,7 @@ class Engine {
 
   const Manifest manifest;
   const Log log;
+  const std::optional<Mode> only_policy;  ///< EngineOptions::policy
 
   const Graphs& graphs() const { return graphs_; }
 

@@ -97,13 +97,14 @@ inline std::string file_name(const decoding::Node& node) {
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object(
-        {}, {"threads", "max_tiles", "low_memory", "files", "advise_pages", "onnxruntime", "audit", "audit_texts"});
+    node.object({}, {"threads", "max_tiles", "low_memory", "files", "policy", "advise_pages", "onnxruntime", "audit",
+                     "audit_texts"});
     EngineOptions options;
     if (node.has("threads")) options.threads = node["threads"].as_int();
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
     if (node.has("low_memory")) options.low_memory = node["low_memory"].as_bool();
     if (node.has("files")) options.files = node["files"].as_bool();
+    if (node.has("policy")) options.policy = mode_from(node["policy"].as_string());
     if (node.has("advise_pages")) options.advise_pages = node["advise_pages"].as_bool();
     if (node.has("onnxruntime")) options.onnxruntime = node["onnxruntime"].as_string();
     if (node.has("audit")) options.audit = file_name(node["audit"]);
@@ -119,6 +120,7 @@ struct RequestJson {
   Mode mode = Mode::steer;
   std::optional<double> threshold, strength;
   bool pieces = true;
+  bool of_the_gate = false;  ///< it says something of the gate, or that a message is trusted
 
   /// Throws InputError for anything that does not fit, and for unknown keys: a mistyped "policy" must not be ignored.
   static RequestJson parse(const std::string& text) { return from_json(text, "request", decode); }
@@ -133,6 +135,9 @@ struct RequestJson {
     if (node.has("threshold")) request.threshold = node["threshold"].optional(as_float);
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (node.has("pieces")) request.pieces = node["pieces"].as_bool();
+    request.of_the_gate =
+        node.has("policy") || node.has("threshold") || node.has("strength") || node.has("pieces") ||
+        std::any_of(request.messages.begin(), request.messages.end(), [](const Message& m) { return m.trusted; });
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];
     wishes.object({}, {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -159,7 +164,8 @@ struct RequestJson {
     std::map<int64_t, double> biases;
     for (const auto& [token, value] : node.entries()) {
       const bool digits = std::all_of(token.begin(), token.end(), [](char c) { return '0' <= c && c <= '9'; });
-      if (token.empty() || token.size() > kDigits || !digits) node.fail("'" + token + "' is no token id");
+      const bool once = token.size() == 1 || token.substr(0, 1) != "0";  // "1" and "01" would be one token
+      if (token.empty() || token.size() > kDigits || !digits || !once) node.fail("'" + token + "' is no token id");
       biases[std::stoll(token)] = value.as_float();
     }
     return biases;

@@ -64,6 +64,8 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
  *      "max_tiles": cut a picture into at most this many tiles,
  *      "low_memory": true to load the image graph for each picture, and drop it afterwards,
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
+ *      "policy": that of every request; one whose JSON has "policy", "threshold", "strength", "pieces" or a trusted
+ *                message is refused (JSON from somebody else could turn the gate off),
  *      "advise_pages": true to ask Linux for huge pages and to give back pages that only loading reads; this advises on
  *                      every mapping of the process that grows during the call,
  *      "onnxruntime": path of libonnxruntime.so, or of its folder; else $AUTOSTEER_ONNXRUNTIME, else the usual places,
@@ -115,7 +117,8 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *                    "stop": [text, ...], "speculate": true | false}}
  * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
  * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
- * turns read in pieces, too (without, prompts of several sentences start about twice as fast, and can hide a request),
+ * turns read in pieces, too (without, prompts of several sentences start two to three times as fast, and can hide a
+ * request),
  * the likeliest token each time ("temperature": 0), at most 256 tokens. An unknown key is an error.
  * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
  * to in between. */
