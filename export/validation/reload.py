@@ -11,6 +11,7 @@ from pathlib import Path
 
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.manifest import GATE_GRAPHS, Manifest
+from autosteer.runtime.manifest_format import MONITOR_GRAPH
 from autosteer.runtime.self_test import check_gate
 from autosteer.runtime.subgraph import Subgraph, find_device
 from autosteer.runtime.text import load_tokenizer
@@ -37,7 +38,7 @@ def load_again(folder: Path, needed: int) -> str:
             loaded = {}
             for name, spec in manifest.graphs.items():
                 graph = Subgraph(folder / spec.file, spec, device)
-                if name in (*GATE_GRAPHS, "lm_head"):
+                if name in (*GATE_GRAPHS, MONITOR_GRAPH, "lm_head"):
                     loaded[name] = graph
             check_gate(folder, manifest, loaded, device)
         return f"loaded again graph by graph: as a whole it takes {needed / 2**30:.1f} GiB"

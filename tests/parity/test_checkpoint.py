@@ -21,7 +21,7 @@ from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.limits import STORED_IN_HALF
 from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
-from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.manifest import Manifest, MonitorSpec
 
 
 @pytest.fixture
@@ -302,6 +302,14 @@ def test_a_large_package_is_loaded_again_graph_by_graph_and_its_gate_tested(
     monkeypatch.setattr(reload.Engine, "load", lambda *_, **__: pytest.fail("as a whole"))
     assert reload.load_again(package, 3 << 30) == "loaded again graph by graph: as a whole it takes 3.0 GiB"
     manifest = Manifest.load(package)
+    watched = replace(
+        manifest,
+        graphs={**manifest.graphs, "monitor": manifest.graphs["prober"]},
+        monitor=MonitorSpec(window=4, threshold=0.9, calibration={}),
+        proof=replace(manifest.proof, monitor=manifest.proof.p_unsafe),
+    )
+    watched.save(package)
+    assert reload.load_again(package, 3 << 30)
     first, *others = manifest.proof.p_unsafe
     replace(manifest, proof=replace(manifest.proof, p_unsafe=(1 - first, *others))).save(package)
     with pytest.raises(PackageError, match="prober: a known state has p_unsafe"):
