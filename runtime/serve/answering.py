@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..stats import Stats
 from .conversations import Conversations
 from .dialogue import Turn, digests
 from .faults import ApiError
+from .scheduler import Pause
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Score:
     shown: tuple[ShownPicture, ...]
 
 
-def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask) -> Iterator[Piece | None]:
-    """The answer, piece by piece, and None where it pauses, as in Engine.steps.
+def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask) -> Iterator[Piece | Pause]:
+    """The answer, piece by piece, and where it pauses, as in Engine.steps.
 
     Raises ApiError 500 before any text if the gate could not score the prompt.
     """
@@ -62,7 +63,7 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
         prompt, text = engine.encode(messages, record, conversation), ""
         for chunk in engine.steps(prompt, ask.sampling, record, conversation, batch):
             if chunk is None:
-                yield None
+                yield Pause.DECODING if record.stats.completion_tokens else Pause.READING
                 continue
             require_score(chunk.verdict)
             is_refusal = chunk.finish_reason == "refused" and not text  # else what came before it is an answer
@@ -73,14 +74,25 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
         conversations.remember(beginnings[-1], text)
 
 
-def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score | None]:
-    """The verdict on each turn by itself: only decoder_lower and the prober run. None where it pauses."""
+def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score | Pause]:
+    """The verdict on each turn by itself, and where it pauses: only decoder_lower and the prober run."""
     for turn in turns:
         with engine.record(policy) as record:
             prompt = engine.encode([turn.open()], record)
-            verdict = yield from engine.judge(prompt, record)
+            verdict = yield from _reading(engine.judge(prompt, record))
         require_score(verdict)
         yield Score(verdict, record.stats, prompt.shown)
+
+
+def _reading(steps: Generator[None, None, Verdict]) -> Generator[Pause, None, Verdict]:
+    """`steps` with the scheduler's pauses."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            verdict: Verdict = end.value
+            return verdict
+        yield Pause.READING
 
 
 def require_score(verdict: Verdict) -> None:

@@ -179,7 +179,7 @@ class Service:
             self._require_model(body.model)
         if self.engine.manifest.prober is None:
             raise ApiError(501, "this package was exported with --unguarded: it cannot score", code="unguarded")
-        policy = self.engine.policy(Mode.REPORT, threshold=self.settings.policy.threshold)
+        policy = replace(self.settings.policy, mode=Mode.REPORT)
         reader = Reader(self.settings.limits)
         turns = [
             Turn("user", tuple(reader.part(part, f"input[{i}]") for i, part in enumerate(parts)))

@@ -1,8 +1,8 @@
 """Some requests compute, some wait in order of arrival, and the rest are turned away.
 
 A thread of its own runs the engine, so that the event loop always answers. In a round it advances every request that
-computes until it pauses, and then runs the pass that they share. A new one comes in once all others have given their
-first event, so one at a time reads its prompt. A request that is cancelled, or takes too long, gives its place up at
+computes until it pauses, and then runs the pass that they share. A new one comes in once all others decode, so one at a
+time reads its prompt. A request that is cancelled, or takes too long, gives its place up at
 once: in the queue, and inside the graph that runs for it alone; a pass that it shares ends first.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import math
 import threading
 import time
@@ -23,8 +24,15 @@ from .faults import ApiError
 from .limits import Limits
 
 E = TypeVar("E")
-Work = Callable[[], "Iterator[E | None]"]  # None: a pause
+Work = Callable[[], "Iterator[E | Pause]"]
 _END = object()
+
+
+class Pause(enum.Enum):
+    """What work yields between its events, so that other work may compute."""
+
+    READING = enum.auto()  # its prompt
+    DECODING = enum.auto()  # its answer, which may be held back: the next request may read its prompt
 
 
 class Job(Generic[E]):
@@ -36,7 +44,7 @@ class Job(Generic[E]):
         self.queue_ms = 0.0  # from arrival to its turn
         self.arrived = time.perf_counter()
         self.started = 0.0  # when its turn came
-        self.has_begun = False  # to give events
+        self.decodes = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._timer = self._loop.call_later(seconds, self._expire, seconds)
@@ -64,9 +72,9 @@ class Job(Generic[E]):
         try:
             with self.cancel:
                 while not self.cancel.is_set and (event := next(self._steps, _END)) is not _END:
-                    if event is None:
+                    self.decodes = event is not Pause.READING
+                    if isinstance(event, Pause):
                         return True
-                    self.has_begun = True
                     self.deliver(event)
                 if self.cancel.is_set:
                     raise CancelledError("the request was cancelled")
@@ -175,7 +183,7 @@ class Scheduler:
         with self._changed:
             while not self._running and not self._waiting and not self._closed:
                 self._changed.wait()
-            if len(self._running) < self._limits.parallel and all(job.has_begun for job in self._running):
+            if len(self._running) < self._limits.parallel and all(job.decodes for job in self._running):
                 while self._waiting:
                     job = self._waiting.popleft()
                     if not job.cancel.is_set:

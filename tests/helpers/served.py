@@ -18,7 +18,7 @@ import openai
 import uvicorn
 from PIL import Image
 
-from autosteer.runtime import Engine, Mode
+from autosteer.runtime import Engine, GatePolicy, Mode
 from autosteer.runtime.serve.app import Settings, make_app
 from autosteer.runtime.serve.cli import listening
 from autosteer.runtime.serve.limits import Limits
@@ -53,13 +53,14 @@ def served(
     engine: Engine,
     package: Path,
     *,
-    policy: str = "steer",
+    policy: str | GatePolicy = "steer",
     weakest: str = "off",
     key: str | None = None,
     **limits: Any,
 ) -> Iterator[Served]:
     """Serve an engine while the block runs."""
-    settings = Settings("toy", engine.policy(policy), Mode(weakest), Limits(**limits), key)
+    gate = engine.policy(policy) if isinstance(policy, str) else policy
+    settings = Settings("toy", gate, Mode(weakest), Limits(**limits), key)
     app = make_app(engine, settings, package)
     with listening("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 
@@ -16,6 +17,8 @@ from autosteer.runtime.batch import Batch
 from autosteer.runtime.serve.answering import Ask, answer
 from autosteer.runtime.serve.conversations import Conversations
 from autosteer.runtime.serve.dialogue import Turn
+from autosteer.runtime.serve.limits import Limits
+from autosteer.runtime.serve.scheduler import Pause, Scheduler
 
 CHAT = "/v1/chat/completions"
 LOUD = " ".join(["hello"] * 9)  # more often than any word of the turns before it: the toy answers "world"
@@ -223,6 +226,17 @@ def test_moderations_score_without_answering(client, server):
     assert client.moderations.create(input="red").results[0].flagged is False
 
 
+def test_moderations_read_turns_as_answers_do(engine, package):
+    """With --no-pieces they said unsafe what the answers let pass."""
+    hidden = "tick tick bad\nred tick red"
+    for pieces in (True, False):
+        with served(engine, package, policy=engine.policy(pieces=pieces)) as server, server.openai() as client:
+            verdict = ask(client, hidden).autosteer["verdict"]
+            assert verdict["unsafe"] is pieces
+            scored = client.moderations.create(input=hidden).results[0]
+            assert scored.flagged is pieces and scored.category_scores.unsafe == pytest.approx(verdict["p_unsafe"])
+
+
 # --- dialogues and their caches --------------------------------------------------------------------------------------
 
 
@@ -256,7 +270,7 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
         asked = Ask(list(turns), SamplingConfig(max_tokens=2), engine.policy())
         batch, text = Batch(engine.manifest, engine.graphs, engine.device, 1), ""
         for piece in answer(engine, conversations, batch, asked):
-            if piece is None:
+            if isinstance(piece, Pause):
                 batch.run()
             else:
                 text += piece.chunk.text
@@ -269,6 +283,28 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
     ask(tick, own, red)  # an answer to other messages
     dialogues = [trusted for trusted in seen if len(trusted) > 1]  # beside each, its user turns by themselves
     assert dialogues == [[False, True, False], *[[False, False, False]] * 2]
+
+
+def test_an_answer_that_is_held_back_does_not_keep_the_next_request_waiting(engine):
+    """A bias holds it back to its end: with 900 tokens to say, the next one waited 717 ms for its turn."""
+    conversations, batch = Conversations(engine, 4), Batch(engine.manifest, engine.graphs, engine.device, 2)
+    ends = dict.fromkeys(engine.manifest.prompt.end_token_ids, -100.0)
+    ended: list[str] = []
+
+    async def both() -> None:
+        scheduler = Scheduler(Limits(parallel=2), share=batch.run)
+
+        async def go(name: str, **sampling) -> None:
+            asked = Ask([Turn("user", ("red",))], SamplingConfig(**sampling), engine.policy())
+            async for _ in scheduler.submit(lambda: answer(engine, conversations, batch, asked)).events():
+                pass
+            ended.append(name)
+
+        await asyncio.gather(go("held back", max_tokens=50, logit_bias=ends), go("short", max_tokens=2))
+        scheduler.close()
+
+    asyncio.run(both())
+    assert ended == ["short", "held back"]
 
 
 def test_verdicts_and_answers_of_clients_at_the_same_time_never_cross(server, engine):
