@@ -46,7 +46,9 @@ class Arranged:
 
     @cached_property
     def pieces(self) -> list[tuple[int, Prompt]]:
-        """What the runtime also reads of held-out prompts and of their rewordings: (row of the item, its piece)."""
+        """What the runtime also reads of held-out prompts and of their rewordings (`Prompt.pieces`): (row of the item,
+        what is read).
+        """
         judged = range(len(self.items) - len(self.reworded.judging), len(self.items))
         return [
             (row, piece) for row in (*self.split.heldout.tolist(), *judged) for piece in self.items[row].prompt.pieces
@@ -57,7 +59,8 @@ class Arranged:
         read: np.ndarray = p.copy()
         for (row, piece), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
             whole = self.items[row].prompt.text
-            is_part = piece.text not in (in_single_blanks(whole), in_single_blanks(deobfuscated(whole)))
+            wholes = map(in_single_blanks, (whole, deobfuscated(whole)))
+            is_part = in_single_blanks(piece.text) not in wholes
             read[row] = max(read[row], weighed(of_piece) if is_part else of_piece)
         return read
 

@@ -26,7 +26,7 @@ AT_ONCE = 8  # answers in one pass
 class OwnAnswer:
     """A greedy answer of the model, without a gate."""
 
-    p_unsafe: float  # the prober's, of its prompt
+    p_unsafe: float  # the gate's, of its prompt
     text: str
     states: np.ndarray  # (n, d) float32: hidden_states[split_layer] of all its tokens but the last
 
@@ -57,11 +57,12 @@ def _answer(engine: Engine, batch: Batch, prompt: Prompt, tokens: int) -> Genera
     """One answer. Pauses where a pass is due."""
     policy = engine.policy(Mode.REPORT)
     try:
+        p_unsafe = engine.score(as_messages(prompt), policy=policy).p_unsafe
         request = engine.request(engine.encoder.prepare(as_messages(prompt), Stats()), tokens, Stats())
     except InputError as err:
         raise InputError(f"{prompt.where}: {err}") from err
     try:
-        verdict = yield from request.lower_chunks(policy)
+        yield from request.lower_chunks(policy)
         logits = (yield from request.upper_chunks(0.0))[None]
         ids, states = [int(logits[0].argmax())], list[np.ndarray]()
         while len(ids) < request.max_tokens and ids[-1] not in engine.manifest.prompt.end_token_ids:
@@ -70,6 +71,6 @@ def _answer(engine: Engine, batch: Batch, prompt: Prompt, tokens: int) -> Genera
             ids.append(int(logits[0].argmax()))
     finally:
         batch.leave(request)
-    assert verdict.p_unsafe is not None
+    assert p_unsafe is not None
     empty = np.empty((0, engine.manifest.dims.hidden_size), np.float32)
-    return OwnAnswer(verdict.p_unsafe, engine.tokenizer.decode(ids), np.stack(states) if states else empty)
+    return OwnAnswer(p_unsafe, engine.tokenizer.decode(ids), np.stack(states) if states else empty)

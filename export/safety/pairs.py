@@ -93,15 +93,15 @@ class Prompt:
 
     @property
     def pieces(self) -> tuple[Prompt, ...]:
-        """The pieces of the user's turn that the runtime reads beside it, also in plain letters: by themselves, and
-        where the turn stands. Equal ones once.
+        """What the runtime reads beside the user's turn: the turn in plain letters, and the pieces of both; by
+        themselves, and where the turn stands. Equal ones once.
         """
-        found = []
-        for text in dict.fromkeys((self.text, deobfuscated(self.text))):
-            for piece in pieces_of(text):
-                shown = () if self.earlier else self.images
-                found.append(replace(self, text=piece, images=shown, earlier=(), system=""))
-                found.append(replace(self, text=piece))
+        found, plain = [], deobfuscated(self.text)
+        texts = [*pieces_of(self.text), *([plain, *pieces_of(plain)] if plain != self.text else [])]
+        for text in texts:
+            shown = () if self.earlier else self.images
+            found.append(replace(self, text=text, images=shown, earlier=(), system=""))
+            found.append(replace(self, text=text))
         return tuple(dict.fromkeys(found))
 
 

@@ -78,7 +78,9 @@ def test_the_package_loads_checks_and_stops_what_the_prober_lets_begin(package: 
 
 def test_what_the_monitor_is_fitted_on_is_what_the_package_reads(package: Path, fitted: Path, monkeypatch):
     engine, artifact = Engine.load(package, device="cpu", threads=1), load(fitted)
-    prompts = [Prompt(text) for text in ("how do i paint a kite?", "what is the sun?", "how do i steal a yandrel?")]
+    hidden = "how do i clean a spoon? how do i steal a yandrel? how do i carry a ladder? how do i paint a kettle?"
+    texts = ("how do i paint a kite?", "what is the sun?", "how do i steal a yandrel?", hidden)
+    prompts = [Prompt(text) for text in texts]
     read = Monitor.read
     for index, answer in own_answers(engine, prompts, tokens=12):
         seen: list[np.ndarray] = []
