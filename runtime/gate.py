@@ -45,7 +45,7 @@ _ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.REPO
 
 @dataclass(frozen=True)
 class GatePolicy:
-    """How the gate treats a request. A threshold below zero makes every prompt unsafe: always-on steering."""
+    """How the gate treats a request. A threshold below zero makes every prompt unsafe."""
 
     mode: Mode
     threshold: float

@@ -83,7 +83,7 @@ class Asked:
     """What the engine said to one row."""
 
     off: str  # without a gate
-    always: str  # with every token steered
+    always: str  # with every token steered; of a prompt in obfuscated letters, the refusal text
     steer: str
     stop: str
     flagged: bool

@@ -49,7 +49,7 @@ inline Mode mode_from(const std::string& text) {
 
 constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
 
-/// How the gate treats a request. A threshold below zero makes every prompt unsafe: always-on steering.
+/// How the gate treats a request. A threshold below zero makes every prompt unsafe.
 struct GatePolicy {
   Mode mode = Mode::steer;
   double threshold = 0.0;

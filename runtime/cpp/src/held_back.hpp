@@ -61,8 +61,8 @@ class UntilWatched {
 };
 
 /// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict on
-/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report nothing waits. What
-/// it is given must outlive it.
+/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report nothing waits.
+/// What it is given must outlive it.
 class UntilJudged {
  public:
   using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts

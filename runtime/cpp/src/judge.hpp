@@ -290,9 +290,10 @@ class Judge {
     }
     double p_unsafe = 0.0;
     Conversation scratch;
-    for (size_t i = 0; i < readings.size() && is_safe(p_unsafe, policy.threshold); ++i) {
-      const double p = read({Message::user(readings[i])}, {}, policy, scratch);
-      p_unsafe = worse(p_unsafe, complete.count(readings[i]) ? p : weighed(p));
+    for (const std::string& said : readings) {
+      const double p = read({Message::user(said)}, {}, policy, scratch);
+      p_unsafe = worse(p_unsafe, complete.count(said) ? p : weighed(p));
+      if (!is_safe(p_unsafe, policy.threshold)) break;
     }
     return p_unsafe;
   }
