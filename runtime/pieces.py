@@ -12,7 +12,8 @@ passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it re
 Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`), unless it has all
 the words (`in_single_blanks`).
 
-Words stand between ASCII white space; in a piece, between single blanks. The C++ side is src/pieces.hpp; shared cases:
+Words stand between ASCII white space; in a piece, between single blanks. Of Chinese and Japanese, written without
+blanks, two characters count as one, with the marks behind them. The C++ side is src/pieces.hpp; shared cases:
 tests/conformance/pieces.json.
 """
 
@@ -35,7 +36,10 @@ PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one 
 SPACE = " \t\n\v\f\r"
 BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
 BETWEEN_CLAUSES = re.compile(f"[,:/|+&\u2013\u2014\u3001\uff0c\uff1a]+|[{SPACE}](?i:and|or|then)(?=[{SPACE}])")
-_WORD = re.compile(f"[^{SPACE}]+")
+UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
+UNSPACED_MARKS = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
+_UNBROKEN = re.compile(f"[^{SPACE}]+")
+_WORD = re.compile(f"[{UNSPACED}]{{1,2}}[{UNSPACED_MARKS}]*|[^{SPACE}{UNSPACED}]+")
 
 
 def pieces(text: str) -> list[str]:
@@ -59,7 +63,7 @@ def pieces(text: str) -> list[str]:
 
 def in_single_blanks(text: str) -> str:
     """The words of `text`; a piece that has all of them."""
-    return " ".join(_WORD.findall(text))
+    return " ".join(_UNBROKEN.findall(text))
 
 
 def weighed(p_unsafe: float) -> float:
@@ -105,12 +109,14 @@ def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> list[str]:
 
 def _beginning(text: str, most: int) -> str:
     """The first words of `text`, at most so many."""
-    return " ".join(word.group() for word in itertools.islice(_WORD.finditer(text), most))
+    ends = [word.end() for word in itertools.islice(_WORD.finditer(text), most)]
+    return in_single_blanks(text[: ends[-1]]) if ends else ""
 
 
 def _windows(text: str) -> Iterator[str]:
     """The words of `text`, WINDOW at a time; nothing if it has none."""
-    words = _WORD.findall(text)
+    words = [word.span() for word in _WORD.finditer(text)]
     last = max(0, len(words) - WINDOW)
     for first in (*range(0, last, STRIDE), last) if words else ():
-        yield " ".join(words[first : first + WINDOW])
+        some = words[first : first + WINDOW]
+        yield in_single_blanks(text[some[0][0] : some[-1][1]])

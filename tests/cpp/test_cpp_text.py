@@ -156,6 +156,7 @@ def test_pieces_are_the_same_for_both(parts):
     marks = [*" \t\n\v\f\r.?!;,:/|+&", " ", " ", *"\u2026\u3002\u2013\uff0c\u00a0\u2028\u00e9", "a", "bc"]
     marks += [" and ", " OR", "then ", "and"]
     marks += ["de ", " f g h "] * 5
+    marks += [*"\u4eca\u5929\u306a\u30a2\uff66\uff01\u300c\u3000\u30fc", "\U00020000", "\u4ec0\u4e48\u6837\uff1f"]
     texts = ["".join(rng.choices(marks, k=rng.randint(0, 80))) for _ in range(5000)]
     cut = [pieces(text) for text in texts]
     assert parts.run({"part": "cut", "texts": texts}) == [cut]

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -32,16 +33,28 @@ inline bool is_space(char c) {
   return c == ' ' || ('\t' <= c && c <= '\r');
 }
 
-/// The words of a text, which stand between ASCII white space.
+/// The words of a text: what stands between ASCII white space; of Chinese and Japanese, written without blanks, two
+/// characters with the marks behind them.
 inline std::vector<Span> words_in(std::string_view text) {
+  static const std::string unspaced =
+      "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af";
+  static const std::string marks = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20";
+  static const Regex word("[" + unspaced + "]{1,2}[" + marks + "]*|[^ \t\n\v\f\r" + unspaced + "]+");
   std::vector<Span> words;
+  std::optional<Span> found = word.find(text, 0);
+  for (; found; found = word.find(text, found->second)) words.push_back(*found);
+  return words;
+}
+
+/// `text` with one blank for each ASCII white space, and none around it; a piece that has all of its words.
+inline std::string in_single_blanks(std::string_view text) {
+  std::string unbroken;
   for (size_t at = 0; at < text.size(); ++at) {
     if (is_space(text[at])) continue;
-    const size_t begin = at;
-    while (at < text.size() && !is_space(text[at])) ++at;
-    words.emplace_back(begin, at);
+    if (!unbroken.empty() && is_space(text[at - 1])) unbroken += ' ';
+    unbroken += text[at];
   }
-  return words;
+  return unbroken;
 }
 
 /// The parts of `text` without what is `between` them; with `marks` that stays at the end of the part before. A part of
@@ -82,24 +95,16 @@ inline std::vector<std::string_view> parts_of(std::string_view text, const Regex
   return texts.empty() ? std::vector<std::string_view>{text} : texts;
 }
 
-/// At most `most` of the `words` in `text`, from number `first` on; single blanks part them.
+/// At most `most` of the `words` in `text`, from number `first` on.
 inline std::string joined(std::string_view text, const std::vector<Span>& words, size_t first, size_t most) {
-  std::string some;
-  for (size_t i = first; i < std::min(first + most, words.size()); ++i) {
-    some += some.empty() ? "" : " ";
-    some += text.substr(words[i].first, words[i].second - words[i].first);
-  }
-  return some;
+  if (words.empty()) return "";
+  const size_t begin = words[first].first, last = std::min(first + most, words.size()) - 1;
+  return in_single_blanks(text.substr(begin, words[last].second - begin));
 }
 
 /// The first words of `text`, at most so many.
 inline std::string beginning(std::string_view text, size_t most) {
   return joined(text, words_in(text), 0, most);
-}
-
-/// The words of `text`; a piece that has all of them.
-inline std::string in_single_blanks(std::string_view text) {
-  return beginning(text, text.size());
 }
 
 /// The words of `text`, kWindow at a time; nothing if it has none.
