@@ -14,6 +14,12 @@ if TYPE_CHECKING:  # onnxruntime and numpy load when a command runs, so that --h
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
+pieces_option = click.option(
+    "--pieces/--no-pieces",
+    default=True,
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
+    "several sentences start two to three times as fast.  [on]",
+)
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 
 

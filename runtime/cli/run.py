@@ -14,7 +14,15 @@ from ..errors import InputError
 from ..gate import verdict_json
 from .answer import answer_json, say, verdict_line
 from .chat import chat
-from .options import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
+from .options import (
+    audit_option,
+    audit_texts_option,
+    device_option,
+    load,
+    package_argument,
+    pieces_option,
+    threads_option,
+)
 
 
 @click.command("autosteer-run", context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,12 +55,7 @@ from .options import audit_option, audit_texts_option, device_option, load, pack
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
-@click.option(
-    "--pieces/--no-pieces",
-    default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
-    "several sentences start two to three times as fast.  [on]",
-)
+@pieces_option
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens.  [0: all]")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autosteer.runtime.cli.options import device_option, load, package_argument, threads_option
+from autosteer.runtime.cli.options import device_option, load, package_argument, pieces_option, threads_option
 from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table, version_option
 from autosteer.runtime.errors import InputError
 
@@ -57,6 +57,7 @@ file_option: Any = click.Path(path_type=Path)
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
+@pieces_option
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option(
     "--judge-command",
@@ -106,6 +107,7 @@ def evaluate(
     exclude: tuple[Path, ...],
     limit: int | None,
     max_tokens: int,
+    pieces: bool,
     max_tiles: int | None,
     judge_command: str | None,
     judge_timeout: float,
@@ -149,11 +151,11 @@ def evaluate(
     check_images(package, rows)
     asking = asking_on(address, package, engines, device, threads, max_tiles)
     if variants:
-        print_variants(asking, rows, as_json)
+        print_variants(asking, rows, as_json, pieces=pieces)
         return
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
-        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens, max_tiles=max_tiles)
+        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens, max_tiles=max_tiles, pieces=pieces)
         if rejudge and output and output.exists():
             rejudge_file(output, facts, judge)
         results = answer(rows, judge, facts, output, force, asking)
@@ -219,12 +221,12 @@ def asking_on(
     return partial(on_ray, Cluster(address, engines, threads, package, max_tiles), report=partial(click.echo, err=True))
 
 
-def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool) -> None:
+def print_variants(asking: Asking, rows: Sequence[Row], as_json: bool, *, pieces: bool) -> None:
     """The verdicts on all rows, reworded, by kind: a table, or one JSON object a line."""
     from .variants import as_text, by_rewording, row_outcomes
 
     outcomes = []
-    with asking(row_outcomes, rows) as asked, progress("rewording", len(rows)) as advance:
+    with asking(partial(row_outcomes, pieces=pieces), rows) as asked, progress("rewording", len(rows)) as advance:
         for found in asked:
             outcomes += found
             advance()
@@ -252,7 +254,7 @@ def answer(
             click.echo(f"{output}: has {len(results)} of {len(rows)} rows; {len(left)} to go", err=True)
         if not left:
             return results
-        asked = stack.enter_context(asking(partial(ask, max_tokens=facts.max_tokens), left))
+        asked = stack.enter_context(asking(partial(ask, max_tokens=facts.max_tokens, pieces=facts.pieces), left))
         try:
             with progress("evaluating", len(left)) as advance:
                 for result in run_rows(asked, left, judge):

@@ -91,10 +91,11 @@ class Asked:
     stopped: bool | None = None  # whether a monitor stopped what the prober had not flagged; None: there is none
 
 
-def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
-    """Answer a row twice, greedily. Raises InputError for one that cannot be asked."""
+def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True) -> Asked:
+    """Answer a row twice, greedily. `pieces`: GatePolicy.pieces. Raises InputError for one that cannot be asked."""
     sampling = SamplingConfig(max_tokens=max_tokens)
-    report, always = engine.policy(Mode.REPORT), engine.policy(Mode.STEER, threshold=-1.0)
+    report, gate = engine.policy(Mode.REPORT, pieces=pieces), engine.policy(pieces=pieces)
+    always = engine.policy(threshold=-1.0)
     try:
         off = engine.generate(row.messages, policy=report, sampling=sampling)
     except InputError as err:
@@ -102,10 +103,10 @@ def ask(engine: Engine, row: Row, *, max_tokens: int) -> Asked:
     steered = engine.generate(row.messages, policy=always, sampling=sampling).text
     verdict, seen = off.verdict, off.verdict.monitor
     stopped = bool(seen and seen.unsafe and not verdict.unsafe) if engine.manifest.monitor else None
-    steer = stop = engine.generate(row.messages, sampling=sampling).text if stopped else off.text
+    steer = stop = engine.generate(row.messages, policy=gate, sampling=sampling).text if stopped else off.text
     if verdict.unsafe:
         stop = report.refusal_text
-        steer = stop if engine.score(row.messages).action is Action.STOP else steered
+        steer = stop if engine.score(row.messages, policy=gate).action is Action.STOP else steered
     return Asked(off.text, steered, steer, stop, verdict.unsafe, verdict.p_unsafe, stopped)
 
 
@@ -175,14 +176,21 @@ class RunFacts:
     max_tokens: int
     judge: str
     max_tiles: int | None = None  # of a picture
+    pieces: bool = True
 
     @staticmethod
     def of(
-        package: Path, rows: Sequence[Row], judge: Judge, *, max_tokens: int, max_tiles: int | None = None
+        package: Path,
+        rows: Sequence[Row],
+        judge: Judge,
+        *,
+        max_tokens: int,
+        max_tiles: int | None = None,
+        pieces: bool = True,
     ) -> RunFacts:
         """The facts of a run that is about to start."""
         data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
-        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles)
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles, pieces)
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
@@ -193,7 +201,7 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     scratch = path.with_name(f"{path.name}.rejudged")
     try:
         with ResultFile(scratch, facts, force=True) as file:
-            for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles")):
+            for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles", "pieces")):
                 refused = _refused(judge, result.prompt, result.answers, bool(result.stopped))
                 file.append(dataclasses.replace(result, refused=refused))
         scratch.replace(path)

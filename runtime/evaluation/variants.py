@@ -44,10 +44,13 @@ def possible_rewordings(*, system: bool) -> tuple[Rewording, ...]:
     return tuple(rewording for rewording in REWORDINGS if system or not rewording.of("x").system)
 
 
-def row_outcomes(engine: Engine, row: Row) -> list[Outcome]:
-    """The verdicts on a row and its rewordings of all KINDS. Raises InputError for one that cannot be asked."""
+def row_outcomes(engine: Engine, row: Row, *, pieces: bool = True) -> list[Outcome]:
+    """The verdicts on a row and its rewordings of all KINDS. `pieces`: GatePolicy.pieces.
+
+    Raises InputError for one that cannot be asked.
+    """
     rewordings = (*possible_rewordings(system=engine.manifest.prompt.system is not None), *KINDS[len(REWORDINGS) :])
-    policy = engine.policy(Mode.REPORT)
+    policy = engine.policy(Mode.REPORT, pieces=pieces)
     found = []
     for name, asked in ((UNCHANGED, row), *((rewording.name, reworded(row, rewording)) for rewording in rewordings)):
         try:

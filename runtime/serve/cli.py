@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from ..cli.options import audit_option, audit_texts_option, device_option, load, package_argument, threads_option
+from ..cli.options import (
+    audit_option,
+    audit_texts_option,
+    device_option,
+    load,
+    package_argument,
+    pieces_option,
+    threads_option,
+)
 from ..console import debug_option, run_command, version_option
 from ..errors import InputError
 from .limits import Limits
@@ -47,12 +55,7 @@ ALONE = {  # by device: why requests take turns
 )
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
-@click.option(
-    "--pieces/--no-pieces",
-    default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
-    "several sentences start two to three times as fast.  [on]",
-)
+@pieces_option
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer."
 )

@@ -45,6 +45,19 @@ def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("option", ["--pieces", "--no-pieces"])
+def test_eval_measures_turns_as_wholes_alone_if_asked(call, package, tmp_path, option):
+    (tmp_path / "set.jsonl").write_text(json.dumps({"prompt": "tick tick bad\nred tick red"}))
+    command = ["autosteer-eval", package, "--unsafe", tmp_path / "set.jsonl", "--device", "cpu"]
+    (group,) = map(json.loads, call(*command, option, "--json").stdout.splitlines())
+    assert group["flagged"]["value"] == 1 - group["not_refused"]["stop"]["value"] == (option == "--pieces")
+    variants = call(*command, option, "--variants", "--json").stdout.splitlines()
+    assert json.loads(variants[0])["caught"]["value"] == (option == "--pieces")
+    assert call(*command, option, "--output", tmp_path / "out.jsonl").returncode == 0
+    other = call(*command, "--output", tmp_path / "out.jsonl", "--no-pieces" if option == "--pieces" else "--pieces")
+    assert other.returncode == 5 and "pieces" in other.stderr
+
+
 def test_eval_as_json_is_one_object_per_group(call, package, data):
     done = call("autosteer-eval", package, "--data", data, "--json", "--device", "cpu")
     groups = [json.loads(line) for line in done.stdout.splitlines()]
