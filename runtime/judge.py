@@ -145,7 +145,9 @@ class Reading:
 def readings(
     messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool
 ) -> Iterator[Reading]:
-    """The other readings of turn `n`, last its pieces, if wanted. `plain`: `in_plain_letters` of judged turns."""
+    """The other readings of turn `n`, last, if wanted, texts and turns as one, and pieces. `plain`: `in_plain_letters`
+    of judged turns.
+    """
     turn, letters = messages[n], plain[n]
 
     def in_place(last: Message, turns: int = 1) -> tuple[Message, ...]:
@@ -164,11 +166,13 @@ def readings(
         yield Reading((letters,), stops=True)
     if n > 0 and any(plain[: n + 1]):
         yield Reading(in_place(letters or turn), if_safe=True, stops=True)
+    if not pieces:
+        return
     joined = as_one(messages, n)
     joined += [(plain_one, turns) for one, turns in joined if (plain_one := in_plain_letters(one))]
     for one, turns in joined:
         yield from both(one, turns, piece=False)
-    for whole, turns in ((turn, 1), *([(letters, 1)] if letters else ()), *joined) if pieces else ():
+    for whole, turns in ((turn, 1), *([(letters, 1)] if letters else ()), *joined):
         for piece, is_part in cut(whole):
             yield from both(piece, turns, piece=is_part)
 

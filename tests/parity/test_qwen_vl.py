@@ -289,13 +289,14 @@ def test_verdicts_on_videos_are_pytorchs(variant: str) -> None:
     e, theirs, unsafe = engine(variant), original_model(variant), list[bool]()
     for i in range(12):
         original = theirs.run(ValidationPrompt(with_videos(i), ()))
-        answer = e.generate(with_videos(i), sampling=SamplingConfig(ANSWER_TOKENS))
+        wholes, stop = e.policy(pieces=False), e.policy(Mode.STOP, pieces=False)  # PyTorch was asked about these
+        answer = e.generate(with_videos(i), policy=wholes, sampling=SamplingConfig(ANSWER_TOKENS))
         request = e.request(e.encoder.prepare(with_videos(i), Stats()), 1, Stats())
         in_place = request.prefill_lower(e.policy()).p_unsafe
         assert in_place == pytest.approx(original.p_unsafe, abs=1e-3)
         assert answer.verdict.p_unsafe >= in_place  # turns by themselves count, too
         assert list(answer.token_ids) == (original.steered_tokens if answer.verdict.unsafe else original.tokens)
-        stopped = e.generate(with_videos(i), policy=e.policy(Mode.STOP), sampling=SamplingConfig(max_tokens=1))
+        stopped = e.generate(with_videos(i), policy=stop, sampling=SamplingConfig(max_tokens=1))
         assert (stopped.stats.upper_ms is None) == answer.verdict.unsafe
         unsafe.append(answer.verdict.unsafe)
     assert len(set(unsafe)) == 2

@@ -149,8 +149,8 @@ inline std::vector<Message> without_pixels(const std::vector<Message>& messages)
   return same;
 }
 
-/// Hands the other readings of turn `n` to `read`, last its pieces, if wanted, until it returns false. `plain`:
-/// `in_plain_letters` of judged turns.
+/// Hands the other readings of turn `n` to `read` until it returns false; last, if wanted, texts and turns as one, and
+/// pieces. `plain`: `in_plain_letters` of judged turns.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
@@ -169,6 +169,7 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
   if (plain[n]) read(Reading{{*plain[n]}, false, true});
   if (n > 0 && obfuscated && !read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true})) return;
+  if (!pieces) return;
   const auto both = [&](const Message& last, size_t turns, bool piece) {
     return read(Reading{{last}, true, true, piece, turns}) &&
            (turns > n || read(Reading{behind_others(last, turns), true, true, piece, turns}));
@@ -182,7 +183,6 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   for (const Whole& one : wholes) {
     if (!both(one.turn, one.turns, false)) return;
   }
-  if (!pieces) return;
   if (plain[n]) wholes.insert(wholes.begin(), {*plain[n], 1});
   wholes.insert(wholes.begin(), {turn, 1});
   for (const Whole& whole : wholes) {
