@@ -146,11 +146,13 @@ def test_requests_that_fail_leave_the_conversation_as_it_was(built, cpp_package)
     assert joined(again["chunks"])["timings"]["reused_tokens"] > 0
 
 
-def judged_in_both(parts: Parts, dialogues: list[list[dict[str, Any]]], *, conversation: bool) -> list[dict[str, Any]]:
+def judged_in_both(
+    parts: Parts, dialogues: list[list[dict[str, Any]]], *, conversation: bool, pieces: bool = True
+) -> list[dict[str, Any]]:
     """What C++'s judge made of dialogues about the demo (`judge` in parts.cpp), which is what Python's made of them."""
     package, engine = demo("fp32")
     command = {"part": "judge", "package": str(package), "requests": [{"messages": turns} for turns in dialogues]}
-    (found,) = parts.run(command | {"conversation": conversation})
+    (found,) = parts.run(command | {"conversation": conversation, "pieces": pieces})
     graph, ask, encoded, asked = engine.encoder._graph, engine._judge._ask, Counter[str](), list[object]()
     shared = Conversation(engine) if conversation else None
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +161,7 @@ def judged_in_both(parts: Parts, dialogues: list[list[dict[str, Any]]], *, conve
         for turns, theirs in zip(dialogues, found, strict=True):
             encoded.clear()
             asked.clear()
-            with engine.record(engine.policy("report")) as record:
+            with engine.record(engine.policy("report", pieces=pieces)) as record:
                 record.messages = [as_message(given) for given in turns]
                 prompt = engine.encoder.prepare(record.messages, record.stats, shared)
                 finish(engine.judge(prompt, record, shared))
@@ -206,7 +208,7 @@ def test_turns_share_a_score_only_if_they_are_the_same_prompt(parts, three_pictu
     turns += [["image", f"seen one of several {digest([open_image(one)])}"]]
     again = [[{"image": copy} if part == {"image": one} else part for part in said] for said in turns]
     dialogue = [turn("user", "hello"), *(turn("user", *said) for said in turns + again)]
-    (found,) = judged_in_both(parts, [dialogue], conversation=False)
+    (found,) = judged_in_both(parts, [dialogue], conversation=False, pieces=False)
     # the digest's digits stand among letters: it is read in plain ones, too, and all behind it in that context
     assert found["by_themselves"] == 2 * (len(turns) + 1)
 

@@ -165,6 +165,7 @@ class TinyFamily:
                     for turn, m in enumerate(self.dialogue(i))
                 ],
                 "sampling": {"max_tokens": 24},
+                "pieces": bool(i % 2),  # random weights take most texts for unsafe in one piece or another
             }
             for i in range(dialogues)
         ]

@@ -310,7 +310,7 @@ Json judge(const Json& command) {
     return loaded->request(std::move(prompt), 1, stats, &before);
   };
   const autosteer::Judge judge(encoder, ask, loaded->manifest.split_layer, loaded->log);
-  const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report);
+  const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report, {}, {}, command.value("pieces", true));
   autosteer::Conversation conversation;
   autosteer::Conversation* shared = command.value("conversation", false) ? &conversation : nullptr;
   Json judged = Json::array();
