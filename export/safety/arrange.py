@@ -14,7 +14,7 @@ from autosteer.runtime.obfuscation import deobfuscated
 from autosteer.runtime.pieces import in_single_blanks, weighed
 
 from .batches import check_text, takes_system
-from .calibrate import allowed_false_positives
+from .calibrate import allowed_false_positives, independent
 from .evidence import Table
 from .prober import row_weights, split_by_text
 from .progress import warn
@@ -83,8 +83,8 @@ def arrange(
     prompts = data.labelled()
     split = split_prompts(data, prompts, seed=seed)
     if target_fpr is not None:
-        benign = {prompts[row].cluster for row in split.heldout if not prompts[row].unsafe}
-        allowed_false_positives(len(benign), target_fpr=target_fpr)
+        benign = [prompts[row].cluster for row in split.heldout if not prompts[row].unsafe]
+        allowed_false_positives(independent(benign), target_fpr=target_fpr)
     rewordings = possible_rewordings(system=takes_system(fit_model))
     reworded = reword_prompts(prompts, split, rewordings, augment=augment, seed=seed)
     items, first_reworded = [*prompts, *external, *reworded.everything], len(prompts) + len(external)

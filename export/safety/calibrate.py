@@ -5,14 +5,15 @@ classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if
 ones". How common they are in use is unknown.
 
 A false-positive rate measured on n prompts is only an estimate. `clopper_pearson_upper` bounds the true rate, and
---target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing and
-score alike, so the bound counts families: a rate of 4 in 300 prompts of 20 families is one in 20.
+--target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing and score alike,
+so the bound counts families (`independent`): a rate of 4 in 300 prompts of 20 equal families is one in 20.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,9 +75,17 @@ def prompts_needed(target_fpr: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-target_fpr))
 
 
+def independent(clusters: Iterable[str]) -> int:
+    """How many independent prompts tell as much as these, which fire alike within a cluster: Kish's effective sample
+    size, (sum m)^2 / sum m^2 over their sizes m. With equal sizes, the number of clusters.
+    """
+    sizes = Counter(clusters).values()
+    return sum(sizes) ** 2 // sum(size * size for size in sizes)
+
+
 def rate_upper(fires: np.ndarray, clusters: Sequence[str]) -> float:
-    """Upper bound on the rate at which prompts (n,) of these clusters fire, as many independent ones as clusters."""
-    trials = len(set(clusters))
+    """Upper bound on the rate at which prompts (n,) of these clusters fire, as many as are `independent`."""
+    trials = independent(clusters)
     return clopper_pearson_upper(math.ceil(float(fires.mean()) * trials - 1e-9), trials)
 
 
@@ -101,14 +110,14 @@ def allowed_false_positives(benign: int, *, target_fpr: float) -> int:
 def choose_threshold(p: np.ndarray, unsafe: np.ndarray, clusters: Sequence[str], *, target_fpr: float) -> float:
     """The threshold with the highest recall whose upper bound on the false-positive rate is at most `target_fpr`.
 
-    p (n,) scores, unsafe (n,) bool, clusters (n,): prompts of one are one observation. Of thresholds with equal recall,
-    the one with the fewest false positives is used, moved half way to the next score above it, so that rounding on a
-    device changes no verdict. The allowed number of false positives depends on their numbers alone, so choosing among
-    the scores does not invalidate the bound. Raises InputError if there are too few benign prompts to show the target,
-    or no threshold below 1 meets it.
+    p (n,) scores, unsafe (n,) bool, clusters (n,), of which as many prompts count as are `independent`. Of thresholds
+    with equal recall, the one with the fewest false positives is used, moved half way to the next score above it, so
+    that rounding on a device changes no verdict. The allowed number of false positives depends on their numbers alone,
+    so choosing among the scores does not invalidate the bound. Raises InputError if there are too few benign prompts to
+    show the target, or no threshold below 1 meets it.
     """
     benign = np.sort(p[~unsafe])[::-1]
-    trials = len({cluster for cluster, is_unsafe in zip(clusters, unsafe, strict=True) if not is_unsafe})
+    trials = independent(cluster for cluster, is_unsafe in zip(clusters, unsafe, strict=True) if not is_unsafe)
     allowed = allowed_false_positives(trials, target_fpr=target_fpr) * len(benign) // trials
     floor = benign[allowed]  # at or above this score at most `allowed` benign prompts fire (p > threshold)
     caught = p[unsafe & (p > floor)]

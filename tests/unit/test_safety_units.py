@@ -320,6 +320,19 @@ def test_prompts_of_one_family_count_as_one():
     assert alone < calibrate.choose_threshold(p, unsafe, [str(i // 4) for i in range(2500)], target_fpr=0.1)
 
 
+def test_families_of_different_sizes_count_as_their_effective_number():
+    """100 prompts alone and one family of 500, which fires or not as one: the bound was below the truth in half of
+    600 fits.
+    """
+    assert calibrate.independent([*map(str, range(100)), *["family"] * 500]) == 600**2 // (100 + 500**2) == 1
+    rng, missed = np.random.default_rng(0), 0
+    families = [*map(str, range(200)), *(f"family {i // 30}" for i in range(300))]
+    for _ in range(200):
+        fires = dict(zip(dict.fromkeys(families), rng.random(210) < 0.1, strict=True))
+        missed += calibrate.rate_upper(np.array([fires[family] for family in families]), families) < 0.1
+    assert missed <= 0.08 * 200
+
+
 def test_target_that_the_data_cannot_show_is_an_error_that_says_how_many_prompts_it_takes():
     p, unsafe = scores(100, 50)
     with pytest.raises(InputError, match="cannot be shown with 100 held-out benign prompts: it takes 299"):
