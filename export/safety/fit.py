@@ -68,7 +68,7 @@ class FitOptions:
     select: Literal["sas", "prober"]
     pooling: Pooling | None  # the prober's input: the last token's state (the paper), or the turn's mean; None: choose
     augment: bool  # train on rewordings of the prompts, too
-    threshold: float | None  # None: from target_fpr
+    threshold: float | None  # None: from target_fpr; if that is None, too: DEFAULT_THRESHOLD, or that of the old gate
     target_fpr: float | None
     strength: float | None  # None: train with the paper's, then use the best of STRENGTHS
     refusal_text: str
@@ -202,7 +202,7 @@ def _choose(
     Every pooling has its own layer. Of these probers, the one is used that does best on rewordings.
     """
     poolings: Sequence[Pooling] = [options.pooling] if options.pooling else POOLINGS
-    scores, dropped = _sas(data, arranged.prompts, states, poolings, options.seed, console)
+    scores, dropped = _sas(data, arranged, states, poolings, options.seed, console)
     probers = {}
     with progress(console, "probers", len(poolings)) as advance:
         for name in poolings:
@@ -244,25 +244,29 @@ def _with_accuracy(
 
 def _sas(
     data: FitData,
-    prompts: list[Labelled],
+    arranged: Arranged,
     states: States,
     poolings: Sequence[Pooling],
     seed: int,
     console: Console,
 ) -> tuple[dict[Pooling, list[LayerScore]], int]:
-    """SAS of every layer by pooling, over all pairs and over those of each channel, if there are several; and the
-    number of pairs whose states are equal.
+    """SAS of every layer by pooling, over the pairs of which nothing is held out and over those of each channel, if
+    there are several; and the number of pairs whose states are equal. (Measured on prompts that had helped to choose
+    the layer, a gate looks better than it is: 0.59 balanced accuracy on noise, with 40 pairs and 16 layers.)
     """
-    row = {item.prompt.identity: i for i, item in enumerate(prompts)}
+    row = {item.prompt.identity: i for i, item in enumerate(arranged.prompts)}
+    heldout = {arranged.prompts[i].prompt.identity for i in arranged.split.heldout.tolist()}
     members: dict[str, list[int]] = {}
     for i, pair in enumerate(data.pairs):
-        members.setdefault(pair.channel, []).append(i)
-    whole = {name: SasSum(len(data.pairs), seed=seed) for name in poolings}
+        if not {pair.unsafe.identity, pair.safe.identity} & heldout:
+            members.setdefault(pair.channel, []).append(i)
+    count = sum(map(len, members.values()))
+    whole = {name: SasSum(count, seed=seed) for name in poolings}
     channels = {
         name: {channel: SasSum(len(m), seed=seed, resamples=1) for channel, m in sorted(members.items())}
         for name in poolings
     }
-    with progress(console, "SAS", len(data.pairs)) as advance:
+    with progress(console, "SAS", count) as advance:
         for channel, numbers in members.items():
             for start in range(0, len(numbers), READ_PAIRS):
                 some = [data.pairs[i] for i in numbers[start : start + READ_PAIRS]]
@@ -274,7 +278,7 @@ def _sas(
                     channels[name][channel].add(of_pooling)
                 advance(len(some))
     scores = {name: _layer_scores(whole[name], channels[name]) for name in poolings}
-    return scores, len(data.pairs) - min(sas.usable for sas in whole.values())
+    return scores, count - min(sas.usable for sas in whole.values())
 
 
 def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore]:
@@ -307,9 +311,8 @@ def calibrate(
     p = p_unsafe(prober, states)
     read = arranged.as_read(p, p_unsafe(prober, piece_states))
     scores, labels, clusters = read[heldout], t.unsafe[heldout], [t.clusters[row] for row in heldout]
-    threshold = options.threshold
-    if threshold is None:
-        assert options.target_fpr is not None
+    threshold = DEFAULT_THRESHOLD if options.threshold is None else options.threshold
+    if options.threshold is None and options.target_fpr is not None:
         threshold = choose_threshold(scores, labels, clusters, target_fpr=options.target_fpr)
     facts = heldout_facts(scores, labels, [t.groups[row] for row in heldout], clusters, threshold=threshold)
     return Gate(prober, threshold, facts | {"temperature": temperature}), p, read
