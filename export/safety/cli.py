@@ -146,7 +146,7 @@ class Finite(click.FloatRange):
 @click.option(
     "--threshold",
     type=Finite(0, 1, max_open=True),
-    help=f"The prober fires above this p_unsafe.  [default: {DEFAULT_THRESHOLD}]",
+    help=f"The prober fires above this p_unsafe.  [default: {DEFAULT_THRESHOLD}; with --package the safety folder's]",
 )
 @click.option(
     "--target-fpr",
@@ -166,7 +166,11 @@ class Finite(click.FloatRange):
     "images; the default keeps only the token ids of prompts without images.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split and of all training."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the split and of all training.",
 )
 @click.option(
     "--device",
@@ -280,7 +284,7 @@ def fit_command(
         select=select or "sas",
         pooling=POOLING[prober],
         augment=augment,
-        threshold=DEFAULT_THRESHOLD if threshold is None and target_fpr is None else threshold,
+        threshold=threshold,
         target_fpr=target_fpr,
         strength=strength,
         refusal_text=refusal_text,

@@ -97,6 +97,8 @@ def refit(
             piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started
     prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
+    if options.threshold is None and options.target_fpr is None:
+        options = replace(options, threshold=old.facts.threshold)
     gate, p, read = calibrate(prober, states, piece_states, arranged, options)
     before = heldout_facts(
         arranged.as_read(p_unsafe(old.prober, states), p_unsafe(old.prober, piece_states))[heldout],
@@ -105,7 +107,8 @@ def refit(
         [t.clusters[row] for row in heldout],
         threshold=old.facts.threshold,
     )
-    console.print(_compared(before, gate.facts), soft_wrap=True, markup=False, highlight=False)
+    thresholds = (old.facts.threshold, gate.threshold)
+    console.print(_compared(before, gate.facts, thresholds), soft_wrap=True, markup=False, highlight=False)
     rates = by_rewording(arranged.reworded.outcomes(read, arranged.first_reworded, gate.threshold))
     console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
     with progress(console, "evidence", len(t.sources) + 2) as advance:
@@ -195,11 +198,11 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return [*([Message.system(prompt.system, trusted=True)] if prompt.system else []), *turns]
 
 
-def _compared(before: dict[str, float], after: dict[str, float]) -> str:
+def _compared(before: dict[str, float], after: dict[str, float], thresholds: tuple[float, float]) -> str:
     names = ("heldout_accuracy", "heldout_recall", "heldout_fpr", "ece")
     rows = [
-        (title, *(f"{facts[name]:.3f}" for name in names))
-        for title, facts in (("as it was", before), ("fitted again", after))
+        (title, f"{threshold:.3g}", *(f"{facts[name]:.3f}" for name in names))
+        for title, facts, threshold in zip(("as it was", "fitted again"), (before, after), thresholds, strict=True)
     ]
-    header = ("prober", "balanced accuracy", "caught", "wrongly flagged", "calibration error")
+    header = ("prober", "threshold", "balanced accuracy", "caught", "wrongly flagged", "calibration error")
     return f"\n{table(header, rows)}\nOn this package's hidden states of held-out prompts.\n"
