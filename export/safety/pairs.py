@@ -183,7 +183,8 @@ def read_data(
     sources = list(pairs)
     files = [path for path in sources if path not in BUILTIN]
     shipped = set(sources) & set(BUILTIN)
-    _reject_names_given_twice([*files, *benign, *unsafe, *refusal_only])
+    ours = [Path(builtin.NAME)] if shipped else []
+    _reject_names_given_twice([*ours, *files, *benign, *unsafe, *refusal_only])
     if len(shipped) > 1:
         raise InputError(f"--pairs: give either {builtin.NAME} or {builtin.BRIEF}; the first includes the second")
     read = [
@@ -280,7 +281,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None, text
         unsafe=Prompt(_text(row, "unsafe", where), image, where),
         safe=Prompt(_text(row, "safe", where), safe_image or image, where),
         channel=_text(row, "channel", where, default=file.stem),
-        family=_text(row, "family", where) if "family" in row else "",
+        family="" if row.get("family") is None else _text(row, "family", where),
         source=file.stem,
     )
 
@@ -296,7 +297,7 @@ def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool)
 
 
 def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:
-    value = row.get(key, default)
+    value = default if row.get(key) is None else row[key]
     if value is None:
         raise InputError(f"{where}: field {key!r} is missing (found: {', '.join(map(repr, row)) or 'nothing'})")
     if not isinstance(value, str) or not value.strip():

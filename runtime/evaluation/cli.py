@@ -162,7 +162,7 @@ def evaluate(
     groups = summarise(results)
     if as_json:
         for group in groups:
-            excluded = dropped[group.group]
+            excluded = dropped[group.group, group.unsafe]
             click.echo(dumps(dataclasses.asdict(group) | {"excluded": excluded, "judge": judge.name}))
     else:
         print_tables(groups)
@@ -175,12 +175,14 @@ def read_prompts(
     images: Path | None,
     text_only: bool,
     limit: int | None,
-) -> tuple[list[Row], Counter[str]]:
-    """The rows of the files, each with whether all its rows are unsafe; and how many of each group --exclude drops."""
+) -> tuple[list[Row], Counter[tuple[str, bool]]]:
+    """The rows of the files, each with whether all its rows are unsafe; and how many --exclude drops, by group and
+    label.
+    """
     from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
 
     rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
-    dropped: Counter[str] = Counter()
+    dropped: Counter[tuple[str, bool]] = Counter()
     if exclude:
         rows, dropped = drop_known(rows, prompts_of(exclude, images=images, text_only=text_only))
         click.echo(f"left out, being in --exclude: {total(dropped)}", err=True)
@@ -327,9 +329,9 @@ def compared(test: PairedTest) -> str:
     return f"{test.only_first} : {test.only_second}, {p}"
 
 
-def total(dropped: Counter[str]) -> str:
+def total(dropped: Counter[tuple[str, bool]]) -> str:
     """94 rows (vlsafe_test_500 94)"""
-    groups = ", ".join(f"{name} {n}" for name, n in dropped.items())
+    groups = ", ".join(f"{name} {n}" for (name, _), n in dropped.items())
     return f"{dropped.total()} rows" + (f" ({groups})" if groups else "")
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.runtime.errors import InputError
+from autosteer.runtime.strict_json import no_duplicates
 from autosteer.runtime.text import ImagePart, Message, Part
 
 from .grading import LETTERS, Gold
@@ -147,12 +148,12 @@ def read_rows(files: Sequence[DataSource], *, images: Path | None = None, text_o
 
 
 def first_of_each_group(rows: Sequence[Row], limit: int) -> list[Row]:
-    """The first `limit` rows of each group, in order."""
-    seen: Counter[str] = Counter()
+    """The first `limit` rows of each group and label, in order."""
+    seen: Counter[tuple[str, bool]] = Counter()
     kept = []
     for row in rows:
-        seen[row.group] += 1
-        if seen[row.group] <= limit:
+        seen[row.group, row.unsafe] += 1
+        if seen[row.group, row.unsafe] <= limit:
             kept.append(row)
     return kept
 
@@ -169,7 +170,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
+            data = json.loads(line, object_pairs_hook=no_duplicates)
             json.dumps(data, ensure_ascii=False).encode()  # \ud800 is JSON, and no text
         except (ValueError, RecursionError) as err:
             raise InputError(f"{path}:{number}: not JSON ({err})") from err
@@ -375,9 +376,9 @@ def same_prompt(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def drop_known(rows: Sequence[Row], known: Known) -> tuple[list[Row], Counter[str]]:
-    """(rows whose prompt, with its pictures, is not among `known`, how many of each group were). Raises InputError if
-    none is left.
+def drop_known(rows: Sequence[Row], known: Known) -> tuple[list[Row], Counter[tuple[str, bool]]]:
+    """(rows whose prompt, with its pictures, is not among `known`, how many were of each group and label). Raises
+    InputError if none is left.
     """
 
     def is_known(row: Row) -> bool:
@@ -385,8 +386,8 @@ def drop_known(rows: Sequence[Row], known: Known) -> tuple[list[Row], Counter[st
         return bool(seen) and (None in seen or row.pictures in seen)
 
     kept = [row for row in rows if not is_known(row)]
-    dropped: Counter[str] = Counter(row.group for row in rows)
-    dropped.subtract(row.group for row in kept)
+    dropped = Counter((row.group, row.unsafe) for row in rows)
+    dropped.subtract((row.group, row.unsafe) for row in kept)
     if not kept:
         raise InputError("--exclude: every row was also fitted on; nothing is left to measure")
     return kept, +dropped

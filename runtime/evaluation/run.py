@@ -200,7 +200,8 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     """
     scratch = path.with_name(f"{path.name}.rejudged")
     try:
-        with ResultFile(scratch, facts, force=True) as file:
+        with path.open("a", encoding="utf-8") as held, ResultFile(scratch, facts, force=True) as file:
+            _lock(held, path)
             for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles", "pieces")):
                 refused = _refused(judge, result.prompt, result.answers, bool(result.stopped))
                 file.append(dataclasses.replace(result, refused=refused))
@@ -224,7 +225,7 @@ class ResultFile:
         self._file = path.open("a", encoding="utf-8")
         try:
             _lock(self._file, path)
-            if existed and not force:
+            if existed and not force and not _is_cut_off(path):
                 self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
             else:
                 self._file.truncate(0)
@@ -246,6 +247,14 @@ class ResultFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the file ends within its first line: nothing is in it."""
+    with path.open("rb") as file:
+        first = file.readline()
+    begins = b'{"run": '
+    return not first.endswith(b"\n") and first[: len(begins)] == begins[: len(first)]
 
 
 def _lock(file: TextIO, path: Path) -> None:

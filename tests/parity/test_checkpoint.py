@@ -20,7 +20,7 @@ from autosteer.export.graphs.weights import WeightStore
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.limits import STORED_IN_HALF
-from autosteer.runtime.errors import AutoSteerError, PackageError, UnsupportedModelError
+from autosteer.runtime.errors import AutoSteerError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest, MonitorSpec
 
 
@@ -292,6 +292,12 @@ def test_a_checkpoint_in_float32_can_be_stored_in_float16_and_one_in_float16_is_
     }
     assert 1e-4 < checks["inputs_embeds"].value < checks["inputs_embeds"].limit == STORED_IN_HALF["inputs_embeds"]
     assert checks["greedy tokens that differ"].value == checks["steered tokens that differ"].value == 0
+
+
+def test_a_revision_of_a_folder_is_refused() -> None:
+    """It stood in the manifest and in the card on the hub."""
+    with pytest.raises(InputError, match="--revision cafe: of models on the hub; demo is a folder here"):
+        open_checkpoint("demo", revision="cafe")
 
 
 def test_a_large_package_is_loaded_again_graph_by_graph_and_its_gate_tested(

@@ -132,6 +132,16 @@ def test_builtin_and_a_users_own_pairs_go_together(tmp_path):
     assert len(data.pairs) == len(TWINS) + 1
 
 
+def test_a_file_that_is_called_as_the_builtin_pairs_are_is_refused_beside_them(tmp_path):
+    """They were one data set in weights and report. A family of null, as pandas writes it, is none."""
+    own = tmp_path / "builtin.jsonl"
+    rows = [{"unsafe": f"do harm {i}", "safe": f"do good {i}", "family": None, "channel": None} for i in range(20)]
+    own.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(InputError, match="a data set is known by its file's name"):
+        read_data([own, Path("builtin-brief")])
+    assert {(pair.family, pair.channel) for pair in read_data([own]).pairs} == {("", "builtin")}
+
+
 def test_a_prompt_of_the_users_that_contradicts_a_builtin_one_is_refused(tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"prompt": TWINS[0].unsafe}) + "\n", encoding="utf-8")

@@ -12,7 +12,17 @@ from autosteer.runtime import Engine, InputError, Message
 from autosteer.runtime.evaluation.cli import asking_on
 from autosteer.runtime.evaluation.datasets import DataSource, Row, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge
-from autosteer.runtime.evaluation.run import Asked, Result, ResultFile, RunFacts, ask, check_order, run_rows, summarise
+from autosteer.runtime.evaluation.run import (
+    Asked,
+    Result,
+    ResultFile,
+    RunFacts,
+    ask,
+    check_order,
+    rejudge,
+    run_rows,
+    summarise,
+)
 from autosteer.runtime.evaluation.statistics import rate
 from autosteer.runtime.sampling import SamplingConfig
 
@@ -225,7 +235,7 @@ def test_a_file_of_another_run_is_refused_and_stays(tmp_path, name, value):
 
 
 @pytest.mark.parametrize(
-    "content", ["mine\n", "{}\n", '{"run": 5}\n', '{"run": {}}\n', "", "\xff\n", "[" * 9999 + "\n"]
+    "content", ["mine", "mine\n", "{}\n", '{"run": 5}\n', '{"run": {}}\n', "\xff\n", "[" * 9999 + "\n"]
 )
 def test_a_file_that_is_not_ours_is_refused_and_stays(tmp_path, content):
     path = tmp_path / "out.jsonl"
@@ -233,6 +243,29 @@ def test_a_file_that_is_not_ours_is_refused_and_stays(tmp_path, content):
     with pytest.raises(InputError, match=r"out\.jsonl: exists and is not what autosteer-eval writes"):
         ResultFile(path, FACTS, force=False)
     assert path.read_text(encoding="latin-1") == content
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 30])
+def test_a_run_that_was_cut_off_within_its_first_line_begins_again(tmp_path, size):
+    """As by a full disk."""
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False):
+        pass
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    with ResultFile(path, FACTS, force=False) as file:
+        assert file.done == [] and path.read_bytes() == whole
+
+
+def test_answers_are_not_judged_again_while_a_run_writes_them(tmp_path):
+    """The run went on in a file that had no name any more."""
+    path = tmp_path / "out.jsonl"
+    with ResultFile(path, FACTS, force=False) as file:
+        file.append(result(flagged=True))
+        with pytest.raises(InputError, match=r"out\.jsonl: another autosteer-eval is writing it"):
+            rejudge(path, FACTS, RuleJudge())
+        file.append(result(flagged=False))
+    assert len(path.read_text().splitlines()) == 3 and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):

@@ -277,6 +277,21 @@ def test_realworldqa(tmp_path, question, answer, gold):
 # --- what a gate was fitted on ---------------------------------------------------------------------------------------
 
 
+def test_a_key_given_twice_is_refused(tmp_path):
+    """The last one won: {"unsafe": false, "unsafe": true} was measured as unsafe."""
+    (tmp_path / "set.jsonl").write_text('{"prompt": "red", "unsafe": false, "unsafe": true}')
+    with pytest.raises(InputError, match=r"set\.jsonl:1: not JSON \(key 'unsafe' is given twice"):
+        read_rows([DataSource(tmp_path / "set.jsonl")])
+
+
+def test_a_limit_is_of_each_group_and_label(tmp_path):
+    """Of 6 unsafe and 6 benign rows in one file, the first 5 were unsafe."""
+    rows = [{"prompt": f"{unsafe} {i}", "unsafe": unsafe} for unsafe in (True, False) for i in range(6)]
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept = first_of_each_group(read_rows([DataSource(tmp_path / "set.jsonl")]), 5)
+    assert [row.unsafe for row in kept] == [True] * 5 + [False] * 5
+
+
 def test_rows_that_were_fitted_on_are_dropped_and_counted(tmp_path):
     pairs = jsonl(tmp_path, {"orig_query": "How to  misuse THESE fruits?", "safe_query": "b"}, name="pairs.jsonl")
     other = jsonl(tmp_path, {"unsafe": "c", "safe": "d"}, {"turns": ["e", "answer", "f"]}, name="other.jsonl")
@@ -284,7 +299,7 @@ def test_rows_that_were_fitted_on_are_dropped_and_counted(tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE, VLSAFE | {"query": "Something new?"}))], text_only=True)
     kept, dropped = drop_known(rows, prompts_of([pairs]))
     assert [row.prompt for row in kept] == ["Something new?"]
-    assert dropped == {"set": 1}
+    assert dropped == {("set", True): 1}
 
 
 def test_one_question_about_many_pictures_is_many_prompts(tmp_path):
@@ -295,7 +310,7 @@ def test_one_question_about_many_pictures_is_many_prompts(tmp_path):
     asked = [{"query": "What is this?", "image_pth": name} for name in ("copy", "other")]
     rows = read_rows([DataSource(jsonl(tmp_path, *asked))])
     kept, dropped = drop_known(rows, prompts_of([fitted]))
-    assert ([row.messages[0].images for row in kept], dropped) == ([[tmp_path / "other"]], {"set": 1})
+    assert ([row.messages[0].images for row in kept], dropped) == ([[tmp_path / "other"]], {("set", True): 1})
     with pytest.raises(InputError, match="nothing is left"):  # the pictures of the fit could be any
         drop_known(rows, prompts_of([fitted], text_only=True))
     elsewhere = jsonl(
