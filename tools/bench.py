@@ -162,9 +162,11 @@ def bench(
             configurations += [one for one in theirs if speculation or not one.drafts]
         except peers.PeerError as err:
             missing.append(str(err))
-    if unknown := set(without) - {one.name for one in configurations}:
-        names = "; ".join(one.name for one in configurations)
-        raise click.UsageError(f"--without {min(unknown)!r}: there are {names}")
+    names = [one.name for one in configurations]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise click.UsageError(f"two configurations are called {min(twice)!r}: give folders and files of other names")
+    if unknown := set(without) - set(names):
+        raise click.UsageError(f"--without {min(unknown)!r}: there are {'; '.join(names)}")
     configurations = [one for one in configurations if one.name not in without]
     if not configurations:
         raise click.UsageError("--without leaves nothing to measure")

@@ -10,11 +10,12 @@ things it was never fitted on, what it wrongly refuses, and whether answers stay
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from autosteer.runtime.evaluation.datasets import read_lines
 
 POLICIES = ("off", "always", "steer", "stop")
 HEADER = "| held-out test, % | n | off | always steer | AutoSteer (`steer`) | `stop` |\n|---|---:|---:|---:|---:|---:|"
@@ -66,7 +67,7 @@ LINES: list[tuple[str, Rate, Callable[[str], bool]]] = [
 
 def main(file: Path) -> None:
     """Print the table."""
-    _, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]  # the first: which run
+    _, *rows = [row for _, row in read_lines(file)]  # the first: which run
     print(HEADER)
     for name, rate, belongs in LINES:
         members = [row for row in rows if belongs(row["group"])]

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from demo_world.safety import ALL_UNSAFE_TOOLS
+
+from autosteer.runtime.evaluation.datasets import read_lines
 
 Row: TypeAlias = "dict[str, Any]"  # of test.jsonl
 
@@ -74,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(args.model)
-    rows = [json.loads(line) for line in (args.data / "test.jsonl").read_text(encoding="utf-8").splitlines()][
-        :: args.every
-    ]
+    rows = [row for _, row in read_lines(args.data / "test.jsonl")][:: args.every]
     said = answers(model, processor, rows, args.data)
 
     groups: dict[str, list[tuple[Row, str]]] = collections.defaultdict(list)

@@ -9,11 +9,12 @@ Sets that a file does not have are a dash.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from autosteer.runtime.evaluation.datasets import read_lines
 
 POLICIES = ("off", "always", "steer", "stop")
 Result = dict[str, Any]
@@ -28,10 +29,10 @@ MEASURES: dict[
 
 def read(file: Path) -> list[Result]:
     """The results in an output file of autosteer-eval, without its first line, which says what run it is."""
-    first, *lines = file.read_text(encoding="utf-8").splitlines()
-    if "run" not in json.loads(first):
+    first, *results = [row for _, row in read_lines(file)]
+    if "run" not in first:
         raise SystemExit(f"{file}: not an output file of autosteer-eval")
-    return [json.loads(line) for line in lines]
+    return results
 
 
 def cell(results: Sequence[Result], counted: Callable[[Result, str], bool]) -> str:
@@ -60,5 +61,7 @@ def paper_table(models: dict[str, list[Result]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    named = (argument.rpartition("=") for argument in sys.argv[1:])
-    print(paper_table({name or Path(file).stem: read(Path(file)) for name, _, file in named}))
+    named = [(name or Path(file).stem, Path(file)) for name, _, file in (a.rpartition("=") for a in sys.argv[1:])]
+    if len(dict(named)) < len(named):
+        raise SystemExit("two files have one name: say NAME=FILE")
+    print(paper_table({name: read(file) for name, file in named}))

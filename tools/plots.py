@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from autosteer.export.safety.measure import auc, roc
+from autosteer.runtime.evaluation.datasets import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, IMAGES = ROOT / "docs" / "data", ROOT / "docs" / "img"
@@ -39,7 +40,7 @@ DIGITS = 5  # of a score: its rounding changes no verdict
 
 def take_scores(evaluation: Path) -> dict[str, Any]:
     """The score of every row of autosteer-eval's output, by group."""
-    _, *rows = [json.loads(line) for line in evaluation.read_text(encoding="utf-8").splitlines()]  # the first: the run
+    _, *rows = [row for _, row in read_lines(evaluation)]  # the first: the run
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(round(row["p_unsafe"], DIGITS))

@@ -103,7 +103,7 @@ def passages(tokenizer: Any, tokens: int, given: int = 1) -> Iterator[Sample]:
 
 def answers(data: Path, tokenizer: Any, rows: int) -> Iterator[Sample]:
     """Every n-th row of a test file, so that about `rows` come."""
-    lines = data.read_text(encoding="utf-8").splitlines()
+    lines = data.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for line in lines[:: max(1, len(lines) // rows)]:
         row = json.loads(line)
         if "prompt" in row:

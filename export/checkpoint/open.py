@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from autosteer.models import FAMILIES, Family
-from autosteer.runtime.errors import PackageError, UnsupportedModelError
+from autosteer.runtime.errors import InputError, PackageError, UnsupportedModelError
 
 from .stated import (
     check_config,
@@ -247,6 +247,8 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     reference = aliases().get(model, model)
     folder = Path(reference)
     name = folder.resolve().name if folder.is_dir() else reference
+    if folder.is_dir() and revision is not None:
+        raise InputError(f"--revision {revision}: of models on the hub; {model} is a folder here")
     if not folder.is_dir():
         folder = _download(model, reference, revision)
         revision = folder.name
