@@ -67,6 +67,9 @@ class ProofPrompt:
     images: tuple[str, ...] = ()  # with `text`: files in the safety folder
 
 
+OF_ITS_GATE = ("missed_by_prober", "caught_of_missed")  # in MonitorFacts.calibration
+
+
 @dataclass(frozen=True)
 class MonitorFacts:
     """When the monitor stops an answer (runtime/monitor.py), and what that was worth on held-out answers."""
@@ -80,6 +83,11 @@ class MonitorFacts:
         """Whether packages have it unless they are told otherwise."""
         c = self.calibration
         return c.get("false_stops", 1.0) <= MOST_FALSE_STOPS and c.get("caught_of_missed", 0.0) >= LEAST_CAUGHT
+
+    def beside_another_gate(self) -> MonitorFacts:
+        """The same without what is known of answers that its own gate let begin."""
+        kept = {name: value for name, value in self.calibration.items() if name not in OF_ITS_GATE}
+        return replace(self, calibration=kept)
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,9 @@ class SafetyArtifact:
             raise InputError(f"--threshold {threshold:g}: it must be in [0, 1)")
         kept = {name: value for name, value in self.facts.calibration.items() if name == PICTURES}
         proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
-        return replace(self, facts=replace(self.facts, threshold=threshold, calibration=kept, proof=proof))
+        monitor = self.facts.monitor and self.facts.monitor.beside_another_gate()
+        facts = replace(self.facts, threshold=threshold, calibration=kept, proof=proof, monitor=monitor)
+        return replace(self, facts=facts)
 
     def watching(self, wanted: bool | None) -> SafetyArtifact:
         """The same with its monitor, or without it. None: with it if it is worth it. Raises InputError for one that is

@@ -81,9 +81,9 @@ def arrange(
     takes pictures, and no prompt has one.
     """
     prompts = data.labelled()
-    split = split_prompts(data, prompts, seed=seed)
+    split, clusters = split_prompts(data, prompts, seed=seed), clusters_of(prompts)
     if target_fpr is not None:
-        benign = [prompts[row].cluster for row in split.heldout if not prompts[row].unsafe]
+        benign = [clusters[row] for row in split.heldout if not prompts[row].unsafe]
         allowed_false_positives(independent(benign), target_fpr=target_fpr)
     rewordings = possible_rewordings(system=takes_system(fit_model))
     reworded = reword_prompts(prompts, split, rewordings, augment=augment, seed=seed)
@@ -98,8 +98,9 @@ def arrange(
         source_of=[item.source for item in items],
         split=split,
         clusters=[
-            *(item.cluster for item in (*prompts, *external)),
-            *(prompts[one.of].cluster for one in (*reworded.training, *reworded.choosing, *reworded.judging)),
+            *clusters,
+            *(item.cluster for item in external),
+            *(clusters[one.of] for one in (*reworded.training, *reworded.choosing, *reworded.judging)),
         ],
         external=np.arange(len(prompts), first_reworded),
         taught=reworded.taught(split, first_reworded),
@@ -115,13 +116,20 @@ def count_pictures(prompts: Sequence[Labelled]) -> int:
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
     """Split such that the two prompts of a pair, equal texts and families stay in one part."""
     row = {item.prompt.identity: i for i, item in enumerate(prompts)}
-    named = {item.prompt.same_words: item.cluster for item in prompts if item.family}
     return split_by_text(
-        [item.cluster if item.family else named.get(item.prompt.same_words, item.cluster) for item in prompts],
+        clusters_of(prompts),
         [(item.unsafe, item.group) for item in prompts],
         seed=seed,
         together=[(row[pair.unsafe.identity], row[pair.safe.identity]) for pair in data.pairs],
     )
+
+
+def clusters_of(prompts: Sequence[Labelled]) -> list[str]:
+    """What each prompt shares with those that stay on its side of a split: its family, also that of another prompt in
+    the same words, or the words.
+    """
+    named = {item.prompt.same_words: item.cluster for item in prompts if item.family}
+    return [item.cluster if item.family else named.get(item.prompt.same_words, item.cluster) for item in prompts]
 
 
 def training_weights(t: Table) -> np.ndarray:

@@ -111,8 +111,8 @@ def _choose_prompts(
         return [of[i] for i in sorted(rng.permutation(len(of))[:most])]
 
     heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
-    tested = {prompt.identity for prompt in unsafe(split.heldout)}
-    more = [item.prompt for item in data.refusal_only if item.prompt.identity not in tested]
+    tested = {name for i in split.heldout if prompts[i].unsafe for name in prompts[i].names}
+    more = [item.prompt for item in data.refusal_only if not tested & item.names]
     plain = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
     return plain + some([one.item.prompt for one in reworded.training if one.item.unsafe], REFUSAL_TRAIN), heldout
 

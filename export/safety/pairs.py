@@ -136,6 +136,11 @@ class Labelled:
             return f"family {self.family}"
         return self.prompt.same_words
 
+    @property
+    def names(self) -> set[str]:
+        """Its family, if it has one, and its words: two prompts with a common name say the same."""
+        return {self.cluster, self.prompt.same_words}
+
 
 @dataclass(frozen=True)
 class FitData:
@@ -223,9 +228,9 @@ def read_external(
 
 
 def never_fitted(external: Iterable[Labelled], data: FitData) -> list[Labelled]:
-    """The prompts that are not among the fit's, in these words."""
-    fitted = {item.prompt.same_words for item in (*data.labelled(), *data.refusal_only)}
-    return [item for item in external if item.prompt.same_words not in fitted]
+    """The prompts that are not among the fit's, in these words, nor of their families."""
+    fitted = {name for item in (*data.labelled(), *data.refusal_only) for name in item.names}
+    return [item for item in external if not fitted & item.names]
 
 
 def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done: None) -> None:

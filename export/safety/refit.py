@@ -130,7 +130,14 @@ def refit(
         "total_s": round(time.perf_counter() - started, 1),
     }
     warn_if_weak(console, old.facts.split_layer, calibration, training, proof)
-    facts = replace(old.facts, threshold=gate.threshold, calibration=calibration, training=training, proof=proof)
+    facts = replace(
+        old.facts,
+        threshold=gate.threshold,
+        calibration=calibration,
+        training=training,
+        proof=proof,
+        monitor=old.facts.monitor and old.facts.monitor.beside_another_gate(),
+    )
     artifact = SafetyArtifact(facts, gate.prober, old.steer_matrix, monitor=old.monitor)
     return Fitted(artifact, proof_images, evidence, (), tuple(rates))
 

@@ -122,6 +122,10 @@ def test_export_takes_the_monitor_that_is_worth_it_or_asked_for(artifact):
         assert without.monitor is None and without.facts.monitor is None
     with pytest.raises(InputError, match="--monitor: this gate has none"):
         artifact.watching(False).watching(True)
+    other = worth.firing_above(0.9)  # what this gate lets begin is another matter
+    assert (
+        other.facts.monitor == replace(good, calibration={"false_stops": 0.0}) and other.watching(None).monitor is None
+    )
 
 
 def test_a_prober_that_gives_every_state_the_same_score_is_refused(artifact, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from autosteer.export.safety import calibrate, measure, prober, proof, refusal_head, sas
-from autosteer.export.safety.arrange import split_prompts
+from autosteer.export.safety.arrange import clusters_of, split_prompts
 from autosteer.export.safety.batches import special_tokens
 from autosteer.export.safety.layers import better_layer, choose_layer
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, never_fitted, read_data, read_external
@@ -679,6 +679,21 @@ def test_test_prompts_that_the_fit_has_are_left_out(tmp_path: Path):
     data = read_data([write_lines(tmp_path / "p.jsonl", *many())])
     tests = read_external([write_lines(tmp_path / "t.jsonl", {"prompt": "BAD  1"}, {"prompt": "new"})], unsafe=True)
     assert [item.prompt.text for item in never_fitted(tests, data)] == ["new"]
+    rows = [{"unsafe": f"bad {i}", "safe": f"good {i}", "family": f"f{i}"} for i in range(40)]
+    data = read_data([write_lines(tmp_path / "families.jsonl", *rows)])
+    tests = [Labelled(Prompt(text), True, "", family) for text, family in (("Bad 1", ""), ("x", "f2"), ("x", "g"))]
+    assert [item.family for item in never_fitted(tests, data)] == ["g"]
+
+
+def test_what_is_left_out_with_a_data_set_is_left_out_in_other_files_too(tmp_path: Path):
+    """48 of 48 prompts of one file, whose words the other has with families, stayed in training."""
+    rows = [{"unsafe": f"bad {i}", "safe": f"good {i}", "family": f"f{i}"} for i in range(40)]
+    pairs = write_lines(tmp_path / "p.jsonl", *rows)
+    benign = write_lines(tmp_path / "b.jsonl", *({"prompt": f"GOOD {i}"} for i in range(40)))
+    items = read_data([pairs], [benign]).labelled()
+    clusters = clusters_of(items)
+    of = {name: {c for c, item in zip(clusters, items, strict=True) if item.source == name} for name in ("p", "b")}
+    assert of["b"] == of["p"] == {f"family f{i}" for i in range(40)}
 
 
 def test_added_tokens_that_are_plain_may_stand_in_a_text():
