@@ -72,7 +72,9 @@ class Row:
 
 def cannot_be_asked(row: Row, err: InputError, how: str = "") -> InputError:
     """The error of a row that the engine refuses, with the row's place."""
-    return InputError(f"{row.where}: cannot be asked{how}: {err}")
+    return InputError(
+        f"{row.where}: cannot be asked{how}: {err}; mend or remove the row: --output keeps what is answered"
+    )
 
 
 @dataclass(frozen=True)

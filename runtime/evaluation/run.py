@@ -167,6 +167,9 @@ def _group(name: str, unsafe: bool, members: Sequence[Result]) -> Group:
 # --- the output file -------------------------------------------------------------------------------------------------
 
 
+SAME_ANSWERS = ("package", "max_tokens", "max_tiles", "pieces")  # facts of a run; its rows are compared one by one
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What identifies a run. The first line of an output file: {"run": ...}."""
@@ -202,7 +205,7 @@ def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:
     try:
         with path.open("a", encoding="utf-8") as held, ResultFile(scratch, facts, force=True) as file:
             _lock(held, path)
-            for result in _read_results(path, facts, same=("package", "data", "max_tokens", "max_tiles", "pieces")):
+            for result in _read_results(path, facts, same=SAME_ANSWERS):
                 refused = _refused(judge, result.prompt, result.answers, bool(result.stopped))
                 file.append(dataclasses.replace(result, refused=refused))
         scratch.replace(path)
@@ -226,7 +229,7 @@ class ResultFile:
         try:
             _lock(self._file, path)
             if existed and not force and not _is_cut_off(path):
-                self.done = _read_results(path, facts, same=tuple(f.name for f in dataclasses.fields(facts)))
+                self.done = _read_results(path, facts, same=("judge", *SAME_ANSWERS))
             else:
                 self._file.truncate(0)
                 self._line({"run": dataclasses.asdict(facts)})
@@ -297,9 +300,13 @@ def _read_results(path: Path, facts: RunFacts, *, same: tuple[str, ...]) -> list
 
 
 def check_order(done: Sequence[Result], rows: Sequence[Row], path: Path) -> None:
-    """Raise InputError unless `done` are the results of the first rows."""
+    """Raise InputError unless `done` are the results of the first rows. Later ones may have changed: one that cannot
+    be asked is mended or removed, and the run goes on.
+    """
     for number, (result, row) in enumerate(zip(done, rows, strict=False), 2):
         if result.row != row.digest:
-            raise InputError(f"{path}:{number}: not the result of its row (edited?); --force overwrites it")
+            raise InputError(
+                f"{path}:{number}: the result of another row (other data?); choose another --output, or --force"
+            )
     if len(done) > len(rows):
-        raise InputError(f"{path}: more results than rows (edited?); --force overwrites it")
+        raise InputError(f"{path}: more results than rows (other data?); choose another --output, or --force")

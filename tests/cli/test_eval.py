@@ -112,8 +112,22 @@ def test_eval_does_not_mix_runs(call, package, data, tmp_path):
     other = call(*command, "--max-tokens", 3)
     assert other.returncode == 5 and "another run (other max_tokens)" in other.stderr
     assert call(*command, "--max-tokens", 3, "--force").returncode == 0
-    data.write_text(data.read_text().replace("red", "hello"))
-    assert "another run (other data)" in call(*command, "--max-tokens", 3).stderr
+    data.write_text(data.read_text().replace("bad", "hello"))
+    other = call(*command, "--max-tokens", 3)
+    assert other.returncode == 5 and "out.jsonl:2: the result of another row (other data?)" in other.stderr
+
+
+def test_eval_goes_on_without_a_row_that_cannot_be_asked(call, package, data, tmp_path):
+    """The command failed there for ever, and without the row its file was that of another run."""
+    rows = data.read_text().splitlines()
+    long = json.dumps({"prompt": "red " * 100, "unsafe": False, "group": "colours"})
+    data.write_text("\n".join([*rows[:2], long, rows[2]]))
+    command = ["autosteer-eval", package, "--data", data, "--output", tmp_path / "out.jsonl", "--device", "cpu"]
+    refused = call(*command)
+    assert refused.returncode == 5 and "set.jsonl:3: cannot be asked" in refused.stderr
+    data.write_text("\n".join(rows))
+    done = call(*command)
+    assert done.returncode == 0 and "has 2 of 3 rows; 1 to go" in done.stderr
 
 
 def test_eval_by_another_judge_asks_the_model_nothing_again(call, package, data, tmp_path):

@@ -220,7 +220,7 @@ def test_a_line_that_was_cut_off_is_answered_again(tmp_path, cut):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("package", "q"), ("data", "e"), ("max_tokens", 9), ("judge", "command: x"), ("max_tiles", 1)]
+    ("name", "value"), [("package", "q"), ("max_tokens", 9), ("judge", "command: x"), ("max_tiles", 1)]
 )
 def test_a_file_of_another_run_is_refused_and_stays(tmp_path, name, value):
     path = tmp_path / "out.jsonl"
@@ -281,7 +281,7 @@ def test_results_that_are_not_of_the_rows_are_refused(tmp_path):
     rows = [Row((Message.user(text),), True, "g", None) for text in ("a", "b")]
     done = [replace(result(flagged=True), row=row.digest) for row in rows]
     check_order(done[:1], rows, tmp_path / "o")
-    with pytest.raises(InputError, match="o:2: not the result of its row"):
+    with pytest.raises(InputError, match="o:2: the result of another row"):
         check_order(done[::-1], rows, tmp_path / "o")
     with pytest.raises(InputError, match="more results than rows"):
         check_order(done, rows[:1], tmp_path / "o")
