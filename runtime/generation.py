@@ -450,5 +450,5 @@ def _first_positions(values: Mapping[int, OrtValue], count: int, device: Device)
     kept = {first: value for first, value in values.items() if first < count}
     for first, value in kept.items():
         if first + value.shape()[1] > count:
-            kept[first] = buffer(np.ascontiguousarray(value.numpy()[:, : count - first]), device)
+            kept[first] = buffer(value.numpy()[:, : count - first].copy(), device)  # a view would outlive its memory
     return kept

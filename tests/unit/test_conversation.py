@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosteer.runtime import Conversation, Engine, InputError, Message, SamplingConfig, Stats
+from autosteer.runtime.generation import _first_positions
+from autosteer.runtime.subgraph import buffer, find_device
 
 RED = np.full((8, 8, 3), (255, 0, 0), np.uint8)
 GREEN = np.full((8, 8, 3), (0, 255, 0), np.uint8)
@@ -260,6 +262,17 @@ class Interrupt:
 
     def __exit__(self, *error: object) -> None:
         sys.settrace(None)
+
+
+def test_hidden_states_of_a_shorter_prefix_are_a_copy():
+    """Of a batch of one, a slice is contiguous, so it was a view: cut twice, it read memory that was free."""
+    device, _ = find_device("cpu", None)
+    whole = buffer(np.arange(24, dtype=np.float32).reshape(1, 6, 4), device)
+    once = _first_positions({0: whole}, 4, device)[0]
+    twice = _first_positions({0: once}, 2, device)[0]
+    for cut, before in ((once, whole), (twice, once)):
+        assert not np.shares_memory(cut.numpy(), before.numpy())
+        np.testing.assert_array_equal(cut.numpy(), whole.numpy()[:, : cut.shape()[1]])
 
 
 @pytest.mark.parametrize("mode", ["off", "stop"])
