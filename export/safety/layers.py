@@ -49,4 +49,4 @@ def layer_table(scores: Sequence[LayerScore], chosen: int) -> str:
         )
         for s in scores
     ]
-    return f"\n{table(header, rows)}\nSAS on all pairs; prober: balanced accuracy on the validation part.\n"
+    return f"\n{table(header, rows)}\nSAS on the pairs of which nothing is held out; prober: balanced accuracy on the validation part.\n"
