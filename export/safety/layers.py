@@ -49,4 +49,5 @@ def layer_table(scores: Sequence[LayerScore], chosen: int) -> str:
         )
         for s in scores
     ]
-    return f"\n{table(header, rows)}\nSAS on the pairs of which nothing is held out; prober: balanced accuracy on the validation part.\n"
+    note = "SAS on the pairs of which nothing is held out; prober: balanced accuracy on the validation part."
+    return f"\n{table(header, rows)}\n{note}\n"
