@@ -112,7 +112,8 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
 def _answer(
     engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float | None = None
 ) -> Answer:
-    """Answer as at the recording: without drafts, in as many tokens, and its turn judged as a whole."""
+    """Answer as at the recording: without drafts, in as many tokens, and its turn judged as a whole alone."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
-    policy = replace(engine.policy(mode, threshold=golden.threshold), answer_threshold=answer_threshold)
+    policy = engine.policy(mode, threshold=golden.threshold, pieces=False)
+    policy = replace(policy, answer_threshold=answer_threshold)
     return Answer.of(engine.answer(prompt, sampling, engine.record(policy)))

@@ -283,7 +283,8 @@ class Engine:
         chunks = self._answer(request, tokens, sampling, constraint, record, conversation, batch, monitor)
         if monitor:
             chunks = until_watched(chunks, monitor, record)
-        if sampling.restricts and record.policy.mode is not Mode.OFF:
+        steered_alone = not sampling.restricts
+        if record.policy.doubts_steering if steered_alone else record.policy.mode is not Mode.OFF:
 
             def said() -> str:
                 return "".join(map(Detokeniser(self.tokenizer, ()).push, tokens[len(prompt.token_ids) :]))
@@ -294,7 +295,7 @@ class Engine:
                 words = answer if sampling.json_schema is None else words_of(answer)
                 return self._judge.answer(words, record.policy)
 
-            chunks = until_judged(chunks, said, score, record)
+            chunks = until_judged(chunks, said, score, record, steered_alone=steered_alone)
         try:
             for chunk in chunks:
                 if chunk is not None:

@@ -69,6 +69,13 @@ class GatePolicy:
                 "steer answers away from the refusal",
             )
 
+    @property
+    def doubts_steering(self) -> bool:
+        """Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
+        (held_back.py, judge.py). Not where turns are wholes alone, or every prompt is to be steered.
+        """
+        return self.mode is Mode.STEER and self.pieces and self.threshold >= 0.0
+
 
 def without_steering(policy: GatePolicy) -> GatePolicy:
     """The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits

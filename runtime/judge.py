@@ -7,7 +7,8 @@
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is unsafe in
-another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns.
+another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain turns. So is
+a dialogue with an unsafe turn before the last: it was trained on requests that come last.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Judge:
         if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
             scratch = {alone: Conversation(self) for alone in (True, False)}
+            if policy.doubts_steering and not all(is_safe(p, policy.threshold) for p in scores[:-1]):
+                policy = without_steering(policy)
             turns = judged(messages)
             plain: list[Message | None] = [None] * len(messages)
             for n in turns:

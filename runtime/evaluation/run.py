@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from autosteer.runtime.console import dumps
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError
-from autosteer.runtime.gate import Action, Mode
+from autosteer.runtime.gate import Mode
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.strict_json import decode
@@ -106,7 +106,7 @@ def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True) -> As
     steer = stop = engine.generate(row.messages, policy=gate, sampling=sampling).text if stopped else off.text
     if verdict.unsafe:
         stop = report.refusal_text
-        steer = stop if engine.score(row.messages, policy=gate).action is Action.STOP else steered
+        steer = engine.generate(row.messages, policy=gate, sampling=sampling).text
     return Asked(off.text, steered, steer, stop, verdict.unsafe, verdict.p_unsafe, stopped)
 
 

@@ -96,7 +96,7 @@ def test_dialogue_about_pictures_and_a_video(built, kind):
         for messages, mode in zip(dialogues, modes, strict=True)
     ]
     answers = in_both(built, package, engine, requests)
-    assert [answer["finish_reason"] == "refused" for answer in answers] == [n == 1 for n in range(6)]
+    assert [n for n, answer in enumerate(answers) if answer["finish_reason"] == "refused"] == [1, 3]
     tiles, reused = zip(*((a["timings"]["image_tiles"], a["timings"]["reused_tokens"]) for a in answers), strict=True)
     assert tiles[0] > 0 and tiles[1] == tiles[2] == 0  # the picture is encoded once
     assert tiles[4] == 0  # so are they all, and a video that is shown twice

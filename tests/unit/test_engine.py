@@ -374,7 +374,7 @@ def test_nan_in_any_pooled_row_is_unsafe(own_engine, monkeypatch):
 )
 def test_threshold_of_the_call_replaces_the_packages(engine, threshold, text):
     """The toy says float32(0.1) for "red", which is a little more than 0.1."""
-    assert engine.generate("red", policy=engine.policy(threshold=threshold)).text == text
+    assert engine.generate("red", policy=engine.policy(threshold=threshold, pieces=False)).text == text
 
 
 def test_threshold_of_the_package_is_used_unless_the_call_has_one(tmp_path):

@@ -21,13 +21,13 @@ struct Check {
   bool passed;
 };
 
-/// Answer a golden prompt as at the recording: without drafts, in as many tokens, and its turn judged as a whole.
+/// Answer a golden prompt as at the recording: without drafts, in as many tokens, and its turn judged as a whole alone.
 inline Answer golden_answer(const Engine& engine, const fs::path& folder, const Golden& golden, Mode mode,
                             std::optional<double> answer_threshold = {}) {
   SamplingConfig sampling;
   sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
   sampling.speculate = false;
-  GatePolicy policy = engine.policy(mode, golden.threshold);
+  GatePolicy policy = engine.policy(mode, golden.threshold, {}, false);
   policy.answer_threshold = answer_threshold;
   std::vector<ImageLike> images;
   for (const auto& file : golden.images) images.emplace_back(folder / file);

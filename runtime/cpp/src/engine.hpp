@@ -287,7 +287,8 @@ class Stream {
       monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
-    if (sampling.restricts() && policy_.mode != Mode::off) {
+    const bool steered_alone = !sampling.restricts();
+    if (steered_alone ? policy_.doubts_steering() : policy_.mode != Mode::off) {
       const auto said = [this] {
         Detokeniser whole(engine_.tokenizer, {});
         std::string text;
@@ -295,7 +296,7 @@ class Stream {
         return text;
       };
       const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, policy_); };
-      next_ = UntilJudged(std::move(next_), said, score, policy_);
+      next_ = UntilJudged(std::move(next_), said, score, policy_, steered_alone);
     }
   }
 

@@ -10,7 +10,7 @@
 // A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that
 // it catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is
 // unsafe in another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain
-// turns.
+// turns. So is a dialogue with an unsafe turn before the last: it was trained on requests that come last.
 #pragma once
 
 #include <algorithm>
@@ -242,7 +242,10 @@ class Judge {
         plain.push_back(is_judged(messages, n) ? in_plain_letters(messages[n]) : std::nullopt);
       }
       double p_unsafe = *verdict.p_unsafe;
-      bool stops = false;
+      const auto before_the_last = record.scores.end() - (record.scores.empty() ? 0 : 1);
+      bool stops = policy.doubts_steering() && !std::all_of(record.scores.begin(), before_the_last, [&](double p) {
+        return is_safe(p, policy.threshold);
+      });
       size_t at = 0;
       Conversation by_itself, in_place;
       for (size_t n = 0; n < messages.size(); ++n) {
