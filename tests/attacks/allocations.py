@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autosteer.runtime import Engine
 
 OWN = 16  # all of the first ones fail
+REFUSAL = "i must not answer that."  # toy.REFUSAL_TEXT
 PATIENCE_S = 5  # until a process that does not return is ended
 Ask = Callable[[], Iterator[tuple[str, str]]]  # pieces of an answer: its action and its text
 
@@ -127,7 +128,8 @@ def wrong(outcome: Outcome, sound: Outcome, harmless: bool) -> bool:
         return True
     if harmless and not outcome.passed:
         return False  # a safe prompt that could not be judged is unsafe
-    return (outcome.passed and not harmless) or not sound.text.startswith(outcome.text)
+    refused = outcome.text == REFUSAL  # a steered answer that could not be judged
+    return (outcome.passed and not harmless) or not (refused or sound.text.startswith(outcome.text))
 
 
 def try_all(name: str, harmless: bool, ask: Ask, engine: Engine, every: int) -> bool:

@@ -70,7 +70,7 @@ def test_output_of_another_type_does_not_load(built, cpp_package, tmp_path):
 
 @pytest.mark.parametrize(("graph", "word"), [("decoder_lower", PROMPT_WORD), ("decoder_upper", ANSWER_WORD)])
 def test_graph_that_stalls_can_be_left(built, cpp_package, tmp_path, graph, word):
-    """By Ctrl-C in the middle of the graph: nothing more is shown, and the request has its line."""
+    """By Ctrl-C in the middle of the graph: nothing is shown of a steered answer, and the request has its line."""
     folder = with_fault(cpp_package, tmp_path / "package", graph, "stalls", word)
     file = tmp_path / "audit.jsonl"
     command = [built / "autosteer-cli", folder, "-p", UNSAFE, "--threads", "1", "--audit", file]
@@ -80,7 +80,7 @@ def test_graph_that_stalls_can_be_left(built, cpp_package, tmp_path, graph, word
     time.sleep(3)  # to load, and to meet the word
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and text == ("" if word == PROMPT_WORD else "sorry")
+    assert process.returncode == 130 and text == ""
     (line,) = file.read_text().splitlines()
     assert json.loads(line)["error"] == "cancelled"
 

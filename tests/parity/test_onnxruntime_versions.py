@@ -81,7 +81,7 @@ def test_the_cases_are_what_they_are_called_and_no_token_hangs_by_a_thread(tmp_p
             if case["forced"]:
                 assert given[1]["drafts_held"] > 0
         assert [a["action"] for a in answers["two-turns-2"]] == ["pass", "steer"]
-        assert [a["action"] for a in answers["two-turns-3"]] == ["steer", "steer"]
+        assert [a["action"] for a in answers["two-turns-3"]] == ["steer", "stop"]
         assert answers["two-pictures-3"][0]["action"] == answers["drafted-1"][1]["action"] == "steer"
 
 

@@ -204,7 +204,7 @@ void threads(const Engine& engine, const Arguments&) {
 /// A dialogue in a conversation, with every setting and texts that JSON must escape.
 void settings(const Engine& engine, const Arguments&) {
   autosteer::Settings settings = greedy();
-  settings.threshold = 0.05;  // everything is steered, which shows the strength
+  settings.threshold = -0.5;  // everything is steered, which shows the strength
   settings.strength = 0.5;
   settings.temperature = 0.5;
   settings.top_k = 3;
