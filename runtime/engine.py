@@ -284,7 +284,7 @@ class Engine:
         if monitor:
             chunks = until_watched(chunks, monitor, record)
         steered_alone = not sampling.restricts
-        if record.policy.doubts_steering if steered_alone else record.policy.mode is not Mode.OFF:
+        if record.policy.checks_steering if steered_alone else record.policy.mode is not Mode.OFF:
 
             def said() -> str:
                 return "".join(map(Detokeniser(self.tokenizer, ()).push, tokens[len(prompt.token_ids) :]))

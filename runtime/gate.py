@@ -70,7 +70,7 @@ class GatePolicy:
             )
 
     @property
-    def doubts_steering(self) -> bool:
+    def checks_steering(self) -> bool:
         """Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
         (held_back.py, judge.py). Not where turns are wholes alone, or every prompt is to be steered.
         """

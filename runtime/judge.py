@@ -63,7 +63,7 @@ class Judge:
         if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
             scratch = {alone: Conversation(self) for alone in (True, False)}
-            if policy.doubts_steering and not all(is_safe(p, policy.threshold) for p in scores[:-1]):
+            if policy.checks_steering and not all(is_safe(p, policy.threshold) for p in scores[:-1]):
                 policy = without_steering(policy)
             turns = judged(messages)
             plain: list[Message | None] = [None] * len(messages)

@@ -17,8 +17,8 @@ device_option = click.option(
 pieces_option = click.option(
     "--pieces/--no-pieces",
     default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request. --no-pieces: prompts of "
-    "several sentences start two to three times as fast.  [on]",
+    help="Also read the pieces of a turn, in which harmless words cannot hide a request, and judge steered answers "
+    "before they are shown. --no-pieces: prompts of several sentences start two to three times as fast.  [on]",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 

@@ -3,11 +3,11 @@
     datasets.py   files -> Row            grading.py      is an answer right?
     refusals.py   is it a refusal?        statistics.py   intervals and paired tests
 
-Two generations per row give the results of four policies. If the prober fires, the answer under `steer` equals the
-always-steered answer, or it is the refusal text where what fired was another reading of the prompt (judge.py); else it
-is the unsteered one, token for token (tests/unit/test_engine.py tests that). So only `off` and `always` run, and the
-verdict selects the answers of `steer` and `stop`. A third one runs where the package's monitor would have stopped an
-answer that the prober let begin; such an answer counts as refused.
+Two generations per row, `off` and `always`, give the results of four policies for a prompt that the gate lets pass:
+under `steer` and `stop` its answer is the unsteered one, token for token (tests/unit/test_engine.py tests that). For a
+flagged one `stop` is the refusal text, and `steer` runs as a third, because the gate judges a steered answer. A third
+one also runs where the package's monitor would have stopped an answer that the prober let begin; such an answer counts
+as refused.
 
 Results are appended to the output file one by one, so that an interrupted run can continue.
 """
@@ -92,7 +92,10 @@ class Asked:
 
 
 def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True) -> Asked:
-    """Answer a row twice, greedily. `pieces`: GatePolicy.pieces. Raises InputError for one that cannot be asked."""
+    """Answer a row two or three times, greedily. `pieces`: GatePolicy.pieces.
+
+    Raises InputError for one that cannot be asked.
+    """
     sampling = SamplingConfig(max_tokens=max_tokens)
     report, gate = engine.policy(Mode.REPORT, pieces=pieces), engine.policy(pieces=pieces)
     always = engine.policy(threshold=-1.0)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from autosteer.export.safety import calibrate, measure, prober, proof, refusal_head, sas
+from autosteer.export.safety import fit as fit_module
 from autosteer.export.safety.arrange import clusters_of, split_prompts
 from autosteer.export.safety.batches import special_tokens
 from autosteer.export.safety.layers import better_layer, choose_layer
@@ -673,6 +675,23 @@ def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path
     for row, item in enumerate(items):
         parts.setdefault(item.prompt.same_words, set()).add(part[row])
     assert len(parts) == 80 and all(len(names) == 1 for names in parts.values())
+
+
+def test_sas_is_of_the_pairs_of_which_nothing_is_held_out(tmp_path: Path):
+    """Measured on prompts that had helped to choose the layer, a gate looked better than it is."""
+    data = read_data([write_lines(tmp_path / "p.jsonl", *many())])
+    prompts, read = data.labelled(), set[int]()
+    split = split_prompts(data, prompts, seed=0)
+
+    class States:
+        def __getitem__(self, rows: list[int]) -> torch.Tensor:
+            read.update(rows)
+            return torch.randn(len(rows), 3, 1, 8)
+
+    arranged = SimpleNamespace(prompts=prompts, split=split)
+    fit_module._sas(data, arranged, States(), ["last"], 0, Console(quiet=True))
+    taken = {i for part in (split.train, split.validation) for i in part.tolist()}
+    assert read and read <= taken and not read & set(split.heldout.tolist())
 
 
 def test_test_prompts_that_the_fit_has_are_left_out(tmp_path: Path):

@@ -45,8 +45,9 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
                                report it; or no gate.  [default: steer]
   --threshold FLOAT            Unsafe above this p_unsafe. Default: the package's.
   --strength FLOAT             Strength of steering. Default: the package's.
-  --pieces / --no-pieces       Also read the pieces of a turn, in which harmless words cannot hide a request.
-                               --no-pieces: prompts of several sentences start two to three times as fast.  [on]
+  --pieces / --no-pieces       Also read the pieces of a turn, in which harmless words cannot hide a request, and judge
+                               steered answers before they are shown. --no-pieces: prompts of several sentences start
+                               two to three times as fast.  [on]
   --max-tokens INTEGER         Longest answer.  [default: 256]
   --temperature FLOAT          0 is greedy.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]

@@ -117,7 +117,7 @@ autosteer::Message& latest(autosteer_request* request) {
 /// The policy of a request. Throws InputError where the engine has one for all requests, and this one changes it.
 autosteer::GatePolicy policy_of(const autosteer::Engine& engine, const autosteer::RequestJson& asked) {
   if (!engine.only_policy) return engine.policy(asked.mode, asked.threshold, asked.strength, asked.pieces);
-  if (!asked.of_the_gate) return engine.policy(*engine.only_policy);
+  if (!asked.changes_gate) return engine.policy(*engine.only_policy);
   throw autosteer::InputError(
       "this engine has a policy for all requests: leave out policy, threshold, strength, pieces and trusted");
 }

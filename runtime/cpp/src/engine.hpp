@@ -288,7 +288,7 @@ class Stream {
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
     const bool steered_alone = !sampling.restricts();
-    if (steered_alone ? policy_.doubts_steering() : policy_.mode != Mode::off) {
+    if (steered_alone ? policy_.checks_steering() : policy_.mode != Mode::off) {
       const auto said = [this] {
         Detokeniser whole(engine_.tokenizer, {});
         std::string text;

@@ -120,7 +120,7 @@ struct RequestJson {
   Mode mode = Mode::steer;
   std::optional<double> threshold, strength;
   bool pieces = true;
-  bool of_the_gate = false;  ///< it says something of the gate, or that a message is trusted
+  bool changes_gate = false;  ///< it has a key of the gate, or a trusted message
 
   /// Throws InputError for anything that does not fit, and for unknown keys: a mistyped "policy" must not be ignored.
   static RequestJson parse(const std::string& text) { return from_json(text, "request", decode); }
@@ -135,7 +135,7 @@ struct RequestJson {
     if (node.has("threshold")) request.threshold = node["threshold"].optional(as_float);
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (node.has("pieces")) request.pieces = node["pieces"].as_bool();
-    request.of_the_gate =
+    request.changes_gate =
         node.has("policy") || node.has("threshold") || node.has("strength") || node.has("pieces") ||
         std::any_of(request.messages.begin(), request.messages.end(), [](const Message& m) { return m.trusted; });
     if (!node.has("sampling")) return request;

@@ -243,7 +243,7 @@ class Judge {
       }
       double p_unsafe = *verdict.p_unsafe;
       const auto before_the_last = record.scores.end() - (record.scores.empty() ? 0 : 1);
-      bool stops = policy.doubts_steering() && !std::all_of(record.scores.begin(), before_the_last, [&](double p) {
+      bool stops = policy.checks_steering() && !std::all_of(record.scores.begin(), before_the_last, [&](double p) {
         return is_safe(p, policy.threshold);
       });
       size_t at = 0;

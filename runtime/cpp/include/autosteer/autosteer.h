@@ -117,9 +117,9 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *                    "stop": [text, ...], "speculate": true | false}}
  * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
  * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
- * turns read in pieces, too (without, prompts of several sentences start two to three times as fast, and can hide a
- * request),
- * the likeliest token each time ("temperature": 0), at most 256 tokens. An unknown key is an error.
+ * turns read in pieces, and steered answers judged before they are shown (without, prompts of several sentences start
+ * two to three times as fast, and can hide a request), the likeliest token each time ("temperature": 0), at most 256
+ * tokens. An unknown key is an error.
  * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
  * to in between. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);

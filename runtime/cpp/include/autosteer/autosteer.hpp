@@ -202,7 +202,7 @@ using Messages = std::vector<Message>;
 struct Settings {
   std::string policy = "steer";  ///< steer, stop, report or off
   std::optional<double> threshold, strength;
-  std::optional<bool> pieces;  ///< false: turns are read as wholes alone, in which harmless words can hide a request
+  std::optional<bool> pieces;  ///< false: turns are read as wholes alone, and steered answers not judged
   std::optional<int64_t> max_tokens, top_k, seed;
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
