@@ -1,6 +1,7 @@
 """What is moved onto huge pages or given back, and that it stays what it was."""
 
 import mmap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ VmFlags: rd wr mr mw me ac
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests do not wait until a load has settled."""
+    """Tests do not wait until a load has settled; but those of other files must have: their advice would count here."""
+    for thread in threading.enumerate():
+        if thread.name == "huge pages":
+            thread.join()
     monkeypatch.setattr(subject, "SETTLED", 0.0)
 
 
