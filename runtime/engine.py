@@ -283,8 +283,8 @@ class Engine:
         chunks = self._answer(request, tokens, sampling, constraint, record, conversation, batch, monitor)
         if monitor:
             chunks = until_watched(chunks, monitor, record)
-        steered_alone = not sampling.restricts
-        if record.policy.checks_steering if steered_alone else record.policy.mode is not Mode.OFF:
+        steered_alone = not sampling.answer_is_judged
+        if record.policy.mode is not Mode.OFF:
 
             def said() -> str:
                 return "".join(map(Detokeniser(self.tokenizer, ()).push, tokens[len(prompt.token_ids) :]))
@@ -293,7 +293,7 @@ class Engine:
                 if batch:
                     batch.leave(request)  # whose rows all decode
                 words = answer if sampling.json_schema is None else words_of(answer)
-                return self._judge.answer(words, record.policy)
+                return self._judge.answer(words, record)
 
             chunks = until_judged(chunks, said, score, record, steered_alone=steered_alone)
         try:

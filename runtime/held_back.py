@@ -1,13 +1,14 @@
 """What of an answer is held back, until it is known that it may be shown. None in a stream is a pause (engine.py).
 
     until_watched   the package has a monitor: each chunk waits for the windows that it is in (monitor.py)
-    until_judged    the request restricts or biases the answer's tokens, or the answer is steered: all wait for the
-                    gate's verdict on the whole
+    until_judged    the request may make the model say anything (SamplingConfig.answer_is_judged), or the answer is
+                    steered: all wait for the gate's verdict on the whole
 
 A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
-model say a request that the gate has never seen, and go on from there. So such an answer is judged as if the user had
-said it (judge.py), with what a stop string cuts from it: its chunks have tokens and their probabilities. And steering
-can give way: behind "sure, here is how", or twenty words found by trial, the demo's head let 41 of 48 requests through.
+model say a request that the gate has never seen, and go on from there. A temperature of 2 draws it, with some seed. So
+such an answer is judged as if the user had said it (judge.py), with what a stop string cuts from it: its chunks have
+tokens and their probabilities. And steering can give way: behind "sure, here is how", or twenty words found
+by trial, the demo's head let 41 of 48 requests through.
 """
 
 from __future__ import annotations
@@ -50,17 +51,18 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
             yield released
 
 
-def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, steered_alone: bool = False) -> Chunks:
+def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, steered_alone: bool) -> Chunks:
     """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict
-    on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold. Under Mode.REPORT nothing waits.
-    `steered_alone`: an answer that is not steered does not wait, and of a steered one that is safe nothing is said.
+    on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold; of a steered one that is safe
+    nothing is said. Under Mode.REPORT nothing waits. `steered_alone`: an answer that is not steered does not wait.
     """
     policy, held = record.policy, list[Chunk]()
     for chunk in chunks:
         if chunk is None:
             yield None
             continue
-        if steered_alone and not held and chunk.verdict.action is not Action.STEER:
+        steered = chunk.verdict.action is Action.STEER  # then it is greedy, whatever the request's sampling
+        if not (held or (policy.checks_steering if steered else not steered_alone)):
             yield chunk
             continue
         if chunk.finish_reason == "refused":
@@ -70,7 +72,7 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, st
         if last and (text := said()).strip(string.whitespace):
             p_unsafe = yield from score(text)
             seen = Watched(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
-            if seen.unsafe or (chunk.verdict.monitor is None and not steered_alone):
+            if seen.unsafe or (chunk.verdict.monitor is None and not steered):
                 chunk = replace(chunk, verdict=watched(chunk.verdict, seen))
             if chunk.verdict.action is Action.STOP:
                 yield Chunk(policy.refusal_text, None, chunk.verdict, "refused", record.stats)

@@ -2,8 +2,10 @@
 
     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts, and
              a user's turns in a row, as one text; what has obfuscated letters in plain ones (obfuscation.py); and the
-             pieces of all these (pieces.py). What is not the turn itself is read by itself, and where the turn stands
-    answer   as if the user had said it, and its pieces; in plain letters, too
+             pieces of all these (pieces.py). What is not the turn itself is read by itself, and where the turn stands.
+             Also all that the user said, as one text; and a user's words with each of several pictures
+    answer   as if the user had said it, and its pieces; in plain letters, too; by itself, and as the dialogue's next
+             turn: of a steered answer, whose dialogue is unsafe, in place of the last turn's words
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is unsafe in
@@ -18,15 +20,15 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .conversation import Conversation, ReadingKey
 from .errors import InputError
-from .gate import GatePolicy, Verdict, decide, is_safe, without_steering, worst
+from .gate import Action, GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .obfuscation import deobfuscated
-from .pieces import in_single_blanks, weighed
+from .pieces import SPACE, in_single_blanks, weighed
 from .pieces import pieces as pieces_of
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart, judged
@@ -69,12 +71,12 @@ class Judge:
             plain: list[Message | None] = [None] * len(messages)
             for n in turns:
                 plain[n] = in_plain_letters(messages[n])
+            shown = by_picture(prompt)
             for at, n in enumerate(turns):
                 for reading in readings(messages, plain, n, pieces=policy.pieces):
                     if reading.if_safe and not is_safe(scores[at], policy.threshold):
                         break
-                    own = [one for turn in prompt.seen[at + 1 - reading.turns : at + 1] for one in turn]
-                    seen = own if reading.alone else (*prompt.earlier[at], *prompt.seen[at])
+                    seen = [one for picture in reading.pictures for one in shown[picture]]
                     key = reading_key(reading.messages, seen)
                     p = known.get(key, kept.get(key))
                     if p is None:
@@ -92,17 +94,21 @@ class Judge:
         record.verdict, record.scores = verdict, scores
         return verdict
 
-    def answer(self, text: str, policy: GatePolicy) -> Generator[None, None, float]:
-        """The worst p_unsafe of an answer and its pieces, also in plain letters, each as a user's prompt, until one is
-        unsafe; NaN if one cannot be read. May pause.
+    def answer(self, text: str, record: Record) -> Generator[None, None, float]:
+        """The worst p_unsafe of `text`, an answer to the prompt that is noted in `record` with its verdict, until a
+        reading is unsafe; NaN if one cannot be read. May pause.
         """
-        p_unsafe, plain, scratch = 0.0, deobfuscated(text), Conversation(self)
-        wholes = dict.fromkeys((text, plain))
-        complete = {*wholes, *map(in_single_blanks, wholes)}
-        for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
-            reading = Reading((Message.user(said),), piece=said not in complete)
-            p = yield from self._read(reading, (), policy, Stats(), scratch)
-            p_unsafe = worst([p_unsafe, weighed(p) if reading.piece else p])
+        assert record.prompt is not None
+        policy, shown, p_unsafe = record.policy, by_picture(record.prompt), 0.0
+        steered = record.verdict is not None and record.verdict.action is Action.STEER
+        scratch = {alone: Conversation(self) for alone in (True, False)}
+        for reading in readings_of_answer(record.messages, text, steered=steered):
+            seen = [one for picture in reading.pictures for one in shown[picture]]
+            p = yield from self._read(reading, seen, policy, Stats(), scratch[reading.alone])
+            p = weighed(p) if reading.piece else p
+            if not (reading.alone or reading.pictures):  # what is said about no picture says most of it by itself
+                p = weighed(p)
+            p_unsafe = worst([p_unsafe, p])
             if not is_safe(p_unsafe, policy.threshold):
                 break
         return p_unsafe
@@ -134,10 +140,10 @@ class Reading:
     """A turn as the prober reads it beside the turn itself."""
 
     messages: tuple[Message, ...]  # the turn is the last; before it, what came before, or nothing
+    pictures: Sequence[int] = ()  # numbers of the pictures and videos, of all that the dialogue shows, that these show
     if_safe: bool = False  # read only while the readings before it are safe
     stops: bool = False  # what is unsafe in it is stopped, not steered
-    piece: bool = False  # it has only some of the turn's words
-    turns: int = 1  # in a row that it reads as one
+    piece: bool = False  # it has only some of the turn's words, or of the pictures
 
     @property
     def alone(self) -> bool:
@@ -148,27 +154,32 @@ class Reading:
 def readings(
     messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool
 ) -> Iterator[Reading]:
-    """The other readings of turn `n`, last, if wanted, texts and turns as one, and pieces. `plain`: `in_plain_letters`
-    of judged turns.
+    """The other readings of turn `n`, last, if wanted, several texts, turns or pictures, and pieces. `plain`:
+    `in_plain_letters` of judged turns.
     """
     turn, letters = messages[n], plain[n]
+    begins = [0, *itertools.accumulate(len(shown_in(message)) for message in messages[: n + 1])]  # of a turn's pictures
 
-    def in_place(last: Message, turns: int = 1) -> tuple[Message, ...]:
+    def by_itself(last: Message, turns: int = 1, *, stops: bool = True, piece: bool = False) -> Reading:
+        return Reading((last,), range(begins[n + 1 - turns], begins[-1]), if_safe=stops, stops=stops, piece=piece)
+
+    def in_place(last: Message, turns: int = 1, *, piece: bool = False) -> Reading:
         before = zip(messages[: n + 1 - turns], plain, strict=False)
         context = (replace(message, parts=other.parts) if other else message for message, other in before)
-        return (*context, Message("user", last.parts))
+        said = (*context, Message("user", last.parts))
+        return Reading(said, range(begins[-1]), if_safe=True, stops=True, piece=piece)
 
     def both(last: Message, turns: int, *, piece: bool) -> Iterator[Reading]:
-        yield Reading((last,), if_safe=True, stops=True, piece=piece, turns=turns)
+        yield by_itself(last, turns, piece=piece)
         if turns <= n:
-            yield Reading(in_place(last, turns), if_safe=True, stops=True, piece=piece, turns=turns)
+            yield in_place(last, turns, piece=piece)
 
     if n > 0 and turn.role == "user":
-        yield Reading((turn,))  # what stands first is read alike where it stands
+        yield by_itself(turn, stops=False)  # what stands first is read alike where it stands
     if letters:
-        yield Reading((letters,), stops=True)
+        yield replace(by_itself(letters), if_safe=False)
     if n > 0 and any(plain[: n + 1]):
-        yield Reading(in_place(letters or turn), if_safe=True, stops=True)
+        yield in_place(letters or turn)
     if not pieces:
         return
     joined = as_one(messages, n)
@@ -178,6 +189,35 @@ def readings(
     for whole, turns in ((turn, 1), *([(letters, 1)] if letters else ()), *joined):
         for piece, is_part in cut(whole):
             yield from both(piece, turns, piece=is_part)
+    for one in all_words(messages, n):
+        for said in (one, *(piece for piece, _ in cut(one))):
+            yield Reading((said,), if_safe=True, stops=True, piece=True)
+    if turn.role == "user" and begins[-1] > 1:
+        for words in filter(None, map(text_of, (turn, *([letters] if letters else ())))):
+            for number, picture in enumerate(itertools.chain(*map(shown_in, messages[: n + 1]))):
+                said = Message("user", (picture, words))
+                yield Reading((said,), (number,), if_safe=True, stops=True, piece=True)
+
+
+def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool) -> Iterator[Reading]:
+    """The readings of `text`, an answer to a dialogue. A `steered` one stands in place of the last turn's words."""
+    plain = deobfuscated(text)
+    wholes = dict.fromkeys((text, plain))
+    complete = {*wholes, *map(in_single_blanks, wholes)}
+    letters = [in_plain_letters(message) for message in messages]
+    in_letters = [
+        replace(message, parts=other.parts) if other else message
+        for message, other in zip(messages, letters, strict=True)
+    ]
+    contexts = [messages, in_letters] if any(letters) else [messages]
+    pictures = range(sum(len(shown_in(message)) for message in messages))
+    for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
+        piece = said not in complete
+        yield Reading((Message.user(said),), piece=piece)
+        for context in contexts:
+            *before, last = context
+            turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
+            yield Reading(turns, pictures, piece=piece)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[tuple[Message, int]]:
@@ -193,22 +233,47 @@ def as_one(messages: Sequence[Message], n: int) -> list[tuple[Message, int]]:
         turns.append(1 + len(list(before)))
     found = []
     for count in dict.fromkeys(turns):
-        parts = [part for message in messages[n + 1 - count : n + 1] for part in message.parts]
-        texts = [part for part in parts if isinstance(part, str)]
-        shown = [part for part in parts if not isinstance(part, str)]
+        joined = messages[n + 1 - count : n + 1]
+        texts, shown = texts_in(joined), [*itertools.chain(*map(shown_in, joined))]
         if len(texts) > 1:
             found += [(Message("user", (*shown, between.join(texts))), count) for between in ("\n", "")]
     return found
+
+
+def all_words(messages: Sequence[Message], n: int) -> list[Message]:
+    """All that the user says as one text, as in `as_one`, and in plain letters, if turn `n` is the user's last and
+    answers stand between the turns.
+    """
+    asked = [i for i, message in enumerate(messages) if message.role == "user"]
+    if asked[-1:] != [n] or len(asked) == n + 1 - asked[0]:
+        return []
+    texts = texts_in([messages[i] for i in asked])
+    found = [Message.user(between.join(texts)) for between in ("\n", "")]
+    return [*found, *filter(None, map(in_plain_letters, found))]
+
+
+def shown_in(turn: Message) -> list[Part]:
+    """The pictures and videos of a turn."""
+    return [part for part in turn.parts if not isinstance(part, str)]
+
+
+def texts_in(turns: Iterable[Message]) -> list[str]:
+    """The texts of some turns."""
+    return [part for turn in turns for part in turn.parts if isinstance(part, str)]
+
+
+def text_of(turn: Message) -> str:
+    """A turn's text, with a blank for each picture or video between its words."""
+    return "".join(part if isinstance(part, str) else " " for part in turn.parts).strip(SPACE)
 
 
 def cut(turn: Message) -> list[tuple[Message, bool]]:
     """The pieces of a turn's text, each as a user's turn with all that the turn shows in front, and whether it has only
     some of the words; see pieces.py.
     """
-    shown = [part for part in turn.parts if not isinstance(part, str)]
-    text = "".join(part if isinstance(part, str) else " " for part in turn.parts)
+    text = text_of(turn)
     whole = in_single_blanks(text)
-    return [(Message("user", (*shown, piece)), piece != whole) for piece in pieces_of(text)]
+    return [(Message("user", (*shown_in(turn), piece)), piece != whole) for piece in pieces_of(text)]
 
 
 def in_plain_letters(turn: Message) -> Message | None:
@@ -224,6 +289,15 @@ def in_plain_letters(turn: Message) -> Message | None:
             parts.append(part)
     plain = [deobfuscated(part) if isinstance(part, str) else part for part in parts]
     return None if plain == parts else Message("user", tuple(plain))
+
+
+def by_picture(prompt: EncodedPrompt) -> list[list[Seen]]:
+    """What an encoded prompt shows, by picture and video."""
+    found: list[list[Seen]] = []
+    for one in (*prompt.earlier[-1], *prompt.seen[-1]):
+        found += [[]] if one.first == 0 else []
+        found[-1].append(one)
+    return found
 
 
 def reading_key(messages: Sequence[Message], seen: Sequence[Seen]) -> ReadingKey:

@@ -4,8 +4,9 @@ A prober reads one state of a whole turn. With three harmless questions around i
 passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read these, too:
 
     sentences    each, in windows of ten words, every five; one of fewer than three words joins another
-    clauses      what commas, colons, slashes, dashes and "and" part in a sentence; the later ones behind its first
-                 three words: "how do i clean a spoon, steal a kite" also says "how do i steal a kite"
+    clauses      what signs, such as commas and dashes, and words, such as "and" and "if", part in a sentence; the later
+                 ones behind its first three words: "how do i clean a spoon, steal a kite" also says "how do i steal a
+                 kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
                  with what follows, ten words in all: a request may be cut
 
@@ -35,7 +36,13 @@ PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one 
 
 SPACE = " \t\n\v\f\r"
 BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
-BETWEEN_CLAUSES = re.compile(f"[,:/|+&\u2013\u2014\u3001\uff0c\uff1a]+|[{SPACE}](?i:and|or|then)(?=[{SPACE}])")
+SIGNS = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\u2022'  # in a class of characters
+SYMBOLS = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff"  # arrows, ticks and crosses, emoji
+CONJUNCTIONS = "and|or|then|but|also|too|plus|as well as|before|after|while|once|if|when|so|because"
+BETWEEN_CLAUSES = re.compile(  # also a dash between blanks, and what counts: "1)"
+    f"[{SIGNS}{SYMBOLS}]+|(?<=[{SPACE}])-+>?(?=[{SPACE}])|(?<![^{SPACE}])[0-9A-Za-z]{{1,2}}\\)"
+    f"|[{SPACE}](?i:{CONJUNCTIONS})(?=[{SPACE}])"
+)
 UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
 UNSPACED_MARKS = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
 _UNBROKEN = re.compile(f"[^{SPACE}]+")

@@ -16,6 +16,7 @@ Sampler = Callable[[Float, Sequence[int]], int]
 LogProbs: TypeAlias = "tuple[tuple[int, float], ...]"  # pairs (token, log probability)
 
 PENALTY_MAX, BIAS_MAX = 2.0, 100.0  # OpenAI's
+OWN_TEMPERATURE, OWN_REPETITION = 1.0, (1.0, 1.1)  # beyond these the demo says, with some seeds, what it never says
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,14 @@ class SamplingConfig:
 
     @property
     def restricts(self) -> bool:
-        """Whether it may leave out every token that a refusal begins with."""
+        """Whether it may leave out every token that a refusal begins with. Such an answer is not steered."""
         return bool(self.logit_bias) or self.json_schema is not None or self.regex is not None
+
+    @property
+    def answer_is_judged(self) -> bool:
+        """Whether it may make the model say what the model by itself hardly ever says (held_back.py)."""
+        least, most = OWN_REPETITION
+        return self.restricts or self.temperature > OWN_TEMPERATURE or not least <= self.repetition_penalty <= most
 
     def greedy(self) -> SamplingConfig:
         """The same, but with the likeliest token each time. A steered answer is sampled so: by a temperature or a

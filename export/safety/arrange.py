@@ -58,9 +58,9 @@ class Arranged:
         """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), weighed."""
         read: np.ndarray = p.copy()
         for (row, piece), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
-            whole = self.items[row].prompt.text
-            wholes = map(in_single_blanks, (whole, deobfuscated(whole)))
-            is_part = in_single_blanks(piece.text) not in wholes
+            whole = self.items[row].prompt
+            wholes = map(in_single_blanks, (whole.text, deobfuscated(whole.text)))
+            is_part = in_single_blanks(piece.text) not in wholes or 0 < len(piece.images) < len(whole.images)
             read[row] = max(read[row], weighed(of_piece) if is_part else of_piece)
         return read
 

@@ -94,14 +94,19 @@ class Prompt:
     @property
     def pieces(self) -> tuple[Prompt, ...]:
         """What the runtime reads beside the user's turn: the turn in plain letters, and the pieces of both; by
-        themselves, and where the turn stands. Equal ones once.
+        themselves, and where the turn stands; all that the user says, as one text; and the turn's words with each of
+        several pictures. Equal ones once.
         """
-        found, plain = [], deobfuscated(self.text)
-        texts = [*pieces_of(self.text), *([plain, *pieces_of(plain)] if plain != self.text else [])]
-        for text in texts:
-            shown = () if self.earlier else self.images
-            found.append(replace(self, text=text, images=shown, earlier=(), system=""))
-            found.append(replace(self, text=text))
+        found, wholes = [], dict.fromkeys((self.text, deobfuscated(self.text)))
+        alone = replace(self, images=() if self.earlier else self.images, earlier=(), system="")
+        for text in (*[*wholes][1:], *(piece for whole in wholes for piece in pieces_of(whole))):
+            found += [replace(alone, text=text), replace(self, text=text)]
+        asked = (*self.earlier[::2], self.text)
+        joined = [between.join(asked) for between in ("\n", "")] if self.earlier else []
+        for one in dict.fromkeys((*joined, *map(deobfuscated, joined))):
+            found += [replace(alone, text=text, images=()) for text in (one, *pieces_of(one))]
+        if len(self.images) > 1:
+            found += [replace(alone, text=text, images=(image,)) for text in wholes for image in self.images]
         return tuple(dict.fromkeys(found))
 
 

@@ -70,7 +70,7 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
             text += chunk.text
             yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown, is_refusal)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
-    if not ask.sampling.restricts:  # else the client may have dictated it
+    if not ask.sampling.answer_is_judged:  # else the client may have dictated it
         conversations.remember(beginnings[-1], text)
 
 

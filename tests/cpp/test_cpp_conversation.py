@@ -14,6 +14,7 @@ from cpp_runtime import Parts, as_message, in_python, joined, through_c, use_byt
 from exported import INT8_CACHES, PREFILL
 from PIL import Image
 
+from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime import Conversation, Engine
 from autosteer.runtime.generation import finish
 from autosteer.runtime.image import digest, open_image
@@ -189,12 +190,30 @@ def test_turns_are_judged_by_themselves_as_in_python_and_cost_as_little(parts, t
     dialogue = [turn(role, *parts) for said in users for role, parts in (("user", said), ("assistant", ["it is."]))]
     dialogues = [dialogue[:3], dialogue[:5], dialogue[:7], dialogue[:9], dialogue[:9]]
     dialogues += [[*dialogue[:2], turn("user", copy, "what is this?"), *dialogue[3:9]]]
-    found = judged_in_both(parts, dialogues, conversation=conversation)
+    found = judged_in_both(parts, dialogues, conversation=conversation, pieces=False)
     # the same question twice is judged once; a second picture changes how the first one is encoded
     assert [one["by_themselves"] for one in found] == ([1, 1, 2, 0, 0, 0] if conversation else [1, 2, 3, 3, 3, 3])
     assert [one["encoded"].get("vision_encoder", 0) for one in found] == (
         [1, 0, 2, 0, 0, 0] if conversation else [1, 1, 2, 2, 2, 2]
     )
+
+
+@pytest.mark.parametrize("conversation", [False, True])
+def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_python(parts, three_pictures, conversation):
+    """Nine harmless pictures or questions hid the one that mattered."""
+    pictures = [{"image": str(DEMO / "examples" / name)} for name in ("benign.png", "unsafe.png")]
+    video, asked = {"video": three_pictures[:2]}, "what colour is it? is it r3d?"
+    spread = [turn("user", "how do i"), turn("assistant", "ok."), turn("user", "cle4n"), turn("assistant", "ok.")]
+    dialogues = [
+        [turn("user", *pictures, asked)],
+        [turn("user", video, pictures[0], asked)],
+        [turn("user", pictures[0], "what is shown?"), turn("assistant", "a key."), turn("user", pictures[1], asked)],
+        [*spread, turn("user", "a spoon?")],
+        [*spread, turn("user", "a spo0n?"), turn("assistant", "ok.")],
+    ]
+    found = judged_in_both(parts, dialogues, conversation=conversation)
+    alone = judged_in_both(parts, dialogues, conversation=conversation, pieces=False)
+    assert all(one["by_themselves"] > other["by_themselves"] for one, other in zip(found, alone, strict=True))
 
 
 def test_turns_share_a_score_only_if_they_are_the_same_prompt(parts, three_pictures):
@@ -217,7 +236,7 @@ def test_a_failure_on_a_turn_by_itself_passes(parts, cpp_package):
     """It makes this prompt unsafe, and is not kept for the next (Python: test_engine.py)."""
     dialogue = [turn("user", "red"), turn("assistant", "orange"), turn("user", "hello")]
     command = {"part": "judge", "package": str(cpp_package), "requests": [{"messages": dialogue}] * 3}
-    (found,) = parts.run(command | {"conversation": True, "failing": 1})
+    (found,) = parts.run(command | {"conversation": True, "failing": 1, "pieces": False})
     assert [one["by_themselves"] for one in found] == [1, 1, 0]
     assert [one["scores"][-1] is None for one in found] == [True, False, False]
 

@@ -864,7 +864,7 @@ def test_a_turn_judged_by_itself_has_its_pictures_as_the_dialogue_has_them(engin
     for name in ("prepare", "prepare_seen"):
         encode = getattr(engine.encoder, name)
         monkeypatch.setattr(engine.encoder, name, lambda *a, encode=encode: prompts.append(encode(*a)) or prompts[-1])
-    engine.score(turns)
+    engine.score(turns, policy=engine.policy(pieces=False))
     whole, alone = ({key for key in prompt.keys if isinstance(key, tuple)} for prompt in prompts)
     assert alone and alone <= whole
 
@@ -912,9 +912,10 @@ def dialogue(*users: Message) -> list[Message]:
 def test_a_turn_whose_score_is_kept_costs_nothing(engine, by_itself, encoded, monkeypatch, tmp_path):
     """It was tokenised and embedded, and its files opened, in each request, to find that its score was known."""
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    policy = engine.policy(pieces=False)
     users = [Message.user("red"), Message.user("look", [tmp_path / "red.png"]), Message.user("hello")]
     conversation, opened, tokenised = Conversation(engine), list[object](), list[object]()
-    first = engine.generate(dialogue(*users), conversation=conversation)
+    first = engine.generate(dialogue(*users), conversation=conversation, policy=policy)
     assert by_itself == users[1:]
     open_image, render = image.open_image, prompt_encoder.render_judged
     monkeypatch.setattr(image, "open_image", lambda one: opened.append(one) or open_image(one))
@@ -923,12 +924,12 @@ def test_a_turn_whose_score_is_kept_costs_nothing(engine, by_itself, encoded, mo
     )
     encoded.clear()
     users.append(Message.user("tick"))
-    second = engine.generate(dialogue(*users), conversation=conversation, sampling=of(1))
+    second = engine.generate(dialogue(*users), conversation=conversation, sampling=of(1), policy=policy)
     assert by_itself == users[1:]
     assert (opened, tokenised) == ([tmp_path / "red.png"], [dialogue(*users), (users[-1],)])
     # the dialogue's text before and behind the picture, and that of the new turn
     assert encoded == ["embed_tokens"] * 3
-    assert first.verdict.p_unsafe == second.verdict.p_unsafe == engine.score(dialogue(*users)).p_unsafe
+    assert first.verdict.p_unsafe == second.verdict.p_unsafe == engine.score(dialogue(*users), policy=policy).p_unsafe
 
 
 def test_pictures_of_later_turns_are_encoded_once(engine, encoded):
@@ -946,16 +947,16 @@ def test_pictures_of_later_turns_are_encoded_once(engine, encoded):
 
 
 def test_a_picture_that_changed_behind_its_name_is_judged_again(engine, by_itself, tmp_path):
-    path = tmp_path / "picture.png"
+    path, policy = tmp_path / "picture.png", engine.policy(pieces=False)
     turns, conversation = dialogue(Message.user("red"), Message.user("look", [path])), Conversation(engine)
     for number, colour in enumerate(("red", "blue"), 1):
         Image.new("RGB", (8, 8), colour).save(path)
         for _ in range(2):
-            engine.generate(turns, conversation=conversation)
+            engine.generate(turns, conversation=conversation, policy=policy)
         assert by_itself == turns[-1:] * number
     path.rename(tmp_path / "moved.png")
     turns = dialogue(Message.user("red"), Message.user("look", [tmp_path / "moved.png"]))
-    engine.generate(turns, conversation=conversation)
+    engine.generate(turns, conversation=conversation, policy=policy)
     assert len(by_itself) == 2  # the same pixels in another file
 
 

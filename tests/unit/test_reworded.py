@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
 from autosteer.runtime.judge import in_plain_letters, readings
 from autosteer.runtime.pieces import weighed
-from autosteer.runtime.text import Message
+from autosteer.runtime.text import ImagePart, Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
 SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
@@ -111,3 +113,19 @@ def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[
     plain = [in_plain_letters(message) for message in messages]
     found = {reading.messages for reading in readings(messages, plain, len(messages) - 1, pieces=True)}
     assert found - {messages[-1:]} == {dialogue(piece) for piece in prompt.pieces} and prompt.pieces
+
+
+def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
+    prompt = Prompt("h0w do i move this?", images=(Path("a.png"), Path("b.png")))
+
+    def turn(one: Prompt) -> tuple[Message, ...]:
+        return (Message("user", (*map(ImagePart, one.images), one.text)),)
+
+    plain = in_plain_letters(turn(prompt)[0])
+    found = [reading.messages for reading in readings(turn(prompt), [plain], 0, pieces=True)]
+    assert [*map(turn, prompt.pieces)] == found and len(found) == 5
+    items = [Labelled(prompt, unsafe=True, group="g")]
+    arranged = Arranged([], SPLIT, reworded(), items, 1, table=None)  # type: ignore[arg-type]
+    object.__setattr__(arranged, "pieces", [(0, piece) for piece in prompt.pieces])
+    read = [arranged.as_read(np.zeros(1), np.array([0.9 * (i == at) for i in range(5)])) for at in range(5)]
+    assert [one[0] == 0.9 for one in read] == [True, False, False, False, False]

@@ -287,15 +287,15 @@ class Stream {
       monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
-    const bool steered_alone = !sampling.restricts();
-    if (steered_alone ? policy_.checks_steering() : policy_.mode != Mode::off) {
+    const bool steered_alone = !sampling.answer_is_judged();
+    if (policy_.mode != Mode::off) {
       const auto said = [this] {
         Detokeniser whole(engine_.tokenizer, {});
         std::string text;
         for (size_t i = prompt_tokens_; i < tokens_.size(); ++i) text += whole.push(tokens_[i]);
         return text;
       };
-      const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, policy_); };
+      const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, record_, policy_); };
       next_ = UntilJudged(std::move(next_), said, score, policy_, steered_alone);
     }
   }

@@ -1,12 +1,12 @@
 // What of an answer is held back, until it is known that it may be shown. The C++ side of runtime/held_back.py.
 //
 //     UntilWatched   the package has a monitor: each chunk waits for the windows that it is in (monitor.hpp)
-//     UntilJudged    the request biases the answer's tokens, or the answer is steered: all wait for the gate's verdict
-//                    on the whole
+//     UntilJudged    the request may make the model say anything (SamplingConfig::answer_is_judged), or the answer is
+//                    steered: all wait for the gate's verdict on the whole
 //
 // A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
-// So such an answer is judged as if the user had said it (judge.hpp), with what a stop string cuts from it: its chunks
-// have tokens. And steering can give way (held_back.py).
+// A temperature of 2 draws it, with some seed. So such an answer is judged as if the user had said it (judge.hpp), with
+// what a stop string cuts from it: its chunks have tokens. And steering can give way (held_back.py).
 #pragma once
 
 #include <algorithm>
@@ -62,9 +62,9 @@ class UntilWatched {
 };
 
 /// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict on
-/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold. Under Mode::report nothing waits.
-/// `steered_alone`: an answer that is not steered does not wait, and of a steered one that is safe nothing is said.
-/// What it is given must outlive it.
+/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold; of a steered one that is safe nothing
+/// is said. Under Mode::report nothing waits. `steered_alone`: an answer that is not steered does not wait. What it is
+/// given must outlive it.
 class UntilJudged {
  public:
   using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts
@@ -82,7 +82,8 @@ class UntilJudged {
     const bool stops = policy_.mode != Mode::report;
     while (held_.empty() || (stops && !computed_)) {
       Chunk chunk = compute_();
-      if (steered_alone_ && held_.empty() && chunk.verdict.action != Action::steer) return chunk;
+      const bool steered = chunk.verdict.action == Action::steer;  // greedy, whatever the request's sampling
+      if (held_.empty() && (steered ? !policy_.checks_steering() : steered_alone_)) return chunk;
       if (chunk.finish_reason == "refused") {
         chunk.text = policy_.refusal_text;  // nothing was shown before it
         return chunk;
@@ -92,7 +93,7 @@ class UntilJudged {
       if (!std::all_of(text.begin(), text.end(), is_space)) {
         const double p_unsafe = score_(text);
         const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
-        if (seen.unsafe || (!chunk.verdict.monitor && !steered_alone_)) chunk.verdict = watched(chunk.verdict, seen);
+        if (seen.unsafe || (!chunk.verdict.monitor && !steered)) chunk.verdict = watched(chunk.verdict, seen);
         if (chunk.verdict.action == Action::stop) {
           return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};
         }

@@ -4,13 +4,15 @@
 //     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts,
 //              and a user's turns in a row, as one text; what has obfuscated letters in plain ones (obfuscation.hpp);
 //              and the pieces of all these (pieces.hpp). What is not the turn itself is read by itself, and where the
-//              turn stands
-//     answer   as if the user had said it, and its pieces; in plain letters, too
+//              turn stands. Also all that the user said, as one text; and a user's words with each of several pictures
+//     answer   as if the user had said it, and its pieces; in plain letters, too; by itself, and as the dialogue's next
+//              turn: of a steered answer, whose dialogue is unsafe, in place of the last turn's words
 //
 // A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that
-// it catches by itself. The worst score counts; a piece's is weighed. Pieces are read until one is unsafe. What is
-// unsafe in another reading than the turn itself is stopped, not steered: the Refusal Head was trained on whole plain
-// turns. So is a dialogue with an unsafe turn before the last: it was trained on requests that come last.
+// it catches by itself. So can a harmless picture. The worst score counts; a piece's is weighed. Pieces are read until
+// one is unsafe. What is unsafe in another reading than the turn itself is stopped, not steered: the Refusal Head was
+// trained on whole plain turns. So is a dialogue with an unsafe turn before the last: it was trained on requests that
+// come last.
 #pragma once
 
 #include <algorithm>
@@ -60,6 +62,33 @@ inline std::optional<Message> in_plain_letters(const Message& turn) {
   return obfuscated ? std::optional(std::move(plain)) : std::nullopt;
 }
 
+/// The pictures and videos of a turn.
+inline std::vector<Part> shown_in(const Message& turn) {
+  std::vector<Part> shown;
+  for (const Part& part : turn.parts) {
+    if (!std::holds_alternative<std::string>(part)) shown.push_back(part);
+  }
+  return shown;
+}
+
+/// A turn's text, with a blank for each picture or video between its words.
+inline std::string text_of(const Message& turn) {
+  std::string text;
+  for (const Part& part : turn.parts) {
+    const auto* said = std::get_if<std::string>(&part);
+    text += said ? *said : " ";
+  }
+  const auto is_word = [](char c) { return !is_space(c); };
+  const auto end = std::find_if(text.rbegin(), text.rend(), is_word).base();
+  return {std::find_if(text.begin(), end, is_word), end};
+}
+
+/// A user's turn with `text` behind all that it shows.
+inline Message user_turn(std::vector<Part> shown, std::string text) {
+  shown.emplace_back(std::move(text));
+  return {"user", std::move(shown)};
+}
+
 /// A piece of a turn, as a user's turn with all that the turn shows in front.
 struct Piece {
   Message turn;
@@ -68,18 +97,12 @@ struct Piece {
 
 /// The pieces of a turn; see pieces.hpp.
 inline std::vector<Piece> cut(const Message& turn) {
-  std::vector<Part> shown;
-  std::string text;
-  for (const Part& part : turn.parts) {
-    const auto* said = std::get_if<std::string>(&part);
-    if (!said) shown.push_back(part);
-    text += said ? *said : " ";
-  }
-  const std::string whole = in_single_blanks(text);
+  const std::vector<Part> shown = shown_in(turn);
+  const std::string text = text_of(turn), whole = in_single_blanks(text);
   std::vector<Piece> found;
   for (std::string& piece : pieces(text)) {
-    found.push_back({{"user", shown}, piece != whole});
-    found.back().turn.parts.emplace_back(std::move(piece));
+    const bool is_part = piece != whole;
+    found.push_back({user_turn(shown, std::move(piece)), is_part});
   }
   return found;
 }
@@ -87,10 +110,13 @@ inline std::vector<Piece> cut(const Message& turn) {
 /// A turn as the prober reads it beside the turn itself.
 struct Reading {
   std::vector<Message> messages;  // the turn is the last; before it, what came before, or nothing
+  Span pictures;                  // numbers, of all that the dialogue shows: the first, and one past the last
   bool if_safe = false;           // read only while the readings before it are safe
   bool stops = false;             // what is unsafe in it is stopped, not steered
-  bool piece = false;             // it has only some of the turn's words
-  size_t turns = 1;               // in a row that it reads as one
+  bool piece = false;             // it has only some of the turn's words, or of the pictures
+
+  /// Whether nothing stands before the turn.
+  bool alone() const { return messages.size() == 1; }
 };
 
 /// A user's turn, and how many turns it joins.
@@ -98,6 +124,18 @@ struct Whole {
   Message turn;
   size_t turns;
 };
+
+/// Some turns' texts as one, joined by `between`; nothing if there are fewer than two.
+inline std::optional<std::string> joined_texts(const std::vector<const Message*>& turns, const char* between) {
+  std::string text;
+  size_t count = 0;
+  for (const Message* turn : turns) {
+    for (const Part& part : turn->parts) {
+      if (const auto* said = std::get_if<std::string>(&part)) text += (count++ ? between : "") + *said;
+    }
+  }
+  return count > 1 ? std::optional(std::move(text)) : std::nullopt;
+}
 
 /// The texts of turn `n` as one, if it has several, and those of the user's turns in a row that it ends; each as a
 /// user's turn with all that is shown in front.
@@ -111,21 +149,38 @@ inline std::vector<Whole> as_one(const std::vector<Message>& messages, size_t n)
   }
   std::vector<Whole> found;
   for (const size_t turns : std::set<size_t>{1, row}) {
-    std::vector<std::string> texts;
+    std::vector<const Message*> those;
     std::vector<Part> shown;
     for (size_t i = n + 1 - turns; i <= n; ++i) {
-      for (const Part& part : messages[i].parts) {
-        const auto* text = std::get_if<std::string>(&part);
-        text ? texts.push_back(*text) : shown.push_back(part);
+      those.push_back(&messages[i]);
+      for (Part& part : shown_in(messages[i])) shown.push_back(std::move(part));
+    }
+    for (const char* between : {"\n", ""}) {
+      if (std::optional<std::string> text = joined_texts(those, between)) {
+        found.push_back({user_turn(shown, std::move(*text)), turns});
       }
     }
-    if (texts.size() < 2) continue;
-    for (const char* between : {"\n", ""}) {
-      std::string text = texts.front();
-      for (size_t i = 1; i < texts.size(); ++i) text += between + texts[i];
-      found.push_back({{"user", shown}, turns});
-      found.back().turn.parts.emplace_back(std::move(text));
+  }
+  return found;
+}
+
+/// All that the user says as one text, as in `as_one`, and in plain letters, if turn `n` is the user's last and answers
+/// stand between the turns.
+inline std::vector<Message> all_words(const std::vector<Message>& messages, size_t n) {
+  std::vector<const Message*> asked;
+  for (const Message& message : messages) {
+    if (message.role == "user") asked.push_back(&message);
+  }
+  const bool is_last = !asked.empty() && asked.back() == &messages[n];
+  if (!is_last || asked.size() == static_cast<size_t>(asked.back() - asked.front()) + 1) return {};
+  std::vector<Message> found;
+  for (const char* between : {"\n", ""}) {
+    if (std::optional<std::string> text = joined_texts(asked, between)) {
+      found.push_back(Message::user(std::move(*text)));
     }
+  }
+  for (size_t i = 0, plain = found.size(); i < plain; ++i) {
+    if (std::optional<Message> letters = in_plain_letters(found[i])) found.push_back(std::move(*letters));
   }
   return found;
 }
@@ -149,30 +204,46 @@ inline std::vector<Message> without_pixels(const std::vector<Message>& messages)
   return same;
 }
 
-/// Hands the other readings of turn `n` to `read` until it returns false; last, if wanted, texts and turns as one, and
-/// pieces. `plain`: `in_plain_letters` of judged turns.
+/// Hands the other readings of turn `n` to `read` until it returns false; last, if wanted, several texts, turns or
+/// pictures, and pieces. `plain`: `in_plain_letters` of judged turns.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
   const Message& turn = messages[n];
-  const auto behind_others = [&](const Message& last, size_t turns = 1) {
+  std::vector<size_t> begins = {0};  // of a turn's pictures
+  std::vector<Part> shown;
+  for (size_t i = 0; i <= n; ++i) {
+    for (Part& part : shown_in(messages[i])) shown.push_back(std::move(part));
+    begins.push_back(shown.size());
+  }
+  const auto by_itself = [&](const Message& last, size_t turns = 1, bool piece = false) {
+    return Reading{{last}, {begins[n + 1 - turns], shown.size()}, true, true, piece};
+  };
+  const auto in_place = [&](const Message& last, size_t turns = 1, bool piece = false) {
     const size_t before = n + 1 - turns;
     std::vector<Message> all(messages.begin(), messages.begin() + static_cast<std::ptrdiff_t>(before));
     for (size_t i = 0; i < before; ++i) {
       if (plain[i]) all[i].parts = plain[i]->parts;
     }
     all.push_back({"user", last.parts});
-    return all;
+    return Reading{std::move(all), {0, shown.size()}, true, true, piece};
   };
   const auto end = plain.begin() + static_cast<std::ptrdiff_t>(n) + 1;
   const bool obfuscated = std::any_of(plain.begin(), end, [](const auto& letters) { return letters.has_value(); });
-  if (n > 0 && turn.role == "user") read(Reading{{turn}});  // what stands first is read alike where it stands
-  if (plain[n]) read(Reading{{*plain[n]}, false, true});
-  if (n > 0 && obfuscated && !read(Reading{behind_others(plain[n] ? *plain[n] : turn), true, true})) return;
+  if (n > 0 && turn.role == "user") {  // what stands first is read alike where it stands
+    Reading alone = by_itself(turn);
+    alone.if_safe = alone.stops = false;
+    read(alone);
+  }
+  if (plain[n]) {
+    Reading letters = by_itself(*plain[n]);
+    letters.if_safe = false;
+    read(letters);
+  }
+  if (n > 0 && obfuscated && !read(in_place(plain[n] ? *plain[n] : turn))) return;
   if (!pieces) return;
   const auto both = [&](const Message& last, size_t turns, bool piece) {
-    return read(Reading{{last}, true, true, piece, turns}) &&
-           (turns > n || read(Reading{behind_others(last, turns), true, true, piece, turns}));
+    return read(by_itself(last, turns, piece)) && (turns > n || read(in_place(last, turns, piece)));
   };
   std::vector<Whole> wholes = as_one(messages, n);
   for (size_t i = 0, joined = wholes.size(); i < joined; ++i) {
@@ -190,6 +261,74 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       if (!both(piece.turn, whole.turns, piece.is_part)) return;
     }
   }
+  for (const Message& one : all_words(messages, n)) {
+    if (!read(Reading{{one}, {}, true, true, true})) return;
+    for (const Piece& piece : cut(one)) {
+      if (!read(Reading{{piece.turn}, {}, true, true, true})) return;
+    }
+  }
+  if (turn.role != "user" || shown.size() < 2) return;
+  for (const Message* words : {&turn, plain[n] ? &*plain[n] : nullptr}) {
+    const std::string text = words ? text_of(*words) : "";
+    for (size_t i = 0; i < shown.size() && !text.empty(); ++i) {
+      if (!read(Reading{{user_turn({shown[i]}, text)}, {i, i + 1}, true, true, true})) return;
+    }
+  }
+}
+
+/// Hands the readings of `text`, an answer to a dialogue, to `read` until it returns false. A `steered` one stands in
+/// place of the last turn's words.
+template <class Read>
+void for_each_reading_of_answer(const std::vector<Message>& messages, const std::string& text, bool steered,
+                                const Read& read) {
+  std::vector<std::string> said = {text};
+  if (std::string plain = deobfuscated(text); plain != text) said.push_back(std::move(plain));
+  const size_t wholes = said.size();
+  std::set<std::string> complete(said.begin(), said.end()), known = complete;
+  for (size_t i = 0; i < wholes; ++i) {
+    complete.insert(in_single_blanks(said[i]));
+    for (std::string& piece : pieces(said[i])) {
+      if (known.insert(piece).second) said.push_back(std::move(piece));
+    }
+  }
+  std::vector<std::vector<Message>> contexts = {messages, messages};
+  bool obfuscated = false;
+  size_t shown = 0;
+  for (Message& message : contexts[1]) {
+    shown += shown_in(message).size();
+    if (std::optional<Message> letters = in_plain_letters(message)) {
+      message.parts = std::move(letters->parts);
+      obfuscated = true;
+    }
+  }
+  if (!obfuscated) contexts.pop_back();
+  for (const std::string& one : said) {
+    const bool piece = complete.count(one) == 0;
+    if (!read(Reading{{Message::user(one)}, {}, false, false, piece})) return;
+    for (std::vector<Message> turns : contexts) {
+      steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
+      if (!read(Reading{std::move(turns), {0, shown}, false, false, piece})) return;
+    }
+  }
+}
+
+/// What a prompt shows, by picture and video. `record`: of a request whose prompt is encoded.
+inline std::vector<std::vector<Seen>> by_picture(const Record& record) {
+  std::vector<std::vector<Seen>> found;
+  for (const auto* seen : {&record.earlier.back(), &record.seen.back()}) {
+    for (const Seen& one : *seen) {
+      if (one.row == 0) found.emplace_back();
+      found.back().push_back(one);
+    }
+  }
+  return found;
+}
+
+/// The pictures of numbers `which`.
+inline std::vector<Seen> only(const std::vector<std::vector<Seen>>& pictures, const Span& which) {
+  std::vector<Seen> seen;
+  for (size_t i = which.first; i < which.second; ++i) seen.insert(seen.end(), pictures[i].begin(), pictures[i].end());
+  return seen;
 }
 
 /// What a reading's messages say and show: two with the same key have the same score. `seen`: its pictures and videos
@@ -246,23 +385,19 @@ class Judge {
       bool stops = policy.checks_steering() && !std::all_of(record.scores.begin(), before_the_last, [&](double p) {
         return is_safe(p, policy.threshold);
       });
+      const std::vector<std::vector<Seen>> pictures = by_picture(record);
       size_t at = 0;
       Conversation by_itself, in_place;
       for (size_t n = 0; n < messages.size(); ++n) {
         if (!is_judged(messages, n)) continue;
-        double& score = record.scores.at(at);
-        const size_t here = at++;
+        double& score = record.scores.at(at++);
         for_each_reading(messages, plain, n, policy.pieces, [&](const Reading& reading) {
           if (reading.if_safe && !is_safe(score, policy.threshold)) return false;
-          const bool alone = reading.messages.size() == 1;
-          std::vector<Seen> seen = alone ? std::vector<Seen>() : record.earlier.at(here);
-          for (size_t i = alone ? here + 1 - reading.turns : here; i <= here; ++i) {
-            seen.insert(seen.end(), record.seen.at(i).begin(), record.seen.at(i).end());
-          }
+          const std::vector<Seen> seen = only(pictures, reading.pictures);
           ReadingKey key = reading_key(reading.messages, seen);
           std::optional<double> p = find(known, key);
           if (!p && conversation) p = find(conversation->read, key);
-          if (!p) p = this->read(reading.messages, seen, policy, alone ? by_itself : in_place);
+          if (!p) p = this->read(reading.messages, seen, policy, reading.alone() ? by_itself : in_place);
           if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
           if (reading.piece) p = weighed(*p);
           score = worse(score, *p);
@@ -279,25 +414,23 @@ class Judge {
     return verdict;
   }
 
-  /// The worst p_unsafe of an answer and its pieces, also in plain letters, each as a user's prompt, until one is
-  /// unsafe; NaN if one cannot be read.
-  double answer(const std::string& text, const GatePolicy& policy) const {
-    const std::string plain = deobfuscated(text);
-    std::vector<std::string> readings = {text};
-    if (plain != text) readings.push_back(plain);
-    const size_t wholes = readings.size();
-    std::set<std::string> complete(readings.begin(), readings.end());
-    for (size_t i = 0; i < wholes; ++i) {
-      complete.insert(in_single_blanks(readings[i]));
-      for (std::string& piece : pieces(readings[i])) readings.push_back(std::move(piece));
-    }
+  /// The worst p_unsafe of `text`, an answer to the prompt that is noted in `record` with its verdict, until a reading
+  /// is unsafe; NaN if one cannot be read.
+  double answer(const std::string& text, const Record& record, const GatePolicy& policy) const {
+    const std::vector<std::vector<Seen>> pictures = by_picture(record);
+    const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
-    Conversation scratch;
-    for (const std::string& said : readings) {
-      const double p = read({Message::user(said)}, {}, policy, scratch);
-      p_unsafe = worse(p_unsafe, complete.count(said) ? p : weighed(p));
-      if (!is_safe(p_unsafe, policy.threshold)) break;
-    }
+    Conversation by_itself, in_place;
+    const std::vector<Message> messages = without_pixels(record.messages);
+    for_each_reading_of_answer(messages, text, steered, [&](const Reading& reading) {
+      Conversation& scratch = reading.alone() ? by_itself : in_place;
+      double p = this->read(reading.messages, only(pictures, reading.pictures), policy, scratch);
+      if (reading.piece) p = weighed(p);
+      const bool shows = reading.pictures.first < reading.pictures.second;
+      if (!reading.alone() && !shows) p = weighed(p);  // what is said about no picture says most of it by itself
+      p_unsafe = worse(p_unsafe, p);
+      return is_safe(p_unsafe, policy.threshold);
+    });
     return p_unsafe;
   }
 

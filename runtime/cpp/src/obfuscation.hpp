@@ -186,14 +186,14 @@ inline std::string not_parted(std::string_view text) {
   return signs > 1 ? whole : std::string(text);
 }
 
-/// Five words or more with _ or - between them are parted.
+/// Five words or more with a sign or "%20" between them, and no blank, are parted.
 inline std::string not_joined(std::string_view text) {
   static const std::string word = "(?:[A-Za-z]{2,}[.,]?|[aAiI])";
-  static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:[_-]" + word + "){4,}(?![A-Za-z0-9_-])");
+  static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:(?:%20|[^A-Za-z0-9 \\t-\\r.,])" + word +
+                            "){4,}(?![A-Za-z0-9_-])");
+  static const Regex no_words("[^A-Za-z.,]+");
   return replaced(text, joined, [](std::string_view run) {
-    std::string parted(run);
-    std::replace_if(parted.begin(), parted.end(), [](char c) { return c == '_' || c == '-'; }, ' ');
-    return parted;
+    return replaced(run, no_words, [](std::string_view) { return " "; });
   });
 }
 

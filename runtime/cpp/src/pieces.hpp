@@ -120,8 +120,14 @@ inline std::vector<std::string> windows_of(std::string_view text) {
 /// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_sentences("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+");
-  static const Regex between_clauses(
-      "[,:/|+&\u2013\u2014\u3001\uff0c\uff1a]+|[ \t\n\v\f\r](?i:and|or|then)(?=[ \t\n\v\f\r])");
+  static const std::string space = "[ \t\n\v\f\r]", not_space = "[^ \t\n\v\f\r]";
+  static const std::string signs = ",:/|+&()\\[\\]{}<>#=~*^@\\\\`\"\u2013\u2014\u3001\uff0c\uff1a\u00b7\u2022";
+  static const std::string symbols = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff";  // arrows, ticks, emoji
+  static const std::string conjunctions =
+      "and|or|then|but|also|too|plus|as well as|before|after|while|once|if|when|so|because";
+  static const Regex between_clauses(  // also a dash between blanks, and what counts: "1)"
+      "[" + signs + symbols + "]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
+      space + "(?i:" + conjunctions + ")(?=" + space + ")");
   std::vector<std::string> found;
   std::set<std::string> known;
   const auto add = [&](std::string piece) {

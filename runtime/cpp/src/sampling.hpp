@@ -15,6 +15,8 @@
 namespace autosteer {
 
 constexpr double kMaxPenalty = 2.0, kMaxBias = 100.0;  // OpenAI's
+/// Beyond these the demo says, with some seeds, what it never says.
+constexpr double kOwnTemperature = 1.0, kLeastOwnRepetition = 1.0, kMostOwnRepetition = 1.1;
 
 /// Sampling options for one answer. The default is greedy, so the same prompt gives the same answer.
 struct SamplingConfig {
@@ -55,8 +57,14 @@ struct SamplingConfig {
     need(std::find(stop.begin(), stop.end(), "") == stop.end(), "stop", "texts that are not empty");
   }
 
-  /// Whether it may leave out every token that a refusal begins with.
+  /// Whether it may leave out every token that a refusal begins with. Such an answer is not steered.
   bool restricts() const { return !logit_bias.empty(); }
+
+  /// Whether it may make the model say what the model by itself hardly ever says (held_back.hpp).
+  bool answer_is_judged() const {
+    return restricts() || temperature > kOwnTemperature || repetition_penalty < kLeastOwnRepetition ||
+           repetition_penalty > kMostOwnRepetition;
+  }
 
   /// The same, but with the likeliest token each time. A steered answer is sampled so: by a temperature or a penalty,
   /// whoever writes the prompt could choose its way around the refusal.
