@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.manifest import LARGEST_WINDOW
@@ -151,8 +151,8 @@ class SafetyArtifact:
         tensors |= {f"monitor.{name}": t.float().contiguous() for name, t in (self.monitor or {}).items()}
         tensors["steer_matrix"] = self.steer_matrix.float().contiguous()
         try:
-            save_file(tensors, folder / TENSOR_FILE)
-        except SafetensorError as err:  # a full disk, among others
+            (folder / TENSOR_FILE).write_bytes(save(tensors))  # save_file makes a file for its owner alone
+        except OSError as err:  # a full disk, among others
             raise InputError(f"{folder / TENSOR_FILE}: cannot be written ({err})") from err
         (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
 

@@ -29,12 +29,14 @@ REFUSAL = "I'm sorry, but I can't assist with that."
 @click.option("--shape", type=click.Choice(sorted(SHAPES)), required=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder to write.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--force", is_flag=True, help="Replace the output folder.")
+@click.option("--force", is_flag=True, help="Replace the output folder, if it holds a checkpoint.")
 def main(shape: str, output: Path, seed: int, force: bool) -> None:
     """Write a random checkpoint of a real shape."""
     if output.exists():
         if not force:
             raise click.ClickException(f"{output}: exists; give --force to replace it")
+        if not (output / "config.json").is_file() or not [*output.glob("*.safetensors")]:
+            raise click.ClickException(f"{output}: holds no checkpoint, so --force deletes nothing")
         shutil.rmtree(output)
     facts = SHAPES[shape]
     free = shutil.disk_usage(output.resolve().parent if output.resolve().parent.exists() else ".").free

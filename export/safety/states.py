@@ -40,7 +40,8 @@ Compute = Callable[[Batch, Callable[[], None]], torch.Tensor]  # a batch -> its 
 
 def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that hidden states depend on."""
-    return sorted(f for f in checkpoint.folder.iterdir() if f.suffix in {".safetensors", ".json", ".jinja"})
+    kinds = {".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"}
+    return sorted(f for f in checkpoint.folder.iterdir() if f.suffix in kinds)
 
 
 def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> list[bytes]:

@@ -57,7 +57,13 @@ from .options import (
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @pieces_option
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="0 is greedy; above 1 the answer is judged before it is shown.",
+)
 @click.option("--top-k", type=int, default=0, help="Sample from the k most likely tokens.  [0: all]")
 @click.option(
     "--top-p",

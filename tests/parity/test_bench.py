@@ -203,6 +203,41 @@ def test_ratios_are_taken_within_rounds_and_the_first_round_is_not_among_them(mo
     assert (found["decode"], found["decode_worst"], found["prefill"]) == pytest.approx((2, 2, 2))
 
 
+def test_one_that_dies_in_the_middle_costs_nobody_elses_rounds(monkeypatch):
+    """All that had been measured was lost."""
+
+    class Fake:
+        def __init__(self, configuration, threads, max_tokens):
+            self.name, self.facts, self.asked = configuration.name, {}, 0
+
+        def ask(self, *, do, **job):
+            self.asked += 1
+            if self.name == "mortal" and self.asked == 2:
+                raise session.WorkerError("mortal: exit code -9")
+            return {} if do == "memory" else {"decode_ms": 1.0}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(session, "Worker", Fake)
+    rows = [Configuration(name, "torch", Path(), "", None) for name in ("one", "mortal", "other")]
+    found, failed = session.measure(rows, [{}] * 3, threads=1, max_tokens=1, cold_starts=0, report=lambda step: None)
+    assert [(row.configuration.name, len(row.rounds)) for row in found] == [("one", 2), ("other", 2)]
+    assert failed == ["mortal: exit code -9"]
+
+
+def test_what_was_left_half_made_for_a_peer_is_made_again(tmp_path):
+    def half(to: Path) -> None:
+        to.write_text("half")
+        raise peers.PeerError("killed")
+
+    with pytest.raises(peers.PeerError):
+        peers._once(tmp_path / "work" / "q8.gguf", half)
+    made = peers._once(tmp_path / "work" / "q8.gguf", lambda to: to.write_text("whole"))
+    assert made.read_text() == "whole" and [*made.parent.iterdir()] == [made]
+    peers._once(made, half)  # it is there
+
+
 def test_a_configuration_that_dies_is_reported_with_its_last_words(monkeypatch):
     """Here a worker whose package is not there; the others are still measured."""
     good = Configuration("good", "autosteer", demo_package("int4"), sys.executable, None, {"speculate": False})

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,20 +101,12 @@ def _genai(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
     if body.block_size:
         options += [f"block_size={body.block_size}", "accuracy_level=4"]
     folder = work / "-".join(["genai", checkpoint.name, precision, *(option.replace("=", "_") for option in options)])
-    if not (folder / "genai_config.json").exists():
-        arguments: list[str | Path] = [
-            "-i",
-            checkpoint,
-            "-o",
-            folder,
-            "-p",
-            precision,
-            "-e",
-            "cpu",
-            "-c",
-            work / "cache",
-        ]
+
+    def build(to: Path) -> None:
+        arguments: list[str | Path] = ["-i", checkpoint, "-o", to, "-p", precision, "-e", "cpu", "-c", work / "cache"]
         _make("genai", python, "-m", "onnxruntime_genai.models.builder", *arguments, "--extra_options", *options)
+
+    _once(folder, build)
     rows = []
     for spinning in (False, True):
         variant = folder.with_name(f"{folder.name}-t{threads}-spin{int(spinning)}")
@@ -143,9 +137,10 @@ def _llama_cpp(checkpoint: Path, body: Matrix, python: str, threads: int, work: 
 def _mtmd(checkpoint: Path, body: Matrix, python: str, work: Path) -> list[Configuration]:
     """The same with its tower, at 8 bits as ours, by libmtmd."""
     text = gguf(_gguf_file(checkpoint, body, python, work, tuple(towers.FAMILIES)), python)[0]
-    tower = work / checkpoint.name / f"mmproj-{TOWER_TYPE}.gguf"
-    if not tower.exists():
-        _make("llama.cpp", python, "-m", "benchmark.mmproj_file", checkpoint, tower, TOWER_TYPE)
+    tower = _once(
+        work / checkpoint.name / f"mmproj-{TOWER_TYPE}.gguf",
+        lambda to: _make("llama.cpp", python, "-m", "benchmark.mmproj_file", checkpoint, to, TOWER_TYPE),
+    )
     return [replace(text, kind="llama.cpp mtmd", options={"mmproj": str(tower), "turn": towers.of(checkpoint).turn})]
 
 
@@ -154,11 +149,10 @@ def _gguf_file(checkpoint: Path, body: Matrix, python: str, work: Path, known: t
     model_type = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model_type"]
     if kind is None or model_type not in known:
         raise PeerError(f"llama.cpp: no GGUF for {model_type} at {body.bits} bits")
-    path = work / checkpoint.name / f"{kind}.gguf"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, path, kind)
-    return path
+    return _once(
+        work / checkpoint.name / f"{kind}.gguf",
+        lambda to: _make("llama.cpp", python, "-m", "benchmark.gguf_file", "write", checkpoint, to, kind),
+    )
 
 
 def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path) -> list[Configuration]:
@@ -166,6 +160,17 @@ def _torch(checkpoint: Path, body: Matrix, python: str, threads: int, work: Path
         Configuration(f"torch {dtype}", "torch", checkpoint, python, None, {"dtype": dtype})
         for dtype in ("bfloat16", "float32")
     ]
+
+
+def _once(path: Path, make: Callable[[Path], object]) -> Path:
+    """`path`, made if it is not there; under another name first, so that nothing half-made is taken for it."""
+    if not path.exists():
+        part = path.with_name(f"part-{path.name}")
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        make(part)
+        part.rename(path)
+    return path
 
 
 def _make(peer: str, python: str, *arguments: str | Path) -> str:

@@ -86,7 +86,8 @@ def measure(
     cold_starts: int,
     report: Callable[[str], None],
 ) -> tuple[list[Measured], list[str]]:
-    """Every job on every configuration, the first job thrown away; and why a configuration is missing, if one is.
+    """Every job on every configuration, the first job thrown away; and why a configuration is missing, if one is: one
+    that dies is left out, and the others go on.
 
     Each job is one round's prompt (see worker.py). `cold_starts` fresh processes each say one token of the last job.
     """
@@ -95,6 +96,15 @@ def measure(
     rounds: dict[str, list[dict[str, Any]]] = {c.name: [] for c in configurations}
     memory: dict[str, dict[str, float]] = {}
     cold: dict[str, list[float]] = {c.name: [] for c in configurations}
+
+    def asked(name: str, **command: Any) -> dict[str, Any] | None:
+        try:
+            return workers[name].ask(**command)
+        except WorkerError as err:
+            failed.append(str(err))
+            workers.pop(name).close()
+            return None
+
     try:
         for configuration in configurations:
             report(f"loading {configuration.name}")
@@ -102,19 +112,23 @@ def measure(
                 workers[configuration.name] = Worker(configuration, threads, max_tokens)
             except WorkerError as err:
                 failed.append(str(err))
-        names = list(workers)
         for number, job in enumerate(jobs):
-            for name in _turned(names, number):
+            for name in _turned(list(workers), number):
                 report(f"round {number + 1} of {len(jobs)}: {name}")
-                rounds[name].append(workers[name].ask(do="round", **job))
-        for name, worker in workers.items():
-            memory[name] = worker.ask(do="memory")
-            worker.close()
+                if (found := asked(name, do="round", **job)) is not None:
+                    rounds[name].append(found)
+        for name in list(workers):
+            if (found := asked(name, do="memory")) is not None:
+                memory[name] = found
+                workers[name].close()
         alive = [c for c in configurations if c.name in workers]
         for number in range(cold_starts):
             for configuration in _turned(alive, number):
                 report(f"cold start {number + 1} of {cold_starts}: {configuration.name}")
-                cold[configuration.name].append(_cold_start(configuration, jobs[-1], threads, max_tokens))
+                try:
+                    cold[configuration.name].append(_cold_start(configuration, jobs[-1], threads, max_tokens))
+                except WorkerError as err:
+                    failed.append(f"a cold start of {err}")
     finally:
         for worker in workers.values():
             worker.close()

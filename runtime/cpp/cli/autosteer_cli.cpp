@@ -49,7 +49,7 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
                                steered answers before they are shown. --no-pieces: prompts of several sentences start
                                two to three times as fast.  [on]
   --max-tokens INTEGER         Longest answer.  [default: 256]
-  --temperature FLOAT          0 is greedy.  [default: 0]
+  --temperature FLOAT          0 is greedy; above 1 the answer is judged before it is shown.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
   --top-p FLOAT                Sample from the most likely tokens with this total probability.  [default: 1]
   --min-p FLOAT                Sample from tokens with this share of the likeliest one's probability.  [default: 0]
