@@ -149,6 +149,7 @@ class Engine:
         threshold: float | None = None,
         strength: float | None = None,
         pieces: bool = True,
+        judge_answers: bool = False,
     ) -> GatePolicy:
         """The package's policy with your overrides.
 
@@ -169,6 +170,7 @@ class Engine:
             refusal_text=refusal.text,
             answer_threshold=self.manifest.monitor.threshold if self.manifest.monitor else None,
             pieces=pieces,
+            judge_answers=judge_answers,
         )
 
     def generate(
@@ -283,7 +285,7 @@ class Engine:
         chunks = self._answer(request, tokens, sampling, constraint, record, conversation, batch, monitor)
         if monitor:
             chunks = until_watched(chunks, monitor, record)
-        steered_alone = not sampling.answer_is_judged
+        steered_alone = not (record.policy.judge_answers or sampling.answer_is_judged)
         if record.policy.mode is not Mode.OFF:
 
             def said() -> str:

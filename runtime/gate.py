@@ -53,6 +53,7 @@ class GatePolicy:
     refusal_text: str
     answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
     pieces: bool = True  # whether the pieces of a turn are read, too (pieces.py)
+    judge_answers: bool = False  # whether every answer is judged before any of it is shown (held_back.py)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", Mode(self.mode))  # "stop" is Mode.STOP

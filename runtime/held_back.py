@@ -1,8 +1,9 @@
 """What of an answer is held back, until it is known that it may be shown. None in a stream is a pause (engine.py).
 
     until_watched   the package has a monitor: each chunk waits for the windows that it is in (monitor.py)
-    until_judged    the request may make the model say anything (SamplingConfig.answer_is_judged), or the answer is
-                    steered: all wait for the gate's verdict on the whole
+    until_judged    the request may make the model say anything (SamplingConfig.answer_is_judged), the answer is
+                    steered, or the policy says so (GatePolicy.judge_answers): all wait for the gate's verdict on
+                    the whole
 
 A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
 model say a request that the gate has never seen, and go on from there. A temperature of 2 draws it, with some seed. So

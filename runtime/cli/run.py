@@ -18,6 +18,7 @@ from .options import (
     audit_option,
     audit_texts_option,
     device_option,
+    judge_answers_option,
     load,
     package_argument,
     pieces_option,
@@ -56,6 +57,7 @@ from .options import (
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @pieces_option
+@judge_answers_option
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option(
     "--temperature",
@@ -131,6 +133,7 @@ def run(
     threshold: float | None,
     strength: float | None,
     pieces: bool,
+    judge_answers: bool,
     score_only: bool,
     max_tiles: int | None,
     low_memory: bool,
@@ -163,7 +166,7 @@ def run(
     shown = [open_video(video, frames) for video in videos]
     one_text = prompt is not None and not images and not videos  # no picture will need the image graph
     engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)
-    gate = engine.policy(policy, threshold=threshold, strength=strength, pieces=pieces)
+    gate = engine.policy(policy, threshold=threshold, strength=strength, pieces=pieces, judge_answers=judge_answers)
     if prompt is None:
         engine.grammars.start(config)  # a wrong one would fail at every turn
         chat(engine, gate, config, [open_image(image) for image in images], shown, frames)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autosteer.runtime.cli.options import device_option, load, package_argument, pieces_option, threads_option
+from autosteer.runtime.cli.options import (
+    device_option,
+    judge_answers_option,
+    load,
+    package_argument,
+    pieces_option,
+    threads_option,
+)
 from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table, version_option
 from autosteer.runtime.errors import InputError
 
@@ -58,6 +65,7 @@ file_option: Any = click.Path(path_type=Path)
 @click.option("--limit", type=click.IntRange(min=1), help="Use only the first rows of each group.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Longest answer.")
 @pieces_option
+@judge_answers_option
 @click.option("--max-tiles", type=click.IntRange(min=1), help="Cut a picture into at most this many tiles.  [no limit]")
 @click.option(
     "--judge-command",
@@ -108,6 +116,7 @@ def evaluate(
     limit: int | None,
     max_tokens: int,
     pieces: bool,
+    judge_answers: bool,
     max_tiles: int | None,
     judge_command: str | None,
     judge_timeout: float,
@@ -137,8 +146,8 @@ def evaluate(
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
-    if variants and (output or judge_command):
-        raise click.UsageError("--variants asks for verdicts alone: it takes no --output and no --judge-command")
+    if variants and (output or judge_command or judge_answers):
+        raise click.UsageError("--variants asks for verdicts on prompts: no --output, --judge-command, --judge-answers")
     if engines and not address:
         raise click.UsageError("--engines needs --ray")
     if address and device == "cuda":
@@ -155,7 +164,9 @@ def evaluate(
         return
     judge: Judge = CommandJudge(judge_command, timeout_s=judge_timeout) if judge_command else RuleJudge()
     with contextlib.closing(judge):
-        facts = RunFacts.of(package, rows, judge, max_tokens=max_tokens, max_tiles=max_tiles, pieces=pieces)
+        facts = RunFacts.of(
+            package, rows, judge, max_tokens=max_tokens, max_tiles=max_tiles, pieces=pieces, judge_answers=judge_answers
+        )
         if rejudge and output and output.exists():
             rejudge_file(output, facts, judge)
         results = answer(rows, judge, facts, output, force, asking)
@@ -256,7 +267,8 @@ def answer(
             click.echo(f"{output}: has {len(results)} of {len(rows)} rows; {len(left)} to go", err=True)
         if not left:
             return results
-        asked = stack.enter_context(asking(partial(ask, max_tokens=facts.max_tokens, pieces=facts.pieces), left))
+        how = partial(ask, max_tokens=facts.max_tokens, pieces=facts.pieces, judge_answers=facts.judge_answers)
+        asked = stack.enter_context(asking(how, left))
         try:
             with progress("evaluating", len(left)) as advance:
                 for result in run_rows(asked, left, judge):
@@ -280,7 +292,7 @@ def print_tables(groups: Sequence[Group]) -> None:
 
     unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
     graded = [g for g in groups if g.graded]
-    seen = ("flagged", *(["stopped"] if groups[0].stopped else []))  # by the prober; by the monitor
+    seen = ("flagged", *(["stopped"] if groups[0].stopped else []))  # the prompt; the answer
 
     def caught(g: Group) -> list[str]:
         return [percent(g.flagged), *([percent(g.stopped)] if groups[0].stopped else [])]

@@ -60,7 +60,7 @@ class Result:
     answers: dict[str, str]
     refused: dict[str, bool]
     correct: dict[str, bool] | None
-    stopped: bool | None = None  # by the monitor, where the prober had not flagged the prompt; None: it has none
+    stopped: bool | None = None  # by the monitor or the judge of answers, where the prompt is safe; None: there is none
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,15 @@ class Asked:
     stopped: bool | None = None  # whether a monitor stopped what the prober had not flagged; None: there is none
 
 
-def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True) -> Asked:
-    """Answer a row two or three times, greedily. `pieces`: GatePolicy.pieces.
+def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True, judge_answers: bool = False) -> Asked:
+    """Answer a row two or three times, greedily. `pieces`, `judge_answers`: GatePolicy's.
 
     Raises InputError for one that cannot be asked.
     """
     sampling = SamplingConfig(max_tokens=max_tokens)
-    report, gate = engine.policy(Mode.REPORT, pieces=pieces), engine.policy(pieces=pieces)
+    report, gate = (
+        engine.policy(mode, pieces=pieces, judge_answers=judge_answers) for mode in (Mode.REPORT, Mode.STEER)
+    )
     always = engine.policy(threshold=-1.0)
     try:
         off = engine.generate(row.messages, policy=report, sampling=sampling)
@@ -105,7 +107,7 @@ def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True) -> As
         raise cannot_be_asked(row, err) from err
     steered = engine.generate(row.messages, policy=always, sampling=sampling).text
     verdict, seen = off.verdict, off.verdict.monitor
-    stopped = bool(seen and seen.unsafe and not verdict.unsafe) if engine.manifest.monitor else None
+    stopped = bool(seen and seen.unsafe and not verdict.unsafe) if engine.manifest.monitor or judge_answers else None
     steer = stop = engine.generate(row.messages, policy=gate, sampling=sampling).text if stopped else off.text
     if verdict.unsafe:
         stop = report.refusal_text
@@ -170,7 +172,8 @@ def _group(name: str, unsafe: bool, members: Sequence[Result]) -> Group:
 # --- the output file -------------------------------------------------------------------------------------------------
 
 
-SAME_ANSWERS = ("package", "max_tokens", "max_tiles", "pieces")  # facts of a run; its rows are compared one by one
+# Facts of a run; its rows are compared one by one.
+SAME_ANSWERS = ("package", "max_tokens", "max_tiles", "pieces", "judge_answers")
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class RunFacts:
     judge: str
     max_tiles: int | None = None  # of a picture
     pieces: bool = True
+    judge_answers: bool = False
 
     @staticmethod
     def of(
@@ -193,10 +197,11 @@ class RunFacts:
         max_tokens: int,
         max_tiles: int | None = None,
         pieces: bool = True,
+        judge_answers: bool = False,
     ) -> RunFacts:
         """The facts of a run that is about to start."""
         data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
-        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles, pieces)
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles, pieces, judge_answers)
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:

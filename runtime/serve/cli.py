@@ -12,6 +12,7 @@ from ..cli.options import (
     audit_option,
     audit_texts_option,
     device_option,
+    judge_answers_option,
     load,
     package_argument,
     pieces_option,
@@ -56,6 +57,7 @@ ALONE = {  # by device: why requests take turns
 @click.option("--threshold", type=float, help="Unsafe above this p_unsafe. Default: the package's.")
 @click.option("--strength", type=float, help="Strength of steering. Default: the package's.")
 @pieces_option
+@judge_answers_option
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=DEFAULTS.max_tokens, show_default=True, help="Longest answer."
 )
@@ -135,6 +137,7 @@ def serve(
     threshold: float | None,
     strength: float | None,
     pieces: bool,
+    judge_answers: bool,
     max_tiles: int | None,
     low_memory: bool,
     access_log: bool,
@@ -170,7 +173,9 @@ def serve(
             limits["parallel"] = 1
         settings = Settings(
             model=name or engine.manifest.source.repo,
-            policy=engine.policy(policy, threshold=threshold, strength=strength, pieces=pieces),
+            policy=engine.policy(
+                policy, threshold=threshold, strength=strength, pieces=pieces, judge_answers=judge_answers
+            ),
             weakest=weakest,
             limits=Limits(**limits),
             key=key,

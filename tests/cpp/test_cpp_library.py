@@ -334,13 +334,24 @@ def test_an_engine_with_a_policy_takes_requests_that_change_nothing_of_the_gate(
     plain = {"messages": [turn("bad")]}
     trusted = {"messages": [{"role": "system", "parts": ["bad"], "trusted": True}, turn("hello")]}
     changes = [{"policy": "off"}, {"policy": "stop"}, {"threshold": 0.9}, {"threshold": None}, {"strength": 0}]
-    theirs = [*(plain | change for change in (*changes, {"pieces": False})), trusted]
+    changes += [{"pieces": False}, {"judge_answers": True}]
+    theirs = [*(plain | change for change in changes), trusted]
     *refused, fine = through_c(built, cpp_package, [*theirs, plain], policy="stop")
     assert [answer["code"] for answer in refused] == [5] * len(theirs)
     assert all("a policy for all requests" in answer["error"] for answer in refused)
     verdict = joined(fine["chunks"])["verdict"]
     assert verdict["policy"] == "stop" and verdict["action"] == "stop"
     assert [answer["code"] for answer in through_c(built, cpp_package, theirs)] == [0] * len(theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "steer"}])
+def test_an_engine_may_judge_the_answers_of_all_requests(built, cpp_package, options):
+    """Without a policy of its own it is the default of requests."""
+    hello = {"messages": [turn("hello")]}
+    theirs = [hello] if options else [hello, hello | {"judge_answers": False}]
+    answers = through_c(built, cpp_package, theirs, judge_answers=True, **options)
+    judged = [joined(answer["chunks"])["verdict"]["monitor"] is not None for answer in answers]
+    assert judged == [True, False][: len(theirs)]
 
 
 def test_an_answer_is_cancelled_while_it_reads_its_prompt(embedding):

@@ -48,6 +48,8 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --pieces / --no-pieces       Also read the pieces of a turn, in which harmless words cannot hide a request, and judge
                                steered answers before they are shown. --no-pieces: prompts of several sentences start
                                two to three times as fast.  [on]
+  --judge-answers              Judge every answer as the dialogue's next turn before any of it is shown. Catches some
+                               of what the prompt's gate misses; nothing streams.
   --max-tokens INTEGER         Longest answer.  [default: 256]
   --temperature FLOAT          0 is greedy; above 1 the answer is judged before it is shown.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
@@ -86,7 +88,7 @@ struct Arguments {
   int64_t frames = autosteer::kFrames;
   std::string policy = "steer";
   std::optional<double> threshold, strength;
-  bool pieces = true;
+  bool pieces = true, judge_answers = false;
   autosteer::SamplingConfig sampling;
   autosteer::EngineOptions engine;
   bool json = false, check = false, version = false, help = false;
@@ -196,6 +198,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.engine.low_memory = true;
     } else if (word == "--pieces" || word == "--no-pieces") {
       arguments.pieces = word == "--pieces";
+    } else if (word == "--judge-answers") {
+      arguments.judge_answers = true;
     } else if (word == "--speculation" || word == "--no-speculation") {
       sampling.speculate = word == "--speculation";
     } else if (word == "--version") {
@@ -456,7 +460,7 @@ void run(const Arguments& arguments) {
   options.low_memory = options.low_memory || (!is_chat && arguments.images.empty() && videos.empty());
   const autosteer::Engine engine(*arguments.package, options);
   const auto policy = engine.policy(autosteer::mode_from(arguments.policy), arguments.threshold,
-                                    arguments.strength, arguments.pieces);
+                                    arguments.strength, arguments.pieces, arguments.judge_answers);
   if (is_chat) {
     return chat(engine, arguments, policy, std::move(videos));
   }

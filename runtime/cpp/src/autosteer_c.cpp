@@ -116,10 +116,14 @@ autosteer::Message& latest(autosteer_request* request) {
 
 /// The policy of a request. Throws InputError where the engine has one for all requests, and this one changes it.
 autosteer::GatePolicy policy_of(const autosteer::Engine& engine, const autosteer::RequestJson& asked) {
-  if (!engine.only_policy) return engine.policy(asked.mode, asked.threshold, asked.strength, asked.pieces);
-  if (!asked.changes_gate) return engine.policy(*engine.only_policy);
+  if (!engine.only_policy) {
+    return engine.policy(asked.mode, asked.threshold, asked.strength, asked.pieces,
+                         asked.judge_answers.value_or(engine.judge_answers));
+  }
+  if (!asked.changes_gate) return engine.policy(*engine.only_policy, {}, {}, true, engine.judge_answers);
   throw autosteer::InputError(
-      "this engine has a policy for all requests: leave out policy, threshold, strength, pieces and trusted");
+      "this engine has a policy for all requests: leave out policy, threshold, strength, pieces, judge_answers and "
+      "trusted");
 }
 
 autosteer_stream* run(const std::shared_ptr<const autosteer::Engine>& engine,

@@ -63,6 +63,7 @@ struct EngineOptions {
   bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
   bool files = true;                      ///< whether messages may name files of pictures
   std::optional<Mode> policy = {};        ///< of every request in JSON, which may then say nothing of the gate
+  bool judge_answers = false;             ///< of requests in JSON that do not say it
   bool advise_pages = false;              ///< advise Linux on the process's memory while loading (pages.hpp)
   std::string onnxruntime = {};           ///< path of libonnxruntime.so; "": find_onnxruntime() says where it is
   std::string audit = {};                 ///< file to append a line to for each request; "": none
@@ -86,6 +87,7 @@ class Engine {
         manifest(Manifest::load(folder)),
         log(options.log),
         only_policy(options.policy),
+        judge_answers(options.judge_answers),
         audit_(options.audit.empty() ? nullptr
                                      : std::make_unique<Audit>(options.audit, sha256(folder / kManifestFile),
                                                                options.audit_texts)),
@@ -126,7 +128,7 @@ class Engine {
   /// The package's policy with your overrides. Throws PackageError if `mode` needs a gate and the package has none,
   /// InputError for numbers out of range.
   GatePolicy policy(Mode mode = Mode::steer, std::optional<double> threshold = {},
-                    std::optional<double> strength = {}, bool pieces = true) const {
+                    std::optional<double> strength = {}, bool pieces = true, bool judge_answers = false) const {
     if (!manifest.prober || !manifest.refusal) {
       if (mode != Mode::off) {
         throw PackageError(
@@ -139,6 +141,7 @@ class Engine {
                       strength.value_or(manifest.refusal->strength), manifest.refusal->text};
     if (manifest.monitor) policy.answer_threshold = manifest.monitor->threshold;
     policy.pieces = pieces;
+    policy.judge_answers = judge_answers;
     policy.check();
     return policy;
   }
@@ -220,6 +223,7 @@ class Engine {
   const Manifest manifest;
   const Log log;
   const std::optional<Mode> only_policy;  ///< EngineOptions::policy
+  const bool judge_answers;               ///< EngineOptions::judge_answers
 
   const Graphs& graphs() const { return graphs_; }
 
@@ -287,7 +291,7 @@ class Stream {
       monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
-    const bool steered_alone = !sampling.answer_is_judged();
+    const bool steered_alone = !policy_.judge_answers && !sampling.answer_is_judged();
     if (policy_.mode != Mode::off) {
       const auto said = [this] {
         Detokeniser whole(engine_.tokenizer, {});

@@ -57,6 +57,7 @@ struct GatePolicy {
   std::string refusal_text;
   std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
   bool pieces = true;                           ///< whether the pieces of a turn are read, too (pieces.hpp)
+  bool judge_answers = false;  ///< whether every answer is judged before any of it is shown (held_back.hpp)
 
   /// Throws OptionError for numbers out of range.
   void check() const {

@@ -1,8 +1,9 @@
 // What of an answer is held back, until it is known that it may be shown. The C++ side of runtime/held_back.py.
 //
 //     UntilWatched   the package has a monitor: each chunk waits for the windows that it is in (monitor.hpp)
-//     UntilJudged    the request may make the model say anything (SamplingConfig::answer_is_judged), or the answer is
-//                    steered: all wait for the gate's verdict on the whole
+//     UntilJudged    the request may make the model say anything (SamplingConfig::answer_is_judged), the answer is
+//                    steered, or the policy says so (GatePolicy::judge_answers): all wait for the gate's verdict on the
+//                    whole
 //
 // A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
 // A temperature of 2 draws it, with some seed. So such an answer is judged as if the user had said it (judge.hpp), with

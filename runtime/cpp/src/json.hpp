@@ -97,14 +97,15 @@ inline std::string file_name(const decoding::Node& node) {
 /// Options of the C interface; autosteer.h describes them.
 inline EngineOptions options_from_json(const std::string& text) {
   return from_json(text, "options", [](const decoding::Node& node) {
-    node.object({}, {"threads", "max_tiles", "low_memory", "files", "policy", "advise_pages", "onnxruntime", "audit",
-                     "audit_texts"});
+    node.object({}, {"threads", "max_tiles", "low_memory", "files", "policy", "judge_answers", "advise_pages",
+                     "onnxruntime", "audit", "audit_texts"});
     EngineOptions options;
     if (node.has("threads")) options.threads = node["threads"].as_int();
     if (node.has("max_tiles")) options.max_tiles = node["max_tiles"].optional(decoding::as_int);
     if (node.has("low_memory")) options.low_memory = node["low_memory"].as_bool();
     if (node.has("files")) options.files = node["files"].as_bool();
     if (node.has("policy")) options.policy = mode_from(node["policy"].as_string());
+    if (node.has("judge_answers")) options.judge_answers = node["judge_answers"].as_bool();
     if (node.has("advise_pages")) options.advise_pages = node["advise_pages"].as_bool();
     if (node.has("onnxruntime")) options.onnxruntime = node["onnxruntime"].as_string();
     if (node.has("audit")) options.audit = file_name(node["audit"]);
@@ -120,6 +121,7 @@ struct RequestJson {
   Mode mode = Mode::steer;
   std::optional<double> threshold, strength;
   bool pieces = true;
+  std::optional<bool> judge_answers;
   bool changes_gate = false;  ///< it has a key of the gate, or a trusted message
 
   /// Throws InputError for anything that does not fit, and for unknown keys: a mistyped "policy" must not be ignored.
@@ -128,15 +130,17 @@ struct RequestJson {
  private:
   static RequestJson decode(const decoding::Node& node) {
     using decoding::as_float;
-    node.object({"messages"}, {"policy", "threshold", "strength", "pieces", "sampling"});
+    node.object({"messages"}, {"policy", "threshold", "strength", "pieces", "judge_answers", "sampling"});
     RequestJson request;
     request.messages = node["messages"].list(message);
     if (node.has("policy")) request.mode = mode_from(node["policy"].as_string());
     if (node.has("threshold")) request.threshold = node["threshold"].optional(as_float);
     if (node.has("strength")) request.strength = node["strength"].optional(as_float);
     if (node.has("pieces")) request.pieces = node["pieces"].as_bool();
+    if (node.has("judge_answers")) request.judge_answers = node["judge_answers"].as_bool();
     request.changes_gate =
         node.has("policy") || node.has("threshold") || node.has("strength") || node.has("pieces") ||
+        node.has("judge_answers") ||
         std::any_of(request.messages.begin(), request.messages.end(), [](const Message& m) { return m.trusted; });
     if (!node.has("sampling")) return request;
     const decoding::Node wishes = node["sampling"];

@@ -202,7 +202,8 @@ using Messages = std::vector<Message>;
 struct Settings {
   std::string policy = "steer";  ///< steer, stop, report or off
   std::optional<double> threshold, strength;
-  std::optional<bool> pieces;  ///< false: turns are read as wholes alone, and steered answers not judged
+  std::optional<bool> pieces;         ///< false: turns are read as wholes alone, and steered answers not judged
+  std::optional<bool> judge_answers;  ///< true: every answer comes whole, once the gate has judged it
   std::optional<int64_t> max_tokens, top_k, seed;
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
@@ -320,6 +321,7 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
   object.add("threshold", settings.threshold);
   object.add("strength", settings.strength);
   object.add("pieces", settings.pieces);
+  object.add("judge_answers", settings.judge_answers);
   object.add("sampling", sampling);
   autosteer_request* made = nullptr;
   check(autosteer_request_new(object.text().c_str(), &made));
