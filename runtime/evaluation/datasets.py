@@ -341,14 +341,12 @@ def prompts_of(files: Sequence[Path], *, images: Path | None = None, text_only: 
     """
     found: Known = {}
     for path in files:
-        before = sum(map(len, found.values()))
         folders = [*([images] if images else []), path.parent]
-        for _, data in read_lines(path):
-            for text, names in _prompts_in(data):
-                seen = None if text_only else _pictures(names, folders)
-                found.setdefault(same_prompt(text), set()).add(seen)
-        if sum(map(len, found.values())) == before:
-            raise InputError(f"{path}: --exclude: no new prompt in it (fields {', '.join(_PROMPT_FIELDS)}, turns)")
+        prompts = [prompt for _, data in read_lines(path) for prompt in _prompts_in(data)]
+        for text, names in prompts:
+            found.setdefault(same_prompt(text), set()).add(None if text_only else _pictures(names, folders))
+        if not prompts:
+            raise InputError(f"{path}: --exclude: no prompt in it (fields {', '.join(_PROMPT_FIELDS)}, turns)")
     return found
 
 

@@ -324,7 +324,9 @@ def test_nothing_left_and_nothing_to_exclude_are_errors(tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE))], text_only=True)
     with pytest.raises(InputError, match="nothing is left"):
         drop_known(rows, {VLSAFE["query"].casefold(): {()}})
-    with pytest.raises(InputError, match=r"x\.jsonl: --exclude: no new prompt"):
+    known = jsonl(tmp_path, VLSAFE, name="known.jsonl")
+    assert prompts_of([known, known]) == prompts_of([known])  # a part of another file is no error
+    with pytest.raises(InputError, match=r"x\.jsonl: --exclude: no prompt"):
         prompts_of([jsonl(tmp_path, {"words": "a"}, name="x.jsonl")])
 
 
