@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 
 FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
-NOT_OF_THE_MONITOR = ("threshold", "target_fpr", "augment", "publish_proof", "test_benign", "test_unsafe")
+NOT_OF_THE_MONITOR = (
+    *("threshold", "target_fpr", "augment", "publish_proof", "test_benign", "test_unsafe"),
+    *("states_cache", "device"),
+)
 POOLING: dict[str, Literal["last", "mean"] | None] = {"auto": None, "pooled": "mean", "paper": "last"}
 
 
