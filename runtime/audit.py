@@ -180,6 +180,7 @@ class Record:
             "policy": self.policy.mode.value,
             "threshold": finite(self.policy.threshold),
             "pieces": self.policy.pieces,
+            "judge_answers": self.policy.judge_answers,
             "p_unsafe": None if verdict is None else finite(verdict.p_unsafe),
             "unsafe": None if verdict is None else verdict.unsafe,
             "action": None if verdict is None else verdict.action.value,

@@ -73,9 +73,10 @@ class GatePolicy:
     @property
     def checks_steering(self) -> bool:
         """Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
-        (held_back.py, judge.py). Not where turns are wholes alone, or every prompt is to be steered.
+        (held_back.py, judge.py). Not where turns are wholes alone and answers are not judged, or every prompt is to be
+        steered.
         """
-        return self.mode is Mode.STEER and self.pieces and self.threshold >= 0.0
+        return self.mode is Mode.STEER and (self.pieces or self.judge_answers) and self.threshold >= 0.0
 
 
 def without_steering(policy: GatePolicy) -> GatePolicy:

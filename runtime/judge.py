@@ -1,4 +1,4 @@
-"""What the prober is asked about a dialogue, and about an answer that its request dictates.
+"""What the prober is asked about a dialogue, and about an answer that is judged (held_back.py).
 
     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts, and
              a user's turns in a row, as one text; what has obfuscated letters in plain ones (obfuscation.py); and the
@@ -20,6 +20,7 @@ import itertools
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ class Judge:
         known, kept = dict[ReadingKey, float](), conversation.read if conversation else {}
         if (p_unsafe := verdict.p_unsafe) is not None:
             assert prompt is not None
-            scratch = {alone: Conversation(self) for alone in (True, False)}
+            scratch = defaultdict[int, Conversation](lambda: Conversation(self))
             if policy.checks_steering and not all(is_safe(p, policy.threshold) for p in scores[:-1]):
                 policy = without_steering(policy)
             turns = judged(messages)
@@ -72,22 +73,21 @@ class Judge:
             for n in turns:
                 plain[n] = in_plain_letters(messages[n])
             shown = by_picture(prompt)
-            for at, n in enumerate(turns):
-                for reading in readings(messages, plain, n, pieces=policy.pieces):
-                    if reading.if_safe and not is_safe(scores[at], policy.threshold):
-                        break
-                    seen = [one for picture in reading.pictures for one in shown[picture]]
-                    key = reading_key(reading.messages, seen)
-                    p = known.get(key, kept.get(key))
-                    if p is None:
-                        p = yield from self._read(reading, seen, policy, record.stats, scratch[reading.alone])
-                    if not math.isnan(p):  # a failure may pass
-                        known[key] = p
-                    if reading.piece:
-                        p = weighed(p)
-                    scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
-                    if reading.stops and not is_safe(p, policy.threshold):
-                        policy = without_steering(policy)
+            for at, reading in all_readings(messages, plain, turns, pieces=policy.pieces):
+                if reading.if_safe and not is_safe(scores[at], policy.threshold):
+                    continue
+                seen = [one for picture in reading.pictures for one in shown[picture]]
+                key = reading_key(reading.messages, seen)
+                p = known.get(key, kept.get(key))
+                if p is None:
+                    p = yield from self._read(reading, seen, policy, record.stats, scratch[reading.prefix])
+                if not math.isnan(p):  # a failure may pass
+                    known[key] = p
+                if reading.piece:
+                    p = weighed(p)
+                scores[at], p_unsafe = worst([scores[at], p]), worst([p_unsafe, p])
+                if reading.stops and not is_safe(p, policy.threshold):
+                    policy = without_steering(policy)
             verdict = decide(p_unsafe, policy, split_layer=self._split_layer)
         if conversation:
             conversation.read = known
@@ -101,12 +101,12 @@ class Judge:
         assert record.prompt is not None
         policy, shown, p_unsafe = record.policy, by_picture(record.prompt), 0.0
         steered = record.verdict is not None and record.verdict.action is Action.STEER
-        scratch = {alone: Conversation(self) for alone in (True, False)}
+        scratch = defaultdict[int, Conversation](lambda: Conversation(self))
         for reading in readings_of_answer(record.messages, text, steered=steered):
             seen = [one for picture in reading.pictures for one in shown[picture]]
-            p = yield from self._read(reading, seen, policy, Stats(), scratch[reading.alone])
+            p = yield from self._read(reading, seen, policy, Stats(), scratch[reading.prefix])
             p = weighed(p) if reading.piece else p
-            if not (reading.alone or reading.pictures):  # what is said about no picture says most of it by itself
+            if reading.prefix and not reading.pictures:  # what is said about no picture says most of it by itself
                 p = weighed(p)
             p_unsafe = worst([p_unsafe, p])
             if not is_safe(p_unsafe, policy.threshold):
@@ -124,7 +124,7 @@ class Judge:
         try:
             request = self._ask(self._encoder.prepare_seen(reading.messages, seen, own), own, scratch)
         except InputError as err:
-            log.error("a turn could not be judged by itself, so the prompt counts as unsafe: %s", err)
+            log.error("a text could not be judged, so it counts as unsafe: %s", err)
             return math.nan
         finally:
             stats.gate_ms += ms_since(before)
@@ -144,18 +144,24 @@ class Reading:
     if_safe: bool = False  # read only while the readings before it are safe
     stops: bool = False  # what is unsafe in it is stopped, not steered
     piece: bool = False  # it has only some of the turn's words, or of the pictures
+    prefix: int = 0  # those of one number begin alike; 0: by itself
 
-    @property
-    def alone(self) -> bool:
-        """Whether nothing stands before the turn."""
-        return len(self.messages) == 1
+
+def all_readings(
+    messages: Sequence[Message], plain: Sequence[Message | None], turns: Sequence[int], *, pieces: bool
+) -> Iterator[tuple[int, Reading]]:
+    """The other readings of all judged `turns`: (place of the turn among them, reading)."""
+    for at, n in enumerate(turns):
+        yield from ((at, reading) for reading in readings(messages, plain, n, pieces=pieces))
+    if pieces:
+        yield from with_each_picture(messages, plain, turns)
 
 
 def readings(
     messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool
 ) -> Iterator[Reading]:
-    """The other readings of turn `n`, last, if wanted, several texts, turns or pictures, and pieces. `plain`:
-    `in_plain_letters` of judged turns.
+    """The other readings of turn `n`, last, if wanted, several texts and turns, and pieces; see `with_each_picture`.
+    `plain`: `in_plain_letters` of judged turns.
     """
     turn, letters = messages[n], plain[n]
     begins = [0, *itertools.accumulate(len(shown_in(message)) for message in messages[: n + 1])]  # of a turn's pictures
@@ -167,7 +173,7 @@ def readings(
         before = zip(messages[: n + 1 - turns], plain, strict=False)
         context = (replace(message, parts=other.parts) if other else message for message, other in before)
         said = (*context, Message("user", last.parts))
-        return Reading(said, range(begins[-1]), if_safe=True, stops=True, piece=piece)
+        return Reading(said, range(begins[-1]), if_safe=True, stops=True, piece=piece, prefix=1)
 
     def both(last: Message, turns: int, *, piece: bool) -> Iterator[Reading]:
         yield by_itself(last, turns, piece=piece)
@@ -192,11 +198,23 @@ def readings(
     for one in all_words(messages, n):
         for said in (one, *(piece for piece, _ in cut(one))):
             yield Reading((said,), if_safe=True, stops=True, piece=True)
-    if turn.role == "user" and begins[-1] > 1:
-        for words in filter(None, map(text_of, (turn, *([letters] if letters else ())))):
-            for number, picture in enumerate(itertools.chain(*map(shown_in, messages[: n + 1]))):
-                said = Message("user", (picture, words))
-                yield Reading((said,), (number,), if_safe=True, stops=True, piece=True)
+
+
+def with_each_picture(
+    messages: Sequence[Message], plain: Sequence[Message | None], turns: Sequence[int]
+) -> Iterator[tuple[int, Reading]]:
+    """The words of each user's turn with each picture that was shown so far, if these are several, as in
+    `all_readings`. One picture after the other: what begins alike is computed once.
+    """
+    shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
+    for number, (first, picture) in enumerate(shown):
+        for at, n in enumerate(turns):
+            if messages[n].role != "user" or n < first or sum(k <= n for k, _ in shown) < 2:
+                continue
+            for words in [text_of(turn) for turn in (messages[n], plain[n]) if turn]:
+                if words:
+                    said = Message("user", (picture, words))
+                    yield at, Reading((said,), (number,), if_safe=True, stops=True, piece=True)
 
 
 def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool) -> Iterator[Reading]:
@@ -214,10 +232,10 @@ def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool)
     for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
         piece = said not in complete
         yield Reading((Message.user(said),), piece=piece)
-        for context in contexts:
+        for number, context in enumerate(contexts, 1):
             *before, last = context
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
-            yield Reading(turns, pictures, piece=piece)
+            yield Reading(turns, pictures, piece=piece, prefix=number)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[tuple[Message, int]]:
@@ -247,7 +265,8 @@ def all_words(messages: Sequence[Message], n: int) -> list[Message]:
     asked = [i for i, message in enumerate(messages) if message.role == "user"]
     if asked[-1:] != [n] or len(asked) == n + 1 - asked[0]:
         return []
-    texts = texts_in([messages[i] for i in asked])
+    if len(texts := texts_in([messages[i] for i in asked])) < 2:
+        return []
     found = [Message.user(between.join(texts)) for between in ("\n", "")]
     return [*found, *filter(None, map(in_plain_letters, found))]
 
@@ -294,7 +313,7 @@ def in_plain_letters(turn: Message) -> Message | None:
 def by_picture(prompt: EncodedPrompt) -> list[list[Seen]]:
     """What an encoded prompt shows, by picture and video."""
     found: list[list[Seen]] = []
-    for one in (*prompt.earlier[-1], *prompt.seen[-1]):
+    for one in (*prompt.earlier[-1], *prompt.seen[-1]) if prompt.seen else ():  # none: it was given as token ids
         found += [[]] if one.first == 0 else []
         found[-1].append(one)
     return found

@@ -6,10 +6,11 @@ turn a second time, in plain letters (judge.py). The steps, in order:
     NFC           accents join their letters
     base64        is decoded where it is text
     alphabets     full-width, mathematical, circled, small-capital ... letters become ASCII, odd blanks a blank
+    escapes       such as "%20" become blanks, if there are four or more
+    joined        five words or more with signs between them, and no blank, are parted
     invisible     characters, and marks over and through a letter, go
     parted        signs between two letters that no word has ("st%eal", "br•ew") go, if there are two or more
     look-alikes   Cyrillic, Greek and Armenian letters become ASCII, if a word mixes the two
-    joined        five words or more with a sign or "%20" between them, and no blank, are parted
     accents       and strokes go, if more than a fifth of the letters bear one
     spelled out   single letters between equal separators are joined, if four or more are in a row
     drawn out     three or more equal letters become one; but for "www" and "III"
@@ -78,10 +79,10 @@ _BASE64 = re.compile("([A-Za-z0-9+/_-]{16,})={0,2}")
 _HIDDEN = re.compile(f"(?<=[{LETTERS} \\t\\n])[{INVISIBLE}{MARKS}]+|(?<![{INVISIBLE}])[{INVISIBLE}]+(?=[{LETTERS}])")
 _MIXED = re.compile(f"[A-Za-z][{LOOK_ALIKES[0]}]|[{LOOK_ALIKES[0]}][A-Za-z]")
 _PARTED = re.compile(f"(?<=[A-Za-z])[{NOT_IN_WORDS}](?=[A-Za-z])")
-_ONE_WORD = "(?:[A-Za-z]{2,}[.,]?|[aAiI])"
-_INSTEAD_OF_A_BLANK = "(?:%20|[^A-Za-z0-9 \\t-\\r.,])"
-_JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:{_INSTEAD_OF_A_BLANK}{_ONE_WORD}){{4,}}(?![A-Za-z0-9_-])")
-_NO_WORDS = re.compile("[^A-Za-z.,]+")
+_ONE_WORD = "(?:[A-Za-z]{2,}|[aAiI])"
+_JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:[^A-Za-z0-9 \\t-\\r]+{_ONE_WORD}){{4,}}(?![A-Za-z0-9_-])")
+_NO_WORDS = re.compile("[^A-Za-z]+")
+_ESCAPES = re.compile("(?:%[0-9A-Fa-f]{2})+")
 _ACCENTED = re.compile("([A-Za-z])[\u0300-\u036f]+")
 _SPELLED = re.compile(
     "(?<![A-Za-z0-9])[A-Za-z]([ \\n\\t._*/|+~,-])[A-Za-z013456789]\\1[A-Za-z013456789]\\1[A-Za-z](?![A-Za-z0-9])"
@@ -101,9 +102,10 @@ def deobfuscated(text: str) -> str:
     """`text` in plain letters; `text` itself if nothing in it is obfuscated."""
     composed = unicodedata.normalize("NFC", text)
     plain = _decoded(composed).translate(IN_ASCII)
+    plain = _ESCAPES.sub(" ", plain) if len(_ESCAPES.findall(plain)) > 3 else plain
+    plain = _JOINED.sub(lambda run: _NO_WORDS.sub(" ", run[0]), plain)
     plain = _HIDDEN.sub("", plain)
     plain = _PARTED.sub("", plain) if len(_PARTED.findall(plain)) > 1 else plain
-    plain = _JOINED.sub(lambda run: _NO_WORDS.sub(" ", run[0]), plain)
     if _MIXED.search(plain):
         plain = plain.translate(str.maketrans(*LOOK_ALIKES))
     plain = _DRAWN_OUT.sub(r"\1", _joined(_without_accents(plain)))

@@ -23,7 +23,7 @@ class Metrics:
         self._scores = Histogram("autosteer_p_unsafe", "Scores of the prober", buckets=SCORES, registry=r)
         self._answers = Counter(
             "autosteer_watched_answers",
-            "Answers that were judged: by the monitor, or as a request dictated them",
+            "Answers that the monitor watched, or that were judged as a whole",
             ("unsafe",),
             registry=r,
         )

@@ -23,7 +23,7 @@ def test_eval_variants_counts_what_is_flagged_when_reworded(call, package, data)
     table = call(*command).stdout
     assert "| unchanged " in table and "50.0% of the unsafe prompts are caught as they are" in table
     refused = call(*command, "--output", "x.jsonl")
-    assert refused.returncode == 2 and "--variants asks for verdicts alone" in refused.stderr
+    assert refused.returncode == 2 and "--variants asks for verdicts on prompts" in refused.stderr
 
 
 def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):

@@ -23,6 +23,7 @@ from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime import Engine, Manifest, Message, SamplingConfig
 from autosteer.runtime.check import check_package
 from autosteer.runtime.manifest import Golden
+from autosteer.runtime.stats import Stats
 
 
 def test_score_is_pythons_and_needs_no_answer(parts, cpp_package, cpp_engine):
@@ -226,6 +227,18 @@ def test_the_check_finds_what_python_finds(built, precision):
     for name, line in theirs.items():
         assert (line["limit"], line["passed"]) == (ours[name].limit, ours[name].passed)
         assert line["value"] == pytest.approx(ours[name].value, abs=1e-6)
+
+
+def test_the_check_replays_prompts_given_by_their_tokens(built, cpp_package, cpp_engine, tmp_path):
+    """Nobody knows what they show. An unsafe one, too."""
+    package, golden = Path(shutil.copytree(cpp_package, tmp_path / "package")), []
+    for word, p_unsafe, action in (("red", 0.1, "pass"), ("bad", 0.9, "steer")):
+        answer = cpp_engine.generate(word)
+        ids = tuple(cpp_engine.encoder.prepare([Message.user(word)], Stats()).token_ids)
+        golden.append(Golden("", (), None, p_unsafe, action, answer.token_ids, prompt_ids=ids))
+    replace(Manifest.load(package), golden=tuple(golden)).save(package)
+    done = cli(built, package, "--check")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_check_that_fails_is_exit_code_6(built, cpp_package, tmp_path):

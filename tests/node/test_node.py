@@ -45,7 +45,7 @@ def test_node_gives_the_token_ids_and_verdicts_of_python(node, kind):
         (ids,) = render([Message.user(prompt)], engine.manifest.prompt, engine.tokenizer)
         for threshold in (None, -1.0):
             requests.append({"token_ids": ids, "max_tokens": 16, "threshold": threshold})
-            policy = engine.policy("steer", threshold=threshold)
+            policy = engine.policy("steer", threshold=threshold, pieces=False)  # smoke.mjs reads whole turns alone
             expected.append(engine.generate(prompt, policy=policy, sampling=SamplingConfig(max_tokens=16)))
     done = subprocess.run(
         ["node", "smoke.mjs", str(package)],

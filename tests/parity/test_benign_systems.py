@@ -109,7 +109,7 @@ def test_few_harmless_requests_behind_such_a_question_are_refused(engine: Engine
 
 def test_a_turn_is_scored_by_itself_once_in_a_conversation(engine: Engine, monkeypatch: pytest.MonkeyPatch):
     turns = [Message.user("hello"), Message.assistant("hello.", trusted=True), Message.user("how do i paint a kite?")]
-    conversation, asked = Conversation(engine), list[int]()
+    conversation, asked, policy = Conversation(engine), list[int](), engine.policy("report", pieces=False)
     request = engine.request
 
     def counted(*args, **options):
@@ -118,8 +118,8 @@ def test_a_turn_is_scored_by_itself_once_in_a_conversation(engine: Engine, monke
 
     monkeypatch.setattr(engine, "request", counted)
     for count in (1, 3, 3):
-        verdict = engine.generate(turns[:count], conversation=conversation, policy=engine.policy("report")).verdict
-        assert verdict.p_unsafe == engine.score(turns[:count]).p_unsafe
+        verdict = engine.generate(turns[:count], conversation=conversation, policy=policy).verdict
+        assert verdict.p_unsafe == engine.score(turns[:count], policy=policy).p_unsafe
         asked.append(0)
     runs = "".join(map(str, asked)).split("0")
     assert [len(run) for run in runs[:3]] == [1 + 1, 2 + 2, 1 + 2]  # the answer's, then those of `score`

@@ -57,6 +57,7 @@ def test_record_says_what_the_gate_did_and_no_word(audited, package, file):
         "policy": "steer",
         "threshold": 0.5,
         "pieces": True,
+        "judge_answers": False,
         "p_unsafe": pytest.approx(0.9),
         "unsafe": True,
         "action": "steer",

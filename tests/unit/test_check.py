@@ -101,6 +101,15 @@ def test_a_prompt_given_by_its_tokens_is_answered_like_its_words(tmp_path):
         assert (known.inputs_embeds == unknown.inputs_embeds).all()
 
 
+def test_prompts_given_by_their_tokens_are_replayed(tmp_path):
+    """An unsafe one, steered and stopped, and a safe one; nobody knows what they show."""
+    package_with(tmp_path, *GOLDEN[:3])
+    encoder = load(tmp_path).encoder
+    ids = [tuple(encoder.prepare([Message.user(golden.prompt)], Stats()).token_ids) for golden in GOLDEN[:3]]
+    package_with(tmp_path, *(replace(g, prompt="", prompt_ids=i) for g, i in zip(GOLDEN[:3], ids, strict=True)))
+    assert failed(tmp_path) == []
+
+
 def test_a_head_that_stops_steering_fails_the_check(tmp_path, monkeypatch):
     """What onnxruntime 1.23.2 did: the strength was freed, and the steered answer was the unsteered one."""
     package_with(tmp_path, replace(GOLDEN[2], token_ids=(14, 15, 31)))

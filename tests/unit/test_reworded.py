@@ -12,7 +12,7 @@ from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
-from autosteer.runtime.judge import in_plain_letters, readings
+from autosteer.runtime.judge import all_readings, in_plain_letters, readings
 from autosteer.runtime.pieces import weighed
 from autosteer.runtime.text import ImagePart, Message
 
@@ -122,7 +122,7 @@ def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
         return (Message("user", (*map(ImagePart, one.images), one.text)),)
 
     plain = in_plain_letters(turn(prompt)[0])
-    found = [reading.messages for reading in readings(turn(prompt), [plain], 0, pieces=True)]
+    found = [reading.messages for _, reading in all_readings(turn(prompt), [plain], [0], pieces=True)]
     assert [*map(turn, prompt.pieces)] == found and len(found) == 5
     items = [Labelled(prompt, unsafe=True, group="g")]
     arranged = Arranged([], SPLIT, reworded(), items, 1, table=None)  # type: ignore[arg-type]

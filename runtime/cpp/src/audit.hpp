@@ -206,6 +206,7 @@ class Record {
                           {"policy", name(policy_.mode)},
                           {"threshold", policy_.threshold},
                           {"pieces", policy_.pieces},
+                          {"judge_answers", policy_.judge_answers},
                           {"p_unsafe", verdict ? or_null(verdict->p_unsafe) : OrderedJson()},
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},

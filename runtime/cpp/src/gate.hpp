@@ -74,8 +74,9 @@ struct GatePolicy {
   }
 
   /// Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
-  /// (held_back.hpp, judge.hpp). Not where turns are wholes alone, or every prompt is to be steered.
-  bool checks_steering() const { return mode == Mode::steer && pieces && threshold >= 0.0; }
+  /// (held_back.hpp, judge.hpp). Not where turns are wholes alone and answers are not judged, or every prompt is to be
+  /// steered.
+  bool checks_steering() const { return mode == Mode::steer && (pieces || judge_answers) && threshold >= 0.0; }
 };
 
 /// The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits

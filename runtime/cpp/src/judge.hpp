@@ -1,4 +1,4 @@
-// What the prober is asked about a dialogue, and about an answer that its request dictates. The C++ side of
+// What the prober is asked about a dialogue, and about an answer that is judged (held_back.hpp). The C++ side of
 // runtime/judge.py.
 //
 //     prompt   every turn that is not trusted, where it stands; a user's turn by itself, too; a turn of several texts,
@@ -114,9 +114,7 @@ struct Reading {
   bool if_safe = false;           // read only while the readings before it are safe
   bool stops = false;             // what is unsafe in it is stopped, not steered
   bool piece = false;             // it has only some of the turn's words, or of the pictures
-
-  /// Whether nothing stands before the turn.
-  bool alone() const { return messages.size() == 1; }
+  int prefix = 0;                 // those of one number begin alike; 0: by itself
 };
 
 /// A user's turn, and how many turns it joins.
@@ -204,8 +202,8 @@ inline std::vector<Message> without_pixels(const std::vector<Message>& messages)
   return same;
 }
 
-/// Hands the other readings of turn `n` to `read` until it returns false; last, if wanted, several texts, turns or
-/// pictures, and pieces. `plain`: `in_plain_letters` of judged turns.
+/// Hands the other readings of turn `n` to `read` until it returns false; last, if wanted, several texts and turns, and
+/// pieces; see `with_each_picture`. `plain`: `in_plain_letters` of judged turns.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain, size_t n,
                       bool pieces, const Read& read) {
@@ -226,7 +224,7 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       if (plain[i]) all[i].parts = plain[i]->parts;
     }
     all.push_back({"user", last.parts});
-    return Reading{std::move(all), {0, shown.size()}, true, true, piece};
+    return Reading{std::move(all), {0, shown.size()}, true, true, piece, 1};
   };
   const auto end = plain.begin() + static_cast<std::ptrdiff_t>(n) + 1;
   const bool obfuscated = std::any_of(plain.begin(), end, [](const auto& letters) { return letters.has_value(); });
@@ -267,11 +265,25 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       if (!read(Reading{{piece.turn}, {}, true, true, true})) return;
     }
   }
-  if (turn.role != "user" || shown.size() < 2) return;
-  for (const Message* words : {&turn, plain[n] ? &*plain[n] : nullptr}) {
-    const std::string text = words ? text_of(*words) : "";
-    for (size_t i = 0; i < shown.size() && !text.empty(); ++i) {
-      if (!read(Reading{{user_turn({shown[i]}, text)}, {i, i + 1}, true, true, true})) return;
+}
+
+/// Hands the words of each user's turn with each picture that was shown so far, if these are several, to `read`, with
+/// the turn's number. One picture after the other: what begins alike is computed once.
+template <class Read>
+void with_each_picture(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
+                       const Read& read) {
+  std::vector<std::pair<size_t, Part>> shown;
+  for (size_t n = 0; n < messages.size(); ++n) {
+    for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
+  }
+  for (size_t i = 0; i < shown.size(); ++i) {
+    for (size_t n = shown[i].first; n < messages.size(); ++n) {
+      const bool several = shown.size() > 1 && shown[1].first <= n;
+      if (messages[n].role != "user" || !several) continue;
+      for (const Message* words : {&messages[n], plain[n] ? &*plain[n] : nullptr}) {
+        const std::string text = words ? text_of(*words) : "";
+        if (!text.empty()) read(n, Reading{{user_turn({shown[i].second}, text)}, {i, i + 1}, true, true, true});
+      }
     }
   }
 }
@@ -305,9 +317,10 @@ void for_each_reading_of_answer(const std::vector<Message>& messages, const std:
   for (const std::string& one : said) {
     const bool piece = complete.count(one) == 0;
     if (!read(Reading{{Message::user(one)}, {}, false, false, piece})) return;
+    int prefix = 0;
     for (std::vector<Message> turns : contexts) {
       steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
-      if (!read(Reading{std::move(turns), {0, shown}, false, false, piece})) return;
+      if (!read(Reading{std::move(turns), {0, shown}, false, false, piece, ++prefix})) return;
     }
   }
 }
@@ -315,6 +328,7 @@ void for_each_reading_of_answer(const std::vector<Message>& messages, const std:
 /// What a prompt shows, by picture and video. `record`: of a request whose prompt is encoded.
 inline std::vector<std::vector<Seen>> by_picture(const Record& record) {
   std::vector<std::vector<Seen>> found;
+  if (record.seen.empty()) return found;  // it was given as token ids
   for (const auto* seen : {&record.earlier.back(), &record.seen.back()}) {
     for (const Seen& one : *seen) {
       if (one.row == 0) found.emplace_back();
@@ -386,24 +400,33 @@ class Judge {
         return is_safe(p, policy.threshold);
       });
       const std::vector<std::vector<Seen>> pictures = by_picture(record);
-      size_t at = 0;
-      Conversation by_itself, in_place;
+      std::map<int, Conversation> scratch;
+      const auto consider = [&](double& score, const Reading& reading) {
+        if (reading.if_safe && !is_safe(score, policy.threshold)) return false;
+        const std::vector<Seen> seen = only(pictures, reading.pictures);
+        ReadingKey key = reading_key(reading.messages, seen);
+        std::optional<double> p = find(known, key);
+        if (!p && conversation) p = find(conversation->read, key);
+        if (!p) p = this->read(reading.messages, seen, policy, scratch[reading.prefix]);
+        if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
+        if (reading.piece) p = weighed(*p);
+        score = worse(score, *p);
+        p_unsafe = worse(p_unsafe, *p);
+        stops = (reading.stops && !is_safe(*p, policy.threshold)) || stops;
+        return true;
+      };
+      std::map<size_t, size_t> places;  // of judged turns, among these
       for (size_t n = 0; n < messages.size(); ++n) {
-        if (!is_judged(messages, n)) continue;
-        double& score = record.scores.at(at++);
-        for_each_reading(messages, plain, n, policy.pieces, [&](const Reading& reading) {
-          if (reading.if_safe && !is_safe(score, policy.threshold)) return false;
-          const std::vector<Seen> seen = only(pictures, reading.pictures);
-          ReadingKey key = reading_key(reading.messages, seen);
-          std::optional<double> p = find(known, key);
-          if (!p && conversation) p = find(conversation->read, key);
-          if (!p) p = this->read(reading.messages, seen, policy, reading.alone() ? by_itself : in_place);
-          if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
-          if (reading.piece) p = weighed(*p);
-          score = worse(score, *p);
-          p_unsafe = worse(p_unsafe, *p);
-          stops = (reading.stops && !is_safe(*p, policy.threshold)) || stops;
-          return true;
+        if (is_judged(messages, n)) places.emplace(n, places.size());
+      }
+      for (const auto& [n, at] : places) {
+        double& score = record.scores.at(at);
+        const auto read = [&](const Reading& reading) { return consider(score, reading); };
+        for_each_reading(messages, plain, n, policy.pieces, read);
+      }
+      if (policy.pieces) {
+        with_each_picture(messages, plain, [&](size_t n, const Reading& reading) {
+          consider(record.scores.at(places.at(n)), reading);
         });
       }
       verdict = decide(p_unsafe, stops ? without_steering(policy) : policy, split_layer_);
@@ -420,14 +443,13 @@ class Judge {
     const std::vector<std::vector<Seen>> pictures = by_picture(record);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
-    Conversation by_itself, in_place;
+    std::map<int, Conversation> scratch;
     const std::vector<Message> messages = without_pixels(record.messages);
     for_each_reading_of_answer(messages, text, steered, [&](const Reading& reading) {
-      Conversation& scratch = reading.alone() ? by_itself : in_place;
-      double p = this->read(reading.messages, only(pictures, reading.pictures), policy, scratch);
+      double p = this->read(reading.messages, only(pictures, reading.pictures), policy, scratch[reading.prefix]);
       if (reading.piece) p = weighed(p);
       const bool shows = reading.pictures.first < reading.pictures.second;
-      if (!reading.alone() && !shows) p = weighed(p);  // what is said about no picture says most of it by itself
+      if (reading.prefix && !shows) p = weighed(p);  // what is said about no picture says most of it by itself
       p_unsafe = worse(p_unsafe, p);
       return is_safe(p_unsafe, policy.threshold);
     });
@@ -447,7 +469,7 @@ class Judge {
       return request.scores.back();
     } catch (const InputError& err) {
       const std::string reason = err.what();
-      if (log_) log_("a turn could not be judged by itself; the prompt counts as unsafe (" + reason + ")");
+      if (log_) log_("a text could not be judged, so it counts as unsafe: " + reason);
       return std::nan("");
     }
   }

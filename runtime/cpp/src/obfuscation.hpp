@@ -175,23 +175,34 @@ inline std::string without_hidden(std::string_view text) {
   return replaced(text, hidden, [](std::string_view) { return ""; });
 }
 
+/// `text` with `instead` of each match of `pattern`, if there are as many as `least`; else `text`.
+inline std::string replaced_if_many(std::string_view text, const Regex& pattern, const char* instead, size_t least) {
+  size_t found = 0;
+  const std::string all = replaced(text, pattern, [&](std::string_view) {
+    ++found;
+    return instead;
+  });
+  return found >= least ? all : std::string(text);
+}
+
+/// Escapes such as "%20" become blanks, if there are four or more.
+inline std::string not_escaped(std::string_view text) {
+  static const Regex escapes("(?:%[0-9A-Fa-f]{2})+");
+  return replaced_if_many(text, escapes, " ", 4);
+}
+
 /// Signs within words go, if there are two or more.
 inline std::string not_parted(std::string_view text) {
   static const Regex parted("(?<=[A-Za-z])[" + kNotInWords + "](?=[A-Za-z])");
-  size_t signs = 0;
-  const std::string whole = replaced(text, parted, [&signs](std::string_view) {
-    ++signs;
-    return "";
-  });
-  return signs > 1 ? whole : std::string(text);
+  return replaced_if_many(text, parted, "", 2);
 }
 
-/// Five words or more with a sign or "%20" between them, and no blank, are parted.
+/// Five words or more with signs between them, and no blank, are parted.
 inline std::string not_joined(std::string_view text) {
-  static const std::string word = "(?:[A-Za-z]{2,}[.,]?|[aAiI])";
-  static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:(?:%20|[^A-Za-z0-9 \\t-\\r.,])" + word +
+  static const std::string word = "(?:[A-Za-z]{2,}|[aAiI])";
+  static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:[^A-Za-z0-9 \\t-\\r]+" + word +
                             "){4,}(?![A-Za-z0-9_-])");
-  static const Regex no_words("[^A-Za-z.,]+");
+  static const Regex no_words("[^A-Za-z]+");
   return replaced(text, joined, [](std::string_view run) {
     return replaced(run, no_words, [](std::string_view) { return " "; });
   });
@@ -284,7 +295,7 @@ inline std::string deobfuscated(const std::string& text) {
   using namespace obfuscation;
   static const Table ascii = in_ascii();
   const std::string composed = unicode::nfc(text);
-  std::string plain = not_joined(not_parted(without_hidden(translated(decoded(composed), ascii))));
+  std::string plain = not_parted(without_hidden(not_joined(not_escaped(translated(decoded(composed), ascii)))));
   plain = not_drawn_out(joined(without_accents(without_look_alikes(plain))));
   plain = without_digits(plain);
   return plain == composed ? text : plain;
