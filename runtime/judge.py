@@ -325,12 +325,13 @@ def reading_key(messages: Sequence[Message], seen: Sequence[Seen]) -> ReadingKey
     `seen`: its pictures and videos as the dialogue has them. They count by their pixels and by how they are encoded,
     not by their files' names.
     """
-    key: list[object] = []
+    key = []
     for message in messages:
-        key.append(message.role)
+        parts: list[object] = []
         for part in message.parts:
             if isinstance(part, VideoPart):
-                key.append((len(part.frames), repr(part.seconds)))
+                parts.append((len(part.frames), repr(part.seconds)))
             else:
-                key.append(part if isinstance(part, str) else None)
+                parts.append(part if isinstance(part, str) else None)
+        key.append((message.role, parts))
     return hashlib.sha256(repr((key, [one.key for one in seen])).encode("utf-8", "surrogatepass")).digest()

@@ -9,6 +9,8 @@ passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it re
                  kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
                  with what follows, ten words in all: a request may be cut
+    pronouns     a sentence with "it" or the like behind the last two words of each of the four before it: "what is a
+                 vexite? how do i smuggle it?" also says "a vexite? how do i smuggle it?"
 
 Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`), unless it has all
 the words (`in_single_blanks`).
@@ -32,6 +34,7 @@ SHORT = 5  # words; a sentence of fewer is a fragment
 OPENING = 3  # words of a sentence in front of its later clauses, and of fragments behind it
 WINDOW = 10  # words that are read at once
 STRIDE = 5
+MEANT, MEANT_WORDS = 4, 2  # sentences before a pronoun, whose last words it may mean
 PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one of them is unsafe, if any
 
 SPACE = " \t\n\v\f\r"
@@ -43,6 +46,7 @@ BETWEEN_CLAUSES = re.compile(  # also a dash between blanks, and what counts: "1
     f"[{SIGNS}{SYMBOLS}]+|(?<=[{SPACE}])-+>?(?=[{SPACE}])|(?<![^{SPACE}])[0-9A-Za-z]{{1,2}}\\)"
     f"|[{SPACE}](?i:{CONJUNCTIONS})(?=[{SPACE}])"
 )
+PRONOUN = re.compile("(?<![A-Za-z])(?i:it|its|this|that|one|them|these|those)(?![A-Za-z])")
 UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
 UNSPACED_MARKS = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
 _UNBROKEN = re.compile(f"[^{SPACE}]+")
@@ -60,6 +64,9 @@ def pieces(text: str) -> list[str]:
         first, *later = _parts(sentence, BETWEEN_CLAUSES, marks=False)
         found += _windows(first)
         found += [f"{start} {_beginning(clause, WINDOW)}" for clause in later]
+        if PRONOUN.search(sentence):
+            meant = map(_ending, sentences[max(0, i - MEANT) : i])
+            found += [f"{ending}? {_beginning(sentence, WINDOW)}" for ending in meant]
         if words < SHORT:
             found += [f"{opening} {_beginning(sentence, SHORT)}"] if opening else []
             found += [_beginning(" ".join(sentences[i : i + WINDOW]), WINDOW)]
@@ -118,6 +125,12 @@ def _beginning(text: str, most: int) -> str:
     """The first words of `text`, at most so many."""
     ends = [word.end() for word in itertools.islice(_WORD.finditer(text), most)]
     return in_single_blanks(text[: ends[-1]]) if ends else ""
+
+
+def _ending(text: str) -> str:
+    """The last MEANT_WORDS words of `text`, without the mark behind them."""
+    begins = [word.start() for word in _WORD.finditer(text)][-MEANT_WORDS:]
+    return in_single_blanks(text[begins[0] :]).rstrip(".?!;:,") if begins else ""
 
 
 def _windows(text: str) -> Iterator[str]:

@@ -106,7 +106,7 @@ class Prompt:
         for one in dict.fromkeys((*joined, *map(deobfuscated, joined))):
             found += [replace(alone, text=text, images=()) for text in (one, *pieces_of(one))]
         if len(self.images) > 1:
-            found += [replace(alone, text=text, images=(image,)) for text in wholes for image in self.images]
+            found += [replace(alone, text=text, images=(image,)) for image in self.images for text in wholes]
         return tuple(dict.fromkeys(found))
 
 

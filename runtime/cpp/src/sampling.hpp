@@ -16,7 +16,7 @@ namespace autosteer {
 
 constexpr double kMaxPenalty = 2.0, kMaxBias = 100.0;  // OpenAI's
 /// Beyond these the demo says, with some seeds, what it never says.
-constexpr double kOwnTemperature = 1.0, kLeastOwnRepetition = 1.0, kMostOwnRepetition = 1.1;
+constexpr double kOwnTemperature = 1.0, kLeastOwnRepetition = 1.0, kMostOwnRepetition = 1.05;
 
 /// Sampling options for one answer. The default is greedy, so the same prompt gives the same answer.
 struct SamplingConfig {
