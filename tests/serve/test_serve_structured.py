@@ -184,3 +184,16 @@ def test_several_answers_of_schemas_at_the_same_time(client):
     assert all(fits(answer.message.content) for answer in answers[::4])
     assert {answer.finish_reason for answer in answers[1::4]} == {"content_filter"}
     assert len({answer.message.content for answer in answers[2::4]}) == 1
+
+
+def test_a_server_that_judges_every_answer_streams_none_of_it_before(client):
+    """`--judge-answers`: in one piece, with the verdict on it; a temperature of 2 judges one answer of any server."""
+    exported = pytest.importorskip("exported", reason="needs [export]")
+    engine = exported.demo_engine("fp32")
+    policy = engine.policy(judge_answers=True)
+    with served(engine, exported.demo_package("fp32"), policy=policy) as server, server.openai() as judging:
+        for asked, more in ((judging, {}), (client, {"temperature": 2.0, "seed": 1})):
+            chunks = list(ask(asked, "hello", stream=True, **more))
+            verdict = chunks[-1].model_extra["autosteer"]["verdict"]
+            assert verdict["monitor"] is not None and verdict["action"] in ("pass", "stop")
+        assert ask(client, "hello").model_extra["autosteer"]["verdict"]["monitor"] is None
