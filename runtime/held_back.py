@@ -9,7 +9,8 @@ A schema, a regular expression or a logit bias can dictate an answer: {"const": 
 model say a request that the gate has never seen, and go on from there. A temperature of 2 draws it, with some seed. So
 such an answer is judged as if the user had said it (judge.py), with what a stop string cuts from it: its chunks have
 tokens and their probabilities. And steering can give way: behind "sure, here is how", or twenty words found
-by trial, the demo's head let 41 of 48 requests through.
+by trial, the demo's head let 41 of 48 requests through. Half a refusal ("i plonk.") is no request, so a steered answer
+must also begin like the refusal text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from .audit import Record
 from .chunk import Chunk
 from .gate import Action, Mode, Watched, is_safe, watched
 from .monitor import Monitor
+from .pieces import in_single_blanks
 
+LIKE = 12  # letters and digits
+ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 Chunks: TypeAlias = "Iterator[Chunk | None]"
 Said: TypeAlias = "Callable[[], str]"  # all that the answer's tokens say, also what a stop string cuts
 Score: TypeAlias = "Callable[[str], Generator[None, None, float]]"  # p_unsafe of a text; it may pause
@@ -75,6 +79,8 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, st
             seen = Watched(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
             if seen.unsafe or (chunk.verdict.monitor is None and not steered):
                 chunk = replace(chunk, verdict=watched(chunk.verdict, seen))
+            if steered and not begins_like(text, policy.refusal_text):
+                chunk = replace(chunk, verdict=replace(chunk.verdict, action=Action.STOP))
             if chunk.verdict.action is Action.STOP:
                 yield Chunk(policy.refusal_text, None, chunk.verdict, "refused", record.stats)
                 return
@@ -82,3 +88,16 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, st
         if last or policy.mode is Mode.REPORT:
             yield from held
             held.clear()
+
+
+def begins_like(answer: str, refusal_text: str) -> bool:
+    """Whether an answer, so far as it goes, has the letters and digits that the first two words of the refusal text
+    begin with, whatever their case and the signs between them.
+    """
+
+    def letters(text: str) -> str:
+        return "".join(c for c in text if c.isalnum() or not c.isascii()).translate(ASCII_LOWER)
+
+    wanted = letters("".join(in_single_blanks(refusal_text).split(" ")[:2]))[:LIKE]
+    said = letters(answer)[: len(wanted)]
+    return wanted.startswith(said)

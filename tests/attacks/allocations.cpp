@@ -142,7 +142,7 @@ Outcome with_fault(long nth, const Ask& ask, const Engine& engine, const std::st
 
 bool wrong(const Outcome& outcome, const Outcome& sound, bool harmless) {
   if (!outcome.died && !outcome.sound) return true;
-  if (!harmless && !outcome.passed && outcome.text == "i must not answer that.") {
+  if (!harmless && !outcome.passed && outcome.text == "sorry refuse, i must not answer that.") {
     return false;  // a steered answer that could not be judged
   }
   if (!harmless || outcome.passed)  // what is shown is a beginning of what is shown without the fault

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from autosteer.runtime import Engine
 
 OWN = 16  # all of the first ones fail
-REFUSAL = "i must not answer that."  # toy.REFUSAL_TEXT
+REFUSAL = "sorry refuse, i must not answer that."  # toy.REFUSAL_TEXT
 PATIENCE_S = 5  # until a process that does not return is ended
 Ask = Callable[[], Iterator[tuple[str, str]]]  # pieces of an answer: its action and its text
 

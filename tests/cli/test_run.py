@@ -46,7 +46,11 @@ def test_audit_record_of_the_command(call, package, tmp_path):
         (("-p", "red", "--stop", "yellow"), "orange ", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
         (("-p", "red", "--max-tokens", 1), "orange", "[PASS  p_unsafe 0.100 <= 0.500 at layer 1]"),
         (("-p", "bad", "--threshold", 0.95), "evil plan", "[PASS  p_unsafe 0.900 <= 0.950 at layer 1]"),
-        (("-p", "bad", "--strength", 0), "evil plan", "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0]"),
+        (
+            ("-p", "bad", "--strength", 0, "--no-pieces"),
+            "evil plan",
+            "[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0]",
+        ),
         (
             ("-p", "bad", "--policy", "report"),
             "evil plan",

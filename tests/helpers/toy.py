@@ -82,7 +82,7 @@ P_SAFE = 0.1
 CRASH = "crash"  # the prober raises here
 UNSAFE_WORDS = {"green": 0.8, "evil": 0.8, "bad": 0.25, "nan": -1.0, "two": 100.0}  # m; 0 of others
 WINDOW, ANSWER_THRESHOLD = 2, 0.5
-REFUSAL_TEXT = "i must not answer that."
+REFUSAL_TEXT = "sorry refuse, i must not answer that."
 STRENGTH = 0.1
 BEND = 15.0  # times STRENGTH is 1.5: more than the 1 of a word, or the 0.5 of the prompt's
 

@@ -37,6 +37,7 @@ from autosteer.runtime import (
 )
 from autosteer.runtime.encoded_prompt import Seen
 from autosteer.runtime.generation import finish
+from autosteer.runtime.held_back import begins_like
 from autosteer.runtime.judge import reading_key
 from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import ImagePart, VideoPart
@@ -385,13 +386,39 @@ def test_threshold_of_the_package_is_used_unless_the_call_has_one(tmp_path):
 
 
 def test_strength_too_small_to_bend_anything_changes_no_token(engine):
-    answer = engine.generate("bad", policy=engine.policy(strength=0.001))
+    answer = engine.generate("bad", policy=engine.policy(strength=0.001, pieces=False))
     assert (answer.text, answer.verdict.action, answer.verdict.strength) == ("evil plan", Action.STEER, 0.001)
 
 
 def test_strength_zero_is_the_untouched_model_and_says_so(engine):
-    answer = engine.generate("bad", policy=engine.policy(strength=0.0))
+    answer = engine.generate("bad", policy=engine.policy(strength=0.0, pieces=False))
     assert (answer.text, answer.verdict.action, answer.verdict.strength) == ("evil plan", Action.STEER, 0.0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.001])
+def test_a_steered_answer_that_does_not_begin_like_the_refusal_is_not_shown(engine, strength):
+    """Half a refusal ("i plonk.") is no request, and was shown."""
+    answer = engine.generate("bad", policy=engine.policy(strength=strength))
+    assert (answer.text, answer.finish_reason, answer.verdict.action) == (toy.REFUSAL_TEXT, "refused", Action.STOP)
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal", "alike"),
+    [
+        ("I\u2019m sorry, no.", "I'm sorry, but I can't.", False),  # other letters; the refusal text is shown
+        ("i'm SORRY that i can't", "I'm sorry, but I can't.", True),
+        ("  im sorry", "I'm sorry, but I can't.", True),
+        ("i'm", "I'm sorry, but I can't.", True),  # cut off
+        ("", "I'm sorry, but I can't.", True),
+        ("i plonk.", "I'm sorry, but I can't.", False),
+        ("i'm sure: first", "I'm sorry, but I can't.", False),
+        ("\u62b1\u6b49\uff0c\u6211", "\u62b1\u6b49\uff0c\u6211\u4e0d\u80fd\u5e2e\u52a9", True),
+        ("\u62b1\u6b49\u3002", "\u62b1\u6b49\uff0c\u6211\u4e0d\u80fd\u5e2e\u52a9", False),
+        ("anything", "?!", True),  # there is nothing to begin like
+    ],
+)
+def test_what_begins_like_a_refusal(answer, refusal, alike):
+    assert begins_like(answer, refusal) is alike
 
 
 @pytest.mark.parametrize("which", ["engine", "attentive"])

@@ -124,7 +124,7 @@ def test_answers_of_the_four_policies(engine, tmp_path):
         "off": "evil plan",
         "always": "sorry refuse",
         "steer": "sorry refuse",
-        "stop": "i must not answer that.",
+        "stop": "sorry refuse, i must not answer that.",
     }
     assert bad.refused == {"off": False, "always": True, "steer": True, "stop": True}
     assert safe.correct == {"off": True, "always": False, "steer": True, "stop": True}
@@ -171,7 +171,11 @@ def test_the_judge_is_asked_once_for_each_different_answer(engine, tmp_path):
     judge = Counting()
     rows = read_rows([DataSource(jsonl(tmp_path, {"prompt": "bad", "unsafe": True}))])
     (found,) = run_rows(asked(engine, rows), rows, judge)
-    assert judge.asked == [("bad", "evil plan"), ("bad", "sorry refuse"), ("bad", "i must not answer that.")]
+    assert judge.asked == [
+        ("bad", "evil plan"),
+        ("bad", "sorry refuse"),
+        ("bad", "sorry refuse, i must not answer that."),
+    ]
     assert found.refused == {"off": False, "always": True, "steer": True, "stop": False}
 
 

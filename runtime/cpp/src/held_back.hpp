@@ -7,12 +7,14 @@
 //
 // A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
 // A temperature of 2 draws it, with some seed. So such an answer is judged as if the user had said it (judge.hpp), with
-// what a stop string cuts from it: its chunks have tokens. And steering can give way (held_back.py).
+// what a stop string cuts from it: its chunks have tokens. Steering can give way (held_back.py), so a steered answer
+// must also begin like the refusal text.
 #pragma once
 
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -21,8 +23,35 @@
 #include "gate.hpp"
 #include "judge.hpp"
 #include "monitor.hpp"
+#include "pieces.hpp"
+#include "unicode.hpp"
 
 namespace autosteer {
+
+constexpr size_t kLike = 12;  // letters and digits
+
+/// Whether an answer, so far as it goes, has the letters and digits that the first two words of the refusal text begin
+/// with, whatever their case and the signs between them.
+inline bool begins_like(const std::string& answer, const std::string& refusal_text) {
+  const auto letters = [](const std::string& text, size_t most_words) {
+    std::string found;
+    size_t words = 0;
+    for (size_t i = 0; i < text.size(); ++i) {
+      const char c = text[i];
+      if (!is_space(c) && (i == 0 || is_space(text[i - 1])) && ++words > most_words) break;
+      const bool upper = 'A' <= c && c <= 'Z';
+      const bool ascii = static_cast<unsigned char>(c) < 128;
+      const bool kept = !ascii || upper || ('a' <= c && c <= 'z') || ('0' <= c && c <= '9');
+      if (kept) found += static_cast<char>(upper ? c - 'A' + 'a' : c);
+    }
+    return found;
+  };
+  const std::string wanted = letters(refusal_text, 2);
+  size_t length = 0;
+  for (size_t i = 0; i < kLike && length < wanted.size(); ++i) length += unicode::character(wanted, length);
+  const std::string said = letters(answer, std::numeric_limits<size_t>::max()).substr(0, length);
+  return wanted.compare(0, said.size(), said) == 0;
+}
 
 using NextChunk = std::function<Chunk()>;  ///< not called again after the answer's last chunk
 
@@ -95,6 +124,7 @@ class UntilJudged {
         const double p_unsafe = score_(text);
         const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
         if (seen.unsafe || (!chunk.verdict.monitor && !steered)) chunk.verdict = watched(chunk.verdict, seen);
+        if (steered && !begins_like(text, policy_.refusal_text)) chunk.verdict.action = Action::stop;
         if (chunk.verdict.action == Action::stop) {
           return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};
         }
