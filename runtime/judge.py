@@ -207,9 +207,9 @@ def with_each_picture(
     `all_readings`. One picture after the other: what begins alike is computed once.
     """
     shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-    for number, (first, picture) in enumerate(shown):
+    for number, (first, picture) in enumerate(shown if len(shown) > 1 else ()):
         for at, n in enumerate(turns):
-            if messages[n].role != "user" or n < first or sum(k <= n for k, _ in shown) < 2:
+            if messages[n].role != "user" or n < max(first, shown[1][0]):
                 continue
             for words in [text_of(turn) for turn in (messages[n], plain[n]) if turn]:
                 if words:
@@ -235,7 +235,8 @@ def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool)
         for number, context in enumerate(contexts, 1):
             *before, last = context
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
-            yield Reading(turns, pictures, piece=piece, prefix=number)
+            if len(turns) > 1 or pictures:  # else it is by itself
+                yield Reading(turns, pictures, piece=piece, prefix=number)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[tuple[Message, int]]:

@@ -320,7 +320,9 @@ void for_each_reading_of_answer(const std::vector<Message>& messages, const std:
     int prefix = 0;
     for (std::vector<Message> turns : contexts) {
       steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
-      if (!read(Reading{std::move(turns), {0, shown}, false, false, piece, ++prefix})) return;
+      ++prefix;
+      if (turns.size() == 1 && shown == 0) continue;  // it is by itself
+      if (!read(Reading{std::move(turns), {0, shown}, false, false, piece, prefix})) return;
     }
   }
 }
