@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -46,6 +46,5 @@ class EncodedPrompt:
     positions: Positions  # (3, S), for rotary
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
     shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
-    seen: Sequence[Sequence[Seen]] = ()  # of each judged turn, in the prompt's order
-    earlier: Sequence[Sequence[Seen]] = ()  # what is seen before each judged turn
+    seen: tuple[Seen, ...] = ()  # the same, and the groups of videos' frames, with their rows
     deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position

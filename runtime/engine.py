@@ -285,7 +285,7 @@ class Engine:
         chunks = self._answer(request, tokens, sampling, constraint, record, conversation, batch, monitor)
         if monitor:
             chunks = until_watched(chunks, monitor, record)
-        steered_alone = not (record.policy.judge_answers or sampling.answer_is_judged)
+        all_answers = record.policy.judge_answers or sampling.answer_is_judged
         if record.policy.mode is not Mode.OFF:
 
             def said() -> str:
@@ -295,9 +295,9 @@ class Engine:
                 if batch:
                     batch.leave(request)  # whose rows all decode
                 words = answer if sampling.json_schema is None else words_of(answer)
-                return self._judge.answer(words, record)
+                return self._judge.answer(words, request, record)
 
-            chunks = until_judged(chunks, said, score, record, steered_alone=steered_alone)
+            chunks = until_judged(chunks, said, score, record, all_answers=all_answers)
         try:
             for chunk in chunks:
                 if chunk is not None:

@@ -1,4 +1,4 @@
-"""The whole safety rule, as pure functions. Nothing here touches a model.
+"""The rule of decision, as pure functions: nothing here touches a model. What is scored: readings.py.
 
     safe = 0.0 <= p_unsafe <= threshold
 
@@ -6,8 +6,7 @@ Everything else is unsafe: above the threshold, below zero, above one, NaN, infi
 failed. A policy decides what happens to an unsafe prompt, not whether it is unsafe.
 
 A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
-answered one turn later. A user's turn is judged twice, in the dialogue and by itself: a harmless question that was
-answered before can hide a request that is caught alone. Obfuscated letters are judged in plain ones, too (judge.py).
+answered one turn later.
 """
 
 from __future__ import annotations
@@ -72,16 +71,16 @@ class GatePolicy:
 
     @property
     def checks_steering(self) -> bool:
-        """Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
-        (held_back.py, judge.py). Not where turns are wholes alone and answers are not judged, or every prompt is to be
-        steered.
+        """Whether a steered answer is judged before it is shown (held_back.py), and a dialogue with an unsafe turn
+        before the last is stopped (judge.py). False if neither pieces are read nor answers judged, and below a
+        threshold of 0, which steers every prompt on purpose.
         """
         return self.mode is Mode.STEER and (self.pieces or self.judge_answers) and self.threshold >= 0.0
 
 
 def without_steering(policy: GatePolicy) -> GatePolicy:
-    """The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits
-    refuse only if the refusal's tokens may be chosen.
+    """`policy` with STOP in the place of STEER, where steering cannot be relied on: an answer that may not use all
+    tokens, what is unsafe in pieces or plain letters alone, an unsafe turn before the last.
     """
     return replace(policy, mode=Mode.STOP) if policy.mode is Mode.STEER else policy
 

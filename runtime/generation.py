@@ -53,6 +53,7 @@ class CachedPrefix:
     caches: dict[str, KVCache]  # by decoder half
     pending: dict[int, OrtValue]  # hidden states (1, n, D) that decoder_upper has not run over, by their first position
     long: bool  # RotarySpec.is_long of its prompt: how its keys are turned
+    lent: bool = False  # the caches are still another request's: only read, and only those of decoder_lower
 
 
 def finish(steps: Generator[None, None, T]) -> T:
@@ -85,7 +86,7 @@ class Request:
     ):
         """Allocate for `prompt` and an answer of `max_tokens`, which together must fit the context.
 
-        `chunk`: positions per prefill pass. `cached`: taken over, the caller must not use it again.
+        `chunk`: positions per prefill pass. `cached`: taken over, unless it is lent; the caller must not use it again.
         """
         self.max_tokens = max_tokens
         self._manifest, self._graphs, self._device, self._stats = manifest, graphs, device, stats
@@ -107,7 +108,7 @@ class Request:
         self._pending: dict[int, OrtValue] = {}  # hidden states that decoder_upper has not run over, by first position
         if cached and reused:
             self._pending = _first_positions(cached.pending, reused, device)
-            self._caches = cached.caches
+            self._caches = self._copied(cached.caches, reused) if cached.lent else cached.caches
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
         else:
@@ -308,11 +309,17 @@ class Request:
 
     def empty_caches(self) -> dict[str, Arrays]:
         """Empty caches for all of this request, by decoder half."""
+        return {half: self._empty_cache(half) for half in ("decoder_lower", "decoder_upper")}
+
+    def _empty_cache(self, half: str) -> Arrays:
         manifest = self._manifest
-        return {
-            half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
-            for half in ("decoder_lower", "decoder_upper")
-        }
+        return empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
+
+    def _copied(self, caches: Mapping[str, KVCache], length: int) -> dict[str, KVCache]:
+        """decoder_lower's cache with the first `length` positions of another request's."""
+        arrays = self._empty_cache("decoder_lower")
+        caches["decoder_lower"].copy(arrays, length)
+        return {"decoder_lower": KVCache(arrays, self._device)}
 
     def move(self, to: Mapping[str, Arrays]) -> None:
         """Copy the caches to arrays by decoder half, and use those from now on. On the CPU only."""
@@ -329,6 +336,13 @@ class Request:
         length = self._length if self._finite else 0
         pending = {first: hidden for first, hidden in self._pending.items() if first < length}
         return CachedPrefix(self._keys[:length], self._probed_means, self._caches, pending, self._long)
+
+    def lend_prefix(self) -> CachedPrefix:
+        """What a reading of the same dialogue (judge.py) can start from: a request that never runs decoder_upper. It
+        copies what it needs of this one's caches. Empty if anything was not finite.
+        """
+        length = min(self._length, self._prompt_length) if self._finite else 0
+        return CachedPrefix(self._keys[:length], dict(self._probed_means), self._caches, {}, self._long, lent=True)
 
     def head(self, last: OrtValue, logits: OrtValue, count: int) -> Call:
         """last_hidden_state (1, R, D) -> logits (1, R, V), through the Refusal Head if this answer is steered."""

@@ -1,9 +1,10 @@
-"""What of an answer is held back, until it is known that it may be shown. None in a stream is a pause (engine.py).
+"""Which chunks of an answer wait before they are shown, and for what. None in a stream is a pause (engine.py).
 
-    until_watched   the package has a monitor: each chunk waits for the windows that it is in (monitor.py)
-    until_judged    the request may make the model say anything (SamplingConfig.answer_is_judged), the answer is
-                    steered, or the policy says so (GatePolicy.judge_answers): all wait for the gate's verdict on
-                    the whole
+    until_watched   if the package has a monitor, a chunk waits until all windows that it is part of are scored
+                    (monitor.py)
+    until_judged    the whole answer waits for the gate's verdict on it, if it is steered, if its sampling could make
+                    the model say anything (SamplingConfig.answer_is_judged), or if the policy judges every answer
+                    (GatePolicy.judge_answers)
 
 A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
 model say a request that the gate has never seen, and go on from there. A temperature of 2 draws it, with some seed. So
@@ -27,7 +28,7 @@ from .gate import Action, Mode, Watched, is_safe, watched
 from .monitor import Monitor
 from .pieces import in_single_blanks
 
-LIKE = 12  # letters and digits
+COMPARED = 12  # letters and digits
 ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 Chunks: TypeAlias = "Iterator[Chunk | None]"
 Said: TypeAlias = "Callable[[], str]"  # all that the answer's tokens say, also what a stop string cuts
@@ -56,10 +57,10 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
             yield released
 
 
-def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, steered_alone: bool) -> Chunks:
+def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, all_answers: bool) -> Chunks:
     """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict
     on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold; of a steered one that is safe
-    nothing is said. Under Mode.REPORT nothing waits. `steered_alone`: an answer that is not steered does not wait.
+    nothing is said. Under Mode.REPORT nothing waits. `all_answers`: also those that are not steered.
     """
     policy, held = record.policy, list[Chunk]()
     for chunk in chunks:
@@ -67,7 +68,7 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, st
             yield None
             continue
         steered = chunk.verdict.action is Action.STEER  # then it is greedy, whatever the request's sampling
-        if not (held or (policy.checks_steering if steered else not steered_alone)):
+        if not held and not (policy.checks_steering if steered else all_answers):
             yield chunk
             continue
         if chunk.finish_reason == "refused":
@@ -91,13 +92,13 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, st
 
 
 def begins_like(answer: str, refusal_text: str) -> bool:
-    """Whether an answer, so far as it goes, has the letters and digits that the first two words of the refusal text
-    begin with, whatever their case and the signs between them.
+    """Whether an answer begins with the first two words of the refusal text, whatever the case and the signs between
+    letters. At most COMPARED characters are compared; a shorter answer must agree as far as it goes.
     """
 
     def letters(text: str) -> str:
         return "".join(c for c in text if c.isalnum() or not c.isascii()).translate(ASCII_LOWER)
 
-    wanted = letters("".join(in_single_blanks(refusal_text).split(" ")[:2]))[:LIKE]
+    wanted = letters("".join(in_single_blanks(refusal_text).split(" ")[:2]))[:COMPARED]
     said = letters(answer)[: len(wanted)]
     return wanted.startswith(said)

@@ -80,7 +80,7 @@ _HIDDEN = re.compile(f"(?<=[{LETTERS} \\t\\n])[{INVISIBLE}{MARKS}]+|(?<![{INVISI
 _MIXED = re.compile(f"[A-Za-z][{LOOK_ALIKES[0]}]|[{LOOK_ALIKES[0]}][A-Za-z]")
 _PARTED = re.compile(f"(?<=[A-Za-z])[{NOT_IN_WORDS}](?=[A-Za-z])")
 _ONE_WORD = "(?:[A-Za-z]{2,}|[aAiI])"
-_JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:[^A-Za-z0-9 \\t-\\r]+{_ONE_WORD}){{4,}}(?![A-Za-z0-9_-])")
+_JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:[^A-Za-z0-9 \\t-\\r]+{_ONE_WORD}){{4,}}(?![A-Za-z0-9])")
 _NO_WORDS = re.compile("[^A-Za-z]+")
 _ESCAPES = re.compile("(?:%[0-9A-Fa-f]{2})+")
 _ACCENTED = re.compile("([A-Za-z])[\u0300-\u036f]+")

@@ -41,12 +41,23 @@ SPACE = " \t\n\v\f\r"
 BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
 SIGNS = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\u2022'  # in a class of characters
 SYMBOLS = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff"  # arrows, ticks and crosses, emoji
-CONJUNCTIONS = "and|or|then|but|also|too|plus|as well as|before|after|while|once|if|when|so|because"
+CONJUNCTIONS = "and or then but also too plus as_well_as before after while once if when so because"
+PRONOUNS = "it its this that one them these those"
+
+
+def _any_of(words: str) -> str:
+    """A pattern of some words, whatever the case of their ASCII letters. Of "(?i)" Python and Oniguruma have different
+    ideas: to Python a Turkish "\u0131t" is "it".
+    """
+    cases = (re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", word) for word in words.split())
+    return "|".join(cases).replace("_", " ")
+
+
 BETWEEN_CLAUSES = re.compile(  # also a dash between blanks, and what counts: "1)"
     f"[{SIGNS}{SYMBOLS}]+|(?<=[{SPACE}])-+>?(?=[{SPACE}])|(?<![^{SPACE}])[0-9A-Za-z]{{1,2}}\\)"
-    f"|[{SPACE}](?i:{CONJUNCTIONS})(?=[{SPACE}])"
+    f"|[{SPACE}](?:{_any_of(CONJUNCTIONS)})(?=[{SPACE}])"
 )
-PRONOUN = re.compile("(?<![A-Za-z])(?i:it|its|this|that|one|them|these|those)(?![A-Za-z])")
+PRONOUN = re.compile(f"(?<![A-Za-z])(?:{_any_of(PRONOUNS)})(?![A-Za-z])")
 UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
 UNSPACED_MARKS = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
 _UNBROKEN = re.compile(f"[^{SPACE}]+")

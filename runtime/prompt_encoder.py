@@ -94,16 +94,19 @@ class PromptEncoder:
         stats.vision_ms = ms_since(before)
         return self._assemble(runs, turns, seen, stats)
 
-    def prepare_seen(self, messages: Sequence[Message], seen: Sequence[Seen], stats: Stats) -> EncodedPrompt:
+    def prepare_seen(
+        self, messages: Sequence[Message], seen: Sequence[Seen], stats: Stats, probed: int = 1
+    ) -> EncodedPrompt:
         """Turns of a dialogue as a prompt of their own that ends where the prober reads the last. `seen`: their
         pictures and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt.seen).
+        `probed`: how many of the last judged turns the prober reads.
 
         Raises InputError if it does not fit the context.
         """
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
         check_length(self.manifest, length)
-        whole = self._assemble(runs, turns[-1:], seen, stats)
+        whole = self._assemble(runs, turns[-probed:], seen, stats)
         end = whole.probed[-1][-1] + 1 if whole.probed[-1] else len(whole.keys)
         return replace(
             whole, inputs_embeds=whole.inputs_embeds[:, :end], keys=whole.keys[:end], positions=whole.positions[:, :end]
@@ -155,10 +158,8 @@ class PromptEncoder:
         stats.prompt_tokens = embeds.shape[1]
         sizes = [_length(one.runs) for one in seen]
         probed = probed_positions(self.manifest.prober, turns, text, sizes)
-        by_turn = [seen[turn.content.slots : turn.end.slots] for turn in turns]
-        earlier = [seen[: turn.content.slots] for turn in turns]
         return EncodedPrompt(
-            *(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), by_turn, earlier, deepstack)
+            *(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), tuple(seen), deepstack)
         )
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:

@@ -94,8 +94,8 @@ class Prompt:
     @property
     def pieces(self) -> tuple[Prompt, ...]:
         """What the runtime reads beside the user's turn: the turn in plain letters, and the pieces of both; by
-        themselves, and where the turn stands; all that the user says, as one text; and the turn's words with each of
-        several pictures. Equal ones once.
+        themselves, and where the turn stands; those of all that the user says, as one text; and the turn's words with
+        each of several pictures. Equal ones once. See runtime/readings.py.
         """
         found, wholes = [], dict.fromkeys((self.text, deobfuscated(self.text)))
         alone = replace(self, images=() if self.earlier else self.images, earlier=(), system="")
@@ -104,7 +104,7 @@ class Prompt:
         asked = (*self.earlier[::2], self.text)
         joined = [between.join(asked) for between in ("\n", "")] if self.earlier else []
         for one in dict.fromkeys((*joined, *map(deobfuscated, joined))):
-            found += [replace(alone, text=text, images=()) for text in (one, *pieces_of(one))]
+            found += [replace(alone, text=text, images=()) for text in pieces_of(one) or [one]]
         if len(self.images) > 1:
             found += [replace(alone, text=text, images=(image,)) for image in self.images for text in wholes]
         return tuple(dict.fromkeys(found))

@@ -8,6 +8,7 @@ import math
 import shutil
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -998,7 +999,9 @@ def test_turns_share_a_score_only_if_they_are_the_same_prompt(engine):
 
     def key(first: Message, parts: tuple[Any, ...]) -> bytes:
         turns = dialogue(first, Message("user", parts))
-        return reading_key(turns[-1:], engine.encoder.prepare(turns, Stats()).seen[-1])
+        shown = sum(isinstance(part, ImagePart) for part in parts)
+        seen = engine.encoder.prepare(turns, Stats()).seen
+        return reading_key(turns[-1:], seen[len(seen) - shown :])
 
     behind_text = [key(Message.user("red"), parts) for parts in ways]
     behind_picture = [key(Message.user("look", [picture(0, 0, 255)]), parts) for parts in ways]
@@ -1032,3 +1035,32 @@ def test_time_in_which_others_compute_is_not_the_gates(engine, monkeypatch):
             pauses += 1
             time.sleep(0.2)
     assert pauses and 0 < record.stats.gate_ms < 200 * pauses
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_readings_begin_with_what_the_request_computed(engine, monkeypatch, turns):
+    """A picture or a long dialogue went through decoder_lower twice. The request keeps its own caches."""
+    shown = Message.user("look. red red red? blue red red", [picture(255, 0, 0)])
+    dialogue = [shown, Message.assistant("orange"), Message.user("tick tick red. red red blue")][:turns]
+    unread = engine.generate(dialogue, policy=engine.policy("report", pieces=False))
+    ask, reused = engine._judge._ask, list[int]()
+
+    def asking(prompt, stats, before):
+        request = ask(prompt, stats, before)
+        reused.append(stats.reused_tokens)
+        return request
+
+    monkeypatch.setattr(engine._judge, "_ask", asking)
+    read = engine.generate(dialogue, policy="report")
+    assert len(reused) > 3 and all(reused)
+    monkeypatch.setattr(engine._judge, "_begun", lambda _: defaultdict(lambda: Conversation(engine._judge)))
+    assert engine.score(dialogue, policy="report") == read.verdict
+    assert not all(reused) and read.token_ids == unread.token_ids
+
+
+def test_a_steered_answer_to_token_ids_is_judged_alone(engine):
+    """There is no dialogue to read it in: it was an error."""
+    token_ids = engine.encoder.prepare([Message.user("bad")], Stats()).token_ids
+    with engine.record(engine.policy()) as record:
+        chunks = engine.answer(engine.encoder.prepare_ids(token_ids, record.stats), SamplingConfig(), record)
+        assert "".join(chunk.text for chunk in chunks) == "sorry refuse"

@@ -20,6 +20,7 @@ from PIL.GifImagePlugin import GifImageFile
 from autosteer.runtime import Engine, InputError, Message
 from autosteer.runtime.image import MAX_PIXELS, open_image
 from autosteer.runtime.manifest import ProberSpec, PromptSpec, TemplatePiece, TurnSpec
+from autosteer.runtime.obfuscation import deobfuscated
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import IMAGE, ImagePart, render_judged
 from autosteer.runtime.video import MAX_FRAMES, open_video
@@ -70,6 +71,25 @@ def test_three_thousand_turns_take_seconds_and_not_minutes(tmp_path):
     _, judged = render_judged([*turns, Message.user("red")], engine.manifest.prompt, engine.tokenizer)
     probed_positions(engine.manifest.prober, judged, range(20_000), [])
     assert len(judged) == 3001 and time.process_time() - before < 10
+
+
+@pytest.mark.parametrize("first", ["red tick", "r3d tick"])
+def test_two_thousand_turns_are_judged_in_seconds(tmp_path, first):
+    """Behind a turn with obfuscated letters each one was rendered, embedded and read anew: 24 s."""
+    toy.build(tmp_path, context_length=40_000)
+    engine = Engine.load(tmp_path, device="cpu", threads=1)
+    turns = [turn for _ in range(1000) for turn in (Message.assistant("green"), Message.user("red tick"))]
+    before = time.process_time()
+    assert not engine.score([Message.user(first), *turns]).unsafe
+    assert time.process_time() - before < 8
+
+
+@pytest.mark.parametrize("unit", ["aa-.", "aa--", "a.b_", "aa.a1", "ab-cd-ef-gh-ij-9 ", "%41", "a b ", "s-t-", "aaa"])
+def test_obfuscated_letters_are_looked_for_in_linear_time(unit):
+    """16 KB of "aa-." took 1 s, 32 KB four."""
+    before = time.process_time()
+    deobfuscated(unit * (256_000 // len(unit)))
+    assert time.process_time() - before < 5
 
 
 # --- probed positions, over templates --------------------------------------------------------------------------------

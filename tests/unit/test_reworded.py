@@ -12,8 +12,8 @@ from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
-from autosteer.runtime.judge import all_readings, in_plain_letters, readings
 from autosteer.runtime.pieces import weighed
+from autosteer.runtime.readings import all_readings, plain_turns, with_letters_of
 from autosteer.runtime.text import ImagePart, Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
@@ -107,11 +107,12 @@ def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[
 
     def dialogue(one: Prompt) -> tuple[Message, ...]:
         spoken = zip(("user", "assistant") * 2, (*one.earlier, one.text), strict=False)
-        return tuple(Message(role, (said,)) for role, said in spoken)
+        return tuple(Message(role, (said,), trusted=role == "assistant") for role, said in spoken)
 
     messages = dialogue(prompt)
-    plain = [in_plain_letters(message) for message in messages]
-    found = {reading.messages for reading in readings(messages, plain, len(messages) - 1, pieces=True)}
+    plain, last = plain_turns(messages), len(earlier) // 2
+    found = {reading.messages for at, reading in all_readings(messages, plain, pieces=True) if at == last}
+    found |= {tuple(with_letters_of(plain, messages))}  # which the runtime reads at once
     assert found - {messages[-1:]} == {dialogue(piece) for piece in prompt.pieces} and prompt.pieces
 
 
@@ -121,8 +122,7 @@ def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
     def turn(one: Prompt) -> tuple[Message, ...]:
         return (Message("user", (*map(ImagePart, one.images), one.text)),)
 
-    plain = in_plain_letters(turn(prompt)[0])
-    found = [reading.messages for _, reading in all_readings(turn(prompt), [plain], [0], pieces=True)]
+    found = [reading.messages for _, reading in all_readings(turn(prompt), plain_turns(turn(prompt)), pieces=True)]
     assert [*map(turn, prompt.pieces)] == found and len(found) == 5
     items = [Labelled(prompt, unsafe=True, group="g")]
     arranged = Arranged([], SPLIT, reworded(), items, 1, table=None)  # type: ignore[arg-type]

@@ -159,9 +159,9 @@ class Record {
 
   const std::vector<Message>& messages;
   Stats& stats;
-  std::vector<Shown> shown;                      ///< once the prompt is encoded
-  std::vector<std::vector<Seen>> seen, earlier;  ///< once the prompt is encoded: of each judged turn, and before it
-  std::vector<double> scores;                    ///< p_unsafe of each judged turn
+  std::vector<Shown> shown;    ///< once the prompt is encoded
+  std::vector<Seen> seen;      ///< once the prompt is encoded
+  std::vector<double> scores;  ///< p_unsafe of each judged turn
   std::optional<Verdict> verdict;
 
   /// The request begins. Throws AuditError if an earlier record is not written.
@@ -176,7 +176,6 @@ class Record {
   void encoded(const EncodedPrompt& prompt) {
     shown = prompt.shown;
     seen = prompt.seen;
-    earlier = prompt.earlier;
   }
 
   /// Note a piece of the answer that is handed over next. Throws AuditError if it is the last, and unwritten.

@@ -52,10 +52,9 @@ struct EncodedPrompt {
   std::vector<Position> positions;  // S of them, for rotary
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
-  std::vector<Shown> shown = {};                ///< pictures and videos, in the prompt's order
-  std::vector<std::vector<Seen>> seen = {};     ///< of each judged turn, in the prompt's order
-  std::vector<std::vector<Seen>> earlier = {};  ///< what is seen before each judged turn
-  PictureRows pictures = {};                    ///< for models with deepstack
+  std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
+  std::vector<Seen> seen = {};    ///< the same, and the groups of videos' frames, with their rows
+  PictureRows pictures = {};      ///< for models with deepstack
 
   /// Rows (n, D) of a picture follow; or (n, (1 + L) * D), whose first parts do.
   void add_picture(const std::shared_ptr<const Rows>& rows) {

@@ -291,7 +291,7 @@ class Stream {
       monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }
-    const bool steered_alone = !policy_.judge_answers && !sampling.answer_is_judged();
+    const bool all_answers = policy_.judge_answers || sampling.answer_is_judged();
     if (policy_.mode != Mode::off) {
       const auto said = [this] {
         Detokeniser whole(engine_.tokenizer, {});
@@ -299,8 +299,10 @@ class Stream {
         for (size_t i = prompt_tokens_; i < tokens_.size(); ++i) text += whole.push(tokens_[i]);
         return text;
       };
-      const auto score = [this](const std::string& answer) { return engine_.judge.answer(answer, record_, policy_); };
-      next_ = UntilJudged(std::move(next_), said, score, policy_, steered_alone);
+      const auto score = [this](const std::string& answer) {
+        return engine_.judge.answer(answer, *request_, record_, policy_);
+      };
+      next_ = UntilJudged(std::move(next_), said, score, policy_, all_answers);
     }
   }
 

@@ -73,14 +73,14 @@ struct GatePolicy {
     }
   }
 
-  /// Whether a steered answer is judged before it is shown, and none is steered for a turn before the last
-  /// (held_back.hpp, judge.hpp). Not where turns are wholes alone and answers are not judged, or every prompt is to be
-  /// steered.
+  /// Whether a steered answer is judged before it is shown (held_back.hpp), and a dialogue with an unsafe turn before
+  /// the last is stopped (judge.hpp). False if neither pieces are read nor answers judged, and below a threshold of 0,
+  /// which steers every prompt on purpose.
   bool checks_steering() const { return mode == Mode::steer && (pieces || judge_answers) && threshold >= 0.0; }
 };
 
-/// The policy for an answer that may not use all tokens: what would be steered is stopped, because steered logits
-/// refuse only if the refusal's tokens may be chosen.
+/// `policy` with Mode::stop in the place of Mode::steer, where steering cannot be relied on: an answer that may not use
+/// all tokens, what is unsafe in pieces or plain letters alone, an unsafe turn before the last.
 inline GatePolicy without_steering(GatePolicy policy) {
   if (policy.mode == Mode::steer) policy.mode = Mode::stop;
   return policy;

@@ -57,6 +57,7 @@ struct CachedPrefix {
   KVCache lower, upper;
   /// Hidden states (1, n, D) of the last positions, if decoder_upper has not run over them: after a STOP.
   std::vector<Tensor<float>> pending;
+  bool lent = false;  // the caches are still another request's: only read, and only those of decoder_lower
 };
 
 /// refusal_head and lm_head on fixed buffers: last (1, R, D), strength (1,) -> steered (1, R, D) -> logits (1, R, V).
@@ -93,8 +94,11 @@ class Request {
         capacity_(prompt_length_ + max_tokens),
         reused_(cached ? reuse_prefix(*cached) : 0),
         length_(reused_),
-        lower_(reused_ ? std::move(cached->lower) : KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)),
-        upper_(reused_ ? std::move(cached->upper) : KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)),
+        lower_(!reused_       ? KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)
+               : cached->lent ? cached->lower.copy(reused_, capacity_)
+                              : std::move(cached->lower)),
+        upper_(!reused_ || cached->lent ? KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)
+                                        : std::move(cached->upper)),
         deepstack_(manifest.deepstack(), manifest.dims.hidden_size, std::move(prompt.pictures)),
         rotary_(manifest.rotary, std::move(prompt.positions), capacity_, reused_ - count(pending_)),
         logits_({1, 1 + Drafter::kMaxDraft, manifest.dims.vocab_size}),
@@ -193,6 +197,14 @@ class Request {
     const bool is_long = manifest_.rotary.is_long(prompt_length_);
     return {is_long,           std::move(keys_),  std::move(probed_means_),
             std::move(lower_), std::move(upper_), std::move(pending_)};
+  }
+
+  /// What a reading of the same dialogue (judge.hpp) can start from: a request that never runs decoder_upper. It copies
+  /// what it needs of this one's caches. Empty if anything was not finite.
+  CachedPrefix lend_prefix() const {
+    const int64_t length = finite_ ? std::min(length_, prompt_length_) : 0;
+    const std::vector<Key> keys(keys_.begin(), keys_.begin() + length);
+    return {manifest_.rotary.is_long(prompt_length_), keys, probed_means_, lower_, upper_, {}, true};
   }
 
  private:

@@ -1,9 +1,10 @@
-// What of an answer is held back, until it is known that it may be shown. The C++ side of runtime/held_back.py.
+// Which chunks of an answer wait before they are shown, and for what. The C++ side of runtime/held_back.py.
 //
-//     UntilWatched   the package has a monitor: each chunk waits for the windows that it is in (monitor.hpp)
-//     UntilJudged    the request may make the model say anything (SamplingConfig::answer_is_judged), the answer is
-//                    steered, or the policy says so (GatePolicy::judge_answers): all wait for the gate's verdict on the
-//                    whole
+//     UntilWatched   if the package has a monitor, a chunk waits until all windows that it is part of are scored
+//                    (monitor.hpp)
+//     UntilJudged    the whole answer waits for the gate's verdict on it, if it is steered, if its sampling could make
+//                    the model say anything (SamplingConfig::answer_is_judged), or if the policy judges every answer
+//                    (GatePolicy::judge_answers)
 //
 // A logit bias can dictate an answer: an unsafe request that the gate has never seen, and the model goes on from there.
 // A temperature of 2 draws it, with some seed. So such an answer is judged as if the user had said it (judge.hpp), with
@@ -28,10 +29,10 @@
 
 namespace autosteer {
 
-constexpr size_t kLike = 12;  // letters and digits
+constexpr size_t kCompared = 12;  // letters and digits
 
-/// Whether an answer, so far as it goes, has the letters and digits that the first two words of the refusal text begin
-/// with, whatever their case and the signs between them.
+/// Whether an answer begins with the first two words of the refusal text, whatever the case and the signs between
+/// letters. At most kCompared characters are compared; a shorter answer must agree as far as it goes.
 inline bool begins_like(const std::string& answer, const std::string& refusal_text) {
   const auto letters = [](const std::string& text, size_t most_words) {
     std::string found;
@@ -48,7 +49,7 @@ inline bool begins_like(const std::string& answer, const std::string& refusal_te
   };
   const std::string wanted = letters(refusal_text, 2);
   size_t length = 0;
-  for (size_t i = 0; i < kLike && length < wanted.size(); ++i) length += unicode::character(wanted, length);
+  for (size_t i = 0; i < kCompared && length < wanted.size(); ++i) length += unicode::character(wanted, length);
   const std::string said = letters(answer, std::numeric_limits<size_t>::max()).substr(0, length);
   return wanted.compare(0, said.size(), said) == 0;
 }
@@ -93,19 +94,19 @@ class UntilWatched {
 
 /// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict on
 /// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold; of a steered one that is safe nothing
-/// is said. Under Mode::report nothing waits. `steered_alone`: an answer that is not steered does not wait. What it is
-/// given must outlive it.
+/// is said. Under Mode::report nothing waits. `all_answers`: also those that are not steered. What it is given must
+/// outlive it.
 class UntilJudged {
  public:
   using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts
   using Score = std::function<double(const std::string&)>;  ///< p_unsafe of a text
 
-  UntilJudged(NextChunk compute, Said said, Score score, const GatePolicy& policy, bool steered_alone)
+  UntilJudged(NextChunk compute, Said said, Score score, const GatePolicy& policy, bool all_answers)
       : compute_(std::move(compute)),
         said_(std::move(said)),
         score_(std::move(score)),
         policy_(policy),
-        steered_alone_(steered_alone) {}
+        all_answers_(all_answers) {}
 
   /// The next chunk that may be shown.
   Chunk operator()() {
@@ -113,7 +114,7 @@ class UntilJudged {
     while (held_.empty() || (stops && !computed_)) {
       Chunk chunk = compute_();
       const bool steered = chunk.verdict.action == Action::steer;  // greedy, whatever the request's sampling
-      if (held_.empty() && (steered ? !policy_.checks_steering() : steered_alone_)) return chunk;
+      if (held_.empty() && !(steered ? policy_.checks_steering() : all_answers_)) return chunk;
       if (chunk.finish_reason == "refused") {
         chunk.text = policy_.refusal_text;  // nothing was shown before it
         return chunk;
@@ -141,7 +142,7 @@ class UntilJudged {
   Said said_;
   Score score_;
   const GatePolicy& policy_;
-  const bool steered_alone_;
+  const bool all_answers_;
   std::deque<Chunk> held_;  // the gate has not judged these, or they may be shown
   bool computed_ = false;   // the answer's last chunk is among them
 };

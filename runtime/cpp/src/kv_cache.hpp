@@ -48,6 +48,15 @@ class KVCache {
     allocate(length, held);
   }
 
+  /// A cache of its own with the first `length` positions of this one, and room for `capacity` tokens.
+  KVCache copy(int64_t length, int64_t capacity) const {
+    KVCache own = *this;  // shares the buffers, until `allocate` makes new ones
+    own.capacity_ = capacity;
+    own.bytes = 0;
+    own.allocate(length, capacity_);
+    return own;
+  }
+
   Call::Bound past, present;
   int64_t bytes = 0;
 

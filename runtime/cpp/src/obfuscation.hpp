@@ -201,7 +201,7 @@ inline std::string not_parted(std::string_view text) {
 inline std::string not_joined(std::string_view text) {
   static const std::string word = "(?:[A-Za-z]{2,}|[aAiI])";
   static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:[^A-Za-z0-9 \\t-\\r]+" + word +
-                            "){4,}(?![A-Za-z0-9_-])");
+                            "){4,}(?![A-Za-z0-9])");
   static const Regex no_words("[^A-Za-z]+");
   return replaced(text, joined, [](std::string_view run) {
     return replaced(run, no_words, [](std::string_view) { return " "; });

@@ -127,6 +127,20 @@ inline std::vector<std::string> windows_of(std::string_view text) {
   return windows;
 }
 
+/// A pattern of some words, whatever the case of their ASCII letters. Of "(?i)" Python and Oniguruma have different
+/// ideas.
+inline std::string any_of(std::string_view words) {
+  std::string pattern;
+  for (const char c : words) {
+    if ('a' <= c && c <= 'z') {
+      pattern += {'[', c, static_cast<char>(c - 'a' + 'A'), ']'};
+    } else {
+      pattern += c == ' ' ? '|' : ' ';
+    }
+  }
+  return pattern;
+}
+
 /// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_sentences("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+");
@@ -134,11 +148,11 @@ inline std::vector<std::string> pieces(std::string_view text) {
   static const std::string signs = ",:/|+&()\\[\\]{}<>#=~*^@\\\\`\"\u2013\u2014\u3001\uff0c\uff1a\u00b7\u2022";
   static const std::string symbols = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff";  // arrows, ticks, emoji
   static const std::string conjunctions =
-      "and|or|then|but|also|too|plus|as well as|before|after|while|once|if|when|so|because";
+      any_of("and or then but also too plus as_well_as before after while once if when so because");
   static const Regex between_clauses(  // also a dash between blanks, and what counts: "1)"
       "[" + signs + symbols + "]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
-      space + "(?i:" + conjunctions + ")(?=" + space + ")");
-  static const Regex pronoun("(?<![A-Za-z])(?i:it|its|this|that|one|them|these|those)(?![A-Za-z])");
+      space + "(?:" + conjunctions + ")(?=" + space + ")");
+  static const Regex pronoun("(?<![A-Za-z])(?:" + any_of("it its this that one them these those") + ")(?![A-Za-z])");
   std::vector<std::string> found;
   std::set<std::string> known;
   const auto add = [&](std::string piece) {

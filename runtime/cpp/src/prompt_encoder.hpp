@@ -128,18 +128,20 @@ class PromptEncoder {
   }
 
   /// Turns of a dialogue as a prompt of their own that ends where the prober reads the last. `seen`: their pictures
-  /// and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). Throws
-  /// InputError if it does not fit the context.
-  EncodedPrompt prepare_seen(const std::vector<Message>& messages, const std::vector<Seen>& seen, Stats& stats) const {
+  /// and videos as the dialogue has them, which are not opened or encoded again (EncodedPrompt::seen). `probed`: how
+  /// many of the last judged turns the prober reads. Throws InputError if it does not fit the context.
+  EncodedPrompt prepare_seen(const std::vector<Message>& messages, const std::vector<Seen>& seen, Stats& stats,
+                             size_t probed = 1) const {
     std::vector<JudgedTurn> turns;
     const std::vector<Run> runs = render(messages, manifest_.prompt, tokenizer_, turns);
     int64_t length = 0;
     for (const Run& run : runs) length += static_cast<int64_t>(run.ids.size());
     for (const Seen& one : seen) length += one.rows();
     check_length(manifest_, length);
-    EncodedPrompt prompt = assemble(runs, {turns.back()}, seen, stats);
-    if (const auto& probed = prompt.probed.back(); !probed.empty()) {
-      const auto end = static_cast<size_t>(probed.back() + 1);
+    turns.erase(turns.begin(), turns.end() - static_cast<std::ptrdiff_t>(std::min(probed, turns.size())));
+    EncodedPrompt prompt = assemble(runs, turns, seen, stats);
+    if (const auto& last = prompt.probed.back(); !last.empty()) {
+      const auto end = static_cast<size_t>(last.back() + 1);
       prompt.inputs_embeds.data.resize(end * static_cast<size_t>(prompt.inputs_embeds.width));
       prompt.keys.resize(end);
       prompt.positions.resize(end);
@@ -204,11 +206,7 @@ class PromptEncoder {
     }
     prompt.positions = std::move(counter.positions);
     prompt.probed = probed_positions(manifest_.prober, turns, text_positions, sizes);
-    const auto at = [&](const Place& place) { return seen.begin() + static_cast<std::ptrdiff_t>(place.slots); };
-    for (const JudgedTurn& turn : turns) {
-      prompt.seen.emplace_back(at(turn.content), at(turn.end));
-      prompt.earlier.emplace_back(seen.begin(), at(turn.content));
-    }
+    prompt.seen = seen;
     stats.embed_ms = clock.ms();
     stats.prompt_tokens = prompt.inputs_embeds.count();
     return prompt;

@@ -1,0 +1,222 @@
+"""The forms in which a prober reads the turns of a dialogue, and an answer that is judged (held_back.py).
+
+Every turn that the program does not trust is scored in these forms: alone, as the only turn of a prompt, and in its
+dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
+
+    form                                              alone         in its dialogue   if unsafe       score
+    the turn                                          user's turn   yes               as the policy   in full
+    the turn in plain letters (obfuscation.py)        yes           all are           stopped         in full
+    its texts as one; the user's turns in a row       yes           yes               stopped         in full
+    pieces of all these (pieces.py)                   yes           yes               stopped         weighed
+    pieces of all that the user says, and of all      yes           no                stopped         weighed
+    that the program does not trust, as one text
+    its words with each one of several pictures       yes           no                stopped         weighed
+
+A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
+catches alone; so can a harmless picture. `weighed` (pieces.py) lets a part of what a turn says or shows count for less
+than the whole. Under the policy `steer` only the turn itself is steered: the Refusal Head was trained on whole plain
+turns.
+
+An answer is read as if the user had said it: alone, and as the dialogue's next turn. The C++ side is src/readings.hpp;
+shared cases: tests/conformance/requests.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from .obfuscation import deobfuscated
+from .pieces import SPACE, in_single_blanks
+from .pieces import pieces as pieces_of
+from .text import Message, Part, judged
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt whose last turn the prober scores."""
+
+    messages: tuple[Message, ...]
+    pictures: Sequence[int] = ()  # numbers of the pictures and videos, of all that the dialogue shows, that these show
+    only_while_safe: bool = False  # left out once another form of the turn was unsafe
+    stops: bool = False  # if it is unsafe, the request is stopped, not steered
+    weighed: bool = False  # its score counts for less; see pieces.weighed
+    cache: int = 0  # readings of one number begin alike, and share what they compute; 0: alone
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is read in the place of a turn."""
+
+    turn: Message  # with all that the turns which it stands for show, in front of the words
+    turns: int = 1  # that it stands for, up to the one that is judged
+    weighed: bool = False
+
+
+def plain_turns(messages: Sequence[Message]) -> list[Message | None]:
+    """`in_plain_letters` of each turn that is judged; None for the others."""
+    turns = {*judged(messages)}
+    return [in_plain_letters(message) if n in turns else None for n, message in enumerate(messages)]
+
+
+def all_readings(
+    messages: Sequence[Message], plain: Sequence[Message | None], *, pieces: bool
+) -> Iterator[tuple[int, Reading]]:
+    """What is read of a dialogue: (number of the judged turn among these, reading). Not the turns where they stand, nor
+    these in plain letters: each of the two is one prompt, which gives the scores of all turns (judge.py).
+
+    `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above.
+    """
+    turns = judged(messages)
+    shown = [*itertools.accumulate(len(shown_in(message)) for message in messages)]
+    for at, n in enumerate(turns):
+        for form in forms(messages, plain, n, pieces=pieces):
+            yield from ((at, reading) for reading in _alone_and_in_dialogue(messages, plain, n, form, shown[n]))
+    if pieces:
+        at_of = {n: at for at, n in enumerate(turns)}
+        yield from ((at_of[n], reading) for n, reading in with_each_picture(messages, plain))
+
+
+def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
+    """The forms in which turn `n` is read."""
+    wholes = [Form(turn) for turn in (messages[n], plain[n]) if turn]
+    if pieces:
+        joined = as_one(messages, n)
+        wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
+    yield from wholes
+    for whole in wholes if pieces else ():
+        yield from pieces_in(whole)
+    for text in all_words(messages, n) if pieces else ():
+        yield from (Form(Message.user(piece), n + 1, weighed=True) for piece in pieces_of(text) or [text])
+
+
+def _alone_and_in_dialogue(
+    messages: Sequence[Message], plain: Sequence[Message | None], n: int, form: Form, shown: int
+) -> Iterator[Reading]:
+    """The readings of a form of turn `n`. In the dialogue, the turns before it are in plain letters, too. `shown`: how
+    many pictures and videos the dialogue shows up to there.
+    """
+    is_turn, is_plain = form.turn is messages[n], form.turn is plain[n]
+    if not is_turn or (n > 0 and form.turn.role == "user"):  # what stands first is read alike where it stands
+        own, always = range(shown - len(shown_in(form.turn)), shown), is_turn or is_plain
+        yield Reading((form.turn,), own, only_while_safe=not always, stops=not is_turn, weighed=form.weighed)
+    before = messages[: n + 1 - form.turns]
+    if before and not is_turn and not is_plain:
+        said = (*with_letters_of(plain, before), Message("user", form.turn.parts))
+        yield Reading(said, range(shown), only_while_safe=True, stops=True, weighed=form.weighed, cache=1)
+
+
+def with_each_picture(messages: Sequence[Message], plain: Sequence[Message | None]) -> Iterator[tuple[int, Reading]]:
+    """The words of each user's turn with each picture that was shown so far, if these are several: (turn, reading). One
+    picture after the other: what begins alike is computed once.
+    """
+    shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
+    for number, (first, picture) in enumerate(shown if len(shown) > 1 else ()):
+        for n, message in enumerate(messages):
+            if message.role != "user" or n < max(first, shown[1][0]):
+                continue
+            for words in [text_of(turn) for turn in (message, plain[n]) if turn]:
+                if words:
+                    said = Message("user", (picture, words))
+                    yield n, Reading((said,), (number,), only_while_safe=True, stops=True, weighed=True)
+
+
+def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool) -> Iterator[Reading]:
+    """The readings of `text`, an answer to a dialogue, and of its pieces; both in plain letters, too.
+
+    Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. A
+    `steered` answer, whose dialogue is unsafe, stands in the place of the last turn's words.
+    """
+    messages = messages or [Message("user", ())]  # the prompt was given as token ids
+    wholes = dict.fromkeys((text, deobfuscated(text)))
+    complete = {*wholes, *map(in_single_blanks, wholes)}
+    plain = [in_plain_letters(message) for message in messages]
+    contexts = [messages, with_letters_of(plain, messages)] if any(plain) else [messages]
+    pictures = range(sum(len(shown_in(message)) for message in messages))
+    for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
+        is_part = said not in complete
+        yield Reading((Message.user(said),), weighed=is_part)
+        for number, context in enumerate(contexts, 1):
+            *before, last = context
+            turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
+            if len(turns) > 1 or pictures:  # else it is alone
+                yield Reading(turns, pictures, weighed=is_part or not pictures, cache=number)
+
+
+def as_one(messages: Sequence[Message], n: int) -> list[Form]:
+    """The texts of turn `n` as one, if it has several, and those of the user's turns in a row that it ends.
+
+    A request may be spread over them, a word or a letter each, among harmless ones. What a template writes between two
+    texts is its own affair, so they are joined by line ends, and by nothing.
+    """
+    counts = [1]
+    if messages[n].role == "user" and (n + 1 == len(messages) or messages[n + 1].role != "user"):
+        before = itertools.takewhile(lambda message: message.role == "user", reversed(messages[:n]))
+        counts.append(1 + len(list(before)))
+    found = []
+    for count in dict.fromkeys(counts):
+        turns = messages[n + 1 - count : n + 1]
+        shown = [part for turn in turns for part in shown_in(turn)]
+        found += [Form(Message("user", (*shown, text)), count) for text in joined_texts(turns)]
+    return found
+
+
+def all_words(messages: Sequence[Message], n: int) -> list[str]:
+    """All that the user says as one text, and all that the program does not trust, where turn `n` is the last of it and
+    `as_one` has not read it: joined as there, and in plain letters.
+    """
+    users = [i for i, message in enumerate(messages) if message.role == "user"]
+    untrusted = judged(messages)
+    in_a_row = users == [*range(n + 1 - len(users), n + 1)]
+    texts = []
+    for turns in ([] if in_a_row else users, [] if untrusted == users else untrusted):
+        texts += joined_texts([messages[i] for i in turns]) if turns[-1:] == [n] else []
+    return [*dict.fromkeys((*texts, *map(deobfuscated, texts)))]
+
+
+def joined_texts(turns: Sequence[Message]) -> list[str]:
+    """The texts of some turns as one; nothing if there is only one."""
+    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    return [between.join(texts) for between in ("\n", "")] if len(texts) > 1 else []
+
+
+def shown_in(turn: Message) -> list[Part]:
+    """The pictures and videos of a turn."""
+    return [part for part in turn.parts if not isinstance(part, str)]
+
+
+def text_of(turn: Message) -> str:
+    """A turn's text, with a blank for each picture or video between its words."""
+    return "".join(part if isinstance(part, str) else " " for part in turn.parts).strip(SPACE)
+
+
+def pieces_in(whole: Form) -> Iterator[Form]:
+    """The pieces of a form's text (pieces.py); weighed, unless they have all of its words."""
+    text = text_of(whole.turn)
+    complete = in_single_blanks(text)
+    for piece in pieces_of(text):
+        yield Form(Message("user", (*shown_in(whole.turn), piece)), whole.turns, weighed=piece != complete)
+
+
+def in_plain_letters(turn: Message) -> Message | None:
+    """A turn with obfuscated letters as a user's in plain ones; None if it has no such letters.
+
+    Texts that follow each other are read as one: "b4" and "d" say "bad".
+    """
+    parts: list[Part] = []
+    for part in turn.parts:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    plain = [deobfuscated(part) if isinstance(part, str) else part for part in parts]
+    return None if plain == parts else Message("user", tuple(plain))
+
+
+def with_letters_of(plain: Iterable[Message | None], messages: Sequence[Message]) -> list[Message]:
+    """The messages, each with what its counterpart in `plain` says, if it has one."""
+    return [
+        replace(message, parts=other.parts) if other else message
+        for message, other in zip(messages, plain, strict=False)
+    ]
