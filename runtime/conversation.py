@@ -29,7 +29,7 @@ class Conversation:
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it
         self.images: dict[bytes, Runs] = {}  # rows and token ids of the latest prompt's pictures and videos, by digest
-        self.read: dict[ReadingKey, float] = {}  # p_unsafe of other readings of the latest prompt's turns (judge.py)
+        self.known_scores: dict[ReadingKey, float] = {}  # p_unsafe of readings of the latest prompt's turns (judge.py)
         self._prefix: CachedPrefix | None = None
 
     def take_prefix(self) -> CachedPrefix | None:

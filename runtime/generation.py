@@ -309,15 +309,18 @@ class Request:
 
     def empty_caches(self) -> dict[str, Arrays]:
         """Empty caches for all of this request, by decoder half."""
-        return {half: self._empty_cache(half) for half in ("decoder_lower", "decoder_upper")}
+        return {half: self._empty_cache(half, self._capacity) for half in ("decoder_lower", "decoder_upper")}
 
-    def _empty_cache(self, half: str) -> Arrays:
+    def _empty_cache(self, half: str, capacity: int) -> Arrays:
         manifest = self._manifest
-        return empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
+        return empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, capacity)
 
     def _copied(self, caches: Mapping[str, KVCache], length: int) -> dict[str, KVCache]:
-        """decoder_lower's cache with the first `length` positions of another request's."""
-        arrays = self._empty_cache("decoder_lower")
+        """decoder_lower's cache with the first `length` positions of another request's. The next reading may be a
+        little longer.
+        """
+        room = min(self._capacity + PREFILL_CHUNK, self._manifest.dims.context_length)
+        arrays = self._empty_cache("decoder_lower", room)
         caches["decoder_lower"].copy(arrays, length)
         return {"decoder_lower": KVCache(arrays, self._device)}
 

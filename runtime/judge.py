@@ -51,7 +51,7 @@ class Judge:
         """
         verdict = yield from request.lower_chunks(policy)
         messages, scores, prompt, stats = record.messages, list(request.scores), record.prompt, record.stats
-        known, kept = dict[ReadingKey, float](), conversation.read if conversation else {}
+        known, kept = dict[ReadingKey, float](), conversation.known_scores if conversation else {}
         if verdict.p_unsafe is not None:
             assert prompt is not None
             begun, shown, plain = self._begun(request), by_picture(prompt.seen), plain_turns(messages)
@@ -86,7 +86,7 @@ class Judge:
             policy = without_steering(policy) if stopped else policy
             verdict = decide(worst([verdict.p_unsafe, *scores]), policy, split_layer=self._split_layer)
         if conversation:
-            conversation.read = known
+            conversation.known_scores = known
         record.verdict, record.scores = verdict, scores
         return verdict
 

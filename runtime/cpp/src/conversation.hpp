@@ -54,8 +54,8 @@ class Conversation {
   /// Store what a finished request leaves.
   void keep_prefix(CachedPrefix prefix) { prefix_ = std::move(prefix); }
 
-  Encoded images;                     ///< of the latest prompt
-  std::map<ReadingKey, double> read;  ///< p_unsafe of other readings of its turns; see judge.hpp
+  Encoded images;                             ///< of the latest prompt
+  std::map<ReadingKey, double> known_scores;  ///< p_unsafe of readings of its turns; see judge.hpp
 
  private:
   const Engine* engine_ = nullptr;

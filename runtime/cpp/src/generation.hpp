@@ -95,7 +95,7 @@ class Request {
         reused_(cached ? reuse_prefix(*cached) : 0),
         length_(reused_),
         lower_(!reused_       ? KVCache(manifest.graphs.at("decoder_lower"), manifest, capacity_)
-               : cached->lent ? cached->lower.copy(reused_, capacity_)
+               : cached->lent ? cached->lower.copy(reused_, with_slack(capacity_))
                               : std::move(cached->lower)),
         upper_(!reused_ || cached->lent ? KVCache(manifest.graphs.at("decoder_upper"), manifest, capacity_)
                                         : std::move(cached->upper)),
@@ -249,6 +249,11 @@ class Request {
       p.head = steered_head(graphs_, p.last.value(), strength_.value(), p.steered.value(), logits);
     }
     return p;
+  }
+
+  /// Room for a reading, and for the next, which may be a little longer.
+  int64_t with_slack(int64_t capacity) const {
+    return std::min(capacity + kPrefillChunk, manifest_.dims.context_length);
   }
 
   /// How many positions of `cached` this prompt can reuse. Moves their probed means and pending hidden states here.

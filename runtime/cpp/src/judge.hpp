@@ -137,7 +137,7 @@ class Judge {
         const std::vector<Seen> seen = only(shown, reading.pictures);
         ReadingKey key = reading_key(reading.messages, seen);
         std::optional<double> p = find(known, key);
-        if (!p && conversation) p = find(conversation->read, key);
+        if (!p && conversation) p = find(conversation->known_scores, key);
         if (!p) p = read(reading.messages, seen, policy, before(begun, reading.cache, request)).back();
         if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
         note(score, reading.weighed ? weighed(*p) : *p, reading.stops);
@@ -151,7 +151,7 @@ class Judge {
       verdict = decide(p_unsafe, stopped ? without_steering(policy) : policy, split_layer_);
       record.stats.gate_ms += clock.ms();
     }
-    if (conversation) conversation->read = std::move(known);
+    if (conversation) conversation->known_scores = std::move(known);
     record.verdict = verdict;
     return verdict;
   }
