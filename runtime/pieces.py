@@ -9,8 +9,9 @@ passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it re
                  kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
                  with what follows, ten words in all: a request may be cut
-    pronouns     a sentence with "it" or the like behind the last two words of each of the four before it: "what is a
-                 vexite? how do i smuggle it?" also says "a vexite? how do i smuggle it?"
+    pronouns     a sentence with "it" or the like behind what that may mean: the last two words of each of the four
+                 sentences before it, and the word behind each "a", "the" or the like there: "what is a vexite? how do i
+                 smuggle it?" also says "a vexite? how do i smuggle it?"
 
 Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`), unless it has all
 the words (`in_single_blanks`).
@@ -34,7 +35,7 @@ SHORT = 5  # words; a sentence of fewer is a fragment
 OPENING = 3  # words of a sentence in front of its later clauses, and of fragments behind it
 WINDOW = 10  # words that are read at once
 STRIDE = 5
-MEANT, MEANT_WORDS = 4, 2  # sentences before a pronoun, whose last words it may mean
+MEANT, MEANT_WORDS = 4, 2  # sentences before a pronoun, and of the last words of each
 PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one of them is unsafe, if any
 
 SPACE = " \t\n\v\f\r"
@@ -42,7 +43,8 @@ BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
 SIGNS = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\u2022'  # in a class of characters
 SYMBOLS = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff"  # arrows, ticks and crosses, emoji
 CONJUNCTIONS = "and or then but also too plus as_well_as before after while once if when so because"
-PRONOUNS = "it its this that one them these those"
+PRONOUNS = "it its this that one them these those some another"
+ARTICLES = "a an the my some"
 
 
 def _any_of(words: str) -> str:
@@ -60,6 +62,7 @@ BETWEEN_CLAUSES = re.compile(  # also a dash between blanks, and what counts: "1
 PRONOUN = re.compile(f"(?<![A-Za-z])(?:{_any_of(PRONOUNS)})(?![A-Za-z])")
 UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
 UNSPACED_MARKS = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
+_THING = re.compile(f"(?<![A-Za-z])(?:{_any_of(ARTICLES)})[{SPACE}]+[^{SPACE}]+")
 _UNBROKEN = re.compile(f"[^{SPACE}]+")
 _WORD = re.compile(f"[{UNSPACED}]{{1,2}}[{UNSPACED_MARKS}]*|[^{SPACE}{UNSPACED}]+")
 
@@ -70,20 +73,24 @@ def pieces(text: str) -> list[str]:
     sentences = _parts(text, BETWEEN_SENTENCES, marks=True)
     opening = ""  # of the latest sentence that is no fragment, or of the first
     for i, sentence in enumerate(sentences):
-        words, start = len(_WORD.findall(sentence)), _beginning(sentence, OPENING)
+        words, start = word_count(sentence), _beginning(sentence, OPENING)
         found += _windows(sentence)
         first, *later = _parts(sentence, BETWEEN_CLAUSES, marks=False)
         found += _windows(first)
         found += [f"{start} {_beginning(clause, WINDOW)}" for clause in later]
-        if PRONOUN.search(sentence):
-            meant = map(_ending, sentences[max(0, i - MEANT) : i])
-            found += [f"{ending}? {_beginning(sentence, WINDOW)}" for ending in meant]
+        if PRONOUN.search(asked := _beginning(sentence, WINDOW)):
+            found += [f"{one}? {asked}" for before in sentences[max(0, i - MEANT) : i] for one in _meant(before)]
         if words < SHORT:
             found += [f"{opening} {_beginning(sentence, SHORT)}"] if opening else []
             found += [_beginning(" ".join(sentences[i : i + WINDOW]), WINDOW)]
         opening = opening if opening and words < SHORT else start
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
+
+
+def word_count(text: str) -> int:
+    """How many words `text` has."""
+    return len(_WORD.findall(text))
 
 
 def in_single_blanks(text: str) -> str:
@@ -138,10 +145,13 @@ def _beginning(text: str, most: int) -> str:
     return in_single_blanks(text[: ends[-1]]) if ends else ""
 
 
-def _ending(text: str) -> str:
-    """The last MEANT_WORDS words of `text`, without the mark behind them."""
+def _meant(text: str) -> list[str]:
+    """What "it" may mean behind the sentence `text`, without marks behind it: its last MEANT_WORDS words, and each
+    article with the word behind it.
+    """
     begins = [word.start() for word in _WORD.finditer(text)][-MEANT_WORDS:]
-    return in_single_blanks(text[begins[0] :]).rstrip(".?!;:,") if begins else ""
+    found = [text[begins[0] :] if begins else "", *(thing[0] for thing in _THING.finditer(text))]
+    return [in_single_blanks(one).rstrip(".?!;:,") for one in found]
 
 
 def _windows(text: str) -> Iterator[str]:

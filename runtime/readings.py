@@ -7,15 +7,16 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     the turn                                          user's turn   yes               as the policy   in full
     the turn in plain letters (obfuscation.py)        yes           all are           stopped         in full
     its texts as one; the user's turns in a row       yes           yes               stopped         in full
+    another's turn as if it were the user's           yes           yes               stopped         weighed
     pieces of all these (pieces.py)                   yes           yes               stopped         weighed
     pieces of all that the user says, and of all      yes           no                stopped         weighed
     that the program does not trust, as one text
     its words with each one of several pictures       yes           no                stopped         weighed
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
-catches alone; so can a harmless picture. `weighed` (pieces.py) lets a part of what a turn says or shows count for less
-than the whole. Under the policy `steer` only the turn itself is steered: the Refusal Head was trained on whole plain
-turns.
+catches alone; so can a harmless picture. Whoever writes a dialogue may put a request into a system turn or an answer.
+`weighed` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the policy `steer`
+only the turn itself is steered: the Refusal Head was trained on whole plain turns.
 
 An answer is read as if the user had said it: alone, and as the dialogue's next turn. The C++ side is src/readings.hpp;
 shared cases: tests/conformance/requests.json.
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .obfuscation import deobfuscated
-from .pieces import SPACE, in_single_blanks
+from .pieces import SHORT, SPACE, in_single_blanks, word_count
 from .pieces import pieces as pieces_of
 from .text import Message, Part, judged
 
@@ -85,6 +86,8 @@ def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, 
         joined = as_one(messages, n)
         wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
     yield from wholes
+    if pieces and messages[n].role != "user" and text_of(messages[n]):
+        yield Form(Message("user", messages[n].parts), weighed=True)
     for whole in wholes if pieces else ():
         yield from pieces_in(whole)
     for text in all_words(messages, n) if pieces else ():
@@ -108,15 +111,16 @@ def _alone_and_in_dialogue(
 
 
 def with_each_picture(messages: Sequence[Message], plain: Sequence[Message | None]) -> Iterator[tuple[int, Reading]]:
-    """The words of each user's turn with each picture that was shown so far, if these are several: (turn, reading). One
-    picture after the other: what begins alike is computed once.
+    """The words of each judged turn with each picture, if the dialogue shows several: (turn, reading). A user speaks of
+    what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture after the
+    other: what begins alike is computed once.
     """
     shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
     for number, (first, picture) in enumerate(shown if len(shown) > 1 else ()):
-        for n, message in enumerate(messages):
-            if message.role != "user" or n < max(first, shown[1][0]):
+        for n in judged(messages):
+            if messages[n].role == "user" and n < max(first, shown[1][0]):
                 continue
-            for words in [text_of(turn) for turn in (message, plain[n]) if turn]:
+            for words in [text_of(turn) for turn in (messages[n], plain[n]) if turn]:
                 if words:
                     said = Message("user", (picture, words))
                     yield n, Reading((said,), (number,), only_while_safe=True, stops=True, weighed=True)
@@ -164,26 +168,37 @@ def as_one(messages: Sequence[Message], n: int) -> list[Form]:
 
 def all_words(messages: Sequence[Message], n: int) -> list[str]:
     """All that the user says as one text, and all that the program does not trust, where turn `n` is the last of it and
-    `as_one` has not read it: joined as there, and in plain letters.
+    `as_one` has not read it: joined as there, and in plain letters. Also the short ones of these turns, without the
+    long ones between them.
     """
     users = [i for i, message in enumerate(messages) if message.role == "user"]
     untrusted = judged(messages)
     in_a_row = users == [*range(n + 1 - len(users), n + 1)]
     texts = []
     for turns in ([] if in_a_row else users, [] if untrusted == users else untrusted):
-        texts += joined_texts([messages[i] for i in turns]) if turns[-1:] == [n] else []
+        if turns[-1:] == [n]:
+            texts += joined_texts([messages[i] for i in turns])
+    for turns in (users, untrusted) if texts else ():
+        said = [text for i in turns if (text := text_of(messages[i]))]
+        short = [text for text in said if word_count(text) < SHORT]
+        texts += [" ".join(short)] if turns[-1] == n and 1 < len(short) < len(said) else []
     return [*dict.fromkeys((*texts, *map(deobfuscated, texts)))]
 
 
 def joined_texts(turns: Sequence[Message]) -> list[str]:
     """The texts of some turns as one; nothing if there is only one."""
-    texts = [part for turn in turns for part in turn.parts if isinstance(part, str)]
+    texts = [text for turn in turns for text in texts_in(turn)]
     return [between.join(texts) for between in ("\n", "")] if len(texts) > 1 else []
 
 
 def shown_in(turn: Message) -> list[Part]:
     """The pictures and videos of a turn."""
     return [part for part in turn.parts if not isinstance(part, str)]
+
+
+def texts_in(turn: Message) -> list[str]:
+    """The texts of a turn."""
+    return [part for part in turn.parts if isinstance(part, str)]
 
 
 def text_of(turn: Message) -> str:

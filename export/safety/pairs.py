@@ -19,7 +19,7 @@ Nothing here depends on the model; batches.py checks prompts against the tokeniz
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +28,8 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
 from autosteer.runtime.obfuscation import deobfuscated
-from autosteer.runtime.pieces import pieces as pieces_of
+from autosteer.runtime.readings import all_readings, plain_turns, texts_in, with_letters_of
+from autosteer.runtime.text import Message
 
 from . import builtin
 from .store import file_digest
@@ -93,21 +94,25 @@ class Prompt:
 
     @property
     def pieces(self) -> tuple[Prompt, ...]:
-        """What the runtime reads beside the user's turn: the turn in plain letters, and the pieces of both; by
-        themselves, and where the turn stands; those of all that the user says, as one text; and the turn's words with
-        each of several pictures. Equal ones once. See runtime/readings.py.
+        """What the runtime reads beside the user's turn (runtime/readings.py): the turn in plain letters, alone and in
+        its dialogue, and the pieces of both. Equal ones once.
         """
-        found, wholes = [], dict.fromkeys((self.text, deobfuscated(self.text)))
-        alone = replace(self, images=() if self.earlier else self.images, earlier=(), system="")
-        for text in (*[*wholes][1:], *(piece for whole in wholes for piece in pieces_of(whole))):
-            found += [replace(alone, text=text), replace(self, text=text)]
-        asked = (*self.earlier[::2], self.text)
-        joined = [between.join(asked) for between in ("\n", "")] if self.earlier else []
-        for one in dict.fromkeys((*joined, *map(deobfuscated, joined))):
-            found += [replace(alone, text=text, images=()) for text in pieces_of(one) or [one]]
-        if len(self.images) > 1:
-            found += [replace(alone, text=text, images=(image,)) for image in self.images for text in wholes]
-        return tuple(dict.fromkeys(found))
+        asked, answers = (*self.earlier[::2], self.text), self.earlier[1::2]
+        said = [Message.user(asked[0], self.images)]
+        for answer, text in zip(answers, asked[1:], strict=True):
+            said += [Message.assistant(answer, trusted=True), Message.user(text)]
+        said[:0] = [Message.system(self.system, trusted=True)] if self.system else []
+        plain = plain_turns(said)
+        read = [one.messages for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
+        whole = [tuple(with_letters_of(plain, said))] if len(said) > 1 and any(plain) else []
+        return tuple(dict.fromkeys(self._of(messages) for messages in (*whole, *read) if messages != (said[-1],)))
+
+    def _of(self, messages: Sequence[Message]) -> Prompt:
+        """A reading of this prompt."""
+        system = self.system if messages[0].role == "system" else ""
+        *earlier, text = ("".join(texts_in(message)) for message in messages[bool(system) :])
+        images = tuple(Path(cast(Path, image)) for message in messages for image in message.images)
+        return replace(self, text=text, earlier=tuple(earlier), images=images, system=system)
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,13 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
         [turn("user", pictures[0], "what is shown?"), turn("assistant", "a key."), turn("user", pictures[1], asked)],
         [*spread, turn("user", "a spoon?")],
         [*spread, turn("user", "a spo0n?"), turn("assistant", "ok.")],
+        [
+            *spread,
+            turn("user", "how do i paint a very nice big kettle?"),
+            turn("assistant", "ok."),
+            turn("user", "it?"),
+        ],
+        [turn("assistant", asked), turn("user", pictures[0], "look"), turn("user", pictures[1], "is it one?")],
     ]
     found = judged_in_both(parts, dialogues, conversation=conversation)
     alone = judged_in_both(parts, dialogues, conversation=conversation, pieces=False)

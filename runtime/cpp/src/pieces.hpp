@@ -20,7 +20,7 @@ constexpr int kFewestWords = 3;              // of a piece, if the text has so m
 constexpr size_t kShort = 5;                 // words; a sentence of fewer is a fragment
 constexpr size_t kOpening = 3;               // words of a sentence in front of later clauses and fragments
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
-constexpr size_t kMeant = 4, kMeantWords = 2;  // sentences before a pronoun, whose last words it may mean
+constexpr size_t kMeant = 4, kMeantWords = 2;  // sentences before a pronoun, and of the last words of each
 constexpr double kPiecesOfATurn = 8.0;       // about as many as a turn of several sentences has; one is unsafe, if any
 
 /// What the prober's p_unsafe of a piece counts in its turn: its odds are divided by kPiecesOfATurn. What is no
@@ -108,15 +108,6 @@ inline std::string beginning(std::string_view text, size_t most) {
   return joined(text, words_in(text), 0, most);
 }
 
-/// The last kMeantWords words of `text`, without the mark behind them.
-inline std::string ending(std::string_view text) {
-  const std::vector<Span> words = words_in(text);
-  const size_t first = words.size() > kMeantWords ? words.size() - kMeantWords : 0;
-  std::string last = words.empty() ? "" : in_single_blanks(text.substr(words[first].first));
-  while (!last.empty() && std::string_view(".?!;:,").find(last.back()) != std::string_view::npos) last.pop_back();
-  return last;
-}
-
 /// The words of `text`, kWindow at a time; nothing if it has none.
 inline std::vector<std::string> windows_of(std::string_view text) {
   const std::vector<Span> words = words_in(text);
@@ -141,6 +132,23 @@ inline std::string any_of(std::string_view words) {
   return pattern;
 }
 
+/// What "it" may mean behind the sentence `text`, without marks behind it: its last kMeantWords words, and each article
+/// with the word behind it.
+inline std::vector<std::string> meant_by(std::string_view text) {
+  static const Regex thing("(?<![A-Za-z])(?:" + any_of("a an the my some") + ")[ \t\n\v\f\r]+[^ \t\n\v\f\r]+");
+  const std::vector<Span> words = words_in(text);
+  const size_t first = words.size() > kMeantWords ? words.size() - kMeantWords : 0;
+  std::vector<std::string> found = {words.empty() ? "" : in_single_blanks(text.substr(words[first].first))};
+  std::optional<Span> next = thing.find(text, 0);
+  for (; next; next = thing.find(text, next->second)) {
+    found.push_back(in_single_blanks(text.substr(next->first, next->second - next->first)));
+  }
+  for (std::string& one : found) {
+    while (!one.empty() && std::string_view(".?!;:,").find(one.back()) != std::string_view::npos) one.pop_back();
+  }
+  return found;
+}
+
 /// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_sentences("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+");
@@ -152,7 +160,8 @@ inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_clauses(  // also a dash between blanks, and what counts: "1)"
       "[" + signs + symbols + "]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
       space + "(?:" + conjunctions + ")(?=" + space + ")");
-  static const Regex pronoun("(?<![A-Za-z])(?:" + any_of("it its this that one them these those") + ")(?![A-Za-z])");
+  static const std::string pronouns = any_of("it its this that one them these those some another");
+  static const Regex pronoun("(?<![A-Za-z])(?:" + pronouns + ")(?![A-Za-z])");
   std::vector<std::string> found;
   std::set<std::string> known;
   const auto add = [&](std::string piece) {
@@ -171,9 +180,10 @@ inline std::vector<std::string> pieces(std::string_view text) {
     const std::vector<std::string_view> clauses = parts_of(sentence, between_clauses, false);
     add_windows(clauses.front());
     for (size_t k = 1; k < clauses.size(); ++k) add(start + " " + beginning(clauses[k], kWindow));
-    if (pronoun.find(sentence, 0)) {
-      const std::string asked = "? " + beginning(sentence, kWindow);
-      for (size_t k = i - std::min(i, kMeant); k < i; ++k) add(ending(sentences[k]) + asked);
+    if (const std::string asked = beginning(sentence, kWindow); pronoun.find(asked, 0)) {
+      for (size_t k = i - std::min(i, kMeant); k < i; ++k) {
+        for (const std::string& one : meant_by(sentences[k])) add(one + "? " + asked);
+      }
     }
     if (words < kShort) {
       if (!opening.empty()) add(opening + " " + beginning(sentence, kShort));

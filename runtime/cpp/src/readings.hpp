@@ -131,7 +131,8 @@ inline std::vector<Form> as_one(const std::vector<Message>& messages, size_t n) 
 }
 
 /// All that the user says as one text, and all that the program does not trust, where turn `n` is the last of it and
-/// `as_one` has not read it: joined as there, and in plain letters.
+/// `as_one` has not read it: joined as there, and in plain letters. Also the short ones of these turns, without the
+/// long ones between them.
 inline std::vector<std::string> all_words(const std::vector<Message>& messages, size_t n) {
   std::vector<const Message*> users, untrusted;
   for (size_t i = 0; i < messages.size(); ++i) {
@@ -148,6 +149,18 @@ inline std::vector<std::string> all_words(const std::vector<Message>& messages, 
                             untrusted == users ? std::vector<const Message*>() : untrusted}) {
     if (turns.empty() || turns.back() != &messages[n]) continue;
     for (std::string& text : joined_texts(turns)) add(std::move(text));
+  }
+  const bool spread = !texts.empty();
+  for (const auto& turns : {users, untrusted}) {
+    if (!spread || turns.back() != &messages[n]) continue;
+    size_t said = 0, count = 0;
+    std::string short_ones;
+    for (const Message* turn : turns) {
+      const std::string text = text_of(*turn);
+      said += text.empty() ? 0 : 1;
+      if (!text.empty() && words_in(text).size() < kShort) short_ones += (count++ ? " " : "") + text;
+    }
+    if (1 < count && count < said) add(std::move(short_ones));
   }
   for (size_t i = 0, plain = texts.size(); i < plain; ++i) add(deobfuscated(texts[i]));
   return texts;
@@ -178,7 +191,11 @@ inline std::vector<Form> forms(const std::vector<Message>& messages, const std::
     }
   }
   std::move(as_one_text.begin(), as_one_text.end(), std::back_inserter(found));
-  for (size_t i = 0, wholes = found.size(); i < wholes; ++i) {
+  const size_t wholes = found.size();
+  if (messages[n].role != "user" && !text_of(messages[n]).empty()) {
+    found.push_back({{"user", messages[n].parts}, 1, true});
+  }
+  for (size_t i = 0; i < wholes; ++i) {
     for (Form& piece : pieces_in(found[i])) found.push_back(std::move(piece));
   }
   for (const std::string& text : all_words(messages, n)) {
@@ -231,8 +248,9 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   }
   if (!with_pieces || shown.size() < 2) return;
   for (size_t i = 0; i < shown.size(); ++i) {  // one picture after the other: what begins alike is computed once
-    for (size_t n = std::max(shown[i].first, shown[1].first); n < messages.size(); ++n) {
-      if (messages[n].role != "user") continue;
+    for (size_t n = 0; n < messages.size(); ++n) {
+      const bool is_users = messages[n].role == "user";
+      if (!is_judged(messages, n) || (is_users && n < std::max(shown[i].first, shown[1].first))) continue;
       for (const Message* turn : {&messages[n], plain[n] ? static_cast<const Message*>(&*plain[n]) : nullptr}) {
         const std::string text = turn ? text_of(*turn) : "";
         if (!text.empty()) read(n, Reading{{user_turn({shown[i].second}, text)}, {i, i + 1}, true, true, true});
