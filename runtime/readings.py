@@ -7,7 +7,7 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     the turn                                          user's turn   yes               as the policy   in full
     the turn in plain letters (obfuscation.py)        yes           all are           stopped         in full
     its texts as one; the user's turns in a row       yes           yes               stopped         in full
-    another's turn as if it were the user's           yes           yes               stopped         weighed
+    another's turn as if it were the user's           yes           no                stopped         weighed
     pieces of all these (pieces.py)                   yes           yes               stopped         weighed
     pieces of all that the user says, and of all      yes           no                stopped         weighed
     that the program does not trust, as one text
@@ -87,7 +87,7 @@ def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, 
         wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
     yield from wholes
     if pieces and messages[n].role != "user" and text_of(messages[n]):
-        yield Form(Message("user", messages[n].parts), weighed=True)
+        yield Form(Message("user", messages[n].parts), n + 1, weighed=True)
     for whole in wholes if pieces else ():
         yield from pieces_in(whole)
     for text in all_words(messages, n) if pieces else ():

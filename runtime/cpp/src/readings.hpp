@@ -193,7 +193,7 @@ inline std::vector<Form> forms(const std::vector<Message>& messages, const std::
   std::move(as_one_text.begin(), as_one_text.end(), std::back_inserter(found));
   const size_t wholes = found.size();
   if (messages[n].role != "user" && !text_of(messages[n]).empty()) {
-    found.push_back({{"user", messages[n].parts}, 1, true});
+    found.push_back({{"user", messages[n].parts}, n + 1, true});
   }
   for (size_t i = 0; i < wholes; ++i) {
     for (Form& piece : pieces_in(found[i])) found.push_back(std::move(piece));
