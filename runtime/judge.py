@@ -19,7 +19,7 @@ from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import Action, GatePolicy, Verdict, decide, is_safe, without_steering, worst
 from .pieces import weighed
-from .readings import Reading, all_readings, plain_turns, readings_of_answer, with_letters_of
+from .readings import Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
 from .text import Message, VideoPart
 
@@ -54,7 +54,7 @@ class Judge:
         known, kept = dict[ReadingKey, float](), conversation.known_scores if conversation else {}
         if verdict.p_unsafe is not None:
             assert prompt is not None
-            begun, shown, plain = self._begun(request), by_picture(prompt.seen), plain_turns(messages)
+            begun, shown, plain = self._begun(request), by_picture(messages, prompt.seen), plain_turns(messages)
             stopped = False
 
             def is_unsafe(p: float) -> bool:
@@ -95,7 +95,7 @@ class Judge:
         verdict, until a reading is unsafe; NaN if one cannot be read. May pause.
         """
         assert record.prompt is not None
-        policy, shown, p_unsafe = record.policy, by_picture(record.prompt.seen), 0.0
+        policy, shown, p_unsafe = record.policy, by_picture(record.messages, record.prompt.seen), 0.0
         steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
         for reading in readings_of_answer(record.messages, text, steered=steered):
@@ -146,13 +146,18 @@ class Judge:
         return request.scores
 
 
-def by_picture(seen: Sequence[Seen]) -> list[list[Seen]]:
-    """What is seen in a prompt, by picture and video."""
-    found: list[list[Seen]] = []
+def by_picture(messages: Sequence[Message], seen: Sequence[Seen]) -> list[list[Seen]]:
+    """What is seen of each picture and video, in the order of the messages' parts. (A template may write a turn's
+    pictures before its videos: `seen` has them so.)
+    """
+    of_kind: dict[bool, list[list[Seen]]] = {False: [], True: []}  # by whether it is a video
     for one in seen:
-        found += [[]] if one.first == 0 else []
-        found[-1].append(one)
-    return found
+        groups = of_kind[one.video]
+        groups += [[]] if one.first == 0 else []
+        groups[-1].append(one)
+    pictures, videos = map(iter, of_kind.values())
+    parts = [part for message in messages for part in shown_in(message)] if seen else []  # none: given as token ids
+    return [next(videos if isinstance(part, VideoPart) else pictures) for part in parts]
 
 
 def reading_key(messages: Sequence[Message], seen: Sequence[Seen]) -> ReadingKey:

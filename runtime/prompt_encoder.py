@@ -106,7 +106,9 @@ class PromptEncoder:
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
         length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
         check_length(self.manifest, length)
-        whole = self._assemble(runs, turns[-probed:], seen, stats)
+        of_kind = {kind: deque(one for one in seen if one.video is (kind is VIDEO)) for kind in (IMAGE, VIDEO)}
+        in_order = [of_kind[run].popleft() for run in runs if not isinstance(run, list)]  # as the template has them
+        whole = self._assemble(runs, turns[-probed:], in_order, stats)
         end = whole.probed[-1][-1] + 1 if whole.probed[-1] else len(whole.keys)
         return replace(
             whole, inputs_embeds=whole.inputs_embeds[:, :end], keys=whole.keys[:end], positions=whole.positions[:, :end]

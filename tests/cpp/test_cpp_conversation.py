@@ -207,6 +207,7 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
     dialogues = [
         [turn("user", *pictures, asked)],
         [turn("user", video, pictures[0], asked)],
+        [turn("user", video, "look"), turn("user", pictures[0], asked)],
         [turn("user", pictures[0], "what is shown?"), turn("assistant", "a key."), turn("user", pictures[1], asked)],
         [*spread, turn("user", "a spoon?")],
         [*spread, turn("user", "a spo0n?"), turn("assistant", "ok.")],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 from demo_requests import HARMLESS, UNSAFE
 from demo_world.safety import SHOWN, object_scene
@@ -14,7 +16,10 @@ from PIL import Image
 
 from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime import Engine, Message, SamplingConfig
+from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.evaluation.rewording import AMONG_QUESTIONS, OBFUSCATED, Rewording
+from autosteer.runtime.readings import shown_in
+from autosteer.runtime.text import ImagePart, VideoPart
 
 PICTURE = DEMO / "examples" / "unsafe.png"
 INVISIBLE = next(rewording for rewording in OBFUSCATED if rewording.name == "invisible characters")
@@ -148,6 +153,30 @@ def test_another_turns_words_are_read_with_each_picture(engine: Engine, role: st
         turns = [Message.user("what is a pillow?", [shapes]), Message.user("here it is.", [thing])]
         passed += not engine.score([words, *turns] if role == "system" else [turns[0], words, turns[1]]).unsafe
     assert passed <= len(things) // 6
+
+
+def test_pictures_and_videos_are_read_as_what_they_are(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """The demo's template writes a turn's pictures before its videos: a picture's rows stood in a video's place."""
+    picture = ImagePart(DEMO / "examples" / "benign.png")
+    video = VideoPart((np.zeros((96, 96, 3), np.uint8), np.full((96, 96, 3), 255, np.uint8)))
+    read, prepare = [], engine.encoder.prepare_seen
+
+    def prepared(messages: Sequence[Message], *more: Any) -> EncodedPrompt:
+        prompt = prepare(messages, *more)
+        shown = [[isinstance(part, VideoPart) for part in shown_in(message)] for message in messages]
+        assert [one.video for one in prompt.seen] == [kind for turn in shown for kind in sorted(turn)]
+        read.append([kind for turn in shown for kind in turn])
+        return prompt
+
+    monkeypatch.setattr(engine.encoder, "prepare_seen", prepared)
+    for turns in (
+        [(video, picture, "is it red? what is this?")],
+        [(picture, video, "is it red? what is this?")],
+        [(video, "look"), (picture, "is it red? what is this?")],
+    ):
+        read.clear()
+        assert not engine.score([Message("user", parts) for parts in turns], policy="report").unsafe
+        assert [True] in read and [False] in read and [True, False] in [*read, *[both[::-1] for both in read]]
 
 
 def test_a_dialogue_with_a_turn_before_the_last_that_is_unsafe_alone_is_stopped(engine: Engine):

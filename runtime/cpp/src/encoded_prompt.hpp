@@ -27,6 +27,7 @@ struct Seen {
   std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
   std::vector<int64_t> times = {0};  // of the groups of a video's frames, whose rows stand in such a grid each
   int64_t row = 0;                   // its first row in the picture or video: of a further group above 0
+  bool video = false;
 
   int64_t rows() const {
     int64_t count = 0;

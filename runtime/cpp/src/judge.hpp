@@ -48,12 +48,22 @@ inline std::vector<Message> without_pixels(const std::vector<Message>& messages)
   return same;
 }
 
-/// What is seen in a prompt, by picture and video.
-inline std::vector<std::vector<Seen>> by_picture(const std::vector<Seen>& seen) {
-  std::vector<std::vector<Seen>> found;
+/// What is seen of each picture and video, in the order of the messages' parts. (A template may write a turn's pictures
+/// before its videos: `seen` has them so.)
+inline std::vector<std::vector<Seen>> by_picture(const std::vector<Message>& messages, const std::vector<Seen>& seen) {
+  std::vector<std::vector<Seen>> pictures, videos, found;
   for (const Seen& one : seen) {
-    if (one.row == 0) found.emplace_back();
-    found.back().push_back(one);
+    auto& of_kind = one.video ? videos : pictures;
+    if (one.row == 0) of_kind.emplace_back();
+    of_kind.back().push_back(one);
+  }
+  size_t picture = 0, video = 0;
+  for (const Message& message : messages) {
+    for (const Part& part : shown_in(message)) {
+      if (seen.empty()) break;  // it was given as token ids
+      const bool is_video = std::holds_alternative<VideoPart>(part);
+      found.push_back(is_video ? videos.at(video++) : pictures.at(picture++));
+    }
   }
   return found;
 }
@@ -110,7 +120,7 @@ class Judge {
     std::vector<double>& scores = record.scores = request.scores;
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
-      const std::vector<std::vector<Seen>> shown = by_picture(record.seen);
+      const std::vector<std::vector<Seen>> shown = by_picture(messages, record.seen);
       const std::vector<std::optional<Message>> plain = plain_turns(messages);
       Begun begun;
       bool stopped = false;
@@ -159,11 +169,12 @@ class Judge {
   /// The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its verdict,
   /// until a reading is unsafe; NaN if one cannot be read.
   double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
-    const std::vector<std::vector<Seen>> pictures = by_picture(record.seen);
+    const std::vector<Message> messages = without_pixels(record.messages);
+    const std::vector<std::vector<Seen>> pictures = by_picture(messages, record.seen);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
     Begun begun;
-    for_each_reading_of_answer(without_pixels(record.messages), text, steered, [&](const Reading& reading) {
+    for_each_reading_of_answer(messages, text, steered, [&](const Reading& reading) {
       const std::vector<Seen> seen = only(pictures, reading.pictures);
       const double p = read(reading.messages, seen, policy, before(begun, reading.cache, request)).back();
       p_unsafe = worse(p_unsafe, reading.weighed ? weighed(p) : p);

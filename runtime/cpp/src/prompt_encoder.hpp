@@ -139,7 +139,15 @@ class PromptEncoder {
     for (const Seen& one : seen) length += one.rows();
     check_length(manifest_, length);
     turns.erase(turns.begin(), turns.end() - static_cast<std::ptrdiff_t>(std::min(probed, turns.size())));
-    EncodedPrompt prompt = assemble(runs, turns, seen, stats);
+    std::vector<Seen> in_order;  // as the template has them
+    size_t next[2] = {0, 0};     // in `seen`: the next picture, and the next video
+    for (const Run& run : runs) {
+      if (run.slot.empty()) continue;
+      const bool video = run.slot == "video";
+      while (seen.at(next[video]).video != video) ++next[video];
+      in_order.push_back(seen[next[video]++]);
+    }
+    EncodedPrompt prompt = assemble(runs, turns, in_order, stats);
     if (const auto& last = prompt.probed.back(); !last.empty()) {
       const auto end = static_cast<size_t>(last.back() + 1);
       prompt.inputs_embeds.data.resize(end * static_cast<size_t>(prompt.inputs_embeds.width));
@@ -278,6 +286,7 @@ class PromptEncoder {
         seen.push_back(take(frames.images.data(), frames.images.size(), use, encode));
         seen.back().grid = frames.grid;
         seen.back().times = frames.times;
+        seen.back().video = true;
         length += seen.back().rows();
         if (frames.apart) {
           further = static_cast<int64_t>(std::exchange(seen.back().last, 1)) - 1;
