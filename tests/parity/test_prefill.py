@@ -71,7 +71,8 @@ def test_every_turn_of_a_conversation_is_read_by_the_prefill_graphs(reading, cal
     turns = [Message.user("red"), Message.assistant(first.text), Message.user("bad")]
     second = reading.generate(turns, conversation=conversation, policy=reading.policy("stop"))
     assert second.verdict.unsafe and second.stats.reused_tokens > 0
-    assert calls == ["prefill_lower"] * 2  # what is new in the dialogue, and its last turn by itself
+    # what is new in the dialogue, its answer as if the user had said it, and its last turn by itself
+    assert calls == ["prefill_lower"] * 3
 
 
 def test_the_prompt_is_what_int8_makes_of_it_and_the_answer_goes_on_in_int4():
