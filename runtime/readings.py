@@ -181,7 +181,7 @@ def all_words(messages: Sequence[Message], n: int) -> list[str]:
     for turns in (users, untrusted) if texts else ():
         said = [text for i in turns if (text := text_of(messages[i]))]
         short = [text for text in said if word_count(text) < SHORT]
-        texts += [" ".join(short)] if turns[-1] == n and 1 < len(short) < len(said) else []
+        texts += [" ".join(short)] if turns[-1:] == [n] and 1 < len(short) < len(said) else []
     return [*dict.fromkeys((*texts, *map(deobfuscated, texts)))]
 
 

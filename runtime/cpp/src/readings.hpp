@@ -152,7 +152,7 @@ inline std::vector<std::string> all_words(const std::vector<Message>& messages, 
   }
   const bool spread = !texts.empty();
   for (const auto& turns : {users, untrusted}) {
-    if (!spread || turns.back() != &messages[n]) continue;
+    if (!spread || turns.empty() || turns.back() != &messages[n]) continue;
     size_t said = 0, count = 0;
     std::string short_ones;
     for (const Message* turn : turns) {
