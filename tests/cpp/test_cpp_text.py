@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import subprocess
+import time
 import unicodedata
 from pathlib import Path
 
@@ -125,6 +126,14 @@ def test_every_character_is_obfuscated_for_both_or_for_neither(parts):
     known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
     texts = [f"st{c}al {c}{c} {c}" for c in known] + odd_texts(2000)
     assert parts.run({"part": "deobfuscate", "texts": texts}) == [[deobfuscated(text) for text in texts]]
+
+
+def test_obfuscated_letters_are_looked_for_in_linear_time(parts):
+    """128 KB of "aa-." took half a minute (Python: test_limits.py)."""
+    texts = [unit * (128_000 // len(unit)) for unit in ("aa-.", "aa--", "a.b_", "aa.a1", "a b ", "s-t-")]
+    before = time.monotonic()
+    assert parts.run({"part": "deobfuscate", "texts": texts}) == [[deobfuscated(text) for text in texts]]
+    assert time.monotonic() - before < 15
 
 
 def test_obfuscated_words_are_the_same_for_both(parts):
