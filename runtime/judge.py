@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .conversation import Conversation, ReadingKey
@@ -55,6 +55,8 @@ class Judge:
         if verdict.p_unsafe is not None:
             assert prompt is not None
             begun, shown, plain = self._begun(request), by_picture(messages, prompt.seen), plain_turns(messages)
+            frames = list(self._frames(messages, shown)) if policy.pieces else []
+            views = [*shown, *([one] for _, _, one in frames)]
             stopped = False
 
             def is_unsafe(p: float) -> bool:
@@ -71,10 +73,11 @@ class Judge:
                 for at, score in enumerate(found):
                     if not is_unsafe(scores[at]):
                         note(at, score, stops=True)
-            for at, reading in all_readings(messages, plain, pieces=policy.pieces):
+            parts = [(n, part) for n, part, _ in frames]
+            for at, reading in all_readings(messages, plain, pieces=policy.pieces, frames=parts):
                 if reading.only_while_safe and is_unsafe(scores[at]):
                     continue
-                seen = [one for picture in reading.pictures for one in shown[picture]]
+                seen = [one for picture in reading.pictures for one in views[picture]]
                 key = reading_key(reading.messages, seen)
                 p = known.get(key, kept.get(key))
                 if p is None:
@@ -105,6 +108,15 @@ class Judge:
             if not is_safe(p_unsafe, policy.threshold):
                 break
         return p_unsafe
+
+    def _frames(
+        self, messages: Sequence[Message], shown: Sequence[Sequence[Seen]]
+    ) -> Iterator[tuple[int, VideoPart, Seen]]:
+        """Each frame of the videos, as PromptEncoder.single_frames has it, and the turn that shows it."""
+        parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
+        for (n, part), seen in zip(parts, shown, strict=False):  # none are seen of token ids
+            if isinstance(part, VideoPart):
+                yield from ((n, *frame) for frame in self._encoder.single_frames(part, seen))
 
     def _begun(self, request: Request) -> defaultdict[int, Conversation]:
         """What readings start from, by Reading.cache: at first from what `request` computed of its prompt, then from

@@ -332,6 +332,22 @@ class PromptEncoder:
         stats.image_tiles += sum(map(len, rows))
         return [*rows] if self.manifest.prompt.frame_group else [np.concatenate(rows)]
 
+    def single_frames(self, video: VideoPart, seen: Sequence[Seen]) -> Iterator[tuple[VideoPart, Seen]]:
+        """The frames of a video, or those groups of them that the model reads as one, each as a video of its own;
+        nothing if there is only one. `seen`: the video, as a prompt has it.
+        """
+        at_a_time = self._image.native.frames if self._image and self._image.native else 1
+        starts = range(0, len(video.frames), at_a_time)
+        rows = np.concatenate([part for one in seen for part in one.runs])
+        each = len(rows) // len(starts)
+        newline = rows[each * len(starts) :]  # where rows are pooled
+        for i, start in enumerate(starts if len(starts) > 1 else ()):
+            own = np.concatenate([rows[i * each : (i + 1) * each], newline])
+            key = seen[0].key + f" frame {start}".encode()
+            end = start + at_a_time
+            part = VideoPart(video.frames[start:end], video.seconds[start:end])
+            yield part, seen[0]._replace(key=key, runs=[own], times=(0,), tiles=0)
+
     def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
         """The tiles of one image -> its token ids, in order."""
         assert self._image is not None

@@ -11,12 +11,13 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     pieces of all these (pieces.py)                   yes           yes               stopped         weighed
     pieces of all that the user says, and of all      yes           no                stopped         weighed
     that the program does not trust, as one text
-    its words with each one of several pictures       yes           no                stopped         weighed
+    its words and their pieces with each one of       yes           no                stopped         weighed
+    several pictures, and with each frame of a video
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
-catches alone; so can a harmless picture. Whoever writes a dialogue may put a request into a system turn or an answer.
-`weighed` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the policy `steer`
-only the turn itself is steered: the Refusal Head was trained on whole plain turns.
+catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
+answer. `weighed` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the policy
+`steer` only the turn itself is steered: the Refusal Head was trained on whole plain turns.
 
 An answer is read as if the user had said it: alone, and as the dialogue's next turn. The C++ side is src/readings.hpp;
 shared cases: tests/conformance/requests.json.
@@ -39,7 +40,7 @@ class Reading:
     """A prompt whose last turn the prober scores."""
 
     messages: tuple[Message, ...]
-    pictures: Sequence[int] = ()  # numbers of the pictures and videos, of all that the dialogue shows, that these show
+    pictures: Sequence[int] = ()  # what they show, by number: the dialogue's pictures and videos, then single frames
     only_while_safe: bool = False  # left out once another form of the turn was unsafe
     stops: bool = False  # if it is unsafe, the request is stopped, not steered
     weighed: bool = False  # its score counts for less; see pieces.weighed
@@ -62,12 +63,17 @@ def plain_turns(messages: Sequence[Message]) -> list[Message | None]:
 
 
 def all_readings(
-    messages: Sequence[Message], plain: Sequence[Message | None], *, pieces: bool
+    messages: Sequence[Message],
+    plain: Sequence[Message | None],
+    *,
+    pieces: bool,
+    frames: Sequence[tuple[int, Part]] = (),
 ) -> Iterator[tuple[int, Reading]]:
     """What is read of a dialogue: (number of the judged turn among these, reading). Not the turns where they stand, nor
     these in plain letters: each of the two is one prompt, which gives the scores of all turns (judge.py).
 
-    `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above.
+    `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above. `frames`: of
+    the videos, each as a video of its own, and the turn that shows it.
     """
     turns = judged(messages)
     shown = [*itertools.accumulate(len(shown_in(message)) for message in messages)]
@@ -76,7 +82,7 @@ def all_readings(
             yield from ((at, reading) for reading in _alone_and_in_dialogue(messages, plain, n, form, shown[n]))
     if pieces:
         at_of = {n: at for at, n in enumerate(turns)}
-        yield from ((at_of[n], reading) for n, reading in with_each_picture(messages, plain))
+        yield from ((at_of[n], reading) for n, reading in with_each_picture(messages, plain, frames))
 
 
 def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
@@ -110,20 +116,28 @@ def _alone_and_in_dialogue(
         yield Reading(said, range(shown), only_while_safe=True, stops=True, weighed=form.weighed, cache=1)
 
 
-def with_each_picture(messages: Sequence[Message], plain: Sequence[Message | None]) -> Iterator[tuple[int, Reading]]:
-    """The words of each judged turn with each picture, if the dialogue shows several: (turn, reading). A user speaks of
-    what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture after the
-    other: what begins alike is computed once.
+def with_each_picture(
+    messages: Sequence[Message], plain: Sequence[Message | None], frames: Sequence[tuple[int, Part]]
+) -> Iterator[tuple[int, Reading]]:
+    """The words of each judged turn, and their pieces, with each picture, if the dialogue shows several, and with
+    each of `frames`: (turn, reading). A user speaks of what was shown so far; words that somebody puts into other
+    turns may be meant for any picture. One picture after the other: what begins alike is computed once.
     """
     shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-    for number, (first, picture) in enumerate(shown if len(shown) > 1 else ()):
-        for n in judged(messages):
-            if messages[n].role == "user" and n < max(first, shown[1][0]):
-                continue
-            for words in [text_of(turn) for turn in (messages[n], plain[n]) if turn]:
-                if words:
-                    said = Message("user", (picture, words))
-                    yield n, Reading((said,), (number,), only_while_safe=True, stops=True, weighed=True)
+    single = [(i, max(n, shown[1][0]), part) for i, (n, part) in enumerate(shown) if len(shown) > 1]
+    single += [(i, n, part) for i, (n, part) in enumerate(frames, len(shown))]
+    said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if single}
+    for number, first, picture in single:
+        for n in said:
+            if messages[n].role != "user" or first <= n:
+                for words in said[n]:
+                    turn = Message("user", (picture, words))
+                    yield n, Reading((turn,), (number,), only_while_safe=True, stops=True, weighed=True)
+
+
+def _words_and_pieces(*turns: Message | None) -> list[str]:
+    texts = [text for turn in turns if turn and (text := text_of(turn))]
+    return [*dict.fromkeys(words for text in texts for words in (text, *pieces_of(text)))]
 
 
 def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool) -> Iterator[Reading]:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from checkpoint_shapes.qwen_vl import CHAT_TEMPLATE, QWEN3_CHAT_TEMPLATE
 from cpp_runtime import in_python, joined, through_c
+from frames import check_single_frames
 from PIL import Image
 from tiny_family import READ_IN_8_BITS, TinyFamily, odd_pictures, picture
 
@@ -271,6 +272,11 @@ def test_frames_and_their_places_equal_hugging_faces(variant: str) -> None:
         )
         grids |= {tuple(grid) for grid in inputs["video_grid_thw"].tolist()}
     assert len(grids) > 15 and len({groups for groups, _, _ in grids}) == 5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_single_group_of_frames_is_a_video_of_its_own(variant: str) -> None:
+    assert sum(check_single_frames(engine(variant).encoder, video(i), 2) for i in range(16)) > 5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exported import demo_checkpoint, demo_engine, demo_package
+from frames import check_single_frames
 from PIL import Image
 from transformers import LlavaOnevisionVideoProcessor
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
@@ -131,6 +132,14 @@ def test_rows_equal_get_video_features(count: int) -> None:
         theirs = original_model().model.get_video_features(inputs["pixel_values_videos"]).pooler_output[0].numpy()
     (ours,) = engine.encoder.encode_video(tiles(video(count), 56, 56), stats=Stats())
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_single_frame_is_a_video_of_its_own(count: int) -> None:
+    times = tuple(float(i) for i in range(count))
+    assert check_single_frames(demo_engine("fp32").encoder, VideoPart(video(count), times), 1) == (
+        count if count > 1 else 0
+    )
 
 
 # --- prompts and answers ---------------------------------------------------------------------------------------------

@@ -120,7 +120,9 @@ class Judge {
     std::vector<double>& scores = record.scores = request.scores;
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
-      const std::vector<std::vector<Seen>> shown = by_picture(messages, record.seen);
+      std::vector<std::vector<Seen>> shown = by_picture(messages, record.seen);
+      std::vector<ShownBy> frames;
+      if (policy.pieces) add_frames(messages, shown, frames);
       const std::vector<std::optional<Message>> plain = plain_turns(messages);
       Begun begun;
       bool stopped = false;
@@ -141,7 +143,7 @@ class Judge {
       for (size_t n = 0; n < messages.size(); ++n) {
         if (is_judged(messages, n)) places.emplace(n, places.size());
       }
-      for_each_reading(messages, plain, policy.pieces, [&](size_t n, const Reading& reading) {
+      for_each_reading(messages, plain, policy.pieces, frames, [&](size_t n, const Reading& reading) {
         double& score = scores.at(places.at(n));
         if (reading.only_while_safe && is_unsafe(score)) return false;
         const std::vector<Seen> seen = only(shown, reading.pictures);
@@ -192,6 +194,23 @@ class Judge {
     const auto [found, is_new] = begun.try_emplace(cache);
     if (is_new) found->second.keep_prefix(request.lend_prefix());
     return found->second;
+  }
+
+  /// Add each frame of the videos to `shown`, and to `frames`.
+  void add_frames(const std::vector<Message>& messages, std::vector<std::vector<Seen>>& shown,
+                  std::vector<ShownBy>& frames) const {
+    size_t number = 0;
+    for (size_t n = 0; !shown.empty() && n < messages.size(); ++n) {  // nothing is shown of token ids
+      for (const Part& part : shown_in(messages[n])) {
+        const std::vector<Seen> seen = shown.at(number++);
+        const auto* video = std::get_if<VideoPart>(&part);
+        if (!video) continue;
+        for (auto& [frame, own] : encoder_.single_frames(*video, seen)) {
+          frames.emplace_back(n, std::move(frame));
+          shown.push_back({std::move(own)});
+        }
+      }
+    }
   }
 
   /// p_unsafe of the last judged `turns` of a dialogue, with its pictures and videos as `seen` has them; NaN if it

@@ -157,6 +157,40 @@ class PromptEncoder {
     return prompt;
   }
 
+  /// The frames of a video, or those groups of them that the model reads as one, each as a video of its own; nothing if
+  /// there is only one. `seen`: the video, as a prompt has it.
+  std::vector<std::pair<VideoPart, Seen>> single_frames(const VideoPart& video, const std::vector<Seen>& seen) const {
+    const size_t at_a_time = image_ && image_->native ? static_cast<size_t>(image_->native->frames) : 1;
+    const auto count = static_cast<int64_t>((video.frames.size() + at_a_time - 1) / at_a_time);
+    std::vector<std::pair<VideoPart, Seen>> found;
+    if (count < 2) return found;
+    Rows rows;
+    for (const Seen& one : seen) {
+      for (size_t i = one.first; i < one.last; ++i) {
+        const Rows& part = one.laid->at(i).rows;
+        rows.width = part.width;
+        rows.append(part.row(0), part.count());
+      }
+    }
+    const int64_t each = rows.count() / count, newline = rows.count() % count;  // the latter where rows are pooled
+    for (int64_t i = 0; i < count; ++i) {
+      Rows own{rows.width, {}};
+      own.append(rows.row(i * each), each);
+      own.append(rows.row(count * each), newline);
+      const auto start = static_cast<size_t>(i) * at_a_time;
+      Seen frame{seen[0].sha256, seen[0].key + " frame " + std::to_string(start), nullptr, 0, 1, seen[0].grid};
+      frame.laid = std::make_shared<const std::vector<Laid>>(std::vector<Laid>{{{}, std::move(own)}});
+      frame.video = true;
+      VideoPart part;
+      for (size_t n = start; n < std::min(start + at_a_time, video.frames.size()); ++n) {
+        part.frames.push_back(video.frames[n]);
+        if (!video.seconds.empty()) part.seconds.push_back(video.seconds[n]);
+      }
+      found.emplace_back(std::move(part), std::move(frame));
+    }
+    return found;
+  }
+
   /// A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt.
   EncodedPrompt prepare_ids(const std::vector<int64_t>& token_ids, Stats& stats) const {
     const Clock clock;

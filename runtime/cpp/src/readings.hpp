@@ -21,7 +21,7 @@ namespace autosteer {
 /// A prompt whose last turn the prober scores.
 struct Reading {
   std::vector<Message> messages;
-  Span pictures;                 // numbers, of all that the dialogue shows: the first, and one past the last
+  Span pictures;                 // what they show, by number: the dialogue's pictures and videos, then single frames
   bool only_while_safe = false;  // left out once another form of the turn was unsafe
   bool stops = false;            // if it is unsafe, the request is stopped, not steered
   bool weighed = false;          // its score counts for less; see pieces.hpp
@@ -215,15 +215,33 @@ inline std::vector<std::optional<Message>> plain_turns(const std::vector<Message
   return plain;
 }
 
+/// The text of a turn and its pieces, and those of the turn in plain letters.
+inline std::vector<std::string> words_and_pieces(const Message& turn, const std::optional<Message>& plain) {
+  std::vector<std::string> found;
+  std::set<std::string> known;
+  const auto add = [&](std::string words) {
+    if (known.insert(words).second) found.push_back(std::move(words));
+  };
+  for (const std::string& text : {text_of(turn), plain ? text_of(*plain) : ""}) {
+    if (text.empty()) continue;
+    add(text);
+    for (std::string& piece : pieces(text)) add(std::move(piece));
+  }
+  return found;
+}
+
+/// A picture or a video, or a frame of one, and the turn that shows it.
+using ShownBy = std::pair<size_t, Part>;
+
 /// Hands what is read of a dialogue to `read`, with the number of the turn; `read` returns whether that turn is safe so
 /// far. Not the turns where they stand, nor these in plain letters: each of the two is one prompt, which gives the
 /// scores of all turns (judge.hpp). `plain`: `plain_turns`. `with_pieces`: also what is below "the turn in plain
-/// letters" in the table of runtime/readings.py.
+/// letters" in the table of runtime/readings.py. `frames`: of the videos, each as a video of its own.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
-                      bool with_pieces, const Read& read) {
-  std::vector<std::pair<size_t, Part>> shown;  // turn, picture or video
-  std::vector<size_t> shown_up_to;             // a turn, and in it
+                      bool with_pieces, const std::vector<ShownBy>& frames, const Read& read) {
+  std::vector<ShownBy> shown;
+  std::vector<size_t> shown_up_to;  // a turn, and in it
   for (size_t n = 0; n < messages.size(); ++n) {
     for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
     shown_up_to.push_back(shown.size());
@@ -246,17 +264,25 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       }
     }
   }
-  if (!with_pieces || shown.size() < 2) return;
-  for (size_t i = 0; i < shown.size(); ++i) {  // one picture after the other: what begins alike is computed once
+  if (!with_pieces || (shown.size() < 2 && frames.empty())) return;
+  std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
+  for (size_t n = 0; n < messages.size(); ++n) {
+    const bool judged = is_judged(messages, n);
+    said.push_back(judged ? words_and_pieces(messages[n], plain[n]) : std::vector<std::string>());
+  }
+  const auto with_words = [&](size_t number, size_t first, const Part& picture) {
     for (size_t n = 0; n < messages.size(); ++n) {
-      const bool is_users = messages[n].role == "user";
-      if (!is_judged(messages, n) || (is_users && n < std::max(shown[i].first, shown[1].first))) continue;
-      for (const Message* turn : {&messages[n], plain[n] ? static_cast<const Message*>(&*plain[n]) : nullptr}) {
-        const std::string text = turn ? text_of(*turn) : "";
-        if (!text.empty()) read(n, Reading{{user_turn({shown[i].second}, text)}, {i, i + 1}, true, true, true});
+      if (messages[n].role == "user" && n < first) continue;
+      for (const std::string& words : said[n]) {
+        read(n, Reading{{user_turn({picture}, words)}, {number, number + 1}, true, true, true});
       }
     }
+  };
+  // One picture after the other: what begins alike is computed once.
+  for (size_t i = 0; shown.size() > 1 && i < shown.size(); ++i) {
+    with_words(i, std::max(shown[i].first, shown[1].first), shown[i].second);
   }
+  for (size_t i = 0; i < frames.size(); ++i) with_words(shown.size() + i, frames[i].first, frames[i].second);
 }
 
 /// Hands the readings of `text`, an answer to a dialogue, and of its pieces, to `read` until it returns false; both in
