@@ -28,7 +28,7 @@ except ImportError:  # Windows: records go to a function there
 
 from .encoded_prompt import EncodedPrompt
 from .errors import AuditError, CancelledError, InputError, PackageError, ProviderError
-from .gate import GatePolicy, Verdict, finite, watched_json
+from .gate import GatePolicy, Verdict, answer_verdict_json, finite
 from .stats import Stats, ms_since
 from .text import Message, judged
 
@@ -185,7 +185,7 @@ class Record:
             "unsafe": None if verdict is None else verdict.unsafe,
             "action": None if verdict is None else verdict.action.value,
             "strength": None if verdict is None else verdict.strength,
-            "monitor": None if verdict is None else watched_json(verdict.monitor),
+            "answer_verdict": None if verdict is None else answer_verdict_json(verdict.answer),
             "turns": self._turns(audit.texts),
             "answer_sha256": sha256_of(answer),
             **({"answer": answer} if audit.texts else {}),

@@ -86,10 +86,10 @@ def without_steering(policy: GatePolicy) -> GatePolicy:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What the monitor saw of an answer (monitor.py)."""
+class AnswerVerdict:
+    """What a monitor (monitor.py) made of an answer, or the prober, if it was judged as a whole (held_back.py)."""
 
-    p_unsafe: float  # of the worst window
+    p_unsafe: float  # of the worst window, or reading
     unsafe: bool
     threshold: float
 
@@ -105,7 +105,7 @@ class Verdict:
     threshold: float
     strength: float  # applied to this answer: 0.0 unless the action is STEER
     split_layer: int
-    monitor: Watched | None = None  # on the last chunk of an answer that was watched
+    answer: AnswerVerdict | None = None  # on the last chunk of an answer that was watched or judged
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
@@ -118,12 +118,12 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         "threshold": verdict.threshold,
         "strength": verdict.strength,
         "layer": verdict.split_layer,
-        "monitor": watched_json(verdict.monitor),
+        "answer": answer_verdict_json(verdict.answer),
     }
 
 
-def watched_json(seen: Watched | None) -> dict[str, Any] | None:
-    """What the monitor saw, as in `verdict_json`."""
+def answer_verdict_json(seen: AnswerVerdict | None) -> dict[str, Any] | None:
+    """A verdict on an answer, as in `verdict_json`."""
     if seen is None:
         return None
     return {"p_unsafe": finite(seen.p_unsafe), "unsafe": seen.unsafe, "threshold": finite(seen.threshold)}
@@ -145,10 +145,10 @@ def worst(scores: Iterable[float]) -> float:
     return next((p for p in known if not 0.0 <= p <= 1.0), max(known, default=math.nan))
 
 
-def watched(verdict: Verdict, seen: Watched | None) -> Verdict:
-    """The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only reports."""
+def with_answer(verdict: Verdict, seen: AnswerVerdict | None) -> Verdict:
+    """The verdict on a whole answer: what is unsafe is stopped, unless the policy only reports."""
     stopped = seen is not None and seen.unsafe and verdict.mode is not Mode.REPORT
-    return replace(verdict, monitor=seen, action=Action.STOP if stopped else verdict.action)
+    return replace(verdict, answer=seen, action=Action.STOP if stopped else verdict.action)
 
 
 def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> Verdict:

@@ -24,7 +24,7 @@ from typing import TypeAlias
 
 from .audit import Record
 from .chunk import Chunk
-from .gate import Action, Mode, Watched, is_safe, watched
+from .gate import Action, AnswerVerdict, Mode, is_safe, with_answer
 from .monitor import Monitor
 from .pieces import in_single_blanks
 
@@ -45,7 +45,7 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
         last = chunk.finish_reason is not None
         if last:
             monitor.end()
-        verdict = watched(chunk.verdict, seen := monitor.verdict())
+        verdict = with_answer(chunk.verdict, seen := monitor.verdict())
         if seen and seen.unsafe and monitor.stops:
             separator = "\n\n" if shown else ""
             yield Chunk(separator + record.policy.refusal_text, None, verdict, "refused", record.stats)
@@ -58,9 +58,9 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
 
 
 def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, all_answers: bool) -> Chunks:
-    """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict
-    on the answer is that of a monitor (Verdict.monitor), at the prompt's threshold; of a steered one that is safe
-    nothing is said. Under Mode.REPORT nothing waits. `all_answers`: also those that are not steered.
+    """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. What it
+    scored is Verdict.answer, at the prompt's threshold; None of a steered answer that is safe. Under Mode.REPORT
+    nothing waits. `all_answers`: also those that are not steered.
     """
     policy, held = record.policy, list[Chunk]()
     for chunk in chunks:
@@ -77,9 +77,9 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, al
         last = chunk.finish_reason is not None
         if last and (text := said()).strip(string.whitespace):
             p_unsafe = yield from score(text)
-            seen = Watched(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
-            if seen.unsafe or (chunk.verdict.monitor is None and not steered):
-                chunk = replace(chunk, verdict=watched(chunk.verdict, seen))
+            seen = AnswerVerdict(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
+            if seen.unsafe or (chunk.verdict.answer is None and not steered):
+                chunk = replace(chunk, verdict=with_answer(chunk.verdict, seen))
             if steered and not begins_like(text, policy.refusal_text):
                 chunk = replace(chunk, verdict=replace(chunk.verdict, action=Action.STOP))
             if chunk.verdict.action is Action.STOP:

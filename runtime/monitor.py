@@ -22,7 +22,7 @@ import numpy as np
 
 from .arrays import Float
 from .errors import CancelledError
-from .gate import GatePolicy, Mode, Watched, is_safe, worst
+from .gate import AnswerVerdict, GatePolicy, Mode, is_safe, worst
 from .manifest import Manifest
 from .stats import Stats, ms_since
 from .subgraph import Subgraph
@@ -56,11 +56,11 @@ class Monitor:
         if 0 < self._read < self.window:
             self._score()
 
-    def verdict(self) -> Watched | None:
+    def verdict(self) -> AnswerVerdict | None:
         """On the answer so far; None if no window has been read."""
         if self._worst is None:
             return None
-        return Watched(self._worst, not is_safe(self._worst, self._threshold), self._threshold)
+        return AnswerVerdict(self._worst, not is_safe(self._worst, self._threshold), self._threshold)
 
     def _score(self) -> None:
         """Whatever goes wrong, the answer was not shown to be safe."""

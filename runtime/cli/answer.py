@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..chunk import Chunk
     from ..conversation import Conversation
     from ..engine import Engine
-    from ..gate import GatePolicy, Verdict, Watched
+    from ..gate import AnswerVerdict, GatePolicy, Verdict
     from ..sampling import SamplingConfig
     from ..stats import Stats
     from ..text import Message
@@ -40,8 +40,8 @@ def say(
             sys.stdout.flush()
     assert last is not None and last.stats is not None
     click.echo("")
-    if seen := last.verdict.monitor:
-        click.echo(monitor_line(seen, last.verdict), err=True)
+    if seen := last.verdict.answer:
+        click.echo(answer_line(seen, last.verdict), err=True)
     click.echo(stats_line(last, last.stats), err=True)
     return text, last.verdict
 
@@ -52,7 +52,7 @@ def verdict_line(verdict: Verdict) -> str:
         return "[no gate: --policy off]"
     above = ">" if verdict.p_unsafe > verdict.threshold else "is no probability; limit"
     relation = above if verdict.unsafe else "<="
-    stopped_later = verdict.monitor is not None and not verdict.unsafe  # then `monitor_line` says so
+    stopped_later = verdict.answer is not None and not verdict.unsafe  # then `answer_line` says so
     action = "pass" if stopped_later else verdict.action.value
     line = f"[{action.upper()}  p_unsafe {verdict.p_unsafe:.3f} {relation} {verdict.threshold:.3f}"
     line += f" at layer {verdict.split_layer}"
@@ -63,7 +63,7 @@ def verdict_line(verdict: Verdict) -> str:
     return line + "]"
 
 
-def monitor_line(seen: Watched, verdict: Verdict) -> str:
+def answer_line(seen: AnswerVerdict, verdict: Verdict) -> str:
     """[ANSWER STOPPED  p_unsafe 0.931 > 0.700]"""
     above = ">" if seen.p_unsafe > seen.threshold else "is no probability; limit"
     line = "[ANSWER STOPPED" if verdict.action.value == "stop" else "[ANSWER"

@@ -106,7 +106,7 @@ def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True, judge
     except InputError as err:
         raise cannot_be_asked(row, err) from err
     steered = engine.generate(row.messages, policy=always, sampling=sampling).text
-    verdict, seen = off.verdict, off.verdict.monitor
+    verdict, seen = off.verdict, off.verdict.answer
     stopped = bool(seen and seen.unsafe and not verdict.unsafe) if engine.manifest.monitor or judge_answers else None
     steer = stop = engine.generate(row.messages, policy=gate, sampling=sampling).text if stopped else off.text
     if verdict.unsafe:

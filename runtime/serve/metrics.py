@@ -50,8 +50,8 @@ class Metrics:
 
     def watched(self, verdict: Verdict) -> None:
         """An answer has ended."""
-        if verdict.monitor is not None:
-            self._answers.labels(str(verdict.monitor.unsafe).lower()).inc()
+        if verdict.answer is not None:
+            self._answers.labels(str(verdict.answer.unsafe).lower()).inc()
 
     def work(self, stats: Stats) -> None:
         """A prompt was read, and perhaps answered."""

@@ -107,7 +107,7 @@ def test_json_is_one_object_with_everything_in_it(call, package):
         "threshold": 0.5,
         "strength": 0.1,
         "layer": 1,
-        "monitor": None,
+        "answer": None,
     }
     assert answer["device"] == "CPUExecutionProvider"
     assert {"prompt_tokens", "completion_tokens", "ttft_ms", "upper_ms", "decode_tok_s"} <= answer["timings"].keys()

@@ -72,7 +72,7 @@ def test_an_answer_that_biases_dictate_is_judged_with_its_beginnings(built):
         (answer,) = through_c(built, package, [request])
         found = joined(answer["chunks"])
         assert found == in_python(engine, request)
-    assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["p_unsafe"] > 0.9
+    assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["p_unsafe"] > 0.9
 
 
 @pytest.mark.parametrize("question", ["what is this?", "describe the picture."])
@@ -87,7 +87,7 @@ def test_an_answer_that_a_bias_dictates_is_judged_behind_its_picture(built, ques
     (answer,) = through_c(built, package, [request])
     found = joined(answer["chunks"])
     assert found == in_python(engine, request)
-    assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["unsafe"]
+    assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["unsafe"]
     assert not found["verdict"]["unsafe"]
 
 
@@ -102,7 +102,7 @@ def test_judged_answers_catch_what_a_vague_prompt_hides(built, tmp_path, questio
         requests.append({"messages": [message], "judge_answers": True})
     answers = [joined(answer["chunks"]) for answer in through_c(built, package, requests)]
     assert answers == [in_python(engine, request) for request in requests]
-    assert any(answer["verdict"]["monitor"] and answer["verdict"]["monitor"]["unsafe"] for answer in answers)
+    assert any(answer["verdict"]["answer"] and answer["verdict"]["answer"]["unsafe"] for answer in answers)
 
 
 def test_what_a_stop_string_cuts_from_an_answer_that_biases_dictate_is_judged_too(built):
@@ -117,7 +117,7 @@ def test_what_a_stop_string_cuts_from_an_answer_that_biases_dictate_is_judged_to
         (answer,) = through_c(built, package, [cut])
         found = joined(answer["chunks"])
         assert found == in_python(engine, cut)
-        assert found["finish_reason"] == "refused" and found["verdict"]["monitor"]["unsafe"]
+        assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["unsafe"]
 
 
 def test_pooled_prober_scores_as_in_python(built, tmp_path):

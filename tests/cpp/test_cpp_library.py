@@ -350,7 +350,7 @@ def test_an_engine_may_judge_the_answers_of_all_requests(built, cpp_package, opt
     hello = {"messages": [turn("hello")]}
     theirs = [hello] if options else [hello, hello | {"judge_answers": False}]
     answers = through_c(built, cpp_package, theirs, judge_answers=True, **options)
-    judged = [joined(answer["chunks"])["verdict"]["monitor"] is not None for answer in answers]
+    judged = [joined(answer["chunks"])["verdict"]["answer"] is not None for answer in answers]
     assert judged == [True, False][: len(theirs)]
 
 

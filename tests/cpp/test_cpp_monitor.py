@@ -47,10 +47,10 @@ def test_answers_are_pythons_drafted_or_not(built, watched):
     for request, found in zip(requests, answers, strict=True):
         expected = in_python(engine, request)
         for answer in (found, expected):  # rounding may differ in the last bit
-            if (seen := answer["verdict"]["monitor"]) and seen["p_unsafe"] is not None:
+            if (seen := answer["verdict"]["answer"]) and seen["p_unsafe"] is not None:
                 seen["p_unsafe"] = round(seen["p_unsafe"], 5)
         assert found == expected, request
-        stopped += bool(found["verdict"]["monitor"] and found["verdict"]["monitor"]["unsafe"])
+        stopped += bool(found["verdict"]["answer"] and found["verdict"]["answer"]["unsafe"])
         accepted += found["timings"]["accepted_tokens"]
     assert 3 < stopped < 37 and accepted > 3
 
@@ -63,10 +63,10 @@ def test_no_chunk_has_anything_of_what_is_held(built, tmp_path):
         ("orange", toy.ID["orange"]),
         (f"\n\n{toy.REFUSAL_TEXT}", None),
     ]
-    assert answer["chunks"][0]["verdict"]["monitor"] is None
+    assert answer["chunks"][0]["verdict"]["answer"] is None
     (line,) = map(json.loads, file.read_text().splitlines())
     assert (line["action"], line["finish_reason"], line["answer"]) == ("stop", "refused", STOPPED)
-    assert line["monitor"]["unsafe"] and "yellow" not in json.dumps(line)
+    assert line["answer_verdict"]["unsafe"] and "yellow" not in json.dumps(line)
 
 
 def test_lines_of_the_command(built, tmp_path):

@@ -50,8 +50,8 @@ def test_harmless_answers_are_shown_whatever_they_are_drawn_by(engine: Engine):
     for prompt in HARMLESS:
         plain = engine.generate(prompt)
         hot = engine.generate(prompt, sampling=SamplingConfig(temperature=1.5, top_k=1))
-        assert (plain.text, plain.verdict.monitor) == (hot.text, None)
-        assert hot.verdict.monitor is not None and not hot.verdict.monitor.unsafe
+        assert (plain.text, plain.verdict.answer) == (hot.text, None)
+        assert hot.verdict.answer is not None and not hot.verdict.answer.unsafe
 
 
 @pytest.mark.parametrize("sampling", [HOT, REPELLED])
@@ -83,4 +83,4 @@ def test_judged_answers_catch_what_a_vague_prompt_hides(engine: Engine, question
 def test_judged_answers_leave_harmless_prompts_alone(engine: Engine):
     for prompt in HARMLESS:
         answer = engine.generate(prompt, policy=engine.policy(judge_answers=True))
-        assert answer.text == engine.generate(prompt).text and answer.verdict.monitor is not None
+        assert answer.text == engine.generate(prompt).text and answer.verdict.answer is not None

@@ -71,9 +71,9 @@ def test_the_package_loads_checks_and_stops_what_the_prober_lets_begin(package: 
     assert "answers that the monitor cannot stop" in checks
     lets_all_begin = engine.policy("stop", threshold=0.9999999)
     answer = engine.generate("how do i steal a yandrel?", policy=lets_all_begin)
-    assert answer.verdict.monitor is not None and answer.finish_reason == "refused"
+    assert answer.verdict.answer is not None and answer.finish_reason == "refused"
     benign = engine.generate("how do i paint a kite?")
-    assert benign.finish_reason != "refused" and benign.verdict.monitor is not None
+    assert benign.finish_reason != "refused" and benign.verdict.answer is not None
 
 
 def test_what_the_monitor_is_fitted_on_is_what_the_package_reads(package: Path, fitted: Path, monkeypatch):
@@ -92,8 +92,8 @@ def test_what_the_monitor_is_fitted_on_is_what_the_package_reads(package: Path, 
         np.testing.assert_allclose(seen, answer.states, atol=0.2)  # several answers in one pass: int8 rounds otherwise
         assert said.verdict.p_unsafe == pytest.approx(answer.p_unsafe, abs=1e-4)
         mean = torch.from_numpy(np.mean(seen, axis=0, dtype=np.float64).astype(np.float32))[None]
-        assert artifact.monitor is not None and said.verdict.monitor is not None
-        assert said.verdict.monitor.p_unsafe == pytest.approx(float(p_unsafe(artifact.monitor, mean)[0]), abs=1e-5)
+        assert artifact.monitor is not None and said.verdict.answer is not None
+        assert said.verdict.answer.p_unsafe == pytest.approx(float(p_unsafe(artifact.monitor, mean)[0]), abs=1e-5)
 
 
 @pytest.mark.parametrize(

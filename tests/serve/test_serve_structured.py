@@ -154,7 +154,7 @@ def test_an_unsafe_answer_that_the_request_dictates_is_not_shown(client, more, s
         assert answer.choices[0].message.content is None and answer.choices[0].message.refusal
         verdict, finish = answer.autosteer["verdict"], answer.choices[0].finish_reason
     assert finish == "content_filter" and verdict["action"] == "stop" and verdict["p_unsafe"] < 0.1
-    assert verdict["monitor"]["unsafe"] and verdict["monitor"]["p_unsafe"] > 0.9
+    assert verdict["answer"]["unsafe"] and verdict["answer"]["p_unsafe"] > 0.9
 
 
 def test_what_the_client_dictated_is_judged_as_an_earlier_answer_too(client):
@@ -195,5 +195,5 @@ def test_a_server_that_judges_every_answer_streams_none_of_it_before(client):
         for asked, more in ((judging, {}), (client, {"temperature": 2.0, "seed": 1})):
             chunks = list(ask(asked, "hello", stream=True, **more))
             verdict = chunks[-1].model_extra["autosteer"]["verdict"]
-            assert verdict["monitor"] is not None and verdict["action"] in ("pass", "stop")
-        assert ask(client, "hello").model_extra["autosteer"]["verdict"]["monitor"] is None
+            assert verdict["answer"] is not None and verdict["action"] in ("pass", "stop")
+        assert ask(client, "hello").model_extra["autosteer"]["verdict"]["answer"] is None

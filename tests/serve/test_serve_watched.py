@@ -38,7 +38,7 @@ def test_a_stopped_answer_is_what_was_shown_and_the_refusal(client, policy):
     assert (choice.message.content, choice.finish_reason) == (STOPPED, "content_filter")
     verdict = answer.autosteer["verdict"]
     assert (verdict["action"], verdict["unsafe"], verdict["policy"]) == ("stop", False, policy)
-    assert verdict["monitor"]["unsafe"] and verdict["monitor"]["p_unsafe"] == pytest.approx(0.655, abs=0.001)
+    assert verdict["answer"]["unsafe"] and verdict["answer"]["p_unsafe"] == pytest.approx(0.655, abs=0.001)
 
 
 def test_a_stream_never_has_what_is_held(client):
@@ -46,14 +46,14 @@ def test_a_stream_never_has_what_is_held(client):
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == STOPPED
     assert "green" not in "".join(c.to_json() for c in chunks)  # nor among the likeliest of a token that was held
     assert chunks[-1].choices[0].finish_reason == "content_filter"
-    assert chunks[-1].autosteer["verdict"]["monitor"]["unsafe"]
+    assert chunks[-1].autosteer["verdict"]["answer"]["unsafe"]
 
 
 def test_a_monitor_that_gives_no_number_stops_and_is_json(client):
     answer = ask(client, "tick tick nan tick", max_tokens=9)
     message, reason = answer.choices[0].message, answer.choices[0].finish_reason
     assert (message.content, message.refusal, reason) == (None, toy.REFUSAL_TEXT, "content_filter")  # all was held back
-    assert answer.autosteer["verdict"]["monitor"] == {"p_unsafe": None, "unsafe": True, "threshold": 0.5}
+    assert answer.autosteer["verdict"]["answer"] == {"p_unsafe": None, "unsafe": True, "threshold": 0.5}
 
 
 def test_responses_end_incomplete(client):
@@ -67,8 +67,8 @@ def test_responses_end_incomplete(client):
 def test_a_policy_that_only_watches_shows_all(client):
     answer = ask(client, "red", "report")
     assert answer.choices[0].message.content == "orange yellow green"
-    assert answer.autosteer["verdict"]["monitor"]["unsafe"]
-    assert ask(client, "red", "off").autosteer["verdict"]["monitor"] is None
+    assert answer.autosteer["verdict"]["answer"]["unsafe"]
+    assert ask(client, "red", "off").autosteer["verdict"]["answer"] is None
 
 
 def test_several_at_once_are_each_watched_and_counted(server, client):

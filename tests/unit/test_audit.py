@@ -62,7 +62,7 @@ def test_record_says_what_the_gate_did_and_no_word(audited, package, file):
         "unsafe": True,
         "action": "steer",
         "strength": 0.1,
-        "monitor": None,
+        "answer_verdict": None,
         "turns": [
             {
                 "role": "user",

@@ -20,13 +20,13 @@ from conftest import load
 
 from autosteer.runtime import Action, Conversation, Engine, GatePolicy, Message, Mode, SamplingConfig
 from autosteer.runtime.check import check_package
-from autosteer.runtime.cli.answer import monitor_line
+from autosteer.runtime.cli.answer import answer_line
 from autosteer.runtime.drafting import Drafter
 from autosteer.runtime.evaluation.datasets import DataSource, read_rows
 from autosteer.runtime.evaluation.refusals import RuleJudge
 from autosteer.runtime.evaluation.run import ask as evaluate
 from autosteer.runtime.evaluation.run import run_rows, summarise
-from autosteer.runtime.gate import Watched
+from autosteer.runtime.gate import AnswerVerdict
 from autosteer.runtime.manifest import Golden, Tolerance
 from autosteer.runtime.monitor import Monitor
 from autosteer.runtime.subgraph import Subgraph
@@ -75,7 +75,7 @@ def test_an_unsafe_window_ends_the_answer_and_is_never_shown(watched, policy):
     answer = watched.generate("red", policy=watched.policy(policy))
     assert (answer.text, answer.finish_reason, answer.token_ids) == (STOPPED, "refused", (toy.ID["orange"],))
     assert answer.verdict.action is Action.STOP and not answer.verdict.unsafe  # the prober let it begin
-    seen = answer.verdict.monitor
+    seen = answer.verdict.answer
     assert seen is not None and seen.unsafe and seen.threshold == 0.5
     # "yellow" beside "green", which is one of seven tokens so far as well
     assert seen.p_unsafe == pytest.approx(root((0.8 + 0.8 / 7 / 2) / 2), abs=1e-6)
@@ -87,19 +87,19 @@ def test_no_chunk_has_anything_of_what_is_held(watched):
     assert [chunk.token for chunk in chunks] == [toy.ID["orange"], None]
     assert [chunk.logprobs is None for chunk in chunks] == [False, True]
     assert not any(word in chunk.text for chunk in chunks for word in ("yellow", "green"))
-    assert [chunk.verdict.monitor is None for chunk in chunks] == [True, False]
+    assert [chunk.verdict.answer is None for chunk in chunks] == [True, False]
 
 
 def test_an_answer_shorter_than_a_window_is_scored_at_its_end(watched):
     answer = watched.generate("yellow")
     assert (answer.text, answer.token_ids) == (toy.REFUSAL_TEXT, ())  # all of it was held
-    assert answer.verdict.monitor is not None and answer.verdict.monitor.unsafe
+    assert answer.verdict.answer is not None and answer.verdict.answer.unsafe
 
 
 def test_the_end_at_max_tokens_and_at_a_stop_string_is_scored_too(watched):
     for sampling in (of(1 + 1, stop=("zzz",)), of(9, stop=("plan",))):
         answer = watched.generate("bad hello", sampling=sampling)
-        assert answer.text == "world" and answer.verdict.monitor is not None
+        assert answer.text == "world" and answer.verdict.answer is not None
     stopped = watched.generate("yellow", sampling=of(2))
     assert stopped.finish_reason == "refused"
 
@@ -109,14 +109,14 @@ def test_what_is_safe_is_answered_as_ever(watched, engine):
         ours, plain = (one.generate(prompt, sampling=sampling) for one in (watched, engine))
         assert (ours.text, ours.token_ids, ours.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
         assert ours.verdict.action is Action.PASS
-    assert watched.generate("tick", sampling=of(1)).verdict.monitor is None  # its only token was not read
+    assert watched.generate("tick", sampling=of(1)).verdict.answer is None  # its only token was not read
 
 
 def test_one_word_above_the_threshold_is_not_a_window_above_it(watched):
     """What a single token scores (0.93) stops nothing."""
     answer = watched.generate("red", policy=above(watched, 0.7))
     assert answer.text == "orange yellow green"
-    assert answer.verdict.monitor is not None and 0.6 < answer.verdict.monitor.p_unsafe < 0.7
+    assert answer.verdict.answer is not None and 0.6 < answer.verdict.answer.p_unsafe < 0.7
     assert watched.generate("red", policy=above(watched, 0.6)).finish_reason == "refused"
 
 
@@ -124,7 +124,7 @@ def test_a_refusal_goes_through(watched):
     """A steered answer is watched as well: where the Refusal Head works, nothing is unsafe in it."""
     answer = watched.generate("negative")
     assert answer.verdict.action is Action.STEER and answer.text == "sorry refuse"
-    assert answer.verdict.monitor is not None and not answer.verdict.monitor.unsafe
+    assert answer.verdict.answer is not None and not answer.verdict.answer.unsafe
 
 
 @pytest.mark.parametrize("word", ["nan", "crash", "two"])
@@ -133,7 +133,7 @@ def test_a_monitor_that_fails_stops_the_answer(watched, word, caplog):
     with caplog.at_level(logging.ERROR):
         answer = watched.generate(f"tick tick {word} tick", sampling=of(9))
     assert (answer.text, answer.finish_reason) == (toy.REFUSAL_TEXT, "refused")
-    seen = answer.verdict.monitor
+    seen = answer.verdict.answer
     assert seen is not None and seen.unsafe and not 0.0 <= seen.p_unsafe <= 1.0
     assert ("the monitor failed" in caplog.text) == (word == "crash")
 
@@ -144,17 +144,17 @@ def test_nothing_after_a_failure_makes_it_good(watched, monkeypatch):
     given = lambda: {"p_unsafe": np.array([next(scores)], np.float32)}  # noqa: E731
     monkeypatch.setattr(Subgraph, "run", lambda self, x: given() if self.name == "monitor" else run(self, x))
     answer = watched.generate("tick", sampling=of(6), policy=watched.policy("report"))
-    assert answer.verdict.monitor is not None and answer.verdict.monitor.unsafe
+    assert answer.verdict.answer is not None and answer.verdict.answer.unsafe
 
 
 def test_policies_that_do_not_intervene(watched):
     monitored = list(watched.stream("red", policy=watched.policy("report")))
     assert [chunk.text for chunk in monitored] == ["orange", " yellow", " green", ""]  # nothing is held
     last = monitored[-1].verdict
-    assert last.action is Action.PASS and last.monitor is not None and last.monitor.unsafe
+    assert last.action is Action.PASS and last.answer is not None and last.answer.unsafe
     off = watched.generate("red", policy=watched.policy("off"))
-    assert off.text == "orange yellow green" and off.verdict.monitor is None
-    assert watched.generate("red", policy=above(watched, None)).verdict.monitor is None
+    assert off.text == "orange yellow green" and off.verdict.answer is None
+    assert watched.generate("red", policy=above(watched, None)).verdict.answer is None
 
 
 def test_a_restricted_answer_is_stopped_too(watched):
@@ -164,7 +164,7 @@ def test_a_restricted_answer_is_stopped_too(watched):
 
 def test_a_package_without_a_monitor_has_no_threshold_for_one(engine):
     assert engine.policy().answer_threshold is None
-    assert engine.generate("red").verdict.monitor is None
+    assert engine.generate("red").verdict.answer is None
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_the_record_says_what_was_stopped_and_has_no_word_of_it(watched_package,
     Engine.load(watched_package, device="cpu", threads=1, audit=file, audit_texts=True).generate("red")
     (line,) = map(json.loads, file.read_text().splitlines())
     assert (line["action"], line["unsafe"], line["finish_reason"]) == ("stop", False, "refused")
-    assert line["monitor"] == {"p_unsafe": pytest.approx(0.655, abs=0.001), "unsafe": True, "threshold": 0.5}
+    assert line["answer_verdict"] == {"p_unsafe": pytest.approx(0.655, abs=0.001), "unsafe": True, "threshold": 0.5}
     assert line["answer"] == STOPPED and "yellow" not in json.dumps(line)
 
 
@@ -277,13 +277,15 @@ def test_the_time_to_the_first_word_is_until_it_is_shown(watched, monkeypatch):
 
 
 def test_lines_of_the_command():
-    verdict = replace(load_verdict(), action=Action.STOP, monitor=Watched(p_unsafe=0.931, unsafe=True, threshold=0.7))
-    assert verdict.monitor is not None
-    assert monitor_line(verdict.monitor, verdict) == "[ANSWER STOPPED  p_unsafe 0.931 > 0.700]"
+    verdict = replace(
+        load_verdict(), action=Action.STOP, answer=AnswerVerdict(p_unsafe=0.931, unsafe=True, threshold=0.7)
+    )
+    assert verdict.answer is not None
+    assert answer_line(verdict.answer, verdict) == "[ANSWER STOPPED  p_unsafe 0.931 > 0.700]"
     watching = replace(verdict, action=Action.PASS, mode=Mode.REPORT)
-    assert monitor_line(verdict.monitor, watching).endswith("; unsafe, but --policy report lets it pass]")
-    safe = Watched(p_unsafe=0.1, unsafe=False, threshold=0.7)
-    assert monitor_line(safe, replace(verdict, action=Action.PASS)) == "[ANSWER  p_unsafe 0.100 <= 0.700]"
+    assert answer_line(verdict.answer, watching).endswith("; unsafe, but --policy report lets it pass]")
+    safe = AnswerVerdict(p_unsafe=0.1, unsafe=False, threshold=0.7)
+    assert answer_line(safe, replace(verdict, action=Action.PASS)) == "[ANSWER  p_unsafe 0.100 <= 0.700]"
 
 
 def load_verdict():

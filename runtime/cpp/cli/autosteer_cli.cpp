@@ -245,7 +245,7 @@ std::string format(const char* pattern, Values... values) {
 /// [STEER  p_unsafe 0.993 > 0.500 at layer 6, strength 0.1]
 std::string verdict_line(const autosteer::Verdict& verdict) {
   if (!verdict.p_unsafe) return "[no gate: --policy off]";
-  const bool stopped_later = verdict.monitor && !verdict.unsafe;  // then `monitor_line` says so
+  const bool stopped_later = verdict.answer && !verdict.unsafe;  // then `answer_line` says so
   std::string action = autosteer::name(stopped_later ? autosteer::Action::pass : verdict.action);
   for (char& c : action) c = static_cast<char>(c - 'a' + 'A');
   const char* above = *verdict.p_unsafe > verdict.threshold ? ">" : "is no probability; limit";
@@ -258,7 +258,7 @@ std::string verdict_line(const autosteer::Verdict& verdict) {
 }
 
 /// [ANSWER STOPPED  p_unsafe 0.931 > 0.700]
-std::string monitor_line(const autosteer::Watched& seen, const autosteer::Verdict& verdict) {
+std::string answer_line(const autosteer::AnswerVerdict& seen, const autosteer::Verdict& verdict) {
   const char* above = seen.p_unsafe > seen.threshold ? ">" : "is no probability; limit";
   std::string line = verdict.action == autosteer::Action::stop ? "[ANSWER STOPPED" : "[ANSWER";
   line += format("  p_unsafe %.3f %s %.3f", seen.p_unsafe, seen.unsafe ? above : "<=", seen.threshold);
@@ -348,7 +348,7 @@ autosteer::Answer say(autosteer::Stream&& pieces) {
     end_output();
   });
   std::cout << std::endl;
-  if (answer.verdict.monitor) std::cerr << monitor_line(*answer.verdict.monitor, answer.verdict) << "\n";
+  if (answer.verdict.answer) std::cerr << answer_line(*answer.verdict.answer, answer.verdict) << "\n";
   std::cerr << stats_line(answer.finish_reason, answer.stats) << "\n";
   return answer;
 }

@@ -210,7 +210,7 @@ class Record {
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},
                           {"strength", verdict ? OrderedJson(verdict->strength) : OrderedJson()},
-                          {"monitor", watched()},
+                          {"answer_verdict", answer_verdict()},
                           {"turns", turns()},
                           {"answer_sha256", sha256_of(answer_)}};
     if (audit_->texts) record["answer"] = answer_;
@@ -224,9 +224,9 @@ class Record {
     return record;
   }
 
-  OrderedJson watched() const {
-    if (!verdict || !verdict->monitor) return nullptr;
-    const Watched& seen = *verdict->monitor;
+  OrderedJson answer_verdict() const {
+    if (!verdict || !verdict->answer) return nullptr;
+    const AnswerVerdict& seen = *verdict->answer;
     return {{"p_unsafe", seen.p_unsafe}, {"unsafe", seen.unsafe}, {"threshold", seen.threshold}};
   }
 

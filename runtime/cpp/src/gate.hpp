@@ -86,9 +86,9 @@ inline GatePolicy without_steering(GatePolicy policy) {
   return policy;
 }
 
-/// What the monitor saw of an answer (monitor.hpp).
-struct Watched {
-  double p_unsafe;  ///< of the worst window
+/// What a monitor (monitor.hpp) made of an answer, or the prober, if it was judged as a whole (held_back.hpp).
+struct AnswerVerdict {
+  double p_unsafe;  ///< of the worst window, or reading
   bool unsafe;
   double threshold;
 };
@@ -102,7 +102,7 @@ struct Verdict {
   double threshold = 0.0;
   double strength = 0.0;  ///< applied to this answer: 0 unless the action is steer
   int split_layer = 0;
-  std::optional<Watched> monitor = {};  ///< on the last chunk of an answer that was watched
+  std::optional<AnswerVerdict> answer = {};  ///< on the last chunk of an answer that was watched or judged
 };
 
 /// The rule above. NaN compares false with everything, so it is unsafe without a special case.
@@ -116,9 +116,9 @@ inline double worse(double a, double b) {
   return is_safe(b, 1.0) ? std::max(a, b) : b;
 }
 
-/// The verdict on a whole answer: what the monitor takes for unsafe is stopped, unless the policy only reports.
-inline Verdict watched(Verdict verdict, const std::optional<Watched>& seen) {
-  verdict.monitor = seen;
+/// The verdict on a whole answer: what is unsafe is stopped, unless the policy only reports.
+inline Verdict with_answer(Verdict verdict, const std::optional<AnswerVerdict>& seen) {
+  verdict.answer = seen;
   if (seen && seen->unsafe && verdict.mode != Mode::report) verdict.action = Action::stop;
   return verdict;
 }

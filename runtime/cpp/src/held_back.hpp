@@ -69,8 +69,8 @@ class UntilWatched {
       Chunk chunk = compute_();
       computed_ = !chunk.finish_reason.empty();
       if (computed_) monitor_.end();
-      const std::optional<Watched> seen = monitor_.verdict();
-      const Verdict verdict = watched(chunk.verdict, seen);
+      const std::optional<AnswerVerdict> seen = monitor_.verdict();
+      const Verdict verdict = with_answer(chunk.verdict, seen);
       if (seen && seen->unsafe && monitor_.stops) {
         return {(shown_ ? "\n\n" : "") + policy_.refusal_text, std::nullopt, verdict, "refused", std::nullopt};
       }
@@ -92,10 +92,9 @@ class UntilWatched {
   bool shown_ = false;      // some text
 };
 
-/// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. The verdict on
-/// the answer is that of a monitor (Verdict::monitor), at the prompt's threshold; of a steered one that is safe nothing
-/// is said. Under Mode::report nothing waits. `all_answers`: also those that are not steered. What it is given must
-/// outlive it.
+/// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. What it scored
+/// is Verdict::answer, at the prompt's threshold; nothing of a steered answer that is safe. Under Mode::report nothing
+/// waits. `all_answers`: also those that are not steered. What it is given must outlive it.
 class UntilJudged {
  public:
   using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts
@@ -123,8 +122,8 @@ class UntilJudged {
       const std::string text = computed_ ? said_() : "";
       if (!std::all_of(text.begin(), text.end(), is_space)) {
         const double p_unsafe = score_(text);
-        const Watched seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
-        if (seen.unsafe || (!chunk.verdict.monitor && !steered)) chunk.verdict = watched(chunk.verdict, seen);
+        const AnswerVerdict seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
+        if (seen.unsafe || (!chunk.verdict.answer && !steered)) chunk.verdict = with_answer(chunk.verdict, seen);
         if (steered && !begins_like(text, policy_.refusal_text)) chunk.verdict.action = Action::stop;
         if (chunk.verdict.action == Action::stop) {
           return {policy_.refusal_text, std::nullopt, chunk.verdict, "refused", std::nullopt};

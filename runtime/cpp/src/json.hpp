@@ -14,7 +14,7 @@
 
 namespace autosteer {
 
-inline OrderedJson watched_json(const std::optional<Watched>& seen) {
+inline OrderedJson answer_verdict_json(const std::optional<AnswerVerdict>& seen) {
   if (!seen) return nullptr;
   return {{"p_unsafe", seen->p_unsafe}, {"unsafe", seen->unsafe}, {"threshold", seen->threshold}};
 }
@@ -23,7 +23,7 @@ inline OrderedJson verdict_json(const Verdict& verdict) {
   return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
           {"action", name(verdict.action)},        {"policy", name(verdict.mode)},
           {"threshold", verdict.threshold},        {"strength", verdict.strength},
-          {"layer", verdict.split_layer},          {"monitor", watched_json(verdict.monitor)}};
+          {"layer", verdict.split_layer},          {"answer", answer_verdict_json(verdict.answer)}};
 }
 
 inline OrderedJson timings_json(const Stats& stats) {

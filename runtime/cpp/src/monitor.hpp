@@ -50,9 +50,9 @@ class Monitor {
   }
 
   /// On the answer so far; nothing if no window has been read.
-  std::optional<Watched> verdict() const {
+  std::optional<AnswerVerdict> verdict() const {
     if (!worst_) return std::nullopt;
-    return Watched{*worst_, !is_safe(*worst_, threshold_), threshold_};
+    return AnswerVerdict{*worst_, !is_safe(*worst_, threshold_), threshold_};
   }
 
  private:
