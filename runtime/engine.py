@@ -35,7 +35,7 @@ from .draft_table import DraftTable
 from .drafting import POSITION_COST, Drafter
 from .encoded_prompt import EncodedPrompt
 from .errors import InputError, PackageError, ProviderError
-from .gate import Action, GatePolicy, Mode, Verdict, without_steering
+from .gate import Action, GatePolicy, Mode, Verdict, mode_from, without_steering
 from .generation import PREFILL_CHUNK, Request, finish
 from .grammar import Grammars, words_of
 from .held_back import until_judged, until_watched
@@ -153,9 +153,10 @@ class Engine:
     ) -> GatePolicy:
         """The package's policy with your overrides.
 
-        Raises PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range.
+        Raises PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range and for
+        an unknown mode.
         """
-        mode, prober, refusal = Mode(mode), self.manifest.prober, self.manifest.refusal
+        mode, prober, refusal = mode_from(mode), self.manifest.prober, self.manifest.refusal
         if prober is None or refusal is None:
             if mode is not Mode.OFF:
                 raise PackageError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from .errors import OptionError
+from .errors import InputError, OptionError
 
 STRENGTH_MAX = 1e6  # the paper's is 0.1; far beyond it float32 overflows and the answer is noise instead of a refusal
 
@@ -42,6 +42,14 @@ class Action(str, Enum):
 _ACTION_ON_UNSAFE = {Mode.STEER: Action.STEER, Mode.STOP: Action.STOP, Mode.REPORT: Action.PASS, Mode.OFF: Action.PASS}
 
 
+def mode_from(name: Mode | str) -> Mode:
+    """The mode of that name. Raises InputError if there is none."""
+    try:
+        return Mode(name)
+    except ValueError:
+        raise InputError(f"policy {name!r} is not one of {', '.join(Mode)}") from None
+
+
 @dataclass(frozen=True)
 class GatePolicy:
     """How the gate treats a request. A threshold below zero makes every prompt unsafe."""
@@ -51,11 +59,11 @@ class GatePolicy:
     strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
     refusal_text: str
     answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
-    pieces: bool = True  # whether the pieces of a turn are read, too (pieces.py)
+    pieces: bool = True  # whether all forms of a turn are read (readings.py), and steered answers judged
     judge_answers: bool = False  # whether every answer is judged before any of it is shown (held_back.py)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", Mode(self.mode))  # "stop" is Mode.STOP
+        object.__setattr__(self, "mode", mode_from(self.mode))  # "stop" is Mode.STOP
         if not self.threshold < 1.0:
             raise OptionError(
                 "threshold",

@@ -92,8 +92,8 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, al
 
 
 def begins_like(answer: str, refusal_text: str) -> bool:
-    """Whether an answer begins with the first two words of the refusal text, whatever the case and the signs between
-    letters. At most COMPARED characters are compared; a shorter answer must agree as far as it goes.
+    """Whether an answer begins with the first two words of the refusal text, whatever the case and the punctuation
+    between letters. At most COMPARED characters are compared; a shorter answer must agree as far as it goes.
     """
 
     def letters(text: str) -> str:

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from .conversation import Conversation, ReadingKey
@@ -21,7 +21,7 @@ from .gate import Action, GatePolicy, Verdict, decide, is_safe, without_steering
 from .pieces import weighed
 from .readings import Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
-from .text import Message, VideoPart
+from .text import Message, Part, VideoPart
 
 if TYPE_CHECKING:
     from .audit import Record
@@ -54,10 +54,8 @@ class Judge:
         known, kept = dict[ReadingKey, float](), conversation.known_scores if conversation else {}
         if verdict.p_unsafe is not None:
             assert prompt is not None
-            begun, shown, plain = self._begun(request), by_picture(messages, prompt.seen), plain_turns(messages)
-            frames = list(self._frames(messages, shown)) if policy.pieces else []
-            views = [*shown, *([one] for _, _, one in frames)]
-            stopped = False
+            begun, plain, stopped = self._begun(request), plain_turns(messages), False
+            shown, frames = self._each_shown(messages, prompt.seen)
 
             def is_unsafe(p: float) -> bool:
                 return not is_safe(p, policy.threshold)
@@ -68,16 +66,15 @@ class Judge:
                 stopped = stopped or (stops and is_unsafe(p))
 
             if len(messages) > 1 and any(plain):
-                whole = Reading(tuple(with_letters_of(plain, messages)), range(len(shown)), cache=1)
+                whole = Reading(tuple(with_letters_of(plain, messages)), cache=1)
                 found = yield from self._read(whole, prompt.seen, policy, stats, begun[whole.cache], len(scores))
                 for at, score in enumerate(found):
                     if not is_unsafe(scores[at]):
                         note(at, score, stops=True)
-            parts = [(n, part) for n, part, _ in frames]
-            for at, reading in all_readings(messages, plain, pieces=policy.pieces, frames=parts):
+            for at, reading in all_readings(messages, plain, pieces=policy.pieces, frames=frames):
                 if reading.only_while_safe and is_unsafe(scores[at]):
                     continue
-                seen = [one for picture in reading.pictures for one in views[picture]]
+                seen = [one for picture in reading.pictures for one in shown[picture]]
                 key = reading_key(reading.messages, seen)
                 p = known.get(key, kept.get(key))
                 if p is None:
@@ -98,10 +95,11 @@ class Judge:
         verdict, until a reading is unsafe; NaN if one cannot be read. May pause.
         """
         assert record.prompt is not None
-        policy, shown, p_unsafe = record.policy, by_picture(record.messages, record.prompt.seen), 0.0
+        policy, p_unsafe = record.policy, 0.0
+        shown, frames = self._each_shown(record.messages, record.prompt.seen)
         steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
-        for reading in readings_of_answer(record.messages, text, steered=steered):
+        for reading in readings_of_answer(record.messages, text, frames, steered=steered):
             seen = [one for picture in reading.pictures for one in shown[picture]]
             (p,) = yield from self._read(reading, seen, policy, Stats(), begun[reading.cache])
             p_unsafe = worst([p_unsafe, weighed(p) if reading.weighed else p])
@@ -109,14 +107,20 @@ class Judge:
                 break
         return p_unsafe
 
-    def _frames(
-        self, messages: Sequence[Message], shown: Sequence[Sequence[Seen]]
-    ) -> Iterator[tuple[int, VideoPart, Seen]]:
-        """Each frame of the videos, as PromptEncoder.single_frames has it, and the turn that shows it."""
+    def _each_shown(
+        self, messages: Sequence[Message], seen: Sequence[Seen]
+    ) -> tuple[list[list[Seen]], list[tuple[int, Part]]]:
+        """What is seen of each picture and video, then of each frame of the videos (PromptEncoder.single_frames); and
+        these frames, with the turns that show them.
+        """
+        shown, frames = by_picture(messages, seen), list[tuple[int, Part]]()
         parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-        for (n, part), seen in zip(parts, shown, strict=False):  # none are seen of token ids
+        for (n, part), one in zip(parts, shown.copy(), strict=True):
             if isinstance(part, VideoPart):
-                yield from ((n, *frame) for frame in self._encoder.single_frames(part, seen))
+                for frame, rows in self._encoder.single_frames(part, one):
+                    frames.append((n, frame))
+                    shown.append([rows])
+        return shown, frames
 
     def _begun(self, request: Request) -> defaultdict[int, Conversation]:
         """What readings start from, by Reading.cache: at first from what `request` computed of its prompt, then from
@@ -146,12 +150,11 @@ class Judge:
         before, own = time.perf_counter(), Stats()
         try:
             request = self._ask(self._encoder.prepare_seen(reading.messages, seen, own, turns), own, begun)
+            stats.gate_ms += ms_since(before)
+            yield from request.lower_chunks(policy)
         except InputError as err:
             log.error("a text could not be judged, so it counts as unsafe: %s", err)
             return [math.nan] * turns
-        finally:
-            stats.gate_ms += ms_since(before)
-        yield from request.lower_chunks(policy)
         begun.keep_prefix(request.cached_prefix())
         stats.gate_ms += own.lower_ms + own.gate_ms
         yield

@@ -1,12 +1,13 @@
 """The pieces of a text that the gate reads one by one, so that harmless words around a request do not drown it.
 
-A prober reads one state of a whole turn. With three harmless questions around it, a request that it catches alone
-passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read these, too:
+A prober reads one vector of a whole turn (its last hidden state, or the mean). With three harmless questions around it,
+a request that it catches alone passes (docs/design-notes.md: "Turns are read in pieces"). So judge.py has it read
+these, too:
 
     sentences    each, in windows of ten words, every five; one of fewer than three words joins another
-    clauses      what signs, such as commas and dashes, and words, such as "and" and "if", part in a sentence; the later
-                 ones behind its first three words: "how do i clean a spoon, steal a kite" also says "how do i steal a
-                 kite"
+    clauses      what punctuation, such as commas and dashes, and words, such as "and" and "if", part in a sentence; the
+                 later ones behind its first three words: "how do i clean a spoon, steal a kite" also says "how do i
+                 steal a kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
                  with what follows, ten words in all: a request may be cut
     pronouns     a sentence with "it" or the like behind what that may mean: the last two words of each of the four
@@ -40,7 +41,7 @@ PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one 
 
 SPACE = " \t\n\v\f\r"
 BETWEEN_SENTENCES = re.compile("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+")
-SIGNS = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\u2022'  # in a class of characters
+PUNCTUATION = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\u2022'  # in a class of characters
 SYMBOLS = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff"  # arrows, ticks and crosses, emoji
 CONJUNCTIONS = "and or then but also too plus as_well_as before after while once if when so because"
 PRONOUNS = "it its this that one them these those some another"
@@ -56,7 +57,7 @@ def _any_of(words: str) -> str:
 
 
 BETWEEN_CLAUSES = re.compile(  # also a dash between blanks, and what counts: "1)"
-    f"[{SIGNS}{SYMBOLS}]+|(?<=[{SPACE}])-+>?(?=[{SPACE}])|(?<![^{SPACE}])[0-9A-Za-z]{{1,2}}\\)"
+    f"[{PUNCTUATION}{SYMBOLS}]+|(?<=[{SPACE}])-+>?(?=[{SPACE}])|(?<![^{SPACE}])[0-9A-Za-z]{{1,2}}\\)"
     f"|[{SPACE}](?:{_any_of(CONJUNCTIONS)})(?=[{SPACE}])"
 )
 PRONOUN = re.compile(f"(?<![A-Za-z])(?:{_any_of(PRONOUNS)})(?![A-Za-z])")

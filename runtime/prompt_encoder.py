@@ -334,7 +334,8 @@ class PromptEncoder:
 
     def single_frames(self, video: VideoPart, seen: Sequence[Seen]) -> Iterator[tuple[VideoPart, Seen]]:
         """The frames of a video, or those groups of them that the model reads as one, each as a video of its own;
-        nothing if there is only one. `seen`: the video, as a prompt has it.
+        nothing if there is only one. `seen`: the video, as a prompt has it. Its rows are cut into equal shares; a
+        newline row, if there is one, ends each. It stands as if it were shown first. Nothing is encoded.
         """
         at_a_time = self._image.native.frames if self._image and self._image.native else 1
         starts = range(0, len(video.frames), at_a_time)

@@ -11,16 +11,16 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     pieces of all these (pieces.py)                   yes           yes               stopped         weighed
     pieces of all that the user says, and of all      yes           no                stopped         weighed
     that the program does not trust, as one text
-    its words and their pieces with each one of       yes           no                stopped         weighed
-    several pictures, and with each frame of a video
+    its words and their pieces with each picture      yes           no                stopped         weighed
+    so far, and with each frame of a video
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
 answer. `weighed` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the policy
 `steer` only the turn itself is steered: the Refusal Head was trained on whole plain turns.
 
-An answer is read as if the user had said it: alone, and as the dialogue's next turn. The C++ side is src/readings.hpp;
-shared cases: tests/conformance/requests.json.
+An answer is read as if the user had said it: alone, as the dialogue's next turn, and with each picture and frame. The
+C++ side is src/readings.hpp; shared cases: tests/conformance/requests.json.
 """
 
 from __future__ import annotations
@@ -119,20 +119,25 @@ def _alone_and_in_dialogue(
 def with_each_picture(
     messages: Sequence[Message], plain: Sequence[Message | None], frames: Sequence[tuple[int, Part]]
 ) -> Iterator[tuple[int, Reading]]:
-    """The words of each judged turn, and their pieces, with each picture, if the dialogue shows several, and with
-    each of `frames`: (turn, reading). A user speaks of what was shown so far; words that somebody puts into other
-    turns may be meant for any picture. One picture after the other: what begins alike is computed once.
+    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). A user
+    speaks of what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture
+    after the other: what begins alike is computed once.
     """
-    shown = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-    single = [(i, max(n, shown[1][0]), part) for i, (n, part) in enumerate(shown) if len(shown) > 1]
-    single += [(i, n, part) for i, (n, part) in enumerate(frames, len(shown))]
-    said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if single}
-    for number, first, picture in single:
+    shown = _shown(messages)
+    said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
+    for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
-            if messages[n].role != "user" or first <= n:
-                for words in said[n]:
-                    turn = Message("user", (picture, words))
-                    yield n, Reading((turn,), (number,), only_while_safe=True, stops=True, weighed=True)
+            is_turn = number < len(shown) and n == first and len(shown_in(messages[n])) == 1  # as it stands
+            if is_turn or (messages[n].role == "user" and n < first):
+                continue
+            for words in said[n]:
+                turn = Message("user", (picture, words))
+                yield n, Reading((turn,), (number,), only_while_safe=True, stops=True, weighed=True)
+
+
+def _shown(messages: Sequence[Message]) -> list[tuple[int, Part]]:
+    """The pictures and videos of a dialogue, and the turns that show them."""
+    return [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
 
 
 def _words_and_pieces(*turns: Message | None) -> list[str]:
@@ -140,19 +145,25 @@ def _words_and_pieces(*turns: Message | None) -> list[str]:
     return [*dict.fromkeys(words for text in texts for words in (text, *pieces_of(text)))]
 
 
-def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool) -> Iterator[Reading]:
-    """The readings of `text`, an answer to a dialogue, and of its pieces; both in plain letters, too.
+def readings_of_answer(
+    messages: Sequence[Message], text: str, frames: Sequence[tuple[int, Part]] = (), *, steered: bool
+) -> Iterator[Reading]:
+    """The readings of `text`, an answer to a dialogue, and of its pieces; both in plain letters, too. `frames` as in
+    `all_readings`.
 
-    Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. A
-    `steered` answer, whose dialogue is unsafe, stands in the place of the last turn's words.
+    Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. So
+    they are with each picture and frame, and behind the last turn's words about it. A `steered` answer, whose dialogue
+    is unsafe, stands in the place of the last turn's words.
     """
     messages = messages or [Message("user", ())]  # the prompt was given as token ids
     wholes = dict.fromkeys((text, deobfuscated(text)))
     complete = {*wholes, *map(in_single_blanks, wholes)}
+    answers = [*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))]
     plain = [in_plain_letters(message) for message in messages]
     contexts = [messages, with_letters_of(plain, messages)] if any(plain) else [messages]
-    pictures = range(sum(len(shown_in(message)) for message in messages))
-    for said in (*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))):
+    shown = _shown(messages)
+    pictures = range(len(shown))
+    for said in answers:
         is_part = said not in complete
         yield Reading((Message.user(said),), weighed=is_part)
         for number, context in enumerate(contexts, 1):
@@ -160,6 +171,13 @@ def readings_of_answer(messages: Sequence[Message], text: str, *, steered: bool)
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
             if len(turns) > 1 or pictures:  # else it is alone
                 yield Reading(turns, pictures, weighed=is_part or not pictures, cache=number)
+    one_turn = len(messages) == len(shown) == 1  # with one picture: read above
+    asked = "" if steered else text_of(contexts[-1][-1])
+    for n, (_, picture) in enumerate((*shown, *frames)):
+        for said in answers if n or not one_turn else ():
+            yield Reading((Message("user", (picture, said)),), (n,), weighed=True)
+            if asked:
+                yield Reading((Message("user", (picture, asked)), Message.user(said)), (n,), weighed=True)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[Form]:

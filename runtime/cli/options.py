@@ -17,14 +17,15 @@ device_option = click.option(
 pieces_option = click.option(
     "--pieces/--no-pieces",
     default=True,
-    help="Also read the pieces of a turn, in which harmless words cannot hide a request, and judge steered answers "
-    "before they are shown. --no-pieces: prompts of several sentences start two to three times as fast.  [on]",
+    help="Also read the pieces of a turn, each picture and frame, and several turns as one, so that harmless ones "
+    "cannot hide a request; and judge steered answers before they are shown. --no-pieces: prompts of several sentences "
+    "start two to three times as fast.  [on]",
 )
 judge_answers_option = click.option(
     "--judge-answers",
     is_flag=True,
-    help="Judge every answer as the dialogue's next turn before any of it is shown. Catches some of what the prompt's "
-    "gate misses; nothing streams.",
+    help="Judge every answer, by itself and as the dialogue's next turn, before any of it is shown. Catches some of "
+    "what the prompt's gate misses; nothing streams.",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 

@@ -120,9 +120,7 @@ class Judge {
     std::vector<double>& scores = record.scores = request.scores;
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
-      std::vector<std::vector<Seen>> shown = by_picture(messages, record.seen);
-      std::vector<ShownBy> frames;
-      if (policy.pieces) add_frames(messages, shown, frames);
+      const Views views = each_shown(messages, record.seen);
       const std::vector<std::optional<Message>> plain = plain_turns(messages);
       Begun begun;
       bool stopped = false;
@@ -143,10 +141,10 @@ class Judge {
       for (size_t n = 0; n < messages.size(); ++n) {
         if (is_judged(messages, n)) places.emplace(n, places.size());
       }
-      for_each_reading(messages, plain, policy.pieces, frames, [&](size_t n, const Reading& reading) {
+      for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, const Reading& reading) {
         double& score = scores.at(places.at(n));
         if (reading.only_while_safe && is_unsafe(score)) return false;
-        const std::vector<Seen> seen = only(shown, reading.pictures);
+        const std::vector<Seen> seen = only(views.seen, reading.pictures);
         ReadingKey key = reading_key(reading.messages, seen);
         std::optional<double> p = find(known, key);
         if (!p && conversation) p = find(conversation->known_scores, key);
@@ -172,12 +170,12 @@ class Judge {
   /// until a reading is unsafe; NaN if one cannot be read.
   double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
     const std::vector<Message> messages = without_pixels(record.messages);
-    const std::vector<std::vector<Seen>> pictures = by_picture(messages, record.seen);
+    const Views views = each_shown(messages, record.seen);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
     Begun begun;
-    for_each_reading_of_answer(messages, text, steered, [&](const Reading& reading) {
-      const std::vector<Seen> seen = only(pictures, reading.pictures);
+    for_each_reading_of_answer(messages, text, views.frames, steered, [&](const Reading& reading) {
+      const std::vector<Seen> seen = only(views.seen, reading.pictures);
       const double p = read(reading.messages, seen, policy, before(begun, reading.cache, request)).back();
       p_unsafe = worse(p_unsafe, reading.weighed ? weighed(p) : p);
       return is_safe(p_unsafe, policy.threshold);
@@ -186,6 +184,11 @@ class Judge {
   }
 
  private:
+  struct Views {
+    std::vector<std::vector<Seen>> seen;  // of each picture and video, then of each of `frames`
+    std::vector<ShownBy> frames;          // of the videos (PromptEncoder::single_frames)
+  };
+
   /// What readings start from, by Reading::cache.
   using Begun = std::map<int, Conversation>;
 
@@ -196,21 +199,21 @@ class Judge {
     return found->second;
   }
 
-  /// Add each frame of the videos to `shown`, and to `frames`.
-  void add_frames(const std::vector<Message>& messages, std::vector<std::vector<Seen>>& shown,
-                  std::vector<ShownBy>& frames) const {
+  Views each_shown(const std::vector<Message>& messages, const std::vector<Seen>& seen) const {
+    Views views{by_picture(messages, seen), {}};
     size_t number = 0;
-    for (size_t n = 0; !shown.empty() && n < messages.size(); ++n) {  // nothing is shown of token ids
+    for (size_t n = 0; !seen.empty() && n < messages.size(); ++n) {  // nothing is seen of token ids
       for (const Part& part : shown_in(messages[n])) {
-        const std::vector<Seen> seen = shown.at(number++);
+        const std::vector<Seen> whole = views.seen.at(number++);
         const auto* video = std::get_if<VideoPart>(&part);
         if (!video) continue;
-        for (auto& [frame, own] : encoder_.single_frames(*video, seen)) {
-          frames.emplace_back(n, std::move(frame));
-          shown.push_back({std::move(own)});
+        for (auto& [frame, rows] : encoder_.single_frames(*video, whole)) {
+          views.frames.emplace_back(n, std::move(frame));
+          views.seen.push_back({std::move(rows)});
         }
       }
     }
+    return views;
   }
 
   /// p_unsafe of the last judged `turns` of a dialogue, with its pictures and videos as `seen` has them; NaN if it

@@ -264,35 +264,35 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       }
     }
   }
-  if (!with_pieces || (shown.size() < 2 && frames.empty())) return;
+  if (!with_pieces || shown.empty()) return;
   std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
   for (size_t n = 0; n < messages.size(); ++n) {
     const bool judged = is_judged(messages, n);
     said.push_back(judged ? words_and_pieces(messages[n], plain[n]) : std::vector<std::string>());
   }
-  const auto with_words = [&](size_t number, size_t first, const Part& picture) {
+  const size_t wholes = shown.size();
+  shown.insert(shown.end(), frames.begin(), frames.end());
+  for (size_t i = 0; i < shown.size(); ++i) {  // one picture after the other: what begins alike is computed once
+    const auto& [first, picture] = shown[i];
     for (size_t n = 0; n < messages.size(); ++n) {
-      if (messages[n].role == "user" && n < first) continue;
+      const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
+      if (is_turn || (messages[n].role == "user" && n < first)) continue;
       for (const std::string& words : said[n]) {
-        read(n, Reading{{user_turn({picture}, words)}, {number, number + 1}, true, true, true});
+        read(n, Reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true});
       }
     }
-  };
-  // One picture after the other: what begins alike is computed once.
-  for (size_t i = 0; shown.size() > 1 && i < shown.size(); ++i) {
-    with_words(i, std::max(shown[i].first, shown[1].first), shown[i].second);
   }
-  for (size_t i = 0; i < frames.size(); ++i) with_words(shown.size() + i, frames[i].first, frames[i].second);
 }
 
 /// Hands the readings of `text`, an answer to a dialogue, and of its pieces, to `read` until it returns false; both in
-/// plain letters, too.
+/// plain letters, too. `frames`: of the videos, each as a video of its own.
 ///
-/// Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. A
-/// `steered` answer, whose dialogue is unsafe, stands in the place of the last turn's words.
+/// Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. So
+/// they are with each picture and frame, and behind the last turn's words about it. A `steered` answer, whose dialogue
+/// is unsafe, stands in the place of the last turn's words.
 template <class Read>
-void for_each_reading_of_answer(std::vector<Message> messages, const std::string& text, bool steered,
-                                const Read& read) {
+void for_each_reading_of_answer(std::vector<Message> messages, const std::string& text,
+                                const std::vector<ShownBy>& frames, bool steered, const Read& read) {
   if (messages.empty()) messages.push_back({"user", {}});  // the prompt was given as token ids
   std::vector<std::string> said = {text};
   if (std::string letters = deobfuscated(text); letters != text) said.push_back(std::move(letters));
@@ -304,11 +304,12 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
     }
   }
   std::vector<std::optional<Message>> plain;
-  size_t shown = 0;
+  std::vector<Part> shown;
   for (const Message& message : messages) {
     plain.push_back(in_plain_letters(message));
-    shown += shown_in(message).size();
+    for (Part& part : shown_in(message)) shown.push_back(std::move(part));
   }
+  const size_t pictures = shown.size();
   std::vector<std::vector<Message>> contexts = {messages};
   if (std::any_of(plain.begin(), plain.end(), [](const auto& letters) { return letters.has_value(); })) {
     contexts.push_back(with_letters_of(plain, messages));
@@ -320,8 +321,19 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
     for (std::vector<Message> turns : contexts) {
       ++number;
       steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
-      if (turns.size() == 1 && shown == 0) continue;  // it is alone
-      if (!read(Reading{std::move(turns), {0, shown}, false, false, is_part || shown == 0, number})) return;
+      if (turns.size() == 1 && pictures == 0) continue;  // it is alone
+      if (!read(Reading{std::move(turns), {0, pictures}, false, false, is_part || pictures == 0, number})) return;
+    }
+  }
+  const bool one_turn = messages.size() == 1 && pictures == 1;  // with one picture: read above
+  const std::string asked = steered ? "" : text_of(contexts.back().back());
+  for (const ShownBy& frame : frames) shown.push_back(frame.second);
+  for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
+    for (const std::string& one : said) {
+      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true})) return;
+      if (asked.empty()) continue;
+      std::vector<Message> turns = {user_turn({shown[i]}, asked), Message::user(one)};
+      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true})) return;
     }
   }
 }

@@ -139,8 +139,8 @@ AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const auto
 AUTOSTEER_API int autosteer_request_video_at(autosteer_request *request, const autosteer_image *const *frames,
                                              const double *seconds, size_t count);
 
-/* Say that your program wrote the message begun last: a system turn, or an answer of ours. Unlike every other turn,
- * it is not judged by the gate. */
+/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it,
+ * unless it is the last. A request with a trusted user turn is refused when it is run. */
 AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 
 /* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. */
@@ -158,10 +158,10 @@ AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autostee
 typedef struct autosteer_chunk {
   const char *json;          /* everything: {"text", "token", "verdict": {...}, "finish_reason", "device", "timings"} */
   const char *text;          /* "" while a character is incomplete */
-  const char *finish_reason; /* NULL; of the last piece "stop", "length", "refused" (policy "stop", a monitor, or a
-                              * biased answer that is unsafe, all of which is held back until it is judged) */
-  const char *action;        /* what the gate did: "pass" (always with "report"), "steer", "stop" */
-  int unsafe;                /* whether the gate takes the prompt for unsafe */
+  const char *finish_reason; /* NULL; of the last piece "stop", "length", or "refused": the refusal text stands in
+                              * place of the answer; behind what was shown, if a monitor stopped it */
+  const char *action;        /* what the gate did: "pass" (always with "report" and "off"), "steer", "stop" */
+  int unsafe;                /* whether the prompt is unsafe; 0 with action "stop": the answer was ("answer" in json) */
   double p_unsafe;           /* its score; NaN if the prober failed (unsafe), or with policy "off" */
   int64_t token;             /* -1 for the text of a refusal */
 } autosteer_chunk;

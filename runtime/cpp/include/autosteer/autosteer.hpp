@@ -211,7 +211,7 @@ struct Settings {
   std::map<int64_t, double> logit_bias;  ///< by token id
 };
 
-/// How to load a package. autosteer_open explains these.
+/// How to load a package. autosteer_open explains these; its other options are for programs that pass on JSON.
 struct EngineOptions {
   int threads = 0;
   std::optional<int64_t> max_tiles;
@@ -225,7 +225,7 @@ struct EngineOptions {
 /// What the gate made of a prompt.
 struct Verdict {
   std::string action;  ///< pass, steer or stop
-  bool unsafe = true;
+  bool unsafe = true;   ///< the prompt; false with action stop: the answer was
   double p_unsafe = 0;  ///< NaN if the prober failed, or with policy off
 };
 
