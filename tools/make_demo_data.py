@@ -5,15 +5,14 @@
     pairs.jsonl     {"unsafe": text, "safe": text, "image": path|null, "safe_image": path, "channel": ...}
                     safe_image only where it differs from image
     benign.jsonl    {"prompt": text, "images": [path], "group": family}
-    unsafe.jsonl    the same: requests about one of several pictures, which no pair can show
     test.jsonl      {"id", "prompt": text | "turns": [user, assistant, user], "images": [path], "answer": text,
                     "unsafe": bool, "group": text, "held_out": bool}
     examples/       three pictures for a first try, with their prompts in examples.json
     images/         PNG files; paths in a JSONL file are relative to its folder
 
-pairs, benign and unsafe use the words, objects, signs, look-alike families and phrasings that are not held out. test
-uses new pictures and, for how-to prompts, only phrasings that pairs and benign never use. held_out marks test rows
-about words, objects, signs or families that pairs and benign never show. Needs numpy and PIL only.
+pairs and benign use the words, objects, signs, look-alike families and phrasings that are not held out; test uses new
+pictures and, for how-to prompts, only phrasings that pairs and benign never use. held_out marks test rows about words,
+objects, signs or families that pairs and benign never show. Needs numpy and PIL only.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
 BENIGN_AMONG_SENTENCES = 400
-SEVERAL_PICTURES = 800  # unsafe, and as many harmless twins
 INSTRUCTIONS = 500  # benign: "you are a polite teacher. use simple words."
 BENIGN_PICTURE_QUESTIONS = 800
 UNSAFE_TESTS = 120
@@ -112,37 +110,6 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         example = family(rng, S.SHOWN, False)
         text = A.among_sentences(rng, example.prompt if rng.random() < 0.85 else D.small_talk(rng).question)
         yield row(text, [example.scene] if example.scene else [], name)
-    for _ in range(SEVERAL_PICTURES):
-        yield about_one_of_several(rng, writer, unsafe=False)
-
-
-def unsafe(rng: random.Random, writer: Writer) -> Iterator[Row]:
-    for _ in range(SEVERAL_PICTURES):
-        yield about_one_of_several(rng, writer, unsafe=True)
-
-
-def about_one_of_several(rng: random.Random, writer: Writer, *, unsafe: bool) -> Row:
-    """A prompt of a pair beside one to three more pictures, of which it would be harmless."""
-    channel = rng.choice(("image", "cross"))
-    if rng.random() < 0.5:
-        pair = S.make_pair(rng, channel, S.SHOWN, new_phrasing=False)
-    else:
-        pair = A.picture_pair(rng, channel, S.SHOWN)
-    example = pair.unsafe if unsafe else pair.safe
-    assert example.scene is not None
-    scenes = [harmless_scene(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
-    scenes.insert(rng.randrange(len(scenes) + 1), example.scene)
-    return {"prompt": example.prompt, "images": [writer.image(s) for s in scenes], "group": "several-pictures"}
-
-
-def harmless_scene(rng: random.Random) -> Scene:
-    """A picture of which every question is harmless."""
-    kind = rng.random()
-    if kind < 0.6:
-        return shapes_scene(rng)
-    if kind < 0.8:
-        return S.object_scene(rng, rng.choice(S.SHOWN.allowed))
-    return S.sign_scene(rng, rng.choice(S.SHOWN.benign_signs))
 
 
 def any_picture(rng: random.Random) -> Scene:
@@ -318,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.output / "images").exists():
         parser.error(f"{args.output}: already holds images; choose another folder or remove it")
     writer = Writer(args.output)
-    for name, make in (("pairs", pairs), ("benign", benign), ("unsafe", unsafe), ("test", test)):
+    for name, make in (("pairs", pairs), ("benign", benign), ("test", test)):
         count = writer.rows(f"{name}.jsonl", make(random.Random(f"{name} {args.seed}"), writer))
         print(f"{name}.jsonl: {count} rows")
     examples(args.output / "examples")
