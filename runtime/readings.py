@@ -34,6 +34,8 @@ from .pieces import SHORT, SPACE, in_single_blanks, word_count
 from .pieces import pieces as pieces_of
 from .text import Message, Part, judged
 
+BEHIND_PICTURE = 3  # Reading.cache of what begins with one picture
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -131,8 +133,8 @@ def with_each_picture(
             if is_turn or (messages[n].role == "user" and n < first):
                 continue
             for words in said[n]:
-                turn = Message("user", (picture, words))
-                yield n, Reading((turn,), (number,), only_while_safe=True, stops=True, weighed=True)
+                turn = (Message("user", (picture, words)),)
+                yield n, Reading(turn, (number,), only_while_safe=True, stops=True, weighed=True, cache=BEHIND_PICTURE)
 
 
 def _shown(messages: Sequence[Message]) -> list[tuple[int, Part]]:
@@ -175,9 +177,10 @@ def readings_of_answer(
     asked = "" if steered else text_of(contexts[-1][-1])
     for n, (_, picture) in enumerate((*shown, *frames)):
         for said in answers if n or not one_turn else ():
-            yield Reading((Message("user", (picture, said)),), (n,), weighed=True)
+            yield Reading((Message("user", (picture, said)),), (n,), weighed=True, cache=BEHIND_PICTURE)
             if asked:
-                yield Reading((Message("user", (picture, asked)), Message.user(said)), (n,), weighed=True)
+                turns = (Message("user", (picture, asked)), Message.user(said))
+                yield Reading(turns, (n,), weighed=True, cache=BEHIND_PICTURE)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[Form]:

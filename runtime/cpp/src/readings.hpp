@@ -18,6 +18,8 @@
 
 namespace autosteer {
 
+constexpr int kBehindPicture = 3;  // Reading::cache of what begins with one picture
+
 /// A prompt whose last turn the prober scores.
 struct Reading {
   std::vector<Message> messages;
@@ -278,7 +280,7 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
       if (is_turn || (messages[n].role == "user" && n < first)) continue;
       for (const std::string& words : said[n]) {
-        read(n, Reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true});
+        read(n, Reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, kBehindPicture});
       }
     }
   }
@@ -330,10 +332,10 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   for (const ShownBy& frame : frames) shown.push_back(frame.second);
   for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
     for (const std::string& one : said) {
-      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true})) return;
+      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, kBehindPicture})) return;
       if (asked.empty()) continue;
       std::vector<Message> turns = {user_turn({shown[i]}, asked), Message::user(one)};
-      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true})) return;
+      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, kBehindPicture})) return;
     }
   }
 }
