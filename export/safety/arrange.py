@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autosteer.runtime.evaluation.variants import possible_rewordings
-from autosteer.runtime.obfuscation import deobfuscated
-from autosteer.runtime.pieces import in_single_blanks, weighed
+from autosteer.runtime.pieces import weighed
 
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives, independent
@@ -45,23 +44,20 @@ class Arranged:
     table: Table
 
     @cached_property
-    def pieces(self) -> list[tuple[int, Prompt]]:
+    def pieces(self) -> list[tuple[int, Prompt, bool]]:
         """What the runtime also reads of held-out prompts and of their rewordings (`Prompt.pieces`): (row of the item,
-        what is read).
+        what is read, whether its score is weighed).
         """
         judged = range(len(self.items) - len(self.reworded.judging), len(self.items))
         return [
-            (row, piece) for row in (*self.split.heldout.tolist(), *judged) for piece in self.items[row].prompt.pieces
+            (row, *piece) for row in (*self.split.heldout.tolist(), *judged) for piece in self.items[row].prompt.pieces
         ]
 
     def as_read(self, p: np.ndarray, of_pieces: np.ndarray) -> np.ndarray:
         """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), weighed."""
         read: np.ndarray = p.copy()
-        for (row, piece), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
-            whole = self.items[row].prompt
-            wholes = map(in_single_blanks, (whole.text, deobfuscated(whole.text)))
-            is_part = in_single_blanks(piece.text) not in wholes or 0 < len(piece.images) < len(whole.images)
-            read[row] = max(read[row], weighed(of_piece) if is_part else of_piece)
+        for (row, _, is_weighed), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
+            read[row] = max(read[row], weighed(of_piece) if is_weighed else of_piece)
         return read
 
 

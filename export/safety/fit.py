@@ -122,7 +122,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
     with prompt_store(cache, identity, fit_model, fast=True) as store:
         with progress(console, "hidden states", len(everything)) as advance:
             states = prompt_states(fit_model, everything, store, advance=advance)
-        pieces = [piece for _, piece in arranged.pieces]
+        pieces = [piece for _, piece, _ in arranged.pieces]
         with progress(console, "hidden states of pieces", len(pieces)) as advance:
             piece_states = prompt_states(fit_model, pieces, store, advance=advance)
         states_s = time.perf_counter() - started

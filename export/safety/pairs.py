@@ -28,7 +28,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
 from autosteer.runtime.obfuscation import deobfuscated
-from autosteer.runtime.readings import all_readings, plain_turns, texts_in, with_letters_of
+from autosteer.runtime.readings import Reading, all_readings, plain_turns, texts_in, with_letters_of
 from autosteer.runtime.text import Message
 
 from . import builtin
@@ -93,9 +93,9 @@ class Prompt:
         return tuple(reversed(dict.fromkeys(reversed((*alone, *plain, *self.turns)))))
 
     @property
-    def pieces(self) -> tuple[Prompt, ...]:
-        """What the runtime reads beside the user's turn (runtime/readings.py): the turn in plain letters, alone and in
-        its dialogue, and the pieces of both. Equal ones once.
+    def pieces(self) -> tuple[tuple[Prompt, bool], ...]:
+        """What the runtime reads beside the last turn where it stands (runtime/readings.py): the other forms of that
+        turn, and whether what each scores is weighed. Equal ones once.
         """
         asked, answers = (*self.earlier[::2], self.text), self.earlier[1::2]
         said = [Message.user(asked[0], self.images)]
@@ -103,9 +103,14 @@ class Prompt:
             said += [Message.assistant(answer, trusted=True), Message.user(text)]
         said[:0] = [Message.system(self.system, trusted=True)] if self.system else []
         plain = plain_turns(said)
-        read = [one.messages for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
-        whole = [tuple(with_letters_of(plain, said))] if len(said) > 1 and any(plain) else []
-        return tuple(dict.fromkeys(self._of(messages) for messages in (*whole, *read) if messages != (said[-1],)))
+        in_letters = [Reading(tuple(with_letters_of(plain, said)))] if len(said) > 1 and any(plain) else []
+        of_last = [one for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
+        found: dict[Prompt, bool] = {}
+        for reading in (*in_letters, *of_last):
+            if reading.messages != (said[-1],):
+                prompt = self._of(reading.messages)
+                found[prompt] = found.get(prompt, True) and reading.weighed
+        return tuple(found.items())
 
     def _of(self, messages: Sequence[Message]) -> Prompt:
         """A reading of this prompt."""

@@ -92,7 +92,7 @@ def refit(
     with StateStore(cache, what, (1, 1, width)) as store:
         with progress(console, "hidden states", len(arranged.items)) as advance:
             states = _package_states(asking, [item.prompt for item in arranged.items], store, advance)
-        pieces = [piece for _, piece in arranged.pieces]
+        pieces = [piece for _, piece, _ in arranged.pieces]
         with progress(console, "hidden states of pieces", len(pieces)) as advance:
             piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started

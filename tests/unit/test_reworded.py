@@ -88,9 +88,9 @@ def test_the_worst_of_a_prompt_and_its_pieces_counts():
     items = [*PROMPTS, *found.everything]
     arranged = Arranged(PROMPTS, SPLIT, found, items, len(PROMPTS), table=None)  # type: ignore[arg-type]
     judged = {*range(40, 50), *range(len(items) - len(found.judging), len(items))}
-    rows = [row for row, _ in arranged.pieces]
+    rows = [row for row, *_ in arranged.pieces]
     assert set(rows) <= judged and len(set(rows)) > 50
-    assert all(piece in items[row].prompt.pieces for row, piece in arranged.pieces)
+    assert all(tuple(piece) in items[row].prompt.pieces for row, *piece in arranged.pieces)
     whole, of_pieces = np.full(len(items), 0.3), np.full(len(rows), 0.1)
     of_pieces[[0, -1]] = 0.9, 0.5
     read = arranged.as_read(whole, of_pieces)
@@ -113,7 +113,7 @@ def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[
     plain, last = plain_turns(messages), len(earlier) // 2
     found = {reading.messages for at, reading in all_readings(messages, plain, pieces=True) if at == last}
     found |= {tuple(with_letters_of(plain, messages))}  # which the runtime reads at once
-    assert found - {messages[-1:]} == {dialogue(piece) for piece in prompt.pieces} and prompt.pieces
+    assert found - {messages[-1:]} == {dialogue(piece) for piece, _ in prompt.pieces} and prompt.pieces
 
 
 def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
@@ -123,9 +123,14 @@ def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
         return (Message("user", (*map(ImagePart, one.images), one.text)),)
 
     found = [reading.messages for _, reading in all_readings(turn(prompt), plain_turns(turn(prompt)), pieces=True)]
-    assert [*map(turn, prompt.pieces)] == found and len(found) == 5
+    assert [turn(piece) for piece, _ in prompt.pieces] == found and len(found) == 5
     items = [Labelled(prompt, unsafe=True, group="g")]
     arranged = Arranged([], SPLIT, reworded(), items, 1, table=None)  # type: ignore[arg-type]
-    object.__setattr__(arranged, "pieces", [(0, piece) for piece in prompt.pieces])
+    object.__setattr__(arranged, "pieces", [(0, *piece) for piece in prompt.pieces])
     read = [arranged.as_read(np.zeros(1), np.array([0.9 * (i == at) for i in range(5)])) for at in range(5)]
     assert [one[0] == 0.9 for one in read] == [True, False, False, False, False]
+
+
+def test_the_words_with_an_earlier_picture_are_weighed_as_in_the_runtime():
+    prompt = Prompt("how do i make this?", images=(Path("a.png"),), earlier=("what is a spoon?", "it is a tool."))
+    assert dict(prompt.pieces)[Prompt("how do i make this?", images=(Path("a.png"),))]  # counted in full once
