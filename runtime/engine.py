@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .audit import Audit, Hook, Record, open_audit
@@ -54,6 +54,10 @@ from .video import VideoLike
 
 log = logging.getLogger(__name__)
 
+UNGUARDED = (
+    "this package was exported with --unguarded: it has no prober and no refusal head; run it with --policy off, or "
+    "export it again with --safety"
+)
 ON_THE_HOST = ("prober", "monitor")  # their input is a mean that the host computes; float32 on every device
 
 
@@ -159,10 +163,7 @@ class Engine:
         mode, prober, refusal = mode_from(mode), self.manifest.prober, self.manifest.refusal
         if prober is None or refusal is None:
             if mode is not Mode.OFF:
-                raise PackageError(
-                    "this package was exported with --unguarded: it has no prober and no refusal head; "
-                    "run it with --policy off, or export it again with --safety"
-                )
+                raise PackageError(UNGUARDED)
             return GatePolicy(mode, threshold=0.0, strength=0.0, refusal_text="")
         return GatePolicy(
             mode,
@@ -238,7 +239,12 @@ class Engine:
             return finish(self.judge(prepared, record, conversation))
 
     def record(self, policy: GatePolicy) -> Record:
-        """What a request is noted in, and its statistics. It begins now; its block is the request."""
+        """What a request is noted in, and its statistics. It begins now; its block is the request.
+
+        Raises PackageError for a package without a gate unless `policy` is off.
+        """
+        if policy.mode is not Mode.OFF and not self.manifest.guarded:
+            raise PackageError(UNGUARDED)
         return Record(self._audit, policy, self.device.provider)
 
     def encode(
@@ -404,14 +410,11 @@ class Engine:
 def _dialogue(
     prompt: str | Sequence[Message], images: Sequence[ImageLike], videos: Sequence[VideoLike]
 ) -> list[Message]:
-    """The messages of a call. Raises InputError if a dialogue comes with separate images or videos, or what should be
-    a list is one thing.
-    """
-    for name, given in (("images", images), ("videos", videos)):
-        if isinstance(given, (str, bytes, Path)) or not isinstance(given, Sequence):
-            raise InputError(f"{name} = {given!r:.60}: give a list of them")
+    """The messages of a call. Raises InputError if a dialogue comes with separate images or videos, or is none."""
     if isinstance(prompt, str):
         return [Message.user(prompt, images, videos)]
     if images or videos:
         raise InputError("images and videos go into the messages of a dialogue, not beside it")
+    if not isinstance(prompt, Iterable) or not all(isinstance(message, Message) for message in prompt):
+        raise InputError(f"prompt = {prompt!r:.60}: give a text, or a list of Message")
     return list(prompt)

@@ -1,8 +1,8 @@
 """Asks a package's prober about a dialogue, and about an answer that is judged (held_back.py).
 
 readings.py says what is read. A dialogue is as unsafe as the worst of its scores. Pieces are read until one of the
-turn's forms is unsafe. A dialogue with an unsafe turn before the last is stopped, not steered: the Refusal Head was
-trained on requests that come last.
+turn's forms is unsafe. A dialogue with an unsafe turn before the last is stopped, not steered, unless the policy asks
+for plain steering (GatePolicy.checks_steering): the Refusal Head was trained on requests that come last.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from .conversation import Conversation, ReadingKey
 from .errors import InputError
-from .gate import Action, GatePolicy, Verdict, decide, is_safe, without_steering, worst
+from .gate import Action, GatePolicy, Mode, Verdict, decide, is_safe, without_steering, worst
 from .pieces import weighed
-from .readings import Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
+from .readings import BEHIND_PLAIN, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart
 
@@ -47,15 +47,21 @@ class Judge:
         """The verdict on the prompt of `request`, noted in `record`, which has its messages and the encoded prompt.
         Pauses between chunks.
 
-        `conversation` knows the scores of other readings of its turns: those cost nothing again.
+        `conversation`: scores that it knows of other readings of its turns are not computed again.
+        Raises InputError if there are no messages, and pieces are wanted; and for too many readings.
         """
+        if policy.mode is not Mode.OFF and policy.pieces and not record.messages:
+            raise InputError(
+                "the record has no messages, so a turn cannot be read in all its forms: encode the prompt with "
+                "Engine.encode, or give a policy with pieces=False"
+            )
         verdict = yield from request.lower_chunks(policy)
         messages, scores, prompt, stats = record.messages, list(request.scores), record.prompt, record.stats
         known, kept = dict[ReadingKey, float](), conversation.known_scores if conversation else {}
         if verdict.p_unsafe is not None:
             assert prompt is not None
             begun, plain, stopped = self._begun(request), plain_turns(messages), False
-            shown, frames = self._each_shown(messages, prompt.seen)
+            shown, frames = self._each_shown(messages, prompt.seen, frames=policy.pieces)
 
             def is_unsafe(p: float) -> bool:
                 return not is_safe(p, policy.threshold)
@@ -66,7 +72,7 @@ class Judge:
                 stopped = stopped or (stops and is_unsafe(p))
 
             if len(messages) > 1 and any(plain):
-                whole = Reading(tuple(with_letters_of(plain, messages)), cache=1)
+                whole = Reading(tuple(with_letters_of(plain, messages)), cache=BEHIND_PLAIN)
                 found = yield from self._read(whole, prompt.seen, policy, stats, begun[whole.cache], len(scores))
                 for at, score in enumerate(found):
                     if not is_unsafe(scores[at]):
@@ -96,7 +102,7 @@ class Judge:
         """
         assert record.prompt is not None
         policy, p_unsafe = record.policy, 0.0
-        shown, frames = self._each_shown(record.messages, record.prompt.seen)
+        shown, frames = self._each_shown(record.messages, record.prompt.seen, frames=True)
         steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
         for reading in readings_of_answer(record.messages, text, frames, steered=steered):
@@ -108,19 +114,19 @@ class Judge:
         return p_unsafe
 
     def _each_shown(
-        self, messages: Sequence[Message], seen: Sequence[Seen]
+        self, messages: Sequence[Message], seen: Sequence[Seen], *, frames: bool
     ) -> tuple[list[list[Seen]], list[tuple[int, Part]]]:
-        """What is seen of each picture and video, then of each frame of the videos (PromptEncoder.single_frames); and
-        these frames, with the turns that show them.
+        """What is seen of each picture and video, then, with `frames`, of each frame of the videos
+        (PromptEncoder.single_frames); and these frames, with the turns that show them.
         """
-        shown, frames = by_picture(messages, seen), list[tuple[int, Part]]()
-        parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-        for (n, part), one in zip(parts, shown.copy(), strict=True):
+        shown, single = by_picture(messages, seen), list[tuple[int, Part]]()
+        parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)] if frames else []
+        for (n, part), one in zip(parts, shown.copy(), strict=False):
             if isinstance(part, VideoPart):
                 for frame, rows in self._encoder.single_frames(part, one):
-                    frames.append((n, frame))
+                    single.append((n, frame))
                     shown.append([rows])
-        return shown, frames
+        return shown, single
 
     def _begun(self, request: Request) -> defaultdict[int, Conversation]:
         """What readings start from, by Reading.cache: at first from what `request` computed of its prompt, then from

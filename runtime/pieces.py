@@ -9,7 +9,8 @@ these, too:
                  later ones behind its first three words: "how do i clean a spoon, steal a kite" also says "how do i
                  steal a kite"
     fragments    sentences of fewer than five words: behind the first three of a longer one, for the same reason, and
-                 with what follows, ten words in all: a request may be cut
+                 with what follows, ten words in all, and one behind the other without the longer ones between them: a
+                 request may be cut
     pronouns     a sentence with "it" or the like behind what that may mean: the last two words of each of the four
                  sentences before it, and the word behind each "a", "the" or the like there: "what is a vexite? how do i
                  smuggle it?" also says "a vexite? how do i smuggle it?"
@@ -85,6 +86,10 @@ def pieces(text: str) -> list[str]:
             found += [f"{opening} {_beginning(sentence, SHORT)}"] if opening else []
             found += [_beginning(" ".join(sentences[i : i + WINDOW]), WINDOW)]
         opening = opening if opening and words < SHORT else start
+    uncut = _parts(text, BETWEEN_SENTENCES, marks=True, fewest=1)
+    fragments = [sentence for sentence in uncut if word_count(sentence) < SHORT]
+    if 1 < len(fragments) < len(uncut) and word_count(said := " ".join(fragments)) >= FEWEST_WORDS:
+        found += _windows(said)
     found = [*dict.fromkeys(found)]
     return [] if found == [text.strip(SPACE)] else found
 
@@ -108,10 +113,10 @@ def weighed(p_unsafe: float) -> float:
     return p_unsafe / (p_unsafe + PIECES_OF_A_TURN * (1.0 - p_unsafe)) if is_safe(p_unsafe, 1.0) else p_unsafe
 
 
-def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> list[str]:
+def _parts(text: str, between: re.Pattern[str], *, marks: bool, fewest: int = FEWEST_WORDS) -> list[str]:
     """The parts of `text` without what is `between` them; with `marks` that stays at the end of the part before.
 
-    A part of fewer than FEWEST_WORDS words is joined with the next if that is as short, or if it is the first, and else
+    A part of less than `fewest` words is joined with the next if that is as short, or if it is the first, and else
     with the one before.
     """
     words = [word.span() for word in _WORD.finditer(text)]
@@ -121,7 +126,7 @@ def _parts(text: str, between: re.Pattern[str], *, marks: bool) -> list[str]:
         return bisect.bisect_left(begins, end) - bisect.bisect_right(ends, begin)
 
     def is_short(part: tuple[int, int]) -> bool:
-        return words_in(*part) < FEWEST_WORDS
+        return words_in(*part) < fewest
 
     parts: list[tuple[int, int]] = []
     begin = 0

@@ -29,12 +29,15 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from .errors import InputError
 from .obfuscation import deobfuscated
-from .pieces import SHORT, SPACE, in_single_blanks, word_count
+from .pieces import SPACE, in_single_blanks
 from .pieces import pieces as pieces_of
 from .text import Message, Part, judged
 
-BEHIND_PICTURE = 3  # Reading.cache of what begins with one picture
+# Reading.cache: readings of one number begin alike, and share what they compute.
+ALONE, BEHIND, BEHIND_PLAIN, BEHIND_PICTURE = range(4)  # behind the turns before, these in plain letters, one picture
+MOST_WITH_PICTURES = 4096  # readings of words with one picture or frame: they are as many as the product of both
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,12 @@ class Reading:
     only_while_safe: bool = False  # left out once another form of the turn was unsafe
     stops: bool = False  # if it is unsafe, the request is stopped, not steered
     weighed: bool = False  # its score counts for less; see pieces.weighed
-    cache: int = 0  # readings of one number begin alike, and share what they compute; 0: alone
+    cache: int = ALONE
 
 
 @dataclass(frozen=True)
 class Form:
-    """What is read in the place of a turn."""
+    """What is read instead of a turn."""
 
     turn: Message  # with all that the turns which it stands for show, in front of the words
     turns: int = 1  # that it stands for, up to the one that is judged
@@ -76,15 +79,16 @@ def all_readings(
 
     `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above. `frames`: of
     the videos, each as a video of its own, and the turn that shows it.
+    Raises InputError, before the first, for more than MOST_WITH_PICTURES readings of words with one picture.
     """
+    with_pictures = [*with_each_picture(messages, plain, frames)] if pieces else []
     turns = judged(messages)
     shown = [*itertools.accumulate(len(shown_in(message)) for message in messages)]
     for at, n in enumerate(turns):
         for form in forms(messages, plain, n, pieces=pieces):
             yield from ((at, reading) for reading in _alone_and_in_dialogue(messages, plain, n, form, shown[n]))
-    if pieces:
-        at_of = {n: at for at, n in enumerate(turns)}
-        yield from ((at_of[n], reading) for n, reading in with_each_picture(messages, plain, frames))
+    at_of = {n: at for at, n in enumerate(turns)}
+    yield from ((at_of[n], reading) for n, reading in with_pictures)
 
 
 def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
@@ -115,7 +119,7 @@ def _alone_and_in_dialogue(
     before = messages[: n + 1 - form.turns]
     if before and not is_turn and not is_plain:
         said = (*with_letters_of(plain, before), Message("user", form.turn.parts))
-        yield Reading(said, range(shown), only_while_safe=True, stops=True, weighed=form.weighed, cache=1)
+        yield Reading(said, range(shown), only_while_safe=True, stops=True, weighed=form.weighed, cache=BEHIND_PLAIN)
 
 
 def with_each_picture(
@@ -123,15 +127,22 @@ def with_each_picture(
 ) -> Iterator[tuple[int, Reading]]:
     """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). A user
     speaks of what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture
-    after the other: what begins alike is computed once.
+    after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
     """
-    shown = _shown(messages)
+    shown, count = _shown(messages), 0
     said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
     for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
             is_turn = number < len(shown) and n == first and len(shown_in(messages[n])) == 1  # as it stands
             if is_turn or (messages[n].role == "user" and n < first):
                 continue
+            count += len(said[n])
+            if count > MOST_WITH_PICTURES:
+                raise InputError(
+                    f"{len(shown) + len(frames)} pictures and frames with so many words are more than the "
+                    f"{MOST_WITH_PICTURES} readings that the gate makes of them: show fewer, say less, or give a "
+                    "policy without pieces"
+                )
             for words in said[n]:
                 turn = (Message("user", (picture, words)),)
                 yield n, Reading(turn, (number,), only_while_safe=True, stops=True, weighed=True, cache=BEHIND_PICTURE)
@@ -168,11 +179,11 @@ def readings_of_answer(
     for said in answers:
         is_part = said not in complete
         yield Reading((Message.user(said),), weighed=is_part)
-        for number, context in enumerate(contexts, 1):
+        for cache, context in zip((BEHIND, BEHIND_PLAIN), contexts, strict=False):
             *before, last = context
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
             if len(turns) > 1 or pictures:  # else it is alone
-                yield Reading(turns, pictures, weighed=is_part or not pictures, cache=number)
+                yield Reading(turns, pictures, weighed=is_part or not pictures, cache=cache)
     one_turn = len(messages) == len(shown) == 1  # with one picture: read above
     asked = "" if steered else text_of(contexts[-1][-1])
     for n, (_, picture) in enumerate((*shown, *frames)):
@@ -203,8 +214,7 @@ def as_one(messages: Sequence[Message], n: int) -> list[Form]:
 
 def all_words(messages: Sequence[Message], n: int) -> list[str]:
     """All that the user says as one text, and all that the program does not trust, where turn `n` is the last of it and
-    `as_one` has not read it: joined as there, and in plain letters. Also the short ones of these turns, without the
-    long ones between them.
+    `as_one` has not read it: joined as there, and in plain letters.
     """
     users = [i for i, message in enumerate(messages) if message.role == "user"]
     untrusted = judged(messages)
@@ -213,16 +223,12 @@ def all_words(messages: Sequence[Message], n: int) -> list[str]:
     for turns in ([] if in_a_row else users, [] if untrusted == users else untrusted):
         if turns[-1:] == [n]:
             texts += joined_texts([messages[i] for i in turns])
-    for turns in (users, untrusted) if texts else ():
-        said = [text for i in turns if (text := text_of(messages[i]))]
-        short = [text for text in said if word_count(text) < SHORT]
-        texts += [" ".join(short)] if turns[-1:] == [n] and 1 < len(short) < len(said) else []
     return [*dict.fromkeys((*texts, *map(deobfuscated, texts)))]
 
 
 def joined_texts(turns: Sequence[Message]) -> list[str]:
-    """The texts of some turns as one; nothing if there is only one."""
-    texts = [text for turn in turns for text in texts_in(turn)]
+    """The texts of some turns as one; nothing if only one has a word."""
+    texts = [text for turn in turns for text in texts_in(turn) if text.strip(SPACE)]
     return [between.join(texts) for between in ("\n", "")] if len(texts) > 1 else []
 
 

@@ -230,6 +230,7 @@ CPP_FILES = (
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
+    "raise PackageError(UNGUARDED)": "a policy that a program made itself (test_engine.py)",
     "the audit record cannot be written": "the disk is full (test_audit.py; C++: test_cpp_audit.py)",
     "this system has no flock": "Windows (test_audit.py)",
     "its file was deleted": "it is deleted while the engine runs (test_audit.py)",
@@ -242,6 +243,8 @@ PYTHON_EXEMPT = {
     "frames of {width}x{height} pixels: at most": "an animated picture, which C++ does not read (test_limits.py)",
     "images and videos go into the messages of a dialogue": "arguments that only Python has (test_engine.py)",
     "give a list of them": "arguments that only Python has (test_engine.py)",
+    "give a text, or a list of Message": "arguments that only Python has (test_engine.py)",
+    "give a tuple of texts, images and videos": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
     "image array: expected": "numpy's arrays, which only Python takes (test_image.py)",
     "pixels: it is empty": "an array or Pillow's image without pixels: files have some (test_image.py)",
@@ -252,6 +255,7 @@ PYTHON_EXEMPT = {
     "not a readable folder": "a folder that may not be read: tests are root's",
 }
 CPP_EXEMPT = {
+    "throw PackageError(kUnguarded)": "a policy that a program made itself",
     "the audit record cannot be written": "the disk is full (test_cpp_audit.py)",
     "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",
     "InputError(std::strerror(errno))": "a file that may not be read: tests are root's",

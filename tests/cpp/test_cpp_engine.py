@@ -23,6 +23,7 @@ from PIL import Image
 from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime import Engine, Manifest, Message, SamplingConfig
 from autosteer.runtime.check import check_package
+from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Golden
 from autosteer.runtime.stats import Stats
 
@@ -91,6 +92,22 @@ def test_an_answer_that_a_bias_dictates_is_judged_with_each_frame(built):
     video = [str(DEMO / "examples" / name) for name in ("unsafe.png", *["benign.png"] * 3)]
     found = dictated(built, {"video": video}, "what is this?", "here is how tosure")
     assert 0.005 < found["verdict"]["answer"]["p_unsafe"] < 0.1  # 0.0003 without frames
+
+
+@pytest.mark.parametrize(("pictures", "sentences", "refused"), [(16, 80, False), (16, 90, True)])
+def test_words_times_pictures_are_bounded(built, pictures, sentences, refused):
+    """Their number is a product: with the limits of a server it was 22,000 readings of one turn."""
+    said = [f"{one} {other} is." for one in "abcdefghijklm" for other in "nopqrstuvw"][:sentences]
+    parts = [*[{"image": str(DEMO / "examples" / "benign.png")}] * pictures, " ".join(said)]
+    request = {"messages": [{"role": "user", "parts": parts}], "policy": "stop"}
+    package, engine = demo("fp32")
+    (answer,) = through_c(built, package, [with_sampling(request, max_tokens=1)])
+    if not refused:
+        assert joined(answer["chunks"]) == in_python(engine, with_sampling(request, max_tokens=1))
+        return
+    with pytest.raises(InputError) as err:
+        in_python(engine, request)
+    assert answer["error"] == str(err.value) and "16 pictures and frames with so many words" in answer["error"]
 
 
 def dictated(built: Path, picture: dict[str, Any], question: str, says: str) -> dict[str, Any]:

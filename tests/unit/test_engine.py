@@ -451,9 +451,12 @@ def test_package_without_a_gate_does_not_answer_unless_told_to(unguarded):
     assert unguarded.generate("bad", policy=unguarded.policy("off")).text == "evil plan"
 
 
-def test_hand_made_policy_does_not_get_a_gate_that_is_not_there(unguarded):
-    policy = GatePolicy(Mode.STOP, threshold=0.99, strength=0.1, refusal_text="no.")
-    assert unguarded.generate("red", policy=policy).text == "no."
+@pytest.mark.parametrize("mode", ["steer", "stop", "report"])
+def test_hand_made_policy_does_not_get_a_gate_that_is_not_there(unguarded, mode):
+    policy = GatePolicy(mode, threshold=0.99, strength=0.1, refusal_text="no.")
+    for call in (unguarded.generate, unguarded.score):
+        with pytest.raises(PackageError, match="--policy off"):
+            call("red", policy=policy)
 
 
 # --- the caches ------------------------------------------------------------------------------------------------------
@@ -1061,6 +1064,32 @@ def test_readings_begin_with_what_the_request_computed(engine, monkeypatch, turn
 def test_a_steered_answer_to_token_ids_is_judged_alone(engine):
     """There is no dialogue to read it in: it was an error."""
     token_ids = engine.encoder.prepare([Message.user("bad")], Stats()).token_ids
-    with engine.record(engine.policy()) as record:
+    with engine.record(engine.policy(pieces=False, judge_answers=True)) as record:
         chunks = engine.answer(engine.encoder.prepare_ids(token_ids, record.stats), SamplingConfig(), record)
         assert "".join(chunk.text for chunk in chunks) == "sorry refuse"
+
+
+def test_a_prompt_without_messages_is_not_taken_for_one_read_in_pieces(engine):
+    """Its turns were read where they stand alone, and a request among others passed."""
+    prompt = engine.encoder.prepare([Message.user("tick tick bad\nred tick red")], Stats())
+    for call in (
+        lambda record: finish(engine.judge(prompt, record)),
+        lambda record: [*engine.answer(prompt, SamplingConfig(), record)],
+    ):
+        with engine.record(engine.policy()) as record, pytest.raises(InputError, match="the record has no messages"):
+            call(record)
+    assert engine.score("tick tick bad\nred tick red").unsafe
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [{"role": "user", "content": "red"}], [Message.user("red"), "red"]])
+def test_a_prompt_that_is_no_dialogue_is_refused(engine, prompt):
+    with pytest.raises(InputError, match="give a text, or a list of Message"):
+        engine.generate(prompt)
+
+
+def test_one_thing_in_place_of_a_list_is_refused():
+    for wrong in (lambda: Message.user("hi", images="photo.png"), lambda: Message.user("hi", videos=Path("film.mp4"))):
+        with pytest.raises(InputError, match="give a list of them"):
+            wrong()
+    with pytest.raises(InputError, match="give a tuple of texts"):
+        Message("user", "hi")

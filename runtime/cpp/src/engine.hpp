@@ -55,6 +55,10 @@
 
 namespace autosteer {
 
+constexpr const char* kUnguarded =
+    "this package was exported with --unguarded: it has no prober and no refusal head; run it with --policy off, or "
+    "export it again with --safety";
+
 /// How to load a package.
 struct EngineOptions {
   std::string device = "auto";            ///< auto or cpu
@@ -131,9 +135,7 @@ class Engine {
                     std::optional<double> strength = {}, bool pieces = true, bool judge_answers = false) const {
     if (!manifest.prober || !manifest.refusal) {
       if (mode != Mode::off) {
-        throw PackageError(
-            "this package was exported with --unguarded: it has no prober and no refusal head; "
-            "run it with --policy off, or export it again with --safety");
+        throw PackageError(kUnguarded);
       }
       return {mode, 0.0, 0.0, ""};
     }
@@ -215,8 +217,10 @@ class Engine {
             conversation ? conversation->take_prefix() : std::nullopt};
   }
 
-  /// Where a request notes what becomes of it. What it is given must outlive it.
+  /// Where a request notes what becomes of it. What it is given must outlive it. Throws PackageError for a package
+  /// without a gate unless `policy` is off.
   Record record(const GatePolicy& policy, const std::vector<Message>& messages, Stats& stats) const {
+    if (policy.mode != Mode::off && !manifest.guarded) throw PackageError(kUnguarded);
     return {audit_.get(), policy, messages, stats};
   }
 

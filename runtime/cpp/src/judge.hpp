@@ -112,15 +112,19 @@ class Judge {
       : encoder_(encoder), ask_(std::move(ask)), split_layer_(split_layer), log_(log) {}
 
   /// The verdict on the prompt of `request`, noted in `record`, which has its messages and what they show.
-  /// `conversation` knows the scores of other readings of its turns: those cost nothing again.
+  /// `conversation`: scores that it knows of other readings of its turns are not computed again. Throws InputError if
+  /// there are no messages, and pieces are wanted; and for too many readings.
   Verdict prompt(Request& request, Record& record, const GatePolicy& policy, Conversation* conversation) const {
+    if (policy.mode != Mode::off && policy.pieces && record.messages.empty()) {
+      throw InputError("a turn cannot be read in all its forms without the messages: give a policy without pieces");
+    }
     Verdict verdict = request.prefill_lower(policy);
     const Clock clock;
     const std::vector<Message> messages = without_pixels(record.messages);
-    std::vector<double>& scores = record.scores = request.scores;
+    std::vector<double> scores = request.scores;
     std::map<ReadingKey, double> known;
     if (verdict.p_unsafe) {
-      const Views views = each_shown(messages, record.seen);
+      const Views views = each_shown(messages, record.seen, policy.pieces);
       const std::vector<std::optional<Message>> plain = plain_turns(messages);
       Begun begun;
       bool stopped = false;
@@ -131,7 +135,7 @@ class Judge {
       };
       const auto in_letters = [](const auto& letters) { return letters.has_value(); };
       if (messages.size() > 1 && std::any_of(plain.begin(), plain.end(), in_letters)) {
-        Conversation& start = before(begun, 1, request);
+        Conversation& start = before(begun, Cache::behind_plain, request);
         const auto found = read(with_letters_of(plain, messages), record.seen, policy, start, scores.size());
         for (size_t at = 0; at < scores.size(); ++at) {
           if (!is_unsafe(scores[at])) note(scores[at], found.at(at), true);
@@ -163,6 +167,7 @@ class Judge {
     }
     if (conversation) conversation->known_scores = std::move(known);
     record.verdict = verdict;
+    record.scores = std::move(scores);
     return verdict;
   }
 
@@ -170,7 +175,7 @@ class Judge {
   /// until a reading is unsafe; NaN if one cannot be read.
   double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
     const std::vector<Message> messages = without_pixels(record.messages);
-    const Views views = each_shown(messages, record.seen);
+    const Views views = each_shown(messages, record.seen, true);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
     Begun begun;
@@ -190,19 +195,19 @@ class Judge {
   };
 
   /// What readings start from, by Reading::cache.
-  using Begun = std::map<int, Conversation>;
+  using Begun = std::map<Cache, Conversation>;
 
   /// At first what `request` computed of its prompt, then what the reading before computed.
-  static Conversation& before(Begun& begun, int cache, const Request& request) {
+  static Conversation& before(Begun& begun, Cache cache, const Request& request) {
     const auto [found, is_new] = begun.try_emplace(cache);
     if (is_new) found->second.keep_prefix(request.lend_prefix());
     return found->second;
   }
 
-  Views each_shown(const std::vector<Message>& messages, const std::vector<Seen>& seen) const {
+  Views each_shown(const std::vector<Message>& messages, const std::vector<Seen>& seen, bool frames) const {
     Views views{by_picture(messages, seen), {}};
     size_t number = 0;
-    for (size_t n = 0; !seen.empty() && n < messages.size(); ++n) {  // nothing is seen of token ids
+    for (size_t n = 0; frames && !seen.empty() && n < messages.size(); ++n) {  // nothing is seen of token ids
       for (const Part& part : shown_in(messages[n])) {
         const std::vector<Seen> whole = views.seen.at(number++);
         const auto* video = std::get_if<VideoPart>(&part);

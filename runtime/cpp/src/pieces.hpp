@@ -16,7 +16,7 @@
 
 namespace autosteer {
 
-constexpr int kFewestWords = 3;              // of a piece, if the text has so many
+constexpr size_t kFewestWords = 3;           // of a piece, if the text has so many
 constexpr size_t kShort = 5;                 // words; a sentence of fewer is a fragment
 constexpr size_t kOpening = 3;               // words of a sentence in front of later clauses and fragments
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
@@ -59,17 +59,18 @@ inline std::string in_single_blanks(std::string_view text) {
 }
 
 /// The parts of `text` without what is `between` them; with `marks` that stays at the end of the part before. A part of
-/// fewer than kFewestWords words is joined with the next if that is as short, or if it is the first, and else with the
+/// less than `fewest` words is joined with the next if that is as short, or if it is the first, and else with the
 /// one before.
-inline std::vector<std::string_view> parts_of(std::string_view text, const Regex& between, bool marks) {
+inline std::vector<std::string_view> parts_of(std::string_view text, const Regex& between, bool marks,
+                                              size_t fewest = kFewestWords) {
   const std::vector<Span> words = words_in(text);
   const auto word_count = [&](const Span& part) {
     const auto begins_before = [](const Span& word, size_t place) { return word.first < place; };
     const auto ends_behind = [](size_t place, const Span& word) { return place < word.second; };
-    return std::lower_bound(words.begin(), words.end(), part.second, begins_before) -
-           std::upper_bound(words.begin(), words.end(), part.first, ends_behind);
+    const auto end = std::lower_bound(words.begin(), words.end(), part.second, begins_before);
+    return static_cast<size_t>(end - std::upper_bound(words.begin(), words.end(), part.first, ends_behind));
   };
-  const auto is_short = [&](const Span& part) { return word_count(part) < kFewestWords; };
+  const auto is_short = [&](const Span& part) { return word_count(part) < fewest; };
   std::vector<Span> parts;
   const auto join_back = [&] {
     const size_t end = parts.back().second;
@@ -193,6 +194,14 @@ inline std::vector<std::string> pieces(std::string_view text) {
     }
     if (opening.empty() || words >= kShort) opening = start;
   }
+  const std::vector<std::string_view> uncut = parts_of(text, between_sentences, true, 1);
+  size_t count = 0;
+  std::string fragments;
+  for (const std::string_view sentence : uncut) {
+    if (words_in(sentence).size() < kShort) fragments += (count++ ? " " : "") + std::string(sentence);
+  }
+  const bool enough = words_in(fragments).size() >= kFewestWords;
+  if (1 < count && count < uncut.size() && enough) add_windows(fragments);
   const std::vector<Span> words = words_in(text);
   const size_t begin = words.empty() ? 0 : words.front().first, end = words.empty() ? 0 : words.back().second;
   const bool whole = found.size() == 1 && found[0] == text.substr(begin, end - begin);

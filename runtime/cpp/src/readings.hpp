@@ -12,13 +12,18 @@
 #include <variant>
 #include <vector>
 
+#include "errors.hpp"
 #include "obfuscation.hpp"
 #include "pieces.hpp"
 #include "text.hpp"
 
 namespace autosteer {
 
-constexpr int kBehindPicture = 3;  // Reading::cache of what begins with one picture
+/// Readings of one kind begin alike, and share what they compute. Behind: the turns before, these in plain letters, one
+/// picture.
+enum class Cache { alone, behind, behind_plain, behind_picture };
+
+constexpr size_t kMostWithPictures = 4096;  // readings of words with one picture: they are as many as the product
 
 /// A prompt whose last turn the prober scores.
 struct Reading {
@@ -27,10 +32,10 @@ struct Reading {
   bool only_while_safe = false;  // left out once another form of the turn was unsafe
   bool stops = false;            // if it is unsafe, the request is stopped, not steered
   bool weighed = false;          // its score counts for less; see pieces.hpp
-  int cache = 0;                 // readings of one number begin alike, and share what they compute; 0: alone
+  Cache cache = Cache::alone;
 };
 
-/// What is read in the place of a turn.
+/// What is read instead of a turn.
 struct Form {
   enum class Kind { turn, plain, other };
   Message turn;      // with all that the turns which it stands for show, in front of the words
@@ -95,14 +100,14 @@ inline std::vector<Message> with_letters_of(const std::vector<std::optional<Mess
   return messages;
 }
 
-/// The texts of some turns as one, joined by line ends, and by nothing; nothing if there is only one.
+/// The texts of some turns as one, joined by line ends, and by nothing; nothing if only one has a word.
 inline std::vector<std::string> joined_texts(const std::vector<const Message*>& turns) {
   std::vector<std::string> texts = {"", ""};
   size_t count = 0;
   for (const Message* turn : turns) {
     for (const Part& part : turn->parts) {
       const auto* said = std::get_if<std::string>(&part);
-      if (!said) continue;
+      if (!said || std::all_of(said->begin(), said->end(), is_space)) continue;
       texts[0] += (count++ ? "\n" : "") + *said;
       texts[1] += *said;
     }
@@ -133,8 +138,7 @@ inline std::vector<Form> as_one(const std::vector<Message>& messages, size_t n) 
 }
 
 /// All that the user says as one text, and all that the program does not trust, where turn `n` is the last of it and
-/// `as_one` has not read it: joined as there, and in plain letters. Also the short ones of these turns, without the
-/// long ones between them.
+/// `as_one` has not read it: joined as there, and in plain letters.
 inline std::vector<std::string> all_words(const std::vector<Message>& messages, size_t n) {
   std::vector<const Message*> users, untrusted;
   for (size_t i = 0; i < messages.size(); ++i) {
@@ -151,18 +155,6 @@ inline std::vector<std::string> all_words(const std::vector<Message>& messages, 
                             untrusted == users ? std::vector<const Message*>() : untrusted}) {
     if (turns.empty() || turns.back() != &messages[n]) continue;
     for (std::string& text : joined_texts(turns)) add(std::move(text));
-  }
-  const bool spread = !texts.empty();
-  for (const auto& turns : {users, untrusted}) {
-    if (!spread || turns.empty() || turns.back() != &messages[n]) continue;
-    size_t said = 0, count = 0;
-    std::string short_ones;
-    for (const Message* turn : turns) {
-      const std::string text = text_of(*turn);
-      said += text.empty() ? 0 : 1;
-      if (!text.empty() && words_in(text).size() < kShort) short_ones += (count++ ? " " : "") + text;
-    }
-    if (1 < count && count < said) add(std::move(short_ones));
   }
   for (size_t i = 0, plain = texts.size(); i < plain; ++i) add(deobfuscated(texts[i]));
   return texts;
@@ -235,18 +227,57 @@ inline std::vector<std::string> words_and_pieces(const Message& turn, const std:
 /// A picture or a video, or a frame of one, and the turn that shows it.
 using ShownBy = std::pair<size_t, Part>;
 
+/// The words of each judged turn, and their pieces, with each picture and each of `frames`. A user speaks of what was
+/// shown so far; words that somebody puts into other turns may be meant for any picture. One picture after the other:
+/// what begins alike is computed once. Throws InputError for more than kMostWithPictures.
+inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
+                                                                 const std::vector<std::optional<Message>>& plain,
+                                                                 const std::vector<ShownBy>& frames) {
+  std::vector<ShownBy> shown;
+  for (size_t n = 0; n < messages.size(); ++n) {
+    for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
+  }
+  std::vector<std::pair<size_t, Reading>> found;
+  if (shown.empty()) return found;
+  std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
+  for (size_t n = 0; n < messages.size(); ++n) {
+    const bool judged = is_judged(messages, n);
+    said.push_back(judged ? words_and_pieces(messages[n], plain[n]) : std::vector<std::string>());
+  }
+  const size_t wholes = shown.size();
+  shown.insert(shown.end(), frames.begin(), frames.end());
+  for (size_t i = 0; i < shown.size(); ++i) {
+    const auto& [first, picture] = shown[i];
+    for (size_t n = 0; n < messages.size(); ++n) {
+      const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
+      if (is_turn || (messages[n].role == "user" && n < first)) continue;
+      if (found.size() + said[n].size() > kMostWithPictures) {
+        throw InputError(std::to_string(shown.size()) + " pictures and frames with so many words are more than the " +
+                         std::to_string(kMostWithPictures) + " readings that the gate makes of them: show fewer, say " +
+                         "less, or give a policy without pieces");
+      }
+      for (const std::string& words : said[n]) {
+        Reading reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, Cache::behind_picture};
+        found.emplace_back(n, std::move(reading));
+      }
+    }
+  }
+  return found;
+}
+
 /// Hands what is read of a dialogue to `read`, with the number of the turn; `read` returns whether that turn is safe so
 /// far. Not the turns where they stand, nor these in plain letters: each of the two is one prompt, which gives the
 /// scores of all turns (judge.hpp). `plain`: `plain_turns`. `with_pieces`: also what is below "the turn in plain
-/// letters" in the table of runtime/readings.py. `frames`: of the videos, each as a video of its own.
+/// letters" in the table of runtime/readings.py. `frames`: of the videos, each as a video of its own. Throws as
+/// `with_each_picture` does, before the first.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
                       bool with_pieces, const std::vector<ShownBy>& frames, const Read& read) {
-  std::vector<ShownBy> shown;
+  std::vector<std::pair<size_t, Reading>> with_pictures;
+  if (with_pieces) with_pictures = with_each_picture(messages, plain, frames);
   std::vector<size_t> shown_up_to;  // a turn, and in it
-  for (size_t n = 0; n < messages.size(); ++n) {
-    for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
-    shown_up_to.push_back(shown.size());
+  for (const Message& message : messages) {
+    shown_up_to.push_back((shown_up_to.empty() ? 0 : shown_up_to.back()) + shown_in(message).size());
   }
   for (size_t n = 0; n < messages.size(); ++n) {
     if (!is_judged(messages, n)) continue;
@@ -262,28 +293,11 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
         const auto end = messages.begin() + static_cast<std::ptrdiff_t>(n + 1 - form.turns);
         std::vector<Message> said = with_letters_of(plain, {messages.begin(), end});
         said.push_back({"user", form.turn.parts});
-        safe = read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.weighed, 1});
+        safe = read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.weighed, Cache::behind_plain});
       }
     }
   }
-  if (!with_pieces || shown.empty()) return;
-  std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
-  for (size_t n = 0; n < messages.size(); ++n) {
-    const bool judged = is_judged(messages, n);
-    said.push_back(judged ? words_and_pieces(messages[n], plain[n]) : std::vector<std::string>());
-  }
-  const size_t wholes = shown.size();
-  shown.insert(shown.end(), frames.begin(), frames.end());
-  for (size_t i = 0; i < shown.size(); ++i) {  // one picture after the other: what begins alike is computed once
-    const auto& [first, picture] = shown[i];
-    for (size_t n = 0; n < messages.size(); ++n) {
-      const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
-      if (is_turn || (messages[n].role == "user" && n < first)) continue;
-      for (const std::string& words : said[n]) {
-        read(n, Reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, kBehindPicture});
-      }
-    }
-  }
+  for (const auto& [n, reading] : with_pictures) read(n, reading);
 }
 
 /// Hands the readings of `text`, an answer to a dialogue, and of its pieces, to `read` until it returns false; both in
@@ -319,12 +333,12 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   for (const std::string& one : said) {
     const bool is_part = complete.count(one) == 0;
     if (!read(Reading{{Message::user(one)}, {}, false, false, is_part})) return;
-    int number = 0;
+    Cache cache = Cache::behind;
     for (std::vector<Message> turns : contexts) {
-      ++number;
+      const Cache own = std::exchange(cache, Cache::behind_plain);
       steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
       if (turns.size() == 1 && pictures == 0) continue;  // it is alone
-      if (!read(Reading{std::move(turns), {0, pictures}, false, false, is_part || pictures == 0, number})) return;
+      if (!read(Reading{std::move(turns), {0, pictures}, false, false, is_part || pictures == 0, own})) return;
     }
   }
   const bool one_turn = messages.size() == 1 && pictures == 1;  // with one picture: read above
@@ -332,10 +346,10 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   for (const ShownBy& frame : frames) shown.push_back(frame.second);
   for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
     for (const std::string& one : said) {
-      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, kBehindPicture})) return;
+      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, Cache::behind_picture})) return;
       if (asked.empty()) continue;
       std::vector<Message> turns = {user_turn({shown[i]}, asked), Message::user(one)};
-      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, kBehindPicture})) return;
+      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, Cache::behind_picture})) return;
     }
   }
 }
