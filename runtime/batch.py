@@ -222,7 +222,7 @@ class SharedPass:
             assert self._steer is not None
             self._strength[0] = strength
             self._steer()
-            steered = [row for row, own in enumerate(strengths) if own is strength or own == strength]
+            steered = [row for row, own in enumerate(strengths) if own == strength]
             self._chosen[:, steered] = self._steered[:, steered]
         self._head()
         logits: Float = self._logits[0]

@@ -81,7 +81,7 @@ class GatePolicy:
     def checks_steering(self) -> bool:
         """Whether a steered answer is judged before it is shown (held_back.py), and a dialogue with an unsafe turn
         before the last is stopped (judge.py). False if neither pieces are read nor answers judged, and below a
-        threshold of 0, which steers every prompt on purpose.
+        threshold of 0, by which every prompt is unsafe on purpose.
         """
         return self.mode is Mode.STEER and (self.pieces or self.judge_answers) and self.threshold >= 0.0
 

@@ -346,8 +346,7 @@ class PromptEncoder:
             own = np.concatenate([rows[i * each : (i + 1) * each], newline])
             key = seen[0].key + f" frame {start}".encode()
             end = start + at_a_time
-            part = VideoPart(video.frames[start:end], video.seconds[start:end])
-            yield part, seen[0]._replace(key=key, runs=[own], times=(0,), tiles=0)
+            yield VideoPart(video.frames[start:end]), seen[0]._replace(key=key, runs=[own], times=(0,), tiles=0)
 
     def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
         """The tiles of one image -> its token ids, in order."""

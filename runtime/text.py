@@ -32,6 +32,10 @@ class Message:
     parts: tuple[Part, ...]
     trusted: bool = False  # your program wrote it itself, so the gate does not judge it; never a user turn
 
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, str):
+            raise InputError(f"parts = {self.parts!r:.60}: give a tuple of texts, images and videos")
+
     @staticmethod
     def system(text: str, *, trusted: bool = False) -> Message:
         """A system turn. `trusted`: it is your program's own text."""
@@ -42,8 +46,11 @@ class Message:
         """A user turn: images, videos, then a text.
 
         A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used: a
-        Video, if it is known when each is shown.
+        Video, if it is known when each is shown. Raises InputError if `images` or `videos` is one thing, not a list.
         """
+        for name, given in (("images", images), ("videos", videos)):
+            if isinstance(given, (str, bytes, Path)) or not isinstance(given, Sequence):
+                raise InputError(f"{name} = {given!r:.60}: give a list of them")
         opened = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
         return Message("user", (*map(ImagePart, images), *map(VideoPart.of, opened), text))
 

@@ -80,7 +80,7 @@ def chat(
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 if verdict.action is Action.PASS:
-                    dialogue += [turn, Message.assistant(text, trusted=True)]
+                    dialogue += [turn, Message.assistant(text, trusted=not config.answer_is_judged)]
                 else:
                     click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []

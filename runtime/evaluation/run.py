@@ -3,11 +3,12 @@
     datasets.py   files -> Row            grading.py      is an answer right?
     refusals.py   is it a refusal?        statistics.py   intervals and paired tests
 
-Two generations per row, `off` and `always`, give the results of four policies for a prompt that the gate lets pass:
-under `steer` and `stop` its answer is the unsteered one, token for token (tests/unit/test_engine.py tests that). For a
-flagged one `stop` is the refusal text, and `steer` runs as a third, because the gate judges a steered answer. A third
-one also runs where the package's monitor would have stopped an answer that the prober let begin; such an answer counts
-as refused.
+Two generations per row, `off` and `always`, give the results of four policies: under `steer` and `stop` the answer to
+a prompt that the gate lets pass is the unsteered one, token for token (tests/unit/test_engine.py tests that). A third
+generation runs for
+
+- a flagged prompt: `stop` is the refusal text, but the gate judges a steered answer;
+- an answer that the monitor or the judge of answers stopped: it counts as refused.
 
 Results are appended to the output file one by one, so that an interrupted run can continue.
 """
@@ -75,7 +76,7 @@ class Group:
     graded: int  # rows with a right answer
     accuracy: dict[str, Rate | None]
     tests: tuple[PairedTest, ...]
-    stopped: Rate | None  # answers that the monitor stopped; None: nothing watches them
+    stopped: Rate | None  # answers that the monitor or the judge of answers stopped; None: there is none
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Asked:
     stop: str
     flagged: bool
     p_unsafe: float | None  # None: the prober failed
-    stopped: bool | None = None  # whether a monitor stopped what the prober had not flagged; None: there is none
+    stopped: bool | None = None  # whether one of these stopped an answer that the prober let begin; None: there is none
 
 
 def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True, judge_answers: bool = False) -> Asked:
@@ -135,7 +136,7 @@ def run_rows(asked: Iterable[Asked], rows: Sequence[Row], judge: Judge) -> Itera
 
 
 def _refused(judge: Judge, prompt: str, answers: dict[str, str], stopped: bool) -> dict[str, bool]:
-    """By policy, whether its answer is a refusal; what the monitor `stopped` is, however it began."""
+    """By policy, whether its answer is a refusal; what was `stopped` is, however it began."""
     said = {text: judge.refused(prompt, text) for text in dict.fromkeys(answers.values())}
     return {policy: said[text] or (stopped and policy in WATCHED) for policy, text in answers.items()}
 

@@ -402,7 +402,8 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         dialogue.push_back(autosteer::Message::user(line, images, videos));
         const autosteer::Answer answer = say(engine.stream(dialogue, arguments.sampling, policy, &*conversation));
         if (answer.verdict.action == autosteer::Action::pass) {
-          dialogue.push_back(autosteer::Message::assistant(answer.text, /*trusted*/ true));
+          const bool trusted = !arguments.sampling.answer_is_judged();
+          dialogue.push_back(autosteer::Message::assistant(answer.text, trusted));
         } else {
           dialogue.pop_back();
           std::cerr << "(the turn is forgotten)\n";

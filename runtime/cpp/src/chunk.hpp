@@ -16,7 +16,7 @@ struct Chunk {
   std::string text;
   std::optional<int64_t> token;  ///< absent for the refusal text
   Verdict verdict;
-  /// On the last chunk "stop", "length" or "refused" (by Mode::stop, the monitor, or the verdict on a biased answer);
+  /// On the last chunk "stop", "length" or "refused" (by Mode::stop, the monitor, or the gate's verdict on the answer);
   /// else empty
   std::string finish_reason;
   std::optional<Stats> stats;  ///< on the last chunk

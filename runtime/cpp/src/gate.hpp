@@ -1,4 +1,5 @@
-// The whole safety rule, as pure functions: the C++ side of runtime/gate.py. Nothing here touches a model.
+// The rule of decision, as pure functions: the C++ side of runtime/gate.py. Nothing here touches a model. What is
+// scored: readings.hpp.
 //
 //     safe = 0.0 <= p_unsafe <= threshold
 //
@@ -56,7 +57,7 @@ struct GatePolicy {
   double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
   std::string refusal_text;
   std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
-  bool pieces = true;                           ///< whether the pieces of a turn are read, too (pieces.hpp)
+  bool pieces = true;  ///< whether all forms of a turn are read (readings.hpp), and steered answers judged
   bool judge_answers = false;  ///< whether every answer is judged before any of it is shown (held_back.hpp)
 
   /// Throws OptionError for numbers out of range.
@@ -75,7 +76,7 @@ struct GatePolicy {
 
   /// Whether a steered answer is judged before it is shown (held_back.hpp), and a dialogue with an unsafe turn before
   /// the last is stopped (judge.hpp). False if neither pieces are read nor answers judged, and below a threshold of 0,
-  /// which steers every prompt on purpose.
+  /// by which every prompt is unsafe on purpose.
   bool checks_steering() const { return mode == Mode::steer && (pieces || judge_answers) && threshold >= 0.0; }
 };
 

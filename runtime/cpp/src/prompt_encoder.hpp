@@ -184,7 +184,6 @@ class PromptEncoder {
       VideoPart part;
       for (size_t n = start; n < std::min(start + at_a_time, video.frames.size()); ++n) {
         part.frames.push_back(video.frames[n]);
-        if (!video.seconds.empty()) part.seconds.push_back(video.seconds[n]);
       }
       found.emplace_back(std::move(part), std::move(frame));
     }
