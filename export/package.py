@@ -245,6 +245,15 @@ def video_spec(checkpoint: Checkpoint, processor: Any) -> VideoSpec | None:
     return make(checkpoint.config, processor.video_processor) if make else None
 
 
+def reads_in_packs(recipe: Recipe, config: DecoderConfig) -> bool:
+    """Whether the gate can read several texts in one pass (runtime/packed.py): on the CPU, by models in which neither a
+    row's place in the caches nor the length of the prompt decides anything. Only where the weights are rounded: those
+    packages need onnxruntime 1.23 anyway, and GroupQueryAttention has an attention_bias since 1.22.
+    """
+    plain = not any(config.windows) and config.rotary.long is None and not config.deepstack
+    return recipe.body is not None and recipe.activations == "float32" and plain
+
+
 def _write_graphs(
     folder: Path,
     recipe: Recipe,
@@ -269,7 +278,12 @@ def _write_graphs(
         graphs[name] = writer.save(folder, precision, (layers.start, layers.stop) if layers else None)
 
     def write_half(name: str, layers: range, scheme: Scheme | None, precision: Precision = precision) -> None:
-        write(name, lambda g: decoder.decoder_half(g, config, layers, scheme, kv_scales), precision, layers)
+        masked = layers.start == 0 and reads_in_packs(recipe, config)
+
+        def fill(g: GraphWriter) -> None:
+            decoder.decoder_half(g, config, layers, scheme, kv_scales, masked=masked)
+
+        write(name, fill, precision, layers)
 
     lower, upper = range(layer), range(layer, config.num_hidden_layers)
     write("embed_tokens", lambda g: decoder.embed_tokens(g, config, head))

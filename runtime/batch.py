@@ -30,7 +30,7 @@ from collections.abc import Generator, Mapping, Sequence
 import numpy as np
 
 from .arrays import Float
-from .generation import Request
+from .generation import Request, unmasked
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
 from .rotary import RotaryTables
@@ -185,7 +185,10 @@ class SharedPass:
                 return graphs[name].bind(ins, outs)
             lengths = {"seqlens_k": self._lengths, "total_sequence_length": self._total, **(more or {})}
             ins |= {n: buffer(a, device) for n, a in lengths.items()} | rotary.inputs
-            return graphs[name].bind({**ins, **caches[name].past}, {**outs, **caches[name].present})
+            ins, outs = {**ins, **caches[name].past}, {**outs, **caches[name].present}
+            if name == "decoder_lower" and manifest.reads_in_packs:
+                return graphs[name].bind(ins, outs, lambda: unmasked(1, int(self._total)))
+            return graphs[name].bind(ins, outs)
 
         self._decoder = (
             bind("embed_tokens", {"input_ids": self._tokens}, {"inputs_embeds": embeds.reshape(1, count, width)}),

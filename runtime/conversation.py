@@ -32,6 +32,11 @@ class Conversation:
         self.known_scores: dict[ReadingKey, float] = {}  # p_unsafe of readings of the latest prompt's turns (judge.py)
         self._prefix: CachedPrefix | None = None
 
+    @property
+    def prefix(self) -> CachedPrefix | None:
+        """The cached prefix, if no request has it."""
+        return self._prefix
+
     def take_prefix(self) -> CachedPrefix | None:
         """Hand the cached prefix over to a request, which writes into it: None until `keep_prefix` brings one back."""
         prefix, self._prefix = self._prefix, None

@@ -22,6 +22,7 @@ All state belongs to a Request or a Conversation (generation.py, conversation.py
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -43,10 +44,11 @@ from .image import ImageLike
 from .judge import Judge
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .monitor import Monitor, monitor_for
+from .packed import read_packed
 from .pages import placing
 from .prompt_encoder import PromptEncoder, check_length
 from .sampling import Constraint, SamplingConfig, log_probabilities, make_sampler
-from .self_test import check_gate
+from .self_test import check_gate, check_packs
 from .stats import Stats, ms_since
 from .subgraph import Device, DeviceName, Subgraph, find_device, has_cuda, has_gpu, require_onnxruntime
 from .text import Detokeniser, Message, check_turns, load_tokenizer
@@ -98,6 +100,7 @@ class Engine:
         self._judge = Judge(
             self.encoder,
             lambda prompt, stats, before: self.request(prompt, 1, stats, conversation=before),
+            functools.partial(read_packed, manifest, self.graphs, device) if manifest.reads_in_packs else None,
             manifest.split_layer,
         )
 
@@ -144,6 +147,7 @@ class Engine:
                 chosen = find_device("cpu", threads)[0]
                 engine = cls(folder, manifest, chosen, low_memory=low_memory, max_tiles=max_tiles, audit=records)
             check_gate(folder, manifest, engine.graphs, engine.device)
+            check_packs(manifest, engine.graphs, engine.device)
             return engine
 
     def policy(

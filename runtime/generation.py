@@ -33,7 +33,7 @@ from .encoded_prompt import EncodedPrompt, Key
 from .errors import CancelledError
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
-from .manifest import Manifest
+from .manifest import ATTENTION_BIAS, Manifest
 from .rotary import RotaryTables
 from .stats import Stats, ms_since
 from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
@@ -99,7 +99,7 @@ class Request:
         rotary = manifest.rotary.of(self._prompt_length)
         self._long = manifest.rotary.is_long(self._prompt_length)
         if cached and cached.long == self._long and self._probed and all(self._probed):
-            reused = _common_length(cached.keys, self._keys[: self._probed[-1][0]])
+            reused = common_length(cached.keys, self._keys[: self._probed[-1][0]])
             self._probed_means = {read: mean for read, mean in cached.probed_means.items() if read[-1] < reused}
             missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)
             reused = min([reused, *missing])
@@ -172,17 +172,12 @@ class Request:
             graph = self._manifest.prefill_graph("decoder_lower")
             log.error("%s gave hidden states that are not finite, so the prompt counts as unsafe", graph)
             return math.nan
-        try:
-            for turn in range(len(self._probed)):
-                mean = self.probed_mean(turn)
-                self.scores[turn] = self._graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item()
-            return worst(self.scores)
-        except CancelledError:
-            raise
-        except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
-            log.error("the prober failed, so the prompt counts as unsafe: %s", err)
-            log.debug("where it failed", exc_info=True)
+        if not all(self._probed):
+            log.error("a turn has no position for the prober, so the prompt counts as unsafe")
             return math.nan
+        for turn in range(len(self._probed)):
+            self.scores[turn] = probe(self._graphs, self.probed_mean(turn))
+        return worst(self.scores)
 
     def probed_mean(self, turn: int = -1) -> Float:
         """What the prober reads of a judged turn, (1, D): the mean of HF's hidden_states[split_layer] over its probed
@@ -375,8 +370,11 @@ class Request:
         first = self._prompt_length if prefill_from is None else prefill_from  # no picture stands in an answer
         layers = range(*self._manifest.graphs[half].layers or ())
         more |= self._deepstack.inputs(layers, first, hidden_in.shape()[1])
-        graph = self._graphs[name]
-        return graph.bind({source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present})
+        inputs, outputs = {source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present}
+        if half == "decoder_lower" and self._manifest.reads_in_packs:
+            rows = hidden_in.shape()[1]
+            return self._graphs[name].bind(inputs, outputs, lambda: unmasked(rows, int(self._total.numpy())))
+        return self._graphs[name].bind(inputs, outputs)
 
     def empty(self, graph: str, output: str, count: int) -> OrtValue:
         """A buffer for an output (1, count, D or V)."""
@@ -439,6 +437,11 @@ class DecoderPass:
         return logits  # type: ignore[no-any-return]
 
 
+def unmasked(rows: int, total: int) -> dict[str, OrtValue]:
+    """decoder_lower's attention bias of a pass over `rows` positions, up to `total`, which hides nothing."""
+    return {ATTENTION_BIAS: OrtValue.ortvalue_from_numpy(np.zeros((1, 1, rows, total), np.float32))}
+
+
 def steered_head(
     graphs: Mapping[str, Subgraph], last: OrtValue, strength: float, steered: OrtValue, logits: OrtValue, device: Device
 ) -> Call:
@@ -456,7 +459,20 @@ def steered_head(
     return run
 
 
-def _common_length(a: Sequence[Key], b: Sequence[Key]) -> int:
+def probe(graphs: Mapping[str, Subgraph], mean: Float) -> float:
+    """p_unsafe of what the prober reads (1, D); NaN if it fails."""
+    try:
+        p_unsafe: float = graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item()
+    except CancelledError:
+        raise
+    except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
+        log.error("the prober failed, so the prompt counts as unsafe: %s", err)
+        log.debug("where it failed", exc_info=True)
+        return math.nan
+    return p_unsafe
+
+
+def common_length(a: Sequence[Key], b: Sequence[Key]) -> int:
     """Length of the longest common prefix."""
     differing = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differing, min(len(a), len(b)))

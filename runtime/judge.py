@@ -8,16 +8,18 @@ for plain steering (GatePolicy.checks_steering): the Refusal Head was trained on
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import Action, GatePolicy, Mode, Verdict, decide, is_safe, without_steering, worst
+from .packed import can_be_packed, first_is_read_alone
 from .pieces import weighed
 from .readings import BEHIND_PLAIN, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
@@ -26,20 +28,28 @@ from .text import Message, Part, VideoPart
 if TYPE_CHECKING:
     from .audit import Record
     from .encoded_prompt import EncodedPrompt, Seen
-    from .generation import Request
+    from .generation import CachedPrefix, Request
     from .prompt_encoder import PromptEncoder
 
 log = logging.getLogger(__name__)
+
+Ask: TypeAlias = "Callable[[EncodedPrompt, Stats, Conversation], Request]"
+ReadPacked: TypeAlias = (
+    "Callable[[CachedPrefix, Sequence[EncodedPrompt], Stats], Generator[None, None, tuple[list[float], CachedPrefix]]]"
+)
+TOGETHER = 32  # readings whose scores are looked at when all are known, if they can share passes
+MOST_ROWS = 4096  # of readings that are encoded at once: a picture has its rows in each of them
 
 
 class Judge:
     """Asks a package's prober."""
 
-    def __init__(
-        self, encoder: PromptEncoder, ask: Callable[[EncodedPrompt, Stats, Conversation], Request], split_layer: int
-    ):
-        """`ask`: makes a request that gives no answer, and starts from what the conversation keeps."""
-        self._encoder, self._ask, self._split_layer = encoder, ask, split_layer
+    def __init__(self, encoder: PromptEncoder, ask: Ask, read_packed: ReadPacked | None, split_layer: int):
+        """`ask`: makes a request that gives no answer, and starts from what the conversation keeps. `read_packed`:
+        packed.read_packed; None if the package cannot.
+        """
+        self._encoder, self._ask, self._read_packed, self._split_layer = encoder, ask, read_packed, split_layer
+        self._together = TOGETHER if read_packed else 1
 
     def prompt(
         self, request: Request, record: Record, policy: GatePolicy, conversation: Conversation | None
@@ -73,21 +83,28 @@ class Judge:
 
             if len(messages) > 1 and any(plain):
                 whole = Reading(tuple(with_letters_of(plain, messages)), cache=BEHIND_PLAIN)
-                found = yield from self._read(whole, prompt.seen, policy, stats, begun[whole.cache], len(scores))
+                found = [math.nan] * len(scores)
+                if letters := self._encode(whole, prompt.seen, stats, len(scores)):
+                    found = yield from self._score(letters, policy, stats, begun[whole.cache])
                 for at, score in enumerate(found):
                     if not is_unsafe(scores[at]):
                         note(at, score, stops=True)
-            for at, reading in all_readings(messages, plain, pieces=policy.pieces, frames=frames):
-                if reading.only_while_safe and is_unsafe(scores[at]):
-                    continue
-                seen = [one for picture in reading.pictures for one in shown[picture]]
-                key = reading_key(reading.messages, seen)
-                p = known.get(key, kept.get(key))
-                if p is None:
-                    (p,) = yield from self._read(reading, seen, policy, stats, begun[reading.cache])
-                if not math.isnan(p):  # a failure may pass
-                    known[key] = p
-                note(at, weighed(p) if reading.weighed else p, stops=reading.stops)
+            readings = all_readings(messages, plain, pieces=policy.pieces, frames=frames)
+
+            def counts(at: int, reading: Reading) -> bool:
+                return not (reading.only_while_safe and is_unsafe(scores[at]))
+
+            while some := [*itertools.islice(readings, self._together)]:
+                keys = [reading_key(reading.messages, seen_by(reading, shown)) for _, reading in some]
+                scored = {key: p for key in keys if (p := known.get(key, kept.get(key))) is not None}
+                pairs = zip(keys, some, strict=True)
+                new = {key: one for key, (at, one) in pairs if key not in scored and counts(at, one)}
+                found = yield from self._read_all([*new.values()], shown, policy, stats, begun)
+                scored |= zip(new, found, strict=True)
+                known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # a failure may pass
+                for key, (at, reading) in zip(keys, some, strict=True):
+                    if counts(at, reading):
+                        note(at, weighed(scored[key]) if reading.weighed else scored[key], stops=reading.stops)
             stopped = stopped or (policy.checks_steering and any(map(is_unsafe, scores[:-1])))
             policy = without_steering(policy) if stopped else policy
             verdict = decide(worst([verdict.p_unsafe, *scores]), policy, split_layer=self._split_layer)
@@ -105,12 +122,11 @@ class Judge:
         shown, frames = self._each_shown(record.messages, record.prompt.seen, frames=True)
         steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
-        for reading in readings_of_answer(record.messages, text, frames, steered=steered):
-            seen = [one for picture in reading.pictures for one in shown[picture]]
-            (p,) = yield from self._read(reading, seen, policy, Stats(), begun[reading.cache])
-            p_unsafe = worst([p_unsafe, weighed(p) if reading.weighed else p])
-            if not is_safe(p_unsafe, policy.threshold):
-                break
+        readings = readings_of_answer(record.messages, text, frames, steered=steered)
+        while is_safe(p_unsafe, policy.threshold) and (some := [*itertools.islice(readings, self._together)]):
+            found = yield from self._read_all(some, shown, policy, Stats(), begun)
+            scores = (weighed(p) if one.weighed else p for one, p in zip(some, found, strict=True))
+            p_unsafe = worst([p_unsafe, *scores])
         return p_unsafe
 
     def _each_shown(
@@ -140,31 +156,91 @@ class Judge:
 
         return defaultdict(first)
 
-    def _read(
+    def _read_all(
         self,
-        reading: Reading,
-        seen: Sequence[Seen],
+        readings: Sequence[Reading],
+        shown: Sequence[Sequence[Seen]],
         policy: GatePolicy,
         stats: Stats,
-        begun: Conversation,
-        turns: int = 1,
+        begun: Mapping[int, Conversation],
     ) -> Generator[None, None, list[float]]:
-        """p_unsafe of the last judged `turns` of `reading`, with the dialogue's pictures and videos as `seen` has them;
-        NaN if it cannot be read. What it took, without pauses, is added to `stats`.gate_ms. It starts from what `begun`
-        has, and leaves it more. Pauses at its end: a long turn has many pieces, and others wait.
+        """p_unsafe of the last turn of each reading; NaN if it cannot be read."""
+        found = [math.nan] * len(readings)
+        alike = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
+        for i, reading in enumerate(readings):
+            alike[reading.cache, tuple(reading.pictures)].append(i)
+        for (cache, _), members in alike.items():
+            seen, prompts = seen_by(readings[members[0]], shown), dict[int, "EncodedPrompt"]()
+            for i in members:
+                if prompt := self._encode(readings[i], seen, stats):
+                    prompts[i] = prompt
+                if i == members[-1] or sum(len(prompt.keys) for prompt in prompts.values()) > MOST_ROWS:
+                    scores = yield from self._score_alike([*prompts.values()], policy, stats, begun[cache])
+                    for number, p in zip(prompts, scores, strict=True):
+                        found[number] = p
+                    prompts.clear()
+        return found
+
+    def _score_alike(
+        self, prompts: Sequence[EncodedPrompt], policy: GatePolicy, stats: Stats, begun: Conversation
+    ) -> Generator[None, None, list[float]]:
+        """p_unsafe of the last turn of prompts that begin alike: those that are short share passes, if the package can.
+        They start from what `begun` has, and leave it more.
+        """
+        found = dict[int, float]()
+        if self._read_packed and len(prompts) > 1:
+            if first_is_read_alone(prompts, begun.prefix):
+                (found[0],) = yield from self._score(prompts[0], policy, stats, begun)
+            if prefix := begun.take_prefix():
+                short = [i for i in range(len(found), len(prompts)) if can_be_packed(prompts[i], prefix)]
+                if short:
+                    own = Stats()
+                    scores, prefix = yield from self._read_packed(prefix, [prompts[i] for i in short], own)
+                    found |= zip(short, scores, strict=True)
+                    stats.gate_ms += own.lower_ms
+                begun.keep_prefix(prefix)
+        for i, prompt in enumerate(prompts):
+            if i not in found:
+                (found[i],) = yield from self._score(prompt, policy, stats, begun)
+        return [found[i] for i in range(len(prompts))]
+
+    def _encode(self, reading: Reading, seen: Sequence[Seen], stats: Stats, turns: int = 1) -> EncodedPrompt | None:
+        """A reading with the dialogue's pictures and videos as `seen` has them; None if it cannot be read. What it took
+        is added to `stats`.gate_ms.
+        """
+        before = time.perf_counter()
+        try:
+            return self._encoder.prepare_seen(reading.messages, seen, Stats(), turns)
+        except InputError as err:
+            log.error("a text could not be judged, so it counts as unsafe: %s", err)
+            return None
+        finally:
+            stats.gate_ms += ms_since(before)
+
+    def _score(
+        self, prompt: EncodedPrompt, policy: GatePolicy, stats: Stats, begun: Conversation
+    ) -> Generator[None, None, list[float]]:
+        """p_unsafe of the judged turns of `prompt`; NaN if it cannot be read. What it took, without pauses, is added to
+        `stats`.gate_ms. It starts from what `begun` has, and leaves it more. Pauses at its end: a long turn has many
+        pieces, and others wait.
         """
         before, own = time.perf_counter(), Stats()
         try:
-            request = self._ask(self._encoder.prepare_seen(reading.messages, seen, own, turns), own, begun)
-            stats.gate_ms += ms_since(before)
-            yield from request.lower_chunks(policy)
+            request = self._ask(prompt, own, begun)
         except InputError as err:
             log.error("a text could not be judged, so it counts as unsafe: %s", err)
-            return [math.nan] * turns
+            return [math.nan] * len(prompt.probed)
+        stats.gate_ms += ms_since(before)
+        yield from request.lower_chunks(policy)
         begun.keep_prefix(request.cached_prefix())
         stats.gate_ms += own.lower_ms + own.gate_ms
         yield
         return request.scores
+
+
+def seen_by(reading: Reading, shown: Sequence[Sequence[Seen]]) -> list[Seen]:
+    """What a reading shows of what is `shown`."""
+    return [one for picture in reading.pictures for one in shown[picture]]
 
 
 def by_picture(messages: Sequence[Message], seen: Sequence[Seen]) -> list[list[Seen]]:

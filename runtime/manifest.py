@@ -21,6 +21,7 @@ from pathlib import Path
 from .errors import PackageError
 from .manifest_checks import LARGEST_WINDOW, MAX_P_UNSAFE_TOLERANCE, check_consistency
 from .manifest_format import (
+    ATTENTION_BIAS,
     GATE_GRAPHS,
     IMAGE_GRAPHS,
     PREFILL_GRAPHS,
@@ -62,6 +63,7 @@ from .manifest_format import (
 from .strict_json import decode, json_schema, parse, shown
 
 __all__ = [
+    "ATTENTION_BIAS",
     "FORMAT_VERSION",
     "GATE_GRAPHS",
     "IMAGE_GRAPHS",

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from .draft_table import ENTRY_BYTES
 from .errors import PackageError
 from .manifest_format import (
+    ATTENTION_BIAS,
     GATE_GRAPHS,
     IMAGE_GRAPHS,
     MONITOR_GRAPH,
@@ -341,13 +342,15 @@ def _expected_tensors(manifest: Contents) -> dict[str, tuple[Tensors, Tensors]]:
         tables: Tensors = {
             f"{kind}{name}": (act, table) for kind in manifest.rotary.by_table() for name in ROTARY_TABLES
         }
+        mask: Tensors = {ATTENTION_BIAS: (act, (1, 1, "sequence_length", "total_sequence_length"))}
+        masked = mask if name == "decoder_lower" and manifest.reads_in_packs else {}
         past = caches(name, "past_key_values", "past_sequence_length")
         added: Tensors = {
             f"deepstack.{i}": (act, (1, "deepstack_length", d.hidden_size))
             for i in range(*manifest.graphs[name].layers or ())
             if i < manifest.deepstack
         }
-        inputs = {source: (act, (batch, *rows)), **lengths, **tables, **added, **more, **past}
+        inputs = {source: (act, (batch, *rows)), **lengths, **tables, **masked, **added, **more, **past}
         return inputs, {target: (act, (batch, *made)), **caches(name, "present", "total_sequence_length")}
 
     ending: Tensors = {"last_hidden_state": (act, (1, *last))}

@@ -11,6 +11,7 @@ from typing import Literal
 
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
 ROTARY_TABLES = ("cos_cache", "sin_cache")  # inputs of the decoder halves; RotarySpec.by_table
+ATTENTION_BIAS = "attention_bias"  # an input of decoder_lower, if several texts may share a pass (packed.py)
 PREFILL_GRAPHS = {
     "decoder_lower": "prefill_lower",
     "decoder_upper": "prefill_upper",
@@ -432,6 +433,11 @@ class Contents:
     def deepstack(self) -> int:
         """How many decoder layers, the first ones, have an input that is added to their output."""
         return self.image.native.deepstack if self.image and self.image.native else 0
+
+    @property
+    def reads_in_packs(self) -> bool:
+        """Whether decoder_lower can run over several texts in one pass."""
+        return any(t.name == ATTENTION_BIAS for t in self.graphs["decoder_lower"].inputs)
 
     @property
     def activations(self) -> str:

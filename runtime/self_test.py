@@ -14,15 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from .arrays import Float
+from .encoded_prompt import EncodedPrompt
 from .errors import PackageError
 from .generation import steered_head
+from .kv_cache import KVCache, empty_arrays
 from .manifest import GateProof, Manifest
+from .packed import run_pack
 from .subgraph import Device, Subgraph, buffer, empty
 
 PROBER_LIMIT = 1e-3  # difference of p_unsafe: the prober is float32 on the CPU in every package
 STEER_LIMIT = {"float32": 1e-3, "float16": 0.05}  # error of what the Refusal Head adds, relative to it; by activations
 SHIFT_LIMIT = {True: 0.01, False: 0.25}  # error of the logits' shift, relative to it; by Manifest.exact
 POSSIBLE = 1e30  # larger logits mask tokens that the model never generates
+WORDS = 4  # of a text
+HIDDEN_LIMIT = 0.25  # what a hidden text changes, relative to what it changes if it is seen: rounding
 BLOCKS = 64  # arrays of a strength's size, to overwrite one that was freed
 
 
@@ -55,6 +60,31 @@ def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph],
                 f"lm_head: steering a known state moves its logits by {shift:.3g} and its token from {tokens[0]} to "
                 f"{tokens[1]}; at export by {logits.shift:.3g}, from {logits.token} to {logits.steered_token}"
             )
+
+
+def check_packs(manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device) -> None:
+    """Raise PackageError if a text sees another one that shares its pass (packed.py): the other's words would hide its
+    own from the prober.
+    """
+    if not manifest.reads_in_packs:
+        return
+    words = np.arange(1, 2 * WORDS + 1).reshape(2, 1, WORDS) * (manifest.dims.vocab_size // (2 * WORDS + 1))
+    embeds = [graphs["embed_tokens"].run({"input_ids": ids})["inputs_embeds"] for ids in words.astype(np.int64)]
+    positions = np.broadcast_to(np.arange(WORDS), (3, WORDS))
+    texts = [EncodedPrompt(rows, [], [0] * WORDS, positions, []) for rows in embeds]
+
+    def last_row(*prompts: EncodedPrompt, hide: bool = True) -> Float:
+        arrays = empty_arrays(manifest.graphs["decoder_lower"], manifest.dims, manifest.kv_cache, 2 * WORDS)
+        state: Float = run_pack(manifest, graphs, device, KVCache(arrays, device), prompts, 0, hide=hide)[-1][-1]
+        return state
+
+    alone = last_row(texts[1])
+    hidden, seen = (float(np.linalg.norm(last_row(*texts, hide=hide) - alone)) for hide in (True, False))
+    if not hidden <= HIDDEN_LIMIT * seen:
+        raise PackageError(
+            f"decoder_lower: a text that shares a pass with another sees it (its state is off by {hidden:.3g}, and by "
+            f"{seen:.3g} if nothing is hidden): the graph is not the package's, or this onnxruntime computes it wrong"
+        )
 
 
 def _score(prober: Subgraph, state: Float) -> float:

@@ -206,9 +206,16 @@ class Subgraph:
 
         return cancel.run(options, call) if cancel else call(options)
 
-    def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Call:
-        """The graph bound to fixed buffers. Each call runs it once, without look-ups or copies."""
-        return BoundGraph(self.session, inputs, outputs)
+    def bind(
+        self,
+        inputs: Mapping[str, ort.OrtValue],
+        outputs: Mapping[str, ort.OrtValue],
+        fresh: Callable[[], Mapping[str, ort.OrtValue]] | None = None,
+    ) -> Call:
+        """The graph bound to fixed buffers. Each call runs it once, without look-ups or copies. `fresh` gives inputs
+        whose shape differs from run to run.
+        """
+        return BoundGraph(self.session, inputs, outputs, fresh)
 
 
 class BoundGraph:
@@ -218,9 +225,16 @@ class BoundGraph:
     here, the strength of a steered answer was read from freed memory, and nothing was steered.
     """
 
-    def __init__(self, session: Any, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]):
-        self._session, self._binding = session, session.io_binding()
+    def __init__(
+        self,
+        session: Any,
+        inputs: Mapping[str, ort.OrtValue],
+        outputs: Mapping[str, ort.OrtValue],
+        fresh: Callable[[], Mapping[str, ort.OrtValue]] | None,
+    ):
+        self._session, self._binding, self._fresh = session, session.io_binding(), fresh
         self._buffers = (*inputs.values(), *outputs.values())
+        self._latest: Mapping[str, ort.OrtValue] = {}
         for name, value in inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
@@ -228,6 +242,10 @@ class BoundGraph:
 
     def __call__(self) -> None:
         """Run once; results are in the output buffers."""
+        if self._fresh:
+            self._latest = self._fresh()
+            for name, value in self._latest.items():
+                self._binding.bind_ortvalue_input(name, value)
         if (cancel := current()) is None:
             self._session.run_with_iobinding(self._binding)
         else:

@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, HeadNorm
-from autosteer.runtime.manifest import ROTARY_TABLES
+from autosteer.runtime.manifest import ATTENTION_BIAS, ROTARY_TABLES
 
 from .int8_matmul import MICROSOFT
 from .kv_scales import KVScales
@@ -50,12 +50,19 @@ def embed_tokens(g: GraphWriter, config: DecoderConfig, blocks: Blocks | None) -
 
 
 def decoder_half(
-    g: GraphWriter, config: DecoderConfig, layers: range, scheme: Scheme | None, kv_scales: Sequence[KVScales] = ()
+    g: GraphWriter,
+    config: DecoderConfig,
+    layers: range,
+    scheme: Scheme | None,
+    kv_scales: Sequence[KVScales] = (),
+    *,
+    masked: bool = False,
 ) -> None:
     """Write `layers` of the decoder. After the last layer's attention, only the last `num_logits` rows are computed.
 
     `kv_scales`, one per layer of the whole decoder, make int8 KV caches; without them caches have the activations'
-    type.
+    type. `masked`: with an input that is added to the scores of the attention, so that one pass can run over several
+    texts, none of which sees another (runtime/packed.py).
     """
     source = "hidden_states" if layers.start else "inputs_embeds"
     residual = g.input(source, g.dtype, ("batch", "sequence_length", config.hidden_size))
@@ -65,6 +72,8 @@ def decoder_half(
         kind: tuple(g.input(f"{kind}{name}", g.dtype, table) for name in ROTARY_TABLES)
         for kind in config.rotary.by_table()
     }
+    mask = (1, 1, "sequence_length", "total_sequence_length")
+    bias = g.input(ATTENTION_BIAS, g.dtype, mask) if masked else None
     presents: list[tuple[str, ir.Value]] = []
     cache_type = "int8" if kv_scales else g.dtype
     cache_in = ("batch", config.num_key_value_heads, "past_sequence_length", config.head_dim)
@@ -78,7 +87,7 @@ def decoder_half(
         attended, *present = _attention(
             *(g, config, i, x, past, lengths),
             rotary[config.rotary_table(i)],
-            *(scheme, kv_scales[i] if kv_scales else None),
+            *(bias, scheme, kv_scales[i] if kv_scales else None),
         )
         presents += [(f"present.{i}.{kind}", value) for kind, value in zip(("key", "value"), present, strict=True)]
         if i == config.num_hidden_layers - 1:  # no later layer needs the other rows
@@ -192,6 +201,7 @@ def _attention(
     past: tuple[ir.Value, ...],
     lengths: tuple[ir.Value, ir.Value],
     rotary: tuple[ir.Value, ...],
+    attention_bias: ir.Value | None,
     scheme: Scheme | None,
     kv_scales: KVScales | None,
 ) -> tuple[ir.Value, ...]:
@@ -223,9 +233,10 @@ def _attention(
         query = norm(g, config, f"{module}.q_norm", query, config.num_attention_heads)
         inputs = (query, norm(g, config, f"{module}.k_norm", key, config.num_key_value_heads), value)
     scales, rounding = _rounding(g, kv_scales, layer)
+    more = (None, attention_bias, None, *scales)  # neither position ids nor an attention sink
     return g.ops(
         "GroupQueryAttention",
-        *(*inputs, *past, *lengths, *rotary, *scales),
+        *(*inputs, *past, *lengths, *rotary, *(more if attention_bias or scales else ())),
         outputs=3,
         used=(0, 1, 2),
         domain=MICROSOFT,
@@ -247,7 +258,7 @@ def _rounding(
     keys = g.constant(f"key_scales.{layer}", kv_scales.keys)
     values = g.constant(f"value_scales.{layer}", kv_scales.values)
     how = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return (None, None, None, keys, values), how  # no position ids, attention bias, attention sink
+    return (keys, values), how
 
 
 def _layer_norm_per_head(g: GraphWriter, config: DecoderConfig, module: str, x: ir.Value, heads: int) -> ir.Value:

@@ -129,11 +129,16 @@ class ShardedGraph:
         values = self._run({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}, {})
         return {name: np.array(values[name].numpy()) for name in self._outputs}
 
-    def bind(self, inputs: Mapping[str, ort.OrtValue], outputs: Mapping[str, ort.OrtValue]) -> Callable[[], None]:
+    def bind(
+        self,
+        inputs: Mapping[str, ort.OrtValue],
+        outputs: Mapping[str, ort.OrtValue],
+        fresh: Callable[[], Mapping[str, ort.OrtValue]] | None = None,
+    ) -> Callable[[], None]:
         """The graph on fixed buffers, as runtime.Subgraph.bind."""
 
         def run() -> None:
-            self._run(inputs, outputs)
+            self._run({**inputs, **(fresh() if fresh else {})}, outputs)
 
         return run
 

@@ -18,6 +18,7 @@ from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless
 from demo_requests import hazard_signs
 from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
+from faults import hiding_nothing
 from PIL import Image
 
 from autosteer.export.checkpoint.open import DEMO
@@ -296,6 +297,13 @@ def test_a_check_that_fails_at_a_picture_names_the_versions_of_pillow(built, cpp
     assert done.returncode == 6
     note = "1 of 1 golden prompts with pictures differ: recorded with Pillow 1.2, answered with pixels of Pillow 13"
     assert note in done.stderr
+
+
+def test_a_graph_that_hides_nothing_is_refused(built, tmp_path):
+    """Texts that share a pass would see each other (Python: test_packed.py)."""
+    done = cli(built, hiding_nothing(demo("int8")[0], tmp_path / "package"), "--prompt", "red")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "a text that shares a pass with another sees it" in done.stderr
 
 
 def test_a_package_that_needs_a_newer_onnxruntime_is_refused(built, cpp_package, tmp_path):

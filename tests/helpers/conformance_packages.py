@@ -200,6 +200,7 @@ def videos(folder: Path, *, timed: bool = False) -> None:
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "toy": whole,
     "prefill": functools.partial(whole, prefill=True),
+    "packed": functools.partial(whole, prefill=True, masked=True),
     "watched": functools.partial(whole, monitored=True),
     "drafted": drafted,
     "unguarded": unguarded,

@@ -119,3 +119,15 @@ class Fault:
         )
         self.node("Where", ["fires", np.int64(2**50), np.int64(1)], "times")
         self.node("Loop", ["times", np.bool_(True), "sound"], self.spoilt, body=body)
+
+
+def hiding_nothing(source: Path, folder: Path) -> Path:
+    """A copy of a package in which texts that share a pass see each other: decoder_lower ignores its attention bias."""
+    shutil.copytree(source, folder)
+    model = onnx.load(folder / "decoder_lower.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.input[10:]
+    onnx.save(model, folder / "decoder_lower.onnx")
+    toy.rehash(folder)
+    return folder

@@ -111,23 +111,26 @@ def build(
     places: bool = False,
     deepstack: bool = False,
     monitored: bool = False,
+    masked: bool = False,
     context_length: int = 64,
     threshold: float = 0.5,
     p_unsafe: dict[str, float] | None = None,
 ) -> Manifest:
     """Write a package into `folder` (made if need be). `p_unsafe` replaces entries of the prober's table. `places`: the
-    rows of a picture have positions of their own (RotarySpec.axes). `deepstack`: decoder_lower has that input."""
+    rows of a picture have positions of their own (RotarySpec.axes). `deepstack`, `masked`: decoder_lower has that
+    input, or an attention bias.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shape = Shape(heads=2, kv_heads=1, head_dim=16) if attentive else Shape(heads=1, kv_heads=1, head_dim=D)
     graphs = {
         "embed_tokens": _embed_tokens(folder),
-        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, deepstack),
+        "decoder_lower": _decoder(folder, "decoder_lower", 0, shape, attentive, deepstack, masked),
         "decoder_upper": _decoder(folder, "decoder_upper", 1, shape, attentive),
         "lm_head": _lm_head(folder, attentive),
     }
     if prefill:
         graphs |= {
-            name: _decoder(folder, name, layer, shape, attentive)
+            name: _decoder(folder, name, layer, shape, attentive, masked=masked and not layer)
             for layer, name in enumerate(("prefill_lower", "prefill_upper"))
         }
     if guarded:
@@ -258,7 +261,9 @@ def _embed_tokens(folder: Path) -> GraphSpec:
     )
 
 
-def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, deepstack: bool = False) -> GraphSpec:
+def _decoder(
+    folder: Path, name: str, layer: int, s: Shape, attentive: bool, deepstack: bool = False, masked: bool = False
+) -> GraphSpec:
     """One decoder layer around a real GroupQueryAttention; the upper half keeps the last `num_logits` rows only."""
     source, target = ("inputs_embeds", "hidden_states") if layer == 0 else ("hidden_states", "last_hidden_state")
     width = (s.heads + 2 * s.kv_heads) * s.head_dim
@@ -273,7 +278,8 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, dee
     past, present = ([f"{p}.{layer}.{kind}" for kind in ("key", "value")] for p in ("past_key_values", "present"))
     attention = helper.make_node(
         "GroupQueryAttention",
-        ["qkv", "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+        ["qkv", "", "", *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"]
+        + (["", "attention_bias"] if masked else []),
         ["attended", *present],
         domain="com.microsoft",
         num_heads=s.heads,
@@ -300,6 +306,7 @@ def _decoder(folder: Path, name: str, layer: int, s: Shape, attentive: bool, dee
             ("seqlens_k", I32, ("batch",)),
             ("total_sequence_length", I32, ()),
             *((f"{kind}_cache", F32, ("rotary_length", s.head_dim // 2)) for kind in ("cos", "sin")),
+            *([("attention_bias", F32, (1, 1, "sequence_length", "total_sequence_length"))] if masked else []),
             *([("deepstack.0", F32, (1, "deepstack_length", D))] if deepstack else []),
             *((p, F32, kv_in) for p in past),
             *([("num_logits", I64, (1,))] if layer else []),

@@ -65,6 +65,10 @@ function rotaryTables(total) {
 /** Run one half over new positions; `total` counts them and all earlier ones. Updates `caches`. */
 async function runHalf(half, feeds, caches, total) {
   const lengths = { seqlens_k: int32(total - 1, [1]), total_sequence_length: int32(total, []) };
+  if (manifest.graphs[half].inputs.some(({ name }) => name === "attention_bias")) {
+    const rows = feeds.inputs_embeds.dims[1];
+    feeds.attention_bias = floats(new Float32Array(rows * total), [1, 1, rows, total]); // hides nothing
+  }
   const out = await sessions[half].run({ ...feeds, ...lengths, ...rotaryTables(total), ...caches });
   for (const [name, value] of Object.entries(out)) {
     if (name.startsWith("present.")) caches[name.replace("present", "past_key_values")] = value;

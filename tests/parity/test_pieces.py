@@ -211,7 +211,14 @@ def test_a_later_turns_readings_start_behind_the_picture(engine: Engine, monkeyp
         computed.append(sum(not isinstance(key, int) for key in prompt.keys[stats.reused_tokens :]))
         return request
 
+    def together(*given: Any) -> Any:
+        scores, left = yield from read_packed(*given)
+        computed.extend(sum(not isinstance(key, int) for key in one.keys[len(left.keys) :]) for one in given[1])
+        return scores, left
+
     monkeypatch.setattr(engine._judge, "_ask", asked)
+    if read_packed := engine._judge._read_packed:
+        monkeypatch.setattr(engine._judge, "_read_packed", together)
     picture = DEMO / "examples" / "benign.png"
     turns = [Message.user("what is shown?", [picture]), Message.assistant("a star.", trusted=True)]
     engine.score([*turns, Message.user("what colour is it? is it large?")])

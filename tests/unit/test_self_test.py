@@ -64,8 +64,8 @@ def test_a_strength_that_was_freed_is_found_on_any_onnxruntime(engine, package, 
     """Up to 1.28 a binding did not keep its arrays: what reads like 0 where the strength was, steers nothing."""
     bind = BoundGraph.__init__
 
-    def forgetful(self, session, inputs, outputs):
-        bind(self, session, inputs, outputs)
+    def forgetful(self, session, inputs, outputs, fresh):
+        bind(self, session, inputs, outputs, fresh)
         if "strength" in inputs:
             inputs["strength"].update_inplace(np.zeros(1, np.float32))
 

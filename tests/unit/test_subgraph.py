@@ -75,7 +75,7 @@ def test_a_bound_graph_keeps_its_buffers_alive() -> None:
     watched, ran = [weakref.ref(values := set()), weakref.ref(outputs := set())], []
     forgetful = SimpleNamespace(bind_ortvalue_input=lambda *given: None, bind_ortvalue_output=lambda *given: None)
     session = SimpleNamespace(io_binding=lambda: forgetful, run_with_iobinding=ran.append)
-    call = BoundGraph(session, {"x": values}, {"y": outputs})
+    call = BoundGraph(session, {"x": values}, {"y": outputs}, None)
     del values, outputs
     assert all(value() is not None for value in watched)
     call()

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 
 from autosteer.runtime.kv_cache import KVCache, empty_arrays
-from autosteer.runtime.manifest import GraphSpec, Manifest
+from autosteer.runtime.manifest import ATTENTION_BIAS, GraphSpec, Manifest
 from autosteer.runtime.pages import placing
 from autosteer.runtime.rotary import PositionCounter, RotaryTables
 from autosteer.runtime.subgraph import OrtValue, Subgraph, buffer, empty, find_device
@@ -29,16 +29,18 @@ def join(folder: Path, manifest: Manifest, target: Path) -> GraphSpec:
     for kind in ("node", "initializer", "input", "output"):
         whole.graph.ClearField(kind)
     specs = [manifest.graphs[name] for name in PARTS]
-    inputs = {t.name: t for spec in specs for t in spec.inputs}
+    inputs = {t.name: t for spec in specs for t in spec.inputs if t.name != ATTENTION_BIAS}  # one text is read
     outputs = {t.name: t for spec in specs for t in spec.outputs}
     inner = inputs.keys() & outputs.keys()
     for name, spec in zip(PARTS, specs, strict=True):
         graph = onnx.load(folder / spec.file, load_external_data=False).graph
+        for node in graph.node:
+            node.input[:] = ["" if value == ATTENTION_BIAS else value for value in node.input]
         _rename(graph, name, keep=inputs.keys() | outputs.keys())
         whole.graph.node.extend(graph.node)
         whole.graph.initializer.extend(graph.initializer)
         known = {value.name for value in whole.graph.input}
-        whole.graph.input.extend(value for value in graph.input if value.name not in inner | known)
+        whole.graph.input.extend(value for value in graph.input if value.name in inputs.keys() - inner - known)
         whole.graph.output.extend(value for value in graph.output if value.name not in inner)
     target.mkdir(parents=True, exist_ok=True)
     for file in {e.value for t in whole.graph.initializer for e in t.external_data if e.key == "location"}:

@@ -48,6 +48,9 @@ class Conversation {
     return engine_ == &engine;
   }
 
+  /// The cached prefix, if no request has it.
+  const std::optional<CachedPrefix>& prefix() const { return prefix_; }
+
   /// Hand the cached prefix over to a request, which writes into it: none until `keep_prefix` brings one back.
   std::optional<CachedPrefix> take_prefix() { return std::exchange(prefix_, std::nullopt); }
 

@@ -102,6 +102,10 @@ class Engine {
             [this](EncodedPrompt prompt, Stats& stats, Conversation& before) {
               return request(std::move(prompt), 1, stats, &before);
             },
+            manifest.reads_in_packs() ? Judge::ReadPacked([this](auto& begun, const auto& prompts) {
+              return read_packed(manifest, graphs_, log, begun, prompts);
+            })
+                                      : Judge::ReadPacked(),
             manifest.split_layer, log),
         folder_(fs::absolute(folder)),
         files_(options.files) {
@@ -124,6 +128,7 @@ class Engine {
                       manifest.dims.vocab_size);
     }
     check_gate(folder, manifest, graphs_);
+    check_packs(manifest, graphs_);
     if (pages_) pages_->place();
   }
   Engine(const Engine&) = delete;  // the encoder points into it

@@ -71,6 +71,32 @@ inline std::vector<Call> steered_head(const Graphs& graphs, const Ort::Value& la
   return calls;
 }
 
+/// p_unsafe of what the prober reads (D,); NaN if it fails: whatever went wrong, the prompt was not shown to be safe.
+inline double probe(const Graphs& graphs, const Log& log, const std::vector<float>& mean) {
+  std::string reason = "unknown";
+  try {
+    const Subgraph& prober = graphs.at("prober");
+    const auto outputs = prober.run(Tensor<float>::view(mean.data(), {1, static_cast<int64_t>(mean.size())}));
+    return static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober));
+  } catch (const std::exception& err) {
+    reason = err.what();
+  } catch (...) {
+  }
+  if (log && !Cancellation::is_cancelled()) log("the prober failed; the prompt counts as unsafe (" + reason + ")");
+  return std::nan("");
+}
+
+/// The mean (D,) of rows of `width` numbers. Sums in double, so the order changes nothing but rounding.
+inline std::vector<float> mean_of_rows(const std::vector<const float*>& rows, int64_t width) {
+  std::vector<double> sum(static_cast<size_t>(width), 0.0);
+  for (const float* row : rows) {
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += row[i];
+  }
+  std::vector<float> mean;
+  for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(rows.size())));
+  return mean;
+}
+
 /// One answer being generated. Not thread-safe; `manifest`, `graphs`, `log` and `stats` must outlive it. Call
 /// prefill_lower, then prefill_upper, then verify_draft for each further pass.
 class Request {
@@ -119,7 +145,9 @@ class Request {
       const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, n, width()});
       Tensor<float> hidden({1, n, width()});
       set_total(first + n);
-      lower({Phase::prefill, first, n}, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()})();
+      Call half = lower({Phase::prefill, first, n}, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()});
+      hide_nothing(half, n);
+      half();
       finite_ = finite_ && std::all_of(hidden.data(), hidden.data() + hidden.size(), is_finite);
       pending_.push_back(std::move(hidden));
       length_ = first + n;
@@ -131,7 +159,7 @@ class Request {
       if (!read.empty() && probed_means_.count(ends(read)) == 0) probed_means_[ends(read)] = mean_of(read);
     }
     std::optional<double> p_unsafe;
-    if (policy.mode != Mode::off) p_unsafe = probe();
+    if (policy.mode != Mode::off) p_unsafe = probe_turns();
     const Verdict verdict = decide(p_unsafe, policy, manifest_.split_layer);
     stats_.gate_ms = gate_clock.ms();
     return verdict;
@@ -172,6 +200,7 @@ class Request {
     DecoderPass& all = pass(count);
     set_total(length_ + count);
     std::copy(tokens.begin(), tokens.end(), all.token_ids.data());
+    hide_nothing(all.body[1], count);
     for (Call& call : all.body) call();
     for (Call& call : all.head) call();
     hidden_ = all.hidden.data();
@@ -229,7 +258,7 @@ class Request {
 
     Tensor<int64_t> token_ids, num_logits;
     Tensor<float> embeds, hidden, last, steered;
-    std::vector<Call> body, head;  // token_ids -> last; last -> logits
+    std::vector<Call> body, head;  // token_ids -> last: embed_tokens, both halves; last -> logits
   };
 
   /// The pass for `count` tokens, bound on first use. `strength_` must have been set.
@@ -284,44 +313,41 @@ class Request {
     return reused;
   }
 
-  /// The worst p_unsafe of all judged turns; NaN if there is none: whatever went wrong, the prompt was not shown to be
-  /// safe.
-  double probe() {
-    std::string reason = "unknown";
-    try {
-      if (!finite_)
-        throw PackageError(manifest_.prefill_graph("decoder_lower") + " gave hidden states that are not finite");
-      const Subgraph& prober = graphs_.at("prober");
-      if (probed_.empty()) throw PackageError("no turn is judged");
-      double p_unsafe = 0.0;
-      for (size_t turn = 0; turn < probed_.size(); ++turn) {
-        const auto& positions = probed_[turn];
-        if (positions.empty()) throw PackageError("the prompt has no position for the prober");
-        const auto outputs = prober.run(Tensor<float>::view(probed_means_.at(ends(positions)).data(), {1, width()}));
-        scores[turn] = static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober));
-        p_unsafe = worse(p_unsafe, scores[turn]);
-      }
-      return p_unsafe;
-    } catch (const std::exception& err) {
-      reason = err.what();
-    } catch (...) {
+  /// The worst p_unsafe of all judged turns; NaN if there is none.
+  double probe_turns() {
+    const auto is_empty = [](const auto& positions) { return positions.empty(); };
+    const bool probed = !probed_.empty() && std::none_of(probed_.begin(), probed_.end(), is_empty);
+    if (!finite_ || !probed) {
+      const std::string what = finite_ ? "a turn has no position for the prober"
+                                       : manifest_.prefill_graph("decoder_lower") +
+                                             " gave hidden states that are not finite";
+      if (log_) log_(what + ", so the prompt counts as unsafe");
+      return std::nan("");
     }
-    if (log_ && !Cancellation::is_cancelled()) log_("the prober failed; the prompt counts as unsafe (" + reason + ")");
-    return std::nan("");
+    double p_unsafe = 0.0;
+    for (size_t turn = 0; turn < probed_.size(); ++turn) {
+      scores[turn] = probe(graphs_, log_, probed_means_.at(ends(probed_[turn])));
+      p_unsafe = worse(p_unsafe, scores[turn]);
+    }
+    return p_unsafe;
+  }
+
+  /// The attention bias of a pass over `rows` positions, if decoder_lower has one: nothing is hidden (packed.hpp).
+  void hide_nothing(Call& lower, int64_t rows) {
+    if (!manifest_.reads_in_packs()) return;
+    nothing_hidden_.emplace(std::vector<int64_t>{1, 1, rows, *total_.data()});
+    lower.bind(kAttentionBias, nothing_hidden_->value());
   }
 
   /// What the prober reads of a turn, (D,): the mean of HF's hidden_states[split_layer] over `positions`.
   std::vector<float> mean_of(const std::vector<int64_t>& positions) const {
-    std::vector<double> sum(static_cast<size_t>(width()), 0.0);
+    std::vector<const float*> rows;
     for (const int64_t position : positions) {
       const int64_t at = position - reused_;
-      const float* hidden =
-          pending_[cached_chunks_ + static_cast<size_t>(at / kPrefillChunk)].data() + at % kPrefillChunk * width();
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += hidden[i];
+      const Tensor<float>& chunk = pending_[cached_chunks_ + static_cast<size_t>(at / kPrefillChunk)];
+      rows.push_back(chunk.data() + at % kPrefillChunk * width());
     }
-    std::vector<float> mean;
-    for (const double value : sum) mean.push_back(static_cast<float>(value / static_cast<double>(positions.size())));
-    return mean;
+    return mean_of_rows(rows, width());
   }
 
   static std::pair<int64_t, int64_t> ends(const std::vector<int64_t>& positions) {
@@ -391,6 +417,7 @@ class Request {
   Deepstack deepstack_;
   RotaryTables rotary_;
   Tensor<int32_t> seqlens_k_{{1}}, total_{{}};
+  std::optional<Tensor<float>> nothing_hidden_;  // the latest attention bias
   Tensor<float> strength_{{1}};
   Tensor<float> logits_;                   // shared by all passes: logits of a draft take megabytes
   const float* hidden_ = nullptr;          // (R, D) of the latest pass

@@ -21,6 +21,7 @@
 #include "gate.hpp"
 #include "generation.hpp"
 #include "log.hpp"
+#include "packed.hpp"
 #include "pieces.hpp"
 #include "prompt_encoder.hpp"
 #include "readings.hpp"
@@ -102,14 +103,24 @@ inline ReadingKey reading_key(const std::vector<Message>& messages, const std::v
   return key.hex();
 }
 
+constexpr size_t kTogether = 32;  // readings whose scores are looked at when all are known, if they can share passes
+constexpr size_t kMostRows = 4096;  // of readings that are encoded at once: a picture has its rows in each of them
+
 /// Asks a package's prober. What it is given must outlive it.
 class Judge {
  public:
   /// Makes a request that gives no answer, and starts from what the conversation keeps.
   using Ask = std::function<Request(EncodedPrompt, Stats&, Conversation&)>;
 
-  Judge(const PromptEncoder& encoder, Ask ask, int split_layer, const Log& log)
-      : encoder_(encoder), ask_(std::move(ask)), split_layer_(split_layer), log_(log) {}
+  /// `read_packed` of packed.hpp; empty if the package cannot.
+  using ReadPacked = std::function<std::vector<double>(CachedPrefix&, const std::vector<const EncodedPrompt*>&)>;
+
+  Judge(const PromptEncoder& encoder, Ask ask, ReadPacked read_packed, int split_layer, const Log& log)
+      : encoder_(encoder),
+        ask_(std::move(ask)),
+        read_packed_(std::move(read_packed)),
+        split_layer_(split_layer),
+        log_(log) {}
 
   /// The verdict on the prompt of `request`, noted in `record`, which has its messages and what they show.
   /// `conversation`: scores that it knows of other readings of its turns are not computed again. Throws InputError if
@@ -135,8 +146,10 @@ class Judge {
       };
       const auto in_letters = [](const auto& letters) { return letters.has_value(); };
       if (messages.size() > 1 && std::any_of(plain.begin(), plain.end(), in_letters)) {
-        Conversation& start = before(begun, Cache::behind_plain, request);
-        const auto found = read(with_letters_of(plain, messages), record.seen, policy, start, scores.size());
+        std::vector<double> found(scores.size(), std::nan(""));
+        if (auto letters = encode(with_letters_of(plain, messages), record.seen, scores.size())) {
+          found = score(std::move(*letters), policy, before(begun, Cache::behind_plain, request));
+        }
         for (size_t at = 0; at < scores.size(); ++at) {
           if (!is_unsafe(scores[at])) note(scores[at], found.at(at), true);
         }
@@ -145,18 +158,43 @@ class Judge {
       for (size_t n = 0; n < messages.size(); ++n) {
         if (is_judged(messages, n)) places.emplace(n, places.size());
       }
-      for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, const Reading& reading) {
-        double& score = scores.at(places.at(n));
-        if (reading.only_while_safe && is_unsafe(score)) return false;
-        const std::vector<Seen> seen = only(views.seen, reading.pictures);
-        ReadingKey key = reading_key(reading.messages, seen);
-        std::optional<double> p = find(known, key);
-        if (!p && conversation) p = find(conversation->known_scores, key);
-        if (!p) p = read(reading.messages, seen, policy, before(begun, reading.cache, request)).back();
-        if (!std::isnan(*p)) known.emplace(std::move(key), *p);  // a failure may pass
-        note(score, reading.weighed ? weighed(*p) : *p, reading.stops);
-        return !is_unsafe(score);
+      std::vector<std::pair<size_t, Reading>> some;
+      const auto counts = [&](const auto& one) {
+        return !(one.second.only_while_safe && is_unsafe(scores.at(places.at(one.first))));
+      };
+      const auto read_some = [&] {
+        std::vector<ReadingKey> keys;
+        std::map<ReadingKey, double> scored;
+        std::vector<const Reading*> wanted;
+        std::vector<ReadingKey> wanted_keys;
+        for (const auto& one : some) {
+          keys.push_back(reading_key(one.second.messages, only(views.seen, one.second.pictures)));
+          std::optional<double> p = find(known, keys.back());
+          if (!p && conversation) p = find(conversation->known_scores, keys.back());
+          if (p) scored.emplace(keys.back(), *p);
+          const bool is_wanted = std::count(wanted_keys.begin(), wanted_keys.end(), keys.back()) > 0;
+          if (p || is_wanted || !counts(one)) continue;
+          wanted.push_back(&one.second);
+          wanted_keys.push_back(keys.back());
+        }
+        const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
+        for (size_t i = 0; i < wanted.size(); ++i) scored.emplace(wanted_keys[i], found[i]);
+        for (const auto& [key, p] : scored) {
+          if (!std::isnan(p)) known.emplace(key, p);  // a failure may pass
+        }
+        for (size_t i = 0; i < some.size(); ++i) {
+          const auto& [n, reading] = some[i];
+          if (!counts(some[i])) continue;
+          const double p = scored.at(keys[i]);
+          note(scores.at(places.at(n)), reading.weighed ? weighed(p) : p, reading.stops);
+        }
+        some.clear();
+      };
+      for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, Reading reading) {
+        some.emplace_back(n, std::move(reading));
+        if (some.size() == together()) read_some();
       });
+      read_some();
       if (policy.checks_steering() && !scores.empty()) {
         stopped = stopped || std::any_of(scores.begin(), scores.end() - 1, is_unsafe);
       }
@@ -179,12 +217,22 @@ class Judge {
     const bool steered = record.verdict && record.verdict->action == Action::steer;
     double p_unsafe = 0.0;
     Begun begun;
-    for_each_reading_of_answer(messages, text, views.frames, steered, [&](const Reading& reading) {
-      const std::vector<Seen> seen = only(views.seen, reading.pictures);
-      const double p = read(reading.messages, seen, policy, before(begun, reading.cache, request)).back();
-      p_unsafe = worse(p_unsafe, reading.weighed ? weighed(p) : p);
+    std::vector<Reading> some;
+    const auto read_some = [&] {
+      std::vector<const Reading*> wanted;
+      for (const Reading& reading : some) wanted.push_back(&reading);
+      const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
+      for (size_t i = 0; i < some.size(); ++i) {
+        p_unsafe = worse(p_unsafe, some[i].weighed ? weighed(found[i]) : found[i]);
+      }
+      some.clear();
       return is_safe(p_unsafe, policy.threshold);
+    };
+    for_each_reading_of_answer(messages, text, views.frames, steered, [&](Reading reading) {
+      some.push_back(std::move(reading));
+      return some.size() < together() || read_some();
     });
+    if (is_safe(p_unsafe, policy.threshold)) read_some();
     return p_unsafe;
   }
 
@@ -204,6 +252,8 @@ class Judge {
     return found->second;
   }
 
+  size_t together() const { return read_packed_ ? kTogether : 1; }
+
   Views each_shown(const std::vector<Message>& messages, const std::vector<Seen>& seen, bool frames) const {
     Views views{by_picture(messages, seen), {}};
     size_t number = 0;
@@ -221,21 +271,105 @@ class Judge {
     return views;
   }
 
-  /// p_unsafe of the last judged `turns` of a dialogue, with its pictures and videos as `seen` has them; NaN if it
-  /// cannot be read. It starts from what `begun` has, and leaves it more.
-  std::vector<double> read(const std::vector<Message>& messages, const std::vector<Seen>& seen,
-                           const GatePolicy& policy, Conversation& begun, size_t turns = 1) const {
+  /// p_unsafe of the last turn of each reading; NaN if it cannot be read.
+  std::vector<double> read_all(const std::vector<const Reading*>& readings, const std::vector<std::vector<Seen>>& shown,
+                               const GatePolicy& policy, Begun& begun, const Request& request) const {
+    std::vector<double> found(readings.size(), std::nan(""));
+    using Beginning = std::pair<Cache, Span>;
+    std::vector<std::pair<Beginning, std::vector<size_t>>> alike;  // in the order of their first
+    for (size_t i = 0; i < readings.size(); ++i) {
+      const Beginning beginning{readings[i]->cache, readings[i]->pictures};
+      const auto is_same = [&](const auto& group) { return group.first == beginning; };
+      auto group = std::find_if(alike.begin(), alike.end(), is_same);
+      if (group == alike.end()) group = alike.insert(alike.end(), {beginning, {}});
+      group->second.push_back(i);
+    }
+    for (const auto& [beginning, members] : alike) {
+      const std::vector<Seen> seen = only(shown, beginning.second);
+      std::vector<EncodedPrompt> prompts;
+      std::vector<size_t> numbers;
+      size_t rows = 0;
+      for (const size_t i : members) {
+        if (std::optional<EncodedPrompt> prompt = encode(readings[i]->messages, seen)) {
+          rows += prompt->keys.size();
+          prompts.push_back(std::move(*prompt));
+          numbers.push_back(i);
+        }
+        if (i != members.back() && rows <= kMostRows) continue;
+        Conversation& start = before(begun, beginning.first, request);
+        const std::vector<double> scores = score_alike(std::exchange(prompts, {}), policy, start);
+        for (size_t k = 0; k < numbers.size(); ++k) found[numbers[k]] = scores[k];
+        numbers.clear();
+        rows = 0;
+      }
+    }
+    return found;
+  }
+
+  /// p_unsafe of the last turn of prompts that begin alike: those that are short share passes, if the package can. They
+  /// start from what `begun` has, and leave it more.
+  std::vector<double> score_alike(std::vector<EncodedPrompt> prompts, const GatePolicy& policy,
+                                  Conversation& begun) const {
+    std::map<size_t, double> found;
+    if (read_packed_ && prompts.size() > 1) {
+      if (!begun.prefix() || first_is_read_alone(prompts, *begun.prefix())) {
+        found[0] = score(prompts[0], policy, begun).back();
+      }
+      if (std::optional<CachedPrefix> prefix = begun.take_prefix()) {
+        std::vector<size_t> numbers;
+        std::vector<const EncodedPrompt*> together;
+        for (size_t i = found.size(); i < prompts.size(); ++i) {
+          if (!can_be_packed(prompts[i], *prefix)) continue;
+          numbers.push_back(i);
+          together.push_back(&prompts[i]);
+        }
+        if (!together.empty()) {
+          const std::vector<double> scores = read_packed_(*prefix, together);
+          for (size_t k = 0; k < numbers.size(); ++k) found[numbers[k]] = scores[k];
+        }
+        begun.keep_prefix(std::move(*prefix));
+      }
+    }
+    std::vector<double> scores;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      const auto known = found.find(i);
+      scores.push_back(known == found.end() ? score(std::move(prompts[i]), policy, begun).back() : known->second);
+    }
+    return scores;
+  }
+
+  /// A dialogue of which `turns` are judged, with its pictures and videos as `seen` has them; nothing if it cannot be
+  /// read.
+  std::optional<EncodedPrompt> encode(const std::vector<Message>& messages, const std::vector<Seen>& seen,
+                                      size_t turns = 1) const {
+    try {
+      Stats stats;
+      return encoder_.prepare_seen(messages, seen, stats, turns);
+    } catch (const InputError& err) {
+      note_failure(err);
+      return std::nullopt;
+    }
+  }
+
+  /// p_unsafe of the judged turns of `prompt`; NaN if it cannot be read. It starts from what `begun` has, and leaves it
+  /// more.
+  std::vector<double> score(EncodedPrompt prompt, const GatePolicy& policy, Conversation& begun) const {
+    const size_t turns = prompt.probed.size();
     Stats stats;
     try {
-      Request request = ask_(encoder_.prepare_seen(messages, seen, stats, turns), stats, begun);
+      Request request = ask_(std::move(prompt), stats, begun);
       request.prefill_lower(policy);
       begun.keep_prefix(request.cached_prefix());
       return request.scores;
     } catch (const InputError& err) {
-      const std::string reason = err.what();
-      if (log_) log_("a text could not be judged, so it counts as unsafe: " + reason);
+      note_failure(err);
       return std::vector<double>(turns, std::nan(""));
     }
+  }
+
+  void note_failure(const InputError& err) const {
+    const std::string reason = err.what();
+    if (log_) log_("a text could not be judged, so it counts as unsafe: " + reason);
   }
 
   static std::optional<double> find(const std::map<ReadingKey, double>& scores, const ReadingKey& reading) {
@@ -245,6 +379,7 @@ class Judge {
 
   const PromptEncoder& encoder_;
   const Ask ask_;
+  const ReadPacked read_packed_;
   const int split_layer_;
   const Log& log_;
 };

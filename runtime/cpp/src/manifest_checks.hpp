@@ -70,6 +70,9 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
     for (const auto& [kind, frequencies] : m.rotary.by_table(0)) {
       for (const char* name : {"cos_cache", "sin_cache"}) tensors.inputs.push_back({kind + name, f32, table});
     }
+    if (name == std::string("decoder_lower") && m.reads_in_packs()) {
+      tensors.inputs.push_back({kAttentionBias, f32, {1, 1, n, "total_sequence_length"}});
+    }
     const auto [first, end] = m.graphs.at(name).layers.value();
     for (int64_t layer = first; layer < end; ++layer) {
       if (layer < m.deepstack()) {

@@ -18,6 +18,9 @@
 
 namespace autosteer {
 
+/// An input of decoder_lower, if several texts may share a pass (packed.hpp).
+constexpr const char* kAttentionBias = "attention_bias";
+
 namespace fs = std::filesystem;
 
 /// A package has both or neither.
@@ -286,6 +289,12 @@ struct Manifest {
 
   /// How many decoder layers, the first ones, have an input that is added to their output.
   int64_t deepstack() const { return image && image->native ? image->native->deepstack : 0; }
+
+  /// Whether decoder_lower can run over several texts in one pass (packed.hpp).
+  bool reads_in_packs() const {
+    const auto& inputs = graphs.at("decoder_lower").inputs;
+    return std::any_of(inputs.begin(), inputs.end(), [](const auto& input) { return input.name == kAttentionBias; });
+  }
 
   /// The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself.
   std::string prefill_graph(const std::string& half) const {

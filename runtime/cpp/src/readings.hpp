@@ -265,11 +265,10 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
   return found;
 }
 
-/// Hands what is read of a dialogue to `read`, with the number of the turn; `read` returns whether that turn is safe so
-/// far. Not the turns where they stand, nor these in plain letters: each of the two is one prompt, which gives the
-/// scores of all turns (judge.hpp). `plain`: `plain_turns`. `with_pieces`: also what is below "the turn in plain
-/// letters" in the table of runtime/readings.py. `frames`: of the videos, each as a video of its own. Throws as
-/// `with_each_picture` does, before the first.
+/// Hands what is read of a dialogue to `read`, with the number of the turn. Not the turns where they stand, nor these
+/// in plain letters: each of the two is one prompt, which gives the scores of all turns (judge.hpp). `plain`:
+/// `plain_turns`. `with_pieces`: also what is below "the turn in plain letters" in the table of runtime/readings.py.
+/// `frames`: of the videos, each as a video of its own. Throws as `with_each_picture` does, before the first.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
                       bool with_pieces, const std::vector<ShownBy>& frames, const Read& read) {
@@ -281,19 +280,17 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
   }
   for (size_t n = 0; n < messages.size(); ++n) {
     if (!is_judged(messages, n)) continue;
-    bool safe = true;
     for (const Form& form : forms(messages, plain, n, with_pieces)) {
       const bool is_turn = form.kind == Form::Kind::turn, always = form.kind != Form::Kind::other;
-      if (!safe && !always) break;
       if (!is_turn || (n > 0 && form.turn.role == "user")) {  // what stands first is read alike where it stands
         const Span own = {shown_up_to[n] - shown_in(form.turn).size(), shown_up_to[n]};
-        safe = read(n, Reading{{form.turn}, own, !always, !is_turn, form.weighed});
+        read(n, Reading{{form.turn}, own, !always, !is_turn, form.weighed});
       }
       if (form.turns <= n && !always) {
         const auto end = messages.begin() + static_cast<std::ptrdiff_t>(n + 1 - form.turns);
         std::vector<Message> said = with_letters_of(plain, {messages.begin(), end});
         said.push_back({"user", form.turn.parts});
-        safe = read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.weighed, Cache::behind_plain});
+        read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.weighed, Cache::behind_plain});
       }
     }
   }

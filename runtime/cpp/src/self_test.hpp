@@ -19,6 +19,7 @@
 #include "errors.hpp"
 #include "generation.hpp"
 #include "manifest.hpp"
+#include "packed.hpp"
 #include "subgraph.hpp"
 
 namespace autosteer {
@@ -26,6 +27,8 @@ namespace autosteer {
 constexpr double kProberLimit = 1e-3;  // difference of p_unsafe: the prober is float32 in every package
 constexpr double kSteerLimit = 1e-3;   // error of what the Refusal Head adds, relative to it
 constexpr double kExactShiftLimit = 0.01, kShiftLimit = 0.25;  // error of the logits' shift, relative to it
+constexpr int64_t kWords = 4;          // of a text
+constexpr double kHiddenLimit = 0.25;  // what a hidden text changes, relative to what it changes if it is seen
 constexpr float kPossible = 1e30F;  // larger logits mask tokens that the model never generates
 
 namespace self_test {
@@ -81,6 +84,42 @@ inline double score(const Subgraph& prober, const float* state, int64_t width) {
 }
 
 }  // namespace self_test
+
+/// Throws PackageError if a text sees another one that shares its pass (packed.hpp): the other's words would hide its
+/// own from the prober.
+inline void check_packs(const Manifest& manifest, const Graphs& graphs) {
+  if (!manifest.reads_in_packs()) return;
+  const int64_t width = manifest.dims.hidden_size, apart = manifest.dims.vocab_size / (2 * kWords + 1);
+  std::vector<EncodedPrompt> texts(2);
+  for (int64_t word = 0; word < 2 * kWords; ++word) {
+    EncodedPrompt& text = texts[static_cast<size_t>(word / kWords)];
+    const int64_t id = (word + 1) * apart, at = word % kWords;
+    const auto outputs = graphs.at("embed_tokens").run(Tensor<int64_t>::view(&id, {1, 1}));
+    text.inputs_embeds.width = width;
+    text.inputs_embeds.append(floats(outputs.at("inputs_embeds"), width, graphs.at("embed_tokens")), 1);
+    text.keys.emplace_back("", id);
+    text.positions.push_back({at, at, at});
+  }
+  const auto last_row = [&](const std::vector<const EncodedPrompt*>& prompts, bool hide) {
+    KVCache cache(manifest.graphs.at("decoder_lower"), manifest, 2 * kWords);
+    const Tensor<float> hidden = run_pack(manifest, graphs, cache, prompts, 0, hide);
+    const float* end = hidden.data() + hidden.size();
+    return std::vector<float>(end - width, end);
+  };
+  const std::vector<float> alone = last_row({&texts[1]}, true);
+  const auto off = [&](bool hide) {
+    const std::vector<float> found = last_row({&texts[0], &texts[1]}, hide);
+    double sum = 0;
+    for (size_t i = 0; i < found.size(); ++i) sum += std::pow(static_cast<double>(found[i]) - alone[i], 2);
+    return std::sqrt(sum);
+  };
+  const double hidden = off(true), seen = off(false);
+  if (!(hidden <= kHiddenLimit * seen)) {
+    throw PackageError("decoder_lower: a text that shares a pass with another sees it (its state is off by " +
+                       self_test::number(hidden) + ", and by " + self_test::number(seen) +
+                       " if nothing is hidden): the graph is not the package's, or this onnxruntime computes it wrong");
+  }
+}
 
 /// Throws PackageError if outputs of prober, monitor, Refusal Head or lm_head differ from the package's proof. Steering
 /// is tested through the bindings of a decode step.

@@ -250,6 +250,9 @@ class Call {
     for (const auto& [name, value] : outputs) binding_.BindOutput(name.c_str(), *value);
   }
 
+  /// Another buffer for an input, whose shape differs from run to run.
+  void bind(const char* input, const Ort::Value& value) { binding_.BindInput(input, value); }
+
   /// Run; results are in the output buffers.
   void operator()(const Ort::RunOptions& options = Cancellation::plain()) { session_.Run(options, binding_); }
 

@@ -310,7 +310,14 @@ Json judge(const Json& command) {
     if (failing-- > 0) throw autosteer::InputError("it fails");
     return loaded->request(std::move(prompt), 1, stats, &before);
   };
-  const autosteer::Judge judge(encoder, ask, loaded->manifest.split_layer, loaded->log);
+  autosteer::Judge::ReadPacked read_packed;
+  if (loaded->manifest.reads_in_packs()) {
+    read_packed = [&](autosteer::CachedPrefix& begun, const auto& prompts) {
+      by_themselves += static_cast<int>(prompts.size());
+      return autosteer::read_packed(loaded->manifest, loaded->graphs(), loaded->log, begun, prompts);
+    };
+  }
+  const autosteer::Judge judge(encoder, ask, read_packed, loaded->manifest.split_layer, loaded->log);
   const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report, {}, {}, command.value("pieces", true));
   autosteer::Conversation conversation;
   autosteer::Conversation* shared = command.value("conversation", false) ? &conversation : nullptr;
