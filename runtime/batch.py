@@ -187,7 +187,8 @@ class SharedPass:
             ins |= {n: buffer(a, device) for n, a in lengths.items()} | rotary.inputs
             ins, outs = {**ins, **caches[name].past}, {**outs, **caches[name].present}
             if name == "decoder_lower" and manifest.reads_in_packs:
-                return graphs[name].bind(ins, outs, lambda: unmasked(1, int(self._total)))
+                total = self._total  # not self: a cycle would keep the caches in memory
+                return graphs[name].bind(ins, outs, lambda: unmasked(1, int(total)))
             return graphs[name].bind(ins, outs)
 
         self._decoder = (

@@ -372,8 +372,8 @@ class Request:
         more |= self._deepstack.inputs(layers, first, hidden_in.shape()[1])
         inputs, outputs = {source: hidden_in, **more, **cache.past}, {target: hidden_out, **cache.present}
         if half == "decoder_lower" and self._manifest.reads_in_packs:
-            rows = hidden_in.shape()[1]
-            return self._graphs[name].bind(inputs, outputs, lambda: unmasked(rows, int(self._total.numpy())))
+            rows, total = hidden_in.shape()[1], self._total  # not self: a cycle would keep the caches in memory
+            return self._graphs[name].bind(inputs, outputs, lambda: unmasked(rows, int(total.numpy())))
         return self._graphs[name].bind(inputs, outputs)
 
     def empty(self, graph: str, output: str, count: int) -> OrtValue:

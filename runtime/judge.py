@@ -1,7 +1,7 @@
 """Asks a package's prober about a dialogue, and about an answer that is judged (held_back.py).
 
-readings.py says what is read. A dialogue is as unsafe as the worst of its scores. Pieces are read until one of the
-turn's forms is unsafe. A dialogue with an unsafe turn before the last is stopped, not steered, unless the policy asks
+readings.py says what is read. A dialogue is as unsafe as the worst of its scores. Pieces count until one of the turn's
+forms is unsafe. A dialogue with an unsafe turn before the last is stopped, not steered, unless the policy asks
 for plain steering (GatePolicy.checks_steering): the Refusal Head was trained on requests that come last.
 """
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import Action, GatePolicy, Mode, Verdict, decide, is_safe, without_steering, worst
-from .packed import can_be_packed, first_is_read_alone
+from .packed import can_share_a_pass, first_is_read_alone
 from .pieces import weighed
 from .readings import BEHIND_PLAIN, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
@@ -115,7 +115,7 @@ class Judge:
 
     def answer(self, text: str, request: Request, record: Record) -> Generator[None, None, float]:
         """The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its
-        verdict, until a reading is unsafe; NaN if one cannot be read. May pause.
+        verdict, of all readings up to some behind the first that is unsafe; NaN if one cannot be read. May pause.
         """
         assert record.prompt is not None
         policy, p_unsafe = record.policy, 0.0
@@ -166,10 +166,10 @@ class Judge:
     ) -> Generator[None, None, list[float]]:
         """p_unsafe of the last turn of each reading; NaN if it cannot be read."""
         found = [math.nan] * len(readings)
-        alike = defaultdict[tuple[int, tuple[int, ...]], list[int]](list)
+        alike = defaultdict[tuple[int, int, tuple[int, ...]], list[int]](list)
         for i, reading in enumerate(readings):
-            alike[reading.cache, tuple(reading.pictures)].append(i)
-        for (cache, _), members in alike.items():
+            alike[reading.cache, len(reading.messages), tuple(reading.pictures)].append(i)
+        for (cache, *_), members in alike.items():
             seen, prompts = seen_by(readings[members[0]], shown), dict[int, "EncodedPrompt"]()
             for i in members:
                 if prompt := self._encode(readings[i], seen, stats):
@@ -192,10 +192,10 @@ class Judge:
             if first_is_read_alone(prompts, begun.prefix):
                 (found[0],) = yield from self._score(prompts[0], policy, stats, begun)
             if prefix := begun.take_prefix():
-                short = [i for i in range(len(found), len(prompts)) if can_be_packed(prompts[i], prefix)]
+                short = can_share_a_pass({i: prompts[i] for i in range(len(found), len(prompts))}, prefix)
                 if short:
                     own = Stats()
-                    scores, prefix = yield from self._read_packed(prefix, [prompts[i] for i in short], own)
+                    scores, prefix = yield from self._read_packed(prefix, [*short.values()], own)
                     found |= zip(short, scores, strict=True)
                     stats.gate_ms += own.lower_ms
                 begun.keep_prefix(prefix)

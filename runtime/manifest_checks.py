@@ -105,6 +105,8 @@ def _check_rotary(manifest: Contents, need: Need) -> None:
     need(len(rotary.axes) in (0, count), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
     need(len(rotary.windowed) in (0, count), f"rotary: {len(rotary.windowed)} windowed frequencies, not {count}")
     need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
+    plain = not (rotary.windowed or rotary.long or manifest.deepstack) and manifest.activations == "float32"
+    need(plain or not manifest.reads_in_packs, "attention_bias goes with no windowed or long frequencies, no deepstack")
     if rotary.long:
         need(0 < rotary.long.beyond < 2**31, f"rotary: beyond is {rotary.long.beyond}, which is no length")
         need(

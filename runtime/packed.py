@@ -11,6 +11,7 @@ The C++ side is src/packed.hpp.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -27,24 +28,34 @@ from .rotary import RotaryTables
 from .stats import Stats, ms_since
 from .subgraph import Device, OrtValue, Subgraph, buffer, empty
 
-ROWS_OF_A_PASS = 32  # that may be computed again to save one
+log = logging.getLogger(__name__)
+
+ROWS_OF_A_PASS = 32  # about as many cost as much as another pass
 HIDDEN = np.finfo(np.float32).min  # added to a score, it leaves a weight of 0
 
 
-def can_be_packed(prompt: EncodedPrompt, begun: CachedPrefix) -> bool:
-    """Whether a pass has room for what `prompt` has behind its beginning, which it shares with what has `begun`."""
-    return all(prompt.probed) and len(prompt.keys) - _shared(begun.keys, prompt) <= PREFILL_CHUNK
+def can_share_a_pass(prompts: Mapping[int, EncodedPrompt], begun: CachedPrefix) -> dict[int, EncodedPrompt]:
+    """Those prompts for which a pass has room behind what all of them share with what has `begun`."""
+    probed = {i: prompt for i, prompt in prompts.items() if is_probed(prompt)}
+    fitting = {i: one for i, one in probed.items() if len(one.keys) - _shared(begun.keys, one) <= PREFILL_CHUNK}
+    shared = min((_shared(begun.keys, prompt) for prompt in fitting.values()), default=0)
+    return {i: prompt for i, prompt in fitting.items() if len(prompt.keys) - shared <= PREFILL_CHUNK}
 
 
 def first_is_read_alone(prompts: Sequence[EncodedPrompt], begun: CachedPrefix | None) -> bool:
-    """Whether the first of several prompts is read in a pass of its own: then the others start from its caches. They
-    should, if they have more in common with it, as a picture, than with what has `begun`.
+    """Whether the first of several prompts has a pass of its own, and the others start from its caches: if they have so
+    much more in common with it (a picture, say) than with what has `begun` that it saves more than a pass costs.
     """
     first, *others = prompts
-    if begun is None or not all(prompt.probed for prompt in prompts):
+    if begun is None or not all(map(is_probed, prompts)):
         return True
     known = min(_shared(begun.keys, prompt) for prompt in prompts)
     return (min(_shared(first.keys, other) for other in others) - known) * len(others) > ROWS_OF_A_PASS
+
+
+def is_probed(prompt: EncodedPrompt) -> bool:
+    """Whether the prober can read every judged turn of a prompt."""
+    return bool(prompt.probed) and all(prompt.probed)
 
 
 def _shared(keys: Sequence[Key], prompt: EncodedPrompt) -> int:
@@ -139,9 +150,10 @@ def run_pack(
 
 def _probe(graphs: Mapping[str, Subgraph], prompt: EncodedPrompt, hidden: Float, shared: int) -> float:
     """p_unsafe of the last turn of a prompt. `hidden`: its rows behind the first `shared`. NaN if one of them is not
-    finite, or the prober failed.
+    finite, or the prober failed. (A row that is not finite makes all rows of its pass so.)
     """
     if not np.isfinite(hidden).all():
+        log.error("a pass gave hidden states that are not finite, so what it read counts as unsafe")
         return math.nan
     read = hidden[np.array(prompt.probed[-1]) - shared]
     return probe(graphs, (read.sum(axis=0, dtype=np.float64) / len(read)).astype(np.float32)[None])

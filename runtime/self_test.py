@@ -8,7 +8,7 @@ answer, is in check.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ PROBER_LIMIT = 1e-3  # difference of p_unsafe: the prober is float32 on the CPU 
 STEER_LIMIT = {"float32": 1e-3, "float16": 0.05}  # error of what the Refusal Head adds, relative to it; by activations
 SHIFT_LIMIT = {True: 0.01, False: 0.25}  # error of the logits' shift, relative to it; by Manifest.exact
 POSSIBLE = 1e30  # larger logits mask tokens that the model never generates
-WORDS = 4  # of a text
-HIDDEN_LIMIT = 0.25  # what a hidden text changes, relative to what it changes if it is seen: rounding
+BEGINNING, TEXTS, WORDS = 8, 3, 16  # texts of so many tokens, and what they begin with
+HIDDEN_LIMIT = 0.05  # what hidden texts change, relative to what they change if they are seen: rounding
 BLOCKS = 64  # arrays of a strength's size, to overwrite one that was freed
 
 
@@ -63,27 +63,37 @@ def check_gate(folder: Path, manifest: Manifest, graphs: Mapping[str, Subgraph],
 
 
 def check_packs(manifest: Manifest, graphs: Mapping[str, Subgraph], device: Device) -> None:
-    """Raise PackageError if a text sees another one that shares its pass (packed.py): the other's words would hide its
-    own from the prober.
+    """Raise PackageError if a text sees others that share its pass (packed.py), or not what all begin with: other words
+    would hide its own from the prober. Three texts behind one beginning; the last is compared with itself alone.
     """
     if not manifest.reads_in_packs:
         return
-    words = np.arange(1, 2 * WORDS + 1).reshape(2, 1, WORDS) * (manifest.dims.vocab_size // (2 * WORDS + 1))
-    embeds = [graphs["embed_tokens"].run({"input_ids": ids})["inputs_embeds"] for ids in words.astype(np.int64)]
-    positions = np.broadcast_to(np.arange(WORDS), (3, WORDS))
-    texts = [EncodedPrompt(rows, [], [0] * WORDS, positions, []) for rows in embeds]
+    vocabulary, count = manifest.dims.vocab_size, BEGINNING + TEXTS * WORDS
+    ids = np.arange(1, count + 1, dtype=np.int64) * max(1, vocabulary // (count + 1)) % vocabulary
+    rows = graphs["embed_tokens"].run({"input_ids": ids[None]})["inputs_embeds"]
 
-    def last_row(*prompts: EncodedPrompt, hide: bool = True) -> Float:
-        arrays = empty_arrays(manifest.graphs["decoder_lower"], manifest.dims, manifest.kv_cache, 2 * WORDS)
-        state: Float = run_pack(manifest, graphs, device, KVCache(arrays, device), prompts, 0, hide=hide)[-1][-1]
+    def prompt(*parts: slice) -> EncodedPrompt:
+        embeds = np.concatenate([rows[:, part] for part in parts], axis=1)
+        length = embeds.shape[1]
+        return EncodedPrompt(embeds, [], [0] * length, np.broadcast_to(np.arange(length), (3, length)), [])
+
+    beginning = slice(0, BEGINNING)
+    texts = [slice(first, first + WORDS) for first in range(BEGINNING, len(ids), WORDS)]
+    arrays = empty_arrays(manifest.graphs["decoder_lower"], manifest.dims, manifest.kv_cache, len(ids))
+    cache = KVCache(arrays, device)
+
+    def last_row(prompts: Sequence[EncodedPrompt], shared: int, *, hide: bool = True) -> Float:
+        state: Float = run_pack(manifest, graphs, device, cache, prompts, shared, hide=hide)[-1][-1].copy()
         return state
 
-    alone = last_row(texts[1])
-    hidden, seen = (float(np.linalg.norm(last_row(*texts, hide=hide) - alone)) for hide in (True, False))
-    if not hidden <= HIDDEN_LIMIT * seen:
+    alone = last_row([prompt(beginning, texts[-1])], 0)  # leaves the beginning in the cache
+    together = [prompt(beginning, text) for text in texts]
+    hidden, seen = (float(np.linalg.norm(last_row(together, BEGINNING, hide=hide) - alone)) for hide in (True, False))
+    if not hidden < HIDDEN_LIMIT * seen:
         raise PackageError(
-            f"decoder_lower: a text that shares a pass with another sees it (its state is off by {hidden:.3g}, and by "
-            f"{seen:.3g} if nothing is hidden): the graph is not the package's, or this onnxruntime computes it wrong"
+            "decoder_lower: a text that shares a pass with others is read otherwise (its state is off by "
+            f"{hidden:.3g}, by {seen:.3g} if it sees them): the graph is not the package's, or this onnxruntime "
+            "computes it wrong"
         )
 
 

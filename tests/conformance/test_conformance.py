@@ -230,7 +230,7 @@ CPP_FILES = (
 )
 # Refusals that no case can reach, and why: a piece of the source, the reason.
 PYTHON_EXEMPT = {
-    "shares a pass with another sees it": "the toys' texts share none (test_packed.py)",
+    "shares a pass with others is read otherwise": "the toys' texts share none (test_packed.py)",
     "raise PackageError(UNGUARDED)": "a policy that a program made itself (test_engine.py)",
     "the audit record cannot be written": "the disk is full (test_audit.py; C++: test_cpp_audit.py)",
     "this system has no flock": "Windows (test_audit.py)",
@@ -256,7 +256,7 @@ PYTHON_EXEMPT = {
     "not a readable folder": "a folder that may not be read: tests are root's",
 }
 CPP_EXEMPT = {
-    "shares a pass with another sees it": "the toys' texts share none (test_cpp_engine.py)",
+    "shares a pass with others is read otherwise": "the toys' texts share none (test_cpp_engine.py)",
     "throw PackageError(kUnguarded)": "a policy that a program made itself",
     "the audit record cannot be written": "the disk is full (test_cpp_audit.py)",
     "is not installed: apt-get install": "there is an ffmpeg (test_ffmpeg.py)",

@@ -13,6 +13,7 @@ So the gate's proof passes at load, and both runtimes meet the fault within a re
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,28 @@ class Fault:
         self.node("Loop", ["times", np.bool_(True), "sound"], self.spoilt, body=body)
 
 
-def hiding_nothing(source: Path, folder: Path) -> Path:
-    """A copy of a package in which texts that share a pass see each other: decoder_lower ignores its attention bias."""
+def hiding_nothing(source: Path, folder: Path, layers: Sequence[int] | None = None) -> Path:
+    """A copy of a package in which texts that share a pass see each other: `layers` of decoder_lower (all of them)
+    ignore its attention bias.
+    """
+    shutil.copytree(source, folder)
+    model = onnx.load(folder / "decoder_lower.onnx", load_external_data=False)
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    for layer in range(len(attention)) if layers is None else layers:
+        del attention[layer].input[10:]
+    onnx.save(model, folder / "decoder_lower.onnx")
+    toy.rehash(folder)
+    return folder
+
+
+def with_bias(source: Path, folder: Path, operator: str, value: float) -> Path:
+    """A copy of a package in which decoder_lower's attention bias goes through an operator first: Max or Mul."""
     shutil.copytree(source, folder)
     model = onnx.load(folder / "decoder_lower.onnx", load_external_data=False)
     for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            del node.input[10:]
+        node.input[:] = ["changed_bias" if name == "attention_bias" else name for name in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), "by"))
+    model.graph.node.insert(0, onnx.helper.make_node(operator, ["attention_bias", "by"], ["changed_bias"]))
     onnx.save(model, folder / "decoder_lower.onnx")
     toy.rehash(folder)
     return folder

@@ -4,21 +4,27 @@ test_cpp_engine.py.
 
 from __future__ import annotations
 
+import gc
+import math
 import random
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 from demo_requests import HARMLESS, UNSAFE
 from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
-from faults import hiding_nothing
+from faults import hiding_nothing, with_bias
 
 from autosteer.export.checkpoint.open import DEMO
 from autosteer.export.cli import export
-from autosteer.runtime import Engine, Message
+from autosteer.runtime import Engine, Manifest, Message, packed
 from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.errors import PackageError
+from autosteer.runtime.generation import PREFILL_CHUNK, Request
 
 KINDS = {  # options of the export: how far a score may differ
     ("fp32",): 1e-5,  # as no export makes it: without rounding, so that the difference is that of the order of sums
@@ -103,13 +109,13 @@ def scores(engine: Engine, messages: list[Message]) -> list[float]:
 def test_fewer_passes_run(engine: Engine, monkeypatch: pytest.MonkeyPatch, images: list[Path]):
     text = "how do i clean a spoon? how do i carry a ladder, and then? how do i paint a kettle? how do i mend a kite?"
     passes = dict[bool, int]()
-    for packed in (True, False):
+    for together in (True, False):
         with monkeypatch.context() as patch:
-            if not packed:
+            if not together:
                 patch.setattr(engine._judge, "_read_packed", None)
             ran = runs_of_lower(patch, engine)
             engine.score(text, images=images)
-        passes[packed] = len(ran)
+        passes[together] = len(ran)
     assert 2 * passes[True] < passes[False]
 
 
@@ -145,8 +151,66 @@ def test_a_later_reading_does_not_start_from_rows_that_were_overwritten(monkeypa
     assert left and all(kept < shortest for kept, shortest in left)
 
 
+def test_a_pass_does_not_grow_with_the_dialogue(monkeypatch: pytest.MonkeyPatch):
+    """Readings of several turns begin alike only up to the first: a pass had the rows of the whole dialogue, and its
+    bias their square.
+    """
+    engine, rows = demo_engine("int8"), list[int]()
+    run = packed.run_pack
+
+    def noting(*given: Any) -> Any:
+        *_, prompts, shared = given
+        rows.append(sum(len(prompt.keys) - shared for prompt in prompts))
+        return run(*given)
+
+    monkeypatch.setattr(packed, "run_pack", noting)
+    long = " ".join(f"the {n} kites are red." for n in range(60))
+    turns = [Message.user("how do i clean a spoon?"), Message.assistant("get a sponge.", trusted=True)]
+    turns += [Message.user("how do i paint a kettle? what is a kite?"), Message.assistant(long, trusted=True)]
+    engine.score([*turns, Message.user("how do i mend a kite? is it red? how do i carry a ladder?")])
+    assert len(rows) > 3 and max(rows) <= PREFILL_CHUNK
+
+
+def test_nothing_is_kept_in_memory_by_its_own_passes(monkeypatch: pytest.MonkeyPatch):
+    """A cycle kept the caches of an answer until the collector ran."""
+    engine, requests = demo_engine("int8"), list[weakref.ref[Request]]()
+    make = engine.request
+
+    def noting(*given: Any, **options: Any) -> Request:
+        request = make(*given, **options)
+        requests.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr(engine, "request", noting)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.generate("how do i clean a spoon? what is a kite?")
+        assert requests and not any(request() for request in requests)
+    finally:
+        gc.enable()
+
+
+def test_a_piece_that_is_too_short_for_the_prober_is_unsafe(tmp_path: Path):
+    """It was an IndexError."""
+    toy.build(tmp_path / "package", masked=True)
+    manifest = Manifest.load(tmp_path / "package")
+    assert manifest.prober
+    replace(manifest, prober=replace(manifest.prober, token_offset=-9)).save(tmp_path / "package")
+    verdict = Engine.load(tmp_path / "package").score("tick tick red\nred tick tick\nred red tick", policy="stop")
+    assert verdict.unsafe and verdict.p_unsafe is not None and math.isnan(verdict.p_unsafe)
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_graph_that_hides_nothing_is_refused(tmp_path: Path, precision: str):
-    package = hiding_nothing(demo_package(precision), tmp_path / "package")
-    with pytest.raises(PackageError, match="a text that shares a pass with another sees it"):
+@pytest.mark.parametrize("layers", [None, [0], [1], [2], [3]])
+def test_a_graph_that_hides_nothing_is_refused(tmp_path: Path, precision: str, layers: list[int] | None):
+    package = hiding_nothing(demo_package(precision), tmp_path / "package", layers)
+    with pytest.raises(PackageError, match="a text that shares a pass with others is read otherwise"):
+        Engine.load(package)
+
+
+@pytest.mark.parametrize(("operator", "value"), [("Max", -4.0), ("Mul", 0.0), ("Mul", -1.0)])
+def test_a_bias_that_arrives_otherwise_is_refused(tmp_path: Path, operator: str, value: float):
+    package = with_bias(demo_package("int8"), tmp_path / "package", operator, value)
+    with pytest.raises(PackageError, match="a text that shares a pass with others is read otherwise"):
         Engine.load(package)

@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -209,8 +210,8 @@ class Judge {
     return verdict;
   }
 
-  /// The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its verdict,
-  /// until a reading is unsafe; NaN if one cannot be read.
+  /// The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its verdict, of
+  /// all readings up to some behind the first that is unsafe; NaN if one cannot be read.
   double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
     const std::vector<Message> messages = without_pixels(record.messages);
     const Views views = each_shown(messages, record.seen, true);
@@ -275,17 +276,18 @@ class Judge {
   std::vector<double> read_all(const std::vector<const Reading*>& readings, const std::vector<std::vector<Seen>>& shown,
                                const GatePolicy& policy, Begun& begun, const Request& request) const {
     std::vector<double> found(readings.size(), std::nan(""));
-    using Beginning = std::pair<Cache, Span>;
+    using Beginning = std::tuple<Cache, size_t, Span>;  // ..., how many messages, the pictures
     std::vector<std::pair<Beginning, std::vector<size_t>>> alike;  // in the order of their first
     for (size_t i = 0; i < readings.size(); ++i) {
-      const Beginning beginning{readings[i]->cache, readings[i]->pictures};
+      const auto [from, to] = readings[i]->pictures;
+      const Beginning beginning{readings[i]->cache, readings[i]->messages.size(), from < to ? Span{from, to} : Span{}};
       const auto is_same = [&](const auto& group) { return group.first == beginning; };
       auto group = std::find_if(alike.begin(), alike.end(), is_same);
       if (group == alike.end()) group = alike.insert(alike.end(), {beginning, {}});
       group->second.push_back(i);
     }
     for (const auto& [beginning, members] : alike) {
-      const std::vector<Seen> seen = only(shown, beginning.second);
+      const std::vector<Seen> seen = only(shown, std::get<Span>(beginning));
       std::vector<EncodedPrompt> prompts;
       std::vector<size_t> numbers;
       size_t rows = 0;
@@ -296,7 +298,7 @@ class Judge {
           numbers.push_back(i);
         }
         if (i != members.back() && rows <= kMostRows) continue;
-        Conversation& start = before(begun, beginning.first, request);
+        Conversation& start = before(begun, std::get<Cache>(beginning), request);
         const std::vector<double> scores = score_alike(std::exchange(prompts, {}), policy, start);
         for (size_t k = 0; k < numbers.size(); ++k) found[numbers[k]] = scores[k];
         numbers.clear();
@@ -316,13 +318,9 @@ class Judge {
         found[0] = score(prompts[0], policy, begun).back();
       }
       if (std::optional<CachedPrefix> prefix = begun.take_prefix()) {
-        std::vector<size_t> numbers;
+        const std::vector<size_t> numbers = can_share_a_pass(prompts, found.size(), *prefix);
         std::vector<const EncodedPrompt*> together;
-        for (size_t i = found.size(); i < prompts.size(); ++i) {
-          if (!can_be_packed(prompts[i], *prefix)) continue;
-          numbers.push_back(i);
-          together.push_back(&prompts[i]);
-        }
+        for (const size_t i : numbers) together.push_back(&prompts[i]);
         if (!together.empty()) {
           const std::vector<double> scores = read_packed_(*prefix, together);
           for (size_t k = 0; k < numbers.size(); ++k) found[numbers[k]] = scores[k];

@@ -230,6 +230,8 @@ inline void check_rotary(const Manifest& m, const Need& need) {
        "rotary: " + std::to_string(windowed.size()) + " windowed frequencies" + wanted);
   const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
   need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
+  need(!m.reads_in_packs() || (windowed.empty() && !longer && m.deepstack() == 0),
+       "attention_bias goes with no windowed or long frequencies, no deepstack");
   if (longer) {
     need(longer->frequencies.size() == count,
          "rotary: " + std::to_string(longer->frequencies.size()) + " long frequencies" + wanted);

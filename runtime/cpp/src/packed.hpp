@@ -24,7 +24,7 @@
 
 namespace autosteer {
 
-constexpr int64_t kRowsOfAPass = 32;  // that may be computed again to save one
+constexpr int64_t kRowsOfAPass = 32;  // about as many cost as much as another pass
 
 /// How many positions of `keys` a prompt can start from: none that the prober reads.
 inline int64_t shared_with(const std::vector<Key>& keys, const EncodedPrompt& prompt) {
@@ -38,14 +38,28 @@ inline bool is_probed(const EncodedPrompt& prompt) {
   return !prompt.probed.empty() && std::none_of(prompt.probed.begin(), prompt.probed.end(), is_empty);
 }
 
-/// Whether a pass has room for what `prompt` has behind its beginning, which it shares with what has `begun`.
-inline bool can_be_packed(const EncodedPrompt& prompt, const CachedPrefix& begun) {
-  const auto length = static_cast<int64_t>(prompt.keys.size());
-  return is_probed(prompt) && length - shared_with(begun.keys, prompt) <= kPrefillChunk;
+/// The numbers of those prompts, from `first` on, for which a pass has room behind what all of them share with what has
+/// `begun`.
+inline std::vector<size_t> can_share_a_pass(const std::vector<EncodedPrompt>& prompts, size_t first,
+                                            const CachedPrefix& begun) {
+  const auto rows = [&](size_t i, int64_t shared) { return static_cast<int64_t>(prompts[i].keys.size()) - shared; };
+  std::vector<size_t> fitting, found;
+  int64_t shared = std::numeric_limits<int64_t>::max();
+  for (size_t i = first; i < prompts.size(); ++i) {
+    if (!is_probed(prompts[i])) continue;
+    const int64_t own = shared_with(begun.keys, prompts[i]);
+    if (rows(i, own) > kPrefillChunk) continue;
+    fitting.push_back(i);
+    shared = std::min(shared, own);
+  }
+  for (const size_t i : fitting) {
+    if (rows(i, shared) <= kPrefillChunk) found.push_back(i);
+  }
+  return found;
 }
 
-/// Whether the first of several prompts is read in a pass of its own: then the others start from its caches. They
-/// should, if they have more in common with it, as a picture, than with what has `begun`.
+/// Whether the first of several prompts has a pass of its own, and the others start from its caches: if they have so
+/// much more in common with it (a picture, say) than with what has `begun` that it saves more than a pass costs.
 inline bool first_is_read_alone(const std::vector<EncodedPrompt>& prompts, const CachedPrefix& begun) {
   if (!std::all_of(prompts.begin(), prompts.end(), is_probed)) return true;
   int64_t known = shared_with(begun.keys, prompts[0]), alike = std::numeric_limits<int64_t>::max();
@@ -126,6 +140,8 @@ inline std::vector<double> read_packed(const Manifest& manifest, const Graphs& g
       std::vector<const float*> read;
       for (const int64_t position : prompt->probed.back()) read.push_back(own + (position - shared) * width);
       const bool finite = std::all_of(own, end, [](float x) { return std::isfinite(x); });
+      // a row that is not finite makes all rows of its pass so
+      if (!finite && log) log("a pass gave hidden states that are not finite, so what it read counts as unsafe");
       found.push_back(finite ? probe(graphs, log, mean_of_rows(read, width)) : std::nan(""));
       own = end;
     }

@@ -27,8 +27,8 @@ namespace autosteer {
 constexpr double kProberLimit = 1e-3;  // difference of p_unsafe: the prober is float32 in every package
 constexpr double kSteerLimit = 1e-3;   // error of what the Refusal Head adds, relative to it
 constexpr double kExactShiftLimit = 0.01, kShiftLimit = 0.25;  // error of the logits' shift, relative to it
-constexpr int64_t kWords = 4;          // of a text
-constexpr double kHiddenLimit = 0.25;  // what a hidden text changes, relative to what it changes if it is seen
+constexpr int64_t kBeginning = 8, kTexts = 3, kWords = 16;  // texts of so many tokens, and what they begin with
+constexpr double kHiddenLimit = 0.05;  // what hidden texts change, relative to what they change if they are seen
 constexpr float kPossible = 1e30F;  // larger logits mask tokens that the model never generates
 
 namespace self_test {
@@ -85,39 +85,46 @@ inline double score(const Subgraph& prober, const float* state, int64_t width) {
 
 }  // namespace self_test
 
-/// Throws PackageError if a text sees another one that shares its pass (packed.hpp): the other's words would hide its
-/// own from the prober.
+/// Throws PackageError if a text sees others that share its pass (packed.hpp), or not what all begin with: other words
+/// would hide its own from the prober. Three texts behind one beginning; the last is compared with itself alone.
 inline void check_packs(const Manifest& manifest, const Graphs& graphs) {
   if (!manifest.reads_in_packs()) return;
-  const int64_t width = manifest.dims.hidden_size, apart = manifest.dims.vocab_size / (2 * kWords + 1);
-  std::vector<EncodedPrompt> texts(2);
-  for (int64_t word = 0; word < 2 * kWords; ++word) {
-    EncodedPrompt& text = texts[static_cast<size_t>(word / kWords)];
-    const int64_t id = (word + 1) * apart, at = word % kWords;
-    const auto outputs = graphs.at("embed_tokens").run(Tensor<int64_t>::view(&id, {1, 1}));
-    text.inputs_embeds.width = width;
-    text.inputs_embeds.append(floats(outputs.at("inputs_embeds"), width, graphs.at("embed_tokens")), 1);
-    text.keys.emplace_back("", id);
-    text.positions.push_back({at, at, at});
+  constexpr int64_t all = kBeginning + kTexts * kWords;
+  const int64_t width = manifest.dims.hidden_size, vocabulary = manifest.dims.vocab_size;
+  std::vector<int64_t> ids;
+  for (int64_t i = 1; i <= all; ++i) ids.push_back(i * std::max<int64_t>(1, vocabulary / (all + 1)) % vocabulary);
+  const Subgraph& embed = graphs.at("embed_tokens");
+  const auto outputs = embed.run(Tensor<int64_t>::view(ids.data(), {1, all}));
+  const float* rows = floats(outputs.at("inputs_embeds"), all * width, embed);
+  std::vector<EncodedPrompt> texts(static_cast<size_t>(kTexts));
+  for (int64_t text = 0; text < kTexts; ++text) {
+    EncodedPrompt& prompt = texts[static_cast<size_t>(text)];
+    prompt.inputs_embeds.width = width;
+    prompt.inputs_embeds.append(rows, kBeginning);
+    prompt.inputs_embeds.append(rows + (kBeginning + text * kWords) * width, kWords);
+    prompt.keys.resize(static_cast<size_t>(kBeginning + kWords));
+    for (int64_t at = 0; at < kBeginning + kWords; ++at) prompt.positions.push_back({at, at, at});
   }
-  const auto last_row = [&](const std::vector<const EncodedPrompt*>& prompts, bool hide) {
-    KVCache cache(manifest.graphs.at("decoder_lower"), manifest, 2 * kWords);
-    const Tensor<float> hidden = run_pack(manifest, graphs, cache, prompts, 0, hide);
-    const float* end = hidden.data() + hidden.size();
+  KVCache cache(manifest.graphs.at("decoder_lower"), manifest, all);
+  const auto last_row = [&](const std::vector<const EncodedPrompt*>& prompts, int64_t shared, bool hide) {
+    const Tensor<float> states = run_pack(manifest, graphs, cache, prompts, shared, hide);
+    const float* end = states.data() + states.size();
     return std::vector<float>(end - width, end);
   };
-  const std::vector<float> alone = last_row({&texts[1]}, true);
+  const std::vector<float> alone = last_row({&texts.back()}, 0, true);  // leaves the beginning in the cache
   const auto off = [&](bool hide) {
-    const std::vector<float> found = last_row({&texts[0], &texts[1]}, hide);
+    std::vector<const EncodedPrompt*> together;
+    for (const EncodedPrompt& text : texts) together.push_back(&text);
+    const std::vector<float> found = last_row(together, kBeginning, hide);
     double sum = 0;
     for (size_t i = 0; i < found.size(); ++i) sum += std::pow(static_cast<double>(found[i]) - alone[i], 2);
     return std::sqrt(sum);
   };
   const double hidden = off(true), seen = off(false);
-  if (!(hidden <= kHiddenLimit * seen)) {
-    throw PackageError("decoder_lower: a text that shares a pass with another sees it (its state is off by " +
-                       self_test::number(hidden) + ", and by " + self_test::number(seen) +
-                       " if nothing is hidden): the graph is not the package's, or this onnxruntime computes it wrong");
+  if (!(hidden < kHiddenLimit * seen)) {
+    throw PackageError("decoder_lower: a text that shares a pass with others is read otherwise (its state is off by " +
+                       self_test::number(hidden) + ", by " + self_test::number(seen) +
+                       " if it sees them): the graph is not the package's, or this onnxruntime computes it wrong");
   }
 }
 
