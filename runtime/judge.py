@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from .conversation import Conversation, ReadingKey
@@ -41,6 +42,36 @@ TOGETHER = 32  # readings whose scores are looked at when all are known, if they
 MOST_ROWS = 4096  # of readings that are encoded at once: a picture has its rows in each of them
 
 
+@dataclass
+class Forms:
+    """What the forms of a dialogue's judged turns score, and what follows."""
+
+    scores: list[float]  # the worst of each turn so far
+    threshold: float
+    kept: Mapping[ReadingKey, float]  # scores that the conversation knows
+    known: dict[ReadingKey, float] = field(default_factory=dict)  # scores of this dialogue's readings
+    stopped: bool = False  # whether a form is unsafe that stops the request
+
+    def is_unsafe(self, p: float) -> bool:
+        """Whether a score is."""
+        return not is_safe(p, self.threshold)
+
+    def counts(self, at: int, reading: Reading) -> bool:
+        """Whether a reading of a judged turn still does."""
+        return not (reading.only_while_safe and self.is_unsafe(self.scores[at]))
+
+    def score_of(self, key: ReadingKey) -> float | None:
+        """The score of a reading, if it is known."""
+        return self.known.get(key, self.kept.get(key))
+
+    def note(self, at: int, reading: Reading, p_unsafe: float) -> None:
+        """A reading of a judged turn has this score; it changes nothing if it does not count."""
+        if self.counts(at, reading):
+            p = weighed(p_unsafe) if reading.weighed else p_unsafe
+            self.scores[at] = worst([self.scores[at], p])
+            self.stopped = self.stopped or (reading.stops and self.is_unsafe(p))
+
+
 class Judge:
     """Asks a package's prober."""
 
@@ -66,52 +97,43 @@ class Judge:
                 "Engine.encode, or give a policy with pieces=False"
             )
         verdict = yield from request.lower_chunks(policy)
-        messages, scores, prompt, stats = record.messages, list(request.scores), record.prompt, record.stats
-        known, kept = dict[ReadingKey, float](), conversation.known_scores if conversation else {}
+        forms = Forms(list(request.scores), policy.threshold, conversation.known_scores if conversation else {})
         if verdict.p_unsafe is not None:
-            assert prompt is not None
-            begun, plain, stopped = self._begun(request), plain_turns(messages), False
-            shown, frames = self._each_shown(messages, prompt.seen, frames=policy.pieces)
-
-            def is_unsafe(p: float) -> bool:
-                return not is_safe(p, policy.threshold)
-
-            def note(at: int, p: float, *, stops: bool) -> None:
-                nonlocal stopped
-                scores[at] = worst([scores[at], p])
-                stopped = stopped or (stops and is_unsafe(p))
-
-            if len(messages) > 1 and any(plain):
-                whole = Reading(tuple(with_letters_of(plain, messages)), cache=BEHIND_PLAIN)
-                found = [math.nan] * len(scores)
-                if letters := self._encode(whole, prompt.seen, stats, len(scores)):
-                    found = yield from self._score(letters, policy, stats, begun[whole.cache])
-                for at, score in enumerate(found):
-                    if not is_unsafe(scores[at]):
-                        note(at, score, stops=True)
-            readings = all_readings(messages, plain, pieces=policy.pieces, frames=frames)
-
-            def counts(at: int, reading: Reading) -> bool:
-                return not (reading.only_while_safe and is_unsafe(scores[at]))
-
-            while some := [*itertools.islice(readings, self._together)]:
-                keys = [reading_key(reading.messages, seen_by(reading, shown)) for _, reading in some]
-                scored = {key: p for key in keys if (p := known.get(key, kept.get(key))) is not None}
-                pairs = zip(keys, some, strict=True)
-                new = {key: one for key, (at, one) in pairs if key not in scored and counts(at, one)}
-                found = yield from self._read_all([*new.values()], shown, policy, stats, begun)
-                scored |= zip(new, found, strict=True)
-                known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # a failure may pass
-                for key, (at, reading) in zip(keys, some, strict=True):
-                    if counts(at, reading):
-                        note(at, weighed(scored[key]) if reading.weighed else scored[key], stops=reading.stops)
-            stopped = stopped or (policy.checks_steering and any(map(is_unsafe, scores[:-1])))
-            policy = without_steering(policy) if stopped else policy
-            verdict = decide(worst([verdict.p_unsafe, *scores]), policy, split_layer=self._split_layer)
+            yield from self._read_forms(request, record, policy, forms)
+            earlier = policy.checks_steering and any(map(forms.is_unsafe, forms.scores[:-1]))
+            policy = without_steering(policy) if forms.stopped or earlier else policy
+            verdict = decide(worst([verdict.p_unsafe, *forms.scores]), policy, split_layer=self._split_layer)
         if conversation:
-            conversation.known_scores = known
-        record.verdict, record.scores = verdict, scores
+            conversation.known_scores = forms.known
+        record.verdict, record.scores = verdict, forms.scores
         return verdict
+
+    def _read_forms(
+        self, request: Request, record: Record, policy: GatePolicy, forms: Forms
+    ) -> Generator[None, None, None]:
+        """Note in `forms` what the forms of the turns score that are not read where the turns stand. May pause."""
+        messages, prompt, stats = record.messages, record.prompt, record.stats
+        assert prompt is not None
+        begun, plain = self._begun(request), plain_turns(messages)
+        shown, frames = self._each_shown(messages, prompt.seen, frames=policy.pieces)
+        if len(messages) > 1 and any(plain):
+            whole = Reading(tuple(with_letters_of(plain, messages)), only_while_safe=True, stops=True)
+            found = [math.nan] * len(forms.scores)
+            if letters := self._encode(whole, prompt.seen, stats, len(found)):
+                found = yield from self._score(letters, policy, stats, begun[BEHIND_PLAIN])
+            for at, score in enumerate(found):
+                forms.note(at, whole, score)
+        readings = all_readings(messages, plain, pieces=policy.pieces, frames=frames)
+        while some := [*itertools.islice(readings, self._together)]:
+            keys = [reading_key(reading.messages, seen_by(reading, shown)) for _, reading in some]
+            scored = {key: p for key in keys if (p := forms.score_of(key)) is not None}
+            pairs = zip(keys, some, strict=True)
+            new = {key: one for key, (at, one) in pairs if key not in scored and forms.counts(at, one)}
+            found = yield from self._read_all([*new.values()], shown, policy, stats, begun)
+            scored |= zip(new, found, strict=True)
+            forms.known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # a failure may pass
+            for key, (at, reading) in zip(keys, some, strict=True):
+                forms.note(at, reading, scored.get(key, math.nan))  # what does not count may be missing
 
     def answer(self, text: str, request: Request, record: Record) -> Generator[None, None, float]:
         """The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its

@@ -92,6 +92,9 @@ def _check_graphs(manifest: Contents, need: Need) -> None:
     need(0 < k < n, f"split_layer {k} is not between 1 and {n - 1}")
     prefill = [name for name in PREFILL_GRAPHS.values() if name in manifest.graphs]
     need(len(prefill) != 1, f"of prefill_lower and prefill_upper there are both or neither; found: {prefill}")
+    plain = not (manifest.rotary.windowed or manifest.rotary.long or manifest.deepstack)
+    plain = plain and manifest.activations == "float32"
+    need(plain or not manifest.reads_in_packs, "attention_bias goes with no windowed or long frequencies, no deepstack")
     for half, layers in {"decoder_lower": (0, k), "decoder_upper": (k, n)}.items():
         for name in (half, manifest.prefill_graph(half)):
             need(manifest.graphs[name].layers == layers, f"{name} must hold layers {layers[0]}..{layers[1] - 1}")
@@ -105,8 +108,6 @@ def _check_rotary(manifest: Contents, need: Need) -> None:
     need(len(rotary.axes) in (0, count), f"rotary: {len(rotary.axes)} axes, not one for each frequency")
     need(len(rotary.windowed) in (0, count), f"rotary: {len(rotary.windowed)} windowed frequencies, not {count}")
     need(set(rotary.axes) <= {0, 1, 2}, "rotary: an axis is not 0, 1 or 2")
-    plain = not (rotary.windowed or rotary.long or manifest.deepstack) and manifest.activations == "float32"
-    need(plain or not manifest.reads_in_packs, "attention_bias goes with no windowed or long frequencies, no deepstack")
     if rotary.long:
         need(0 < rotary.long.beyond < 2**31, f"rotary: beyond is {rotary.long.beyond}, which is no length")
         need(

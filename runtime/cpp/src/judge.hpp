@@ -132,81 +132,22 @@ class Judge {
     }
     Verdict verdict = request.prefill_lower(policy);
     const Clock clock;
-    const std::vector<Message> messages = without_pixels(record.messages);
-    std::vector<double> scores = request.scores;
-    std::map<ReadingKey, double> known;
+    Forms forms{request.scores, policy.threshold, conversation ? &conversation->known_scores : nullptr};
     if (verdict.p_unsafe) {
-      const Views views = each_shown(messages, record.seen, policy.pieces);
-      const std::vector<std::optional<Message>> plain = plain_turns(messages);
-      Begun begun;
-      bool stopped = false;
-      const auto is_unsafe = [&](double p) { return !is_safe(p, policy.threshold); };
-      const auto note = [&](double& score, double p, bool stops) {
-        score = worse(score, p);
-        stopped = stopped || (stops && is_unsafe(p));
-      };
-      const auto in_letters = [](const auto& letters) { return letters.has_value(); };
-      if (messages.size() > 1 && std::any_of(plain.begin(), plain.end(), in_letters)) {
-        std::vector<double> found(scores.size(), std::nan(""));
-        if (auto letters = encode(with_letters_of(plain, messages), record.seen, scores.size())) {
-          found = score(std::move(*letters), policy, before(begun, Cache::behind_plain, request));
-        }
-        for (size_t at = 0; at < scores.size(); ++at) {
-          if (!is_unsafe(scores[at])) note(scores[at], found.at(at), true);
-        }
-      }
-      std::map<size_t, size_t> places;  // of judged turns, among these
-      for (size_t n = 0; n < messages.size(); ++n) {
-        if (is_judged(messages, n)) places.emplace(n, places.size());
-      }
-      std::vector<std::pair<size_t, Reading>> some;
-      const auto counts = [&](const auto& one) {
-        return !(one.second.only_while_safe && is_unsafe(scores.at(places.at(one.first))));
-      };
-      const auto read_some = [&] {
-        std::vector<ReadingKey> keys;
-        std::map<ReadingKey, double> scored;
-        std::vector<const Reading*> wanted;
-        std::vector<ReadingKey> wanted_keys;
-        for (const auto& one : some) {
-          keys.push_back(reading_key(one.second.messages, only(views.seen, one.second.pictures)));
-          std::optional<double> p = find(known, keys.back());
-          if (!p && conversation) p = find(conversation->known_scores, keys.back());
-          if (p) scored.emplace(keys.back(), *p);
-          const bool is_wanted = std::count(wanted_keys.begin(), wanted_keys.end(), keys.back()) > 0;
-          if (p || is_wanted || !counts(one)) continue;
-          wanted.push_back(&one.second);
-          wanted_keys.push_back(keys.back());
-        }
-        const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
-        for (size_t i = 0; i < wanted.size(); ++i) scored.emplace(wanted_keys[i], found[i]);
-        for (const auto& [key, p] : scored) {
-          if (!std::isnan(p)) known.emplace(key, p);  // a failure may pass
-        }
-        for (size_t i = 0; i < some.size(); ++i) {
-          const auto& [n, reading] = some[i];
-          if (!counts(some[i])) continue;
-          const double p = scored.at(keys[i]);
-          note(scores.at(places.at(n)), reading.weighed ? weighed(p) : p, reading.stops);
-        }
-        some.clear();
-      };
-      for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, Reading reading) {
-        some.emplace_back(n, std::move(reading));
-        if (some.size() == together()) read_some();
-      });
-      read_some();
-      if (policy.checks_steering() && !scores.empty()) {
-        stopped = stopped || std::any_of(scores.begin(), scores.end() - 1, is_unsafe);
-      }
+      read_forms(request, record, policy, forms);
+      bool stopped = forms.stopped;
       double p_unsafe = *verdict.p_unsafe;
-      for (const double score : scores) p_unsafe = worse(p_unsafe, score);
+      for (size_t at = 0; at < forms.scores.size(); ++at) {
+        p_unsafe = worse(p_unsafe, forms.scores[at]);
+        const bool is_earlier = at + 1 < forms.scores.size();
+        stopped = stopped || (is_earlier && policy.checks_steering() && forms.is_unsafe(forms.scores[at]));
+      }
       verdict = decide(p_unsafe, stopped ? without_steering(policy) : policy, split_layer_);
       record.stats.gate_ms += clock.ms();
     }
-    if (conversation) conversation->known_scores = std::move(known);
+    if (conversation) conversation->known_scores = std::move(forms.known);
     record.verdict = verdict;
-    record.scores = std::move(scores);
+    record.scores = std::move(forms.scores);
     return verdict;
   }
 
@@ -245,6 +186,90 @@ class Judge {
 
   /// What readings start from, by Reading::cache.
   using Begun = std::map<Cache, Conversation>;
+
+  /// What the forms of a dialogue's judged turns score, and what follows.
+  struct Forms {
+    std::vector<double> scores;                // the worst of each turn so far
+    double threshold;
+    const std::map<ReadingKey, double>* kept;  // scores that the conversation knows, if there is one
+    std::map<ReadingKey, double> known = {};   // scores of this dialogue's readings
+    bool stopped = false;                      // whether a form is unsafe that stops the request
+
+    bool is_unsafe(double p) const { return !is_safe(p, threshold); }
+
+    /// Whether a reading of a judged turn still does.
+    bool counts(size_t at, const Reading& reading) const {
+      return !(reading.only_while_safe && is_unsafe(scores.at(at)));
+    }
+
+    /// The score of a reading, if it is known.
+    std::optional<double> score_of(const ReadingKey& key) const {
+      for (const auto* scores : {&known, kept}) {
+        if (!scores) continue;
+        if (const auto found = scores->find(key); found != scores->end()) return found->second;
+      }
+      return std::nullopt;
+    }
+
+    /// A reading of a judged turn has this score; it changes nothing if it does not count.
+    void note(size_t at, const Reading& reading, double p_unsafe) {
+      if (!counts(at, reading)) return;
+      const double p = reading.weighed ? weighed(p_unsafe) : p_unsafe;
+      scores.at(at) = worse(scores.at(at), p);
+      stopped = stopped || (reading.stops && is_unsafe(p));
+    }
+  };
+
+  /// Note in `forms` what the forms of the turns score that are not read where the turns stand.
+  void read_forms(const Request& request, const Record& record, const GatePolicy& policy, Forms& forms) const {
+    const std::vector<Message> messages = without_pixels(record.messages);
+    const Views views = each_shown(messages, record.seen, policy.pieces);
+    const std::vector<std::optional<Message>> plain = plain_turns(messages);
+    Begun begun;
+    const auto in_letters = [](const auto& letters) { return letters.has_value(); };
+    if (messages.size() > 1 && std::any_of(plain.begin(), plain.end(), in_letters)) {
+      const Reading whole{with_letters_of(plain, messages), {}, true, true};
+      std::vector<double> found(forms.scores.size(), std::nan(""));
+      if (auto letters = encode(whole.messages, record.seen, found.size())) {
+        found = score(std::move(*letters), policy, before(begun, Cache::behind_plain, request));
+      }
+      for (size_t at = 0; at < forms.scores.size(); ++at) forms.note(at, whole, found.at(at));
+    }
+    std::map<size_t, size_t> places;  // of judged turns, among these
+    for (size_t n = 0; n < messages.size(); ++n) {
+      if (is_judged(messages, n)) places.emplace(n, places.size());
+    }
+    std::vector<std::pair<size_t, Reading>> some;  // by place
+    const auto read_some = [&] {
+      std::vector<ReadingKey> keys;
+      std::map<ReadingKey, double> scored;
+      std::map<ReadingKey, size_t> place_of;  // among `wanted`
+      std::vector<const Reading*> wanted;
+      for (const auto& [at, reading] : some) {
+        const ReadingKey& key = keys.emplace_back(reading_key(reading.messages, only(views.seen, reading.pictures)));
+        if (const std::optional<double> p = forms.score_of(key)) {
+          scored.emplace(key, *p);
+        } else if (forms.counts(at, reading) && place_of.emplace(key, wanted.size()).second) {
+          wanted.push_back(&reading);
+        }
+      }
+      const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
+      for (const auto& [key, place] : place_of) scored.emplace(key, found.at(place));
+      for (const auto& [key, p] : scored) {
+        if (!std::isnan(p)) forms.known.emplace(key, p);  // a failure may pass
+      }
+      for (size_t i = 0; i < some.size(); ++i) {
+        const auto p = scored.find(keys[i]);  // what does not count may be missing
+        forms.note(some[i].first, some[i].second, p == scored.end() ? std::nan("") : p->second);
+      }
+      some.clear();
+    };
+    for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, Reading reading) {
+      some.emplace_back(places.at(n), std::move(reading));
+      if (some.size() == together()) read_some();
+    });
+    read_some();
+  }
 
   /// At first what `request` computed of its prompt, then what the reading before computed.
   static Conversation& before(Begun& begun, Cache cache, const Request& request) {
@@ -368,11 +393,6 @@ class Judge {
   void note_failure(const InputError& err) const {
     const std::string reason = err.what();
     if (log_) log_("a text could not be judged, so it counts as unsafe: " + reason);
-  }
-
-  static std::optional<double> find(const std::map<ReadingKey, double>& scores, const ReadingKey& reading) {
-    const auto found = scores.find(reading);
-    return found == scores.end() ? std::nullopt : std::optional(found->second);
   }
 
   const PromptEncoder& encoder_;

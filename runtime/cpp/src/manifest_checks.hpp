@@ -207,6 +207,8 @@ inline void check_graphs(const Manifest& m, const Need& need) {
   using Layers = std::array<int64_t, 2>;
   need(n <= kMostLayers, "dims: num_hidden_layers " + std::to_string(n) + " is above " + std::to_string(kMostLayers));
   need(0 < k && k < n, "split_layer " + std::to_string(k) + " is not between 1 and " + std::to_string(n - 1));
+  need(!m.reads_in_packs() || (m.rotary.windowed.empty() && !m.rotary.longer && m.deepstack() == 0),
+       "attention_bias goes with no windowed or long frequencies, no deepstack");
   need(m.graphs.count("prefill_lower") == m.graphs.count("prefill_upper"),
        "of prefill_lower and prefill_upper there are both or neither");
   for (const auto& [half, layers] : {std::pair{"decoder_lower", Layers{0, k}}, {"decoder_upper", Layers{k, n}}}) {
@@ -230,8 +232,6 @@ inline void check_rotary(const Manifest& m, const Need& need) {
        "rotary: " + std::to_string(windowed.size()) + " windowed frequencies" + wanted);
   const auto is_axis = [](int64_t axis) { return 0 <= axis && axis <= 2; };
   need(std::all_of(axes.begin(), axes.end(), is_axis), "rotary: an axis is not 0, 1 or 2");
-  need(!m.reads_in_packs() || (windowed.empty() && !longer && m.deepstack() == 0),
-       "attention_bias goes with no windowed or long frequencies, no deepstack");
   if (longer) {
     need(longer->frequencies.size() == count,
          "rotary: " + std::to_string(longer->frequencies.size()) + " long frequencies" + wanted);
