@@ -123,8 +123,8 @@ def test_limits_on_the_answer_are_honoured(client):
 
 
 def test_a_seed_repeats_a_sampled_answer_and_its_absence_does_not(client):
-    def said(**more):
-        return ask(client, "red", temperature=50.0, max_tokens=12, **more).choices[0].message.content
+    def said(**more):  # at a higher temperature an answer is judged, and four in a row may be refused
+        return ask(client, "red", temperature=1.0, max_tokens=12, **more).choices[0].message.content
 
     assert said(seed=7) == said(seed=7)
     assert len({said() for _ in range(4)}) > 1
