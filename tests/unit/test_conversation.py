@@ -280,14 +280,14 @@ def test_interrupts_between_any_two_lines_leave_a_sound_conversation(attentive, 
     """Between the append of a chunk and the new length, the next turn was computed from hidden states of other rows."""
     monkeypatch.setattr(attentive, "request", functools.partial(attentive.request, chunk=3))
     turns = [Message.user("red tick bad w1"), Message.assistant("w2 plan"), Message.user("tick w2 red w1 hello world")]
-    off = attentive.policy("off")
+    policy, off = attentive.policy(mode, pieces=False), attentive.policy("off")  # a piece runs the same lines again
     expected = attentive.generate([*turns, Message.assistant("red"), Message.user("w1")], policy=off, sampling=of(4))
     for line in itertools.count(1):
         conversation = Conversation(attentive)
-        attentive.generate(turns[:1], policy=attentive.policy(mode), sampling=of(2), conversation=conversation)
+        attentive.generate(turns[:1], policy=policy, sampling=of(2), conversation=conversation)
         interrupt = Interrupt(line)
         with contextlib.suppress(KeyboardInterrupt), interrupt:
-            attentive.generate(turns, policy=attentive.policy(mode), sampling=of(3), conversation=conversation)
+            attentive.generate(turns, policy=policy, sampling=of(3), conversation=conversation)
         found = attentive.generate(
             [*turns, Message.assistant("red"), Message.user("w1")],
             policy=off,
