@@ -278,7 +278,7 @@ def _write_graphs(
         graphs[name] = writer.save(folder, precision, (layers.start, layers.stop) if layers else None)
 
     def write_half(name: str, layers: range, scheme: Scheme | None, precision: Precision = precision) -> None:
-        masked = layers.start == 0 and reads_in_packs(recipe, config)
+        masked = layers.start == 0 and safety is not None and reads_in_packs(recipe, config)
 
         def fill(g: GraphWriter) -> None:
             decoder.decoder_half(g, config, layers, scheme, kv_scales, masked=masked)

@@ -214,3 +214,10 @@ def test_a_bias_that_arrives_otherwise_is_refused(tmp_path: Path, operator: str,
     package = with_bias(demo_package("int8"), tmp_path / "package", operator, value)
     with pytest.raises(PackageError, match="a text that shares a pass with others is read otherwise"):
         Engine.load(package)
+
+
+def test_a_package_without_a_gate_reads_no_texts_together(tmp_path: Path):
+    package = tmp_path / "package"
+    options = ["--model", "demo", "--unguarded", "--layer", "4", "--precision", "int8"]
+    export.main([*options, "--output", str(package)], standalone_mode=False)
+    assert not Manifest.load(package).reads_in_packs
