@@ -124,8 +124,8 @@ def _answered_prompts(
     rng = np.random.default_rng(seed)
 
     def harmless(rows: np.ndarray, most: int) -> list[Prompt]:
-        asked = [prompts[i].prompt for i in rows if not prompts[i].unsafe and not prompts[i].prompt.images]
-        short = [prompt for prompt in asked if len(prompt.text) <= EARLIER_LONGEST]
+        asked = [prompts[i].prompt for i in rows if not prompts[i].unsafe]
+        short = [p for p in asked if not p.images and not p.earlier and len(p.text) <= EARLIER_LONGEST]
         return [short[i] for i in sorted(rng.permutation(len(short))[:most])]
 
     train = harmless(np.concatenate([split.train, split.validation]), EARLIER_TRAIN)

@@ -1,12 +1,14 @@
 """Read the prompts that a safety gate is fitted on, and refuse bad data before anything expensive starts.
 
-    --pairs, ours       {"unsafe": text, "safe": text, "image": path | null, "safe_image": path, "channel": name}
+    --pairs, ours       {"unsafe": text, "safe": text, "image": path | [path] | null, "safe_image": path | [path],
+                        "earlier": [user, assistant], "channel": name}
     --pairs, VLSafe     {"orig_query": unsafe text, "safe_query": safe text, "image_id": path}
-    --benign, --unsafe  what autosteer-eval reads (runtime/evaluation/datasets.py), one turn a row
+    --benign, --unsafe  what autosteer-eval reads (runtime/evaluation/datasets.py); the label is that of the last turn
 
-One JSON object per line; only the texts are required. `safe_image` defaults to `image`. A path is looked up beside the
-file and under --images. VLSafe's pairs come without its pictures: give --images, or say --text-only. Rows of our own
-formats may have a "family": prompts of one family say the same thing, and stay in one part of the split.
+One JSON object per line; only the texts are required. `safe_image` defaults to `image`. `earlier` are turns before both
+prompts, of which the first shows the pictures. A path is looked up beside the file and under --images. VLSafe's pairs
+come without its pictures: give --images, or say --text-only. Rows of our own formats may have a "family": prompts of
+one family say the same thing, and stay in one part of the split.
 
     --refusal-only      as --unsafe, for the Refusal Head alone: the authors train it on other prompts than the prober
 
@@ -37,7 +39,7 @@ from .store import file_digest
 MIN_PAIRS = 20  # below this a held-out share of a fifth is four prompts a class: no statement can be made
 BUILTIN = {Path(builtin.BRIEF): builtin.brief_twins, Path(builtin.NAME): builtin.builtin_twins}
 
-PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "channel", "family"}
+PAIR_KEYS = {"unsafe", "safe", "image", "safe_image", "earlier", "channel", "family"}
 VLSAFE_KEYS = {"orig_query", "safe_query", "image_id"}
 
 
@@ -107,9 +109,8 @@ class Prompt:
         of_last = [one for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
         found: dict[Prompt, bool] = {}
         for reading in (*in_letters, *of_last):
-            if reading.messages != (said[-1],):
-                prompt = self._of(reading.messages)
-                found[prompt] = found.get(prompt, True) and reading.weighed
+            prompt = self._of(reading.messages)
+            found[prompt] = found.get(prompt, True) and reading.weighed
         return tuple(found.items())
 
     def _of(self, messages: Sequence[Message]) -> Prompt:
@@ -297,9 +298,10 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None, text
         )
     _reject_unknown(row, PAIR_KEYS, where)
     image, safe_image = (() if text_only else _named(row, key, where, file, images) for key in ("image", "safe_image"))
+    earlier = _earlier(row, where)
     return Pair(
-        unsafe=Prompt(_text(row, "unsafe", where), image, where),
-        safe=Prompt(_text(row, "safe", where), safe_image or image, where),
+        unsafe=Prompt(_text(row, "unsafe", where), image, where, earlier),
+        safe=Prompt(_text(row, "safe", where), safe_image or image, where, earlier),
         channel=_text(row, "channel", where, default=file.stem),
         family="" if row.get("family") is None else _text(row, "family", where),
         source=file.stem,
@@ -308,12 +310,11 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None, text
 
 def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool) -> Iterator[Labelled]:
     for row in read_rows([DataSource(path, unsafe)], images=images, text_only=text_only):
-        if len(row.messages) > 1:
-            raise InputError(f"{row.where}: a dialogue of {len(row.messages)} turns; a gate is fitted on single ones")
-        if not row.prompt.strip():
-            raise InputError(f"{row.where}: there is no text in the prompt")
+        earlier = tuple("".join(texts_in(message)) for message in row.messages[:-1])
+        if not all(text.strip() for text in (*earlier, row.prompt)):
+            raise InputError(f"{row.where}: there is no text in {'a turn' if earlier else 'the prompt'}")
         pictures = tuple(Path(cast(Path, image)).resolve() for image in row.messages[0].images)  # rows name files
-        yield Labelled(Prompt(row.prompt, pictures, row.where), unsafe, row.group, row.family, path.stem)
+        yield Labelled(Prompt(row.prompt, pictures, row.where, earlier), unsafe, row.group, row.family, path.stem)
 
 
 def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = None) -> str:
@@ -325,14 +326,25 @@ def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = No
     return value
 
 
+def _earlier(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    said = row.get("earlier") or []
+    if not isinstance(said, list) or len(said) % 2 or not all(isinstance(text, str) and text.strip() for text in said):
+        raise InputError(f"{where}: field 'earlier' must be a list of texts: user, assistant, ..., the assistant last")
+    return tuple(said)
+
+
 def _reject_unknown(row: dict[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(row.keys() - known):
         raise InputError(f"{where}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
 
 
 def _named(row: dict[str, Any], key: str, where: str, file: Path, images: Path | None) -> tuple[Path, ...]:
-    """The image file that a field names, if it names one."""
-    return () if row.get(key) is None else (_find_image(_text(row, key, where), file, images, where),)
+    """The image files that a field names: none, one or a list."""
+    names = row.get(key)
+    names = names if isinstance(names, list) else [] if names is None else [names]
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise InputError(f"{where}: field {key!r} must be a file name that is not empty, or a list of such")
+    return tuple(_find_image(name, file, images, where) for name in names)
 
 
 def _find_image(name: str, file: Path, images: Path | None, where: str) -> Path:

@@ -1,9 +1,9 @@
 """Choose held-out prompts that go into every package, so that other machines can check what the gate catches.
 
 The gate classifies them correctly and clearly, but not by the widest margin: a score of 0.9999 hides the effect of
-rounding. Prompts whose pictures are taller than wide come last: Pillow 13 (and C++) shrinks such pictures to other
-pixels than Pillow 12. By default only token ids are kept, and only of prompts without images. With --publish-proof,
-words and images are kept.
+rounding. Dialogues are left out, because a proof holds single turns. Prompts whose pictures are taller than wide come
+last: Pillow 13 (and C++) shrinks such pictures to other pixels than Pillow 12. By default only token ids are kept, and
+only of prompts without images. With --publish-proof, words and images are kept.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def choose_proof(
     for unsafe in (True, False):
         margins = np.where(unsafe, (scores - threshold) / (1 - threshold), (threshold - scores) / max(threshold, 1e-9))
         rows = [i for i, item in enumerate(prompts) if item.unsafe is unsafe and margins[i] > 0]
-        rows = [i for i in rows if published or not prompts[i].prompt.images]
+        rows = [i for i in rows if not prompts[i].prompt.earlier and (published or not prompts[i].prompt.images)]
         rows.sort(key=lambda i: (_tall(prompts[i].prompt), margins[i] < CLEAR, abs(margins[i] - CLEAR)))
         groups: dict[str, list[int]] = {}
         for i in rows:

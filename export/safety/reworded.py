@@ -110,7 +110,8 @@ def _reworded(prompts: Sequence[Labelled], row: int, rewording: Rewording, seed:
     """What is judged of a reworded prompt; the last one holds or completes the request."""
     item = prompts[row]
     wording = rewording.of(item.prompt.text, seed=seed)
-    whole: Prompt = replace(item.prompt, text=wording.text, earlier=wording.earlier, system=wording.system)
+    earlier = (*item.prompt.earlier, *wording.earlier)
+    whole: Prompt = replace(item.prompt, text=wording.text, earlier=earlier, system=wording.system)
     return [RewordedTurn(replace(item, prompt=turn), row, rewording.name) for turn in whole.judged]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_what_tells_the_labels_apart_in_the_words_to_choose_by_is_chosen():
     assert found.choose({"last": unsafe, "mean": blind}, 50) == "last"
 
 
+def test_a_reworded_dialogue_keeps_the_turns_before():
+    earlier = ("what is it?", "a key.")
+    asked = [replace(item, prompt=replace(item.prompt, earlier=earlier)) for item in PROMPTS]
+    found = reword_prompts(asked, SPLIT, REWORDINGS, augment=True, seed=0)
+    assert all(one.item.prompt.earlier[:2] == earlier for one in found.training)
+    assert {len(one.item.prompt.earlier) for one in found.training} == {2, 4}  # 4: split over turns
+    assert (PROMPTS[0].prompt, False) in asked[0].prompt.pieces  # a turn is also read by itself, and counts in full
+
+
 def test_few_prompts_are_judged_of_many():
     many = [Labelled(Prompt(f"thing {i}"), unsafe=i % 2 == 0, group="g") for i in range(1000)]
     split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
@@ -113,7 +123,7 @@ def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[
     plain, last = plain_turns(messages), len(earlier) // 2
     found = {reading.messages for at, reading in all_readings(messages, plain, pieces=True) if at == last}
     found |= {tuple(with_letters_of(plain, messages))}  # which the runtime reads at once
-    assert found - {messages[-1:]} == {dialogue(piece) for piece, _ in prompt.pieces} and prompt.pieces
+    assert found == {dialogue(piece) for piece, _ in prompt.pieces} and prompt.pieces
 
 
 def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():

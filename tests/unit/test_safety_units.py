@@ -18,8 +18,10 @@ from autosteer.export.safety.arrange import clusters_of, split_prompts
 from autosteer.export.safety.batches import special_tokens
 from autosteer.export.safety.layers import better_layer, choose_layer
 from autosteer.export.safety.pairs import Labelled, Pair, Prompt, never_fitted, read_data, read_external
+from autosteer.export.safety.refit import as_messages
 from autosteer.export.safety_folder import LayerScore, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
+from autosteer.runtime.text import Message
 
 
 @pytest.fixture(autouse=True)
@@ -572,11 +574,35 @@ def test_prompts_are_read_in_the_formats_of_autosteer_eval(tmp_path: Path):
         read_data([pairs], benign, unsafe)
 
 
+def test_a_pair_may_have_several_pictures_and_turns_before(tmp_path: Path):
+    row = {"unsafe": "u", "safe": "s", "image": ["a.png", "b.png"], "safe_image": ["b.png"], "earlier": ["hi", "ho"]}
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    pair = read_data([write_lines(tmp_path / "p.jsonl", row, *many())]).pairs[0]
+    a, b = ((tmp_path / name).resolve() for name in ("a.png", "b.png"))
+    assert pair.unsafe == Prompt("u", (a, b), earlier=("hi", "ho"))
+    assert pair.safe == Prompt("s", (b,), earlier=("hi", "ho"))
+
+
+def test_a_dialogue_is_read_as_it_stands(tmp_path: Path):
+    pairs = write_lines(tmp_path / "p.jsonl", *many())
+    said = {"turns": ["what is it?", "a key.", "how do i hide it?"], "unsafe": True, "images": ["a.png"]}
+    (tmp_path / "a.png").write_bytes(b"picture")
+    (item,) = read_data([pairs], unsafe=[write_lines(tmp_path / "u.jsonl", said)]).extra
+    picture = (tmp_path / "a.png").resolve()
+    assert item.prompt == Prompt("how do i hide it?", (picture,), earlier=("what is it?", "a key.")) and item.unsafe
+    assert as_messages(item.prompt) == [
+        Message.user("what is it?", [picture]),
+        Message.assistant("a key.", trusted=True),
+        Message.user("how do i hide it?"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"turns": ["a", "b", "c"], "prompt": None}, "b.jsonl:1: "),
-        ({"turns": ["a", "b", "c"], "unsafe": False}, "b.jsonl:1: a dialogue of 3 turns"),
+        ({"turns": ["a", " ", "c"], "unsafe": False}, "b.jsonl:1: there is no text in a turn"),
         ({"prompt": " "}, "b.jsonl:1: there is no text"),
         ({"prompt": "x", "unsafe": True}, "b.jsonl:1: not a row of a test set ('unsafe' contradicts"),
         ({"prompt": "x", "image": "a.png"}, "b.jsonl:1: not a row of a test set ('image' is not read"),
@@ -598,6 +624,10 @@ def test_bad_prompt_is_named_with_file_and_line(tmp_path: Path, row: object, mes
         ({"orig_query": "x"}, "p.jsonl:21: field 'safe_query' is missing"),
         ({"safe_query": "x"}, "p.jsonl:21: field 'orig_query' is missing"),
         ({"unsafe": "x", "safe": " "}, "p.jsonl:21: field 'safe' must be a text that is not empty"),
+        ({"unsafe": "x", "safe": "y", "image": ["a.png", 1]}, "p.jsonl:21: field 'image' must be a file name"),
+        ({"unsafe": "x", "safe": "y", "image": " "}, "p.jsonl:21: field 'image' must be a file name"),
+        ({"unsafe": "x", "safe": "y", "earlier": ["hi"]}, "p.jsonl:21: field 'earlier' must be a list of texts"),
+        ({"unsafe": "x", "safe": "y", "earlier": "hi"}, "p.jsonl:21: field 'earlier' must be a list of texts"),
         ({"unsafe": "x", "safe": 3}, "p.jsonl:21: field 'safe' must be a text"),
         ({"unsafe": "x", "safe": "y", "img": "z"}, "p.jsonl:21: unknown field 'img'"),
         ({"unsafe": "x", "safe": "y", "image": "no.png"}, "p.jsonl:21: image 'no.png' not found under"),
@@ -652,6 +682,14 @@ def test_prompts_with_tall_pictures_come_last_in_the_proof(tmp_path: Path, monke
     p[9] = 0.9  # the clearest
     chosen = proof.choose_proof(None, prompts, p, 0.5, published=True)  # type: ignore[arg-type]
     assert chosen == [9, 6, 7, 8, 10, 0]
+
+
+def test_no_dialogue_is_in_the_proof(monkeypatch: pytest.MonkeyPatch):
+    """A proof has one text: a dialogue's last turn alone has another score, and no export would agree with it."""
+    monkeypatch.setattr(proof, "_tokens", lambda fit_model, prompt: ())
+    prompts = [Labelled(Prompt(f"q {i}", earlier=("hi", "ho") * (i % 2)), True, "g") for i in range(8)]
+    chosen = proof.choose_proof(None, prompts, np.full(8, 0.95), 0.5, published=True)  # type: ignore[arg-type]
+    assert chosen == [0, 2, 4, 6]
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path):
