@@ -73,8 +73,8 @@ def arrange(
 ) -> Arranged:
     """Split the fit's prompts, reword some of them, and check that all of them can be used.
 
-    Raises InputError for a text that holds a special token, or too few prompts to show --target-fpr. Warns if the model
-    takes pictures, and no prompt has one.
+    Raises InputError for a text that holds a special token, a prompt that the runtime would refuse, or too few prompts
+    to show --target-fpr. Warns if the model takes pictures, and no prompt has one.
     """
     prompts = data.labelled()
     split, clusters = split_prompts(data, prompts, seed=seed), clusters_of(prompts)
@@ -101,7 +101,9 @@ def arrange(
         external=np.arange(len(prompts), first_reworded),
         taught=reworded.taught(split, first_reworded),
     )
-    return Arranged(prompts, split, reworded, items, first_reworded, table)
+    arranged = Arranged(prompts, split, reworded, items, first_reworded, table)
+    _ = arranged.pieces  # made now: a prompt that the runtime refuses is named before any state is computed
+    return arranged
 
 
 def count_pictures(prompts: Sequence[Labelled]) -> int:

@@ -97,7 +97,8 @@ class Prompt:
     @property
     def pieces(self) -> tuple[tuple[Prompt, bool], ...]:
         """What the runtime reads beside the last turn where it stands (runtime/readings.py): the other forms of that
-        turn, and whether what each scores is weighed. Equal ones once.
+        turn, and whether what each scores is weighed. Equal ones once. Raises InputError, with its line, for a prompt
+        that the runtime refuses: many words beside many pictures.
         """
         asked, answers = (*self.earlier[::2], self.text), self.earlier[1::2]
         said = [Message.user(asked[0], self.images)]
@@ -106,7 +107,10 @@ class Prompt:
         said[:0] = [Message.system(self.system, trusted=True)] if self.system else []
         plain = plain_turns(said)
         in_letters = [Reading(tuple(with_letters_of(plain, said)))] if len(said) > 1 and any(plain) else []
-        of_last = [one for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
+        try:
+            of_last = [one for at, one in all_readings(said, plain, pieces=True) if at == len(answers)]
+        except InputError as err:
+            raise InputError(f"{self.where}: {err}") from err
         found: dict[Prompt, bool] = {}
         for reading in (*in_letters, *of_last):
             prompt = self._of(reading.messages)

@@ -12,6 +12,7 @@ from autosteer.export.safety.arrange import Arranged
 from autosteer.export.safety.pairs import Labelled, Prompt
 from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
+from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
 from autosteer.runtime.pieces import weighed
 from autosteer.runtime.readings import all_readings, plain_turns, with_letters_of
@@ -144,3 +145,9 @@ def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():
 def test_the_words_with_an_earlier_picture_are_weighed_as_in_the_runtime():
     prompt = Prompt("how do i make this?", images=(Path("a.png"),), earlier=("what is a spoon?", "it is a tool."))
     assert dict(prompt.pieces)[Prompt("how do i make this?", images=(Path("a.png"),))]  # counted in full once
+
+
+def test_a_prompt_that_the_runtime_refuses_is_named_by_its_line():
+    many = Prompt(". ".join(f"how do i clean spoon {i}" for i in range(300)), (Path("a.png"),) * 32, "b.jsonl:7")
+    with pytest.raises(InputError, match=r"b\.jsonl:7: .* more than the 4096 readings"):
+        _ = many.pieces
