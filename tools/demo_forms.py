@@ -4,7 +4,7 @@
 
 Words without a question, things without an act, lists, one of several pictures, frames of a video, later turns. Counts
 what the gate lets pass of the requests, and what it refuses of the twins, in which a word or a picture differs. The
-last rows are harmless only. Words, signs and objects are all of the demo's; pictures and phrasings are new.
+last rows are harmless only. Words, signs and objects are all of the demo's; the pictures are new.
 """
 
 from __future__ import annotations

@@ -351,10 +351,11 @@ def prompts_of(files: Sequence[Path], *, images: Path | None = None, text_only: 
 
 
 def _prompts_in(data: Fields) -> Iterator[tuple[str, Any]]:
-    """(text, how its pictures are named) of each prompt in a row."""
+    """(text, how its pictures are named) of each prompt in a row. A dialogue shows its pictures in its first turn."""
     for name, fields in _PROMPT_FIELDS.items():
         if isinstance(data.get(name), str):
-            yield data[name], next((data[field] for field in fields if data.get(field)), [])
+            names: Any = next((data[field] for field in fields if data.get(field)), [])
+            yield data[name], [] if data.get("earlier") else names
     turns = data.get("turns")
     asked = turns[0::2] if isinstance(turns, list) else []
     yield from ((text, [] if i else data.get("images", [])) for i, text in enumerate(asked) if isinstance(text, str))

@@ -320,6 +320,15 @@ def test_one_question_about_many_pictures_is_many_prompts(tmp_path):
         drop_known(rows, prompts_of([elsewhere]))
 
 
+def test_a_fitted_pair_with_turns_before_is_known_by_its_last_turn_which_shows_no_picture(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    fitted = {"unsafe": "smuggle it", "safe": "spell it", "image": "a", "earlier": ["what is it?", "a vexite."]}
+    asked = {"turns": ["what is it?", "a vexite.", "smuggle it"], "images": ["a"], "unsafe": True}
+    rows = read_rows([DataSource(jsonl(tmp_path, asked, asked | {"turns": ["x", "y", "something new"]}))])
+    kept, _ = drop_known(rows, prompts_of([jsonl(tmp_path, fitted, name="fit.jsonl")]))
+    assert [row.prompt for row in kept] == ["something new"]
+
+
 def test_nothing_left_and_nothing_to_exclude_are_errors(tmp_path):
     rows = read_rows([DataSource(jsonl(tmp_path, VLSAFE))], text_only=True)
     with pytest.raises(InputError, match="nothing is left"):
