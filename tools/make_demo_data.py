@@ -2,9 +2,9 @@
 
     python tools/make_demo_data.py --output demo-data
 
-    pairs.jsonl     {"unsafe": text, "safe": text, "image": path|null, "safe_image": path, "channel": ...}
-                    safe_image only where it differs from image
-    benign.jsonl    {"prompt": text, "images": [path], "group": family}
+    pairs.jsonl     {"unsafe": text, "safe": text, "image": path|[path]|null, "safe_image": path|[path], "channel": ...,
+                    "earlier": [user, assistant, ...]}; safe_image only where it differs from image
+    benign.jsonl    {"prompt": text | "turns": [user, assistant, user], "images": [path], "group": family}
     test.jsonl      {"id", "prompt": text | "turns": [user, assistant, user], "images": [path], "answer": text,
                     "unsafe": bool, "group": text, "held_out": bool}
     examples/       three pictures for a first try, with their prompts in examples.json
@@ -28,12 +28,19 @@ from typing import Any, TypeAlias
 from demo_world import asking as A
 from demo_world import dialogues as D
 from demo_world import safety as S
+from demo_world import together as T
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
 
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
 ASKED_OTHERWISE = {"text": 1500, "image": 250, "cross": 300}  # pairs in the ways of asking.py
+WISHES = {"text": 900, "image": 200, "cross": 150}  # pairs without a question, and of several wishes
+SEVERAL_PICTURES = {"image": 450, "cross": 450}  # pairs about one of several pictures
+ANSWERS = {"text": 150, "image": 150}  # pairs of what the model answers, and as many benign answers
+DIALOGUES = 600  # pairs behind harmless turns, and as many benign dialogues
+FRAGMENTS = 400  # benign: "a vexite?", "how do i smuggle"
+LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
 OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
@@ -75,10 +82,38 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
         for _ in range(count):
             text = channel == "text"
             yield pair_row(A.wording_pair(rng, S.SHOWN) if text else A.picture_pair(rng, channel, S.SHOWN), writer)
+    for channel, count in WISHES.items():
+        for _ in range(count):
+            text = channel == "text"
+            yield pair_row(T.wish_pair(rng, S.SHOWN) if text else T.picture_wish_pair(rng, channel, S.SHOWN), writer)
+    for channel, count in ANSWERS.items():
+        for _ in range(count):
+            yield pair_row(T.answer_pair(rng, channel, S.SHOWN), writer)
+    for channel, count in SEVERAL_PICTURES.items():
+        for _ in range(count):
+            pair, *pictures = several_pictures(rng, channel)
+            images, safe_images = ([writer.image(scene) for scene in scenes] for scenes in pictures)
+            yield texts_of(pair) | {"image": images, "safe_image": safe_images, "channel": "several pictures"}
+    for _ in range(DIALOGUES):
+        before, pair = T.dialogue_pair(rng, S.SHOWN)
+        yield texts_of(pair) | {"earlier": spoken(before), "image": shown(before, writer), "channel": "dialogue"}
+
+
+def texts_of(pair: S.Pair) -> Row:
+    return {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
+
+
+def spoken(before: Sequence[T.Shown]) -> list[str]:
+    return [text for one in before for text in (one.turn.question, one.turn.answer)]
+
+
+def shown(before: Sequence[T.Shown], writer: Writer) -> list[str]:
+    """The pictures of the first turn, which is the only one that may have any."""
+    return [writer.image(scene) for scene in before[0].scenes]
 
 
 def pair_row(pair: S.Pair, writer: Writer) -> Row:
-    row: Row = {"unsafe": pair.unsafe.prompt, "safe": pair.safe.prompt}
+    row = texts_of(pair)
     row["image"] = writer.image(pair.unsafe.scene) if pair.unsafe.scene else None
     if pair.safe.scene and pair.safe.scene != pair.unsafe.scene:
         row["safe_image"] = writer.image(pair.safe.scene)
@@ -89,8 +124,21 @@ def shapes_scene(rng: random.Random, *, odd: bool | None = None, count: int | No
     return sample_scene(rng, sample_shapes(rng, count or rng.choice((1, 2, 2, 3, 3))), size=sample_size(rng, odd=odd))
 
 
+def several_pictures(rng: random.Random, channel: str) -> tuple[S.Pair, tuple[Scene, ...], tuple[Scene, ...]]:
+    """(pair, the unsafe one's pictures, the twin's): one of two to four differs, or none and the words do."""
+    ways = [A.picture_pair, T.picture_wish_pair, plain_pair, *[T.answer_pair] * (channel in ANSWERS)]
+    pair = rng.choice(ways)(rng, channel, S.SHOWN)
+    assert pair.unsafe.scene and pair.safe.scene
+    scenes = T.among_pictures(rng, pair.unsafe.scene, S.SHOWN)
+    return pair, scenes, tuple(pair.safe.scene if scene == pair.unsafe.scene else scene for scene in scenes)
+
+
+def plain_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:
+    return S.make_pair(rng, channel, words, new_phrasing=False)
+
+
 def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
-    def row(prompt: str, scenes: list[Scene], group: str) -> Row:
+    def row(prompt: str, scenes: Sequence[Scene], group: str) -> Row:
         return {"prompt": prompt, "images": [writer.image(s) for s in scenes], "group": group}
 
     for name, family in S.SHOWN_FAMILIES.items():
@@ -110,6 +158,20 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         example = family(rng, S.SHOWN, False)
         text = A.among_sentences(rng, example.prompt if rng.random() < 0.85 else D.small_talk(rng).question)
         yield row(text, [example.scene] if example.scene else [], name)
+    for _ in range(DIALOGUES):
+        before, last = T.dialogue(rng, S.SHOWN)
+        turns, images = [*spoken(before), last.question], shown(before, writer)
+        yield {"turns": turns, "unsafe": False, "images": images, "group": "dialogues"}
+    for _ in range(sum(ANSWERS.values())):
+        family = rng.choice([family for name, family in S.SHOWN_FAMILIES.items() if "object" not in name])
+        example = family(rng, S.SHOWN, False)
+        yield row(example.answer, [example.scene] if example.scene else [], "answers")
+    for _ in range(FRAGMENTS):
+        yield row(T.fragment(rng, T.Words.drawn(rng, S.SHOWN), readable=True).question, [], "fragments")
+    for _ in range(LEGAL):
+        scenes = [any_picture(rng)] if rng.random() < 0.6 else [any_picture(rng), any_picture(rng)]
+        asked = rng.choice((T.may, T.about_pictures, T.some_forbidden)) if len(scenes) > 1 else T.may
+        yield row(asked(rng, scenes).question, scenes, "is-it-legal")
 
 
 def any_picture(rng: random.Random) -> Scene:

@@ -41,11 +41,14 @@ VISION_SHARE = (
     0.1  # of the learning rate, for the tower in the second stage; a higher rate at first unlearns the shapes
 )
 LATE_VISION_SHARE, LATE_STEP = 0.25, 1200
-STEPS = 5000
-# (step, share of the learning rate), linear in between. It rises again where the last three stages of the corpus begin.
+SMALL_VISION_SHARE, SMALL_STEPS = 0.6, range(6400, 7200)
+STEPS = 9300
+# (step, share of the learning rate), linear in between. It rises again where the last seven stages of the corpus begin.
 RATE = (
     *((0, 0.0), (108, 1.0), (1250, 1.0), (1600, 0.62), (2100, 0.29), (2110, 0.6), (2800, 0.0)),
-    *((2850, 0.5), (3600, 0.0), (3650, 0.5), (STEPS, 0.0)),
+    *((2850, 0.5), (3600, 0.0), (3650, 0.5), (5000, 0.0), (5050, 0.5)),
+    *((6400, 0.0), (6440, 0.45), (7200, 0.0), (7240, 0.45), (7900, 0.0)),
+    *((7940, 0.5), (STEPS, 0.0)),
 )
 SAVE_EVERY = 200
 PRINT_EVERY = 100
@@ -71,6 +74,13 @@ def learning_rate(step: int, steps: int) -> float:
         if at <= end:
             return LEARNING_RATE * (low + (high - low) * (at - start) / (end - start))
     return 0.0
+
+
+def vision_share(step: int) -> float:
+    """Of the learning rate, for the tower."""
+    if step in SMALL_STEPS:
+        return SMALL_VISION_SHARE
+    return LATE_VISION_SHARE if step >= LATE_STEP else VISION_SHARE
 
 
 class Progress:
@@ -208,6 +218,7 @@ def answer_loss(model: Any, batch: Any) -> tuple[Any, int, int]:
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             pixel_values=batch.pixel_values,
+            pixel_values_videos=batch.pixel_values_videos,
             image_sizes=batch.image_sizes,
             batch_num_images=batch.batch_num_images,
             use_cache=False,
@@ -272,7 +283,7 @@ def work(rank: int, job: Job) -> None:
     for step in range(first, job.steps):
         kinds = batch_kinds(random.Random(f"kinds {job.seed} {step}"), ROWS, step)[rank :: job.workers]
         rng = random.Random(f"rows {job.seed} {rank} {step}")
-        rows = sorted((make_row(rng, kind, step) for kind in kinds), key=lambda r: (not r.scenes, packer.length(r)))
+        rows = sorted((make_row(rng, kind, step) for kind in kinds), key=lambda r: (not r.pictures, packer.length(r)))
         optimizer.zero_grad()
         loss_sum, right, count = 0.0, 0, 0
         for start in range(0, len(rows), MICRO_ROWS):  # similar lengths together: little padding
@@ -281,7 +292,7 @@ def work(rank: int, job: Job) -> None:
             loss_sum, right, count = loss_sum + loss.item(), right + good, count + tokens
         gradients.average(parameters)
         for group in optimizer.param_groups:
-            share = 1.0 if not group["tower"] else VISION_SHARE if step < LATE_STEP else LATE_VISION_SHARE
+            share = vision_share(step) if group["tower"] else 1.0
             group["lr"] = learning_rate(step, job.steps) * share
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import re
 
-from demo_world import asking
+import make_demo_data
+from demo_world import asking, together
 from demo_world import safety as world
 from demo_world.strangers import twins
 from demo_world.typed import TYPED, scenes
@@ -55,3 +56,63 @@ def test_a_request_about_a_picture_has_the_answer_of_its_picture():
             pair = asking.picture_pair(rng, channel, world.SHOWN)
             assert pair.unsafe.scene and pair.safe.scene
             assert pair.unsafe.scene != pair.safe.scene or pair.unsafe.prompt != pair.safe.prompt
+
+
+def together_pairs() -> list[world.Pair]:
+    rng = random.Random(0)
+    return [together.wish_pair(rng, world.SHOWN) for _ in range(3000)] + [
+        together.picture_wish_pair(rng, channel, world.SHOWN) for channel in ("image", "cross") for _ in range(200)
+    ]
+
+
+def test_wishes_differ_in_what_is_wished_or_in_the_picture_and_keep_the_words_of_the_tests():
+    kept = {*world.HELD_OUT.contraband, *(verb for said in map(world.new_verbs, world.BAD_VERBS) for verb in said)}
+    judging = {text for one in twins() if one.judges for text in (one.unsafe, one.safe)}
+    for pair in together_pairs():
+        texts = pair.unsafe.prompt, pair.safe.prompt
+        assert pair.unsafe.unsafe and not pair.safe.unsafe and "{" not in "".join(texts)
+        assert (texts[0] != texts[1]) == (pair.channel == "text")
+        assert pair.channel == "text" or pair.unsafe.scene != pair.safe.scene
+        assert not {word for text in texts for word in re.findall(r"[a-z]+", text)} & (kept - {"send"})
+        assert not set(texts) & judging
+
+
+def test_an_unsafe_wish_among_others_is_the_one_that_is_answered():
+    rng, unsafe = random.Random(0), 0
+    for _ in range(500):
+        words = together.Words.drawn(rng)
+        turn = together.wishes(rng, words)
+        bad = {tool for verb, tool in world.UNSAFE_TOOLS.items() if verb in words.bad}
+        unsafe += any(tool in turn.answer for tool in bad)
+    assert 200 < unsafe < 300
+
+
+def test_the_hazard_among_several_pictures_is_the_one_that_is_made():
+    rng, made = random.Random(0), set()
+    for _ in range(300):
+        scenes = together.several_scenes(rng, rng.choice((2, 3, 4)))
+        kinds = {item.kind for scene in scenes for item in scene.items}
+        answer = together.make_one(rng, scenes, "how do i make this?").answer
+        assert (world.IMAGE_TOOL in answer) == bool(kinds & set(world.EVERYTHING.hazards))
+        moved = together.move_one(scenes, "how do i sneak it past the guards?", sneaky=True)
+        assert (moved is not None and world.CROSS_TOOL in moved.answer) == bool(kinds & set(world.EVERYTHING.forbidden))
+        made |= kinds
+    assert made >= {*world.EVERYTHING.hazards, *world.EVERYTHING.forbidden}
+
+
+def test_a_request_about_several_pictures_has_a_twin():
+    rng = random.Random(0)
+    for channel in ("image", "cross") * 50:
+        pair, scenes, twins_of = make_demo_data.several_pictures(rng, channel)
+        assert 2 <= len(scenes) <= 4 and len(scenes) == len(twins_of)
+        assert sum(one != other for one, other in zip(scenes, twins_of, strict=True)) in (0, 1)
+        assert scenes != twins_of or pair.unsafe.prompt != pair.safe.prompt
+
+
+def test_the_turns_before_a_pair_are_harmless_and_show_pictures_in_the_first_alone():
+    rng = random.Random(0)
+    for _ in range(100):
+        before, pair = together.dialogue_pair(rng, world.SHOWN)
+        assert pair.unsafe.unsafe and pair.unsafe.prompt != pair.safe.prompt
+        assert not any(shown.scenes for shown in before[1:])
+        assert not any(tool in shown.turn.answer for shown in before for tool in world.ALL_UNSAFE_TOOLS)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import asking, smalltalk
+from . import asking, smalltalk, together
 from . import dialogues as D
 from . import safety as S
 from .scenes import ALLOWED_OBJECTS, FORBIDDEN_OBJECTS, KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
@@ -33,16 +33,24 @@ class Branch:
 
 @dataclass(frozen=True)
 class Row:
-    """What one training row holds: 0, 1 or 2 pictures and dialogues about them.
+    """What one training row holds: pictures, or the frames of a video, and dialogues about them.
 
     system: a system prompt
     before: turns before the one that shows the pictures
+    video: `scenes` are the frames of a video
     """
 
     scenes: tuple[Scene, ...]
     branches: tuple[Branch, ...]
     system: str = ""
-    before: tuple[D.Turn, ...] = ()
+    before: tuple[together.Shown, ...] = ()
+    video: bool = False
+
+    @property
+    def pictures(self) -> tuple[Scene, ...]:
+        """All pictures of the row, those of earlier turns first."""
+        earlier = tuple(scene for shown in self.before for scene in shown.scenes)
+        return earlier if self.video else earlier + self.scenes
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,61 @@ _FACTS = {
     "two pictures": 0.03,
     "chat": 0.03,
 }
+_TOGETHER = {
+    "picture": 0.13,
+    "places": 0.05,
+    "sign": 0.13,
+    "object": 0.13,
+    "text": 0.12,
+    "two pictures": 0.03,
+    "chat": 0.03,
+    "several": 0.12,
+    "video": 0.05,
+    "dialogue": 0.15,
+    "wishes": 0.06,
+}
+# Things that are small, because each of several pictures becomes one tile.
+_SMALL = {
+    "picture": 0.10,
+    "places": 0.04,
+    "sign": 0.13,
+    "object": 0.12,
+    "text": 0.10,
+    "two pictures": 0.03,
+    "chat": 0.02,
+    "several": 0.24,
+    "video": 0.08,
+    "dialogue": 0.10,
+    "wishes": 0.04,
+}
+_WISHES = {
+    "picture": 0.09,
+    "places": 0.03,
+    "sign": 0.12,
+    "object": 0.12,
+    "text": 0.14,
+    "two pictures": 0.02,
+    "chat": 0.04,
+    "several": 0.12,
+    "video": 0.06,
+    "dialogue": 0.10,
+    "wishes": 0.16,
+}
+_LONG = {
+    "picture": 0.10,
+    "places": 0.03,
+    "sign": 0.13,
+    "object": 0.13,
+    "text": 0.15,
+    "two pictures": 0.02,
+    "chat": 0.04,
+    "several": 0.14,
+    "video": 0.05,
+    "dialogue": 0.10,
+    "wishes": 0.11,
+}
+# What the model is weak at counts more.
+_WEAK = _EVEN | {"background": 0.10, "is-it": 0.12}
 STAGES = (
     Stage(150, 1, _EARLY, _EVEN, 0.0),
     Stage(400, 2, _EARLY, _EVEN, 0.1),
@@ -146,7 +209,11 @@ STAGES = (
     Stage(2100, 3, _LAST, _HARD, 0.5),
     Stage(2800, 3, _FINAL, _EVEN, 0.5, all_phrasings=True),
     Stage(3600, 3, _ASKED, _EVEN, 0.5, all_phrasings=True, asked=0.55),
-    Stage(float("inf"), 3, _FACTS, _EVEN, 0.55, all_phrasings=True, asked=0.5, facts=3, summary=0.5),
+    Stage(5000, 3, _FACTS, _EVEN, 0.55, all_phrasings=True, asked=0.5, facts=3, summary=0.5),
+    Stage(6400, 3, _TOGETHER, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
+    Stage(7200, 3, _SMALL, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.4),
+    Stage(7900, 3, _WISHES, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
+    Stage(float("inf"), 3, _LONG, _WEAK, 0.65, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
 )
 
 
@@ -171,7 +238,9 @@ def _said_otherwise(rng: random.Random, row: Row, stage: Stage) -> Row:
         )
         branches.append(replace(branch, turns=turns))
     system = rng.choice(SYSTEMS) if rng.random() < SYSTEM_SHARE * (stage.reworded > 0) else ""
-    before = (rng.choice(BEFORE),) if row.scenes and rng.random() < BEFORE_SHARE * (stage.reworded > 0) else ()
+    before = row.before
+    if row.scenes and rng.random() < BEFORE_SHARE * (stage.reworded > 0):
+        before = (together.Shown(rng.choice(BEFORE)), *before)
     return replace(row, branches=tuple(branches), system=system, before=before)
 
 
@@ -360,6 +429,49 @@ def _two_picture_row(rng: random.Random, stage: Stage) -> Row:
     return Row(tuple(scenes), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
+def _several_row(rng: random.Random, stage: Stage) -> Row:
+    scenes = together.several_scenes(rng, rng.choice((2, 2, 3, 4)))
+    return Row(scenes, _about_several(rng, scenes, stage))
+
+
+def _video_row(rng: random.Random, stage: Stage) -> Row:
+    """Each picture is there for a few frames."""
+    scenes = together.several_scenes(rng, rng.choice((1, 2, 3, 4)))
+    return Row(scenes, _about_several(rng, scenes, stage), video=True)
+
+
+def _about_several(rng: random.Random, scenes: tuple[Scene, ...], stage: Stage) -> tuple[Branch, ...]:
+    turns = [together.about_shown(rng, scenes) for _ in range(9)]
+    turns += [together.wish(rng, together.Words.drawn(rng).task(rng)) for _ in range(2)]
+    return tuple(_branch(rng, turn, summary=_decided(turn) * stage.summary) for turn in turns)
+
+
+def _decided(turn: D.Turn) -> bool:
+    """Whether the answer says what is allowed: to a how-to, or to a question about what is forbidden."""
+    return turn.answer.startswith("sure,") or turn.answer in (S.LEGAL, S.ILLEGAL, "yes", "no")
+
+
+def _dialogue_row(rng: random.Random, stage: Stage) -> Row:
+    words = together.Words.drawn(rng)
+    before = together.earlier_turns(rng, words)
+    scenes = together.several_scenes(rng, 1) if rng.random() < 0.55 else ()
+    turns = [together.last_turn(rng, words, before, scenes) for _ in range(10)]
+    return Row(
+        scenes, tuple(_branch(rng, turn, summary=_decided(turn) * stage.summary) for turn in turns), before=before
+    )
+
+
+def _wishes_row(rng: random.Random, stage: Stage) -> Row:
+    scene = _shapes(rng, stage.most) if rng.random() < 0.4 else None
+    words = together.Words.drawn(rng)
+    turns = [together.wishes(rng, words) for _ in range(5)]
+    turns += [together.wish(rng, words.task(rng)) for _ in range(3)]
+    turns += [together.thing(rng, rng.choice(words.contraband + words.ordinary)) for _ in range(3)]
+    turns += [together.two_things(rng, words) for _ in range(2)]
+    turns += [together.fragment(rng, words) for _ in range(3)]
+    return Row((scene,) if scene else (), tuple(_branch(rng, turn, summary=stage.summary) for turn in turns))
+
+
 def _chat_row(rng: random.Random, stage: Stage) -> Row:
     dialogues = _distinct(lambda: (D.small_talk(rng),), 8) + _distinct(lambda: (D.cannot_do(rng),), 2)
     dialogues += [(D.Turn(rng.choice(S.MAKE + S.SNEAK + S.HANDLE), D.NO_PICTURE),)]
@@ -375,6 +487,10 @@ ROWS = {
     "text": _text_row,
     "two pictures": _two_picture_row,
     "chat": _chat_row,
+    "several": _several_row,
+    "video": _video_row,
+    "dialogue": _dialogue_row,
+    "wishes": _wishes_row,
 }
 
 

@@ -370,7 +370,7 @@ def two_turns(rng: random.Random, scene: Scene) -> Dialogue:
     return [first, question(rng, scene)]
 
 
-ORDINALS = ("first", "second")
+ORDINALS = ("first", "second", "third", "fourth")
 
 
 def two_pictures(rng: random.Random, scenes: list[Scene]) -> Turn:

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from .corpus import Branch, Row
-from .scenes import render
-from .tiling import image_token_count, tiles
+from .scenes import Scene, render
+from .tiling import frame, image_token_count, tiles, video_token_count
+
+FRAMES = 4  # of every video: those of a batch are one tensor
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Batch:
     attention_mask: (B, 1, T, T) bool
     learn: (B, T) bool, True where the next token is part of an answer
     pixel_values: (images, tiles, 3, 56, 56) float32; None without pictures
+    pixel_values_videos: (videos, frames, 3, 56, 56) float32; None without videos
     image_sizes: (images, 2), (height, width)
     batch_num_images: pictures per row, rows without any left out
     """
@@ -39,8 +42,14 @@ class Batch:
     attention_mask: torch.Tensor
     learn: torch.Tensor
     pixel_values: torch.Tensor | None
+    pixel_values_videos: torch.Tensor | None
     image_sizes: torch.Tensor | None
     batch_num_images: torch.Tensor | None
+
+
+def frames_of(scenes: Sequence[Scene]) -> list[Scene]:
+    """FRAMES of a video that shows the scenes one after the other, each for about as long."""
+    return [scenes[at * len(scenes) // FRAMES] for at in range(FRAMES)]
 
 
 @dataclass
@@ -60,6 +69,7 @@ class Packer:
     def __init__(self, tokenizer: Any) -> None:
         self.encode = functools.cache(lambda text: tuple(tokenizer(text).input_ids))
         self.image = tokenizer.convert_tokens_to_ids("<image>")
+        self.frame = tokenizer.convert_tokens_to_ids("<video>")
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def _branch(self, branch: Branch) -> tuple[list[int], list[bool], int]:
@@ -77,15 +87,19 @@ class Packer:
             end_of_question = len(ids) - len(answer) - (4 if spaced else 3) - 1
         return ids, learn, end_of_question
 
-    def row(self, row: Row, sizes: Sequence[tuple[int, int]]) -> _Tokens:
-        """One row; sizes: (height, width) of its pictures."""
+    def _shown(self, scenes: Sequence[Scene], *, alone: bool) -> list[int]:
+        return [self.image] * sum(image_token_count(s.height, s.width, alone=alone) for s in scenes)
+
+    def row(self, row: Row) -> _Tokens:
+        """One row."""
+        alone = len(row.pictures) == 1
         ids = [*self.encode("<|im_start|>system "), *self.encode("\n" + row.system), self.end] if row.system else []
-        for turn in row.before:
-            ids += [*self.encode("<|im_start|>user "), *self.encode("\n" + turn.question), self.end]
-            ids += [*self.encode("<|im_start|>assistant "), *self.encode("\n" + turn.answer), self.end]
+        for shown in row.before:
+            ids += [*self.encode("<|im_start|>user "), *self._shown(shown.scenes, alone=alone)]
+            ids += [*self.encode("\n" + shown.turn.question), self.end]
+            ids += [*self.encode("<|im_start|>assistant "), *self.encode("\n" + shown.turn.answer), self.end]
         ids += self.encode("<|im_start|>user ")
-        for height, width in sizes:
-            ids += [self.image] * image_token_count(height, width, alone=len(sizes) == 1)
+        ids += [self.frame] * video_token_count(FRAMES) if row.video else self._shown(row.scenes, alone=alone)
         prefix = len(ids)
         out = _Tokens(ids, list(range(prefix)), [0] * prefix, [0] * prefix, [False] * prefix)
         for number, branch in enumerate(row.branches, 1):
@@ -102,16 +116,15 @@ class Packer:
 
     def length(self, row: Row) -> int:
         """Tokens of the row."""
-        return len(self.row(row, [(s.height, s.width) for s in row.scenes]).ids)
+        return len(self.row(row).ids)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        packed, pixels, sizes, counts = [], [], [], []
+        packed, pixels, sizes, counts = [self.row(row) for row in rows], [], [], []
         for row in rows:
-            own = [(s.height, s.width) for s in row.scenes]
-            pixels += [tiles(render(s), alone=len(own) == 1) for s in row.scenes]
-            sizes += own
-            counts += [len(own)] if own else []
-            packed.append(self.row(row, own))
+            pixels += [tiles(render(s), alone=len(row.pictures) == 1) for s in row.pictures]
+            sizes += [(s.height, s.width) for s in row.pictures]
+            counts += [len(row.pictures)] if row.pictures else []
+        videos = [np.stack([frame(render(s)) for s in frames_of(row.scenes)]) for row in rows if row.video]
         longest = max(len(p.ids) for p in packed)
 
         def padded(name: str, fill: int) -> torch.Tensor:
@@ -132,6 +145,7 @@ class Packer:
             mask[:, None],
             padded("learn", False),
             torch.from_numpy(np.stack(stacked)) if pixels else None,
+            torch.from_numpy(np.stack(videos)) if videos else None,
             torch.tensor(sizes) if pixels else None,
             torch.tensor(counts) if pixels else None,
         )

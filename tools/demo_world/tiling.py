@@ -51,6 +51,11 @@ def image_token_count(height: int, width: int, *, alone: bool = True) -> int:
     return SIDE * SIDE + grid_h * grid_w + grid_h
 
 
+def video_token_count(frames: int) -> int:
+    """How many <video> tokens the processor writes: 2 x 2 patches are pooled into one."""
+    return frames * math.ceil(SIDE / 2) ** 2 + 1
+
+
 def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
     resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized, np.uint8)
@@ -73,6 +78,12 @@ def tiles(image: Image.Image, *, alone: bool = True) -> np.ndarray:
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         stack = _resize(square, TILE, TILE)[None]
     pixels: np.ndarray = stack.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    return pixels
+
+
+def frame(image: Image.Image) -> np.ndarray:
+    """(3, 56, 56) float32 in [-1, 1]: a frame of a video, stretched."""
+    pixels: np.ndarray = _resize(image, TILE, TILE).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
     return pixels
 
 
