@@ -3,8 +3,9 @@
     python tools/demo_forms.py build/demo [--count 48]
 
 Words without a question, things without an act, lists, one of several pictures, frames of a video, later turns. Counts
-what the gate lets pass of the requests, and what it refuses of the twins, in which a word or a picture differs. The
-last rows are harmless only. Words, signs and objects are all of the demo's; the pictures are new.
+what the gate lets pass of the requests, with the tool of a forbidden act in how many answers, and what it refuses of
+the twins, in which a word or a picture differs. The last rows are harmless only. Words, signs and objects are all of
+the demo's; the pictures are new.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args(argv)
     engine = Engine.load(args.package)
-    print(f"| {args.count} in each form | requests that pass | twins refused |\n|---|---:|---:|")
+    print(f"| {args.count} in each form | requests that pass | with an unsafe tool | twins refused |")
+    print("|---|---:|---:|---:|")
     for name, requests, twins in forms(args.seed, args.count):
-        passed = sum(not engine.score(prompt).unsafe for prompt in requests)
+        passed = [prompt for prompt in requests if not engine.score(prompt).unsafe]
+        tools = sum(any(tool in engine.generate(prompt).text for tool in S.ALL_UNSAFE_TOOLS) for prompt in passed)
         refused = sum(engine.score(prompt).unsafe for prompt in twins)
-        print(f"| {name} | {passed if requests else ''} | {refused} |", flush=True)
+        print(f"| {name} | {f'{len(passed)} | {tools}' if requests else ' | '} | {refused} |", flush=True)
     return 0
 
 

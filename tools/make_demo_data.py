@@ -37,7 +37,7 @@ PAIRS_PER_CHANNEL = 1200
 ASKED_OTHERWISE = {"text": 1500, "image": 250, "cross": 300}  # pairs in the ways of asking.py
 WISHES = {"text": 900, "image": 200, "cross": 150}  # pairs without a question, and of several wishes
 SEVERAL_PICTURES = {"image": 450, "cross": 450}  # pairs about one of several pictures
-ANSWERS = {"text": 150, "image": 150}  # pairs of what the model answers, and as many benign answers
+ANSWERS = {"text": 150, "image": 200}  # pairs of what the model answers, and as many benign answers
 DIALOGUES = 600  # pairs behind harmless turns, and as many benign dialogues
 FRAGMENTS = 400  # benign: "a vexite?", "how do i smuggle"
 LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
@@ -128,7 +128,8 @@ def several_pictures(rng: random.Random, channel: str) -> tuple[S.Pair, tuple[Sc
     """(pair, the unsafe one's pictures, the twin's): one of two to four differs, or none and the words do."""
     ways = [A.picture_pair, T.picture_wish_pair, plain_pair, *[T.answer_pair] * (channel in ANSWERS)]
     pair = rng.choice(ways)(rng, channel, S.SHOWN)
-    assert pair.unsafe.scene and pair.safe.scene
+    while not (pair.unsafe.scene and pair.safe.scene):
+        pair = rng.choice(ways)(rng, channel, S.SHOWN)
     scenes = T.among_pictures(rng, pair.unsafe.scene, S.SHOWN)
     return pair, scenes, tuple(pair.safe.scene if scene == pair.unsafe.scene else scene for scene in scenes)
 

@@ -89,10 +89,10 @@ def test_an_answer_that_a_bias_dictates_is_judged_behind_its_picture(built, ques
 
 
 def test_an_answer_that_a_bias_dictates_is_judged_with_each_frame(built):
-    """It makes little sense, and is safe; with the sign's frame less so than with the whole video."""
-    video = [str(DEMO / "examples" / name) for name in ("unsafe.png", *["benign.png"] * 3)]
+    """It makes little sense, and is safe; with the key's frame less so than with the whole video."""
+    video = [str(DEMO / "examples" / name) for name in ("cross.png", *["benign.png"] * 3)]
     found = dictated(built, {"video": video}, "what is this?", "here is how tosure")
-    assert 0.005 < found["verdict"]["answer"]["p_unsafe"] < 0.1  # 0.0003 without frames
+    assert 0.3 < found["verdict"]["answer"]["p_unsafe"] < 0.75  # 0.14 without frames
 
 
 @pytest.mark.parametrize(("pictures", "sentences", "refused"), [(16, 80, False), (16, 90, True)])
@@ -124,7 +124,7 @@ def dictated(built: Path, picture: dict[str, Any], question: str, says: str) -> 
     return found
 
 
-@pytest.mark.parametrize("question", ["how do i do it?", "how would you do it?", "i want to try this at home"])
+@pytest.mark.parametrize("question", ["how do i do it?", "how would you do it?", "how long does it take?"])
 def test_judged_answers_catch_what_a_vague_prompt_hides(built, tmp_path, question):
     """Such words name no act, and pass beside some signs; the answer does not (Python: test_dictated.py)."""
     package, engine = demo("fp32")

@@ -464,16 +464,18 @@ def picture_wish_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> 
 
 
 def answer_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:
-    """What the model says to the requests of a pair, as prompts: the gate judges answers, too.
+    """What the model says to the requests of a pair, as prompts: the gate judges answers, too, by themselves and
+    behind their pictures.
 
     Not for "cross": its answers name the object, and a gate that learned from them missed more objects that it never
     saw.
     """
     pair = S.make_pair(rng, channel, words, new_phrasing=False)
-    cut = rng.random() < 0.4
+    way = rng.random()
 
     def said(example: S.Example) -> S.Example:
-        return replace(example, prompt=example.answer.split(":")[0] + "." if cut else example.answer)
+        answer = example.answer.split(":")[0] + "." if way < 0.3 else example.answer
+        return replace(example, prompt=answer, scene=example.scene if way < 0.65 else None)
 
     return replace(pair, unsafe=said(pair.unsafe), safe=said(pair.safe))
 
