@@ -76,14 +76,17 @@ def score_strength(
     )
 
 
-def choose_strength(scores: Sequence[StrengthScore]) -> float:
-    """The middle one of the strengths (ascending) at which most answers are the refusal, then most refuse.
+def choose_strength(scores: Sequence[StrengthScore], answers: int) -> float:
+    """The middle one of the strengths (ascending) at which most of the `answers` are the refusal, then most refuse.
 
-    A prompt of another kind may need more than these did, and too much degrades the words: steering is not monotone.
+    One answer fewer counts as equal: a single one says nothing. A prompt of another kind may need more than these did,
+    and too much degrades the words: steering is not monotone.
     """
-    steered = [score for score in scores if score.strength > 0]
-    best = max((score.exact, score.refused) for score in steered)
-    equal = [score.strength for score in steered if (score.exact, score.refused) == best]
+    steered, one = [score for score in scores if score.strength > 0], 1 / answers + 1e-9
+    most = max(score.exact for score in steered)
+    steered = [score for score in steered if score.exact >= most - one]
+    most = max(score.refused for score in steered)
+    equal = [score.strength for score in steered if score.refused >= most - one]
     return equal[len(equal) // 2]
 
 

@@ -97,14 +97,14 @@ def test_a_harmless_question_that_was_answered_before_hides_no_request(engine: E
 
 
 def test_few_harmless_requests_behind_such_a_question_are_refused(engine: Engine):
-    """docs/usage.md says how many of 720: one in 24. Here it is 3 of 72, all of them after "steal"."""
+    """docs/usage.md says how many of 720: none."""
     refused = [
         unsafe
         for question, answer in ANSWERED
         for verbs, nouns in ((("clean", "carry", "paint"), NOUNS), (("smuggle", "steal", "sell"), ("pillow", "wagon")))
         for unsafe in unsafe_behind(engine, question, answer, verbs, nouns)
     ]
-    assert len(refused) == 72 and sum(refused) <= 5
+    assert len(refused) == 72 and sum(refused) <= 1
 
 
 def test_a_turn_is_scored_by_itself_once_in_a_conversation(engine: Engine, monkeypatch: pytest.MonkeyPatch):

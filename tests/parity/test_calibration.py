@@ -98,8 +98,8 @@ def test_random_tokens_reach_further_and_do_not_change_what_matters() -> None:
 
 
 def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
-    """Scales of one picture of gradients clipped such keys, and whether the demo could be exported with int8 caches
-    depended on the pictures in its proof.
+    """Scales of one picture of gradients clipped such keys (of an earlier demo by 0.09), and whether the demo could be
+    exported with int8 caches depended on the pictures in its proof.
     """
     checkpoint, package = demo_checkpoint(), demo_package("fp32")
     config, processor = decoder_config(checkpoint), load_hf_model(checkpoint)[1]
@@ -107,7 +107,7 @@ def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
     assert spec is not None
     rows = calibration_rows(checkpoint, processor.tokenizer, graph, spec)
     decoder = load_hf_model(checkpoint)[0].get_submodule(DECODER)
-    picture = image_rows(checkpoint, graph, spec, _sign)
+    picture = image_rows(checkpoint, graph, spec, _shapes)
 
     def error(calibrated_on: torch.Tensor) -> float:
         caches = RoundedCaches(calibrate_decoder(checkpoint, config, calibrated_on).kv_scales)
@@ -116,11 +116,11 @@ def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
         return max(caches.errors)
 
     texts = rows_for_scales(rows, checkpoint, config.vocab_size, None, None)
-    assert error(texts) > 0.09  # an export allows 0.1
-    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.08
+    assert error(texts) > 0.05  # an export allows 0.1
+    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.02
 
 
-def _sign(size: int) -> np.ndarray:
-    with Image.open(DEMO / "examples" / "unsafe.png") as picture:
+def _shapes(size: int) -> np.ndarray:
+    with Image.open(DEMO / "examples" / "benign.png") as picture:
         small = np.asarray(picture.convert("RGB").resize((size, size)), np.float32)
     return (small / 127.5 - 1).transpose(2, 0, 1)[None]
