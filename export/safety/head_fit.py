@@ -76,7 +76,7 @@ def fit_refusal_head(
     with progress(console, "strengths", len(tried) + len(kept)) as advance:
         strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
         scores = _try_strengths(fit_model, tried, head.steer_matrix, embeddings, strengths, answer, advance)
-        strength = wanted or choose_strength(scores, len(tried))
+        strength = wanted or choose_strength(scores)
         kept = kept or tried  # which did not choose the strength, where there are two
         (chosen,) = _try_strengths(fit_model, kept, head.steer_matrix, embeddings, [strength], answer, advance)
     return (

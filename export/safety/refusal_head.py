@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .answers import SteeredAnswer
 
 STEPS, PASSES = 400, 3  # at least so many steps, and so many passes over all (prompt, token) places
+EQUAL = 1 / 12 + 1e-9  # shares of answers that differ by no more than this count as equal
 BATCH, LEARNING_RATE = 64, 1e-2  # places; Adam, whose rate falls linearly to 0
 # Logits further below the largest one count as this far below in the softmax, where e^-60 changes no sum. Probabilities
 # of e^-90 are denormal floats, and the backward product over them takes 16 times as long.
@@ -76,17 +77,17 @@ def score_strength(
     )
 
 
-def choose_strength(scores: Sequence[StrengthScore], answers: int) -> float:
-    """The middle one of the strengths (ascending) at which most of the `answers` are the refusal, then most refuse.
+def choose_strength(scores: Sequence[StrengthScore]) -> float:
+    """The middle one of the strengths (ascending) at which most answers are the refusal, then most refuse.
 
-    One answer fewer counts as equal: a single one says nothing. A prompt of another kind may need more than these did,
-    and too much degrades the words: steering is not monotone.
+    One of twelve fewer counts as equal: it says nothing; of fewer than twelve each counts. A prompt of another kind may
+    need more than these did, and too much degrades the words: steering is not monotone.
     """
-    steered, one = [score for score in scores if score.strength > 0], 1 / answers + 1e-9
+    steered = [score for score in scores if score.strength > 0]
     most = max(score.exact for score in steered)
-    steered = [score for score in steered if score.exact >= most - one]
+    steered = [score for score in steered if score.exact >= most - EQUAL]
     most = max(score.refused for score in steered)
-    equal = [score.strength for score in steered if score.refused >= most - one]
+    equal = [score.strength for score in steered if score.refused >= most - EQUAL]
     return equal[len(equal) // 2]
 
 

@@ -434,11 +434,14 @@ def test_the_strength_in_use_is_far_from_those_that_refuse_less():
     def chosen(exact: dict[float, float]) -> float:
         """Of strengths, by the share of answers that are the refusal."""
         scores = [refusal_head.StrengthScore(at, share, 1.0, 1.0, 0.0, 0.0, "") for at, share in exact.items()]
-        return refusal_head.choose_strength(scores, answers=12)
+        return refusal_head.choose_strength(scores)
 
     assert chosen({0: 1, 0.05: 0.2, 0.075: 1, 0.1: 1, 0.15: 1, 0.2: 1, 0.3: 0.7}) == 0.15
     assert chosen({0: 0, 0.05: 1, 0.1: 1, 0.2: 1}) == 0.1
     assert chosen({0: 0, 0.05: 0.1, 0.1: 0.8, 0.2: 0.7}) == 0.1
+    # a single answer, or two: none may be lost
+    assert chosen({0: 0, 0.05: 0, 0.1: 0, 0.2: 1}) == 0.2
+    assert chosen({0: 0, 0.05: 0.5, 0.1: 0.5, 0.2: 1}) == 0.2
     # the demo's: 0.2 garbled 19 of 1,324 refusals, which the twelve did not show, 0.125 none
     assert chosen({0: 0, 0.05: 7 / 12, 0.075: 11 / 12, 0.1: 11 / 12, 0.125: 11 / 12, 0.15: 11 / 12, 0.2: 1}) == 0.125
 
