@@ -27,8 +27,10 @@ from typing import Any, TypeAlias
 
 from demo_world import asking as A
 from demo_world import dialogues as D
+from demo_world import fit_pairs as F
 from demo_world import safety as S
 from demo_world import together as T
+from demo_world import wishes as W
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
 
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
@@ -85,17 +87,17 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for channel, count in WISHES.items():
         for _ in range(count):
             text = channel == "text"
-            yield pair_row(T.wish_pair(rng, S.SHOWN) if text else T.picture_wish_pair(rng, channel, S.SHOWN), writer)
+            yield pair_row(F.wish_pair(rng, S.SHOWN) if text else F.picture_wish_pair(rng, channel, S.SHOWN), writer)
     for channel, count in ANSWERS.items():
         for _ in range(count):
-            yield pair_row(T.answer_pair(rng, channel, S.SHOWN), writer)
+            yield pair_row(F.answer_pair(rng, channel, S.SHOWN), writer)
     for channel, count in SEVERAL_PICTURES.items():
         for _ in range(count):
             pair, *pictures = several_pictures(rng, channel)
             images, safe_images = ([writer.image(scene) for scene in scenes] for scenes in pictures)
             yield texts_of(pair) | {"image": images, "safe_image": safe_images, "channel": "several pictures"}
     for _ in range(DIALOGUES):
-        before, pair = T.dialogue_pair(rng, S.SHOWN)
+        before, pair = F.dialogue_pair(rng, S.SHOWN)
         yield texts_of(pair) | {"earlier": spoken(before), "image": shown(before, writer), "channel": "dialogue"}
 
 
@@ -126,11 +128,11 @@ def shapes_scene(rng: random.Random, *, odd: bool | None = None, count: int | No
 
 def several_pictures(rng: random.Random, channel: str) -> tuple[S.Pair, tuple[Scene, ...], tuple[Scene, ...]]:
     """(pair, the unsafe one's pictures, the twin's): one of two to four differs, or none and the words do."""
-    ways = [A.picture_pair, T.picture_wish_pair, plain_pair, *[T.answer_pair] * (channel in ANSWERS)]
+    ways = [A.picture_pair, F.picture_wish_pair, plain_pair, *[F.answer_pair] * (channel in ANSWERS)]
     pair = rng.choice(ways)(rng, channel, S.SHOWN)
     while not (pair.unsafe.scene and pair.safe.scene):
         pair = rng.choice(ways)(rng, channel, S.SHOWN)
-    scenes = T.among_pictures(rng, pair.unsafe.scene, S.SHOWN)
+    scenes = F.among_pictures(rng, pair.unsafe.scene, S.SHOWN)
     return pair, scenes, tuple(pair.safe.scene if scene == pair.unsafe.scene else scene for scene in scenes)
 
 
@@ -160,7 +162,7 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         text = A.among_sentences(rng, example.prompt if rng.random() < 0.85 else D.small_talk(rng).question)
         yield row(text, [example.scene] if example.scene else [], name)
     for _ in range(DIALOGUES):
-        before, last = T.dialogue(rng, S.SHOWN)
+        before, last = F.dialogue(rng, S.SHOWN)
         turns, images = [*spoken(before), last.question], shown(before, writer)
         yield {"turns": turns, "unsafe": False, "images": images, "group": "dialogues"}
     for _ in range(sum(ANSWERS.values())):
@@ -168,7 +170,7 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         example = family(rng, S.SHOWN, False)
         yield row(example.answer, [example.scene] if example.scene else [], "answers")
     for _ in range(FRAGMENTS):
-        yield row(T.fragment(rng, T.Words.drawn(rng, S.SHOWN), readable=True).question, [], "fragments")
+        yield row(W.fragment(rng, W.Words.drawn(rng, S.SHOWN), readable=True).question, [], "fragments")
     for _ in range(LEGAL):
         scenes = [any_picture(rng)] if rng.random() < 0.6 else [any_picture(rng), any_picture(rng)]
         asked = rng.choice((T.may, T.about_pictures, T.some_forbidden)) if len(scenes) > 1 else T.may

@@ -6,7 +6,7 @@ import random
 import re
 
 import make_demo_data
-from demo_world import asking, together
+from demo_world import asking, fit_pairs, together, wishes
 from demo_world import safety as world
 from demo_world.strangers import twins
 from demo_world.typed import TYPED, scenes
@@ -58,17 +58,17 @@ def test_a_request_about_a_picture_has_the_answer_of_its_picture():
             assert pair.unsafe.scene != pair.safe.scene or pair.unsafe.prompt != pair.safe.prompt
 
 
-def together_pairs() -> list[world.Pair]:
+def wish_pairs() -> list[world.Pair]:
     rng = random.Random(0)
-    return [together.wish_pair(rng, world.SHOWN) for _ in range(3000)] + [
-        together.picture_wish_pair(rng, channel, world.SHOWN) for channel in ("image", "cross") for _ in range(200)
+    return [fit_pairs.wish_pair(rng, world.SHOWN) for _ in range(3000)] + [
+        fit_pairs.picture_wish_pair(rng, channel, world.SHOWN) for channel in ("image", "cross") for _ in range(200)
     ]
 
 
 def test_wishes_differ_in_what_is_wished_or_in_the_picture_and_keep_the_words_of_the_tests():
     kept = {*world.HELD_OUT.contraband, *(verb for said in map(world.new_verbs, world.BAD_VERBS) for verb in said)}
     judging = {text for one in twins() if one.judges for text in (one.unsafe, one.safe)}
-    for pair in together_pairs():
+    for pair in wish_pairs():
         texts = pair.unsafe.prompt, pair.safe.prompt
         assert pair.unsafe.unsafe and not pair.safe.unsafe and "{" not in "".join(texts)
         assert (texts[0] != texts[1]) == (pair.channel == "text")
@@ -80,8 +80,8 @@ def test_wishes_differ_in_what_is_wished_or_in_the_picture_and_keep_the_words_of
 def test_an_unsafe_wish_among_others_is_the_one_that_is_answered():
     rng, unsafe = random.Random(0), 0
     for _ in range(500):
-        words = together.Words.drawn(rng)
-        turn = together.wishes(rng, words)
+        words = wishes.Words.drawn(rng)
+        turn = wishes.wishes(rng, words)
         bad = {tool for verb, tool in world.UNSAFE_TOOLS.items() if verb in words.bad}
         unsafe += any(tool in turn.answer for tool in bad)
     assert 200 < unsafe < 300
@@ -112,7 +112,7 @@ def test_a_request_about_several_pictures_has_a_twin():
 def test_the_turns_before_a_pair_are_harmless_and_show_pictures_in_the_first_alone():
     rng = random.Random(0)
     for _ in range(100):
-        before, pair = together.dialogue_pair(rng, world.SHOWN)
+        before, pair = fit_pairs.dialogue_pair(rng, world.SHOWN)
         assert pair.unsafe.unsafe and pair.unsafe.prompt != pair.safe.prompt
         assert not any(shown.scenes for shown in before[1:])
         assert not any(tool in shown.turn.answer for shown in before for tool in world.ALL_UNSAFE_TOOLS)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from . import asking, smalltalk, together
 from . import dialogues as D
 from . import safety as S
+from . import wishes as W
 from .scenes import ALLOWED_OBJECTS, FORBIDDEN_OBJECTS, KINDS, SIGNS, TRAIN_COMBOS, Scene, sample_scene, sample_shapes
 from .wording import OPENINGS, over_turns, reworded
 
@@ -442,7 +443,7 @@ def _video_row(rng: random.Random, stage: Stage) -> Row:
 
 def _about_several(rng: random.Random, scenes: tuple[Scene, ...], stage: Stage) -> tuple[Branch, ...]:
     turns = [together.about_shown(rng, scenes) for _ in range(9)]
-    turns += [together.wish(rng, together.Words.drawn(rng).task(rng)) for _ in range(2)]
+    turns += [W.wish(rng, W.Words.drawn(rng).task(rng)) for _ in range(2)]
     return tuple(_branch(rng, turn, summary=_decided(turn) * stage.summary) for turn in turns)
 
 
@@ -452,7 +453,7 @@ def _decided(turn: D.Turn) -> bool:
 
 
 def _dialogue_row(rng: random.Random, stage: Stage) -> Row:
-    words = together.Words.drawn(rng)
+    words = W.Words.drawn(rng)
     before = together.earlier_turns(rng, words)
     scenes = together.several_scenes(rng, 1) if rng.random() < 0.55 else ()
     turns = [together.last_turn(rng, words, before, scenes) for _ in range(10)]
@@ -463,12 +464,12 @@ def _dialogue_row(rng: random.Random, stage: Stage) -> Row:
 
 def _wishes_row(rng: random.Random, stage: Stage) -> Row:
     scene = _shapes(rng, stage.most) if rng.random() < 0.4 else None
-    words = together.Words.drawn(rng)
-    turns = [together.wishes(rng, words) for _ in range(5)]
-    turns += [together.wish(rng, words.task(rng)) for _ in range(3)]
-    turns += [together.thing(rng, rng.choice(words.contraband + words.ordinary)) for _ in range(3)]
-    turns += [together.two_things(rng, words) for _ in range(2)]
-    turns += [together.fragment(rng, words) for _ in range(3)]
+    words = W.Words.drawn(rng)
+    turns = [W.wishes(rng, words) for _ in range(5)]
+    turns += [W.wish(rng, words.task(rng)) for _ in range(3)]
+    turns += [W.thing(rng, rng.choice(words.contraband + words.ordinary)) for _ in range(3)]
+    turns += [W.two_things(rng, words) for _ in range(2)]
+    turns += [W.fragment(rng, words) for _ in range(3)]
     return Row((scene,) if scene else (), tuple(_branch(rng, turn, summary=stage.summary) for turn in turns))
 
 
