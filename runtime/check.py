@@ -36,8 +36,9 @@ def check_package(engine: Engine, folder: Path) -> Replay:
 
     Verdicts must be equal. Scores and tokens may differ by Manifest.tolerance. The answer to a steered prompt must
     differ from its answer without a gate. --policy stop must refuse a prompt that is unsafe at the package's own
-    threshold. A monitor must stop every answer where its threshold is below 0; otherwise it does not watch here: the
-    golden answers were recorded without one. A package without golden prompts fails.
+    threshold. A monitor must stop every answer where its threshold is below 0. Otherwise it is 1 here, which stops no
+    answer but by a broken monitor: the golden answers were recorded without one. A package without golden prompts
+    fails.
     """
     manifest, tolerance = engine.manifest, engine.manifest.tolerance
     gated = Mode.STEER if manifest.guarded else Mode.OFF
@@ -110,7 +111,7 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
 
 
 def _answer(
-    engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float | None = None
+    engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float = 1.0
 ) -> Answer:
     """Answer as at the recording: without drafts, in as many tokens, and its turn judged as a whole alone."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)

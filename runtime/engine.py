@@ -174,7 +174,6 @@ class Engine:
             threshold=prober.threshold if threshold is None else threshold,
             strength=refusal.strength if strength is None else strength,
             refusal_text=refusal.text,
-            answer_threshold=self.manifest.monitor.threshold if self.manifest.monitor else None,
             pieces=pieces,
             judge_answers=judge_answers,
         )
@@ -419,6 +418,7 @@ def _dialogue(
         return [Message.user(prompt, images, videos)]
     if images or videos:
         raise InputError("images and videos go into the messages of a dialogue, not beside it")
-    if not isinstance(prompt, Iterable) or not all(isinstance(message, Message) for message in prompt):
+    messages = list(prompt) if isinstance(prompt, Iterable) else []
+    if not isinstance(prompt, Iterable) or not all(isinstance(message, Message) for message in messages):
         raise InputError(f"prompt = {prompt!r:.60}: give a text, or a list of Message")
-    return list(prompt)
+    return messages

@@ -52,13 +52,15 @@ def mode_from(name: Mode | str) -> Mode:
 
 @dataclass(frozen=True)
 class GatePolicy:
-    """How the gate treats a request. A threshold below zero makes every prompt unsafe."""
+    """How the gate treats a request. A threshold below zero makes every prompt unsafe, and every answer that is
+    judged: without pieces and judge_answers, all answers are steered, and shown.
+    """
 
     mode: Mode
     threshold: float
     strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
     refusal_text: str
-    answer_threshold: float | None = None  # the monitor stops an answer above it (monitor.py); None: nothing watches it
+    answer_threshold: float | None = None  # a monitor stops an answer above it (monitor.py); None: the package's
     pieces: bool = True  # whether all forms of a turn are read (readings.py), and steered answers judged
     judge_answers: bool = False  # whether every answer is judged before any of it is shown (held_back.py)
 
@@ -80,10 +82,9 @@ class GatePolicy:
     @property
     def checks_steering(self) -> bool:
         """Whether a steered answer is judged before it is shown (held_back.py), and a dialogue with an unsafe turn
-        before the last is stopped (judge.py). False if neither pieces are read nor answers judged, and below a
-        threshold of 0, by which every prompt is unsafe on purpose.
+        before the last is stopped (judge.py). False if neither pieces are read nor answers judged.
         """
-        return self.mode is Mode.STEER and (self.pieces or self.judge_answers) and self.threshold >= 0.0
+        return self.mode is Mode.STEER and (self.pieces or self.judge_answers)
 
 
 def without_steering(policy: GatePolicy) -> GatePolicy:

@@ -137,19 +137,21 @@ class Judge:
 
     def answer(self, text: str, request: Request, record: Record) -> Generator[None, None, float]:
         """The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its
-        verdict, of all readings up to some behind the first that is unsafe; NaN if one cannot be read. May pause.
+        verdict, of all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read.
+        May pause.
         """
         assert record.prompt is not None
-        policy, p_unsafe = record.policy, 0.0
+        policy, scores = record.policy, list[float]()
         shown, frames = self._each_shown(record.messages, record.prompt.seen, frames=True)
         steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
         readings = readings_of_answer(record.messages, text, frames, steered=steered)
-        while is_safe(p_unsafe, policy.threshold) and (some := [*itertools.islice(readings, self._together)]):
+        while some := [*itertools.islice(readings, self._together)]:
             found = yield from self._read_all(some, shown, policy, Stats(), begun)
-            scores = (weighed(p) if one.weighed else p for one, p in zip(some, found, strict=True))
-            p_unsafe = worst([p_unsafe, *scores])
-        return p_unsafe
+            scores += (weighed(p) if one.weighed else p for one, p in zip(some, found, strict=True))
+            if not is_safe(worst(scores), policy.threshold):
+                break
+        return worst(scores)
 
     def _each_shown(
         self, messages: Sequence[Message], seen: Sequence[Seen], *, frames: bool
@@ -159,7 +161,7 @@ class Judge:
         """
         shown, single = by_picture(messages, seen), list[tuple[int, Part]]()
         parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)] if frames else []
-        for (n, part), one in zip(parts, shown.copy(), strict=False):
+        for (n, part), one in zip(parts, shown[: len(parts)], strict=True):
             if isinstance(part, VideoPart):
                 for frame, rows in self._encoder.single_frames(part, one):
                     single.append((n, frame))

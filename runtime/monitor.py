@@ -34,10 +34,11 @@ class Monitor:
     """What the monitor made of one answer so far."""
 
     def __init__(self, manifest: Manifest, graph: Subgraph, policy: GatePolicy, stats: Stats):
-        """`manifest` has a monitor, and `policy` a threshold for it."""
-        assert manifest.monitor is not None and policy.answer_threshold is not None
+        """`manifest` has a monitor. `policy`.answer_threshold, if there is one, stands in for its threshold."""
+        assert manifest.monitor is not None
         self.window, self.stops = manifest.monitor.window, policy.mode is not Mode.REPORT
-        self._graph, self._threshold, self._stats = graph, policy.answer_threshold, stats
+        self._graph, self._stats = graph, stats
+        self._threshold = manifest.monitor.threshold if policy.answer_threshold is None else policy.answer_threshold
         self._states: Float = np.zeros((self.window, manifest.dims.hidden_size), np.float32)
         self._read = 0  # tokens
         self._worst: float | None = None  # p_unsafe so far
@@ -77,7 +78,7 @@ class Monitor:
 
 
 def monitor_for(manifest: Manifest, graphs: Mapping[str, Subgraph], policy: GatePolicy, stats: Stats) -> Monitor | None:
-    """The monitor of a new answer; None if nothing watches it."""
-    if manifest.monitor is None or policy.answer_threshold is None or policy.mode is Mode.OFF:
+    """The monitor of a new answer; None if the package has none, or the policy is OFF."""
+    if manifest.monitor is None or policy.mode is Mode.OFF:
         return None
     return Monitor(manifest, graphs["monitor"], policy, stats)

@@ -26,7 +26,7 @@ C++ side is src/readings.hpp; shared cases: tests/conformance/requests.json.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .errors import InputError
@@ -270,9 +270,9 @@ def in_plain_letters(turn: Message) -> Message | None:
     return None if plain == parts else Message("user", tuple(plain))
 
 
-def with_letters_of(plain: Iterable[Message | None], messages: Sequence[Message]) -> list[Message]:
-    """The messages, each with what its counterpart in `plain` says, if it has one."""
+def with_letters_of(plain: Sequence[Message | None], messages: Sequence[Message]) -> list[Message]:
+    """The messages, each with what its counterpart in `plain` (of the whole dialogue) says, if it has one."""
     return [
         replace(message, parts=other.parts) if other else message
-        for message, other in zip(messages, plain, strict=False)
+        for message, other in zip(messages, plain[: len(messages)], strict=True)
     ]

@@ -30,7 +30,7 @@ def chat(
     videos: list[Video],
     frames: int,
 ) -> None:
-    """A dialogue on the terminal. Pictures and videos (at most `frames` frames each) go into the next answered turn.
+    """A dialogue on the terminal. Pictures and videos (at most `frames` frames each) go into the next turn.
 
     A turn that was steered or stopped is forgotten: as part of the dialogue it would make every later turn unsafe.
     """

@@ -101,7 +101,7 @@ def ask(engine: Engine, row: Row, *, max_tokens: int, pieces: bool = True, judge
     report, gate = (
         engine.policy(mode, pieces=pieces, judge_answers=judge_answers) for mode in (Mode.REPORT, Mode.STEER)
     )
-    always = engine.policy(threshold=-1.0)
+    always = engine.policy(threshold=-1.0, pieces=False)
     try:
         off = engine.generate(row.messages, policy=report, sampling=sampling)
     except InputError as err:

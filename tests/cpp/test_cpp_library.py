@@ -417,7 +417,8 @@ def test_every_setting_of_the_wrapper_arrives(embedding, cpp_package, cpp_engine
     sampling = {"max_tokens": 8, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.5, "seed": 7}
     sampling |= {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.25}
     sampling |= {"speculate": False, "stop": ['a "quoted" \\ line\n\x01', "ü"]}
-    wishes = {"policy": "steer", "threshold": -0.5, "strength": 0.5, "sampling": sampling}
+    wishes = {"policy": "steer", "threshold": -0.5, "pieces": False, "strength": 0.5}
+    wishes |= {"sampling": sampling}
     first = [turn('red "} \\')]
     answer = in_python(cpp_engine, {"messages": first, **wishes})
     dialogue = [*first, {"role": "assistant", "parts": [answer["text"]]}, turn("hello")]

@@ -17,6 +17,8 @@ from autosteer.runtime import Engine, SamplingConfig
 from autosteer.runtime.draft_table import draft_table
 from autosteer.runtime.drafting import MAX_DRAFT, POSITION_COST, Drafter
 
+ALWAYS = {"threshold": -1.0, "pieces": False}  # every answer is steered
+
 
 def copying_text(rng: random.Random, length: int) -> list[int]:
     """Tokens that are often a copy of earlier ones, with mistakes: matches of every length come, hold and fail."""
@@ -108,7 +110,7 @@ def test_rows_of_a_pass_are_cached_as_single_tokens_are(built, attentive_package
     assert compared(built, attentive_package, load(attentive_package), requests) > 50
 
 
-@pytest.mark.parametrize("changes", [{}, {"policy": "off"}, {"threshold": -1.0}, {"threshold": -1.0, "strength": 0.3}])
+@pytest.mark.parametrize("changes", [{}, {"policy": "off"}, ALWAYS, ALWAYS | {"strength": 0.3}])
 def test_answers_that_copy_are_drafted_as_in_python(built, changes):
     """The demo, asked the same again, so that the answer repeats what stands in the dialogue; steered, and sampled."""
     package, engine = demo("fp32")

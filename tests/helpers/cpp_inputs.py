@@ -147,8 +147,8 @@ def demo_requests() -> list[dict[str, Any]]:
         {"messages": [user("how do i smuggle a vexite?")], "policy": "report"},
         {"messages": [user("how do i smuggle a vexite?")], "policy": "off"},
         {"messages": [user("what do you see?", pictures[0])], "policy": "stop", "threshold": -1.0},
-        {"messages": [user("what do you see?", pictures[1])], "threshold": -1.0},
-        {"messages": [user("what do you see?", pictures[4])], "threshold": -1.0, "strength": 0.3},
+        {"messages": [user("what do you see?", pictures[1])], "threshold": -1.0, "pieces": False},
+        {"messages": [user("what do you see?", pictures[4])], "threshold": -1.0, "pieces": False, "strength": 0.3},
         {"messages": [user("hello")], "threshold": 0.0, "policy": "stop"},
         {
             "messages": [user("describe the image.", pictures[3])],

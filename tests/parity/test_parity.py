@@ -83,7 +83,7 @@ def test_steered_tokens_equal_the_authors_formula() -> None:
     """`h + strength * h W^T` before the projection against an output embedding of E + strength * E W in PyTorch."""
     engine = demo_engine("fp32")
     for row in held_out():
-        answer = engine.generate(row.messages, policy=engine.policy(threshold=-1.0), sampling=SAMPLING)
+        answer = engine.generate(row.messages, policy=engine.policy(threshold=-1.0, pieces=False), sampling=SAMPLING)
         assert list(answer.token_ids) == original(row.messages).steered_tokens, row
 
 

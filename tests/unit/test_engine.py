@@ -429,7 +429,7 @@ def test_steer_is_always_steer_where_flagged_and_off_where_not(which, prompt, re
     engine = request.getfixturevalue(which)
     off, always, steer = (
         engine.generate(prompt, policy=policy, sampling=of(8))
-        for policy in (engine.policy("off"), engine.policy("steer", threshold=-1.0), engine.policy("steer"))
+        for policy in (engine.policy("off"), engine.policy(threshold=-1.0, pieces=False), engine.policy("steer"))
     )
     assert always.verdict.action is Action.STEER
     assert steer.token_ids == (always.token_ids if steer.verdict.unsafe else off.token_ids)
@@ -1085,6 +1085,11 @@ def test_a_prompt_without_messages_is_not_taken_for_one_read_in_pieces(engine):
 def test_a_prompt_that_is_no_dialogue_is_refused(engine, prompt):
     with pytest.raises(InputError, match="give a text, or a list of Message"):
         engine.generate(prompt)
+
+
+def test_a_dialogue_may_be_a_generator(engine):
+    turns = [Message.user("bad"), Message.assistant("red"), Message.user("red")]
+    assert engine.score(turn for turn in turns) == engine.score(turns)  # type: ignore[arg-type]
 
 
 def test_one_thing_in_place_of_a_list_is_refused():

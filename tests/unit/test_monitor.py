@@ -54,7 +54,7 @@ def attentive_watched(tmp_path_factory) -> Engine:
     return load(folder)
 
 
-def above(engine: Engine, answer_threshold: float | None, mode: Mode = Mode.STEER) -> GatePolicy:
+def above(engine: Engine, answer_threshold: float, mode: Mode = Mode.STEER) -> GatePolicy:
     return replace(engine.policy(mode), answer_threshold=answer_threshold)
 
 
@@ -154,7 +154,6 @@ def test_policies_that_do_not_intervene(watched):
     assert last.action is Action.PASS and last.answer is not None and last.answer.unsafe
     off = watched.generate("red", policy=watched.policy("off"))
     assert off.text == "orange yellow green" and off.verdict.answer is None
-    assert watched.generate("red", policy=above(watched, None)).verdict.answer is None
 
 
 def test_a_restricted_answer_is_stopped_too(watched):
@@ -162,8 +161,13 @@ def test_a_restricted_answer_is_stopped_too(watched):
     assert watched.generate("red", sampling=of(9, logit_bias=bias)).text == toy.REFUSAL_TEXT  # all was held back
 
 
-def test_a_package_without_a_monitor_has_no_threshold_for_one(engine):
-    assert engine.policy().answer_threshold is None
+def test_a_policy_made_by_hand_is_watched_too(watched):
+    answer = watched.generate("red", policy=GatePolicy(Mode.STEER, 0.5, 0.1, "no."))
+    assert answer.text == "orange\n\nno." and answer.verdict.answer is not None
+    assert answer.verdict.answer.threshold == watched.manifest.monitor.threshold
+
+
+def test_a_package_without_a_monitor_watches_nothing(engine):
     assert engine.generate("red").verdict.answer is None
 
 

@@ -207,7 +207,7 @@ def test_demo_model_says_the_same_with_and_without(mode, tmp_path):
     """The same question again, so that the answer repeats what stands in the dialogue; and sampled answers."""
     exported = pytest.importorskip("exported", reason="needs [export]")
     engine = exported.demo_engine("fp32")
-    policy = engine.policy("steer", threshold=-1.0) if mode == "always" else engine.policy(mode)
+    policy = engine.policy("steer", threshold=-1.0, pieces=False) if mode == "always" else engine.policy(mode)
     accepted = 0
     for golden in engine.manifest.golden:
         images = [exported.demo_package("fp32") / image for image in golden.images]

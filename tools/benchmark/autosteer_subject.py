@@ -47,7 +47,7 @@ class AutoSteer:
         policy = self._engine.policy
         policies = {
             "passed": policy("steer", threshold=0.999999),
-            "steered": policy("steer", threshold=-1.0),
+            "steered": policy("steer", threshold=-1.0, pieces=False),
             "stopped": policy("stop", threshold=-1.0),
         }
         order = list(policies)[self._rounds % 3 :] + list(policies)[: self._rounds % 3]

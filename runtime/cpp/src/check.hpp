@@ -23,7 +23,7 @@ struct Check {
 
 /// Answer a golden prompt as at the recording: without drafts, in as many tokens, and its turn judged as a whole alone.
 inline Answer golden_answer(const Engine& engine, const fs::path& folder, const Golden& golden, Mode mode,
-                            std::optional<double> answer_threshold = {}) {
+                            double answer_threshold = 1.0) {
   SamplingConfig sampling;
   sampling.max_tokens = static_cast<int64_t>(golden.token_ids.size());
   sampling.speculate = false;
@@ -71,7 +71,7 @@ struct Replay {
 inline Replay check_package(const Engine& engine, const fs::path& folder) {
   const Manifest& manifest = engine.manifest;
   const Tolerance& tolerance = manifest.tolerance;
-  const auto answer = [&](const Golden& golden, Mode mode, std::optional<double> answer_threshold = {}) {
+  const auto answer = [&](const Golden& golden, Mode mode, double answer_threshold = 1.0) {
     return golden_answer(engine, folder, golden, mode, answer_threshold);
   };
   const Mode gated = manifest.guarded ? Mode::steer : Mode::off;

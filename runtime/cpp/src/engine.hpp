@@ -146,7 +146,6 @@ class Engine {
     }
     GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
                       strength.value_or(manifest.refusal->strength), manifest.refusal->text};
-    if (manifest.monitor) policy.answer_threshold = manifest.monitor->threshold;
     policy.pieces = pieces;
     policy.judge_answers = judge_answers;
     policy.check();
@@ -296,7 +295,7 @@ class Stream {
     for (const std::string& stop : sampling.stop) {
       if (!unicode::is_valid(stop)) throw InputError("a stop string is not valid Unicode text");
     }
-    if (engine.manifest.monitor && policy_.answer_threshold && policy_.mode != Mode::off) {
+    if (engine.manifest.monitor && policy_.mode != Mode::off) {
       monitor_.emplace(engine.manifest, engine.graphs(), engine.log, policy_, stats_);
       next_ = UntilWatched(std::move(next_), *monitor_, policy_);
     }

@@ -50,13 +50,14 @@ inline Mode mode_from(const std::string& text) {
 
 constexpr double kMaxStrength = 1e6;  // the paper's is 0.1; far beyond it float32 overflows and the answer is noise
 
-/// How the gate treats a request. A threshold below zero makes every prompt unsafe.
+/// How the gate treats a request. A threshold below zero makes every prompt unsafe, and every answer that is judged:
+/// without pieces and judge_answers, all answers are steered, and shown.
 struct GatePolicy {
   Mode mode = Mode::steer;
   double threshold = 0.0;
   double strength = 0.0;  ///< the paper's epsilon: how far the Refusal Head moves the hidden state
   std::string refusal_text;
-  std::optional<double> answer_threshold = {};  ///< the monitor stops an answer above it; nothing: nothing watches it
+  std::optional<double> answer_threshold = {};  ///< a monitor stops an answer above it; nothing: the package's
   bool pieces = true;  ///< whether all forms of a turn are read (readings.hpp), and steered answers judged
   bool judge_answers = false;  ///< whether every answer is judged before any of it is shown (held_back.hpp)
 
@@ -75,9 +76,8 @@ struct GatePolicy {
   }
 
   /// Whether a steered answer is judged before it is shown (held_back.hpp), and a dialogue with an unsafe turn before
-  /// the last is stopped (judge.hpp). False if neither pieces are read nor answers judged, and below a threshold of 0,
-  /// by which every prompt is unsafe on purpose.
-  bool checks_steering() const { return mode == Mode::steer && (pieces || judge_answers) && threshold >= 0.0; }
+  /// the last is stopped (judge.hpp). False if neither pieces are read nor answers judged.
+  bool checks_steering() const { return mode == Mode::steer && (pieces || judge_answers); }
 };
 
 /// `policy` with Mode::stop in the place of Mode::steer, where steering cannot be relied on: an answer that may not use

@@ -152,12 +152,12 @@ class Judge {
   }
 
   /// The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its verdict, of
-  /// all readings up to some behind the first that is unsafe; NaN if one cannot be read.
+  /// all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read.
   double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
     const std::vector<Message> messages = without_pixels(record.messages);
     const Views views = each_shown(messages, record.seen, true);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
-    double p_unsafe = 0.0;
+    std::optional<double> p_unsafe;
     Begun begun;
     std::vector<Reading> some;
     const auto read_some = [&] {
@@ -165,17 +165,18 @@ class Judge {
       for (const Reading& reading : some) wanted.push_back(&reading);
       const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
       for (size_t i = 0; i < some.size(); ++i) {
-        p_unsafe = worse(p_unsafe, some[i].weighed ? weighed(found[i]) : found[i]);
+        const double p = some[i].weighed ? weighed(found[i]) : found[i];
+        p_unsafe = p_unsafe ? worse(*p_unsafe, p) : p;
       }
       some.clear();
-      return is_safe(p_unsafe, policy.threshold);
+      return !p_unsafe || is_safe(*p_unsafe, policy.threshold);
     };
     for_each_reading_of_answer(messages, text, views.frames, steered, [&](Reading reading) {
       some.push_back(std::move(reading));
       return some.size() < together() || read_some();
     });
-    if (is_safe(p_unsafe, policy.threshold)) read_some();
-    return p_unsafe;
+    if (!p_unsafe || is_safe(*p_unsafe, policy.threshold)) read_some();
+    return p_unsafe.value_or(std::nan(""));
   }
 
  private:

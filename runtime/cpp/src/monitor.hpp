@@ -24,13 +24,13 @@ class Monitor {
   const size_t window;  ///< tokens
   const bool stops;     ///< false: it only reports
 
-  /// `manifest` has a monitor, and `policy` a threshold for it.
+  /// `manifest` has a monitor. `policy`.answer_threshold, if there is one, stands in for its threshold.
   Monitor(const Manifest& manifest, const Graphs& graphs, const Log& log, const GatePolicy& policy, Stats& stats)
       : window(static_cast<size_t>(manifest.monitor.value().window)),
         stops(policy.mode != Mode::report),
         graph_(graphs.at("monitor")),
         log_(log),
-        threshold_(policy.answer_threshold.value()),
+        threshold_(policy.answer_threshold.value_or(manifest.monitor->threshold)),
         stats_(stats),
         width_(static_cast<size_t>(manifest.dims.hidden_size)),
         states_(window * width_) {}

@@ -205,6 +205,7 @@ void threads(const Engine& engine, const Arguments&) {
 void settings(const Engine& engine, const Arguments&) {
   autosteer::Settings settings = greedy();
   settings.threshold = -0.5;  // everything is steered, which shows the strength
+  settings.pieces = false;    // and nothing of it is judged
   settings.strength = 0.5;
   settings.temperature = 0.5;
   settings.top_k = 3;
