@@ -110,9 +110,7 @@ def golden_prompt(engine: Engine, folder: Path, golden: Golden) -> EncodedPrompt
     return engine.encoder.prepare([Message.user(golden.prompt, images, videos)], Stats())
 
 
-def _answer(
-    engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float = 1.0
-) -> Answer:
+def _answer(engine: Engine, prompt: EncodedPrompt, golden: Golden, mode: Mode, answer_threshold: float = 1.0) -> Answer:
     """Answer as at the recording: without drafts, in as many tokens, and its turn judged as a whole alone."""
     sampling = SamplingConfig(max_tokens=len(golden.token_ids), speculate=False)
     policy = engine.policy(mode, threshold=golden.threshold, pieces=False)
