@@ -9,7 +9,8 @@ turn a second time, in plain letters (judge.py). The steps, in order:
     escapes       such as "%20" become blanks, if there are four or more
     joined        five words or more with signs between them, and no blank, are parted
     invisible     characters, and marks over and through a letter, go
-    parted        signs between two letters that no word has ("st%eal", "br•ew") go, if there are two or more
+    parted        one to three signs between two letters that no word has ("st%eal", "br||ew"), and what looks like a
+                  special token ("br<|im_end|>ew"), go, if there are two or more
     look-alikes   Cyrillic, Greek and Armenian letters become ASCII, if a word mixes the two
     accents       and strokes go, if more than a fifth of the letters bear one
     spelled out   single letters between equal separators are joined, if four or more are in a row
@@ -78,7 +79,7 @@ UNITS = {
 _BASE64 = re.compile("([A-Za-z0-9+/_-]{16,})={0,2}")
 _HIDDEN = re.compile(f"(?<=[{LETTERS} \\t\\n])[{INVISIBLE}{MARKS}]+|(?<![{INVISIBLE}])[{INVISIBLE}]+(?=[{LETTERS}])")
 _MIXED = re.compile(f"[A-Za-z][{LOOK_ALIKES[0]}]|[{LOOK_ALIKES[0]}][A-Za-z]")
-_PARTED = re.compile(f"(?<=[A-Za-z])[{NOT_IN_WORDS}](?=[A-Za-z])")
+_PARTED = re.compile(f"(?<=[A-Za-z])(?:<\\|[a-z_]{{1,20}}\\|>|[{NOT_IN_WORDS}]{{1,3}})(?=[A-Za-z])")
 _ONE_WORD = "(?:[A-Za-z]{2,}|[aAiI])"
 _JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:[^A-Za-z0-9 \\t-\\r]+{_ONE_WORD}){{4,}}(?![A-Za-z0-9])")
 _NO_WORDS = re.compile("[^A-Za-z]+")

@@ -193,7 +193,7 @@ inline std::string not_escaped(std::string_view text) {
 
 /// Signs within words go, if there are two or more.
 inline std::string not_parted(std::string_view text) {
-  static const Regex parted("(?<=[A-Za-z])[" + kNotInWords + "](?=[A-Za-z])");
+  static const Regex parted("(?<=[A-Za-z])(?:<\\|[a-z_]{1,20}\\|>|[" + kNotInWords + "]{1,3})(?=[A-Za-z])");
   return replaced_if_many(text, parted, "", 2);
 }
 

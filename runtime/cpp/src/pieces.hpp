@@ -19,8 +19,9 @@ namespace autosteer {
 constexpr size_t kFewestWords = 3;           // of a piece, if the text has so many
 constexpr size_t kShort = 5;                 // words; a sentence of fewer is a fragment
 constexpr size_t kOpening = 3;               // words of a sentence in front of later clauses and fragments
+constexpr size_t kAct = 4;  // words before a thing, at most, that may say what is done with it: "is it legal to steal"
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
-constexpr size_t kMeant = 4, kMeantWords = 2;  // sentences before a pronoun, and of the last words of each
+constexpr size_t kMeant = 4, kMeantBehind = 2, kMeantWords = 2;  // sentences near a pronoun, last words of each before
 constexpr double kPiecesOfATurn = 8.0;       // about as many as a turn of several sentences has; one is unsafe, if any
 
 /// What the prober's p_unsafe of a piece counts in its turn: its odds are divided by kPiecesOfATurn. What is no
@@ -119,6 +120,16 @@ inline std::vector<std::string> windows_of(std::string_view text) {
   return windows;
 }
 
+constexpr const char* kPunctuation =  // in a class of characters
+    ",:/|+&()\\[\\]{}<>#=~*^@\\\\`\"\u2013\u2014\u3001\uff0c\uff1a\u00b7\u2022";
+constexpr const char* kArticles = "a an the my some";
+constexpr const char* kConjunctions =
+    "and or then but also too plus as_well_as before after while once if when so because";
+constexpr const char* kPrepositions =  // and other words that say nothing of what is done with a thing behind them
+    "of in on at to for from with by as into than about like is are was be near behind under inside together during "
+    "over between through around since until without within against among that which all both";
+constexpr const char* kCorrections = "i mean meant rather no wait actually sorry better maybe perhaps even instead";
+
 /// A pattern of some words, whatever the case of their ASCII letters. Of "(?i)" Python and Oniguruma have different
 /// ideas.
 inline std::string any_of(std::string_view words) {
@@ -133,35 +144,143 @@ inline std::string any_of(std::string_view words) {
   return pattern;
 }
 
-/// What "it" may mean behind the sentence `text`, without marks behind it: its last kMeantWords words, and each article
-/// with the word behind it.
-inline std::vector<std::string> meant_by(std::string_view text) {
-  static const Regex thing("(?<![A-Za-z])(?:" + any_of("a an the my some") + ")[ \t\n\v\f\r]+[^ \t\n\v\f\r]+");
-  const std::vector<Span> words = words_in(text);
-  const size_t first = words.size() > kMeantWords ? words.size() - kMeantWords : 0;
-  std::vector<std::string> found = {words.empty() ? "" : in_single_blanks(text.substr(words[first].first))};
+/// Whether `word` is one of `words`, whatever the case of its ASCII letters.
+inline bool is_one_of(std::string word, std::string_view words) {
+  for (char& c : word) {
+    if (c == ' ') return false;
+    if ('A' <= c && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  const std::string all = " " + std::string(words) + " ";
+  return !word.empty() && all.find(" " + word + " ") != std::string::npos;
+}
+
+/// What stands between the blanks of `in_single_blanks`; one empty word if there is none.
+inline std::vector<std::string> split_words(std::string_view text) {
+  std::vector<std::string> words = {""};
+  for (const char c : in_single_blanks(text)) c == ' ' ? void(words.emplace_back()) : void(words.back() += c);
+  return words;
+}
+
+/// Some words with blanks between them, `most` of them at most.
+inline std::string in_a_row(const std::vector<std::string>& words, size_t most) {
+  std::string text;
+  for (size_t i = 0; i < std::min(most, words.size()); ++i) text += (i ? " " : "") + words[i];
+  return text;
+}
+
+/// The words of `text` without marks behind them.
+inline std::string no_marks(std::string_view text) {
+  std::string words = in_single_blanks(text);
+  while (!words.empty() && std::string_view(".?!;:,").find(words.back()) != std::string_view::npos) words.pop_back();
+  return words;
+}
+
+/// Where the things of `text` stand: an article with the word behind it.
+inline std::vector<Span> things_in(std::string_view text) {
+  static const std::string space = " \t\n\v\f\r", signs = kPunctuation;
+  static const Regex thing("(?<![A-Za-z])(?:" + any_of(kArticles) + ")[" + space + "]+[" + signs + "]*[^" + signs +
+                           space + "][^" + space + "]*");  // not "a =", which is no thing
+  std::vector<Span> found;
   std::optional<Span> next = thing.find(text, 0);
-  for (; next; next = thing.find(text, next->second)) {
-    found.push_back(in_single_blanks(text.substr(next->first, next->second - next->first)));
-  }
-  for (std::string& one : found) {
-    while (!one.empty() && std::string_view(".?!;:,").find(one.back()) != std::string_view::npos) one.pop_back();
-  }
+  for (; next; next = thing.find(text, next->second)) found.push_back(*next);
   return found;
+}
+
+inline std::string_view cut(std::string_view text, const Span& span) {
+  return text.substr(span.first, span.second - span.first);
+}
+
+/// Each thing in `text`, without marks behind it.
+inline std::vector<std::string> things(std::string_view text) {
+  std::vector<std::string> found;
+  for (const Span& thing : things_in(text)) found.push_back(no_marks(cut(text, thing)));
+  return found;
+}
+
+/// The last kMeantWords words of `text`, without marks behind them.
+inline std::string last_words(std::string_view text) {
+  const std::vector<Span> words = words_in(text);
+  if (words.empty()) return "";
+  return no_marks(text.substr(words[words.size() - std::min(kMeantWords, words.size())].first));
+}
+
+/// What stands before the first thing of a sentence, kWindow words at most, without prepositions at its end.
+inline std::string head_of(std::string_view sentence) {
+  const std::vector<Span> found = things_in(sentence);
+  const std::string_view before = found.empty() ? sentence : sentence.substr(0, found.front().first);
+  std::vector<std::string> words = split_words(beginning(before, kWindow));
+  while (!words.empty() && is_one_of(words.back(), kPrepositions)) words.pop_back();
+  return no_marks(in_a_row(words, words.size()));
+}
+
+/// The thing of a clause, if one or two words stand before it; of two or three words without a thing the last.
+inline std::optional<std::string> object_of(std::string_view clause) {
+  const std::vector<Span> found = things_in(clause);
+  const std::vector<std::string> words = split_words(found.empty() ? clause : clause.substr(0, found.front().first));
+  const size_t count = words[0].empty() ? 0 : words.size();
+  if (!found.empty()) {
+    if (count == 0 || count >= kFewestWords) return std::nullopt;
+    return std::string(cut(clause, found.front()));
+  }
+  if (count < 2 || count > kFewestWords) return std::nullopt;
+  return words.back();
+}
+
+/// A clause that names a thing and no act, without what corrects the clause before; nothing if it is another one.
+inline std::optional<std::string> bare_thing(std::string_view clause) {
+  std::vector<std::string> said = split_words(clause);
+  const auto is_said = [](const std::string& word) { return !is_one_of(no_marks(word), kCorrections); };
+  said.erase(said.begin(), std::find_if(said.begin(), said.end(), is_said));
+  if (said.empty()) return std::nullopt;
+  const size_t count = words_in(in_a_row(said, said.size())).size();
+  if (!is_one_of(said[0], kArticles) && count >= kFewestWords) return std::nullopt;
+  return no_marks(in_a_row(said, kFewestWords));
+}
+
+/// What a sentence of these `clauses` may ask of each of its things; `start`: its first kOpening words.
+inline std::vector<std::string> asked_of_things(std::string_view sentence, const std::string& start,
+                                                const std::vector<std::string_view>& clauses) {
+  std::vector<std::string> asked;
+  for (size_t n = 0; n + 1 < clauses.size(); ++n) {  // "steal and wash a kettle"
+    const bool is_short = words_in(clauses[n]).size() < (n ? kFewestWords : kWindow);
+    if (!is_short || !things_in(clauses[n]).empty()) continue;
+    if (const std::optional<std::string> thing = object_of(clauses[n + 1])) {
+      asked.push_back(no_marks((n ? start : "") + " " + std::string(clauses[n]) + " " + *thing));
+    }
+  }
+  const std::vector<Span> found = things_in(sentence);
+  const std::string head = head_of(sentence);
+  for (size_t n = 1; n < clauses.size() && !found.empty(); ++n) {  // "steal a kite, i mean a kettle", "a kite, kettle"
+    if (const std::optional<std::string> thing = bare_thing(clauses[n])) asked.push_back(head + " " + *thing);
+  }
+  const std::string lead = things_in(start).empty() ? start : "";
+  const std::string no_acts = std::string(kPrepositions) + " " + kConjunctions + " " + kCorrections;
+  for (size_t n = 1; n < found.size(); ++n) {
+    std::vector<std::string> said = split_words(cut(sentence, {found[n - 1].second, found[n].first}));
+    said.erase(said.begin(), said.end() - static_cast<std::ptrdiff_t>(std::min(kAct, said.size())));
+    const std::string last = said.back(), thing(cut(sentence, found[n]));
+    if (last.empty()) {  // "steal a kite a kettle"
+      asked.push_back(no_marks(head + " " + thing));
+    } else if (last == no_marks(last) && !is_one_of(last, no_acts)) {  // "draw a kite steal a kettle"
+      const auto is_act = [&](const std::string& word) { return !is_one_of(word, no_acts); };
+      said.erase(said.begin(), std::find_if(said.begin(), said.end(), is_act));
+      asked.push_back(no_marks(lead + " " + in_a_row(said, kAct) + " " + thing));
+    }
+  }
+  return asked;
 }
 
 /// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_sentences("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+");
   static const std::string space = "[ \t\n\v\f\r]", not_space = "[^ \t\n\v\f\r]";
-  static const std::string signs = ",:/|+&()\\[\\]{}<>#=~*^@\\\\`\"\u2013\u2014\u3001\uff0c\uff1a\u00b7\u2022";
+  static const std::string signs = kPunctuation;
   static const std::string symbols = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff";  // arrows, ticks, emoji
-  static const std::string conjunctions =
-      any_of("and or then but also too plus as_well_as before after while once if when so because");
+  static const std::string conjunctions = any_of(kConjunctions);
   static const Regex between_clauses(  // also a dash between blanks, and what counts: "1)"
-      "[" + signs + symbols + "]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
+      "[" + signs + symbols + "\t\v\f\r]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
       space + "(?:" + conjunctions + ")(?=" + space + ")");
-  static const std::string pronouns = any_of("it its this that one them these those some another");
+  static const std::string pronouns = any_of("it its this that one them these those some another thing things something");
   static const Regex pronoun("(?<![A-Za-z])(?:" + pronouns + ")(?![A-Za-z])");
   std::vector<std::string> found;
   std::set<std::string> known;
@@ -181,9 +300,15 @@ inline std::vector<std::string> pieces(std::string_view text) {
     const std::vector<std::string_view> clauses = parts_of(sentence, between_clauses, false);
     add_windows(clauses.front());
     for (size_t k = 1; k < clauses.size(); ++k) add(start + " " + beginning(clauses[k], kWindow));
+    for (std::string& asked : asked_of_things(sentence, start, parts_of(sentence, between_clauses, false, 1))) {
+      add(std::move(asked));
+    }
     if (const std::string asked = beginning(sentence, kWindow); pronoun.find(asked, 0)) {
-      for (size_t k = i - std::min(i, kMeant); k < i; ++k) {
-        for (const std::string& one : meant_by(sentences[k])) add(one + "? " + asked);
+      for (size_t k = i - std::min(i, kMeant); k < std::min(i + 1 + kMeantBehind, sentences.size()); ++k) {
+        if (k == i) continue;
+        const std::vector<std::string> meant = things(sentences[k]);
+        if (k < i || meant.empty()) add(last_words(sentences[k]) + "? " + asked);
+        for (const std::string& thing : meant) add(thing + "? " + asked);
       }
     }
     if (words < kShort) {
@@ -195,6 +320,13 @@ inline std::vector<std::string> pieces(std::string_view text) {
     if (opening.empty() || words >= kShort) opening = start;
   }
   const std::vector<std::string_view> uncut = parts_of(text, between_sentences, true, 1);
+  std::vector<std::string> heads;
+  for (const std::string_view sentence : uncut) {
+    if (const std::optional<std::string> thing = bare_thing(sentence)) {
+      for (size_t k = heads.size() - std::min(heads.size(), kMeant); k < heads.size(); ++k) add(heads[k] + " " + *thing);
+    }
+    if (std::string head = head_of(sentence); words_in(head).size() >= kOpening) heads.push_back(std::move(head));
+  }
   size_t count = 0;
   std::string fragments;
   for (const std::string_view sentence : uncut) {
