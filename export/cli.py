@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -48,6 +49,12 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
     default=None,
     help="Whether the package watches answers, too, and stops unsafe ones. Default: if the safety folder has a monitor "
     "that stopped at most 0.5 % of held-out benign answers, and half of the unsafe ones that the gate let begin.",
+)
+@click.option(
+    "--judge-answers/--no-judge-answers",
+    default=None,
+    help="Whether the package judges every answer before any of it is shown, unless a request says otherwise: it stops "
+    "more, and nothing streams. Measure it first (autosteer-eval). Default: as the safety folder says.",
 )
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
 @click.option(
@@ -123,6 +130,7 @@ def export(
     safety_folder: Path | None,
     threshold: float | None,
     monitor: bool | None,
+    judge_answers: bool | None,
     unguarded: bool,
     layer: int | None,
     precision: str,
@@ -149,6 +157,8 @@ def export(
         raise click.UsageError("--unguarded and --threshold exclude each other")
     if unguarded and monitor:
         raise click.UsageError("--unguarded and --monitor exclude each other")
+    if unguarded and judge_answers:
+        raise click.UsageError("--unguarded and --judge-answers exclude each other")
     check_output(output, marker=MANIFEST_FILE, force=force)
     if repo:
         check_login(repo)
@@ -190,6 +200,8 @@ def export(
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
         safety = safety and safety.watching(monitor)
+        if safety and judge_answers is not None:
+            safety = replace(safety, facts=replace(safety.facts, judge_answers=judge_answers))
         check_space(output, checkpoint, options.precision, *([options.prefill] if options.prefill else []))
         with atomic_folder(output, marker=MANIFEST_FILE, force=force) as folder:
             exported = write_and_validate(

@@ -306,7 +306,9 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
     one's.
     """
     facts = safety.facts
-    return ProberSpec(facts.token_offset - generation_tokens, facts.pooling, facts.threshold, facts.calibration)
+    return ProberSpec(
+        facts.token_offset - generation_tokens, facts.pooling, facts.threshold, facts.calibration, facts.judge_answers
+    )
 
 
 def data_file(folder: Path, name: str) -> DataFile:

@@ -108,6 +108,7 @@ class SafetyFacts:
     pooling: Literal["last", "mean"] = "last"  # the prober reads the token at token_offset, or the turn's mean up to it
     proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
     monitor: MonitorFacts | None = None
+    judge_answers: bool = False  # of packages of this gate, by default (ProberSpec.judge_answers)
     frame: tuple[str, ...] = ()  # how the fit wrote and read dialogues (renderer.frame_digests); none: not known
 
 

@@ -74,7 +74,9 @@ class Audit:
                 self._hook(self._unwritten[0])
                 del self._unwritten[0]
         except Exception as err:
-            raise AuditError(f"the audit record cannot be written, so no answer is given ({err})") from err
+            raise AuditError(
+                f"the audit record cannot be written, so the answer, or its end, is withheld ({err})"
+            ) from err
         finally:
             self._writing = False
 
@@ -145,6 +147,11 @@ class Record:
         self._time = datetime.now(timezone.utc)
         self._audit, self._ended, self._texts = audit, audit is None, list[str]()
         self._known: dict[str, Any] | None = None  # what is written, once that is tried
+
+    @property
+    def audited(self) -> bool:
+        """Whether it is written."""
+        return self._audit is not None
 
     def __enter__(self) -> Record:
         if self._audit:

@@ -150,7 +150,7 @@ def weight_bytes(file: Path, activations: str) -> int:
 
 def _case(engine: Engine, folder: Path, name: str, message: Message, new_tokens: int, rounds: int) -> Case:
     manifest, gated = engine.manifest, engine.manifest.refusal
-    policy = engine.policy(Mode.REPORT if gated else Mode.OFF)
+    policy = engine.policy(Mode.REPORT if gated else Mode.OFF, judge_answers=False)
     stages: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "total")}
     steps: dict[float, list[float]] = {strength: [] for strength in ([0.0, gated.strength] if gated else [0.0])}
     for number in range(rounds + 1):  # the first warms up

@@ -39,7 +39,7 @@ from .errors import InputError, PackageError, ProviderError
 from .gate import Action, GatePolicy, Mode, Verdict, mode_from, without_steering
 from .generation import PREFILL_CHUNK, Request, finish
 from .grammar import Grammars, words_of
-from .held_back import until_judged, until_watched
+from .held_back import until_judged, until_recorded, until_watched
 from .image import ImageLike
 from .judge import Judge
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
@@ -157,9 +157,9 @@ class Engine:
         threshold: float | None = None,
         strength: float | None = None,
         pieces: bool = True,
-        judge_answers: bool = False,
+        judge_answers: bool | None = None,
     ) -> GatePolicy:
-        """The package's policy with your overrides.
+        """The package's policy with your overrides. Without `pieces` answers are judged only if you say so.
 
         Raises PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range and for
         an unknown mode.
@@ -175,7 +175,7 @@ class Engine:
             strength=refusal.strength if strength is None else strength,
             refusal_text=refusal.text,
             pieces=pieces,
-            judge_answers=judge_answers,
+            judge_answers=self.manifest.judges_answers(judge_answers, pieces=pieces),
         )
 
     def generate(
@@ -309,12 +309,7 @@ class Engine:
 
             chunks = until_judged(chunks, said, score, record, all_answers=all_answers)
         try:
-            for chunk in chunks:
-                if chunk is not None:
-                    record.verdict = chunk.verdict
-                    record.stats.ttft_ms = record.stats.ttft_ms or ms_since(record.start)
-                    record.gave(chunk.text, chunk.finish_reason)
-                yield chunk
+            yield from until_recorded(chunks, record)
         finally:
             if batch:
                 batch.leave(request)

@@ -5,6 +5,7 @@
     until_judged    the whole answer waits for the gate's verdict on it, if it is steered, if its sampling could make
                     the model say anything (SamplingConfig.answer_is_judged), or if the policy judges every answer
                     (GatePolicy.judge_answers)
+    until_recorded  with an audit record the last piece of text waits until the line about the answer is written
 
 A schema, a regular expression or a logit bias can dictate an answer: {"const": "how do i ...? sure, ..."} makes the
 model say a request that the gate has never seen, and go on from there. A temperature of 2 draws it, with some seed. So
@@ -27,6 +28,7 @@ from .chunk import Chunk
 from .gate import Action, AnswerVerdict, Mode, is_safe, with_answer
 from .monitor import Monitor
 from .pieces import in_single_blanks
+from .stats import ms_since
 
 COMPARED = 12  # letters and digits
 ASCII_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
@@ -89,6 +91,31 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, al
         if last or policy.mode is Mode.REPORT:
             yield from held
             held.clear()
+
+
+def until_recorded(chunks: Chunks, record: Record) -> Chunks:
+    """All chunks, noted in `record` as they are handed over. Raises AuditError before the last text if its line cannot
+    be written. (The end of an answer is often a chunk without text.)
+    """
+    held = list[Chunk]()
+    for chunk in chunks:
+        if chunk is None:
+            yield None
+            continue
+        record.verdict = chunk.verdict
+        record.stats.ttft_ms = record.stats.ttft_ms or ms_since(record.start)
+        last = chunk.finish_reason is not None
+        if last or chunk.text or not record.audited:
+            for earlier in held:
+                record.gave(earlier.text, None)
+            if last:
+                record.gave(chunk.text, chunk.finish_reason)  # before the held text is shown
+            yield from held
+            held.clear()
+        if last or not record.audited:
+            yield chunk
+        else:
+            held.append(chunk)
 
 
 def begins_like(answer: str, refusal_text: str) -> bool:

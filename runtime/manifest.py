@@ -26,6 +26,7 @@ from .manifest_format import (
     IMAGE_GRAPHS,
     PREFILL_GRAPHS,
     ROTARY_TABLES,
+    UNSIGNED,
     AnyresSpec,
     CacheType,
     Check,
@@ -72,6 +73,7 @@ __all__ = [
     "MAX_P_UNSAFE_TOLERANCE",
     "PREFILL_GRAPHS",
     "ROTARY_TABLES",
+    "UNSIGNED",
     "WEIGHTS_FILE",
     "AnyresSpec",
     "CacheType",
@@ -108,9 +110,10 @@ __all__ = [
     "VideoSpec",
     "schema_text",
     "sha256",
+    "signed",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_FILE = "autosteer.json"
 LARGE_FILE = 16 << 20  # bytes: larger files are hashed while the graphs load
 WEIGHTS_FILE = "weights.bin"  # the large tensors of all graphs
@@ -121,22 +124,25 @@ class Manifest(Contents):
 
     def save(self, folder: Path) -> None:
         """Write autosteer.json into `folder`. Raises ValueError for NaN and infinities, which JSON does not have."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        contents = dataclasses.asdict(self) | {"manifest_sha256": UNSIGNED}
+        text = json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False)
         written = folder / f"{MANIFEST_FILE}.new"
-        written.write_text(text + "\n", encoding="utf-8")
+        written.write_text(signed(text + "\n"), encoding="utf-8", newline="\n")
         written.replace(folder / MANIFEST_FILE)  # at once: a package that is changed is whole at every moment
 
     @staticmethod
     def load(folder: Path) -> Manifest:
         """Read and check autosteer.json. `verify` checks the files.
 
-        Raises PackageError if it is missing, not JSON, of another format version, or inconsistent.
+        Raises PackageError if it is missing, not JSON, of another format version, damaged (its own hash differs), or
+        inconsistent.
         """
         path = folder / MANIFEST_FILE
         try:
             if path.exists() and not path.is_file():
                 raise ValueError("not a file")  # never wait for a pipe
-            data = parse(path.read_text(encoding="utf-8"))
+            text = path.read_bytes().decode("utf-8")
+            data = parse(text)
         except FileNotFoundError:
             raise PackageError(
                 f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
@@ -149,6 +155,11 @@ class Manifest(Contents):
                 f"{path}: format_version {shown(version)}, this runtime reads {FORMAT_VERSION}; export the model again"
             )
         manifest = decode(Manifest, data, str(path))
+        digest = manifest.manifest_sha256
+        if len(digest) != len(UNSIGNED) or digest == UNSIGNED or text != signed(text, digest):
+            raise PackageError(
+                f"{path}: its own sha256 differs (damaged or edited); export the package again or copy it again"
+            )
         check_consistency(manifest, str(path))
         return manifest
 
@@ -189,6 +200,11 @@ class Manifest(Contents):
                     f"{path}: sha256 differs from {MANIFEST_FILE} (package damaged or edited); "
                     "export it again or copy it again"
                 )
+
+
+def signed(text: str, digest: str = UNSIGNED) -> str:
+    """A manifest's text with its SHA-256 in the place of `digest`: that of the text with UNSIGNED there."""
+    return text.replace(digest, hashlib.sha256(text.replace(digest, UNSIGNED).encode()).hexdigest())
 
 
 def sha256(path: Path) -> str:

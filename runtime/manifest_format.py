@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 REQUIRED_GRAPHS = ("embed_tokens", "decoder_lower", "decoder_upper", "lm_head")
@@ -305,6 +305,7 @@ class ProberSpec:
     pooling: Literal["last", "mean"]  # "mean": over that position and all text positions of the turn before it
     threshold: float  # safe = 0 <= p_unsafe <= threshold
     calibration: dict[str, float]  # measured by autosteer-fit on held-out data
+    judge_answers: bool = False  # whether requests that do not say it have their answers judged (gate.GatePolicy)
 
 
 @dataclass(frozen=True)
@@ -397,6 +398,9 @@ class Check:
     passed: bool
 
 
+UNSIGNED = "0" * 64
+
+
 @dataclass(frozen=True)
 class Contents:
     """The whole package; `Manifest` (manifest.py) reads and verifies it."""
@@ -424,10 +428,17 @@ class Contents:
     video: VideoSpec | None = None
     monitor: MonitorSpec | None = None  # None: nothing watches answers
     drafts: DraftSpec | None = None  # None: only what an answer copies is drafted
+    manifest_sha256: str = field(default=UNSIGNED, compare=False)  # of this file's bytes with UNSIGNED in this place
 
     def prefill_graph(self, half: str) -> str:
         """The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself."""
         return PREFILL_GRAPHS[half] if PREFILL_GRAPHS[half] in self.graphs else half
+
+    def judges_answers(self, asked: bool | None, *, pieces: bool) -> bool:
+        """Whether the answers of a request are judged that says `asked`, or nothing of it (None): as the prober's spec
+        says, but not without pieces.
+        """
+        return asked if asked is not None else pieces and self.prober is not None and self.prober.judge_answers
 
     @property
     def deepstack(self) -> int:

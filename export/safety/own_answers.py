@@ -55,7 +55,7 @@ def own_answers(engine: Engine, prompts: Sequence[Prompt], *, tokens: int) -> It
 
 def _answer(engine: Engine, batch: Batch, prompt: Prompt, tokens: int) -> Generator[None, None, OwnAnswer]:
     """One answer. Pauses where a pass is due."""
-    policy = engine.policy(Mode.REPORT)
+    policy = engine.policy(Mode.REPORT, judge_answers=False)
     try:
         p_unsafe = engine.score(as_messages(prompt), policy=policy).p_unsafe
         request = engine.request(engine.encoder.prepare(as_messages(prompt), Stats()), tokens, Stats())

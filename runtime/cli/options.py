@@ -22,10 +22,10 @@ pieces_option = click.option(
     "start two to three times as fast.  [on]",
 )
 judge_answers_option = click.option(
-    "--judge-answers",
-    is_flag=True,
+    "--judge-answers/--no-judge-answers",
+    default=None,
     help="Judge every answer, by itself and as the dialogue's next turn, before any of it is shown. Catches some of "
-    "what the prompt's gate misses; nothing streams.",
+    "what the prompt's gate misses; nothing streams.  [default: as the package says; off with --no-pieces]",
 )
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 

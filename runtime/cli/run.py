@@ -133,7 +133,7 @@ def run(
     threshold: float | None,
     strength: float | None,
     pieces: bool,
-    judge_answers: bool,
+    judge_answers: bool | None,
     score_only: bool,
     max_tiles: int | None,
     low_memory: bool,

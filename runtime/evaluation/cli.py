@@ -116,7 +116,7 @@ def evaluate(
     limit: int | None,
     max_tokens: int,
     pieces: bool,
-    judge_answers: bool,
+    judge_answers: bool | None,
     max_tiles: int | None,
     judge_command: str | None,
     judge_timeout: float,

@@ -29,7 +29,7 @@ from autosteer.runtime.console import dumps
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError, PackageError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+from autosteer.runtime.manifest import MANIFEST_FILE, Manifest, sha256
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.strict_json import decode
 
@@ -198,11 +198,12 @@ class RunFacts:
         max_tokens: int,
         max_tiles: int | None = None,
         pieces: bool = True,
-        judge_answers: bool = False,
+        judge_answers: bool | None = None,
     ) -> RunFacts:
-        """The facts of a run that is about to start."""
+        """The facts of a run that is about to start. `judge_answers`: None: as the package says."""
         data = hashlib.sha256("".join(row.digest for row in rows).encode()).hexdigest()
-        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles, pieces, judge_answers)
+        judged = Manifest.load(package).judges_answers(judge_answers, pieces=pieces)
+        return RunFacts(sha256(package / MANIFEST_FILE), data, max_tokens, judge.name, max_tiles, pieces, judged)
 
 
 def rejudge(path: Path, facts: RunFacts, judge: Judge) -> None:

@@ -137,7 +137,7 @@ def serve(
     threshold: float | None,
     strength: float | None,
     pieces: bool,
-    judge_answers: bool,
+    judge_answers: bool | None,
     max_tiles: int | None,
     low_memory: bool,
     access_log: bool,

@@ -20,7 +20,7 @@ import pytest
 from conformance_packages import cases
 from conformance_themes import CASE_LIST, NO_FFMPEG, PYTHON, THEMES, Case, Places, runs_here
 from cpp_runtime import Parts
-from documents import changed, kinds, places_of, value_at, without
+from documents import changed, kinds, manifest_text, places_of, value_at, without
 from refusals import cpp_lines, cpp_sites, python_sites, unreached
 
 from autosteer.runtime import Manifest
@@ -197,7 +197,7 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
         for file in source.iterdir():
             os.symlink(file, folder / file.name)
         (folder / "autosteer.json").unlink()
-        (folder / "autosteer.json").write_text(json.dumps(data), encoding="utf-8")
+        (folder / "autosteer.json").write_text(manifest_text(data), encoding="utf-8")
         try:
             Manifest.load(folder).verify(folder)
         except AutoSteerError:

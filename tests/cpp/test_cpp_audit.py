@@ -97,8 +97,11 @@ def test_no_answer_ends_without_its_record_and_none_begins_before_it_is_written(
     requests += [{**asks(user("hello")), "limit": -1}, asks(user("red"))]
     said = through_c(built, cpp_package, requests, audit=str(file))
     assert [answer["code"] for answer in said] == [0, 1, 1, 0, 0]
-    assert "the audit record cannot be written, so no answer is given (File too large)" in said[1]["error"]
-    assert [chunk["finish_reason"] for chunk in said[1]["chunks"]] == [None, None] and said[2]["chunks"] == []
+    assert (
+        "the audit record cannot be written, so the answer, or its end, is withheld (File too large)"
+        in said[1]["error"]
+    )
+    assert [chunk["text"] for chunk in said[1]["chunks"]] == ["sorry"] and said[2]["chunks"] == []  # not "refuse"
     assert [line["unsafe"] for line in lines(file)] == [False, True, False, False]  # none of the one that was refused
 
 

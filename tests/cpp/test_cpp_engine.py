@@ -17,6 +17,7 @@ from conformance_packages import split, tokens
 from cpp_inputs import SIZES, demo, demo_requests, noise, with_sampling
 from cpp_runtime import cli, in_python, joined, python_json, through_c, timeless
 from demo_requests import hazard_signs
+from documents import manifest_text
 from exported import INT8_CACHES, PREFILL, demo_engine, demo_package
 from faults import hiding_nothing
 from PIL import Image
@@ -158,7 +159,7 @@ def test_pooled_prober_scores_as_in_python(built, tmp_path):
     shutil.copytree(demo("fp32")[0], tmp_path / "package")
     manifest = json.loads((tmp_path / "package" / "autosteer.json").read_text(encoding="utf-8"))
     manifest["prober"]["pooling"] = "mean"
-    (tmp_path / "package" / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "package" / "autosteer.json").write_text(manifest_text(manifest), encoding="utf-8")
     engine = Engine.load(tmp_path / "package", device="cpu", threads=1)
     requests = [request | {"policy": "stop"} for request in demo_requests()[:23]]
     found = [joined(a["chunks"])["verdict"]["p_unsafe"] for a in through_c(built, tmp_path / "package", requests)]
@@ -216,7 +217,7 @@ def test_row_that_is_no_number_is_unsafe_on_int8_caches_too(built, tmp_path):
     weights.flush()
     manifest = json.loads((package / "autosteer.json").read_text(encoding="utf-8"))
     manifest["files"][0]["sha256"] = hashlib.sha256((package / "weights.bin").read_bytes()).hexdigest()
-    (package / "autosteer.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (package / "autosteer.json").write_text(manifest_text(manifest), encoding="utf-8")
     picture = str(package / "golden" / "wide.png")
     asked = {
         "messages": [{"role": "user", "parts": [{"image": picture}, "what is this?"]}],

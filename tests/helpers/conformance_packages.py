@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import toy
 from cpp_runtime import use_byte_level_words
+from documents import manifest_text
 from onnx import TensorProto, helper, numpy_helper
 
 from autosteer.runtime.draft_maker import install
@@ -269,7 +270,7 @@ def _patched(folder: Path, change: Change) -> None:
         del place[int(last) if isinstance(place, list) else last]
     else:
         place[int(last) if isinstance(place, list) else last] = value
-    file.write_text(json.dumps(data), encoding="utf-8")
+    file.write_text(manifest_text(data), encoding="utf-8")
 
 
 def _as_fraction(folder: Path, change: Change) -> None:
@@ -334,7 +335,7 @@ def _rehash(folder: Path, change: Change) -> None:
         entry["sha256"] = sha256(folder / entry["file"])
         if "bytes" in entry:
             entry["bytes"] = (folder / entry["file"]).stat().st_size
-    file.write_text(json.dumps(data), encoding="utf-8")
+    file.write_text(manifest_text(data), encoding="utf-8")
 
 
 def _weights(folder: Path, change: Change) -> None:

@@ -138,7 +138,7 @@ def in_python(engine: Engine, request: dict[str, Any], conversation: Conversatio
         threshold=request.get("threshold"),
         strength=request.get("strength"),
         pieces=request.get("pieces", True),
-        judge_answers=request.get("judge_answers", False),
+        judge_answers=request.get("judge_answers"),
     )
     return python_json(
         engine, messages, sampling=as_sampling(request.get("sampling", {})), policy=policy, conversation=conversation

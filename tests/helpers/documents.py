@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from autosteer.runtime.manifest import PREFILL_GRAPHS
+from autosteer.runtime.manifest import PREFILL_GRAPHS, UNSIGNED, signed
 
 Keys = tuple[str | int, ...]  # where a value is in the JSON document
 
@@ -51,3 +51,10 @@ def value_at(data: Any, keys: Keys) -> Any:
     for key in keys:
         data = data[key]
     return data
+
+
+def manifest_text(data: Any) -> str:
+    """A manifest as JSON with a digest of its own, if it has one: edited, not damaged."""
+    text = json.dumps(data)
+    digest = data.get("manifest_sha256") if isinstance(data, dict) else None
+    return signed(text, digest) if isinstance(digest, str) and len(digest) == len(UNSIGNED) else text

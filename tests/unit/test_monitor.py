@@ -274,7 +274,8 @@ def test_the_time_to_the_first_word_is_until_it_is_shown(watched, monkeypatch):
     """By a clock that counts the tokens that were read."""
     reads, read = list[int](), Monitor.read
     monkeypatch.setattr(Monitor, "read", lambda self, state: (reads.append(1), read(self, state))[1])
-    monkeypatch.setattr("autosteer.runtime.engine.ms_since", lambda start: 1.0 + len(reads))
+    for module in ("engine", "held_back"):
+        monkeypatch.setattr(f"autosteer.runtime.{module}.ms_since", lambda start: 1.0 + len(reads))
     assert watched.generate("tick", sampling=of(9)).stats.ttft_ms == 1.0 + toy.WINDOW
     reads.clear()
     assert watched.generate("tick", sampling=of(9), policy=watched.policy("report")).stats.ttft_ms == 1.0

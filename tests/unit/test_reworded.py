@@ -103,10 +103,11 @@ def test_the_worst_of_a_prompt_and_its_pieces_counts():
     assert set(rows) <= judged and len(set(rows)) > 50
     assert all(tuple(piece) in items[row].prompt.pieces for row, *piece in arranged.pieces)
     whole, of_pieces = np.full(len(items), 0.3), np.full(len(rows), 0.1)
-    of_pieces[[0, -1]] = 0.9, 0.5
+    first, *_, last = (at for at, (_, _, is_weighed) in enumerate(arranged.pieces) if is_weighed)
+    of_pieces[[first, last]] = 0.9, 0.5
     read = arranged.as_read(whole, of_pieces)
-    assert read[rows[0]] == weighed(0.9) > 0.5 and read[rows[-1]] == 0.3 > weighed(0.5)
-    read[rows[0]] = 0.3
+    assert read[rows[first]] == weighed(0.9) > 0.5 and read[rows[last]] == 0.3 > weighed(0.5)
+    read[rows[first]] = 0.3
     assert (read == 0.3).all() and (whole == 0.3).all()
 
 

@@ -48,8 +48,10 @@ const char* const kUsage = R"(Usage: autosteer-cli PACKAGE [OPTIONS]
   --pieces / --no-pieces       Also read the pieces of a turn, in which harmless words cannot hide a request, and judge
                                steered answers before they are shown. --no-pieces: prompts of several sentences start
                                two to three times as fast.  [on]
-  --judge-answers              Judge every answer as the dialogue's next turn before any of it is shown. Catches some
-                               of what the prompt's gate misses; nothing streams.
+  --judge-answers / --no-judge-answers
+                               Judge every answer as the dialogue's next turn before any of it is shown. Catches some
+                               of what the prompt's gate misses; nothing streams.  [as the package says; off with
+                               --no-pieces]
   --max-tokens INTEGER         Longest answer.  [default: 256]
   --temperature FLOAT          0 is greedy; above 1 the answer is judged before it is shown.  [default: 0]
   --top-k INTEGER              Sample from the k most likely tokens.  [0: all]
@@ -88,7 +90,8 @@ struct Arguments {
   int64_t frames = autosteer::kFrames;
   std::string policy = "steer";
   std::optional<double> threshold, strength;
-  bool pieces = true, judge_answers = false;
+  bool pieces = true;
+  std::optional<bool> judge_answers;
   autosteer::SamplingConfig sampling;
   autosteer::EngineOptions engine;
   bool json = false, check = false, version = false, help = false;
@@ -198,8 +201,8 @@ Arguments parse(const std::vector<std::string>& words) {
       arguments.engine.low_memory = true;
     } else if (word == "--pieces" || word == "--no-pieces") {
       arguments.pieces = word == "--pieces";
-    } else if (word == "--judge-answers") {
-      arguments.judge_answers = true;
+    } else if (word == "--judge-answers" || word == "--no-judge-answers") {
+      arguments.judge_answers = word == "--judge-answers";
     } else if (word == "--speculation" || word == "--no-speculation") {
       sampling.speculate = word == "--speculation";
     } else if (word == "--version") {

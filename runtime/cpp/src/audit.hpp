@@ -139,7 +139,7 @@ class Audit {
     try {
       for (; !unwritten_.empty(); unwritten_.pop_front()) file_.append(unwritten_.front());
     } catch (const std::exception& err) {
-      throw AuditError(std::string("the audit record cannot be written, so no answer is given (") + err.what() + ")");
+      throw AuditError(std::string("the audit record cannot be written, so the answer, or its end, is withheld (") + err.what() + ")");
     }
   }
 
@@ -163,6 +163,9 @@ class Record {
   std::vector<Seen> seen;      ///< once the prompt is encoded
   std::vector<double> scores;  ///< p_unsafe of each judged turn
   std::optional<Verdict> verdict;
+
+  /// Whether it is written.
+  bool is_audited() const { return audit_ != nullptr; }
 
   /// The request begins. Throws AuditError if an earlier record is not written.
   void begin() {

@@ -118,7 +118,7 @@ autosteer::Message& latest(autosteer_request* request) {
 autosteer::GatePolicy policy_of(const autosteer::Engine& engine, const autosteer::RequestJson& asked) {
   if (!engine.only_policy) {
     return engine.policy(asked.mode, asked.threshold, asked.strength, asked.pieces,
-                         asked.judge_answers.value_or(engine.judge_answers));
+                         asked.judge_answers ? asked.judge_answers : engine.judge_answers);
   }
   if (!asked.changes_gate) return engine.policy(*engine.only_policy, {}, {}, true, engine.judge_answers);
   throw autosteer::InputError(

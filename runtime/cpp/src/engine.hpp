@@ -23,7 +23,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
@@ -67,7 +69,7 @@ struct EngineOptions {
   bool low_memory = false;                ///< check and load the image graph for each picture, then drop it
   bool files = true;                      ///< whether messages may name files of pictures
   std::optional<Mode> policy = {};        ///< of every request in JSON, which may then say nothing of the gate
-  bool judge_answers = false;             ///< of requests in JSON that do not say it
+  std::optional<bool> judge_answers = {};  ///< of requests in JSON that do not say it; nothing: as the package says
   bool advise_pages = false;              ///< advise Linux on the process's memory while loading (pages.hpp)
   std::string onnxruntime = {};           ///< path of libonnxruntime.so; "": find_onnxruntime() says where it is
   std::string audit = {};                 ///< file to append a line to for each request; "": none
@@ -134,10 +136,11 @@ class Engine {
   Engine(const Engine&) = delete;  // the encoder points into it
   Engine& operator=(const Engine&) = delete;
 
-  /// The package's policy with your overrides. Throws PackageError if `mode` needs a gate and the package has none,
-  /// InputError for numbers out of range.
+  /// The package's policy with your overrides. Without `pieces` answers are judged only if you say so. Throws
+  /// PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range.
   GatePolicy policy(Mode mode = Mode::steer, std::optional<double> threshold = {},
-                    std::optional<double> strength = {}, bool pieces = true, bool judge_answers = false) const {
+                    std::optional<double> strength = {}, bool pieces = true,
+                    std::optional<bool> judge_answers = {}) const {
     if (!manifest.prober || !manifest.refusal) {
       if (mode != Mode::off) {
         throw PackageError(kUnguarded);
@@ -147,7 +150,7 @@ class Engine {
     GatePolicy policy{mode, threshold.value_or(manifest.prober->threshold),
                       strength.value_or(manifest.refusal->strength), manifest.refusal->text};
     policy.pieces = pieces;
-    policy.judge_answers = judge_answers;
+    policy.judge_answers = judge_answers.value_or(pieces && manifest.prober->judge_answers);
     policy.check();
     return policy;
   }
@@ -231,7 +234,7 @@ class Engine {
   const Manifest manifest;
   const Log log;
   const std::optional<Mode> only_policy;  ///< EngineOptions::policy
-  const bool judge_answers;               ///< EngineOptions::judge_answers
+  const std::optional<bool> judge_answers;  ///< EngineOptions::judge_answers
 
   const Graphs& graphs() const { return graphs_; }
 
@@ -335,16 +338,10 @@ class Stream {
     if (!request_) clock_ = Clock();
     record_.begin();
     try {
-      Chunk chunk = cancellation_.guard(next_);
-      if (stats_.ttft_ms == 0) stats_.ttft_ms = clock_.ms();
-      const bool last = !chunk.finish_reason.empty();
-      if (last) {
-        chunk.stats = stats_;
-        record_.verdict = chunk.verdict;
-        leave();
-      }
-      record_.gave(chunk.text, chunk.finish_reason);
-      ended_ = last;
+      while (ready_.empty()) compute_next();
+      Chunk chunk = std::move(ready_.front());
+      ready_.pop_front();
+      ended_ = !chunk.finish_reason.empty();
       return chunk;
     } catch (...) {
       record_.failed(std::current_exception());
@@ -433,6 +430,26 @@ class Stream {
     return chunk;
   }
 
+  /// Compute a chunk. With an audit record the last text waits until the line about the answer is written; its end is
+  /// often a chunk without text.
+  void compute_next() {
+    held_.push_back(cancellation_.guard(next_));
+    Chunk& chunk = held_.back();
+    if (stats_.ttft_ms == 0) stats_.ttft_ms = clock_.ms();
+    const bool last = !chunk.finish_reason.empty();
+    if (last) {
+      chunk.stats = stats_;
+      record_.verdict = chunk.verdict;
+      leave();
+    }
+    const bool waits = !last && record_.is_audited();
+    if (waits && chunk.text.empty()) return;
+    const auto end = held_.end() - (waits ? 1 : 0);
+    for (auto one = held_.begin(); one != end; ++one) record_.gave(one->text, one->finish_reason);
+    std::move(held_.begin(), end, std::back_inserter(ready_));
+    held_.erase(held_.begin(), end);
+  }
+
   const Engine& engine_;
   Conversation own_;  // of a stream that has no other
   Conversation* conversation_;
@@ -456,6 +473,7 @@ class Stream {
   Clock clock_;  // from the call that begins the answer
   Cancellation cancellation_;
   Record record_;  // refers to what is above
+  std::deque<Chunk> held_, ready_;  // chunks that wait for the audit record; those that can be handed over
   bool ended_ = false;
 };
 

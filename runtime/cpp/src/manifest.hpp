@@ -10,6 +10,8 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <system_error>
 
@@ -22,8 +24,20 @@
 
 namespace autosteer {
 
-constexpr int kFormatVersion = 4;
+constexpr int kFormatVersion = 5;
 constexpr const char* kManifestFile = "autosteer.json";
+
+/// Whether `digest` is the SHA-256 of `text`, a manifest, with as many zeros in its place.
+inline bool is_signed(std::string text, const std::string& digest) {
+  const std::string unsigned_digest(64, '0');
+  if (digest.size() != unsigned_digest.size() || digest == unsigned_digest) return false;
+  for (size_t at = text.find(digest); at != std::string::npos; at = text.find(digest, at)) {
+    text.replace(at, digest.size(), unsigned_digest);
+  }
+  Sha256 hash;
+  hash.add(text.data(), text.size());
+  return hash.hex() == digest;
+}
 
 inline Manifest Manifest::load(const fs::path& folder) {
   const fs::path path = folder / kManifestFile;
@@ -34,10 +48,13 @@ inline Manifest Manifest::load(const fs::path& folder) {
   if (!fs::is_regular_file(path, ignored)) {  // never wait for a pipe
     throw PackageError(path.string() + ": not readable as JSON (not a file)");
   }
+  std::string text;
   Json data;
   try {
     std::ifstream file(path, std::ios::binary);
-    data = decoding::parse_strictly(file);
+    text.assign(std::istreambuf_iterator<char>(file), {});
+    std::istringstream copy(text);
+    data = decoding::parse_strictly(copy);
   } catch (const Json::parse_error& err) {  // its message would quote the file's bytes
     throw PackageError(path.string() + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {
@@ -49,6 +66,10 @@ inline Manifest Manifest::load(const fs::path& folder) {
                        std::to_string(kFormatVersion) + "; export the model again");
   }
   Manifest manifest = decoding::manifest({data, path.string()});
+  if (!is_signed(text, data.value("manifest_sha256", ""))) {
+    throw PackageError(path.string() +
+                       ": its own sha256 differs (damaged or edited); export the package again or copy it again");
+  }
   decoding::check_consistency(manifest, path.string());
   return manifest;
 }

@@ -198,9 +198,10 @@ inline PromptSpec prompt(const Node& node) {
 }
 
 inline ProberSpec prober(const Node& node) {
-  node.object({"token_offset", "pooling", "threshold", "calibration"});
+  node.object({"token_offset", "pooling", "threshold", "calibration"}, {"judge_answers"});
   for (const auto& [key, value] : node["calibration"].entries()) value.as_float();
-  return {node["token_offset"].as_int(), node["pooling"].as_one_of({"last", "mean"}), node["threshold"].as_float()};
+  return {node["token_offset"].as_int(), node["pooling"].as_one_of({"last", "mean"}), node["threshold"].as_float(),
+          node.has("judge_answers") && node["judge_answers"].as_bool()};
 }
 
 inline MonitorSpec monitor(const Node& node) {
@@ -281,9 +282,10 @@ inline Manifest manifest(const Node& node) {
       {"format_version", "source", "precision", "guarded", "split_layer", "dims", "graphs", "files", "kv_cache",
        "rotary", "prompt", "image", "prober", "refusal", "golden", "tolerance", "proof", "validation", "versions",
        "onnxruntime"},
-      {"video", "monitor", "drafts"});
+      {"video", "monitor", "drafts", "manifest_sha256"});
   check_facts(node);
   Manifest manifest;
+  if (node.has("manifest_sha256")) node["manifest_sha256"].as_string();
   manifest.guarded = node["guarded"].as_bool();
   manifest.split_layer = static_cast<int>(node["split_layer"].as_size());
   manifest.dims = dims(node["dims"]);

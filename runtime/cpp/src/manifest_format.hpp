@@ -203,6 +203,7 @@ struct ProberSpec {
   int64_t token_offset;  ///< position of hidden_states that it reads, from the end of the prompt
   std::string pooling;   ///< "last": that position; "mean": over it and all text positions of the turn before it
   double threshold;      ///< safe = 0 <= p_unsafe <= threshold
+  bool judge_answers;    ///< whether requests that do not say it have their answers judged (gate.hpp)
 };
 
 /// When the graph `monitor`, which has the prober's shape, stops an answer (see monitor.hpp).

@@ -278,7 +278,7 @@ Json ask(const Json& command) {
   for (const Json& asked : command.at("requests")) {
     auto request = autosteer::RequestJson::parse(asked.is_string() ? asked.get<std::string>() : asked.dump());
     const auto policy = loaded->policy(request.mode, request.threshold, request.strength, request.pieces,
-                                       request.judge_answers.value_or(false));
+                                       request.judge_answers);
     const auto answer = loaded->generate(std::move(request.messages), request.sampling, policy, {}, shared);
     answers.push_back(Json(autosteer::answer_json(answer)));
   }

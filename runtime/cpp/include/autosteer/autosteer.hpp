@@ -203,7 +203,8 @@ struct Settings {
   std::string policy = "steer";  ///< steer, stop, report or off
   std::optional<double> threshold, strength;
   std::optional<bool> pieces;         ///< false: turns are read as wholes alone, and steered answers not judged
-  std::optional<bool> judge_answers;  ///< true: every answer comes whole, once the gate has judged it
+  std::optional<bool> judge_answers;  ///< true: every answer comes whole, once the gate has judged it; not set: as the
+                                      ///< package says
   std::optional<int64_t> max_tokens, top_k, seed;
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
