@@ -305,7 +305,7 @@ class EventStream(Response):
                     yield _event(event)
         except ClientDisconnect:
             return
-        except Exception as err:
+        except (Exception, asyncio.CancelledError) as err:
             yield _event({"type": "error", **as_api_error(err).body()})
         else:
             yield "data: [DONE]\n\n"
@@ -345,7 +345,7 @@ def _answering_errors(endpoint: Endpoint) -> Endpoint:
             return await endpoint(request)
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
-        except Exception as err:
+        except (Exception, asyncio.CancelledError) as err:
             return refusal(as_api_error(err))
 
     return guarded

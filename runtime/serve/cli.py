@@ -157,6 +157,7 @@ def serve(
     from ..gate import Mode
     from .access import is_loopback
     from .app import BY_STRICTNESS, Settings, make_app
+    from .server import Server
 
     key = read_key(api_key_file)
     if key is None and not is_loopback(host):
@@ -193,7 +194,7 @@ def serve(
         shown = f"[{address}]" if ":" in address else address
         weaker = "" if weakest.value == policy else f", requests may weaken it to {weakest.value}"
         click.echo(f"{settings.model} on http://{shown}:{actual} (policy {policy}{weaker}); Ctrl-C stops", err=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 def read_key(file: Path | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -35,10 +36,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception | asyncio.CancelledError) -> ApiError:
     """What a client is told of `error`. Anything but its own mistakes is logged here and stays here."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, asyncio.CancelledError):  # of the request's task: the server has waited long enough for it
+        return ApiError(503, "the server stopped", code="stopping")
     if isinstance(error, InputError):
         return ApiError(400, str(error), code="invalid_input")
     log.error("a request failed: %s", error, exc_info=not isinstance(error, AutoSteerError))

@@ -16,6 +16,12 @@ import toy
 from autosteer.runtime.serve.cli import main
 
 COMMAND = (sys.executable, "-c", "from autosteer.runtime.serve.cli import main; main()")
+SLOW = """
+import time
+from autosteer.runtime.subgraph import BoundGraph
+run = BoundGraph.__call__
+BoundGraph.__call__ = lambda self: (time.sleep(0.2), run(self))
+"""
 Refused = Callable[..., tuple[int, str]]
 
 
@@ -38,9 +44,11 @@ def refused(monkeypatch, capsys) -> Refused:
 
 
 @pytest.fixture
-def process(package) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server on a free port, and its address."""
-    command = [*COMMAND, str(package), "--port", "0", "--device", "cpu", "--threads", "1", "--name", "toy"]
+def process(package, request) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server on a free port, and its address. A parameter is run before it, in its process."""
+    *python, program = COMMAND
+    options = ("--port", "0", "--device", "cpu", "--threads", "1", "--name", "toy")
+    command = [*python, getattr(request, "param", "") + program, str(package), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         line = running.stderr.readline()
@@ -63,6 +71,21 @@ def test_it_answers_and_ends_when_told_to(process, sent, code):
     running.send_signal(sent)
     assert running.wait(timeout=20) == code
     assert running.stderr is not None and "Traceback" not in running.stderr.read()
+
+
+@pytest.mark.parametrize("process", [SLOW], indirect=True, ids=["slow"])
+def test_a_second_ctrl_c_ends_it_at_once(process):
+    """It wrote a traceback for each request, and then aborted: Python ended beside threads that computed."""
+    running, url = process
+    body = {"model": "toy", "messages": [{"role": "user", "content": "tick"}], "max_tokens": 50, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        running.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(timeout=0.5)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=3) == 130
+    assert running.stderr is not None and running.stderr.read() == "\nautosteer-serve: interrupted\n"
 
 
 def test_a_package_that_cannot_share_a_pass_is_answered_one_request_at_a_time_and_it_says_so(tmp_path):

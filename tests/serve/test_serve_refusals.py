@@ -463,3 +463,16 @@ def test_a_stopping_server_finishes_what_it_has_begun(engine, package, slow):
         threading.Timer(0.3, slow.set).start()
     threads[0].join()
     assert [answer.status_code for answer in answers] == [200]
+
+
+def test_a_stopping_server_says_so_to_those_that_it_no_longer_waits_for(engine, package, slow):
+    """They got uvicorn's 500 in plain text, and the log a traceback for each."""
+    ask = body("tick", max_tokens=50)
+    with served(engine, package) as server:
+        threads, answers = in_background(lambda: server.http().post(CHAT, json=ask), 1)
+        more, streams = in_background(lambda: server.http().post(CHAT, json=ask | {"stream": True}), 1)
+        until(lambda: server.metric("autosteer_verdicts_total") == 2)
+    for thread in (*threads, *more):
+        thread.join()
+    assert [(answer.status_code, answer.json()["error"]["code"]) for answer in answers] == [(503, "stopping")]
+    assert ["the server stopped" in stream.text and "[DONE]" not in stream.text for stream in streams] == [True]
