@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from collections import Counter
 from typing import Any, Literal, TypeVar
 
 from .errors import PackageError
@@ -131,8 +132,8 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, for object_pairs_hook. Raises ValueError for duplicate keys: parsers differ in which one wins."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {next(key for key in counts if counts[key] > 1)!r} is given twice")
     return found
 
 

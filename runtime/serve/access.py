@@ -87,6 +87,14 @@ class Access:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise ApiError(415, f"Content-Type is {kind or 'missing'}; send application/json", code="invalid_type")
+        encoding = ", ".join(headers.getlist("content-encoding")).strip().lower()
+        if encoding not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"Content-Encoding is {encoding}; this server reads bodies as they are",
+                code="invalid_encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
 
 
 def _name_of(host: str) -> str:

@@ -156,6 +156,7 @@ class Reader:
 def _data_of(url: str, where: str) -> bytes:
     """The bytes in a data URL. Raises ApiError 400 for any other URL: this server fetches nothing."""
     head, comma, payload = url.partition(",")
+    head = head.lower()
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
         raise ApiError(
             400,
@@ -164,7 +165,7 @@ def _data_of(url: str, where: str) -> bytes:
             code="unsupported_image_url",
         )
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode(payload.replace("\r", "").replace("\n", ""), validate=True)  # `base64` writes lines
     except (binascii.Error, ValueError) as err:
         raise ApiError(400, f"{where}: damaged base64 ({err})", param=where, code="invalid_value") from None
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError, from_json
 
 from ..sampling import BIAS_MAX, PENALTY_MAX
+from ..strict_json import no_duplicates
 from .faults import ApiError
 
 B = TypeVar("B", bound="Body")
@@ -372,6 +373,10 @@ def parse(kind: type[B], text: bytes) -> B:
         raise ApiError(400, "the body is no JSON object", code="invalid_json")
     if _has_more_than(MOST_VALUES, data):
         raise ApiError(413, f"the body has more than {MOST_VALUES} values", code="too_many_values")
+    try:
+        json.loads(text.decode(), object_pairs_hook=no_duplicates)  # from_json takes the last of several
+    except ValueError as err:
+        raise ApiError(400, f"the body: {err}", code="invalid_json") from None
     given = {name: value for name, value in data.items() if value is not None}
     for name in [name for name in given if name in NEUTRAL and name not in kind.model_fields]:
         value = given.pop(name)

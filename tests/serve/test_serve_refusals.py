@@ -135,6 +135,16 @@ def test_damaged_pictures_are_refused(server):
         assert refused_at.status_code == 400 and "image_url" in refused_at.json()["error"]["message"]
 
 
+def test_a_data_url_may_have_lines_and_capitals(server):
+    """`base64` writes lines of 76 characters, and the case of a scheme and of a type of media says nothing."""
+    head, _, payload = data_url(size=(40, 40)).partition(",")
+    lines = "\r\n".join(payload[at : at + 76] for at in range(0, len(payload), 76))
+    assert "\r\n" in lines
+    for url in (f"{head},{lines}\n", f"{head.upper()},{payload}", f"Data:image/PNG;BASE64,{payload}"):
+        response = server.http().post(CHAT, json=body(with_picture("look", url)))
+        assert response.status_code == 200, response.text
+
+
 def test_pictures_of_other_formats_are_refused(server):
     """EPS would start a program."""
     eps = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
@@ -151,6 +161,35 @@ ODD = ["", "null", "[]", "{}", "{", '"x"', '{"model": NaN}', "\x00", '{"a":' * 5
 def test_odd_bodies_get_a_400(server, path, text):
     response = server.http().post(path, content=text.encode(), headers={"content-type": "application/json"})
     assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "twice"),
+    [
+        (
+            '"messages": [{"role": "user", "content": "bad"}], "messages": [{"role": "user", "content": "red"}]',
+            "messages",
+        ),
+        ('"messages": [{"role": "user", "content": "bad", "content": "red"}]', "content"),
+        ('"stream": false, "messages": [], "str\\u0065am": false', "stream"),
+    ],
+    ids=["at the top", "inside", "escaped"],
+)
+def test_a_key_given_twice_is_refused(server, given, twice):
+    """Parsers differ in which one wins: a proxy may have read the other."""
+    content = f'{{"model": "toy", {given}}}'
+    message = refused(server, 400, content=content.encode(), headers={"content-type": "application/json"})
+    assert f"key '{twice}' is given twice" in message
+
+
+def test_many_keys_of_which_one_is_given_twice_are_refused_at_once(engine, package):
+    """Each key was compared with every other."""
+    keys = ", ".join(f'"{i}": 0' for i in range(200_000))
+    content = f'{{"hidden": {{{keys}, "199999": 0}}, "hidden": 0}}'.encode()
+    with served(engine, package) as server:
+        started = time.monotonic()
+        message = refused(server, 400, content=content, headers={"content-type": "application/json"})
+        assert "key '199999' is given twice" in message and time.monotonic() - started < 10
 
 
 JSON = st.recursive(
@@ -454,6 +493,16 @@ def test_bodies_that_a_page_may_send_without_asking_are_refused(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         content = json.dumps(body()).encode()
         assert server.http().post(CHAT, content=content, headers={"content-type": kind}).status_code == 415
+
+
+def test_an_encoded_body_is_refused_by_its_name(server):
+    """The header was ignored, and gzip's bytes were "not JSON"."""
+    for encoding, status in {"gzip": 415, "identity, br": 415, "identity": 200, "": 200}.items():
+        response = server.http().post(CHAT, json=body(), headers={"Content-Encoding": encoding})
+        assert response.status_code == status, encoding
+        if status == 415:
+            assert f"Content-Encoding is {encoding}" in response.json()["error"]["message"]
+            assert response.headers["accept-encoding"] == "identity"
 
 
 def test_a_stopping_server_finishes_what_it_has_begun(engine, package, slow):
