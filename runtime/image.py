@@ -73,7 +73,9 @@ def open_image(image: ImageLike) -> Uint8:
     height, width = pixels.shape[:2]
     check_size((width, height))
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise InputError(f"image of {width}x{height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
+        name = f"{image}: " if isinstance(image, (str, Path)) else ""
+        what = f"{name}image of {width}x{height} pixels"
+        raise InputError(f"{what}: sides may differ by {MAX_ASPECT_RATIO} times at most")
     return pixels
 
 

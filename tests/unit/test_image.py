@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from autosteer.runtime import InputError
+from autosteer.runtime import InputError, open_video, video
 from autosteer.runtime.image import MAX_ASPECT_RATIO, best_pinpoint, open_image, pack, prepare
 from autosteer.runtime.manifest import AnyresSpec
 
@@ -248,6 +248,17 @@ def test_extreme_shape_is_refused_and_the_limit_itself_is_not():
     for shape in ((1, 201, 3), (201, 1, 3), (20, 4001, 3)):
         with pytest.raises(InputError, match="sides may differ by 200 times at most"):
             open_image(np.zeros(shape, np.uint8))
+
+
+def test_a_file_of_an_extreme_shape_is_named(tmp_path):
+    """Of a folder of frames nobody knew which."""
+    for number, width in enumerate((8, 201)):
+        Image.new("RGB", (width, 1)).save(tmp_path / f"{number}.png")
+    said = r"1\.png: image of 201x1 pixels: sides may differ by 200 times at most"
+    with pytest.raises(InputError, match=said):
+        open_image(str(tmp_path / "1.png"))
+    with pytest.raises(InputError, match=said):
+        video.tiles(open_video(tmp_path), 4, 4)
 
 
 # --- preparing -------------------------------------------------------------------------------------------------------

@@ -65,7 +65,8 @@ inline Image open_image(const ImageLike& image) {
     throw InputError("image of " + wrong);
   }
   if (std::max(height, width) > kMaxAspectRatio * std::min(height, width)) {
-    throw InputError("image of " + std::to_string(width) + "x" + std::to_string(height) +
+    const std::string name = path ? path->string() + ": " : "";
+    throw InputError(name + "image of " + std::to_string(width) + "x" + std::to_string(height) +
                      " pixels: sides may differ by " + std::to_string(kMaxAspectRatio) + " times at most");
   }
   return pixels;
