@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .arrays import Float
 from .errors import InputError, OptionError, PackageError
@@ -68,6 +68,8 @@ def open_image(image: ImageLike) -> Uint8:
                     pixels = to_rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
+        except UnidentifiedImageError as err:  # it says the name only, and not what Pillow was asked for
+            raise InputError(f"{image}: not a readable image (none of {', '.join(FORMATS)})") from err
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{image}: not a readable image ({err or type(err).__name__})") from err
     height, width = pixels.shape[:2]

@@ -17,13 +17,14 @@ from typing import Literal
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError
-from ..image import Uint8, to_rgb
+from ..image import FORMATS as FILE_FORMATS
+from ..image import MAX_PIXELS, Uint8, to_rgb
 from ..text import ImagePart, Message, VideoPart
 from .faults import ApiError
 from .limits import Limits
 from .protocol import ChatMessage, Item, OnePart
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # others bring decoders that nobody needs here; EPS starts a program
+FORMATS = tuple(name for name in FILE_FORMATS if name != "TIFF")  # its many decoders are not for strangers
 ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
     "developer": "system",
@@ -137,7 +138,15 @@ class Reader:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
                 width, height = opened.size
-        except Exception as err:  # Pillow warns of bombs with an exception of its own
+        except Image.DecompressionBombError:  # of more pixels than Pillow opens, by its header
+            most = min(self._limits.max_megapixels, MAX_PIXELS / 1e6)
+            raise ApiError(
+                413,
+                f"{where}: a picture of far too many pixels; this server takes {most:g} million",
+                param=where,
+                code="picture_too_large",
+            ) from None
+        except Exception as err:
             why = "" if isinstance(err, UnidentifiedImageError) else f" ({err})"  # it has an address in memory
             raise ApiError(
                 400, f"{where}: no {', '.join(FORMATS)} picture{why}", param=where, code="invalid_value"

@@ -6,8 +6,10 @@ import base64
 import json
 import logging
 import socket
+import struct
 import threading
 import time
+import zlib
 
 import openai
 import pytest
@@ -240,6 +242,16 @@ def test_what_is_too_large_is_refused_with_numbers(server):
 
     request = {"content": endless(), "headers": {"content-type": "application/json"}}
     assert "takes 0.1 MB" in refused(server, 413, **request)
+
+
+def test_a_header_of_far_too_many_pixels_is_too_large_like_any_other(server):
+    """It was "no PNG picture", by a limit of Pillow's."""
+    whole = base64.b64decode(data_url().partition(",")[2])
+    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + whole[24:29]
+    bomb = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    url = f"data:image/png;base64,{base64.b64encode(bomb).decode()}"
+    message = refused(server, 413, "messages[0].content[0].image_url", json=body(with_picture("look", url)))
+    assert "far too many pixels; this server takes 0.01 million" in message
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_numbers(server):

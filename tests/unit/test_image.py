@@ -203,6 +203,16 @@ def test_file_that_is_no_whole_image_is_refused(tmp_path, content):
         open_image(path)
 
 
+@pytest.mark.parametrize("content", [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"<svg/>"], ids=["heic", "svg"])
+def test_a_picture_of_another_format_is_told_which_are_read(tmp_path, content):
+    """It said "cannot identify image file", and the path twice."""
+    path = tmp_path / "a.heic"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        open_image(path)
+    assert str(refused.value) == f"{path}: not a readable image (none of PNG, JPEG, WEBP, GIF, BMP, TIFF)"
+
+
 def test_directory_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a readable image"):
         open_image(tmp_path)
