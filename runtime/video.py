@@ -72,6 +72,8 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     Raises InputError if there are none, or `frames` is not positive. A folder's files are not opened. Other files than
     pictures are decoded by ffmpeg.
     """
+    if not str(path):
+        raise InputError(f"the name of a video is empty; a video is {KINDS}")  # Path("") is the current folder
     path = Path(path)
     if frames < 1:
         raise InputError(f"{frames} frames of a video: take at least one")

@@ -87,13 +87,17 @@ def chat(
 
 
 def typed_path(text: str) -> Path:
-    """The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes."""
-    path = _at_home(text.strip())
+    """The path that was typed, or that a terminal wrote for a file dropped on it: quoted, or with backslashes. Raises
+    InputError for none.
+    """
+    name = text.strip()
     with contextlib.suppress(ValueError):  # an unclosed quote
         words = shlex.split(text)
-        if len(words) == 1 and not os.path.exists(path):
-            return _at_home(words[0])
-    return path
+        if len(words) == 1 and not os.path.exists(_at_home(name)):
+            name = words[0]
+    if not name:  # Path("") would be the current folder
+        raise InputError("the name of the file is empty")
+    return _at_home(name)
 
 
 def _at_home(name: str) -> Path:

@@ -10,7 +10,7 @@ import click
 
 from ..console import debug_option, progress, run_command, version_option
 from ..errors import InputError
-from .options import device_option, load, threads_option
+from .options import NamedPath, device_option, load, threads_option
 
 
 @click.command("autosteer-draft", context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,10 +19,10 @@ from .options import device_option, load, threads_option
     "--data",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     help="JSONL of prompts like those that the package will be asked, in the formats of autosteer-eval; repeatable.",
 )
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images. Default: beside each file.")
+@click.option("--images", type=NamedPath(), help="Folder of the images. Default: beside each file.")
 @click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
 @click.option("--max-tokens", type=click.IntRange(1), default=160, show_default=True, help="Longest answer.")
 @device_option

@@ -30,6 +30,9 @@ judge_answers_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: one per usable CPU.")
 
 
+EMPTY = "the name is empty (is a variable of the shell unset?)"  # Path("") would be the current folder
+
+
 class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions of click have no argument
     """A package's folder, or `hf:owner/name[@revision]`, which is downloaded."""
 
@@ -39,13 +42,28 @@ class PackagePath(click.ParamType):  # type: ignore[type-arg]  # older versions 
         """See hub.package_folder."""
         from ..hub import package_folder
 
+        if value == "":
+            self.fail(EMPTY, param, ctx)
         return package_folder(str(value))
+
+
+class NamedPath(click.Path):
+    """A path with a name; whether there is anything is not looked for."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click.Path does."""
+        if value == "":
+            self.fail(EMPTY, param, ctx)
+        return super().convert(value, param, ctx)
 
 
 package_argument = click.argument("package", type=PackagePath())
 audit_option = click.option(
     "--audit",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     help="Append a line of JSON to this file for each request: verdict, digests, counts. "
     "If it cannot be written, the request fails.",
 )

@@ -15,6 +15,7 @@ from ..gate import verdict_json
 from .answer import answer_json, say, verdict_line
 from .chat import chat
 from .options import (
+    NamedPath,
     audit_option,
     audit_texts_option,
     device_option,
@@ -29,14 +30,12 @@ from .options import (
 @click.command("autosteer-run", context_settings={"help_option_names": ["-h", "--help"]})
 @package_argument
 @click.option("-p", "--prompt", help="The prompt; '-' reads stdin. Without one, a terminal opens a chat.")
-@click.option(
-    "-i", "--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file; repeatable."
-)
+@click.option("-i", "--image", "images", multiple=True, type=NamedPath(), help="An image file; repeatable.")
 @click.option(
     "--video",
     "videos",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     help="An MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or TIFF, or a folder of pictures, "
     "ordered by name; repeatable.",
 )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..cli.options import (
+    NamedPath,
     audit_option,
     audit_texts_option,
     device_option,
@@ -38,7 +39,7 @@ ALONE = {  # by device: why requests take turns
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option(
     "--api-key-file",
-    type=click.Path(path_type=Path),
+    type=NamedPath(),
     help=f"File with the key that clients must give; {KEY_VARIABLE} does the same. Required beyond this machine.",
 )
 @click.option("--name", help="Name of the model that clients ask for. Default: the package's.")

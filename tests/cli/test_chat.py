@@ -38,6 +38,12 @@ def test_chat(package, tmp_path):
     chat.type("/video gone\n")
     chat.expect("error: gone: no such video file or folder")
     chat.expect("> ")
+    chat.type("/video\n")  # Path("") is the current folder, whose pictures became a video
+    chat.expect("error: the name of the file is empty")
+    chat.expect("> ")
+    chat.type("/image ''\n")
+    chat.expect("error: the name of the file is empty")
+    chat.expect("> ")
     chat.type("/nonsense\n")
     chat.expect("/nonsense: not a command. Type a message. ")
     chat.expect("> ")

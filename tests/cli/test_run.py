@@ -197,6 +197,23 @@ def test_bad_input_is_one_line_and_exit_code_5(call, package, options, message):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("autosteer-run: error: ") and message in done.stderr
 
 
+@pytest.mark.parametrize("options", [("--video", ""), ("--image", ""), ("--audit", "")], ids=lambda options: options[0])
+def test_an_empty_name_is_no_folder(call, package, options, tmp_path, monkeypatch):
+    """An unset variable of the shell. It was the current folder, whose pictures became a video."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    monkeypatch.chdir(tmp_path)
+    done = run_here(call, package, "-p", "look", *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"'{options[0]}': the name is empty" in done.stderr.replace("'-i' / ", "")
+
+
+@pytest.mark.parametrize("name", ["autosteer-run", "autosteer-check", "autosteer-bench"])
+def test_an_empty_name_is_no_package(call, package, name, monkeypatch):
+    monkeypatch.chdir(package)
+    done = call(name, "", *(("-p", "red") if name == "autosteer-run" else ()))
+    assert (done.returncode, done.stdout) == (2, "") and "the name is empty" in done.stderr
+
+
 def test_an_unsafe_prompt_is_stopped_in_a_schema_and_a_list_is_none(call, cpp_package, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "object"}', encoding="utf-8")

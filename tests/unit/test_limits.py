@@ -244,6 +244,15 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, name):
             opens(tmp_path / name)
 
 
+def test_an_empty_name_is_no_video(tmp_path, monkeypatch):
+    """It was the current folder."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the name of a video is empty"):
+        open_video("")
+    assert open_video(".") == [Path("black.png")]
+
+
 def test_a_pipe_is_no_video(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="not a readable video \\(not a file\\)"):
