@@ -202,12 +202,18 @@ def read_key(file: Path | None) -> str | None:
     """The API key from a file, else from the environment. Raises InputError for one that is no key."""
     import os
 
-    key = file.read_text(encoding="utf-8") if file else os.environ.get(KEY_VARIABLE)
+    where = f"--api-key-file {file}" if file else KEY_VARIABLE
+    try:
+        key = file.read_text(encoding="utf-8") if file else os.environ.get(KEY_VARIABLE)
+    except OSError as err:
+        raise InputError(f"{where}: not readable ({err.strerror})") from err
+    except UnicodeDecodeError as err:
+        raise InputError(f"{where}: not UTF-8 text") from err
     if key is None:
         return None
     key = key.strip()
     if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{file or KEY_VARIABLE}: a key has at least 16 printable ASCII characters and no spaces")
+        raise InputError(f"{where}: a key has at least 16 printable ASCII characters and no spaces")
     return key
 
 

@@ -113,8 +113,15 @@ def test_a_key_that_is_none_is_refused(refused, package, tmp_path):
     ):
         code, line = refused(package, *arguments, **environment)
         assert code == 5 and "at least 16 printable ASCII characters" in line
-    code, line = refused(package, "--api-key-file", tmp_path / "none")
-    assert code == 1 and "No such file" in line
+    (tmp_path / "latin").write_bytes(b"g\xe4nsebl\xfcmchen-sind-sch\xf6n")
+    for name, why in {
+        "short": "a key has at least 16 printable ASCII characters",
+        "latin": "not UTF-8 text",
+        "none": "not readable (No such file or directory)",
+        "": "not readable (Is a directory)",
+    }.items():
+        code, line = refused(package, "--api-key-file", tmp_path / name)
+        assert code == 5 and f"error: --api-key-file {tmp_path / name}: {why}" in line
 
 
 def test_an_address_in_use_is_an_error_with_the_options_to_change(refused, package):
