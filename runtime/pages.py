@@ -48,7 +48,8 @@ def placing() -> Iterator[threading.Thread]:
             filled.append(mapping.range)
         elif mapping.name.startswith("/"):
             _advise(*mapping.range, MADV_PAGEOUT)
-    mover.start()
+    with contextlib.suppress(RuntimeError):  # the system gives no more threads: everything works without this one
+        mover.start()
 
 
 class Mapping(NamedTuple):

@@ -77,6 +77,18 @@ def test_what_a_load_fills_is_placed(monkeypatch: pytest.MonkeyPatch, package: P
     assert len(looks) == 2  # before, and afterwards
 
 
+def test_without_another_thread_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load failed with a traceback where a system's limit of threads was reached."""
+
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with placing() as mover:
+        pass
+    assert not mover.is_alive()
+
+
 def test_no_proc_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Elsewhere than on Linux: no advice is given, and none is asked for."""
     advised: list[tuple[int, int, int]] = []
