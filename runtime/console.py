@@ -51,8 +51,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 
 
 def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
-    """Run a click command and exit: 0, 1 for an error of the operating system, 2 for usage, 130 if interrupted, or the
-    code of an AutoSteerError.
+    """Run a click command and exit: 0, 1 for an error of the operating system or too little memory, 2 for usage, 130
+    if interrupted, or the code of an AutoSteerError.
 
     `extra` is the optional part of the distribution that the command needs.
     """
@@ -77,6 +77,12 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
         click.echo(f"\n{name}: interrupted", err=True)
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone
+        code = 1
+    except (MemoryError, RuntimeError) as err:
+        if isinstance(err, RuntimeError) and str(err) != "can't start new thread":
+            raise
+        what = "not enough memory" if isinstance(err, MemoryError) else "not enough memory, or a limit of threads"
+        click.echo(f"{name}: error: {what}{f' ({err})' if str(err) else ''}", err=True)
         code = 1
     except (AutoSteerError, OSError, ImportError) as err:
         if isinstance(err, ImportError) and interrupts:  # numpy's C code makes an ImportError of Ctrl-C

@@ -24,14 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .cancel import current
-from .errors import OptionError, PackageError, ProviderError, first_line
+from .errors import AutoSteerError, OptionError, PackageError, ProviderError, first_line
 from .manifest import GraphSpec, TensorSpec
 from .usable_cores import usable_cores
 
 try:
     import onnxruntime as ort
     from onnxruntime import OrtValue as OrtValue  # other modules import it from here, and so show the message below
-except ImportError as error:  # no wheel is a hard dependency: on a Jetson, pip would replace NVIDIA's
+except ModuleNotFoundError as error:  # no wheel is a hard dependency: on a Jetson, pip would replace NVIDIA's
     raise ImportError(
         "autosteer.runtime needs onnxruntime: pip install 'autosteer-edge[cpu]', or [gpu], or NVIDIA's Jetson wheel"
     ) from error
@@ -154,6 +154,9 @@ THREADING = (
     else {"session.intra_op.allow_spinning": "0"}
 )
 
+# What onnxruntime says where memory runs out: of an allocation, of a file that is mapped, of a GPU.
+NO_MEMORY = re.compile("bad_alloc|allocate memory|out of memory|available memory of", re.IGNORECASE)
+
 
 class Subgraph:
     """A loaded graph."""
@@ -162,13 +165,15 @@ class Subgraph:
         """Load `path` on `device`.
 
         Raises PackageError if the file is not a usable graph, or its inputs and outputs are not the manifest's;
-        ProviderError if onnxruntime chose another provider without saying so.
+        ProviderError if onnxruntime chose another provider without saying so; AutoSteerError if memory runs out.
         """
         self.name, self._outputs = path.stem, [tensor.name for tensor in spec.outputs]
         self.device = device
         try:
             self.session = ort.InferenceSession(str(path), session_options(device), providers=PROVIDERS[device.kind])
         except Exception as err:  # onnxruntime's own hierarchy is not public
+            if NO_MEMORY.search(str(err)):
+                raise AutoSteerError(f"{path}: not enough memory to load it ({first_line(err)})") from err
             raise PackageError(f"{path}: onnxruntime cannot load it ({first_line(err)})") from err
         if self.session.get_providers()[0] != device.provider:
             raise ProviderError(

@@ -18,6 +18,8 @@ from commands import MAINS, installed, program
 from PIL import Image
 from terminal import PATIENCE
 
+from autosteer.runtime import Engine
+
 
 @pytest.mark.parametrize("name", MAINS)
 def test_help_is_on_stdout(name):
@@ -132,6 +134,35 @@ def test_ctrl_c_while_importing_does_not_say_that_something_is_missing(package, 
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"{name}: interrupted")
     assert "pip" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 2.5 GiB"), "not enough memory (Unable to allocate 2.5 GiB)"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("can't start new thread"), "not enough memory, or a limit of threads (can't start new thread)"),
+    ],
+)
+def test_too_little_memory_is_one_line(call, package, monkeypatch, error, said):
+    """It was a traceback."""
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Engine, "load", fails)
+    done = call("autosteer-run", package, "-p", "red")
+    assert (done.returncode, done.stderr) == (1, f"autosteer-run: error: {said}\n")
+
+
+def test_an_onnxruntime_that_does_not_load_is_not_missing(package, tmp_path):
+    """Too little memory for its library: the advice was to install onnxruntime."""
+    why = "onnxruntime_pybind11_state.so: failed to map segment from shared object"
+    (tmp_path / "onnxruntime.py").write_text(f"raise ImportError({why!r})\n")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    command = [program("autosteer-run"), package, "-p", "red"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"autosteer-run: error: {why}\n")
 
 
 @pytest.mark.parametrize(("said", "kept"), [(None, "1"), ("", "1"), ("0", "0"), ("1", "1")])

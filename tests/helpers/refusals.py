@@ -11,7 +11,7 @@ from pathlib import Path
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 NO_REFUSAL = (  # what is raised or thrown for other reasons: the machine, or a mistake of ours
-    *("ProviderError", "ImportError", "IndexError", "RuntimeError"),
+    *("AutoSteerError", "ProviderError", "ImportError", "IndexError", "RuntimeError"),
     *("Error", "ProviderError", "std::bad_alloc", "std::logic_error"),
 )
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from autosteer.runtime.errors import ProviderError
+from autosteer.runtime.errors import AutoSteerError, PackageError, ProviderError
 from autosteer.runtime.manifest import GraphSpec, TensorSpec
 from autosteer.runtime.subgraph import CUDA, BoundGraph, Device, Subgraph, buffer, empty, find_device, session_options
 
@@ -35,6 +35,31 @@ def graph(folder: Path) -> Subgraph:
     path.write_bytes(model.SerializeToString())
     inputs, outputs = (TensorSpec("x", "float32", (SIZE, 1)),), (TensorSpec("y", "float32", ()),)
     return Subgraph(path, GraphSpec(path.name, "", inputs, outputs, None, "fp32"), find_device("cpu", 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc", AutoSteerError),
+        (
+            "1 : FAIL : Load model failed: Failed to map file weights.bin, error code: 12 Cannot allocate memory",
+            AutoSteerError,
+        ),
+        ("2 : Failed to allocate memory for requested buffer of size 4096", AutoSteerError),
+        ("1 : FAIL : CUDA failure 2: out of memory", AutoSteerError),
+        ("7 : INVALID_PROTOBUF : Protobuf parsing failed", PackageError),
+    ],
+)
+def test_too_little_memory_does_not_look_like_a_damaged_package(tmp_path, monkeypatch, said, error):
+    def fails(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(ort, "InferenceSession", fails)
+    with pytest.raises(AutoSteerError) as raised:
+        graph(tmp_path)
+    assert type(raised.value) is error
+    what = "onnxruntime cannot load it" if error is PackageError else "not enough memory to load it"
+    assert str(raised.value) == f"{tmp_path / 'outer.onnx'}: {what} ({said})"
 
 
 def memory() -> int:

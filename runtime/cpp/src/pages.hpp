@@ -12,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -51,11 +52,14 @@ class Pages {
       mapping.give_back();
       if (mapping.is_filled()) now.push_back(mapping.range);
     }
-    mover_ = std::thread([this, now = std::move(now)] {
-      std::unique_lock lock(mutex_);
-      if (woken_.wait_for(lock, kSettled, [this] { return over_; })) return;
-      for (const Range& range : now) move(range);
-    });
+    try {
+      mover_ = std::thread([this, now = std::move(now)] {
+        std::unique_lock lock(mutex_);
+        if (woken_.wait_for(lock, kSettled, [this] { return over_; })) return;
+        for (const Range& range : now) move(range);
+      });
+    } catch (const std::system_error&) {  // the system gives no more threads: everything works without this one
+    }
   }
 
  private:

@@ -154,16 +154,26 @@ class Tensor {
   Ort::Value value_{nullptr};
 };
 
+/// Whether onnxruntime says so that memory ran out: of an allocation, or of a file that is mapped.
+inline bool is_no_memory(const std::string& what) {
+  for (const char* said : {"bad_alloc", "llocate memory"}) {
+    if (what.find(said) != std::string::npos) return true;
+  }
+  return false;
+}
+
 /// A loaded graph.
 class Subgraph {
  public:
-  /// Throws PackageError if `path` is not a usable graph, or its inputs and outputs are not the manifest's.
+  /// Throws PackageError if `path` is not a usable graph, or its inputs and outputs are not the manifest's; Error if
+  /// memory runs out.
   Subgraph(const Environment& environment, const fs::path& path, const GraphSpec& spec) : path_(path) {
     try {
       session_ = environment.load(path);
     } catch (const Ort::Exception& err) {
-      const std::string what = err.what();
-      throw PackageError(path.string() + ": onnxruntime cannot load it (" + what.substr(0, what.find('\n')) + ")");
+      const std::string what = err.what(), line = what.substr(0, what.find('\n'));
+      if (is_no_memory(what)) throw Error(path.string() + ": not enough memory to load it (" + line + ")");
+      throw PackageError(path.string() + ": onnxruntime cannot load it (" + line + ")");
     }
     Ort::AllocatorWithDefaultOptions allocator;
     std::vector<TensorSpec> inputs, outputs;
