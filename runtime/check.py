@@ -84,10 +84,11 @@ def _about_pictures(manifest: Manifest, differ: int, shown: int) -> str:
     """
     if not differ:
         return ""
-    return (
-        f" ({differ} of {shown} golden prompts with pictures differ: recorded with Pillow "
-        f"{manifest.versions.get('pillow', 'unknown')}, answered with Pillow {PIL.__version__})"
-    )
+    what = f"{differ} of {shown} golden prompts with pictures differ"
+    recorded = manifest.versions.get("pillow", "unknown")
+    if recorded == PIL.__version__:  # it is not to blame
+        return f" ({what})"
+    return f" ({what}: recorded with Pillow {recorded}, answered with Pillow {PIL.__version__})"
 
 
 def _drift(golden: Golden, answer: Answer) -> float:

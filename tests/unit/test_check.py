@@ -158,6 +158,9 @@ def test_pictures_that_are_answered_otherwise_name_the_versions_of_pillow(tmp_pa
         f"{PIL.__version__})"
     )
     assert len(answers) == 3, "each prompt is answered once"
+    replace(manifest, versions=manifest.versions | {"pillow": PIL.__version__}).save(tmp_path)
+    same = check_package(load(tmp_path), tmp_path).about_pictures
+    assert same == " (2 of 2 golden prompts with pictures differ)", "an equal version is not to blame"
     package_with(tmp_path, replace(text, token_ids=(6, 9)), picture)
     assert check_package(load(tmp_path), tmp_path).about_pictures == ""
 
