@@ -136,6 +136,16 @@ def test_ctrl_c_while_importing_does_not_say_that_something_is_missing(package, 
     assert "pip" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["autosteer-run", "autosteer-check", "autosteer-bench", "autosteer-draft"])
+def test_ctrl_c_before_anything_is_imported_is_no_traceback(tmp_path, name):
+    """For 50 ms nothing of ours caught it."""
+    (tmp_path / "click.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([program(name)], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, f"\n{name}: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
