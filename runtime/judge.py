@@ -21,8 +21,8 @@ from .conversation import Conversation, ReadingKey
 from .errors import InputError
 from .gate import Action, GatePolicy, Mode, Verdict, decide, is_safe, without_steering, worst
 from .packed import can_share_a_pass, first_is_read_alone
-from .pieces import weighed
-from .readings import BEHIND_PLAIN, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
+from .pieces import discounted
+from .readings import Prefix, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart
 
@@ -53,12 +53,12 @@ class Forms:
     stopped: bool = False  # whether a form is unsafe that stops the request
 
     def is_unsafe(self, p: float) -> bool:
-        """Whether a score is."""
+        """Whether score `p` is unsafe."""
         return not is_safe(p, self.threshold)
 
     def counts(self, at: int, reading: Reading) -> bool:
-        """Whether a reading of a judged turn still does."""
-        return not (reading.only_while_safe and self.is_unsafe(self.scores[at]))
+        """False for a reading that is left out because its turn is unsafe already."""
+        return not (reading.skip_if_unsafe and self.is_unsafe(self.scores[at]))
 
     def score_of(self, key: ReadingKey) -> float | None:
         """The score of a reading, if it is known."""
@@ -67,9 +67,9 @@ class Forms:
     def note(self, at: int, reading: Reading, p_unsafe: float) -> None:
         """A reading of a judged turn has this score; it changes nothing if it does not count."""
         if self.counts(at, reading):
-            p = weighed(p_unsafe) if reading.weighed else p_unsafe
+            p = discounted(p_unsafe) if reading.discounted else p_unsafe
             self.scores[at] = worst([self.scores[at], p])
-            self.stopped = self.stopped or (reading.stops and self.is_unsafe(p))
+            self.stopped = self.stopped or (reading.stop_if_unsafe and self.is_unsafe(p))
 
 
 class Judge:
@@ -117,10 +117,10 @@ class Judge:
         begun, plain = self._begun(request), plain_turns(messages)
         shown, frames = self._each_shown(messages, prompt.seen, frames=policy.pieces)
         if len(messages) > 1 and any(plain):
-            whole = Reading(tuple(with_letters_of(plain, messages)), only_while_safe=True, stops=True)
+            whole = Reading(tuple(with_letters_of(plain, messages)), skip_if_unsafe=True, stop_if_unsafe=True)
             found = [math.nan] * len(forms.scores)
             if letters := self._encode(whole, prompt.seen, stats, len(found)):
-                found = yield from self._score(letters, policy, stats, begun[BEHIND_PLAIN])
+                found = yield from self._score(letters, policy, stats, begun[Prefix.PLAIN_DIALOGUE])
             for at, score in enumerate(found):
                 forms.note(at, whole, score)
         readings = all_readings(messages, plain, pieces=policy.pieces, frames=frames)
@@ -131,9 +131,9 @@ class Judge:
             new = {key: one for key, (at, one) in pairs if key not in scored and forms.counts(at, one)}
             found = yield from self._read_all([*new.values()], shown, policy, stats, begun)
             scored |= zip(new, found, strict=True)
-            forms.known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # a failure may pass
+            forms.known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # not a failure, which may pass
             for key, (at, reading) in zip(keys, some, strict=True):
-                forms.note(at, reading, scored.get(key, math.nan))  # what does not count may be missing
+                forms.note(at, reading, scored.get(key, math.nan))  # one that no longer counts was not scored
 
     def answer(self, text: str, request: Request, record: Record) -> Generator[None, None, float]:
         """The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its
@@ -148,7 +148,7 @@ class Judge:
         readings = readings_of_answer(record.messages, text, frames, steered=steered)
         while some := [*itertools.islice(readings, self._together)]:
             found = yield from self._read_all(some, shown, policy, Stats(), begun)
-            scores += (weighed(p) if one.weighed else p for one, p in zip(some, found, strict=True))
+            scores += (discounted(p) if one.discounted else p for one, p in zip(some, found, strict=True))
             if not is_safe(worst(scores), policy.threshold):
                 break
         return worst(scores)
@@ -168,8 +168,8 @@ class Judge:
                     shown.append([rows])
         return shown, single
 
-    def _begun(self, request: Request) -> defaultdict[int, Conversation]:
-        """What readings start from, by Reading.cache: at first from what `request` computed of its prompt, then from
+    def _begun(self, request: Request) -> defaultdict[Prefix, Conversation]:
+        """What readings start from, by Reading.prefix: at first from what `request` computed of its prompt, then from
         what the reading before computed.
         """
 
@@ -186,20 +186,20 @@ class Judge:
         shown: Sequence[Sequence[Seen]],
         policy: GatePolicy,
         stats: Stats,
-        begun: Mapping[int, Conversation],
+        begun: Mapping[Prefix, Conversation],
     ) -> Generator[None, None, list[float]]:
         """p_unsafe of the last turn of each reading; NaN if it cannot be read."""
         found = [math.nan] * len(readings)
-        alike = defaultdict[tuple[int, int, tuple[int, ...]], list[int]](list)
+        alike = defaultdict[tuple[Prefix, int, tuple[int, ...]], list[int]](list)
         for i, reading in enumerate(readings):
-            alike[reading.cache, len(reading.messages), tuple(reading.pictures)].append(i)
-        for (cache, *_), members in alike.items():
+            alike[reading.prefix, len(reading.messages), tuple(reading.pictures)].append(i)
+        for (prefix, *_), members in alike.items():
             seen, prompts = seen_by(readings[members[0]], shown), dict[int, "EncodedPrompt"]()
             for i in members:
                 if prompt := self._encode(readings[i], seen, stats):
                     prompts[i] = prompt
                 if i == members[-1] or sum(len(prompt.keys) for prompt in prompts.values()) > MOST_ROWS:
-                    scores = yield from self._score_alike([*prompts.values()], policy, stats, begun[cache])
+                    scores = yield from self._score_alike([*prompts.values()], policy, stats, begun[prefix])
                     for number, p in zip(prompts, scores, strict=True):
                         found[number] = p
                     prompts.clear()

@@ -19,8 +19,8 @@ these, too:
                  mean a kettle" and "how do i draw a kite steal a kettle" also say "how do i steal a kettle" (`_asked`);
                  so do "how do i steal a kite?" and, later, "a kettle?"
 
-Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`weighed`), unless it has all
-the words (`in_single_blanks`).
+Each is one more chance to be wrong, so a piece's score counts for less than the whole's (`discounted`), unless it has
+all the words (`in_single_blanks`).
 
 Words stand between ASCII white space; in a piece, between single blanks. Of Chinese and Japanese, written without
 blanks, two characters count as one, with the marks behind them. The C++ side is src/pieces.hpp; shared cases:
@@ -127,7 +127,7 @@ def in_single_blanks(text: str) -> str:
     return " ".join(_UNBROKEN.findall(text))
 
 
-def weighed(p_unsafe: float) -> float:
+def discounted(p_unsafe: float) -> float:
     """What the prober's p_unsafe of a piece counts in its turn.
 
     The prober was fitted on turns of which half are unsafe. Of the pieces of an unsafe turn one in PIECES_OF_A_TURN is,

@@ -7,17 +7,17 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     the turn                                          user's turn   yes               as the policy   in full
     the turn in plain letters (obfuscation.py)        yes           all are           stopped         in full
     its texts as one; the user's turns in a row       yes           yes               stopped         in full
-    another's turn as if it were the user's           yes           no                stopped         weighed
-    pieces of all these (pieces.py)                   yes           yes               stopped         weighed
-    pieces of all that the user says, and of all      yes           no                stopped         weighed
+    another's turn as if it were the user's           yes           no                stopped         discounted
+    pieces of all these (pieces.py)                   yes           yes               stopped         discounted
+    pieces of all that the user says, and of all      yes           no                stopped         discounted
     that the program does not trust, as one text
-    its words and their pieces with each picture      yes           no                stopped         weighed
+    its words and their pieces with each picture      yes           no                stopped         discounted
     so far, and with each frame of a video
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
-answer. `weighed` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the policy
-`steer` only the turn itself is steered: the Refusal Head was trained on whole plain turns.
+answer. `discounted` (pieces.py) lets a part of what a turn says or shows count for less than the whole. Under the
+policy `steer` only the turn itself is steered: the Refusal Head was trained on whole plain turns.
 
 An answer is read as if the user had said it: alone, as the dialogue's next turn, and with each picture and frame. The
 C++ side is src/readings.hpp; shared cases: tests/conformance/requests.json.
@@ -28,6 +28,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from .errors import InputError
 from .obfuscation import deobfuscated
@@ -35,9 +36,16 @@ from .pieces import SPACE, in_single_blanks
 from .pieces import pieces as pieces_of
 from .text import Message, Part, judged
 
-# Reading.cache: readings of one number begin alike, and share what they compute.
-ALONE, BEHIND, BEHIND_PLAIN, BEHIND_PICTURE = range(4)  # behind the turns before, these in plain letters, one picture
 MOST_WITH_PICTURES = 4096  # readings of words with one picture or frame: they are as many as the product of both
+
+
+class Prefix(Enum):
+    """What a reading begins with. What is computed of it serves all readings with the same."""
+
+    NONE = "none"
+    DIALOGUE = "the turns before"
+    PLAIN_DIALOGUE = "the turns before, in plain letters"
+    PICTURE = "one picture"
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,18 @@ class Reading:
 
     messages: tuple[Message, ...]
     pictures: Sequence[int] = ()  # what they show, by number: the dialogue's pictures and videos, then single frames
-    only_while_safe: bool = False  # left out once another form of the turn was unsafe
-    stops: bool = False  # if it is unsafe, the request is stopped, not steered
-    weighed: bool = False  # its score counts for less; see pieces.weighed
-    cache: int = ALONE
+    skip_if_unsafe: bool = False  # left out once another form of the turn was unsafe
+    stop_if_unsafe: bool = False  # the request is then stopped, not steered
+    discounted: bool = False  # its score counts for less; see pieces.discounted
+    prefix: Prefix = Prefix.NONE
+
+
+class Kind(Enum):
+    """Of a form: the turn as it is, the turn in plain letters, or anything else."""
+
+    TURN = "turn"
+    PLAIN = "plain"
+    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,9 @@ class Form:
     """What is read instead of a turn."""
 
     turn: Message  # with all that the turns which it stands for show, in front of the words
-    turns: int = 1  # that it stands for, up to the one that is judged
-    weighed: bool = False
+    kind: Kind = Kind.OTHER
+    stands_for: int = 1  # turns, up to the one that is judged
+    discounted: bool = False
 
 
 def plain_turns(messages: Sequence[Message]) -> list[Message | None]:
@@ -93,17 +110,23 @@ def all_readings(
 
 def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
     """The forms in which turn `n` is read."""
-    wholes = [Form(turn) for turn in (messages[n], plain[n]) if turn]
-    if pieces:
-        joined = as_one(messages, n)
-        wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
+    wholes = [Form(messages[n], Kind.TURN)]
+    if turn := plain[n]:
+        wholes.append(Form(turn, Kind.PLAIN))
+    if not pieces:
+        yield from wholes
+        return
+    joined = as_one(messages, n)
+    wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
     yield from wholes
-    if pieces and messages[n].role != "user" and text_of(messages[n]):
-        yield Form(Message("user", messages[n].parts), n + 1, weighed=True)
-    for whole in wholes if pieces else ():
+    dialogue = n + 1  # what stands for all of it is read alone
+    if messages[n].role != "user" and text_of(messages[n]):
+        yield Form(Message("user", messages[n].parts), stands_for=dialogue, discounted=True)
+    for whole in wholes:
         yield from pieces_in(whole)
-    for text in all_words(messages, n) if pieces else ():
-        yield from (Form(Message.user(piece), n + 1, weighed=True) for piece in pieces_of(text) or [text])
+    for text in all_words(messages, n):
+        for piece in pieces_of(text) or [text]:
+            yield Form(Message.user(piece), stands_for=dialogue, discounted=True)
 
 
 def _alone_and_in_dialogue(
@@ -112,14 +135,23 @@ def _alone_and_in_dialogue(
     """The readings of a form of turn `n`. In the dialogue, the turns before it are in plain letters, too. `shown`: how
     many pictures and videos the dialogue shows up to there.
     """
-    is_turn, is_plain = form.turn is messages[n], form.turn is plain[n]
+    is_turn, is_other = form.kind is Kind.TURN, form.kind is Kind.OTHER
     if not is_turn or (n > 0 and form.turn.role == "user"):  # what stands first is read alike where it stands
-        own, always = range(shown - len(shown_in(form.turn)), shown), is_turn or is_plain
-        yield Reading((form.turn,), own, only_while_safe=not always, stops=not is_turn, weighed=form.weighed)
-    before = messages[: n + 1 - form.turns]
-    if before and not is_turn and not is_plain:
+        own = range(shown - len(shown_in(form.turn)), shown)
+        yield Reading(
+            (form.turn,), own, skip_if_unsafe=is_other, stop_if_unsafe=not is_turn, discounted=form.discounted
+        )
+    before = messages[: n + 1 - form.stands_for]
+    if before and is_other:
         said = (*with_letters_of(plain, before), Message("user", form.turn.parts))
-        yield Reading(said, range(shown), only_while_safe=True, stops=True, weighed=form.weighed, cache=BEHIND_PLAIN)
+        yield Reading(
+            said,
+            range(shown),
+            skip_if_unsafe=True,
+            stop_if_unsafe=True,
+            discounted=form.discounted,
+            prefix=Prefix.PLAIN_DIALOGUE,
+        )
 
 
 def with_each_picture(
@@ -144,8 +176,15 @@ def with_each_picture(
                     "policy without pieces"
                 )
             for words in said[n]:
-                turn = (Message("user", (picture, words)),)
-                yield n, Reading(turn, (number,), only_while_safe=True, stops=True, weighed=True, cache=BEHIND_PICTURE)
+                reading = Reading(
+                    (Message("user", (picture, words)),),
+                    (number,),
+                    skip_if_unsafe=True,
+                    stop_if_unsafe=True,
+                    discounted=True,
+                    prefix=Prefix.PICTURE,
+                )
+                yield n, reading
 
 
 def _shown(messages: Sequence[Message]) -> list[tuple[int, Part]]:
@@ -164,7 +203,7 @@ def readings_of_answer(
     """The readings of `text`, an answer to a dialogue, and of its pieces; both in plain letters, too. `frames` as in
     `all_readings`.
 
-    Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. So
+    Behind a dialogue they are discounted, unless there are pictures: what is said about none says most of it alone. So
     they are with each picture and frame, and behind the last turn's words about it. A `steered` answer, whose dialogue
     is unsafe, stands in the place of the last turn's words.
     """
@@ -178,20 +217,20 @@ def readings_of_answer(
     pictures = range(len(shown))
     for said in answers:
         is_part = said not in complete
-        yield Reading((Message.user(said),), weighed=is_part)
-        for cache, context in zip((BEHIND, BEHIND_PLAIN), contexts, strict=False):
+        yield Reading((Message.user(said),), discounted=is_part)
+        for prefix, context in zip((Prefix.DIALOGUE, Prefix.PLAIN_DIALOGUE), contexts, strict=False):
             *before, last = context
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
             if len(turns) > 1 or pictures:  # else it is alone
-                yield Reading(turns, pictures, weighed=is_part or not pictures, cache=cache)
+                yield Reading(turns, pictures, discounted=is_part or not pictures, prefix=prefix)
     one_turn = len(messages) == len(shown) == 1  # with one picture: read above
     asked = "" if steered else text_of(contexts[-1][-1])
     for n, (_, picture) in enumerate((*shown, *frames)):
         for said in answers if n or not one_turn else ():
-            yield Reading((Message("user", (picture, said)),), (n,), weighed=True, cache=BEHIND_PICTURE)
+            yield Reading((Message("user", (picture, said)),), (n,), discounted=True, prefix=Prefix.PICTURE)
             if asked:
                 turns = (Message("user", (picture, asked)), Message.user(said))
-                yield Reading(turns, (n,), weighed=True, cache=BEHIND_PICTURE)
+                yield Reading(turns, (n,), discounted=True, prefix=Prefix.PICTURE)
 
 
 def as_one(messages: Sequence[Message], n: int) -> list[Form]:
@@ -208,7 +247,7 @@ def as_one(messages: Sequence[Message], n: int) -> list[Form]:
     for count in dict.fromkeys(counts):
         turns = messages[n + 1 - count : n + 1]
         shown = [part for turn in turns for part in shown_in(turn)]
-        found += [Form(Message("user", (*shown, text)), count) for text in joined_texts(turns)]
+        found += [Form(Message("user", (*shown, text)), stands_for=count) for text in joined_texts(turns)]
     return found
 
 
@@ -248,11 +287,12 @@ def text_of(turn: Message) -> str:
 
 
 def pieces_in(whole: Form) -> Iterator[Form]:
-    """The pieces of a form's text (pieces.py); weighed, unless they have all of its words."""
+    """The pieces of a form's text (pieces.py); discounted, unless they have all of its words."""
     text = text_of(whole.turn)
     complete = in_single_blanks(text)
     for piece in pieces_of(text):
-        yield Form(Message("user", (*shown_in(whole.turn), piece)), whole.turns, weighed=piece != complete)
+        turn = Message("user", (*shown_in(whole.turn), piece))
+        yield Form(turn, stands_for=whole.stands_for, discounted=piece != complete)
 
 
 def in_plain_letters(turn: Message) -> Message | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autosteer.runtime.evaluation.variants import possible_rewordings
-from autosteer.runtime.pieces import weighed
+from autosteer.runtime.pieces import discounted
 
 from .batches import check_text, takes_system
 from .calibrate import allowed_false_positives, independent
@@ -46,7 +46,7 @@ class Arranged:
     @cached_property
     def pieces(self) -> list[tuple[int, Prompt, bool]]:
         """What the runtime also reads of held-out prompts and of their rewordings (`Prompt.pieces`): (row of the item,
-        what is read, whether its score is weighed).
+        what is read, whether its score is discounted).
         """
         judged = range(len(self.items) - len(self.reworded.judging), len(self.items))
         return [
@@ -54,10 +54,12 @@ class Arranged:
         ]
 
     def as_read(self, p: np.ndarray, of_pieces: np.ndarray) -> np.ndarray:
-        """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), weighed."""
+        """(n,) p_unsafe as the runtime has it: the worst of the whole's p (n,) and of its `pieces`' (m,), which are
+        discounted.
+        """
         read: np.ndarray = p.copy()
-        for (row, _, is_weighed), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
-            read[row] = max(read[row], weighed(of_piece) if is_weighed else of_piece)
+        for (row, _, is_discounted), of_piece in zip(self.pieces, of_pieces.tolist(), strict=True):
+            read[row] = max(read[row], discounted(of_piece) if is_discounted else of_piece)
         return read
 
 

@@ -97,8 +97,8 @@ class Prompt:
     @property
     def pieces(self) -> tuple[tuple[Prompt, bool], ...]:
         """What the runtime reads beside the last turn where it stands (runtime/readings.py): the other forms of that
-        turn, and whether what each scores is weighed. Equal ones once. Raises InputError, with its line, for a prompt
-        that the runtime refuses: many words beside many pictures.
+        turn, and whether what each scores is discounted. Equal ones once. Raises InputError, with its line, for a
+        prompt that the runtime refuses: many words beside many pictures.
         """
         asked, answers = (*self.earlier[::2], self.text), self.earlier[1::2]
         said = [Message.user(asked[0], self.images)]
@@ -114,7 +114,7 @@ class Prompt:
         found: dict[Prompt, bool] = {}
         for reading in (*in_letters, *of_last):
             prompt = self._of(reading.messages)
-            found[prompt] = found.get(prompt, True) and reading.weighed
+            found[prompt] = found.get(prompt, True) and reading.discounted
         return tuple(found.items())
 
     def _of(self, messages: Sequence[Message]) -> Prompt:

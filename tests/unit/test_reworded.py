@@ -14,7 +14,7 @@ from autosteer.export.safety.prober import Split
 from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
-from autosteer.runtime.pieces import weighed
+from autosteer.runtime.pieces import discounted
 from autosteer.runtime.readings import all_readings, plain_turns, with_letters_of
 from autosteer.runtime.text import ImagePart, Message
 
@@ -103,10 +103,10 @@ def test_the_worst_of_a_prompt_and_its_pieces_counts():
     assert set(rows) <= judged and len(set(rows)) > 50
     assert all(tuple(piece) in items[row].prompt.pieces for row, *piece in arranged.pieces)
     whole, of_pieces = np.full(len(items), 0.3), np.full(len(rows), 0.1)
-    first, *_, last = (at for at, (_, _, is_weighed) in enumerate(arranged.pieces) if is_weighed)
+    first, *_, last = (at for at, (_, _, is_discounted) in enumerate(arranged.pieces) if is_discounted)
     of_pieces[[first, last]] = 0.9, 0.5
     read = arranged.as_read(whole, of_pieces)
-    assert read[rows[first]] == weighed(0.9) > 0.5 and read[rows[last]] == 0.3 > weighed(0.5)
+    assert read[rows[first]] == discounted(0.9) > 0.5 and read[rows[last]] == 0.3 > discounted(0.5)
     read[rows[first]] = 0.3
     assert (read == 0.3).all() and (whole == 0.3).all()
 

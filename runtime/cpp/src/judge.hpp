@@ -165,7 +165,7 @@ class Judge {
       for (const Reading& reading : some) wanted.push_back(&reading);
       const std::vector<double> found = read_all(wanted, views.seen, policy, begun, request);
       for (size_t i = 0; i < some.size(); ++i) {
-        const double p = some[i].weighed ? weighed(found[i]) : found[i];
+        const double p = some[i].discounted ? discounted(found[i]) : found[i];
         p_unsafe = p_unsafe ? worse(*p_unsafe, p) : p;
       }
       some.clear();
@@ -185,8 +185,8 @@ class Judge {
     std::vector<ShownBy> frames;          // of the videos (PromptEncoder::single_frames)
   };
 
-  /// What readings start from, by Reading::cache.
-  using Begun = std::map<Cache, Conversation>;
+  /// What readings start from, by Reading::prefix.
+  using Begun = std::map<Prefix, Conversation>;
 
   /// What the forms of a dialogue's judged turns score, and what follows.
   struct Forms {
@@ -200,7 +200,7 @@ class Judge {
 
     /// Whether a reading of a judged turn still does.
     bool counts(size_t at, const Reading& reading) const {
-      return !(reading.only_while_safe && is_unsafe(scores.at(at)));
+      return !(reading.skip_if_unsafe && is_unsafe(scores.at(at)));
     }
 
     /// The score of a reading, if it is known.
@@ -215,9 +215,9 @@ class Judge {
     /// A reading of a judged turn has this score; it changes nothing if it does not count.
     void note(size_t at, const Reading& reading, double p_unsafe) {
       if (!counts(at, reading)) return;
-      const double p = reading.weighed ? weighed(p_unsafe) : p_unsafe;
+      const double p = reading.discounted ? discounted(p_unsafe) : p_unsafe;
       scores.at(at) = worse(scores.at(at), p);
-      stopped = stopped || (reading.stops && is_unsafe(p));
+      stopped = stopped || (reading.stop_if_unsafe && is_unsafe(p));
     }
   };
 
@@ -232,7 +232,7 @@ class Judge {
       const Reading whole{with_letters_of(plain, messages), {}, true, true};
       std::vector<double> found(forms.scores.size(), std::nan(""));
       if (auto letters = encode(whole.messages, record.seen, found.size())) {
-        found = score(std::move(*letters), policy, before(begun, Cache::behind_plain, request));
+        found = score(std::move(*letters), policy, before(begun, Prefix::plain_dialogue, request));
       }
       for (size_t at = 0; at < forms.scores.size(); ++at) forms.note(at, whole, found.at(at));
     }
@@ -273,8 +273,8 @@ class Judge {
   }
 
   /// At first what `request` computed of its prompt, then what the reading before computed.
-  static Conversation& before(Begun& begun, Cache cache, const Request& request) {
-    const auto [found, is_new] = begun.try_emplace(cache);
+  static Conversation& before(Begun& begun, Prefix prefix, const Request& request) {
+    const auto [found, is_new] = begun.try_emplace(prefix);
     if (is_new) found->second.keep_prefix(request.lend_prefix());
     return found->second;
   }
@@ -302,11 +302,11 @@ class Judge {
   std::vector<double> read_all(const std::vector<const Reading*>& readings, const std::vector<std::vector<Seen>>& shown,
                                const GatePolicy& policy, Begun& begun, const Request& request) const {
     std::vector<double> found(readings.size(), std::nan(""));
-    using Beginning = std::tuple<Cache, size_t, Span>;  // ..., how many messages, the pictures
+    using Beginning = std::tuple<Prefix, size_t, Span>;  // ..., how many messages, the pictures
     std::vector<std::pair<Beginning, std::vector<size_t>>> alike;  // in the order of their first
     for (size_t i = 0; i < readings.size(); ++i) {
       const auto [from, to] = readings[i]->pictures;
-      const Beginning beginning{readings[i]->cache, readings[i]->messages.size(), from < to ? Span{from, to} : Span{}};
+      const Beginning beginning{readings[i]->prefix, readings[i]->messages.size(), from < to ? Span{from, to} : Span{}};
       const auto is_same = [&](const auto& group) { return group.first == beginning; };
       auto group = std::find_if(alike.begin(), alike.end(), is_same);
       if (group == alike.end()) group = alike.insert(alike.end(), {beginning, {}});
@@ -324,7 +324,7 @@ class Judge {
           numbers.push_back(i);
         }
         if (i != members.back() && rows <= kMostRows) continue;
-        Conversation& start = before(begun, std::get<Cache>(beginning), request);
+        Conversation& start = before(begun, std::get<Prefix>(beginning), request);
         const std::vector<double> scores = score_alike(std::exchange(prompts, {}), policy, start);
         for (size_t k = 0; k < numbers.size(); ++k) found[numbers[k]] = scores[k];
         numbers.clear();

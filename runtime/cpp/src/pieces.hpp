@@ -26,7 +26,7 @@ constexpr double kPiecesOfATurn = 8.0;       // about as many as a turn of sever
 
 /// What the prober's p_unsafe of a piece counts in its turn: its odds are divided by kPiecesOfATurn. What is no
 /// probability stays what it is.
-inline double weighed(double p_unsafe) {
+inline double discounted(double p_unsafe) {
   return is_safe(p_unsafe, 1.0) ? p_unsafe / (p_unsafe + kPiecesOfATurn * (1.0 - p_unsafe)) : p_unsafe;
 }
 

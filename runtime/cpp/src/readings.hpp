@@ -19,9 +19,9 @@
 
 namespace autosteer {
 
-/// Readings of one kind begin alike, and share what they compute. Behind: the turns before, these in plain letters, one
-/// picture.
-enum class Cache { alone, behind, behind_plain, behind_picture };
+/// What a reading begins with: nothing, the turns before, these in plain letters, or one picture. What is computed of it
+/// serves all readings with the same.
+enum class Prefix { none, dialogue, plain_dialogue, picture };
 
 constexpr size_t kMostWithPictures = 4096;  // readings of words with one picture: they are as many as the product
 
@@ -29,18 +29,18 @@ constexpr size_t kMostWithPictures = 4096;  // readings of words with one pictur
 struct Reading {
   std::vector<Message> messages;
   Span pictures;                 // what they show, by number: the dialogue's pictures and videos, then single frames
-  bool only_while_safe = false;  // left out once another form of the turn was unsafe
-  bool stops = false;            // if it is unsafe, the request is stopped, not steered
-  bool weighed = false;          // its score counts for less; see pieces.hpp
-  Cache cache = Cache::alone;
+  bool skip_if_unsafe = false;   // left out once another form of the turn was unsafe
+  bool stop_if_unsafe = false;   // the request is then stopped, not steered
+  bool discounted = false;       // its score counts for less; see pieces.hpp
+  Prefix prefix = Prefix::none;
 };
 
 /// What is read instead of a turn.
 struct Form {
   enum class Kind { turn, plain, other };
-  Message turn;      // with all that the turns which it stands for show, in front of the words
-  size_t turns = 1;  // that it stands for, up to the one that is judged
-  bool weighed = false;
+  Message turn;           // with all that the turns which it stands for show, in front of the words
+  size_t stands_for = 1;  // turns, up to the one that is judged
+  bool discounted = false;
   Kind kind = Kind::other;
 };
 
@@ -160,14 +160,14 @@ inline std::vector<std::string> all_words(const std::vector<Message>& messages, 
   return texts;
 }
 
-/// The pieces of a form's text (pieces.hpp); weighed, unless they have all of its words.
+/// The pieces of a form's text (pieces.hpp); discounted, unless they have all of its words.
 inline std::vector<Form> pieces_in(const Form& whole) {
   const std::vector<Part> shown = shown_in(whole.turn);
   const std::string text = text_of(whole.turn), complete = in_single_blanks(text);
   std::vector<Form> found;
   for (std::string& piece : pieces(text)) {
     const bool is_part = piece != complete;
-    found.push_back({user_turn(shown, std::move(piece)), whole.turns, is_part});
+    found.push_back({user_turn(shown, std::move(piece)), whole.stands_for, is_part});
   }
   return found;
 }
@@ -181,7 +181,7 @@ inline std::vector<Form> forms(const std::vector<Message>& messages, const std::
   std::vector<Form> as_one_text = as_one(messages, n);
   for (size_t i = 0, count = as_one_text.size(); i < count; ++i) {
     if (std::optional<Message> letters = in_plain_letters(as_one_text[i].turn)) {
-      as_one_text.push_back({std::move(*letters), as_one_text[i].turns});
+      as_one_text.push_back({std::move(*letters), as_one_text[i].stands_for});
     }
   }
   std::move(as_one_text.begin(), as_one_text.end(), std::back_inserter(found));
@@ -257,7 +257,7 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
                          "less, or give a policy without pieces");
       }
       for (const std::string& words : said[n]) {
-        Reading reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, Cache::behind_picture};
+        Reading reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, Prefix::picture};
         found.emplace_back(n, std::move(reading));
       }
     }
@@ -284,13 +284,13 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
       const bool is_turn = form.kind == Form::Kind::turn, always = form.kind != Form::Kind::other;
       if (!is_turn || (n > 0 && form.turn.role == "user")) {  // what stands first is read alike where it stands
         const Span own = {shown_up_to[n] - shown_in(form.turn).size(), shown_up_to[n]};
-        read(n, Reading{{form.turn}, own, !always, !is_turn, form.weighed});
+        read(n, Reading{{form.turn}, own, !always, !is_turn, form.discounted});
       }
-      if (form.turns <= n && !always) {
-        const auto end = messages.begin() + static_cast<std::ptrdiff_t>(n + 1 - form.turns);
+      if (form.stands_for <= n && !always) {
+        const auto end = messages.begin() + static_cast<std::ptrdiff_t>(n + 1 - form.stands_for);
         std::vector<Message> said = with_letters_of(plain, {messages.begin(), end});
         said.push_back({"user", form.turn.parts});
-        read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.weighed, Cache::behind_plain});
+        read(n, Reading{std::move(said), {0, shown_up_to[n]}, true, true, form.discounted, Prefix::plain_dialogue});
       }
     }
   }
@@ -300,7 +300,7 @@ void for_each_reading(const std::vector<Message>& messages, const std::vector<st
 /// Hands the readings of `text`, an answer to a dialogue, and of its pieces, to `read` until it returns false; both in
 /// plain letters, too. `frames`: of the videos, each as a video of its own.
 ///
-/// Behind a dialogue they are weighed, unless there are pictures: what is said about none says most of it alone. So
+/// Behind a dialogue they are discounted, unless there are pictures: what is said about none says most of it alone. So
 /// they are with each picture and frame, and behind the last turn's words about it. A `steered` answer, whose dialogue
 /// is unsafe, stands in the place of the last turn's words.
 template <class Read>
@@ -330,9 +330,9 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   for (const std::string& one : said) {
     const bool is_part = complete.count(one) == 0;
     if (!read(Reading{{Message::user(one)}, {}, false, false, is_part})) return;
-    Cache cache = Cache::behind;
+    Prefix prefix = Prefix::dialogue;
     for (std::vector<Message> turns : contexts) {
-      const Cache own = std::exchange(cache, Cache::behind_plain);
+      const Prefix own = std::exchange(prefix, Prefix::plain_dialogue);
       steered ? void(turns.back() = user_turn(shown_in(turns.back()), one)) : turns.push_back(Message::user(one));
       if (turns.size() == 1 && pictures == 0) continue;  // it is alone
       if (!read(Reading{std::move(turns), {0, pictures}, false, false, is_part || pictures == 0, own})) return;
@@ -343,10 +343,10 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   for (const ShownBy& frame : frames) shown.push_back(frame.second);
   for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
     for (const std::string& one : said) {
-      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, Cache::behind_picture})) return;
+      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, Prefix::picture})) return;
       if (asked.empty()) continue;
       std::vector<Message> turns = {user_turn({shown[i]}, asked), Message::user(one)};
-      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, Cache::behind_picture})) return;
+      if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, Prefix::picture})) return;
     }
   }
 }
