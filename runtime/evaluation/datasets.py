@@ -139,11 +139,12 @@ def read_rows(files: Sequence[DataSource], *, images: Path | None = None, text_o
     """Rows of JSONL files. `images`: the folder of their pictures. Raises InputError naming file and line."""
     rows: list[Row] = []
     for file in files:
-        reader = None
+        name = file.format
         for number, data in read_lines(file.path):
             place = Place(file, number, images, text_only)
-            reader = reader or READERS[file.format or detect(data, place)]
-            rows.append(replace(reader(data, place), where=f"{file.path}:{number}"))
+            name = name or detect(data, place)
+            rows.append(replace(READERS[name](data, place), where=f"{file.path}:{number}"))
+            refuse_unread(name, data, place)
     if not rows:
         raise InputError(f"{', '.join(str(file.path) for file in files)}: no rows")
     return rows
@@ -205,7 +206,6 @@ def _ours(data: Fields, place: Place) -> Row:
     place.need(isinstance(unsafe, bool), "'unsafe' must be true or false")
     place.need(place.label(bool(unsafe)) is unsafe, "'unsafe' contradicts the command line")
     family = data.get("family", "")
-    place.need("image" not in data, "'image' is not read; 'images' is a list of file names")
     place.need(isinstance(group, str) and isinstance(family, str), "'group' and 'family' must be texts")
     place.need(answer is None or isinstance(answer, str), "'answer' must be a text")
     first, *later = turns
@@ -316,6 +316,52 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (  # the first whose fields a 
     ("realworldqa", ("question", "answer", "image")),
     ("turns", ("turns",)),
 )
+
+
+# --- fields that no reader reads -------------------------------------------------------------------------------------
+
+ONE_PICTURE = ("image", "image_id", "image_path", "image_pth")  # several names of one picture, in published files
+READ: dict[str, re.Pattern[str]] = {  # by format: fields that show a picture or a dialogue, and what stands beside them
+    "ours": re.compile("images|turns"),
+    "vlsafe": re.compile("|".join(ONE_PICTURE)),
+    "tovilag": re.compile("|".join(ONE_PICTURE)),
+    "mmmu": re.compile(r"image_\d|img_type"),
+    "realworldqa": re.compile("|".join(ONE_PICTURE)),
+    "turns": re.compile("turns"),
+}
+LOOKS_LIKE = {  # a kind of field -> how its name looks; "returns" is no dialogue
+    "video": re.compile("video"),
+    "picture": re.compile("image|picture|photo|img"),
+    "dialogue": re.compile("(?<!re)turns|messages"),
+}
+PICTURES_OF = {
+    "ours": "name pictures in 'images', a list of file names",
+    "vlsafe": "name the picture in 'image_id'",
+    "tovilag": "name the picture in 'image_pth'",
+    "mmmu": "name pictures in 'image_1', 'image_2', ..., which 'question' shows as <image 1>, <image 2>, ...",
+    "realworldqa": "name the picture in 'image'",
+    "turns": "name pictures in 'images', a list of file names, and say 'unsafe'",
+}
+
+
+def refuse_unread(name: str, data: Fields, place: Place) -> None:
+    """Raise InputError for a field that looks like a picture or a dialogue, and that the format `name` does not read:
+    the text alone would be measured. Other fields (ids, sources) may be there, and so may fields that hold nothing, and
+    pictures under --text-only.
+    """
+    for field_name, value in data.items():
+        kind = next((kind for kind, looks in LOOKS_LIKE.items() if looks.search(field_name.lower())), None)
+        if not value or not kind or READ[name].fullmatch(field_name) or (place.text_only and kind != "dialogue"):
+            continue
+        hints = {
+            "video": "videos cannot be measured",
+            "picture": PICTURES_OF[name],
+            "dialogue": "write dialogues into 'turns', user, assistant, user, ..., and say 'unsafe'",
+        }
+        raise place.error(
+            f"{field_name!r} is not read in the format {name!r}, and looks like a {kind}; {hints[kind]}, or remove the "
+            "field"
+        )
 
 
 # --- what a gate was fitted on ---------------------------------------------------------------------------------------

@@ -151,6 +151,58 @@ def test_images_that_are_not_there_are_an_error_and_not_a_prompt_without_them(tm
     assert row.messages == (Message.user(VLSAFE["query"]),)
 
 
+OURS = {"prompt": "how do i make this?", "unsafe": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "hint"),
+    [
+        (OURS | {"Images": ["a.png"]}, "Images", "name pictures in 'images', a list of file names"),
+        (OURS | {"image": "a.png"}, "image", "name pictures in 'images'"),
+        (OURS | {"image_id": 350510}, "image_id", "name pictures in 'images'"),
+        (OURS | {"my_picture": "a.png"}, "my_picture", "name pictures in 'images'"),
+        (OURS | {"photos": ["a.png"]}, "photos", "name pictures in 'images'"),
+        (OURS | {"IMG": "a.png"}, "IMG", "name pictures in 'images'"),
+        (OURS | {"video": "a.mp4"}, "video", "videos cannot be measured"),
+        (OURS | {"messages": [{"role": "user"}]}, "messages", "write dialogues into 'turns'"),
+        (OURS | {"Turns": ["a", "b", "c"]}, "Turns", "write dialogues into 'turns'"),
+        ({"turns": ["a"], "images": ["a.png"]}, "images", "name pictures in 'images', a list of file names, and say"),
+        (VLSAFE | {"images": ["a.png"]}, "images", "name the picture in 'image_id'"),
+        (TOVILAG | {"turns": ["a"]}, "turns", "write dialogues into 'turns'"),
+        ({"question": "what?", "options": "[]", "answer": "a", "image": "a.png"}, "image", "pictures in 'image_1'"),
+    ],
+)
+def test_a_field_that_looks_like_a_picture_or_a_dialogue_and_is_not_read_is_refused(tmp_path, row, field, hint):
+    """{"Images": ["unsafe.png"]} measured the text alone, without a word."""
+    picture(tmp_path, "000000350510.jpg", "bloody/gore_1.jpg")
+    file = DataSource(jsonl(tmp_path, row), unsafe=True if "turns" in row else None)
+    with pytest.raises(
+        InputError, match=rf"set\.jsonl:1: '{field}' is not read in the format .*{hint}.*remove the field"
+    ):
+        read_rows([file])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"id": 7, "source": "web", "category": "crime", "returns": 3, "caption": "Fruit."},
+        {"image": None, "img": "", "Images": [], "has_image": False, "messages": None},
+    ],
+)
+def test_other_fields_and_empty_ones_are_nobodys_concern(tmp_path, others):
+    files = [
+        DataSource(jsonl(tmp_path, row | others, name=f"{n}.jsonl"), True) for n, row in enumerate((OURS, TRUSTLLM))
+    ]
+    assert len(read_rows(files)) == 2
+
+
+def test_fields_of_pictures_are_left_out_with_text_only_and_dialogues_are_not(tmp_path):
+    rows = read_rows([DataSource(jsonl(tmp_path, OURS | {"Images": ["a.png"], "video": "a.mp4"}))], text_only=True)
+    assert rows[0].messages == (Message.user(OURS["prompt"]),)
+    with pytest.raises(InputError, match="'Turns' is not read"):
+        read_rows([DataSource(jsonl(tmp_path, OURS | {"Turns": ["a", "b", "c"]}))], text_only=True)
+
+
 def test_turns_need_a_label(tmp_path):
     path = jsonl(tmp_path, ALPACA)
     with pytest.raises(InputError, match=r"set\.jsonl:1: .*--unsafe or as --benign"):
@@ -205,6 +257,7 @@ MMMU = {
     "options": "['the first', 'the second', \"both, it's <image 3>\"]",
     "answer": "B",
     "question_type": "multiple-choice",
+    "img_type": "['Paintings']",
     "image_1": "1.png",
     "image_2": "2.png",
     "image_3": "3.png",

@@ -610,7 +610,8 @@ def test_a_dialogue_is_read_as_it_stands(tmp_path: Path):
         ({"turns": ["a", " ", "c"], "unsafe": False}, "b.jsonl:1: there is no text in a turn"),
         ({"prompt": " "}, "b.jsonl:1: there is no text"),
         ({"prompt": "x", "unsafe": True}, "b.jsonl:1: not a row of a test set ('unsafe' contradicts"),
-        ({"prompt": "x", "image": "a.png"}, "b.jsonl:1: not a row of a test set ('image' is not read"),
+        ({"prompt": "x", "image": "a.png"}, "b.jsonl:1: 'image' is not read"),
+        ({"prompt": "x", "Images": ["a.png"]}, "b.jsonl:1: 'Images' is not read"),
     ],
 )
 def test_bad_prompt_is_named_with_file_and_line(tmp_path: Path, row: object, message: str):
