@@ -170,6 +170,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
     except (OSError, UnicodeDecodeError) as err:
         raise InputError(f"{path}: not readable ({err})") from err
     for number, line in enumerate(lines, 1):
+        line = line.removeprefix("\ufeff")  # Windows editors begin a file with it; within, where files were joined
         if not line.strip():
             continue
         try:

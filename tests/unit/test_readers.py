@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -101,6 +102,25 @@ def test_windows_line_ends(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_bytes(b'{"prompt": "a", "unsafe": true}\r\n{"prompt": "b", "unsafe": false}\r\n')
     assert [row.unsafe for row in read_rows([DataSource(path)])] == [True, False]
+
+
+def test_byte_order_marks_of_windows_editors(tmp_path):
+    """A file that began with one was refused, with advice for Python programmers. `cat` leaves them within a file."""
+    plain = b'{"prompt": "a", "unsafe": true}\n', b'{"prompt": "\xef\xbb\xbfb", "unsafe": false}\n'
+    (tmp_path / "set.jsonl").write_bytes(b"".join(plain))
+    (tmp_path / "marks.jsonl").write_bytes(b"\xef\xbb\xbf" + plain[0] + b"\xef\xbb\xbf" + plain[1] + b"{")
+    with pytest.raises(InputError, match=r"marks\.jsonl:3: not JSON"):
+        read_rows([DataSource(tmp_path / "marks.jsonl")])
+    (tmp_path / "marks.jsonl").write_bytes((tmp_path / "marks.jsonl").read_bytes()[:-1])
+    without, with_marks = (
+        [replace(row, group="set") for row in read_rows([DataSource(tmp_path / name)])]
+        for name in ("set.jsonl", "marks.jsonl")
+    )
+    assert without == with_marks and [row.digest for row in without] == [row.digest for row in with_marks]
+    assert with_marks[1].messages == (Message.user("\ufeffb"),)  # within a text it is the text's
+    (tmp_path / "marks.jsonl").write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(InputError, match="no rows"):
+        read_rows([DataSource(tmp_path / "marks.jsonl")])
 
 
 def test_limit_counts_each_group(tmp_path):

@@ -603,6 +603,12 @@ def test_a_dialogue_is_read_as_it_stands(tmp_path: Path):
     ]
 
 
+def test_pairs_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    plain = write_lines(tmp_path / "plain.jsonl", *many())
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert read_data([tmp_path / "marked.jsonl"]).pairs[0].unsafe == read_data([plain]).pairs[0].unsafe
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
