@@ -207,6 +207,7 @@ class SafetyArtifact:
             self.facts.token_offset < 0, f"token_offset {self.facts.token_offset} does not count from the prompt's end"
         )
         need(0.0 < self.facts.strength < float("inf"), f"strength {self.facts.strength} is not a positive number")
+        need(bool(self.facts.refusal_text.strip()), "refusal_text is empty; it is what --policy stop answers")
         for prompt in self.facts.proof:
             need(bool(prompt.token_ids) != bool(prompt.text), "a proof prompt has either token_ids or a text")
         need((self.facts.monitor is None) == (self.monitor is None), "'monitor' and its tensors come together")
