@@ -197,6 +197,14 @@ def export(
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)
         safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
+        if safety and not safety.facts.files:
+            console.print(
+                f"{safety.folder}: safety.json has no hashes of its files, so damage to them is not noticed; "
+                "autosteer-fit writes them",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
         safety = safety and safety.watching(monitor)

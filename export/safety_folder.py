@@ -1,8 +1,10 @@
 """The safety folder: what autosteer-fit writes and autosteer-export reads. safetensors and JSON, never a pickle.
 
-    safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py)
+    safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py); sha256 of
+                                 the other files
     safety/safety.safetensors    prober.0.weight (64, d), prober.0.bias (64,), prober.2.weight (2, 64), prober.2.bias
                                  (2,), steer_matrix (d, d); all float32. monitor.*, as prober.*, if there is a monitor
+    safety/proof-1.png ...       pictures of the held-out prompts, if they may be published
 
 The prober is Linear - ReLU - Linear - softmax; row 0 of the last layer is *unsafe*. Input standardisation and
 calibration are already folded into its weights: softmax(...)[0] is the calibrated p_unsafe.
@@ -13,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from autosteer.runtime.errors import InputError, PackageError
-from autosteer.runtime.manifest import LARGEST_WINDOW
+from autosteer.runtime.image import open_image
+from autosteer.runtime.manifest import LARGEST_WINDOW, DataFile, sha256
 from autosteer.runtime.strict_json import decode, parse
 
 from .safety import PICTURES, SAFETY_FILE
@@ -110,6 +115,12 @@ class SafetyFacts:
     monitor: MonitorFacts | None = None
     judge_answers: bool = False  # of packages of this gate, by default (ProberSpec.judge_answers)
     frame: tuple[str, ...] = ()  # how the fit wrote and read dialogues (renderer.frame_digests); none: not known
+    files: tuple[DataFile, ...] = ()  # the others of the folder, as they must be; none: an older folder, or by hand
+
+    @property
+    def pictures(self) -> list[str]:
+        """The pictures of the proof's prompts: files of the folder."""
+        return list(dict.fromkeys(image for prompt in self.proof for image in prompt.images))
 
 
 @dataclass(frozen=True)
@@ -145,8 +156,10 @@ class SafetyArtifact:
             return self
         return replace(self, facts=replace(self.facts, monitor=None), monitor=None)
 
-    def save(self, folder: Path) -> None:
-        """Write both files into `folder`, which is made if need be."""
+    def save(self, folder: Path, pictures: Mapping[str, Path] | None = None) -> SafetyFacts:
+        """Write all files into `folder`, which is made if need be. `pictures`: the proof's by their names, where they
+        are not those of the folder that this was read from. Returns the facts with the hashes of the other files.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"prober.{name}": t.float().contiguous() for name, t in self.prober.items()}
         tensors |= {f"monitor.{name}": t.float().contiguous() for name, t in (self.monitor or {}).items()}
@@ -155,23 +168,32 @@ class SafetyArtifact:
             (folder / TENSOR_FILE).write_bytes(save(tensors))  # save_file makes a file for its owner alone
         except OSError as err:  # a full disk, among others
             raise InputError(f"{folder / TENSOR_FILE}: cannot be written ({err})") from err
-        (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(self.facts), indent=1) + "\n", encoding="utf-8")
+        ours = {name: self.folder / name for name in self.facts.pictures} if self.folder else {}
+        for name, picture in (ours | dict(pictures or {})).items():
+            if picture.resolve() != (folder / name).resolve():
+                shutil.copyfile(picture, folder / name)
+        facts = replace(self.facts, files=tuple(_data_file(folder, n) for n in (TENSOR_FILE, *self.facts.pictures)))
+        (folder / SAFETY_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=1) + "\n", encoding="utf-8")
+        return facts
 
     @staticmethod
     def load(folder: Path, *, hidden_size: int, num_hidden_layers: int) -> SafetyArtifact:
         """Read and check a safety folder against the model's sizes.
 
-        Raises PackageError for a missing file, a wrong shape, a non-finite number, a layer out of range, an untrained
-        matrix.
+        Raises PackageError for a file that is missing or not the one that safety.json was written with, a wrong shape,
+        a non-finite number, a layer out of range, an untrained matrix.
         """
         try:
             data = parse((folder / SAFETY_FILE).read_text(encoding="utf-8"))
+            facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
+            _check_files(folder, facts)
             tensors = {name: t.float() for name, t in load_file(folder / TENSOR_FILE).items()}
         except FileNotFoundError as err:
-            raise PackageError(f"{err.filename or folder}: missing; make the folder with autosteer-fit") from None
+            raise PackageError(
+                f"{err.filename or folder / TENSOR_FILE}: missing; make the folder with autosteer-fit"
+            ) from None
         except (ValueError, OSError, SafetensorError) as err:
             raise PackageError(f"{folder}: not readable ({err}); fit it again with autosteer-fit") from err
-        facts = decode(SafetyFacts, data, str(folder / SAFETY_FILE))
         prober, monitor = (
             {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             for prefix in ("prober.", "monitor.")
@@ -180,9 +202,6 @@ class SafetyArtifact:
             raise PackageError(f"{folder / TENSOR_FILE}: no steer_matrix; fit it again with autosteer-fit")
         artifact = SafetyArtifact(facts, prober, tensors["steer_matrix"], folder, monitor or None)
         artifact.check(folder, hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
-        for image in (image for prompt in facts.proof for image in prompt.images):
-            if Path(image).name != image or not (folder / image).is_file():
-                raise PackageError(f"{folder}: {image!r}, a proof prompt's, is no file of this folder; copy it again")
         return artifact
 
     def check(self, where: Path, *, hidden_size: int, num_hidden_layers: int) -> None:
@@ -239,3 +258,30 @@ class SafetyArtifact:
             second >= UNTRAINED * largest,
             "steer_matrix has rank one: it can push all tokens one way, and refuse nothing",
         )
+
+
+def _check_files(folder: Path, facts: SafetyFacts) -> None:
+    """Raise PackageError for a file that is missing, or is not as `facts` have it. Of an older folder, which has no
+    hashes, pictures are opened. Raises FileNotFoundError without the tensors.
+    """
+    for image in facts.pictures:
+        if Path(image).name != image or not (folder / image).is_file():
+            raise PackageError(f"{folder}: {image!r}, a proof prompt's, is no file of this folder; copy it again")
+        if not facts.files:
+            try:
+                open_image(folder / image)
+            except InputError as err:
+                raise PackageError(f"{err}; it is a proof prompt's: copy the safety folder again") from err
+    known = {file.file: file for file in facts.files}
+    for name in (TENSOR_FILE, *facts.pictures) if known else ():
+        if name not in known:
+            raise PackageError(f"{folder / SAFETY_FILE}: 'files' has no sha256 of {name}; copy the folder again")
+        if _data_file(folder, name) != known[name]:
+            raise PackageError(
+                f"{folder / name}: sha256 differs from {SAFETY_FILE} (damaged or edited); copy the folder again, or "
+                "fit it again with autosteer-fit"
+            )
+
+
+def _data_file(folder: Path, name: str) -> DataFile:
+    return DataFile(name, (folder / name).stat().st_size, sha256(folder / name))

@@ -278,8 +278,8 @@ def fit_command(
             shipped = Shipped(package, safety, max_tiles)
             artifact = fit_monitor(data, shipped, model=model, seed=seed, console=console)
             shutil.copytree(safety, folder, dirs_exist_ok=True)  # its report, its proof's pictures
-            artifact.save(folder)
-        click.echo(dumps(dataclasses.asdict(artifact.facts)) if as_json else _monitor_summary(artifact, output))
+            facts = artifact.save(folder)
+        click.echo(dumps(dataclasses.asdict(facts)) if as_json else _monitor_summary(artifact, output))
         return
     options = FitOptions(
         model=model,
@@ -303,11 +303,9 @@ def fit_command(
             fitted = refit(data, external, options, shipped, asking, cache=cache, console=console)
         else:
             fitted = fit(data, external, options, cache=cache, console=console)
-        fitted.artifact.save(folder)
-        for name, picture in fitted.proof_images.items():
-            shutil.copyfile(picture, folder / name)
+        facts = fitted.artifact.save(folder, fitted.proof_images)
         write_report(folder, fitted)
-    click.echo(dumps(dataclasses.asdict(fitted.artifact.facts)) if as_json else _summary(fitted, output))
+    click.echo(dumps(dataclasses.asdict(facts)) if as_json else _summary(fitted, output))
 
 
 def _asking(shipped: Shipped, address: str | None, engines: int | None, console: Console) -> Asking:

@@ -154,6 +154,20 @@ def test_a_safety_folder_that_could_not_guard_is_refused(tmp_path: Path, damage,
     assert nothing_left(tmp_path, "safety")
 
 
+def test_a_safety_folder_without_hashes_is_exported_with_a_warning(tmp_path: Path, capsys) -> None:
+    """An older one. The threshold ends the export where it begins."""
+    shutil.copytree(DEMO / "safety", tmp_path / "safety")
+    file = tmp_path / "safety/safety.json"
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    del facts["files"]
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    for folder, warned in ((tmp_path / "safety", True), (DEMO / "safety", False)):
+        with pytest.raises(InputError, match="--threshold"):
+            run("--model", "demo", "--safety", folder, "--threshold", "1", "--output", tmp_path / "package")
+        said = capsys.readouterr().err
+        assert (f"{folder}: safety.json has no hashes of its files, so damage" in said) == warned
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
 def test_a_threshold_that_could_not_guard_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="--threshold"):

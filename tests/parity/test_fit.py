@@ -410,7 +410,7 @@ def test_interrupt_while_writing_leaves_the_old_folder_whole(
     output.mkdir()
     (output / "safety.json").write_text("old", encoding="utf-8")
 
-    def interrupted(self: SafetyArtifact, folder: Path) -> None:
+    def interrupted(self: SafetyArtifact, folder: Path, pictures: object) -> None:
         (folder / "safety.json").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
