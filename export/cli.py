@@ -197,14 +197,8 @@ def export(
         quiet_transformers()
         checkpoint = open_checkpoint(model, revision=revision)
         safety = None if unguarded else find_safety(checkpoint, safety_folder, layer)
-        if safety and not safety.facts.files:
-            console.print(
-                f"{safety.folder}: safety.json has no hashes of its files, so damage to them is not noticed; "
-                "autosteer-fit writes them",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+        for warning in warnings_of(checkpoint, safety, context_length):
+            console.print(warning, markup=False, highlight=False, soft_wrap=True)
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
         safety = safety and safety.watching(monitor)
@@ -263,6 +257,21 @@ def write_and_validate(
     size, needs = sum(folder_sizes(folder).values()), footprint(folder, manifest)
     progress.update(task, description="loading the package")
     return Exported(manifest, results.checks, size, needs, loaded=load_again(folder, needs.running))
+
+
+def warnings_of(checkpoint: Checkpoint, safety: SafetyArtifact | None, context_length: int | None) -> list[str]:
+    """What to say before the export begins."""
+    from .checkpoint.decoder_config import decoder_config
+
+    found, most = [], decoder_config(checkpoint).context_length
+    if context_length and context_length > most:
+        found.append(f"--context-length {context_length}: the model holds {most} tokens, and so will the package")
+    if safety and not safety.facts.files:
+        found.append(
+            f"{safety.folder}: safety.json has no hashes of its files, so damage to them is not noticed; autosteer-fit "
+            "writes them"
+        )
+    return found
 
 
 def find_safety(checkpoint: Checkpoint, folder: Path | None, layer: int | None) -> SafetyArtifact:

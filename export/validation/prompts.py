@@ -14,6 +14,7 @@ from PIL import Image
 
 from autosteer.export.checkpoint.open import Checkpoint
 from autosteer.export.safety_folder import SafetyArtifact
+from autosteer.runtime.errors import InputError
 from autosteer.runtime.manifest import Manifest
 from autosteer.runtime.text import Message, load_tokenizer
 from autosteer.runtime.video import Video
@@ -127,13 +128,21 @@ def affordable(
     prompts: Sequence[ValidationPrompt], checkpoint: Checkpoint, original: OriginalModel
 ) -> list[ValidationPrompt]:
     """The first of `prompts` that fit into WORK, and in any case the first of each kind: an unsafe prompt and a benign
-    one, a text, two turns, an image of several tiles, several images, a video.
+    one, a text, two turns, an image of several tiles, several images, a video. Raises InputError if the context is too
+    short for one of these.
     """
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
     kept: list[ValidationPrompt] = []
-    work = 0.0
+    work, longest = 0.0, 0
     for prompt in prompts:
-        work += weights * original.inputs(prompt)["input_ids"].shape[1]
+        length = original.inputs(prompt)["input_ids"].shape[1]
+        work += weights * length
         if work <= WORK or prompt.kind not in {other.kind for other in kept}:
             kept.append(prompt)
+            longest = max(longest, length)
+    if longest >= (context := original.manifest.dims.context_length):
+        raise InputError(
+            f"a context of {context} tokens is too short for the prompts with which every export is validated: the "
+            f"longest takes {longest}; give --context-length {longest + 1} or more"
+        )
     return kept

@@ -168,6 +168,20 @@ def test_a_safety_folder_without_hashes_is_exported_with_a_warning(tmp_path: Pat
         assert (f"{folder}: safety.json has no hashes of its files, so damage" in said) == warned
 
 
+def test_a_longer_context_than_the_models_is_cut_and_said(tmp_path: Path, capsys) -> None:
+    for length, said in (("999999999", True), ("1024", False)):
+        with pytest.raises(InputError, match="--threshold"):
+            run("--model", "demo", "--context-length", length, "--threshold", "1", "--output", tmp_path / "package")
+        assert (f"--context-length {length}: the model holds 1024 tokens" in capsys.readouterr().err) == said
+
+
+def test_a_context_too_short_for_the_validation_says_whose_prompts_do_not_fit(tmp_path: Path) -> None:
+    """ "The prompt takes 32 tokens" did not say whose."""
+    with pytest.raises(InputError, match=r"a context of 16 tokens is too short for the prompts .*--context-length \d"):
+        run("--model", "demo", "--context-length", "16", "--output", tmp_path / "package")
+    assert nothing_left(tmp_path)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
 def test_a_threshold_that_could_not_guard_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="--threshold"):
