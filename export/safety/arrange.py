@@ -12,7 +12,7 @@ import numpy as np
 from autosteer.runtime.evaluation.variants import possible_rewordings
 from autosteer.runtime.pieces import discounted
 
-from .batches import check_text, takes_system
+from .batches import check_lengths, check_text, takes_system
 from .calibrate import allowed_false_positives, independent
 from .evidence import Table
 from .prober import row_weights, split_by_text
@@ -72,11 +72,13 @@ def arrange(
     augment: bool,
     target_fpr: float | None,
     seed: int,
+    package: int | None = None,
 ) -> Arranged:
-    """Split the fit's prompts, reword some of them, and check that all of them can be used.
+    """Split the fit's prompts, reword some of them, and check that all of them can be used. `package`: the most tokens
+    that the package takes which computes the states; None: the model does.
 
-    Raises InputError for a text that holds a special token, a prompt that the runtime would refuse, or too few prompts
-    to show --target-fpr. Warns if the model takes pictures, and no prompt has one.
+    Raises InputError for a text that holds a special token, a prompt that the runtime would refuse, one that is too
+    long, or too few prompts to show --target-fpr. Warns if the model takes pictures, and no prompt has one.
     """
     prompts = data.labelled()
     split, clusters = split_prompts(data, prompts, seed=seed), clusters_of(prompts)
@@ -104,7 +106,12 @@ def arrange(
         taught=reworded.taught(split, first_reworded),
     )
     arranged = Arranged(prompts, split, reworded, items, first_reworded, table)
-    _ = arranged.pieces  # made now: a prompt that the runtime refuses is named before any state is computed
+    pieces = [piece for _, piece, _ in arranged.pieces]  # made now: a prompt that the runtime refuses is named
+    read = [*(item.prompt for item in items), *pieces]
+    check_lengths(fit_model, read, generation=package is not None, package=package)
+    if package is None:
+        asked = [item.prompt for item in (*prompts, *data.refusal_only) if item.unsafe]
+        check_lengths(fit_model, asked, generation=True)
     return arranged
 
 

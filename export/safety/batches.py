@@ -6,6 +6,7 @@ hidden state only by rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,38 @@ def turn_start(fit_model: FitModel, prompt: Prompt) -> int:
 
 def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:
     if tokens > (limit := fit_model.decoder.context_length):
-        raise InputError(f"{prompt.where}: the prompt takes {tokens} tokens, the model {limit} at most; shorten it")
+        raise _too_long(prompt, tokens, f"the model {limit}")
+
+
+def _too_long(prompt: Prompt, tokens: int, limit: str) -> InputError:
+    return InputError(f"{prompt.where}: the prompt takes {tokens} tokens, {limit} at most; shorten it")
+
+
+def check_lengths(
+    fit_model: FitModel, prompts: Sequence[Prompt], *, generation: bool, package: int | None = None
+) -> None:
+    """Raise InputError, with its line, for a prompt longer than the context, before any state is computed. Pictures of
+    one size take as many tokens, so one prompt for each combination of sizes is encoded.
+
+    `package`: the most tokens that a package takes, which may cut pictures in another way: only texts are counted.
+    """
+    lengths = _text_tokens(fit_model, prompts, generation=generation)
+    of_pictures: dict[tuple[object, ...], int] = {(): 0}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if package is not None:
+            if length > package:
+                raise _too_long(prompt, length, f"the package {package}")
+            continue
+        shown = tuple(_size(path) for path in prompt.images)
+        if shown not in of_pictures:
+            rendered = render(fit_model, prompt, generation=generation)
+            of_pictures[shown] = _encoded(fit_model, rendered, prompt.images)["input_ids"].shape[1] - length
+        _check_length(fit_model, prompt, length + of_pictures[shown])
+
+
+@functools.cache
+def _size(path: Path) -> tuple[int, ...]:
+    return open_image(path).shape
 
 
 def about_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: bool) -> list[int]:
@@ -111,8 +143,7 @@ def about_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: 
 
     Raises InputError for a text longer than the model's context, before the first forward pass.
     """
-    texts = [render(fit_model, prompt, generation=generation) for prompt in prompts]
-    lengths = [len(ids) for ids in fit_model.processor.tokenizer(texts, add_special_tokens=False).input_ids]
+    lengths = _text_tokens(fit_model, prompts, generation=generation)
     pictures = {0: 0}  # tokens, by how many there are
     for prompt, length in zip(prompts, lengths, strict=True):
         _check_length(fit_model, prompt, length)
@@ -120,6 +151,14 @@ def about_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: 
             whole = encode(fit_model, prompt, generation=generation)["input_ids"].shape[1]
             pictures[len(prompt.images)] = whole - length
     return [length + pictures[len(prompt.images)] for prompt, length in zip(prompts, lengths, strict=True)]
+
+
+def _text_tokens(fit_model: FitModel, prompts: Sequence[Prompt], *, generation: bool) -> list[int]:
+    """How many tokens each rendered prompt takes, with one for a picture."""
+    texts = [render(fit_model, prompt, generation=generation) for prompt in prompts]
+    return (
+        [len(ids) for ids in fit_model.processor.tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+    )
 
 
 def answer_tokens(fit_model: FitModel, answer: str) -> torch.Tensor:

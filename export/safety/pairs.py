@@ -184,10 +184,10 @@ class FitData:
             distinct.setdefault(item.prompt.identity, item)
         return list(distinct.values())
 
-    def images(self) -> list[Path]:
-        """Every distinct image file."""
+    def images(self) -> dict[Path, str]:
+        """Every distinct image file, and the first row that shows it (file:line)."""
         items = (*self.labelled(), *self.refusal_only)
-        return list(dict.fromkeys(path for item in items for path in item.prompt.images))
+        return {path: item.prompt.where for item in reversed(items) for path in item.prompt.images}
 
 
 def read_data(
@@ -254,9 +254,12 @@ def never_fitted(external: Iterable[Labelled], data: FitData) -> list[Labelled]:
 
 
 def check_images(data: FitData, *, advance: Callable[[int], None] = lambda done: None) -> None:
-    """Decode every image once, as the runtime does. Raises InputError for the first that cannot be read."""
-    for path in data.images():
-        open_image(path)
+    """Decode every image once, as the runtime does. Raises InputError, with its row, for one that cannot be read."""
+    for path, where in data.images().items():
+        try:
+            open_image(path)
+        except InputError as err:
+            raise InputError(f"{where}: {err}") from err
         advance(1)
 
 

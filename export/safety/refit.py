@@ -80,12 +80,14 @@ def refit(
     checkpoint, depth, fit_model = open_model(options)
     width = fit_model.decoder.hidden_size
     old = SafetyArtifact.load(shipped.safety, hidden_size=width, num_hidden_layers=depth)
-    check_belongs(Manifest.load(shipped.package), old, shipped, checkpoint.name)
+    manifest = Manifest.load(shipped.package)
+    check_belongs(manifest, old, shipped, checkpoint.name)
     arranged = arrange(
         *(data, external, fit_model, console),
         augment=options.augment,
         target_fpr=options.target_fpr,
         seed=options.seed,
+        package=manifest.dims.context_length - 1,  # one token is the answer's
     )
     t, heldout = arranged.table, arranged.split.heldout
     what = digest(sha256(shipped.package / MANIFEST_FILE).encode(), repr(shipped.max_tiles).encode())

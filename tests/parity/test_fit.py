@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +24,13 @@ from tiny_fit import LAYERS, REFUSAL, WIDTH
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
 from autosteer.export.safety import arrange, calibrate, cli, head_fit, prober, reworded
 from autosteer.export.safety import states as states_module
-from autosteer.export.safety.batches import encode
+from autosteer.export.safety.batches import check_lengths, encode
 from autosteer.export.safety.model import FitModel, open_fit_model
 from autosteer.export.safety.pairs import Prompt, read_data
 from autosteer.export.safety.refusal_head import RefusalHead
 from autosteer.export.safety.store import States
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.runtime.errors import PackageError
+from autosteer.runtime.errors import InputError, PackageError
 
 LAST, MEAN = (states_module.POOLINGS.index(name) for name in ("last", "mean"))
 
@@ -374,8 +375,35 @@ def test_damaged_image_is_refused_before_the_forward_passes(checkpoint: Path, da
     (tmp_path / "cut.png").write_bytes((data / "wide.png").read_bytes()[:500])
     result = fit(*command(checkpoint, tmp_path, tmp_path / "safety"))
     assert result.exit_code == 5
-    assert "cut.png: not a readable image" in result.stderr
+    assert "pairs.jsonl:1: " in result.stderr and "cut.png: not a readable image" in result.stderr
     assert "hidden states" not in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--pairs", "--unsafe", "--refusal-only", "--test-benign"])
+def test_a_prompt_that_is_too_long_is_refused_with_its_line_before_the_forward_passes(
+    checkpoint: Path, data: Path, tmp_path: Path, option: str
+):
+    """--refusal-only was looked at last, when all other states were there."""
+    long = {"unsafe": "x" * 300, "safe": "y"} if option == "--pairs" else {"prompt": "x" * 300}
+    (tmp_path / "long.jsonl").write_text(f"\n{json.dumps(long)}\n", encoding="utf-8")
+    result = fit(*command(checkpoint, data, tmp_path / "safety", option, str(tmp_path / "long.jsonl")))
+    assert result.exit_code == 5
+    assert re.search(r"long\.jsonl:2: the prompt takes 3\d\d tokens, the model 256 at most", result.stderr)
+    assert not {"hidden states", "checkpoint files"} & set(re.findall("[a-z]+ [a-z]+", result.stderr))
+
+
+def test_lengths_count_what_each_picture_takes(fit_model: FitModel, data: Path):
+    """They were estimated by the first picture, and the error came in the middle of the states."""
+    square, wide = (Prompt("x" * 200, (data / f"{name}.png",), f"p:{n}") for n, name in enumerate(("square", "wide")))
+    tokens = [encode(fit_model, prompt, generation=False)["input_ids"].shape[1] for prompt in (square, wide)]
+    assert tokens[0] < tokens[1] < 256
+    check_lengths(fit_model, [square, replace(wide, text="x" * (456 - tokens[1]))], generation=False)
+    longer = replace(wide, text="x" * (457 - tokens[1]))
+    with pytest.raises(InputError, match="p:1: the prompt takes 257 tokens, the model 256 at most"):
+        check_lengths(fit_model, [square, longer], generation=False)
+    check_lengths(fit_model, [longer], generation=False, package=256)  # which may cut the picture otherwise
+    with pytest.raises(InputError, match=r"p:1: the prompt takes \d+ tokens, the package 100 at most"):
+        check_lengths(fit_model, [longer], generation=False, package=100)
 
 
 def test_model_that_is_not_there_is_a_package_error(data: Path, tmp_path: Path):

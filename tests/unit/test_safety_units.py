@@ -522,7 +522,7 @@ def test_pairs_without_their_pictures_are_fitted_on_only_if_that_is_said(tmp_pat
     file = write_lines(tmp_path / "p.jsonl", *rows)
     with pytest.raises(InputError, match=r"p\.jsonl:1: image 'gone\.jpg' not found .* or .* with --text-only"):
         read_data([file])
-    assert read_data([file], text_only=True).images() == []
+    assert read_data([file], text_only=True).images() == {}
 
 
 def test_one_question_about_many_pictures_is_spread_over_the_split(tmp_path: Path):
