@@ -94,7 +94,9 @@ class Finite(click.FloatRange):
     help="Unsafe prompts for the report only. Repeatable.",
 )
 @click.option(
-    "--images", type=click.Path(path_type=Path, file_okay=False), help="Folder of the images that the JSONL files name."
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the images that the JSONL files name.",
 )
 @click.option("--text-only", is_flag=True, help="Ignore the images of all files, and fit on texts alone.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The safety folder to write.")

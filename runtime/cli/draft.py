@@ -22,7 +22,11 @@ from .options import NamedPath, device_option, load, threads_option
     type=NamedPath(),
     help="JSONL of prompts like those that the package will be asked, in the formats of autosteer-eval; repeatable.",
 )
-@click.option("--images", type=NamedPath(), help="Folder of the images. Default: beside each file.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the images. Default: beside each file.",
+)
 @click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
 @click.option("--max-tokens", type=click.IntRange(1), default=160, show_default=True, help="Longest answer.")
 @device_option

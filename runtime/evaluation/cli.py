@@ -54,7 +54,11 @@ file_option: Any = click.Path(path_type=Path)
 @click.option(
     "--format", "format_", type=click.Choice(FORMATS), help="Format of all files. Default: recognised by their fields."
 )
-@click.option("--images", type=file_option, help="Folder of the images. Default: beside each file.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the images. Default: beside each file.",
+)
 @click.option("--text-only", is_flag=True, help="Drop the images of all rows.")
 @click.option(
     "--exclude",
@@ -146,6 +150,8 @@ def evaluate(
         raise click.UsageError(f"--output {output}: is one of the files to read")
     if rejudge and (force or not output):
         raise click.UsageError("--rejudge needs --output, and no --force")
+    if judge_command is not None and not judge_command.strip():
+        raise click.UsageError("--judge-command is empty")
     if variants and (output or judge_command or judge_answers):
         raise click.UsageError("--variants asks for verdicts on prompts: no --output, --judge-command, --judge-answers")
     if engines and not address:

@@ -84,6 +84,21 @@ def test_eval_with_a_timeout_that_is_none_is_refused(call, package, data, second
     assert done.returncode == 5 and "give seconds, above 0" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["", " "])
+def test_eval_with_an_empty_judge_is_wrong_usage(call, package, data, value):
+    """It was as if none had been given: the rules judged."""
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu", "--judge-command", value)
+    assert done.returncode == 2 and "--judge-command is empty" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["autosteer-eval", "autosteer-draft"])
+def test_a_folder_of_images_that_does_not_exist_is_wrong_usage(call, package, data, command):
+    """Misspelt, it went unnoticed where the pictures of another folder had the same names."""
+    for name in ("gone", data.name):
+        done = call(command, package, "--data", data, "--images", data.parent / name)
+        assert done.returncode == 2 and "Invalid value for '--images'" in done.stderr
+
+
 def test_eval_of_a_row_that_is_no_text_is_exit_code_5_with_its_place(call, package, data):
     r"""JSON's \ud800 was a traceback, once it was written."""
     data.write_text(r'{"prompt": "red", "unsafe": false, "group": "x\ud800"}')

@@ -355,6 +355,7 @@ def test_target_fpr_sets_a_threshold_whose_bound_is_within_it(checkpoint: Path, 
         (("--threshold", "1"), 2, "--threshold"),
         (("--strength", "0"), 2, "--strength"),
         (("--refusal-text", " "), 2, "--refusal-text is empty"),
+        (("--images", "gone"), 2, "'--images'"),
         (("--frobnicate",), 2, "No such option"),
     ],
 )
