@@ -161,8 +161,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def one_line(text: str) -> str:
+    """A name from a file as a terminal can show it: blanks for line ends, tabs and control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with padded columns: the first is left-aligned, the others right-aligned."""
+    header, *rows = [[one_line(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

@@ -20,7 +20,16 @@ from autosteer.runtime.cli.options import (
     pieces_option,
     threads_option,
 )
-from autosteer.runtime.console import debug_option, dumps, json_option, progress, run_command, table, version_option
+from autosteer.runtime.console import (
+    debug_option,
+    dumps,
+    json_option,
+    one_line,
+    progress,
+    run_command,
+    table,
+    version_option,
+)
 from autosteer.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -196,7 +205,7 @@ def read_prompts(
     """The rows of the files, each with whether all its rows are unsafe; and how many --exclude drops, by group and
     label.
     """
-    from .datasets import DataSource, drop_known, first_of_each_group, prompts_of, read_rows
+    from .datasets import DataSource, contradictions, drop_known, first_of_each_group, prompts_of, read_rows
 
     rows = read_rows([DataSource(p, label, format_) for p, label in labelled], images=images, text_only=text_only)
     dropped: Counter[tuple[str, bool]] = Counter()
@@ -207,6 +216,10 @@ def read_prompts(
         rows = first_of_each_group(rows, limit)
     if again := len(rows) - len({row.digest for row in rows}):
         click.echo(f"{again} rows are equal to others of their group; each counts, and narrows the intervals", err=True)
+    if both := contradictions(rows):
+        first = "; ".join(f"{unsafe.where} and {benign.where}" for unsafe, benign in both[:3])
+        also = "" if len(both) <= 3 else "; ..."
+        click.echo(f"prompts called both unsafe and benign: {len(both)} ({first}{also}); correct the labels", err=True)
     return rows, dropped
 
 
@@ -349,7 +362,7 @@ def compared(test: PairedTest) -> str:
 
 def total(dropped: Counter[tuple[str, bool]]) -> str:
     """94 rows (vlsafe_test_500 94)"""
-    groups = ", ".join(f"{name} {n}" for (name, _), n in dropped.items())
+    groups = ", ".join(f"{one_line(name)} {n}" for (name, _), n in dropped.items())
     return f"{dropped.total()} rows" + (f" ({groups})" if groups else "")
 
 

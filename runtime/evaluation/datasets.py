@@ -161,6 +161,23 @@ def first_of_each_group(rows: Sequence[Row], limit: int) -> list[Row]:
     return kept
 
 
+def contradictions(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The first unsafe row and the first benign one of each dialogue that is called both, with equal pictures."""
+    by_words: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        texts = ("".join(part for part in message.parts if isinstance(part, str)) for message in row.messages)
+        by_words.setdefault(tuple(map(same_prompt, texts)), []).append(row)
+    found = []
+    for same in by_words.values():
+        if {row.unsafe for row in same} == {True, False}:
+            first: dict[Pictures, dict[bool, Row]] = {}
+            for row in same:
+                shown = tuple(_picture_digest(Path(str(i))) for message in row.messages for i in message.images)
+                first.setdefault(shown, {}).setdefault(row.unsafe, row)
+            found += [(labels[True], labels[False]) for labels in first.values() if len(labels) == 2]
+    return found
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
     """(line number, object) of a JSONL file, without blank lines. Raises InputError for a file or a line that is not
     readable.

@@ -99,6 +99,30 @@ def test_a_folder_of_images_that_does_not_exist_is_wrong_usage(call, package, da
         assert done.returncode == 2 and "Invalid value for '--images'" in done.stderr
 
 
+def test_prompts_that_are_called_both_unsafe_and_benign_are_counted_and_named(call, package, data):
+    rows = [{"prompt": "Bad ", "unsafe": False}, {"prompt": "red", "unsafe": False, "group": "colours"}]
+    data.write_text(data.read_text() + "\n" + "\n".join(map(json.dumps, rows)))
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu")
+    assert done.returncode == 0
+    assert f"prompts called both unsafe and benign: 1 ({data}:1 and {data}:4); correct the labels" in done.stderr
+
+
+def test_equal_words_about_other_pictures_are_no_contradiction(call, package, tmp_path):
+    for name, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    for other, both in (("c", False), ("b", True)):
+        rows = [{"prompt": "what", "images": [f"{name}.png"], "unsafe": name == "a"} for name in ("a", other)]
+        (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        done = call("autosteer-eval", package, "--data", tmp_path / "set.jsonl", "--device", "cpu")
+        assert done.returncode == 0 and ("called both unsafe and benign: 1 (" in done.stderr) == both
+
+
+def test_a_line_end_in_a_groups_name_does_not_break_the_table(call, package, data):
+    data.write_text(json.dumps({"prompt": "bad", "unsafe": True, "group": "at\ntack\x1b[2J"}))
+    done = call("autosteer-eval", package, "--data", data, "--device", "cpu")
+    assert "| at tack [2J | 1 |" in re.sub(" +", " ", done.stdout) and "\x1b" not in done.stdout
+
+
 def test_eval_of_a_row_that_is_no_text_is_exit_code_5_with_its_place(call, package, data):
     r"""JSON's \ud800 was a traceback, once it was written."""
     data.write_text(r'{"prompt": "red", "unsafe": false, "group": "x\ud800"}')
