@@ -12,7 +12,7 @@ from .batch import Batch, can_share
 from .draft_table import LONGEST, DraftTable
 from .engine import Engine
 from .errors import InputError
-from .manifest import DataFile, DraftSpec, Manifest
+from .manifest import MANIFEST_FILE, DataFile, DraftSpec, Manifest
 from .sampling import SamplingConfig
 from .text import Message
 
@@ -64,6 +64,7 @@ def install(folder: Path, table: DraftTable) -> Manifest:
     """Put `table` into the package in `folder`, in place of the one it has. Returns the new manifest.
 
     Raises InputError for a table without entries. A package is whole at every moment: the new table has another name.
+    If anything fails, a full disk for one, what was written is deleted.
     """
     if not len(table.tokens):
         raise InputError("the answers have nothing in common that could be drafted; give more prompts with --data")
@@ -71,12 +72,6 @@ def install(folder: Path, table: DraftTable) -> Manifest:
     raw = table.to_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     file = f"drafts-{digest[:8]}.bin"
-    part = folder / f"{file}.part"
-    try:
-        part.write_bytes(raw)
-        part.replace(folder / file)
-    finally:
-        part.unlink(missing_ok=True)
     old = before.drafts.file if before.drafts else None
     others = tuple(one for one in before.files if one.file not in (old, file))
     manifest = replace(
@@ -84,7 +79,17 @@ def install(folder: Path, table: DraftTable) -> Manifest:
         files=(*others, DataFile(file, len(raw), digest)),
         drafts=DraftSpec(file, len(table.tokens)),
     )
-    manifest.save(folder)
+    part = folder / f"{file}.part"
+    try:
+        part.write_bytes(raw)
+        part.replace(folder / file)
+        manifest.save(folder)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        (folder / f"{MANIFEST_FILE}.new").unlink(missing_ok=True)
+        if file not in {one.file for one in Manifest.load(folder).files}:
+            (folder / file).unlink(missing_ok=True)
+        raise
     if old not in (None, file):
         (folder / str(old)).unlink()
     return manifest

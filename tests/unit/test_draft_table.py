@@ -191,6 +191,26 @@ def test_the_same_table_again_on_a_full_disk_leaves_the_package_whole(tmp_path, 
     assert len(list(tmp_path.glob("drafts*"))) == 1
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_disk_that_is_full_when_the_manifest_is_written_keeps_nothing_of_the_new_table(tmp_path, monkeypatch, again):
+    """autosteer.json.new and a table that no manifest lists stayed."""
+    toy.build(tmp_path)
+    small = DraftTable(np.array([1, 2], np.uint64), np.array([5, 6], np.int32), np.array([255, 9], np.uint8))
+    if again:  # the same table, which is listed
+        install(tmp_path, small)
+    before, write = {path: path.read_bytes() for path in tmp_path.iterdir()}, Path.write_text
+
+    def full(self, text, **options):
+        write(self, text[:10], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        install(tmp_path, small)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    Manifest.load(tmp_path).verify(tmp_path)
+
+
 def test_package_is_whole_if_the_disk_is_full(tmp_path, monkeypatch):
     """The manifest is written last, under another name first."""
     before = toy.build(tmp_path)
