@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import glob
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import click
 
 from autosteer.runtime.errors import InputError
 
@@ -52,6 +55,13 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
                 destination.rename(old)
             scratch.rename(destination)
             shutil.rmtree(old, ignore_errors=True)
+            if old.exists():
+                name = shlex.quote(str(old))
+                click.echo(
+                    f"{destination} is replaced, but what was there could not be deleted (no write permission?); "
+                    f"delete it with: chmod -R u+w {name} && rm -r {name}",
+                    err=True,
+                )
     except BaseException:
         _put_back(old, destination)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -459,6 +459,19 @@ def test_an_interrupt_between_the_last_two_steps_loses_neither_folder(
     assert (package / "x").read_text() == "old" and list(tmp_path.iterdir()) == [package]
 
 
+def test_an_old_package_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Of a folder without write permission. It stayed for ever under a hidden name, and nobody knew."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/x").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    with atomic_folder(tmp_path / "package", marker="x", force=True) as folder:
+        (folder / "x").write_text("new")
+    (old,) = tmp_path.glob(".package-*-old")
+    said = capsys.readouterr().err
+    assert (tmp_path / "package/x").read_text() == "new" and said.count("\n") == 1
+    assert said.endswith(f"delete it with: chmod -R u+w {old} && rm -r {old}\n")
+
+
 def test_an_index_that_lists_a_file_which_is_not_there_is_an_error_before_any_work(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     shutil.copy(DEMO / "config.json", tmp_path)
