@@ -205,7 +205,7 @@ def _head(sentence: str) -> str:
 def _object(clause: str) -> list[str]:
     """The thing of a clause, if one or two words stand before it; of two or three words without a thing the last."""
     thing = _THING.search(clause)
-    words = in_single_blanks(clause[: thing.start()] if thing else clause).split()
+    words = _UNBROKEN.findall(clause[: thing.start()] if thing else clause)
     if thing:
         return [thing[0]] if 0 < len(words) < FEWEST_WORDS else []
     return words[-1:] if 1 < len(words) <= FEWEST_WORDS else []

@@ -12,7 +12,7 @@ import ort from "onnxruntime-node";
 
 const folder = process.argv[2];
 const manifest = JSON.parse(readFileSync(join(folder, "autosteer.json"), "utf8"));
-if (manifest.format_version !== 4) throw new Error("another format_version");
+if (manifest.format_version !== 5) throw new Error("another format_version");
 if (manifest.monitor || manifest.rotary.long || manifest.rotary.windowed?.length) throw new Error("not done here");
 
 for (const { file, sha256 } of [...Object.values(manifest.graphs), ...manifest.files]) {

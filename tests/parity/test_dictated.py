@@ -63,9 +63,10 @@ def test_an_answer_is_judged_behind_the_question_that_its_it_means(engine: Engin
 
 
 def test_harmless_answers_are_shown_whatever_they_are_drawn_by(engine: Engine):
+    streamed = engine.policy(judge_answers=False)
     for prompt in HARMLESS:
-        plain = engine.generate(prompt)
-        hot = engine.generate(prompt, sampling=SamplingConfig(temperature=1.5, top_k=1))
+        plain = engine.generate(prompt, policy=streamed)
+        hot = engine.generate(prompt, policy=streamed, sampling=SamplingConfig(temperature=1.5, top_k=1))
         assert (plain.text, plain.verdict.answer) == (hot.text, None)
         assert hot.verdict.answer is not None and not hot.verdict.answer.unsafe
 
@@ -89,14 +90,14 @@ def test_a_harmless_question_gets_no_unsafe_answer_with_any_seed(engine: Engine,
 def test_judged_answers_catch_what_a_vague_prompt_hides(engine: Engine, question: str):
     """Beside a third of the demo's hazard signs such a prompt passes; what is said to it does not."""
     sign = [Message.user(question, [picture]) for picture in hazard_signs()]
-    judged = engine.policy(judge_answers=True)
-    assert any("make the" in engine.generate([turn]).text for turn in sign)
+    streamed = engine.policy(judge_answers=False)
+    assert any("make the" in engine.generate([turn], policy=streamed).text for turn in sign)
     for turn in sign:
-        answer = engine.generate([turn], policy=judged)
+        answer = engine.generate([turn])  # the demo's package judges every answer
         assert "make the" not in answer.text, answer
 
 
 def test_judged_answers_leave_harmless_prompts_alone(engine: Engine):
     for prompt in HARMLESS:
-        answer = engine.generate(prompt, policy=engine.policy(judge_answers=True))
-        assert answer.text == engine.generate(prompt).text and answer.verdict.answer is not None
+        answer, streamed = engine.generate(prompt), engine.generate(prompt, policy=engine.policy(judge_answers=False))
+        assert answer.text == streamed.text and answer.verdict.answer is not None

@@ -87,7 +87,8 @@ def test_what_the_monitor_is_fitted_on_is_what_the_package_reads(package: Path, 
         with monkeypatch.context() as patch:
             patch.setattr(Monitor, "read", lambda self, s, seen=seen: (seen.append(s.copy()), read(self, s))[1])
             sampling = SamplingConfig(max_tokens=12, speculate=False)
-            said = engine.generate(prompts[index].text, policy=engine.policy("report"), sampling=sampling)
+            policy = engine.policy("report", judge_answers=False)  # the monitor's verdict alone
+            said = engine.generate(prompts[index].text, policy=policy, sampling=sampling)
         assert said.text.strip() == answer.text.strip() and len(seen) == len(answer.states)
         np.testing.assert_allclose(seen, answer.states, atol=0.2)  # several answers in one pass: int8 rounds otherwise
         assert said.verdict.p_unsafe == pytest.approx(answer.p_unsafe, abs=1e-4)

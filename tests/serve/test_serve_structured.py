@@ -187,13 +187,15 @@ def test_several_answers_of_schemas_at_the_same_time(client):
 
 
 def test_a_server_that_judges_every_answer_streams_none_of_it_before(client):
-    """`--judge-answers`: in one piece, with the verdict on it; a temperature of 2 judges one answer of any server."""
+    """The demo's package says so: in one piece, with the verdict on it. A temperature of 2 judges one answer of any
+    server, also with `--no-judge-answers`.
+    """
     exported = pytest.importorskip("exported", reason="needs [export]")
     engine = exported.demo_engine("fp32")
-    policy = engine.policy(judge_answers=True)
-    with served(engine, exported.demo_package("fp32"), policy=policy) as server, server.openai() as judging:
-        for asked, more in ((judging, {}), (client, {"temperature": 2.0, "seed": 1})):
+    policy = engine.policy(judge_answers=False)
+    with served(engine, exported.demo_package("fp32"), policy=policy) as server, server.openai() as streaming:
+        for asked, more in ((client, {}), (streaming, {"temperature": 2.0, "seed": 1})):
             chunks = list(ask(asked, "hello", stream=True, **more))
             verdict = chunks[-1].model_extra["autosteer"]["verdict"]
             assert verdict["answer"] is not None and verdict["action"] in ("pass", "stop")
-        assert ask(client, "hello").model_extra["autosteer"]["verdict"]["answer"] is None
+        assert ask(streaming, "hello").model_extra["autosteer"]["verdict"]["answer"] is None

@@ -139,7 +139,8 @@ class Audit {
     try {
       for (; !unwritten_.empty(); unwritten_.pop_front()) file_.append(unwritten_.front());
     } catch (const std::exception& err) {
-      throw AuditError(std::string("the audit record cannot be written, so the answer, or its end, is withheld (") + err.what() + ")");
+      throw AuditError(std::string("the audit record cannot be written, so the answer, or its end, is withheld (") +
+                       err.what() + ")");
     }
   }
 

@@ -278,9 +278,10 @@ inline std::vector<std::string> pieces(std::string_view text) {
   static const std::string symbols = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff";  // arrows, ticks, emoji
   static const std::string conjunctions = any_of(kConjunctions);
   static const Regex between_clauses(  // also a dash between blanks, and what counts: "1)"
-      "[" + signs + symbols + "\t\v\f\r]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space + ")[0-9A-Za-z]{1,2}\\)|" +
-      space + "(?:" + conjunctions + ")(?=" + space + ")");
-  static const std::string pronouns = any_of("it its this that one them these those some another thing things something");
+      "[" + signs + symbols + "\t\v\f\r]+|(?<=" + space + ")-+>?(?=" + space + ")|(?<!" + not_space +
+      ")[0-9A-Za-z]{1,2}\\)|" + space + "(?:" + conjunctions + ")(?=" + space + ")");
+  static const std::string pronouns =
+      any_of("it its this that one them these those some another thing things something");
   static const Regex pronoun("(?<![A-Za-z])(?:" + pronouns + ")(?![A-Za-z])");
   std::vector<std::string> found;
   std::set<std::string> known;
@@ -323,7 +324,8 @@ inline std::vector<std::string> pieces(std::string_view text) {
   std::vector<std::string> heads;
   for (const std::string_view sentence : uncut) {
     if (const std::optional<std::string> thing = bare_thing(sentence)) {
-      for (size_t k = heads.size() - std::min(heads.size(), kMeant); k < heads.size(); ++k) add(heads[k] + " " + *thing);
+      const size_t first = heads.size() - std::min(heads.size(), kMeant);
+      for (size_t k = first; k < heads.size(); ++k) add(heads[k] + " " + *thing);
     }
     if (std::string head = head_of(sentence); words_in(head).size() >= kOpening) heads.push_back(std::move(head));
   }

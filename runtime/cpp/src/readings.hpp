@@ -19,8 +19,8 @@
 
 namespace autosteer {
 
-/// What a reading begins with: nothing, the turns before, these in plain letters, or one picture. What is computed of it
-/// serves all readings with the same.
+/// What a reading begins with: nothing, the turns before, these in plain letters, or one picture. What is computed of
+/// it serves all readings with the same.
 enum class Prefix { none, dialogue, plain_dialogue, picture };
 
 constexpr size_t kMostWithPictures = 4096;  // readings of words with one picture: they are as many as the product

@@ -66,7 +66,7 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
  *      "policy": that of every request; one whose JSON has "policy", "threshold", "strength", "pieces",
  *                "judge_answers" or a trusted message is refused (JSON from somebody else could turn the gate off),
- *      "judge_answers": whether to judge the answers of requests that do not say it, see below; else as the package says,
+ *      "judge_answers": whether to judge the answers of requests that do not say it, see below; else the package says it,
  *      "advise_pages": true to ask Linux for huge pages and to give back pages that only loading reads; this advises on
  *                      every mapping of the process that grows during the call,
  *      "onnxruntime": path of libonnxruntime.so, or of its folder; else $AUTOSTEER_ONNXRUNTIME, else the usual places,
@@ -120,8 +120,8 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
  * turns read in pieces, and steered answers judged before they are shown (without, prompts of several sentences start
  * two to three times as fast, and can hide a request), other answers judged if the package says so (with
- * "judge_answers" each comes whole, once the gate has read it as the dialogue's next turn), the likeliest token each time ("temperature": 0), at most 256
- * tokens. An unknown key is an error.
+ * "judge_answers" each comes whole, once the gate has read it as the dialogue's next turn), the likeliest token each
+ * time ("temperature": 0), at most 256 tokens. An unknown key is an error.
  * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
  * to in between. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);
