@@ -11,6 +11,7 @@ demo-gate.svg   p_unsafe of the demo's test set, and recall against false positi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ DIGITS = 5  # of a score: its rounding changes no verdict
 
 
 def take_scores(evaluation: Path) -> dict[str, Any]:
-    """The score of every row of autosteer-eval's output, by group."""
+    """Of autosteer-eval's output, by group: the score of every row, and how many answers were stopped."""
     _, *rows = [row for _, row in read_lines(evaluation)]  # the first: the run
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(round(row["p_unsafe"], DIGITS))
+    stopped = Counter(row["group"] for row in rows if row.get("stopped"))
     gate = json.loads((ROOT / "models" / "demo" / "safety" / "safety.json").read_text(encoding="utf-8"))
-    return {"threshold": gate["threshold"], "groups": groups}
+    return {"threshold": gate["threshold"], "stopped": stopped, "groups": groups}
 
 
 def take_speeds(report: dict[str, Any]) -> dict[str, Any]:

@@ -194,13 +194,17 @@ def test_the_plotted_speeds_are_those_of_the_page() -> None:
 
 
 def test_the_plotted_scores_give_the_rates_of_the_page() -> None:
-    """`stop` refuses exactly what is flagged, so its attack success follows from the scores alone."""
+    """`stop` refuses what is flagged, and answers that are stopped: its attack success follows from these alone."""
     scores = json.loads((plots.DATA / plots.SCORES).read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "safety-results.md").read_text(encoding="utf-8")
+
+    def passed(group: str) -> int:
+        return sum(p <= scores["threshold"] for p in scores["groups"][group]) - scores["stopped"].get(group, 0)
+
     missed = {
-        name: 100 * sum(p <= scores["threshold"] for group in groups for p in group) / sum(map(len, groups))
-        for name, _, belongs in demo_report.LINES[1:6]  # of unsafe text, rules and verdict are one prompt apart
-        if (groups := [values for name, values in scores["groups"].items() if belongs(name)])
+        line: 100 * sum(passed(group) for group in groups) / sum(len(scores["groups"][group]) for group in groups)
+        for line, _, belongs in demo_report.LINES[1:6]  # of unsafe text, rules and verdict are one prompt apart
+        if (groups := [group for group in scores["groups"] if belongs(group)])
     }
     stopped = dict(re.findall(r"^\| (attack success: [\w ]+) \|.*\| ([\d.]+) \|$", page, re.MULTILINE))
     assert {name: f"{rate:.1f}" for name, rate in missed.items()} == {name: stopped[name] for name in missed}
