@@ -1,6 +1,6 @@
 """Print the table of the demo model's gate (docs/safety-results.md), from what autosteer-eval wrote.
 
-    python tools/make_demo_data.py --output build/demo-test --seed 4
+    python tools/make_demo_data.py --output build/demo-test --seed 7
     autosteer-eval build/demo --data build/demo-test/test.jsonl --output build/demo-eval.jsonl
     python tools/demo_report.py build/demo-eval.jsonl
 

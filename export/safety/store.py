@@ -5,7 +5,7 @@
 
 A record belongs to a prompt's content, not to a row of a data file. `identity` is a digest of the model's files and of
 what is recorded. So one folder can serve several fits and models, and never returns another model's states. A record
-that a kill left half written is cut off when the file is opened again. Reads use pread, so that only the requested
+that a kill left half written is cut off when the file is opened again. Reads use preadv, so that only the requested
 records are in memory.
 """
 
