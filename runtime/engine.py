@@ -242,7 +242,7 @@ class Engine:
             return finish(self.judge(prepared, record, conversation))
 
     def record(self, policy: GatePolicy) -> Record:
-        """What a request is noted in, and its statistics. It begins now; its block is the request.
+        """The audit record and the statistics of a request, which begins now; a context manager around it.
 
         Raises PackageError for a package without a gate unless `policy` is off.
         """
@@ -370,7 +370,8 @@ class Engine:
             else:
                 draft = drafter.draft(request.max_tokens - stats.completion_tokens - 1) if drafter else []
                 fed = [token, *draft]
-                logits, row = ((yield from batch.decode(request, fed)) if batch else request.verify_draft(fed)), 0
+                logits = (yield from batch.decode(request, fed)) if batch else request.verify_draft(fed)
+                row = 0
                 draft = draft[: len(logits) - 1]  # beside other requests none of it was run
                 stats.drafted_tokens += len(draft)
             if monitor:
