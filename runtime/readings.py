@@ -210,7 +210,7 @@ def readings_of_answer(
     messages = messages or [Message("user", ())]  # the prompt was given as token ids
     wholes = dict.fromkeys((text, deobfuscated(text)))
     complete = {*wholes, *map(in_single_blanks, wholes)}
-    answers = [*wholes, *dict.fromkeys(piece for whole in wholes for piece in pieces_of(whole))]
+    answers = [*dict.fromkeys((*wholes, *(piece for whole in wholes for piece in pieces_of(whole))))]
     plain = [in_plain_letters(message) for message in messages]
     contexts = [messages, with_letters_of(plain, messages)] if any(plain) else [messages]
     shown = _shown(messages)

@@ -119,7 +119,7 @@ def test_answers_that_copy_are_drafted_as_in_python(built, changes):
         if golden.videos:
             continue
         turn = {"role": "user", "parts": [*({"image": str(package / i)} for i in golden.images), golden.prompt]}
-        first: dict[str, Any] = {"messages": [turn], "judge_answers": False, **changes}
+        first: dict[str, Any] = {"messages": [turn], **changes}
         said = in_python(engine, with_sampling(first, max_tokens=40))["text"]
         again = {**first, "messages": [turn, {"role": "assistant", "parts": [said]}, turn]}
         requests += [

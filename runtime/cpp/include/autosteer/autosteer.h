@@ -66,7 +66,7 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
  *      "policy": that of every request; one whose JSON has "policy", "threshold", "strength", "pieces",
  *                "judge_answers" or a trusted message is refused (JSON from somebody else could turn the gate off),
- *      "judge_answers": whether to judge the answers of requests that do not say it, see below; else the package says it,
+ *      "judge_answers": whether to judge the answers of requests that do not say it (below); else the package says it,
  *      "advise_pages": true to ask Linux for huge pages and to give back pages that only loading reads; this advises on
  *                      every mapping of the process that grows during the call,
  *      "onnxruntime": path of libonnxruntime.so, or of its folder; else $AUTOSTEER_ONNXRUNTIME, else the usual places,
