@@ -351,7 +351,7 @@ class Engine:
             stats.completion_tokens += 1
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
-            wanted = sampling.logprobs
+            wanted = sampling.shown_alternatives
             logs = None if wanted is None else log_probabilities(logits[row], token, wanted)
             reason: FinishReason | None = "stop" if ended or detokeniser.stopped else None
             if reason is None and stats.completion_tokens == request.max_tokens:

@@ -41,6 +41,7 @@ SHORT = 5  # words; a sentence of fewer is a fragment
 OPENING = 3  # words of a sentence in front of its later clauses, and of fragments behind it
 ACT = 4  # words before a thing, at most, that may say what is done with it: "is it legal to steal"
 WINDOW = 10  # words that are read at once
+LONGEST = 80  # bytes of what stands before many pieces: else a text of long words would be read hundreds of times over
 STRIDE = 5
 MEANT, MEANT_BEHIND, MEANT_WORDS = 4, 2, 2  # sentences before a pronoun and behind it, and of the last words of each
 PIECES_OF_A_TURN = 8.0  # about as many as a turn of several sentences has; one of them is unsafe, if any
@@ -89,13 +90,13 @@ def pieces(text: str) -> list[str]:
     sentences = _parts(text, BETWEEN_SENTENCES, marks=True)
     opening = ""  # of the latest sentence that is no fragment, or of the first
     for i, sentence in enumerate(sentences):
-        words, start = word_count(sentence), _beginning(sentence, OPENING)
+        words, start = word_count(sentence), _lead(sentence, OPENING)
         found += _windows(sentence)
         first, *later = _parts(sentence, BETWEEN_CLAUSES, marks=False)
         found += _windows(first)
-        found += [f"{start} {_beginning(clause, WINDOW)}" for clause in later]
+        found += [_after(start, _beginning(clause, WINDOW)) for clause in later]
         found += _asked(sentence, start)
-        if PRONOUN.search(asked := _beginning(sentence, WINDOW)):
+        if PRONOUN.search(asked := _lead(sentence, WINDOW)):
             meant = [
                 one for before in sentences[max(0, i - MEANT) : i] for one in (_last_words(before), *_things(before))
             ]
@@ -108,7 +109,7 @@ def pieces(text: str) -> list[str]:
         opening = opening if opening and words < SHORT else start
     uncut, heads = _parts(text, BETWEEN_SENTENCES, marks=True, fewest=1), list[str]()
     for sentence in uncut:
-        found += [f"{head} {thing}" for thing in _bare_thing(sentence) for head in heads[-MEANT:]]
+        found += [_after(head, thing) for thing in _bare_thing(sentence) for head in heads[-MEANT:]]
         heads += [head] if word_count(head := _head(sentence)) >= OPENING else []
     fragments = [sentence for sentence in uncut if word_count(sentence) < SHORT]
     if 1 < len(fragments) < len(uncut) and word_count(said := " ".join(fragments)) >= FEWEST_WORDS:
@@ -174,6 +175,18 @@ def _beginning(text: str, most: int) -> str:
     return in_single_blanks(text[: ends[-1]]) if ends else ""
 
 
+def _lead(text: str, most: int) -> str:
+    """The first words of `text`, at most so many, and LONGEST bytes."""
+    words = _beginning(text, most).split(" ")
+    ends = itertools.accumulate(len(word.encode("utf-8", "surrogatepass")) + 1 for word in words)
+    return " ".join(word for word, end in zip(words, ends, strict=True) if end <= LONGEST + 1)
+
+
+def _after(lead: str, text: str) -> str:
+    """`text` behind what leads to it, if anything does."""
+    return f"{lead} {text}" if lead else text
+
+
 def _asked(sentence: str, start: str) -> Iterator[str]:
     """What a sentence may ask of each of its things; `start`: its first OPENING words."""
     things = [*_THING.finditer(sentence)]
@@ -183,7 +196,7 @@ def _asked(sentence: str, start: str) -> Iterator[str]:
             yield from (_no_marks(f"{start if n else ''} {clause} {thing}") for thing in _object(following))
     head = _head(sentence)
     for clause in clauses[1:] if things else ():  # "steal a kite, i mean a kettle", "steal a kite, kettle"
-        yield from (f"{head} {thing}" for thing in _bare_thing(clause))
+        yield from (_after(head, thing) for thing in _bare_thing(clause))
     for before, thing in itertools.pairwise(things):
         said = in_single_blanks(sentence[before.end() : thing.start()]).split(" ")[-ACT:]
         if said == [""]:  # "steal a kite a kettle"
@@ -196,7 +209,7 @@ def _asked(sentence: str, start: str) -> Iterator[str]:
 def _head(sentence: str) -> str:
     """What stands before the first thing of a sentence, WINDOW words at most, without prepositions at its end."""
     thing = _THING.search(sentence)
-    words = _beginning(sentence[: thing.start()] if thing else sentence, WINDOW).split(" ")
+    words = _lead(sentence[: thing.start()] if thing else sentence, WINDOW).split(" ")
     while words and _is_one_of(words[-1], PREPOSITIONS):
         words.pop()
     return _no_marks(" ".join(words))

@@ -1087,6 +1087,17 @@ def test_a_prompt_that_is_no_dialogue_is_refused(engine, prompt):
         engine.generate(prompt)
 
 
+def test_what_a_model_would_rather_have_said_than_what_is_dictated_is_not_reported(engine):
+    """The likeliest token behind a dictated "get a" was the tool of an unsafe act, and nothing judged it."""
+    free, dictated = (
+        list(engine.stream("hello", sampling=of(2, logprobs=3, logit_bias=bias)))
+        for bias in ({}, {toy.ID["world"]: 50.0})
+    )
+    assert all(len(chunk.logprobs) == 4 for chunk in free if chunk.logprobs)
+    reported = [chunk.logprobs for chunk in dictated if chunk.logprobs]
+    assert reported and all(len(logs) == 1 for logs in reported)
+
+
 def test_a_dialogue_may_be_a_generator(engine):
     turns = [Message.user("bad"), Message.assistant("red"), Message.user("red")]
     assert engine.score(turn for turn in turns) == engine.score(turns)  # type: ignore[arg-type]

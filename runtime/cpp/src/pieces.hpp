@@ -22,6 +22,7 @@ constexpr size_t kOpening = 3;               // words of a sentence in front of 
 constexpr size_t kAct = 4;  // words before a thing, at most, that may say what is done with it: "is it legal to steal"
 constexpr size_t kWindow = 10, kStride = 5;  // words that are read at once, and from one window to the next
 constexpr size_t kMeant = 4, kMeantBehind = 2, kMeantWords = 2;  // sentences near a pronoun, last words of each before
+constexpr size_t kLongest = 80;  // bytes of what stands before many pieces: else long words are read hundreds of times
 constexpr double kPiecesOfATurn = 8.0;       // about as many as a turn of several sentences has; one is unsafe, if any
 
 /// What the prober's p_unsafe of a piece counts in its turn: its odds are divided by kPiecesOfATurn. What is no
@@ -161,11 +162,24 @@ inline std::vector<std::string> split_words(std::string_view text) {
   return words;
 }
 
+/// `text` behind what leads to it, if anything does.
+inline std::string after(const std::string& lead, const std::string& text) {
+  return lead.empty() ? text : lead + " " + text;
+}
+
 /// Some words with blanks between them, `most` of them at most.
 inline std::string in_a_row(const std::vector<std::string>& words, size_t most) {
   std::string text;
   for (size_t i = 0; i < std::min(most, words.size()); ++i) text += (i ? " " : "") + words[i];
   return text;
+}
+
+/// The first words of `text`, at most so many, and kLongest bytes.
+inline std::string lead_of(std::string_view text, size_t most) {
+  const std::vector<std::string> words = split_words(beginning(text, most));
+  size_t count = 0, bytes = 0;
+  while (count < words.size() && (bytes += words[count].size() + 1) <= kLongest + 1) ++count;
+  return in_a_row(words, count);
 }
 
 /// The words of `text` without marks behind them.
@@ -208,7 +222,7 @@ inline std::string last_words(std::string_view text) {
 inline std::string head_of(std::string_view sentence) {
   const std::vector<Span> found = things_in(sentence);
   const std::string_view before = found.empty() ? sentence : sentence.substr(0, found.front().first);
-  std::vector<std::string> words = split_words(beginning(before, kWindow));
+  std::vector<std::string> words = split_words(lead_of(before, kWindow));
   while (!words.empty() && is_one_of(words.back(), kPrepositions)) words.pop_back();
   return no_marks(in_a_row(words, words.size()));
 }
@@ -251,7 +265,7 @@ inline std::vector<std::string> asked_of_things(std::string_view sentence, const
   const std::vector<Span> found = things_in(sentence);
   const std::string head = head_of(sentence);
   for (size_t n = 1; n < clauses.size() && !found.empty(); ++n) {  // "steal a kite, i mean a kettle", "a kite, kettle"
-    if (const std::optional<std::string> thing = bare_thing(clauses[n])) asked.push_back(head + " " + *thing);
+    if (const std::optional<std::string> thing = bare_thing(clauses[n])) asked.push_back(after(head, *thing));
   }
   const std::string lead = things_in(start).empty() ? start : "";
   const std::string no_acts = std::string(kPrepositions) + " " + kConjunctions + " " + kCorrections;
@@ -296,15 +310,15 @@ inline std::vector<std::string> pieces(std::string_view text) {
   for (size_t i = 0; i < sentences.size(); ++i) {
     const std::string_view sentence = sentences[i];
     const size_t words = words_in(sentence).size();
-    const std::string start = beginning(sentence, kOpening);
+    const std::string start = lead_of(sentence, kOpening);
     add_windows(sentence);
     const std::vector<std::string_view> clauses = parts_of(sentence, between_clauses, false);
     add_windows(clauses.front());
-    for (size_t k = 1; k < clauses.size(); ++k) add(start + " " + beginning(clauses[k], kWindow));
+    for (size_t k = 1; k < clauses.size(); ++k) add(after(start, beginning(clauses[k], kWindow)));
     for (std::string& asked : asked_of_things(sentence, start, parts_of(sentence, between_clauses, false, 1))) {
       add(std::move(asked));
     }
-    if (const std::string asked = beginning(sentence, kWindow); pronoun.find(asked, 0)) {
+    if (const std::string asked = lead_of(sentence, kWindow); pronoun.find(asked, 0)) {
       for (size_t k = i - std::min(i, kMeant); k < std::min(i + 1 + kMeantBehind, sentences.size()); ++k) {
         if (k == i) continue;
         const std::vector<std::string> meant = things(sentences[k]);
@@ -325,7 +339,7 @@ inline std::vector<std::string> pieces(std::string_view text) {
   for (const std::string_view sentence : uncut) {
     if (const std::optional<std::string> thing = bare_thing(sentence)) {
       const size_t first = heads.size() - std::min(heads.size(), kMeant);
-      for (size_t k = first; k < heads.size(); ++k) add(heads[k] + " " + *thing);
+      for (size_t k = first; k < heads.size(); ++k) add(after(heads[k], *thing));
     }
     if (std::string head = head_of(sentence); words_in(head).size() >= kOpening) heads.push_back(std::move(head));
   }
