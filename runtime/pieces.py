@@ -176,10 +176,15 @@ def _beginning(text: str, most: int) -> str:
 
 
 def _lead(text: str, most: int) -> str:
-    """The first words of `text`, at most so many, and LONGEST bytes."""
+    """The first words of `text`, at most so many. Of more than LONGEST bytes the longest words are left out, so that
+    none of these can hide the others.
+    """
     words = _beginning(text, most).split(" ")
-    ends = itertools.accumulate(len(word.encode("utf-8", "surrogatepass")) + 1 for word in words)
-    return " ".join(word for word, end in zip(words, ends, strict=True) if end <= LONGEST + 1)
+    sizes = [len(word.encode("utf-8", "surrogatepass")) + 1 for word in words]
+    shortest = sorted(range(len(words)), key=sizes.__getitem__)
+    ends = itertools.accumulate(sizes[n] for n in shortest)
+    kept = {n for n, end in zip(shortest, ends, strict=True) if end <= LONGEST + 1}
+    return " ".join(word for n, word in enumerate(words) if n in kept)
 
 
 def _after(lead: str, text: str) -> str:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <string>
@@ -174,12 +175,22 @@ inline std::string in_a_row(const std::vector<std::string>& words, size_t most) 
   return text;
 }
 
-/// The first words of `text`, at most so many, and kLongest bytes.
+/// The first words of `text`, at most so many. Of more than kLongest bytes the longest words are left out, so that none
+/// of these can hide the others.
 inline std::string lead_of(std::string_view text, size_t most) {
   const std::vector<std::string> words = split_words(beginning(text, most));
-  size_t count = 0, bytes = 0;
-  while (count < words.size() && (bytes += words[count].size() + 1) <= kLongest + 1) ++count;
-  return in_a_row(words, count);
+  std::vector<size_t> shortest(words.size());
+  std::iota(shortest.begin(), shortest.end(), 0);
+  std::stable_sort(shortest.begin(), shortest.end(),
+                   [&](size_t a, size_t b) { return words[a].size() < words[b].size(); });
+  std::set<size_t> kept;
+  size_t bytes = 0;
+  for (const size_t n : shortest) {
+    if ((bytes += words[n].size() + 1) <= kLongest + 1) kept.insert(n);
+  }
+  std::vector<std::string> lead;
+  for (const size_t n : kept) lead.push_back(words[n]);
+  return in_a_row(lead, lead.size());
 }
 
 /// The words of `text` without marks behind them.
