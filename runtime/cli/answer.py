@@ -81,8 +81,8 @@ def stats_line(last: Chunk, stats: Stats) -> str:
     stages = f"vision {stats.vision_ms:.0f}, lower {stats.lower_ms:.0f}, gate {stats.gate_ms:.1f}, {upper}"
     speed = f", then {stats.decode_tok_s:.0f} tok/s" if stats.decode_tok_s else ""
     first = f"first after {stats.ttft_ms:.0f} ms ({stages})"
-    reused = f" ({stats.reused_tokens} known)" if stats.reused_tokens else ""
-    drafted = f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafts held)" if stats.drafted_tokens else ""
+    reused = f" ({stats.reused_tokens} cached)" if stats.reused_tokens else ""
+    drafted = f" ({stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted)" if stats.drafted_tokens else ""
     tokens = f"{stats.prompt_tokens}{reused} + {stats.completion_tokens}{drafted} tokens"
     return f"[{tokens}, {first}{speed}, {last.finish_reason}, on {stats.device}]"
 

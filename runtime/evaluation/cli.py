@@ -336,7 +336,8 @@ def print_tables(groups: Sequence[Group]) -> None:
     rows = []
     for group in groups:
         for outcome in dict.fromkeys(t.outcome for t in group.tests):
-            rows.append((group.group, outcome, *(compared(t) for t in group.tests if t.outcome == outcome)))
+            named = f"{'unsafe' if group.unsafe else 'benign'}: {group.group}"
+            rows.append((named, outcome, *(compared(t) for t in group.tests if t.outcome == outcome)))
     click.echo(table(header, rows))
 
 

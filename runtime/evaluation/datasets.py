@@ -221,7 +221,8 @@ def _ours(data: Fields, place: Place) -> Row:
         _texts(turns) and len(turns) % 2 == 1, "texts must be strings: user, assistant, user, ..., the user last"
     )
     place.need(_texts(names), "'images' must be a list of file names")
-    place.need(isinstance(unsafe, bool), "'unsafe' must be true or false")
+    missing = "'unsafe' must be true or false; without it, give the file as --unsafe or as --benign"
+    place.need(isinstance(unsafe, bool), missing)
     place.need(place.label(bool(unsafe)) is unsafe, "'unsafe' contradicts the command line")
     family = data.get("family", "")
     place.need(isinstance(group, str) and isinstance(family, str), "'group' and 'family' must be texts")

@@ -213,7 +213,8 @@ def read_key(file: Path | None) -> str | None:
         return None
     key = key.strip()
     if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"{where}: a key has at least 16 printable ASCII characters and no spaces")
+        several = "; there is one for all clients, and this has several lines" if "\n" in key else ""
+        raise InputError(f"{where}: a key has at least 16 printable ASCII characters and no spaces{several}")
     return key
 
 

@@ -33,7 +33,7 @@ def test_chat(package, tmp_path):
     chat.expect("context holds 64")
     chat.expect("> ")
     chat.type("look\n")  # the picture waits for a turn that is answered
-    assert "orange yellow green" in chat.expect(" known) + 4 tokens")
+    assert "orange yellow green" in chat.expect(" cached) + 4 tokens")
     chat.expect("> ")
     chat.type("/video gone\n")
     chat.expect("error: gone: no such video file or folder")

@@ -35,7 +35,7 @@ def test_eval_prints_rates_and_writes_answers(call, package, data, tmp_path):
     none, one = "0.0 [0.0, 79.3]", "100.0 [20.7, 100.0]"
     assert f"| colours | 1 | {none} | {one} | {none} | {none} | {none} |" in lines
     assert f"| colours | 1 | {one} | {none} | {one} | {one} |" in lines
-    assert "| attack | refused | 0 : 1, p 1 | 1 : 0, p 1 | 0 : 0, p 1 |" in lines
+    assert "| unsafe: attack | refused | 0 : 1, p 1 | 1 : 0, p 1 | 0 : 0, p 1 |" in lines
     run, *written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert set(run) == {"run"}
     assert [(w["prompt"], w["flagged"], w["answers"]["steer"]) for w in written] == [

@@ -121,7 +121,7 @@ def test_command_streams_the_answer_and_reports_on_stderr(built, cpp_package):
     assert done.stderr.startswith("[STEER  p_unsafe 0.900 > 0.500 at layer 1, strength 0.1]\n")
     assert "tok/s, stop, on CPUExecutionProvider]" in done.stderr
     drafted = cli(built, cpp_package, "-p", "tick", "--max-tokens", "30").stderr
-    assert " drafts held) tokens, first after " in drafted
+    assert " drafts accepted) tokens, first after " in drafted
 
 
 def test_chat(built, cpp_package, tmp_path):
@@ -131,7 +131,7 @@ def test_chat(built, cpp_package, tmp_path):
     for typed, seen in (
         ("hello", "world"),
         ("bad", "(the turn is forgotten)"),
-        ("hello", " known) + 2 ("),
+        ("hello", " cached) + 2 ("),
         ("/image gone.png", "error: gone.png: "),
         (f"/image '{tmp_path / 'a red.png'}' ", ""),
         (f"/image {tmp_path}/a\\ red.png", ""),
@@ -155,7 +155,7 @@ def test_chat(built, cpp_package, tmp_path):
 def test_chat_about_a_picture_and_its_end(built, cpp_package, tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
     chat = Terminal(built / "autosteer-cli", cpp_package, "--threads", "1")
-    for typed, seen in ((f"/image {tmp_path / 'red.png'}", ""), ("look", "orangeyellowgreen"), ("look", " known) + ")):
+    for typed, seen in ((f"/image {tmp_path / 'red.png'}", ""), ("look", "orangeyellowgreen"), ("look", " cached) + ")):
         chat.expect("> ")
         chat.type(f"{typed}\n")
         chat.expect(seen)

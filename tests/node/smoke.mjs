@@ -11,7 +11,11 @@ import { createInterface } from "node:readline";
 import ort from "onnxruntime-node";
 
 const folder = process.argv[2];
-const manifest = JSON.parse(readFileSync(join(folder, "autosteer.json"), "utf8"));
+const sha256Of = (text) => createHash("sha256").update(text).digest("hex");
+const written = readFileSync(join(folder, "autosteer.json"), "utf8");
+const manifest = JSON.parse(written);
+const own = manifest.manifest_sha256;
+if (sha256Of(written.replace(own, "0".repeat(64))) !== own) throw new Error("autosteer.json: its own sha256 differs");
 if (manifest.format_version !== 5) throw new Error("another format_version");
 if (manifest.monitor || manifest.rotary.long || manifest.rotary.windowed?.length) throw new Error("not done here");
 

@@ -286,9 +286,9 @@ std::string stats_line(const std::string& finish_reason, const autosteer::Stats&
   const auto count = [](int64_t n) { return std::to_string(n); };
   std::string drafts;
   if (stats.drafted_tokens) {
-    drafts = " (" + count(stats.accepted_tokens) + " of " + count(stats.drafted_tokens) + " drafts held)";
+    drafts = " (" + count(stats.accepted_tokens) + " of " + count(stats.drafted_tokens) + " drafts accepted)";
   }
-  const std::string reused = stats.reused_tokens ? " (" + count(stats.reused_tokens) + " known)" : "";
+  const std::string reused = stats.reused_tokens ? " (" + count(stats.reused_tokens) + " cached)" : "";
   return "[" + count(stats.prompt_tokens) + reused + " + " + count(stats.completion_tokens) + drafts +
          format(" tokens, first after %.0f ms (vision %.0f, lower %.0f, gate %.1f, ", stats.ttft_ms, stats.vision_ms,
                 stats.lower_ms, stats.gate_ms) +
