@@ -12,6 +12,7 @@ import pytest
 import toy
 from conftest import load
 from exported import PREFILL, demo_checkpoint, demo_engine, demo_package
+from graph_calls import noted_calls
 
 from autosteer.export.cli import export
 from autosteer.export.graphs.quantize import PerChannel, recipe
@@ -20,7 +21,6 @@ from autosteer.export.validation.limits import ROUNDED_LIMITS
 from autosteer.export.validation.validate import behaviour_checks, validate_package
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, Stats
 from autosteer.runtime.manifest import Manifest
-from autosteer.runtime.subgraph import Subgraph
 
 QUESTION = "describe a red circle."
 SHORT = SamplingConfig(max_tokens=12)
@@ -29,15 +29,7 @@ SHORT = SamplingConfig(max_tokens=12)
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the decoder's graphs as they run, from here on."""
-    seen: list[str] = []
-    bind = Subgraph.bind
-
-    def noting(self, inputs, outputs):
-        call = bind(self, inputs, outputs)
-        return lambda: (seen.append(self.name) if self.name[:7] in ("decoder", "prefill") else None, call())
-
-    monkeypatch.setattr(Subgraph, "bind", noting)
-    return seen
+    return noted_calls(monkeypatch, ("decoder", "prefill"))
 
 
 @pytest.fixture

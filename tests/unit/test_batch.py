@@ -14,12 +14,13 @@ import toy
 from batched import Ask, ask, together
 from conftest import load
 from faults import with_fault
+from graph_calls import noted_calls
 from onnx import numpy_helper
 
 from autosteer.runtime import Conversation, Engine, Message, PackageError, SamplingConfig, batch
 from autosteer.runtime.batch import Batch, can_share
 from autosteer.runtime.manifest import Manifest, NativeSpec
-from autosteer.runtime.subgraph import Device, Subgraph
+from autosteer.runtime.subgraph import Device
 
 WORDS = [*toy.CONTENT.split()[:11], "w1", "w2", "w3"]  # none at which the prober fails
 
@@ -79,14 +80,7 @@ def test_the_random_requests_are_of_every_kind(engine):
 
 def test_a_pass_is_shared(engine, monkeypatch):
     """Four answers take as many passes as one, and the Refusal Head only runs where one is steered."""
-    seen: list[str] = []
-    bind = Subgraph.bind
-
-    def noting(self, inputs, outputs):
-        call = bind(self, inputs, outputs)
-        return lambda: (seen.append(self.name), call())
-
-    monkeypatch.setattr(Subgraph, "bind", noting)
+    seen = noted_calls(monkeypatch)
     together(engine, [ask("tick", 10) for _ in range(4)])
     assert (seen.count("decoder_lower"), seen.count("refusal_head")) == (4 + 9, 0)
     seen.clear()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import toy
 from conftest import load
+from graph_calls import noted_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,15 +59,7 @@ def of(tokens: int, **more: object) -> SamplingConfig:
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Names of the graphs that run, in order, from here on."""
-    seen: list[str] = []
-    bind = Subgraph.bind
-
-    def noting(self, inputs, outputs):
-        call = bind(self, inputs, outputs)
-        return lambda: (seen.append(self.name), call())
-
-    monkeypatch.setattr(Subgraph, "bind", noting)
-    return seen
+    return noted_calls(monkeypatch)
 
 
 @pytest.fixture

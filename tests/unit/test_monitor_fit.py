@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from random_gate import random_gate
 
 from autosteer.export.safety.monitor import WINDOW, Judged, choose_threshold, fit_on, windows
 from autosteer.export.safety.own_answers import OwnAnswer
 from autosteer.export.safety.pairs import Labelled, Prompt
-from autosteer.export.safety_folder import FORMAT_VERSION, MonitorFacts, SafetyArtifact, SafetyFacts
+from autosteer.export.safety_folder import MonitorFacts, SafetyArtifact
 from autosteer.runtime.errors import InputError, PackageError
 
 WIDTH = 8
@@ -79,14 +80,9 @@ def test_what_stops_too_much_or_catches_too_little_must_be_asked_for():
 
 @pytest.fixture
 def artifact() -> SafetyArtifact:
-    prober = {
-        "0.weight": torch.randn(64, WIDTH),
-        "0.bias": torch.zeros(64),
-        "2.weight": torch.randn(2, 64),
-        "2.bias": torch.zeros(2),
-    }
-    facts = SafetyFacts(FORMAT_VERSION, "m", 1, -1, 0.5, 0.1, "no", (), {}, {}, monitor=MonitorFacts(16, 0.7, {}))
-    return SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH), monitor={k: t + 1 for k, t in prober.items()})
+    gate = random_gate(WIDTH)
+    facts = replace(gate.facts, monitor=MonitorFacts(16, 0.7, {}))
+    return replace(gate, facts=facts, monitor={k: t + 1 for k, t in gate.prober.items()})
 
 
 def test_the_folder_keeps_the_monitor(artifact, tmp_path):

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from random_gate import random_gate
 from safetensors.torch import load_file, save_file
 
-from autosteer.export.safety_folder import FORMAT_VERSION, ProofPrompt, SafetyArtifact, SafetyFacts
+from autosteer.export.safety_folder import ProofPrompt, SafetyArtifact
 from autosteer.runtime.errors import PackageError
 from autosteer.runtime.manifest import sha256
 
@@ -20,15 +20,7 @@ WIDTH = 8
 
 @pytest.fixture
 def artifact() -> SafetyArtifact:
-    """A gate of random weights."""
-    prober = {
-        "0.weight": torch.randn(64, WIDTH),
-        "0.bias": torch.zeros(64),
-        "2.weight": torch.randn(2, 64),
-        "2.bias": torch.zeros(2),
-    }
-    facts = SafetyFacts(FORMAT_VERSION, "m", 1, -1, 0.5, 0.1, "no", (), {}, {})
-    return SafetyArtifact(facts, prober, torch.randn(WIDTH, WIDTH))
+    return random_gate(WIDTH)
 
 
 def load(folder: Path) -> SafetyArtifact:
