@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 from .arrays import Float
@@ -25,12 +25,17 @@ class Seen(NamedTuple):
     sha256: str
     video: bool
 
+    @property
+    def rows(self) -> int:
+        """How many positions it takes: its rows, and the separators around and between its tiles."""
+        return sum(map(len, self.runs))
+
 
 @dataclass(frozen=True)
 class ShownPicture:
     """What a picture or a video took of a prompt."""
 
-    tokens: int  # its rows, and the separators around and between its tiles
+    tokens: int  # as Seen.rows, of all groups of a video's frames
     tiles: int  # encoded for this prompt: 0 if the conversation knew its rows
     sha256: str  # of its pixels, or of the video's frames as they are encoded; see image.digest
     video: bool
@@ -45,6 +50,16 @@ class EncodedPrompt:
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
     positions: Positions  # (3, S), for rotary
     probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
-    shown: tuple[ShownPicture, ...] = ()  # pictures and videos, in the prompt's order
-    seen: tuple[Seen, ...] = ()  # the same, and the groups of videos' frames, with their rows
+    seen: tuple[Seen, ...] = ()  # pictures, videos, and the groups of videos' frames, in the prompt's order
     deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position
+
+    @property
+    def shown(self) -> tuple[ShownPicture, ...]:
+        """What each picture and each video took of the prompt, in its order."""
+        found: list[ShownPicture] = []
+        for one in self.seen:
+            if one.first:
+                found[-1] = replace(found[-1], tokens=found[-1].tokens + one.rows)
+            else:
+                found.append(ShownPicture(one.rows, one.tiles, one.sha256, one.video))
+        return tuple(found)

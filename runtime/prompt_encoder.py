@@ -30,7 +30,7 @@ from . import image as images_
 from . import video as videos_
 from .arrays import Float
 from .conversation import Conversation
-from .encoded_prompt import EncodedPrompt, Key, Seen, ShownPicture
+from .encoded_prompt import EncodedPrompt, Key, Seen
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
@@ -104,7 +104,7 @@ class PromptEncoder:
         Raises InputError if it does not fit the context.
         """
         runs, turns = render_judged(messages, self.manifest.prompt, self._tokenizer)
-        length = sum(len(run) for run in runs if isinstance(run, list)) + sum(_length(one.runs) for one in seen)
+        length = sum(len(run) for run in runs if isinstance(run, list)) + sum(one.rows for one in seen)
         check_length(self.manifest, length)
         of_kind = {kind: deque(one for one in seen if one.video is (kind is VIDEO)) for kind in (IMAGE, VIDEO)}
         in_order = [of_kind[run].popleft() for run in runs if not isinstance(run, list)]  # as the template has them
@@ -158,11 +158,8 @@ class PromptEncoder:
         embeds = np.concatenate([np.empty((0, width), np.float32), *rows])[None]
         stats.embed_ms = ms_since(before)
         stats.prompt_tokens = embeds.shape[1]
-        sizes = [_length(one.runs) for one in seen]
-        probed = probed_positions(self.manifest.prober, turns, text, sizes)
-        return EncodedPrompt(
-            *(embeds, token_ids, keys, counter.positions(), probed, _shown(seen), tuple(seen), deepstack)
-        )
+        probed = probed_positions(self.manifest.prober, turns, text, [one.rows for one in seen])
+        return EncodedPrompt(embeds, token_ids, keys, counter.positions(), probed, tuple(seen), deepstack)
 
     def prepare_ids(self, token_ids: Sequence[int], stats: Stats) -> EncodedPrompt:
         """A prompt of one user turn without pictures, given as the token ids of the whole rendered prompt."""
@@ -214,7 +211,7 @@ class PromptEncoder:
             further.extend(_places(key, encoded[key], opened, stats.image_tiles - before, run is VIDEO))
             seen.append(further.popleft())
             left -= 1
-            length = others + _length(encoded[key])
+            length = others + sum(map(len, encoded[key]))
             check_length(self.manifest, length, exact=not left)
         if conversation:
             conversation.images = encoded
@@ -441,25 +438,10 @@ def check_length(manifest: Manifest, length: int, *, exact: bool = True) -> None
         )
 
 
-def _length(runs: images_.Runs) -> int:
-    return sum(map(len, runs))
-
-
 def _places(key: bytes, runs: images_.Runs, opened: _Opened, tiles: int, video: bool) -> Iterator[Seen]:
     """What stands in each of the places in the prompt that a picture or a video fills."""
     each, first = len(runs) // opened.apart, 0
     for at in range(0, len(runs), each):
         own = runs[at : at + each]
         yield Seen(key, own, opened.grid, opened.times, first, 0 if first else tiles, opened.sha256, video)
-        first += _length(own)
-
-
-def _shown(seen: Sequence[Seen]) -> tuple[ShownPicture, ...]:
-    """What each picture and each video took of the prompt."""
-    found: list[ShownPicture] = []
-    for one in seen:
-        if one.first:
-            found[-1] = replace(found[-1], tokens=found[-1].tokens + _length(one.runs))
-        else:
-            found.append(ShownPicture(_length(one.runs), one.tiles, one.sha256, one.video))
-    return tuple(found)
+        first += sum(map(len, own))

@@ -160,7 +160,6 @@ class Record {
 
   const std::vector<Message>& messages;
   Stats& stats;
-  std::vector<Shown> shown;    ///< once the prompt is encoded
   std::vector<Seen> seen;      ///< once the prompt is encoded
   std::vector<double> scores;  ///< p_unsafe of each judged turn
   std::optional<Verdict> verdict;
@@ -174,12 +173,6 @@ class Record {
     audit_->require();
     begun_ = std::chrono::system_clock::now();
     clock_ = Clock();
-  }
-
-  /// Note what the prompt shows.
-  void encoded(const EncodedPrompt& prompt) {
-    shown = prompt.shown;
-    seen = prompt.seen;
   }
 
   /// Note a piece of the answer that is handed over next. Throws AuditError if it is the last, and unwritten.
@@ -268,8 +261,8 @@ class Record {
 
   /// Of the `n`th picture or video that was encoded.
   std::optional<std::string> digest_of(bool video, size_t n) const {
-    for (const Shown& one : shown) {
-      if (one.video == video && n-- == 0) return one.sha256;
+    for (const Seen& one : seen) {  // of a video whose frames stand apart, its first group
+      if (one.video == video && one.row == 0 && n-- == 0) return one.sha256;
     }
     return std::nullopt;
   }

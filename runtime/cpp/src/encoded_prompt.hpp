@@ -21,7 +21,8 @@ using Key = std::pair<std::string, int64_t>;
 
 /// A picture or a video of a prompt, or a group of the video's frames.
 struct Seen {
-  std::string sha256, key;  // its key: how it is encoded, too
+  std::string sha256;  // of its pixels, or of the video's frames as they are encoded; see `digest`
+  std::string key;     // its digest, and how it is encoded
   std::shared_ptr<const std::vector<Laid>> laid;
   size_t first, last;                          // its own of `laid`: the first, and one past the last
   std::optional<std::array<int64_t, 2>> grid;  // (rows, columns) in which its rows stand, if they do
@@ -38,12 +39,6 @@ struct Seen {
   }
 };
 
-/// A picture or a video of a prompt.
-struct Shown {
-  std::string sha256;  ///< of its pixels, or of the video's frames as they are encoded; see `digest`
-  bool video;
-};
-
 /// A dialogue as the decoder's input: S positions.
 struct EncodedPrompt {
   Rows inputs_embeds;              // (S, D)
@@ -53,9 +48,8 @@ struct EncodedPrompt {
   std::vector<Position> positions;  // S of them, for rotary
   /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
   std::vector<std::vector<int64_t>> probed;
-  std::vector<Shown> shown = {};  ///< pictures and videos, in the prompt's order
-  std::vector<Seen> seen = {};    ///< the same, and the groups of videos' frames, with their rows
-  PictureRows pictures = {};      ///< for models with deepstack
+  std::vector<Seen> seen = {};  ///< pictures, videos, and the groups of videos' frames, in the prompt's order
+  PictureRows pictures = {};    ///< for models with deepstack
 
   /// Rows (n, D) of a picture follow; or (n, (1 + L) * D), whose first parts do.
   void add_picture(const std::shared_ptr<const Rows>& rows) {

@@ -176,7 +176,7 @@ class Engine {
     try {
       Conversation own;
       EncodedPrompt prompt = encode(messages, stats, &own);
-      record.encoded(prompt);
+      record.seen = prompt.seen;
       Request asked = request(std::move(prompt), 1, stats);
       const Verdict verdict = judge.prompt(asked, record, policy, &own);
       record.gave("", "scored");
@@ -372,7 +372,7 @@ class Stream {
   Chunk begin_answer() {
     EncodedPrompt prompt = prepare_(messages_, stats_, conversation_);
     tokens_ = prompt.token_ids;
-    record_.encoded(prompt);
+    record_.seen = prompt.seen;
     request_.emplace(engine_.request(std::move(prompt), sampling_.max_tokens, stats_, conversation_));
     prompt_tokens_ = tokens_.size();
     const GatePolicy policy = sampling_.restricts() ? without_steering(policy_) : policy_;

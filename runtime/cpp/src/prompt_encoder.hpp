@@ -242,7 +242,6 @@ class PromptEncoder {
         for (int64_t n = 0; n < part.rows.count(); ++n) prompt.keys.emplace_back(next->key, row++);
         if (part.rows.count()) counter.picture(part.rows.count(), next->grid, next->times);
       }
-      if (!next->row) prompt.shown.push_back({next->sha256, run.slot == "video"});
       sizes.push_back(next++->rows());
     }
     prompt.positions = std::move(counter.positions);

@@ -329,7 +329,7 @@ Json judge(const Json& command) {
     encoded.clear();
     by_themselves = 0;
     autosteer::EncodedPrompt prompt = encoder.prepare(messages, stats, shared);
-    record.encoded(prompt);
+    record.seen = prompt.seen;
     autosteer::Request request = loaded->request(std::move(prompt), 1, stats);
     judge.prompt(request, record, policy, shared);
     judged.push_back({{"scores", record.scores}, {"encoded", encoded}, {"by_themselves", by_themselves}});
