@@ -176,7 +176,7 @@ class Request:
             log.error("a turn has no position for the prober, so the prompt counts as unsafe")
             return math.nan
         for turn in range(len(self._probed)):
-            self.scores[turn] = probe(self._graphs, self.probed_mean(turn))
+            self.scores[turn] = probe(self._graphs["prober"], self.probed_mean(turn))
         return worst(self.scores)
 
     def probed_mean(self, turn: int = -1) -> Float:
@@ -459,14 +459,16 @@ def steered_head(
     return run
 
 
-def probe(graphs: Mapping[str, Subgraph], mean: Float) -> float:
-    """p_unsafe of what the prober reads (1, D); NaN if it fails."""
+def probe(prober: Subgraph, mean: Float, failure: str = "the prober failed, so the prompt counts as unsafe") -> float:
+    """p_unsafe that the prober, or a monitor, gives a mean hidden state (1, D); NaN if it fails. `failure`: what is
+    logged then.
+    """
     try:
-        p_unsafe: float = graphs["prober"].run({"hidden_states": mean})["p_unsafe"].item()
+        p_unsafe: float = prober.run({"hidden_states": mean})["p_unsafe"].item()
     except CancelledError:
         raise
-    except Exception as err:  # whatever went wrong, the prompt was not shown to be safe
-        log.error("the prober failed, so the prompt counts as unsafe: %s", err)
+    except Exception as err:  # whatever went wrong, what it reads was not shown to be safe
+        log.error("%s: %s", failure, err)
         log.debug("where it failed", exc_info=True)
         return math.nan
     return p_unsafe

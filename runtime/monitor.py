@@ -13,21 +13,17 @@ read under off.
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Mapping
 
 import numpy as np
 
 from .arrays import Float
-from .errors import CancelledError
 from .gate import AnswerVerdict, GatePolicy, Mode, is_safe, worst
+from .generation import probe
 from .manifest import Manifest
 from .stats import Stats, ms_since
 from .subgraph import Subgraph
-
-log = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -64,16 +60,8 @@ class Monitor:
         return AnswerVerdict(self._worst, not is_safe(self._worst, self._threshold), self._threshold)
 
     def _score(self) -> None:
-        """Whatever goes wrong, the answer was not shown to be safe."""
         mean = self._states[: self._read].mean(axis=0, dtype=np.float64).astype(np.float32)
-        try:
-            p_unsafe = self._graph.run({"hidden_states": mean[None]})["p_unsafe"].item()
-        except CancelledError:
-            raise
-        except Exception as err:
-            log.error("the monitor failed, so the answer counts as unsafe: %s", err)
-            log.debug("where it failed", exc_info=True)
-            p_unsafe = math.nan
+        p_unsafe = probe(self._graph, mean[None], "the monitor failed, so the answer counts as unsafe")
         self._worst = p_unsafe if self._worst is None else worst([self._worst, p_unsafe])
 
 

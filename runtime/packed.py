@@ -156,4 +156,4 @@ def _probe(graphs: Mapping[str, Subgraph], prompt: EncodedPrompt, hidden: Float,
         log.error("a pass gave hidden states that are not finite, so what it read counts as unsafe")
         return math.nan
     read = hidden[np.array(prompt.probed[-1]) - shared]
-    return probe(graphs, (read.sum(axis=0, dtype=np.float64) / len(read)).astype(np.float32)[None])
+    return probe(graphs["prober"], (read.sum(axis=0, dtype=np.float64) / len(read)).astype(np.float32)[None])

@@ -71,18 +71,19 @@ inline std::vector<Call> steered_head(const Graphs& graphs, const Ort::Value& la
   return calls;
 }
 
-/// p_unsafe of what the prober reads (D,); NaN if it fails: whatever went wrong, the prompt was not shown to be safe.
-inline double probe(const Graphs& graphs, const Log& log, const std::vector<float>& mean) {
+/// p_unsafe that the prober, or a monitor, gives a mean hidden state (D,); NaN if it fails: whatever went wrong, what
+/// it reads was not shown to be safe. `failure`: what is logged then.
+inline double probe(const Subgraph& prober, const Log& log, const std::vector<float>& mean,
+                    const char* failure = "the prober failed; the prompt counts as unsafe") {
   std::string reason = "unknown";
   try {
-    const Subgraph& prober = graphs.at("prober");
     const auto outputs = prober.run(Tensor<float>::view(mean.data(), {1, static_cast<int64_t>(mean.size())}));
     return static_cast<double>(*floats(outputs.at("p_unsafe"), 1, prober));
   } catch (const std::exception& err) {
     reason = err.what();
   } catch (...) {
   }
-  if (log && !Cancellation::is_cancelled()) log("the prober failed; the prompt counts as unsafe (" + reason + ")");
+  if (log && !Cancellation::is_cancelled()) log(failure + (" (" + reason + ")"));
   return std::nan("");
 }
 
@@ -326,7 +327,7 @@ class Request {
     }
     double p_unsafe = 0.0;
     for (size_t turn = 0; turn < probed_.size(); ++turn) {
-      scores[turn] = probe(graphs_, log_, probed_means_.at(ends(probed_[turn])));
+      scores[turn] = probe(graphs_.at("prober"), log_, probed_means_.at(ends(probed_[turn])));
       p_unsafe = worse(p_unsafe, scores[turn]);
     }
     return p_unsafe;

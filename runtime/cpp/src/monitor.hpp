@@ -2,11 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "errors.hpp"
@@ -56,34 +54,12 @@ class Monitor {
   }
 
  private:
-  /// Whatever goes wrong, the answer was not shown to be safe.
   void score() {
-    double p_unsafe = std::nan("");
-    std::string reason = "unknown";
-    try {
-      const std::vector<float> mean = mean_state();
-      const auto outputs = graph_.run(Tensor<float>::view(mean.data(), {1, static_cast<int64_t>(width_)}));
-      p_unsafe = static_cast<double>(*floats(outputs.at("p_unsafe"), 1, graph_));
-      reason.clear();
-    } catch (const std::exception& err) {
-      reason = err.what();
-    } catch (...) {
-    }
-    if (!reason.empty() && log_ && !Cancellation::is_cancelled())
-      log_("the monitor failed; the answer counts as unsafe (" + reason + ")");
+    std::vector<const float*> rows;
+    for (size_t row = 0; row < std::min(read_, window); ++row) rows.push_back(states_.data() + row * width_);
+    const std::vector<float> mean = mean_of_rows(rows, static_cast<int64_t>(width_));
+    const double p_unsafe = probe(graph_, log_, mean, "the monitor failed; the answer counts as unsafe");
     worst_ = worst_ ? worse(*worst_, p_unsafe) : p_unsafe;
-  }
-
-  /// (D,), summed in double.
-  std::vector<float> mean_state() const {
-    const size_t rows = std::min(read_, window);
-    std::vector<float> mean(width_);
-    for (size_t i = 0; i < width_; ++i) {
-      double sum = 0;
-      for (size_t row = 0; row < rows; ++row) sum += static_cast<double>(states_[row * width_ + i]);
-      mean[i] = static_cast<float>(sum / static_cast<double>(rows));
-    }
-    return mean;
   }
 
   const Subgraph& graph_;

@@ -142,7 +142,7 @@ inline std::vector<double> read_packed(const Manifest& manifest, const Graphs& g
       const bool finite = std::all_of(own, end, [](float x) { return std::isfinite(x); });
       // a row that is not finite makes all rows of its pass so
       if (!finite && log) log("a pass gave hidden states that are not finite, so what it read counts as unsafe");
-      found.push_back(finite ? probe(graphs, log, mean_of_rows(read, width)) : std::nan(""));
+      found.push_back(finite ? probe(graphs.at("prober"), log, mean_of_rows(read, width)) : std::nan(""));
       own = end;
     }
   }
