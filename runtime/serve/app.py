@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import secrets
 import time
@@ -26,6 +25,7 @@ from ..batch import Batch, can_share
 from ..engine import Engine
 from ..gate import GatePolicy, Mode
 from ..grammar import GrammarError
+from ..manifest import MANIFEST_FILE, sha256
 from ..sampling import SamplingConfig
 from .access import Access, read_body, refusal
 from .answering import Ask, Piece, Score, answer, score
@@ -77,7 +77,7 @@ class Service:
         self.batch = Batch(engine.manifest, engine.graphs, engine.device, settings.limits.parallel)
         self.scheduler = Scheduler(settings.limits, self.metrics.waited, self.batch.run)
         self.conversations = Conversations(engine, settings.limits.conversations)
-        self.fingerprint = f"fp_{hashlib.sha256((package / 'autosteer.json').read_bytes()).hexdigest()[:12]}"
+        self.fingerprint = f"fp_{sha256(package / MANIFEST_FILE)[:12]}"
         self.started = int(time.time())
         self.metrics.gauge("autosteer_waiting", "Requests that wait for their turn", lambda: self.scheduler.waiting)
         self.metrics.gauge("autosteer_running", "Requests that compute", lambda: self.scheduler.running)
