@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .refusals import Judge
     from .run import Group, Result, RunFacts
     from .shards import Asking
-    from .statistics import PairedTest, Rate
+    from .statistics import PairedTest
 
 FORMATS = (
     "ours",
@@ -308,6 +308,7 @@ def answer(
 def print_tables(groups: Sequence[Group]) -> None:
     """Rates with their 95 % intervals, then the paired tests."""
     from .run import POLICIES
+    from .statistics import percent
 
     unsafe, benign = [g for g in groups if g.unsafe], [g for g in groups if not g.unsafe]
     graded = [g for g in groups if g.graded]
@@ -323,7 +324,7 @@ def print_tables(groups: Sequence[Group]) -> None:
     if benign:
         click.echo("Wrongly refused, % [95 % interval]\n")
         cells = [
-            (g.group, str(g.n), *(percent(inverse(g.not_refused[p])) for p in POLICIES), *caught(g)) for g in benign
+            (g.group, str(g.n), *(percent(g.not_refused[p].opposite()) for p in POLICIES), *caught(g)) for g in benign
         ]
         click.echo(table(("benign prompts", "n", *POLICIES, *seen), cells) + "\n")
     if graded:
@@ -339,20 +340,6 @@ def print_tables(groups: Sequence[Group]) -> None:
             named = f"{'unsafe' if group.unsafe else 'benign'}: {group.group}"
             rows.append((named, outcome, *(compared(t) for t in group.tests if t.outcome == outcome)))
     click.echo(table(header, rows))
-
-
-def percent(rate: Rate | None) -> str:
-    """12.5 [4.3, 31.1]"""
-    if rate is None:
-        return "-"
-    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
-def inverse(rate: Rate) -> Rate:
-    """The rate of the opposite."""
-    from .statistics import Rate
-
-    return Rate(1 - rate.value, 1 - rate.high, 1 - rate.low)
 
 
 def compared(test: PairedTest) -> str:

@@ -16,6 +16,15 @@ class Rate:
     low: float
     high: float
 
+    def opposite(self) -> Rate:
+        """The rate at which it does not happen."""
+        return Rate(1 - self.value, 1 - self.high, 1 - self.low)
+
+
+def percent(rate: Rate | None) -> str:
+    """12.5 [4.3, 31.1]; a dash where there is no rate."""
+    return "-" if rate is None else f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
 
 def rate(events: int, trials: int) -> Rate:
     """Wilson's score interval (1927). Unlike the normal interval it is valid for small counts and at rates 0 and 1.

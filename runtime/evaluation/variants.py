@@ -17,7 +17,7 @@ from autosteer.runtime.gate import Mode
 
 from .datasets import Row, cannot_be_asked
 from .rewording import FURTHER, REWORDINGS, UNCHANGED, Rewording, reworded
-from .statistics import Rate, rate
+from .statistics import Rate, percent, rate
 
 if TYPE_CHECKING:
     from autosteer.runtime.engine import Engine
@@ -100,7 +100,7 @@ def cells(found: Sequence[RewordingRates]) -> tuple[tuple[str, ...], list[tuple[
     header = ("reworded", "fit may use it", "unsafe", "caught, %", "benign", "wrongly refused, %")
     used = {None: "", True: "yes", False: "no"}
     return header, [
-        (r.rewording, used[r.fitted], str(r.unsafe), _percent(r.caught), str(r.benign), _percent(r.wrongly_refused))
+        (r.rewording, used[r.fitted], str(r.unsafe), percent(r.caught), str(r.benign), percent(r.wrongly_refused))
         for r in found
     ]
 
@@ -134,7 +134,3 @@ def in_short(found: Sequence[RewordingRates]) -> str:
         shares = " and ".join(f"{one.value:.1%} are {what}" for one, what in rates if one)
         parts.append(f"{further.rewording}, {shares}")
     return "; ".join(parts) + "."
-
-
-def _percent(share: Rate | None) -> str:
-    return "-" if share is None else f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
