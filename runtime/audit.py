@@ -213,13 +213,12 @@ class Record:
         scores = dict(zip(judged(self.messages), self.scores, strict=False))
         turns = []
         for number, message in enumerate(self.messages):
-            words = [part for part in message.parts if isinstance(part, str)]
             turn = {
                 "role": message.role if message.role in ROLES else None,
                 "trusted": message.trusted,
                 "p_unsafe": finite(scores.get(number)),
-                "text_sha256": [sha256_of(text) for text in words],
-                **({"text": words} if texts else {}),
+                "text_sha256": [sha256_of(text) for text in message.texts],
+                **({"text": message.texts} if texts else {}),
                 "image_sha256": [next(images, None) for _ in message.images],
                 "video_sha256": [next(videos, None) for _ in message.videos],
             }

@@ -22,7 +22,7 @@ from .errors import InputError
 from .gate import Action, GatePolicy, Mode, Verdict, decide, is_safe, without_steering, worst
 from .packed import can_share_a_pass, first_is_read_alone
 from .pieces import discounted
-from .readings import Prefix, Reading, all_readings, plain_turns, readings_of_answer, shown_in, with_letters_of
+from .readings import Prefix, Reading, all_readings, plain_turns, readings_of_answer, shown_by_turn, with_letters_of
 from .stats import Stats, ms_since
 from .text import Message, Part, VideoPart
 
@@ -160,7 +160,7 @@ class Judge:
         (PromptEncoder.single_frames); and these frames, with the turns that show them.
         """
         shown, single = by_picture(messages, seen), list[tuple[int, Part]]()
-        parts = [(n, part) for n, message in enumerate(messages) for part in shown_in(message)] if frames else []
+        parts = shown_by_turn(messages) if frames else []
         for (n, part), one in zip(parts, shown[: len(parts)], strict=True):
             if isinstance(part, VideoPart):
                 for frame, rows in self._encoder.single_frames(part, one):
@@ -277,8 +277,8 @@ def by_picture(messages: Sequence[Message], seen: Sequence[Seen]) -> list[list[S
         groups += [[]] if one.first == 0 else []
         groups[-1].append(one)
     pictures, videos = map(iter, of_kind.values())
-    parts = [part for message in messages for part in shown_in(message)] if seen else []  # none: given as token ids
-    return [next(videos if isinstance(part, VideoPart) else pictures) for part in parts]
+    shown = shown_by_turn(messages) if seen else []  # nothing is seen of token ids
+    return [next(videos if isinstance(part, VideoPart) else pictures) for _, part in shown]
 
 
 def reading_key(messages: Sequence[Message], seen: Sequence[Seen]) -> ReadingKey:

@@ -420,7 +420,7 @@ def probed_positions(
 
 def check_characters(manifest: Manifest, messages: Sequence[Message]) -> None:
     """Raise InputError for texts that cannot fit the context, before tokens are counted: of 4 MB that takes 1.5 GB."""
-    characters = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
+    characters = sum(len(text) for message in messages for text in message.texts)
     most = CHARACTERS_A_TOKEN * manifest.dims.context_length
     if characters > most:
         raise InputError(f"the prompt has {characters} characters; for this model's context at most {most} are read")

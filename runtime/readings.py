@@ -161,7 +161,7 @@ def with_each_picture(
     speaks of what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture
     after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
     """
-    shown, count = _shown(messages), 0
+    shown, count = shown_by_turn(messages), 0
     said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
     for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
@@ -187,11 +187,6 @@ def with_each_picture(
                 yield n, reading
 
 
-def _shown(messages: Sequence[Message]) -> list[tuple[int, Part]]:
-    """The pictures and videos of a dialogue, and the turns that show them."""
-    return [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
-
-
 def _words_and_pieces(*turns: Message | None) -> list[str]:
     texts = [text for turn in turns if turn and (text := text_of(turn))]
     return [*dict.fromkeys(words for text in texts for words in (text, *pieces_of(text)))]
@@ -213,7 +208,7 @@ def readings_of_answer(
     answers = [*dict.fromkeys((*wholes, *(piece for whole in wholes for piece in pieces_of(whole))))]
     plain = [in_plain_letters(message) for message in messages]
     contexts = [messages, with_letters_of(plain, messages)] if any(plain) else [messages]
-    shown = _shown(messages)
+    shown = shown_by_turn(messages)
     pictures = range(len(shown))
     for said in answers:
         is_part = said not in complete
@@ -267,7 +262,7 @@ def all_words(messages: Sequence[Message], n: int) -> list[str]:
 
 def joined_texts(turns: Sequence[Message]) -> list[str]:
     """The texts of some turns as one; nothing if only one has a word."""
-    texts = [text for turn in turns for text in texts_in(turn) if text.strip(SPACE)]
+    texts = [text for turn in turns for text in turn.texts if text.strip(SPACE)]
     return [between.join(texts) for between in ("\n", "")] if len(texts) > 1 else []
 
 
@@ -276,9 +271,9 @@ def shown_in(turn: Message) -> list[Part]:
     return [part for part in turn.parts if not isinstance(part, str)]
 
 
-def texts_in(turn: Message) -> list[str]:
-    """The texts of a turn."""
-    return [part for part in turn.parts if isinstance(part, str)]
+def shown_by_turn(messages: Sequence[Message]) -> list[tuple[int, Part]]:
+    """The pictures and videos of a dialogue, and the turns that show them."""
+    return [(n, part) for n, message in enumerate(messages) for part in shown_in(message)]
 
 
 def text_of(turn: Message) -> str:

@@ -60,6 +60,11 @@ class Message:
         return Message("assistant", (text,), trusted)
 
     @property
+    def texts(self) -> list[str]:
+        """The turn's texts, in order."""
+        return [part for part in self.parts if isinstance(part, str)]
+
+    @property
     def images(self) -> list[ImageLike]:
         """The turn's images, in order."""
         return [part.image for part in self.parts if isinstance(part, ImagePart)]

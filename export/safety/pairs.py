@@ -30,7 +30,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
 from autosteer.runtime.image import open_image
 from autosteer.runtime.obfuscation import deobfuscated
-from autosteer.runtime.readings import Reading, all_readings, plain_turns, texts_in, with_letters_of
+from autosteer.runtime.readings import Reading, all_readings, plain_turns, with_letters_of
 from autosteer.runtime.text import Message
 
 from . import builtin
@@ -120,7 +120,7 @@ class Prompt:
     def _of(self, messages: Sequence[Message]) -> Prompt:
         """A reading of this prompt."""
         system = self.system if messages[0].role == "system" else ""
-        *earlier, text = ("".join(texts_in(message)) for message in messages[bool(system) :])
+        *earlier, text = ("".join(message.texts) for message in messages[bool(system) :])
         images = tuple(Path(cast(Path, image)) for message in messages for image in message.images)
         return replace(self, text=text, earlier=tuple(earlier), images=images, system=system)
 
@@ -317,7 +317,7 @@ def _pair(row: dict[str, Any], where: str, file: Path, images: Path | None, text
 
 def _labelled(path: Path, images: Path | None, *, unsafe: bool, text_only: bool) -> Iterator[Labelled]:
     for row in read_rows([DataSource(path, unsafe)], images=images, text_only=text_only):
-        earlier = tuple("".join(texts_in(message)) for message in row.messages[:-1])
+        earlier = tuple("".join(message.texts) for message in row.messages[:-1])
         if not all(text.strip() for text in (*earlier, row.prompt)):
             raise InputError(f"{row.where}: there is no text in {'a turn' if earlier else 'the prompt'}")
         pictures = tuple(Path(cast(Path, image)).resolve() for image in row.messages[0].images)  # rows name files

@@ -63,7 +63,7 @@ def _goldens(prompt: ValidationPrompt, answers: PackageAnswers) -> list[tuple[Go
     """
     if len(prompt.messages) > 1:
         return []
-    text = "" if prompt.prompt_ids else next(part for part in prompt.messages[0].parts if isinstance(part, str))
+    text = "" if prompt.prompt_ids else prompt.messages[0].texts[0]
     verdict, plain, steered = answers.plain.verdict, answers.plain, answers.steered
 
     def golden(threshold: float | None, action: Action, answered: PackageAnswer) -> tuple[Golden, PackageAnswer]:

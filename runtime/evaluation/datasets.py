@@ -47,7 +47,7 @@ class Row:
     @property
     def prompt(self) -> str:
         """The texts of the last turn."""
-        return " ".join(part for part in self.messages[-1].parts if isinstance(part, str))
+        return " ".join(self.messages[-1].texts)
 
     @property
     def pictures(self) -> Pictures:
@@ -165,7 +165,7 @@ def contradictions(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     """The first unsafe row and the first benign one of each dialogue that is called both, with equal pictures."""
     by_words: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        texts = ("".join(part for part in message.parts if isinstance(part, str)) for message in row.messages)
+        texts = ("".join(message.texts) for message in row.messages)
         by_words.setdefault(tuple(map(same_prompt, texts)), []).append(row)
     found = []
     for same in by_words.values():

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from autosteer.runtime.readings import shown_in
 from autosteer.runtime.text import Message
 
 from .datasets import Row
@@ -55,9 +56,8 @@ def reworded(row: Row, rewording: Rewording) -> Row:
     *before, last = row.messages
     wording = rewording.of(row.prompt)
     texts = (*wording.earlier, wording.text)
-    pictures = tuple(part for part in last.parts if not isinstance(part, str))
     turns = [Message(("user", "assistant")[i % 2], (text,)) for i, text in enumerate(texts)]
-    turns[0] = Message("user", (*pictures, *turns[0].parts))
+    turns[0] = Message("user", (*shown_in(last), *turns[0].parts))
     system = [Message("system", (wording.system,))] if wording.system else []
     return replace(row, messages=(*system, *before, *turns))
 

@@ -143,7 +143,7 @@ def test_dialogues_show_a_long_text_two_turns_and_several_pictures(tmp_path: Pat
     engine = demo_engine("fp32")
     (tmp_path / "tokenizer.json").write_bytes((demo_package("fp32") / "tokenizer.json").read_bytes())
     cases = make_validation_prompts(tmp_path, engine.manifest, None)
-    lengths = [sum(len(part) for m in case.messages for part in m.parts if isinstance(part, str)) for case in cases]
+    lengths = [sum(len(text) for m in case.messages for text in m.texts) for case in cases]
     assert max(lengths) > 1000 or engine.manifest.dims.context_length < 1300
     kinds = {case.kind for case in cases}
     assert (True, True, False, False, None) in kinds and (False, False, False, True, None) in kinds

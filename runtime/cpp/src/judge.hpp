@@ -59,13 +59,11 @@ inline std::vector<std::vector<Seen>> by_picture(const std::vector<Message>& mes
     if (one.row == 0) of_kind.emplace_back();
     of_kind.back().push_back(one);
   }
+  if (seen.empty()) return found;  // nothing is seen of token ids
   size_t picture = 0, video = 0;
-  for (const Message& message : messages) {
-    for (const Part& part : shown_in(message)) {
-      if (seen.empty()) break;  // it was given as token ids
-      const bool is_video = std::holds_alternative<VideoPart>(part);
-      found.push_back(is_video ? videos.at(video++) : pictures.at(picture++));
-    }
+  for (const auto& [n, part] : shown_by_turn(messages)) {
+    const bool is_video = std::holds_alternative<VideoPart>(part);
+    found.push_back(is_video ? videos.at(video++) : pictures.at(picture++));
   }
   return found;
 }
@@ -283,16 +281,15 @@ class Judge {
 
   Views each_shown(const std::vector<Message>& messages, const std::vector<Seen>& seen, bool frames) const {
     Views views{by_picture(messages, seen), {}};
+    if (!frames || seen.empty()) return views;  // nothing is seen of token ids
     size_t number = 0;
-    for (size_t n = 0; frames && !seen.empty() && n < messages.size(); ++n) {  // nothing is seen of token ids
-      for (const Part& part : shown_in(messages[n])) {
-        const std::vector<Seen> whole = views.seen.at(number++);
-        const auto* video = std::get_if<VideoPart>(&part);
-        if (!video) continue;
-        for (auto& [frame, rows] : encoder_.single_frames(*video, whole)) {
-          views.frames.emplace_back(n, std::move(frame));
-          views.seen.push_back({std::move(rows)});
-        }
+    for (const auto& [n, part] : shown_by_turn(messages)) {
+      const std::vector<Seen> whole = views.seen.at(number++);
+      const auto* video = std::get_if<VideoPart>(&part);
+      if (!video) continue;
+      for (auto& [frame, rows] : encoder_.single_frames(*video, whole)) {
+        views.frames.emplace_back(n, std::move(frame));
+        views.seen.push_back({std::move(rows)});
       }
     }
     return views;

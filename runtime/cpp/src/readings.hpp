@@ -73,6 +73,18 @@ inline std::vector<Part> shown_in(const Message& turn) {
   return shown;
 }
 
+/// A picture or a video, or a frame of one, and the turn that shows it.
+using ShownBy = std::pair<size_t, Part>;
+
+/// The pictures and videos of a dialogue, and the turns that show them.
+inline std::vector<ShownBy> shown_by_turn(const std::vector<Message>& messages) {
+  std::vector<ShownBy> shown;
+  for (size_t n = 0; n < messages.size(); ++n) {
+    for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
+  }
+  return shown;
+}
+
 /// A turn's text, with a blank for each picture or video between its words.
 inline std::string text_of(const Message& turn) {
   std::string text;
@@ -224,19 +236,13 @@ inline std::vector<std::string> words_and_pieces(const Message& turn, const std:
   return found;
 }
 
-/// A picture or a video, or a frame of one, and the turn that shows it.
-using ShownBy = std::pair<size_t, Part>;
-
 /// The words of each judged turn, and their pieces, with each picture and each of `frames`. A user speaks of what was
 /// shown so far; words that somebody puts into other turns may be meant for any picture. One picture after the other:
 /// what begins alike is computed once. Throws InputError for more than kMostWithPictures.
 inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
                                                                  const std::vector<std::optional<Message>>& plain,
                                                                  const std::vector<ShownBy>& frames) {
-  std::vector<ShownBy> shown;
-  for (size_t n = 0; n < messages.size(); ++n) {
-    for (Part& part : shown_in(messages[n])) shown.emplace_back(n, std::move(part));
-  }
+  std::vector<ShownBy> shown = shown_by_turn(messages);
   std::vector<std::pair<size_t, Reading>> found;
   if (shown.empty()) return found;
   std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
@@ -317,11 +323,8 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
     }
   }
   std::vector<std::optional<Message>> plain;
-  std::vector<Part> shown;
-  for (const Message& message : messages) {
-    plain.push_back(in_plain_letters(message));
-    for (Part& part : shown_in(message)) shown.push_back(std::move(part));
-  }
+  for (const Message& message : messages) plain.push_back(in_plain_letters(message));
+  std::vector<ShownBy> shown = shown_by_turn(messages);
   const size_t pictures = shown.size();
   std::vector<std::vector<Message>> contexts = {messages};
   if (std::any_of(plain.begin(), plain.end(), [](const auto& letters) { return letters.has_value(); })) {
@@ -340,12 +343,13 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
   }
   const bool one_turn = messages.size() == 1 && pictures == 1;  // with one picture: read above
   const std::string asked = steered ? "" : text_of(contexts.back().back());
-  for (const ShownBy& frame : frames) shown.push_back(frame.second);
+  shown.insert(shown.end(), frames.begin(), frames.end());
   for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
+    const Part& picture = shown[i].second;
     for (const std::string& one : said) {
-      if (!read(Reading{{user_turn({shown[i]}, one)}, {i, i + 1}, false, false, true, Prefix::picture})) return;
+      if (!read(Reading{{user_turn({picture}, one)}, {i, i + 1}, false, false, true, Prefix::picture})) return;
       if (asked.empty()) continue;
-      std::vector<Message> turns = {user_turn({shown[i]}, asked), Message::user(one)};
+      std::vector<Message> turns = {user_turn({picture}, asked), Message::user(one)};
       if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, Prefix::picture})) return;
     }
   }
