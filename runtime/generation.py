@@ -108,7 +108,10 @@ class Request:
         self._pending: dict[int, OrtValue] = {}  # hidden states that decoder_upper has not run over, by first position
         if cached and reused:
             self._pending = _first_positions(cached.pending, reused, device)
-            self._caches = self._copied(cached.caches, reused) if cached.lent else cached.caches
+            self._caches = cached.caches
+            if cached.lent:  # the next reading may be a little longer
+                room = min(self._capacity + PREFILL_CHUNK, manifest.dims.context_length)
+                self._caches = {"decoder_lower": cached.caches["decoder_lower"].copied(room, reused)}
             for cache in self._caches.values():
                 cache.reserve(self._capacity, reused, manifest.dims.context_length)
         else:
@@ -304,20 +307,11 @@ class Request:
 
     def empty_caches(self) -> dict[str, Arrays]:
         """Empty caches for all of this request, by decoder half."""
-        return {half: self._empty_cache(half, self._capacity) for half in ("decoder_lower", "decoder_upper")}
-
-    def _empty_cache(self, half: str, capacity: int) -> Arrays:
         manifest = self._manifest
-        return empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, capacity)
-
-    def _copied(self, caches: Mapping[str, KVCache], length: int) -> dict[str, KVCache]:
-        """decoder_lower's cache with the first `length` positions of another request's. The next reading may be a
-        little longer.
-        """
-        room = min(self._capacity + PREFILL_CHUNK, self._manifest.dims.context_length)
-        arrays = self._empty_cache("decoder_lower", room)
-        caches["decoder_lower"].copy(arrays, length)
-        return {"decoder_lower": KVCache(arrays, self._device)}
+        return {
+            half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
+            for half in ("decoder_lower", "decoder_upper")
+        }
 
     def move(self, to: Mapping[str, Arrays]) -> None:
         """Copy the caches to arrays by decoder half, and use those from now on. On the CPU only."""

@@ -6,7 +6,7 @@ an answer grows, and pages that have not been written take no memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,21 +45,29 @@ class KVCache:
 
         A cache that is too small doubles, up to `limit`, so a dialogue copies each position about once.
         """
-        rows, heads, held, width = next(iter(self.past.values())).shape()
+        held = next(iter(self.past.values())).shape()[2]
         if capacity <= held:
             return
-        shape = (rows, heads, max(capacity, min(2 * held, limit)), width)
         self.bytes = 0
-        for name, value in self.past.items():  # one buffer at a time: each old one is freed before the next is made
-            old = value.numpy()
-            new = np.zeros(shape, old.dtype)
-            new[:, :, :length] = old[:, :, :length]
-            self._set(name.removeprefix("past_key_values."), new)
+        for name, array in self._resized(max(capacity, min(2 * held, limit)), length):
+            self._set(name, array)
 
     def copy(self, arrays: Mapping[str, npt.NDArray[Any]], length: int) -> None:
         """Write the first `length` positions into `arrays`."""
         for name, array in arrays.items():
             array[:, :, :length] = self.past[f"past_key_values.{name}"].numpy()[:, :, :length]
+
+    def copied(self, capacity: int, length: int) -> KVCache:
+        """A cache of its own with the first `length` positions of this one, and room for `capacity` tokens."""
+        return KVCache(dict(self._resized(capacity, length)), self._device)
+
+    def _resized(self, capacity: int, length: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """One array at a time: in `reserve` each old one is freed before the next is made."""
+        for name, value in self.past.items():
+            old = value.numpy()
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, :length] = old[:, :, :length]
+            yield name.removeprefix("past_key_values."), new
 
     def _set(self, name: str, array: npt.NDArray[Any]) -> None:
         value = buffer(array, self._device)

@@ -22,7 +22,7 @@ import numpy as np
 from .arrays import Float
 from .encoded_prompt import EncodedPrompt, Key
 from .generation import PREFILL_CHUNK, CachedPrefix, common_length, probe
-from .kv_cache import KVCache, empty_arrays
+from .kv_cache import KVCache
 from .manifest import ATTENTION_BIAS, Manifest
 from .rotary import RotaryTables
 from .stats import Stats, ms_since
@@ -79,9 +79,7 @@ def read_packed(
     shared = min(_shared(begun.keys, prompt) for prompt in prompts)
     if begun.lent:
         room = min(shared + 2 * PREFILL_CHUNK, manifest.dims.context_length)
-        arrays = empty_arrays(manifest.graphs["decoder_lower"], manifest.dims, manifest.kv_cache, room)
-        begun.caches["decoder_lower"].copy(arrays, shared)
-        caches = {"decoder_lower": KVCache(arrays, device)}
+        caches = {"decoder_lower": begun.caches["decoder_lower"].copied(room, shared)}
         begun = CachedPrefix(begun.keys, begun.probed_means, caches, {}, begun.long)
     found: list[float] = []
     for pack in _packs(prompts, shared):
