@@ -207,7 +207,7 @@ class Record {
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},
                           {"strength", verdict ? OrderedJson(verdict->strength) : OrderedJson()},
-                          {"answer_verdict", answer_verdict()},
+                          {"answer_verdict", answer_verdict_json(verdict ? verdict->answer : std::nullopt)},
                           {"turns", turns()},
                           {"answer_sha256", sha256_of(answer_)}};
     if (audit_->texts) record["answer"] = answer_;
@@ -219,12 +219,6 @@ class Record {
     record["first_token_ms"] = stats.ttft_ms > 0 ? OrderedJson(ms(stats.ttft_ms)) : OrderedJson();
     record["total_ms"] = ms(clock_.ms());
     return record;
-  }
-
-  OrderedJson answer_verdict() const {
-    if (!verdict || !verdict->answer) return nullptr;
-    const AnswerVerdict& seen = *verdict->answer;
-    return {{"p_unsafe", seen.p_unsafe}, {"unsafe", seen.unsafe}, {"threshold", seen.threshold}};
   }
 
   /// Each message. Pictures have no digest before the prompt is encoded.
@@ -265,12 +259,6 @@ class Record {
       if (one.video == video && one.row == 0 && n-- == 0) return one.sha256;
     }
     return std::nullopt;
-  }
-
-  static std::string sha256_of(const std::string& text) {
-    Sha256 hash;
-    hash.add(text.data(), text.size());
-    return hash.hex();
   }
 
   /// 2026-11-26T12:34:56.789Z

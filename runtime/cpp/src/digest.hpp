@@ -1,4 +1,4 @@
-// SHA-256, of files and of pictures.
+// SHA-256, of texts, files and pictures.
 #pragma once
 
 #include <openssl/evp.h>
@@ -44,6 +44,13 @@ class Sha256 {
  private:
   std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
 };
+
+/// The hash of a text's bytes.
+inline std::string sha256_of(const std::string& text) {
+  Sha256 hash;
+  hash.add(text.data(), text.size());
+  return hash.hex();
+}
 
 /// The hash of a file, read in 1 MiB blocks.
 inline std::string sha256(const std::filesystem::path& path) {

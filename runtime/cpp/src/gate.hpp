@@ -16,6 +16,7 @@
 #include <string>
 
 #include "errors.hpp"
+#include "strict_json.hpp"
 
 namespace autosteer {
 
@@ -105,6 +106,20 @@ struct Verdict {
   int split_layer = 0;
   std::optional<AnswerVerdict> answer = {};  ///< on the last chunk of an answer that was watched or judged
 };
+
+/// A verdict on an answer, as in `verdict_json`.
+inline OrderedJson answer_verdict_json(const std::optional<AnswerVerdict>& seen) {
+  if (!seen) return nullptr;
+  return {{"p_unsafe", seen->p_unsafe}, {"unsafe", seen->unsafe}, {"threshold", seen->threshold}};
+}
+
+/// A verdict as autosteer-cli's --json and the C functions give it. Numbers that are not finite are written as null.
+inline OrderedJson verdict_json(const Verdict& verdict) {
+  return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
+          {"action", name(verdict.action)},        {"policy", name(verdict.mode)},
+          {"threshold", verdict.threshold},        {"strength", verdict.strength},
+          {"layer", verdict.split_layer},          {"answer", answer_verdict_json(verdict.answer)}};
+}
 
 /// The rule above. NaN compares false with everything, so it is unsafe without a special case.
 inline bool is_safe(double p_unsafe, double threshold) {

@@ -14,18 +14,6 @@
 
 namespace autosteer {
 
-inline OrderedJson answer_verdict_json(const std::optional<AnswerVerdict>& seen) {
-  if (!seen) return nullptr;
-  return {{"p_unsafe", seen->p_unsafe}, {"unsafe", seen->unsafe}, {"threshold", seen->threshold}};
-}
-
-inline OrderedJson verdict_json(const Verdict& verdict) {
-  return {{"p_unsafe", or_null(verdict.p_unsafe)}, {"unsafe", verdict.unsafe},
-          {"action", name(verdict.action)},        {"policy", name(verdict.mode)},
-          {"threshold", verdict.threshold},        {"strength", verdict.strength},
-          {"layer", verdict.split_layer},          {"answer", answer_verdict_json(verdict.answer)}};
-}
-
 inline OrderedJson timings_json(const Stats& stats) {
   return {{"prompt_tokens", stats.prompt_tokens},
           {"reused_tokens", stats.reused_tokens},

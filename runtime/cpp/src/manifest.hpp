@@ -34,9 +34,7 @@ inline bool is_signed(std::string text, const std::string& digest) {
   for (size_t at = text.find(digest); at != std::string::npos; at = text.find(digest, at)) {
     text.replace(at, digest.size(), unsigned_digest);
   }
-  Sha256 hash;
-  hash.add(text.data(), text.size());
-  return hash.hex() == digest;
+  return sha256_of(text) == digest;
 }
 
 inline Manifest Manifest::load(const fs::path& folder) {
