@@ -41,6 +41,14 @@ class ShownPicture:
     video: bool
 
 
+Probed: TypeAlias = "list[list[int]]"  # by judged turn: positions whose mean the prober reads, ascending; []: too short
+
+
+def is_probed(turns: Probed) -> bool:
+    """Whether the prober can read every judged turn."""
+    return bool(turns) and all(turns)
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A dialogue as the decoder's input: S positions."""
@@ -49,7 +57,7 @@ class EncodedPrompt:
     token_ids: list[int]  # of the text only; the repetition penalty reads them
     keys: list[Key]  # S of them. Two prompts that share a prefix of keys share those positions' keys and values
     positions: Positions  # (3, S), for rotary
-    probed: list[list[int]]  # by judged turn: ascending positions whose mean the prober reads; [] if too short
+    probed: Probed
     seen: tuple[Seen, ...] = ()  # pictures, videos, and the groups of videos' frames, in the prompt's order
     deepstack: Mapping[int, Float] = field(default_factory=dict)  # (n, L * D) of each picture, by first position
 

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from .arrays import Float
 from .deepstack import Deepstack
 from .drafting import MAX_DRAFT
-from .encoded_prompt import EncodedPrompt, Key
+from .encoded_prompt import EncodedPrompt, Key, is_probed
 from .errors import CancelledError
 from .gate import GatePolicy, Mode, Verdict, decide, worst
 from .kv_cache import Arrays, KVCache, empty_arrays
@@ -98,7 +98,7 @@ class Request:
         reused = 0
         rotary = manifest.rotary.of(self._prompt_length)
         self._long = manifest.rotary.is_long(self._prompt_length)
-        if cached and cached.long == self._long and self._probed and all(self._probed):
+        if cached and cached.long == self._long and is_probed(self._probed):
             reused = common_length(cached.keys, self._keys[: self._probed[-1][0]])
             self._probed_means = {read: mean for read, mean in cached.probed_means.items() if read[-1] < reused}
             missing = (read[0] for read in self._probed if (read[0], read[-1]) not in self._probed_means)

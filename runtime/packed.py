@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 
 from .arrays import Float
-from .encoded_prompt import EncodedPrompt, Key
+from .encoded_prompt import EncodedPrompt, Key, is_probed
 from .generation import PREFILL_CHUNK, CachedPrefix, common_length, probe
 from .kv_cache import KVCache
 from .manifest import ATTENTION_BIAS, Manifest
@@ -36,7 +36,7 @@ HIDDEN = np.finfo(np.float32).min  # added to a score, it leaves a weight of 0
 
 def can_share_a_pass(prompts: Mapping[int, EncodedPrompt], begun: CachedPrefix) -> dict[int, EncodedPrompt]:
     """Those prompts for which a pass has room behind what all of them share with what has `begun`."""
-    probed = {i: prompt for i, prompt in prompts.items() if is_probed(prompt)}
+    probed = {i: prompt for i, prompt in prompts.items() if is_probed(prompt.probed)}
     fitting = {i: one for i, one in probed.items() if len(one.keys) - _shared(begun.keys, one) <= PREFILL_CHUNK}
     shared = min((_shared(begun.keys, prompt) for prompt in fitting.values()), default=0)
     return {i: prompt for i, prompt in fitting.items() if len(prompt.keys) - shared <= PREFILL_CHUNK}
@@ -47,15 +47,10 @@ def first_is_read_alone(prompts: Sequence[EncodedPrompt], begun: CachedPrefix | 
     much more in common with it (a picture, say) than with what has `begun` that it saves more than a pass costs.
     """
     first, *others = prompts
-    if begun is None or not all(map(is_probed, prompts)):
+    if begun is None or not all(is_probed(prompt.probed) for prompt in prompts):
         return True
     known = min(_shared(begun.keys, prompt) for prompt in prompts)
     return (min(_shared(first.keys, other) for other in others) - known) * len(others) > ROWS_OF_A_PASS
-
-
-def is_probed(prompt: EncodedPrompt) -> bool:
-    """Whether the prober can read every judged turn of a prompt."""
-    return bool(prompt.probed) and all(prompt.probed)
 
 
 def _shared(keys: Sequence[Key], prompt: EncodedPrompt) -> int:

@@ -30,7 +30,7 @@ from . import image as images_
 from . import video as videos_
 from .arrays import Float
 from .conversation import Conversation
-from .encoded_prompt import EncodedPrompt, Key, Seen
+from .encoded_prompt import EncodedPrompt, Key, Probed, Seen
 from .errors import InputError, PackageError
 from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
@@ -393,7 +393,7 @@ class PromptEncoder:
 
 def probed_positions(
     prober: ProberSpec | None, turns: Sequence[JudgedTurn], text: Sequence[int], sizes: Sequence[int]
-) -> list[list[int]]:
+) -> Probed:
     """For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
     a turn is too short, or where the text that follows changed the tokens that the prober would have read.
     Without a prober, the last position: a conversation continues from it.
@@ -404,7 +404,7 @@ def probed_positions(
     """
     before = [0, *itertools.accumulate(sizes)]  # rows of the first n pictures and videos
     length = turns[-1].end.tokens + before[turns[-1].end.slots]
-    probed: list[list[int]] = []
+    probed: Probed = []
     for turn in turns if prober else turns[-1:]:
         offset = prober.token_offset if prober else -1
         last = turn.end.tokens + before[turn.end.slots] + offset

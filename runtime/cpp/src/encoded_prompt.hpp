@@ -2,6 +2,7 @@
 // runtime/encoded_prompt.py.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -39,6 +40,15 @@ struct Seen {
   }
 };
 
+/// By judged turn: the positions whose mean the prober reads, ascending; empty if the prompt is too short.
+using Probed = std::vector<std::vector<int64_t>>;
+
+/// Whether the prober can read every judged turn.
+inline bool is_probed(const Probed& turns) {
+  const auto is_empty = [](const auto& positions) { return positions.empty(); };
+  return !turns.empty() && std::none_of(turns.begin(), turns.end(), is_empty);
+}
+
 /// A dialogue as the decoder's input: S positions.
 struct EncodedPrompt {
   Rows inputs_embeds;              // (S, D)
@@ -46,8 +56,7 @@ struct EncodedPrompt {
   /// S of them. Two prompts that share a prefix of keys share those positions' keys and values.
   std::vector<Key> keys;
   std::vector<Position> positions;  // S of them, for rotary
-  /// For each judged turn the positions whose mean the prober reads, ascending; empty if the prompt is too short.
-  std::vector<std::vector<int64_t>> probed;
+  Probed probed;
   std::vector<Seen> seen = {};  ///< pictures, videos, and the groups of videos' frames, in the prompt's order
   PictureRows pictures = {};    ///< for models with deepstack
 

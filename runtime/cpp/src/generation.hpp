@@ -288,9 +288,7 @@ class Request {
 
   /// How many positions of `cached` this prompt can reuse. Moves their probed means and pending hidden states here.
   int64_t reuse_prefix(CachedPrefix& cached) {
-    const auto is_empty = [](const auto& positions) { return positions.empty(); };
-    if (cached.is_long != manifest_.rotary.is_long(prompt_length_)) return 0;
-    if (probed_.empty() || std::any_of(probed_.begin(), probed_.end(), is_empty)) return 0;
+    if (cached.is_long != manifest_.rotary.is_long(prompt_length_) || !is_probed(probed_)) return 0;
     const int64_t most = std::min(probed_.back().front(), static_cast<int64_t>(cached.keys.size()));
     int64_t reused = std::mismatch(keys_.begin(), keys_.begin() + most, cached.keys.begin()).first - keys_.begin();
     for (auto& [read, mean] : cached.probed_means) {
@@ -316,9 +314,7 @@ class Request {
 
   /// The worst p_unsafe of all judged turns; NaN if there is none.
   double probe_turns() {
-    const auto is_empty = [](const auto& positions) { return positions.empty(); };
-    const bool probed = !probed_.empty() && std::none_of(probed_.begin(), probed_.end(), is_empty);
-    if (!finite_ || !probed) {
+    if (!finite_ || !is_probed(probed_)) {
       const std::string what = finite_ ? "a turn has no position for the prober"
                                        : manifest_.prefill_graph("decoder_lower") +
                                              " gave hidden states that are not finite";
@@ -411,7 +407,7 @@ class Request {
   ProbedMeans probed_means_;
   Rows embeds_;
   std::vector<Key> keys_;
-  std::vector<std::vector<int64_t>> probed_;
+  Probed probed_;
   int64_t prompt_length_, capacity_;  // positions: of the prompt; that the caches have room for
   int64_t reused_, length_;           // positions: taken from the cached prefix; valid in the caches
   KVCache lower_, upper_;

@@ -32,12 +32,6 @@ inline int64_t shared_with(const std::vector<Key>& keys, const EncodedPrompt& pr
   return std::mismatch(keys.begin(), keys.begin() + most, prompt.keys.begin()).first - keys.begin();
 }
 
-/// Whether the prober can read every judged turn of a prompt.
-inline bool is_probed(const EncodedPrompt& prompt) {
-  const auto is_empty = [](const auto& positions) { return positions.empty(); };
-  return !prompt.probed.empty() && std::none_of(prompt.probed.begin(), prompt.probed.end(), is_empty);
-}
-
 /// The numbers of those prompts, from `first` on, for which a pass has room behind what all of them share with what has
 /// `begun`.
 inline std::vector<size_t> can_share_a_pass(const std::vector<EncodedPrompt>& prompts, size_t first,
@@ -46,7 +40,7 @@ inline std::vector<size_t> can_share_a_pass(const std::vector<EncodedPrompt>& pr
   std::vector<size_t> fitting, found;
   int64_t shared = std::numeric_limits<int64_t>::max();
   for (size_t i = first; i < prompts.size(); ++i) {
-    if (!is_probed(prompts[i])) continue;
+    if (!is_probed(prompts[i].probed)) continue;
     const int64_t own = shared_with(begun.keys, prompts[i]);
     if (rows(i, own) > kPrefillChunk) continue;
     fitting.push_back(i);
@@ -61,7 +55,8 @@ inline std::vector<size_t> can_share_a_pass(const std::vector<EncodedPrompt>& pr
 /// Whether the first of several prompts has a pass of its own, and the others start from its caches: if they have so
 /// much more in common with it (a picture, say) than with what has `begun` that it saves more than a pass costs.
 inline bool first_is_read_alone(const std::vector<EncodedPrompt>& prompts, const CachedPrefix& begun) {
-  if (!std::all_of(prompts.begin(), prompts.end(), is_probed)) return true;
+  const auto is_readable = [](const EncodedPrompt& prompt) { return is_probed(prompt.probed); };
+  if (!std::all_of(prompts.begin(), prompts.end(), is_readable)) return true;
   int64_t known = shared_with(begun.keys, prompts[0]), alike = std::numeric_limits<int64_t>::max();
   for (size_t i = 1; i < prompts.size(); ++i) {
     known = std::min(known, shared_with(begun.keys, prompts[i]));

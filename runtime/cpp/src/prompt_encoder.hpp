@@ -74,15 +74,13 @@ inline void check_length(const Manifest& manifest, int64_t length, bool exact = 
 /// prober, the last position: a conversation continues from it. `text`: the positions of token ids, but those between
 /// groups of a video's frames. `sizes`: the rows of each picture, video and group, separators included. A mean leaves
 /// out pictures and videos: their many rows, and times, would outweigh the text.
-inline std::vector<std::vector<int64_t>> probed_positions(const std::optional<ProberSpec>& prober,
-                                                          const std::vector<JudgedTurn>& turns,
-                                                          const std::vector<int64_t>& text,
-                                                          const std::vector<int64_t>& sizes) {
+inline Probed probed_positions(const std::optional<ProberSpec>& prober, const std::vector<JudgedTurn>& turns,
+                               const std::vector<int64_t>& text, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> before = {0};  // rows of the first n pictures and videos
   for (const int64_t size : sizes) before.push_back(before.back() + size);
   const auto row = [&](const Place& place) { return place.tokens + before.at(place.slots); };
   const int64_t offset = prober ? prober->token_offset : -1, length = row(turns.back().end);
-  std::vector<std::vector<int64_t>> probed;
+  Probed probed;
   for (auto turn = prober ? turns.begin() : turns.end() - 1; turn != turns.end(); ++turn) {
     const int64_t last = row(turn->end) + offset;
     probed.emplace_back();
