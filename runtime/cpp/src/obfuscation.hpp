@@ -2,8 +2,6 @@
 // step is for.
 #pragma once
 
-#include <utf8proc.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -99,12 +97,6 @@ std::string replaced(std::string_view text, const Regex& pattern, const Change& 
 
 using Table = std::unordered_map<std::string, char>;  // what a character, in UTF-8, stands for
 
-inline std::string utf8(char32_t c) {
-  std::array<utf8proc_uint8_t, 4> bytes{};
-  const auto length = utf8proc_encode_char(static_cast<utf8proc_int32_t>(c), bytes.data());
-  return {reinterpret_cast<const char*>(bytes.data()), static_cast<size_t>(length)};
-}
-
 inline Table table_of(std::string_view characters, std::string_view letters) {
   Table table;
   for (const char letter : letters) {
@@ -118,7 +110,7 @@ inline Table table_of(std::string_view characters, std::string_view letters) {
 inline Table in_ascii() {
   Table table = table_of(kShapes, kOfShapes);
   const auto add = [&table](char32_t first, char letter, char32_t count) {
-    for (char32_t n = 0; n < count; ++n) table.emplace(utf8(first + n), static_cast<char>(letter + n));
+    for (char32_t n = 0; n < count; ++n) table.emplace(unicode::encoded(first + n), static_cast<char>(letter + n));
   };
   for (const Alphabet& alphabet : kAlphabets) add(alphabet.first, alphabet.letter, 26);
   for (char32_t first = kMathematical; first < kMathematicalEnd; first += 52) {

@@ -324,14 +324,7 @@ class Tokenizer {
     bytes[static_cast<size_t>(id)] = std::move(of_token);
   }
 
-  // --- bytes as printable characters: GPT-2's alphabet
-  // ----------------------------------------------------------------
-
-  static std::string utf8(uint32_t codepoint) {
-    std::array<utf8proc_uint8_t, 4> out{};
-    const auto length = utf8proc_encode_char(static_cast<utf8proc_int32_t>(codepoint), out.data());
-    return {reinterpret_cast<const char*>(out.data()), static_cast<size_t>(length)};
-  }
+  // --- bytes as printable characters: GPT-2's alphabet --------------------------------------------------------------
 
   /// The character for each byte in the vocabulary: itself if it is printable, else the next one from 256 up.
   static const std::array<std::string, 256>& byte_alphabet() {
@@ -340,15 +333,14 @@ class Tokenizer {
       uint32_t next = 256;
       for (uint32_t byte = 0; byte < 256; ++byte) {
         const bool printable = (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
-        characters[byte] = utf8(printable ? byte : next++);
+        characters[byte] = unicode::encoded(printable ? byte : next++);
       }
       return characters;
     }();
     return alphabet;
   }
 
-  // --- SentencePiece's tokens
-  // ----------------------------------------------------------------------------------------------------
+  // --- SentencePiece's tokens ---------------------------------------------------------------------------------------
 
   static inline const std::string kSpace = "\xE2\x96\x81";  // U+2581
 
@@ -400,8 +392,7 @@ class Tokenizer {
     return out;
   }
 
-  // --- text to ids
-  // ----------------------------------------------------------------------------------------------------
+  // --- text to ids --------------------------------------------------------------------------------------------------
 
   /// Cut the added tokens out of `text`, the leftmost and longest first. Appends their ids to `ids` and calls `rest`
   /// with the text between them. Special tokens stay in the text, but no other token is matched inside them.

@@ -24,6 +24,13 @@ inline size_t character(std::string_view text, size_t at) {
   return length > 0 ? static_cast<size_t>(length) : 0;
 }
 
+/// A character in UTF-8.
+inline std::string encoded(char32_t c) {
+  std::array<utf8proc_uint8_t, 4> bytes{};
+  const auto length = utf8proc_encode_char(static_cast<utf8proc_int32_t>(c), bytes.data());
+  return {reinterpret_cast<const char*>(bytes.data()), static_cast<size_t>(length)};
+}
+
 inline bool is_valid(std::string_view text) {
   for (size_t at = 0; at < text.size();) {
     const size_t length = character(text, at);
@@ -61,9 +68,7 @@ inline std::string lower_case(std::string_view text) {
     utf8proc_int32_t codepoint = 0;
     at += static_cast<size_t>(utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + at,
                                                static_cast<utf8proc_ssize_t>(text.size() - at), &codepoint));
-    std::array<utf8proc_uint8_t, 4> lower{};
-    const auto length = utf8proc_encode_char(utf8proc_tolower(codepoint), lower.data());
-    out.append(reinterpret_cast<const char*>(lower.data()), static_cast<size_t>(length));
+    out += encoded(static_cast<char32_t>(utf8proc_tolower(codepoint)));
     if (codepoint == 0x130) out += "\xCC\x87";  // the one letter that becomes two: i and a dot above
   }
   return out;
