@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -34,12 +33,9 @@ constexpr size_t kCompared = 12;  // letters and digits
 /// Whether an answer begins with the first two words of the refusal text, whatever the case and the signs between
 /// letters. At most kCompared characters are compared; a shorter answer must agree as far as it goes.
 inline bool begins_like(const std::string& answer, const std::string& refusal_text) {
-  const auto letters = [](const std::string& text, size_t most_words) {
+  const auto letters = [](const std::string& text) {
     std::string found;
-    size_t words = 0;
-    for (size_t i = 0; i < text.size(); ++i) {
-      const char c = text[i];
-      if (!is_space(c) && (i == 0 || is_space(text[i - 1])) && ++words > most_words) break;
+    for (const char c : text) {
       const bool upper = 'A' <= c && c <= 'Z';
       const bool ascii = static_cast<unsigned char>(c) < 128;
       const bool kept = !ascii || upper || ('a' <= c && c <= 'z') || ('0' <= c && c <= '9');
@@ -47,10 +43,10 @@ inline bool begins_like(const std::string& answer, const std::string& refusal_te
     }
     return found;
   };
-  const std::string wanted = letters(refusal_text, 2);
+  const std::string wanted = letters(in_a_row(split_words(refusal_text), 2));
   size_t length = 0;
   for (size_t i = 0; i < kCompared && length < wanted.size(); ++i) length += unicode::character(wanted, length);
-  const std::string said = letters(answer, std::numeric_limits<size_t>::max()).substr(0, length);
+  const std::string said = letters(answer).substr(0, length);
   return wanted.compare(0, said.size(), said) == 0;
 }
 
