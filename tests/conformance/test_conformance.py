@@ -271,7 +271,6 @@ CPP_EXEMPT = {
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
     '": not a readable image (" + err.what()': "a device that only looks like a file (test_cpp_images.py)",
-    '"image of " + wrong': "too many of them: of a file, picture.hpp refuses them",
     ": not readable; copy the package again": "the disk fails after the file's hash was compared",
     "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",
     "the prompt cannot be normalised": "no memory",

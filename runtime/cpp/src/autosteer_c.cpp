@@ -94,9 +94,7 @@ autosteer_info describe(const autosteer::Manifest& manifest) {
 }
 
 autosteer::Image pixels(int64_t width, int64_t height, int64_t stride, const uint8_t* data) {
-  if (const std::string wrong = autosteer::picture::wrong_size(height, width); !wrong.empty()) {
-    throw autosteer::InputError("image of " + wrong);
-  }
+  autosteer::picture::check_size(height, width);
   const int64_t row = 3 * width;
   if (stride != 0 && stride < row) {
     throw autosteer::InputError("image: a stride of " + std::to_string(stride) + " bytes, but a row has " +

@@ -61,9 +61,7 @@ inline Image open_image(const ImageLike& image) {
       pixels.rgb.size() % (3 * static_cast<size_t>(width))) {
     throw InputError("image: expected 3 * width * height bytes");
   }
-  if (const std::string wrong = picture::wrong_size(height, width); !wrong.empty()) {
-    throw InputError("image of " + wrong);
-  }
+  picture::check_size(height, width);
   if (std::max(height, width) > kMaxAspectRatio * std::min(height, width)) {
     const std::string name = path ? path->string() + ": " : "";
     throw InputError(name + "image of " + std::to_string(width) + "x" + std::to_string(height) +

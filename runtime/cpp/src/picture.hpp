@@ -49,11 +49,17 @@ struct Decoded {
   std::string error;
 };
 
-/// What is wrong with a size; empty if nothing is.
-inline std::string wrong_size(int64_t height, int64_t width) {
+/// What is wrong with the size of `count` pictures; empty if nothing is.
+inline std::string wrong_size(int64_t height, int64_t width, int64_t count = 1) {
   const std::string size = std::to_string(width) + "x" + std::to_string(height) + " pixels: ";
   if (height < 1 || width < 1) return size + "it is empty";
-  return height <= kMaxPixels / width ? "" : size + "at most " + std::to_string(kMaxPixels);
+  return height <= kMaxPixels / count / width ? "" : size + "at most " + std::to_string(kMaxPixels);
+}
+
+/// Throws InputError for `count` pictures that are empty, or more than kMaxPixels.
+inline void check_size(int64_t height, int64_t width, int64_t count = 1) {
+  const std::string what = count > 1 ? std::to_string(count) + " frames of " : "image of ";
+  if (const std::string wrong = wrong_size(height, width, count); !wrong.empty()) throw InputError(what + wrong);
 }
 
 /// Reserve the pixels, which take memory as they are decoded; false if there are too many.

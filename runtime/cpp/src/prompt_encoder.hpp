@@ -450,10 +450,7 @@ class PromptEncoder {
       check_length(manifest_, others + groups * (*frames.grid)[0] * (*frames.grid)[1], false);
       height *= (*frames.grid)[0];
       width *= (*frames.grid)[1];
-      if (height * width > picture::kMaxPixels / count) {
-        throw InputError(std::to_string(count) + " frames of " + std::to_string(width) + "x" + std::to_string(height) +
-                         " pixels: at most " + std::to_string(picture::kMaxPixels));
-      }
+      picture::check_size(height, width, count);
       frames.apart = manifest_.prompt.frame_group.has_value();
       if (!frames.apart) frames.times = times;
     }

@@ -91,10 +91,7 @@ inline VideoPart of_file(const std::filesystem::path& path, int64_t frames) {
     for (const int64_t i : chosen) found.seconds.push_back(seconds[static_cast<size_t>(i)]);
     opened.pictures(chosen, [&](const std::vector<uint8_t>& png) {
       Image frame = decode_picture(png, "a frame");
-      if (frame.width * frame.height > picture::kMaxPixels / static_cast<int64_t>(chosen.size())) {
-        throw InputError(std::to_string(chosen.size()) + " frames of " + std::to_string(frame.width) + "x" +
-                         std::to_string(frame.height) + " pixels: at most " + std::to_string(picture::kMaxPixels));
-      }
+      picture::check_size(frame.height, frame.width, static_cast<int64_t>(chosen.size()));
       found.frames.emplace_back(std::move(frame));
     });
   } catch (const InputError& err) {
