@@ -12,6 +12,12 @@
 
 namespace autosteer::decoding {
 
+constexpr int64_t kMostPixels = 50'000'000;  // of a "native" picture
+constexpr int64_t kMostFrames = 16;          // that an image graph reads as one
+constexpr double kMostPerSecond = 1000;      // positions of a video's time axis
+constexpr int64_t kLargestTile = 1 << 14, kLargestGrid = 1 << 16;  // pixels along a side
+constexpr int64_t kMostTiles = 1 << 8;       // of a picture
+
 inline std::string as_precision(const Node& node) {
   return node.as_one_of({"fp32", "fp16", "int8", "int4"});
 }
@@ -111,21 +117,23 @@ inline ImageSpec image(const Node& node) {
   if ((spec.kind == "native") != spec.native.has_value()) node.fail("'kind' and 'native' differ");
   if (spec.native) {
     if (spec.native->min_pixels > spec.native->max_pixels) node.fail("min_pixels is above max_pixels");
-    if (spec.native->max_pixels > 50'000'000) node.fail("max_pixels is too large");
+    if (spec.native->max_pixels > kMostPixels) node.fail("max_pixels is too large");
     if (spec.tile_size * spec.tile_size > spec.native->max_pixels) node.fail("a tile has more than max_pixels");
-    if (spec.native->frames > 16) node.fail("too many frames are read as one");
+    if (spec.native->frames > kMostFrames) node.fail("too many frames are read as one");
     if (!spec.tile_separators.empty()) node.fail("a 'native' picture has no tile_separators");
   }
-  if (spec.split && spec.split->longest_edge > 1 << 14) node.fail("longest_edge is too large");
-  if (spec.closest_grid && spec.closest_grid->max_tiles > 1 << 8) node.fail("max_tiles is too large");
-  if (spec.closest_grid && spec.closest_grid->max_tiles * spec.tile_size > 1 << 16) node.fail("a grid is too large");
-  if (spec.tile_size > 1 << 14) node.fail("tile_size is too large");
+  if (spec.split && spec.split->longest_edge > kLargestTile) node.fail("longest_edge is too large");
+  if (spec.closest_grid) {
+    if (spec.closest_grid->max_tiles > kMostTiles) node.fail("max_tiles is too large");
+    if (spec.closest_grid->max_tiles * spec.tile_size > kLargestGrid) node.fail("a grid is too large");
+  }
+  if (spec.tile_size > kLargestTile) node.fail("tile_size is too large");
   if (std::count(spec.std.begin(), spec.std.end(), 0.0)) node.fail("std is zero");
   if (!spec.anyres) return spec;
   if (spec.anyres->grid_pinpoints.empty()) node.fail("grid_pinpoints must be given");
   for (const auto& [height, width] : spec.anyres->grid_pinpoints) {
     if (height % spec.tile_size || width % spec.tile_size) node.fail("grid_pinpoints must be whole tiles");
-    if (height > 1 << 16 || width > 1 << 16) node.fail("a grid is too large");
+    if (height > kLargestGrid || width > kLargestGrid) node.fail("a grid is too large");
   }
   return spec;
 }
@@ -135,13 +143,13 @@ inline NativeVideoSpec native_video(const Node& node) {
   NativeVideoSpec spec{node["min_pixels"].as_size(), node["max_pixels"].as_size(), node["whole"].as_bool(),
                        node["tokens_per_second"].as_float()};
   if (spec.min_pixels > spec.max_pixels) node.fail("min_pixels is above max_pixels");
-  if (spec.max_pixels > 50'000'000) node.fail("max_pixels is too large");
-  if (!(0 <= spec.tokens_per_second && spec.tokens_per_second <= 1000)) node.fail("tokens_per_second is out of range");
+  if (spec.max_pixels > kMostPixels) node.fail("max_pixels is too large");
+  const bool in_range = 0 <= spec.tokens_per_second && spec.tokens_per_second <= kMostPerSecond;
+  if (!in_range) node.fail("tokens_per_second is out of range");
   return spec;
 }
 
 inline VideoSpec video(const Node& node) {
-  const auto as_size = [](const Node& size) { return size.as_size(); };
   node.object({"mean", "std", "rescale_factor", "pooled_side"}, {"native"});
   VideoSpec spec{node["mean"].tuple<3>(as_float),
                  node["std"].tuple<3>(as_float),
