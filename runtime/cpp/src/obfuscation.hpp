@@ -87,10 +87,10 @@ template <class Change>
 std::string replaced(std::string_view text, const Regex& pattern, const Change& change) {
   std::string out;
   size_t at = 0;
-  for (auto match = pattern.find(text, 0); match; match = pattern.find(text, match->second)) {
-    out += text.substr(at, match->first - at);
-    out += change(text.substr(match->first, match->second - match->first));
-    at = match->second;
+  for (const auto& [first, last] : pattern.find_all(text)) {
+    out += text.substr(at, first - at);
+    out += change(text.substr(first, last - first));
+    at = last;
   }
   return out += text.substr(at);
 }

@@ -32,6 +32,8 @@ inline double discounted(double p_unsafe) {
   return is_safe(p_unsafe, 1.0) ? p_unsafe / (p_unsafe + kPiecesOfATurn * (1.0 - p_unsafe)) : p_unsafe;
 }
 
+constexpr const char* kSpace = " \t\n\v\f\r";  // in a class of characters, as `is_space`
+
 /// ASCII white space.
 inline bool is_space(char c) {
   return c == ' ' || ('\t' <= c && c <= '\r');
@@ -43,11 +45,8 @@ inline std::vector<Span> words_in(std::string_view text) {
   static const std::string unspaced =
       "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af";
   static const std::string marks = ",.?!;:\u2026\u3000-\u303f\uff01-\uff0f\uff1a-\uff20";
-  static const Regex word("[" + unspaced + "]{1,2}[" + marks + "]*|[^ \t\n\v\f\r" + unspaced + "]+");
-  std::vector<Span> words;
-  std::optional<Span> found = word.find(text, 0);
-  for (; found; found = word.find(text, found->second)) words.push_back(*found);
-  return words;
+  static const Regex word("[" + unspaced + "]{1,2}[" + marks + "]*|[^" + kSpace + unspaced + "]+");
+  return word.find_all(text);
 }
 
 /// `text` with one blank for each ASCII white space, and none around it; a piece that has all of its words.
@@ -202,13 +201,10 @@ inline std::string no_marks(std::string_view text) {
 
 /// Where the things of `text` stand: an article with the word behind it.
 inline std::vector<Span> things_in(std::string_view text) {
-  static const std::string space = " \t\n\v\f\r", signs = kPunctuation;
+  static const std::string space = kSpace, signs = kPunctuation;
   static const Regex thing("(?<![A-Za-z])(?:" + any_of(kArticles) + ")[" + space + "]+[" + signs + "]*[^" + signs +
                            space + "][^" + space + "]*");  // not "a =", which is no thing
-  std::vector<Span> found;
-  std::optional<Span> next = thing.find(text, 0);
-  for (; next; next = thing.find(text, next->second)) found.push_back(*next);
-  return found;
+  return thing.find_all(text);
 }
 
 inline std::string_view cut(std::string_view text, const Span& span) {
@@ -298,7 +294,7 @@ inline std::vector<std::string> asked_of_things(std::string_view sentence, const
 /// The pieces of `text`, in order, without repetition; none if the text is the only one.
 inline std::vector<std::string> pieces(std::string_view text) {
   static const Regex between_sentences("[.?!;\n\u2026\u3002\uff01\uff1b\uff1f]+");
-  static const std::string space = "[ \t\n\v\f\r]", not_space = "[^ \t\n\v\f\r]";
+  static const std::string space = "[" + std::string(kSpace) + "]", not_space = "[^" + std::string(kSpace) + "]";
   static const std::string signs = kPunctuation;
   static const std::string symbols = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff";  // arrows, ticks, emoji
   static const std::string conjunctions = any_of(kConjunctions);

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "errors.hpp"
 
@@ -46,6 +47,13 @@ class Regex {
     if (at == ONIG_MISMATCH) return std::nullopt;
     if (at < 0) throw InputError("the prompt is too much for the tokenizer's regular expression");
     return Span{static_cast<size_t>(region->beg[0]), static_cast<size_t>(region->end[0])};
+  }
+
+  /// All matches in `text`, none within another.
+  std::vector<Span> find_all(std::string_view text) const {
+    std::vector<Span> found;
+    for (auto match = find(text, 0); match; match = find(text, match->second)) found.push_back(*match);
+    return found;
   }
 
  private:
