@@ -156,8 +156,9 @@ class Record {
 
   /// `audit`: null writes nothing. What is referred to must outlive it.
   Record(Audit* audit, const GatePolicy& policy, const std::vector<Message>& messages, Stats& stats)
-      : messages(messages), stats(stats), audit_(audit), policy_(policy) {}
+      : policy(policy), messages(messages), stats(stats), audit_(audit) {}
 
+  const GatePolicy& policy;
   const std::vector<Message>& messages;
   Stats& stats;
   std::vector<Seen> seen;      ///< once the prompt is encoded
@@ -199,10 +200,10 @@ class Record {
                           {"time", time_of(*begun_)},
                           {"package", audit_->package},
                           {"provider", stats.device},
-                          {"policy", name(policy_.mode)},
-                          {"threshold", policy_.threshold},
-                          {"pieces", policy_.pieces},
-                          {"judge_answers", policy_.judge_answers},
+                          {"policy", name(policy.mode)},
+                          {"threshold", policy.threshold},
+                          {"pieces", policy.pieces},
+                          {"judge_answers", policy.judge_answers},
                           {"p_unsafe", verdict ? or_null(verdict->p_unsafe) : OrderedJson()},
                           {"unsafe", verdict ? OrderedJson(verdict->unsafe) : OrderedJson()},
                           {"action", verdict ? OrderedJson(name(verdict->action)) : OrderedJson()},
@@ -292,7 +293,6 @@ class Record {
   }
 
   Audit* audit_;
-  const GatePolicy& policy_;
   std::optional<std::chrono::system_clock::time_point> begun_;
   Clock clock_;
   std::string answer_;

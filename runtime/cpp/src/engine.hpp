@@ -311,7 +311,7 @@ class Stream {
         return text;
       };
       const auto score = [this](const std::string& answer) {
-        return engine_.judge.answer(answer, *request_, record_, policy_);
+        return engine_.judge.answer(answer, *request_, record_);
       };
       next_ = UntilJudged(std::move(next_), said, score, policy_, all_answers);
     }

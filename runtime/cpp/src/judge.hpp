@@ -151,7 +151,8 @@ class Judge {
 
   /// The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its verdict, of
   /// all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read.
-  double answer(const std::string& text, const Request& request, const Record& record, const GatePolicy& policy) const {
+  double answer(const std::string& text, const Request& request, const Record& record) const {
+    const GatePolicy& policy = record.policy;
     const std::vector<Message> messages = without_pixels(record.messages);
     const Views views = each_shown(messages, record.seen, true);
     const bool steered = record.verdict && record.verdict->action == Action::steer;
