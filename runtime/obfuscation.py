@@ -109,7 +109,7 @@ def deobfuscated(text: str) -> str:
     plain = _PARTED.sub("", plain) if len(_PARTED.findall(plain)) > 1 else plain
     if _MIXED.search(plain):
         plain = plain.translate(str.maketrans(*LOOK_ALIKES))
-    plain = _DRAWN_OUT.sub(r"\1", _joined(_without_accents(plain)))
+    plain = _DRAWN_OUT.sub(r"\1", _not_spelled_out(_without_accents(plain)))
     plain = _without_digits(plain)
     return text if plain == composed else plain
 
@@ -138,7 +138,7 @@ def _without_accents(text: str) -> str:
     return unicodedata.normalize("NFC", _ACCENTED.sub(r"\1", apart))
 
 
-def _joined(text: str) -> str:
+def _not_spelled_out(text: str) -> str:
     """Words that are spelled out, in one, if one of them has four letters or more."""
     if _SPELLED.search(text):
         for single_letters in _SINGLE_LETTERS:

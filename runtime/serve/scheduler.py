@@ -2,8 +2,8 @@
 
 A thread of its own runs the engine, so that the event loop always answers. In a round it advances every request that
 computes until it pauses, and then runs the pass that they share. A new one comes in once all others decode, so one at a
-time reads its prompt. A request that is cancelled, or takes too long, gives its place up at
-once: in the queue, and inside the graph that runs for it alone; a pass that it shares ends first.
+time reads its prompt. A request that is cancelled, or takes too long, gives its place up at once: in the queue, and
+inside the graph that runs for it alone; a pass that it shares ends first.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ inline Axis axis(int64_t source, int64_t target, const Filter& filter) {
   return out;
 }
 
-/// One axis of a resize: `image` (n, source, 3) whose pixels along that axis are `step` bytes apart.
+/// A byte of the result: those `step` bytes apart from `first` on, each times its weight of `bits` fraction bits.
 inline uint8_t blend(const uint8_t* first, int64_t step, const std::vector<int32_t>& weights, int bits) {
   int32_t sum = 1 << (bits - 1);
   for (size_t k = 0; k < weights.size(); ++k) sum += first[static_cast<int64_t>(k) * step] * weights[k];

@@ -223,7 +223,7 @@ inline std::string without_accents(std::string_view text) {
 }
 
 /// Words that are spelled out, in one, if one of them has four letters or more.
-inline std::string joined(std::string_view text) {
+inline std::string not_spelled_out(std::string_view text) {
   static const Regex spelled(
       R"((?<![A-Za-z0-9])[A-Za-z]([ \n\t._*/|+~,-])[A-Za-z013456789]\1[A-Za-z013456789]\1[A-Za-z](?![A-Za-z0-9]))");
   const auto single_letters = [](const std::string& between) {
@@ -288,7 +288,7 @@ inline std::string deobfuscated(const std::string& text) {
   static const Table ascii = in_ascii();
   const std::string composed = unicode::nfc(text);
   std::string plain = not_parted(without_hidden(not_joined(not_escaped(translated(decoded(composed), ascii)))));
-  plain = not_drawn_out(joined(without_accents(without_look_alikes(plain))));
+  plain = not_drawn_out(not_spelled_out(without_accents(without_look_alikes(plain))));
   plain = without_digits(plain);
   return plain == composed ? text : plain;
 }
