@@ -30,7 +30,7 @@ from collections.abc import Generator, Mapping, Sequence
 import numpy as np
 
 from .arrays import Float
-from .generation import Request, unmasked
+from .generation import HALVES, Request, unmasked
 from .kv_cache import Arrays, KVCache, empty_arrays
 from .manifest import Manifest
 from .rotary import RotaryTables
@@ -38,7 +38,6 @@ from .subgraph import Call, Device, Subgraph, buffer
 
 log = logging.getLogger(__name__)
 
-HALVES = ("decoder_lower", "decoder_upper")
 FIRST = np.zeros((3, 1), np.int64)  # position of the first row; all others follow
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from .batch import Batch, can_share
-from .encoded_prompt import EncodedPrompt
 from .engine import Engine
 from .errors import InputError
 from .gate import Mode
@@ -156,7 +155,7 @@ def _case(engine: Engine, folder: Path, name: str, message: Message, new_tokens:
     for number in range(rounds + 1):  # the first warms up
         for strength, times in steps.items():
             stats, start = Stats(), time.perf_counter()
-            prompt: EncodedPrompt = engine.encoder.prepare([message], stats)
+            prompt = engine.encoder.prepare([message], stats)
             request = engine.request(prompt, new_tokens, stats)
             request.prefill_lower(policy)
             token = int(request.prefill_upper(strength).argmax())

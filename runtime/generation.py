@@ -41,6 +41,7 @@ from .subgraph import Call, Device, OrtValue, Subgraph, buffer, empty
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+HALVES = ("decoder_lower", "decoder_upper")
 PREFILL_CHUNK = 128  # tokens: bounds activations; larger ones are not faster; results do not depend on it
 
 
@@ -310,7 +311,7 @@ class Request:
         manifest = self._manifest
         return {
             half: empty_arrays(manifest.graphs[half], manifest.dims, manifest.kv_cache, self._capacity)
-            for half in ("decoder_lower", "decoder_upper")
+            for half in HALVES
         }
 
     def move(self, to: Mapping[str, Arrays]) -> None:
