@@ -38,7 +38,7 @@ inline bool begins_like(const std::string& answer, const std::string& refusal_te
     for (const char c : text) {
       const bool upper = 'A' <= c && c <= 'Z';
       const bool ascii = static_cast<unsigned char>(c) < 128;
-      const bool kept = !ascii || upper || ('a' <= c && c <= 'z') || ('0' <= c && c <= '9');
+      const bool kept = !ascii || upper || ('a' <= c && c <= 'z') || is_digit(c);
       if (kept) found += static_cast<char>(upper ? c - 'A' + 'a' : c);
     }
     return found;

@@ -2,7 +2,9 @@
 // functions. NaN becomes null, as in Python.
 #pragma once
 
+#include <algorithm>
 #include <exception>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <sstream>
@@ -155,7 +157,7 @@ struct RequestJson {
     constexpr size_t kDigits = 18;  // of the largest id that is read
     std::map<int64_t, double> biases;
     for (const auto& [token, value] : node.entries()) {
-      const bool digits = std::all_of(token.begin(), token.end(), [](char c) { return '0' <= c && c <= '9'; });
+      const bool digits = std::all_of(token.begin(), token.end(), is_digit);
       const bool once = token.size() == 1 || token.substr(0, 1) != "0";  // "1" and "01" would be one token
       if (token.empty() || token.size() > kDigits || !digits || !once) node.fail("'" + token + "' is no token id");
       biases[std::stoll(token)] = value.as_float();

@@ -78,10 +78,6 @@ inline bool is_letter(char c) {
   return ('A' <= c && c <= 'Z') || ('a' <= c && c <= 'z');
 }
 
-inline bool is_digit(char c) {
-  return '0' <= c && c <= '9';
-}
-
 /// `text` with each match of `pattern` as `change` has it.
 template <class Change>
 std::string replaced(std::string_view text, const Regex& pattern, const Change& change) {

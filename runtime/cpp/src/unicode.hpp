@@ -110,6 +110,11 @@ inline std::string first_of(std::string_view text, size_t bytes) {
 
 }  // namespace unicode
 
+/// Whether it is one of ASCII's digits.
+inline bool is_digit(char c) {
+  return '0' <= c && c <= '9';
+}
+
 /// `text` without the white space around it: Python's str.strip.
 inline std::string_view strip(std::string_view text) {
   const auto space_at = [&](size_t at) -> size_t {  // length of the white-space character there, or 0

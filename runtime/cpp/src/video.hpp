@@ -26,6 +26,7 @@
 #include "errors.hpp"
 #include "ffmpeg.hpp"
 #include "image.hpp"
+#include "unicode.hpp"
 
 namespace autosteer {
 
@@ -49,22 +50,18 @@ inline std::vector<int64_t> spaced(int64_t total, int64_t count) {
 
 namespace video {
 
-inline bool digit(char c) {
-  return '0' <= c && c <= '9';
-}
-
 /// Order of names with their numbers as numbers: 2.png comes before 10.png.
 inline bool before(const std::string& a, const std::string& b) {
   size_t i = 0, j = 0;
   const auto number = [](const std::string& text, size_t& at) {  // without leading zeros, the longer number is larger
     while (at < text.size() && text[at] == '0') ++at;
     const size_t first = at;
-    while (at < text.size() && digit(text[at])) ++at;
+    while (at < text.size() && is_digit(text[at])) ++at;
     return std::pair(at - first, text.substr(first, at - first));
   };
   const auto words = [](const std::string& text, size_t& at) {
     const size_t first = at;
-    while (at < text.size() && !digit(text[at])) ++at;
+    while (at < text.size() && !is_digit(text[at])) ++at;
     return text.substr(first, at - first);
   };
   while (i < a.size() || j < b.size()) {
