@@ -146,7 +146,7 @@ class Request {
       const Ort::Value embeds = Tensor<float>::view(embeds_.row(first), {1, n, width()});
       Tensor<float> hidden({1, n, width()});
       set_total(first + n);
-      Call half = lower({Phase::prefill, first, n}, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()});
+      Call half = lower(first, n, {"inputs_embeds", &embeds}, {"hidden_states", &hidden.value()});
       hide_nothing(half, n);
       half();
       finite_ = finite_ && std::all_of(hidden.data(), hidden.data() + hidden.size(), is_finite);
@@ -179,8 +179,8 @@ class Request {
       done += n;
       set_total(done);
       const bool is_last = pending_.size() == 1;  // decoding needs little of the memory that prefill takes
-      upper({Phase::prefill, done - n, n}, {"hidden_states", &hidden.value()},
-            single)(is_last ? Cancellation::shrinking() : Cancellation::plain());
+      Call half = upper(done - n, n, {"hidden_states", &hidden.value()}, single);
+      half(is_last ? Cancellation::shrinking() : Cancellation::plain());
     }
     stats_.upper_ms = clock.ms();
     for (Call& call : single.head) call();
@@ -239,13 +239,6 @@ class Request {
 
  private:
   using Binding = std::pair<std::string, const Ort::Value*>;
-  enum class Phase { prefill, decode };
-
-  /// The positions of a pass. Of a pass of Phase::decode `first` is any behind the prompt.
-  struct Span {
-    Phase phase;
-    int64_t first, count;
-  };
 
   /// The whole decoder on R tokens, with every buffer bound once.
   struct DecoderPass {
@@ -269,9 +262,9 @@ class Request {
     if (!is_new) return p;
     p.body.push_back(
         call("embed_tokens", {{"input_ids", &p.token_ids.value()}}, {{"inputs_embeds", &p.embeds.value()}}));
-    const Span answer{Phase::decode, prompt_length_, count};
-    p.body.push_back(lower(answer, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
-    p.body.push_back(upper(answer, {"hidden_states", &p.hidden.value()}, p));
+    const int64_t first = prompt_length_;  // or any behind the prompt
+    p.body.push_back(lower(first, count, {"inputs_embeds", &p.embeds.value()}, {"hidden_states", &p.hidden.value()}));
+    p.body.push_back(upper(first, count, {"hidden_states", &p.hidden.value()}, p));
     const Ort::Value logits = Tensor<float>::view(logits_.data(), {1, count, manifest_.dims.vocab_size});
     if (*strength_.data() == 0.0F) {  // at strength 0 the Refusal Head changes nothing and is skipped
       p.head.push_back(call("lm_head", {{"last_hidden_state", &p.last.value()}}, {{"logits", &logits}}));
@@ -364,18 +357,19 @@ class Request {
     return {graphs_.at(graph), inputs, outputs};
   }
 
-  Call lower(const Span& span, Binding in, Binding out) {
-    return half("decoder_lower", span, lower_, std::move(in), std::move(out));
+  Call lower(int64_t first, int64_t count, Binding in, Binding out) {
+    return half("decoder_lower", first, count, lower_, std::move(in), std::move(out));
   }
 
   /// decoder_upper; it keeps the last positions, as many as `pass` has.
-  Call upper(const Span& span, Binding in, const DecoderPass& pass) {
-    return half("decoder_upper", span, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
+  Call upper(int64_t first, int64_t count, Binding in, const DecoderPass& pass) {
+    return half("decoder_upper", first, count, upper_, std::move(in), {"last_hidden_state", &pass.last.value()},
                 {{"num_logits", &pass.num_logits.value()}});
   }
 
-  /// A decoder half bound to its caches. Phase::prefill: its prefill graph, if the package has one.
-  Call half(const char* name, const Span& span, const KVCache& cache, Binding in, Binding out,
+  /// A decoder half bound to its caches, for a pass over `count` positions from `first` on: those of the prompt by its
+  /// prefill graph, if the package has one.
+  Call half(const char* name, int64_t first, int64_t count, const KVCache& cache, Binding in, Binding out,
             const Call::Bound& more = {}) {
     Call::Bound inputs = cache.past, outputs = cache.present;
     const auto rotary = rotary_.inputs();
@@ -384,10 +378,10 @@ class Request {
                                  {"total_sequence_length", &total_.value()}});
     inputs.insert(inputs.end(), rotary.begin(), rotary.end());
     inputs.insert(inputs.end(), more.begin(), more.end());
-    const auto added = deepstack_.inputs(manifest_.graphs.at(name).layers.value(), span.first, span.count);
+    const auto added = deepstack_.inputs(manifest_.graphs.at(name).layers.value(), first, count);
     inputs.insert(inputs.end(), added.begin(), added.end());
     outputs.push_back(std::move(out));
-    return call(span.phase == Phase::prefill ? manifest_.prefill_graph(name) : name, inputs, outputs);
+    return call(first < prompt_length_ ? manifest_.prefill_graph(name) : name, inputs, outputs);
   }
 
   /// Set how many positions the caches hold once the next graph has run.
