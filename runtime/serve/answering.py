@@ -61,6 +61,7 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
         ]
         conversation = conversations.take(beginnings)
         prompt, text = engine.encode(messages, record, conversation), ""
+        shown = prompt.shown
         for chunk in engine.steps(prompt, ask.sampling, record, conversation, batch):
             if chunk is None:
                 yield Pause.DECODING if record.stats.completion_tokens else Pause.READING
@@ -68,7 +69,7 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
             require_score(chunk.verdict)
             is_refusal = chunk.finish_reason == "refused" and not text  # else what came before it is an answer
             text += chunk.text
-            yield Piece(chunk, dataclasses.replace(record.stats), prompt.shown, is_refusal)
+            yield Piece(chunk, dataclasses.replace(record.stats), shown, is_refusal)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
     if not ask.sampling.answer_is_judged:  # else the client may have dictated it
         conversations.remember(beginnings[-1], text)

@@ -171,7 +171,7 @@ def serve(
     with listening(host, port) as listener:
         engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory, max_tiles=max_tiles)
         if limits["parallel"] > 1 and not can_share(engine.manifest, engine.device):
-            click.echo(ALONE[engine.device.kind], err=True)  # app.Service sees to it
+            click.echo(ALONE[engine.device.kind], err=True)  # app.Service then runs one request at a time
         settings = Settings(
             model=name or engine.manifest.source.repo,
             policy=engine.policy(

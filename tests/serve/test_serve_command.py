@@ -113,9 +113,11 @@ def test_a_key_that_is_none_is_refused(refused, package, tmp_path):
     ):
         code, line = refused(package, *arguments, **environment)
         assert code == 5 and "at least 16 printable ASCII characters" in line
+    (tmp_path / "two").write_text("first-of-two-long-keys\nsecond-of-two-long-keys\n")
     (tmp_path / "latin").write_bytes(b"g\xe4nsebl\xfcmchen-sind-sch\xf6n")
     for name, why in {
         "short": "a key has at least 16 printable ASCII characters",
+        "two": "a key has at least 16 printable ASCII characters and no spaces; there is one for all clients",
         "latin": "not UTF-8 text",
         "none": "not readable (No such file or directory)",
         "": "not readable (Is a directory)",
