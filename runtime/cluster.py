@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 LOCAL = {  # a cluster that this process starts
     "RAY_AUTH_MODE": "token",
@@ -81,8 +81,3 @@ def require_listener(address: str) -> None:
 def takes_tokens() -> bool:
     """Whether Ray's processes that have this environment take nothing without a token."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-
-
-def first_line(err: Exception) -> str:
-    """An exception's first line that says something, without a full stop."""
-    return next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__).rstrip(".")

@@ -1,5 +1,7 @@
 """Every error a user can cause or meet. Each has the exit code that the command-line tools return for it."""
 
+LONGEST_REASON = 300  # characters of what another library says
+
 
 class AutoSteerError(Exception):
     """Base of all our errors: one line that says what is wrong, where, and what to do."""
@@ -55,5 +57,7 @@ class CheckError(AutoSteerError):
 
 
 def first_line(err: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
+    """What an exception says, in one line without a full stop; with the second where the first ends with a colon."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return said[:LONGEST_REASON].rstrip(".") or type(err).__name__

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from autosteer.models import FAMILIES, Family
-from autosteer.runtime.errors import InputError, PackageError, UnsupportedModelError
+from autosteer.runtime.errors import InputError, PackageError, UnsupportedModelError, first_line
 
 from .stated import (
     check_config,
     check_generation_numbers,
     check_processor,
     check_stated,
-    first_line,
     in_one_line,
 )
 

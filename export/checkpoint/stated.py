@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.models.family import RESAMPLE, Family
-from autosteer.runtime.errors import AutoSteerError, UnsupportedModelError
+from autosteer.runtime.errors import AutoSteerError, UnsupportedModelError, first_line
 
 from .renderer import Renderer
 
@@ -22,7 +22,6 @@ NO_MODEL = "transformers cannot make the model that it describes"
 DTYPES = r"(torch\.)?(auto|half|double|b?float\w*)"
 NO_PROMPT = "transformers cannot run the model on a prompt of its processor"
 MOST_POSITIONS = 1 << 24  # tables have a row for each
-LONGEST = 300  # characters of what transformers says
 
 
 @dataclass(frozen=True)
@@ -166,10 +165,3 @@ def in_one_line(file: Path, cannot: str) -> Iterator[None]:
         raise
     except Exception as err:  # a field that is missing or odd makes any of them
         raise UnsupportedModelError(f"{file}: {cannot} ({first_line(err)}); {ADVICE}") from err
-
-
-def first_line(err: Exception) -> str:
-    """What an exception says, in one line; with the second where the first ends with a colon."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return said[:LONGEST] or type(err).__name__

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from autosteer.runtime.cluster import connected, first_line, takes_tokens
+from autosteer.runtime.cluster import connected, takes_tokens
 from autosteer.runtime.engine import Engine
-from autosteer.runtime.errors import AutoSteerError, InputError, PackageError
+from autosteer.runtime.errors import AutoSteerError, InputError, PackageError, first_line
 from autosteer.runtime.image import open_image
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.text import ImagePart, Part
