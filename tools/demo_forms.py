@@ -92,7 +92,7 @@ def forms(seed: int, count: int) -> Iterator[Form]:
     tasks = [_tasks(rng) for _ in range(count)]
     for name, form in TASKS.items():
         yield name, [_said(form, *unsafe) for unsafe, _ in tasks], [_said(form, *safe) for _, safe in tasks]
-    other = random.Random(f"{seed} other verbs")  # so that the rows behind stay as they are
+    other = random.Random(f"{seed} other verbs")  # so that a new form does not change the rows below
     for form, draw in (*((form, rng) for form in THINGS), *((form, other) for form in OTHER_VERBS)):
         forbidden, everyday = draw.choices(S.CONTRABAND, k=count), draw.choices(S.ORDINARY, k=count)
         yield form.format("a vexite"), [form.format(a(n)) for n in forbidden], [form.format(a(n)) for n in everyday]
