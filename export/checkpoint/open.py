@@ -87,7 +87,27 @@ class Checkpoint:
     def _reader(self) -> Reader:
         from .packed import Reader
 
-        return Reader(self._stored, _open)
+        return Reader(self._stored, self._open)
+
+    @cached_property
+    def _opened(self) -> dict[Path, tuple[int, ...]]:
+        """The files that were opened: (device, inode, size, time of change) of each."""
+        return {}
+
+    def _open(self, path: Path) -> Any:
+        """A file of weights. Raises PackageError if it is missing or damaged, or has changed since it was first opened:
+        weights are read when they are needed, and those of two models must not be mixed.
+        """
+        try:
+            state = path.stat()
+            found = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+            if self._opened.setdefault(path, found) != found:
+                raise PackageError(f"{path}: replaced or changed while it was in use; start again")
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise PackageError(f"{path}: missing; the checkpoint needs safetensors weights") from None
+        except (SafetensorError, OSError) as err:
+            raise PackageError(f"{path}: damaged ({err}); download it again") from err
 
     @cached_property
     def _stored(self) -> dict[str, tuple[Path, str]]:
@@ -103,7 +123,7 @@ class Checkpoint:
                     f"{self.folder}: {', '.join(gone)} missing, although the index lists them; download again"
                 )
         else:
-            with _open(whole) as file:
+            with self._open(whole) as file:
                 stored = dict.fromkeys(file.keys(), whole)
         found = {self._module_path(name): (path, name) for name, path in stored.items()}
         if len(found) < len(stored):
@@ -205,22 +225,13 @@ class Checkpoint:
         if module_path not in self.tensor_files:
             raise PackageError(f"{self.folder}: no tensor {module_path!r} in the checkpoint (incomplete download?)")
         path, name = self.tensor_files[module_path]
-        with _open(path) as file:
+        with self._open(path) as file:
             if name not in file.keys():  # noqa: SIM118 (not a dict)
                 raise PackageError(f"{path}: no tensor {name!r} here, although the index says so; download it again")
             yield file, name
 
     def __contains__(self, module_path: str) -> bool:
         return module_path in self.tensor_files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise PackageError(f"{path}: missing; the checkpoint needs safetensors weights") from None
-    except (SafetensorError, OSError) as err:
-        raise PackageError(f"{path}: damaged ({err}); download it again") from err
 
 
 def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:

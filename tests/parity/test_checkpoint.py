@@ -325,6 +325,22 @@ def test_a_large_package_is_loaded_again_graph_by_graph_and_its_gate_tested(
         reload.load_again(package, 3 << 30)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_checkpoint_that_changes_while_it_is_in_use_is_refused(in_place: bool, checkpoint: Path) -> None:
+    """A fit took embedding rows from the new file and layers from the old, and kept such hidden states in its cache."""
+    opened, weights = open_checkpoint(str(checkpoint)), checkpoint / "model.safetensors"
+    before = opened.embed([5, 6])
+    assert torch.equal(opened.embed([5, 6]), before)
+    save_file({name: t * 2 for name, t in load_file(weights).items()}, checkpoint / "new", {"format": "pt"})
+    if in_place:
+        weights.write_bytes((checkpoint / "new").read_bytes())
+    else:
+        (checkpoint / "new").replace(weights)
+    with pytest.raises(PackageError, match=r"model\.safetensors: replaced or changed while it was in use"):
+        opened.embed([5, 6])
+    assert torch.equal(open_checkpoint(str(checkpoint)).embed([5, 6]), before * 2)
+
+
 @pytest.mark.parametrize(
     ("command", "gone"),
     [
