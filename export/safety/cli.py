@@ -25,7 +25,7 @@ from autosteer.export.output import atomic_folder, check_output
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, version_option
 from autosteer.runtime.errors import ProviderError
 
-from . import DEFAULT_THRESHOLD, REFUSAL_TEXT, SAFETY_FILE
+from . import DEFAULT_THRESHOLD, DROPOUT, REFUSAL_TEXT, SAFETY_FILE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .refit import Shipped
 
 
-FIRST_FIT_ONLY = ("layer", "select", "prober", "strength", "refusal_text", "refusal_only")
+FIRST_FIT_ONLY = ("layer", "select", "prober", "dropout", "strength", "refusal_text", "refusal_only")
 NOT_OF_THE_MONITOR = (
     *("threshold", "target_fpr", "augment", "publish_proof", "test_benign", "test_unsafe"),
     *("states_cache", "device"),
@@ -112,6 +112,14 @@ class Finite(click.FloatRange):
     show_default=True,
     help="The prober reads the mean over the user's turn (pooled), its last token (paper), or whichever of these tells "
     "unsafe from benign better in kinds of rewording that it was not trained on (auto).",
+)
+@click.option(
+    "--dropout",
+    type=Finite(0, 1, max_open=True),
+    default=DROPOUT,
+    show_default=True,
+    help="Share of the prober's inputs left out in training. Less fits the pairs more closely; more does better on "
+    "prompts of another kind.",
 )
 @click.option(
     "--augment",
@@ -201,6 +209,7 @@ def fit_command(
     output: Path,
     states_cache: Path | None,
     prober: Literal["auto", "pooled", "paper"],
+    dropout: float,
     augment: bool,
     package: Path | None,
     safety: Path | None,
@@ -289,6 +298,7 @@ def fit_command(
         select=select or "sas",
         pooling=POOLING[prober],
         augment=augment,
+        dropout=dropout,
         threshold=threshold,
         target_fpr=target_fpr,
         strength=strength,

@@ -114,6 +114,7 @@ def gather(
     gate: Gate,
     *,
     seed: int,
+    dropout: float,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Evidence:
     """Train the other probers, leave data sets out, compare. pooled: "last", "mean" -> states (n, d) of the layer;
@@ -124,7 +125,7 @@ def gather(
         inputs[PAPER] = pooled["last"]
 
     def scores_of(split: Split) -> dict[str, np.ndarray]:
-        return {name: _train(states, t, split, seed=seed) for name, states in inputs.items()}
+        return {name: _train(states, t, split, seed=seed, dropout=dropout) for name, states in inputs.items()}
 
     scores = scores_of(t.taught) | {OURS: p_unsafe(gate.prober, inputs[OURS])}
     advance(1)
@@ -157,12 +158,12 @@ def gather(
     )
 
 
-def _train(states: torch.Tensor, t: Table, split: Split, *, seed: int) -> np.ndarray:
+def _train(states: torch.Tensor, t: Table, split: Split, *, seed: int, dropout: float) -> np.ndarray:
     """(n,) calibrated scores of all prompts, by a prober trained on `split`."""
     weight = np.zeros(len(t.texts))
     used = np.concatenate([split.train, split.validation])
     weight[used] = row_weights(t.unsafe[used], [t.source_of[i] for i in used])
-    prober = train_prober(states, t.unsafe, split, seed=seed, weight=weight)
+    prober = train_prober(states, t.unsafe, split, seed=seed, weight=weight, dropout=dropout)
     logits = prober_logits(prober, states[split.validation])
     return p_unsafe(fold_temperature(prober, fit_temperature(logits, t.unsafe[split.validation])), states)
 

@@ -22,7 +22,7 @@ from autosteer.export.safety_folder import FORMAT_VERSION, LayerScore, ProofProm
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.variants import RewordingRates, as_text, by_rewording
 
-from . import DEFAULT_THRESHOLD, PICTURES
+from . import DEFAULT_THRESHOLD, DROPOUT_USED, PICTURES
 from .arrange import Arranged, arrange, count_pictures, training_weights
 from .batches import answer_tokens
 from .calibrate import choose_threshold, fit_temperature, fold_temperature, heldout_facts
@@ -71,6 +71,7 @@ class FitOptions:
     threshold: float | None  # None: from target_fpr; if that is None, too: DEFAULT_THRESHOLD, or that of the old gate
     target_fpr: float | None
     strength: float | None  # None: train with the paper's, then use the best of STRENGTHS
+    dropout: float  # share of the prober's inputs that is left out in training
     refusal_text: str
     seed: int
     device: Literal["cpu", "cuda"]
@@ -131,7 +132,12 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         rates = by_rewording(reworded.outcomes(chosen.read, arranged.first_reworded, gate.threshold))
         console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
         with progress(console, "evidence", len(arranged.table.sources) + 2) as advance:
-            evidence = gather(arranged.table, chosen.states, chosen.pooling, gate, seed=options.seed, advance=advance)
+            evidence = gather(
+                *(arranged.table, chosen.states, chosen.pooling, gate),
+                seed=options.seed,
+                dropout=options.dropout,
+                advance=advance,
+            )
     heldout = [prompts[row] for row in split.heldout]
     with prompt_store(cache, identity, fit_model) as store:
         proof, proof_images = make_proof(
@@ -159,6 +165,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
         calibration=calibration,
         training={
             "seed": float(options.seed),
+            DROPOUT_USED: options.dropout,
             "pairs": float(len(data.pairs)),
             "pairs_without_difference": float(chosen.pairs_without_difference),
             "prompts": float(len(prompts)),
@@ -206,7 +213,7 @@ def _choose(
     probers = {}
     with progress(console, "probers", len(poolings)) as advance:
         for name in poolings:
-            probers[name] = _probers(arranged.table, states, name, options.seed)
+            probers[name] = _probers(arranged.table, states, name, options)
             scores[name] = _with_accuracy(scores[name], probers[name], arranged.table, states, name)
             advance(1)
     layer_of = {name: options.layer or choose_layer(scores[name], options.select) for name in poolings}
@@ -223,10 +230,14 @@ def _choose(
     return Chosen(layer, pooling, gate, pooled, p, read, tuple(layers), dropped)
 
 
-def _probers(t: Table, states: States, pooling: Pooling, seed: int) -> list[Prober]:
+def _probers(t: Table, states: States, pooling: Pooling, options: FitOptions) -> list[Prober]:
     """A prober that reads `pooling` for every layer; entry 0 is layer 1."""
     position = POOLINGS.index(pooling)
-    return train_probers(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught, seed=seed)
+    return train_probers(
+        *(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught),
+        seed=options.seed,
+        dropout=options.dropout,
+    )
 
 
 def _with_accuracy(

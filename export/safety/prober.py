@@ -23,6 +23,8 @@ import numpy as np
 
 from autosteer.runtime.errors import InputError
 
+from . import DROPOUT
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,7 +38,6 @@ MAX_CLUSTER = 0.02  # share of all prompts that a chain of pairs with common pro
 FOLDS = 5  # one held out, one for validation, three to train on
 READ_ROWS = 256  # states in memory at a time: (256, K, w)
 LEARNING_RATE, WEIGHT_DECAY, BATCH, MAX_EPOCHS, PATIENCE = 3e-3, 1e-2, 64, 40, 6
-DROPOUT = 0.5  # of the inputs; no loss on known data, 0.03 more AUC on prompts of another kind
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,15 @@ def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
     return weight
 
 
-def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Split, *, seed: int) -> list[Prober]:
+def train_probers(
+    read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Split, *, seed: int, dropout: float = DROPOUT
+) -> list[Prober]:
     """Fit K probers at once, as many as there are columns in `read(rows)`, (len(rows), K, w) float32 of raw states.
 
     Gradients come from split.train; each member is kept from the epoch with its lowest loss on split.validation. unsafe
-    (n,) bool, weight (n,). Inputs are standardised in training, and the results take raw states. Training K probers
-    with one `baddbmm` takes a fraction of the time, and reads the states from disk once. Each of a prober's MEMBERS has
-    its own initial weights and its own loss.
+    (n,) bool, weight (n,). Inputs are standardised in training, a share of `dropout` of them left out at random, and
+    the results take raw states. Training K probers with one `baddbmm` takes a fraction of the time, and reads the
+    states from disk once. Each of a prober's MEMBERS has its own initial weights and its own loss.
     """
     import torch
     from torch.nn import functional
@@ -148,7 +151,7 @@ def train_probers(read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Spl
         """(K * MEMBERS,) sums over `rows`"""
         x = ((read(rows.numpy()) - mean) / std).transpose(0, 1)
         if part == "train":
-            x = x * (torch.rand(x.shape, generator=generator) >= DROPOUT) / (1 - DROPOUT)
+            x = x * (torch.rand(x.shape, generator=generator) >= dropout) / (1 - dropout)
         hidden = torch.baddbmm(_joined(layers[1]), x, _joined(layers[0])).relu()
         own = hidden.unflatten(-1, (MEMBERS, units)).movedim(-2, 1).flatten(0, 1)  # (K * MEMBERS, b, units)
         logits = torch.baddbmm(layers[3], own, layers[2])
@@ -194,11 +197,17 @@ def _means_of_members(layers: Sequence[torch.Tensor]) -> list[Prober]:
 
 
 def train_prober(
-    states: torch.Tensor, unsafe: np.ndarray, split: Split, *, seed: int, weight: np.ndarray | None = None
+    states: torch.Tensor,
+    unsafe: np.ndarray,
+    split: Split,
+    *,
+    seed: int,
+    weight: np.ndarray | None = None,
+    dropout: float = DROPOUT,
 ) -> Prober:
     """Train one prober on states (n, w) in memory. Without `weight`, both classes weigh the same."""
     weight = row_weights(unsafe, [""] * len(unsafe)) if weight is None else weight
-    return train_probers(lambda rows: states[rows][:, None], unsafe, weight, split, seed=seed)[0]
+    return train_probers(lambda rows: states[rows][:, None], unsafe, weight, split, seed=seed, dropout=dropout)[0]
 
 
 def _moments(read: Read, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

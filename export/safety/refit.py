@@ -29,7 +29,7 @@ from autosteer.runtime.evaluation.variants import as_text, by_rewording
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.stats import Stats
 
-from . import PICTURES
+from . import DROPOUT, DROPOUT_USED, PICTURES
 from .arrange import arrange, count_pictures, training_weights
 from .calibrate import heldout_facts
 from .evidence import gather
@@ -98,7 +98,9 @@ def refit(
         with progress(console, "hidden states of pieces", len(pieces)) as advance:
             piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started
-    prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=training_weights(t))
+    dropout = old.facts.training.get(DROPOUT_USED, DROPOUT)
+    weight = training_weights(t)
+    prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=weight, dropout=dropout)
     if options.threshold is None and options.target_fpr is None:
         options = replace(options, threshold=old.facts.threshold)
     gate, p, read = calibrate(prober, states, piece_states, arranged, options)
@@ -114,7 +116,12 @@ def refit(
     rates = by_rewording(arranged.reworded.outcomes(read, arranged.first_reworded, gate.threshold))
     console.print(as_text(rates), soft_wrap=True, markup=False, highlight=False)
     with progress(console, "evidence", len(t.sources) + 2) as advance:
-        evidence = gather(t, {old.facts.pooling: states}, old.facts.pooling, gate, seed=options.seed, advance=advance)
+        evidence = gather(
+            *(t, {old.facts.pooling: states}, old.facts.pooling, gate),
+            seed=options.seed,
+            dropout=dropout,
+            advance=advance,
+        )
     shown = [arranged.prompts[row] for row in heldout]
     with prompt_store(cache, digests(checkpoint_files(checkpoint)), fit_model) as store:
         proof, proof_images = make_proof(
