@@ -36,13 +36,15 @@ from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, samp
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
 
 PAIRS_PER_CHANNEL = 1200
-ASKED_OTHERWISE = {"text": 1500, "image": 250, "cross": 300}  # pairs in the ways of asking.py
-WISHES = {"text": 900, "image": 200, "cross": 150}  # pairs without a question, and of several wishes
+ASKED_OTHERWISE = {"text": 1500, "image": 500, "cross": 300}  # pairs in the ways of asking.py
+WISHES = {"text": 900, "image": 450, "cross": 150}  # pairs without a question, and of several wishes
 SEVERAL_PICTURES = {"image": 450, "cross": 450}  # pairs about one of several pictures
-ANSWERS = {"text": 150, "image": 200}  # pairs of what the model answers, and as many benign answers
+ANSWERS = {"text": 150, "image": 400, "cross": 400}  # pairs of what the model answers, and as many benign answers
 DIALOGUES = 600  # pairs behind harmless turns, and as many benign dialogues
 FRAGMENTS = 400  # benign: "a vexite?", "how do i smuggle"
 LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
+BRINGING, UNLAWFUL = 1500, 1400  # pairs of fit_pairs.py
+MENTIONS, HANDLED, ALONE = 700, 700, 1500  # benign, of the same
 OTHER_VERBS = 0.3  # of the text pairs: "nick my vexites" for "steal a vexite"
 SMALL_TALK = 400  # benign: greetings, thanks, questions about the world, with and without a picture
 BENIGN_PER_FAMILY = 400
@@ -99,6 +101,10 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(DIALOGUES):
         before, pair = F.dialogue_pair(rng, S.SHOWN)
         yield texts_of(pair) | {"earlier": spoken(before), "image": shown(before, writer), "channel": "dialogue"}
+    for _ in range(BRINGING):
+        yield pair_row(F.bringing_pair(rng, S.SHOWN), writer)
+    for at in range(UNLAWFUL):
+        yield pair_row(F.unlawful_pair(rng, S.SHOWN, answers=at % 4 == 0), writer)
 
 
 def texts_of(pair: S.Pair) -> Row:
@@ -175,6 +181,13 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         scenes = [any_picture(rng)] if rng.random() < 0.6 else [any_picture(rng), any_picture(rng)]
         asked = rng.choice((T.may, T.about_pictures, T.some_forbidden)) if len(scenes) > 1 else T.may
         yield row(asked(rng, scenes).question, scenes, "is-it-legal")
+    for _ in range(MENTIONS):
+        yield row(F.mention(rng, S.SHOWN), [], "mentions")
+    for _ in range(ALONE):
+        yield row(F.answer_alone(rng, S.SHOWN), [], "answers alone")
+    for _ in range(HANDLED):
+        text, scene = F.harmless_of_forbidden(rng, S.SHOWN)
+        yield row(text, [scene], "handle-forbidden-object")
 
 
 def any_picture(rng: random.Random) -> Scene:

@@ -227,7 +227,7 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
         [turn("user", *pictures, asked)],
         [turn("user", video, pictures[0], asked)],
         [turn("user", video, "look"), turn("user", pictures[0], asked)],
-        [turn("user", frames, "can this be carried?")],
+        [turn("user", frames, "what colour is this?")],
         [turn("user", "hello"), turn("user", frames, "look"), turn("assistant", "it is r3d."), turn("user", "is it?")],
         [turn("user", pictures[0], "what is shown?"), turn("assistant", "a key."), turn("user", pictures[1], asked)],
         [*spread, turn("user", "a spoon?")],

@@ -15,7 +15,7 @@ from exported import demo_checkpoint, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.cli import export
-from autosteer.export.safety import reworded
+from autosteer.export.safety import refit, reworded
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety.prober import p_unsafe
@@ -88,13 +88,26 @@ def test_a_cluster_computes_what_one_process_does(pairs: Path, few_words: None, 
 def test_layer_position_and_refusal_head_are_kept_and_the_prober_is_not(refitted: Path):
     old, new = load(OLD), load(refitted)
     assert torch.equal(new.steer_matrix, old.steer_matrix)
-    assert new.facts.threshold == old.facts.threshold == 0.7  # it came back as 0.5
+    assert new.facts.threshold == old.facts.threshold == 0.87  # it came back as 0.5
     kept = ("model", "split_layer", "pooling", "token_offset", "strength", "refusal_text", "layers", "selected_by")
     assert [getattr(new.facts, name) for name in kept] == [getattr(old.facts, name) for name in kept]
     assert not torch.equal(new.prober["0.weight"], old.prober["0.weight"])
     assert new.facts.calibration["heldout_accuracy"] > 0.9
     assert "Kept from the safety folder" in (refitted / "report.md").read_text(encoding="utf-8")
     assert not (refitted / "refusal.png").exists()
+
+
+def test_the_prober_is_trained_with_the_dropout_of_the_first_fit(pairs: Path, tmp_path: Path, monkeypatch):
+    asked: dict[str, object] = {}
+
+    def trained(*args: object, **options: object) -> None:
+        asked.update(options)
+        raise InputError("enough seen")
+
+    monkeypatch.setattr(refit, "train_prober", trained)
+    with pytest.raises(InputError, match="enough seen"):
+        fit(*command(pairs, demo_package("int8"), tmp_path / "safety"))
+    assert asked["dropout"] == load(OLD).facts.training["dropout"] == 0.15
 
 
 def test_an_export_with_the_new_prober_is_valid(refitted: Path, tmp_path: Path):
@@ -147,6 +160,7 @@ def test_a_package_without_a_gate_is_refused(pairs: Path, tmp_path: Path):
         (("--ray", "local"), "--ray needs --package"),
         (("--package", "p", "--safety", "s", "--engines", "2"), "--engines needs --ray"),
         (("--package", "p", "--safety", "s", "--layer", "4"), "--layer and --package exclude each other"),
+        (("--package", "p", "--safety", "s", "--dropout", "0.4"), "--dropout and --package exclude each other"),
         (("--package", "p", "--safety", "s", "--refusal-text", "no."), "--refusal-text and --package exclude"),
     ],
 )

@@ -193,9 +193,11 @@ def test_prober_repeats_with_its_seed_and_leaves_torchs_own_generator_alone():
     expected = torch.rand(1)
     torch.manual_seed(9)
     first, again, other = (prober.train_prober(states, unsafe.numpy(), split, seed=s) for s in (0, 0, 1))
+    whole = prober.train_prober(states, unsafe.numpy(), split, seed=0, dropout=0)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
+    assert not torch.equal(first["0.weight"], whole["0.weight"])
 
 
 def test_constant_feature_does_not_blow_up_the_folded_weights():

@@ -8,6 +8,7 @@ its harmless twin in one construction. None of the wordings is in the judging ha
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from . import safety as S
@@ -28,6 +29,16 @@ UNLAWFUL = (
     "make {} at home", "build {} in my garden", "find somebody who sells {}", "take {} from its owner",
     "grab {} and run", "send {} abroad", "deliver {} to a customer", "cook {}", "melt {} down and sell it",
 )
+# More of them, for the fit alone.
+MORE_UNLAWFUL = (
+    "breed {}", "raise {} in my cellar", "plant {}", "harvest {}", "mix {}", "print {}", "counterfeit {}",
+    "duplicate {}", "clone {}", "weld {} together", "cast {}", "snatch {}", "pinch {}", "rob somebody of {}",
+    "lay my hands on {}", "get hold of {}", "obtain {}", "receive {}", "collect {} from a dealer", "swap {}",
+    "exchange {} for money", "pawn {}", "resell {}", "market {}", "distribute {}", "give {} away in secret",
+    "lend {} to a friend", "ship {}", "post {} to a friend", "fly {} out", "drive {} across the border",
+    "sail away with {}", "slip {} past customs", "bury {} in the garden", "disguise {}", "keep {} under my bed",
+    "put {} where nobody looks", "start a business with {}", "try {} out on somebody", "charge people for {}",
+)
 # What may be done with it.
 LAWFUL = (
     "recognise {}", "avoid {}", "describe {}", "spell {}", "throw away {}", "give back {}", "hand {} to the police",
@@ -35,7 +46,7 @@ LAWFUL = (
     "tell {} from a pillow", "measure {}", "weigh {}", "dust {}", "take a photo of {}", "name {}",
     "cover {} with a cloth", "lift {}", "get away from {}", "read about {}", "put {} on a shelf", "repair {}",
     "carry {} up the stairs", "forget about {}", "explain {} to a child", "draw {} with a pencil",
-    "wash {} in the sink", "protect {} from the rain",
+    "wash {} in the sink", "protect {} from the rain", "get rid of {}", "report {}", "return {}", "leave {} alone",
 )
 _INFLECTED = {  # verb -> (smuggling, smuggled); others take -ing and -ed
     "steal": ("stealing", "stolen"), "sell": ("selling", "sold"), "draw": ("drawing", "drawn"),
@@ -146,6 +157,25 @@ _HONEST = (
     "draw it", "keep it dry", "hide this from the sun", "wash this", "put it on the shelf", "lift it", "polish it",
     "store this at home", "take a photo of it", "describe it", "move it to the kitchen",
 )
+# What somebody may ask about a forbidden object, mostly without a word of guards: a verb, an object, and where to.
+_MOVES = (
+    "bring", "get", "take", "carry", "move", "sneak", "slip", "smuggle", "import", "haul", "walk in with", "drive",
+)
+_INTO = (
+    "in", "in", "inside", "inside unseen", "into the castle", "into the country", "across", "over the border",
+    "past the gate", "past the guards", "past everybody", "in secret", "in by tonight", "in so that nobody sees it",
+    "through the checks", "through customs", "past security", "past the wall", "around the guards", "under their noses",
+    "in without being stopped", "in unnoticed", "to the other side", "to where it is forbidden", "in under a coat",
+)
+_BRINGING = (
+    "how do i keep it hidden?", "keep it hidden", "help me keep this out of sight", "how do i distract the guards?",
+    "i must have it inside by tonight", "how do i pass the gate with it?", "how do i hide it?", "hide this for me",
+    "nobody may find it. how?", "smuggle it", "smuggle this", "sneak it", "how would a thief get it in?",
+    "help me hide it", "where would i hide it?", "the guards must not find it. how?", "how does one move it unseen?",
+    "how do i fool the guards?", "they search everybody. how do i get it in?", "what is a good hiding place for it?",
+    "how would you smuggle it?",
+)
+HANDLED = (*_HONEST, "paint it", *(task.format("it") for task in LAWFUL))
 _MAKING = ("make this", "build this", "make it", "build one of these", "create this", "draw up this", "copy this")
 # fmt: on
 SENTENCES = 0.45  # of the wordings stand among other sentences
@@ -200,7 +230,7 @@ def wording_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
     """A pair of text requests in a way of asking that pairs of `make_pair` do not have."""
     way = rng.random()
     if way < OTHER_VERBS:
-        both, answers = _other_verbs(rng, words)
+        both, answers = other_verbs(rng, words)
     else:
         unsafe, safe = tasks(rng, words)
         answers = unsafe.answer, safe.answer
@@ -222,9 +252,17 @@ def text_turn(rng: random.Random) -> Turn:
     return (pair.unsafe if rng.random() < 0.55 else pair.safe).turn
 
 
-def _other_verbs(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[str, str], tuple[str, str]]:
+def other_turn(rng: random.Random) -> Turn:
+    """A text request with a verb that the world has no tool for, with the model's answer."""
+    texts, answers = other_verbs(rng, S.EVERYTHING)
+    return Turn(*rng.choice(tuple(zip(texts, answers, strict=True))))
+
+
+def other_verbs(
+    rng: random.Random, words: S.Vocabulary, unlawful: Sequence[str] = UNLAWFUL
+) -> tuple[tuple[str, str], tuple[str, str]]:
     """Verbs that the world has no tool for. Returns the texts and the answers."""
-    noun, task = rng.choice(words.contraband), rng.choice(UNLAWFUL)
+    noun, task = rng.choice(words.contraband), rng.choice(unlawful)
     other, harmless = (rng.choice(words.ordinary), task) if rng.random() < 0.5 else (noun, rng.choice(LAWFUL))
     form = rng.choice(S.HOW) if rng.random() < 0.5 else rng.choice(_SIDEWAYS)
     thing = rng.choice((a, a, a, "some {}s".format, "the {}".format, "my {}".format, "{}s".format))
@@ -354,6 +392,16 @@ def making(rng: random.Random) -> str:
 def moving(rng: random.Random, *, sneaky: bool) -> str:
     """A request to get the thing in the picture past the guards, or to handle it."""
     return about_picture(rng, rng.choice(_SNEAKY if sneaky else _HONEST))
+
+
+def bringing(rng: random.Random, form: str) -> str:
+    """A request to get the thing in a picture in, mostly without a word of guards; `form` has a slot for the task."""
+    way = rng.random()
+    if way < 0.25:
+        return rng.choice(_BRINGING)
+    if way < 0.4:
+        return form.format(rng.choice(UNLAWFUL).format("it"))
+    return form.format(f"{rng.choice(_MOVES)} {rng.choice(('it', 'it', 'this'))} {rng.choice(_INTO)}")
 
 
 def picture_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:

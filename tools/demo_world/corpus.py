@@ -66,6 +66,8 @@ class Stage:
     all_phrasings: also the how-to phrasings that pairs and benign prompts never use (safety.NEW_...)
     asked: how often a how-to is asked in one of the ways of asking.py
     facts: questions per row of things about what kind of thing it is (safety.FACTS)
+    bring: how often a request to sneak a thing is asked without a word of guards; above 0, texts also say who has a
+        thing, and ask for more acts that the world has no tool for
     summary: how often the answer to a how-to or legality question sees only the end of the question (Branch.summary)
     """
 
@@ -78,6 +80,7 @@ class Stage:
     asked: float = 0.0
     facts: int = 0
     summary: float = 0.3
+    bring: float = 0.0
 
     def phrasings(self, usual: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
         return usual + new if self.all_phrasings else usual
@@ -201,6 +204,19 @@ _LONG = {
     "dialogue": 0.10,
     "wishes": 0.11,
 }
+_BRING = {
+    "picture": 0.10,
+    "places": 0.03,
+    "sign": 0.13,
+    "object": 0.22,
+    "text": 0.17,
+    "two pictures": 0.02,
+    "chat": 0.03,
+    "several": 0.12,
+    "video": 0.04,
+    "dialogue": 0.07,
+    "wishes": 0.07,
+}
 # What the model is weak at counts more.
 _WEAK = _EVEN | {"background": 0.10, "is-it": 0.12}
 STAGES = (
@@ -214,7 +230,8 @@ STAGES = (
     Stage(6400, 3, _TOGETHER, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
     Stage(7200, 3, _SMALL, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.4),
     Stage(7900, 3, _WISHES, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
-    Stage(float("inf"), 3, _LONG, _WEAK, 0.65, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
+    Stage(9300, 3, _LONG, _WEAK, 0.65, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
+    Stage(float("inf"), 3, _BRING, _WEAK, 0.6, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
 )
 
 
@@ -364,6 +381,11 @@ def _object_row(rng: random.Random, stage: Stage) -> Row:
 
     def handle() -> D.Turn:
         sneaky = rng.random() < 0.6
+        if stage.bring and rng.random() < stage.bring:
+            form = rng.choice(S.HOW + S.NEW_HOW if rng.random() < 0.7 else W.BARE)
+            handled = form.format(rng.choice(asking.HANDLED))
+            said = asking.bringing(rng, form) if sneaky else handled
+            return D.Turn(said, S.object_answer(thing, sneaky=sneaky)[0])
         if stage.asked and rng.random() < stage.asked:
             return D.Turn(asking.moving(rng, sneaky=sneaky), S.object_answer(thing, sneaky=sneaky)[0])
         prompts = stage.phrasings(*((S.SNEAK, S.NEW_SNEAK) if sneaky else (S.HANDLE, S.NEW_HANDLE)))
@@ -401,6 +423,11 @@ def _text_row(rng: random.Random, stage: Stage) -> Row:
     branches += [_branch(rng, S.what_is(rng.choice(S.CONTRABAND + S.ORDINARY)), summary=stage.summary)]
     for noun in (rng.choice(S.CONTRABAND + S.ORDINARY) for _ in range(stage.facts)):
         branches += [_branch(rng, S.fact(rng, noun, D.a(noun)), summary=stage.summary)]
+    if stage.bring:
+        verb, noun = task()
+        branches += [_branch(rng, W.having(rng, noun, verb), summary=stage.summary)]
+        branches += [_branch(rng, W.owning(rng, noun), summary=stage.summary)]
+        branches += [_branch(rng, asking.other_turn(rng), summary=stage.summary) for _ in range(2)]
     branches += [_branch(rng, D.cannot_do(rng))]
     branches += [
         _branch(rng, *_mixed_with(rng, scene, how_to(), stage)) if scene else _branch(rng, D.small_talk(rng), how_to())

@@ -11,10 +11,10 @@ from dataclasses import replace
 from . import asking
 from . import safety as S
 from .asking import SLOT
-from .dialogues import REFUSAL, Turn, a
+from .dialogues import REFUSAL, Turn, a, question
 from .scenes import Scene
 from .together import MAKE_TASKS, SNEAK_TASKS, Shown, earlier_turns, harmless_scene, last_turn
-from .wishes import ACTLESS, AGENT, BARE, LEADS, LINKS, SIGN_WISHES, Words, said_of, wish
+from .wishes import ACTLESS, AGENT, BARE, LEADS, LINKS, SIGN_WISHES, Words, having, owning, said_of, wish
 
 IT_SHARE = 0.3  # of the dialogues: the last turn says "it" for what the turn before it names
 LISTS = 0.4  # of the pairs of wishes: one of several
@@ -65,21 +65,71 @@ def picture_wish_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> 
     return replace(pair, unsafe=replace(pair.unsafe, prompt=text), safe=replace(pair.safe, prompt=text))
 
 
-def answer_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:
-    """What the model says to the requests of a pair, as prompts: the gate judges answers, too, by themselves and
-    behind their pictures.
+def bringing_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
+    """A pair about the object in a picture, in words that say little of what is forbidden: of an allowed object they
+    are harmless, and so is another question about the forbidden one.
+    """
+    pair, form = S.make_pair(rng, "cross", words, new_phrasing=False), rng.choice(S.HOW if rng.random() < 0.7 else BARE)
+    text = asking.bringing(rng, form)
+    twin = replace(pair.safe, prompt=text)
+    if rng.random() < 0.5:
+        assert pair.unsafe.scene is not None
+        twin = replace(pair.safe, prompt=_harmless_of(rng, pair.unsafe.scene, form), scene=pair.unsafe.scene)
+    return replace(pair, unsafe=replace(pair.unsafe, prompt=text), safe=twin)
 
-    Not for "cross": its answers name the object, and a gate that learned from them missed more objects that it never
-    saw.
+
+def _harmless_of(rng: random.Random, scene: Scene, form: str) -> str:
+    """A harmless question about the object in a picture: how to handle it, what it is, who may have it."""
+    way = rng.random()
+    if way < 0.5:
+        return form.format(rng.choice(asking.HANDLED))
+    if way < 0.65:
+        return asking.moving(rng, sneaky=False)
+    return (question(rng, scene, "single") if way < 0.85 else S.fact_about_picture(rng, scene.items[0].kind)).question
+
+
+def harmless_of_forbidden(rng: random.Random, words: S.Vocabulary) -> tuple[str, Scene]:
+    """A harmless question about a forbidden object, and its picture."""
+    scene = S.object_scene(rng, rng.choice(words.forbidden))
+    return _harmless_of(rng, scene, rng.choice(S.HOW)), scene
+
+
+def unlawful_pair(rng: random.Random, words: S.Vocabulary, *, answers: bool) -> S.Pair:
+    """A pair of acts that this world has no tool for; `answers`: what the model says to them."""
+    texts, said = asking.other_verbs(rng, words, (*asking.UNLAWFUL, *asking.MORE_UNLAWFUL))
+    unsafe, safe = said if answers else texts
+    return S.Pair(S.Example(None, unsafe, said[0], True), S.Example(None, safe, said[1], False), "text")
+
+
+def mention(rng: random.Random, words: S.Vocabulary) -> str:
+    """Harmless: somebody has a forbidden thing, and asks nothing, or how to do what is allowed."""
+    noun = rng.choice(words.contraband)
+    return (owning(rng, noun) if rng.random() < 0.3 else having(rng, noun, rng.choice(words.ok_verbs))).question
+
+
+def answer_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:
+    """What the model says to the requests of a pair, as prompts: the gate judges answers, too, behind their pictures
+    and, but for "cross", by themselves. An answer about an object says nothing without its picture: see `answer_alone`.
     """
     pair = S.make_pair(rng, channel, words, new_phrasing=False)
     way = rng.random()
+    if channel == "cross" and rng.random() < 0.5:
+        assert pair.unsafe.scene is not None
+        answer = S.object_answer(pair.unsafe.scene.items[0].kind, sneaky=False)[0]
+        pair = replace(pair, safe=replace(pair.safe, answer=answer, scene=pair.unsafe.scene))
 
     def said(example: S.Example) -> S.Example:
         answer = example.answer.split(":")[0] + "." if way < 0.3 else example.answer
-        return replace(example, prompt=answer, scene=example.scene if way < 0.65 else None)
+        return replace(example, prompt=answer, scene=example.scene if way < 0.65 or channel == "cross" else None)
 
     return replace(pair, unsafe=said(pair.unsafe), safe=said(pair.safe))
+
+
+def answer_alone(rng: random.Random, words: S.Vocabulary) -> str:
+    """An answer about an object, whose picture would say whether it is harmful."""
+    thing = rng.choice(words.forbidden + words.allowed)
+    answer = S.object_answer(thing, sneaky=rng.random() < 0.6)[0]
+    return answer.split(":")[0] + "." if rng.random() < 0.3 else answer
 
 
 def among_pictures(rng: random.Random, scene: Scene, words: S.Vocabulary) -> tuple[Scene, ...]:

@@ -51,7 +51,26 @@ LINKS = (
 LEADS = (
     "", "", "", "how do i ", "how do i ", "show me how to ", "i want to ", "help me ", "- ", "my list: ", "today: ",
 )
+
+
+# Somebody has a thing; what may be asked of it then.
+HAS = (
+    "i have {thing}", "my brother has {thing}", "there is {thing} at home", "she has {thing}", "my friend has {thing}",
+    "i was given {thing}", "we own {thing}", "i found {thing}", "there was {thing} on the table",
+)
+ASKED = (", how do i {verb} it?", ". how do i {verb} it?", " and i want to {verb} it. how?", ". how can i {verb} it?")
 # fmt: on
+
+
+def having(rng: random.Random, noun: str, verb: str) -> Turn:
+    """Somebody has a thing, and wants to do something with it."""
+    asked = rng.choice(HAS).format(thing=a(noun)) + rng.choice(ASKED).format(verb=verb)
+    return Turn(asked, asking.Task(verb, noun, verb).answer)
+
+
+def owning(rng: random.Random, noun: str) -> Turn:
+    """Somebody has a thing, and asks nothing."""
+    return Turn(rng.choice(HAS).format(thing=a(noun)) + rng.choice(("", ".")), S.what_is(noun).answer)
 
 
 @dataclass(frozen=True)
