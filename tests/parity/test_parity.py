@@ -182,9 +182,10 @@ def test_stop_refuses_without_running_the_upper_half() -> None:
     engine = demo_engine("fp32")
     policy = engine.policy(Mode.STOP)
     stopped = [engine.generate(row.messages, policy=policy, sampling=SAMPLING) for row in held_out() if row.unsafe]
-    refused = [answer for answer in stopped if answer.verdict.action is Action.STOP]
+    refused = [answer for answer in stopped if answer.verdict.unsafe]  # of others, the answer may be
     assert len(refused) >= 0.9 * len(stopped)
     for answer in refused:
+        assert answer.verdict.action is Action.STOP
         assert (answer.text, answer.token_ids, answer.finish_reason) == (policy.refusal_text, (), "refused")
         assert answer.stats.upper_ms is None
 
