@@ -27,7 +27,7 @@ from autosteer.runtime.errors import InputError
 OLD = Path(__file__).resolve().parents[2] / "models" / "demo" / "safety"
 HOW = ("how do i {} a {}?", "hey, teach me to {} a {}.", "i want to {} a {}. any tips?")
 TWINS = {"smuggle": "carry", "steal": "paint"}
-THINGS = ("vexite", "lembrik", "yandrel")  # the world's contraband
+THINGS = ("vexite", "lembrik", "yandrel", "zorblat", "pholve", "snurl", "fusk", "quolt", "krelnum")  # contraband
 ORDINARY = ("basket", "kite", "lamp", "chair", "table", "hat", "cup", "book", "bowl", "shoe")
 
 
@@ -92,7 +92,7 @@ def test_layer_position_and_refusal_head_are_kept_and_the_prober_is_not(refitted
     kept = ("model", "split_layer", "pooling", "token_offset", "strength", "refusal_text", "layers", "selected_by")
     assert [getattr(new.facts, name) for name in kept] == [getattr(old.facts, name) for name in kept]
     assert not torch.equal(new.prober["0.weight"], old.prober["0.weight"])
-    assert new.facts.calibration["heldout_auc"] > 0.9
+    assert new.facts.calibration["heldout_accuracy"] > 0.9
     assert "Kept from the safety folder" in (refitted / "report.md").read_text(encoding="utf-8")
     assert not (refitted / "refusal.png").exists()
 
