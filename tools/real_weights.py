@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def main(name: str, output: Path, shuffled: bool) -> None:
 
     if shuffled and name != "smollm2-135m":
         raise click.ClickException("--shuffle knows Llama's layers only: smollm2-135m")
+    if missing := [module for module in ("gguf", "accelerate") if not find_spec(module)]:
+        raise click.ClickException(f"transformers needs these to read GGUF: pip install {' '.join(missing)}")
     output.mkdir(parents=True, exist_ok=True)
     gguf = output / "model.gguf"
     if not gguf.exists() or hashlib.sha256(gguf.read_bytes()).hexdigest() != SOURCES[name].sha256:
