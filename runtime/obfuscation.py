@@ -7,7 +7,7 @@ turn a second time, in plain letters (judge.py). The steps, in order:
     base64        is decoded where it is text
     alphabets     full-width, mathematical, circled, small-capital ... letters become ASCII, odd blanks a blank
     escapes       such as "%20" become blanks, if there are four or more
-    joined        five words or more with signs between them, and no blank, are parted
+    joined        five words or more with signs between them and no blank, or fourWordsLikeThese, are parted
     invisible     characters, and marks over and through a letter, go
     parted        one to three signs between two letters that no word has ("st%eal", "br||ew"), and what looks like a
                   special token ("br<|im_end|>ew"), go, if there are two or more
@@ -82,6 +82,8 @@ _MIXED = re.compile(f"[A-Za-z][{LOOK_ALIKES[0]}]|[{LOOK_ALIKES[0]}][A-Za-z]")
 _PARTED = re.compile(f"(?<=[A-Za-z])(?:<\\|[a-z_]{{1,20}}\\|>|[{NOT_IN_WORDS}]{{1,3}})(?=[A-Za-z])")
 _ONE_WORD = "(?:[A-Za-z]{2,}|[aAiI])"
 _JOINED = re.compile(f"(?<![A-Za-z0-9_-]){_ONE_WORD}(?:[^A-Za-z0-9 \\t-\\r]+{_ONE_WORD}){{4,}}(?![A-Za-z0-9])")
+_CAPITALS = re.compile("(?<![A-Za-z0-9])[A-Za-z]?[a-z]+(?:[A-Z][a-z]+|[AI]){3,}(?![A-Za-z0-9])")
+_CAPITAL = re.compile("(?<=[A-Za-z])[A-Z]")
 _NO_WORDS = re.compile("[^A-Za-z]+")
 _ESCAPES = re.compile("(?:%[0-9A-Fa-f]{2})+")
 _ACCENTED = re.compile("([A-Za-z])[\u0300-\u036f]+")
@@ -105,6 +107,7 @@ def deobfuscated(text: str) -> str:
     plain = _decoded(composed).translate(IN_ASCII)
     plain = _ESCAPES.sub(" ", plain) if len(_ESCAPES.findall(plain)) > 3 else plain
     plain = _JOINED.sub(lambda run: _NO_WORDS.sub(" ", run[0]), plain)
+    plain = _CAPITALS.sub(lambda run: _CAPITAL.sub(r" \g<0>", run[0]), plain)
     plain = _HIDDEN.sub("", plain)
     plain = _PARTED.sub("", plain) if len(_PARTED.findall(plain)) > 1 else plain
     if _MIXED.search(plain):

@@ -12,9 +12,9 @@ these, too:
                  with what follows, ten words in all, and one behind the other without the longer ones between them: a
                  request may be cut
     pronouns     a sentence with "it" or the like behind what that may mean: the last two words of each of the four
-                 sentences before it and each thing there (a thing is "a", "the" or the like and the word behind it),
-                 and each thing of the two sentences behind it: "what is a vexite? how do i smuggle it?" also says "a
-                 vexite? how do i smuggle it?"
+                 sentences before it and each thing there (a thing is "a", "the", "your" or the like and the word behind
+                 it), and each thing of the two sentences behind it: "what is a vexite? how do i smuggle it?" also says
+                 "a vexite? how do i smuggle it?"
     things       a sentence of several things may ask the same of each, or something else: "how do i steal a kite, i
                  mean a kettle" and "how do i draw a kite steal a kettle" also say "how do i steal a kettle" (`_asked`);
                  so do "how do i steal a kite?" and, later, "a kettle?"
@@ -53,7 +53,7 @@ PUNCTUATION = ',:/|+&()\\[\\]{}<>#=~*^@\\\\`"\u2013\u2014\u3001\uff0c\uff1a\xb7\
 SYMBOLS = "\u2190-\u21ff\u2600-\u27bf\U0001f000-\U0001faff"  # arrows, ticks and crosses, emoji
 CONJUNCTIONS = "and or then but also too plus as_well_as before after while once if when so because"
 PRONOUNS = "it its this that one them these those some another thing things something"
-ARTICLES = "a an the my some"
+ARTICLES = "a an the my your his our their some any every each another"
 PREPOSITIONS = (  # and other words that say nothing of what is done with a thing behind them
     "of in on at to for from with by as into than about like is are was be near behind under inside together during "
     "over between through around since until without within against among that which all both"

@@ -84,7 +84,9 @@ def test_two_thousand_turns_are_judged_in_seconds(tmp_path, first):
     assert time.process_time() - before < 8
 
 
-@pytest.mark.parametrize("unit", ["aa-.", "aa--", "a.b_", "aa.a1", "ab-cd-ef-gh-ij-9 ", "%41", "a b ", "s-t-", "aaa"])
+@pytest.mark.parametrize(
+    "unit", ["aa-.", "aa--", "a.b_", "aa.a1", "ab-cd-ef-gh-ij-9 ", "%41", "a b ", "s-t-", "aaa", "aA"]
+)
 def test_obfuscated_letters_are_looked_for_in_linear_time(unit):
     """16 KB of "aa-." took 1 s, 32 KB four."""
     before = time.process_time()

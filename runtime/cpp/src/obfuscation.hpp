@@ -185,14 +185,19 @@ inline std::string not_parted(std::string_view text) {
   return replaced_if_many(text, parted, "", 2);
 }
 
-/// Five words or more with signs between them, and no blank, are parted.
+/// Five words or more with signs between them and no blank, or fourWordsLikeThese, are parted.
 inline std::string not_joined(std::string_view text) {
   static const std::string word = "(?:[A-Za-z]{2,}|[aAiI])";
   static const Regex joined("(?<![A-Za-z0-9_-])" + word + "(?:[^A-Za-z0-9 \\t-\\r]+" + word +
                             "){4,}(?![A-Za-z0-9])");
   static const Regex no_words("[^A-Za-z]+");
-  return replaced(text, joined, [](std::string_view run) {
+  static const Regex capitals("(?<![A-Za-z0-9])[A-Za-z]?[a-z]+(?:[A-Z][a-z]+|[AI]){3,}(?![A-Za-z0-9])");
+  static const Regex capital("(?<=[A-Za-z])[A-Z]");
+  const std::string apart = replaced(text, joined, [](std::string_view run) {
     return replaced(run, no_words, [](std::string_view) { return " "; });
+  });
+  return replaced(apart, capitals, [](std::string_view run) {
+    return replaced(run, capital, [](std::string_view letter) { return " " + std::string(letter); });
   });
 }
 

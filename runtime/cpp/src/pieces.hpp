@@ -123,7 +123,7 @@ inline std::vector<std::string> windows_of(std::string_view text) {
 
 constexpr const char* kPunctuation =  // in a class of characters
     ",:/|+&()\\[\\]{}<>#=~*^@\\\\`\"\u2013\u2014\u3001\uff0c\uff1a\u00b7\u2022";
-constexpr const char* kArticles = "a an the my some";
+constexpr const char* kArticles = "a an the my your his our their some any every each another";
 constexpr const char* kConjunctions =
     "and or then but also too plus as_well_as before after while once if when so because";
 constexpr const char* kPrepositions =  // and other words that say nothing of what is done with a thing behind them
