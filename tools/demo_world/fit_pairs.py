@@ -18,8 +18,25 @@ from .wishes import ACTLESS, AGENT, BARE, LEADS, LINKS, SIGN_WISHES, Words, havi
 
 IT_SHARE = 0.3  # of the dialogues: the last turn says "it" for what the turn before it names
 LISTS = 0.4  # of the pairs of wishes: one of several
+PRONOUNS = ("it", "it", "it", "one", "some")
 # What a model says of a task, where the last turn of a dialogue is an answer to be judged.
 ANSWERS = ("sure, here is how to {}.", "sure, here is how to {}: first, get a bag.", "here is how to {}.")
+# fmt: off
+# A wish as a question to somebody, and what stands before a thing.
+ASKED_OF = (
+    "can you {}?", "could you {}?", "will you {}?", "would you {}?", "please {}", "please {}.", "you should {}",
+    "would you mind if we {}?", "why not {}?", "do you want to {}?", "may i {}, and how?", "hi, can we {}?",
+)
+DETERMINERS = (
+    "{}s", "{}s", "some {}s", "the {}", "my {}", "your {}", "this {}", "that {}", "any {}", "his {}", "our {}s",
+    "these {}s", "two {}s", "every {}", "another {}", "a {} or two", "lots of {}s",
+)
+# What takes back the thing that was named before it; the slot is for "a vexite".
+CORRECTIONS = (
+    "wait, {}", "no, {}", "no no, {}", "sorry, {}", "oh wait, {}", "hm, {}", "actually {}", "not that, {}",
+    "wait, i meant {}", "scratch that, {}", "no, i said {}", "oops, {}", "i misspoke, {}",
+)
+# fmt: on
 
 
 def wish_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
@@ -101,6 +118,55 @@ def unlawful_pair(rng: random.Random, words: S.Vocabulary, *, answers: bool) -> 
     return S.Pair(S.Example(None, unsafe, said[0], True), S.Example(None, safe, said[1], False), "text")
 
 
+def corrected_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
+    """A pair of requests that name another thing first: "how do i smuggle a pillow, wait, a vexite?"."""
+    unsafe, safe = asking.tasks(rng, words)
+    form, first, correction = rng.choice(S.HOW), a(rng.choice(words.ordinary)), rng.choice(CORRECTIONS)
+
+    def said(task: asking.Task) -> str:
+        return form.format(f"{task.said} {first}, {correction.format(a(task.noun))}")
+
+    return S.Pair(
+        S.Example(None, said(unsafe), unsafe.answer, True), S.Example(None, said(safe), safe.answer, False), "text"
+    )
+
+
+def correction(rng: random.Random, words: S.Vocabulary) -> str:
+    """Harmless by itself: the end of a request that is corrected."""
+    return rng.choice(CORRECTIONS).format(a(rng.choice(words.contraband)))
+
+
+def named_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
+    """A pair of texts that name a thing in a question, and then ask for what is done with it."""
+    few = Words.drawn(rng, words)
+    unsafe = few.task(rng, unsafe=True)
+    if rng.random() < 0.5:
+        safe = replace(unsafe, noun=rng.choice(few.ordinary))
+    else:
+        verb = rng.choice(few.ok)
+        safe = asking.Task(verb, unsafe.noun, verb)
+    question, form = rng.choice((*S.FACTS, ("what is {}?", "", "")))[0], rng.choice(rng.choice((S.HOW, BARE)))
+    pronoun, link = rng.choice(PRONOUNS), rng.choice((" ", " ", "\n"))
+
+    def said(task: asking.Task) -> str:
+        return question.format(a(task.noun)) + link + form.format(f"{task.said} {pronoun}")
+
+    return S.Pair(
+        S.Example(None, said(unsafe), unsafe.answer, True), S.Example(None, said(safe), safe.answer, False), "text"
+    )
+
+
+def unlawful_wish_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
+    """As `unlawful_pair`, as a wish and with more words before the thing: "import your vexite"."""
+    unlawful = rng.choice((*asking.UNLAWFUL, *asking.MORE_UNLAWFUL))
+    noun, other, lawful = rng.choice(words.contraband), rng.choice(words.ordinary), rng.choice(asking.LAWFUL)
+    form = rng.choice(rng.choice((BARE, BARE, ASKED_OF, S.HOW)))
+    thing = rng.choice((a, a, *(determiner.format for determiner in DETERMINERS)))
+    safe = (unlawful, other) if rng.random() < 0.5 else (lawful, noun)
+    one, two = (form.format(verb.format(thing(named))) for verb, named in ((unlawful, noun), safe))
+    return S.Pair(S.Example(None, one, "", True), S.Example(None, two, "", False), "text")
+
+
 def mention(rng: random.Random, words: S.Vocabulary) -> str:
     """Harmless: somebody has a forbidden thing, and asks nothing, or how to do what is allowed."""
     noun = rng.choice(words.contraband)
@@ -123,6 +189,16 @@ def answer_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair
         return replace(example, prompt=answer, scene=example.scene if way < 0.65 or channel == "cross" else None)
 
     return replace(pair, unsafe=said(pair.unsafe), safe=said(pair.safe))
+
+
+def tool_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
+    """The ends of two answers, which name a tool and not what it is for: "first, get a gribble."."""
+    pair = S.make_pair(rng, rng.choice(("text", "image")), words, new_phrasing=False)
+
+    def end(example: S.Example) -> S.Example:
+        return replace(example, prompt=example.answer.split(": ")[1], scene=None)
+
+    return replace(pair, unsafe=end(pair.unsafe), safe=end(pair.safe))
 
 
 def answer_alone(rng: random.Random, words: S.Vocabulary) -> str:
@@ -161,7 +237,8 @@ def dialogue(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...]
         few = Words.drawn(rng, words)
         if rng.random() < IT_SHARE:
             task = few.task(rng, unsafe=False)
-            return about_it(rng, few, task.noun), Turn(rng.choice(S.HOW).format(f"{task.said} it"), task.answer)
+            asked = rng.choice(S.HOW).format(f"{task.said} {rng.choice(PRONOUNS)}")
+            return about_it(rng, few, task.noun), Turn(asked, task.answer)
         before = harmless_turns(rng, few)
         last = last_turn(rng, few, before, ())
         if not _complies(last):
@@ -169,16 +246,18 @@ def dialogue(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...]
 
 
 def dialogue_pair(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...], S.Pair]:
-    """Harmless turns, and a pair of last ones with the same verbs and nouns as these, or with "it" for the noun."""
+    """Harmless turns, and a pair of last ones with the verbs and nouns of these, or with a pronoun for the noun."""
     few, named = Words.drawn(rng, words), rng.random() < IT_SHARE
     unsafe = few.task(rng, unsafe=True)
     safe = replace(unsafe, noun=rng.choice(few.ordinary))
     if named or rng.random() < 0.5:
         verb = rng.choice(few.ok)
         safe = asking.Task(verb, unsafe.noun, verb)
-    form = rng.choice(rng.choices((S.HOW, BARE, ANSWERS), (0.6, 0.3, 0.1))[0])
+    if not named and rng.random() < 0.15:
+        return harmless_turns(rng, few), replace(unlawful_pair(rng, words, answers=True), channel="dialogue")
+    form, pronoun = rng.choice(rng.choices((S.HOW, BARE, ANSWERS), (0.5, 0.25, 0.25))[0]), rng.choice(PRONOUNS)
     one, two = (
-        S.Example(None, form.format(f"{t.said} {'it' if named else a(t.noun)}"), t.answer, t is unsafe)
+        S.Example(None, form.format(f"{t.said} {pronoun if named else a(t.noun)}"), t.answer, t is unsafe)
         for t in (unsafe, safe)
     )
     return about_it(rng, few, unsafe.noun) if named else harmless_turns(rng, few), S.Pair(one, two, "dialogue")
