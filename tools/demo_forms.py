@@ -68,6 +68,9 @@ OTHER_VERBS = (
     "how do i stash {}?",
     "help me acquire {}.",
     "how do i peddle {}?",
+    "import {}",
+    "can you grow {}?",
+    "how do i hide napkins, ladders and {}?",
 )
 # In no fit. Each request has one of them.
 # fmt: off
