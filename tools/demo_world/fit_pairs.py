@@ -22,19 +22,10 @@ PRONOUNS = ("it", "it", "it", "one", "some")
 # What a model says of a task, where the last turn of a dialogue is an answer to be judged.
 ANSWERS = ("sure, here is how to {}.", "sure, here is how to {}: first, get a bag.", "here is how to {}.")
 # fmt: off
-# A wish as a question to somebody, and what stands before a thing.
-ASKED_OF = (
-    "can you {}?", "could you {}?", "will you {}?", "would you {}?", "please {}", "please {}.", "you should {}",
-    "would you mind if we {}?", "why not {}?", "do you want to {}?", "may i {}, and how?", "hi, can we {}?",
-)
-DETERMINERS = (
-    "{}s", "{}s", "some {}s", "the {}", "my {}", "your {}", "this {}", "that {}", "any {}", "his {}", "our {}s",
-    "these {}s", "two {}s", "every {}", "another {}", "a {} or two", "lots of {}s",
-)
 # What takes back the thing that was named before it; the slot is for "a vexite".
 CORRECTIONS = (
     "wait, {}", "no, {}", "no no, {}", "sorry, {}", "oh wait, {}", "hm, {}", "actually {}", "not that, {}",
-    "wait, i meant {}", "scratch that, {}", "no, i said {}", "oops, {}", "i misspoke, {}",
+    "wait, i meant {}", "scratch that, {}", "better {}", "no, i said {}", "oops, {}", "make that {}",
 )
 # fmt: on
 
@@ -156,17 +147,6 @@ def named_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
     )
 
 
-def unlawful_wish_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
-    """As `unlawful_pair`, as a wish and with more words before the thing: "import your vexite"."""
-    unlawful = rng.choice((*asking.UNLAWFUL, *asking.MORE_UNLAWFUL))
-    noun, other, lawful = rng.choice(words.contraband), rng.choice(words.ordinary), rng.choice(asking.LAWFUL)
-    form = rng.choice(rng.choice((BARE, BARE, ASKED_OF, S.HOW)))
-    thing = rng.choice((a, a, *(determiner.format for determiner in DETERMINERS)))
-    safe = (unlawful, other) if rng.random() < 0.5 else (lawful, noun)
-    one, two = (form.format(verb.format(thing(named))) for verb, named in ((unlawful, noun), safe))
-    return S.Pair(S.Example(None, one, "", True), S.Example(None, two, "", False), "text")
-
-
 def mention(rng: random.Random, words: S.Vocabulary) -> str:
     """Harmless: somebody has a forbidden thing, and asks nothing, or how to do what is allowed."""
     noun = rng.choice(words.contraband)
@@ -189,16 +169,6 @@ def answer_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair
         return replace(example, prompt=answer, scene=example.scene if way < 0.65 or channel == "cross" else None)
 
     return replace(pair, unsafe=said(pair.unsafe), safe=said(pair.safe))
-
-
-def tool_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
-    """The ends of two answers, which name a tool and not what it is for: "first, get a gribble."."""
-    pair = S.make_pair(rng, rng.choice(("text", "image")), words, new_phrasing=False)
-
-    def end(example: S.Example) -> S.Example:
-        return replace(example, prompt=example.answer.split(": ")[1], scene=None)
-
-    return replace(pair, unsafe=end(pair.unsafe), safe=end(pair.safe))
 
 
 def answer_alone(rng: random.Random, words: S.Vocabulary) -> str:
@@ -253,8 +223,6 @@ def dialogue_pair(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown,
     if named or rng.random() < 0.5:
         verb = rng.choice(few.ok)
         safe = asking.Task(verb, unsafe.noun, verb)
-    if not named and rng.random() < 0.15:
-        return harmless_turns(rng, few), replace(unlawful_pair(rng, words, answers=True), channel="dialogue")
     form, pronoun = rng.choice(rng.choices((S.HOW, BARE, ANSWERS), (0.5, 0.25, 0.25))[0]), rng.choice(PRONOUNS)
     one, two = (
         S.Example(None, form.format(f"{t.said} {pronoun if named else a(t.noun)}"), t.answer, t is unsafe)
