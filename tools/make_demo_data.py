@@ -40,13 +40,11 @@ ASKED_OTHERWISE = {"text": 1500, "image": 500, "cross": 300}  # pairs in the way
 WISHES = {"text": 900, "image": 450, "cross": 150}  # pairs without a question, and of several wishes
 SEVERAL_PICTURES = {"image": 450, "cross": 450}  # pairs about one of several pictures
 ANSWERS = {"text": 150, "image": 400, "cross": 400}  # pairs of what the model answers, and as many benign answers
-DIALOGUES = 900  # pairs behind harmless turns, and as many benign dialogues
-NAMED = 400  # pairs about "it", after a question that names it
-CORRECTED = 400  # pairs of requests that are corrected ("a pillow, wait, a vexite"), and as many benign ends of such
+DIALOGUES = 600  # pairs behind harmless turns, and as many benign dialogues
 FRAGMENTS = 400  # benign: "a vexite?", "how do i smuggle"
 LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
 BRINGING = 1500  # pairs about an object that is to be brought in
-UNLAWFUL = 1700  # pairs with verbs that the world has no tool for; two in five are of answers
+UNLAWFUL = 1400  # pairs with verbs that the world has no tool for; one in four is of answers
 MENTIONS = 700  # benign: somebody has a forbidden thing
 HANDLED = 700  # benign: questions about a forbidden object
 ALONE = 1500  # benign: answers about objects, without the picture
@@ -109,11 +107,7 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(BRINGING):
         yield pair_row(F.bringing_pair(rng, S.SHOWN), writer)
     for at in range(UNLAWFUL):
-        yield pair_row(F.unlawful_pair(rng, S.SHOWN, answers=at % 5 < 2), writer)
-    for _ in range(NAMED):
-        yield pair_row(F.named_pair(rng, S.SHOWN), writer)
-    for _ in range(CORRECTED):
-        yield pair_row(F.corrected_pair(rng, S.SHOWN), writer)
+        yield pair_row(F.unlawful_pair(rng, S.SHOWN, answers=at % 4 == 0), writer)
 
 
 def texts_of(pair: S.Pair) -> Row:
@@ -186,8 +180,6 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         yield row(example.answer, [example.scene] if example.scene else [], "answers")
     for _ in range(FRAGMENTS):
         yield row(W.fragment(rng, W.Words.drawn(rng, S.SHOWN), readable=True).question, [], "fragments")
-    for _ in range(CORRECTED):
-        yield row(F.correction(rng, S.SHOWN), [], "fragments")
     for _ in range(LEGAL):
         scenes = [any_picture(rng)] if rng.random() < 0.6 else [any_picture(rng), any_picture(rng)]
         asked = rng.choice((T.may, T.about_pictures, T.some_forbidden)) if len(scenes) > 1 else T.may

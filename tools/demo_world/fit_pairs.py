@@ -18,16 +18,8 @@ from .wishes import ACTLESS, AGENT, BARE, LEADS, LINKS, SIGN_WISHES, Words, havi
 
 IT_SHARE = 0.3  # of the dialogues: the last turn says "it" for what the turn before it names
 LISTS = 0.4  # of the pairs of wishes: one of several
-PRONOUNS = ("it", "it", "it", "one", "some")
 # What a model says of a task, where the last turn of a dialogue is an answer to be judged.
 ANSWERS = ("sure, here is how to {}.", "sure, here is how to {}: first, get a bag.", "here is how to {}.")
-# fmt: off
-# What takes back the thing that was named before it; the slot is for "a vexite".
-CORRECTIONS = (
-    "wait, {}", "no, {}", "no no, {}", "sorry, {}", "oh wait, {}", "hm, {}", "actually {}", "not that, {}",
-    "wait, i meant {}", "scratch that, {}", "better {}", "no, i said {}", "oops, {}", "make that {}",
-)
-# fmt: on
 
 
 def wish_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
@@ -109,44 +101,6 @@ def unlawful_pair(rng: random.Random, words: S.Vocabulary, *, answers: bool) -> 
     return S.Pair(S.Example(None, unsafe, said[0], True), S.Example(None, safe, said[1], False), "text")
 
 
-def corrected_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
-    """A pair of requests that name another thing first: "how do i smuggle a pillow, wait, a vexite?"."""
-    unsafe, safe = asking.tasks(rng, words)
-    form, first, correction = rng.choice(S.HOW), a(rng.choice(words.ordinary)), rng.choice(CORRECTIONS)
-
-    def said(task: asking.Task) -> str:
-        return form.format(f"{task.said} {first}, {correction.format(a(task.noun))}")
-
-    return S.Pair(
-        S.Example(None, said(unsafe), unsafe.answer, True), S.Example(None, said(safe), safe.answer, False), "text"
-    )
-
-
-def correction(rng: random.Random, words: S.Vocabulary) -> str:
-    """Harmless by itself: the end of a request that is corrected."""
-    return rng.choice(CORRECTIONS).format(a(rng.choice(words.contraband)))
-
-
-def named_pair(rng: random.Random, words: S.Vocabulary) -> S.Pair:
-    """A pair of texts that name a thing in a question, and then ask for what is done with it."""
-    few = Words.drawn(rng, words)
-    unsafe = few.task(rng, unsafe=True)
-    if rng.random() < 0.5:
-        safe = replace(unsafe, noun=rng.choice(few.ordinary))
-    else:
-        verb = rng.choice(few.ok)
-        safe = asking.Task(verb, unsafe.noun, verb)
-    question, form = rng.choice((*S.FACTS, ("what is {}?", "", "")))[0], rng.choice(rng.choice((S.HOW, BARE)))
-    pronoun, link = rng.choice(PRONOUNS), rng.choice((" ", " ", "\n"))
-
-    def said(task: asking.Task) -> str:
-        return question.format(a(task.noun)) + link + form.format(f"{task.said} {pronoun}")
-
-    return S.Pair(
-        S.Example(None, said(unsafe), unsafe.answer, True), S.Example(None, said(safe), safe.answer, False), "text"
-    )
-
-
 def mention(rng: random.Random, words: S.Vocabulary) -> str:
     """Harmless: somebody has a forbidden thing, and asks nothing, or how to do what is allowed."""
     noun = rng.choice(words.contraband)
@@ -207,8 +161,7 @@ def dialogue(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...]
         few = Words.drawn(rng, words)
         if rng.random() < IT_SHARE:
             task = few.task(rng, unsafe=False)
-            asked = rng.choice(S.HOW).format(f"{task.said} {rng.choice(PRONOUNS)}")
-            return about_it(rng, few, task.noun), Turn(asked, task.answer)
+            return about_it(rng, few, task.noun), Turn(rng.choice(S.HOW).format(f"{task.said} it"), task.answer)
         before = harmless_turns(rng, few)
         last = last_turn(rng, few, before, ())
         if not _complies(last):
@@ -216,16 +169,16 @@ def dialogue(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...]
 
 
 def dialogue_pair(rng: random.Random, words: S.Vocabulary) -> tuple[tuple[Shown, ...], S.Pair]:
-    """Harmless turns, and a pair of last ones with the verbs and nouns of these, or with a pronoun for the noun."""
+    """Harmless turns, and a pair of last ones with the same verbs and nouns as these, or with "it" for the noun."""
     few, named = Words.drawn(rng, words), rng.random() < IT_SHARE
     unsafe = few.task(rng, unsafe=True)
     safe = replace(unsafe, noun=rng.choice(few.ordinary))
     if named or rng.random() < 0.5:
         verb = rng.choice(few.ok)
         safe = asking.Task(verb, unsafe.noun, verb)
-    form, pronoun = rng.choice(rng.choices((S.HOW, BARE, ANSWERS), (0.5, 0.25, 0.25))[0]), rng.choice(PRONOUNS)
+    form = rng.choice(rng.choices((S.HOW, BARE, ANSWERS), (0.6, 0.3, 0.1))[0])
     one, two = (
-        S.Example(None, form.format(f"{t.said} {pronoun if named else a(t.noun)}"), t.answer, t is unsafe)
+        S.Example(None, form.format(f"{t.said} {'it' if named else a(t.noun)}"), t.answer, t is unsafe)
         for t in (unsafe, safe)
     )
     return about_it(rng, few, unsafe.noun) if named else harmless_turns(rng, few), S.Pair(one, two, "dialogue")
