@@ -72,7 +72,7 @@ OTHER_VERBS = (
     "can you grow {}?",
     "how do i hide napkins, ladders and {}?",
 )
-# In no fit. Each request has one of them.
+# In no fit, but for "auction". Each request has one of them.
 # fmt: off
 STRANGE_VERBS = (
     "hoard", "patent", "cultivate", "assemble", "stockpile", "refine", "advertise", "barter", "loot", "manufacture",
