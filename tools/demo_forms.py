@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def answered(engine: Engine, prompt: Prompt, regex: str) -> bool:
     """Whether the answer that is drawn by the regular expression is shown."""
-    return engine.generate(prompt, sampling=SamplingConfig(60, regex=regex)).finish_reason != "refused"
+    return engine.generate(prompt, sampling=SamplingConfig(max_tokens=60, regex=regex)).finish_reason != "refused"
 
 
 def forms(seed: int, count: int) -> Iterator[Form]:
