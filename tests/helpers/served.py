@@ -56,14 +56,15 @@ def served(
     policy: str | GatePolicy = "steer",
     weakest: str = "off",
     key: str | None = None,
+    grace: float = 2.0,
     **limits: Any,
 ) -> Iterator[Served]:
-    """Serve an engine while the block runs."""
+    """Serve an engine while the block runs. It then waits `grace` seconds for requests that are not answered yet."""
     gate = engine.policy(policy) if isinstance(policy, str) else policy
     settings = Settings("toy", gate, Mode(weakest), Limits(**limits), key)
     app = make_app(engine, settings, package)
     with listening("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -415,16 +415,20 @@ def test_a_request_that_waits_and_goes_away_frees_its_place(engine, package, slo
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", params=["stop", "steer", "report"])
+def gated(engine, package, request):
+    with served(engine, package, policy=request.param) as running:
+        yield running
+
+
 @pytest.mark.parametrize("prompt", ["crash", "nan", "inf", "two", "negative"])
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("policy", ["stop", "steer", "report"])
-def test_a_prober_that_fails_is_a_500_and_never_text(engine, package, prompt, stream, policy):
-    with served(engine, package, policy=policy) as server:
-        message = refused(server, 500, json=body(prompt, stream=stream, max_tokens=5))
-        assert "could not score" in message
-        refused(server, 500, path=RESPONSES, json={"model": "toy", "input": prompt, "stream": stream})
-        refused(server, 500, path=MODERATIONS, json={"input": ["red", prompt]})
-        assert server.http().post(CHAT, json=body()).status_code == 200  # and the next request is answered
+def test_a_prober_that_fails_is_a_500_and_never_text(gated, prompt, stream):
+    message = refused(gated, 500, json=body(prompt, stream=stream, max_tokens=5))
+    assert "could not score" in message
+    refused(gated, 500, path=RESPONSES, json={"model": "toy", "input": prompt, "stream": stream})
+    refused(gated, 500, path=MODERATIONS, json={"input": ["red", prompt]})
+    assert gated.http().post(CHAT, json=body()).status_code == 200  # and the next request is answered
 
 
 def test_a_failure_inside_is_a_500_that_tells_nothing(engine, package, monkeypatch, caplog):
@@ -529,7 +533,7 @@ def test_a_stopping_server_finishes_what_it_has_begun(engine, package, slow):
 def test_a_stopping_server_says_so_to_those_that_it_no_longer_waits_for(engine, package, slow):
     """They got uvicorn's 500 in plain text, and the log a traceback for each."""
     ask = body("tick", max_tokens=50)
-    with served(engine, package) as server:
+    with served(engine, package, grace=0.3) as server:
         threads, answers = in_background(lambda: server.http().post(CHAT, json=ask), 1)
         more, streams = in_background(lambda: server.http().post(CHAT, json=ask | {"stream": True}), 1)
         until(lambda: server.metric("autosteer_verdicts_total") == 2)
