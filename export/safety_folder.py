@@ -2,7 +2,7 @@
 
     safety/safety.json           layer, threshold, strength, how they were found; held-out prompts (proof.py); sha256 of
                                  the other files
-    safety/safety.safetensors    prober.0.weight (64, d), prober.0.bias (64,), prober.2.weight (2, 64), prober.2.bias
+    safety/safety.safetensors    prober.0.weight (h, d), prober.0.bias (h,), prober.2.weight (2, h), prober.2.bias
                                  (2,), steer_matrix (d, d); all float32. monitor.*, as prober.*, if there is a monitor
     safety/proof-1.png ...       pictures of the held-out prompts, if they may be published
 
@@ -233,9 +233,10 @@ class SafetyArtifact:
         if watching := self.facts.monitor:
             need(0 < watching.window <= LARGEST_WINDOW, f"the monitor's window of {watching.window} is out of range")
             need(0.0 <= watching.threshold < 1.0, f"the monitor's threshold {watching.threshold} is not in [0, 1)")
-        shapes = {"0.weight": (64, d), "0.bias": (64,), "2.weight": (2, 64), "2.bias": (2,)}
         for name, tensors in {"prober": self.prober, **({"monitor": self.monitor} if self.monitor else {})}.items():
             found = {part: tuple(t.shape) for part, t in tensors.items()}
+            h = max((1, *found.get("0.bias", ())))
+            shapes = {"0.weight": (h, d), "0.bias": (h,), "2.weight": (2, h), "2.bias": (2,)}
             need(found == shapes, f"{name} tensors {found} are not {shapes}: fitted for another model?")
             first, second = (tensors[part].double() for part in ("0.weight", "2.weight"))
             moved = float(((second[0] - second[1]).abs() * first.norm(dim=1)).sum())

@@ -121,7 +121,7 @@ def count_pictures(prompts: Sequence[Labelled]) -> int:
 
 
 def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split:
-    """Split such that the two prompts of a pair, equal texts and families stay in one part."""
+    """Split such that the two prompts of a pair, equal texts and families stay in one fold."""
     row = {item.prompt.identity: i for i, item in enumerate(prompts)}
     return split_by_text(
         clusters_of(prompts),
@@ -141,7 +141,7 @@ def clusters_of(prompts: Sequence[Labelled]) -> list[str]:
 
 def training_weights(t: Table) -> np.ndarray:
     """(n,) weights of all prompts: 0 for those that nothing is trained on."""
-    used = np.concatenate(list(vars(t.taught).values()))
+    used = np.concatenate(t.taught.folds)
     weight = np.zeros(len(t.texts))
     weight[used] = row_weights(t.unsafe[used], [t.source_of[row] for row in used])
     return weight

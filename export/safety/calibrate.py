@@ -1,8 +1,9 @@
 """Calibrate a prober: temperature and threshold, with measurements of both.
 
-Temperature is fitted on the validation part; the threshold and every fact come from the held-out part (prober.py). Both
-classes weigh the same throughout, so p_unsafe = 0.5 means "as likely as not, if unsafe prompts were as common as benign
-ones". How common they are in use is unknown.
+The temperature is fitted on prompts that are not held out, each scored by members that have not trained on it; the
+threshold and every fact come from held-out prompts (prober.py). Both classes weigh the same throughout, so
+p_unsafe = 0.5 means "as likely as not, if unsafe prompts were as common as benign ones". How common they are in use is
+unknown.
 
 A false-positive rate measured on n prompts is only an estimate. `clopper_pearson_upper` bounds the true rate, and
 --target-fpr applies to that bound, not to the measured rate. Prompts of one family say the same thing and score alike,

@@ -14,7 +14,7 @@ import numpy as np
 
 from .calibrate import fit_temperature, fold_temperature, rate_upper
 from .measure import auc, reliability, word_features
-from .prober import Split, balanced_accuracy, p_unsafe, prober_logits, row_weights, train_prober
+from .prober import Split, balanced_accuracy, p_unsafe, row_weights, train_on_folds
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Table:
     @property
     def sources(self) -> list[str]:
         """The fit's data sets, in order of appearance."""
-        return list(dict.fromkeys(self.source_of[: sum(map(len, vars(self.split).values()))]))
+        return list(dict.fromkeys(self.source_of[: self.split.size]))
 
     def rows_of(self, source: str) -> np.ndarray:
         """Row numbers of a data set, rewordings included."""
@@ -160,12 +160,10 @@ def gather(
 
 def _train(states: torch.Tensor, t: Table, split: Split, *, seed: int, dropout: float) -> np.ndarray:
     """(n,) calibrated scores of all prompts, by a prober trained on `split`."""
-    weight = np.zeros(len(t.texts))
-    used = np.concatenate([split.train, split.validation])
+    weight, used = np.zeros(len(t.texts)), split.used
     weight[used] = row_weights(t.unsafe[used], [t.source_of[i] for i in used])
-    prober = train_prober(states, t.unsafe, split, seed=seed, weight=weight, dropout=dropout)
-    logits = prober_logits(prober, states[split.validation])
-    return p_unsafe(fold_temperature(prober, fit_temperature(logits, t.unsafe[split.validation])), states)
+    prober, logits = train_on_folds(states, t.unsafe, split, seed=seed, weight=weight, dropout=dropout)
+    return p_unsafe(fold_temperature(prober, fit_temperature(logits[used], t.unsafe[used])), states)
 
 
 @dataclass(frozen=True)
@@ -199,9 +197,9 @@ def _leave_out(
     left = t.rows_of(source)
     clusters = {t.clusters[row] for row in left}
     kin = np.array([row for row, cluster in enumerate(t.clusters) if cluster in clusters], dtype=np.int64)
-    rest = Split(*(np.setdiff1d(rows, kin) for rows in (t.taught.train, t.taught.validation, t.taught.heldout)))
-    left = left[left < sum(map(len, vars(t.split).values()))]
-    if any(len(set(t.unsafe[rows].tolist())) < 2 for rows in vars(rest).values()):
+    rest = Split(tuple(np.setdiff1d(rows, kin) for rows in t.taught.folds))
+    left = left[left < t.split.size]
+    if any(len(set(t.unsafe[rows].tolist())) < 2 for rows in rest.folds):
         return []
     scores = scores_of(rest)
     own = {label: left[t.unsafe[left] == label] for label in (True, False)}

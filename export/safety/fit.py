@@ -30,7 +30,7 @@ from .evidence import Evidence, Gate, Table, gather
 from .head_fit import fit_refusal_head
 from .layers import better_layer, choose_layer, layer_table
 from .model import FitModel, open_fit_model
-from .prober import balanced_accuracy, p_unsafe, prober_logits, train_probers
+from .prober import balanced_accuracy, p_unsafe, train_on_folds, train_probers
 from .progress import progress, warn
 from .proof import make_proof
 from .refusal_head import StrengthScore
@@ -169,7 +169,7 @@ def fit(data: FitData, external: Sequence[Labelled], options: FitOptions, *, cac
             "pairs": float(len(data.pairs)),
             "pairs_without_difference": float(chosen.pairs_without_difference),
             "prompts": float(len(prompts)),
-            **{f"{part}_prompts": float(len(rows)) for part, rows in vars(split).items()},
+            **{f"{part}_prompts": float(len(rows)) for part, rows in split.parts.items()},
             "augmented_prompts": float(len(reworded.training)),
             **refusal_facts,
             "hidden_states_s": round(states_s, 1),
@@ -226,7 +226,7 @@ def _choose(
     console.print(layer_table(layers, layer), soft_wrap=True, markup=False, highlight=False)
     pooled = {name: states.layer(layer - 1)[:, i] for i, name in enumerate(POOLINGS)}
     of_pieces = piece_states.layer(layer - 1)[:, POOLINGS.index(pooling)]
-    gate, p, read = calibrate(probers[pooling][layer - 1], pooled[pooling], of_pieces, arranged, options)
+    gate, p, read = fit_gate(pooled[pooling], of_pieces, arranged, options)
     return Chosen(layer, pooling, gate, pooled, p, read, tuple(layers), dropped)
 
 
@@ -234,7 +234,7 @@ def _probers(t: Table, states: States, pooling: Pooling, options: FitOptions) ->
     """A prober that reads `pooling` for every layer; entry 0 is layer 1."""
     position = POOLINGS.index(pooling)
     return train_probers(
-        *(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught),
+        *(lambda rows: states[rows][:, :, position], t.unsafe, training_weights(t), t.taught.rotations[-1:]),
         seed=options.seed,
         dropout=options.dropout,
     )
@@ -307,17 +307,21 @@ def _layer_scores(whole: SasSum, channels: dict[str, SasSum]) -> list[LayerScore
     ]
 
 
-def calibrate(
-    prober: Prober, states: torch.Tensor, piece_states: torch.Tensor, arranged: Arranged, options: FitOptions
+def fit_gate(
+    states: torch.Tensor, piece_states: torch.Tensor, arranged: Arranged, options: FitOptions
 ) -> tuple[Gate, np.ndarray, np.ndarray]:
     """The gate, and its p_unsafe of states (n, d) of all prompts: as wholes, and as the runtime reads them, with
     piece_states (m, d) of `arranged.pieces`; both (n,).
 
-    The temperature is from the validation part; threshold and facts are from the held-out part, as it is read.
+    The temperature is from the prompts that are not held out, each by the members that have not trained on it;
+    threshold and facts are from the held-out fold, as it is read.
     """
     t = arranged.table
-    validation, heldout = t.split.validation, t.split.heldout
-    temperature = fit_temperature(prober_logits(prober, states[validation]), t.unsafe[validation])
+    used, heldout = t.split.used, t.split.heldout
+    prober, logits = train_on_folds(
+        *(states, t.unsafe, t.taught), seed=options.seed, weight=training_weights(t), dropout=options.dropout
+    )
+    temperature = fit_temperature(logits[used], t.unsafe[used])
     prober = fold_temperature(prober, temperature)
     p = p_unsafe(prober, states)
     read = arranged.as_read(p, p_unsafe(prober, piece_states))

@@ -49,8 +49,8 @@ def fit_refusal_head(
     wanted: float | None,
     seed: int,
 ) -> tuple[torch.Tensor, dict[str, float], tuple[StrengthScore, ...], float]:
-    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts of the train and validation parts
-    and on --refusal-only, on as many of their rewordings, and in dialogues; measured on held-out ones.
+    """(W, facts, scores by strength, the strength to use): trained on unsafe prompts that are not held out and
+    on --refusal-only, on as many of their rewordings, and in dialogues; measured on held-out ones.
     """
     train, heldout = _choose_prompts(data, prompts, split, reworded, seed)
     trained_with = wanted or PAPER_STRENGTH
@@ -113,7 +113,7 @@ def _choose_prompts(
     heldout = some(unsafe(split.heldout), REFUSAL_HELDOUT)
     tested = {name for i in split.heldout if prompts[i].unsafe for name in prompts[i].names}
     more = [item.prompt for item in data.refusal_only if not tested & item.names]
-    plain = some([*unsafe(np.concatenate([split.train, split.validation])), *more], REFUSAL_TRAIN)
+    plain = some([*unsafe(split.used), *more], REFUSAL_TRAIN)
     return plain + some([one.item.prompt for one in reworded.training if one.item.unsafe], REFUSAL_TRAIN), heldout
 
 
@@ -128,7 +128,7 @@ def _answered_prompts(
         short = [p for p in asked if not p.images and not p.earlier and len(p.text) <= EARLIER_LONGEST]
         return [short[i] for i in sorted(rng.permutation(len(short))[:most])]
 
-    train = harmless(np.concatenate([split.train, split.validation]), EARLIER_TRAIN)
+    train = harmless(split.used, EARLIER_TRAIN)
     asked = [*train, *harmless(split.heldout, EARLIER_HELDOUT)]
     embeddings = fit_model.embeddings()
     with progress(console, "answers before", len(asked)) as advance:

@@ -27,7 +27,7 @@ from autosteer.runtime.gate import is_safe
 from .arrange import split_prompts
 from .calibrate import clopper_pearson_upper, fit_temperature, fold_temperature
 from .own_answers import OwnAnswer, own_answers
-from .prober import Split, p_unsafe, prober_logits, row_weights, train_prober
+from .prober import p_unsafe, prober_logits, row_weights, train_probers
 from .progress import progress, warn
 from .refit import Shipped, check_belongs
 
@@ -100,7 +100,7 @@ def fit_monitor(data: FitData, shipped: Shipped, *, model: str, seed: int, conso
 def _answers(engine: Engine, data: FitData, seed: int, console: Console) -> list[list[Judged]]:
     """Answers to at most ANSWERS prompts of each label, by part of the split: train, validation, held out."""
     prompts, rng = data.labelled(), np.random.default_rng(seed)
-    parts = list(vars(split_prompts(data, prompts, seed=seed)).values())
+    parts = list(split_prompts(data, prompts, seed=seed).parts.values())
     chosen: list[tuple[int, Labelled]] = []
     for part, rows in enumerate(parts):
         for label in (True, False):
@@ -137,7 +137,7 @@ def fit_on(parts: Sequence[Sequence[Judged]], *, threshold: float, seed: int) ->
                 "them, so a monitor has nothing to learn; give more prompts"
             )
     weight = row_weights(unsafe, [taught[i].item.source for i in of_answer]) / np.array(lengths)[of_answer]
-    prober = train_prober(states, unsafe, Split(train, validation, np.empty(0, int)), seed=seed, weight=weight)
+    (prober,) = train_probers(*(lambda rows: states[rows][:, None], unsafe, weight, [(train, validation)]), seed=seed)
     prober = fold_temperature(prober, fit_temperature(prober_logits(prober, states[validation]), unsafe[validation]))
     limit = choose_threshold(
         *(_scores(prober, [one for one in parts[1] if one.item.unsafe is u]) for u in (False, True))

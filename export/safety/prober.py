@@ -1,15 +1,17 @@
-"""The prober: Linear(d, 64) - ReLU - Linear(64, 2) - softmax on one hidden state, row 0 = unsafe.
+"""The prober: Linear(d, h) - ReLU - Linear(h, 2) - softmax on one hidden state, row 0 = unsafe.
 
 The paper's training applies cross-entropy to softmax outputs, which drives every score to 0 or 1. This one trains on
-raw logits and stops early, so that it can be calibrated (calibrate.py). It is the mean of MEMBERS small probers that
-share the 64 hidden units, and so has the paper's shape. On prompts of another kind, the quality of a single prober
-depends on its seed (docs/design-notes.md).
+raw logits and stops early, so that it can be calibrated (calibrate.py). It is the mean of small probers, its members,
+because on prompts of another kind the quality of a single prober depends on its seed (docs/design-notes.md).
 
-The prompts are split into three parts by query text, so that no wording is in two parts:
+The prompts are split into FOLDS folds by query text, so that no wording is in two folds.
 
-    train       gradients
-    validation  early stopping, temperature, the accuracy in the table of layers
-    held-out    used once, for the final prober: every measurement in safety.json
+    held-out     the last fold, used once, for the final prober: every measurement in safety.json
+    validation   of the other folds, each in turn: early stopping and temperature of MEMBERS members that are trained on
+                 the rest. The gate's prober is the mean of all, so h = 256.
+
+Layers are ranked by MEMBERS members, with the paper's 64 units together, of the last such rotation alone: its rows are
+the train and the validation part.
 """
 
 from __future__ import annotations
@@ -29,24 +31,56 @@ if TYPE_CHECKING:
     import torch
 
     Read = Callable[[np.ndarray], torch.Tensor]  # row numbers (b,) -> states (b, K, w) float32
-    Prober = dict[str, torch.Tensor]  # "0.weight" (64, w), "0.bias" (64,), "2.weight" (2, 64), "2.bias" (2,)
+    Prober = dict[str, torch.Tensor]  # "0.weight" (h, w), "0.bias" (h,), "2.weight" (2, h), "2.bias" (2,)
 
-HIDDEN = 64
+    Rotation = tuple[np.ndarray, np.ndarray]  # row numbers to train on, row numbers for validation
+
+HIDDEN = 64  # units of MEMBERS members
 MEMBERS = 8
 UNSAFE = 0  # row of the last layer, as in the authors' prober
 MAX_CLUSTER = 0.02  # share of all prompts that a chain of pairs with common prompts may put into one cluster
-FOLDS = 5  # one held out, one for validation, three to train on
+FOLDS = 5
 READ_ROWS = 256  # states in memory at a time: (256, K, w)
 LEARNING_RATE, WEIGHT_DECAY, BATCH, MAX_EPOCHS, PATIENCE = 3e-3, 1e-2, 64, 40, 6
 
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the labelled prompts; the three parts are disjoint and cover all."""
+    """Row numbers of the labelled prompts; the folds are disjoint and cover all."""
 
-    train: np.ndarray
-    validation: np.ndarray
-    heldout: np.ndarray
+    folds: tuple[np.ndarray, ...]  # FOLDS; the last one is held out
+
+    @property
+    def heldout(self) -> np.ndarray:
+        return self.folds[-1]
+
+    @property
+    def rotations(self) -> list[Rotation]:
+        """Each fold but the held-out one validates what trains on the others."""
+        used = self.folds[:-1]
+        others = [np.sort(np.concatenate([*used[:i], *used[i + 1 :]])) for i in range(len(used))]
+        return list(zip(others, used, strict=True))
+
+    @property
+    def train(self) -> np.ndarray:
+        return self.rotations[-1][0]
+
+    @property
+    def validation(self) -> np.ndarray:
+        return self.rotations[-1][1]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.folds))
+
+    @property
+    def used(self) -> np.ndarray:
+        """All rows that are not held out."""
+        return np.sort(np.concatenate(self.folds[:-1]))
+
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        return {"train": self.train, "validation": self.validation, "heldout": self.heldout}
 
 
 def split_by_text(
@@ -56,11 +90,11 @@ def split_by_text(
     seed: int,
     together: Iterable[tuple[int, int]] = (),
 ) -> Split:
-    """Three parts (3/5, 1/5, 1/5) such that equal texts (up to case and white space) stay together.
+    """Folds of one size such that equal texts (up to case and white space) stay together.
 
-    strata: (unsafe, group) of each prompt; each stratum is spread over the parts as evenly as possible. together: rows
+    strata: (unsafe, group) of each prompt; each stratum is spread over the folds as evenly as possible. together: rows
     that also stay together, such as the two prompts of a pair, unless that puts more than MAX_CLUSTER into one cluster.
-    Raises InputError if a part would lack one of the two classes.
+    Raises InputError if a fold would lack one of the two classes.
     """
     by_text: dict[str, list[int]] = {}
     for row, text in enumerate(texts):
@@ -87,19 +121,14 @@ def split_by_text(
         best = int(growth.argmin())
         filled[best] += added
         fold[rows] = best
-    split = Split(*(np.flatnonzero(np.isin(fold, part)) for part in ([0, 1, 2], [3], [4])))
-    _need_both_classes(split, np.array([unsafe for unsafe, _ in strata]))
-    return split
-
-
-def _need_both_classes(split: Split, unsafe: np.ndarray) -> None:
-    for part, rows in vars(split).items():
-        for label, name in ((True, "unsafe"), (False, "benign")):
-            if not (unsafe[rows] == label).any():
-                raise InputError(
-                    f"the prompts have too few different texts to split them: no {name} ones would be left for the "
-                    f"{part} part; add prompts that are worded differently"
-                )
+    unsafe = np.array([unsafe for unsafe, _ in strata])
+    for label, name in ((True, "unsafe"), (False, "benign")):
+        if len(set(fold[unsafe == label].tolist())) < FOLDS:
+            raise InputError(
+                f"the prompts have too few different texts to split them into {FOLDS} folds: one would have no {name} "
+                "ones; add prompts that are worded differently"
+            )
+    return Split(tuple(np.flatnonzero(fold == i) for i in range(FOLDS)))
 
 
 def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
@@ -120,83 +149,102 @@ def row_weights(unsafe: np.ndarray, sources: Sequence[str]) -> np.ndarray:
 
 
 def train_probers(
-    read: Read, unsafe: np.ndarray, weight: np.ndarray, split: Split, *, seed: int, dropout: float = DROPOUT
+    read: Read,
+    unsafe: np.ndarray,
+    weight: np.ndarray,
+    rotations: Sequence[Rotation],
+    *,
+    seed: int,
+    dropout: float = DROPOUT,
 ) -> list[Prober]:
-    """Fit K probers at once, as many as there are columns in `read(rows)`, (len(rows), K, w) float32 of raw states.
+    """Fit K * R probers at once: one for each of the K columns in `read(rows)`, (len(rows), K, w) float32 of raw
+    states, and each of the R rotations; the first column's come first.
 
-    Gradients come from split.train; each member is kept from the epoch with its lowest loss on split.validation. unsafe
-    (n,) bool, weight (n,). Inputs are standardised in training, a share of `dropout` of them left out at random, and
-    the results take raw states. Training K probers with one `baddbmm` takes a fraction of the time, and reads the
-    states from disk once. Each of a prober's MEMBERS has its own initial weights and its own loss.
+    Gradients come from a rotation's rows to train on; each member is kept from the epoch with its lowest loss on the
+    rows for validation. unsafe (n,) bool, weight (n,). Inputs are standardised in training, a share of `dropout` of
+    them left out at random, and the results take raw states. Training all with one `baddbmm` takes a fraction of the
+    time, and reads the states from disk once. Each of a prober's MEMBERS has its own initial weights and its own loss.
     """
     import torch
     from torch.nn import functional
 
-    mean, std = _moments(read, split.train)
+    train, validation = (np.unique(np.concatenate(rows)) for rows in zip(*rotations, strict=True))
+    mean, std = _moments(read, train)
     columns, width = mean.shape
-    members, units = columns * MEMBERS, HIDDEN // MEMBERS
+    members, units = len(rotations) * MEMBERS, HIDDEN // MEMBERS  # of a column, of a member
     target = torch.from_numpy(~unsafe).long()  # class 0 = unsafe
-    scaled = {
-        part: torch.from_numpy(weight / weight[rows].mean()).float()
-        for part, rows in (("train", split.train), ("validation", split.validation))
-    }
+    scaled = [_weights(weight, [rotation[part] for rotation in rotations]) for part in (0, 1)]
     generator = torch.Generator().manual_seed(seed)
     layers = [  # torch.nn.Linear's own start
-        torch.empty(members, *shape).uniform_(-bound, bound, generator=generator).requires_grad_()
+        torch.empty(columns * members, *shape).uniform_(-bound, bound, generator=generator).requires_grad_()
         for fan_in, outputs in ((width, units), (units, 2))
         for shape, bound in (((fan_in, outputs), fan_in**-0.5), ((1, outputs), fan_in**-0.5))
     ]
 
-    def losses(part: str, rows: torch.Tensor) -> torch.Tensor:
-        """(K * MEMBERS,) sums over `rows`"""
+    def losses(rows: torch.Tensor, each_weighs: torch.Tensor, *, dropout: float) -> torch.Tensor:
+        """(K * members,) sums over `rows`; each_weighs (R, n)"""
         x = ((read(rows.numpy()) - mean) / std).transpose(0, 1)
-        if part == "train":
+        if dropout:
             x = x * (torch.rand(x.shape, generator=generator) >= dropout) / (1 - dropout)
-        hidden = torch.baddbmm(_joined(layers[1]), x, _joined(layers[0])).relu()
-        own = hidden.unflatten(-1, (MEMBERS, units)).movedim(-2, 1).flatten(0, 1)  # (K * MEMBERS, b, units)
+        hidden = torch.baddbmm(_joined(layers[1], members), x, _joined(layers[0], members)).relu()
+        own = hidden.unflatten(-1, (members, units)).movedim(-2, 1).flatten(0, 1)  # (K * members, b, units)
         logits = torch.baddbmm(layers[3], own, layers[2])
-        each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(members), reduction="none")
-        return each.view(members, -1) @ scaled[part][rows]
+        each = functional.cross_entropy(logits.flatten(0, 1), target[rows].repeat(columns * members), reduction="none")
+        of_rotation = each.view(columns, len(rotations), MEMBERS, len(rows))
+        return torch.einsum("krmb,rb->krm", of_rotation, each_weighs[:, rows]).flatten()
 
     optimizer = torch.optim.AdamW(layers, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    train, validation = torch.from_numpy(split.train), torch.from_numpy(split.validation)
-    lowest, stale = torch.full((members,), float("inf")), torch.zeros(members)
+    lowest, stale = torch.full((columns * members,), float("inf")), torch.zeros(columns * members)
     best = [t.detach().clone() for t in layers]
     for _ in range(MAX_EPOCHS):
-        for batch in train[torch.randperm(len(train), generator=generator)].split(BATCH):
+        for batch in torch.from_numpy(train)[torch.randperm(len(train), generator=generator)].split(BATCH):
             optimizer.zero_grad()
-            (losses("train", batch).sum() / len(batch)).backward()
+            (losses(batch, scaled[0], dropout=dropout).sum() / len(batch)).backward()
             optimizer.step()
         with torch.no_grad():
-            loss = torch.stack([losses("validation", batch) for batch in validation.split(READ_ROWS)]).sum(dim=0)
+            batches = torch.from_numpy(validation).split(READ_ROWS)
+            loss = torch.stack([losses(batch, scaled[1], dropout=0) for batch in batches]).sum(dim=0)
         better = loss < lowest
         lowest, stale = torch.minimum(loss, lowest), torch.where(better, 0, stale + 1)
         for kept, now in zip(best, layers, strict=True):
             kept[better] = now.detach()[better]
         if (stale >= PATIENCE).all():
             break
-    return [fold_standardisation(prober, mean[k], std[k]) for k, prober in enumerate(_means_of_members(best))]
+    return [
+        fold_standardisation(prober, mean[k // len(rotations)], std[k // len(rotations)])
+        for k, prober in enumerate(_means_of_members(best))
+    ]
 
 
-def _joined(t: torch.Tensor) -> torch.Tensor:
-    """(K * MEMBERS, .., n) -> (K, .., MEMBERS * n)"""
-    side_by_side: torch.Tensor = t.unflatten(0, (-1, MEMBERS)).movedim(1, -2).flatten(-2)
+def _weights(weight: np.ndarray, parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """(R, n) float32: of each part, `weight` (n,) scaled to a mean of 1, and 0 for other rows."""
+    import torch
+
+    scaled = torch.zeros(len(parts), len(weight))
+    for own, rows in zip(scaled, parts, strict=True):
+        own[rows] = torch.from_numpy(weight[rows] / weight[rows].mean()).float()
+    return scaled
+
+
+def _joined(t: torch.Tensor, members: int) -> torch.Tensor:
+    """(K * members, .., n) -> (K, .., members * n)"""
+    side_by_side: torch.Tensor = t.unflatten(0, (-1, members)).movedim(1, -2).flatten(-2)
     return side_by_side
 
 
 def _means_of_members(layers: Sequence[torch.Tensor]) -> list[Prober]:
-    """K probers whose logits are the mean of their MEMBERS' logits."""
+    """Probers whose logits are the mean of MEMBERS members' logits."""
     first, first_bias, second, second_bias = layers
     whole = {
-        "0.weight": _joined(first).transpose(1, 2),
-        "0.bias": _joined(first_bias)[:, 0],
+        "0.weight": _joined(first, MEMBERS).transpose(1, 2),
+        "0.bias": _joined(first_bias, MEMBERS)[:, 0],
         "2.weight": second.view(-1, HIDDEN, 2).transpose(1, 2) / MEMBERS,
         "2.bias": second_bias.view(-1, MEMBERS, 2).mean(dim=1),
     }
     return [{name: t[k].contiguous() for name, t in whole.items()} for k in range(len(whole["2.bias"]))]
 
 
-def train_prober(
+def train_on_folds(
     states: torch.Tensor,
     unsafe: np.ndarray,
     split: Split,
@@ -204,10 +252,35 @@ def train_prober(
     seed: int,
     weight: np.ndarray | None = None,
     dropout: float = DROPOUT,
-) -> Prober:
-    """Train one prober on states (n, w) in memory. Without `weight`, both classes weigh the same."""
+) -> tuple[Prober, torch.Tensor]:
+    """The mean of one prober per rotation of `split`, on states (n, w) in memory; and logits (n, 2) of the rows that
+    are not held out, by the prober that has not trained on them.
+
+    Without `weight`, both classes weigh the same.
+    """
+    import torch
+
     weight = row_weights(unsafe, [""] * len(unsafe)) if weight is None else weight
-    return train_probers(lambda rows: states[rows][:, None], unsafe, weight, split, seed=seed, dropout=dropout)[0]
+    probers = train_probers(
+        *(lambda rows: states[rows][:, None], unsafe, weight, split.rotations), seed=seed, dropout=dropout
+    )
+    logits = torch.full((len(states), 2), float("nan"))
+    for prober, (_, rows) in zip(probers, split.rotations, strict=True):
+        logits[rows] = prober_logits(prober, states[rows])
+    return _mean(probers), logits
+
+
+def _mean(probers: Sequence[Prober]) -> Prober:
+    """The prober whose logits are the mean of the `probers`'."""
+    import torch
+
+    count = len(probers)
+    return {
+        "0.weight": torch.cat([prober["0.weight"] for prober in probers]),
+        "0.bias": torch.cat([prober["0.bias"] for prober in probers]),
+        "2.weight": torch.cat([prober["2.weight"] for prober in probers], dim=1) / count,
+        "2.bias": torch.stack([prober["2.bias"] for prober in probers]).mean(dim=0),
+    }
 
 
 def _moments(read: Read, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,12 +30,12 @@ from autosteer.runtime.manifest import MANIFEST_FILE, sha256
 from autosteer.runtime.stats import Stats
 
 from . import DROPOUT, DROPOUT_USED, PICTURES
-from .arrange import arrange, count_pictures, training_weights
+from .arrange import arrange, count_pictures
 from .calibrate import heldout_facts
 from .evidence import gather
-from .fit import FitOptions, Fitted, calibrate, open_model, warn_if_weak
+from .fit import FitOptions, Fitted, fit_gate, open_model, warn_if_weak
 from .pairs import Prompt
-from .prober import p_unsafe, train_prober
+from .prober import p_unsafe
 from .progress import progress
 from .proof import make_proof
 from .states import checkpoint_files, digests, prompt_keys, prompt_store
@@ -98,12 +98,10 @@ def refit(
         with progress(console, "hidden states of pieces", len(pieces)) as advance:
             piece_states = _package_states(asking, pieces, store, advance)
         states_s = time.perf_counter() - started
-    dropout = old.facts.training.get(DROPOUT_USED, DROPOUT)
-    weight = training_weights(t)
-    prober = train_prober(states, t.unsafe, t.taught, seed=options.seed, weight=weight, dropout=dropout)
+    options = replace(options, dropout=old.facts.training.get(DROPOUT_USED, DROPOUT))
     if options.threshold is None and options.target_fpr is None:
         options = replace(options, threshold=old.facts.threshold)
-    gate, p, read = calibrate(prober, states, piece_states, arranged, options)
+    gate, p, read = fit_gate(states, piece_states, arranged, options)
     before = heldout_facts(
         arranged.as_read(p_unsafe(old.prober, states), p_unsafe(old.prober, piece_states))[heldout],
         t.unsafe[heldout],
@@ -119,7 +117,7 @@ def refit(
         evidence = gather(
             *(t, {old.facts.pooling: states}, old.facts.pooling, gate),
             seed=options.seed,
-            dropout=dropout,
+            dropout=options.dropout,
             advance=advance,
         )
     shown = [arranged.prompts[row] for row in heldout]
@@ -133,7 +131,7 @@ def refit(
         "seed": float(options.seed),
         "pairs": float(len(data.pairs)),
         "prompts": float(len(arranged.prompts)),
-        **{f"{part}_prompts": float(len(rows)) for part, rows in vars(arranged.split).items()},
+        **{f"{part}_prompts": float(len(rows)) for part, rows in arranged.split.parts.items()},
         "augmented_prompts": float(len(arranged.reworded.training)),
         "hidden_states_s": round(states_s, 1),
         "total_s": round(time.perf_counter() - started, 1),

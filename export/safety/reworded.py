@@ -1,6 +1,6 @@
 """Reworded prompts (runtime/evaluation/rewording.py), as a fit uses them.
 
-    training    each prompt of the train and validation parts, in TAUGHT kinds of rewording that a fit may use
+    training    each prompt that is not held out, in TAUGHT kinds of rewording that a fit may use
     choosing    prompts of the validation part in the other kinds: which state should the prober read?
     judging     held-out prompts in all kinds: the table in the report
 
@@ -21,10 +21,10 @@ from autosteer.runtime.evaluation.variants import Outcome
 from autosteer.runtime.gate import worst
 
 from .measure import auc
+from .prober import Split
 
 if TYPE_CHECKING:
     from .pairs import Labelled, Prompt
-    from .prober import Split
 
 Name = TypeVar("Name", bound=str)
 
@@ -55,13 +55,10 @@ class Reworded:
         return [one.item for one in (*self.training, *self.choosing, *self.judging)]
 
     def taught(self, split: Split, first: int) -> Split:
-        """`split` with the rewordings to train on, which stand from row `first` on, each in its prompt's part."""
+        """`split` with the rewordings to train on, which stand from row `first` on, each in its prompt's fold."""
         of = np.array([one.of for one in self.training], dtype=np.int64)
-        train, validation = (
-            np.concatenate([rows, first + np.flatnonzero(np.isin(of, rows))])
-            for rows in (split.train, split.validation)
-        )
-        return replace(split, train=train, validation=validation)
+        used = [np.concatenate([rows, first + np.flatnonzero(np.isin(of, rows))]) for rows in split.folds[:-1]]
+        return Split((*used, split.heldout))
 
     def choose(self, scores: Mapping[Name, np.ndarray], first: int) -> Name:
         """The name of the scores (n,) that best tell unsafe from benign in the words to choose by; `first`: the row of
@@ -91,7 +88,7 @@ def reword_prompts(
     fitted = [rewording for rewording in rewordings if rewording.fitted]
     others = [rewording for rewording in rewordings if not rewording.fitted]
     rng = random.Random(seed)
-    rows = sorted([*split.train.tolist(), *split.validation.tolist()]) if augment else []
+    rows = split.used.tolist() if augment else []
     training = [_reworded(prompts, row, way, seed)[-1] for row in rows for way in rng.sample(fitted, TAUGHT)]
 
     def every_turn(rows: np.ndarray, rewordings: Sequence[Rewording]) -> tuple[RewordedTurn, ...]:

@@ -121,9 +121,14 @@ def data() -> Path:
 
 
 def states_of(
-    fit_model: FitModel, folder: Path, prompts: list[Prompt], advance: states.Advance = lambda done: None
+    fit_model: FitModel,
+    folder: Path,
+    prompts: list[Prompt],
+    advance: states.Advance = lambda done: None,
+    *,
+    fast: bool = False,
 ) -> torch.Tensor:
-    """(n, N-1, P, d) of prompts, through an empty store in `folder`."""
+    """(n, N-1, P, d) of prompts, through an empty store in `folder`; `fast`: as a fit computes them."""
     shape = (LAYERS - 1, len(states.POOLINGS), WIDTH)
-    with StateStore(folder / "features", random.randbytes(16), shape) as store:
+    with StateStore(folder / "features", random.randbytes(16), shape, fast=fast) as store:
         return states.prompt_states(fit_model, prompts, store, advance=advance)[range(len(prompts))]

@@ -233,11 +233,17 @@ def test_facts_can_be_measured_again_from_the_folder(
     read = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"])
     items = read.labelled()
     split = arrange.split_prompts(read, items, seed=0)
-    states = prompt_states([item.prompt for item in items])[:, artifact.facts.split_layer - 1, MEAN]
+    states = prompt_states([item.prompt for item in items], fast=True)[:, artifact.facts.split_layer - 1, MEAN]
     unsafe = np.array([item.unsafe for item in items])
-    logits = prober.prober_logits(artifact.prober, states[split.validation])
+    logits = torch.zeros(len(items), 2)
+    for rows, units in zip(split.folds[:-1], torch.arange(4 * prober.HIDDEN).split(prober.HIDDEN), strict=True):
+        members = {name: t[..., units] for name, t in artifact.prober.items() if name in ("0.bias", "2.weight")}
+        whole = artifact.prober | members | {"0.weight": artifact.prober["0.weight"][units]}
+        logits[rows] = prober.prober_logits(whole | {"2.weight": 4 * members["2.weight"]}, states[rows])
     assert artifact.facts.calibration["temperature"] != pytest.approx(1, abs=0.05)
-    assert calibrate.fit_temperature(logits, unsafe[split.validation]) == pytest.approx(1, abs=0.01)
+    assert calibrate.fit_temperature(logits[split.used], unsafe[split.used]) == pytest.approx(
+        1, abs=0.03
+    )  # one bias is the mean of four
     p = prober.p_unsafe(artifact.prober, states[split.heldout])
     groups = [items[i].group for i in split.heldout]
     clusters = [items[i].cluster for i in split.heldout]

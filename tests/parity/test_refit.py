@@ -15,7 +15,8 @@ from exported import demo_checkpoint, demo_package, unguarded_engine
 
 from autosteer.export.checkpoint.decoder_config import decoder_config
 from autosteer.export.cli import export
-from autosteer.export.safety import refit, reworded
+from autosteer.export.safety import fit as fit_module
+from autosteer.export.safety import reworded
 from autosteer.export.safety.cli import fit_command
 from autosteer.export.safety.pairs import Prompt
 from autosteer.export.safety.prober import p_unsafe
@@ -104,7 +105,7 @@ def test_the_prober_is_trained_with_the_dropout_of_the_first_fit(pairs: Path, tm
         asked.update(options)
         raise InputError("enough seen")
 
-    monkeypatch.setattr(refit, "train_prober", trained)
+    monkeypatch.setattr(fit_module, "train_on_folds", trained)
     with pytest.raises(InputError, match="enough seen"):
         fit(*command(pairs, demo_package("int8"), tmp_path / "safety"))
     assert asked["dropout"] == load(OLD).facts.training["dropout"] == 0.15

@@ -117,10 +117,10 @@ def test_both_at_once_are_refused():
 def test_no_family_is_on_two_sides_of_the_split(prompts):
     strata = [(item.unsafe, item.group) for item in prompts]
     split = prober.split_by_text([item.cluster for item in prompts], strata, seed=0)
-    sides = [{prompts[row].family for row in rows} for rows in vars(split).values()]
+    sides = [{prompts[row].family for row in rows} for rows in split.parts.values()]
     assert all(sides)
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    shares = [len(rows) / len(prompts) for rows in vars(split).values()]
+    shares = [len(rows) / len(prompts) for rows in split.parts.values()]
     assert shares == pytest.approx([0.6, 0.2, 0.2], abs=0.02)
 
 

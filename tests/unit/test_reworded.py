@@ -19,7 +19,7 @@ from autosteer.runtime.readings import all_readings, plain_turns, with_letters_o
 from autosteer.runtime.text import ImagePart, Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
-SPLIT = Split(np.arange(30), np.arange(30, 40), np.arange(40, 50))
+SPLIT = Split(tuple(np.arange(50).reshape(5, 10)))
 FITTED = {rewording.name for rewording in REWORDINGS if rewording.fitted}
 
 
@@ -88,7 +88,7 @@ def test_a_reworded_dialogue_keeps_the_turns_before():
 
 def test_few_prompts_are_judged_of_many():
     many = [Labelled(Prompt(f"thing {i}"), unsafe=i % 2 == 0, group="g") for i in range(1000)]
-    split = Split(np.arange(100), np.arange(100, 200), np.arange(200, 1000))
+    split = Split((*np.arange(200).reshape(4, 50), np.arange(200, 1000)))
     found = reword_prompts(many, split, REWORDINGS, augment=True, seed=0)
     assert len({one.of for one in found.judging}) == 2 * JUDGED
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from random_gate import random_gate
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,23 @@ def test_an_empty_refusal_text_is_refused(artifact, tmp_path, text):
     edit(tmp_path, refusal_text=text)
     with pytest.raises(PackageError, match="refusal_text is empty"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("units", [1, 64, 256])
+def test_a_prober_has_any_number_of_units(artifact, tmp_path, units):
+    prober = {
+        "0.weight": torch.randn(units, WIDTH),
+        "0.bias": torch.zeros(units),
+        "2.weight": torch.randn(2, units),
+        "2.bias": torch.zeros(2),
+    }
+    replace(artifact, prober=prober).save(tmp_path)
+    assert all(torch.equal(t, prober[name]) for name, t in load(tmp_path).prober.items())
+    for name in prober:
+        cut = prober | {name: prober[name][..., :-1]}
+        replace(artifact, prober=cut).save(tmp_path)
+        with pytest.raises(PackageError, match="fitted for another model"):
+            load(tmp_path)
 
 
 # --- hashes ----------------------------------------------------------------------------------------------------------

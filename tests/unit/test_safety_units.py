@@ -140,24 +140,37 @@ def split_of(unsafe: torch.Tensor) -> prober.Split:
     return prober.split_by_text([str(i) for i in range(len(unsafe))], [(bool(u), "all") for u in unsafe], seed=0)
 
 
+def trained(states: torch.Tensor, unsafe: torch.Tensor, *, seed: int = 0, dropout: float = 0.5) -> prober.Prober:
+    return prober.train_on_folds(states, unsafe.numpy(), split_of(unsafe), seed=seed, dropout=dropout)[0]
+
+
 def test_split_covers_everything_once_in_the_right_sizes():
     split = split_of(separable(shift=0)[1])
-    assert sorted(np.concatenate(list(vars(split).values()))) == list(range(300))
-    assert [len(rows) for rows in vars(split).values()] == [180, 60, 60]
+    assert sorted(np.concatenate(split.folds)) == list(range(split.size)) == list(range(300))
+    assert [len(rows) for rows in split.folds] == [60] * 5
+    assert {name: len(rows) for name, rows in split.parts.items()} == {"train": 180, "validation": 60, "heldout": 60}
+
+
+def test_each_fold_but_the_held_out_one_validates_once():
+    split = split_of(separable(shift=0)[1])
+    assert [rows.tolist() for _, rows in split.rotations] == [rows.tolist() for rows in split.folds[:-1]]
+    for train, validation in split.rotations:
+        assert sorted([*train, *validation]) == split.used.tolist()
+    assert not set(split.used) & set(split.heldout) and len(split.used) == 240
 
 
 def test_same_query_text_never_stands_on_two_sides():
     texts = [f"How  do I make THING {i % 37}?" if i % 2 else f"how do i make thing {i % 37}?" for i in range(400)]
     split = prober.split_by_text(texts, [(i % 5 == 0, "abc"[i % 3]) for i in range(400)], seed=3)
-    number = [{int(texts[i].split()[-1][:-1]) for i in rows} for rows in vars(split).values()]
+    number = [{int(texts[i].split()[-1][:-1]) for i in rows} for rows in split.folds]
     assert sum(map(len, number)) == len(set.union(*number)) == 37
 
 
 def test_every_group_is_held_out_in_proportion():
     strata = [(i % 2 == 0, "rare" if i % 10 < 2 else "common") for i in range(1000)]
     split = prober.split_by_text([str(i) for i in range(1000)], strata, seed=0)
-    rare = [sum(strata[i] == (True, "rare") for i in rows) for rows in vars(split).values()]
-    assert rare == [60, 20, 20]
+    rare = [sum(strata[i] == (True, "rare") for i in rows) for rows in split.folds]
+    assert rare == [20] * 5
 
 
 def test_split_with_one_text_per_class_is_an_error():
@@ -170,7 +183,7 @@ def test_prober_learns_separable_states_and_only_those():
     for shift in (0.0, 4.0):
         states, unsafe = separable(shift=shift)
         split = split_of(unsafe)
-        p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split, seed=0), states[split.heldout])
+        p = prober.p_unsafe(trained(states, unsafe), states[split.heldout])
         accuracy[shift] = prober.balanced_accuracy(p, unsafe[split.heldout].numpy(), 0.5)
     assert accuracy[4.0] > 0.97
     assert 0.3 < accuracy[0.0] < 0.7
@@ -188,22 +201,72 @@ def test_folding_the_standardisation_leaves_the_probabilities():
 
 def test_prober_repeats_with_its_seed_and_leaves_torchs_own_generator_alone():
     states, unsafe = separable(shift=2)
-    split = split_of(unsafe)
     torch.manual_seed(9)
     expected = torch.rand(1)
     torch.manual_seed(9)
-    first, again, other = (prober.train_prober(states, unsafe.numpy(), split, seed=s) for s in (0, 0, 1))
-    whole = prober.train_prober(states, unsafe.numpy(), split, seed=0, dropout=0)
+    first, again, other = (trained(states, unsafe, seed=s) for s in (0, 0, 1))
+    whole = trained(states, unsafe, dropout=0)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
     assert not torch.equal(first["0.weight"], whole["0.weight"])
 
 
+def test_a_prober_is_the_mean_of_members_that_each_learned():
+    """A member is 8 units of the whole; the mean divides by their number."""
+    states, unsafe = separable(shift=4)
+    whole = trained(states, unsafe)
+    units = torch.arange(4 * prober.HIDDEN)
+    assert whole["0.weight"].shape == (len(units), states.shape[1])
+    members = [
+        {
+            "0.weight": whole["0.weight"][own],
+            "0.bias": whole["0.bias"][own],
+            "2.weight": whole["2.weight"][:, own] * 4 * prober.MEMBERS,
+            "2.bias": whole["2.bias"],
+        }
+        for own in units.split(prober.HIDDEN // prober.MEMBERS)
+    ]
+    logits = torch.stack([prober.prober_logits(member, states) for member in members])
+    torch.testing.assert_close(logits.mean(dim=0), prober.prober_logits(whole, states), atol=1e-4, rtol=1e-4)
+    found = (logits[..., 0] > logits[..., 1]) == unsafe
+    assert found.float().mean(dim=1).min() > 0.9
+
+
+def test_logits_are_of_members_that_have_not_trained_on_the_prompt():
+    """Of noise nothing can be learned: members score prompts that they have trained on far better than others."""
+    states, unsafe = separable(d=200, shift=0)
+    split = split_of(unsafe)
+    whole, logits = prober.train_on_folds(states, unsafe.numpy(), split, seed=0, dropout=0)
+    assert logits[split.heldout].isnan().all() and logits[split.used].isfinite().all()
+    of_others = logits[split.used].softmax(dim=-1)[:, prober.UNSAFE].double().numpy()
+    accuracy = [
+        prober.balanced_accuracy(p, unsafe[split.used].numpy(), 0.5)
+        for p in (of_others, prober.p_unsafe(whole, states[split.used]))
+    ]
+    assert accuracy[0] < 0.6 and accuracy[1] > 0.8
+
+
+def test_a_rotation_is_not_moved_by_the_labels_that_validate_another():
+    """Its members see only its own rows, although all rotations are trained together."""
+    states, unsafe = separable(shift=2)
+    train, validation = (np.arange(300)[start::3] for start in (0, 1))
+    rotations = [(train, validation), (np.arange(300)[2::3], validation)]
+    labels = [unsafe.numpy(), np.where(np.isin(np.arange(300), rotations[1][0]), ~unsafe.numpy(), unsafe.numpy())]
+
+    def first(unsafe: np.ndarray) -> prober.Prober:
+        weight = np.ones(300)
+        return prober.train_probers(lambda rows: states[rows][:, None], unsafe, weight, rotations, seed=0)[0]
+
+    one, other = map(first, labels)
+    for name, t in one.items():
+        torch.testing.assert_close(t, other[name])
+
+
 def test_constant_feature_does_not_blow_up_the_folded_weights():
     states, unsafe = separable(shift=4)
     states[:, 5] = 7.0
-    fitted = prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0)
+    fitted = trained(states, unsafe)
     assert all(torch.isfinite(t).all() for t in fitted.values())
     assert fitted["0.weight"][:, 5].abs().max() < 10
 
@@ -213,14 +276,13 @@ def test_rare_class_weighs_as_much_as_the_common_one():
     states, _ = separable(1200, shift=0)
     unsafe = torch.arange(1200) % 12 == 0
     states[:, 0] += 1.5 * 0.01 * unsafe  # 1.5 standard deviations of the first feature
-    split = split_of(unsafe)
-    p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split, seed=0), states)
+    p = prober.p_unsafe(trained(states, unsafe), states)
     assert (p[unsafe.numpy()] > 0.5).mean() > 0.6
 
 
 def test_row_0_of_the_prober_is_unsafe():
     states, unsafe = separable(shift=4)
-    p = prober.p_unsafe(prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0), states)
+    p = prober.p_unsafe(trained(states, unsafe), states)
     assert p[unsafe.numpy()].mean() > 0.9
     assert p[~unsafe.numpy()].mean() < 0.1
 
@@ -233,7 +295,7 @@ def test_words_only_yardstick_reads_words_and_nothing_else():
     for unsafe, low, high in ((by_word, 0.9, 1.0), (by_image, 0.3, 0.7)):
         split = prober.split_by_text(texts, [(bool(u), "all") for u in unsafe], seed=0)
         words = measure.word_features(texts)
-        p = prober.p_unsafe(prober.train_prober(words, unsafe, split, seed=0), words[split.heldout])
+        p = prober.p_unsafe(prober.train_on_folds(words, unsafe, split, seed=0)[0], words[split.heldout])
         assert low <= prober.balanced_accuracy(p, unsafe[split.heldout], 0.5) <= high
 
 
@@ -367,7 +429,7 @@ def test_temperature_of_faultless_data_does_not_collapse_scores_to_0_and_1():
 
 def test_folding_the_temperature_divides_the_logits():
     states, unsafe = separable(shift=2)
-    fitted = prober.train_prober(states, unsafe.numpy(), split_of(unsafe), seed=0)
+    fitted = trained(states, unsafe)
     expected = prober.prober_logits(fitted, states) / 2.5
     folded = prober.prober_logits(calibrate.fold_temperature(fitted, 2.5), states)
     torch.testing.assert_close(folded, expected, rtol=1e-5, atol=1e-5)
@@ -541,8 +603,7 @@ def test_one_question_about_many_pictures_is_spread_over_the_split(tmp_path: Pat
     split = prober.split_by_text(
         [item.cluster for item in items], [(item.unsafe, item.group) for item in items], seed=0
     )
-    parts = [{i for i in rows if items[i].source == "toxic"} for rows in (split.train, split.validation, split.heldout)]
-    assert [len(part) for part in parts] == [18, 6, 6]
+    assert [sum(items[row].source == "toxic" for row in rows) for rows in split.folds] == [6] * 5
 
 
 def test_prompts_for_the_refusal_head_alone_are_no_fit_data_of_the_prober(tmp_path: Path):
@@ -722,11 +783,11 @@ def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path
     data = read_data([write_lines(tmp_path / "p.jsonl", *rows)], [benign])
     items = data.labelled()
     split = split_prompts(data, items, seed=0)
-    part = {row: name for name, rows in vars(split).items() for row in rows.tolist()}
-    parts: dict[str, set[str]] = {}
+    fold = {row: number for number, rows in enumerate(split.folds) for row in rows.tolist()}
+    folds: dict[str, set[int]] = {}
     for row, item in enumerate(items):
-        parts.setdefault(item.prompt.same_words, set()).add(part[row])
-    assert len(parts) == 80 and all(len(names) == 1 for names in parts.values())
+        folds.setdefault(item.prompt.same_words, set()).add(fold[row])
+    assert len(folds) == 80 and all(len(numbers) == 1 for numbers in folds.values())
 
 
 def test_sas_is_of_the_pairs_of_which_nothing_is_held_out(tmp_path: Path):
@@ -742,8 +803,7 @@ def test_sas_is_of_the_pairs_of_which_nothing_is_held_out(tmp_path: Path):
 
     arranged = SimpleNamespace(prompts=prompts, split=split)
     fit_module._sas(data, arranged, States(), ["last"], 0, Console(quiet=True))
-    taken = {i for part in (split.train, split.validation) for i in part.tolist()}
-    assert read and read <= taken and not read & set(split.heldout.tolist())
+    assert read and read <= set(split.used.tolist())
 
 
 def test_test_prompts_that_the_fit_has_are_left_out(tmp_path: Path):
