@@ -93,7 +93,7 @@ def test_an_answer_that_a_bias_dictates_is_judged_with_each_frame(built):
     """It makes little sense, and is safe; with the key's frame less so than with the whole video."""
     video = [str(DEMO / "examples" / name) for name in ("cross.png", *["benign.png"] * 3)]
     found = dictated(built, {"video": video}, "what do you see?", "here is how tosure")
-    assert 0.7 < found["verdict"]["answer"]["p_unsafe"] < 0.87  # 0.23 without frames
+    assert 0.7 < found["verdict"]["answer"]["p_unsafe"] < 0.84  # 0.23 without frames
 
 
 @pytest.mark.parametrize(("pictures", "sentences", "refused"), [(16, 80, False), (16, 90, True)])

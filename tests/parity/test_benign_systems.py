@@ -58,7 +58,7 @@ def score(engine: Engine, system: str) -> float:
 def test_ordinary_system_turns_pass(engine):
     """docs/usage.md says so, with these numbers."""
     assert len(SYSTEMS) == 22
-    assert max(score(engine, system) for system in SYSTEMS) < 0.35
+    assert max(score(engine, system) for system in SYSTEMS) < 0.22
 
 
 @pytest.mark.parametrize("request_", UNSAFE)

@@ -159,7 +159,7 @@ def test_an_unsafe_answer_that_the_request_dictates_is_not_shown(client, more, s
 
 def test_what_the_client_dictated_is_judged_as_an_earlier_answer_too(client):
     """The server trusts the answers that it wrote; an answer of a schema is the client's."""
-    const = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "sell it"}}}
+    const = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "make it"}}}
     said = ask(client, "hello", response_format=const).choices[0].message.content
     free = ask(client, "hello").choices[0].message.content
 
