@@ -1,6 +1,7 @@
 """Read the authors' own checkpoints, made with github.com/zjunlp/AutoSteer, as a safety artifact.
 
-    prober          state_dict: layers.0.weight (64, d), layers.0.bias (64), layers.2.weight (2, 64), layers.2.bias (2)
+    prober          state_dict: layers.0.weight (h, d), layers.0.bias (h), layers.2.weight (2, h), layers.2.bias (2);
+                    their code has h = 64
     steer matrix    one bare tensor (d, d), possibly an nn.Parameter, possibly saved on a GPU
 
 Both are pickles and are read with weights_only=True: a file that needs code to run is refused. They do not state the
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from autosteer.export.safety_folder import FORMAT_VERSION, UNTRAINED, SafetyArtifact, SafetyFacts
 from autosteer.runtime.errors import InputError, PackageError
 
-from .prober import HIDDEN, UNSAFE
+from .prober import UNSAFE
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +91,13 @@ def _prober(path: Path, hidden_size: int) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         swapped = "; it looks like the steer matrix" if isinstance(state, torch.Tensor) else ""
         raise PackageError(f"{path}: holds a {type(state).__name__} and not the state_dict of a prober{swapped}")
-    shapes = {
-        "layers.0.weight": (HIDDEN, hidden_size),
-        "layers.0.bias": (HIDDEN,),
-        "layers.2.weight": (2, HIDDEN),
-        "layers.2.bias": (2,),
-    }
-    if set(state) != set(shapes):
+    names = ("layers.0.bias", "layers.0.weight", "layers.2.weight", "layers.2.bias")
+    if set(state) != set(names):
         found = ", ".join(sorted(map(repr, state))[:8]) or "nothing"
-        raise PackageError(f"{path}: a prober has {', '.join(shapes)}; here is {found}")
+        raise PackageError(f"{path}: a prober has {', '.join(names)}; here is {found}")
+    bias = state["layers.0.bias"]
+    h = bias.numel() if isinstance(bias, torch.Tensor) else 0
+    shapes = dict(zip(names, ((h,), (h, hidden_size), (2, h), (2,)), strict=True))
     return {name.removeprefix("layers."): _tensor(state[name], shape, path, name) for name, shape in shapes.items()}
 
 

@@ -198,6 +198,8 @@ def test_a_missing_file_is_named(tmp_path):
             r"layers.0.weight is \(64, 25\), this model's would be \(64, 24\)",
         ),
         ({"layers_2_weight": torch.zeros(64, 2)}, r"layers.2.weight is \(64, 2\)"),
+        ({"layers_0_bias": torch.zeros(32)}, r"layers.0.weight is \(64, 24\), this model's would be \(32, 24\)"),
+        ({"layers_0_bias": [0.0] * 64}, r"layers.0.bias is a list and not a tensor"),
         ({"layers_0_bias": torch.full((64,), float("nan"))}, r"layers.0.bias has a number that is NaN or infinite"),
         ({"layers_2_bias": torch.tensor([1, 2])}, r"layers.2.bias \(torch.int64.*not a dense tensor of floating-point"),
         ({"layers_2_bias": [1.0, 2.0]}, r"layers.2.bias is a list and not a tensor"),
