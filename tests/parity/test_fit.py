@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny_fit
 import torch
+from rich.console import Console
 from tiny_fit import LAYERS, REFUSAL, WIDTH
 
 from autosteer.export.checkpoint.open import load_processor, open_checkpoint
@@ -226,24 +227,22 @@ def test_a_steer_matrix_that_steers_nothing_is_refused(
 
 
 def test_facts_can_be_measured_again_from_the_folder(
-    fitted: tuple[Path, Result], data: Path, prompt_states: Callable[..., torch.Tensor]
+    fitted: tuple[Path, Result], data: Path, fit_model: FitModel, prompt_states: Callable[..., torch.Tensor]
 ):
-    """The stored prober is calibrated (no temperature is left to fit) and gives the same facts on the stored layer."""
+    """The stored prober is the trained one with its temperature, and gives the same facts on the stored layer."""
     artifact = load(fitted[0])
     read = read_data([data / "pairs.jsonl"], [data / "benign.jsonl"])
-    items = read.labelled()
-    split = arrange.split_prompts(read, items, seed=0)
-    states = prompt_states([item.prompt for item in items], fast=True)[:, artifact.facts.split_layer - 1, MEAN]
-    unsafe = np.array([item.unsafe for item in items])
-    logits = torch.zeros(len(items), 2)
-    for rows, units in zip(split.folds[:-1], torch.arange(4 * prober.HIDDEN).split(prober.HIDDEN), strict=True):
-        members = {name: t[..., units] for name, t in artifact.prober.items() if name in ("0.bias", "2.weight")}
-        whole = artifact.prober | members | {"0.weight": artifact.prober["0.weight"][units]}
-        logits[rows] = prober.prober_logits(whole | {"2.weight": 4 * members["2.weight"]}, states[rows])
-    assert artifact.facts.calibration["temperature"] != pytest.approx(1, abs=0.05)
-    assert calibrate.fit_temperature(logits[split.used], unsafe[split.used]) == pytest.approx(
-        1, abs=0.03
-    )  # one bias is the mean of four
+    arranged = arrange.arrange(read, [], fit_model, Console(quiet=True), augment=True, target_fpr=None, seed=0)
+    t, items, split = arranged.table, arranged.prompts, arranged.split
+    everything = [item.prompt for item in arranged.items]
+    states, unsafe = prompt_states(everything, fast=True)[:, artifact.facts.split_layer - 1, MEAN], t.unsafe
+    weight = arrange.training_weights(t)
+    raw, logits = prober.train_on_folds(states, unsafe, t.taught, seed=0, weight=weight)
+    temperature = artifact.facts.calibration["temperature"]
+    assert temperature != pytest.approx(1, abs=0.05)
+    assert calibrate.fit_temperature(logits[split.used], unsafe[split.used]) == pytest.approx(temperature, abs=0.01)
+    expected = prober.p_unsafe(calibrate.fold_temperature(raw, temperature), states)
+    np.testing.assert_allclose(prober.p_unsafe(artifact.prober, states), expected, atol=1e-2)
     p = prober.p_unsafe(artifact.prober, states[split.heldout])
     groups = [items[i].group for i in split.heldout]
     clusters = [items[i].cluster for i in split.heldout]
