@@ -1,9 +1,10 @@
-// camera PACKAGE WIDTH HEIGHT SECONDS: raw RGB frames on stdin; for each a line of answer, cut off after SECONDS.
+// camera PACKAGE WIDTH HEIGHT SECONDS: raw RGB frames on stdin; for each a line of answer, ended after SECONDS.
 //
 //     ffmpeg -i /dev/video0 -r 1 -s 320x240 -f rawvideo -pix_fmt rgb24 - | camera package/ 320 240 1.0
 #include <autosteer/autosteer.hpp>
 #include <chrono>
 #include <cstdlib>
+#include <future>
 #include <iostream>
 
 int main(int argc, char** argv) try {
@@ -15,13 +16,19 @@ int main(int argc, char** argv) try {
   settings.policy = "stop";  // for an unsafe frame: the refusal's text, nothing else
   std::vector<char> frame(static_cast<size_t>(3 * width * height));
   while (std::cin.read(frame.data(), static_cast<std::streamsize>(frame.size()))) {
-    const auto start = std::chrono::steady_clock::now();
     const auto picture = autosteer::Image::from_rgb(width, height, reinterpret_cast<const uint8_t*>(frame.data()));
-    engine.generate({autosteer::Message::user("what is shown here?", {picture})}, settings,
-                    [&](const autosteer::Chunk& chunk) {
-                      std::cout << chunk.text << std::flush;
-                      return std::chrono::steady_clock::now() - start < limit;  // false ends the answer
-                    });
+    autosteer::Stream answer = engine.stream({autosteer::Message::user("what is shown here?", {picture})}, settings);
+    std::promise<void> done;
+    auto ended = done.get_future();
+    const auto clock = std::async(std::launch::async, [&] {
+      if (ended.wait_for(limit) == std::future_status::timeout) answer.cancel();
+    });
+    try {
+      for (const autosteer::Chunk& chunk : answer) std::cout << chunk.text << std::flush;
+    } catch (const autosteer::Error& err) {
+      if (err.code != AUTOSTEER_CANCELLED) throw;
+    }
+    done.set_value();
     std::cout << std::endl;
   }
   return 0;

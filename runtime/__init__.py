@@ -18,10 +18,19 @@ from typing import TYPE_CHECKING, Any
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 if TYPE_CHECKING:
+    from .cancel import Cancel
     from .chunk import Answer, Chunk
     from .conversation import Conversation
     from .engine import Engine
-    from .errors import AuditError, AutoSteerError, InputError, PackageError, ProviderError, UnsupportedModelError
+    from .errors import (
+        AuditError,
+        AutoSteerError,
+        CancelledError,
+        InputError,
+        PackageError,
+        ProviderError,
+        UnsupportedModelError,
+    )
     from .gate import Action, GatePolicy, Mode, Verdict
     from .manifest import Manifest
     from .sampling import SamplingConfig
@@ -34,6 +43,8 @@ __all__ = [
     "Answer",
     "AuditError",
     "AutoSteerError",
+    "Cancel",
+    "CancelledError",
     "Chunk",
     "Conversation",
     "Engine",
@@ -55,12 +66,16 @@ __all__ = [
 ]
 
 _HOME = {
+    "Cancel": "cancel",
     **dict.fromkeys(("Answer", "Chunk"), "chunk"),
     "Engine": "engine",
     "Conversation": "conversation",
     "Stats": "stats",
     **dict.fromkeys(
-        ("AuditError", "AutoSteerError", "InputError", "PackageError", "ProviderError", "UnsupportedModelError"),
+        (
+            *("AuditError", "AutoSteerError", "CancelledError", "InputError", "PackageError", "ProviderError"),
+            "UnsupportedModelError",
+        ),
         "errors",
     ),
     **dict.fromkeys(("Action", "GatePolicy", "Mode", "Verdict"), "gate"),

@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 
 class Cancel:
-    """A request that can be cancelled. `set` may be called from any thread, and more than once."""
+    """A request that can be cancelled: what runs in `with cancel:`, in this thread.
+
+    `set` may be called from any thread, and more than once. The request then raises CancelledError.
+    """
 
     def __init__(self) -> None:
         self.is_set = False

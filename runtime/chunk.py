@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length", "refused"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer. `text` is empty while a character is incomplete."""
+    """A piece of an answer. `text` is empty while a character is incomplete or a stop string may have begun."""
 
     text: str
     token: int | None  # None for the refusal text

@@ -24,7 +24,10 @@ ReadingKey: TypeAlias = bytes  # identifies what the prober read of a turn; see 
 
 
 class Conversation:
-    """The cache of one dialogue with one engine. A second stream at the same time finds it empty and computes all."""
+    """The cache of one dialogue with one engine. It and its streams belong to one thread at a time.
+
+    A stream that begins before the last one has ended finds it empty, and computes all.
+    """
 
     def __init__(self, engine: object):
         self.engine = engine  # the only one that may use it

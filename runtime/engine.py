@@ -119,14 +119,15 @@ class Engine:
         """Check every file of `folder` against the manifest's hashes and load it.
 
         `device`: "auto" takes CUDA if it works; if there is a GPU and it does not, a log line says why. `threads`: of
-        the CPU, None for one per usable CPU. `low_memory`: hash and load the image graph for each picture, and drop it
-        afterwards. `max_tiles`: cut a picture into at most this many tiles, and each frame of a video if the model
-        takes them in any size. `audit`: a file, to which a line is appended for each request, or a function, which is
-        given each as a dict; it must not use this engine, and what it raises fails the request. `audit_texts`: with
-        the words of prompts and answers, not only their digests.
+        the CPU, None for one per usable CPU. `low_memory`: load the image graph for each picture, after all hashes of
+        the package (about 1 s a GB), and drop it afterwards. `max_tiles`: cut a picture into at most this many tiles,
+        and each frame of a video if the model takes them in any size. Models that always cut alike (SmolVLM) ignore
+        it, and a long narrow picture may take more. `audit`: a file, to which a line is appended for each request, or a
+        function, which is given each as a dict; it must not use this engine, and what it raises fails the request.
+        `audit_texts`: with the words of prompts and answers, not only their digests.
         Raises PackageError (package damaged or incomplete, another version, a gate that does not work here),
-        ProviderError (device not available, onnxruntime too old) or InputError (no such folder for `audit`, more than
-        four `threads` for each CPU of the machine).
+        ProviderError (device not available, onnxruntime too old) or InputError (`audit` is no file that can be
+        appended to; `threads` below 1, or more than four for each CPU of the machine; `max_tiles` below 1).
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -159,8 +160,11 @@ class Engine:
         pieces: bool = True,
         judge_answers: bool | None = None,
     ) -> GatePolicy:
-        """The package's policy with your overrides. Without `pieces` answers are judged only if you say so.
+        """The package's policy with your overrides.
 
+        Without `pieces` the gate reads turns as wholes alone, and the package's `judge_answers` does not apply: unless
+        you set it, steered answers are shown unjudged, and a dialogue with an unsafe turn before the last is steered.
+        `threshold` is below 1, `strength` from 0 to STRENGTH_MAX.
         Raises PackageError if `mode` needs a gate and the package has none, InputError for numbers out of range and for
         an unknown mode.
         """
@@ -209,11 +213,14 @@ class Engine:
 
         An image is a path, a PIL image or an RGB array (H, W, 3) uint8. A video is a file or folder (see open_video),
         or its frames. The defaults are greedy `sampling` and the package's `policy`, which may be a name ("stop"). A
-        steered answer is greedy; where `sampling` restricts the answer, what would be steered is stopped. With a
-        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`.
+        steered answer is greedy; where `sampling` restricts the answer, what would be steered is stopped. A judged
+        answer comes whole: a steered one, all if the package or the policy says so (`judge_answers`), and one whose
+        `sampling` could make the model say what it hardly ever says (SamplingConfig.answer_is_judged). With a
+        `conversation` only what is new in the dialogue is computed. Nothing runs before the first `next()`. To end an
+        answer early, close the generator; to interrupt it from another thread, run it in `with Cancel()`.
         Raises InputError if the prompt, an image or a video is unusable, or does not fit the context, PackageError for
-        a package without a gate unless `policy` is off, and AuditError if the engine has an audit record that cannot be
-        written.
+        a package without a gate unless `policy` is off and for logits that are not finite, CancelledError, and
+        AuditError if the engine has an audit record that cannot be written. onnxruntime's own exceptions pass through.
         """
         if conversation and conversation.engine is not self:
             raise InputError("this conversation was begun with another engine")

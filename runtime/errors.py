@@ -1,4 +1,7 @@
-"""Every error a user can cause or meet. Each has the exit code that the command-line tools return for it."""
+"""Every error a user can cause or meet, but for onnxruntime's own in the middle of a request (a GPU out of memory).
+
+Each has the exit code that the command-line tools return for it.
+"""
 
 LONGEST_REASON = 300  # characters of what another library says
 
@@ -43,7 +46,9 @@ class OptionError(InputError):
 
 
 class CancelledError(AutoSteerError):
-    """Somebody cancelled the request while it ran."""
+    """Somebody cancelled the request while it ran (cancel.py)."""
+
+    exit_code = 130
 
 
 class AuditError(AutoSteerError):

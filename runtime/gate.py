@@ -57,8 +57,8 @@ class GatePolicy:
     """
 
     mode: Mode
-    threshold: float
-    strength: float  # the paper's epsilon (0.1 there): how far the Refusal Head moves the hidden state
+    threshold: float  # below 1
+    strength: float  # 0 to STRENGTH_MAX, the paper's epsilon (0.1): how far the Refusal Head moves the hidden state
     refusal_text: str
     answer_threshold: float | None = None  # a monitor stops an answer above it (monitor.py); None: the package's
     pieces: bool = True  # whether all forms of a turn are read (readings.py), and steered answers judged
@@ -108,13 +108,14 @@ class Verdict:
     """What the gate saw and did. Every answer carries one."""
 
     p_unsafe: float | None  # None only under Mode.OFF, where nothing is scored
-    unsafe: bool
-    action: Action
+    unsafe: bool  # the prompt; False with action STOP: the answer was
+    action: Action  # of a monitored answer, PASS may become STOP on the last chunk
     mode: Mode
-    threshold: float
+    threshold: float  # the prompt is unsafe above it
     strength: float  # applied to this answer: 0.0 unless the action is STEER
-    split_layer: int
-    answer: AnswerVerdict | None = None  # on the last chunk of an answer that was watched or judged
+    split_layer: int  # the prober reads what enters this layer
+    # On the last chunk of an answer that was watched or judged; None for a steered one that is shown.
+    answer: AnswerVerdict | None = None
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -13,7 +13,7 @@ class Stats:
     device: str = ""
     prompt_tokens: int = 0
     reused_tokens: int = 0  # prompt tokens whose keys and values were cached by the conversation
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # those that were withheld, too
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # drafted tokens that the sampler then chose
     image_tiles: int = 0  # encoded for this answer
@@ -23,7 +23,7 @@ class Stats:
     lower_ms: float = 0.0
     gate_ms: float = 0.0
     upper_ms: float | None = None
-    ttft_ms: float = 0.0  # from the call to the first chunk
+    ttft_ms: float = 0.0  # from the first next() to the first chunk: of a judged answer, to its end
     decode_ms: float = 0.0  # passes after the first token
     monitor_ms: float = 0.0  # part of decode_ms: what watched the answer
 

@@ -30,7 +30,8 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
-    trusted: bool = False  # your program wrote it itself, so the gate does not judge it; never a user turn
+    # Your program wrote it itself, so the gate does not judge it, unless it is the last. Never a user turn.
+    trusted: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, str):
@@ -46,17 +47,20 @@ class Message:
         """A user turn: images, videos, then a text.
 
         A video is a file or folder, from which open_video takes frames, or a list of frames, all of which are used: a
-        Video, if it is known when each is shown. Raises InputError if `images` or `videos` is one thing, not a list.
+        Video, if it is known when each is shown (`videos=[open_video(path)]`). Raises InputError if `images` or
+        `videos` is one thing, not a list, and what open_video raises. Files of images are opened when an answer begins.
         """
         for name, given in (("images", images), ("videos", videos)):
-            if isinstance(given, (str, bytes, Path)) or not isinstance(given, Sequence):
+            if isinstance(given, (str, bytes, Path, Video)) or not isinstance(given, Sequence):
                 raise InputError(f"{name} = {given!r:.60}: give a list of them")
         opened = (open_video(video) if isinstance(video, (str, Path)) else video for video in videos)
         return Message("user", (*map(ImagePart, images), *map(VideoPart.of, opened), text))
 
     @staticmethod
     def assistant(text: str, *, trusted: bool = False) -> Message:
-        """An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue."""
+        """An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue, and no sampling option
+        dictated it (SamplingConfig.answer_is_judged).
+        """
         return Message("assistant", (text,), trusted)
 
     @property

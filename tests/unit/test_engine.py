@@ -43,6 +43,7 @@ from autosteer.runtime.held_back import begins_like
 from autosteer.runtime.judge import reading_key
 from autosteer.runtime.subgraph import Subgraph
 from autosteer.runtime.text import ImagePart, VideoPart
+from autosteer.runtime.video import Video
 
 UNSAFE = ("bad", "nan", "inf", "two", "negative", "crash")  # what the prober says is unsafe, or is no probability
 SAFE = {"red": "orange yellow green", "yellow": "green", "hello": "world", "green": ""}
@@ -1097,7 +1098,11 @@ def test_a_dialogue_may_be_a_generator(engine):
 
 
 def test_one_thing_in_place_of_a_list_is_refused():
-    for wrong in (lambda: Message.user("hi", images="photo.png"), lambda: Message.user("hi", videos=Path("film.mp4"))):
+    for wrong in (
+        lambda: Message.user("hi", images="photo.png"),
+        lambda: Message.user("hi", videos=Path("film.mp4")),
+        lambda: Message.user("hi", videos=Video(["frame1.png", "frame2.png"])),
+    ):
         with pytest.raises(InputError, match="give a list of them"):
             wrong()
     with pytest.raises(InputError, match="give a tuple of texts"):

@@ -1,12 +1,13 @@
 /* AutoSteer as C functions: load a package, ask it, read the guarded answer. Text is UTF-8.
  *
- * Functions that return int return 0, or the exit code that autosteer-run has for the same error; autosteer_error()
- * then says in one line what is wrong. No exception leaves these functions, and nothing is written to stdout or stderr.
- * An engine may be used by several threads at once; a request, a stream or a conversation by one at a time. Whatever
- * has been made is released once, by its own function; all of these take NULL, too, and the order does not matter.
- * A NULL where something is needed is an error. Not checked, and undefined: a handle that was released, two threads
- * in one stream, a buffer that is smaller than said, an engine used after fork() in the child, and a package whose
- * files are written to while it is loaded (its weights are mapped: put a new folder in its place, and open that).
+ * Functions that return int (autosteer_abi aside) return 0, or the exit code that autosteer-run has for the same error;
+ * autosteer_error() then says in one line what is wrong. No exception leaves these functions, and nothing is written to
+ * stdout or stderr. An engine and a picture may be used by several threads at once; a request, a stream, or a
+ * conversation with all its streams, by one at a time. Whatever has been made is released once, by its own function;
+ * all of these take NULL, too, and the order does not matter. A NULL where something is needed is an error.
+ * Not checked, and undefined: a handle that was released, two threads in one stream, a buffer that is smaller than
+ * said, an engine used after fork() in the child, and a package whose files are written to while it is loaded (its
+ * weights are mapped: put a new folder in its place, and open that).
  *
  * docs/embedding.md has whole programs.
  */
@@ -29,8 +30,9 @@ extern "C" {
 /* What functions return. */
 enum {
   AUTOSTEER_OK = 0,
-  AUTOSTEER_FAILED = 1,       /* anything else: no memory, the system, another ABI */
-  AUTOSTEER_BAD_PACKAGE = 3,  /* missing, damaged, or its gate does not work here */
+  AUTOSTEER_FAILED = 1,       /* anything else: no memory, the system, an audit record, another ABI */
+  AUTOSTEER_BAD_PACKAGE = 3,  /* missing, damaged, for CUDA, without a gate, its gate does not work here, or its logits
+                               * are not finite */
   AUTOSTEER_BAD_DEVICE = 4,   /* no onnxruntime, or too old a one */
   AUTOSTEER_BAD_INPUT = 5,    /* a prompt, picture, option or request is unusable, or too long */
   AUTOSTEER_CANCELLED = 130   /* by autosteer_cancel */
@@ -51,7 +53,8 @@ AUTOSTEER_API int autosteer_abi(void);
 /* The error of this thread's last failed call, in one line of valid UTF-8, until the thread's next one that fails. */
 AUTOSTEER_API const char *autosteer_error(void);
 
-/* Where lines for an operator go: a prober that fails (its prompt then counts as unsafe), and onnxruntime's own errors.
+/* Where lines for an operator go: a prober or monitor that fails, an answer that cannot be judged (both count as
+ * unsafe), and onnxruntime's own errors.
  * Never a prompt. NULL: nowhere, as at first. One for the whole process; called by any thread, one at a time. It must
  * not call the library and must not longjmp; an exception of it ends there. */
 typedef void (*autosteer_log)(const char *line, void *context);
@@ -59,10 +62,12 @@ AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
 
 /* --- an engine ----------------------------------------------------------------------------------------------------*/
 
-/* Check and load a package (a folder). options: NULL, or JSON with any of
+/* Check and load a package (a folder), to run on the CPU. options: NULL, or JSON with any of
  *     {"threads": at most 4 for each CPU of the machine; 0 for every CPU that this process may use,
- *      "max_tiles": cut a picture into at most this many tiles,
- *      "low_memory": true to load the image graph for each picture, and drop it afterwards,
+ *      "max_tiles": cut a picture into at most this many tiles; ignored by models that always cut alike (SmolVLM), and
+ *                   a long narrow picture may take more,
+ *      "low_memory": true to load the image graph for each picture, after all hashes of the package (about 1 s a GB),
+ *                    and drop it afterwards,
  *      "files": false to refuse requests that name files (JSON from somebody else could read yours),
  *      "policy": that of every request; one whose JSON has "policy", "threshold", "strength", "pieces",
  *                "judge_answers" or a trusted message is refused (JSON from somebody else could turn the gate off),
@@ -85,7 +90,7 @@ AUTOSTEER_API int autosteer_open_abi(int abi, const char *package, const char *o
 typedef struct autosteer_info {
   const char *precision;   /* "fp32", "fp16", "int8", "int4" */
   const char *onnxruntime; /* its version */
-  int64_t context_length;  /* most tokens of a prompt and its answer together */
+  int64_t context_length;  /* most tokens of a prompt and its answer together: a prompt has fewer */
   int guarded;             /* 0: it has no gate, and runs with policy "off" only */
   int takes_images, takes_videos;
   double threshold, strength; /* the defaults of requests; 0 without a gate */
@@ -95,11 +100,11 @@ AUTOSTEER_API const autosteer_info *autosteer_describe(const autosteer_engine *e
 /* --- pictures -----------------------------------------------------------------------------------------------------*/
 
 /* A picture from 8-bit pixels: rows from the top, red, green, blue; `stride` bytes from one row to the next, or 0 for
- * 3 * width. The data, `stride * height` bytes, is copied. */
+ * 3 * width. The data is copied: (height - 1) * stride + 3 * width bytes. A picture has at most 50,000,000 pixels. */
 AUTOSTEER_API int autosteer_image_from_rgb(int64_t width, int64_t height, int64_t stride, const uint8_t *data,
                                            autosteer_image **image);
 
-/* A picture from the bytes of a PNG or JPEG file, or from such a file. */
+/* A picture from the bytes of a PNG or JPEG file, or from such a file (of at most 100,000,000 bytes). */
 AUTOSTEER_API int autosteer_image_from_bytes(const void *data, size_t size, autosteer_image **image);
 AUTOSTEER_API int autosteer_image_from_file(const char *path, autosteer_image **image);
 
@@ -113,17 +118,26 @@ AUTOSTEER_API void autosteer_image_free(autosteer_image *image);
  *                   "trusted": true | false}, ...],
  *      "policy": "steer" | "stop" | "report" | "off", "threshold": number, "strength": number,
  *      "pieces": true | false, "judge_answers": true | false,
- *      "sampling": {"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
- *                    "presence_penalty", "frequency_penalty", "logit_bias": {"token id": number, ...}, "seed",
- *                    "stop": [text, ...], "speculate": true | false}}
+ *      "sampling": {"max_tokens": 1 or more, "temperature": 0 or more, "top_k": 0 (all) or more, "top_p": above 0 to 1,
+ *                    "min_p": 0 to 1, "repetition_penalty": above 0, "presence_penalty", "frequency_penalty": -2 to 2,
+ *                    "logit_bias": {"token id": -100 to 100, ...}, "seed": 0 or more, "stop": [text, ...],
+ *                    "speculate": true | false}}
  * Only "messages" is required, of a message "role" and "parts". {"messages": [], "policy": "stop"} is an empty request
- * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold and strength,
- * turns read in pieces, and steered answers judged before they are shown (without, prompts of several sentences start
- * two to three times as fast, and can hide a request), other answers judged if the package says so (with
- * "judge_answers" each comes whole, once the gate has read it as the dialogue's next turn), the likeliest token each
- * time ("temperature": 0), at most 256 tokens. An unknown key is an error.
- * What messages contain is checked when an answer is computed. A request may be run any number of times, and be added
- * to in between. */
+ * with settings, to be filled by the functions below. Without settings: "steer", the package's threshold (settings:
+ * below 1) and strength (0 to 1e6), turns read in pieces, the likeliest token each time ("temperature": 0, "top_p": 1,
+ * "repetition_penalty": 1, no other penalty or bias), "seed" 0, "speculate" true, at most 256 tokens. An unknown key is
+ * an error.
+ *
+ * With "steer" and "stop" the gate judges an answer as the dialogue's next turn, before any of it is shown: if it is
+ * steered, if "judge_answers" or else the package says so, and if the temperature is above 1, the repetition penalty is
+ * below 1 or above 1.05, or there is a logit bias. A judged answer comes when it is complete, and needs room for one
+ * more turn in the context. A steered answer is greedy, whatever "sampling" says; with a logit bias it is stopped
+ * instead. "pieces": false reads turns as wholes alone: prompts of several sentences start two to three times as fast,
+ * and can hide a request. The package's judge_answers then does not apply, and unless "judge_answers" is true, steered
+ * answers are shown unjudged, and a dialogue with an unsafe turn before the last is steered.
+ *
+ * autosteer_run checks settings, autosteer_next what messages contain. A request may be run any number of times, and be
+ * added to in between. */
 AUTOSTEER_API int autosteer_request_new(const char *json, autosteer_request **request);
 AUTOSTEER_API void autosteer_request_free(autosteer_request *request);
 
@@ -134,21 +148,23 @@ AUTOSTEER_API int autosteer_request_image(autosteer_request *request, const auto
 AUTOSTEER_API int autosteer_request_video(autosteer_request *request, const autosteer_image *const *frames,
                                           size_t count);
 
-/* The same, with the second at which each frame is shown, from the video's beginning and ascending. Without, a video
- * has 24 frames a second. Models of the Qwen-VL families read it. */
+/* The same, with the second at which each frame is shown: from the video's beginning, 0 to 1,000,000, not descending.
+ * Without (or NULL), frames are 1/24 s apart. Qwen2.5-VL and Qwen3-VL read it. */
 AUTOSTEER_API int autosteer_request_video_at(autosteer_request *request, const autosteer_image *const *frames,
                                              const double *seconds, size_t count);
 
-/* Say that your program wrote the message begun last: a system turn, or an answer of ours. The gate does not judge it,
- * unless it is the last. A request with a trusted user turn is refused when it is run. */
+/* Say that your program wrote the message begun last: a system turn, or this engine's own answer in this dialogue,
+ * unchanged, that was not sampled as above (temperature above 1, ...). The gate does not judge it, unless it is the
+ * last. A trusted user turn is an error of autosteer_next. */
 AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 
-/* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. */
+/* Tokens of the prompt, those of pictures and videos included (which are encoded for it). The decoder does not run. A
+ * prompt that does not fit the context is AUTOSTEER_BAD_INPUT; its message has the count. Cannot be cancelled. */
 AUTOSTEER_API int autosteer_count_tokens(const autosteer_engine *engine, const autosteer_request *request,
                                          int64_t *count);
 
 /* What the gate makes of a request's prompt, without an answer: half of the model reads it. The outputs mean the same
- * as in autosteer_chunk; NULL for what you do not need. Cannot be cancelled. */
+ * as in autosteer_chunk; NULL for what you do not need. *action is never freed. Cannot be cancelled. */
 AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autosteer_request *request, const char **action,
                                   int *unsafe, double *p_unsafe);
 
@@ -156,8 +172,8 @@ AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autostee
 
 /* A piece of an answer. */
 typedef struct autosteer_chunk {
-  const char *json;          /* everything: {"text", "token", "verdict": {...}, "finish_reason", "device", "timings"} */
-  const char *text;          /* "" while a character is incomplete */
+  const char *json;          /* everything: see below */
+  const char *text;          /* "" while a character is incomplete or a stop string may have begun */
   const char *finish_reason; /* NULL; of the last piece "stop", "length", or "refused": the refusal text stands in
                               * place of the answer; behind what was shown, if a monitor stopped it */
   const char *action;        /* what the gate did: "pass" (always with "report" and "off"), "steer", "stop" */
@@ -166,16 +182,26 @@ typedef struct autosteer_chunk {
   int64_t token;             /* -1 for the text of a refusal */
 } autosteer_chunk;
 
+/* `json`: {"text", "token", "verdict", "finish_reason", "device", "timings"}; the last two are null before the last
+ * piece.
+ *     verdict: p_unsafe (null: not finite, or policy off), unsafe, action, policy, threshold, strength, layer, answer
+ *              (null, or of an answer that was watched or judged {"p_unsafe", "unsafe", "threshold"})
+ *     timings: prompt_tokens, reused_tokens, completion_tokens (those withheld, too), drafted_tokens, accepted_tokens,
+ *              image_tiles, kv_bytes; in milliseconds vision_ms, embed_ms, lower_ms, gate_ms, upper_ms (null: it never
+ *              ran), ttft_ms (to the first piece), decode_ms, monitor_ms; decode_tok_s (null for one token) */
+
 /* Begin an answer. The request is copied, and nothing is computed yet. */
 AUTOSTEER_API int autosteer_run(const autosteer_engine *engine, const autosteer_request *request,
                                 autosteer_stream **stream);
 
 /* The next piece, or NULL in *chunk after the last one. Valid until the stream's next call. To stop an answer early,
- * end the stream. After an error the stream has ended. */
+ * end the stream; a judged one is computed as a whole before its first piece, and only autosteer_cancel interrupts
+ * that. After an error the stream has ended. */
 AUTOSTEER_API int autosteer_next(autosteer_stream *stream, const autosteer_chunk **chunk);
 
 /* From any thread, as long as the stream has not been ended: an autosteer_next that is running returns
- * AUTOSTEER_CANCELLED within an operator's time, also while it reads the prompt; so does the next one. */
+ * AUTOSTEER_CANCELLED within an operator's time, also while it reads the prompt (with "low_memory": after the hashes);
+ * so does the next one, unless the answer is complete. */
 AUTOSTEER_API void autosteer_cancel(autosteer_stream *stream);
 
 AUTOSTEER_API void autosteer_end(autosteer_stream *stream);
@@ -186,7 +212,8 @@ AUTOSTEER_API void autosteer_end(autosteer_stream *stream);
  * messages of the dialogue. */
 AUTOSTEER_API int autosteer_conversation_begin(const autosteer_engine *engine, autosteer_conversation **conversation);
 
-/* autosteer_run within a dialogue. End the stream before you run the next one; otherwise that one computes all. */
+/* autosteer_run within a dialogue. End the stream before you run the next one; otherwise that one computes all.
+ * autosteer_next and autosteer_end of its streams use the conversation, too: all in one thread at a time. */
 AUTOSTEER_API int autosteer_conversation_run(autosteer_conversation *conversation, const autosteer_request *request,
                                              autosteer_stream **stream);
 

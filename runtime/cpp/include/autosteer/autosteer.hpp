@@ -152,7 +152,7 @@ class Image {
   std::shared_ptr<autosteer_image> image_;
 };
 
-/// Frames, evenly spaced.
+/// Frames. Without seconds (Part), they are 1/24 s apart.
 using Video = std::vector<Image>;
 
 /// A text, a picture or a video.
@@ -175,13 +175,13 @@ struct Part {
 struct Message {
   std::string role;  ///< system, user or assistant
   std::vector<Part> parts;
-  bool trusted = false;  ///< your program wrote it, so the gate does not judge it; never a user turn
+  bool trusted = false;  ///< your program wrote it, so the gate does not judge it (autosteer_request_trust)
 
   static Message system(std::string text, bool trusted = false) {
     return {"system", {Part(std::move(text))}, trusted};
   }
 
-  /// An earlier answer. `trusted`: it came from this engine, as it is, in this dialogue.
+  /// An earlier answer. `trusted`: see autosteer_request_trust.
   static Message assistant(std::string text, bool trusted = false) {
     return {"assistant", {Part(std::move(text))}, trusted};
   }
@@ -202,9 +202,9 @@ using Messages = std::vector<Message>;
 struct Settings {
   std::string policy = "steer";  ///< steer, stop, report or off
   std::optional<double> threshold, strength;
-  std::optional<bool> pieces;         ///< false: turns are read as wholes alone, and steered answers not judged
+  std::optional<bool> pieces;         ///< false: turns are read as wholes alone (autosteer_request_new)
   std::optional<bool> judge_answers;  ///< true: every answer comes whole, once the gate has judged it; not set: as the
-                                      ///< package says
+                                      ///< package says, and some settings below (autosteer_request_new) do
   std::optional<int64_t> max_tokens, top_k, seed;
   std::optional<double> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   std::vector<std::string> stop;
@@ -360,7 +360,8 @@ class Answers {
     return stream(Messages{Message::user(prompt)}, settings);
   }
 
-  /// The whole answer. `on_chunk`, if given, is called with each piece; where it returns false, the answer ends.
+  /// The whole answer. `on_chunk`, if given, is called with each piece; where it returns false, the answer ends, and
+  /// finish_reason is empty. A judged answer (autosteer_request_new) is complete before its first piece.
   template <class OnChunk>
   Answer generate(const Messages& messages, const Settings& settings, const OnChunk& on_chunk) const {
     Answer answer;
@@ -421,6 +422,7 @@ class Engine : public detail::Answers<Engine> {
     engine_ = detail::owned(made, autosteer_close);
   }
 
+  /// Valid as long as a copy of this engine.
   const autosteer_info& info() const { return *autosteer_describe(engine_.get()); }
 
   Conversation conversation() const { return Conversation(engine_.get()); }
