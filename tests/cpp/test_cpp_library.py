@@ -398,9 +398,9 @@ def test_a_text_is_not_cut_at_a_nul(embedding, cpp_package):
     assert embedding("nul", cpp_package) == ["5 a text, role or file name has a NUL character"] * 4
 
 
-def test_a_video_has_a_second_for_each_frame(embedding, cpp_package):
-    """The C function reads as many as there are frames."""
-    assert embedding("seconds", cpp_package) == ["5 a video has a second for each frame, or none"]
+def test_parts_made_by_hand_are_whole(embedding, cpp_package):
+    """A video has a second for each frame (the C function reads as many as there are frames), a picture is one."""
+    assert embedding("parts", cpp_package) == ["5 a video has a second for each frame, or none", "5 image is NULL"]
 
 
 def test_a_prober_that_fails_is_logged_where_the_host_wants_it(embedding, cpp_package):

@@ -174,13 +174,18 @@ void nul(const Engine& engine, const Arguments&) {
   for (const auto& attempt : tries) refused(attempt);
 }
 
-/// What a video of two frames and one second says.
-void seconds(const Engine& engine, const Arguments&) {
+/// What parts made by hand say: a video of two frames and one second, a picture that is none.
+void parts(const Engine& engine, const Arguments&) {
   const uint8_t pixel[3] = {};
   const auto frame = autosteer::Image::from_rgb(1, 1, pixel);
   const autosteer::Part video(autosteer::Video{frame, frame}, {0.0});
   refused([&] {
     engine.score({Message{"user", {video, "red"}}});
+  });
+  autosteer::Part picture(frame);
+  picture.frames.clear();
+  refused([&] {
+    engine.score({Message{"user", {picture, "red"}}});
   });
 }
 
@@ -268,7 +273,7 @@ int main(int argc, char** argv) try {
       {"pictures", pictures}, {"cancel", cancel},     {"cancel_early", cancel_early},
       {"callback", callback}, {"info", info},         {"log", log},
       {"threads", threads},   {"settings", settings}, {"score", score},
-      {"nul", nul},           {"bias", bias},         {"seconds", seconds}};
+      {"nul", nul},           {"bias", bias},         {"parts", parts}};
   if (argc < 3) return 2;
   checks.at(argv[1])(Engine(argv[2], one_thread()), {argv + 3, argv + argc});
   return 0;

@@ -5,8 +5,8 @@
 //       std::cout << chunk.text << std::flush;
 //     }
 //
-// Everything that fails throws autosteer::Error. docs/embedding.md has whole programs, autosteer.h the
-// rest of what callers must know.
+// Everything that fails throws autosteer::Error (or std::bad_alloc). docs/embedding.md has whole programs, autosteer.h
+// the rest of what callers must know.
 #pragma once
 
 #include <cstddef>
@@ -334,7 +334,7 @@ inline std::shared_ptr<autosteer_request> request(const Messages& messages, cons
       std::vector<const autosteer_image*> frames;
       for (const Image& frame : part.frames) frames.push_back(frame.get());
       if (part.kind == Part::Kind::text) check(autosteer_request_text(made, c_text(part.text)));
-      if (part.kind == Part::Kind::image) check(autosteer_request_image(made, frames.at(0)));
+      if (part.kind == Part::Kind::image) check(autosteer_request_image(made, frames.empty() ? nullptr : frames[0]));
       if (part.kind != Part::Kind::video) continue;
       if (!part.seconds.empty() && part.seconds.size() != frames.size()) {
         throw Error("a video has a second for each frame, or none", AUTOSTEER_BAD_INPUT);
