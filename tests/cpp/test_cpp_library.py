@@ -18,6 +18,8 @@ from cpp_runtime import CPP, in_python, joined, missing, through_c, timeless, wh
 from exported import demo_package
 from PIL import Image
 
+from autosteer.runtime import errors
+
 ROOT = CPP.parents[1]
 HEADER = CPP / "include" / "autosteer" / "autosteer.h"
 EXAMPLES = {file.stem + file.suffix: file for file in sorted((ROOT / "examples").glob("*.c*"))}
@@ -91,9 +93,8 @@ def test_example_of_a_camera_says_a_line_for_each_frame(examples):
 
     def answers(seconds: str) -> list[str]:
         command = [examples["camera.cpp"], demo_package("fp32"), *size, seconds]
-        return (
-            subprocess.run(command, input=raw, capture_output=True, check=True, env=clean()).stdout.decode().split("\n")
-        )
+        done = subprocess.run(command, input=raw, capture_output=True, check=True, env=clean())
+        return done.stdout.decode().split("\n")
 
     whole = answers("60")
     assert whole[0].startswith("a blue star") and len(whole) == 3
@@ -103,6 +104,18 @@ def test_example_of_a_camera_says_a_line_for_each_frame(examples):
 def test_examples_say_what_is_wrong_and_return_the_code(examples, tmp_path):
     done = subprocess.run([examples["ask.c"], tmp_path, "hello"], capture_output=True, text=True, check=False)
     assert done.returncode == 3 and done.stderr.startswith(f"ask: {tmp_path}")
+
+
+def test_the_codes_of_the_header_are_those_of_python_s_errors():
+    codes = dict(re.findall(r"AUTOSTEER_(\w+) = (\d+)", HEADER.read_text(encoding="utf-8")))
+    named = {
+        "FAILED": errors.AutoSteerError,
+        "BAD_PACKAGE": errors.PackageError,
+        "BAD_DEVICE": errors.ProviderError,
+        "BAD_INPUT": errors.InputError,
+        "CANCELLED": errors.CancelledError,
+    }
+    assert codes == {"OK": "0"} | {name: str(error.exit_code) for name, error in named.items()}
 
 
 def test_the_library_exports_what_its_header_declares(prefix):
