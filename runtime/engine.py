@@ -248,6 +248,17 @@ class Engine:
             prepared = self.encode(_dialogue(prompt, images, videos), record, conversation)
             return finish(self.judge(prepared, record, conversation))
 
+    def count_tokens(
+        self, prompt: str | Sequence[Message], *, images: Sequence[ImageLike] = (), videos: Sequence[VideoLike] = ()
+    ) -> int:
+        """Tokens of the prompt that these become, those of pictures and videos included. The decoder does not run.
+
+        Raises InputError as `stream` does; for a prompt that does not fit the context, its message has the count.
+        """
+        messages = _dialogue(prompt, images, videos)
+        check_turns(messages)
+        return len(self.encoder.prepare(messages, Stats()).keys)
+
     def record(self, policy: GatePolicy) -> Record:
         """The audit record and the statistics of a request, which begins now; a context manager around it.
 

@@ -557,6 +557,8 @@ def test_a_request_prefills_lower_then_upper_then_decodes_and_no_other_way(engin
 def test_prompt_that_fills_the_context_is_refused_with_both_numbers(engine):
     with pytest.raises(InputError, match=r"takes 64 tokens .* holds 64"):
         engine.generate(" ".join(["red"] * 61))
+    with pytest.raises(InputError, match=r"takes 64 tokens .* holds 64"):
+        engine.count_tokens(" ".join(["red"] * 61))
 
 
 def test_prompt_one_short_of_the_context_gets_one_token(engine):
@@ -670,8 +672,16 @@ def test_image_is_seen(engine, colour, text):
 
 def test_image_takes_its_rows_of_the_context(engine):
     """4 x 4 pixels: a base tile and a 4 x 8 grid whose right half is padding: 4 + 2 * (2 + 1 newline) rows."""
-    stats = engine.generate("look", images=[picture(255, 0, 0)]).stats
+    red = picture(255, 0, 0)
+    stats = engine.generate("look", images=[red]).stats
     assert (stats.prompt_tokens, stats.image_tiles) == (4 + 4 + 2 * 3, 3)
+    assert engine.count_tokens("look", images=[red]) == stats.prompt_tokens
+
+
+def test_tokens_are_counted_without_the_decoder(engine, calls):
+    assert engine.count_tokens("red") == 4
+    assert engine.count_tokens([Message.user("red"), Message.assistant("orange"), Message.user("red")]) > 8
+    assert not {"decoder_lower", "decoder_upper"} & set(calls)
 
 
 def test_several_images_take_one_tile_each_in_the_order_given(engine):
