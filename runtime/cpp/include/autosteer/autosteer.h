@@ -54,8 +54,8 @@ AUTOSTEER_API int autosteer_abi(void);
 AUTOSTEER_API const char *autosteer_error(void);
 
 /* Where lines for an operator go: a prober or monitor that fails, an answer that cannot be judged (each counts as
- * unsafe), and onnxruntime's own errors. Never a prompt. NULL: nowhere, as at first. One for the whole process; called by any thread, one at a time. It must
- * not call the library and must not longjmp; an exception of it ends there. */
+ * unsafe), and onnxruntime's own errors. Never a prompt. NULL: nowhere, as at first. One for the whole process; called
+ * by any thread, one at a time. It must not call the library and must not longjmp; an exception of it ends there. */
 typedef void (*autosteer_log)(const char *line, void *context);
 AUTOSTEER_API void autosteer_set_log(autosteer_log log, void *context);
 
