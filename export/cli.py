@@ -210,12 +210,15 @@ def export(
                 *(folder, checkpoint, safety, options, progress, task), show=None if as_json else console
             )
     facts = facts_of(exported, checkpoint, safety, options, output, seconds=time.perf_counter() - started)
-    facts["pushed"] = push(output, repo) if repo else None
-    if as_json:
-        click.echo(dumps(facts))
-        return
-    for line in summary(exported, facts):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    facts["pushed"] = None
+    try:
+        if repo:
+            facts["pushed"] = push(output, repo)
+    finally:  # the package is there all the same
+        if as_json:
+            click.echo(dumps(facts))
+        for line in () if as_json else summary(exported, facts):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_and_validate(
@@ -232,12 +235,12 @@ def write_and_validate(
 
     Raises CheckError if a check fails.
     """
-    from .footprint import count_weights, footprint
-    from .package import folder_sizes, with_results, write_package
+    from .footprint import footprint
+    from .package import folder_bytes, with_results, write_package
     from .validation.reload import load_again
     from .validation.validate import validate_package
 
-    progress.update(task, total=count_weights(checkpoint))
+    progress.update(task, total=checkpoint.weights)
     manifest = write_package(
         *(folder, checkpoint, safety, options),
         report=lambda step: progress.update(task, description=f"writing: {step}"),
@@ -254,7 +257,7 @@ def write_and_validate(
         advice = ADVICE.get((options.precision, options.target, options.block_size), "")
         raise CheckError(f"the package differs from PyTorch ({', '.join(failed)}); nothing was written{advice}")
     manifest = with_results(folder, manifest, results)
-    size, needs = sum(folder_sizes(folder).values()), footprint(folder, manifest)
+    size, needs = folder_bytes(folder), footprint(folder, manifest)
     progress.update(task, description="loading the package")
     return Exported(manifest, results.checks, size, needs, loaded=load_again(folder, needs.running))
 

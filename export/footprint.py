@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import shutil
 import sys
@@ -38,17 +37,12 @@ class Footprint:
         return {f"{size} GB": self.running <= USABLE * size * 1e9 for size in JETSONS}
 
 
-def count_weights(checkpoint: Checkpoint) -> int:
-    """How many weights the checkpoint has."""
-    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
-
-
 def check_space(output: Path, checkpoint: Checkpoint, *precisions: Precision) -> None:
     """Raise InputError if the disk under `output` has no room for the package, whose weights are stored once in each of
     `precisions`.
     """
     parent = next(p for p in output.resolve().parents if p.exists())
-    needed = count_weights(checkpoint) * sum(BYTES_PER_WEIGHT[precision] for precision in precisions)
+    needed = checkpoint.weights * sum(BYTES_PER_WEIGHT[precision] for precision in precisions)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(

@@ -44,9 +44,9 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
     _remove_abandoned(destination)
     check_output(destination, marker=marker, force=force)  # what a killed run had moved away is back
     scratch = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}")
-    old = scratch.with_name(f"{scratch.name}-old")
-    try:  # from before there is anything: a signal may come at any time
-        with _held(scratch):
+    old = _old_of(scratch)
+    with _held(scratch):
+        try:  # from before there is anything: a signal may come at any time
             scratch.mkdir(mode=0o700)
             yield scratch
             check_output(destination, marker=marker, force=force)  # again: another run may have finished first
@@ -62,28 +62,31 @@ def atomic_folder(destination: Path, *, marker: str, force: bool) -> Iterator[Pa
                     f"delete it with: chmod -R u+w {name} && rm -r {name}",
                     err=True,
                 )
-    except BaseException:
-        _put_back(old, destination)
-        shutil.rmtree(scratch, ignore_errors=True)
-        _lock_of(scratch).unlink(missing_ok=True)
-        raise
+        except BaseException:
+            _put_back(old, destination)
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
 @contextmanager
 def _held(scratch: Path) -> Iterator[None]:
-    """Hold the lock of a scratch folder, then remove it. Raises Timeout if another process holds it."""
+    """Hold the lock of a scratch folder, then remove it. It stays with what could not be deleted (a second Ctrl-C, no
+    permission): the next run finds that by its lock. Raises Timeout if another process holds it.
+    """
     from filelock import FileLock
 
-    lock = _lock_of(scratch)
+    lock = scratch.with_name(f"{scratch.name}.lock")
     with FileLock(lock, blocking=False):
         try:
             yield
         finally:
-            lock.unlink()
+            if not (scratch.exists() or _old_of(scratch).exists()):
+                lock.unlink(missing_ok=True)
 
 
-def _lock_of(scratch: Path) -> Path:
-    return scratch.with_name(f"{scratch.name}.lock")
+def _old_of(scratch: Path) -> Path:
+    """Where the folder is moved that a scratch folder replaces."""
+    return scratch.with_name(f"{scratch.name}-old")
 
 
 def _put_back(old: Path, destination: Path) -> None:
@@ -99,5 +102,5 @@ def _remove_abandoned(destination: Path) -> None:
 
     for lock in destination.parent.glob(f".{glob.escape(destination.name)}-????????.lock"):
         with suppress(Timeout), _held(scratch := lock.with_suffix("")):
-            _put_back(scratch.with_name(f"{scratch.name}-old"), destination)
+            _put_back(_old_of(scratch), destination)
             shutil.rmtree(scratch, ignore_errors=True)

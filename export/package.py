@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnxruntime as ort
+
 from autosteer.runtime.errors import InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import (
     FORMAT_VERSION,
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
     from .validation.validate import ValidationResult
 
 Report = Callable[[str], None]
-VERSIONS = ("autosteer-edge", "torch", "transformers", "onnx-ir", "onnxruntime", "tokenizers", "pillow")
+ROUNDED = "rounded"  # a folder for what --calibrate rounded, until it is written
+VERSIONS = ("autosteer-edge", "torch", "transformers", "onnx-ir", "tokenizers", "pillow")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def write_package(
         checkpoint.family.lm_head.removesuffix(".weight"),
     )
     weights_sha256 = store.close()
-    shutil.rmtree(folder / "rounded", ignore_errors=True)
+    shutil.rmtree(folder / ROUNDED, ignore_errors=True)
     weights = DataFile(WEIGHTS_FILE, (folder / WEIGHTS_FILE).stat().st_size, weights_sha256)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -151,7 +154,7 @@ def write_package(
         tolerance=Tolerance(MAX_P_UNSAFE_TOLERANCE, 0),
         proof=None,
         validation={},
-        versions={name: version(name) for name in VERSIONS},
+        versions={name: version(name) for name in VERSIONS} | {"onnxruntime": ort.__version__},
         onnxruntime=lowest_onnxruntime(chosen, windowed=config.windowed),
     )
     manifest.save(folder)
@@ -221,7 +224,7 @@ class _Observation:
         if self.image_file and self.pictures:
             picture = image_rows(self.checkpoint, self.image_file, self.pictures)
         rows = text_rows(text, self.checkpoint, self.tokenizer, picture)
-        scratch = self.store.folder / "rounded"
+        scratch = self.store.folder / ROUNDED
         scratch.mkdir()
         self.store.rounded = round_decoder(self.checkpoint, self.config, rows, self.recipe.body, scratch, self.report)
 
@@ -334,6 +337,6 @@ def with_results(folder: Path, manifest: Manifest, results: ValidationResult) ->
     return complete
 
 
-def folder_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file, by relative path."""
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all its files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from autosteer.runtime.console import table
-from autosteer.runtime.errors import InputError
+from autosteer.runtime.errors import InputError, first_line
 from autosteer.runtime.hub import PREFIX
 from autosteer.runtime.manifest import MANIFEST_FILE, Manifest
 
@@ -25,7 +25,7 @@ def check_login(repo: str) -> None:
     except LocalTokenNotFoundError:
         raise InputError(f"--push {repo}: not logged in; run `hf auth login`, or set HF_TOKEN") from None
     except Exception as err:  # of the hub, or of the HTTP library that this huggingface_hub uses
-        raise InputError(f"--push {repo}: {str(err).splitlines()[0]}") from err
+        raise InputError(f"--push {repo}: {first_line(err)}") from err
 
 
 def push(folder: Path, repo: str) -> str:
@@ -43,7 +43,7 @@ def push(folder: Path, repo: str) -> str:
         commit = HfApi().create_commit(repo, [*files, card], commit_message="Package made by autosteer-export")
     except Exception as err:  # as above
         raise InputError(
-            f"--push {repo}: not uploaded ({str(err).splitlines()[0]}); the package is in {folder}: "
+            f"--push {repo}: not uploaded ({first_line(err)}); the package is in {folder}: "
             f"`hf upload {repo} {folder}` uploads it without a model card"
         ) from err
     return str(commit.commit_url)

@@ -10,6 +10,7 @@ memory is what limits it; far below 1, arithmetic.
 
 from __future__ import annotations
 
+import re
 import statistics
 import threading
 import time
@@ -39,7 +40,6 @@ TEXT = (
     "long swell under low cloud. On clear days she could see the other island, where her brother kept bees. "
 )
 READ_BY_A_STEP = ("decoder_lower", "decoder_upper", "lm_head")
-ONE_ROW_READ = (b"cos_cache", b"sin_cache")  # tables of which a step reads a row
 FLOAT16 = 10  # onnx.TensorProto's
 Field: TypeAlias = "tuple[int, int | memoryview]"
 ALL_PIECES = 0.999999  # a threshold at which no piece ends the reading
@@ -127,7 +127,8 @@ def peak_memory_mib() -> float | None:
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    found = re.search(r"^VmHWM:\s+(\d+)", status, re.MULTILINE)
+    return int(found[1]) / 1024 if found else None
 
 
 def weight_bytes(file: Path, activations: str) -> int:
@@ -137,8 +138,6 @@ def weight_bytes(file: Path, activations: str) -> int:
     total = 0
     for graph in _of(file.read_bytes(), 7):  # ModelProto.graph
         for tensor in _of(graph, 5):  # GraphProto.initializer
-            if next(iter(_of(tensor, 8)), memoryview(b"")) in ONE_ROW_READ:  # TensorProto.name
-                continue
             external = [(_of(entry, 1)[0], _of(entry, 2)[0]) for entry in _of(tensor, 13)]  # external_data: key, value
             lengths = [int(bytes(value)) for key, value in external if bytes(key) == b"length"]
             size = sum(lengths) + sum(len(raw) for raw in _of(tensor, 9))  # raw_data

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import AutoSteerError, OptionError
+from .errors import NO_THREAD, AutoSteerError, OptionError, first_line, is_out_of_memory
 from .strict_json import is_text
 
 DISTRIBUTION = "autosteer-edge"
@@ -79,10 +79,10 @@ def run_command(command: click.Command, extra: str = "cpu") -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone
         code = 1
     except (MemoryError, RuntimeError) as err:
-        if isinstance(err, RuntimeError) and str(err) != "can't start new thread":
+        if not is_out_of_memory(err):
             raise
-        what = "not enough memory" if isinstance(err, MemoryError) else "not enough memory, or a limit of threads"
-        click.echo(f"{name}: error: {what}{f' ({err})' if str(err) else ''}", err=True)
+        what = "not enough memory, or a limit of threads" if str(err) == NO_THREAD else "not enough memory"
+        click.echo(f"{name}: error: {what}{f' ({first_line(err)})' if str(err) else ''}", err=True)
         code = 1
     except (AutoSteerError, OSError, ImportError) as err:
         if isinstance(err, ImportError) and interrupts:  # numpy's C code makes an ImportError of Ctrl-C

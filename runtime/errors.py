@@ -4,6 +4,8 @@ Each has the exit code that the command-line tools return for it.
 """
 
 LONGEST_REASON = 300  # characters of what another library says
+NO_THREAD = "can't start new thread"  # of threading
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory", NO_THREAD)  # of torch, on the CPU and on CUDA
 
 
 class AutoSteerError(Exception):
@@ -61,7 +63,13 @@ class CheckError(AutoSteerError):
     exit_code = 6
 
 
-def first_line(err: Exception) -> str:
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether `err` says that memory is short. PyTorch and threading say so with a RuntimeError."""
+    says_so = isinstance(err, RuntimeError) and any(words in str(err) for words in NO_MEMORY)
+    return says_so or isinstance(err, MemoryError)
+
+
+def first_line(err: BaseException) -> str:
     """What an exception says, in one line without a full stop; with the second where the first ends with a colon."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])

@@ -144,4 +144,4 @@ def png_end(buffer: bytes | bytearray) -> int:
 def _first_line(said: bytes) -> str:
     """ffmpeg's first line, without the address that it begins with."""
     line = said.decode("utf-8", "replace").strip().partition("\n")[0]
-    return line.partition("] ")[2] if line.startswith("[") else line or "it failed without a word"
+    return (line.partition("] ")[2] if line.startswith("[") else line) or "it failed without a word"

@@ -117,6 +117,6 @@ class Grammar:
 
 
 def _line(said: object) -> str:
-    """What a message of several lines says: its line that begins so, or else its first."""
+    """What a message of several lines says: the first that begins with "error: ", without that; else the first."""
     lines = str(said).splitlines() or [""]
     return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .arrays import Float
-from .errors import InputError, OptionError, PackageError
+from .errors import InputError, OptionError, PackageError, first_line
 from .manifest import AnyresSpec, ImageSpec, VideoSpec
 
 Uint8 = npt.NDArray[np.uint8]
@@ -71,7 +71,7 @@ def open_image(image: ImageLike) -> Uint8:
         except UnidentifiedImageError as err:  # it says the name only, and not what Pillow was asked for
             raise InputError(f"{image}: not a readable image (none of {', '.join(FORMATS)})") from err
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
-            raise InputError(f"{image}: not a readable image ({err or type(err).__name__})") from err
+            raise InputError(f"{image}: not a readable image ({first_line(err)})") from err
     height, width = pixels.shape[:2]
     check_size((width, height))
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):

@@ -121,10 +121,8 @@ def _check_image(manifest: Contents, need: Need) -> None:
     """How pictures are cut."""
     if (image := manifest.image) is None:
         return
-    need((image.kind == "anyres") == (image.anyres is not None), "image: 'kind' and 'anyres' differ")
-    need((image.kind == "split") == (image.split is not None), "image: 'kind' and 'split' differ")
-    need((image.kind == "closest_grid") == (image.closest_grid is not None), "image: 'kind' and 'closest_grid' differ")
-    need((image.kind == "native") == (image.native is not None), "image: 'kind' and 'native' differ")
+    for kind in ("anyres", "split", "closest_grid", "native"):
+        need((image.kind == kind) == (getattr(image, kind) is not None), f"image: 'kind' and {kind!r} differ")
     if image.native:
         need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
         need(image.native.min_pixels <= image.native.max_pixels, "image: min_pixels is above max_pixels")

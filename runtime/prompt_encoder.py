@@ -394,8 +394,8 @@ class PromptEncoder:
 def probed_positions(
     prober: ProberSpec | None, turns: Sequence[JudgedTurn], text: Sequence[int], sizes: Sequence[int]
 ) -> Probed:
-    """For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. None where
-    a turn is too short, or where the text that follows changed the tokens that the prober would have read.
+    """For each turn the positions that the prober reads, ascending: the same as if the dialogue ended there. An empty
+    list where a turn is too short, or where the text that follows changed the tokens that the prober would have read.
     Without a prober, the last position: a conversation continues from it.
 
     `text`: the positions of token ids, but those between groups of a video's frames. `sizes`: the rows of each picture,

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from .arrays import Float
-from .errors import InputError
+from .errors import InputError, first_line
 from .ffmpeg import VideoFile, open_regular
 from .image import (
     FORMATS,
@@ -97,7 +97,7 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     except FileNotFoundError:
         raise InputError(f"{path}: no such video file or folder") from None
     except Exception as err:  # on damaged files Pillow's decoders raise any exception
-        raise InputError(f"{path}: not a readable video ({err or type(err).__name__}); a video is {KINDS}") from err
+        raise InputError(f"{path}: not a readable video ({first_line(err)}); a video is {KINDS}") from err
 
 
 def _is_picture(file: BinaryIO) -> bool:

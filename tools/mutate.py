@@ -193,7 +193,7 @@ class Package:
             alike = "" if damage.tensor.endswith(".smoothing") else damage.tensor
             found = audit(self.folder / file, self.checkpoint, self.safety, lambda name: alike in name)
             held[file] = replace(found, rounding=found.rounding or held[file].rounding)
-        checks = validate.stored_checks(self.manifest, self.checkpoint, held)
+        checks = validate.stored_checks(self.manifest, held)
         if self.manifest.kv_cache.dtype == "int8" and all(check.passed for check in checks):
             checks.append(validate.cache_scales_check(self.folder, self.manifest, self.checkpoint))
         return checks

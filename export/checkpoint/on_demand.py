@@ -8,7 +8,6 @@ multiplied in blocks of rows.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -122,7 +121,7 @@ def _by_hugging_face(checkpoint: Checkpoint) -> tuple[Any, set[str]]:
     from transformers.utils import logging
 
     config = copy.deepcopy(checkpoint.config)
-    if sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files) > WHOLE_NUMBERS:
+    if checkpoint.weights > WHOLE_NUMBERS:
         for part in filter(None, (config.get_text_config(), getattr(config, "vision_config", None))):
             part.num_hidden_layers = 1
             if getattr(part, "layer_types", None):

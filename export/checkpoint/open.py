@@ -90,6 +90,11 @@ class Checkpoint:
         return Reader(self._stored, self._open)
 
     @cached_property
+    def weights(self) -> int:
+        """How many there are, all tensors together."""
+        return sum(math.prod(self.shape(name)) for name in self.tensor_files)
+
+    @cached_property
     def _opened(self) -> dict[Path, tuple[int, ...]]:
         """The files that were opened: (device, inode, size, time of change) of each."""
         return {}
@@ -308,10 +313,10 @@ def _download(model: str, reference: str, revision: str | None) -> Path:
         raise PackageError(f"{model}: no such folder, hub id or alias (aliases: {', '.join(sorted(aliases()))})")
     try:
         return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
-    except Exception as err:  # the hub client raises a dozen types, all of which mean "not available"
+    except Exception as err:  # the hub's client raises a dozen types; and the disk may be full
         raise PackageError(
-            f"{reference}: not reachable on the hub and not in the local cache ({type(err).__name__}); "
-            "check the name and the network, or give --model a local folder"
+            f"{reference}: not downloaded ({type(err).__name__}: {first_line(err)}); check the name, the network and "
+            "the disk, and run the command again, or give --model a local folder"
         ) from err
 
 

@@ -14,9 +14,10 @@ from tokenizers import pre_tokenizers
 from autosteer.runtime.errors import UnsupportedModelError
 from autosteer.runtime.text import ImagePart, Message, Part
 
-# Texts that no template writes by itself, to find the user's texts in a rendering.
 FRAME_SECONDS = (11.0, 12.0, 33.0, 34.0)  # seconds of frames that show what a processor writes of them
+# Its ids, and what templates make of it, tell whether a gate was fitted on this tokenizer.
 PROBE = "How do I boil 12 eggs?\n\nThanks (a lot); the and ing tion ABCDEFGHIJKLM 0123456789 .,:!-_/ \u00e9\u4f60\u0436"
+# Texts that no template writes by itself, to find the user's texts in a rendering.
 FIRST, REPLY, SECOND, SYSTEM = "\u2402first\u2403", "\u2402reply\u2403", "\u2402second\u2403", "\u2402system\u2403"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosteer.models.family import RESAMPLE, Family
-from autosteer.runtime.errors import AutoSteerError, UnsupportedModelError, first_line
+from autosteer.runtime.errors import AutoSteerError, UnsupportedModelError, first_line, is_out_of_memory
 
 from .renderer import Renderer
 
@@ -142,7 +142,7 @@ def check_processor(processor: Any, folder: Path, family: Family) -> None:
 
 def check_generation_numbers(settings: dict[str, Any], file: Path) -> None:
     """Raise UnsupportedModelError for a recommendation of generation_config.json that is no number."""
-    _check(file, "what it has", settings, OBJECT)
+    _check(file, "what it has", settings, OBJECT, optional=False)
     for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
         _check(file, name, settings.get(name), NUMBER)
 
@@ -161,7 +161,9 @@ def in_one_line(file: Path, cannot: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AutoSteerError, MemoryError):
+    except AutoSteerError:
         raise
     except Exception as err:  # a field that is missing or odd makes any of them
+        if is_out_of_memory(err):
+            raise
         raise UnsupportedModelError(f"{file}: {cannot} ({first_line(err)}); {ADVICE}") from err

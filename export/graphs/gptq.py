@@ -10,6 +10,7 @@ The decoder reads the text in float32, with one matrix in memory at a time (on_d
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from importlib.resources import files
@@ -97,8 +98,9 @@ def round_decoder(
                 x = args[0].flatten(0, -2)
                 last[:] = args[0], x.T @ x / len(x)
             if not checkpoint.keeps(name, blocks):
+                torch.save(vars(gptq(checkpoint.tensor(name), blocks, last[1])), buffer := io.BytesIO())
                 found[name] = folder / f"{name}.pt"
-                torch.save(vars(gptq(checkpoint.tensor(name), blocks, last[1])), found[name])
+                found[name].write_bytes(buffer.getbuffer())  # torch.save itself makes a RuntimeError of a full disk
 
         return hook
 

@@ -1,8 +1,8 @@
 """weights.bin: the one file with all large tensors. It is written block by block, so the model is never in memory.
 
 A tensor is read from the checkpoint in blocks of rows, cast or quantised, and appended. It is aligned to 4096 bytes, so
-that onnxruntime can map it. Graphs refer to it by offset. A tensor that several graphs use (tied embeddings, rotary
-tables) is stored once.
+that onnxruntime can map it. Graphs refer to it by offset. A tensor that several graphs use (tied embeddings) is
+stored once.
 """
 
 from __future__ import annotations
@@ -61,11 +61,6 @@ class WeightStore:
                 f"{self._checkpoint.folder}: no graph uses {unread[0]}"
                 f"{f' and {len(unread) - 1} more tensors' if unread[1:] else ''}: this decoder is not supported yet"
             )
-
-    @property
-    def size(self) -> int:
-        """Size of the file so far."""
-        return self._file.tell()
 
     def flush(self) -> None:
         """Make everything written so far readable through the file system."""
@@ -135,6 +130,7 @@ class WeightStore:
         if all(name in self.rounded for name in names):
             for name in self._expected(names, shape):
                 yield (packed := Packed(**torch.load(self.rounded[name])))
+                self.rounded[name].unlink()
                 self._advance(name, len(packed.codes) * shape[1])
             return
         if not all(self._checkpoint.keeps(name, blocks) for name in names):

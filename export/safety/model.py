@@ -22,7 +22,7 @@ from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
 from autosteer.export.checkpoint.renderer import FIRST, Renderer, around_text
 from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
-from autosteer.runtime.errors import ProviderError, UnsupportedModelError
+from autosteer.runtime.errors import ProviderError
 
 KEPT_BYTES = 4 << 30  # of float32 weights: a smaller model stays in memory
 
@@ -65,15 +65,8 @@ class FitModel:
 
 
 def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
-    """Open the checkpoint's model for a fit on "cpu" or "cuda".
-
-    Raises UnsupportedModelError for a processor without a chat template, or a tokenizer without an end of turn.
-    """
+    """Open the checkpoint's model for a fit on "cpu" or "cuda". Raises what opening its parts raises."""
     processor = load_processor(checkpoint)
-    if not getattr(processor, "chat_template", None):
-        raise UnsupportedModelError(
-            f"{checkpoint.folder}: the processor has no chat template, so prompts cannot be rendered"
-        )
     renderer = Renderer(processor)
     lead, _ = around_text(renderer)
     text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(lead)
@@ -110,10 +103,7 @@ def _on_cuda(checkpoint: Checkpoint) -> Any:
 
 def _end_token(checkpoint: Checkpoint, processor: Any) -> int:
     ends, preferred = end_token_ids(checkpoint), processor.tokenizer.eos_token_id
-    chosen = ends[0] if ends and preferred not in ends else preferred
-    if chosen is None:
-        raise UnsupportedModelError("neither the generation config nor the tokenizer names an end-of-turn token")
-    return int(chosen)
+    return preferred if preferred in ends else ends[0]
 
 
 def common_opening(fit_model: FitModel, inputs: Encoded) -> int:

@@ -119,7 +119,7 @@ def _answers(engine: Engine, data: FitData, seed: int, console: Console) -> list
 def fit_on(parts: Sequence[Sequence[Judged]], *, threshold: float, seed: int) -> tuple[Prober, MonitorFacts]:
     """The monitor, trained and calibrated on the answers of the first two of `parts`, with facts of the third.
 
-    `threshold`: the prober's. Raises InputError if a part has no unsafe answer, or no other.
+    `threshold`: the prober's. Raises InputError if one of the first two has no unsafe answer, or no other.
     """
     import torch
 

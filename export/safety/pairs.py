@@ -191,10 +191,10 @@ class FitData:
 
 
 def read_data(
-    pairs: Iterable[Path],
-    benign: Iterable[Path] = (),
-    unsafe: Iterable[Path] = (),
-    refusal_only: Iterable[Path] = (),
+    pairs: Sequence[Path],
+    benign: Sequence[Path] = (),
+    unsafe: Sequence[Path] = (),
+    refusal_only: Sequence[Path] = (),
     *,
     images: Path | None = None,
     text_only: bool = False,
@@ -205,9 +205,8 @@ def read_data(
     Raises InputError for an unreadable line, a missing field or image file, fewer than MIN_PAIRS pairs, or one prompt
     that is called both safe and unsafe.
     """
-    sources = list(pairs)
-    files = [path for path in sources if path not in BUILTIN]
-    shipped = set(sources) & set(BUILTIN)
+    files = [path for path in pairs if path not in BUILTIN]
+    shipped = set(pairs) & set(BUILTIN)
     ours = [Path(builtin.NAME)] if shipped else []
     _reject_names_given_twice([*ours, *files, *benign, *unsafe, *refusal_only])
     if len(shipped) > 1:
@@ -334,7 +333,7 @@ def _text(row: dict[str, Any], key: str, where: str, *, default: str | None = No
 
 
 def _earlier(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    said = row.get("earlier") or []
+    said = [] if row.get("earlier") is None else row["earlier"]
     if not isinstance(said, list) or len(said) % 2 or not all(isinstance(text, str) and text.strip() for text in said):
         raise InputError(f"{where}: field 'earlier' must be a list of texts: user, assistant, ..., the assistant last")
     return tuple(said)

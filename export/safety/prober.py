@@ -52,6 +52,7 @@ class Split:
 
     @property
     def heldout(self) -> np.ndarray:
+        """The last fold: nothing is trained or calibrated on it."""
         return self.folds[-1]
 
     @property
@@ -62,15 +63,13 @@ class Split:
         return list(zip(others, used, strict=True))
 
     @property
-    def train(self) -> np.ndarray:
-        return self.rotations[-1][0]
-
-    @property
     def validation(self) -> np.ndarray:
+        """What the last rotation validates on. The layer, the positions and the rewordings are chosen by these rows."""
         return self.rotations[-1][1]
 
     @property
     def size(self) -> int:
+        """How many rows there are."""
         return sum(map(len, self.folds))
 
     @property
@@ -80,7 +79,9 @@ class Split:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        return {"train": self.train, "validation": self.validation, "heldout": self.heldout}
+        """The last rotation and the held-out fold, by name."""
+        train, validation = self.rotations[-1]
+        return {"train": train, "validation": validation, "heldout": self.heldout}
 
 
 def split_by_text(

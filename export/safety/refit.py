@@ -92,11 +92,10 @@ def refit(
     t, heldout = arranged.table, arranged.split.heldout
     what = digest(sha256(shipped.package / MANIFEST_FILE).encode(), repr(shipped.max_tiles).encode())
     with StateStore(cache, what, (1, 1, width)) as store:
-        with progress(console, "hidden states", len(arranged.items)) as advance:
-            states = _package_states(asking, [item.prompt for item in arranged.items], store, advance)
-        pieces = [piece for _, piece, _ in arranged.pieces]
-        with progress(console, "hidden states of pieces", len(pieces)) as advance:
-            piece_states = _package_states(asking, pieces, store, advance)
+        prompts = [*(item.prompt for item in arranged.items), *(piece for _, piece, _ in arranged.pieces)]
+        with progress(console, "hidden states", len(prompts)) as advance:
+            found = _package_states(asking, prompts, store, advance)
+        states, piece_states = found[: len(arranged.items)], found[len(arranged.items) :]
         states_s = time.perf_counter() - started
     options = replace(options, dropout=old.facts.training.get(DROPOUT_USED, DROPOUT))
     if options.threshold is None and options.target_fpr is None:
@@ -172,6 +171,8 @@ def _package_states(asking: Asking, prompts: Sequence[Prompt], store: StateStore
     keys = prompt_keys(prompts)
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in store}
     advance(len(prompts) - len(missing))
+    if not missing:
+        return store.view(keys).layer(0)[:, 0]
     with asking(package_state, [_as_row(prompt) for prompt in missing.values()]) as found:
         new = list(missing)
         for first in range(0, len(new), AT_ONCE):

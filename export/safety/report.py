@@ -20,6 +20,7 @@ from autosteer.runtime.evaluation.variants import cells, in_short
 from .evidence import NO_BETTER, OURS, Comparison, FlagRate
 from .layers import better_layer
 from .measure import roc
+from .reworded import TAUGHT
 
 if TYPE_CHECKING:
     from .fit import Fitted
@@ -87,8 +88,8 @@ def as_markdown(fitted: Fitted) -> str:
         _rate_table(e.rates),
         "\n![scores](scores.png)\n",
         "## Reworded prompts\n",
-        "Held-out prompts, unchanged and reworded in 20 ways that keep their meaning (docs/evaluation.md). The fit "
-        f"{'trained on rewordings of half of them' if t['augmented_prompts'] else 'trained on none of them'}.\n",
+        "Held-out prompts, unchanged and reworded in ways that keep their meaning (docs/evaluation.md). The fit "
+        f"{f'trained on {TAUGHT} rewordings of each prompt' if t['augmented_prompts'] else 'trained on none'}.\n",
         _table(*cells(fitted.rewordings)),
         f"\n{in_short(fitted.rewordings)}\n",
         "## What the threshold costs\n",

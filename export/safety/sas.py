@@ -62,8 +62,8 @@ class SasSum:
         self._sum = self._resampled = torch.zeros(())
         self._drawn = self._own = torch.zeros(resamples, dtype=torch.float64)
 
-    def add(self, deltas: torch.Tensor) -> torch.Tensor:
-        """Add deltas (n, L, d); returns which of them have a direction at every layer, (n,) bool."""
+    def add(self, deltas: torch.Tensor) -> None:
+        """Add deltas (n, L, d). Those without a direction at some layer do not count."""
         units, usable = directions(deltas)
         counts = self._counts[:, self._seen : self._seen + len(deltas)][:, usable]
         self._seen += len(deltas)
@@ -72,7 +72,6 @@ class SasSum:
         self._resampled = self._resampled + (counts @ units.flatten(1)).view(len(counts), *units.shape[1:])
         self._drawn = self._drawn + counts.double().sum(dim=1)
         self._own = self._own + counts.double().square().sum(dim=1)
-        return usable
 
     def sas(self) -> torch.Tensor:
         """(L,) float64. Raises InputError where fewer than two pairs have a direction."""

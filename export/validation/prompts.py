@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -78,15 +77,13 @@ def proof_prompts(folder: Path, safety: SafetyArtifact | None) -> list[Validatio
     for prompt in filter(None, itertools.chain.from_iterable(pairs)):
         if prompt.token_ids:
             given = ValidationPrompt((Message("user", ()),), (), prompt_ids=prompt.token_ids)
-        elif prompt.text:
-            assert safety is not None and safety.folder is not None
+        else:
+            assert safety is not None and safety.folder is not None and prompt.text
             files = tuple(f"golden/{Path(image).name}" for image in prompt.images)
             for image, file in zip(prompt.images, files, strict=True):
                 shutil.copyfile(safety.folder / image, folder / file)
             message = Message.user(prompt.text, [folder / file for file in files])
             given = ValidationPrompt((message,), files)
-        else:
-            continue
         found.append(replace(given, unsafe=prompt.unsafe, fitted=prompt.p_unsafe))
     return found
 
@@ -131,12 +128,11 @@ def affordable(
     one, a text, two turns, an image of several tiles, several images, a video. Raises InputError if the context is too
     short for one of these.
     """
-    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.tensor_files)
     kept: list[ValidationPrompt] = []
     work, longest = 0.0, 0
     for prompt in prompts:
         length = original.inputs(prompt)["input_ids"].shape[1]
-        work += weights * length
+        work += checkpoint.weights * length
         if work <= WORK or prompt.kind not in {other.kind for other in kept}:
             kept.append(prompt)
             longest = max(longest, length)

@@ -108,7 +108,7 @@ def validate_package(
     stored = (
         loader_check(checkpoint),
         rotary_check(manifest, checkpoint),
-        *stored_checks(manifest, checkpoint, audits(folder, manifest, checkpoint, safety)),
+        *stored_checks(manifest, audits(folder, manifest, checkpoint, safety)),
     )
     if manifest.kv_cache.dtype == "int8":
         stored = *stored, cache_scales_check(folder, manifest, checkpoint)
@@ -353,7 +353,7 @@ def audits(
     return {file: audit(folder / file, checkpoint, safety) for file in files}
 
 
-def stored_checks(manifest: Manifest, checkpoint: Checkpoint, audits: dict[str, GraphAudit]) -> list[Check]:
+def stored_checks(manifest: Manifest, audits: dict[str, GraphAudit]) -> list[Check]:
     """The checks of stored tensors."""
     lines = {"stored numbers that differ": float(sum(graph.differing for graph in audits.values()))}
     for suffix, part in manifests_to_validate(manifest).items():

@@ -16,7 +16,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..image import FORMATS as FILE_FORMATS
 from ..image import MAX_PIXELS, Uint8, to_rgb
 from ..text import ImagePart, Message, VideoPart
@@ -46,7 +46,7 @@ class Picture:
             with Image.open(io.BytesIO(self.data), formats=FORMATS) as opened:
                 return to_rgb(opened)
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
-            raise InputError(f"{self.where}: not a readable picture ({err or type(err).__name__})") from err
+            raise InputError(f"{self.where}: not a readable picture ({first_line(err)})") from err
 
 
 @dataclass(frozen=True)

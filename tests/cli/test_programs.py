@@ -151,6 +151,10 @@ def test_ctrl_c_before_anything_is_imported_is_no_traceback(tmp_path, name):
     [
         (MemoryError("Unable to allocate 2.5 GiB"), "not enough memory (Unable to allocate 2.5 GiB)"),
         (MemoryError(), "not enough memory"),
+        (
+            RuntimeError("can't allocate memory: 9\nat"),
+            "not enough memory (can't allocate memory: 9)",
+        ),
         (RuntimeError("can't start new thread"), "not enough memory, or a limit of threads (can't start new thread)"),
     ],
 )

@@ -459,6 +459,27 @@ def test_an_interrupt_between_the_last_two_steps_loses_neither_folder(
     assert (package / "x").read_text() == "old" and list(tmp_path.iterdir()) == [package]
 
 
+def test_what_a_second_interrupt_left_is_removed_by_the_next_run(tmp_path: Path, monkeypatch) -> None:
+    """It came while the first one's folder was deleted. Without its lock nobody found the rest."""
+    package = tmp_path / "package"
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        raise KeyboardInterrupt
+
+    def export(patched: pytest.MonkeyPatch) -> None:
+        with atomic_folder(package, marker="x", force=False) as folder:
+            (folder / "weights.bin").write_bytes(b"half")
+            patched.setattr(shutil, "rmtree", interrupted)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        export(patched)
+    assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock
+    with atomic_folder(package, marker="x", force=False) as folder:
+        (folder / "x").touch()
+    assert list(tmp_path.iterdir()) == [package]
+
+
 def test_an_old_package_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
     """Of a folder without write permission. It stayed for ever under a hidden name, and nobody knew."""
     (tmp_path / "package").mkdir()
