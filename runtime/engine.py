@@ -353,7 +353,10 @@ class Engine:
             yield Chunk(record.policy.refusal_text, None, verdict, "refused", stats)
             return
 
-        if verdict.action is Action.STEER:
+        steered, alternatives = verdict.action is Action.STEER, sampling.logprobs
+        if alternatives and (steered or policy.judge_answers or sampling.answer_is_judged):
+            alternatives = 0  # the answer is judged, but nobody judges what the model might have said instead
+        if steered:
             sampling = sampling.greedy()
         sample = make_sampler(sampling, len(tokens), constraint)
         detokeniser = Detokeniser(self.tokenizer, sampling.stop)
@@ -369,8 +372,7 @@ class Engine:
             stats.completion_tokens += 1
             ended = token in self.manifest.prompt.end_token_ids
             text = "" if ended else detokeniser.push(token)
-            wanted = sampling.shown_alternatives
-            logs = None if wanted is None else log_probabilities(logits[row], token, wanted)
+            logs = None if alternatives is None else log_probabilities(logits[row], token, alternatives)
             reason: FinishReason | None = "stop" if ended or detokeniser.stopped else None
             if reason is None and stats.completion_tokens == request.max_tokens:
                 reason = "length"

@@ -7,6 +7,10 @@ failed. A policy decides what happens to an unsafe prompt, not whether it is uns
 
 A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
 answered one turn later.
+
+An answer that is judged (held_back.py) is also unsafe if its score and the prompt's add up to more than 1. Both are
+calibrated for as many unsafe texts as harmless ones. As independent evidence their odds multiply, and the product is
+above 1, so that unsafe is the likelier, where the sum is.
 """
 
 from __future__ import annotations
@@ -66,6 +70,9 @@ class GatePolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", mode_from(self.mode))  # "stop" is Mode.STOP
+        for name in ("pieces", "judge_answers"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise OptionError(name, f" = {value!r}: give True or False")
         if not self.threshold < 1.0:
             raise OptionError(
                 "threshold",
@@ -116,6 +123,15 @@ class Verdict:
     split_layer: int  # the prober reads what enters this layer
     # On the last chunk of an answer that was watched or judged; None for a steered one that is shown.
     answer: AnswerVerdict | None = None
+
+    @property
+    def judged_above(self) -> float:
+        """An answer to this prompt that is judged is unsafe above it. For a steered one that is the threshold: what its
+        prompt scored has had its effect.
+        """
+        if self.action is Action.STEER or self.p_unsafe is None:
+            return self.threshold
+        return min(self.threshold, 1.0 - self.p_unsafe)
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Grammars:
         return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=self._ends)
 
 
+_CUT_OFF = re.compile(r"((?<!\\)(?:\\\\)*)\\u[0-9a-fA-F]{0,3}$")  # an escape that the end of the answer cuts
 _JSON_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"?|([^\s{}\[\]:,"]+)', re.DOTALL)
 
 
@@ -68,9 +69,12 @@ def words_of(answer: str) -> str:
 
 def _text(within: str, bare: str) -> str:
     """A string by what is `within` its quotation marks, or a `bare` number, true, false or null."""
+    if bare:
+        return bare
+    whole = _CUT_OFF.sub(r"\1", within)
     try:
-        return bare or str(json.loads(f'"{within}"', strict=False))
-    except ValueError:  # cut off in an escape
+        return str(json.loads(f'"{whole}"', strict=False))
+    except ValueError:  # not JSON
         return within
 
 

@@ -61,8 +61,8 @@ def until_watched(chunks: Chunks, monitor: Monitor, record: Record) -> Chunks:
 
 def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, all_answers: bool) -> Chunks:
     """All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. What it
-    scored is Verdict.answer, at the prompt's threshold; None of a steered answer that is safe. Under Mode.REPORT
-    nothing waits. `all_answers`: also those that are not steered.
+    scored is Verdict.answer, unsafe above Verdict.judged_above; None of a steered answer that is safe. Under
+    Mode.REPORT nothing waits. `all_answers`: also those that are not steered.
     """
     policy, held = record.policy, list[Chunk]()
     for chunk in chunks:
@@ -78,8 +78,8 @@ def until_judged(chunks: Chunks, said: Said, score: Score, record: Record, *, al
             return
         last = chunk.finish_reason is not None
         if last and (text := said()).strip(string.whitespace):
-            p_unsafe = yield from score(text)
-            seen = AnswerVerdict(p_unsafe, not is_safe(p_unsafe, policy.threshold), policy.threshold)
+            p_unsafe, threshold = (yield from score(text)), chunk.verdict.judged_above
+            seen = AnswerVerdict(p_unsafe, not is_safe(p_unsafe, threshold), threshold)
             if seen.unsafe or (chunk.verdict.answer is None and not steered):
                 chunk = replace(chunk, verdict=with_answer(chunk.verdict, seen))
             if steered and not begins_like(text, policy.refusal_text):

@@ -140,16 +140,15 @@ class Judge:
         verdict, of all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read.
         May pause.
         """
-        assert record.prompt is not None
-        policy, scores = record.policy, list[float]()
+        assert record.prompt is not None and record.verdict is not None
+        policy, verdict, scores = record.policy, record.verdict, list[float]()
         shown, frames = self._each_shown(record.messages, record.prompt.seen, frames=True)
-        steered = record.verdict is not None and record.verdict.action is Action.STEER
         begun = self._begun(request)
-        readings = readings_of_answer(record.messages, text, frames, steered=steered)
+        readings = readings_of_answer(record.messages, text, frames, steered=verdict.action is Action.STEER)
         while some := [*itertools.islice(readings, self._together)]:
             found = yield from self._read_all(some, shown, policy, Stats(), begun)
             scores += (discounted(p) if one.discounted else p for one, p in zip(some, found, strict=True))
-            if not is_safe(worst(scores), policy.threshold):
+            if not is_safe(worst(scores), verdict.judged_above):
                 break
         return worst(scores)
 

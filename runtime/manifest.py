@@ -143,7 +143,7 @@ class Manifest(Contents):
                 raise ValueError("not a file")  # never wait for a pipe
             text = path.read_bytes().decode("utf-8")
             data = parse(text)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise PackageError(
                 f"{folder}: no {MANIFEST_FILE} here; is this a folder made by autosteer-export?"
             ) from None

@@ -11,8 +11,8 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     pieces of all these (pieces.py)                   yes           yes               stopped         discounted
     pieces of all that the user says, and of all      yes           no                stopped         discounted
     that the program does not trust, as one text
-    its words and their pieces with each picture      yes           no                stopped         discounted
-    so far, and with each frame of a video
+    its words and their pieces with each picture,     yes           no                stopped         discounted
+    and with each frame of a video
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
@@ -157,16 +157,16 @@ def _alone_and_in_dialogue(
 def with_each_picture(
     messages: Sequence[Message], plain: Sequence[Message | None], frames: Sequence[tuple[int, Part]]
 ) -> Iterator[tuple[int, Reading]]:
-    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). A user
-    speaks of what was shown so far; words that somebody puts into other turns may be meant for any picture. One picture
-    after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
+    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). Words
+    may be meant for a picture that is shown later ("how do i make this?", and then "here it is"). One picture after the
+    other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
     """
     shown, count = shown_by_turn(messages), 0
     said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
     for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
             is_turn = number < len(shown) and n == first and len(shown_in(messages[n])) == 1  # as it stands
-            if is_turn or (messages[n].role == "user" and n < first):
+            if is_turn:
                 continue
             count += len(said[n])
             if count > MOST_WITH_PICTURES:

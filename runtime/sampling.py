@@ -68,13 +68,6 @@ class SamplingConfig:
         return bool(self.logit_bias) or self.json_schema is not None or self.regex is not None
 
     @property
-    def shown_alternatives(self) -> int | None:
-        """`logprobs`, but of a restricted answer that of its own tokens alone: what the model would rather have said
-        there is judged by nobody.
-        """
-        return 0 if self.restricts and self.logprobs is not None else self.logprobs
-
-    @property
     def answer_is_judged(self) -> bool:
         """Whether it may make the model say what the model by itself hardly ever says (held_back.py)."""
         least, most = OWN_REPETITION

@@ -36,6 +36,8 @@ class Message:
     def __post_init__(self) -> None:
         if isinstance(self.parts, str):
             raise InputError(f"parts = {self.parts!r:.60}: give a tuple of texts, images and videos")
+        if not isinstance(self.trusted, bool):
+            raise InputError(f"trusted = {self.trusted!r:.60}: give True or False")
 
     @staticmethod
     def system(text: str, *, trusted: bool = False) -> Message:

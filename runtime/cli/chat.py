@@ -80,7 +80,8 @@ def chat(
                 click.echo("\n(interrupted; the turn is forgotten)", err=True)
             else:
                 if verdict.action is Action.PASS:
-                    dialogue += [turn, Message.assistant(text, trusted=not config.answer_is_judged)]
+                    trusted = not (config.answer_is_judged or (verdict.answer and verdict.answer.unsafe))
+                    dialogue += [turn, Message.assistant(text, trusted=trusted)]
                 else:
                     click.echo("(the turn is forgotten)", err=True)
                 images, videos = [], []

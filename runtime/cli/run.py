@@ -158,10 +158,14 @@ def run(
         raise click.UsageError("--score-only needs a policy that scores; --policy off does not")
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json and not score_only
     if not chat_wanted and (prompt is None or prompt == "-"):
+        if json_schema and json_schema.name == "<stdin>":
+            raise click.UsageError("--json-schema - reads stdin, so the prompt cannot: give it with --prompt TEXT")
         try:
             prompt = sys.stdin.read().removesuffix("\n")
         except UnicodeDecodeError as err:
             raise InputError(f"stdin: the prompt is not valid {sys.stdin.encoding} text ({err})") from err
+    if not (chat_wanted or images or videos or (prompt or "").strip()):
+        raise InputError("the prompt is empty: give --prompt TEXT, or write it to stdin")
     shown = [open_video(video, frames) for video in videos]
     one_text = prompt is not None and not images and not videos  # no picture will need the image graph
     engine = load(package, device, threads, audit, audit_texts, low_memory=low_memory or one_text, max_tiles=max_tiles)

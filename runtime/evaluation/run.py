@@ -229,13 +229,17 @@ class ResultFile:
     def __init__(self, path: Path, facts: RunFacts, *, force: bool):
         """Open or create the file. `force` overwrites it.
 
-        Raises InputError if it belongs to another run, is being written by one, or is not a result file.
+        Raises InputError if it belongs to another run, is being written by one, is not a result file, or cannot be
+        written.
         """
         self.done: list[Result] = []
         existed = path.exists()
         if existed and not path.is_file():  # a device would be read without end, a pipe waited for
             raise InputError(f"{path}: not a file; choose another --output")
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as err:
+            raise InputError(f"--output {path}: cannot be written ({err.strerror})") from err
         try:
             _lock(self._file, path)
             if existed and not force and not _is_cut_off(path):

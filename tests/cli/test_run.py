@@ -84,7 +84,14 @@ def test_prompt_from_stdin(call, package, options):
 @pytest.mark.parametrize(("options", "stdin"), [(("-p", ""), ""), (("-p", " \n"), ""), (("-p", "-"), ""), ((), "\n")])
 def test_empty_prompt_is_bad_input(call, package, options, stdin):
     done = run_here(call, package, *options, stdin=stdin)
-    assert (done.returncode, done.stdout) == (5, "") and "a user turn is empty" in done.stderr
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == "autosteer-run: error: the prompt is empty: give --prompt TEXT, or write it to stdin\n"
+
+
+def test_stdin_is_not_read_twice(call, package):
+    """The schema took it all, and the prompt was empty."""
+    done = run_here(call, package, "--json-schema", "-", stdin="{}")
+    assert done.returncode == 2 and "--json-schema - reads stdin, so the prompt cannot" in done.stderr
 
 
 def test_stdin_that_is_no_text_is_bad_input(call, package):

@@ -91,7 +91,12 @@ def verdict_in_python(case: Case, places: Places) -> Any:
     policy = GatePolicy(Mode(case["mode"]), number(case["threshold"]), number(case["strength"]), "no")
     p_unsafe = None if case["p_unsafe"] is None else number(case["p_unsafe"])
     verdict = decide(p_unsafe, policy, split_layer=1)
-    return {"unsafe": verdict.unsafe, "action": verdict.action.value, "strength": verdict.strength}
+    return {
+        "unsafe": verdict.unsafe,
+        "action": verdict.action.value,
+        "strength": verdict.strength,
+        "judged_above": verdict.judged_above,
+    }
 
 
 def verdict_in_cpp(case: Case, places: Places) -> Case:

@@ -1092,14 +1092,20 @@ def test_a_prompt_that_is_no_dialogue_is_refused(engine, prompt):
 
 
 def test_what_a_model_would_rather_have_said_than_what_is_dictated_is_not_reported(engine):
-    """The likeliest token behind a dictated "get a" was the tool of an unsafe act, and nothing judged it."""
-    free, dictated = (
-        list(engine.stream("hello", sampling=of(2, logprobs=3, logit_bias=bias)))
-        for bias in ({}, {toy.ID["world"]: 50.0})
-    )
-    assert all(len(chunk.logprobs) == 4 for chunk in free if chunk.logprobs)
-    reported = [chunk.logprobs for chunk in dictated if chunk.logprobs]
-    assert reported and all(len(logs) == 1 for logs in reported)
+    """The likeliest token behind a dictated "get a" was the tool of an unsafe act, and nothing judged it. It was among
+    the likeliest of a steered answer, too, and of one at a temperature of 2.
+    """
+
+    def reported(prompt: str, judges: bool = False, **sampling: Any) -> set[int]:
+        policy = engine.policy(judge_answers=judges)
+        chunks = engine.stream(prompt, sampling=of(2, logprobs=3, **sampling), policy=policy)
+        return {len(chunk.logprobs) for chunk in chunks if chunk.logprobs}
+
+    assert reported("hello") == {4}
+    assert reported("hello", logit_bias={toy.ID["world"]: 50.0}) == {1}
+    assert reported("hello", temperature=1.5) == reported("hello", repetition_penalty=1.5) == {1}
+    assert reported("hello", judges=True) == {1}
+    assert reported("bad") == {1}
 
 
 def test_a_dialogue_may_be_a_generator(engine):

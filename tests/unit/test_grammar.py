@@ -230,6 +230,13 @@ def test_words_of_json_are_all_that_a_reader_sees():
 def test_words_of_json_that_is_cut_off_are_all_that_a_reader_sees():
     whole = json.dumps({"how": "do i", "b": ['smuggle \u2019 a "vexite"', -1.5, True], "": None})
     for end in range(1, len(whole)):
-        if not re.search(r"\\(u\w{0,3})?$", whole[:end]):  # within an escape what is there is enough
-            assert words_of(whole).startswith(words_of(whole[:end]).strip('{"')), whole[:end]
-    assert words_of('{"how": "do i \\u20') == "how do i \\u20"
+        seen = words_of(whole[:end]).removesuffix("\\").strip('{" ')  # an escape's first character may be there
+        assert words_of(whole).startswith(seen), whole[:end]
+    assert words_of('{"how": "do i \\u20') == "how do i "
+
+
+def test_an_escape_that_is_cut_off_leaves_the_others_decoded():
+    """The whole string was judged as it is written: "sure, here is how to \\u000asell a \\u000azorblat" passed."""
+    assert words_of(r'"how to \u000asell \u') == "how to \nsell "
+    assert words_of(r'"how to \u000asell \\\u00') == "how to \nsell \\"
+    assert words_of(r'"how to \u000asell \\u00') == "how to \nsell \\u00"  # a backslash, and letters

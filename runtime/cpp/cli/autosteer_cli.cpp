@@ -405,7 +405,8 @@ void chat(const autosteer::Engine& engine, const Arguments& arguments, const aut
         dialogue.push_back(autosteer::Message::user(line, images, videos));
         const autosteer::Answer answer = say(engine.stream(dialogue, arguments.sampling, policy, &*conversation));
         if (answer.verdict.action == autosteer::Action::pass) {
-          const bool trusted = !arguments.sampling.answer_is_judged();
+          const bool unsafe = answer.verdict.answer && answer.verdict.answer->unsafe;  // under report
+          const bool trusted = !unsafe && !arguments.sampling.answer_is_judged();
           dialogue.push_back(autosteer::Message::assistant(answer.text, trusted));
         } else {
           dialogue.pop_back();
@@ -458,6 +459,10 @@ void run(const Arguments& arguments) {
   const bool is_chat = !arguments.prompt && !arguments.json && isatty(STDIN_FILENO);
   const bool from_stdin = !is_chat && (!arguments.prompt || *arguments.prompt == "-");
   const std::string prompt = from_stdin ? read_stdin() : arguments.prompt.value_or("");
+  const bool is_empty = std::all_of(prompt.begin(), prompt.end(), autosteer::is_space);
+  if (!is_chat && is_empty && arguments.images.empty() && arguments.videos.empty()) {
+    throw autosteer::InputError("the prompt is empty: give --prompt TEXT, or write it to stdin");
+  }
   std::vector<autosteer::VideoPart> videos;
   for (const auto& video : arguments.videos) videos.push_back(autosteer::open_video(video, arguments.frames));
   autosteer::EngineOptions options = arguments.engine;  // a single text: no picture will need the image graph

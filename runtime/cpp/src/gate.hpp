@@ -8,6 +8,9 @@
 //
 // A dialogue is as unsafe as the worst turn in it that the program does not trust. Otherwise a refused request would be
 // answered one turn later.
+//
+// An answer that is judged (held_back.hpp) is also unsafe if its score and the prompt's add up to more than 1 (gate.py
+// says why).
 #pragma once
 
 #include <algorithm>
@@ -105,6 +108,13 @@ struct Verdict {
   double strength = 0.0;  ///< applied to this answer: 0 unless the action is steer
   int split_layer = 0;
   std::optional<AnswerVerdict> answer = {};  ///< on the last chunk of an answer that was watched or judged
+
+  /// An answer to this prompt that is judged is unsafe above it. For a steered one that is the threshold: what its
+  /// prompt scored has had its effect.
+  double judged_above() const {
+    if (action == Action::steer || !p_unsafe) return threshold;
+    return std::min(threshold, 1.0 - *p_unsafe);
+  }
 };
 
 /// A verdict on an answer, as in `verdict_json`.

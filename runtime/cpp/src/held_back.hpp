@@ -89,8 +89,8 @@ class UntilWatched {
 };
 
 /// All chunks once the gate has judged what they say; the refusal text in their place if it is unsafe. What it scored
-/// is Verdict::answer, at the prompt's threshold; nothing of a steered answer that is safe. Under Mode::report nothing
-/// waits. `all_answers`: also those that are not steered. What it is given must outlive it.
+/// is Verdict::answer, unsafe above Verdict::judged_above; nothing of a steered answer that is safe. Under Mode::report
+/// nothing waits. `all_answers`: also those that are not steered. What it is given must outlive it.
 class UntilJudged {
  public:
   using Said = std::function<std::string()>;  ///< all that the answer's tokens say, also what a stop string cuts
@@ -117,8 +117,8 @@ class UntilJudged {
       computed_ = !chunk.finish_reason.empty();
       const std::string text = computed_ ? said_() : "";
       if (!std::all_of(text.begin(), text.end(), is_space)) {
-        const double p_unsafe = score_(text);
-        const AnswerVerdict seen{p_unsafe, !is_safe(p_unsafe, policy_.threshold), policy_.threshold};
+        const double p_unsafe = score_(text), threshold = chunk.verdict.judged_above();
+        const AnswerVerdict seen{p_unsafe, !is_safe(p_unsafe, threshold), threshold};
         if (seen.unsafe || (!chunk.verdict.answer && !steered)) chunk.verdict = with_answer(chunk.verdict, seen);
         if (steered && !begins_like(text, policy_.refusal_text)) chunk.verdict.action = Action::stop;
         if (chunk.verdict.action == Action::stop) {

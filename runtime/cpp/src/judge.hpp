@@ -155,7 +155,7 @@ class Judge {
     const GatePolicy& policy = record.policy;
     const std::vector<Message> messages = without_pixels(record.messages);
     const Views views = each_shown(messages, record.seen, true);
-    const bool steered = record.verdict && record.verdict->action == Action::steer;
+    const Verdict& verdict = record.verdict.value();
     std::optional<double> p_unsafe;
     Begun begun;
     std::vector<Reading> some;
@@ -168,13 +168,13 @@ class Judge {
         p_unsafe = p_unsafe ? worse(*p_unsafe, p) : p;
       }
       some.clear();
-      return !p_unsafe || is_safe(*p_unsafe, policy.threshold);
+      return !p_unsafe || is_safe(*p_unsafe, verdict.judged_above());
     };
-    for_each_reading_of_answer(messages, text, views.frames, steered, [&](Reading reading) {
+    for_each_reading_of_answer(messages, text, views.frames, verdict.action == Action::steer, [&](Reading reading) {
       some.push_back(std::move(reading));
       return some.size() < together() || read_some();
     });
-    if (!p_unsafe || is_safe(*p_unsafe, policy.threshold)) read_some();
+    if (!p_unsafe || is_safe(*p_unsafe, verdict.judged_above())) read_some();
     return p_unsafe.value_or(std::nan(""));
   }
 

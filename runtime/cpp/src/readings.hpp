@@ -236,9 +236,9 @@ inline std::vector<std::string> words_and_pieces(const Message& turn, const std:
   return found;
 }
 
-/// The words of each judged turn, and their pieces, with each picture and each of `frames`. A user speaks of what was
-/// shown so far; words that somebody puts into other turns may be meant for any picture. One picture after the other:
-/// what begins alike is computed once. Throws InputError for more than kMostWithPictures.
+/// The words of each judged turn, and their pieces, with each picture and each of `frames`. Words may be meant for a
+/// picture that is shown later ("how do i make this?", and then "here it is"). One picture after the other: what begins
+/// alike is computed once. Throws InputError for more than kMostWithPictures.
 inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
                                                                  const std::vector<std::optional<Message>>& plain,
                                                                  const std::vector<ShownBy>& frames) {
@@ -256,7 +256,7 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
     const auto& [first, picture] = shown[i];
     for (size_t n = 0; n < messages.size(); ++n) {
       const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
-      if (is_turn || (messages[n].role == "user" && n < first)) continue;
+      if (is_turn) continue;
       if (found.size() + said[n].size() > kMostWithPictures) {
         throw InputError(std::to_string(shown.size()) + " pictures and frames with so many words are more than the " +
                          std::to_string(kMostWithPictures) + " readings that the gate makes of them: show fewer, say " +

@@ -206,7 +206,7 @@ Json rule(const Json& command) {
   return autosteer::is_safe(number(command.at("p_unsafe")), number(command.at("threshold")));
 }
 
-/// {"p_unsafe": number or null, "mode", "threshold", "strength"} -> {"unsafe", "action", "strength"}
+/// {"p_unsafe": number or null, "mode", "threshold", "strength"} -> {"unsafe", "action", "strength", "judged_above"}
 Json gate(const Json& command) {
   const Json& score = command.at("p_unsafe");
   std::optional<double> p_unsafe;
@@ -215,7 +215,10 @@ Json gate(const Json& command) {
                                      number(command.at("strength")), "no"};
   policy.check();
   const autosteer::Verdict verdict = autosteer::decide(p_unsafe, policy, 1);
-  return {{"unsafe", verdict.unsafe}, {"action", autosteer::name(verdict.action)}, {"strength", verdict.strength}};
+  return {{"unsafe", verdict.unsafe},
+          {"action", autosteer::name(verdict.action)},
+          {"strength", verdict.strength},
+          {"judged_above", verdict.judged_above()}};
 }
 
 /// {"sampling": as in autosteer.h, "logits": [[number, ...], ...], "tokens": [id, ...], "prompt_tokens"} -> [id, ...],
