@@ -110,13 +110,23 @@ def check_size(size: tuple[int, int], count: int = 1) -> None:
 def to_rgb(image: Image.Image) -> Uint8:
     """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
     image.load()  # PNG may have its EXIF tag at the end
-    upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image  # it copies
+    upright = ImageOps.exif_transpose(image) if _is_turned(image) else image  # it copies
+    if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
+        grey = np.asarray(upright)
+        clear = grey == upright.info.get("transparency", -1)  # a grey that PNG names
+        upright = Image.fromarray(np.where(clear, 255, grey >> 8).astype(np.uint8))
     if upright.has_transparency_data:
         layers = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
-    if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
     return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether the orientation tag says so. Metadata that is damaged says nothing."""
+    try:
+        return bool(image.getexif().get(ORIENTATION, 1) != 1)
+    except Exception:  # Pillow raises a SyntaxError, and others
+        return False
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:

@@ -123,6 +123,7 @@ def _check_image(manifest: Contents, need: Need) -> None:
         return
     for kind in ("anyres", "split", "closest_grid", "native"):
         need((image.kind == kind) == (getattr(image, kind) is not None), f"image: 'kind' and {kind!r} differ")
+    need(all(0.0 <= mean <= 1.0 for mean in image.mean), "image: a mean is not from 0 to 1")
     if image.native:
         need("vision_encoder" in manifest.graphs, "image: 'native' pictures come with a vision_encoder")
         need(image.native.min_pixels <= image.native.max_pixels, "image: min_pixels is above max_pixels")

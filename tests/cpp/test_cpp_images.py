@@ -24,6 +24,8 @@ from autosteer.runtime.video import open_video, squeeze
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
 ANYRES = AnyresSpec(tokens_per_side=4, grid_pinpoints=PINPOINTS, max_tiles_side=2)
 SPEC = ImageSpec("anyres", 56, (0.48, 0.45, 0.4), (0.26, 0.261, 0.27), 1 / 255, "bicubic", ANYRES)
+SIDES = [384 * n for n in range(1, 7)]
+LLAVA = replace(SPEC, tile_size=384, anyres=AnyresSpec(27, tuple((a, b) for a in SIDES for b in SIDES), 9))
 
 
 def spec_json(spec: ImageSpec) -> Any:
@@ -76,7 +78,35 @@ def picture_files(folder: Path) -> list[Path]:
         + png_chunk(b"IDAT", zlib.compress(rows))
         + png_chunk(b"IEND", b"")
     )
+    grey16 = struct.pack(">IIBBBBB", 20, 15, 16, 0, 0, 0, 0)
+    (folder / "deep-key.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", grey16)
+        + png_chunk(b"tRNS", wide[0, 0, :1].tobytes())
+        + png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row[:, 0].tobytes() for row in wide)))
+        + png_chunk(b"IEND", b"")
+    )
+    plain = (folder / "rgb.png").read_bytes()
+    xmp = png_chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
+    six, none = b"\6\0\0\0", b"\0\0\0\0"
+    for name, chunks in {
+        **{f"type{kind}": [(b"eXIf", orientation_tag(kind, 1, six))] for kind in (1, 2, 4, 6, 8, 9)},
+        "count0": [(b"eXIf", orientation_tag(3, 0, six))],
+        "count3": [(b"eXIf", orientation_tag(3, 3, six))],
+        "no-tiff": [(b"eXIf", b"IIxx" + orientation_tag(3, 1, six)[4:])],
+        "too-short": [(b"eXIf", b"II*\0\x08\0\0")],
+        "zero": [(b"eXIf", orientation_tag(3, 1, none))],
+    }.items():
+        made_of = b"".join(png_chunk(*chunk) for chunk in chunks)
+        (folder / f"exif-{name}.png").write_bytes(plain[:33] + made_of + plain[33:])
+        if name not in ("no-tiff", "too-short"):  # such a chunk libpng leaves out
+            (folder / f"exif-{name}-xmp.png").write_bytes(plain[:33] + xmp + made_of + plain[33:])
     return sorted(folder.iterdir())
+
+
+def orientation_tag(kind: int, count: int, value: bytes) -> bytes:
+    """A TIFF structure with this tag alone."""
+    return b"II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, count) + value + bytes(4)
 
 
 def test_pictures_have_the_pixels_that_pillow_gives(parts, tmp_path):
@@ -171,19 +201,22 @@ def test_pixel_values_are_pythons_to_the_bit(parts, tmp_path, spec, alone, most)
 
 
 def test_features_are_laid_out_as_in_python(parts, tmp_path):
-    """Unpadding, shrinking and newline rows, to the bit."""
+    """Unpadding, shrinking and newline rows, to the bit. LLaVA-OneVision's 1920x1920 had 81x81 rows, and not 80x80."""
     rng = np.random.default_rng(0)
     commands, expected = [], []
-    for i, (width, height) in enumerate([*SIZES, (2000, 1333), (3000, 501), (999, 1000)]):
-        tiles = len(prepare(np.zeros((height, width, 3), np.uint8), SPEC, alone=True))
-        features = rng.normal(size=(tiles, 16, 8)).astype(np.float32)
+    small = [(SPEC, size) for size in (*SIZES, (2000, 1333), (3000, 501), (999, 1000))]
+    whole = [(LLAVA, size) for size in ((1920, 1920), (1900, 1900), (1920, 1080), (641, 1987))]
+    for i, (spec, (width, height)) in enumerate([*small, *whole]):
+        tiles = len(prepare(np.zeros((height, width, 3), np.uint8), spec, alone=True))
+        assert spec.anyres
+        features = rng.normal(size=(tiles, spec.anyres.tokens_per_side**2, 8)).astype(np.float32)
         newline = rng.normal(size=8).astype(np.float32)
         names = {key: str(tmp_path / f"{i}.{key}") for key in ("features", "newline", "out")}
         features.tofile(names["features"])
         newline.tofile(names["newline"])
         size = {"height": height, "width": width, "depth": 8}
-        commands.append({"part": "pack", **names, **size, "spec": spec_json(SPEC)})
-        expected.append(pack(features, newline, (height, width), SPEC))
+        commands.append({"part": "pack", **names, **size, "spec": spec_json(spec)})
+        expected.append(pack(features, newline, (height, width), spec))
     for command, rows, count in zip(commands, expected, parts.run(*commands), strict=True):
         assert count == len(rows)
         assert Path(command["out"]).read_bytes() == rows.tobytes(), command

@@ -157,6 +157,8 @@ add_executable(shared {folder}/ask.cpp)
 target_link_libraries(shared PRIVATE autosteer::autosteer)
 add_executable(static {folder}/ask.cpp)
 target_link_libraries(static PRIVATE autosteer::static)
+add_executable(early early.cpp)
+target_link_libraries(early PRIVATE autosteer::static)
 foreach(target shared static)
   get_target_property(options autosteer::${{target}} INTERFACE_COMPILE_OPTIONS)
   message(STATUS "options: ${{options}}")
@@ -164,8 +166,19 @@ endforeach()
 """
 
 
+EARLY = """
+#include <autosteer/autosteer.hpp>
+#include <cstdlib>
+#include <iostream>
+static const autosteer::Engine engine(std::getenv("PACKAGE"));
+int main() { std::cout << engine.score("hello").action; }
+"""
+
+
 def test_cmake_finds_the_package_and_links_either_library(prefix, tmp_path):
+    """A static object of the program, which is constructed before the archive's, may open an engine."""
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(folder=ROOT / "examples"))
+    (tmp_path / "early.cpp").write_text(EARLY)
     configured = said("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
     assert configured.count("options: options-NOTFOUND") == 2
     said("cmake", "--build", tmp_path / "build")
@@ -176,6 +189,7 @@ def test_cmake_finds_the_package_and_links_either_library(prefix, tmp_path):
         program = tmp_path / "build" / name
         assert said(program, demo_package("fp32"), UNSAFE, env=environment) == REFUSAL
         assert ("libautosteer" in said("ldd", program)) is (name == "shared")
+    assert said(tmp_path / "build" / "early", env={**environment, "PACKAGE": str(demo_package("fp32"))}) == "pass"
 
 
 def test_pkg_config_links_the_archive(prefix, tmp_path):
@@ -188,6 +202,7 @@ def test_pkg_config_links_the_archive(prefix, tmp_path):
 
 def test_a_component_that_does_not_exist_is_not_found(prefix, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER.format(folder=ROOT / "examples").replace("S static", "S shard"))
+    (tmp_path / "early.cpp").write_text(EARLY)
     command = ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "build"), f"-DCMAKE_PREFIX_PATH={prefix}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode and "it has no 'shard'" in done.stderr

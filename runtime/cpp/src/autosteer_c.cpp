@@ -20,7 +20,7 @@ struct autosteer_engine {
 };
 
 struct autosteer_image {
-  autosteer::Image image;
+  autosteer::Pixels image;
 };
 
 struct autosteer_request {
@@ -105,6 +105,11 @@ autosteer::Image pixels(int64_t width, int64_t height, int64_t stride, const uin
     std::memcpy(image.at(y, 0), data + y * (stride ? stride : row), static_cast<size_t>(row));
   }
   return image;
+}
+
+/// The image, checked.
+autosteer::Pixels open(autosteer::Image image) {
+  return autosteer::open_image(std::make_shared<const autosteer::Image>(std::move(image)));
 }
 
 autosteer::Message& latest(autosteer_request* request) {
@@ -202,7 +207,7 @@ int autosteer_image_from_rgb(int64_t width, int64_t height, int64_t stride, cons
   return guarded([&] {
     empty(image, "image");
     need(data, "data");
-    *image = new autosteer_image{autosteer::open_image(pixels(width, height, stride, data))};
+    *image = new autosteer_image{open(pixels(width, height, stride, data))};
   });
 }
 
@@ -211,7 +216,7 @@ int autosteer_image_from_bytes(const void* data, size_t size, autosteer_image** 
     empty(image, "image");
     need(data, "data");
     const auto* bytes = static_cast<const uint8_t*>(data);
-    *image = new autosteer_image{autosteer::open_image(autosteer::decode_picture({bytes, bytes + size}, "image"))};
+    *image = new autosteer_image{open(autosteer::decode_picture({bytes, bytes + size}, "image"))};
   });
 }
 
@@ -334,7 +339,9 @@ int autosteer_next(autosteer_stream* stream, const autosteer_chunk** chunk) {
 }
 
 void autosteer_cancel(autosteer_stream* stream) {
-  if (stream) stream->stream.cancel();
+  guarded([&] {
+    if (stream) stream->stream.cancel();
+  });
 }
 
 void autosteer_end(autosteer_stream* stream) {

@@ -4,7 +4,9 @@
 #include <openssl/evp.h>
 
 #include <array>
+#include <cerrno>
 #include <cstddef>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -52,10 +54,11 @@ inline std::string sha256_of(const std::string& text) {
   return hash.hex();
 }
 
-/// The hash of a file, read in 1 MiB blocks.
+/// The hash of a file, read in 1 MiB blocks. Throws PackageError if it cannot be read.
 inline std::string sha256(const std::filesystem::path& path) {
   Sha256 hash;
   std::ifstream file(path, std::ios::binary);
+  if (!file) throw PackageError(path.string() + ": not readable (" + std::strerror(errno) + ")");
   std::vector<char> block(1 << 20);
   while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0) {
     hash.add(block.data(), static_cast<size_t>(file.gcount()));

@@ -26,15 +26,17 @@ namespace autosteer {
 
 /// The cost of one more position in a decoder pass, relative to a pass of one, by the decoder's precision (drafting.py
 /// says how it was measured).
-inline const std::map<std::string, double> kPositionCost = {
-    {"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
+inline const std::map<std::string, double>& position_costs() {
+  static const std::map<std::string, double> costs = {{"fp32", 0.08}, {"fp16", 0.08}, {"int8", 0.12}, {"int4", 0.22}};
+  return costs;
+}
 
 /// Drafts the next tokens of one answer.
 class Drafter {
  public:
   static constexpr int64_t kMaxDraft = 16;  // tokens
 
-  /// `prompt`: the text tokens before the answer. `position_cost`: see kPositionCost. `table`: the package's, if it has
+  /// `prompt`: the text tokens before the answer. `position_cost`: see position_costs. `table`: the package's, if it has
   /// one; it must outlive this.
   Drafter(const std::vector<int64_t>& prompt, double position_cost, const DraftTable* table = nullptr)
       : position_cost_(position_cost), table_(table) {

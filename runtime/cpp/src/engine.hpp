@@ -116,7 +116,7 @@ class Engine {
     }
     environment_.emplace(threads_for(options.threads));
     const auto load = [&](const std::string& name, const GraphSpec& spec) {
-      if (options.low_memory && kImageGraphs.count(name)) return;
+      if (options.low_memory && image_graphs().count(name)) return;
       graphs_.try_emplace(name, *environment_, folder / spec.file, spec);
       if (spec.layers && pages_) pages_->give_back();  // before the next large graph loads
     };
@@ -382,7 +382,7 @@ class Stream {
     }
     if (verdict_.action == Action::steer) sample_ = Sampler(sampling_.greedy());
     if (sampling_.speculate) {
-      drafter_.emplace(tokens_, kPositionCost.at(engine_.manifest.graphs.at("decoder_lower").precision),
+      drafter_.emplace(tokens_, position_costs().at(engine_.manifest.graphs.at("decoder_lower").precision),
                        engine_.drafts());
     }
     logits_ = request_->prefill_upper(verdict_.strength);

@@ -53,7 +53,7 @@ struct Deadline {
   Clock::time_point at = Clock::now() + std::chrono::seconds(seconds);
 };
 
-/// A file descriptor, which programs that this one starts do not get.
+/// Owns a file descriptor. Those that are opened here are not inherited by programs that this one starts.
 class Descriptor {
  public:
   explicit Descriptor(int fd = -1) : fd_(fd) {}
@@ -141,7 +141,16 @@ class Child {
     posix_spawn_file_actions_adddup2(&actions, file.get(), STDIN_FILENO);
     posix_spawn_file_actions_adddup2(&actions, out.to.get(), STDOUT_FILENO);
     posix_spawn_file_actions_adddup2(&actions, said.to.get(), STDERR_FILENO);
-    const int error = posix_spawnp(&process_, "ffmpeg", &actions, nullptr, arguments.data(), environ);
+    posix_spawnattr_t signals;  // a host may block or ignore some; ffmpeg must end on Ctrl-C, and when we have gone
+    posix_spawnattr_init(&signals);
+    sigset_t none, usual;
+    sigemptyset(&none), sigemptyset(&usual);
+    for (const int signal : {SIGINT, SIGTERM, SIGPIPE}) sigaddset(&usual, signal);
+    posix_spawnattr_setsigmask(&signals, &none);
+    posix_spawnattr_setsigdefault(&signals, &usual);
+    posix_spawnattr_setflags(&signals, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+    const int error = posix_spawnp(&process_, "ffmpeg", &actions, &signals, arguments.data(), environ);
+    posix_spawnattr_destroy(&signals);
     posix_spawn_file_actions_destroy(&actions);
     if (error == ENOENT) throw InputError("ffmpeg, which reads such files, is not installed: apt-get install ffmpeg");
     if (error) throw Error("ffmpeg does not start: " + std::string(std::strerror(error)));
@@ -198,7 +207,7 @@ class Child {
 /// An open video file. Its methods throw InputError if ffmpeg fails, or takes too long.
 class VideoFile {
  public:
-  explicit VideoFile(const Descriptor& file, int64_t seconds = kSeconds) : file_(file), deadline_{seconds} {}
+  explicit VideoFile(Descriptor file, int64_t seconds = kSeconds) : file_(std::move(file)), deadline_{seconds} {}
 
   /// When each frame is shown: from 0 on, ascending. A frame without a time has that of the frame before. Throws
   /// InputError if there are no frames, or too many.
@@ -215,7 +224,7 @@ class VideoFile {
       std::optional<int64_t> time;
       if (is_frame(std::exchange(line, {}), time)) {
         if (!first) first = time;
-        const double since = time ? static_cast<double>(*time - *first) / 1e6 : 0.0;
+        const double since = time ? (static_cast<double>(*time) - static_cast<double>(*first)) / 1e6 : 0.0;
         found.push_back(std::max(since, found.empty() ? 0.0 : found.back()));
         if (static_cast<int64_t>(found.size()) > kMaxFrames) {
           throw InputError("more than " + std::to_string(kMaxFrames) + " frames");
@@ -254,7 +263,7 @@ class VideoFile {
   }
 
  private:
-  const Descriptor& file_;
+  Descriptor file_;
   Deadline deadline_;
 };
 

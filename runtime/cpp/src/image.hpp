@@ -2,7 +2,7 @@
 // runtime/image.py. pixel_values equal Python's bit for bit: the resampling below is Pillow's fixed-point arithmetic
 // (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-// ImageSpec.kind selects a function in kCut that cuts an image into tiles. ImageSpec.tile_separators are the token ids
+// ImageSpec.kind selects a function of `cuts` that cuts an image into tiles. ImageSpec.tile_separators are the token ids
 // around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
@@ -22,6 +22,7 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -35,8 +36,11 @@
 
 namespace autosteer {
 
+/// An image's pixels, which those that mention it share.
+using Pixels = std::shared_ptr<const Image>;
+
 /// A file, or pixels.
-using ImageLike = std::variant<std::filesystem::path, Image>;
+using ImageLike = std::variant<std::filesystem::path, Pixels>;
 
 constexpr int64_t kMaxSquare = 2 * picture::kMaxPixels;  // of a picture that is padded
 constexpr int64_t kMaxAspectRatio = 200;  // beyond this a side of the resized picture would round to nothing
@@ -53,12 +57,13 @@ struct Rows {
 };
 
 /// Open an image and turn it upright. Throws InputError if it is unusable.
-inline Image open_image(const ImageLike& image) {
+inline Pixels open_image(const ImageLike& image) {
   const auto* path = std::get_if<std::filesystem::path>(&image);
-  Image pixels = path ? read_picture(*path) : std::get<Image>(image);
-  const auto [height, width] = std::pair(pixels.height, pixels.width);
-  if (height < 1 || width < 1 || pixels.rgb.size() / 3 / static_cast<size_t>(width) != static_cast<size_t>(height) ||
-      pixels.rgb.size() % (3 * static_cast<size_t>(width))) {
+  Pixels pixels = path ? std::make_shared<const Image>(read_picture(*path)) : std::get<Pixels>(image);
+  const auto [height, width] = std::pair(pixels->height, pixels->width);
+  const size_t size = pixels->rgb.size();
+  if (height < 1 || width < 1 || size / 3 / static_cast<size_t>(width) != static_cast<size_t>(height) ||
+      size % (3 * static_cast<size_t>(width))) {
     throw InputError("image: expected 3 * width * height bytes");
   }
   picture::check_size(height, width);
@@ -457,19 +462,24 @@ inline ImageSpec at_most(ImageSpec spec, std::optional<int64_t> tiles) {
 }
 
 using Cut = Tiles (*)(const Image&, const ImageSpec&, bool alone);
-inline const std::map<std::string, Cut> kCut = {
-    {"anyres", anyres_tiles},
-    {"centre_crop", centre_crop},
-    {"closest_grid", closest_grid},
-    {"native", whole},
-    {"pad_to_square", pad_to_square},
-    {"split", split_tiles}};
+
+/// By ImageSpec.kind.
+inline const std::map<std::string, Cut>& cuts() {
+  static const std::map<std::string, Cut> functions = {
+      {"anyres", anyres_tiles},
+      {"centre_crop", centre_crop},
+      {"closest_grid", closest_grid},
+      {"native", whole},
+      {"pad_to_square", pad_to_square},
+      {"split", split_tiles}};
+  return functions;
+}
 
 /// An image -> its tiles (tile_size, tile_size), and their grid. `alone`: it is the prompt's only image. `anyres` makes
 /// one tile of each of several. A `native` picture is cut by the graph: here it is whole, as often as the graph reads
 /// frames.
 inline Tiles cut(const Image& image, const ImageSpec& spec, bool alone) {
-  return kCut.at(spec.kind)(image, spec, alone);
+  return cuts().at(spec.kind)(image, spec, alone);
 }
 
 /// Tiles of one size -> pixel_values, one row (3 * height * width) for each. `spec`: an ImageSpec or a VideoSpec.
@@ -587,8 +597,11 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
   const double ratio =
       std::sqrt(static_cast<double>(grid.height * grid.width) / static_cast<double>(anyres.max_tiles_side * tile));
   if (ratio > 1.1) {
-    grid = bilinear(grid, static_cast<int64_t>(std::floor(static_cast<double>(grid.height) / ratio)),
-                    static_cast<int64_t>(std::floor(static_cast<double>(grid.width) / ratio)));
+    const auto whole = [&](int64_t side) {  // Python's side // ratio: of a quotient just below a number, that below it
+      const auto dividend = static_cast<double>(side);
+      return static_cast<int64_t>(std::lround((dividend - std::fmod(dividend, ratio)) / ratio));
+    };
+    grid = bilinear(grid, whole(grid.height), whole(grid.width));
   }
   for (int64_t y = 0; y < grid.height; ++y) {
     out.append(grid.cells.row(y * grid.width), grid.width);

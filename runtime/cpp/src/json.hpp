@@ -7,7 +7,6 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,8 +62,7 @@ template <class Decode>
 auto from_json(const std::string& text, const std::string& what, const Decode& decode) {
   Json data;
   try {
-    std::istringstream source(text);
-    data = decoding::parse_strictly(source);
+    data = decoding::parse_strictly(text);
   } catch (const Json::parse_error& err) {  // its message would quote the text's bytes
     throw InputError(what + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {

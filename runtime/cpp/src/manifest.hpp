@@ -11,7 +11,6 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <sstream>
 #include <string>
 #include <system_error>
 
@@ -51,8 +50,7 @@ inline Manifest Manifest::load(const fs::path& folder) {
   try {
     std::ifstream file(path, std::ios::binary);
     text.assign(std::istreambuf_iterator<char>(file), {});
-    std::istringstream copy(text);
-    data = decoding::parse_strictly(copy);
+    data = decoding::parse_strictly(text);
   } catch (const Json::parse_error& err) {  // its message would quote the file's bytes
     throw PackageError(path.string() + ": not readable as JSON (at byte " + std::to_string(err.byte) + ")");
   } catch (const std::exception& err) {
@@ -78,10 +76,17 @@ inline void Manifest::verify(const fs::path& folder) const {
     throw PackageError((folder / "weights.bin").string() + ": has no hash in " + kManifestFile +
                        "; export the package again");
   }
+  std::map<std::string, uintmax_t> sizes;  // of `files`; graphs have none
+  for (const DataFile& data : files) sizes[data.file] = static_cast<uintmax_t>(data.bytes);
   for (const auto& [file, expected] : paths()) {
     const fs::path path = folder / file;
     if (std::error_code ignored; !fs::is_regular_file(path, ignored)) {
       throw PackageError(path.string() + ": missing; export the package again or copy it again");
+    }
+    std::error_code unread;
+    if (const auto size = sizes.find(file); size != sizes.end() && fs::file_size(path, unread) != size->second) {
+      throw PackageError(path.string() + ": its size differs from " + kManifestFile +
+                         " (package damaged or edited); export it again or copy it again");
     }
     if (sha256(path) != expected) {
       throw PackageError(path.string() + ": sha256 differs from " + kManifestFile +

@@ -68,7 +68,7 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
                      {"total_sequence_length", "int32", {}}},
                     {{target, f32, {batch, made, d.hidden_size}}}};
     for (const auto& [kind, frequencies] : m.rotary.by_table(0)) {
-      for (const char* name : {"cos_cache", "sin_cache"}) tensors.inputs.push_back({kind + name, f32, table});
+      for (const char* part : {"cos_cache", "sin_cache"}) tensors.inputs.push_back({kind + part, f32, table});
     }
     if (name == std::string("decoder_lower") && m.reads_in_packs()) {
       tensors.inputs.push_back({kAttentionBias, f32, {1, 1, n, "total_sequence_length"}});
@@ -95,14 +95,14 @@ inline std::map<std::string, Tensors> expected_tensors(const Manifest& m) {
       {"decoder_upper", half("decoder_upper", "hidden_states", "last_hidden_state", "num_logits")},
       {"lm_head", {{{"last_hidden_state", f32, last}}, {{"logits", f32, {1, "num_logits", d.vocab_size}}}}}};
   expected["decoder_upper"].inputs.push_back({"num_logits", "int64", {1}});
-  for (const auto& [name, copy] : kPrefillGraphs) expected[m.prefill_graph(name)] = expected.at(name);
+  for (const auto& [name, copy] : prefill_graphs()) expected[m.prefill_graph(name)] = expected.at(name);
   if (m.guarded) {
     expected["prober"] = {{{"hidden_states", f32, {1, d.hidden_size}}}, {{"p_unsafe", f32, {1}}}};
     expected["refusal_head"] = {{{"last_hidden_state", f32, last}, {"strength", f32, {1}}},
                                 {{"steered_hidden_state", f32, last}}};
   }
   if (m.monitor) expected["monitor"] = expected["prober"];
-  for (const auto& [name, output] : kImageGraphs) {
+  for (const auto& [name, output] : image_graphs()) {
     if (m.graphs.count(name)) expected[name] = expected_of_images(m, name);
   }
   return expected;
@@ -194,7 +194,7 @@ inline void check_graphs(const Manifest& m, const Need& need) {
     need(m.graphs.count(name) > 0, "graph '" + name + "' is missing; the package cannot run without it");
   }
   for (const auto& [name, graph] : m.graphs) {
-    need(kGraphs.count(name) > 0,
+    need(known_graphs().count(name) > 0,
          "this runtime has no use for graph '" + name + "'; without it answers might not be the package's");
   }
   need(m.graphs.count("vision_encoder") + m.graphs.count("image_tokenizer") == (m.image ? 1 : 0),
@@ -241,6 +241,9 @@ inline void check_rotary(const Manifest& m, const Need& need) {
 
 /// The token ids around tiles. How pictures are cut is checked where it is decoded (`image`).
 inline void check_image(const Manifest& m, const Need& need) {
+  const auto is_colour = [](double mean) { return 0.0 <= mean && mean <= 1.0; };
+  need(!m.image || std::all_of(m.image->mean.begin(), m.image->mean.end(), is_colour),
+       "image: a mean is not from 0 to 1");
   need(!m.image || !m.image->native || m.graphs.count("vision_encoder"),
        "image: 'native' pictures come with a vision_encoder");
   need(0 <= m.deepstack() && m.deepstack() < m.dims.num_hidden_layers, "image: deepstack has too many layers");

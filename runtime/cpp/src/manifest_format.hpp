@@ -23,18 +23,29 @@ constexpr const char* kAttentionBias = "attention_bias";
 
 namespace fs = std::filesystem;
 
+// Tables are in functions, or constexpr: a static object of a host may open an engine before others are constructed.
+
 /// A package has both or neither.
-inline const std::map<std::string, std::string> kPrefillGraphs = {{"decoder_lower", "prefill_lower"},
-                                                                  {"decoder_upper", "prefill_upper"}};
+inline const std::map<std::string, std::string>& prefill_graphs() {
+  static const std::map<std::string, std::string> graphs = {{"decoder_lower", "prefill_lower"},
+                                                            {"decoder_upper", "prefill_upper"}};
+  return graphs;
+}
 
 /// Every graph that a package may have.
-inline const std::set<std::string> kGraphs = {"embed_tokens",  "decoder_lower", "decoder_upper",  "lm_head",
-                                              "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
-                                              "prefill_lower", "prefill_upper", "monitor"};
+inline const std::set<std::string>& known_graphs() {
+  static const std::set<std::string> graphs = {"embed_tokens",  "decoder_lower", "decoder_upper",  "lm_head",
+                                               "prober",        "refusal_head",  "vision_encoder", "image_tokenizer",
+                                               "prefill_lower", "prefill_upper", "monitor"};
+  return graphs;
+}
 
 /// Exactly one, if the model takes images; and the output that it gives for each tile.
-inline const std::map<std::string, std::string> kImageGraphs = {{"vision_encoder", "image_features"},
-                                                                {"image_tokenizer", "input_ids"}};
+inline const std::map<std::string, std::string>& image_graphs() {
+  static const std::map<std::string, std::string> graphs = {{"vision_encoder", "image_features"},
+                                                            {"image_tokenizer", "input_ids"}};
+  return graphs;
+}
 
 struct Dims {
   int64_t hidden_size, num_hidden_layers, num_key_value_heads, head_dim, vocab_size;
@@ -299,7 +310,7 @@ struct Manifest {
 
   /// The graph that runs prefill for a decoder half: its copy at another precision, or else the half itself.
   std::string prefill_graph(const std::string& half) const {
-    const std::string& copy = kPrefillGraphs.at(half);
+    const std::string& copy = prefill_graphs().at(half);
     return graphs.count(copy) > 0 ? copy : half;
   }
 

@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
-#include <set>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -35,7 +35,7 @@ constexpr std::array<Alphabet, 9> kAlphabets = {{{0x249C, 'a'},  // in parenthes
 constexpr char32_t kMathematical = 0x1D400, kMathematicalEnd = 0x1D6A4;  // A to Z, a to z, and again
 
 /// Other shapes of letters, and the letters.
-inline const std::string kShapes =
+constexpr std::string_view kShapes =
     "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡʏᴢᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻᴬᴮᴰᴱᴳᴴᴵᴶᴷᴸᴹᴺᴼᴾᴿᵀᵁⱽᵂₐₑₕᵢⱼₖₗₘₙₒₚᵣₛₜᵤᵥₓ"
     "ℂℊℋℌℍℎℐℑℒℓℕℙℚℛℜℝℤℨℬℭℯℰℱℳℴℹⅅⅆⅇⅈⅉⅠⅤⅩⅬⅭⅮⅯⅰⅴⅹⅼⅽⅾⅿ€¢"
     "\xc2\x85\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
@@ -46,31 +46,31 @@ constexpr std::string_view kOfShapes =
     "                   ";
 
 /// Cyrillic, Greek, Armenian and phonetic letters, and what they look like.
-inline const std::string kLookAlikes = "АВЕКМНОРСТУХЅІЈаеорсухѕіјһкмтԁԛԝѵӏΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχօսհոɑɡ";
+constexpr const char* kLookAlikes = "АВЕКМНОРСТУХЅІЈаеорсухѕіјһкмтԁԛԝѵӏΑΒΕΖΗΙΚΜΝΟΡΤΥΧαεικνορτυχօսհոɑɡ";
 constexpr std::string_view kOfLookAlikes = "ABEKMHOPCTYXSIJaeopcyxsijhkmtdqwvlABEZHIKMNOPTYXaeikvoptuxouhnag";
 
 // In character classes: of letters, of characters that nobody sees, and of marks that stand on the letter before.
-inline const std::string kLetters = R"(A-Za-z\x{c0}-\x{24f}\x{1e00}-\x{1eff})";
-inline const std::string kInvisible =
+constexpr const char* kLetters = R"(A-Za-z\x{c0}-\x{24f}\x{1e00}-\x{1eff})";
+constexpr const char* kInvisible =
     R"(\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x{80}-\x{84}\x{86}-\x{9f}\x{ad}\x{34f}\x{600}-\x{605}\x{61c}\x{6dd}\x{70f})"
     R"(\x{8e2}\x{115f}\x{1160}\x{17b4}\x{17b5}\x{180b}-\x{180f}\x{200b}-\x{200f}\x{202a}-\x{202e}\x{2060}-\x{206f})"
     R"(\x{2800}\x{3164}\x{fe00}-\x{fe0f}\x{feff}\x{ffa0}\x{fff9}-\x{fffc}\x{110bd}\x{110cd}\x{13430}-\x{1343f})"
     R"(\x{1bca0}-\x{1bca3}\x{1d173}-\x{1d17a}\x{e0000}-\x{e0fff})";
-inline const std::string kMarks =
+constexpr const char* kMarks =
     R"(\x{300}-\x{36f}\x{1ab0}-\x{1aff}\x{1dc0}-\x{1dff}\x{20d0}-\x{20ff}\x{fe20}-\x{fe2f})";
 
 /// Signs; not those that stand between words, as dashes and slashes do.
-inline const std::string kNotInWords =
+constexpr const char* kNotInWords =
     R"(%\\^+|=#~*<>&\x{a1}-\x{ac}\x{ae}-\x{bf}\x{2010}-\x{2012}\x{2020}-\x{2027}\x{2030}-\x{205e}\x{2190}-\x{2bff})"
     R"(\x{1f000}-\x{1faff})";
 
 /// Letters with a stroke, and those without.
-inline const std::string kStroked = "øØłŁđĐħĦŧŦ";
+constexpr const char* kStroked = "øØłŁđĐħĦŧŦ";
 constexpr std::string_view kOfStroked = "oOlLdDhHtT";
 
 constexpr size_t kUsualAccents = 5;  // plain text has them on one letter in five at most
 constexpr std::string_view kDigits = "013456789@$!", kOfDigits = "oieasgtbgasi";
-inline const std::set<std::string> kUnits = {
+constexpr std::string_view kUnits[] = {
     "am", "cm", "db",  "fps", "ft", "gb", "hz",  "kb",  "kbps", "kcal", "kg", "khz", "km",  "mb", "mbps", "mg",
     "mhz", "min", "ml", "mm", "mpg", "mph", "nd", "nm", "pm", "px", "rd", "sec", "st", "tb", "th"};
 
@@ -158,8 +158,9 @@ inline std::string decoded(std::string_view text) {
 }
 
 inline std::string without_hidden(std::string_view text) {
-  static const Regex hidden("(?<=[" + kLetters + " \\t\\n])[" + kInvisible + kMarks + "]+|(?<![" + kInvisible + "])[" +
-                            kInvisible + "]+(?=[" + kLetters + "])");
+  const std::string letters = kLetters, invisible = kInvisible;
+  static const Regex hidden("(?<=[" + letters + " \\t\\n])[" + invisible + kMarks + "]+|(?<![" + invisible + "])[" +
+                            invisible + "]+(?=[" + letters + "])");
   return replaced(text, hidden, [](std::string_view) { return ""; });
 }
 
@@ -181,7 +182,7 @@ inline std::string not_escaped(std::string_view text) {
 
 /// Signs within words go, if there are two or more.
 inline std::string not_parted(std::string_view text) {
-  static const Regex parted("(?<=[A-Za-z])(?:<\\|[a-z_]{1,20}\\|>|[" + kNotInWords + "]{1,3})(?=[A-Za-z])");
+  static const Regex parted("(?<=[A-Za-z])(?:<\\|[a-z_]{1,20}\\|>|[" + std::string(kNotInWords) + "]{1,3})(?=[A-Za-z])");
   return replaced_if_many(text, parted, "", 2);
 }
 
@@ -202,7 +203,7 @@ inline std::string not_joined(std::string_view text) {
 }
 
 inline std::string without_look_alikes(std::string_view text) {
-  static const Regex mixed("[A-Za-z][" + kLookAlikes + "]|[" + kLookAlikes + "][A-Za-z]");
+  static const Regex mixed("[A-Za-z][" + std::string(kLookAlikes) + "]|[" + kLookAlikes + "][A-Za-z]");
   static const Table table = table_of(kLookAlikes, kOfLookAlikes);
   return mixed.find(text, 0) ? translated(text, table) : std::string(text);
 }
@@ -210,7 +211,7 @@ inline std::string without_look_alikes(std::string_view text) {
 inline std::string without_accents(std::string_view text) {
   static const Regex accented("[A-Za-z][\\x{300}-\\x{36f}]+");
   static const Table strokes = table_of(kStroked, kOfStroked);
-  static const Regex stroked("[" + kStroked + "]");
+  static const Regex stroked("[" + std::string(kStroked) + "]");
   const std::string apart = replaced(unicode::nfd(text), stroked, [](std::string_view letter) {
     return strokes.at(std::string(letter)) + std::string("\u0335");
   });
@@ -252,7 +253,7 @@ inline bool has_digit_for_letter(std::string_view word) {
   if (!in_front.find(word, 0)) return false;
   std::string unit(std::find_if(word.begin(), word.end(), is_letter), word.end());
   std::transform(unit.begin(), unit.end(), unit.begin(), [](char c) { return static_cast<char>(c | 0x20); });
-  return kUnits.count(unit) == 0;
+  return std::find(std::begin(kUnits), std::end(kUnits), unit) == std::end(kUnits);
 }
 
 inline std::string letters_for_digits(std::string_view word) {

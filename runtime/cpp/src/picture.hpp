@@ -2,9 +2,12 @@
 //
 // Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
 // gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
-// report errors by longjmp, so functions that call setjmp keep objects with destructors outside.
+// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. Metadata that only
+// Pillow reads has no effect: an eXIf chunk that is no TIFF structure, EXIF in a PNG's text ("Raw profile type exif").
 #pragma once
 
+#include <algorithm>
+#include <cerrno>
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
@@ -14,8 +17,10 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -237,9 +242,11 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
 
 // --- orientation ---
 
-/// The orientation tag (0x0112) of a TIFF structure, 0 if it has none.
-inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {
-  if (tiff.size() < 8) return 0;
+/// The orientation tag (0x0112) of a TIFF structure, if it has one; 0 if that is no whole number, or there is no TIFF.
+inline std::optional<unsigned> exif_orientation(const std::vector<uint8_t>& tiff) {
+  if (tiff.empty()) return std::nullopt;
+  const bool known = tiff.size() >= 8 && tiff[0] == tiff[1] && (tiff[0] == 'I' || tiff[0] == 'M');
+  if (!known || tiff[2] + tiff[3] != 42 || (tiff[2] && tiff[3])) return 0;
   const bool little = tiff[0] == 'I';
   const auto number = [&](size_t at, size_t size) {
     size_t value = 0;
@@ -252,10 +259,13 @@ inline unsigned exif_orientation(const std::vector<uint8_t>& tiff) {
   for (size_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= tiff.size(); ++i) {
     const size_t entry = directory + 2 + 12 * i;
     const size_t type = number(entry + 2, 2);
-    const size_t size = type == 1 ? 1 : type == 3 ? 2 : type == 4 ? 4 : 0;  // BYTE, SHORT, LONG
-    if (number(entry, 2) == 0x0112 && size) return static_cast<unsigned>(number(entry + 8, size));
+    const bool is_short = type == 3 || type == 8, is_long = type == 4 || type == 9;  // unsigned and signed
+    const size_t size = is_short ? 2 : is_long ? 4 : type == 6 ? 1 : 0;              // 6: a signed byte
+    const size_t count = number(entry + 4, 4);
+    if (number(entry, 2) != 0x0112 || count == 0) continue;
+    return size && count == 1 ? static_cast<unsigned>(number(entry + 8, size)) : 0;
   }
-  return 0;
+  return std::nullopt;
 }
 
 inline unsigned xmp_orientation(std::string_view xmp) {
@@ -304,6 +314,7 @@ inline Image read_picture(const std::filesystem::path& path) {
   std::vector<uint8_t> bytes;
   try {
     std::ifstream file(path, std::ios::binary);
+    if (!file) throw InputError(path.string() + ": not a readable image (" + std::strerror(errno) + ")");
     bytes.assign(std::istreambuf_iterator<char>(file), {});
   } catch (const std::ios_base::failure& err) {  // of a device in the place of a file
     throw InputError(path.string() + ": not a readable image (" + err.what() + ")");
@@ -324,8 +335,8 @@ inline Image decode_picture(const std::vector<uint8_t>& bytes, const std::string
   if (!decoded.error.empty()) {
     throw InputError(name + ": not a readable image (" + decoded.error + ")");
   }
-  const unsigned exif = picture::exif_orientation(decoded.exif);
-  return picture::turned(std::move(decoded.image), exif ? exif : picture::xmp_orientation(decoded.xmp));
+  const std::optional<unsigned> exif = picture::exif_orientation(decoded.exif);
+  return picture::turned(std::move(decoded.image), exif ? *exif : picture::xmp_orientation(decoded.xmp));
 }
 
 }  // namespace autosteer

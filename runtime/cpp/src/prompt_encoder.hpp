@@ -296,14 +296,14 @@ class PromptEncoder {
         seen.push_back(std::move(group));
       } else if (run.slot == "image") {
         const bool alone = pictures.size() == 1;
-        const Image picture = open_image(*pictures.at(shown++));
+        const Pixels picture = open_image(*pictures.at(shown++));
         std::optional<std::array<int64_t, 2>> grid;
         if (image_->native) {  // its rows are known before it is encoded
-          grid = native_grid(picture.height, picture.width, *image_);
+          grid = native_grid(picture->height, picture->width, *image_);
           check_length(manifest_, length - least + (*grid)[0] * (*grid)[1], false);
         }
-        seen.push_back(take(&picture, 1, alone || grid ? "a picture" : "one of several",
-                            [&] { return encode_image(picture, alone, stats); }));
+        seen.push_back(take(picture.get(), 1, alone || grid ? "a picture" : "one of several",
+                            [&] { return encode_image(*picture, alone, stats); }));
         seen.back().grid = grid;
         length += seen.back().rows() - least;
       } else if (run.slot == "video") {
@@ -330,7 +330,7 @@ class PromptEncoder {
 
   /// Rows of the smallest picture: those of one tile.
   int64_t least_rows() const {
-    for (const auto& [name, output] : kImageGraphs) {
+    for (const auto& [name, output] : image_graphs()) {
       const auto graph = manifest_.graphs.find(name);
       if (graph == manifest_.graphs.end()) continue;
       for (const TensorSpec& tensor : graph->second.outputs) {
@@ -444,8 +444,8 @@ class PromptEncoder {
       const int64_t group = image_->native->frames;
       const std::vector<int64_t> times =
           group_positions(moments(video), group, manifest_.video->native.value().tokens_per_second);
-      const Image first = open_image(video.frames.at(0));
-      frames.grid = frame_grid(first.height, first.width, count, *image_, *manifest_.video, max_tiles_);
+      const Pixels first = open_image(video.frames.at(0));
+      frames.grid = frame_grid(first->height, first->width, count, *image_, *manifest_.video, max_tiles_);
       const auto groups = static_cast<int64_t>(times.size());
       check_length(manifest_, others + groups * (*frames.grid)[0] * (*frames.grid)[1], false);
       height *= (*frames.grid)[0];
@@ -454,7 +454,7 @@ class PromptEncoder {
       frames.apart = manifest_.prompt.frame_group.has_value();
       if (!frames.apart) frames.times = times;
     }
-    for (const ImageLike& frame : video.frames) frames.images.push_back(squeeze(open_image(frame), height, width));
+    for (const ImageLike& frame : video.frames) frames.images.push_back(squeeze(*open_image(frame), height, width));
     return frames;
   }
 

@@ -72,17 +72,6 @@ inline std::string number(double value) {
   return text;
 }
 
-/// p_unsafe of a state (D,); NaN where the prober fails, or gives no number.
-inline double score(const Subgraph& prober, const float* state, int64_t width) {
-  try {
-    const auto outputs = prober.run(Tensor<float>::view(state, {1, width}));
-    const auto [data, count] = values<float>(outputs.at("p_unsafe"), prober);
-    return count == 1 ? *data : std::nan("");
-  } catch (const std::exception&) {
-    return std::nan("");
-  }
-}
-
 }  // namespace self_test
 
 /// Throws PackageError if a text sees others that share its pass (packed.hpp), or not what all begin with: other words
@@ -139,7 +128,7 @@ inline void check_gate(const fs::path& folder, const Manifest& manifest, const G
   for (const auto& [name, scores] : {std::pair{"prober", &proof.p_unsafe}, {"monitor", &proof.monitor}}) {
     const float* known = state;
     for (const double p_unsafe : *scores) {
-      const double found = self_test::score(graphs.at(name), known, width);
+      const double found = probe(graphs.at(name), Log(), {known, known + width});
       if (!(std::abs(found - p_unsafe) <= kProberLimit)) {
         throw PackageError(std::string(name) + ": a known state has p_unsafe " + self_test::number(found) +
                            " here, and had " + self_test::number(p_unsafe) + " at export");

@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <istream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -167,8 +166,7 @@ inline double as_float(const Node& node) {
 }
 /// Parse JSON. Throws PackageError for a key given twice or a byte order mark, which parsers treat differently, for a
 /// zero byte, at which this parser would stop, and for more than kMaxDepth levels.
-inline Json parse_strictly(std::istream& file) {
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
+inline Json parse_strictly(const std::string& text) {
   if (text.compare(0, 3, "\xEF\xBB\xBF") == 0) throw PackageError("it begins with a byte order mark");
   if (text.find('\0') != std::string::npos) throw PackageError("it has a zero byte");
   std::vector<std::set<std::string>> open;  // keys seen so far, for each object being parsed

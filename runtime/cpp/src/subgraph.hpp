@@ -104,7 +104,10 @@ class Environment {
 
   /// onnxruntime's log goes where ours goes, never to the host's stderr.
   static void ORT_API_CALL forward(void*, OrtLoggingLevel, const char*, const char*, const char*, const char* message) {
-    log_line(std::string("onnxruntime: ") + message);
+    try {
+      log_line(std::string("onnxruntime: ") + message);
+    } catch (...) {  // no memory: onnxruntime's C code must not see it
+    }
   }
 
   int threads_;

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdio>
 #include <filesystem>
+#include <iomanip>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -177,9 +179,10 @@ inline void write_parts(Writer& writer, const Message& message, const TurnSpec& 
         continue;
       }
       for (const double time : group_times(moments(*video), spec.frame_group->frames)) {
-        std::array<char, 32> seconds{};
-        std::snprintf(seconds.data(), seconds.size(), "%.1f", time);
-        writer.write(spec.frame_group->pieces, seconds.data());
+        std::ostringstream seconds;
+        seconds.imbue(std::locale::classic());  // a host's locale may write 0,5
+        seconds << std::fixed << std::setprecision(1) << time;
+        writer.write(spec.frame_group->pieces, seconds.str());
       }
     }
   }

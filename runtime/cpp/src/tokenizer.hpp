@@ -243,7 +243,7 @@ class Tokenizer {
         return before + std::string(text);
       });
     } else if (fallback_ && normalizer["type"] == "Replace" && normalizer.at("pattern") == Json{{"String", " "}} &&
-               normalizer.at("content") == kSpace) {
+               normalizer.at("content") == kSpaceLetter) {
       normalisers_.push_back(with_space_letters);
       has_spaces_ = false;
     } else {
@@ -280,16 +280,17 @@ class Tokenizer {
   void load_metaspace(const Json& step) {
     const Json at_spaces = {{"String", " "}};
     if (step.is_null() || (!has_spaces_ && step.at("type") == "Split" && step.at("pattern") == at_spaces)) return;
-    if (step.at("type") != "Metaspace" || step.at("replacement") != kSpace) unknown("pre_tokenizer", step);
+    if (step.at("type") != "Metaspace" || step.at("replacement") != kSpaceLetter) unknown("pre_tokenizer", step);
     const auto& scheme = step.at("prepend_scheme");
     if (scheme != "always" && scheme != "never") unknown("prepend_scheme", scheme);
     normalisers_.push_back([always = scheme == "always"](std::string_view text) {
       const std::string out = with_space_letters(text);
-      return always && out.compare(0, kSpace.size(), kSpace) != 0 ? kSpace + out : out;
+      return always && out.compare(0, kSpaceLetter.size(), kSpaceLetter) != 0 ? std::string(kSpaceLetter) + out : out;
     });
     if (!step.at("split").get<bool>()) return;
     Split split;
-    split.regex.emplace(kSpace + "[^" + kSpace + "]*");
+    const std::string letter(kSpaceLetter);
+    split.regex.emplace(letter + "[^" + letter + "]*");
     splits_.push_back(std::move(split));
   }
 
@@ -300,7 +301,7 @@ class Tokenizer {
     const Json strip = {{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}};
     strips_ = !steps.empty() && steps.back() == strip;
     if (strips_) steps.erase(steps.size() - 1);
-    const Json replace = {{"type", "Replace"}, {"pattern", {{"String", kSpace}}}, {"content", " "}};
+    const Json replace = {{"type", "Replace"}, {"pattern", {{"String", kSpaceLetter}}}, {"content", " "}};
     if (steps != Json{replace, {{"type", "ByteFallback"}}, {{"type", "Fuse"}}}) unknown("decoder", decoder);
   }
 
@@ -342,7 +343,7 @@ class Tokenizer {
 
   // --- SentencePiece's tokens ---------------------------------------------------------------------------------------
 
-  static inline const std::string kSpace = "\xE2\x96\x81";  // U+2581
+  static constexpr std::string_view kSpaceLetter = "\xE2\x96\x81";  // U+2581
 
   static std::string byte_token(size_t byte) {
     constexpr std::string_view digits = "0123456789ABCDEF";
@@ -353,7 +354,7 @@ class Tokenizer {
     std::string out;
     for (const char letter : text) {
       if (letter == ' ') {
-        out += kSpace;
+        out += kSpaceLetter;
       } else {
         out += letter;
       }
@@ -370,7 +371,7 @@ class Tokenizer {
       }
     }
     std::string out = token;
-    for (size_t at = 0; (at = out.find(kSpace, at)) != std::string::npos; ++at) out.replace(at, kSpace.size(), " ");
+    for (size_t at = 0; (at = out.find(kSpaceLetter, at)) != std::string::npos; ++at) out.replace(at, kSpaceLetter.size(), " ");
     return out;
   }
 

@@ -81,15 +81,14 @@ inline bool before(const std::string& a, const std::string& b) {
 inline VideoPart of_file(const std::filesystem::path& path, int64_t frames) {
   VideoPart found;
   try {
-    const ffmpeg::Descriptor file = ffmpeg::open_regular(path);
-    const ffmpeg::VideoFile opened(file);
+    const ffmpeg::VideoFile opened(ffmpeg::open_regular(path));
     const std::vector<double> seconds = opened.seconds();
     const std::vector<int64_t> chosen = spaced(static_cast<int64_t>(seconds.size()), frames);
     for (const int64_t i : chosen) found.seconds.push_back(seconds[static_cast<size_t>(i)]);
     opened.pictures(chosen, [&](const std::vector<uint8_t>& png) {
       Image frame = decode_picture(png, "a frame");
       picture::check_size(frame.height, frame.width, static_cast<int64_t>(chosen.size()));
-      found.frames.emplace_back(std::move(frame));
+      found.frames.emplace_back(std::make_shared<const Image>(std::move(frame)));
     });
   } catch (const InputError& err) {
     throw InputError(path.string() + ": not a readable video (" + err.what() + "); a video is a file that ffmpeg " +

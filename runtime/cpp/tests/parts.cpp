@@ -60,7 +60,7 @@ autosteer::ImageSpec spec(const Json& command) {
 }
 
 autosteer::Image picture(const Json& command) {
-  return autosteer::open_image(autosteer::fs::path(command.at("file").get<std::string>()));
+  return *autosteer::open_image(autosteer::fs::path(command.at("file").get<std::string>()));
 }
 
 /// {"tokenizer": file, "texts": [...]} -> [[id, ...], ...]
@@ -113,9 +113,9 @@ Json frames(const Json& command) {
   Json chosen = Json::array();
   const auto video = autosteer::open_video(command.at("path").get<std::string>(), command.at("frames"));
   for (const auto& frame : video.frames) {
-    if (const auto* decoded = std::get_if<autosteer::Image>(&frame)) {
+    if (const auto* decoded = std::get_if<autosteer::Pixels>(&frame)) {
       autosteer::Sha256 hash;
-      hash.add(decoded->rgb.data(), decoded->rgb.size());
+      hash.add((*decoded)->rgb.data(), (*decoded)->rgb.size());
       chosen.push_back(hash.hex());
     } else {
       chosen.push_back(std::get<std::filesystem::path>(frame).filename().string());
@@ -126,8 +126,8 @@ Json frames(const Json& command) {
 
 /// {"path", "seconds"} -> how many frames ffmpeg finds in so many seconds
 Json count(const Json& command) {
-  const auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
-  return autosteer::ffmpeg::VideoFile(file, command.at("seconds")).seconds().size();
+  auto file = autosteer::ffmpeg::open_regular(command.at("path").get<std::string>());
+  return autosteer::ffmpeg::VideoFile(std::move(file), command.at("seconds")).seconds().size();
 }
 
 /// {"file": picture, "spec": manifest's image, "max_tiles": number or null, "alone": bool, "out": file}

@@ -12,7 +12,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <initializer_list>
 #include <iterator>
 #include <locale>
 #include <map>
@@ -84,6 +83,8 @@ class Object {
   }
   template <class T>
   std::enable_if_t<std::is_arithmetic_v<T>> write(T value) {
+    const bool finite = value - value == 0;  // std::isfinite needs <cmath>, whose `log` and `y1` are in everybody's way
+    if (!finite) throw Error("a setting is not a finite number", AUTOSTEER_BAD_INPUT);
     text_ << value;
   }
   void write(const Object& value) { text_ << value.text(); }
