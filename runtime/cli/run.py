@@ -158,7 +158,7 @@ def run(
         raise click.UsageError("--score-only needs a policy that scores; --policy off does not")
     chat_wanted = prompt is None and sys.stdin.isatty() and not as_json and not score_only
     if not chat_wanted and (prompt is None or prompt == "-"):
-        if json_schema and json_schema.name == "<stdin>":
+        if json_schema and getattr(json_schema, "name", "<stdin>") == "<stdin>":
             raise click.UsageError("--json-schema - reads stdin, so the prompt cannot: give it with --prompt TEXT")
         try:
             prompt = sys.stdin.read().removesuffix("\n")

@@ -190,7 +190,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Fields]]:
         lines = read.decode("utf-8").split("\n")  # not splitlines(): JSON may hold a U+2028
     except UnicodeDecodeError as err:
         number = read.count(b"\n", 0, err.start) + 1
-        raise InputError(f"{path}:{number}: not UTF-8 ({err.reason})") from err
+        raise InputError(f"{path}:{number}: not UTF-8 text ({err.reason})") from err
     for number, line in enumerate(lines, 1):
         line = line.removeprefix("\ufeff")  # Windows editors begin a file with it; within, where files were joined
         if not line.strip():

@@ -136,7 +136,7 @@ def test_limit_counts_each_group(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
 def test_file_without_rows_is_refused(tmp_path, content):
     (tmp_path / "set.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=r"set\.jsonl: (no rows|not readable)"):
+    with pytest.raises(InputError, match=r"set\.jsonl:( no rows|1: not UTF-8)"):
         read_rows([DataSource(tmp_path / "set.jsonl")])
 
 
