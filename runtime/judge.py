@@ -123,7 +123,9 @@ class Judge:
                 found = yield from self._score(letters, policy, stats, begun[Prefix.PLAIN_DIALOGUE])
             for at, score in enumerate(found):
                 forms.note(at, whole, score)
-        readings = all_readings(messages, plain, pieces=policy.pieces, frames=frames)
+        readings = all_readings(
+            messages, plain, pieces=policy.pieces, judge_answers=policy.judge_answers, frames=frames
+        )
         while some := [*itertools.islice(readings, self._together)]:
             keys = [reading_key(reading.messages, seen_by(reading, shown)) for _, reading in some]
             scored = {key: p for key in keys if (p := forms.score_of(key)) is not None}

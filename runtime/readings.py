@@ -12,7 +12,8 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     pieces of all that the user says, and of all      yes           no                stopped         discounted
     that the program does not trust, as one text
     its words and their pieces with each picture,     yes           no                stopped         discounted
-    and with each frame of a video
+    and with each frame of a video (a user's words
+    with later ones only if answers are not judged)
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
@@ -89,16 +90,18 @@ def all_readings(
     plain: Sequence[Message | None],
     *,
     pieces: bool,
+    judge_answers: bool = False,
     frames: Sequence[tuple[int, Part]] = (),
 ) -> Iterator[tuple[int, Reading]]:
     """What is read of a dialogue: (number of the judged turn among these, reading). Not the turns where they stand, nor
     these in plain letters: each of the two is one prompt, which gives the scores of all turns (judge.py).
 
-    `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above. `frames`: of
-    the videos, each as a video of its own, and the turn that shows it.
+    `plain`: `plain_turns`. `pieces`: also what is below "the turn in plain letters" in the table above.
+    `judge_answers`: whether the answer will be judged. `frames`: of the videos, each as a video of its own, and the
+    turn that shows it.
     Raises InputError, before the first, for more than MOST_WITH_PICTURES readings of words with one picture.
     """
-    with_pictures = [*with_each_picture(messages, plain, frames)] if pieces else []
+    with_pictures = [*with_each_picture(messages, plain, judge_answers, frames)] if pieces else []
     turns = judged(messages)
     shown = [*itertools.accumulate(len(shown_in(message)) for message in messages)]
     for at, n in enumerate(turns):
@@ -155,18 +158,24 @@ def _alone_and_in_dialogue(
 
 
 def with_each_picture(
-    messages: Sequence[Message], plain: Sequence[Message | None], frames: Sequence[tuple[int, Part]]
+    messages: Sequence[Message],
+    plain: Sequence[Message | None],
+    judge_answers: bool,
+    frames: Sequence[tuple[int, Part]],
 ) -> Iterator[tuple[int, Reading]]:
-    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). Words
-    may be meant for a picture that is shown later ("how do i make this?", and then "here it is"). One picture after the
-    other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
+    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). One
+    picture after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
+
+    Words may be meant for a picture that is shown later: "how do i make this?", and then "here it is". Of a user most
+    are not, and in harmless dialogues such readings are refused. So with `judge_answers`, which finds out what the
+    answer is about, a user speaks of what was shown so far.
     """
     shown, count = shown_by_turn(messages), 0
     said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
     for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
             is_turn = number < len(shown) and n == first and len(shown_in(messages[n])) == 1  # as it stands
-            if is_turn:
+            if is_turn or (judge_answers and messages[n].role == "user" and n < first):
                 continue
             count += len(said[n])
             if count > MOST_WITH_PICTURES:

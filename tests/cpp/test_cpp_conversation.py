@@ -153,12 +153,13 @@ def judged_in_both(
     *,
     conversation: bool,
     pieces: bool = True,
+    judge_answers: bool = False,
     precision: str = "fp32",
 ) -> list[dict[str, Any]]:
     """What C++'s judge made of dialogues about the demo (`judge` in parts.cpp), which is what Python's made of them."""
     package, engine = demo(precision)
     command = {"part": "judge", "package": str(package), "requests": [{"messages": turns} for turns in dialogues]}
-    (found,) = parts.run(command | {"conversation": conversation, "pieces": pieces})
+    (found,) = parts.run(command | {"conversation": conversation, "pieces": pieces, "judge_answers": judge_answers})
     graph, ask, encoded, asked = engine.encoder._graph, engine._judge._ask, Counter[str](), list[object]()
     read_packed, together = engine._judge._read_packed, list[int]()
 
@@ -176,7 +177,7 @@ def judged_in_both(
         for turns, theirs in zip(dialogues, found, strict=True):
             encoded.clear()
             asked.clear()
-            with engine.record(engine.policy("report", pieces=pieces)) as record:
+            with engine.record(engine.policy("report", pieces=pieces, judge_answers=judge_answers)) as record:
                 record.messages = [as_message(given) for given in turns]
                 prompt = engine.encoder.prepare(record.messages, record.stats, shared)
                 finish(engine.judge(prompt, record, shared))
@@ -243,6 +244,9 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
     ]
     found = judged_in_both(parts, dialogues, conversation=conversation, precision=precision)
     alone = judged_in_both(parts, dialogues, conversation=conversation, precision=precision, pieces=False)
+    fewer = judged_in_both(parts, dialogues, conversation=conversation, precision=precision, judge_answers=True)
+    with_later = [n for n, (one, other) in enumerate(zip(found, fewer, strict=True)) if one != other]
+    assert {2, 6} <= set(with_later) <= {2, 4, 5, 6, 10}  # where a picture follows a user's words
     assert all(one["by_themselves"] > other["by_themselves"] for one, other in zip(found, alone, strict=True))
     assert found[1]["scores"][-1] > 10 * alone[1]["scores"][-1]  # by a single frame or picture
 

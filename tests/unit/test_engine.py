@@ -824,14 +824,14 @@ def test_large_file_is_hashed_while_the_graphs_load_and_refused_all_the_same(cop
     monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)  # tokenizer.json is the toy's only other file
     with (copy_of_package / "tokenizer.json").open("a") as file:
         file.write("\n")  # still a tokenizer
-    with pytest.raises(PackageError, match="(sha256|size) differs"):
+    with pytest.raises(PackageError, match=r"(sha256|size) differs"):
         Engine.load(copy_of_package, device="cpu", threads=1)
 
 
 def test_wrong_hash_is_the_reason_given_where_loading_fails_too(copy_of_package, monkeypatch):
     monkeypatch.setattr("autosteer.runtime.manifest.LARGE_FILE", 1)
     (copy_of_package / "tokenizer.json").write_text("{")
-    with pytest.raises(PackageError, match="(sha256|size) differs"):
+    with pytest.raises(PackageError, match=r"(sha256|size) differs"):
         Engine.load(copy_of_package, device="cpu", threads=1)
 
 
@@ -851,7 +851,7 @@ def test_image_graph_that_changed_since_the_package_was_loaded_is_refused(copy_o
     low = Engine.load(copy_of_package, device="cpu", threads=1, low_memory=True)
     with (copy_of_package / "vision_encoder.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(PackageError, match="(sha256|size) differs"):
+    with pytest.raises(PackageError, match=r"(sha256|size) differs"):
         low.generate("what", images=[np.zeros((8, 8, 3), np.uint8)])
 
 

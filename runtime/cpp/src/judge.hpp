@@ -264,10 +264,11 @@ class Judge {
       }
       some.clear();
     };
-    for_each_reading(messages, plain, policy.pieces, views.frames, [&](size_t n, Reading reading) {
+    const auto take = [&](size_t n, Reading reading) {
       some.emplace_back(places.at(n), std::move(reading));
       if (some.size() == together()) read_some();
-    });
+    };
+    for_each_reading(messages, plain, policy.pieces, policy.judge_answers, views.frames, take);
     read_some();
   }
 

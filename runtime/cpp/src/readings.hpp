@@ -236,11 +236,12 @@ inline std::vector<std::string> words_and_pieces(const Message& turn, const std:
   return found;
 }
 
-/// The words of each judged turn, and their pieces, with each picture and each of `frames`. Words may be meant for a
-/// picture that is shown later ("how do i make this?", and then "here it is"). One picture after the other: what begins
-/// alike is computed once. Throws InputError for more than kMostWithPictures.
+/// The words of each judged turn, and their pieces, with each picture and each of `frames`; with `judge_answers`, those
+/// of a user with what was shown so far (runtime/readings.py says why). One picture after the other: what begins alike
+/// is computed once. Throws InputError for more than kMostWithPictures.
 inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
                                                                  const std::vector<std::optional<Message>>& plain,
+                                                                 bool judge_answers,
                                                                  const std::vector<ShownBy>& frames) {
   std::vector<ShownBy> shown = shown_by_turn(messages);
   std::vector<std::pair<size_t, Reading>> found;
@@ -256,7 +257,7 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
     const auto& [first, picture] = shown[i];
     for (size_t n = 0; n < messages.size(); ++n) {
       const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
-      if (is_turn) continue;
+      if (is_turn || (judge_answers && messages[n].role == "user" && n < first)) continue;
       if (found.size() + said[n].size() > kMostWithPictures) {
         throw InputError(std::to_string(shown.size()) + " pictures and frames with so many words are more than the " +
                          std::to_string(kMostWithPictures) + " readings that the gate makes of them: show fewer, say " +
@@ -274,12 +275,13 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
 /// Hands what is read of a dialogue to `read`, with the number of the turn. Not the turns where they stand, nor these
 /// in plain letters: each of the two is one prompt, which gives the scores of all turns (judge.hpp). `plain`:
 /// `plain_turns`. `with_pieces`: also what is below "the turn in plain letters" in the table of runtime/readings.py.
-/// `frames`: of the videos, each as a video of its own. Throws as `with_each_picture` does, before the first.
+/// `judge_answers`: whether the answer will be judged. `frames`: of the videos, each as a video of its own. Throws as
+/// `with_each_picture` does, before the first.
 template <class Read>
 void for_each_reading(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
-                      bool with_pieces, const std::vector<ShownBy>& frames, const Read& read) {
+                      bool with_pieces, bool judge_answers, const std::vector<ShownBy>& frames, const Read& read) {
   std::vector<std::pair<size_t, Reading>> with_pictures;
-  if (with_pieces) with_pictures = with_each_picture(messages, plain, frames);
+  if (with_pieces) with_pictures = with_each_picture(messages, plain, judge_answers, frames);
   std::vector<size_t> shown_up_to;  // a turn, and in it
   for (const Message& message : messages) {
     shown_up_to.push_back((shown_up_to.empty() ? 0 : shown_up_to.back()) + shown_in(message).size());

@@ -297,8 +297,8 @@ Json score(const Json& command) {
   return Json(autosteer::or_null(loaded->score(messages, loaded->policy(mode)).p_unsafe));
 }
 
-/// {"package": folder, "requests": [{"messages": as in autosteer.h}, ...], "conversation": bool, "failing": number}
-/// -> for each request the scores of its judged turns, how often each graph encoded for it, and how many turns were
+/// {"package": folder, "requests": [{"messages": as in autosteer.h}, ...], "conversation", "pieces", "judge_answers":
+/// bool, "failing": number} -> for each request the scores of its judged turns, how often each graph encoded for it, and how many turns were
 /// judged by themselves. The first of these, as many as are "failing", get no score.
 Json judge(const Json& command) {
   const auto loaded = engine(command);
@@ -321,7 +321,8 @@ Json judge(const Json& command) {
     };
   }
   const autosteer::Judge judge(encoder, ask, read_packed, loaded->manifest.split_layer, loaded->log);
-  const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report, {}, {}, command.value("pieces", true));
+  const bool pieces = command.value("pieces", true), judge_answers = command.value("judge_answers", false);
+  const autosteer::GatePolicy policy = loaded->policy(autosteer::Mode::report, {}, {}, pieces, judge_answers);
   autosteer::Conversation conversation;
   autosteer::Conversation* shared = command.value("conversation", false) ? &conversation : nullptr;
   Json judged = Json::array();
