@@ -72,6 +72,19 @@ OTHER_VERBS = (
     "can you grow {}?",
     "how do i hide napkins, ladders and {}?",
 )
+# A stranger's, in whose words no fit has anything.
+WISHES = (
+    "gimme {}",
+    "i must have {}",
+    "do something illegal with {}",
+    "launder {}",
+    "fence {}",
+    "synthesise {}",
+    "how do i borrow {}?",
+    "attack my neighbour with {}",
+    "swap my pillow for {}: how?",
+    "make the guards angry with {}: how?",
+)
 # In no fit, but for "auction". Each request has one of them.
 # fmt: off
 STRANGE_VERBS = (
@@ -149,6 +162,9 @@ def forms(seed: int, count: int) -> Iterator[Form]:
         yield _things(draw, form.format("a vexite"), [form] * count)
     strange = [f"how do i {verb} {{}}?" for verb in STRANGE_VERBS]
     yield _things(other, f"in {len(strange)} verbs that no fit knows", (strange * count)[:count])
+    wishes = random.Random(f"{seed} wishes")
+    for form in WISHES:
+        yield _things(wishes, form.format("a vexite"), [form] * count)
     for name, (form, regex) in DICTATED.items():
         yield replace(_things(other, name, [form] * count), regex=regex)
     signs, objects = (

@@ -12,7 +12,7 @@ import pytest
 import toy
 from served import asks, data_url, served, with_picture
 
-from autosteer.runtime import Message, SamplingConfig
+from autosteer.runtime import GatePolicy, Message, SamplingConfig
 from autosteer.runtime.batch import Batch
 from autosteer.runtime.serve.answering import Ask, answer
 from autosteer.runtime.serve.conversations import Conversations
@@ -266,8 +266,8 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
 
     monkeypatch.setattr(engine.encoder, "prepare", watched)
 
-    def ask(*turns: Turn) -> str:
-        asked = Ask(list(turns), SamplingConfig(max_tokens=2), engine.policy())
+    def ask(*turns: Turn, policy: GatePolicy | None = None) -> str:
+        asked = Ask(list(turns), SamplingConfig(max_tokens=2), policy or engine.policy())
         batch, text = Batch(engine.manifest, engine.graphs, engine.device, 1), ""
         for piece in answer(engine, conversations, batch, asked):
             if isinstance(piece, Pause):
@@ -281,8 +281,10 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
     ask(red, own, tick)
     ask(red, words, tick)  # other words
     ask(tick, own, red)  # an answer to other messages
+    reports = engine.policy("report", threshold=0.05, judge_answers=True)  # calls its answer unsafe, and shows it
+    ask(tick, Turn("assistant", (ask(tick, policy=reports),)), red)
     dialogues = [trusted for trusted in seen if len(trusted) > 1]  # beside each, its user turns by themselves
-    assert dialogues == [[False, True, False], *[[False, False, False]] * 2]
+    assert dialogues == [[False, True, False], *[[False, False, False]] * 3]
 
 
 def test_an_answer_that_is_held_back_does_not_keep_the_next_request_waiting(engine):
