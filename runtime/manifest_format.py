@@ -68,6 +68,11 @@ class GraphSpec:
     layers: tuple[int, int] | None  # decoder halves: first layer, one past the last
     precision: Precision
 
+    @property
+    def quantised(self) -> bool:
+        """Whether its weights are rounded to 8 or 4 bits."""
+        return self.precision in ("int8", "int4")
+
 
 @dataclass(frozen=True)
 class DataFile:

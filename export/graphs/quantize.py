@@ -291,17 +291,18 @@ def flat_nibbles(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.ui
     """Rows of `count` nibbles, each padded to whole bytes (N, ceil(count / 2)) -> the same without padding between
     rows, (ceil(N * count / 2),). Low nibble first.
     """
-    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)[:, :count].reshape(-1)
-    nibbles = np.pad(nibbles, (0, nibbles.size % 2))
-    flat: npt.NDArray[np.uint8] = nibbles[0::2] | (nibbles[1::2] << 4)
+    import torch
+
+    flat: npt.NDArray[np.uint8] = pack(_unpack(torch.from_numpy(packed))[:, :count].reshape(-1)).numpy()
     return flat
 
 
 def padded_nibbles(flat: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
     """The inverse of `flat_nibbles`."""
-    nibbles = np.stack([flat & 0xF, flat >> 4], axis=-1).reshape(-1)
-    nibbles = np.pad(nibbles[: nibbles.size // count * count].reshape(-1, count), ((0, 0), (0, count % 2)))
-    padded: npt.NDArray[np.uint8] = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    import torch
+
+    nibbles = _unpack(torch.from_numpy(flat))
+    padded: npt.NDArray[np.uint8] = pack(nibbles[: len(nibbles) // count * count].reshape(-1, count)).numpy()
     return padded
 
 

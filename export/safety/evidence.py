@@ -213,16 +213,11 @@ def _leave_out(
 def _rates(kind: str, rows: np.ndarray, t: Table, scores: dict[str, np.ndarray], gate: Gate) -> list[FlagRate]:
     rates = []
     for unsafe, group in sorted({(bool(t.unsafe[i]), t.groups[i]) for i in rows}, reverse=True):
-        mine = _of(kind, group, unsafe, t)
+        mine = rows[[t.groups[i] == group and t.unsafe[i] == unsafe for i in rows]]
         flagged = {name: _flagged(p[mine], gate.threshold) for name, p in scores.items()}
         upper = rate_upper(~(scores[OURS][mine] <= gate.threshold), [t.clusters[row] for row in mine])
         rates.append(FlagRate(kind, group, unsafe, len(mine), flagged, upper, scores[OURS][mine]))
     return rates
-
-
-def _of(kind: str, group: str, unsafe: bool, t: Table) -> np.ndarray:
-    rows = t.external if kind == "external" else t.split.heldout
-    return rows[[t.groups[i] == group and t.unsafe[i] == unsafe for i in rows]]
 
 
 def _names(t: Table) -> list[str]:

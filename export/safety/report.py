@@ -17,7 +17,7 @@ import numpy as np
 
 from autosteer.runtime.evaluation.variants import cells, in_short
 
-from .evidence import NO_BETTER, OURS, Comparison, FlagRate
+from .evidence import NO_BETTER, OURS, WORDS, Comparison, FlagRate
 from .layers import better_layer
 from .measure import roc
 from .reworded import TAUGHT
@@ -168,7 +168,7 @@ def _sentences(fitted: Fitted) -> list[str]:
     for x in e.no_better_than_words():
         lines.append(
             f"**No better than the words** on {_sides(x)} ({x.kind}): AUC {x.auc[OURS]:.3f}, a prober that sees the "
-            f"words alone {x.auc['words alone']:.3f}."
+            f"words alone {x.auc[WORDS]:.3f}."
         )
     if not e.no_better_than_words():
         lines.append(f"Everywhere below it beats a prober that sees the words alone by more than {NO_BETTER} AUC.")

@@ -112,9 +112,8 @@ class ShardedGraph:
         self.device = device
         self._outputs = [t.name for t in spec.outputs]
         self._sweep, self._recorder = sweep, recorder
-        quantised = spec.precision in ("int8", "int4")
         self._shards = [
-            GraphShard(model, path.parent, size, device, quantised=quantised)
+            GraphShard(model, path.parent, size, device, quantised=spec.quantised)
             for model, size in split_graph(path, recorder.endings if recorder else ())
         ]
         for shard in self._shards:

@@ -102,7 +102,7 @@ def limits_of(manifest: Manifest, *, wide: bool = False) -> dict[str, float]:
     limits = LIMITS if manifest.activations == "float32" else LIMITS | HALF_LIMITS
     if manifest.kv_cache.dtype == "int8":
         limits = limits | CACHES_LIMITS
-    if any(spec.precision in ("int8", "int4") for spec in manifest.graphs.values()):
+    if any(spec.quantised for spec in manifest.graphs.values()):
         limits = limits | ROUNDED_LIMITS
     if wide and manifest.precision == "fp16" and manifest.exact:
         limits = limits | STORED_IN_HALF

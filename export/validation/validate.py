@@ -121,7 +121,7 @@ def behaviour_checks(
 ) -> ValidationResult:
     """The checks that run the package, and the golden prompts."""
     scales = packed_kv_scales(folder, manifest)
-    quantised = any(spec.precision in ("int8", "int4") for spec in manifest.graphs.values()) or bool(scales)
+    quantised = any(spec.quantised for spec in manifest.graphs.values()) or bool(scales)
     processor, lm_head = load_processor(checkpoint), decoder_config(checkpoint).lm_head
     prompts = make_validation_prompts(folder, manifest, safety)
     prompts = affordable(prompts, checkpoint, OriginalModel(None, processor, manifest, safety))
