@@ -29,7 +29,7 @@ def steered_answers(
     fit_model: FitModel,
     prompts: Sequence[Prompt],
     steer_matrix: torch.Tensor,
-    embeddings: torch.Tensor,
+    lm_head: torch.Tensor,
     strengths: Sequence[float],
     *,
     tokens: int,
@@ -38,7 +38,7 @@ def steered_answers(
     """Greedy answers of at most `tokens` tokens to each prompt at each strength: [prompt][strength].
 
     Prefill runs once per prompt, and the strengths are one batch of decode steps. All prompts share each sweep over the
-    model. steer_matrix (d, d), embeddings (vocab, d), which are on the model's device.
+    model. steer_matrix (d, d), lm_head (vocab, d), which are on the model's device.
     """
     model, device, end = fit_model.hf_model.base_model, fit_model.device, fit_model.end_token
     matrix, epsilon = steer_matrix.to(device), torch.tensor(strengths, device=device)[:, None]
@@ -52,9 +52,9 @@ def steered_answers(
         hidden = out.last_hidden_state[:, -1].expand(len(strengths), -1)
         ids, log_probs = [], []
         for step in range(tokens):
-            token = ((hidden + epsilon * hidden @ matrix.T) @ embeddings.T).argmax(dim=-1, keepdim=True)
+            token = ((hidden + epsilon * hidden @ matrix.T) @ lm_head.T).argmax(dim=-1, keepdim=True)
             ids.append(token)
-            log_probs.append((hidden @ embeddings.T).log_softmax(dim=-1).gather(1, token))
+            log_probs.append((hidden @ lm_head.T).log_softmax(dim=-1).gather(1, token))
             advance(1 / tokens)
             if bool((torch.cat(ids, dim=1) == end).any(dim=1).all()) or step + 1 == tokens:
                 break

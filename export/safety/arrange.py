@@ -135,8 +135,8 @@ def clusters_of(prompts: Sequence[Labelled]) -> list[str]:
     """What each prompt shares with those that stay on its side of a split: its family, also that of another prompt in
     the same words, or the words.
     """
-    named = {item.prompt.same_words: item.cluster for item in prompts if item.family}
-    return [item.cluster if item.family else named.get(item.prompt.same_words, item.cluster) for item in prompts]
+    named = {item.prompt.words_key: item.cluster for item in prompts if item.family}
+    return [item.cluster if item.family else named.get(item.prompt.words_key, item.cluster) for item in prompts]
 
 
 def training_weights(t: Table) -> np.ndarray:

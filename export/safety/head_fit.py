@@ -58,14 +58,14 @@ def fit_refusal_head(
     train, heldout = ([*asked, *_behind(turns, asked)] for asked, turns in zip((train, heldout), earlier, strict=True))
     with progress(console, "refusal states", len(train) + len(heldout)) as advance:
         states = answer_states(fit_model, [*train, *heldout], answer, store, advance=advance).layer(0)
-    embeddings = fit_model.embeddings()
+    lm_head = fit_model.lm_head()
     steps = training_steps(states[: len(train)])
     with progress(console, "refusal head", steps) as advance:
         head = train_refusal_head(
             states[: len(train)],
             states[len(train) :],
             answer,
-            embeddings,
+            lm_head,
             strength=trained_with,
             seed=seed,
             steps=steps,
@@ -75,10 +75,10 @@ def fit_refusal_head(
     tried, kept = ([heldout[i] for i in spread[first::2]] for first in (0, 1))
     with progress(console, "strengths", len(tried) + len(kept)) as advance:
         strengths = [round(trained_with * factor, 4) for factor in STRENGTHS]
-        scores = _try_strengths(fit_model, tried, head.steer_matrix, embeddings, strengths, answer, advance)
+        scores = _try_strengths(fit_model, tried, head.steer_matrix, lm_head, strengths, answer, advance)
         strength = wanted or choose_strength(scores)
         kept = kept or tried  # which did not choose the strength, where there are two
-        (chosen,) = _try_strengths(fit_model, kept, head.steer_matrix, embeddings, [strength], answer, advance)
+        (chosen,) = _try_strengths(fit_model, kept, head.steer_matrix, lm_head, [strength], answer, advance)
     return (
         head.steer_matrix,
         {
@@ -130,12 +130,10 @@ def _answered_prompts(
 
     train = harmless(split.used, EARLIER_TRAIN)
     asked = [*train, *harmless(split.heldout, EARLIER_HELDOUT)]
-    embeddings = fit_model.embeddings()
+    lm_head = fit_model.lm_head()
     with progress(console, "answers before", len(asked)) as advance:
-        unsteered = embeddings.new_zeros(embeddings.shape[1], embeddings.shape[1])
-        answers = steered_answers(
-            fit_model, asked, unsteered, embeddings, [0.0], tokens=EARLIER_TOKENS, advance=advance
-        )
+        unsteered = lm_head.new_zeros(lm_head.shape[1], lm_head.shape[1])
+        answers = steered_answers(fit_model, asked, unsteered, lm_head, [0.0], tokens=EARLIER_TOKENS, advance=advance)
     turns = [(one.text, fit_model.decode(answer.ids)) for one, (answer,) in zip(asked, answers, strict=True)]
     return turns[: len(train)], turns[len(train) :]
 
@@ -150,14 +148,14 @@ def _try_strengths(
     fit_model: FitModel,
     prompts: Sequence[Prompt],
     steer_matrix: torch.Tensor,
-    embeddings: torch.Tensor,
+    lm_head: torch.Tensor,
     strengths: Sequence[float],
     answer: torch.Tensor,
     advance: Callable[[float], None],
 ) -> tuple[StrengthScore, ...]:
     """What the model says to `prompts` when it is steered, scored by strength."""
     answers = steered_answers(
-        fit_model, prompts, steer_matrix, embeddings, strengths, tokens=len(answer) + 12, advance=advance
+        fit_model, prompts, steer_matrix, lm_head, strengths, tokens=len(answer) + 12, advance=advance
     )
     return tuple(
         score_strength(strength, [per_prompt[i] for per_prompt in answers], answer.tolist(), fit_model.decode)

@@ -23,6 +23,7 @@ from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_pro
 from autosteer.export.checkpoint.renderer import FIRST, Renderer, around_text
 from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
 from autosteer.runtime.errors import ProviderError
+from autosteer.runtime.generation import common_length
 
 KEPT_BYTES = 4 << 30  # of float32 weights: a smaller model stays in memory
 
@@ -55,7 +56,7 @@ class FitModel:
                 out = self.hf_model.base_model(input_ids=self.opening[None].to(self.device), use_cache=True)
             self.opening_cache = out.past_key_values
 
-    def embeddings(self) -> torch.Tensor:
+    def lm_head(self) -> torch.Tensor:
         """The LM head E (vocab, d), float32. Each call reads it from disk: 2 GiB for a 7B model."""
         return self.checkpoint.tensor(self.decoder.lm_head).to(self.device)
 
@@ -75,18 +76,18 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
     sweep, decoder = LayerSweep(KEPT_BYTES), decoder_config(checkpoint)
     model = open_on_demand(checkpoint, decoder.lm_head, sweep) if device == "cpu" else _on_cuda(checkpoint)
     return FitModel(
-        checkpoint,
-        decoder,
-        model,
-        processor,
-        model.get_submodule(checkpoint.family.decoder).layers,
-        sweep,
-        torch.device(device),
-        torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long),
-        _end_token(checkpoint, processor),
-        renderer.image_id,
-        lead,
-        next((n for n, (a, b) in enumerate(zip(bare, whole, strict=False)) if a != b), len(bare)) - 1 - len(bare),
+        checkpoint=checkpoint,
+        decoder=decoder,
+        hf_model=model,
+        processor=processor,
+        layers=model.get_submodule(checkpoint.family.decoder).layers,
+        sweep=sweep,
+        device=torch.device(device),
+        opening=torch.tensor(processor.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.long),
+        end_token=_end_token(checkpoint, processor),
+        image_token_id=renderer.image_id,
+        text_lead=lead,
+        token_offset=common_length(bare, whole) - 1 - len(bare),
     )
 
 

@@ -73,7 +73,7 @@ class Prompt:
         return (self.text, self.earlier, self.system, *map(_picture_digest, self.images))
 
     @property
-    def same_words(self) -> str:
+    def words_key(self) -> str:
         """Equal for prompts whose texts differ in case and white space alone, with equal pictures."""
         return " ".join([same_prompt(" ".join(self.texts)), *(_picture_digest(path).hex() for path in self.images)])
 
@@ -154,12 +154,12 @@ class Labelled:
         """
         if self.family:
             return f"family {self.family}"
-        return self.prompt.same_words
+        return self.prompt.words_key
 
     @property
     def names(self) -> set[str]:
         """Its family, if it has one, and its words: two prompts with a common name say the same."""
-        return {self.cluster, self.prompt.same_words}
+        return {self.cluster, self.prompt.words_key}
 
 
 @dataclass(frozen=True)

@@ -97,17 +97,17 @@ def training_steps(states: torch.Tensor) -> int:
 
 
 def steered_logits(
-    hidden: torch.Tensor, steer_matrix: torch.Tensor, embeddings: torch.Tensor, strength: float
+    hidden: torch.Tensor, steer_matrix: torch.Tensor, lm_head: torch.Tensor, strength: float
 ) -> torch.Tensor:
-    """hidden (..., d), steer_matrix (d, d), embeddings (vocab, d) -> (..., vocab)."""
-    return (hidden + strength * hidden @ steer_matrix.T) @ embeddings.T
+    """hidden (..., d), steer_matrix (d, d), lm_head (vocab, d) -> (..., vocab)."""
+    return (hidden + strength * hidden @ steer_matrix.T) @ lm_head.T
 
 
 def train_refusal_head(
     train: torch.Tensor,
     heldout: torch.Tensor,
     answer: torch.Tensor,
-    embeddings: torch.Tensor,
+    lm_head: torch.Tensor,
     *,
     strength: float,
     seed: int,
@@ -116,30 +116,30 @@ def train_refusal_head(
 ) -> RefusalHead:
     """Fit W on cached states.
 
-    train (n, T, d), heldout (m, T, d), answer (T,) token ids, embeddings (vocab, d); runs on the device of
-    `embeddings`. Raises InputError if training did not lower the held-out loss.
+    train (n, T, d), heldout (m, T, d), answer (T,) token ids, lm_head (vocab, d); runs on the device of
+    `lm_head`. Raises InputError if training did not lower the held-out loss.
     """
     import torch
 
-    device = embeddings.device
+    device = lm_head.device
     answer = answer.to(device)
     matrix = torch.eye(train.shape[-1], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([matrix], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(seed)
-    initial_loss, _, _ = evaluate(heldout, answer, matrix.detach(), embeddings, strength)
+    initial_loss, _, _ = evaluate(heldout, answer, matrix.detach(), lm_head, strength)
     places, length = train.flatten(0, 1), train.shape[1]
     for step in range(steps):
         rows = torch.randint(len(places), (BATCH,), generator=generator)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         optimizer.zero_grad()
-        logits = steered_logits(places[rows].to(device), matrix, embeddings, strength)
+        logits = steered_logits(places[rows].to(device), matrix, lm_head, strength)
         floor = logits.detach().amax(dim=-1, keepdim=True) - DEEPEST
         wanted = logits.gather(1, answer[(rows % length).to(device), None])
         (torch.maximum(logits, floor).logsumexp(dim=-1, keepdim=True) - wanted).mean().backward()  # cross-entropy
         optimizer.step()
         advance(1)
     trained = matrix.detach()
-    loss, argmax_share, whole_share = evaluate(heldout, answer, trained, embeddings, strength)
+    loss, argmax_share, whole_share = evaluate(heldout, answer, trained, lm_head, strength)
     if not loss < initial_loss:
         raise InputError(
             f"the Refusal Head did not learn the refusal (loss {initial_loss:.3g} before, {loss:.3g} after training); "
@@ -149,7 +149,7 @@ def train_refusal_head(
 
 
 def evaluate(
-    states: torch.Tensor, answer: torch.Tensor, matrix: torch.Tensor, embeddings: torch.Tensor, strength: float
+    states: torch.Tensor, answer: torch.Tensor, matrix: torch.Tensor, lm_head: torch.Tensor, strength: float
 ) -> tuple[float, float, float]:
     """(mean cross-entropy, share of tokens right, share of prompts with all tokens right); states (n, T, d)."""
     import torch
@@ -158,7 +158,7 @@ def evaluate(
     losses, right = [], []
     with torch.no_grad():
         for batch in states.split(max(1, BATCH // len(answer))):
-            logits = steered_logits(batch.to(embeddings.device), matrix, embeddings, strength)
+            logits = steered_logits(batch.to(lm_head.device), matrix, lm_head, strength)
             target = answer.expand(len(batch), -1)
             losses.append(functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none"))
             right.append(logits.argmax(dim=-1) == target)

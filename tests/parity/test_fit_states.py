@@ -248,7 +248,7 @@ def test_answer_states_are_what_lm_head_sees(fit_model: FitModel, data: Path, tm
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with torch.no_grad():
             logits = fit_model.hf_model(**inputs).logits[0, -len(answer) :]
-        torch.testing.assert_close(state @ fit_model.embeddings().T, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state @ fit_model.lm_head().T, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_sweep(
@@ -281,7 +281,7 @@ def test_a_model_that_does_not_fit_gives_the_same_and_reads_each_matrix_once_a_s
     answers = []
     for model in (fit_model, large):
         loaded.clear()
-        answers.append(steered_answers(model, some, matrix, model.embeddings(), [0.0, 1.0], tokens=5))
+        answers.append(steered_answers(model, some, matrix, model.lm_head(), [0.0, 1.0], tokens=5))
     assert answers[1] == answers[0]
     assert {times for name, times in loaded.items() if ".layers.3.mlp.down_proj" in name} == {5}
     for prompt, (plain, steered) in zip(some, answers[0], strict=True):

@@ -789,7 +789,7 @@ def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path
     fold = {row: number for number, rows in enumerate(split.folds) for row in rows.tolist()}
     folds: dict[str, set[int]] = {}
     for row, item in enumerate(items):
-        folds.setdefault(item.prompt.same_words, set()).add(fold[row])
+        folds.setdefault(item.prompt.words_key, set()).add(fold[row])
     assert len(folds) == 80 and all(len(numbers) == 1 for numbers in folds.values())
 
 
