@@ -36,8 +36,8 @@ class Drafter {
  public:
   static constexpr int64_t kMaxDraft = 16;  // tokens
 
-  /// `prompt`: the text tokens before the answer. `position_cost`: see position_costs. `table`: the package's, if it has
-  /// one; it must outlive this.
+  /// `prompt`: the text tokens before the answer. `position_cost`: see position_costs. `table`: the package's, if it
+  /// has one; it must outlive this.
   Drafter(const std::vector<int64_t>& prompt, double position_cost, const DraftTable* table = nullptr)
       : position_cost_(position_cost), table_(table) {
     for (size_t n = 0; n < kTrust.size(); ++n) hits_[n] = kTrust[n] * kWeight;

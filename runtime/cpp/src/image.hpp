@@ -2,8 +2,8 @@
 // runtime/image.py. pixel_values equal Python's bit for bit: the resampling below is Pillow's fixed-point arithmetic
 // (libImaging/Resample.c), and the floating-point steps are numpy's in the same order.
 //
-// ImageSpec.kind selects a function of `cuts` that cuts an image into tiles. ImageSpec.tile_separators are the token ids
-// around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT's:
+// ImageSpec.kind selects a function of `cuts`, which cuts an image into tiles. ImageSpec.tile_separators are the token
+// ids around and between the tiles' rows. `anyres` is LLaVA-OneVision's and LLaVA-NeXT's:
 //
 //     one image  ->  a base tile (the whole picture, squeezed) + a grid of tiles (at the best pinpoint, padded)
 //     features   ->  base rows, then the grid row by row without its padding, a newline row after each

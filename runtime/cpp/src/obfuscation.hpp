@@ -158,7 +158,7 @@ inline std::string decoded(std::string_view text) {
 }
 
 inline std::string without_hidden(std::string_view text) {
-  const std::string letters = kLetters, invisible = kInvisible;
+  static const std::string letters = kLetters, invisible = kInvisible;
   static const Regex hidden("(?<=[" + letters + " \\t\\n])[" + invisible + kMarks + "]+|(?<![" + invisible + "])[" +
                             invisible + "]+(?=[" + letters + "])");
   return replaced(text, hidden, [](std::string_view) { return ""; });
@@ -182,7 +182,8 @@ inline std::string not_escaped(std::string_view text) {
 
 /// Signs within words go, if there are two or more.
 inline std::string not_parted(std::string_view text) {
-  static const Regex parted("(?<=[A-Za-z])(?:<\\|[a-z_]{1,20}\\|>|[" + std::string(kNotInWords) + "]{1,3})(?=[A-Za-z])");
+  static const std::string signs = kNotInWords;
+  static const Regex parted("(?<=[A-Za-z])(?:<\\|[a-z_]{1,20}\\|>|[" + signs + "]{1,3})(?=[A-Za-z])");
   return replaced_if_many(text, parted, "", 2);
 }
 

@@ -371,7 +371,9 @@ class Tokenizer {
       }
     }
     std::string out = token;
-    for (size_t at = 0; (at = out.find(kSpaceLetter, at)) != std::string::npos; ++at) out.replace(at, kSpaceLetter.size(), " ");
+    for (size_t at = 0; (at = out.find(kSpaceLetter, at)) != std::string::npos; ++at) {
+      out.replace(at, kSpaceLetter.size(), " ");
+    }
     return out;
   }
 
