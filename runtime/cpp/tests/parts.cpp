@@ -298,8 +298,8 @@ Json score(const Json& command) {
 }
 
 /// {"package": folder, "requests": [{"messages": as in autosteer.h}, ...], "conversation", "pieces", "judge_answers":
-/// bool, "failing": number} -> for each request the scores of its judged turns, how often each graph encoded for it, and
-/// how many turns were judged by themselves. The first of these, as many as are "failing", get no score.
+/// bool, "failing": number} -> for each request the scores of its judged turns, how often each graph encoded for it,
+/// and how many turns were judged by themselves. The first of these, as many as are "failing", get no score.
 Json judge(const Json& command) {
   const auto loaded = engine(command);
   std::map<std::string, int> encoded;
