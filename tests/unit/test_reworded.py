@@ -47,11 +47,11 @@ def test_no_held_out_prompt_is_trained_on_or_chosen_by():
 def test_rewordings_are_trained_on_in_the_part_of_their_prompt():
     found = reworded()
     taught = found.taught(SPLIT, 50)
-    assert len(taught.train) == 30 + 30 * TAUGHT and len(taught.validation) == 10 + 10 * TAUGHT
-    assert {found.everything[row - 50].prompt for row in taught.train[30:]}.isdisjoint(
+    assert len(taught.parts["train"]) == 30 + 30 * TAUGHT and len(taught.validation) == 10 + 10 * TAUGHT
+    assert {found.everything[row - 50].prompt for row in taught.parts["train"][30:]}.isdisjoint(
         found.everything[row - 50].prompt for row in taught.validation[10:]
     )
-    assert all(found.training[row - 50].of < 30 for row in taught.train[30:])
+    assert all(found.training[row - 50].of < 30 for row in taught.parts["train"][30:])
     assert (taught.heldout == SPLIT.heldout).all()
 
 
