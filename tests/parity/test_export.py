@@ -213,7 +213,7 @@ def test_a_truncated_weight_file_is_named(checkpoint: Path, tmp_path: Path) -> N
     assert nothing_left(tmp_path, "checkpoint")
 
 
-@pytest.mark.parametrize(("model", "message"), [("no/such/folder", "no such folder"), ("llava-ov", "not reachable")])
+@pytest.mark.parametrize(("model", "message"), [("no/such/folder", "no such folder"), ("llava-ov", "not downloaded")])
 def test_a_checkpoint_that_cannot_be_had_is_one_line(
     model: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
