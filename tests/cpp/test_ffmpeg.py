@@ -6,6 +6,7 @@ Frames of real files, playlists and pipes: tests/conformance/videos.json.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -104,6 +105,15 @@ def test_cpp_waits_no_longer_than_it_may(parts: Any, pretend: Any) -> None:
     assert "ffmpeg takes more than 1 s" in answer["error"]
     with pytest.raises(ProcessLookupError):
         os.kill(int((video.parent / "pid").read_text()), 0)
+
+
+def test_ffmpeg_ends_on_ctrl_c_and_when_its_reader_has_gone(built: Path, cpp_package: Path, pretend: Any) -> None:
+    """It had autosteer-cli's blocked SIGINT and ignored SIGPIPE, and worked on when the command had ended."""
+    video = pretend("grep -E '^Sig(Blk|Ign)' /proc/self/status > ${0%/bin/ffmpeg}/signals; exit 1")
+    command = [built / "autosteer-cli", cpp_package, "--video", video, "--prompt", "look"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 5
+    blocked, ignored = (int(line.split()[1], 16) for line in (video.parent / "signals").read_text().splitlines())
+    assert (blocked, ignored & (1 << (signal.SIGINT - 1) | 1 << (signal.SIGPIPE - 1))) == (0, 0)
 
 
 def test_ffmpeg_never_sees_a_name(opened: Open, pretend: Any, tmp_path: Path) -> None:
