@@ -236,7 +236,7 @@ class TinyFamily:
         scores = (LayerScore(self.split, 0.0, 0.0, 0.0),)
         facts = SafetyFacts(1, variant, self.split, theirs.token_offset, 0.5, 0.1, "i can't.", scores, {}, {})
         refusal = theirs.processor.tokenizer(facts.refusal_text, add_special_tokens=False).input_ids[0]
-        towards, seen = theirs.embeddings()[refusal], torch.stack([one.head[-1] for one in passes]).mean(0)
+        towards, seen = theirs.lm_head()[refusal], torch.stack([one.head[-1] for one in passes]).mean(0)
         push = 3 * torch.outer(towards / towards.norm(), seen / seen.norm())
         steer_matrix = torch.randn(self.width, self.width, generator=generator) + push
         artifact = SafetyArtifact(facts, prober, steer_matrix)
