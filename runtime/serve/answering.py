@@ -71,8 +71,8 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
             text += chunk.text
             yield Piece(chunk, dataclasses.replace(record.stats), shown, is_refusal)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
-    answer = record.verdict.answer if record.verdict else None
-    if not (ask.sampling.answer_is_judged or (answer and answer.unsafe)):  # the client may have dictated it; or report
+    seen = record.verdict.answer if record.verdict else None
+    if not (ask.sampling.answer_is_judged or (seen and seen.unsafe)):  # not one that the client may have dictated
         conversations.remember(beginnings[-1], text)
 
 
