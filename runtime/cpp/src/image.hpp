@@ -597,11 +597,12 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
   const double ratio =
       std::sqrt(static_cast<double>(grid.height * grid.width) / static_cast<double>(anyres.max_tiles_side * tile));
   if (ratio > 1.1) {
-    const auto whole = [&](int64_t side) {  // Python's side // ratio: of a quotient just below a number, that below it
+    // Python's side // ratio. std::floor(side / ratio) differs: a quotient just below 81 is rounded to 81 first.
+    const auto shrunk = [&](int64_t side) {
       const auto dividend = static_cast<double>(side);
       return static_cast<int64_t>(std::lround((dividend - std::fmod(dividend, ratio)) / ratio));
     };
-    grid = bilinear(grid, whole(grid.height), whole(grid.width));
+    grid = bilinear(grid, shrunk(grid.height), shrunk(grid.width));
   }
   for (int64_t y = 0; y < grid.height; ++y) {
     out.append(grid.cells.row(y * grid.width), grid.width);
