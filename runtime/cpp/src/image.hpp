@@ -597,9 +597,9 @@ inline Rows pack(const Rows& features, const Rows& newline, int64_t height, int6
   const double ratio =
       std::sqrt(static_cast<double>(grid.height * grid.width) / static_cast<double>(anyres.max_tiles_side * tile));
   if (ratio > 1.1) {
-    // Python's side // ratio. std::floor(side / ratio) differs: a quotient just below 81 is rounded to 81 first.
-    const auto shrunk = [&](int64_t side) {
-      const auto dividend = static_cast<double>(side);
+    // Python's length // ratio. std::floor(length / ratio) differs: a quotient just below 81 is rounded to 81 first.
+    const auto shrunk = [&](int64_t length) {
+      const auto dividend = static_cast<double>(length);
       return static_cast<int64_t>(std::lround((dividend - std::fmod(dividend, ratio)) / ratio));
     };
     grid = bilinear(grid, shrunk(grid.height), shrunk(grid.width));
