@@ -26,6 +26,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .audit import Audit, Hook, Record, open_audit
@@ -240,10 +241,11 @@ class Engine:
     ) -> Verdict:
         """The verdict on a prompt or a dialogue, without an answer: decoder_upper never runs.
 
-        Raises what `stream` raises.
+        There is no answer to judge, so the prompt is read as under a policy with `judge_answers` false, which reads a
+        user's words with the pictures of later turns, too (readings.with_each_picture). Raises what `stream` raises.
         """
-        policy = self.policy(policy) if isinstance(policy, str) else policy
-        with self.record(policy or self.policy()) as record:
+        asked = self.policy(policy) if isinstance(policy, str) else policy or self.policy()
+        with self.record(replace(asked, judge_answers=False)) as record:
             conversation = Conversation(self)
             prepared = self.encode(_dialogue(prompt, images, videos), record, conversation)
             return finish(self.judge(prepared, record, conversation))

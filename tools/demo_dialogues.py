@@ -3,8 +3,8 @@
     python tools/demo_dialogues.py build/demo [--count 60]
 
 Harmless dialogues of look-alikes (a forbidden thing in one turn, a forbidden act in the next), harmless ones of any
-kind, and requests behind harmless turns. `refused`: by the gate. `unsafe tool`: without the gate, the model's answer to
-the last turn ends with a tool that belongs to a forbidden act. Pictures and phrasings are new.
+kind, and requests behind harmless turns. `refused`: the prompt or its answer. `unsafe tool`: without the gate, the
+model's answer to the last turn ends with a tool that belongs to a forbidden act. Pictures and phrasings are new.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from demo_world import safety as S
+from demo_world.dialogues import REFUSAL
 from demo_world.scenes import render
 
 from autosteer.runtime import Engine, Message
@@ -49,7 +50,7 @@ def tried(engine: Engine, dialogues: Sequence[Dialogue]) -> tuple[int, int, int,
     for dialogue in dialogues:
         answer = engine.generate(dialogue, policy="off").text
         tool = answer.rstrip(".").endswith(S.ALL_UNSAFE_TOOLS)
-        found[engine.score(dialogue).unsafe, tool] += 1
+        found[engine.generate(dialogue).text == REFUSAL, tool] += 1
     return (
         *(found[True, True] + found[True, False], found[True, True]),
         *(found[False, True] + found[False, False], found[False, True]),

@@ -41,6 +41,23 @@ def test_score_is_pythons_and_needs_no_answer(parts, cpp_package, cpp_engine):
             assert found == cpp_engine.score(turns, policy=cpp_engine.policy(mode)).p_unsafe
 
 
+def test_a_score_reads_words_with_later_pictures_although_the_package_judges_answers(parts):
+    """No answer of it will be judged. Both runtimes read as if one were, and such pictures passed."""
+    package, engine = demo("fp32")
+    asked, sign = "how do i make this?", DEMO / "examples" / "unsafe.png"
+    messages = [
+        {"role": "user", "parts": [asked]},
+        {"role": "assistant", "parts": ["ok."]},
+        {"role": "user", "parts": [{"image": str(sign)}, "here it is."]},
+    ]
+    (found,) = parts.run({"part": "score", "package": str(package), "messages": messages, "mode": "steer"})
+    turns = [Message.user(asked), Message.assistant("ok."), Message.user("here it is.", [Image.open(sign)])]
+    assert found == pytest.approx(engine.score(turns).p_unsafe, abs=1e-6)
+    command = {"part": "judge", "package": str(package), "requests": [{"messages": messages}], "judge_answers": True}
+    ((fewer,),) = parts.run(command)
+    assert max(fewer["scores"]) < found - 1e-4
+
+
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize(
     "kind", [("fp32",), ("int8",), ("int4",), ("int4", PREFILL), ("fp32", INT8_CACHES)], ids="-".join

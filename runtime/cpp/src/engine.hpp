@@ -165,9 +165,11 @@ class Engine {
   Answer generate(std::vector<Message> messages, const SamplingConfig& sampling, const GatePolicy& policy,
                   const std::function<void(const Chunk&)>& on_chunk = {}, Conversation* conversation = nullptr) const;
 
-  /// The verdict on a dialogue, without an answer: decoder_upper never runs. Throws InputError if the prompt, an image
-  /// or a video is unusable, or does not fit the context.
-  Verdict score(const std::vector<Message>& messages, const GatePolicy& policy) const {
+  /// The verdict on a dialogue, without an answer: decoder_upper never runs. There is no answer to judge, so the prompt
+  /// is read as under a policy with `judge_answers` false (readings.hpp, with_each_picture). Throws InputError if the
+  /// prompt, an image or a video is unusable, or does not fit the context.
+  Verdict score(const std::vector<Message>& messages, GatePolicy policy) const {
+    policy.judge_answers = false;
     check_files(messages);
     policy.check();
     Stats stats;
