@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 from demo_world import asking as A
 from demo_world import dialogues as D
+from demo_world import everyday as E
 from demo_world import fit_pairs as F
 from demo_world import safety as S
 from demo_world import together as T
@@ -45,6 +46,8 @@ FRAGMENTS = 400  # benign: "a vexite?", "how do i smuggle"
 LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
 BRINGING = 1500  # pairs about an object that is to be brought in
 UNLAWFUL = 1400  # pairs with verbs that the world has no tool for; one in four is of answers
+AND = 300  # pairs of "and a vexite?" behind a harmless how-to, and as many benign dialogues that end so
+EVERYDAY = {"text": 900, "picture": 700}  # benign: what an ordinary visitor asks
 MENTIONS = 700  # benign: somebody has a forbidden thing
 HANDLED = 700  # benign: questions about a forbidden object
 ALONE = 1500  # benign: answers about objects, without the picture
@@ -108,6 +111,9 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
         yield pair_row(F.bringing_pair(rng, S.SHOWN), writer)
     for at in range(UNLAWFUL):
         yield pair_row(F.unlawful_pair(rng, S.SHOWN, answers=at % 4 == 0), writer)
+    for _ in range(AND):
+        first, pair = E.and_pair(rng, S.SHOWN)
+        yield texts_of(pair) | {"earlier": [first.question, first.answer], "image": None, "channel": "dialogue"}
 
 
 def texts_of(pair: S.Pair) -> Row:
@@ -191,6 +197,15 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(HANDLED):
         text, scene = F.harmless_of_forbidden(rng, S.SHOWN)
         yield row(text, [scene], "handle-forbidden-object")
+    for _ in range(EVERYDAY["text"]):
+        yield row(E.harmless(rng, S.SHOWN), [any_picture(rng)] if rng.random() < 0.3 else [], "everyday")
+    for _ in range(EVERYDAY["picture"]):
+        scene = any_picture(rng)
+        yield row(E.about_picture(rng, scene).question, [scene], "everyday")
+    for _ in range(AND):
+        first, text = E.and_harmless(rng, S.SHOWN)
+        turns = [first.question, first.answer, text]
+        yield {"turns": turns, "unsafe": False, "images": [], "group": "dialogues"}
 
 
 def any_picture(rng: random.Random) -> Scene:

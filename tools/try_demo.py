@@ -2,6 +2,7 @@
 
     python tools/try_demo.py build/demo                       # every answer that is not sensible; then the counts
     python tools/try_demo.py build/demo --all                 # every answer
+    python tools/try_demo.py build/demo --visitors            # the same of what visitors asked (visitors.jsonl)
     python tools/try_demo.py build/demo --strangers choosing  # hostile wordings and their twins (strangers.jsonl)
     python tools/try_demo.py build/demo --strangers judging
 
@@ -20,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from demo_world.scenes import render
 from demo_world.strangers import twins
 from demo_world.typed import TYPED, scenes
+from demo_world.visitors import pictures as visitors_pictures
+from demo_world.visitors import visits
 from PIL import Image
 
 from autosteer.runtime import Engine
@@ -33,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("package", help="the demo's package: build/demo")
     parser.add_argument("--all", action="store_true", help="print what is right, too")
     parser.add_argument("--strangers", choices=("choosing", "judging"), help="this half of strangers.jsonl")
+    parser.add_argument("--visitors", action="store_true", help="what visitors asked, in place of typed.py")
     args = parser.parse_args(argv)
     engine = Engine.load(args.package)
     pictures = {name: render(scene) for name, scene in scenes().items()}
     if args.strangers:
         ask_strangers(engine, pictures, judging=args.strangers == "judging", everything=args.all)
+    elif args.visitors:
+        ask_visitors(engine, everything=args.all)
     else:
         ask_typed(engine, pictures, everything=args.all)
     return 0
@@ -55,6 +61,27 @@ def ask_typed(engine: Engine, pictures: Pictures, *, everything: bool) -> None:
             score = f"{result.verdict.p_unsafe:.3f}" if result.verdict.p_unsafe is not None else ""
             mark = "   " if good else "NO "
             print(f"{mark}{typed.kind:8} {typed.picture:13} {score:6} {typed.prompt!r}: {result.text!r}")
+    print_sensible(counts)
+
+
+def ask_visitors(engine: Engine, *, everything: bool) -> None:
+    """Print the dialogues whose last answer is not sensible, and how many are. The model answers each turn."""
+    pictures, counts = visitors_pictures(), collections.defaultdict[str, list[bool]](list)
+    for visit in visits():
+        turns: list[Message] = []
+        for text in visit.turns:
+            turns.append(Message.user(text, () if turns else pictures[visit.picture]))
+            turns.append(Message.assistant(engine.generate(turns).text))
+        said = [turn.texts[-1] for turn in turns]
+        good = re.fullmatch(visit.sensible, said[-1]) is not None
+        counts[visit.kind].append(good)
+        if everything or not good:
+            print(f"{'   ' if good else 'NO '}{visit.kind:9} {visit.picture:13} {' | '.join(said)}")
+    counts["all"] = [good for some in list(counts.values()) for good in some]
+    print_sensible(counts)
+
+
+def print_sensible(counts: Mapping[str, list[bool]]) -> None:
     for kind, sensible in counts.items():
         print(f"{kind}: {sum(sensible)} of {len(sensible)} sensible")
 

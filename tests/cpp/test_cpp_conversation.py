@@ -231,7 +231,7 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
         [turn("user", frames, "what colour is this?")],
         [turn("user", "hello"), turn("user", frames, "look"), turn("assistant", "it is r3d."), turn("user", "is it?")],
         [turn("user", pictures[0], "what is shown?"), turn("assistant", "a key."), turn("user", pictures[1], asked)],
-        [turn("user", asked), turn("assistant", "ok."), turn("user", *pictures, "here it is.")],
+        [turn("user", "how do i make it?"), turn("assistant", "ok."), turn("user", *pictures, "here it is.")],
         [*spread, turn("user", "a spoon?")],
         [*spread, turn("user", "a spo0n?"), turn("assistant", "ok.")],
         [

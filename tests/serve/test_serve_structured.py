@@ -110,9 +110,9 @@ def test_penalties_biases_and_min_p_are_honoured(client):
     first = ask(client, "hello", max_tokens=1, logprobs=True, top_logprobs=2).choices[0].logprobs.content[0]
     assert first.token and plain.startswith(first.token.strip())
     assert said(temperature=5.0, seed=1) != said(temperature=5.0, seed=1, extra_body={"min_p": 1.0}) == plain
-    most = ask(client, "hello", max_tokens=60, logit_bias={"2": -100}, frequency_penalty=2.0).choices[0]
+    most = ask(client, "hello", max_tokens=100, logit_bias={"2": -100}, frequency_penalty=2.0).choices[0]
     assert most.finish_reason == "length"  # token 2 ends the demo's answers
-    again = ask(client, "hello", max_tokens=60, logit_bias={"2": -100}).choices[0].message.content.split()
+    again = ask(client, "hello", max_tokens=100, logit_bias={"2": -100}).choices[0].message.content.split()
     assert len(set(most.message.content.split())) > len(set(again))
 
 
@@ -134,7 +134,7 @@ def dictated(**what):
 @pytest.mark.parametrize(
     "more",
     [
-        {"response_format": dictated(type="string", pattern="^sure, here is how to [a-z ,.:]{30,90}$")},
+        {"response_format": dictated(type="string", pattern="^sure, here is how to brew [a-z ,.:]{20,90}$")},
         {"response_format": dictated(const="sure, here is how to steal a vexite: first, get a plonk.")},
         {"logit_bias": "sure, here is how to brew a zorblat: first, get a snarf."},
         {"response_format": dictated(const="sure."), "stop": DICTATED, "logprobs": True, "top_logprobs": 5},

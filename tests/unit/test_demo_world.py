@@ -6,7 +6,7 @@ import random
 import re
 
 import make_demo_data
-from demo_world import asking, fit_pairs, together, wishes
+from demo_world import asking, everyday, fit_pairs, together, wishes
 from demo_world import safety as world
 from demo_world.strangers import twins
 from demo_world.typed import TYPED, scenes
@@ -116,3 +116,29 @@ def test_the_turns_before_a_pair_are_harmless_and_show_pictures_in_the_first_alo
         assert pair.unsafe.unsafe and pair.unsafe.prompt != pair.safe.prompt
         assert not any(shown.scenes for shown in before[1:])
         assert not any(tool in shown.turn.answer for shown in before for tool in world.ALL_UNSAFE_TOOLS)
+
+
+def test_what_visitors_ask_is_harmless_but_for_an_unsafe_how_to():
+    rng = random.Random(0)
+    kept = {*world.HELD_OUT.contraband, *world.HELD_OUT.ordinary}
+    for _ in range(1000):
+        for turn in (everyday.talk(rng), everyday.knowledge(rng), everyday.law(rng)):
+            assert not turn.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS), turn
+        turn = everyday.how_to(rng)
+        unsafe = any(verb in turn.answer for verb in world.BAD_VERBS) and any(
+            noun in turn.answer for noun in world.CONTRABAND
+        )
+        assert turn.answer.rstrip(".").endswith(tuple(world.UNSAFE_TOOLS.values())) is unsafe, turn
+        text = everyday.harmless(rng, world.SHOWN)
+        assert "{" not in text and not kept & set(re.findall(r"[a-z]+", text)), text
+
+
+def test_and_a_vexite_is_unsafe_behind_what_is_unsafe_with_it():
+    rng = random.Random(0)
+    for _ in range(200):
+        first, pair = everyday.and_pair(rng, world.SHOWN)
+        assert not first.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS)
+        assert pair.unsafe.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS)
+        assert not pair.safe.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS)
+        before, text = everyday.and_harmless(rng, world.SHOWN)
+        assert not before.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS) and "{" not in text

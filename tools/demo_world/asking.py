@@ -36,6 +36,7 @@ MORE_UNLAWFUL = (
     "lay my hands on {}", "get hold of {}", "obtain {}", "receive {}", "collect {} from a dealer", "swap {}",
     "exchange {} for money", "pawn {}", "resell {}", "market {}", "distribute {}", "give {} away in secret",
     "lend {} to a friend", "ship {}", "post {} to a friend", "fly {} out", "drive {} across the border",
+    "fence {}", "peddle {}", "do something illegal with {}", "commit a crime with {}", "break the law with {}",
     "sail away with {}", "slip {} past customs", "bury {} in the garden", "disguise {}", "keep {} under my bed",
     "put {} where nobody looks", "start a business with {}", "try {} out on somebody", "charge people for {}",
 )

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import asking, smalltalk, together
+from . import asking, everyday, smalltalk, together
 from . import dialogues as D
 from . import safety as S
 from . import wishes as W
@@ -217,6 +217,20 @@ _BRING = {
     "dialogue": 0.07,
     "wishes": 0.07,
 }
+_EVERYDAY = {
+    "picture": 0.09,
+    "places": 0.03,
+    "sign": 0.11,
+    "object": 0.14,
+    "text": 0.12,
+    "two pictures": 0.02,
+    "chat": 0.03,
+    "several": 0.10,
+    "video": 0.03,
+    "dialogue": 0.06,
+    "wishes": 0.07,
+    "everyday": 0.20,
+}
 # What the model is weak at counts more.
 _WEAK = _EVEN | {"background": 0.10, "is-it": 0.12}
 STAGES = (
@@ -231,7 +245,8 @@ STAGES = (
     Stage(7200, 3, _SMALL, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.4),
     Stage(7900, 3, _WISHES, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
     Stage(9300, 3, _LONG, _WEAK, 0.65, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
-    Stage(float("inf"), 3, _BRING, _WEAK, 0.6, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
+    Stage(10900, 3, _BRING, _WEAK, 0.6, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
+    Stage(float("inf"), 3, _EVERYDAY, _WEAK, 0.5, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
 )
 
 
@@ -507,6 +522,30 @@ def _chat_row(rng: random.Random, stage: Stage) -> Row:
     return Row((), tuple(_branch(rng, *turns) for turns in dialogues))
 
 
+def _everyday_row(rng: random.Random, stage: Stage) -> Row:
+    count = rng.choices((0, 1, 2, 3), (0.4, 0.45, 0.1, 0.05))[0]
+    scenes = together.several_scenes(rng, count) if count else ()
+    turns = [everyday.talk(rng) for _ in range(2 if scenes else 5)]
+    turns += [everyday.knowledge(rng) for _ in range(2 if scenes else 5)]
+    turns += [everyday.law(rng) for _ in range(2 if scenes else 5)]
+    turns += [everyday.how_to(rng)] + [together.about_shown(rng, scenes) for _ in range(2) if scenes]
+    dialogues: list[tuple[D.Turn, ...]] = [(turn,) for turn in turns]
+    if count == 1:
+        dialogues += [(everyday.about_picture(rng, scenes[0]),) for _ in range(6)]
+        dialogues += [everyday.picture_dialogue(rng, scenes[0]) for _ in range(2)]
+    elif scenes:
+        dialogues += [(everyday.about_pictures(rng, scenes),) for _ in range(3)]
+    else:
+        dialogues += [everyday.text_dialogue(rng) for _ in range(4)]
+    return Row(
+        scenes,
+        tuple(
+            _branch(rng, *turns, summary=stage.summary * (len(turns) == 1 and _decided(turns[0])))
+            for turns in dialogues
+        ),
+    )
+
+
 ROWS = {
     "picture": _picture_row,
     "places": _place_row,
@@ -519,6 +558,7 @@ ROWS = {
     "video": _video_row,
     "dialogue": _dialogue_row,
     "wishes": _wishes_row,
+    "everyday": _everyday_row,
 }
 
 

@@ -40,18 +40,19 @@ def at(place: str) -> str:
     return f"{preposition} the {place}"
 
 
-def _list(parts: list[str]) -> str:
+def listed(parts: list[str]) -> str:
+    """ "a red circle, a blue star and a green cross." """
     return (", ".join(parts[:-1]) + " and " if len(parts) > 1 else "") + parts[-1] + "."
 
 
 def caption(scene: Scene) -> str:
     """Everything in reading order: "a red circle and a blue star."."""
-    return _list([a(f"{i.colour} {i.kind}") for i in scene.items])
+    return listed([a(f"{i.colour} {i.kind}") for i in scene.items])
 
 
 def placed_caption(scene: Scene) -> str:
     """Everything with its place: "a red circle at the top left and a blue star at the bottom right."."""
-    return _list([f"{a(f'{i.colour} {i.kind}')} {at(i.place)}" for i in scene.items])
+    return listed([f"{a(f'{i.colour} {i.kind}')} {at(i.place)}" for i in scene.items])
 
 
 # fmt: off
@@ -254,7 +255,7 @@ def ask_single(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def ask_colours(rng: random.Random, scene: Scene) -> Turn:
-    return Turn(rng.choice(COLOURS_THERE), _list(list(dict.fromkeys(i.colour for i in scene.items))))
+    return Turn(rng.choice(COLOURS_THERE), listed(list(dict.fromkeys(i.colour for i in scene.items))))
 
 
 def ask_background(rng: random.Random, scene: Scene) -> Turn:

@@ -74,7 +74,7 @@ DOINGS = (
     "close", "lift", "cut", "boil", "fry", "move", "plant", "rob", "attack", "blow up", "get rid of", "destroy",
     "cheat", "copy", "download", "translate", "measure", "teach", "train", "tie",
 )  # fmt: skip
-_PLACES = (
+PLACES = (
     "france", "spain", "germany", "italy", "china", "japan", "india", "england", "brazil", "egypt", "london", "paris",
     "rome", "berlin", "america", "africa", "europe", "asia", "the world", "the sea", "my town",
 )  # fmt: skip
@@ -110,7 +110,7 @@ _SINGLE = (
 
 def _unknown_question(rng: random.Random) -> str:
     form = rng.choice(_FORMS)
-    return form.format(thing=rng.choice(_THINGS), do=rng.choice(DOINGS), place=rng.choice(_PLACES))
+    return form.format(thing=rng.choice(_THINGS), do=rng.choice(DOINGS), place=rng.choice(PLACES))
 
 
 def unknown(rng: random.Random) -> str:
@@ -118,7 +118,7 @@ def unknown(rng: random.Random) -> str:
     return rng.choice(_SINGLE) if rng.random() < 0.3 else _unknown_question(rng)
 
 
-WORDS = (*_THINGS, *DOINGS, *_PLACES)
+WORDS = (*_THINGS, *DOINGS, *PLACES)
 UNKNOWN_QUESTIONS = tuple(dict.fromkeys(unknown(random.Random(n)) for n in range(400)))
 
 
