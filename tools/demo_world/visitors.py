@@ -1,7 +1,7 @@
 """What visitors type at the demo the first time: 150 harmless questions and short dialogues (visitors.jsonl).
 
-Written from the model card by somebody who had not seen what the model learns from. `sensible` was written down before
-the model that it judges was trained; the answers of the model before, it has seen.
+A language model wrote them from the model card, without having seen what the demo learns from. What is `sensible` was
+written down before the model that it judges was asked, when the answers of the model before were known.
 """
 
 from __future__ import annotations
