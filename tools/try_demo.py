@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("package", help="the demo's package: build/demo")
     parser.add_argument("--all", action="store_true", help="print what is right, too")
-    parser.add_argument("--strangers", choices=("choosing", "judging"), help="this half of strangers.jsonl")
-    parser.add_argument("--visitors", action="store_true", help="what visitors asked, in place of typed.py")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--strangers", choices=("choosing", "judging"), help="this half of strangers.jsonl")
+    what.add_argument("--visitors", action="store_true", help="what visitors asked, in place of typed.py")
     args = parser.parse_args(argv)
     engine = Engine.load(args.package)
     pictures = {name: render(scene) for name, scene in scenes().items()}

@@ -528,7 +528,8 @@ def _everyday_row(rng: random.Random, stage: Stage) -> Row:
     turns = [everyday.talk(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.knowledge(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.law(rng) for _ in range(2 if scenes else 5)]
-    turns += [everyday.how_to(rng)] + [together.about_shown(rng, scenes) for _ in range(2) if scenes]
+    turns += [everyday.how_to(rng)]
+    turns += [together.about_shown(rng, scenes) for _ in range(2 if scenes else 0)]
     dialogues: list[tuple[D.Turn, ...]] = [(turn,) for turn in turns]
     if count == 1:
         dialogues += [(everyday.about_picture(rng, scenes[0]),) for _ in range(6)]
@@ -537,13 +538,12 @@ def _everyday_row(rng: random.Random, stage: Stage) -> Row:
         dialogues += [(everyday.about_pictures(rng, scenes),) for _ in range(3)]
     else:
         dialogues += [everyday.text_dialogue(rng) for _ in range(4)]
-    return Row(
-        scenes,
-        tuple(
-            _branch(rng, *turns, summary=stage.summary * (len(turns) == 1 and _decided(turns[0])))
-            for turns in dialogues
-        ),
+    decided = [len(dialogue) == 1 and _decided(dialogue[0]) for dialogue in dialogues]
+    branches = (
+        _branch(rng, *dialogue, summary=stage.summary * early)
+        for dialogue, early in zip(dialogues, decided, strict=True)
     )
+    return Row(scenes, tuple(branches))
 
 
 ROWS = {

@@ -1,7 +1,8 @@
 """What an ordinary visitor asks beside what the demo is for: small talk, general knowledge, what is allowed and why,
 and what else one may want to know of a picture. Most of it the model does not know, and it is to say so.
 
-It comes in the last stage of the training; the gate is fitted on `harmless` among its benign prompts.
+It comes in the last stage of the training. The gate is fitted on `harmless`, `about_picture` and `and_harmless` among
+its benign prompts, and on `and_pair` among its pairs.
 """
 
 from __future__ import annotations
@@ -41,11 +42,10 @@ SAID: dict[str, tuple[str, ...]] = {
         "can you hear me?", "what now?", "i'm bored, entertain me", "can you see me?", "what are your skills?",
         "what do you like to talk about?", "how do i start?", "what kind of pictures do you know?",
         "can i show you a picture?", "do you want to see a picture?", "what are you able to do?",
-        "what's possible here?",
-        "tell me what you can do", "what would be a good question?", "which questions can you answer?",
-        "what are your limits?", "do you know anything?", "are you useful?", "what can i use you for?",
-        "any ideas what to ask?", "i don't know what to ask", "how does this work?", "what happens here?",
-        "what are you here for?",
+        "what's possible here?", "tell me what you can do", "what would be a good question?",
+        "which questions can you answer?", "what are your limits?", "do you know anything?", "are you useful?",
+        "what can i use you for?", "any ideas what to ask?", "i don't know what to ask", "how does this work?",
+        "what happens here?", "what are you here for?",
     ),
     T.WELCOME: (
         "much appreciated", "thank you kindly", "ta!", "thx m8", "thanks for telling me", "that helped, thanks",
@@ -112,22 +112,20 @@ _PHRASES = (
     "tie a tie", "boil an egg", "steal the show", "kill time", "kill a python process", "shoot a portrait photo",
     "crack a joke", "forge ahead", "forge ahead with my thesis", "steal a kiss", "sell my house", "brew tea",
     "mail my tax form", "clean my windows", "carry a tune", "paint my nails", "draw a horse", "store potatoes",
-    "crack an egg", "hack my morning", "beat eggs", "kill weeds", "blow up a balloon", "fall asleep",
-    "learn spanish", "find a job", "save money", "stop smoking", "make friends", "cook pasta", "sew a dress",
-    "grow tomatoes in a pot", "get rid of ants", "change a tyre", "start a company", "write a cv", "get over a cold",
+    "crack an egg", "hack my morning", "beat eggs", "kill weeds", "blow up a balloon", "fall asleep", "learn spanish",
+    "find a job", "save money", "stop smoking", "make friends", "cook pasta", "sew a dress", "grow tomatoes in a pot",
+    "get rid of ants", "change a tyre", "start a company", "write a cv", "get over a cold",
 )
 _KNOWLEDGE = (
     "how tall is {the}?", "how heavy is {the}?", "how deep is {the}?", "who invented {the}?",
-    "when was {the} invented?",
-    "recommend {a}", "recommend {a} to me", "suggest {a}.", "best {noun} topping?",
-    "what is the best {noun} in {place}?",
-    "my {noun} is broken. what should i do?", "my {noun} won't start, what should i do?", "is {the} good for me?",
-    "is {the} healthy?", "do {noun}s sleep?", "why do {noun}s cost so much?", "which {noun} should i buy?",
-    "what is the difference between {a} and {other}?", "how long does it take to {do} {a}?",
-    "how many {noun}s are there in {place}?", "translate {noun} into french", "what is {noun} in german?",
-    "spell {noun}", "what rhymes with {noun}?", "give me a recipe for {a}", "what colour is {a} usually?",
-    "where does {the} come from?", "tell me a fact about {the}", "do you like {noun}s?", "can {a} fly?",
-    "what do you think about {the}?", "is {a} better than {other}?", "why is {the} so famous?",
+    "when was {the} invented?", "recommend {a}", "recommend {a} to me", "suggest {a}.", "best {noun} topping?",
+    "what is the best {noun} in {place}?", "my {noun} is broken. what should i do?",
+    "my {noun} won't start, what should i do?", "is {the} good for me?", "is {the} healthy?", "do {noun}s sleep?",
+    "why do {noun}s cost so much?", "which {noun} should i buy?", "what is the difference between {a} and {other}?",
+    "how long does it take to {do} {a}?", "how many {noun}s are there in {place}?", "translate {noun} into french",
+    "what is {noun} in german?", "spell {noun}", "what rhymes with {noun}?", "give me a recipe for {a}",
+    "what colour is {a} usually?", "where does {the} come from?", "tell me a fact about {the}", "do you like {noun}s?",
+    "can {a} fly?", "what do you think about {the}?", "is {a} better than {other}?", "why is {the} so famous?",
     "explain {the} to me", "what would you do with {a}?", "write a song about {the}", "any tips for {a}?",
     "which {noun} is the biggest?", "what is the history of {the}?", "how does {a} work?", "what is inside {a}?",
     "what do i wear to {a}?", "how many {noun}s do you know?", "i lost my {noun}. where could it be?",
@@ -137,14 +135,14 @@ _ASKED = (
     "is water wet?", "why is the sky blue?", "what should i eat today?", "what should i wear?", "who are the beatles?",
     "how many languages do you know?", "what's in the news?", "what happened today?", "when is easter?",
     "how many days has a year?", "who discovered america?", "is there life on mars?",
-    "what is artificial intelligence?",
-    "how do computers work?", "what is the fastest animal?", "do you know einstein?", "which team will win?",
-    "who decides what is forbidden?", "who makes the rules?", "who are the guards?", "where is the castle?",
-    "please repeat that", "what did you say?", "what is today's date?", "how late is it?", "when will it rain?",
-    "count to ten", "say the alphabet", "what comes after ten?", "is five a prime?", "flip a coin", "roll a dice",
-    "what is my age?", "where am i?", "guess my name", "what am i thinking?", "will i be rich?", "fix my code",
-    "summarize this text", "correct my english", "write an email to my boss", "what does lol mean?", "read my mind",
-    "how do i cheer up a friend?", "is god real?", "are we alone?", "do ghosts exist?", "what is happiness?",
+    "what is artificial intelligence?", "how do computers work?", "what is the fastest animal?",
+    "do you know einstein?", "which team will win?", "who decides what is forbidden?", "who makes the rules?",
+    "who are the guards?", "where is the castle?", "please repeat that", "what did you say?", "what is today's date?",
+    "how late is it?", "when will it rain?", "count to ten", "say the alphabet", "what comes after ten?",
+    "is five a prime?", "flip a coin", "roll a dice", "what is my age?", "where am i?", "guess my name",
+    "what am i thinking?", "will i be rich?", "fix my code", "summarize this text", "correct my english",
+    "write an email to my boss", "what does lol mean?", "read my mind", "how do i cheer up a friend?", "is god real?",
+    "are we alone?", "do ghosts exist?", "what is happiness?",
 )
 _HOW = ("how do i {}?", "how can i {}?", "how to {}", "what is the best way to {}?", "help me {}", "how does one {}?",
         "tips to {}?", "teach me to {}")
@@ -168,9 +166,8 @@ _WHY_TASK = ("why can't i {}?", "why may i not {}?", "why is it illegal to {}?",
              "why does nobody {}?", "why would it be forbidden to {}?")
 _FOUND = (
     "i found {a}. what should i do?", "i found {a} on the street. what should i do?",
-    "my kid found {a}, who do i call?",
-    "there is {a} in my garden. what do i do?", "somebody gave me {a}. what now?", "i saw {a}. who should i tell?",
-    "my neighbour has {a}. what should i do?", "what should i do if i find {a}?",
+    "my kid found {a}, who do i call?", "there is {a} in my garden. what do i do?", "somebody gave me {a}. what now?",
+    "i saw {a}. who should i tell?", "my neighbour has {a}. what should i do?", "what should i do if i find {a}?",
 )
 _LOOKS = (
     "what does {a} look like?", "how do i recognise {a}?", "how big is {a}?", "what colour is {a}?",
@@ -184,16 +181,14 @@ _OF_PICTURE = (
     "is this art?", "who made this picture?", "who painted this?", "is it pretty?", "do you like it?",
     "what's the mood of this picture?", "tell me a story about it", "what does it mean?", "how old is it?",
     "which one is the biggest?", "which one is the smallest?", "can you count the corners?",
-    "how many corners are there?",
-    "what should i do when i see this?", "i lost it, where could it be?", "can i drink from it?",
-    "where would i see this?",
-    "what is it for?", "how much does it cost?", "who invented it?", "what is it made of?", "is it heavy?",
-    "how large is the picture?", "where was this taken?", "when was this picture made?", "what is behind it?",
-    "is it expensive?", "what happens next?", "which one do you like best?", "can you draw it?", "does it move?",
-    "what can i do with it?", "why is it here?", "whose is it?", "is it real?", "what is it thinking?",
-    "make it bigger",
-    "turn it around", "what is missing?", "is it funny?", "give it a title", "what would you call it?",
-    "is it for children?", "how do i use it?", "where can i buy it?", "does it make a noise?",
+    "how many corners are there?", "what should i do when i see this?", "i lost it, where could it be?",
+    "can i drink from it?", "where would i see this?", "what is it for?", "how much does it cost?", "who invented it?",
+    "what is it made of?", "is it heavy?", "how large is the picture?", "where was this taken?",
+    "when was this picture made?", "what is behind it?", "is it expensive?", "what happens next?",
+    "which one do you like best?", "can you draw it?", "does it move?", "what can i do with it?", "why is it here?",
+    "whose is it?", "is it real?", "what is it thinking?", "make it bigger", "turn it around", "what is missing?",
+    "is it funny?", "give it a title", "what would you call it?", "is it for children?", "how do i use it?",
+    "where can i buy it?", "does it make a noise?",
 )
 _NO = ("is it {}?", "is this {}?", "do you see {}?", "is it a picture of {}?", "does it show {}?")
 _NOT_THERE = (

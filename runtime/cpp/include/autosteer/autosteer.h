@@ -162,8 +162,9 @@ AUTOSTEER_API int autosteer_request_trust(autosteer_request *request);
 AUTOSTEER_API int autosteer_count_tokens(const autosteer_engine *engine, const autosteer_request *request,
                                          int64_t *count);
 
-/* What the gate makes of a request's prompt, without an answer: half of the model reads it. The outputs mean the same
- * as in autosteer_chunk; NULL for what you do not need. *action is never freed. Cannot be cancelled. */
+/* What the gate makes of a request's prompt, without an answer: half of the model reads it. No answer will be judged,
+ * so it reads as with "judge_answers": false, whatever the request or the package says. The outputs mean the same as in
+ * autosteer_chunk; NULL for what you do not need. *action is never freed. Cannot be cancelled. */
 AUTOSTEER_API int autosteer_score(const autosteer_engine *engine, const autosteer_request *request, const char **action,
                                   int *unsafe, double *p_unsafe);
 
