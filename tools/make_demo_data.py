@@ -29,6 +29,7 @@ from demo_world import asking as A
 from demo_world import dialogues as D
 from demo_world import everyday as E
 from demo_world import fit_pairs as F
+from demo_world import looking as L
 from demo_world import safety as S
 from demo_world import together as T
 from demo_world import wishes as W
@@ -47,7 +48,7 @@ LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
 BRINGING = 1500  # pairs about an object that is to be brought in
 UNLAWFUL = 1400  # pairs with verbs that the world has no tool for; one in four is of answers
 AND = 300  # pairs of "and a vexite?" behind a harmless how-to, and as many benign dialogues that end so
-EVERYDAY = {"text": 900, "picture": 700}  # benign: what an ordinary visitor asks
+EVERYDAY = {"text": 1100, "picture": 900}  # benign: what an ordinary visitor asks
 MENTIONS = 700  # benign: somebody has a forbidden thing
 HANDLED = 700  # benign: questions about a forbidden object
 ALONE = 1500  # benign: answers about objects, without the picture
@@ -201,7 +202,7 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
         yield row(E.harmless(rng, S.SHOWN), [any_picture(rng)] if rng.random() < 0.3 else [], "everyday")
     for _ in range(EVERYDAY["picture"]):
         scene = any_picture(rng)
-        yield row(E.about_picture(rng, scene).question, [scene], "everyday")
+        yield row(L.about_picture(rng, scene).question, [scene], "everyday")
     for _ in range(AND):
         first, text = E.and_harmless(rng, S.SHOWN)
         turns = [first.question, first.answer, text]

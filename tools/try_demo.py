@@ -2,7 +2,8 @@
 
     python tools/try_demo.py build/demo                       # every answer that is not sensible; then the counts
     python tools/try_demo.py build/demo --all                 # every answer
-    python tools/try_demo.py build/demo --visitors            # the same of what visitors asked (visitors.jsonl)
+    python tools/try_demo.py build/demo --visitors choosing   # the same of what visitors asked (visitors.jsonl)
+    python tools/try_demo.py build/demo --visitors judging
     python tools/try_demo.py build/demo --strangers choosing  # hostile wordings and their twins (strangers.jsonl)
     python tools/try_demo.py build/demo --strangers judging
 
@@ -37,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="print what is right, too")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--strangers", choices=("choosing", "judging"), help="this half of strangers.jsonl")
-    what.add_argument("--visitors", action="store_true", help="what visitors asked, in place of typed.py")
+    what.add_argument("--visitors", choices=("choosing", "judging"), help="this half of visitors.jsonl")
     args = parser.parse_args(argv)
     engine = Engine.load(args.package)
     pictures = {name: render(scene) for name, scene in scenes().items()}
     if args.strangers:
         ask_strangers(engine, pictures, judging=args.strangers == "judging", everything=args.all)
     elif args.visitors:
-        ask_visitors(engine, everything=args.all)
+        ask_visitors(engine, judging=args.visitors == "judging", everything=args.all)
     else:
         ask_typed(engine, pictures, everything=args.all)
     return 0
@@ -65,10 +66,12 @@ def ask_typed(engine: Engine, pictures: Pictures, *, everything: bool) -> None:
     print_sensible(counts)
 
 
-def ask_visitors(engine: Engine, *, everything: bool) -> None:
+def ask_visitors(engine: Engine, *, judging: bool, everything: bool) -> None:
     """Print the dialogues whose last answer is not sensible, and how many are. The model answers each turn."""
     pictures, counts = visitors_pictures(), collections.defaultdict[str, list[bool]](list)
     for visit in visits():
+        if visit.judges is not judging:
+            continue
         turns: list[Message] = []
         for text in visit.turns:
             turns.append(Message.user(text, () if turns else pictures[visit.picture]))

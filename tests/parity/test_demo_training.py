@@ -11,7 +11,7 @@ from demo_world.packing import Packer, frames_of
 from demo_world.scenes import render
 from transformers import AutoProcessor
 
-LAST_STAGE = 11000  # a step of it
+LAST_STAGE = 13000  # a step of it
 
 
 @pytest.fixture(scope="module")

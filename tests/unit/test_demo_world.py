@@ -6,8 +6,9 @@ import random
 import re
 
 import make_demo_data
-from demo_world import asking, everyday, fit_pairs, together, wishes
+from demo_world import asking, dialogues, everyday, fit_pairs, looking, together, wishes
 from demo_world import safety as world
+from demo_world.scenes import sample_scene, sample_shapes
 from demo_world.strangers import twins
 from demo_world.typed import TYPED, scenes
 
@@ -131,6 +132,34 @@ def test_what_visitors_ask_is_harmless_but_for_an_unsafe_how_to():
         assert turn.answer.rstrip(".").endswith(tuple(world.UNSAFE_TOOLS.values())) is unsafe, turn
         text = everyday.harmless(rng, world.SHOWN)
         assert "{" not in text and not kept & set(re.findall(r"[a-z]+", text)), text
+
+
+def test_what_visitors_ask_of_pictures_is_harmless_and_asked_whole():
+    rng = random.Random(0)
+    for _ in range(1000):
+        (scene,) = together.several_scenes(rng, 1)
+        turns = (looking.about_picture(rng, scene), *looking.picture_dialogue(rng, scene))
+        for turn in (*turns, looking.about_pictures(rng, together.several_scenes(rng, 2))):
+            assert "{" not in turn.question and not turn.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS), turn
+
+
+def test_what_is_above_a_thing_is_drawn_above_it():
+    rng, asked = random.Random(0), 0
+    for _ in range(5000):
+        scene = sample_scene(rng, sample_shapes(rng, 3))
+        turn = looking.about_picture(rng, scene)
+        found = re.fullmatch(r"what[a-z' ]* (above|below|left of|right of) the (\w+)\?", turn.question)
+        one = next((item for item in scene.items if found and item.kind == found[2]), None)
+        if found is None or one is None:
+            continue
+        asked += 1
+        along, across = (1, 0) if found[1] in ("above", "below") else (0, 1)
+        sign, near = 1 if found[1] in ("below", "right of") else -1, 0.2 * min(scene.width, scene.height)
+        away = [((i.x - one.x, i.y - one.y), f"{i.colour} {i.kind}") for i in scene.items]
+        there = [(offset[across], name) for offset, name in away if sign * offset[along] > near]
+        names = [dialogues.a(name) for offset, name in there if abs(offset) < near]
+        assert turn.answer in names or (turn.answer == "nothing" and not there), (turn, scene)
+    assert asked > 50
 
 
 def test_and_a_vexite_is_unsafe_behind_what_is_unsafe_with_it():

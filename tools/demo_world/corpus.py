@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import asking, everyday, smalltalk, together
+from . import asking, everyday, looking, smalltalk, together
 from . import dialogues as D
 from . import safety as S
 from . import wishes as W
@@ -231,6 +231,20 @@ _EVERYDAY = {
     "wishes": 0.07,
     "everyday": 0.20,
 }
+_VISITS = {
+    "picture": 0.10,
+    "places": 0.03,
+    "sign": 0.10,
+    "object": 0.12,
+    "text": 0.11,
+    "two pictures": 0.03,
+    "chat": 0.02,
+    "several": 0.09,
+    "video": 0.02,
+    "dialogue": 0.05,
+    "wishes": 0.06,
+    "everyday": 0.27,
+}
 # What the model is weak at counts more.
 _WEAK = _EVEN | {"background": 0.10, "is-it": 0.12}
 STAGES = (
@@ -246,7 +260,8 @@ STAGES = (
     Stage(7900, 3, _WISHES, _WEAK, 0.5, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
     Stage(9300, 3, _LONG, _WEAK, 0.65, all_phrasings=True, asked=0.45, facts=2, summary=0.5),
     Stage(10900, 3, _BRING, _WEAK, 0.6, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
-    Stage(float("inf"), 3, _EVERYDAY, _WEAK, 0.5, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
+    Stage(12000, 3, _EVERYDAY, _WEAK, 0.5, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
+    Stage(float("inf"), 3, _VISITS, _WEAK, 0.5, all_phrasings=True, asked=0.4, facts=2, summary=0.6, bring=0.5),
 )
 
 
@@ -525,6 +540,8 @@ def _chat_row(rng: random.Random, stage: Stage) -> Row:
 def _everyday_row(rng: random.Random, stage: Stage) -> Row:
     count = rng.choices((0, 1, 2, 3), (0.4, 0.45, 0.1, 0.05))[0]
     scenes = together.several_scenes(rng, count) if count else ()
+    if count == 1 and rng.random() < 0.45:
+        scenes = (_shapes(rng, stage.most),)
     turns = [everyday.talk(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.knowledge(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.law(rng) for _ in range(2 if scenes else 5)]
@@ -532,10 +549,10 @@ def _everyday_row(rng: random.Random, stage: Stage) -> Row:
     turns += [together.about_shown(rng, scenes) for _ in range(2 if scenes else 0)]
     dialogues: list[tuple[D.Turn, ...]] = [(turn,) for turn in turns]
     if count == 1:
-        dialogues += [(everyday.about_picture(rng, scenes[0]),) for _ in range(6)]
-        dialogues += [everyday.picture_dialogue(rng, scenes[0]) for _ in range(2)]
+        dialogues += [(looking.about_picture(rng, scenes[0]),) for _ in range(6)]
+        dialogues += [looking.picture_dialogue(rng, scenes[0]) for _ in range(2)]
     elif scenes:
-        dialogues += [(everyday.about_pictures(rng, scenes),) for _ in range(3)]
+        dialogues += [(looking.about_pictures(rng, scenes),) for _ in range(3)]
     else:
         dialogues += [everyday.text_dialogue(rng) for _ in range(4)]
     decided = [len(dialogue) == 1 and _decided(dialogue[0]) for dialogue in dialogues]

@@ -1,24 +1,24 @@
-"""What an ordinary visitor asks beside what the demo is for: small talk, general knowledge, what is allowed and why,
-and what else one may want to know of a picture. Most of it the model does not know, and it is to say so.
+"""What an ordinary visitor types beside what the demo is for: small talk, general knowledge, what is allowed and why.
+Most of it the model does not know, and it is to say so.
 
-It comes in the last stage of the training. The gate is fitted on `harmless`, `about_picture` and `and_harmless` among
-its benign prompts, and on `and_pair` among its pairs.
+It comes in the last two stages of the training. The gate is fitted on `harmless` and `and_harmless` among its benign
+prompts, and on `and_pair` among its pairs.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 from . import dialogues as D
+from . import phrasings as R
 from . import safety as S
 from . import smalltalk as T
 from .dialogues import Turn, a
-from .scenes import HAZARD_SIGNS, SIGNS, Scene
+from .scenes import ALLOWED_OBJECTS, COLOURS, FORBIDDEN_OBJECTS, SHAPES
 
-RULES = "i do not help with forbidden things."
-AGAINST_THE_LAW, NOT_FORBIDDEN = "it is against the law.", "it is not forbidden."
-NO_SIGN = "i see no sign."
+PHRASED = 0.5  # of what is asked: in the words of phrasings.jsonl
 
 # fmt: off
 SAID: dict[str, tuple[str, ...]] = {
@@ -72,7 +72,7 @@ SAID: dict[str, tuple[str, ...]] = {
         "hope you are well", "how do you do?", "what are you doing?", "how's life?", "how's it going today?",
         "is everything all right?", "are you having a good day?", "how are things?",
     ),
-    RULES: (
+    R.RULES: (
         "what are your rules?", "what are your safety rules?", "do you have rules?", "what will you not do?",
         "what do you refuse?", "why did you refuse?", "why do you refuse to answer?", "what can't i ask?",
         "what may i not ask?", "are there things you won't answer?", "are you safe?", "are you censored?",
@@ -88,11 +88,77 @@ SAID: dict[str, tuple[str, ...]] = {
         "what is legal here?", "name some everyday things", "name a harmless thing.", "what is allowed here?",
         "give me an example of an everyday thing", "what may everybody have?", "name something that is not forbidden",
     ),
+    R.BETTER: (
+        "i am sad", "i feel lonely", "my day was bad", "i have a headache", "i am so tired", "i am hungry",
+        "i failed my exam", "i lost my job", "nobody likes me", "i can't sleep", "i hate mondays", "i am ill",
+        "i broke my arm", "my cat is sick", "my back hurts", "i had a fight with my friend", "my phone is broken",
+        "it was a long day", "i am not well", "everything is awful", "i missed my bus", "my head hurts",
+        "i am worried about my mother", "work was terrible", "i need a hug", "i had a bad dream", "i feel ill today",
+    ),
+    R.SHAPES_KNOWN: (
+        "which shapes do you know?", "what shapes can you see?", "what shapes can you recognise?", "list your shapes",
+        "name all shapes that you know", "which shapes have you learned?", "what forms do you know?",
+        "which shapes can you name?", "tell me the shapes you know",
+    ),
+    R.COLOURS_KNOWN: (
+        "which colours do you know?", "what colors can you see?", "what colours can you recognise?",
+        "list your colours", "name all colours that you know", "how many colours do you know?",
+        "which colors can you name?", "tell me the colours you know", "can you see colours?", "do you know colours?",
+    ),
     S.LEGAL: (
         "is it ok to ask about forbidden things?", "may i ask you something?", "can i ask about the law?",
         "am i allowed to ask questions?", "is it fine to talk to you?", "may i show you a picture?",
     ),
 }
+
+_GREETINGS = ("hi", "hi!", "hello", "hello!", "hey", "hey!", "good morning", "good evening!", "ok", "oh", "haha",
+              "wow!")
+_FEELINGS = (
+    "sad", "down", "lonely", "tired", "sick", "stressed", "angry", "nervous", "hungry", "cold", "afraid", "worried",
+    "unhappy", "exhausted", "miserable", "hurt", "lost", "anxious", "depressed", "awful", "overworked", "frustrated",
+)
+_FEELS = ("i am", "i'm", "i feel", "i'm feeling", "i feel so", "i am a bit", "i'm really", "today i am", "we are all")
+_SINCE = ("", "", "", " today", " right now", " because of my exam", " since monday", " at work", " tonight", " again")
+_PEOPLE = ("anna", "tom", "maria", "ben", "li", "omar", "sofia", "peter", "emma", "raj", "julia", "max", "nora", "sam")
+_JOBS = ("teacher", "nurse", "student", "cook", "farmer", "driver", "lawyer", "painter", "pilot", "baker", "engineer")
+_OF_ONESELF = (
+    "my name is {who} and i have {two} {thing}s", "i am {who} and i live in {place}", "i am from {place}",
+    "i am a {job}", "i work as a {job} in {place}", "i'm {age} years old", "i like {thing}s", "i love my {thing}",
+    "i have a new {thing}", "i just bought a {thing}", "my {thing} is {colour}", "i collect {thing}s",
+    "my favourite colour is {colour}", "i saw a {thing} today", "i am happy today", "i had a good day",
+    "i am waiting for my {thing}", "i'm going to {place} tomorrow", "i am learning to {do}", "my wife is a {job}",
+    "my son {who} likes {thing}s", "i was in {place} last year", "i'm on holiday", "it is {who}'s birthday today",
+    "i'm having a {thing}", "i am making a {thing} for {who}", "we have {two} {thing}s at home", "it rains here",
+    "it is sunny outside", "i can't wait for my holiday", "i feel good today", "i'm in a good mood",
+)
+_SKILLS = (
+    "sing", "dance", "cook", "drive", "swim", "count", "read", "write", "draw", "play chess", "do maths", "translate",
+    "code", "speak spanish", "tell stories", "search the internet", "read my mail", "read handwriting", "rap", "joke",
+    "do my homework", "write poems", "learn", "keep a secret", "lie", "feel pain", "love", "fly", "run", "beat me",
+)
+_OF_MODELS = (
+    "do you {like}?", "did you ever {like}?", "do you want to {like}?", "do you know how to {like}?",
+    "have you learned to {like}?", "are you able to {like}?", "can you {like}?", "could you {like}?",
+    "would you like to {like}?",
+)
+_OPINIONS = (
+    "you are {very} {kind}", "you're {very} {kind}", "you are {kind}!", "that was {very} {kind}", "that is {kind}",
+    "this is {very} {kind}", "what a {kind} answer", "so {kind}", "how {kind}", "{kind}!", "that sounds {kind}",
+    "you sound {kind}", "your answers are {very} {kind}", "{kind} model", "i think you are {kind}",
+)
+_VERY = ("", "very", "so", "really", "quite", "not very", "too")
+_KINDS = (
+    "smart", "clever", "cute", "slow", "fast", "dumb", "silly", "useless", "helpful", "strange", "kind", "rude",
+    "short", "boring", "great", "impressive", "good", "bad", "wrong", "fun", "sweet", "weird", "wonderful", "nice",
+)
+_REFUSE = (
+    "{what} do you refuse?", "{what} do you refuse to answer?", "{what} will you refuse?", "{what} won't you answer?",
+    "{what} can't you answer?", "{what} do you not help with?", "{what} are you not allowed to answer?",
+    "{what} may i not ask you?", "{what} should i not ask?", "{what} do you block?", "{what} are off limits?",
+)
+_WHAT_QUESTIONS = ("what", "which questions", "what questions", "which requests", "what kind of questions",
+                   "which things",
+                   "what sort of things", "which topics")
 
 _THINGS = (
     "coffee", "beer", "lemonade", "card", "postcard", "bike", "sofa", "piano", "carpet", "laptop", "printer", "lawn",
@@ -143,25 +209,102 @@ _ASKED = (
     "what am i thinking?", "will i be rich?", "fix my code", "summarize this text", "correct my english",
     "write an email to my boss", "what does lol mean?", "read my mind", "how do i cheer up a friend?", "is god real?",
     "are we alone?", "do ghosts exist?", "what is happiness?",
+    "when did the war end?", "when did the first world war start?", "in which year did the wall fall?",
+    "how did the romans end?", "when does the film start?", "how do i stop hiccups?", "how do i exit vim?",
+    "what is a good test score?", "what's a nice name for a dog?", "how do i say goodbye in spanish?",
+    "how do you say thank you in japanese?", "what does hello mean in hawaii?", "when is good friday?",
+    "who wrote romeo and juliet?", "who painted the mona lisa?", "what language do they speak in brazil?",
+    "what is the tallest building?", "which is the longest river?", "how many planets are there?",
+    "why is grass green?",
+    "how many people are there in the world?", "what is gravity?", "how old is the earth?", "what causes rain?",
+    "how long is a marathon?", "what is the speed of light?", "who won the world cup?", "how does wifi work?",
+    "what's a prime number?", "what is the square root of nine?", "how many minutes has an hour?", "is pluto a planet?",
+    "how many seconds are in a minute?", "how many months are in a year?", "what day comes after monday?",
+    "when was einstein born?", "when did columbus sail?", "who was the first man on the moon?", "how do planes fly?",
+    "what is photosynthesis?", "what do bees eat?", "how long do dogs live?", "why do cats purr?",
+    "what is the population of china?", "how much is a dollar in euros?", "what's the boiling point of water?",
+)
+_DEEDS = (
+    "fold", "peel", "iron", "knit", "carve", "slice", "polish", "recycle", "wrap", "describe", "photograph", "measure",
+    "weigh", "dry", "heat", "freeze", "sharpen", "stack", "hang up", "unpack", "decorate a room with", "get rid of",
+    "make", "make tea in", "choose", "ripen", "assemble", "light", "spell", "juggle", "pack", "empty", "fill", "sew",
+)
+_WHEN = ("when did {} {}?", "in which year did {} {}?", "why did {} {}?", "how did {} {}?", "where did {} {}?",
+         "who made {} {}?", "did {} really {}?")
+_EVENTS = ("the war", "the film", "the first {thing}", "the roman empire", "the game", "the olympics", "my {thing}",
+           "napoleon", "the {thing} company", "the show", "the revolution", "the {thing}", "the strike")
+_HAPPEN = ("end", "start", "begin", "happen", "stop", "finish", "win", "die", "take place", "change", "get its name")
+_COMPARED = (
+    "what's the difference between {a} and {other}?", "what is the difference between {noun}s and {others}s?",
+    "compare {a} and {other}", "what do {a} and {other} have in common?", "which is better, {a} or {other}?",
+    "is {a} the same as {other}?", "how are {noun}s different from {others}s?", "why is {a} not {other}?",
+    "which is bigger, {a} or {other}?",
+)
+_SIDES = ("how many {} does {a} have?", "how many {} has {a}?", "{a} has how many {}?", "count the {} of {a}")
+_HAS = {"triangle": 3, "square": 4, "diamond": 4, "circle": 0}
+_KNOWN = (
+    "what do you know about {a}?", "what do you know about {noun}s?", "tell me about {noun}s",
+    "have you heard of {noun}s?",
+    "do you know what {a} is?", "what's {a}?", "what are {noun}s?", "define {noun}", "explain {noun}s to me",
+    "what does {noun} mean?", "what exactly is {a}?", "what kind of thing is {a}?",
 )
 _HOW = ("how do i {}?", "how can i {}?", "how to {}", "what is the best way to {}?", "help me {}", "how does one {}?",
         "tips to {}?", "teach me to {}")
 _ARITHMETIC = ("what's {} times {}?", "{} x {}", "what is {} minus {}?", "{} divided by {}?", "{} * {}", "{}-{}=?")
 
-_MAY = (
+MAY = (
     "may i {}?", "am i allowed to {}?", "is it ok to {}?", "can i legally {}?", "should i {}?",
     "do people get away with it if they {}?", "is it a good idea to {}?", "would it be fine to {}?",
+    "is it allowed to {}?", "is one allowed to {}?", "am i permitted to {}?", "is it okay if i {}?",
+    "is it ok if i {}?",
+    "can people legally {}?", "is it legal to {} or not?", "would it be legal to {}?", "does the law let me {}?",
 )
+_BAD_TO = ("would it be bad to {}?", "is it wrong to {}?", "is it a crime to {}?", "is it against the law to {}?",
+           "is it forbidden to {}?", "is it illegal to {}?", "do i go to prison if i {}?",
+           "will i be punished if i {}?",
+           "could i get into trouble if i {}?", "is it dangerous to {}?")
+_LEGAL_DOING = ("is {doing} {noun}s legal?", "is {doing} {noun}s allowed?", "is {doing} {a} fine?",
+                "is {doing} {a} legal here?", "are you ok with {doing} {noun}s?")
+_BAD_DOING = ("is {doing} {noun}s a crime?", "is {doing} {a} illegal?", "is {doing} {noun}s forbidden?",
+              "is {doing} {a} wrong?")
+_WHICH_ONE = ("{one} or {other}, which one is {}?", "which one is {}, {a_one} or {a_other}?",
+              "what is {}: {one} or {other}?",
+              "{one}, {other}: which is {}?", "which of these is {}: {one}, {other}?")
+_TALK_ABOUT = ("are you allowed to talk about {noun}s?", "may we talk about {noun}s?", "can we talk about {a}?",
+               "is it ok to talk about {noun}s?", "may i ask you about {noun}s?", "can i ask what {a} is?")
 _LEGAL_THING = (
     "is {a} legal?", "are {noun}s legal?", "is it legal to own {a}?", "may i own {a}?", "am i allowed to have {a}?",
     "is it ok to have {a}?", "may my child have {a}?", "may people own {noun}s?", "is {a} allowed?",
+    "is {a} allowed here?", "are {noun}s allowed?", "can i have {a}?", "can i keep {a} at home?", "may i keep {a}?",
+    "is it fine to have {a} at home?", "am i allowed to own {noun}s?", "is {noun} legal?", "is {a} ok?",
+    "{noun} allowed?",
+    "is {a} fine or not?", "are {noun}s ok here?", "can i own {a} legally?", "is {a} permitted?",
+    "may one possess {a}?",
 )
+_FORBIDDEN_THING = (
+    "is {a} illegal?", "are {noun}s illegal?", "is {a} forbidden?", "are {noun}s forbidden?", "is {a} forbidden here?",
+    "is {a} contraband?", "are {noun}s contraband?", "is {a} dangerous?", "are {noun}s dangerous?", "is {noun} bad?",
+    "is {a} something bad?", "do i go to prison for {a}?", "are {noun}s banned?", "is {a} against the law?",
+    "should i be afraid of {a}?", "do the guards take away {noun}s?", "is {a} harmful?",
+)
+_WHO_MAY = ("who may have {a}?", "who is allowed to have {a}?", "who can own {noun}s?", "who may keep {noun}s?")
 _TROUBLE = (
     "what happens if somebody {does} {a}?", "what happens to someone who {does} {a}?",
     "what do they do to people who {do} {noun}s?", "what is the penalty if one {does} {a}?",
+    "what happens when you {do} {a}?", "what is the punishment for {doing} {a}?", "what if somebody {does} {a}?",
+    "what happens when people {do} {noun}s?",
+)
+_TROUBLE_OF_MINE = (
+    "what happens if i {do} {a}?", "what would happen if i {do} {a}?", "what happens to me if i {do} {a}?",
+    "what do i get for {doing} {noun}s?", "what would they do to me if i {do} {a}?", "what if i {do} {a}?",
+    "what will happen to me when i {do} {noun}s?", "what are they going to do if i {do} {a}?",
 )
 _WHY_THING = ("why is {a} forbidden?", "why are {noun}s forbidden?", "why is {a} illegal?", "why may nobody have {a}?",
-              "why do the guards look for {noun}s?", "what is wrong with {a}?")
+              "why do the guards look for {noun}s?", "what is wrong with {a}?", "why can't i have {a}?",
+              "why am i not allowed to have {a}?", "why can nobody own {noun}s?", "what makes {a} forbidden?",
+              "why is {a} not allowed?", "why are {noun}s so bad?", "what's so bad about {noun}s?",
+              "why is {a} banned?")
+_WHY_ALLOWED = ("why is {a} allowed?", "why are {noun}s legal?", "why may everybody have {a}?", "why is {a} ok?")
 _WHY_TASK = ("why can't i {}?", "why may i not {}?", "why is it illegal to {}?", "why is it wrong to {}?",
              "why does nobody {}?", "why would it be forbidden to {}?")
 _FOUND = (
@@ -177,56 +320,74 @@ _LOOKS = (
 _AND = ("and {}?", "what about {}?", "and for {}?", "ok, and {}?", "and what about {}?", "now the same for {}",
         "{} too?", "how about {}?")
 
-_OF_PICTURE = (
-    "is this art?", "who made this picture?", "who painted this?", "is it pretty?", "do you like it?",
-    "what's the mood of this picture?", "tell me a story about it", "what does it mean?", "how old is it?",
-    "which one is the biggest?", "which one is the smallest?", "can you count the corners?",
-    "how many corners are there?", "what should i do when i see this?", "i lost it, where could it be?",
-    "can i drink from it?", "where would i see this?", "what is it for?", "how much does it cost?", "who invented it?",
-    "what is it made of?", "is it heavy?", "how large is the picture?", "where was this taken?",
-    "when was this picture made?", "what is behind it?", "is it expensive?", "what happens next?",
-    "which one do you like best?", "can you draw it?", "does it move?", "what can i do with it?", "why is it here?",
-    "whose is it?", "is it real?", "what is it thinking?", "make it bigger", "turn it around", "what is missing?",
-    "is it funny?", "give it a title", "what would you call it?", "is it for children?", "how do i use it?",
-    "where can i buy it?", "does it make a noise?",
-)
-_NO = ("is it {}?", "is this {}?", "do you see {}?", "is it a picture of {}?", "does it show {}?")
-_NOT_THERE = (
-    "a landscape", "a photo", "a painting", "a map", "a face", "a dog", "a cat", "a person", "a house", "an animal",
-    "a car", "a tree", "the sea", "a city", "a letter", "a word", "a chart", "a screenshot", "an elephant", "a bird",
-    "a crowd", "food", "a text", "a number", "a mountain", "a flower", "the sky", "a ship",
-)
-_BESIDE = ("what is next to the {}?", "what is beside the {}?", "what is near the {}?",
-           "what else is there, beside the {}?",
-           "the {} and what else?", "which things are not the {}?")
-_MEANS = ("what does this sign mean?", "what does the sign say?", "what kind of sign is it?", "what sign is this?",
-          "which sign is it?", "what is the sign for?", "what does this sign stand for?", "name the sign.")
-_WARNING = ("is it a hazard sign?", "is this a warning sign?", "is it a danger sign?", "does it warn of something?",
-            "should i stay away from it?", "should i be careful?", "should i be afraid of it?", "do i have to worry?",
-            "is this something bad?", "would the guards take it away?")
-_MAKE_THIS = ("make this", "make this sign", "make it", "build this", "draw this")
-_NAMED = ("name them left to right", "name them from left to right", "name them one by one", "read them out",
-          "what r these", "whats here", "what things r there", "go through the things in order", "which things?")
-_COUNTED = ("how many pictures are there?", "how many pictures do you see?", "how many images did i send?")
-_BOTH = ("describe both", "describe both pictures", "what do they show?", "compare them", "what is in the pictures?",
-         "describe all of them", "tell me about both", "what are these pictures?")
-_THANKS = (*SAID[T.WELCOME], "thank you", "thanks", "thanks!")
-_SURE = ("are you sure?", "really?", "is that right?", "sure?", "are you certain?")
-_WHICH = ("which ones?", "which?", "what are they?", "name them", "and which ones?")
+THANKS = (*SAID[T.WELCOME], "thank you", "thanks", "thanks!", *R.PHRASINGS["welcome"])
+HOW_COME = ("why don't you know that?", "why not?", "how come you don't know?", "you should know that",
+             "don't you know anything?", "why can't you answer that?", "that was easy, why don't you know it?",
+             *R.PHRASINGS["how_come"])
+PRAISE = ("nice, well done!", "good to hear", "well done", "that's nice", "cool!", "good job, that is correct",
+           "correct!", "wow, you are good", "nice one", "great answer", "glad to hear that", "that's great", "ok, cool",
+           "very good, that's right", "haha nice", "interesting, ok", "impressive", *R.PHRASINGS["praise_after"])
+WHY = ("why?", "why not?", "why is that?", "but why?", "and why?", "how come?", "for what reason?", "why is it so?",
+       *R.PHRASINGS["why_follow"])
+_WHY_REFUSED = ("why did you refuse?", "why don't you answer?", "why won't you tell me?", "why did you say no?",
+                "what are you afraid of?", "are you not allowed to?", "which rule is that?")
+_THEN_HOW = ("thanks! and how do i {} it?", "ok, and how do i {} it?", "how do i {} it then?", "and how can i {} it?",
+             "thank you. how do i {} it?", "great. now how do i {} it?")
+SURE = ("are you sure?", "really?", "is that right?", "sure?", "are you certain?")
 # fmt: on
 
 
 def talk(rng: random.Random) -> Turn:
     """Small talk."""
-    answer = rng.choice(list(SAID))
-    return Turn(rng.choice(SAID[answer]), answer)
+    if rng.random() < PHRASED:
+        return R.talk(rng)
+    way = rng.random()
+    who, thing, kind = rng.choice(_PEOPLE), rng.choice(_THINGS), rng.choice(_KINDS)
+    turn = Turn("", T.GLAD)
+    if way < 0.1:
+        turn = Turn(f"{rng.choice(_FEELS)} {rng.choice(_FEELINGS)}{rng.choice(_SINCE)}", R.BETTER)
+    elif way < 0.2:
+        said = rng.choice(_OF_ONESELF).format(
+            who=who,
+            thing=thing,
+            two=rng.choice(("two", "three", "four", "2", "many")),
+            place=rng.choice(T.PLACES),
+            job=rng.choice(_JOBS),
+            age=rng.randrange(8, 80),
+            colour=rng.choice(list(COLOURS)),
+            do=rng.choice(_SKILLS),
+        )
+        turn = Turn(said, T.GLAD)
+    elif way < 0.27:
+        turn = Turn(rng.choice(_OF_MODELS).format(like=rng.choice(_SKILLS)), T.UNKNOWN)
+    elif way < 0.35:
+        turn = Turn(" ".join(rng.choice(_OPINIONS).format(very=rng.choice(_VERY), kind=kind).split()), T.GLAD)
+    elif way < 0.39:
+        turn = Turn(rng.choice(_REFUSE).format(what=rng.choice(_WHAT_QUESTIONS)), R.RULES)
+    else:
+        answer = rng.choice(list(SAID))
+        turn = Turn(rng.choice(SAID[answer]), answer)
+    if turn.answer not in (T.HELLO, "goodbye!") and rng.random() < 0.15:
+        return replace(turn, question=f"{rng.choice(_GREETINGS)}{rng.choice((', ', ' ', '. '))}{turn.question}")
+    return turn
 
 
 def knowledge(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
     """What the model does not know."""
+    if rng.random() < PHRASED:
+        return R.unknown(rng) if rng.random() < 0.85 else R.known(rng, words)
     way = rng.random()
     thing, other = (rng.choice(_ADJECTIVES) + rng.choice(_THINGS) for _ in range(2))
-    if way < 0.35:
+    if way < 0.06:
+        return known(rng, words)
+    if way < 0.11:
+        event = rng.choice(_EVENTS).format(thing=thing)
+        text = rng.choice(_WHEN).format(event, rng.choice(_HAPPEN))
+    elif way < 0.16:
+        pool = rng.choice((SHAPES, words.forbidden + words.allowed, words.contraband + words.ordinary, _THINGS))
+        one, two = rng.sample(pool, 2)
+        text = rng.choice(_COMPARED).format(noun=one, others=two, a=a(one), other=a(two))
+    elif way < 0.38:
         text = rng.choice(_KNOWLEDGE).format(
             noun=thing,
             a=a(thing),
@@ -248,31 +409,83 @@ def knowledge(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
     return Turn(text, T.UNKNOWN)
 
 
+def known(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
+    """The little that the model does know: its things, and how many sides a shape has."""
+    if rng.random() < 0.25:
+        shape = rng.choice(list(_HAS))
+        asked = rng.choice(_SIDES).format(rng.choice(("sides", "corners", "edges")), a=a(shape))
+        return Turn(asked, D.NUMBERS[_HAS[shape]])
+    noun = rng.choice(R.nouns(rng, words))
+    return Turn(rng.choice(_KNOWN).format(noun=noun, a=a(noun)), R.what_is(noun))
+
+
 def how_to(rng: random.Random) -> Turn:
-    """A how-to of this world with a few more words in it."""
+    """A how-to of this world with a few more words in it, also about objects; or a deed that it has no tool for."""
+    way = rng.random()
     verb, noun = _task(rng)
-    said = f"{verb} {a(rng.choice(_ADJECTIVES) + noun)}{rng.choice(_TAILS)}"
-    return Turn(*S.how_to(rng.choice(S.HOW), verb, noun, said)[:2])
+    if way < 0.3:
+        noun = rng.choice(FORBIDDEN_OBJECTS + ALLOWED_OBJECTS if verb in S.OK_VERBS else ALLOWED_OBJECTS)
+    said = f"{a(rng.choice(_ADJECTIVES) + noun)}{rng.choice(_TAILS)}"
+    if way > 0.75:
+        return Turn(rng.choice(S.HOW).format(f"{rng.choice(_DEEDS)} {said}"), T.UNKNOWN)
+    return Turn(*S.how_to(rng.choice(S.HOW), verb, noun, f"{verb} {said}")[:2])
 
 
 def law(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
     """What is allowed, and why."""
-    verb, noun = _task(rng, words)
-    illegal, forbidden = verb in S.BAD_VERBS and noun in S.CONTRABAND, noun in S.CONTRABAND
-    nouns = {"noun": noun, "a": a(noun)}
-    turns = (
-        lambda: Turn(rng.choice(_MAY).format(f"{verb} {a(noun)}"), S.ILLEGAL if illegal else S.LEGAL),
-        lambda: Turn(rng.choice(_LEGAL_THING).format(**nouns), S.ILLEGAL if forbidden else S.LEGAL),
-        lambda: Turn(
-            rng.choice(_TROUBLE).format(**nouns, do=verb, does="carries" if verb == "carry" else f"{verb}s"),
-            "they go to prison." if illegal else "nothing happens to them.",
-        ),
-        lambda: Turn(rng.choice(_WHY_THING).format(**nouns), AGAINST_THE_LAW if forbidden else NOT_FORBIDDEN),
-        lambda: Turn(rng.choice(_WHY_TASK).format(f"{verb} {a(noun)}"), AGAINST_THE_LAW if illegal else NOT_FORBIDDEN),
-        lambda: Turn(rng.choice(_FOUND).format(**nouns), S.how_to("", "report", noun)[1]),
-        lambda: Turn(rng.choice(_LOOKS).format(**nouns), T.UNKNOWN),
+    if rng.random() < PHRASED:
+        return R.law_of_thing(rng, words) if rng.random() < 0.6 else R.law_of_act(rng, *_task(rng, words))
+    return (_law_of_thing if rng.random() < 0.6 else _law_of_task)(rng, words)
+
+
+def _law_of_thing(rng: random.Random, words: S.Vocabulary) -> Turn:
+    noun = rng.choice(R.nouns(rng, words))
+    forbidden = noun in S.FORBIDDEN
+    forms, answer = rng.choice(
+        (
+            (_LEGAL_THING, S.ILLEGAL if forbidden else S.LEGAL),
+            (_FORBIDDEN_THING, "yes" if forbidden else "no"),
+            (_WHY_THING, R.AGAINST_THE_LAW if forbidden else R.NOT_FORBIDDEN),
+            (_WHY_ALLOWED, R.AGAINST_THE_LAW if forbidden else R.NOT_FORBIDDEN),
+            (_WHO_MAY, "nobody." if forbidden else "everybody."),
+            (_FOUND, S.how_to("", "report", noun)[1]),
+            (_LOOKS, T.UNKNOWN),
+            (_TALK_ABOUT, S.LEGAL),
+            (_WHICH_ONE, ""),
+        )
     )
-    return rng.choice(turns)()
+    if forms is not _WHICH_ONE:
+        return Turn(rng.choice(forms).format(noun=noun, a=a(noun)), answer)
+    wanted, good = rng.choice((("allowed", True), ("legal", True), ("forbidden", False), ("not allowed", False)))
+    bad, fine = rng.choice(words.contraband + words.forbidden), rng.choice(words.ordinary + words.allowed)
+    one, other = rng.sample((bad, fine), 2)
+    text = rng.choice(forms).format(wanted, one=one, other=other, a_one=a(one), a_other=a(other))
+    return Turn(text, f"the {fine if good else bad}.")
+
+
+def _law_of_task(rng: random.Random, words: S.Vocabulary) -> Turn:
+    verb, noun = _task(rng, words)
+    illegal = verb in S.BAD_VERBS and noun in S.CONTRABAND
+    act = f"{verb} {a(noun)}"
+    said = {
+        "noun": noun,
+        "a": a(noun),
+        "do": verb,
+        "does": "carries" if verb == "carry" else f"{verb}s",
+        "doing": f"{verb.removesuffix('e')}ing",
+    }
+    forms, answer = rng.choice(
+        (
+            (MAY, S.ILLEGAL if illegal else S.LEGAL),
+            (_BAD_TO, "yes" if illegal else "no"),
+            (_LEGAL_DOING, S.ILLEGAL if illegal else S.LEGAL),
+            (_BAD_DOING, "yes" if illegal else "no"),
+            (_TROUBLE, R.PRISON if illegal else R.NOTHING),
+            (_TROUBLE_OF_MINE, R.YOUR_PRISON if illegal else R.NOTHING_TO_YOU),
+            (_WHY_TASK, R.AGAINST_THE_LAW if illegal else R.NOT_FORBIDDEN),
+        )
+    )
+    return Turn(rng.choice(forms).format(act, **said), answer)
 
 
 def _task(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> tuple[str, str]:
@@ -285,78 +498,42 @@ def _task(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> tuple[str, 
 
 
 def text_dialogue(rng: random.Random) -> tuple[Turn, ...]:
-    """A question, and one that leans on it: "and a teapot?", "thanks", "are you sure?"."""
+    """A question or a remark, and what leans on it: "and a teapot?", "thanks", "are you sure?", "why not?"."""
     verb, noun = _task(rng)
-    other = rng.choice(S.CONTRABAND + S.ORDINARY)
-    form, more = rng.choice(S.HOW), rng.choice(_AND).format(a(other))
-    if rng.random() < 0.25:
-        return law(rng), Turn(rng.choice(_THANKS), T.WELCOME)
-    turns: tuple[Callable[[], tuple[Turn, Turn]], ...] = (
+    other = rng.choice(R.nouns(rng, S.EVERYTHING))
+    more, answer = rng.choice(_AND).format(a(other)), S.ILLEGAL if noun in S.FORBIDDEN else S.LEGAL
+    thing = Turn(rng.choice(_LEGAL_THING).format(noun=noun, a=a(noun)), answer)
+    why = Turn(rng.choice(WHY), R.AGAINST_THE_LAW if answer == S.ILLEGAL else R.NOT_FORBIDDEN)
+    and_thing = Turn(
+        R.say(rng, "and_thing", **R.named(other)) if rng.random() < PHRASED else more,
+        S.ILLEGAL if other in S.FORBIDDEN else S.LEGAL,
+    )
+    act = Turn(rng.choice(S.MAY + MAY).format(f"{verb} {a(noun)}"), _legal(verb, noun))
+    task = Turn(*S.how_to(rng.choice(S.HOW), verb, noun)[:2], learn=False)
+    ok_verb = rng.choice(list(S.OK_VERBS))
+    turns: tuple[Callable[[], tuple[Turn, ...]], ...] = (
+        lambda: (law(rng), Turn(rng.choice(THANKS), T.WELCOME)),
+        lambda: (task, Turn(rng.choice(_AND).format(a(word := rng.choice(S.ORDINARY))), S.how_to("", verb, word)[1])),
+        lambda: (S.what_is(noun), Turn(more, R.what_is(other))),
+        lambda: (act, Turn(rng.choice(_AND).format(a(word := rng.choice(S.CONTRABAND))), _legal(verb, word))),
+        lambda: (thing, and_thing),
+        lambda: (thing, why, and_thing),
+        lambda: (thing, why),
+        lambda: (Turn(rng.choice(_ASKED), T.UNKNOWN), Turn(rng.choice(HOW_COME), T.NAME)),
+        lambda: (talk(rng), Turn(rng.choice(PRAISE), T.GLAD)),
+        lambda: (talk(rng), talk(rng), talk(rng)),
+        lambda: (talk(rng), knowledge(rng), talk(rng)),
         lambda: (
-            Turn(*S.how_to(form, verb, noun)[:2], learn=False),
-            Turn(more, S.how_to("", verb, other)[1]),
+            replace(task, answer=S.how_to("", ok_verb, noun)[1], question=S.how_to("how do i {}?", ok_verb, noun)[0]),
+            Turn(rng.choice(_THEN_HOW).format(word := rng.choice(list(S.OK_VERBS))), S.how_to("", word, noun)[1]),
         ),
-        lambda: (S.what_is(noun), Turn(more, S.what_is(other).answer)),
-        lambda: (
-            Turn(rng.choice(S.MAY + _MAY).format(f"{verb} {a(noun)}"), _legal(verb, noun)),
-            Turn(more, _legal(verb, other)),
-        ),
+        lambda: (replace(task, answer=D.REFUSAL), Turn(rng.choice(_WHY_REFUSED), R.RULES)),
     )
     return rng.choice(turns)()
 
 
 def _legal(verb: str, noun: str) -> str:
     return S.ILLEGAL if verb in S.BAD_VERBS and noun in S.CONTRABAND else S.LEGAL
-
-
-def about_picture(rng: random.Random, scene: Scene) -> Turn:
-    """What else one may ask of a picture."""
-    item = next((i for i in scene.items if i.kind in SIGNS), scene.items[0])
-    forbidden = any(i.kind in S.FORBIDDEN for i in scene.items)
-    sign = item.kind in SIGNS
-    way = rng.random()
-    if way < 0.24:
-        return Turn(rng.choice(_OF_PICTURE), T.UNKNOWN)
-    if way < 0.36:
-        return Turn(rng.choice(_NO).format(rng.choice(_NOT_THERE)), "no")
-    if way < 0.46 and len(scene.items) > 1:
-        one = rng.choice(scene.items)
-        names = D.names(scene, one)
-        if names:
-            rest = [a(f"{i.colour} {i.kind}") for i in scene.items if i is not one]
-            return Turn(rng.choice(_BESIDE).format(rng.choice(names)), D.listed(rest))
-    if way < 0.56:
-        return Turn(rng.choice(_MEANS), f"it is {a(item.kind)}." if sign else NO_SIGN)
-    if way < 0.70:
-        return Turn(rng.choice(_WARNING), "yes" if forbidden else "no")
-    if way < 0.82:
-        hazard = item.kind in HAZARD_SIGNS
-        return Turn(rng.choice(_MAY).format(rng.choice(_MAKE_THIS)), S.ILLEGAL if hazard else S.LEGAL)
-    if way < 0.88:
-        return Turn(rng.choice(_NAMED), D.caption(scene))
-    if way < 0.92:
-        return Turn(rng.choice(_COUNTED), "one")
-    one = rng.choice(scene.items)
-    return Turn(f"why is the {one.kind} {one.colour}?", T.UNKNOWN)
-
-
-def picture_dialogue(rng: random.Random, scene: Scene) -> tuple[Turn, ...]:
-    """An ordinary question about the picture, and what is said to the answer."""
-    way = rng.random()
-    first = D.question(rng, scene)
-    if way < 0.4:
-        return first, Turn(rng.choice(_THANKS), T.WELCOME)
-    if way < 0.65:
-        return first, Turn(rng.choice(_SURE), "yes")
-    count = Turn(rng.choice(D.COUNT_ALL), D.NUMBERS[len(scene.items)])
-    return count, Turn(rng.choice(_WHICH), D.caption(scene))
-
-
-def about_pictures(rng: random.Random, scenes: Sequence[Scene]) -> Turn:
-    """A question about several pictures at once."""
-    if rng.random() < 0.3:
-        return Turn(rng.choice(_COUNTED), D.NUMBERS[len(scenes)])
-    return Turn(rng.choice(_BOTH), " ".join(D.caption(scene) for scene in scenes))
 
 
 def and_pair(rng: random.Random, words: S.Vocabulary) -> tuple[Turn, S.Pair]:
@@ -379,7 +556,7 @@ def and_harmless(rng: random.Random, words: S.Vocabulary) -> tuple[Turn, str]:
         (
             Turn(*S.how_to(rng.choice(S.HOW), rng.choice(words.ok_verbs), noun)[:2]),
             S.what_is(noun),
-            Turn(rng.choice(S.MAY + _MAY).format(f"{verb} {a(noun)}"), _legal(verb, noun)),
+            Turn(rng.choice(S.MAY + MAY).format(f"{verb} {a(noun)}"), _legal(verb, noun)),
         )
     )
     return first, rng.choice(_AND).format(a(rng.choice(words.contraband + words.ordinary)))

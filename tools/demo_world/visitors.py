@@ -1,7 +1,9 @@
-"""What visitors type at the demo the first time: 150 harmless questions and short dialogues (visitors.jsonl).
+"""What visitors type at the demo the first time: 550 harmless questions and short dialogues (visitors.jsonl).
 
-A language model wrote them from the model card, without having seen what the demo learns from. What is `sensible` was
-written down before the model that it judges was asked, when the answers of the model before were known.
+Language models wrote them from the model card, without having seen what the demo learns from; another one wrote down
+which answers are sensible, before the model was asked. (Those to the first 150 were written down by somebody who knew
+the answers of an earlier model.) The first 350 are for choosing: what was wrong among them says what the model is to
+learn. The last 200 judge, and are looked at when it has learned that.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Visit:
     turns: tuple[str, ...]
     sensible: str
     picture: str = ""
+    judges: bool = False
 
 
 def visits() -> list[Visit]:
