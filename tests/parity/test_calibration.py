@@ -116,8 +116,8 @@ def test_a_thing_on_plain_ground_fits_int8_caches() -> None:
         return max(caches.errors)
 
     texts = rows_for_scales(rows, checkpoint, config.vocab_size, None, None)
-    assert error(texts) > 0.05  # an export allows 0.1
-    assert error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec)) < 0.02
+    mixed = error(rows_for_scales(rows, checkpoint, config.vocab_size, graph, spec))
+    assert error(texts) > 2 * mixed and mixed < 0.02  # an export allows 0.1
 
 
 def _shapes(size: int) -> np.ndarray:

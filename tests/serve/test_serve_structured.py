@@ -47,7 +47,7 @@ def test_an_answer_is_json_of_the_schema(client):
     for temperature in (0.0, 2.0):
         choice = ask(client, SAFE, response_format=FORMAT, temperature=temperature, seed=3).choices[0]
         assert fits(choice.message.content) and choice.finish_reason == "stop"
-    asked = {"response_format": {"type": "json_object"}, "max_tokens": 20}
+    asked = {"response_format": {"type": "json_object"}, "max_tokens": 8}
     quote = client.tokenizer.token_to_id('"')
     choice = ask(client, "what can you do?", **asked, logit_bias={str(quote): 100}).choices[0]
     assert choice.message.content.startswith("{") and choice.finish_reason == "length"
