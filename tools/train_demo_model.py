@@ -4,7 +4,7 @@
 
 First the SigLIP tower learns what each patch shows (kind, colour, place; four minutes, heads thrown away).
 Then the whole model learns to answer, the tower at a fraction of the learning rate; corpus.STAGES says what is
-asked when. About six hours on two cores. Each worker is one single-threaded process; gradients are averaged
+asked when. About seven hours on two cores. Each worker is one single-threaded process; gradients are averaged
 with gloo. On a shared machine this is faster than threads: those wait for each other in busy loops, and lose most of
 their speed when another program takes a core.
 
