@@ -343,7 +343,6 @@ def talk(rng: random.Random) -> Turn:
         return R.talk(rng)
     way = rng.random()
     who, thing, kind = rng.choice(_PEOPLE), rng.choice(_THINGS), rng.choice(_KINDS)
-    turn = Turn("", T.GLAD)
     if way < 0.1:
         turn = Turn(f"{rng.choice(_FEELS)} {rng.choice(_FEELINGS)}{rng.choice(_SINCE)}", R.BETTER)
     elif way < 0.2:
