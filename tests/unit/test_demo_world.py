@@ -121,7 +121,7 @@ def test_the_turns_before_a_pair_are_harmless_and_show_pictures_in_the_first_alo
 
 def test_what_visitors_ask_is_harmless_but_for_an_unsafe_how_to():
     rng = random.Random(0)
-    kept = {*world.HELD_OUT.contraband, *world.HELD_OUT.ordinary}
+    kept = {*world.HELD_OUT.contraband, *world.HELD_OUT.ordinary, *world.HELD_OUT.forbidden}
     for _ in range(1000):
         for turn in (everyday.talk(rng), everyday.knowledge(rng), everyday.law(rng)):
             assert not turn.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS), turn

@@ -242,13 +242,13 @@ def _of_one(rng: random.Random, scene: Scene) -> Turn | None:
     there = [i for i in scene.items if i.place == place]
     rest = [said(i) for i in scene.items if i is not item]
     colour = rng.choice(list(COLOURS))
-    count_kind = say(rng, "count_kind", kinds=f"{D.plural(kind)}s", colour=colour)
-    counted = [i for i in scene.items if (i.colour == colour if colour in count_kind else i.kind == kind)]
+    count = rng.choice(PHRASINGS["count_kind"])
+    counted = [i for i in scene.items if (i.colour == colour if "{colour}" in count else i.kind == kind)]
     turns = [
         Turn(say(rng, "what_at", place=D.at(place)), said(there[0]) if there else "nothing"),
         Turn(say(rng, "anything_at", place=D.at(place)), "yes" if there else "no"),
         Turn(say(rng, "is_there", a=a(kind), kinds=f"{D.plural(kind)}s"), "yes" if kind in kinds else "no"),
-        Turn(count_kind, D.NUMBERS[len(counted)]),
+        Turn(count.format(kinds=f"{D.plural(kind)}s", colour=colour), D.NUMBERS[len(counted)]),
     ]
     if kinds.count(item.kind) == 1:
         turns += [Turn(say(rng, "colour_of", name=item.kind), item.colour)] * 2
