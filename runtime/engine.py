@@ -324,8 +324,8 @@ class Engine:
             def score(answer: str) -> Generator[None, None, float]:
                 if batch:
                     batch.leave(request)  # whose rows all decode
-                words = answer if sampling.json_schema is None else words_of(answer)
-                return self._judge.answer(words, request, record)
+                texts = [answer] if sampling.json_schema is None else words_of(answer)
+                return self._judge.answer(texts, request, record)
 
             chunks = until_judged(chunks, said, score, record, all_answers=all_answers)
         try:

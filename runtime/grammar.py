@@ -57,14 +57,19 @@ class Grammars:
 
 
 _CUT_OFF = re.compile(r"((?<!\\)(?:\\\\)*)\\u[0-9a-fA-F]{0,3}$")  # an escape that the end of the answer cuts
-_JSON_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"?|([^\s{}\[\]:,"]+)', re.DOTALL)
+_JSON_WORD = re.compile(r'"((?:[^"\\]|\\.)*)"?(\s*:)?|([^\s{}\[\]:,"]+)', re.DOTALL)
 
 
-def words_of(answer: str) -> str:
+def words_of(answer: str) -> list[str]:
     """The keys and values of an answer in JSON, one after the other, as a reader puts them together: those of keys
     given twice, too, and of an answer that is cut off. The answer itself if there are none.
+
+    A schema may cut words anywhere, so then come all of them joined by nothing, and the values joined by nothing.
     """
-    return " ".join(_text(*parts) for parts in _JSON_WORD.findall(answer)) or answer
+    found = [(_text(within, bare), bool(colon)) for within, colon, bare in _JSON_WORD.findall(answer)]
+    words, values = [word for word, _ in found], [word for word, is_key in found if not is_key]
+    glued = filter(None, ("".join(words), "".join(values)))
+    return [*dict.fromkeys((" ".join(words) or answer, *glued))]
 
 
 def _text(within: str, bare: str) -> str:

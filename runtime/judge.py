@@ -137,16 +137,19 @@ class Judge:
             for key, (at, reading) in zip(keys, some, strict=True):
                 forms.note(at, reading, scored.get(key, math.nan))  # one that no longer counts was not scored
 
-    def answer(self, text: str, request: Request, record: Record) -> Generator[None, None, float]:
-        """The worst p_unsafe of `text`, the answer of `request` to the prompt that is noted in `record` with its
-        verdict, of all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read.
-        May pause.
+    def answer(self, texts: Sequence[str], request: Request, record: Record) -> Generator[None, None, float]:
+        """The worst p_unsafe of the answer of `request` to the prompt that is noted in `record` with its verdict, of
+        all readings up to some behind the first that is unsafe; NaN of none, or if one cannot be read. May pause.
+
+        texts: the answer; then its words put together in other ways
         """
         assert record.prompt is not None and record.verdict is not None
         policy, verdict, scores = record.policy, record.verdict, list[float]()
         shown, frames = self._each_shown(record.messages, record.prompt.seen, frames=True)
         begun = self._begun(request)
-        readings = readings_of_answer(record.messages, text, frames, steered=verdict.action is Action.STEER)
+        text, *also = texts
+        steered = verdict.action is Action.STEER
+        readings = readings_of_answer(record.messages, text, frames, steered=steered, also=also)
         while some := [*itertools.islice(readings, self._together)]:
             found = yield from self._read_all(some, shown, policy, Stats(), begun)
             scores += (discounted(p) if one.discounted else p for one, p in zip(some, found, strict=True))

@@ -11,9 +11,10 @@ dialogue, behind the turns before it. Each turn's worst score counts (judge.py).
     pieces of all these (pieces.py)                   yes           yes               stopped         discounted
     pieces of all that the user says, and of all      yes           no                stopped         discounted
     that the program does not trust, as one text
-    its words and their pieces with each picture,     yes           no                stopped         discounted
-    and with each frame of a video (a user's words
-    with later ones only if answers are not judged)
+    the words of all these, but another's turn, and   yes           no                stopped         discounted
+    their pieces, with each picture and each frame
+    of a video (a user's words with later ones only
+    if answers are not judged)
 
 A harmless question that was answered before, or that stands beside it, can draw the prober's eye from a request that it
 catches alone; so can a harmless picture or frame. Whoever writes a dialogue may put a request into a system turn or an
@@ -111,17 +112,21 @@ def all_readings(
     yield from ((at_of[n], reading) for n, reading in with_pictures)
 
 
-def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
-    """The forms in which turn `n` is read."""
+def whole_forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> list[Form]:
+    """Turn `n`, its texts as one, the user's turns in a row (both only with `pieces`); each in plain letters, too."""
     wholes = [Form(messages[n], Kind.TURN)]
     if turn := plain[n]:
         wholes.append(Form(turn, Kind.PLAIN))
-    if not pieces:
-        yield from wholes
-        return
-    joined = as_one(messages, n)
-    wholes += [*joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
+    joined = as_one(messages, n) if pieces else []
+    return [*wholes, *joined, *(replace(form, turn=turn) for form in joined if (turn := in_plain_letters(form.turn)))]
+
+
+def forms(messages: Sequence[Message], plain: Sequence[Message | None], n: int, *, pieces: bool) -> Iterator[Form]:
+    """The forms in which turn `n` is read."""
+    wholes = whole_forms(messages, plain, n, pieces=pieces)
     yield from wholes
+    if not pieces:
+        return
     dialogue = n + 1  # what stands for all of it is read alone
     if messages[n].role != "user" and text_of(messages[n]):
         yield Form(Message("user", messages[n].parts), stands_for=dialogue, discounted=True)
@@ -163,28 +168,29 @@ def with_each_picture(
     judge_answers: bool,
     frames: Sequence[tuple[int, Part]],
 ) -> Iterator[tuple[int, Reading]]:
-    """The words of each judged turn, and their pieces, with each picture and each of `frames`: (turn, reading). One
-    picture after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
+    """The words of each judged turn's forms, and their pieces, with each picture and each of `frames`: (turn, reading).
+    One picture after the other: what begins alike is computed once. Raises InputError for more than MOST_WITH_PICTURES.
 
     Words may be meant for a picture that is shown later: "how do i make this?", and then "here it is". Of a user most
     are not, and in harmless dialogues such readings are refused. So with `judge_answers`, which finds out what the
     answer is about, a user speaks of what was shown so far.
     """
     shown, count = shown_by_turn(messages), 0
-    said = {n: _words_and_pieces(messages[n], plain[n]) for n in judged(messages) if shown}
+    said = {n: _words_and_pieces(messages, plain, n) for n in judged(messages) if shown}
     for number, (first, picture) in enumerate((*shown, *frames)):
         for n in said:
-            is_turn = number < len(shown) and n == first and len(shown_in(messages[n])) == 1  # as it stands
-            if is_turn or (judge_answers and messages[n].role == "user" and n < first):
+            if judge_answers and messages[n].role == "user" and n < first:
                 continue
-            count += len(said[n])
-            if count > MOST_WITH_PICTURES:
-                raise InputError(
-                    f"{len(shown) + len(frames)} pictures and frames with so many words are more than the "
-                    f"{MOST_WITH_PICTURES} readings that the gate makes of them: show fewer, say less, or give a "
-                    "policy without pieces"
-                )
-            for words in said[n]:
+            for words, own in said[n].items():
+                if own == range(number, number + 1):  # read as a form
+                    continue
+                count += 1
+                if count > MOST_WITH_PICTURES:
+                    raise InputError(
+                        f"{len(shown) + len(frames)} pictures and frames with so many words are more than the "
+                        f"{MOST_WITH_PICTURES} readings that the gate makes of them: show fewer, say less, or give a "
+                        "policy without pieces"
+                    )
                 reading = Reading(
                     (Message("user", (picture, words)),),
                     (number,),
@@ -196,24 +202,37 @@ def with_each_picture(
                 yield n, reading
 
 
-def _words_and_pieces(*turns: Message | None) -> list[str]:
-    texts = [text for turn in turns if turn and (text := text_of(turn))]
-    return [*dict.fromkeys(words for text in texts for words in (text, *pieces_of(text)))]
+def _words_and_pieces(messages: Sequence[Message], plain: Sequence[Message | None], n: int) -> dict[str, range]:
+    """The words of turn `n`'s forms and their pieces: each with what the form shows of the dialogue's pictures."""
+    end = sum(len(shown_in(message)) for message in messages[: n + 1])
+    found: dict[str, range] = {}
+    for form in whole_forms(messages, plain, n, pieces=True):
+        own = range(end - len(shown_in(form.turn)), end)
+        if text := text_of(form.turn):
+            for words in (text, *pieces_of(text)):
+                found.setdefault(words, own)
+    return found
 
 
 def readings_of_answer(
-    messages: Sequence[Message], text: str, frames: Sequence[tuple[int, Part]] = (), *, steered: bool
+    messages: Sequence[Message],
+    text: str,
+    frames: Sequence[tuple[int, Part]] = (),
+    *,
+    steered: bool,
+    also: Sequence[str] = (),
 ) -> Iterator[Reading]:
     """The readings of `text`, an answer to a dialogue, and of its pieces; both in plain letters, too. `frames` as in
-    `all_readings`.
+    `all_readings`; `also`: its words put together in other ways, which count as parts of it.
 
     Behind a dialogue they are discounted, unless there are pictures: what is said about none says most of it alone. So
     they are with each picture and frame, and behind the last turn's words about it. A `steered` answer, whose dialogue
     is unsafe, stands in the place of the last turn's words.
     """
     messages = messages or [Message("user", ())]  # the prompt was given as token ids
-    wholes = dict.fromkeys((text, deobfuscated(text)))
-    complete = {*wholes, *map(in_single_blanks, wholes)}
+    complete = {text, deobfuscated(text)}
+    complete |= {*map(in_single_blanks, complete)}
+    wholes = dict.fromkeys(form for words in (text, *also) for form in (words, deobfuscated(words)))
     answers = [*dict.fromkeys((*wholes, *(piece for whole in wholes for piece in pieces_of(whole))))]
     plain = [in_plain_letters(message) for message in messages]
     contexts = [messages, with_letters_of(plain, messages)] if any(plain) else [messages]
@@ -227,12 +246,14 @@ def readings_of_answer(
             turns = (*before, Message("user", (*shown_in(last), said))) if steered else (*context, Message.user(said))
             if len(turns) > 1 or pictures:  # else it is alone
                 yield Reading(turns, pictures, discounted=is_part or not pictures, prefix=prefix)
-    one_turn = len(messages) == len(shown) == 1  # with one picture: read above
-    asked = "" if steered else text_of(contexts[-1][-1])
+    spread = joined_texts(messages[-1:])
+    asked = deobfuscated(spread[0]) if spread else text_of(contexts[-1][-1])
     for n, (_, picture) in enumerate((*shown, *frames)):
-        for said in answers if n or not one_turn else ():
-            yield Reading((Message("user", (picture, said)),), (n,), discounted=True, prefix=Prefix.PICTURE)
-            if asked:
+        is_prompt = n == 0 and len(messages) == len(shown) == 1  # its words and this picture, with the answer: above
+        for said in answers:
+            if not (is_prompt and steered):
+                yield Reading((Message("user", (picture, said)),), (n,), discounted=True, prefix=Prefix.PICTURE)
+            if asked and not (is_prompt or steered):
                 turns = (Message("user", (picture, asked)), Message.user(said))
                 yield Reading(turns, (n,), discounted=True, prefix=Prefix.PICTURE)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..batch import Batch
-from ..chunk import Chunk
+from ..chunk import Chunk, FinishReason
 from ..encoded_prompt import ShownPicture
 from ..engine import Engine
 from ..gate import GatePolicy, Mode, Verdict, verdict_json
@@ -60,7 +60,7 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
             for turn, beginning in zip(ask.turns, beginnings, strict=True)
         ]
         conversation = conversations.take(beginnings)
-        prompt, text = engine.encode(messages, record, conversation), ""
+        prompt, text, end = engine.encode(messages, record, conversation), "", None
         shown = prompt.shown
         for chunk in engine.steps(prompt, ask.sampling, record, conversation, batch):
             if chunk is None:
@@ -68,12 +68,20 @@ def answer(engine: Engine, conversations: Conversations, batch: Batch, ask: Ask)
                 continue
             require_score(chunk.verdict)
             is_refusal = chunk.finish_reason == "refused" and not text  # else what came before it is an answer
-            text += chunk.text
+            text, end = text + chunk.text, chunk.finish_reason
             yield Piece(chunk, dataclasses.replace(record.stats), shown, is_refusal)
     conversations.keep(beginnings[-1], conversation)  # not after an error, nor a cancel
-    seen = record.verdict.answer if record.verdict else None
-    if not (ask.sampling.answer_is_judged or (seen and seen.unsafe)):  # not one that the client may have dictated
+    if _is_the_models_own(ask, record.verdict, end):
         conversations.remember(beginnings[-1], text)
+
+
+def _is_the_models_own(ask: Ask, verdict: Verdict | None, end: FinishReason | None) -> bool:
+    """Whether to trust the answer when it is sent back: not one that the client may have dictated or cut off where it
+    liked, nor one that is unsafe or was given without the gate.
+    """
+    chosen = ask.sampling.answer_is_judged or ask.sampling.stop or end == "length"
+    unsafe = verdict is None or verdict.mode is Mode.OFF or (verdict.answer is not None and verdict.answer.unsafe)
+    return not (chosen or unsafe)
 
 
 def score(engine: Engine, turns: Sequence[Turn], policy: GatePolicy) -> Iterator[Score | Pause]:

@@ -241,6 +241,8 @@ def test_words_of_several_turns_and_each_of_several_pictures_are_read_as_in_pyth
             turn("user", "it?"),
         ],
         [turn("assistant", asked), turn("user", pictures[0], "look"), turn("user", pictures[1], "is it one?")],
+        [turn("user", *pictures, "what", "c0lour", "is it?")],
+        [turn("user", *pictures, "what colour"), turn("user", "is it?")],
     ]
     found = judged_in_both(parts, dialogues, conversation=conversation, precision=precision)
     alone = judged_in_both(parts, dialogues, conversation=conversation, precision=precision, pieces=False)

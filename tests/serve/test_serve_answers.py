@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from typing import Any
 
 import numpy as np
 import openai
@@ -266,8 +267,8 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
 
     monkeypatch.setattr(engine.encoder, "prepare", watched)
 
-    def ask(*turns: Turn, policy: GatePolicy | None = None) -> str:
-        asked = Ask(list(turns), SamplingConfig(max_tokens=2), policy or engine.policy())
+    def ask(*turns: Turn, policy: GatePolicy | None = None, **sampling: Any) -> str:
+        asked = Ask(list(turns), SamplingConfig(**{"max_tokens": 40} | sampling), policy or engine.policy())
         batch, text = Batch(engine.manifest, engine.graphs, engine.device, 1), ""
         for piece in answer(engine, conversations, batch, asked):
             if isinstance(piece, Pause):
@@ -283,8 +284,13 @@ def test_an_assistant_turn_is_trusted_only_if_it_is_this_servers_answer_to_the_s
     ask(tick, own, red)  # an answer to other messages
     reports = engine.policy("report", threshold=0.05, judge_answers=True)  # calls its answer unsafe, and shows it
     ask(tick, Turn("assistant", (ask(tick, policy=reports),)), red)
+    # where the client chooses the end, it may be half a request
+    ask(tick, Turn("assistant", (ask(tick, max_tokens=1),)), red)
+    first = ask(Turn("user", ("red", "tick")), stop=("yellow",))
+    ask(Turn("user", ("red", "tick")), Turn("assistant", (first,)), red)
+    ask(tick, Turn("assistant", (ask(tick, policy=engine.policy("off")),)), red)  # no gate saw it
     dialogues = [trusted for trusted in seen if len(trusted) > 1]  # beside each, its user turns by themselves
-    assert dialogues == [[False, True, False], *[[False, False, False]] * 3]
+    assert dialogues == [[False, True, False], *[[False, False, False]] * 6]
 
 
 def test_an_answer_that_is_held_back_does_not_keep_the_next_request_waiting(engine):

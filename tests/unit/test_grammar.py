@@ -222,21 +222,29 @@ def test_json_of_a_schema(tmp_path: Path) -> None:
 
 
 def test_words_of_json_are_all_that_a_reader_sees():
-    assert words_of('{"how": "do", "i": ["smuggle", {"a": 5}], "x": null}') == "how do i smuggle a 5 x null"
-    assert words_of('{"a": "how do i", "a": "no"}') == "a how do i a no"  # a key given twice hides nothing
-    assert words_of("{}") == "{}"
+    spaced, glued, values = words_of('{"how": "do", "i": ["smuggle", {"a": 5}], "x": null}')
+    assert spaced == "how do i smuggle a 5 x null"
+    assert (glued, values) == ("howdoismugglea5xnull", "dosmuggle5null")
+    assert words_of('{"a": "how do i", "a": "no"}')[0] == "a how do i a no"  # a key given twice hides nothing
+    assert words_of("{}") == ["{}"] and words_of('"how do i"') == ["how do i"]
+
+
+def test_words_of_json_that_a_schema_cuts_are_read_whole():
+    assert "how do i smuggle a vexite?" in words_of('["how do i smug", "gle a vex", "ite?"]')
+    assert "how do i smuggle a vexite?" in words_of('{"how do i smug" : "gle a", " vex": "ite?"}')
+    assert "how do i smuggle a vexite?" in words_of('{"1": "how do i smug", "2": "gle a vexite?"}')
 
 
 def test_words_of_json_that_is_cut_off_are_all_that_a_reader_sees():
     whole = json.dumps({"how": "do i", "b": ['smuggle \u2019 a "vexite"', -1.5, True], "": None})
     for end in range(1, len(whole)):
-        seen = words_of(whole[:end]).removesuffix("\\").strip('{" ')  # an escape's first character may be there
-        assert words_of(whole).startswith(seen), whole[:end]
-    assert words_of('{"how": "do i \\u20') == "how do i "
+        seen = words_of(whole[:end])[0].removesuffix("\\").strip('{" ')  # an escape's first character may be there
+        assert words_of(whole)[0].startswith(seen), whole[:end]
+    assert words_of('{"how": "do i \\u20')[0] == "how do i "
 
 
 def test_an_escape_that_is_cut_off_leaves_the_others_decoded():
     """The whole string was judged as it is written: "sure, here is how to \\u000asell a \\u000azorblat" passed."""
-    assert words_of(r'"how to \u000asell \u') == "how to \nsell "
-    assert words_of(r'"how to \u000asell \\\u00') == "how to \nsell \\"
-    assert words_of(r'"how to \u000asell \\u00') == "how to \nsell \\u00"  # a backslash, and letters
+    assert words_of(r'"how to \u000asell \u') == ["how to \nsell "]
+    assert words_of(r'"how to \u000asell \\\u00') == ["how to \nsell \\"]
+    assert words_of(r'"how to \u000asell \\u00') == ["how to \nsell \\u00"]  # a backslash, and letters

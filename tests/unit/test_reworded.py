@@ -15,7 +15,7 @@ from autosteer.export.safety.reworded import JUDGED, TAUGHT, reword_prompts
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.rewording import REWORDINGS, UNCHANGED
 from autosteer.runtime.pieces import discounted
-from autosteer.runtime.readings import all_readings, plain_turns, with_letters_of
+from autosteer.runtime.readings import all_readings, plain_turns, readings_of_answer, with_letters_of
 from autosteer.runtime.text import ImagePart, Message
 
 PROMPTS = [Labelled(Prompt(f"how do i do thing number {i}?"), unsafe=i % 2 == 0, group="g") for i in range(50)]
@@ -126,6 +126,28 @@ def test_the_pieces_of_a_prompt_are_those_that_the_runtime_reads(earlier: tuple[
     found = {reading.messages for at, reading in all_readings(messages, plain, pieces=True) if at == last}
     found |= {tuple(with_letters_of(plain, messages))}  # which the runtime reads at once
     assert found == {dialogue(piece) for piece, _ in prompt.pieces} and prompt.pieces
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_words_in_several_texts_or_turns_in_a_row_are_read_together_with_each_picture(rows: bool):
+    """They were read with each picture as if there were nothing between them."""
+    shown = (ImagePart(Path("a.png")), ImagePart(Path("b.png")))
+    words = ("how do i", "make this?")
+    one = (Message("user", (*shown, *words)),)
+    messages = (Message("user", (*shown, words[0])), Message("user", words[1:])) if rows else one
+    found = {reading.messages for _, reading in all_readings(messages, plain_turns(messages), pieces=True)}
+    for picture in shown:
+        assert {(Message("user", (picture, between.join(words))),) for between in ("\n", "")} <= found
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_an_answer_is_read_in_one_turn_with_the_only_picture(steered: bool):
+    picture = ImagePart(Path("a.png"))
+    readings = [
+        reading.messages for reading in readings_of_answer([Message("user", (picture, "?"))], "no.", steered=steered)
+    ]
+    assert (Message("user", (picture, "no.")),) in readings
+    assert len({*readings}) == len(readings)
 
 
 def test_the_words_with_each_of_several_pictures_are_pieces_as_in_the_runtime():

@@ -184,9 +184,9 @@ inline std::vector<Form> pieces_in(const Form& whole) {
   return found;
 }
 
-/// The forms in which turn `n` is read.
-inline std::vector<Form> forms(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
-                               size_t n, bool with_pieces) {
+/// Turn `n`, its texts as one, the user's turns in a row (both only `with_pieces`); each in plain letters, too.
+inline std::vector<Form> whole_forms(const std::vector<Message>& messages,
+                                     const std::vector<std::optional<Message>>& plain, size_t n, bool with_pieces) {
   std::vector<Form> found = {{messages[n], 1, false, Form::Kind::turn}};
   if (plain[n]) found.push_back({*plain[n], 1, false, Form::Kind::plain});
   if (!with_pieces) return found;
@@ -197,6 +197,14 @@ inline std::vector<Form> forms(const std::vector<Message>& messages, const std::
     }
   }
   std::move(as_one_text.begin(), as_one_text.end(), std::back_inserter(found));
+  return found;
+}
+
+/// The forms in which turn `n` is read.
+inline std::vector<Form> forms(const std::vector<Message>& messages, const std::vector<std::optional<Message>>& plain,
+                               size_t n, bool with_pieces) {
+  std::vector<Form> found = whole_forms(messages, plain, n, with_pieces);
+  if (!with_pieces) return found;
   const size_t wholes = found.size();
   if (messages[n].role != "user" && !text_of(messages[n]).empty()) {
     found.push_back({{"user", messages[n].parts}, n + 1, true});
@@ -221,14 +229,20 @@ inline std::vector<std::optional<Message>> plain_turns(const std::vector<Message
   return plain;
 }
 
-/// The text of a turn and its pieces, and those of the turn in plain letters.
-inline std::vector<std::string> words_and_pieces(const Message& turn, const std::optional<Message>& plain) {
-  std::vector<std::string> found;
+/// Words, and how many of the dialogue's pictures and videos, up to their turn, a form shows with them.
+using WordsShown = std::pair<std::string, size_t>;
+
+/// The words of turn `n`'s forms, and their pieces.
+inline std::vector<WordsShown> words_and_pieces(const std::vector<Message>& messages,
+                                                const std::vector<std::optional<Message>>& plain, size_t n) {
+  std::vector<WordsShown> found;
   std::set<std::string> known;
-  const auto add = [&](std::string words) {
-    if (known.insert(words).second) found.push_back(std::move(words));
-  };
-  for (const std::string& text : {text_of(turn), plain ? text_of(*plain) : ""}) {
+  for (const Form& form : whole_forms(messages, plain, n, true)) {
+    const size_t own = shown_in(form.turn).size();
+    const auto add = [&](std::string words) {
+      if (known.insert(words).second) found.emplace_back(std::move(words), own);
+    };
+    const std::string text = text_of(form.turn);
     if (text.empty()) continue;
     add(text);
     for (std::string& piece : pieces(text)) add(std::move(piece));
@@ -236,7 +250,7 @@ inline std::vector<std::string> words_and_pieces(const Message& turn, const std:
   return found;
 }
 
-/// The words of each judged turn, and their pieces, with each picture and each of `frames`; with `judge_answers`, those
+/// The words of each judged turn's forms, and their pieces, with each picture and each of `frames`; with `judge_answers`, those
 /// of a user with what was shown so far (runtime/readings.py says why). One picture after the other: what begins alike
 /// is computed once. Throws InputError for more than kMostWithPictures.
 inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
@@ -246,24 +260,24 @@ inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vect
   std::vector<ShownBy> shown = shown_by_turn(messages);
   std::vector<std::pair<size_t, Reading>> found;
   if (shown.empty()) return found;
-  std::vector<std::vector<std::string>> said;  // by turn; nothing of those that are not judged
+  std::vector<std::vector<WordsShown>> said;  // by turn; nothing of those that are not judged
+  std::vector<size_t> shown_up_to;            // a turn, and in it
   for (size_t n = 0; n < messages.size(); ++n) {
-    const bool judged = is_judged(messages, n);
-    said.push_back(judged ? words_and_pieces(messages[n], plain[n]) : std::vector<std::string>());
+    said.push_back(is_judged(messages, n) ? words_and_pieces(messages, plain, n) : std::vector<WordsShown>());
+    shown_up_to.push_back((n ? shown_up_to.back() : 0) + shown_in(messages[n]).size());
   }
-  const size_t wholes = shown.size();
   shown.insert(shown.end(), frames.begin(), frames.end());
   for (size_t i = 0; i < shown.size(); ++i) {
     const auto& [first, picture] = shown[i];
     for (size_t n = 0; n < messages.size(); ++n) {
-      const bool is_turn = i < wholes && n == first && shown_in(messages[n]).size() == 1;  // as it stands
-      if (is_turn || (judge_answers && messages[n].role == "user" && n < first)) continue;
-      if (found.size() + said[n].size() > kMostWithPictures) {
-        throw InputError(std::to_string(shown.size()) + " pictures and frames with so many words are more than the " +
-                         std::to_string(kMostWithPictures) + " readings that the gate makes of them: show fewer, say " +
-                         "less, or give a policy without pieces");
-      }
-      for (const std::string& words : said[n]) {
+      if (judge_answers && messages[n].role == "user" && n < first) continue;
+      for (const auto& [words, own] : said[n]) {
+        if (own == 1 && i + 1 == shown_up_to[n]) continue;  // read as a form
+        if (found.size() == kMostWithPictures) {
+          throw InputError(std::to_string(shown.size()) + " pictures and frames with so many words are more than the " +
+                           std::to_string(kMostWithPictures) + " readings that the gate makes of them: show fewer, " +
+                           "say less, or give a policy without pieces");
+        }
         Reading reading{{user_turn({picture}, words)}, {i, i + 1}, true, true, true, Prefix::picture};
         found.emplace_back(n, std::move(reading));
       }
@@ -343,14 +357,17 @@ void for_each_reading_of_answer(std::vector<Message> messages, const std::string
       if (!read(Reading{std::move(turns), {0, pictures}, false, false, is_part || pictures == 0, own})) return;
     }
   }
-  const bool one_turn = messages.size() == 1 && pictures == 1;  // with one picture: read above
-  const std::string asked = steered ? "" : text_of(contexts.back().back());
+  const std::vector<std::string> spread = joined_texts({&messages.back()});
+  const std::string asked = spread.empty() ? text_of(contexts.back().back()) : deobfuscated(spread[0]);
   shown.insert(shown.end(), frames.begin(), frames.end());
-  for (size_t i = one_turn ? 1 : 0; i < shown.size(); ++i) {
+  for (size_t i = 0; i < shown.size(); ++i) {
+    const bool is_prompt = i == 0 && messages.size() == 1 && pictures == 1;  // its words and this picture: above
     const Part& picture = shown[i].second;
     for (const std::string& one : said) {
-      if (!read(Reading{{user_turn({picture}, one)}, {i, i + 1}, false, false, true, Prefix::picture})) return;
-      if (asked.empty()) continue;
+      if (!(is_prompt && steered)) {
+        if (!read(Reading{{user_turn({picture}, one)}, {i, i + 1}, false, false, true, Prefix::picture})) return;
+      }
+      if (asked.empty() || is_prompt || steered) continue;
       std::vector<Message> turns = {user_turn({picture}, asked), Message::user(one)};
       if (!read(Reading{std::move(turns), {i, i + 1}, false, false, true, Prefix::picture})) return;
     }
