@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from .arrays import Float
 from .errors import InputError, OptionError, PackageError, first_line
@@ -40,7 +40,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, an
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
 MAX_SQUARE = 2 * MAX_PIXELS  # of a picture that is padded: one of MAX_PIXELS, if its sides differ by at most 2 times
 MAX_FILE_BYTES = 100_000_000
-ORIENTATION = 0x0112  # EXIF's tag
+ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture upright
+TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
@@ -110,7 +119,7 @@ def check_size(size: tuple[int, int], count: int = 1) -> None:
 def to_rgb(image: Image.Image) -> Uint8:
     """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
     image.load()  # PNG may have its EXIF tag at the end
-    upright = ImageOps.exif_transpose(image) if _is_turned(image) else image  # it copies
+    upright = _upright(image)
     if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
         grey = np.asarray(upright)
         clear = grey == upright.info.get("transparency", -1)  # a grey that PNG names
@@ -121,12 +130,16 @@ def to_rgb(image: Image.Image) -> Uint8:
     return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
-def _is_turned(image: Image.Image) -> bool:
-    """Whether the orientation tag says so. Metadata that is damaged says nothing."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the orientation tag says. Metadata that is damaged says nothing.
+
+    ImageOps.exif_transpose also writes the other tags anew, and raises for some that it can read.
+    """
     try:
-        return bool(image.getexif().get(ORIENTATION, 1) != 1)
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # Pillow raises a SyntaxError, and others
-        return False
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:

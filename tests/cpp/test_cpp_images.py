@@ -96,6 +96,7 @@ def picture_files(folder: Path) -> list[Path]:
         "no-tiff": [(b"eXIf", b"IIxx" + orientation_tag(3, 1, six)[4:])],
         "too-short": [(b"eXIf", b"II*\0\x08\0\0")],
         "zero": [(b"eXIf", orientation_tag(3, 1, none))],
+        "unit": [(b"eXIf", orientation_tag(3, 1, six, 0x0128))],  # Pillow can read it, and not write it
     }.items():
         made_of = b"".join(png_chunk(*chunk) for chunk in chunks)
         (folder / f"exif-{name}.png").write_bytes(plain[:33] + made_of + plain[33:])
@@ -104,9 +105,10 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def orientation_tag(kind: int, count: int, value: bytes) -> bytes:
-    """A TIFF structure with this tag alone."""
-    return b"II*\0" + struct.pack("<IHHHI", 8, 1, 0x0112, kind, count) + value + bytes(4)
+def orientation_tag(kind: int, count: int, value: bytes, *others: int) -> bytes:
+    """A TIFF structure with this tag, and `others` as bytes that say 2."""
+    more = b"".join(struct.pack("<HHI", other, 1, 1) + b"\2\0\0\0" for other in others)
+    return b"II*\0" + struct.pack("<IHHHI", 8, 1 + len(others), 0x0112, kind, count) + value + more + bytes(4)
 
 
 def test_pictures_have_the_pixels_that_pillow_gives(parts, tmp_path):

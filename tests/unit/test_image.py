@@ -113,6 +113,14 @@ def test_picture_is_turned_upright_by_its_exif_tag(tmp_path, orientation, corner
     assert pixel(saved(tmp_path, image, "a.png", exif=exif)) == list(colours[corner])
 
 
+def test_a_picture_is_turned_whatever_its_other_tags_are(tmp_path):
+    """Pillow can read a resolution unit that is a byte, and raises when it writes one: the picture was refused."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHIB3x", 0x0128, 1, 1, 2)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    image = Image.fromarray(np.zeros((2, 3, 3), np.uint8))
+    assert open_image(saved(tmp_path, image, "a.jpg", exif=exif)).shape == (3, 2, 3)
+
+
 def test_array_is_taken_as_it_is():
     array = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     np.testing.assert_array_equal(open_image(array), array)
