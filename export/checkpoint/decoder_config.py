@@ -22,6 +22,7 @@ DECODERS = (
 ROPE_TYPES = ("default", "linear", "llama3", "longrope", "yarn")  # longrope's depend on the length of a prompt
 SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 FULL, SLIDING = "full_attention", "sliding_attention"  # HF's names for kinds of attention
+ATTENTION_FIELDS = ("sliding_window", "layer_types")  # what says which layer has which
 MLP_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -134,9 +135,22 @@ def decoder_config(checkpoint: Checkpoint, context_length: int | None = None) ->
 
 
 def _attention_kinds(text: Any) -> list[str]:
-    """HF's kind of each layer's attention. Old configs have only a window, which then holds for all layers."""
-    window = getattr(text, "sliding_window", None)
-    return getattr(text, "layer_types", None) or [SLIDING if window else FULL] * text.num_hidden_layers
+    """HF's kind of each layer's attention. Old configs have only a window, which then holds for all layers.
+
+    Raises UnsupportedModelError if a field that the model's class in HF does not read would change them.
+    """
+
+    def kinds(*fields: str) -> list[str]:
+        window, by_layer = (getattr(text, name, None) if name in fields else None for name in ATTENTION_FIELDS)
+        return by_layer or [SLIDING if window else FULL] * text.num_hidden_layers
+
+    read = [name for name in ATTENTION_FIELDS if hasattr(type(text)(), name)]
+    if kinds(*read) != kinds(*ATTENTION_FIELDS):
+        ignored = ", ".join(name for name in ATTENTION_FIELDS if name not in read and getattr(text, name, None))
+        raise UnsupportedModelError(
+            f"config.json: {ignored}: Hugging Face's {text.model_type} ignores this field, so remove it"
+        )
+    return kinds(*read)
 
 
 def _ropes(text: Any) -> dict[str, dict[str, Any]]:

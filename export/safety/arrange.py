@@ -132,11 +132,19 @@ def split_prompts(data: FitData, prompts: list[Labelled], *, seed: int) -> Split
 
 
 def clusters_of(prompts: Sequence[Labelled]) -> list[str]:
-    """What each prompt shares with those that stay on its side of a split: its family, also that of another prompt in
-    the same words, or the words.
+    """What each prompt shares with those that stay on its side of a split: its family and its words. Families with a
+    prompt in the same words are one.
     """
-    named = {item.prompt.words_key: item.cluster for item in prompts if item.family}
-    return [item.cluster if item.family else named.get(item.prompt.words_key, item.cluster) for item in prompts]
+    joined: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while name != joined.setdefault(name, name):
+            name = joined[name]
+        return name
+
+    for item in prompts:
+        joined[first(item.prompt.words_key)] = first(item.cluster)
+    return [first(item.cluster) for item in prompts]
 
 
 def training_weights(t: Table) -> np.ndarray:

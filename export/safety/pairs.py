@@ -372,12 +372,13 @@ def _reject_names_given_twice(files: Iterable[Path]) -> None:
 
 def _reject_contradictions(data: FitData) -> None:
     twins = ((p, unsafe) for pair in data.pairs for p, unsafe in ((pair.unsafe, True), (pair.safe, False)))
-    seen: dict[tuple[object, ...], tuple[bool, str]] = {}
-    for prompt, unsafe in (*twins, *((item.prompt, item.unsafe) for item in data.extra)):
-        label, where = seen.setdefault(prompt.identity, (unsafe, prompt.where))
+    others = ((item.prompt, item.unsafe) for item in (*data.extra, *data.refusal_only))
+    seen: dict[str, tuple[bool, str]] = {}
+    for prompt, unsafe in (*twins, *others):
+        label, where = seen.setdefault(prompt.words_key, (unsafe, prompt.where))
         if label != unsafe:
             name = {True: "unsafe", False: "safe"}
             raise InputError(
-                f"{prompt.where}: this prompt is {name[unsafe]} here but {name[label]} at {where}, with the same text "
+                f"{prompt.where}: this prompt is {name[unsafe]} here but {name[label]} at {where}, with the same words "
                 "and images; remove one"
             )

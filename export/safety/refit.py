@@ -27,6 +27,7 @@ from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import Row
 from autosteer.runtime.evaluation.variants import as_text, by_rewording
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+from autosteer.runtime.self_test import PROBER_LIMIT, proof_states
 from autosteer.runtime.stats import Stats
 
 from . import DROPOUT, DROPOUT_USED, PICTURES
@@ -149,7 +150,9 @@ def refit(
 
 
 def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, model: str) -> None:
-    """Raise InputError unless the package was exported from `model` with the safety folder."""
+    """Raise InputError unless the package was exported from `model` with the safety folder: its prober gives the states
+    of the package's proof the scores that they had at export.
+    """
     facts, prober = old.facts, manifest.prober
     if prober is None:
         raise InputError(f"{shipped.package}: exported with --unguarded, so it has no prober to fit again")
@@ -161,6 +164,14 @@ def check_belongs(manifest: Manifest, old: SafetyArtifact, shipped: Shipped, mod
             f"{shipped.package} of {ours[0]} at layer {ours[1]} ({ours[2]}): give the safety folder and the model that "
             "the package was exported from"
         )
+    if manifest.proof:
+        states, _, _ = proof_states(shipped.package, manifest, manifest.proof)
+        scores = p_unsafe(old.prober, torch.from_numpy(states))
+        if not np.abs(scores - manifest.proof.p_unsafe).max(initial=0.0) <= PROBER_LIMIT:
+            raise InputError(
+                f"{shipped.safety} has another prober than {shipped.package}: give the safety folder that the package "
+                "was exported with"
+            )
 
 
 def _package_states(asking: Asking, prompts: Sequence[Prompt], store: StateStore, advance: Advance) -> torch.Tensor:

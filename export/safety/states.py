@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -53,12 +54,17 @@ def digests(files: Sequence[Path], *, advance: Advance = lambda done: None) -> l
     return parts
 
 
+def _versions() -> list[str]:
+    """Of what decides how a prompt becomes states: pixels, tokens, products."""
+    return [f"{name} {version(name)}" for name in ("autosteer-edge", "torch", "transformers", "pillow")]
+
+
 def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, fast: bool = False) -> StateStore:
     """The store in `folder` for prompt states, records (N-1, P, d). `model`: `digests` of its files. `fast`: computed
     with fast products.
     """
     shape = (len(fit_model.layers) - 1, len(POOLINGS), fit_model.decoder.hidden_size)
-    what = repr((POOLINGS, fit_model.token_offset, fast)).encode()
+    what = repr((POOLINGS, fit_model.token_offset, fast, _versions())).encode()
     return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 
@@ -66,7 +72,8 @@ def answer_store(
     folder: Path, model: Sequence[bytes], fit_model: FitModel, answer: torch.Tensor, *, fast: bool = False
 ) -> StateStore:
     """As `prompt_store`, for answer states, records (1, T, d)."""
-    what, shape = repr(("answer", answer.tolist(), fast)).encode(), (1, len(answer), fit_model.decoder.hidden_size)
+    what = repr(("answer", answer.tolist(), fast, _versions())).encode()
+    shape = (1, len(answer), fit_model.decoder.hidden_size)
     return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 

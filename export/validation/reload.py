@@ -12,11 +12,12 @@ from pathlib import Path
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.manifest import GATE_GRAPHS, Manifest
 from autosteer.runtime.manifest_format import MONITOR_GRAPH
-from autosteer.runtime.self_test import check_gate
+from autosteer.runtime.self_test import check_gate, check_packs
 from autosteer.runtime.subgraph import Subgraph, find_device
 from autosteer.runtime.text import load_tokenizer
 
 WHOLE = 2 << 30  # bytes: larger packages are loaded graph by graph; 7B at int4 takes five
+PACK_GRAPHS = ("embed_tokens", "decoder_lower")  # what check_packs runs
 
 
 def load_again(folder: Path, needed: int) -> str:
@@ -38,8 +39,12 @@ def load_again(folder: Path, needed: int) -> str:
             loaded = {}
             for name, spec in manifest.graphs.items():
                 graph = Subgraph(folder / spec.file, spec, device)
-                if name in (*GATE_GRAPHS, MONITOR_GRAPH, "lm_head"):
+                if name in (*GATE_GRAPHS, MONITOR_GRAPH, "lm_head", *PACK_GRAPHS):
                     loaded[name] = graph
+                if {*PACK_GRAPHS} <= loaded.keys():
+                    check_packs(manifest, loaded, device)
+                    for done in PACK_GRAPHS:
+                        del loaded[done]
             check_gate(folder, manifest, loaded, device)
         return f"loaded again graph by graph: as a whole it takes {needed / 2**30:.1f} GiB"
     finally:

@@ -20,6 +20,7 @@ from autosteer.export.graphs.weights import WeightStore
 from autosteer.export.package import ExportOptions, write_package
 from autosteer.export.validation import reload
 from autosteer.export.validation.limits import STORED_IN_HALF
+from autosteer.runtime import self_test
 from autosteer.runtime.errors import AutoSteerError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Manifest, MonitorSpec
 
@@ -135,6 +136,14 @@ def test_pictures_that_are_prepared_otherwise_are_refused(
         ({"model_type": "gemma"}, "a decoder of type 'gemma' is not supported"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (
+            {"model_type": "llama", "layer_types": None, "sliding_window": 64},
+            "sliding_window: Hugging Face's llama ignores this field",
+        ),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 8, "sliding_window": 64},
+            "layer_types: Hugging Face's mistral ignores this field",
+        ),
         (
             {"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.3}},
             r"rotation of \[\d+\] of a head's \d+ numbers, not a multiple of 16, is not supported",
@@ -322,6 +331,14 @@ def test_a_large_package_is_loaded_again_graph_by_graph_and_its_gate_tested(
         reload.load_again(package, 3 << 30)
     (package / "lm_head.onnx").write_bytes(b"")
     with pytest.raises(PackageError, match=r"lm_head\.onnx"):
+        reload.load_again(package, 3 << 30)
+
+
+def test_a_large_package_that_reads_texts_in_packs_is_tested_for_that_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = demo_package("int8")
+    assert reload.load_again(package, 3 << 30)
+    monkeypatch.setattr(self_test, "HIDDEN_LIMIT", -1.0)
+    with pytest.raises(PackageError, match="decoder_lower: a text that shares a pass with others"):
         reload.load_again(package, 3 << 30)
 
 

@@ -146,6 +146,15 @@ def test_a_folder_of_another_model_is_refused(pairs: Path, tmp_path: Path):
         fit(*command(pairs, demo_package("int8"), tmp_path / "safety", safety=another))
 
 
+def test_another_fits_folder_is_refused(pairs: Path, tmp_path: Path):
+    """Its Refusal Head, strength and threshold went into the new folder, which then served the package."""
+    other = load(OLD)
+    prober = other.prober | {"2.bias": other.prober["2.bias"] + torch.tensor([0.5, 0.0])}
+    replace(other, prober=prober, facts=replace(other.facts, proof=())).save(tmp_path / "other")
+    with pytest.raises(InputError, match="has another prober than"):
+        fit(*command(pairs, demo_package("int8"), tmp_path / "new", safety=tmp_path / "other"))
+
+
 def test_a_package_without_a_gate_is_refused(pairs: Path, tmp_path: Path):
     folder = unguarded_engine(4)._folder
     with pytest.raises(InputError, match="exported with --unguarded, so it has no prober to fit again"):

@@ -244,6 +244,12 @@ def test_a_label_of_the_command_line_serves_rows_without_one(tmp_path):
         read_rows([DataSource(jsonl(tmp_path, {"prompt": "red", "unsafe": False}), unsafe=True)])
 
 
+def test_vlsafe_is_not_benign(tmp_path):
+    """The file's rows were taken for harmless ones, and a gate fitted on them for a good one."""
+    with pytest.raises(InputError, match="a row of VLSafe is unsafe, and its file is given as benign"):
+        read_rows([DataSource(jsonl(tmp_path, VLSAFE), unsafe=False)], text_only=True)
+
+
 @pytest.mark.parametrize("row", [VLSAFE | {"query": " "}, VLSAFE | {"query": 3}, TOVILAG | {"image_pth": 7}])
 def test_published_rows_with_something_missing_are_refused(tmp_path, row):
     with pytest.raises(InputError, match=r"set\.jsonl:1: not a row"):

@@ -739,6 +739,15 @@ def test_file_without_rows_is_an_error_wherever_it_is_given(tmp_path: Path):
             read()
 
 
+def test_same_words_in_other_case_are_a_contradiction(tmp_path: Path):
+    pairs = write_lines(tmp_path / "p.jsonl", *many())
+    benign = write_lines(tmp_path / "b.jsonl", {"prompt": f"  {many()[0]['unsafe'].upper()} "})
+    with pytest.raises(InputError, match=r"b\.jsonl:1: this prompt is safe here but unsafe at .*p\.jsonl:1"):
+        read_data([pairs], [benign])
+    with pytest.raises(InputError, match="unsafe here but safe at"):
+        read_data([pairs], refusal_only=[write_lines(tmp_path / "r.jsonl", {"prompt": many()[0]["safe"]})])
+
+
 def test_same_text_with_another_image_is_no_contradiction(tmp_path: Path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text(name)
@@ -777,11 +786,12 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path):
     files = [write_lines(folder / "x.jsonl", {"prompt": str(folder)}) for folder in (tmp_path, tmp_path / "a")]
     with pytest.raises(InputError, match=r"x\.jsonl and .*x\.jsonl: a data set is known by its file's name"):
         read_data([pairs], files)
-    read_data([pairs], [files[0]], refusal_only=[files[0]])
+    read_data([pairs], [], [files[0]], refusal_only=[files[0]])
 
 
 def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path):
     rows = [{"unsafe": f"bad {i}", "safe": f"good {i}", "family": f"f{i}"} for i in range(40)]
+    rows += [{"unsafe": f"BAD {i}", "safe": f"fine {i}", "family": f"g{i}"} for i in range(40)]
     benign = write_lines(tmp_path / "b.jsonl", *({"prompt": f"  GOOD {i}"} for i in range(40)))
     data = read_data([write_lines(tmp_path / "p.jsonl", *rows)], [benign])
     items = data.labelled()
@@ -790,7 +800,7 @@ def test_equal_texts_stay_together_whatever_their_case_and_family(tmp_path: Path
     folds: dict[str, set[int]] = {}
     for row, item in enumerate(items):
         folds.setdefault(item.prompt.words_key, set()).add(fold[row])
-    assert len(folds) == 80 and all(len(numbers) == 1 for numbers in folds.values())
+    assert len(folds) == 120 and all(len(numbers) == 1 for numbers in folds.values())
 
 
 def test_sas_is_of_the_pairs_of_which_nothing_is_held_out(tmp_path: Path):
