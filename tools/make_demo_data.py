@@ -12,7 +12,8 @@
 
 pairs and benign use the words, objects, signs, look-alike families and phrasings that are not held out; test uses new
 pictures and, for how-to prompts, only phrasings that pairs and benign never use. held_out marks test rows about words,
-objects, signs or families that pairs and benign never show. Needs numpy and PIL only.
+objects, signs or families that are kept from pairs and benign: rows of these that name such a word are left out. Needs
+numpy and PIL only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,12 +32,14 @@ from demo_world import dialogues as D
 from demo_world import everyday as E
 from demo_world import fit_pairs as F
 from demo_world import looking as L
+from demo_world import picture_phrasings as P
 from demo_world import safety as S
 from demo_world import together as T
 from demo_world import wishes as W
 from demo_world.scenes import HELD_OUT_COMBOS, TRAIN_COMBOS, Scene, render, sample_scene, sample_shapes, sample_size
 
 Row: TypeAlias = "dict[str, Any]"  # of a JSONL file
+KEPT = re.compile(rf"\b({'|'.join(word for words in vars(S.HELD_OUT).values() for word in words)})(s|es|ed|ing)?\b")
 
 PAIRS_PER_CHANNEL = 1200
 ASKED_OTHERWISE = {"text": 1500, "image": 500, "cross": 300}  # pairs in the ways of asking.py
@@ -48,7 +52,10 @@ LEGAL = 300  # benign: is it legal to make or to move what a picture shows?
 BRINGING = 1500  # pairs about an object that is to be brought in
 UNLAWFUL = 1400  # pairs with verbs that the world has no tool for; one in four is of answers
 AND = 300  # pairs of "and a vexite?" behind a harmless how-to, and as many benign dialogues that end so
-EVERYDAY = {"text": 1100, "picture": 900}  # benign: what an ordinary visitor asks
+PHRASED = {"text": 900, "image": 300, "cross": 300}  # pairs in the words of language models
+EVERYDAY = {"text": 1200, "picture": 1000}  # benign: what an ordinary visitor asks
+AGAIN = 300  # benign: a doubt about what the model said of a picture
+REQUESTS = 400  # benign: harmless requests about a picture in the words of language models
 MENTIONS = 700  # benign: somebody has a forbidden thing
 HANDLED = 700  # benign: questions about a forbidden object
 ALONE = 1500  # benign: answers about objects, without the picture
@@ -112,9 +119,21 @@ def pairs(rng: random.Random, writer: Writer) -> Iterator[Row]:
         yield pair_row(F.bringing_pair(rng, S.SHOWN), writer)
     for at in range(UNLAWFUL):
         yield pair_row(F.unlawful_pair(rng, S.SHOWN, answers=at % 4 == 0), writer)
+    for channel, count in PHRASED.items():
+        for _ in range(count):
+            yield pair_row(F.phrased_pair(rng, channel, S.SHOWN), writer)
     for _ in range(AND):
         first, pair = E.and_pair(rng, S.SHOWN)
         yield texts_of(pair) | {"earlier": [first.question, first.answer], "image": None, "channel": "dialogue"}
+
+
+def with_kept_words(row: Row) -> bool:
+    """Whether a row for the fit has a word that is kept for the test."""
+    return KEPT.search(" ".join(text for value in row.values() for text in _texts(value)).lower()) is not None
+
+
+def _texts(value: object) -> list[str]:
+    return [value] if isinstance(value, str) else value if isinstance(value, list) else []
 
 
 def texts_of(pair: S.Pair) -> Row:
@@ -203,6 +222,17 @@ def benign(rng: random.Random, writer: Writer) -> Iterator[Row]:
     for _ in range(EVERYDAY["picture"]):
         scene = any_picture(rng)
         yield row(L.about_picture(rng, scene).question, [scene], "everyday")
+    for _ in range(AGAIN):
+        scene = any_picture(rng)
+        *earlier, doubt = P.again(rng, scene)
+        turns = [*(text for one in earlier for text in (one.question, one.answer)), doubt.question]
+        yield {"turns": turns, "unsafe": False, "images": [writer.image(scene)], "group": "dialogues"}
+    for _ in range(REQUESTS):
+        turn = None
+        while not turn:
+            scene = any_picture(rng)
+            turn = P.request(rng, scene, harmless=True)
+        yield row(turn.question, [scene], "requests")
     for _ in range(AND):
         first, text = E.and_harmless(rng, S.SHOWN)
         turns = [first.question, first.answer, text]
@@ -383,7 +413,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.output}: already holds images; choose another folder or remove it")
     writer = Writer(args.output)
     for name, make in (("pairs", pairs), ("benign", benign), ("test", test)):
-        count = writer.rows(f"{name}.jsonl", make(random.Random(f"{name} {args.seed}"), writer))
+        rows = make(random.Random(f"{name} {args.seed}"), writer)
+        if name != "test":
+            rows = (row for row in rows if not with_kept_words(row))
+        count = writer.rows(f"{name}.jsonl", rows)
         print(f"{name}.jsonl: {count} rows")
     examples(args.output / "examples")
     print(f"{len(writer.paths)} pictures in {args.output / 'images'}, 3 in {args.output / 'examples'}")

@@ -11,6 +11,10 @@ their speed when another program takes a core.
 Step n of worker w draws its data from the seed (seed, w, n), so a resumed run sees what an unbroken one
 would have seen. Ctrl-C (or SIGTERM) saves and ends; the same command with --resume goes on. The result is
 the same on the same machine up to the order of float sums; other workers or hardware give other weights.
+
+A further stage begins with the published weights and a new optimizer:
+
+    python tools/train_demo_model.py --output build/demo-model --start models/demo --at STEP
 """
 
 from __future__ import annotations
@@ -57,7 +61,9 @@ PRINT_EVERY = 100
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run. meeting_point: file through which the workers find each other."""
+    """One run. start: a checkpoint whose weights it begins with, at step `at`; meeting_point: file through which the
+    workers find each other.
+    """
 
     output: Path
     state: Path
@@ -65,6 +71,8 @@ class Job:
     seed: int
     workers: int
     resume: bool
+    start: Path | None
+    at: int
     meeting_point: str
 
 
@@ -272,6 +280,10 @@ def work(rank: int, job: Job) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    elif job.start:
+        published = transformers.AutoModelForImageTextToText.from_pretrained(job.start, dtype=torch.float32)
+        model.load_state_dict(published.state_dict())
+        first = job.at
     elif not train_vision(model, job, rank, gradients):
         return
     elif rank == 0:
@@ -334,17 +346,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=2, help="single-threaded processes, one per core (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the training state")
+    parser.add_argument(
+        "--start", type=Path, metavar="CHECKPOINT", help="begin with its weights and a new optimizer, at step --at"
+    )
+    parser.add_argument("--at", type=int, default=0, help="the first step with --start")
     args = parser.parse_args(argv)
     state = args.state or args.output.with_name(args.output.name + ".training.pt")
     if args.resume and not state.is_file():
         parser.error(f"{state}: no training state to resume; start without --resume")
+    if args.start and not args.start.is_dir():
+        parser.error(f"--start {args.start}: no such folder")
+    if bool(args.start) != bool(args.at) or not 0 <= args.at < args.steps:
+        parser.error(f"--at {args.at}: with --start, the first step, below {args.steps}")
     if args.workers < 1 or ROWS % args.workers or VISION_ROWS % args.workers:
         parser.error(f"--workers {args.workers}: must divide {ROWS} and {VISION_ROWS}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(args.output, state, args.steps, args.seed, args.workers, args.resume, f"{folder}/meeting-point")
+        job = Job(
+            args.output,
+            state,
+            args.steps,
+            args.seed,
+            args.workers,
+            args.resume,
+            args.start,
+            args.at,
+            meeting_point=f"{folder}/meeting-point",
+        )
         spawn = multiprocessing.get_context("spawn")
         others = [spawn.Process(target=work, args=(rank, job), daemon=True) for rank in range(1, args.workers)]
         for process in others:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import re
 
+import demo_tables
 import make_demo_data
-from demo_world import asking, dialogues, everyday, fit_pairs, looking, together, wishes
+import pytest
+from demo_world import asking, dialogues, everyday, fit_pairs, hostile, looking, picture_phrasings, together, wishes
 from demo_world import safety as world
 from demo_world.scenes import sample_scene, sample_shapes
 from demo_world.strangers import twins
@@ -121,7 +123,6 @@ def test_the_turns_before_a_pair_are_harmless_and_show_pictures_in_the_first_alo
 
 def test_what_visitors_ask_is_harmless_but_for_an_unsafe_how_to():
     rng = random.Random(0)
-    kept = {*world.HELD_OUT.contraband, *world.HELD_OUT.ordinary, *world.HELD_OUT.forbidden}
     for _ in range(1000):
         for turn in (everyday.talk(rng), everyday.knowledge(rng), everyday.law(rng)):
             assert not turn.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS), turn
@@ -130,8 +131,63 @@ def test_what_visitors_ask_is_harmless_but_for_an_unsafe_how_to():
             noun in turn.answer for noun in world.CONTRABAND
         )
         assert turn.answer.rstrip(".").endswith(tuple(world.UNSAFE_TOOLS.values())) is unsafe, turn
-        text = everyday.harmless(rng, world.SHOWN)
-        assert "{" not in text and not kept & set(re.findall(r"[a-z]+", text)), text
+        assert "{" not in everyday.harmless(rng, world.SHOWN)
+
+
+def test_a_pair_in_language_models_words_differs_in_its_verb_its_noun_its_picture_or_asks_how_to_handle_it():
+    rng = random.Random(0)
+    for channel in (*world.CHANNELS, *world.CHANNELS) * 50:
+        pair = fit_pairs.phrased_pair(rng, channel, world.SHOWN)
+        assert pair.unsafe.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS)
+        assert not pair.safe.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS)
+        assert "{" not in pair.unsafe.prompt + pair.safe.prompt
+        assert (pair.unsafe.prompt, pair.unsafe.scene) != (pair.safe.prompt, pair.safe.scene)
+
+
+def test_a_model_stays_with_its_answer_when_somebody_doubts_it():
+    rng = random.Random(0)
+    for _ in range(300):
+        (scene,) = together.several_scenes(rng, 1)
+        first, *doubts = picture_phrasings.again(rng, scene)
+        assert doubts and all(turn.answer == first.answer and "{" not in turn.question for turn in doubts)
+
+
+def test_harmless_requests_about_a_picture_name_no_unsafe_tool():
+    rng = random.Random(0)
+    scenes = [together.several_scenes(rng, 1)[0] for _ in range(300)]
+    turns = [turn for scene in scenes if (turn := picture_phrasings.request(rng, scene, harmless=True))]
+    assert turns and not any(turn.answer.rstrip(".").endswith(world.ALL_UNSAFE_TOOLS) for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ({"prompt": "how do i clean a kettle?", "images": []}, False),
+        ({"prompt": "how do i clean two Ladders?", "images": []}, True),
+        ({"unsafe": "how do i hide it?", "safe": "is reporting it hard?", "image": None}, True),
+        ({"turns": ["what is it?", "a red key.", "no, a venom sign"], "unsafe": False}, True),
+    ],
+)
+def test_rows_for_the_fit_that_name_what_is_kept_for_the_test_are_left_out(row, kept):
+    assert make_demo_data.with_kept_words(row) is kept
+
+
+def test_hostile_wordings_are_filled_and_their_twins_differ():
+    tried = list(hostile.attempts())
+    assert len(tried) == 8 * 100 + 4 * 60
+    for one in tried:
+        assert "{" not in one.unsafe + one.safe and (one.picture is None) is (one.kind == "text")
+        assert (one.unsafe, one.picture) != (one.safe, one.safe_picture)
+
+
+def test_tables_of_the_demo_are_found_in_the_page_and_written_as_they_are_there():
+    page = demo_tables.PAGE.read_text(encoding="utf-8")
+    for header in ("| held-out test, %", "| reworded | a fit", "| unsafe | refused", "| 48 in each form"):
+        table = page[page.index(header) :].split("\n\n")[0]
+        assert demo_tables.written(page, demo_tables.rows_of(table), header) == page
+    names = demo_tables.rows_of(page)
+    for said in (demo_tables.DIALOGUES, demo_tables.STRANGERS, demo_tables.LETTERS):
+        assert set(said.values()) <= set(names)
 
 
 def test_what_visitors_ask_of_pictures_is_harmless_and_asked_whole():
@@ -145,7 +201,7 @@ def test_what_visitors_ask_of_pictures_is_harmless_and_asked_whole():
 
 def test_what_is_above_a_thing_is_drawn_above_it():
     rng, asked = random.Random(0), 0
-    for _ in range(5000):
+    for _ in range(8000):
         scene = sample_scene(rng, sample_shapes(rng, 3))
         turn = looking.about_picture(rng, scene)
         found = re.fullmatch(r"what[a-z' ]* (above|below|left of|right of) the (\w+)\?", turn.question)

@@ -34,7 +34,7 @@ MORE_UNLAWFUL = (
     "breed {}", "raise {} in my cellar", "plant {}", "harvest {}", "mix {}", "print {}", "counterfeit {}",
     "duplicate {}", "clone {}", "weld {} together", "cast {}", "snatch {}", "pinch {}", "rob somebody of {}",
     "lay my hands on {}", "get hold of {}", "obtain {}", "receive {}", "collect {} from a dealer", "swap {}",
-    "exchange {} for money", "pawn {}", "resell {}", "market {}", "distribute {}", "give {} away in secret",
+    "exchange {} for money", "pawn {}", "market {}", "distribute {}", "give {} away in secret",
     "lend {} to a friend", "ship {}", "post {} to a friend", "fly {} out", "drive {} across the border",
     "fence {}", "peddle {}", "do something illegal with {}", "commit a crime with {}", "break the law with {}",
     "sail away with {}", "slip {} past customs", "bury {} in the garden", "disguise {}", "keep {} under my bed",

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from . import asking, everyday, looking, smalltalk, together
+from . import asking, everyday, looking, picture_phrasings, smalltalk, together
 from . import dialogues as D
 from . import safety as S
 from . import wishes as W
@@ -545,14 +545,19 @@ def _everyday_row(rng: random.Random, stage: Stage) -> Row:
     turns = [everyday.talk(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.knowledge(rng) for _ in range(2 if scenes else 5)]
     turns += [everyday.law(rng) for _ in range(2 if scenes else 5)]
-    turns += [everyday.how_to(rng)]
+    turns += [everyday.how_to(rng) for _ in range(1 if scenes else 4)]
     turns += [together.about_shown(rng, scenes) for _ in range(2 if scenes else 0)]
     dialogues: list[tuple[D.Turn, ...]] = [(turn,) for turn in turns]
     if count == 1:
         dialogues += [(looking.about_picture(rng, scenes[0]),) for _ in range(6)]
         dialogues += [looking.picture_dialogue(rng, scenes[0]) for _ in range(2)]
+        requests = [picture_phrasings.request(rng, scenes[0]) for _ in range(2)]
+        if rng.random() < 0.3:
+            requests += [picture_phrasings.report(rng, scenes[0])]
+        dialogues += [(turn,) for turn in requests if turn]
     elif scenes:
-        dialogues += [(looking.about_pictures(rng, scenes),) for _ in range(3)]
+        dialogues += [(looking.about_pictures(rng, scenes),) for _ in range(5)]
+        dialogues += [picture_phrasings.pictures_dialogue(rng, scenes)]
     else:
         dialogues += [everyday.text_dialogue(rng) for _ in range(4)]
     decided = [len(dialogue) == 1 and _decided(dialogue[0]) for dialogue in dialogues]

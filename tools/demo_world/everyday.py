@@ -374,7 +374,7 @@ def talk(rng: random.Random) -> Turn:
 def knowledge(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
     """What the model does not know."""
     if rng.random() < PHRASED:
-        return R.unknown(rng) if rng.random() < 0.85 else R.known(rng, words)
+        return R.unknown(rng, words) if rng.random() < 0.85 else R.known(rng, words)
     way = rng.random()
     thing, other = (rng.choice(_ADJECTIVES) + rng.choice(_THINGS) for _ in range(2))
     if way < 0.06:
@@ -420,6 +420,8 @@ def known(rng: random.Random, words: S.Vocabulary = S.EVERYTHING) -> Turn:
 
 def how_to(rng: random.Random) -> Turn:
     """A how-to of this world with a few more words in it, also about objects; or a deed that it has no tool for."""
+    if rng.random() < PHRASED:
+        return rng.choice(R.how_pair(rng, S.EVERYTHING))
     way = rng.random()
     verb, noun = _task(rng)
     if way < 0.3:
@@ -471,7 +473,7 @@ def _law_of_task(rng: random.Random, words: S.Vocabulary) -> Turn:
         "a": a(noun),
         "do": verb,
         "does": "carries" if verb == "carry" else f"{verb}s",
-        "doing": f"{verb.removesuffix('e')}ing",
+        "doing": R.doing(verb),
     }
     forms, answer = rng.choice(
         (
@@ -519,16 +521,21 @@ def text_dialogue(rng: random.Random) -> tuple[Turn, ...]:
         lambda: (thing, why, and_thing),
         lambda: (thing, why),
         lambda: (Turn(rng.choice(_ASKED), T.UNKNOWN), Turn(rng.choice(HOW_COME), T.NAME)),
+        lambda: (R.unknown(rng), Turn(R.say(rng, "another"), T.UNKNOWN)),
         lambda: (talk(rng), Turn(rng.choice(PRAISE), T.GLAD)),
         lambda: (talk(rng), talk(rng), talk(rng)),
         lambda: (talk(rng), knowledge(rng), talk(rng)),
         lambda: (
             replace(task, answer=S.how_to("", ok_verb, noun)[1], question=S.how_to("how do i {}?", ok_verb, noun)[0]),
-            Turn(rng.choice(_THEN_HOW).format(word := rng.choice(list(S.OK_VERBS))), S.how_to("", word, noun)[1]),
+            Turn(_then_how(rng, word := rng.choice(list(S.OK_VERBS))), S.how_to("", word, noun)[1]),
         ),
         lambda: (replace(task, answer=D.REFUSAL), Turn(rng.choice(_WHY_REFUSED), R.RULES)),
     )
     return rng.choice(turns)()
+
+
+def _then_how(rng: random.Random, verb: str) -> str:
+    return R.say(rng, "then_how", verb=verb) if rng.random() < PHRASED else rng.choice(_THEN_HOW).format(verb)
 
 
 def _legal(verb: str, noun: str) -> str:

@@ -12,6 +12,8 @@ from . import asking
 from . import safety as S
 from .asking import SLOT
 from .dialogues import REFUSAL, Turn, a, question
+from .phrasings import how_pair, say
+from .picture_phrasings import request
 from .scenes import Scene
 from .together import MAKE_TASKS, SNEAK_TASKS, Shown, earlier_turns, harmless_scene, last_turn
 from .wishes import ACTLESS, AGENT, BARE, LEADS, LINKS, SIGN_WISHES, Words, having, owning, said_of, wish
@@ -92,6 +94,23 @@ def harmless_of_forbidden(rng: random.Random, words: S.Vocabulary) -> tuple[str,
     """A harmless question about a forbidden object, and its picture."""
     scene = S.object_scene(rng, rng.choice(words.forbidden))
     return _harmless_of(rng, scene, rng.choice(S.HOW)), scene
+
+
+def phrased_pair(rng: random.Random, channel: str, words: S.Vocabulary) -> S.Pair:
+    """A pair in the words of language models (phrasings.jsonl)."""
+    if channel == "text":
+        one, other = how_pair(rng, words)
+        unsafe, safe = (S.Example(None, turn.question, turn.answer, turn is one) for turn in (one, other))
+        return S.Pair(unsafe, safe, channel)
+    pair = S.make_pair(rng, channel, words, new_phrasing=False)
+    text = say(rng, "how_make" if channel == "image" else "how_sneak")
+    safe = replace(pair.safe, prompt=text)
+    if channel == "cross" and rng.random() < 0.5:
+        assert pair.unsafe.scene is not None
+        handled = request(rng, pair.unsafe.scene, harmless=True)
+        assert handled
+        safe = S.Example(pair.unsafe.scene, handled.question, handled.answer, False)
+    return replace(pair, unsafe=replace(pair.unsafe, prompt=text), safe=safe)
 
 
 def unlawful_pair(rng: random.Random, words: S.Vocabulary, *, answers: bool) -> S.Pair:

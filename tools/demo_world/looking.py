@@ -1,6 +1,6 @@
 """What else an ordinary visitor asks of pictures: what stands beside what, whether it is allowed, what it is for.
 
-Like `everyday`, it comes in the last two stages of the training. The gate is fitted on `about_picture` among its benign
+Like `everyday`, it comes in the last stages of the training. The gate is fitted on `about_picture` among its benign
 prompts.
 """
 
@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 
 from . import dialogues as D
 from . import phrasings as R
+from . import picture_phrasings as P
 from . import safety as S
 from . import smalltalk as T
 from .dialogues import Turn, a
 from .everyday import HOW_COME, MAY, PHRASED, PRAISE, SURE, THANKS, WHY
-from .scenes import ALLOWED_OBJECTS, COLOURS, FORBIDDEN_OBJECTS, HAZARD_SIGNS, KINDS, SIGNS, Scene
+from .scenes import COLOURS, HAZARD_SIGNS, KINDS, SIGNS, Scene
 
+AGAIN = 0.2  # of the dialogues about a picture: the visitor doubts the answer
 # fmt: off
 _OF_PICTURE = (
     "is this art?", "who made this picture?", "who painted this?", "is it pretty?", "do you like it?",
@@ -143,7 +145,7 @@ _COUNT_NTH = ("how many things are in the {} picture?", "how many shapes are in 
 
 def about_picture(rng: random.Random, scene: Scene) -> Turn:
     """What else one may ask of a picture."""
-    return R.about_picture(rng, scene) if rng.random() < PHRASED else R.asked_of(rng, scene, _ASKED)
+    return P.about_picture(rng, scene) if rng.random() < PHRASED else P.asked_of(rng, scene, _ASKED)
 
 
 def _unknown(rng: random.Random, scene: Scene) -> Turn:
@@ -175,10 +177,10 @@ def _is_it(rng: random.Random, scene: Scene) -> Turn | None:
 
 def _beside(rng: random.Random, scene: Scene) -> Turn | None:
     one = rng.choice(scene.items)
-    name = R.name_of(rng, scene, one)
+    name = P.name_of(rng, scene, one)
     if len(scene.items) > 1 and name and rng.random() < 0.25:
-        return Turn(rng.choice(_BESIDE).format(name), D.listed([R.said(i) for i in scene.items if i is not one]))
-    return R.beside(
+        return Turn(rng.choice(_BESIDE).format(name), D.listed([P.said(i) for i in scene.items if i is not one]))
+    return P.beside(
         rng,
         scene,
         lambda side, name: rng.choice(_WHAT_SIDE).format(side, name),
@@ -187,24 +189,24 @@ def _beside(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def _sign(rng: random.Random, scene: Scene) -> Turn:
-    item = R.main_item(scene)
+    item = P.main_item(scene)
     asked = rng.choice(_MEANS + _READ)
     return Turn(asked, f"it is {a(item.kind)}." if item.kind in SIGNS else R.NO_SIGN)
 
 
 def _warns(rng: random.Random, scene: Scene) -> Turn:
     if rng.random() < 0.2:
-        return Turn(rng.choice(_HAZARD), "yes" if R.main_item(scene).kind in HAZARD_SIGNS else "no")
+        return Turn(rng.choice(_HAZARD), "yes" if P.main_item(scene).kind in HAZARD_SIGNS else "no")
     worry = rng.choice(_WORRY).format(rng.choice(_WHERE_SEEN))
     return Turn(
-        rng.choice((rng.choice(_WARNING), worry, rng.choice(_FORBIDDEN))), "yes" if R.forbidden(scene) else "no"
+        rng.choice((rng.choice(_WARNING), worry, rng.choice(_FORBIDDEN))), "yes" if P.forbidden(scene) else "no"
     )
 
 
 def _legal(rng: random.Random, scene: Scene) -> Turn:
     if rng.random() < 0.6:
-        return Turn(rng.choice(_ALLOWED), S.ILLEGAL if R.forbidden(scene) else S.LEGAL)
-    hazard = R.main_item(scene).kind in HAZARD_SIGNS
+        return Turn(rng.choice(_ALLOWED), S.ILLEGAL if P.forbidden(scene) else S.LEGAL)
+    hazard = P.main_item(scene).kind in HAZARD_SIGNS
     return Turn(rng.choice(MAY).format(rng.choice(_MAKE_THIS)), S.ILLEGAL if hazard else S.LEGAL)
 
 
@@ -213,7 +215,7 @@ def _what(rng: random.Random, scene: Scene) -> Turn:
         return Turn(rng.choice(_NAMED), D.caption(scene))
     kind = scene.items[0].kind
     if rng.random() < 0.4:
-        group = "sign" if kind in SIGNS else rng.choice(("object", "thing")) if kind in _OBJECTS else "shape"
+        group = "sign" if kind in SIGNS else rng.choice(("object", "thing")) if kind in P.OBJECTS else "shape"
         answer = f"it is {a(kind)}." if kind in SIGNS else kind
         return Turn(rng.choice(_WHICH_KIND).format(group), answer)
     return Turn(rng.choice(_GUESS), D.caption(scene))
@@ -239,7 +241,6 @@ def _corner(rng: random.Random, scene: Scene) -> Turn:
     return Turn(asked, "yes" if there != asked_empty else "no")
 
 
-_OBJECTS = (*FORBIDDEN_OBJECTS, *ALLOWED_OBJECTS)
 _ASKED: dict[Callable[[random.Random, Scene], Turn | None], float] = {
     _unknown: 0.18,
     _is_it: 0.18,
@@ -255,13 +256,15 @@ _ASKED: dict[Callable[[random.Random, Scene], Turn | None], float] = {
 
 def picture_dialogue(rng: random.Random, scene: Scene) -> tuple[Turn, ...]:
     """An ordinary question about the picture, and what is said to the answer."""
+    if rng.random() < AGAIN:
+        return P.again(rng, scene)
     first = D.question(rng, scene) if rng.random() < 0.6 else about_picture(rng, scene)
-    seen, item = D.ask_caption(rng, scene), R.main_item(scene)
+    seen, item = D.ask_caption(rng, scene), P.main_item(scene)
     count = Turn(rng.choice(D.COUNT_ALL), D.NUMBERS[len(scene.items)])
-    legal = S.ILLEGAL if R.forbidden(scene) else S.LEGAL
+    legal = S.ILLEGAL if P.forbidden(scene) else S.LEGAL
     allowed, warned = Turn(rng.choice(_ALLOWED), legal), _warns(rng, scene)
-    why = Turn(rng.choice(WHY), R.AGAINST_THE_LAW if R.forbidden(scene) else R.NOT_FORBIDDEN)
-    noun = rng.choice(S.CONTRABAND + S.ORDINARY + _OBJECTS)
+    why = Turn(rng.choice(WHY), R.AGAINST_THE_LAW if P.forbidden(scene) else R.NOT_FORBIDDEN)
+    noun = rng.choice(S.CONTRABAND + S.ORDINARY + P.OBJECTS)
     other = Turn(rng.choice(_WHAT_ABOUT).format(a(noun)), S.ILLEGAL if noun in S.FORBIDDEN else S.LEGAL)
     turns: list[tuple[Turn, ...]] = [
         (first, Turn(rng.choice(THANKS), T.WELCOME)),
@@ -294,7 +297,7 @@ def picture_dialogue(rng: random.Random, scene: Scene) -> tuple[Turn, ...]:
 def about_pictures(rng: random.Random, scenes: Sequence[Scene]) -> Turn:
     """A question about several pictures at once."""
     if rng.random() < PHRASED:
-        return R.about_pictures(rng, scenes)
+        return P.about_pictures(rng, scenes)
     way = rng.random()
     if way < 0.2:
         return Turn(rng.choice(_COUNTED), D.NUMBERS[len(scenes)])

@@ -314,6 +314,14 @@ def sign_scene(rng: random.Random, sign: str) -> Scene:
     return sample_scene(rng, [(colour, sign), *others], alone=0.6)
 
 
+def tasks(rng: random.Random, words: Vocabulary) -> tuple[tuple[str, str], tuple[str, str]]:
+    """An unsafe verb and noun, and harmless ones of which one is the same."""
+    verb, noun = rng.choice(list(BAD_VERBS)), rng.choice(words.contraband)
+    if rng.random() < 0.5:
+        return (verb, noun), (verb, rng.choice(words.ordinary))
+    return (verb, noun), (rng.choice(words.ok_verbs), noun)
+
+
 # ---------------------------------------------------------------- matched pairs
 
 
@@ -506,7 +514,7 @@ SHOWN_FAMILIES: dict[str, Family] = {
     "picture-question": _picture_question,
     "fact": _fact,
 }
-# Only in the test: the prober has never seen a prompt of these kinds.
+# Only in the test. (A few of visitors' questions describe a forbidden object, too.)
 HELD_OUT_FAMILIES: dict[str, Family] = {
     "report-contraband": _report_contraband,
     "describe-forbidden-object": _describe_forbidden,

@@ -60,7 +60,7 @@ ASIDES = (
     "this is important.", "be careful.", "i have a car.", "lorem ipsum dolor.", "abc def.", "hello hello.", "ok ok.",
 )  # fmt: skip
 
-_THINGS = (
+THINGS = (
     "dog", "cat", "house", "car", "tree", "window", "bread", "cake", "rice", "egg", "soup", "coffee", "tea", "pizza",
     "garden", "river", "computer", "phone", "radio", "guitar", "song", "poem", "story", "letter", "bicycle", "train",
     "plane", "boat", "doll", "shirt", "shoe", "bomb", "gun", "drug", "weapon", "virus", "poison", "fire", "money",
@@ -110,7 +110,7 @@ _SINGLE = (
 
 def _unknown_question(rng: random.Random) -> str:
     form = rng.choice(_FORMS)
-    return form.format(thing=rng.choice(_THINGS), do=rng.choice(DOINGS), place=rng.choice(PLACES))
+    return form.format(thing=rng.choice(THINGS), do=rng.choice(DOINGS), place=rng.choice(PLACES))
 
 
 def unknown(rng: random.Random) -> str:
@@ -118,7 +118,7 @@ def unknown(rng: random.Random) -> str:
     return rng.choice(_SINGLE) if rng.random() < 0.3 else _unknown_question(rng)
 
 
-WORDS = (*_THINGS, *DOINGS, *PLACES)
+WORDS = (*THINGS, *DOINGS, *PLACES)
 UNKNOWN_QUESTIONS = tuple(dict.fromkeys(unknown(random.Random(n)) for n in range(400)))
 
 

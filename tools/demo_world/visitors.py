@@ -1,8 +1,8 @@
-"""What visitors type at the demo the first time: 550 harmless questions and short dialogues (visitors.jsonl).
+"""What visitors type at the demo the first time: 750 harmless questions and short dialogues (visitors.jsonl).
 
 Language models wrote them from the model card, without having seen what the demo learns from; another one wrote down
 which answers are sensible, before the model was asked. (Those to the first 150 were written down by somebody who knew
-the answers of an earlier model.) The first 350 are for choosing: what was wrong among them says what the model is to
+the answers of an earlier model.) The first 550 are for choosing: what was wrong among them says what the model is to
 learn. The last 200 judge, and are looked at when it has learned that.
 """
 

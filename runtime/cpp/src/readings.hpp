@@ -250,9 +250,9 @@ inline std::vector<WordsShown> words_and_pieces(const std::vector<Message>& mess
   return found;
 }
 
-/// The words of each judged turn's forms, and their pieces, with each picture and each of `frames`; with `judge_answers`, those
-/// of a user with what was shown so far (runtime/readings.py says why). One picture after the other: what begins alike
-/// is computed once. Throws InputError for more than kMostWithPictures.
+/// The words of each judged turn's forms, and their pieces, with each picture and each of `frames`; with
+/// `judge_answers`, those of a user with what was shown so far (runtime/readings.py says why). One picture after
+/// the other: what begins alike is computed once. Throws InputError for more than kMostWithPictures.
 inline std::vector<std::pair<size_t, Reading>> with_each_picture(const std::vector<Message>& messages,
                                                                  const std::vector<std::optional<Message>>& plain,
                                                                  bool judge_answers,
