@@ -12,7 +12,8 @@ Step n of worker w draws its data from the seed (seed, w, n), so a resumed run s
 would have seen. Ctrl-C (or SIGTERM) saves and ends; the same command with --resume goes on. The result is
 the same on the same machine up to the order of float sums; other workers or hardware give other weights.
 
-A further stage begins with the published weights and a new optimizer:
+A further stage (write it into STEPS, RATE and corpus.STAGES first) begins with the published weights and a new
+optimizer:
 
     python tools/train_demo_model.py --output build/demo-model --start models/demo --at STEP
 """
