@@ -73,15 +73,19 @@ def _held(scratch: Path) -> Iterator[None]:
     """Hold the lock of a scratch folder, then remove it. It stays with what could not be deleted (a second Ctrl-C, no
     permission): the next run finds that by its lock. Raises Timeout if another process holds it.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     lock = scratch.with_name(f"{scratch.name}.lock")
-    with FileLock(lock, blocking=False):
-        try:
+    ours = True
+    try:  # around the lock, too: a signal may come when its file is there and `with` is not yet entered
+        with FileLock(lock, blocking=False):
             yield
-        finally:
-            if not (scratch.exists() or _old_of(scratch).exists()):
-                lock.unlink(missing_ok=True)
+    except Timeout:
+        ours = False
+        raise
+    finally:
+        if ours and not (scratch.exists() or _old_of(scratch).exists()):
+            lock.unlink(missing_ok=True)
 
 
 def _old_of(scratch: Path) -> Path:

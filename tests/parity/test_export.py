@@ -317,6 +317,29 @@ def test_an_export_that_is_interrupted_leaves_nothing(tmp_path: Path, sent: sign
     assert nothing_left(tmp_path)
 
 
+def test_a_signal_that_comes_while_the_lock_is_taken_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquired = FileLock.acquire
+
+    def interrupted(lock: FileLock) -> None:
+        acquired(lock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileLock, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "package", marker="autosteer.json", force=False):
+        pass
+    assert nothing_left(tmp_path)
+
+
+def test_a_lock_that_another_process_holds_stays(tmp_path: Path) -> None:
+    """It has just been taken: the folder that it is for is not there yet."""
+    other = tmp_path / ".package-01234567.lock"
+    with FileLock(other), atomic_folder(tmp_path / "package", marker="autosteer.json", force=False):
+        assert other.exists()
+    assert other.exists()
+
+
 def test_a_package_without_a_gate_has_no_threshold(tmp_path: Path) -> None:
     with pytest.raises(click.UsageError, match="--unguarded and --threshold exclude"):
         export.main(
