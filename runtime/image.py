@@ -16,8 +16,10 @@ them.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +42,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, an
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
 MAX_SQUARE = 2 * MAX_PIXELS  # of a picture that is padded: one of MAX_PIXELS, if its sides differ by at most 2 times
 MAX_FILE_BYTES = 100_000_000
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"IDAT", b"fdAT", b"eXIf", b"IEND")
+NO_CHUNK = b"\0\0\0\0nONE" + zlib.crc32(b"nONE").to_bytes(4, "big")  # in the place of others
+XMP = b"iTXtXML:com.adobe.xmp\0\0\0\0\0"  # how a chunk with it begins: not compressed, of no language
 ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture upright
 TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,9 +107,48 @@ def open_file(path: str | Path) -> Image.Image:
     if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
         raise InputError(f"{size} bytes: at most {MAX_FILE_BYTES}")
     try:
-        return Image.open(path, formats=FORMATS)
+        with open(path, "rb") as file:
+            png = file.read(len(PNG)) == PNG
+        return open_content(Path(path).read_bytes()) if png else Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as err:  # Pillow's own limit is higher, and comes first
         raise InputError(f"too many pixels: at most {MAX_PIXELS}") from err
+
+
+def open_content(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The same for the bytes of a file. A PNG file must be whole. Pillow gets only PNG_CHUNKS of it, and XMP: it would
+    refuse large texts and colour profiles, which say nothing of the pixels.
+
+    Raises InputError for a damaged PNG file, and what Pillow raises for what is no picture, or has far too many pixels.
+    """
+    if not content.startswith(PNG):
+        return Image.open(io.BytesIO(content), formats=formats)
+    view, kept, kind, key, end = memoryview(content), io.BytesIO(), b"", b"", len(PNG)
+    kept.write(PNG)
+    while kind != b"IEND":
+        start, end = end, end + 12 + int.from_bytes(view[end : end + 4], "big")
+        kind = content[start + 4 : start + 8]
+        if zlib.crc32(view[start + 4 : end - 4]).to_bytes(4, "big") != view[end - 4 : end]:
+            if start > len(PNG):  # its header is whole
+                check_size((int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")))
+            raise InputError("image file is truncated, or a checksum is wrong")
+        if kind in PNG_CHUNKS or content.startswith(XMP, start + 4):
+            kept.write(view[start:end])
+        elif kind[:1].isupper() or not kind.isalpha():
+            raise InputError(f"unknown chunk {kind!r}")
+        else:
+            kept.write(NO_CHUNK)
+        if kind == b"tRNS":
+            key = content[start + 8 : end - 4]
+    kept.seek(0)
+    opened, depth = Image.open(kept, formats=("PNG",)), content[24]
+    if key and opened.mode == "RGB" and depth == 16:  # Pillow keeps 8 of the bits
+        raise InputError("a transparent colour of 16 bits")
+    if key and opened.mode in ("1", "L"):  # Pillow scales the pixels, but not the grey that is transparent
+        most = (1 << depth) - 1
+        opened.info["transparency"] = (int.from_bytes(key[:2], "big") & most) * (255 // most)
+    if key and opened.mode == "P":  # Pillow takes a last opacity of 10 for the end of a line
+        opened.info["transparency"] = key
+    return opened
 
 
 def check_size(size: tuple[int, int], count: int = 1) -> None:
@@ -136,9 +181,10 @@ def _upright(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose also writes the other tags anew, and raises for some that it can read.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        orientation = image.getexif().get(ORIENTATION)
     except Exception:  # Pillow raises a SyntaxError, and others
         return image
+    turn = TURNS.get(orientation) if isinstance(orientation, int) else None  # no 6.0, which is equal to 6
     return image if turn is None else image.transpose(turn)
 
 

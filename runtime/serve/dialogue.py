@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError, first_line
 from ..image import FORMATS as FILE_FORMATS
-from ..image import MAX_PIXELS, Uint8, to_rgb
+from ..image import MAX_PIXELS, Uint8, open_content, to_rgb
 from ..text import ImagePart, Message, VideoPart
 from .faults import ApiError
 from .limits import Limits
@@ -43,7 +42,7 @@ class Picture:
     def open(self) -> Uint8:
         """Its pixels, RGB (H, W, 3) uint8. Raises InputError for a damaged picture."""
         try:
-            with Image.open(io.BytesIO(self.data), formats=FORMATS) as opened:
+            with open_content(self.data, FORMATS) as opened:
                 return to_rgb(opened)
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{self.where}: not a readable picture ({first_line(err)})") from err
@@ -136,7 +135,7 @@ class Reader:
     def _picture(self, url: str, where: str) -> Picture:
         data = _data_of(url, where)
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            with open_content(data, FORMATS) as opened:
                 width, height = opened.size
         except Image.DecompressionBombError:  # of more pixels than Pillow opens, by its header
             most = min(self._limits.max_megapixels, MAX_PIXELS / 1e6)

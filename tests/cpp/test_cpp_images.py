@@ -38,6 +38,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png_file(size: tuple[int, int], depth: int, colour: int, rows: Any, *chunks: bytes) -> bytes:
+    """A PNG file of these rows, with chunks before them."""
+    head = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + pixels + png_chunk(b"IEND", b"")
+
+
 def picture_files(folder: Path) -> list[Path]:
     """Files of every kind that the reader takes."""
     rgb, alpha = Image.fromarray(noise(61, 40)), Image.fromarray(noise(50, 33, 4), "RGBA")
@@ -70,29 +77,30 @@ def picture_files(folder: Path) -> list[Path]:
     content = (folder / "gamma.png").read_bytes()
     (folder / "gamma.png").write_bytes(content[:33] + png_chunk(b"gAMA", struct.pack(">I", 100000)) + content[33:])
     wide = noise(20, 15).astype(">u2") * 257 + 3
-    rows = b"".join(b"\0" + row.tobytes() for row in wide)
-    head = struct.pack(">IIBBBBB", 20, 15, 16, 2, 0, 0, 0)
-    (folder / "deep-rgb.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", head)
-        + png_chunk(b"IDAT", zlib.compress(rows))
-        + png_chunk(b"IEND", b"")
-    )
-    grey16 = struct.pack(">IIBBBBB", 20, 15, 16, 0, 0, 0, 0)
-    (folder / "deep-key.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + png_chunk(b"IHDR", grey16)
-        + png_chunk(b"tRNS", wide[0, 0, :1].tobytes())
-        + png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row[:, 0].tobytes() for row in wide)))
-        + png_chunk(b"IEND", b"")
-    )
+    (folder / "deep-rgb.png").write_bytes(png_file((20, 15), 16, 2, wide))
+    key = png_chunk(b"tRNS", wide[0, 0, :1].tobytes())
+    (folder / "deep-key.png").write_bytes(png_file((20, 15), 16, 0, wide[..., 0], key))
+    for depth in (1, 2, 4):  # the lowest bits of a key count
+        key, few = png_chunk(b"tRNS", struct.pack(">H", 4 << depth | depth // 2)), noise(2 * depth, 15)[..., 0]
+        (folder / f"key-of-{depth}-bits.png").write_bytes(png_file((16, 15), depth, 0, few, key))
+    colours = png_chunk(b"PLTE", noise(4, 1).tobytes()) + png_chunk(b"tRNS", b"\0\n")  # 10 is no end of a line
+    (folder / "palette-opacity.png").write_bytes(png_file((20, 15), 8, 3, noise(20, 15)[..., 0] & 3, colours))
     plain = (folder / "rgb.png").read_bytes()
     xmp = png_chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>')
-    six, none = b"\6\0\0\0", b"\0\0\0\0"
+    large = zlib.compress(bytes(2_000_000))  # Pillow refuses a text of it, and a profile
+    for name, chunk in {"text": b"zTXt", "profile": b"iCCP"}.items():
+        (folder / f"large-{name}.png").write_bytes(plain[:33] + png_chunk(chunk, b"x\0\0" + large) + plain[33:])
+    six, none, behind = b"\6\0\0\0", b"\0\0\0\0", struct.pack("<I", 26)
     for name, chunks in {
-        **{f"type{kind}": [(b"eXIf", orientation_tag(kind, 1, six))] for kind in (1, 2, 4, 6, 8, 9)},
+        **{f"type{kind}": [(b"eXIf", orientation_tag(kind, 1, six))] for kind in (1, 2, 4, 6, 8, 9, 13, 99)},
+        "float": [(b"eXIf", orientation_tag(11, 1, struct.pack("<f", 6)))],
+        "ratio": [(b"eXIf", orientation_tag(5, 1, behind) + struct.pack("<II", 6, 1))],
         "count0": [(b"eXIf", orientation_tag(3, 0, six))],
-        "count3": [(b"eXIf", orientation_tag(3, 3, six))],
+        "count2": [(b"eXIf", orientation_tag(3, 2, b"\6\0\1\0"))],
+        "count3": [(b"eXIf", orientation_tag(3, 3, behind) + b"\6\0\1\0\1\0")],
+        "outside": [(b"eXIf", orientation_tag(3, 9, behind))],
+        "too-many": [(b"eXIf", orientation_tag(3, 99, behind))],
+        "twice": [(b"eXIf", b"Exif\0\0" + orientation_tag(3, 1, six))],
         "no-tiff": [(b"eXIf", b"IIxx" + orientation_tag(3, 1, six)[4:])],
         "too-short": [(b"eXIf", b"II*\0\x08\0\0")],
         "zero": [(b"eXIf", orientation_tag(3, 1, none))],
@@ -100,8 +108,14 @@ def picture_files(folder: Path) -> list[Path]:
     }.items():
         made_of = b"".join(png_chunk(*chunk) for chunk in chunks)
         (folder / f"exif-{name}.png").write_bytes(plain[:33] + made_of + plain[33:])
-        if name not in ("no-tiff", "too-short"):  # such a chunk libpng leaves out
-            (folder / f"exif-{name}-xmp.png").write_bytes(plain[:33] + xmp + made_of + plain[33:])
+        (folder / f"exif-{name}-xmp.png").write_bytes(plain[:33] + xmp + made_of + plain[33:])
+    jpeg, tag = (folder / "sub0.jpg").read_bytes(), orientation_tag(3, 1, six)
+    for name, parts in {"twice": [b"Exif\0\0" + tag], "parts": [tag[:9], tag[9:]]}.items():
+        marked = b"".join(b"\xff\xe1" + struct.pack(">H", 8 + len(part)) + b"Exif\0\0" + part for part in parts)
+        (folder / f"exif-{name}.jpg").write_bytes(jpeg[:2] + marked + jpeg[2:])
+    (folder / "end-is-zeros.jpg").write_bytes(jpeg[:-2] + bytes(9))  # all pixels are there
+    Image.new("L", (9, 40), 128).save(folder / "no-end.jpg")  # so even that its end need not be read
+    (folder / "no-end.jpg").write_bytes((folder / "no-end.jpg").read_bytes()[:-2])
     return sorted(folder.iterdir())
 
 

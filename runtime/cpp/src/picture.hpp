@@ -2,16 +2,18 @@
 //
 // Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
 // gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
-// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. Metadata that only
-// Pillow reads has no effect: an eXIf chunk that is no TIFF structure, EXIF in a PNG's text ("Raw profile type exif").
+// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. Of a PNG's texts only
+// an XMP packet that is not compressed has an effect; no other text, and no colour profile, is decompressed.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -97,15 +99,15 @@ inline void png_read(png_structp png, png_bytep target, size_t count) {
 
 inline void png_ignore(png_structp, png_const_charp) {}
 
-inline void png_metadata(png_structp png, png_infop info, Decoded& out) {
-  png_bytep exif = nullptr;
-  png_uint_32 exif_size = 0;
-  if (png_get_eXIf_1(png, info, &exif_size, &exif)) out.exif.assign(exif, exif + exif_size);
-  png_textp texts = nullptr;
-  const int count = png_get_text(png, info, &texts, nullptr);
-  for (int i = 0; i < count; ++i) {
-    if (std::string_view(texts[i].key) == "XML:com.adobe.xmp" && texts[i].text) out.xmp = texts[i].text;
-  }
+/// Gets all chunks that say nothing of the pixels. The orientation may be in two of them.
+inline int png_metadata(png_structp png, png_unknown_chunkp chunk) {
+  constexpr std::string_view xmp("XML:com.adobe.xmp\0\0\0\0\0", 22);  // not compressed, of no language
+  auto& out = *static_cast<Decoded*>(png_get_user_chunk_ptr(png));
+  const std::string_view name(reinterpret_cast<const char*>(chunk->name), 4);
+  const std::string_view data(reinterpret_cast<const char*>(chunk->data), chunk->size);
+  if (name == "eXIf") out.exif.assign(data.begin(), data.end());
+  if (name == "iTXt" && data.substr(0, xmp.size()) == xmp) out.xmp = data.substr(xmp.size());
+  return chunk->name[0] & 0x20 ? 1 : 0;  // 0: a chunk that a reader must know, which libpng refuses
 }
 
 /// Append `count` pixels, blended with white (Pillow's alpha_composite, AlphaComposite.c).
@@ -135,10 +137,17 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   if (setjmp(png_jmpbuf(state.png))) return;
   png_set_read_fn(state.png, &source, png_read);
   png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
+  png_set_crc_action(state.png, PNG_CRC_DEFAULT, PNG_CRC_ERROR_QUIT);  // a wrong checksum anywhere
+  png_set_keep_unknown_chunks(state.png, PNG_HANDLE_CHUNK_NEVER, nullptr, -1);  // those that png_metadata gets
+  png_set_read_user_chunk_fn(state.png, &out, png_metadata);
   png_read_info(state.png, state.info);
   const int64_t height = png_get_image_height(state.png, state.info),
                 width = png_get_image_width(state.png, state.info);
   if (!reserve(out, height, width)) return;
+  if (png_get_color_type(state.png, state.info) == PNG_COLOR_TYPE_RGB &&
+      png_get_bit_depth(state.png, state.info) == 16 && png_get_valid(state.png, state.info, PNG_INFO_tRNS)) {
+    png_error(state.png, "a transparent colour of 16 bits");  // Pillow keeps 8 of them
+  }
   png_set_strip_16(state.png);
   png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
   png_set_gray_to_rgb(state.png);
@@ -161,7 +170,6 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
     }
   }
   png_read_end(state.png, state.info);
-  png_metadata(state.png, state.info, out);
 }
 
 // --- JPEG ---
@@ -181,15 +189,17 @@ struct JpegErrors {
 }
 
 inline void jpeg_warn(j_common_ptr info, int level) {
-  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF) jpeg_fail(info);  // Pillow: "image file is truncated"
+  const auto* picture = reinterpret_cast<jpeg_decompress_struct*>(info);
+  const bool complete = picture->output_scanline > 0 && picture->output_scanline == picture->output_height;
+  if (level < 0 && info->err->msg_code == JWRN_JPEG_EOF && !complete) jpeg_fail(info);  // "image file is truncated"
 }
 
 inline void jpeg_metadata(const jpeg_decompress_struct& info, Decoded& out) {
   constexpr std::string_view exif("Exif\0\0", 6), xmp("http://ns.adobe.com/xap/1.0/\0", 29);
   for (jpeg_saved_marker_ptr marker = info.marker_list; marker; marker = marker->next) {
     const std::string_view data(reinterpret_cast<const char*>(marker->data), marker->data_length);
-    if (data.substr(0, exif.size()) == exif && out.exif.empty()) {
-      out.exif.assign(data.begin() + exif.size(), data.end());
+    if (data.substr(0, exif.size()) == exif) {  // a long one goes on in the next marker
+      out.exif.insert(out.exif.end(), data.begin() + exif.size(), data.end());
     } else if (data.substr(0, xmp.size()) == xmp) {
       out.xmp = data.substr(xmp.size());
     }
@@ -243,27 +253,38 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
 // --- orientation ---
 
 /// The orientation tag (0x0112) of a TIFF structure, if it has one; 0 if that is no whole number, or there is no TIFF.
-inline std::optional<unsigned> exif_orientation(const std::vector<uint8_t>& tiff) {
+/// As in Pillow: of several numbers the first counts, data outside of the file ends the reading.
+inline std::optional<unsigned> exif_orientation(std::vector<uint8_t> tiff) {
+  constexpr std::string_view exif("Exif\0\0", 6);  // before all, once more
+  if (std::equal(exif.begin(), exif.end(), tiff.begin(), tiff.begin() + std::min(exif.size(), tiff.size()))) {
+    tiff.erase(tiff.begin(), tiff.begin() + exif.size());
+  }
   if (tiff.empty()) return std::nullopt;
   const bool known = tiff.size() >= 8 && tiff[0] == tiff[1] && (tiff[0] == 'I' || tiff[0] == 'M');
   if (!known || tiff[2] + tiff[3] != 42 || (tiff[2] && tiff[3])) return 0;
   const bool little = tiff[0] == 'I';
-  const auto number = [&](size_t at, size_t size) {
-    size_t value = 0;
-    for (size_t i = 0; i < size; ++i) value |= size_t{tiff[at + i]} << 8 * (little ? i : size - 1 - i);
+  const auto number = [&](uint64_t at, uint64_t size) {
+    uint64_t value = 0;
+    for (uint64_t i = 0; i < size; ++i) value |= uint64_t{tiff[at + i]} << 8 * (little ? i : size - 1 - i);
     return value;
   };
-  const size_t directory = number(4, 4);
-  if (directory > tiff.size() - 2) return 0;
-  const size_t entries = number(directory, 2);
-  for (size_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= tiff.size(); ++i) {
-    const size_t entry = directory + 2 + 12 * i;
-    const size_t type = number(entry + 2, 2);
-    const bool is_short = type == 3 || type == 8, is_long = type == 4 || type == 9;  // unsigned and signed
-    const size_t size = is_short ? 2 : is_long ? 4 : type == 6 ? 1 : 0;              // 6: a signed byte
-    const size_t count = number(entry + 4, 4);
-    if (number(entry, 2) != 0x0112 || count == 0) continue;
-    return size && count == 1 ? static_cast<unsigned>(number(entry + 8, size)) : 0;
+  // Bytes of a value, by type; below 0 it is no whole number.
+  constexpr std::array<int, 17> sizes = {0, -1, -1, 2, 4, -8, 1, -1, 2, 4, -8, -4, -8, 4, 0, 0, 8};
+  const uint64_t directory = number(4, 4), end = tiff.size();
+  const uint64_t entries = directory + 2 <= end ? number(directory, 2) : 0;
+  uint64_t outside = 0;  // bytes that do not fit into their entries
+  for (uint64_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= end; ++i) {
+    const uint64_t entry = directory + 2 + 12 * i, type = number(entry + 2, 2);
+    const int each = type < sizes.size() ? sizes[type] : 0;
+    const auto width = static_cast<uint64_t>(std::abs(each)), size = width * number(entry + 4, 4);
+    uint64_t at = entry + 8;
+    if (size > 4) {
+      at = number(at, 4);
+      if ((outside += size) > end) continue;
+      if (at + size > end) return std::nullopt;
+    }
+    if (number(entry, 2) != 0x0112 || size == 0) continue;
+    return each > 0 ? static_cast<unsigned>(std::min<uint64_t>(number(at, width), 9)) : 0;
   }
   return std::nullopt;
 }
