@@ -257,6 +257,14 @@ def _part(renderer: Renderer, kind: Literal["image", "video"]) -> tuple[str, str
     return added, inserted(one.replace(added, ""), none)
 
 
+def text_lead(renderer: Renderer) -> str:
+    """What the template writes between the opening of a turn without pictures and its text. It counts with the text:
+    the first word and a blank before it may be one token.
+    """
+    _, lead = _part(renderer, "image") if renderer.image_token else ("", "")
+    return lead + around_text(renderer)[0]
+
+
 def _frame_group(renderer: Renderer, frames: int) -> FrameGroup | None:
     """What the processor writes for each group of a video's frames; None where all rows of a video are one run."""
     if not any(renderer.around_frames):

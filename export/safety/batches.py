@@ -99,7 +99,8 @@ def turn_start(fit_model: FitModel, prompt: Prompt) -> int:
         return len(fit_model.opening)
     marked = replace(prompt, text=FIRST, images=prompt.images if prompt.earlier else ())
     before = render(fit_model, marked, generation=False).split(FIRST)[0]
-    return _encoded(fit_model, before.removesuffix(fit_model.text_lead), marked.images)["input_ids"].shape[1]
+    encoded = _encoded(fit_model, before.removesuffix(fit_model.text_lead), marked.images)
+    return encoded["input_ids"].shape[1] - fit_model.closing
 
 
 def _check_length(fit_model: FitModel, prompt: Prompt, tokens: int) -> None:

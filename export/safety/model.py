@@ -15,12 +15,13 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from autosteer.export.checkpoint.chat_template import text_lead
 from autosteer.export.checkpoint.decoder_config import DecoderConfig, decoder_config
 from autosteer.export.checkpoint.hf_model import cache_argument, load_hf_model, placed, watching_inputs
 from autosteer.export.checkpoint.layer_sweep import LayerSweep
 from autosteer.export.checkpoint.on_demand import open_on_demand
 from autosteer.export.checkpoint.open import Checkpoint, end_token_ids, load_processor
-from autosteer.export.checkpoint.renderer import FIRST, Renderer, around_text
+from autosteer.export.checkpoint.renderer import FIRST, Renderer
 from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
 from autosteer.runtime.errors import ProviderError
 from autosteer.runtime.generation import common_length
@@ -45,7 +46,8 @@ class FitModel:
     opening: torch.Tensor  # (O,) token ids that every prompt begins with, before the user's first word or image
     end_token: int  # closes a turn
     image_token_id: int | None
-    text_lead: str  # what the chat template writes before each text of a turn
+    text_lead: str  # what the chat template writes before the text of a turn without pictures
+    closing: int  # tokens that the processor puts behind every text: Chameleon's does
     token_offset: int  # from the prompt's end, the last token that is the same with the generation prompt behind it
     opening_cache: DynamicCache | None = None  # batch 1; see read_opening
 
@@ -69,7 +71,7 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
     """Open the checkpoint's model for a fit on "cpu" or "cuda". Raises what opening its parts raises."""
     processor = load_processor(checkpoint)
     renderer = Renderer(processor)
-    lead, _ = around_text(renderer)
+    lead = text_lead(renderer)
     text = renderer.turns(("user", FIRST)).split(FIRST)[0].removesuffix(lead)
     texts = [renderer.turns(("user", "x"), generation=generation) for generation in (False, True)]
     bare, whole = processor.tokenizer(texts, add_special_tokens=False).input_ids
@@ -87,6 +89,7 @@ def open_fit_model(checkpoint: Checkpoint, *, device: str) -> FitModel:
         end_token=_end_token(checkpoint, processor),
         image_token_id=renderer.image_id,
         text_lead=lead,
+        closing=len(processor(text=["x"])["input_ids"][0]) - len(processor.tokenizer("x").input_ids),
         token_offset=common_length(bare, whole) - 1 - len(bare),
     )
 

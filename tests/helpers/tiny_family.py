@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -320,11 +321,30 @@ class TinyFamily:
         assert sum(verdicts) == self.prompts // 2
 
     def check_probed(self, variant: str, folder: Path) -> None:
-        """The state that autosteer-fit reads, before the generation prompt, is the one that the runtime reads."""
+        """The states that autosteer-fit reads, before the generation prompt, are those that the runtime reads: of the
+        last token and in the mean, also behind earlier turns and with a picture.
+        """
         e, theirs = self.engine(variant), self.fit_model(variant)
+        one = Message.user("is it safe?")
+        asked = {
+            Prompt("is it safe?"): [one],
+            Prompt("is it safe?", earlier=("hello", "good day")): [
+                Message.user("hello"),
+                Message.assistant("good day"),
+                one,
+            ],
+        }
+        if self.pictures:
+            picture(1).save(path := folder / "picture.png")
+            asked[Prompt("is it safe?", (path,))] = [Message.user("is it safe?", [path])]
         with states.prompt_store(folder, [], theirs) as store:
-            kept = states.prompt_states(theirs, [Prompt("is it safe?")], store)
-            expected = kept.layer(self.split - 1)[0, states.POOLINGS.index("last")].numpy()
-        request = e.request(e.encoder.prepare([Message.user("is it safe?")], Stats()), 1, Stats())
-        request.prefill_lower(e.policy(Mode.OFF))
-        np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())
+            kept = states.prompt_states(theirs, list(asked), store).layer(self.split - 1).numpy()
+        prober = e.manifest.prober
+        assert prober
+        for at, pooling in enumerate(states.POOLINGS):
+            encoder = copy(e.encoder)
+            encoder.manifest = replace(e.manifest, prober=replace(prober, pooling=pooling))
+            for messages, expected in zip(asked.values(), kept[:, at], strict=True):
+                request = e.request(encoder.prepare(messages, Stats()), 1, Stats())
+                request.prefill_lower(e.policy(Mode.OFF))
+                np.testing.assert_allclose(request.probed_mean()[0], expected, atol=1e-4 * np.abs(expected).max())
