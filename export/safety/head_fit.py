@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .store import StateStore
 
 PAPER_STRENGTH = 0.1
-# Unsafe prompts at most (of rewordings, too: 512); answers are generated to 12, and to 12 others with the one chosen.
-REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 512, 200, 12
+# Unsafe prompts at most (and as many rewordings); answers are generated to 12, and to 12 others with the one chosen.
+REFUSAL_TRAIN, REFUSAL_HELDOUT, REFUSAL_TRIED = 2048, 200, 12
 # Harmless prompts that are answered, to stand before unsafe ones: for training, held-out ones; characters of such a
 # prompt and tokens of its answer at most.
 EARLIER_TRAIN, EARLIER_HELDOUT, EARLIER_LONGEST, EARLIER_TOKENS = 32, 8, 500, 24

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 STEPS, PASSES = 400, 3  # at least so many steps, and so many passes over all (prompt, token) places
 EQUAL = 1 / 12 + 1e-9  # shares of answers that differ by no more than this count as equal
 BATCH, LEARNING_RATE = 64, 1e-2  # places; Adam, whose rate falls linearly to 0
+# A place is drawn in proportion to the loss that it had when it was last drawn, within these bounds, the larger one at
+# first: most places are soon learned, and the few that are not are what a steered answer stumbles over.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-3, 10.0
 # Logits further below the largest one count as this far below in the softmax, where e^-60 changes no sum. Probabilities
 # of e^-90 are denormal floats, and the backward product over them takes 16 times as long.
 DEEPEST = 60.0
@@ -128,15 +131,18 @@ def train_refusal_head(
     generator = torch.Generator().manual_seed(seed)
     initial_loss, _, _ = evaluate(heldout, answer, matrix.detach(), lm_head, strength)
     places, length = train.flatten(0, 1), train.shape[1]
+    weights = torch.full((len(places),), MOST_WEIGHT)
     for step in range(steps):
-        rows = torch.randint(len(places), (BATCH,), generator=generator)
+        rows = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         optimizer.zero_grad()
         logits = steered_logits(places[rows].to(device), matrix, lm_head, strength)
         floor = logits.detach().amax(dim=-1, keepdim=True) - DEEPEST
         wanted = logits.gather(1, answer[(rows % length).to(device), None])
-        (torch.maximum(logits, floor).logsumexp(dim=-1, keepdim=True) - wanted).mean().backward()  # cross-entropy
+        losses = (torch.maximum(logits, floor).logsumexp(dim=-1, keepdim=True) - wanted).flatten()  # cross-entropy
+        losses.mean().backward()
         optimizer.step()
+        weights[rows] = losses.detach().cpu().clamp(LEAST_WEIGHT, MOST_WEIGHT)
         advance(1)
     trained = matrix.detach()
     loss, argmax_share, whole_share = evaluate(heldout, answer, trained, lm_head, strength)
