@@ -230,7 +230,7 @@ def _counted(rng: random.Random, scene: Scene) -> Turn:
         return Turn(rng.choice(_HOW_MANY_COLOURS), D.NUMBERS[len(colours)])
     if way < 0.7:
         return Turn(rng.choice(_ONLY_ONE), "yes" if len(scene.items) == 1 else "no")
-    colour = rng.choice([*colours, rng.choice(list(COLOURS))])
+    colour = rng.choice([*sorted(colours), rng.choice(list(COLOURS))])
     return Turn(rng.choice(_ALL_COLOUR).format(colour), "yes" if colours == {colour} else "no")
 
 
