@@ -56,6 +56,12 @@ ADVICE: dict[tuple[str, str, int | None], str] = {
     help="Whether the package judges every answer before any of it is shown, unless a request says otherwise: it stops "
     "more, and nothing streams. Measure it first (autosteer-eval). Default: as the safety folder says.",
 )
+@click.option(
+    "--judge-threshold",
+    type=float,
+    help="An answer that is judged is unsafe above this p_unsafe, too, which is at most --threshold. Default: the "
+    "safety folder's, or else the same as for prompts.",
+)
 @click.option("--unguarded", is_flag=True, help="Export without a gate; such a package runs only with --policy off.")
 @click.option(
     "--layer",
@@ -131,6 +137,7 @@ def export(
     threshold: float | None,
     monitor: bool | None,
     judge_answers: bool | None,
+    judge_threshold: float | None,
     unguarded: bool,
     layer: int | None,
     precision: str,
@@ -159,6 +166,8 @@ def export(
         raise click.UsageError("--unguarded and --monitor exclude each other")
     if unguarded and judge_answers:
         raise click.UsageError("--unguarded and --judge-answers exclude each other")
+    if unguarded and judge_threshold is not None:
+        raise click.UsageError("--unguarded and --judge-threshold exclude each other")
     check_output(output, marker=MANIFEST_FILE, force=force)
     if repo:
         check_login(repo)
@@ -201,6 +210,8 @@ def export(
             console.print(warning, markup=False, highlight=False, soft_wrap=True)
         if safety and threshold is not None:
             safety = safety.firing_above(threshold)
+        if safety and judge_threshold is not None:
+            safety = safety.judging_above(judge_threshold)
         safety = safety and safety.watching(monitor)
         if safety and judge_answers is not None:
             safety = replace(safety, facts=replace(safety.facts, judge_answers=judge_answers))

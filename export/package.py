@@ -310,7 +310,12 @@ def _prober_spec(safety: SafetyArtifact, generation_tokens: int) -> ProberSpec:
     """
     facts = safety.facts
     return ProberSpec(
-        facts.token_offset - generation_tokens, facts.pooling, facts.threshold, facts.calibration, facts.judge_answers
+        facts.token_offset - generation_tokens,
+        facts.pooling,
+        facts.threshold,
+        facts.calibration,
+        facts.judge_answers,
+        facts.judge_threshold,
     )
 
 

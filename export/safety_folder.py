@@ -114,6 +114,7 @@ class SafetyFacts:
     proof: tuple[ProofPrompt, ...] = ()  # unsafe and benign; none: no package of this gate can show what it catches
     monitor: MonitorFacts | None = None
     judge_answers: bool = False  # of packages of this gate, by default (ProberSpec.judge_answers)
+    judge_threshold: float | None = None  # of answers that are judged (ProberSpec.judge_threshold)
     frame: tuple[str, ...] = ()  # how the fit wrote and read dialogues (renderer.frame_digests); none: not known
     files: tuple[DataFile, ...] = ()  # the others of the folder, as they must be; none: an older folder, or by hand
 
@@ -143,7 +144,16 @@ class SafetyArtifact:
         proof = tuple(p for p in self.facts.proof if p.unsafe == (p.p_unsafe > threshold))
         monitor = self.facts.monitor and self.facts.monitor.beside_another_gate()
         facts = replace(self.facts, threshold=threshold, calibration=kept, proof=proof, monitor=monitor)
-        return replace(self, facts=facts)
+        return replace(self, facts=facts).judging_above(self.facts.judge_threshold)
+
+    def judging_above(self, threshold: float | None) -> SafetyArtifact:
+        """The same with another threshold of answers that are judged: the gate's own where that is lower. Raises
+        InputError.
+        """
+        if threshold is not None and not 0.0 <= threshold < 1.0:
+            raise InputError(f"--judge-threshold {threshold:g}: it must be in [0, 1)")
+        lowest = threshold if threshold is None else min(threshold, self.facts.threshold)
+        return replace(self, facts=replace(self.facts, judge_threshold=lowest))
 
     def watching(self, wanted: bool | None) -> SafetyArtifact:
         """The same with its monitor, or without it. None: with it if it is worth it. Raises InputError for one that is
@@ -222,6 +232,11 @@ class SafetyArtifact:
             f"split_layer {self.facts.split_layer} is not within the model",
         )
         need(0.0 <= self.facts.threshold < 1.0, f"threshold {self.facts.threshold} is not in [0, 1)")
+        judged = self.facts.judge_threshold
+        need(
+            judged is None or 0.0 <= judged <= self.facts.threshold,
+            f"judge_threshold {judged} is not from 0 to the threshold",
+        )
         need(
             self.facts.token_offset < 0, f"token_offset {self.facts.token_offset} does not count from the prompt's end"
         )

@@ -181,6 +181,7 @@ class Engine:
             refusal_text=refusal.text,
             pieces=pieces,
             judge_answers=self.manifest.judges_answers(judge_answers, pieces=pieces),
+            judge_threshold=1.0 if prober.judge_threshold is None else prober.judge_threshold,
         )
 
     def generate(

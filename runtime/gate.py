@@ -67,6 +67,7 @@ class GatePolicy:
     answer_threshold: float | None = None  # a monitor stops an answer above it (monitor.py); None: the package's
     pieces: bool = True  # whether all forms of a turn are read (readings.py), and steered answers judged
     judge_answers: bool = False  # whether every answer is judged before any of it is shown (held_back.py)
+    judge_threshold: float = 1.0  # an answer that is judged is unsafe above this, or above the threshold
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", mode_from(self.mode))  # "stop" is Mode.STOP
@@ -123,15 +124,17 @@ class Verdict:
     split_layer: int  # the prober reads what enters this layer
     # On the last chunk of an answer that was watched or judged; None for a steered one that is shown.
     answer: AnswerVerdict | None = None
+    judge_threshold: float = 1.0  # the policy's
 
     @property
     def judged_above(self) -> float:
-        """An answer to this prompt that is judged is unsafe above it. For a steered one that is the threshold: what its
-        prompt scored has had its effect.
+        """An answer to this prompt that is judged is unsafe above it. What the prompt of a steered one scored does not
+        count: it has had its effect.
         """
+        of_answers = min(self.threshold, self.judge_threshold)
         if self.action is Action.STEER or self.p_unsafe is None:
-            return self.threshold
-        return min(self.threshold, 1.0 - self.p_unsafe)
+            return of_answers
+        return min(of_answers, 1.0 - self.p_unsafe)
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
@@ -190,4 +193,5 @@ def decide(p_unsafe: float | None, policy: GatePolicy, *, split_layer: int) -> V
         threshold=policy.threshold,
         strength=policy.strength if action is Action.STEER else 0.0,
         split_layer=split_layer,
+        judge_threshold=policy.judge_threshold,
     )

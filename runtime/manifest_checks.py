@@ -188,6 +188,11 @@ def _check_gate(manifest: Contents, need: Need) -> None:
             0.0 <= manifest.prober.threshold < 1.0,
             f"prober: threshold {manifest.prober.threshold:g} is not from 0 to 1",
         )
+        judged = manifest.prober.judge_threshold
+        need(
+            judged is None or 0.0 <= judged <= manifest.prober.threshold,
+            f"prober: judge_threshold {judged} is not from 0 to the threshold",
+        )
         need(manifest.prober.token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero")
         need(manifest.refusal.strength > 0.0, "refusal: strength must be above zero, or nothing is steered")
         need(bool(manifest.refusal.text.strip()), "refusal: text is empty")

@@ -311,6 +311,7 @@ class ProberSpec:
     threshold: float  # safe = 0 <= p_unsafe <= threshold
     calibration: dict[str, float]  # measured by autosteer-fit on held-out data
     judge_answers: bool = False  # whether requests that do not say it have their answers judged (gate.GatePolicy)
+    judge_threshold: float | None = None  # an answer that is judged is unsafe above it, too; at most the threshold
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def refit(
         monitor=old.facts.monitor and old.facts.monitor.beside_another_gate(),
     )
     artifact = SafetyArtifact(facts, gate.prober, old.steer_matrix, monitor=old.monitor)
+    artifact = artifact.judging_above(facts.judge_threshold)  # at most the new threshold
     return Fitted(artifact, proof_images, evidence, (), tuple(rates))
 
 

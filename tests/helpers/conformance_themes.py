@@ -88,7 +88,10 @@ def rule_in_python(case: Case, places: Places) -> Any:
 
 
 def verdict_in_python(case: Case, places: Places) -> Any:
-    policy = GatePolicy(Mode(case["mode"]), number(case["threshold"]), number(case["strength"]), "no")
+    policy = GatePolicy(
+        *(Mode(case["mode"]), number(case["threshold"]), number(case["strength"]), "no"),
+        judge_threshold=number(case.get("judge_threshold", 1.0)),
+    )
     p_unsafe = None if case["p_unsafe"] is None else number(case["p_unsafe"])
     verdict = decide(p_unsafe, policy, split_layer=1)
     return {
@@ -100,7 +103,8 @@ def verdict_in_python(case: Case, places: Places) -> Any:
 
 
 def verdict_in_cpp(case: Case, places: Places) -> Case:
-    return {"part": "gate", **{key: case[key] for key in ("p_unsafe", "mode", "threshold", "strength")}}
+    keys = ("p_unsafe", "mode", "threshold", "judge_threshold", "strength")
+    return {"part": "gate", **{key: case[key] for key in keys if key in case}}
 
 
 GIVEN = ("logits", "tokens", "prompt_tokens")

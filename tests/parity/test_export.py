@@ -36,6 +36,7 @@ from autosteer.export.validation.dequantize import PackedWeights
 from autosteer.export.validation.limits import check_line
 from autosteer.export.validation.metrics import worse
 from autosteer.export.validation.validate import ValidationResult
+from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import AutoSteerError, CheckError, InputError, PackageError, UnsupportedModelError
 from autosteer.runtime.manifest import Check, Tolerance
 
@@ -191,6 +192,24 @@ def test_a_threshold_that_could_not_guard_is_refused(threshold: float) -> None:
 def test_another_threshold_leaves_behind_what_was_measured_at_the_fits() -> None:
     facts = demo_safety(DEMO / "safety").firing_above(0.25).facts
     assert facts.threshold == 0.25 and set(facts.calibration) == {PICTURES}
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, float("nan")])
+def test_a_threshold_of_answers_that_could_not_guard_is_refused(threshold: float) -> None:
+    with pytest.raises(InputError, match="--judge-threshold"):
+        demo_safety(DEMO / "safety").judging_above(threshold)
+
+
+def test_answers_have_a_threshold_of_their_own_which_is_at_most_the_prompts(tmp_path: Path) -> None:
+    safety = demo_safety(DEMO / "safety")
+    assert safety.facts.judge_threshold is None and safety.judging_above(0.99).facts.judge_threshold == 0.81
+    assert safety.judging_above(0.5).firing_above(0.9).facts.judge_threshold == 0.5
+    assert safety.judging_above(0.5).firing_above(0.25).facts.judge_threshold == 0.25
+    run("--model", "demo", "--judge-threshold", "0.5", "--output", tmp_path / "package")
+    policy = Engine.load(tmp_path / "package", device="cpu").policy(threshold=0.9)
+    assert (policy.threshold, policy.judge_threshold) == (0.9, 0.5)
+    with pytest.raises(click.UsageError, match="--unguarded and --judge-threshold exclude each other"):
+        run("--model", "demo", "--unguarded", "--judge-threshold", "0.5", "--output", tmp_path / "other")
 
 
 def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -349,8 +368,6 @@ def test_a_package_without_a_gate_has_no_threshold(tmp_path: Path) -> None:
 
 
 def test_an_unguarded_package_says_so_and_runs_only_with_policy_off(tmp_path: Path) -> None:
-    from autosteer.runtime.engine import Engine
-
     (tmp_path / "package").mkdir()
     manifest = write_package(tmp_path / "package", demo_checkpoint(), None, ExportOptions(), lambda _: None)
     assert not manifest.guarded

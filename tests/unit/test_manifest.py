@@ -163,7 +163,7 @@ def test_every_key_is_needed(tmp_path, document):
         {
             *("tokenizer", "text", "id", "formula", "tile_separators", "lead", "split", "each", "native"),
             *("video", "videos", "seconds", "prompt_ids", "monitor", "frame_group", "long", "windowed"),
-            *("closest_grid", "drafts", "judge_answers", "manifest_sha256"),
+            *("closest_grid", "drafts", "judge_answers", "judge_threshold", "manifest_sha256"),
         },
         {"versions", "validation", "calibration"},
     )

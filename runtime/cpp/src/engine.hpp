@@ -151,6 +151,7 @@ class Engine {
                       strength.value_or(manifest.refusal->strength), manifest.refusal->text};
     policy.pieces = pieces;
     policy.judge_answers = judge_answers.value_or(pieces && manifest.prober->judge_answers);
+    policy.judge_threshold = manifest.prober->judge_threshold.value_or(1.0);
     policy.check();
     return policy;
   }

@@ -64,6 +64,7 @@ struct GatePolicy {
   std::optional<double> answer_threshold = {};  ///< a monitor stops an answer above it; nothing: the package's
   bool pieces = true;  ///< whether all forms of a turn are read (readings.hpp), and steered answers judged
   bool judge_answers = false;  ///< whether every answer is judged before any of it is shown (held_back.hpp)
+  double judge_threshold = 1.0;  ///< an answer that is judged is unsafe above this, or above the threshold
 
   /// Throws OptionError for numbers out of range.
   void check() const {
@@ -108,12 +109,14 @@ struct Verdict {
   double strength = 0.0;  ///< applied to this answer: 0 unless the action is steer
   int split_layer = 0;
   std::optional<AnswerVerdict> answer = {};  ///< on the last chunk of an answer that was watched or judged
+  double judge_threshold = 1.0;              ///< the policy's
 
-  /// An answer to this prompt that is judged is unsafe above it. For a steered one that is the threshold: what its
-  /// prompt scored has had its effect.
+  /// An answer to this prompt that is judged is unsafe above it. What the prompt of a steered one scored does not
+  /// count: it has had its effect.
   double judged_above() const {
-    if (action == Action::steer || !p_unsafe) return threshold;
-    return std::min(threshold, 1.0 - *p_unsafe);
+    const double of_answers = std::min(threshold, judge_threshold);
+    if (action == Action::steer || !p_unsafe) return of_answers;
+    return std::min(of_answers, 1.0 - *p_unsafe);
   }
 };
 
@@ -163,6 +166,7 @@ inline Verdict decide(std::optional<double> p_unsafe, const GatePolicy& policy, 
   verdict.threshold = policy.threshold;
   verdict.strength = verdict.action == Action::steer ? policy.strength : 0.0;
   verdict.split_layer = split_layer;
+  verdict.judge_threshold = policy.judge_threshold;
   return verdict;
 }
 

@@ -284,6 +284,8 @@ inline void check_gate(const Manifest& m, const Need& need) {
        "'guarded', 'prober' and 'refusal' contradict each other");
   if (m.prober && m.refusal) {
     need(0.0 <= m.prober->threshold && m.prober->threshold < 1.0, "prober: threshold is not from 0 to 1");
+    const double judged = m.prober->judge_threshold.value_or(m.prober->threshold);
+    need(0.0 <= judged && judged <= m.prober->threshold, "prober: judge_threshold is not from 0 to the threshold");
     need(m.prober->token_offset < 0, "prober: token_offset counts from the end of the prompt: below zero");
     need(m.refusal->strength > 0.0, "refusal: strength must be above zero, or nothing is steered");
     need(!strip(m.refusal->text).empty(), "refusal: text is empty");

@@ -206,10 +206,11 @@ inline PromptSpec prompt(const Node& node) {
 }
 
 inline ProberSpec prober(const Node& node) {
-  node.object({"token_offset", "pooling", "threshold", "calibration"}, {"judge_answers"});
+  node.object({"token_offset", "pooling", "threshold", "calibration"}, {"judge_answers", "judge_threshold"});
   for (const auto& [key, value] : node["calibration"].entries()) value.as_float();
   return {node["token_offset"].as_int(), node["pooling"].as_one_of({"last", "mean"}), node["threshold"].as_float(),
-          node.has("judge_answers") && node["judge_answers"].as_bool()};
+          node.has("judge_answers") && node["judge_answers"].as_bool(),
+          node.has("judge_threshold") ? node["judge_threshold"].optional(as_float) : std::nullopt};
 }
 
 inline MonitorSpec monitor(const Node& node) {

@@ -215,6 +215,7 @@ struct ProberSpec {
   std::string pooling;   ///< "last": that position; "mean": over it and all text positions of the turn before it
   double threshold;      ///< safe = 0 <= p_unsafe <= threshold
   bool judge_answers;    ///< whether requests that do not say it have their answers judged (gate.hpp)
+  std::optional<double> judge_threshold;  ///< an answer that is judged is unsafe above it, too; at most the threshold
 };
 
 /// When the graph `monitor`, which has the prober's shape, stops an answer (see monitor.hpp).

@@ -206,13 +206,15 @@ Json rule(const Json& command) {
   return autosteer::is_safe(number(command.at("p_unsafe")), number(command.at("threshold")));
 }
 
-/// {"p_unsafe": number or null, "mode", "threshold", "strength"} -> {"unsafe", "action", "strength", "judged_above"}
+/// {"p_unsafe": number or null, "mode", "threshold", "judge_threshold": optional, "strength"}
+/// -> {"unsafe", "action", "strength", "judged_above"}
 Json gate(const Json& command) {
   const Json& score = command.at("p_unsafe");
   std::optional<double> p_unsafe;
   if (!score.is_null()) p_unsafe = number(score);
-  const autosteer::GatePolicy policy{autosteer::mode_from(command.at("mode")), number(command.at("threshold")),
-                                     number(command.at("strength")), "no"};
+  autosteer::GatePolicy policy{autosteer::mode_from(command.at("mode")), number(command.at("threshold")),
+                               number(command.at("strength")), "no"};
+  policy.judge_threshold = command.value("judge_threshold", 1.0);
   policy.check();
   const autosteer::Verdict verdict = autosteer::decide(p_unsafe, policy, 1);
   return {{"unsafe", verdict.unsafe},
