@@ -142,7 +142,7 @@ def train_refusal_head(
         losses = (torch.maximum(logits, floor).logsumexp(dim=-1, keepdim=True) - wanted).flatten()  # cross-entropy
         losses.mean().backward()
         optimizer.step()
-        weights[rows] = losses.detach().cpu().clamp(LEAST_WEIGHT, MOST_WEIGHT)
+        weights[rows] = losses.detach().cpu().nan_to_num(MOST_WEIGHT).clamp(LEAST_WEIGHT, MOST_WEIGHT)
         advance(1)
     trained = matrix.detach()
     loss, argmax_share, whole_share = evaluate(heldout, answer, trained, lm_head, strength)

@@ -11,7 +11,7 @@ import math
 
 from autosteer.runtime.manifest import Check, Manifest
 
-VERDICT_BAND = 0.1  # verdicts of quantised packages may differ if the original's p_unsafe is this near the threshold
+VERDICT_BAND = 0.1  # at most; see verdict_band
 
 LIMITS = {
     "pixel_values": 1e-6,  # the same Pillow calls, then float32 arithmetic
@@ -95,6 +95,13 @@ STORED_IN_HALF = {
     "MLP, each by itself": 2e-3,
     "head, by itself": 2e-3,
 }
+
+
+def verdict_band(threshold: float) -> float:
+    """Verdicts of quantised packages may differ if the original's p_unsafe is this near the threshold. At most half as
+    near as 0 and 1 are: at a threshold of 0.92, 0.1 would let every unsafe prompt differ.
+    """
+    return min(VERDICT_BAND, threshold / 2, (1 - threshold) / 2)
 
 
 def limits_of(manifest: Manifest, *, wide: bool = False) -> dict[str, float]:

@@ -55,7 +55,7 @@ from .audit import GraphAudit, Rounding, audit, cache_scales_error, rotary_error
 from .dequantize import PackedWeights, packed_kv_scales
 from .gate_checks import fit_check, gate_checks, refusal_checks
 from .golden import gate_proof, goldens
-from .limits import LIMITS, VERDICT_BAND, check_line, limits_of
+from .limits import LIMITS, check_line, limits_of, verdict_band
 from .metrics import (
     MASKED_LOGIT,
     cosine_distance,
@@ -241,8 +241,8 @@ def compare(
         note("p_unsafe", abs(p_unsafe - original.p_unsafe))
         threshold = manifest.prober.threshold
         differs = is_safe(p_unsafe, threshold) != is_safe(original.p_unsafe, threshold)
-        outside = exact or abs(original.p_unsafe - threshold) > VERDICT_BAND
-        note("verdicts that differ" + ("" if exact else f" outside +-{VERDICT_BAND}"), float(differs and outside))
+        outside = exact or abs(original.p_unsafe - threshold) > verdict_band(threshold)
+        note("verdicts that differ" + ("" if exact else " outside the band"), float(differs and outside))
 
     def check(name: str, value: float) -> Check:
         always = name.startswith(ALWAYS_LIMITED)

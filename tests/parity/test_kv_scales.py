@@ -234,7 +234,7 @@ def test_what_the_prober_reads_is_pytorchs_with_the_same_rounding() -> None:
     assert 1e-3 < checks["hidden state at the split"].value < 0.1
     assert checks["int8 caches, relative error"].limit == LIMITS["int8 caches, relative error"]
     assert "quantised weights, relative error" not in checks
-    assert checks["verdicts that differ outside +-0.1"].limit == 0.0
+    assert checks["verdicts that differ outside the band"].limit == 0.0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])

@@ -16,7 +16,7 @@ from exported import SCRATCH, demo_checkpoint, demo_engine, demo_package, unguar
 
 from autosteer.export.checkpoint.hf_model import load_hf_model
 from autosteer.export.safety_folder import SafetyArtifact
-from autosteer.export.validation.limits import VERDICT_BAND
+from autosteer.export.validation.limits import verdict_band
 from autosteer.export.validation.original import ANSWER_TOKENS, OriginalAnswer, OriginalModel, ValidationPrompt
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.evaluation.datasets import DataSource, Row, first_of_each_group, read_rows
@@ -163,12 +163,19 @@ def test_quantised_verdicts_are_the_originals_outside_the_band(
         theirs = original(row.messages)
         answer = engine.generate(row.messages, policy=engine.policy(Mode.REPORT), sampling=SAMPLING)
         same_tokens += list(answer.token_ids) == theirs.tokens
-        if abs(theirs.p_unsafe - threshold) > VERDICT_BAND:
+        if abs(theirs.p_unsafe - threshold) > verdict_band(threshold):
             judged += 1
             assert answer.verdict.unsafe == (not is_safe(theirs.p_unsafe, threshold)), row
     record_property("same tokens", f"{same_tokens}/{len(held_out())}")
     assert judged > 0.9 * len(held_out())
     assert same_tokens > 0.8 * len(held_out())
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.15, 0.5, 0.81, 0.92, 0.999])
+def test_unsafe_and_safe_prompts_lie_outside_the_band(threshold: float) -> None:
+    """It was 0.1 on either side: above 0.9, no unsafe prompt of an int8 export had to stay unsafe."""
+    assert 0 < threshold - verdict_band(threshold) < threshold + verdict_band(threshold) < 1
+    assert verdict_band(threshold) <= 0.1
 
 
 def test_fp16_weights_give_the_fp16_checkpoints_own_tokens() -> None:
