@@ -64,7 +64,8 @@ def prompt_store(folder: Path, model: Sequence[bytes], fit_model: FitModel, *, f
     with fast products.
     """
     shape = (len(fit_model.layers) - 1, len(POOLINGS), fit_model.decoder.hidden_size)
-    what = repr((POOLINGS, fit_model.token_offset, fast, _versions())).encode()
+    positions = (fit_model.token_offset, fit_model.text_lead, fit_model.closing)
+    what = repr((POOLINGS, positions, fast, _versions())).encode()
     return StateStore(folder, digest(what, *model), shape, fast=fast)
 
 
