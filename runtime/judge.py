@@ -129,8 +129,10 @@ class Judge:
         while some := [*itertools.islice(readings, self._together)]:
             keys = [reading_key(reading.messages, seen_by(reading, shown)) for _, reading in some]
             scored = {key: p for key in keys if (p := forms.score_of(key)) is not None}
-            pairs = zip(keys, some, strict=True)
-            new = {key: one for key, (at, one) in pairs if key not in scored and forms.counts(at, one)}
+            new = dict[ReadingKey, Reading]()
+            for key, (at, one) in zip(keys, some, strict=True):
+                if key not in scored and forms.counts(at, one):
+                    new.setdefault(key, one)  # the first of those alike decides which share a pass, as in C++
             found = yield from self._read_all([*new.values()], shown, policy, stats, begun)
             scored |= zip(new, found, strict=True)
             forms.known |= {key: p for key, p in scored.items() if not math.isnan(p)}  # not a failure, which may pass
