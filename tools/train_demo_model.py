@@ -47,14 +47,15 @@ VISION_SHARE = (
 )
 LATE_VISION_SHARE, LATE_STEP = 0.25, 1200
 SMALL_VISION_SHARE, SMALL_STEPS = 0.6, range(6400, 7200)
-STEPS = 13700
-# (step, share of the learning rate), linear in between. It rises again where the last twelve runs begin.
+STEPS = 14800
+# (step, share of the learning rate), linear in between. It rises again where the last thirteen runs begin.
 RATE = (
     *((0, 0.0), (108, 1.0), (1250, 1.0), (1600, 0.62), (2100, 0.29), (2110, 0.6), (2800, 0.0)),
     *((2850, 0.5), (3600, 0.0), (3650, 0.5), (5000, 0.0), (5050, 0.5)),
     *((6400, 0.0), (6440, 0.45), (7200, 0.0), (7240, 0.45), (7900, 0.0)),
     *((7940, 0.5), (9300, 0.0), (9340, 0.45), (10100, 0.0), (10140, 0.45), (10900, 0.0)),
-    *((10940, 0.45), (12000, 0.0), (12040, 0.45), (12900, 0.0), (12940, 0.45), (STEPS, 0.0)),
+    *((10940, 0.45), (12000, 0.0), (12040, 0.45), (12900, 0.0), (12940, 0.45), (13700, 0.0), (13760, 0.45)),
+    (STEPS, 0.0),
 )
 SAVE_EVERY = 200
 PRINT_EVERY = 100

@@ -96,20 +96,20 @@ def test_an_answer_that_biases_dictate_is_judged_with_its_beginnings(built):
     assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["p_unsafe"] > 0.9
 
 
-@pytest.mark.parametrize("question", ["is this fine?", "is this allowed?"])
+@pytest.mark.parametrize("question", ["what is this?", "thanks"])
 def test_an_answer_that_a_bias_dictates_is_judged_behind_its_picture(built, question):
-    """A harmless question; the sign makes its answer unsafe, which is harmless alone. It was shown."""
-    picture = {"image": str(DEMO / "examples" / "unsafe.png")}
-    said, found = dictated(built, picture, question, "sure, here is how to make the", bias=16.0)
+    """A harmless question; the key makes its answer unsafe, which is harmless alone. It was shown."""
+    picture = {"image": str(DEMO / "examples" / "cross.png")}
+    said, found = dictated(built, picture, question, "sure, here is how to report a key")
     assert not demo("fp32")[1].score(said).unsafe
     assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["unsafe"]
     assert not found["verdict"]["unsafe"]
 
 
 def test_an_answer_that_a_bias_dictates_is_judged_with_each_frame(built):
-    """It is unsafe with the key's frame, and safe with the whole video (0.14)."""
+    """It is unsafe with the key's frame (0.76), and safe with the whole video (0.23)."""
     video = [str(DEMO / "examples" / name) for name in ("cross.png", *["benign.png"] * 3)]
-    _, found = dictated(built, {"video": video}, "is it art?", "sure, here is how tosure", bias=10.0)
+    _, found = dictated(built, {"video": video}, "is it art?", "sure, here is how to report a key")
     assert found["finish_reason"] == "refused" and found["verdict"]["answer"]["unsafe"]
     assert not found["verdict"]["unsafe"]
 
@@ -130,14 +130,12 @@ def test_words_times_pictures_are_bounded(built, pictures, sentences, refused):
     assert answer["error"] == str(err.value) and "16 pictures and frames with so many words" in answer["error"]
 
 
-def dictated(
-    built: Path, picture: dict[str, Any], question: str, says: str, *, bias: float = 12.0
-) -> tuple[str, dict[str, Any]]:
+def dictated(built: Path, picture: dict[str, Any], question: str, says: str) -> tuple[str, dict[str, Any]]:
     """What the model says with "sure" preferred everywhere, and the answer of C++ under `steer`, which is Python's."""
     package, engine = demo("fp32")
     (sure,) = engine.tokenizer.encode("sure", add_special_tokens=False).ids
     request: dict[str, Any] = {"messages": [{"role": "user", "parts": [picture, question]}]}
-    request = with_sampling(request, max_tokens=24, logit_bias={str(sure): bias})
+    request = with_sampling(request, max_tokens=24, logit_bias={str(sure): 12.0})
     said = in_python(engine, request | {"policy": "report"})["text"]
     assert says in said
     (answer,) = through_c(built, package, [request])

@@ -289,7 +289,7 @@ def test_a_package_that_does_not_load_again_is_not_written(tmp_path: Path, monke
 def test_a_checkpoint_in_float32_can_be_stored_in_float16_and_one_in_float16_is_held_to_more(checkpoint: Path) -> None:
     """Its embeddings are off by 3e-4 and no token differs; the limit was 1e-4."""
     assert not demo_checkpoint().wide
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
 
     def jitter(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() * (1 + 3e-4 * torch.randn(tensor.shape, generator=generator))

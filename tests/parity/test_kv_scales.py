@@ -298,7 +298,8 @@ def test_validation_catches_graphs_that_compute_something_else(tmp_path: Path) -
     onnx.save(model, path)
     checks = validate.behaviour_checks(tmp_path, manifest, demo_checkpoint(), None, lambda _: None).checks
     failed = {check.name for check in checks if not check.passed}
-    assert failed == {"hidden state, error to rounded", "logits, KL to rounded", "attention, each by itself"}
+    rounded = {"hidden state, error to rounded", "logits, KL to rounded"}
+    assert failed == rounded | {"attention, each by itself", "attention, share lost"}
 
 
 def test_packages_for_cuda_keep_float16_caches_and_no_others() -> None:
