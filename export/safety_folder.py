@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from autosteer.runtime.errors import InputError, PackageError
-from autosteer.runtime.image import open_image
 from autosteer.runtime.manifest import LARGEST_WINDOW, DataFile, sha256
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.strict_json import decode, parse
 
 from .safety import PICTURES, SAFETY_FILE

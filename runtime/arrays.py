@@ -6,3 +6,4 @@ import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float32]
+Uint8 = npt.NDArray[np.uint8]

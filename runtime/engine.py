@@ -41,12 +41,12 @@ from .gate import Action, GatePolicy, Mode, Verdict, mode_from, without_steering
 from .generation import PREFILL_CHUNK, Request, finish
 from .grammar import Grammars, words_of
 from .held_back import until_judged, until_recorded, until_watched
-from .image import ImageLike
 from .judge import Judge
 from .manifest import IMAGE_GRAPHS, MANIFEST_FILE, Manifest, sha256
 from .monitor import Monitor, monitor_for
 from .packed import read_packed
 from .pages import placing
+from .picture_file import ImageLike
 from .prompt_encoder import PromptEncoder, check_length
 from .sampling import Constraint, SamplingConfig, log_probabilities, make_sampler
 from .self_test import check_gate, check_packs

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import InputError
-from .image import MAX_FILE_BYTES, MAX_PIXELS
+from .picture_file import MAX_FILE_BYTES, MAX_PIXELS
 
 SECONDS = 60.0  # to decode a file in, which is done twice
 MAX_FRAMES = 100_000  # of a file: an hour

@@ -16,176 +16,24 @@ them.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import os
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .arrays import Float
-from .errors import InputError, OptionError, PackageError, first_line
+from .arrays import Float, Uint8
+from .errors import InputError, OptionError, PackageError
 from .manifest import AnyresSpec, ImageSpec, VideoSpec
+from .picture_file import MAX_PIXELS
 
-Uint8 = npt.NDArray[np.uint8]
-ImageLike: TypeAlias = "str | Path | Image.Image | npt.NDArray[np.uint8] | Callable[[], npt.NDArray[np.uint8]]"
 Runs: TypeAlias = "list[list[int] | Float]"  # an image in a prompt: token ids, and rows (n, D)
 Tiles: TypeAlias = "tuple[list[Uint8], tuple[int, int]]"  # the tiles, and their TileSeparators.grid
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, and starts Ghostscript for one of them
-MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
 MAX_SQUARE = 2 * MAX_PIXELS  # of a picture that is padded: one of MAX_PIXELS, if its sides differ by at most 2 times
-MAX_FILE_BYTES = 100_000_000
-PNG = b"\x89PNG\r\n\x1a\n"
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"IDAT", b"fdAT", b"eXIf", b"IEND")
-NO_CHUNK = b"\0\0\0\0nONE" + zlib.crc32(b"nONE").to_bytes(4, "big")  # in the place of others
-XMP = b"iTXtXML:com.adobe.xmp\0\0\0\0\0"  # how a chunk with it begins: not compressed, of no language
-ORIENTATION = 0x0112  # EXIF's tag, and what turns a picture upright
-TURNS: dict[object, Image.Transpose] = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
-
-
-def open_image(image: ImageLike) -> Uint8:
-    """Open an image as RGB (H, W, 3) uint8, turned upright by its EXIF tag. A function is called for its pixels: so
-    those of many pictures need not be in memory at a time.
-
-    Raises InputError for a missing file, something that is not an image, a damaged one, too many pixels, or an extreme
-    shape.
-    """
-    if callable(image):
-        image = image()
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise InputError(f"image array: expected (H, W, 3) uint8, got {image.shape} {image.dtype}")
-        pixels = image
-    else:
-        try:
-            if isinstance(image, Image.Image):  # opened by the caller, but perhaps not read yet
-                check_size(image.size)
-                pixels = to_rgb(image)
-            else:
-                with open_file(image) as opened:
-                    check_size(opened.size)
-                    pixels = to_rgb(opened)
-        except FileNotFoundError:
-            raise InputError(f"{image}: no such image file") from None
-        except UnidentifiedImageError as err:  # it says the name only, and not what Pillow was asked for
-            raise InputError(f"{image}: not a readable image (none of {', '.join(FORMATS)})") from err
-        except Exception as err:  # on damaged files Pillow's decoders raise any exception
-            raise InputError(f"{image}: not a readable image ({first_line(err)})") from err
-    height, width = pixels.shape[:2]
-    check_size((width, height))
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        name = f"{image}: " if isinstance(image, (str, Path)) else ""
-        what = f"{name}image of {width}x{height} pixels"
-        raise InputError(f"{what}: sides may differ by {MAX_ASPECT_RATIO} times at most")
-    return pixels
-
-
-def open_file(path: str | Path) -> Image.Image:
-    """Open a picture file of one of FORMATS; its pixels are not read yet.
-
-    Raises InputError for what is no file (a pipe would be waited for, a device read without end) and for one that is
-    too large; and what Pillow raises for one that is missing, or no picture.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError("not a file")
-    if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
-        raise InputError(f"{size} bytes: at most {MAX_FILE_BYTES}")
-    try:
-        with open(path, "rb") as file:
-            png = file.read(len(PNG)) == PNG
-        return open_content(Path(path).read_bytes()) if png else Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError as err:  # Pillow's own limit is higher, and comes first
-        raise InputError(f"too many pixels: at most {MAX_PIXELS}") from err
-
-
-def open_content(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The same for the bytes of a file. A PNG file must be whole. Pillow gets only PNG_CHUNKS of it, and XMP: it would
-    refuse large texts and colour profiles, which say nothing of the pixels.
-
-    Raises InputError for a damaged PNG file, and what Pillow raises for what is no picture, or has far too many pixels.
-    """
-    if not content.startswith(PNG):
-        return Image.open(io.BytesIO(content), formats=formats)
-    view, kept, kind, key, end = memoryview(content), io.BytesIO(), b"", b"", len(PNG)
-    kept.write(PNG)
-    while kind != b"IEND":
-        start, end = end, end + 12 + int.from_bytes(view[end : end + 4], "big")
-        kind = content[start + 4 : start + 8]
-        if zlib.crc32(view[start + 4 : end - 4]).to_bytes(4, "big") != view[end - 4 : end]:
-            if start > len(PNG):  # its header is whole
-                check_size((int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")))
-            raise InputError("image file is truncated, or a checksum is wrong")
-        if kind in PNG_CHUNKS or content.startswith(XMP, start + 4):
-            kept.write(view[start:end])
-        elif kind[:1].isupper() or not kind.isalpha():
-            raise InputError(f"unknown chunk {kind!r}")
-        else:
-            kept.write(NO_CHUNK)
-        if kind == b"tRNS":
-            key = content[start + 8 : end - 4]
-    kept.seek(0)
-    opened, depth = Image.open(kept, formats=("PNG",)), content[24]
-    if key and opened.mode == "RGB" and depth == 16:  # Pillow keeps 8 of the bits
-        raise InputError("a transparent colour of 16 bits")
-    if key and opened.mode in ("1", "L"):  # Pillow scales the pixels, but not the grey that is transparent
-        most = (1 << depth) - 1
-        opened.info["transparency"] = (int.from_bytes(key[:2], "big") & most) * (255 // most)
-    if key and opened.mode == "P":  # Pillow takes a last opacity of 10 for the end of a line
-        opened.info["transparency"] = key
-    return opened
-
-
-def check_size(size: tuple[int, int], count: int = 1) -> None:
-    """Raise InputError for `count` pictures of `size` (width, height) that are empty, or more than MAX_PIXELS."""
-    width, height = size
-    if width < 1 or height < 1:
-        raise InputError(f"image of {width}x{height} pixels: it is empty")
-    if width * height * count > MAX_PIXELS:
-        what = f"{count} frames" if count > 1 else "image"
-        raise InputError(f"{what} of {width}x{height} pixels: at most {MAX_PIXELS}")
-
-
-def to_rgb(image: Image.Image) -> Uint8:
-    """RGB (H, W, 3) uint8, upright, with transparency on white (HF: convert_to_rgb)."""
-    image.load()  # PNG may have its EXIF tag at the end
-    upright = _upright(image)
-    if upright.mode.startswith("I;16"):  # 16-bit grey from cameras and scanners, which convert() would make all white
-        grey = np.asarray(upright)
-        clear = grey == upright.info.get("transparency", -1)  # a grey that PNG names
-        upright = Image.fromarray(np.where(clear, 255, grey >> 8).astype(np.uint8))
-    if upright.has_transparency_data:
-        layers = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers)
-    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the orientation tag says. Metadata that is damaged says nothing.
-
-    ImageOps.exif_transpose also writes the other tags anew, and raises for some that it can read.
-    """
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # Pillow raises a SyntaxError, and others
-        return image
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None  # no 6.0, which is equal to 6
-    return image if turn is None else image.transpose(turn)
 
 
 def at_most(spec: ImageSpec, tiles: int | None) -> ImageSpec:

@@ -27,13 +27,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from . import image as images_
+from . import picture_file
 from . import video as videos_
-from .arrays import Float
+from .arrays import Float, Uint8
 from .conversation import Conversation
 from .encoded_prompt import EncodedPrompt, Key, Probed, Seen
 from .errors import InputError, PackageError
-from .image import ImageLike
 from .manifest import IMAGE_GRAPHS, ImageSpec, Manifest, ProberSpec, VideoSpec
+from .picture_file import ImageLike
 from .rotary import PositionCounter
 from .stats import Stats, ms_since
 from .subgraph import Subgraph
@@ -220,7 +221,7 @@ class PromptEncoder:
     def _open_picture(self, picture: ImageLike, alone: bool, others: int) -> _Opened:
         """`others`: how many positions the rest of the prompt takes at least."""
         assert self._image is not None
-        pixels, use = images_.open_image(picture), "a picture" if alone or self._image.native else "one of several"
+        pixels, use = picture_file.open_image(picture), "a picture" if alone or self._image.native else "one of several"
         size, grid = (pixels.shape[0], pixels.shape[1]), None
         if self._image.native:
             grid = images_.native_grid(size, self._image)
@@ -236,7 +237,7 @@ class PromptEncoder:
             return _Opened(images_.digest(tiles), "a video", functools.partial(self.encode_video, tiles), None)
         moments = videos_.moments(len(frames), part.seconds)
         times = videos_.group_positions(moments, image.native.frames, video.native.tokens_per_second)
-        first = images_.open_image(frames[0])
+        first = picture_file.open_image(frames[0])
         grid = videos_.frame_grid((first.shape[0], first.shape[1]), len(frames), image, video, self._max_tiles)
         check_length(self.manifest, others + len(times) * math.prod(grid), exact=False)  # before others are opened
         tiles = videos_.scaled([first, *frames[1:]], grid, image.tile_size)
@@ -284,7 +285,7 @@ class PromptEncoder:
         assert video.pooled_side is not None
         return frames * video.pooled_side**2 + 1
 
-    def encode_image(self, picture: images_.Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
+    def encode_image(self, picture: Uint8, *, alone: bool, stats: Stats) -> images_.Runs:
         """One image (H, W, 3) uint8 -> its rows (n, D), with the token ids around and between them.
 
         With deepstack (deepstack.py) the rows are (n, (1 + L) * D).
@@ -305,7 +306,7 @@ class PromptEncoder:
         stats.image_tiles += math.prod(grid) if spec.native else len(tiles)
         return images_.lay_out(rows, grid, spec)
 
-    def encode_video(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+    def encode_video(self, frames: Uint8, *, stats: Stats) -> images_.Runs:
         """A video's tiles (frames, tile_size, tile_size, 3) uint8 -> its rows (n, D)."""
         spec = self.manifest.video
         assert spec is not None and spec.pooled_side is not None
@@ -318,7 +319,7 @@ class PromptEncoder:
         stats.image_tiles += len(frames)
         return [np.concatenate(rows)]
 
-    def encode_frames(self, frames: images_.Uint8, *, stats: Stats) -> images_.Runs:
+    def encode_frames(self, frames: Uint8, *, stats: Stats) -> images_.Runs:
         """A video's frames (frames, height, width, 3) uint8, in whole tiles for a model that takes any size -> its rows
         (n, D), with deepstack (n, (1 + L) * D): one run, or one for each group of frames if text stands between them.
         """
@@ -345,14 +346,14 @@ class PromptEncoder:
             end = start + at_a_time
             yield VideoPart(video.frames[start:end]), seen[0]._replace(key=key, runs=[own], times=(0,), tiles=0)
 
-    def tokenize(self, tiles: Sequence[images_.Uint8]) -> list[int]:
+    def tokenize(self, tiles: Sequence[Uint8]) -> list[int]:
         """The tiles of one image -> its token ids, in order."""
         assert self._image is not None
         ids = np.concatenate([out["input_ids"] for out in self._run("image_tokenizer", tiles, self._image)])
         return [int(i) for i in ids.ravel()]
 
     def _run(
-        self, graph: str, tiles: Sequence[images_.Uint8] | images_.Uint8, spec: ImageSpec | VideoSpec
+        self, graph: str, tiles: Sequence[Uint8] | Uint8, spec: ImageSpec | VideoSpec
     ) -> Iterator[dict[str, npt.NDArray[Any]]]:
         """Run an image graph on `tiles`, a few at a time; the outputs of each run, by name."""
         loaded = self._graph(graph)

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from .errors import InputError, PackageError
-from .image import ImageLike
 from .manifest import PromptSpec, TemplatePiece, TurnSpec
+from .picture_file import ImageLike
 from .video import Video, VideoLike, group_times, moments, open_video
 
 

@@ -28,22 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from .arrays import Float
+from .arrays import Float, Uint8
 from .errors import InputError, first_line
 from .ffmpeg import VideoFile, open_regular
-from .image import (
-    FORMATS,
-    MAX_PIXELS,
-    ImageLike,
-    Uint8,
-    bilinear,
-    check_size,
-    open_file,
-    open_image,
-    to_rgb,
-    whole_tiles,
-)
+from .image import bilinear, whole_tiles
 from .manifest import ImageSpec, VideoSpec
+from .picture_file import FORMATS, MAX_PIXELS, ImageLike, check_size, open_file, open_image, to_rgb
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
@@ -112,9 +102,10 @@ def _is_picture(file: BinaryIO) -> bool:
 
 
 def _of_picture(path: Path, frames: int) -> Video:
-    with open_file(path) as opened:
+    with open_file(path, animated=True) as opened:
         check_size(opened.size)
         starts = _starts(opened)
+    with open_file(path, animated=True) as opened:  # on its way back Pillow would read the transparency anew
         chosen = spaced(len(starts), frames)
         check_size(opened.size, len(chosen))  # they are all in memory at a time
         video = Video([])

@@ -41,7 +41,7 @@ from autosteer.export.checkpoint.open import Checkpoint, open_checkpoint
 from autosteer.runtime.console import debug_option, dumps, json_option, run_command, table
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.image import open_image
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import Message
 

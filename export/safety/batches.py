@@ -19,7 +19,7 @@ from PIL import Image
 from autosteer.export.checkpoint.layer_sweep import grouped
 from autosteer.export.checkpoint.renderer import FIRST, Renderer
 from autosteer.runtime.errors import InputError
-from autosteer.runtime.image import open_image
+from autosteer.runtime.picture_file import open_image
 
 from .model import Encoded, FitModel, common_opening
 from .pairs import Prompt

@@ -28,8 +28,8 @@ from typing import Any, cast
 
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.evaluation.datasets import DataSource, read_lines, read_rows, same_prompt
-from autosteer.runtime.image import open_image
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.readings import Reading, all_readings, plain_turns, with_letters_of
 from autosteer.runtime.text import Message
 

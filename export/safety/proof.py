@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autosteer.export.safety_folder import ProofPrompt
-from autosteer.runtime.image import open_file
+from autosteer.runtime.picture_file import open_file
 
 from .batches import encode
 from .prober import p_unsafe

@@ -16,8 +16,9 @@ from autosteer.export.graphs.decoder import BRANCHES
 from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.gate import Mode, Verdict
-from autosteer.runtime.image import cut, open_image
+from autosteer.runtime.image import cut
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.subgraph import find_device
 

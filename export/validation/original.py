@@ -29,8 +29,9 @@ from autosteer.export.graphs.vision import VQTokenizer
 from autosteer.export.safety.prober import p_unsafe
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.gate import worst
-from autosteer.runtime.image import ImageLike, cut, open_image
+from autosteer.runtime.image import cut
 from autosteer.runtime.manifest import Manifest
+from autosteer.runtime.picture_file import ImageLike, open_image
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import IMAGE, Message, Place, Rendered, render_judged
 

@@ -37,7 +37,7 @@ from autosteer.export.checkpoint.stated import NO_PROMPT, in_one_line
 from autosteer.export.graphs.kv_scales import RoundedCaches, uncached
 from autosteer.export.safety_folder import SafetyArtifact
 from autosteer.runtime.gate import is_safe
-from autosteer.runtime.image import ImageLike, normalise, open_image, prepare
+from autosteer.runtime.image import normalise, prepare
 from autosteer.runtime.manifest import (
     PREFILL_GRAPHS,
     Check,
@@ -48,6 +48,7 @@ from autosteer.runtime.manifest import (
     Tolerance,
     VideoSpec,
 )
+from autosteer.runtime.picture_file import ImageLike, open_image
 from autosteer.runtime.video import filled, frame_grid, scaled, tiles
 
 from .answers import BUDGET_BYTES, PackageAnswers, answer_plainly, run_package

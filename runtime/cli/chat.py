@@ -16,7 +16,7 @@ from .answer import say
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..gate import GatePolicy
-    from ..image import ImageLike
+    from ..picture_file import ImageLike
     from ..sampling import SamplingConfig
     from ..text import Message
     from ..video import Video
@@ -36,7 +36,7 @@ def chat(
     """
     from ..conversation import Conversation
     from ..gate import Action
-    from ..image import open_image
+    from ..picture_file import open_image
     from ..text import Message
     from ..video import open_video
 

@@ -148,7 +148,7 @@ def run(
 
     PACKAGE is a folder made by autosteer-export, or hf:owner/name[@revision] on the Hugging Face hub.
     """
-    from ..image import open_image
+    from ..picture_file import open_image
     from ..sampling import SamplingConfig
     from ..text import Message
     from ..video import open_video

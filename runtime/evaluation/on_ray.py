@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 from autosteer.runtime.cluster import connected, takes_tokens
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import AutoSteerError, InputError, PackageError, first_line
-from autosteer.runtime.image import open_image
 from autosteer.runtime.manifest import MANIFEST_FILE, sha256
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.text import ImagePart, Part
 
 from .datasets import Row, cannot_be_asked

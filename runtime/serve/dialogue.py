@@ -15,9 +15,10 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from ..arrays import Uint8
 from ..errors import InputError, first_line
-from ..image import FORMATS as FILE_FORMATS
-from ..image import MAX_PIXELS, Uint8, open_content, to_rgb
+from ..picture_file import FORMATS as FILE_FORMATS
+from ..picture_file import MAX_PIXELS, open_content, to_rgb
 from ..text import ImagePart, Message, VideoPart
 from .faults import ApiError
 from .limits import Limits

@@ -19,8 +19,8 @@ from conformance_packages import CASES, PICTURES, Packages
 from autosteer.runtime import Engine, Message
 from autosteer.runtime.errors import AutoSteerError
 from autosteer.runtime.evaluation.datasets import DataSource, read_rows
-from autosteer.runtime.image import open_image
 from autosteer.runtime.manifest import MANIFEST_FILE, Manifest, signed
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import ImagePart, load_tokenizer
 from autosteer.runtime.video import open_video

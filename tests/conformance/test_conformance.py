@@ -220,7 +220,7 @@ def test_both_runtimes_refuse_the_same_manifests(parts, places, package, part, t
 PYTHON_FILES = (
     *("strict_json.py", "prompt_encoder.py", "engine.py", "gate.py", "image.py", "manifest.py"),
     *("manifest_checks.py", "sampling.py", "self_test.py", "subgraph.py", "text.py", "video.py"),
-    *("audit.py", "ffmpeg.py", "draft_table.py"),
+    *("audit.py", "ffmpeg.py", "draft_table.py", "picture_file.py"),
 )
 CPP_FILES = (
     *("engine.hpp", "gate.hpp", "image.hpp", "json.hpp", "manifest.hpp", "manifest_checks.hpp"),
@@ -250,7 +250,6 @@ PYTHON_EXEMPT = {
     "give True or False": "arguments that only Python has (test_engine.py)",
     "this conversation was begun with another engine": "two engines (test_conversation.py)",
     "image array: expected": "numpy's arrays, which only Python takes (test_image.py)",
-    "pixels: it is empty": "an array or Pillow's image without pixels: files have some (test_image.py)",
     "{path}: not readable ({err})": "the disk fails (test_manifest.py)",
     "the prompt is not valid Unicode text": "JSON that two parsers read has none (test_text.py; C++: test_cpp_text.py)",
     "is too much for the tokenizer's regular expression": "a panic of tokenizers (test_text.py); C++ has a case",

@@ -17,7 +17,8 @@ from PIL import Image
 from autosteer.export.checkpoint.open import DEMO
 from autosteer.runtime import Conversation, Engine
 from autosteer.runtime.generation import finish
-from autosteer.runtime.image import digest, open_image
+from autosteer.runtime.image import digest
+from autosteer.runtime.picture_file import open_image
 
 MODES = ["steer", "stop", "report", "off"]
 

@@ -17,8 +17,10 @@ from cpp_inputs import SIZES, noise
 from cpp_runtime import Parts
 from PIL import Image
 
-from autosteer.runtime.image import at_most, open_image, pack, prepare
+from autosteer.runtime import InputError
+from autosteer.runtime.image import at_most, pack, prepare
 from autosteer.runtime.manifest import AnyresSpec, ClosestGridSpec, ImageSpec, NativeSpec, SplitSpec
+from autosteer.runtime.picture_file import ADAM7, CHANNELS, DEPTHS, WHOLE, open_image
 from autosteer.runtime.video import open_video, squeeze
 
 PINPOINTS = tuple((56 * a, 56 * b) for a in range(1, 4) for b in range(1, 4))
@@ -236,6 +238,79 @@ def test_features_are_laid_out_as_in_python(parts, tmp_path):
     for command, rows, count in zip(commands, expected, parts.run(*commands), strict=True):
         assert count == len(rows)
         assert Path(command["out"]).read_bytes() == rows.tobytes(), command
+
+
+def random_png(rng: random.Random) -> list[tuple[bytes, bytes]]:
+    """The chunks of a small PNG of any kind."""
+    colour = rng.choice(tuple(DEPTHS))
+    depth, (width, height), interlaced = rng.choice(DEPTHS[colour]), rng.choices(range(1, 13), k=2), rng.randrange(2)
+    rows, bits, colours = b"", depth * CHANNELS[colour], rng.randint(1, 2 << depth if depth < 8 else 256)
+    for x, y, right, down in ADAM7 if interlaced else WHOLE:
+        if columns := len(range(x, width, right)):
+            row = (columns * bits + 7) // 8
+            rows += b"".join(bytes([rng.randrange(5)]) + rng.randbytes(row) for _ in range(y, height, down))
+    rows = rng.choice([rows] * 8 + [rows[: rng.randrange(len(rows))], rows + rng.randbytes(2000)])
+    packed = zlib.compress(rows, rng.choice([0, 6]))
+    packed = rng.choice([packed] * 8 + [packed[: -rng.randint(1, 8)], packed[:-4] + b"oops", packed + bytes(9)])
+    at = rng.randrange(len(packed) + 1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))]
+    chunks += [(b"PLTE", rng.randbytes(3 * colours))] * (colour == 3)
+    if rng.random() < 0.5:
+        chunks.append((b"tRNS", rng.randbytes({0: 2, 2: 6}.get(colour, rng.randint(1, colours)))))
+    return [*chunks, (b"IDAT", packed[:at]), (b"IDAT", packed[at:]), (b"IEND", b"")]
+
+
+def random_chunk(rng: random.Random) -> tuple[bytes, bytes]:
+    """A chunk of a PNG that has no effect, turns the picture, is one of an animation, or is out of its place."""
+    frame = struct.pack(">5I2H2B", 0, rng.randint(1, 9), rng.randint(1, 9), 0, 0, 1, 1, 0, 0)
+    tags = b"".join(struct.pack("<HHIHH", 0x0112, rng.choice([2, 3, 4]), 1, rng.randrange(9), 0) for _ in range(2))
+    form = rng.choice([b'tiff:Orientation="%d"', b"<tiff:Orientation>%d<", b'tiff:Orientation="" %d'])
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + form % rng.randrange(9) + form % rng.randrange(9)
+    others = [(b"tEXt", b"exif\0Exif\0\0II*\0"), (b"gAMA", b""), (b"bKGD", b"x"), (b"abcd", b""), (b"ABCD", b"")]
+    animation = [(b"acTL", struct.pack(">II", rng.randrange(3), 0)), (b"acTL", b""), (b"fcTL", frame)]
+    pixels = (b"fdAT", struct.pack(">I", 1) + zlib.compress(bytes(500)))
+    turned = [(b"eXIf", b"II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)), (b"iTXt", xmp)]
+    return rng.choice([*others, *animation, pixels, *turned, (b"PLTE", rng.randbytes(9)), (b"tRNS", rng.randbytes(2))])
+
+
+def test_a_png_whose_chunks_are_changed_is_read_alike_or_refused_by_both(parts, tmp_path):
+    """Chunks that are missing, twice, elsewhere, longer, of other content; others between them. All checksums are
+    right. Of the two libraries each opened some that the other refused, and of some they had other pixels.
+    """
+    rng, commands = random.Random(9), []
+    for number in range(1500):
+        chunks = random_png(rng)
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            at, to, (kind, data) = rng.randrange(len(chunks)), rng.randrange(len(chunks)), rng.choice(chunks)
+            byte = rng.randrange(len(data) + 1)
+            changed = [data[:byte], data + b"x", data[:byte] + bytes([rng.randrange(17)]) + data[byte + 1 :]]
+            chunks[at : at + rng.randrange(2)] = rng.choice(
+                [[], [chunks[to]], [(kind, rng.choice(changed))], [random_chunk(rng)], [random_chunk(rng)]]
+            )
+        file = tmp_path / f"{number}.png"
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+        commands.append({"part": "open", "file": str(file), "out": str(file.with_suffix(".raw"))})
+    opened, wrong = 0, []
+    for command, answer in zip(commands, parts.run(*commands), strict=True):
+        try:
+            expected = open_image(command["file"])
+        except InputError as err:
+            wrong += [(command["file"], str(err), answer)] if isinstance(answer, list) else []
+            continue
+        opened += 1
+        same = isinstance(answer, list) and tuple(answer) == expected.shape[:2]
+        if not same or Path(command["out"]).read_bytes() != expected.tobytes():
+            wrong.append((command["file"], "opened", answer))
+    assert wrong == []
+    assert 400 < opened < 1100
+
+
+def test_an_orientation_in_much_xmp_counts(parts, tmp_path):
+    """libpng has a limit of 8 MB, and Pillow one of 64."""
+    xmp = png_chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>' + b" " * 70_000_000)
+    (tmp_path / "a.png").write_bytes(png_file((5, 3), 8, 2, noise(5, 3), xmp))
+    assert parts.run({"part": "open", "file": str(tmp_path / "a.png"), "out": os.devnull}) == [[5, 3]]
+    assert open_image(tmp_path / "a.png").shape == (5, 3, 3)
 
 
 def test_damaged_pictures_are_input_errors(parts, sanitised, tmp_path):

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autosteer.runtime import Conversation, Engine, GatePolicy
 from autosteer.runtime.gate import Mode, decide, is_safe
-from autosteer.runtime.image import at_most, open_image, prepare
+from autosteer.runtime.image import at_most, prepare
 from autosteer.runtime.manifest import ImageSpec
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.pieces import pieces
 from autosteer.runtime.sampling import make_sampler
 from autosteer.runtime.stats import Stats

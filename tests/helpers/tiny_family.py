@@ -39,8 +39,9 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import CheckError, UnsupportedModelError
 from autosteer.runtime.gate import Mode, is_safe
-from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.image import prepare
 from autosteer.runtime.manifest import Check, Manifest
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import ImagePart, Message, Part

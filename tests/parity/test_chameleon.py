@@ -27,8 +27,9 @@ from autosteer.export.validation.original import ImageErrors, ValidationPrompt
 from autosteer.runtime.check import check_package
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.image import cut, normalise, open_image
+from autosteer.runtime.image import cut, normalise
 from autosteer.runtime.manifest import TemplatePiece, TileSeparators
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 

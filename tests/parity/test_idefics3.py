@@ -24,8 +24,9 @@ from autosteer.export.graphs import vision
 from autosteer.export.validation.original import ValidationPrompt
 from autosteer.export.validation.prompts import draw
 from autosteer.runtime.check import check_package
-from autosteer.runtime.image import cut, lay_out, open_image, prepare
+from autosteer.runtime.image import cut, lay_out, prepare
 from autosteer.runtime.manifest import TemplatePiece
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import IMAGE, ImagePart, Message, load_tokenizer, render
 

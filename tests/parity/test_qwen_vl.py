@@ -40,7 +40,8 @@ from autosteer.runtime.encoded_prompt import EncodedPrompt
 from autosteer.runtime.engine import Engine
 from autosteer.runtime.errors import InputError
 from autosteer.runtime.gate import Mode
-from autosteer.runtime.image import open_image, prepare
+from autosteer.runtime.image import prepare
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.prompt_encoder import PromptEncoder
 from autosteer.runtime.sampling import SamplingConfig
 from autosteer.runtime.stats import Stats

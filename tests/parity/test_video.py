@@ -25,8 +25,9 @@ from autosteer.export.validation.prompts import draw
 from autosteer.runtime import Conversation, Engine, InputError, Manifest, Message, SamplingConfig, open_video
 from autosteer.runtime.cli.run import run
 from autosteer.runtime.gate import Action, Mode
-from autosteer.runtime.image import normalise, open_image
+from autosteer.runtime.image import normalise
 from autosteer.runtime.manifest import ImageSpec, NativeSpec, NativeVideoSpec, VideoSpec
+from autosteer.runtime.picture_file import open_image
 from autosteer.runtime.prompt_encoder import TILES_PER_RUN
 from autosteer.runtime.stats import Stats
 from autosteer.runtime.text import ImagePart, VideoPart

@@ -14,7 +14,8 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from autosteer.models.llava_onevision import image_spec
-from autosteer.runtime.image import open_image, pack, prepare
+from autosteer.runtime.image import pack, prepare
+from autosteer.runtime.picture_file import open_image
 
 PINPOINTS = [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)]
 SIZES = [

@@ -247,11 +247,15 @@ def test_what_is_too_large_is_refused_with_numbers(server):
 
 
 def test_a_header_of_far_too_many_pixels_is_too_large_like_any_other(server):
-    """It was "no PNG picture", by a limit of Pillow's."""
+    """It was "no PNG picture", by a limit of Pillow's. It says no size of a GIF."""
     whole = base64.b64decode(data_url().partition(",")[2])
     header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + whole[24:29]
     bomb = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
     url = f"data:image/png;base64,{base64.b64encode(bomb).decode()}"
+    message = refused(server, 413, "messages[0].content[0].image_url", json=body(with_picture("look", url)))
+    assert "a picture of 30000x30000 pixels; this server takes 0.01 million" in message
+    gif = b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\x02\0;"
+    url = f"data:image/gif;base64,{base64.b64encode(gif).decode()}"
     message = refused(server, 413, "messages[0].content[0].image_url", json=body(with_picture("look", url)))
     assert "far too many pixels; this server takes 0.01 million" in message
 

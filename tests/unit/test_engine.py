@@ -33,7 +33,7 @@ from autosteer.runtime import (
     ProviderError,
     SamplingConfig,
     Stats,
-    image,
+    picture_file,
     prompt_encoder,
     subgraph,
 )
@@ -952,8 +952,8 @@ def test_a_turn_whose_score_is_kept_costs_nothing(engine, by_itself, encoded, mo
     conversation, opened, tokenised = Conversation(engine), list[object](), list[object]()
     first = engine.generate(dialogue(*users), conversation=conversation, policy=policy)
     assert by_itself == users[1:]
-    open_image, render = image.open_image, prompt_encoder.render_judged
-    monkeypatch.setattr(image, "open_image", lambda one: opened.append(one) or open_image(one))
+    open_image, render = picture_file.open_image, prompt_encoder.render_judged
+    monkeypatch.setattr(picture_file, "open_image", lambda one: opened.append(one) or open_image(one))
     monkeypatch.setattr(
         prompt_encoder, "render_judged", lambda messages, *a: tokenised.append(messages) or render(messages, *a)
     )

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from autosteer.runtime import InputError, open_video, video
-from autosteer.runtime.image import MAX_ASPECT_RATIO, best_pinpoint, open_image, pack, prepare
+from autosteer.runtime.image import best_pinpoint, pack, prepare
 from autosteer.runtime.manifest import AnyresSpec
+from autosteer.runtime.picture_file import MAX_ASPECT_RATIO, open_image
 
 # LLaVA-OneVision's own layout, with tiles of 27 pixels instead of 384 so that a test takes milliseconds.
 ONEVISION = replace(
@@ -100,6 +101,26 @@ def test_palette_image_with_a_transparent_colour_is_on_white(tmp_path):
 def test_first_frame_of_an_animation_is_seen(tmp_path):
     frames = [Image.new("RGB", (2, 2), c) for c in ((255, 0, 0), (0, 0, 255))]
     assert pixel(saved(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])) == [255, 0, 0]
+
+
+def test_frames_of_an_animated_png_keep_their_transparency(tmp_path):
+    """Of 2 bits, 0 to 3, the grey 1 is transparent. Frames are counted first, and on its way back Pillow read 1 of 255
+    anew. As a picture the same file is its first frame.
+    """
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def frame(number: int) -> bytes:
+        return chunk(b"fcTL", struct.pack(">5I2H2B", number, 4, 4, 0, 0, 1, 1, 0, 0))
+
+    first, second = (zlib.compress(row * 4) for row in (b"\0\x1b", b"\0\xe4"))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 2, 0, 0, 0, 0)) + chunk(b"acTL", struct.pack(">II", 2, 0))
+    pixels = frame(0) + chunk(b"IDAT", first) + frame(1) + chunk(b"fdAT", struct.pack(">I", 2) + second)
+    content = header + chunk(b"tRNS", b"\0\1") + pixels + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    shown = [open_image(one)[0, :, 0].tolist() for one in (*open_video(tmp_path / "a.png"), tmp_path / "a.png")]
+    assert shown == [[0, 255, 170, 255], [255, 170, 255, 0], [0, 255, 170, 255]]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 
 from autosteer.runtime import Engine, InputError, Message
-from autosteer.runtime.image import MAX_PIXELS, open_image
 from autosteer.runtime.manifest import ProberSpec, PromptSpec, TemplatePiece, TurnSpec
 from autosteer.runtime.obfuscation import deobfuscated
+from autosteer.runtime.picture_file import MAX_PIXELS, open_image
 from autosteer.runtime.prompt_encoder import probed_positions
 from autosteer.runtime.text import IMAGE, ImagePart, render_judged
 from autosteer.runtime.video import MAX_FRAMES, open_video

@@ -1,9 +1,10 @@
-// PNG and JPEG files -> upright pixels, byte for byte what runtime/image.py's open_image gets from Pillow.
+// PNG and JPEG files -> upright pixels, byte for byte what runtime/picture_file.py's open_image gets from Pillow.
 //
 // Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
 // gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
-// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. Of a PNG's texts only
-// an XMP packet that is not compressed has an effect; no other text, and no colour profile, is decompressed.
+// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. libpng gets of a PNG
+// what makes its pixels, once its chunks were found to be in order; of the others EXIF, and XMP that is not compressed,
+// have an effect.
 #pragma once
 
 #include <algorithm>
@@ -80,35 +81,140 @@ inline bool reserve(Decoded& out, int64_t height, int64_t width) {
 
 // --- PNG ---
 
+/// A chunk that makes a PNG's pixels. Steps are 1 header, 2 palette, 3 transparency, 4 pixels, 5 others behind them, 6
+/// the end: it may come at step `least` to `most`, and `then` is the next one.
+struct PngChunk {
+  std::string_view kind;
+  int least, most, then;
+};
+constexpr std::array<PngChunk, 5> kPngOrder = {
+    {{"IHDR", 0, 0, 1}, {"PLTE", 1, 1, 2}, {"tRNS", 1, 2, 3}, {"IDAT", 1, 4, 4}, {"IEND", 4, 5, 6}}};
+
+/// The place of a chunk in that order; null if it has none.
+inline const PngChunk* png_place(std::string_view kind) {
+  for (const PngChunk& chunk : kPngOrder) {
+    if (chunk.kind == kind) return &chunk;
+  }
+  return nullptr;
+}
+
+/// What a PNG's chunks say of its pixels.
+struct PngHeader {
+  int reached = 0;  // the step
+  int64_t height = 1, width = 1;
+  unsigned depth = 0, colour = 0;
+  size_t palette = 0;  // colours that a pixel can name
+
+  /// Takes the next chunk; says what is wrong with one that may not come next, and nothing of another.
+  std::string take(std::string_view kind, std::string_view data) {
+    const bool letters = std::all_of(kind.begin(), kind.end(), [](char c) {
+      const int lower = c | 0x20;
+      return lower >= 'a' && lower <= 'z';
+    });
+    const PngChunk* known = png_place(kind);
+    if (!known && (!letters || !(kind[0] & 0x20))) return "unknown chunk";
+    const PngChunk place = known ? *known : PngChunk{kind, 1, 5, reached == 4 ? 5 : reached};
+    const bool unpainted = kind == "IDAT" && colour == PNG_COLOR_TYPE_PALETTE && palette == 0;
+    if (reached < place.least || reached > place.most || unpainted) return std::string(kind) + ": out of place";
+    reached = place.then;
+    if (!fits(kind, data)) return std::string(kind) + ": wrong content";
+    const bool deep = kind == "tRNS" && colour == PNG_COLOR_TYPE_RGB && depth == 16;
+    return deep ? "a transparent colour of 16 bits" : "";  // Pillow keeps 8 of them
+  }
+
+  /// Takes a chunk's content; whether it is one.
+  bool fits(std::string_view kind, std::string_view data) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(data.data());
+    const size_t size = data.size();
+    if (kind == "IHDR") {
+      constexpr std::array<unsigned, 7> depths = {1 | 2 | 4 | 8 | 16, 0, 8 | 16, 1 | 2 | 4 | 8, 8 | 16, 0, 8 | 16};
+      if (size != 13) return false;
+      width = png_get_uint_32(bytes), height = png_get_uint_32(bytes + 4), depth = bytes[8], colour = bytes[9];
+      const bool allowed = colour < depths.size() && (depths[colour] & depth) && (depth & (depth - 1)) == 0;
+      return width > 0 && height > 0 && allowed && bytes[10] == 0 && bytes[11] == 0 && bytes[12] < 2;
+    }
+    if (kind == "PLTE") {
+      palette = std::min(size / 3, size_t{1} << depth);
+      return size > 0 && size <= 768 && size % 3 == 0;
+    }
+    if (kind != "tRNS") return true;
+    if (colour == PNG_COLOR_TYPE_PALETTE) return size > 0 && size <= palette;
+    return (colour == PNG_COLOR_TYPE_GRAY && size == 2) || (colour == PNG_COLOR_TYPE_RGB && size == 6);
+  }
+};
+
+inline uint32_t png_checksum(std::string_view data) {
+  static const std::array<uint32_t, 256> table = [] {
+    std::array<uint32_t, 256> made{};
+    for (uint32_t i = 0; i < made.size(); ++i) {
+      made[i] = i;
+      for (int bit = 0; bit < 8; ++bit) made[i] = made[i] >> 1 ^ (made[i] & 1 ? 0xEDB88320 : 0);
+    }
+    return made;
+  }();
+  uint32_t sum = 0xFFFFFFFF;
+  for (const char c : data) sum = sum >> 8 ^ table[(sum ^ static_cast<uint8_t>(c)) & 0xFF];
+  return ~sum;
+}
+
+/// Reads a PNG's chunks. Returns the stretches of the file that make its pixels; the orientation may be in two others.
+inline std::vector<std::string_view> png_chunks(const std::vector<uint8_t>& bytes, Decoded& out) {
+  constexpr std::string_view xmp("XML:com.adobe.xmp\0\0\0\0\0", 22);  // not compressed, of no language
+  const std::string_view file(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  std::vector<std::string_view> kept = {file.substr(0, 8)};
+  PngHeader header;
+  for (size_t at = 8; header.reached != 6 && out.error.empty();) {
+    const size_t left = file.size() - at, size = left < 12 ? left : png_get_uint_32(&bytes[at]);
+    if (left < 12 || size > left - 12 ||
+        png_checksum(file.substr(at + 4, size + 4)) != png_get_uint_32(&bytes[at + 8 + size])) {
+      out.error = "image file is truncated, or a checksum is wrong";
+      break;
+    }
+    const std::string_view kind = file.substr(at + 4, 4), data = file.substr(at + 8, size);
+    out.error = header.take(kind, data);
+    if (kind == "eXIf") out.exif.assign(data.begin(), data.end());
+    if (kind == "iTXt" && data.substr(0, xmp.size()) == xmp) out.xmp = data.substr(xmp.size());
+    const std::string_view last = kept.back();
+    if (png_place(kind) && last.data() + last.size() == &file[at]) {  // one stretch of many chunks
+      kept.back() = {last.data(), last.size() + size + 12};
+    } else if (png_place(kind)) {
+      kept.push_back(file.substr(at, size + 12));
+    }
+    at += size + 12;
+  }
+  if (out.error.empty()) return kept;
+  if (std::string wrong = wrong_size(header.height, header.width); !wrong.empty()) out.error = std::move(wrong);
+  return {};
+}
+
+/// What libpng reads, stretch by stretch.
 struct PngSource {
-  const std::vector<uint8_t>& bytes;
-  size_t at = 0;
+  std::vector<std::string_view> stretches;
+  size_t next = 0;
 };
 
 inline void png_read(png_structp png, png_bytep target, size_t count) {
-  auto* source = static_cast<PngSource*>(png_get_io_ptr(png));
-  if (count > source->bytes.size() - source->at) png_error(png, "image file is truncated");
-  std::memcpy(target, source->bytes.data() + source->at, count);
-  source->at += count;
+  auto& source = *static_cast<PngSource*>(png_get_io_ptr(png));
+  while (count > 0) {
+    if (source.next == source.stretches.size()) png_error(png, "image file is truncated");
+    std::string_view& from = source.stretches[source.next];
+    const size_t size = std::min(count, from.size());
+    std::memcpy(target, from.data(), size);
+    target += size, count -= size;
+    from.remove_prefix(size);
+    if (from.empty()) ++source.next;
+  }
 }
 
+/// What is wrong behind the last row's pixels is no error, as in Pillow.
 [[noreturn]] inline void png_fail(png_structp png, png_const_charp message) {
-  static_cast<Decoded*>(png_get_error_ptr(png))->error = message;
+  auto& out = *static_cast<Decoded*>(png_get_error_ptr(png));
+  const bool complete = png_get_current_row_number(png) >= out.image.height || png_get_current_pass_number(png) == 7;
+  if (out.image.height == 0 || !complete) out.error = message;
   png_longjmp(png, 1);
 }
 
 inline void png_ignore(png_structp, png_const_charp) {}
-
-/// Gets all chunks that say nothing of the pixels. The orientation may be in two of them.
-inline int png_metadata(png_structp png, png_unknown_chunkp chunk) {
-  constexpr std::string_view xmp("XML:com.adobe.xmp\0\0\0\0\0", 22);  // not compressed, of no language
-  auto& out = *static_cast<Decoded*>(png_get_user_chunk_ptr(png));
-  const std::string_view name(reinterpret_cast<const char*>(chunk->name), 4);
-  const std::string_view data(reinterpret_cast<const char*>(chunk->data), chunk->size);
-  if (name == "eXIf") out.exif.assign(data.begin(), data.end());
-  if (name == "iTXt" && data.substr(0, xmp.size()) == xmp) out.xmp = data.substr(xmp.size());
-  return chunk->name[0] & 0x20 ? 1 : 0;  // 0: a chunk that a reader must know, which libpng refuses
-}
 
 /// Append `count` pixels, blended with white (Pillow's alpha_composite, AlphaComposite.c).
 inline void over_white(const uint8_t* rgba, size_t count, std::vector<uint8_t>& rgb) {
@@ -125,29 +231,31 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
   struct State {
     png_structp png = nullptr;
     png_infop info = nullptr;
+    PngSource source;
     std::unique_ptr<uint8_t[]> rgba;  // a row, or the whole picture if it is interlaced
+    size_t decoding = 0;              // how many pixels libpng has in it
     std::vector<png_bytep> rows;
     ~State() { png_destroy_read_struct(&png, &info, nullptr); }
   } state;
-  PngSource source{bytes};
+  state.source.stretches = png_chunks(bytes, out);
+  if (!out.error.empty()) return;
   state.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &out, png_fail, png_ignore);
   if (!state.png) throw Error("libpng does not start");
   state.info = png_create_info_struct(state.png);
   if (!state.info) throw Error("libpng does not start");
-  if (setjmp(png_jmpbuf(state.png))) return;
-  png_set_read_fn(state.png, &source, png_read);
+  if (setjmp(png_jmpbuf(state.png))) {
+    if (out.error.empty()) over_white(state.rgba.get(), state.decoding, out.image.rgb);
+    return;
+  }
+  png_set_read_fn(state.png, &state.source, png_read);
   png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
-  png_set_crc_action(state.png, PNG_CRC_DEFAULT, PNG_CRC_ERROR_QUIT);  // a wrong checksum anywhere
-  png_set_keep_unknown_chunks(state.png, PNG_HANDLE_CHUNK_NEVER, nullptr, -1);  // those that png_metadata gets
-  png_set_read_user_chunk_fn(state.png, &out, png_metadata);
+  png_set_crc_action(state.png, PNG_CRC_QUIET_USE, PNG_CRC_QUIET_USE);  // they were compared
+  png_set_benign_errors(state.png, 1);                  // as in Pillow: more compressed data than the pixels need
+  png_set_compression_buffer_size(state.png, 1 << 16);  // what Pillow decompresses at a time, checksum included
   png_read_info(state.png, state.info);
   const int64_t height = png_get_image_height(state.png, state.info),
                 width = png_get_image_width(state.png, state.info);
   if (!reserve(out, height, width)) return;
-  if (png_get_color_type(state.png, state.info) == PNG_COLOR_TYPE_RGB &&
-      png_get_bit_depth(state.png, state.info) == 16 && png_get_valid(state.png, state.info, PNG_INFO_tRNS)) {
-    png_error(state.png, "a transparent colour of 16 bits");  // Pillow keeps 8 of them
-  }
   png_set_strip_16(state.png);
   png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
   png_set_gray_to_rgb(state.png);
@@ -158,18 +266,18 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
     png_error(state.png, "unexpected layout");
   }
   const auto row = static_cast<size_t>(width);
-  state.rgba.reset(new uint8_t[4 * row * (interlaced ? static_cast<size_t>(height) : 1)]);
+  state.decoding = row * (interlaced ? static_cast<size_t>(height) : 1);
+  state.rgba.reset(new uint8_t[4 * state.decoding]);
   if (interlaced) {
     for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.get() + 4 * y * width);
     png_read_image(state.png, state.rows.data());
-    over_white(state.rgba.get(), row * static_cast<size_t>(height), out.image.rgb);
+    over_white(state.rgba.get(), state.decoding, out.image.rgb);
   } else {
     for (int64_t y = 0; y < height; ++y) {
       png_read_row(state.png, state.rgba.get(), nullptr);
       over_white(state.rgba.get(), row, out.image.rgb);
     }
   }
-  png_read_end(state.png, state.info);
 }
 
 // --- JPEG ---
@@ -272,9 +380,11 @@ inline std::optional<unsigned> exif_orientation(std::vector<uint8_t> tiff) {
   constexpr std::array<int, 17> sizes = {0, -1, -1, 2, 4, -8, 1, -1, 2, 4, -8, -4, -8, 4, 0, 0, 8};
   const uint64_t directory = number(4, 4), end = tiff.size();
   const uint64_t entries = directory + 2 <= end ? number(directory, 2) : 0;
+  std::vector<bool> given(0x10000);  // tags: of two with a value the first counts
   uint64_t outside = 0;  // bytes that do not fit into their entries
   for (uint64_t i = 0; i < entries && directory + 2 + 12 * (i + 1) <= end; ++i) {
-    const uint64_t entry = directory + 2 + 12 * i, type = number(entry + 2, 2);
+    const uint64_t entry = directory + 2 + 12 * i, tag = number(entry, 2), type = number(entry + 2, 2);
+    if (given[tag]) continue;
     const int each = type < sizes.size() ? sizes[type] : 0;
     const auto width = static_cast<uint64_t>(std::abs(each)), size = width * number(entry + 4, 4);
     uint64_t at = entry + 8;
@@ -283,19 +393,21 @@ inline std::optional<unsigned> exif_orientation(std::vector<uint8_t> tiff) {
       if ((outside += size) > end) continue;
       if (at + size > end) return std::nullopt;
     }
-    if (number(entry, 2) != 0x0112 || size == 0) continue;
+    given[tag] = size > 0;
+    if (tag != 0x0112 || size == 0) continue;
     return each > 0 ? static_cast<unsigned>(std::min<uint64_t>(number(at, width), 9)) : 0;
   }
   return std::nullopt;
 }
 
+/// The digit behind the first `tiff:Orientation="` or `tiff:Orientation>` that has one; 0 if none has.
 inline unsigned xmp_orientation(std::string_view xmp) {
-  for (const std::string_view key : {std::string_view("tiff:Orientation=\""), std::string_view("tiff:Orientation>")}) {
-    const size_t at = xmp.find(key);
-    if (at != std::string_view::npos && at + key.size() < xmp.size()) {
-      const char digit = xmp[at + key.size()];
-      if (digit >= '0' && digit <= '9') return static_cast<unsigned>(digit - '0');
-    }
+  constexpr std::string_view key = "tiff:Orientation";
+  for (size_t at = xmp.find(key); at != std::string_view::npos; at = xmp.find(key, at + 1)) {
+    std::string_view rest = xmp.substr(at + key.size());
+    const size_t opening = rest.substr(0, 2) == "=\"" ? 2 : rest.substr(0, 1) == ">" ? 1 : 0;
+    rest.remove_prefix(opening);
+    if (opening && !rest.empty() && rest[0] >= '0' && rest[0] <= '9') return static_cast<unsigned>(rest[0] - '0');
   }
   return 0;
 }
