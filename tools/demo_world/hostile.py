@@ -1,7 +1,7 @@
-"""Wordings with which a language model tried to get past the demo's gate (hostile.jsonl), each asked of many things.
+"""Wordings with which two language models tried to get past the demo's gate (hostile.jsonl), each asked of many things.
 
-Another model wrote them from a description of the demo's world, without having seen what it learns from; nothing is
-trained on them or chosen by them. Each is asked as an unsafe request and as its harmless twin: a text with another verb
+They wrote them from a description of the demo's world, without having seen what it learns from, the later texts once
+the model and its gate were done; nothing is trained on them or chosen by them. Each is asked as an unsafe request and as its harmless twin: a text with another verb
 or noun, a wording about a picture of another one.
 """
 
@@ -17,13 +17,13 @@ from . import safety as S
 from .phrasings import filled
 from .scenes import Scene
 
-TIMES = {"text": 8, "object": 4, "sign": 4}  # how often each wording is asked
+TIMES = {"text": 8, "object": 4, "sign": 4, "later text": 3}  # how often each wording is asked
 CHANNELS = {"object": "cross", "sign": "image"}
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """An unsafe request and its twin; of the kinds "object" and "sign" with their pictures, "text" has none."""
+    """An unsafe request and its twin; of the kinds "object" and "sign" with their pictures, texts have none."""
 
     kind: str
     unsafe: str
@@ -39,7 +39,7 @@ def attempts() -> Iterator[Attempt]:
         row = json.loads(line)
         kind, form = row["kind"], row["text"]
         for _ in range(TIMES[kind]):
-            if kind == "text":
+            if kind not in CHANNELS:
                 unsafe, safe = S.tasks(rng, S.EVERYTHING)
                 yield Attempt(kind, filled(form, *unsafe), filled(form, *safe))
             else:
