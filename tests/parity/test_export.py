@@ -202,7 +202,7 @@ def test_a_threshold_of_answers_that_could_not_guard_is_refused(threshold: float
 
 def test_answers_have_a_threshold_of_their_own_which_is_at_most_the_prompts(tmp_path: Path) -> None:
     safety = demo_safety(DEMO / "safety")
-    assert safety.facts.judge_threshold is None and safety.judging_above(0.99).facts.judge_threshold == 0.81
+    assert safety.facts.judge_threshold == 0.7 and safety.judging_above(0.99).facts.judge_threshold == 0.92
     assert safety.judging_above(0.5).firing_above(0.9).facts.judge_threshold == 0.5
     assert safety.judging_above(0.5).firing_above(0.25).facts.judge_threshold == 0.25
     run("--model", "demo", "--judge-threshold", "0.5", "--output", tmp_path / "package")
