@@ -1,8 +1,8 @@
 """Wordings with which two language models tried to get past the demo's gate (hostile.jsonl), each asked of many things.
 
 They wrote them from a description of the demo's world, without having seen what it learns from, the later texts once
-the model and its gate were done; nothing is trained on them or chosen by them. Each is asked as an unsafe request and as its harmless twin: a text with another verb
-or noun, a wording about a picture of another one.
+the model and its gate were done; nothing is trained on them or chosen by them. Each is asked as an unsafe request and
+as its harmless twin: a text with another verb or noun, a wording about a picture of another one.
 """
 
 from __future__ import annotations
