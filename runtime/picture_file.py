@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,10 +29,28 @@ ImageLike: TypeAlias = "str | Path | Image.Image | Uint8 | Callable[[], Uint8]"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow has others, and starts Ghostscript for one of them
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; a few KB of a file can ask for much more
 MAX_FILE_BYTES = 100_000_000
+MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 PNG = b"\x89PNG\r\n\x1a\n"
-# The chunks that make a PNG's pixels. Steps are 1 header, 2 palette, 3 transparency, 4 pixels, 5 others behind them, 6
-# the end: between which steps each may come, and the next one.
-ORDER = {b"IHDR": (0, 0, 1), b"PLTE": (1, 1, 2), b"tRNS": (1, 2, 3), b"IDAT": (1, 4, 4), b"IEND": (4, 5, 6)}
+
+
+class Place(NamedTuple):
+    """Where a PNG's chunk may come: at step `least` to `most`, and `then` is the next one."""
+
+    least: int
+    most: int
+    then: int
+
+
+# The steps through a PNG are its chunks that make pixels; KEY is what is transparent, BEHIND others behind the pixels.
+START, HEADER, PALETTE, KEY, PIXELS, BEHIND, END = range(7)
+ORDER = {
+    b"IHDR": Place(START, START, HEADER),
+    b"PLTE": Place(HEADER, HEADER, PALETTE),
+    b"tRNS": Place(HEADER, PALETTE, KEY),
+    b"IDAT": Place(HEADER, PIXELS, PIXELS),
+    b"IEND": Place(PIXELS, BEHIND, END),
+}
+PALETTED = 3  # a colour type
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # bits, by colour type
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 WHOLE = ((0, 0, 1, 1),)  # the column and the row where a pass over the pixels begins, and its steps
@@ -50,7 +68,6 @@ TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-MAX_ASPECT_RATIO = 200  # beyond this a side of the resized picture, or of its features, would round to nothing
 
 
 def open_image(image: ImageLike) -> Uint8:
@@ -69,11 +86,11 @@ def open_image(image: ImageLike) -> Uint8:
     else:
         try:
             if isinstance(image, Image.Image):  # opened by the caller, but perhaps not read yet
-                check_size(image.size)
+                check_shape(image.size)
                 pixels = to_rgb(image)
             else:
                 with open_file(image) as opened:
-                    check_size(opened.size)
+                    check_shape(opened.size)
                     pixels = to_rgb(opened)
         except FileNotFoundError:
             raise InputError(f"{image}: no such image file") from None
@@ -82,11 +99,7 @@ def open_image(image: ImageLike) -> Uint8:
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{image}: not a readable image ({first_line(err)})") from err
     height, width = pixels.shape[:2]
-    check_size((width, height))
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        name = f"{image}: " if isinstance(image, (str, Path)) else ""
-        what = f"{name}image of {width}x{height} pixels"
-        raise InputError(f"{what}: sides may differ by {MAX_ASPECT_RATIO} times at most")
+    check_shape((width, height))
     return pixels
 
 
@@ -120,27 +133,37 @@ def open_content(content: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Im
 class _Header:
     """What a PNG's chunks say of its pixels."""
 
-    reached: int = 0  # the step
-    size: tuple[int, int] = (1, 1)
+    reached: int = START
+    size: tuple[int, int] = (1, 1)  # which check_shape allows, until there is a header
     depth: int = 0
     colour: int = 0
     interlaced: int = 0
     palette: int = 0  # colours that a pixel can name
     key: bytes = b""  # the transparent colour, or opacities of the palette
 
-    def take(self, kind: bytes, data: memoryview) -> None:
-        """Take the next chunk. Raises InputError for one that may not come next."""
+    def take(self, kind: bytes, data: memoryview) -> bool:
+        """Take the next chunk; whether it makes the pixels. Raises InputError for one that may not come next."""
         if kind not in ORDER and (kind[:1].isupper() or not kind.isalpha()):
             raise InputError("unknown chunk")
-        least, most, then = ORDER.get(kind, (1, 5, 5 if self.reached == 4 else self.reached))
-        unpainted = kind == b"IDAT" and self.colour == 3 and not self.palette
-        if not least <= self.reached <= most or unpainted:
+        counts = self._counts(kind, len(data))
+        place = ORDER[kind] if counts else Place(HEADER, BEHIND, BEHIND if self.reached == PIXELS else self.reached)
+        unpainted = kind == b"IDAT" and self.colour == PALETTED and not self.palette
+        if not place.least <= self.reached <= place.most or unpainted:
             raise InputError(f"{kind.decode()}: out of place")
-        self.reached = then
-        if not self._fits(kind, data):
+        self.reached = place.then
+        if counts and not self._fits(kind, data):
             raise InputError(f"{kind.decode()}: wrong content")
-        if self.key and self.colour == 2 and self.depth == 16:  # Pillow keeps 8 of the bits
-            raise InputError("a transparent colour of 16 bits")
+        return counts
+
+    def _counts(self, kind: bytes, size: int) -> bool:
+        """Whether a chunk makes pixels. A palette of others than paletted ones is a suggestion, and what is transparent
+        must fit the picture: libpng ignores one that does not, and popular programs write it.
+        """
+        if kind == b"PLTE":
+            return self.colour == PALETTED
+        if kind == b"tRNS":
+            return size in {0: (2,), 2: (6,), PALETTED: range(1, self.palette + 1)}.get(self.colour, ())
+        return kind in ORDER
 
     def _fits(self, kind: bytes, data: memoryview) -> bool:
         """Take a chunk's content; whether it is one."""
@@ -154,8 +177,9 @@ class _Header:
             self.palette = min(len(data) // 3, 1 << self.depth)
             return 0 < len(data) <= 768 and len(data) % 3 == 0
         if kind == b"tRNS":
+            if self.colour == 2 and self.depth == 16:  # Pillow keeps 8 of the bits
+                raise InputError("a transparent colour of 16 bits")
             self.key = bytes(data)
-            return len(data) in {0: (2,), 2: (6,), 3: range(1, self.palette + 1)}.get(self.colour, ())
         return True
 
     def bytes_of(self, width: int, height: int) -> int:
@@ -174,18 +198,17 @@ class _PngFile(PngImageFile):
         """`animated`: with all its frames."""
         self._header, kept = _Header(), io.BytesIO()
         kept.write(PNG)
-        wanted = (*ORDER, b"eXIf", *(ANIMATION if animated else ()))
+        wanted = (b"eXIf", *(ANIMATION if animated else ()))
         try:
             for kind, chunk in _chunks(memoryview(content)):
                 data = chunk[8:-4]
-                self._header.take(kind, data)
-                if kind in wanted:
+                if self._header.take(kind, data) or kind in wanted:
                     kept.write(chunk)
                 elif kind == b"iTXt" and data[: len(XMP)] == XMP:  # Pillow takes no large one
                     said = XMP_ORIENTATION.search(data)
                     kept.write(_chunk(b"iTXt", XMP + (said[0] if said else b"")))
         except InputError:
-            check_size(self._header.size)  # which says more
+            check_shape(self._header.size)  # which says more
             raise
         kept.seek(0)
         super().__init__(kept)
@@ -239,6 +262,14 @@ def check_size(size: tuple[int, int], count: int = 1) -> None:
     if width * height * count > MAX_PIXELS:
         what = f"{count} frames" if count > 1 else "image"
         raise InputError(f"{what} of {width}x{height} pixels: at most {MAX_PIXELS}")
+
+
+def check_shape(size: tuple[int, int], count: int = 1) -> None:
+    """The same, and for sides that differ by more than MAX_ASPECT_RATIO times."""
+    check_size(size, count)
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        width, height = size
+        raise InputError(f"image of {width}x{height} pixels: sides may differ by {MAX_ASPECT_RATIO} times at most")
 
 
 def to_rgb(image: Image.Image) -> Uint8:

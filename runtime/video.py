@@ -33,7 +33,7 @@ from .errors import InputError, first_line
 from .ffmpeg import VideoFile, open_regular
 from .image import bilinear, whole_tiles
 from .manifest import ImageSpec, VideoSpec
-from .picture_file import FORMATS, MAX_PIXELS, ImageLike, check_size, open_file, open_image, to_rgb
+from .picture_file import FORMATS, MAX_PIXELS, ImageLike, check_shape, check_size, open_file, open_image, to_rgb
 
 VideoLike: TypeAlias = "str | Path | Sequence[ImageLike]"  # a file or folder, or the frames
 
@@ -103,15 +103,15 @@ def _is_picture(file: BinaryIO) -> bool:
 
 def _of_picture(path: Path, frames: int) -> Video:
     with open_file(path, animated=True) as opened:
-        check_size(opened.size)
+        check_shape(opened.size)
         starts = _starts(opened)
     with open_file(path, animated=True) as opened:  # on its way back Pillow would read the transparency anew
         chosen = spaced(len(starts), frames)
-        check_size(opened.size, len(chosen))  # they are all in memory at a time
+        check_shape(opened.size, len(chosen))  # they are all in memory at a time
         video = Video([])
         for i in chosen:
             opened.seek(i)
-            check_size(opened.size, len(chosen))  # a TIFF's pages, and a GIF's frames, differ in size
+            check_shape(opened.size, len(chosen))  # a TIFF's pages, and a GIF's frames, differ in size
             video.append(to_rgb(opened))
             video.seconds += (opened.info.get("timestamp", starts[i]) / 1e3,)  # WebP has it once a frame is decoded
         return video
@@ -124,7 +124,7 @@ def _of_file(file: BinaryIO, frames: int) -> Video:
     video = Video([], (seconds[i] for i in chosen))
     for png in opened.pictures(chosen):
         with Image.open(io.BytesIO(png), formats=("PNG",)) as frame:
-            check_size(frame.size, len(chosen))
+            check_shape(frame.size, len(chosen))
             video.append(to_rgb(frame))
     return video
 
@@ -140,7 +140,7 @@ def _starts(opened: Image.Image) -> list[float]:
             while True:
                 shown = float(opened.info.get("duration", 0))
                 opened.seek(len(starts))  # which decodes the frame before; this one's size may be larger
-                check_size(opened.size)
+                check_shape(opened.size)
                 starts.append(starts[-1] + (shown if shown >= 20 else 100))
                 pixels += math.prod(opened.size)
                 if len(starts) > MAX_FRAMES or pixels > MAX_DECODED:

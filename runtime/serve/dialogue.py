@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from ..arrays import Uint8
 from ..errors import InputError, first_line
 from ..picture_file import FORMATS as FILE_FORMATS
-from ..picture_file import MAX_PIXELS, open_content, to_rgb
+from ..picture_file import MAX_PIXELS, check_shape, open_content, to_rgb
 from ..text import ImagePart, Message, VideoPart
 from .faults import ApiError
 from .limits import Limits
@@ -41,9 +41,10 @@ class Picture:
     data: bytes
 
     def open(self) -> Uint8:
-        """Its pixels, RGB (H, W, 3) uint8. Raises InputError for a damaged picture."""
+        """Its pixels, RGB (H, W, 3) uint8. Raises InputError for a picture that is damaged, or of an extreme shape."""
         try:
             with open_content(self.data, FORMATS) as opened:
+                check_shape(opened.size)
                 return to_rgb(opened)
         except Exception as err:  # on damaged files Pillow's decoders raise any exception
             raise InputError(f"{self.where}: not a readable picture ({first_line(err)})") from err

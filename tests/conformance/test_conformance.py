@@ -271,6 +271,7 @@ CPP_EXEMPT = {
     "this conversation was begun with another engine": "two engines (test_cpp_conversation.py)",
     "a stop string is not valid Unicode text": "JSON that two parsers read has none (test_cpp_interface.py)",
     "image: expected 3 * width * height bytes": "pixels that a C++ program hands over",
+    "throw InputError(refusal)": "the same, of an extreme shape (test_cpp_interface.py)",
     '": not a readable image (" + err.what()': "a device that only looks like a file (test_cpp_images.py)",
     ": not readable; copy the package again": "the disk fails after the file's hash was compared",
     "its output has not the type that this runtime reads": "the manifest's types are checked; this guards memory",

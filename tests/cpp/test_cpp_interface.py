@@ -216,7 +216,7 @@ assert lib.autosteer_open(sys.argv[2].encode(), b'{"threads": 1, "files": false}
 assert lib.autosteer_request_new(None, byref(request)) == 0
 assert lib.autosteer_request_turn(request, b"user") == 0
 assert lib.autosteer_run(engine, request, byref(stream)) == 0
-handles = {"ENGINE": engine, "REQUEST": request, "STREAM": stream, "OUT": byref(out), "DATA": (c_uint8 * 27)()}
+handles = {"ENGINE": engine, "REQUEST": request, "STREAM": stream, "OUT": byref(out), "DATA": (c_uint8 * 603)()}
 handles["FRAMES"] = (c_void_p * 2)()
 for name, *arguments in json.load(sys.stdin):
     out.value = 1
@@ -237,6 +237,7 @@ HOSTILE_CALLS = [  # a function, its arguments, and what it says
     (["image_from_rgb", 2**31, 1, 0, "DATA", "OUT"], "image of 2147483648x1 pixels: at most 50000000"),
     (["image_from_rgb", 2**31, 2**31, 0, "DATA", "OUT"], "image of 2147483648x2147483648 pixels: at most 50000000"),
     (["image_from_rgb", BIG, BIG, BIG, "DATA", "OUT"], f"image of {BIG}x{BIG} pixels: at most 50000000"),
+    (["image_from_rgb", 201, 1, 0, "DATA", "OUT"], "image of 201x1 pixels: sides may differ by 200 times at most"),
     (["image_from_rgb", 3, 3, 8, "DATA", "OUT"], "image: a stride of 8 bytes, but a row has 9"),
     (["image_from_rgb", 3, 3, -9, "DATA", "OUT"], "image: a stride of -9 bytes, but a row has 9"),
     (["image_from_bytes", None, 3, "OUT"], "data is NULL"),

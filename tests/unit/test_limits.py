@@ -234,6 +234,19 @@ def test_pillows_warning_is_not_needed(tmp_path):
             open_image(Path(__file__).parents[1] / "conformance" / "pictures" / "13000x13000.png")
 
 
+def test_an_extreme_shape_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    """97 KB became 1.3 GB. In an animation, too, and turned by EXIF."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    line = Image.new("1", (1, 201))
+    line.save(tmp_path / "a.png", exif=exif)
+    line.save(tmp_path / "b.tif", save_all=True, append_images=[line])
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda opened: pytest.fail("decoded"))
+    for opens, name in ((open_image, "a.png"), (open_image, "b.tif"), (open_video, "b.tif")):
+        with pytest.raises(InputError, match=r"\(image of 1x201 pixels: sides may differ by 200 times at most\)"):
+            opens(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["picture.eps", "picture.png"])
 def test_postscript_starts_no_program(tmp_path, monkeypatch, name):
     """Pillow hands it to Ghostscript, whatever the file is called."""

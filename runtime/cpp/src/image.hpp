@@ -43,7 +43,6 @@ using Pixels = std::shared_ptr<const Image>;
 using ImageLike = std::variant<std::filesystem::path, Pixels>;
 
 constexpr int64_t kMaxSquare = 2 * picture::kMaxPixels;  // of a picture that is padded
-constexpr int64_t kMaxAspectRatio = 200;  // beyond this a side of the resized picture would round to nothing
 
 /// Rows of floats (n, width), one after the other.
 struct Rows {
@@ -66,12 +65,7 @@ inline Pixels open_image(const ImageLike& image) {
       size % (3 * static_cast<size_t>(width))) {
     throw InputError("image: expected 3 * width * height bytes");
   }
-  picture::check_size(height, width);
-  if (std::max(height, width) > kMaxAspectRatio * std::min(height, width)) {
-    const std::string name = path ? path->string() + ": " : "";
-    throw InputError(name + "image of " + std::to_string(width) + "x" + std::to_string(height) +
-                     " pixels: sides may differ by " + std::to_string(kMaxAspectRatio) + " times at most");
-  }
+  if (const std::string refusal = picture::wrong_shape(height, width); !refusal.empty()) throw InputError(refusal);
   return pixels;
 }
 

@@ -2,9 +2,9 @@
 //
 // Uses libpng and libjpeg-turbo, as Pillow does, with Pillow's choices: transparency on white, 16 bits cut to 8, no
 // gamma correction, EXIF (or XMP) orientation applied, CMYK as Adobe writes it, truncated files refused. Both libraries
-// report errors by longjmp, so functions that call setjmp keep objects with destructors outside. libpng gets of a PNG
-// what makes its pixels, once its chunks were found to be in order; of the others EXIF, and XMP that is not compressed,
-// have an effect.
+// report errors by longjmp, so functions that call setjmp make objects with destructors before it, and have on the heap
+// what changes behind it. libpng gets of a PNG what makes its pixels, once its chunks were found to be in order; of the
+// others EXIF, and XMP that is not compressed, have an effect.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +46,9 @@ struct Image {
 
 namespace picture {
 
-constexpr int64_t kMaxPixels = 50'000'000;      // 150 MB as RGB; a few KB of a file can ask for much more
+constexpr int64_t kMaxPixels = 50'000'000;        // 150 MB as RGB; a few KB of a file can ask for much more
 constexpr uintmax_t kMaxFileBytes = 100'000'000;  // they are in memory while the pixels are made
+constexpr int64_t kMaxAspectRatio = 200;          // beyond this a side of the resized picture would round to nothing
 
 /// A decoder's result: pixels, and the metadata blocks that may have the orientation.
 struct Decoded {
@@ -59,20 +60,28 @@ struct Decoded {
 
 /// What is wrong with the size of `count` pictures; empty if nothing is.
 inline std::string wrong_size(int64_t height, int64_t width, int64_t count = 1) {
-  const std::string size = std::to_string(width) + "x" + std::to_string(height) + " pixels: ";
-  if (height < 1 || width < 1) return size + "it is empty";
-  return height <= kMaxPixels / count / width ? "" : size + "at most " + std::to_string(kMaxPixels);
+  const std::string what = (count > 1 ? std::to_string(count) + " frames of " : "image of ") + std::to_string(width) +
+                           "x" + std::to_string(height) + " pixels: ";
+  if (height < 1 || width < 1) return what + "it is empty";
+  return height <= kMaxPixels / count / width ? "" : what + "at most " + std::to_string(kMaxPixels);
 }
 
 /// Throws InputError for `count` pictures that are empty, or more than kMaxPixels.
 inline void check_size(int64_t height, int64_t width, int64_t count = 1) {
-  const std::string what = count > 1 ? std::to_string(count) + " frames of " : "image of ";
-  if (const std::string wrong = wrong_size(height, width, count); !wrong.empty()) throw InputError(what + wrong);
+  if (const std::string wrong = wrong_size(height, width, count); !wrong.empty()) throw InputError(wrong);
 }
 
-/// Reserve the pixels, which take memory as they are decoded; false if there are too many.
+/// The same of a picture whose sides may not differ by more than kMaxAspectRatio times.
+inline std::string wrong_shape(int64_t height, int64_t width) {
+  std::string wrong = wrong_size(height, width);
+  if (!wrong.empty() || std::max(height, width) <= kMaxAspectRatio * std::min(height, width)) return wrong;
+  return "image of " + std::to_string(width) + "x" + std::to_string(height) + " pixels: sides may differ by " +
+         std::to_string(kMaxAspectRatio) + " times at most";
+}
+
+/// Reserve the pixels, which take memory as they are decoded; false if there are too many, or their shape is extreme.
 inline bool reserve(Decoded& out, int64_t height, int64_t width) {
-  out.error = wrong_size(height, width);
+  out.error = wrong_shape(height, width);
   if (!out.error.empty()) return false;
   out.image = {height, width, {}};
   out.image.rgb.reserve(static_cast<size_t>(3 * height * width));
@@ -81,14 +90,20 @@ inline bool reserve(Decoded& out, int64_t height, int64_t width) {
 
 // --- PNG ---
 
-/// A chunk that makes a PNG's pixels. Steps are 1 header, 2 palette, 3 transparency, 4 pixels, 5 others behind them, 6
-/// the end: it may come at step `least` to `most`, and `then` is the next one.
+/// The steps through a PNG are its chunks that make pixels; kKey is what is transparent, kBehind others behind the
+/// pixels.
+enum PngStep { kStart, kHeader, kPalette, kKey, kPixels, kBehind, kEnd };
+
+/// A chunk: it may come at step `least` to `most`, and `then` is the next one.
 struct PngChunk {
   std::string_view kind;
-  int least, most, then;
+  PngStep least, most, then;
 };
-constexpr std::array<PngChunk, 5> kPngOrder = {
-    {{"IHDR", 0, 0, 1}, {"PLTE", 1, 1, 2}, {"tRNS", 1, 2, 3}, {"IDAT", 1, 4, 4}, {"IEND", 4, 5, 6}}};
+constexpr std::array<PngChunk, 5> kPngOrder = {{{"IHDR", kStart, kStart, kHeader},
+                                                {"PLTE", kHeader, kHeader, kPalette},
+                                                {"tRNS", kHeader, kPalette, kKey},
+                                                {"IDAT", kHeader, kPixels, kPixels},
+                                                {"IEND", kPixels, kBehind, kEnd}}};
 
 /// The place of a chunk in that order; null if it has none.
 inline const PngChunk* png_place(std::string_view kind) {
@@ -100,8 +115,8 @@ inline const PngChunk* png_place(std::string_view kind) {
 
 /// What a PNG's chunks say of its pixels.
 struct PngHeader {
-  int reached = 0;  // the step
-  int64_t height = 1, width = 1;
+  PngStep reached = kStart;
+  int64_t height = 1, width = 1;  // which wrong_shape allows, until there is a header
   unsigned depth = 0, colour = 0;
   size_t palette = 0;  // colours that a pixel can name
 
@@ -113,13 +128,23 @@ struct PngHeader {
     });
     const PngChunk* known = png_place(kind);
     if (!known && (!letters || !(kind[0] & 0x20))) return "unknown chunk";
-    const PngChunk place = known ? *known : PngChunk{kind, 1, 5, reached == 4 ? 5 : reached};
+    const bool counted = counts(kind, data.size());
+    const PngChunk place = counted ? *known : PngChunk{kind, kHeader, kBehind, reached == kPixels ? kBehind : reached};
     const bool unpainted = kind == "IDAT" && colour == PNG_COLOR_TYPE_PALETTE && palette == 0;
     if (reached < place.least || reached > place.most || unpainted) return std::string(kind) + ": out of place";
     reached = place.then;
-    if (!fits(kind, data)) return std::string(kind) + ": wrong content";
-    const bool deep = kind == "tRNS" && colour == PNG_COLOR_TYPE_RGB && depth == 16;
+    if (counted && !fits(kind, data)) return std::string(kind) + ": wrong content";
+    const bool deep = counted && kind == "tRNS" && colour == PNG_COLOR_TYPE_RGB && depth == 16;
     return deep ? "a transparent colour of 16 bits" : "";  // Pillow keeps 8 of them
+  }
+
+  /// Whether a chunk makes pixels. A palette of others than paletted ones is a suggestion, and what is transparent must
+  /// fit the picture: libpng ignores one that does not, and popular programs write it.
+  bool counts(std::string_view kind, size_t size) const {
+    if (kind == "PLTE") return colour == PNG_COLOR_TYPE_PALETTE;
+    if (kind != "tRNS") return png_place(kind) != nullptr;
+    if (colour == PNG_COLOR_TYPE_PALETTE) return size > 0 && size <= palette;
+    return (colour == PNG_COLOR_TYPE_GRAY && size == 2) || (colour == PNG_COLOR_TYPE_RGB && size == 6);
   }
 
   /// Takes a chunk's content; whether it is one.
@@ -133,13 +158,9 @@ struct PngHeader {
       const bool allowed = colour < depths.size() && (depths[colour] & depth) && (depth & (depth - 1)) == 0;
       return width > 0 && height > 0 && allowed && bytes[10] == 0 && bytes[11] == 0 && bytes[12] < 2;
     }
-    if (kind == "PLTE") {
-      palette = std::min(size / 3, size_t{1} << depth);
-      return size > 0 && size <= 768 && size % 3 == 0;
-    }
-    if (kind != "tRNS") return true;
-    if (colour == PNG_COLOR_TYPE_PALETTE) return size > 0 && size <= palette;
-    return (colour == PNG_COLOR_TYPE_GRAY && size == 2) || (colour == PNG_COLOR_TYPE_RGB && size == 6);
+    if (kind != "PLTE") return true;
+    palette = std::min(size / 3, size_t{1} << depth);
+    return size > 0 && size <= 768 && size % 3 == 0;
   }
 };
 
@@ -163,28 +184,28 @@ inline std::vector<std::string_view> png_chunks(const std::vector<uint8_t>& byte
   const std::string_view file(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   std::vector<std::string_view> kept = {file.substr(0, 8)};
   PngHeader header;
-  for (size_t at = 8; header.reached != 6 && out.error.empty();) {
-    const size_t left = file.size() - at, size = left < 12 ? left : png_get_uint_32(&bytes[at]);
-    if (left < 12 || size > left - 12 ||
-        png_checksum(file.substr(at + 4, size + 4)) != png_get_uint_32(&bytes[at + 8 + size])) {
-      out.error = "image file is truncated, or a checksum is wrong";
-      break;
-    }
+  for (size_t at = 8; header.reached != kEnd && out.error.empty();) {
+    out.error = "image file is truncated, or a checksum is wrong";
+    const size_t left = file.size() - at;
+    if (left < 12) break;
+    const size_t size = png_get_uint_32(&bytes[at]);
+    if (size > left - 12) break;
+    if (png_checksum(file.substr(at + 4, size + 4)) != png_get_uint_32(&bytes[at + 8 + size])) break;
     const std::string_view kind = file.substr(at + 4, 4), data = file.substr(at + 8, size);
+    const bool counted = header.counts(kind, size);
     out.error = header.take(kind, data);
     if (kind == "eXIf") out.exif.assign(data.begin(), data.end());
     if (kind == "iTXt" && data.substr(0, xmp.size()) == xmp) out.xmp = data.substr(xmp.size());
     const std::string_view last = kept.back();
-    if (png_place(kind) && last.data() + last.size() == &file[at]) {  // one stretch of many chunks
+    if (counted && last.data() + last.size() == &file[at]) {  // one stretch of many chunks
       kept.back() = {last.data(), last.size() + size + 12};
-    } else if (png_place(kind)) {
+    } else if (counted) {
       kept.push_back(file.substr(at, size + 12));
     }
     at += size + 12;
   }
-  if (out.error.empty()) return kept;
-  if (std::string wrong = wrong_size(header.height, header.width); !wrong.empty()) out.error = std::move(wrong);
-  return {};
+  if (std::string wrong = wrong_shape(header.height, header.width); !wrong.empty()) out.error = std::move(wrong);
+  return kept;
 }
 
 /// What libpng reads, stretch by stretch.
@@ -193,7 +214,15 @@ struct PngSource {
   size_t next = 0;
 };
 
+/// Whether the last row's pixels are there.
+inline bool png_complete(png_structp png) {
+  const int64_t height = static_cast<const Decoded*>(png_get_error_ptr(png))->image.height;
+  return height > 0 && (png_get_current_row_number(png) >= height || png_get_current_pass_number(png) == 7);
+}
+
+/// Ends the reading once the pixels are there: what is behind them may be as large as it likes when decompressed.
 inline void png_read(png_structp png, png_bytep target, size_t count) {
+  if (png_complete(png)) png_error(png, "nothing more is needed");
   auto& source = *static_cast<PngSource*>(png_get_io_ptr(png));
   while (count > 0) {
     if (source.next == source.stretches.size()) png_error(png, "image file is truncated");
@@ -208,9 +237,7 @@ inline void png_read(png_structp png, png_bytep target, size_t count) {
 
 /// What is wrong behind the last row's pixels is no error, as in Pillow.
 [[noreturn]] inline void png_fail(png_structp png, png_const_charp message) {
-  auto& out = *static_cast<Decoded*>(png_get_error_ptr(png));
-  const bool complete = png_get_current_row_number(png) >= out.image.height || png_get_current_pass_number(png) == 7;
-  if (out.image.height == 0 || !complete) out.error = message;
+  if (!png_complete(png)) static_cast<Decoded*>(png_get_error_ptr(png))->error = message;
   png_longjmp(png, 1);
 }
 
@@ -236,46 +263,49 @@ inline void decode_png(const std::vector<uint8_t>& bytes, Decoded& out) {
     size_t decoding = 0;              // how many pixels libpng has in it
     std::vector<png_bytep> rows;
     ~State() { png_destroy_read_struct(&png, &info, nullptr); }
-  } state;
-  state.source.stretches = png_chunks(bytes, out);
+  };
+  const auto state = std::make_unique<State>();
+  state->source.stretches = png_chunks(bytes, out);
   if (!out.error.empty()) return;
-  state.png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &out, png_fail, png_ignore);
-  if (!state.png) throw Error("libpng does not start");
-  state.info = png_create_info_struct(state.png);
-  if (!state.info) throw Error("libpng does not start");
-  if (setjmp(png_jmpbuf(state.png))) {
-    if (out.error.empty()) over_white(state.rgba.get(), state.decoding, out.image.rgb);
+  state->png = png_create_read_struct(PNG_LIBPNG_VER_STRING, &out, png_fail, png_ignore);
+  if (!state->png) throw Error("libpng does not start");
+  state->info = png_create_info_struct(state->png);
+  if (!state->info) throw Error("libpng does not start");
+  if (setjmp(png_jmpbuf(state->png))) {
+    if (out.error.empty()) over_white(state->rgba.get(), state->decoding, out.image.rgb);
     return;
   }
-  png_set_read_fn(state.png, &state.source, png_read);
-  png_set_user_limits(state.png, 0x7fffffff, 0x7fffffff);
-  png_set_crc_action(state.png, PNG_CRC_QUIET_USE, PNG_CRC_QUIET_USE);  // they were compared
-  png_set_benign_errors(state.png, 1);                  // as in Pillow: more compressed data than the pixels need
-  png_set_compression_buffer_size(state.png, 1 << 16);  // what Pillow decompresses at a time, checksum included
-  png_read_info(state.png, state.info);
-  const int64_t height = png_get_image_height(state.png, state.info),
-                width = png_get_image_width(state.png, state.info);
+  png_set_read_fn(state->png, &state->source, png_read);
+  png_set_user_limits(state->png, 0x7fffffff, 0x7fffffff);
+  png_set_crc_action(state->png, PNG_CRC_QUIET_USE, PNG_CRC_QUIET_USE);  // they were compared
+  png_set_benign_errors(state->png, 1);  // as in Pillow: more compressed data than the pixels need
+  png_set_option(state->png, PNG_MAXIMUM_INFLATE_WINDOW, PNG_OPTION_ON);  // as in Pillow, whatever zlib's header says
+  // The size of Pillow's blocks: a wrong checksum of zlib's is noticed if it is in the block where the last row ends.
+  png_set_compression_buffer_size(state->png, 1 << 16);
+  png_read_info(state->png, state->info);
+  const int64_t height = png_get_image_height(state->png, state->info),
+                width = png_get_image_width(state->png, state->info);
   if (!reserve(out, height, width)) return;
-  png_set_strip_16(state.png);
-  png_set_expand(state.png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
-  png_set_gray_to_rgb(state.png);
-  png_set_add_alpha(state.png, 0xFF, PNG_FILLER_AFTER);
-  const bool interlaced = png_set_interlace_handling(state.png) > 1;
-  png_read_update_info(state.png, state.info);
-  if (png_get_rowbytes(state.png, state.info) != static_cast<size_t>(4 * width)) {
-    png_error(state.png, "unexpected layout");
+  png_set_strip_16(state->png);
+  png_set_expand(state->png);  // palettes, fewer than 8 bits, and a transparent colour as alpha
+  png_set_gray_to_rgb(state->png);
+  png_set_add_alpha(state->png, 0xFF, PNG_FILLER_AFTER);
+  const bool interlaced = png_set_interlace_handling(state->png) > 1;
+  png_read_update_info(state->png, state->info);
+  if (png_get_rowbytes(state->png, state->info) != static_cast<size_t>(4 * width)) {
+    png_error(state->png, "unexpected layout");
   }
   const auto row = static_cast<size_t>(width);
-  state.decoding = row * (interlaced ? static_cast<size_t>(height) : 1);
-  state.rgba.reset(new uint8_t[4 * state.decoding]);
+  state->decoding = row * (interlaced ? static_cast<size_t>(height) : 1);
+  state->rgba.reset(new uint8_t[4 * state->decoding]);
   if (interlaced) {
-    for (int64_t y = 0; y < height; ++y) state.rows.push_back(state.rgba.get() + 4 * y * width);
-    png_read_image(state.png, state.rows.data());
-    over_white(state.rgba.get(), state.decoding, out.image.rgb);
+    for (int64_t y = 0; y < height; ++y) state->rows.push_back(state->rgba.get() + 4 * y * width);
+    png_read_image(state->png, state->rows.data());
+    over_white(state->rgba.get(), state->decoding, out.image.rgb);
   } else {
     for (int64_t y = 0; y < height; ++y) {
-      png_read_row(state.png, state.rgba.get(), nullptr);
-      over_white(state.rgba.get(), row, out.image.rgb);
+      png_read_row(state->png, state->rgba.get(), nullptr);
+      over_white(state->rgba.get(), row, out.image.rgb);
     }
   }
 }
@@ -331,13 +361,14 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
     JpegErrors errors{};
     std::vector<uint8_t> cmyk;
     ~State() { jpeg_destroy_decompress(&info); }
-  } state;
-  jpeg_decompress_struct& info = state.info;
-  info.err = jpeg_std_error(&state.errors.manager);
-  state.errors.manager.error_exit = jpeg_fail;
-  state.errors.manager.emit_message = jpeg_warn;
-  state.errors.out = &out;
-  if (setjmp(state.errors.escape)) return;
+  };
+  const auto state = std::make_unique<State>();
+  jpeg_decompress_struct& info = state->info;
+  info.err = jpeg_std_error(&state->errors.manager);
+  state->errors.manager.error_exit = jpeg_fail;
+  state->errors.manager.emit_message = jpeg_warn;
+  state->errors.out = &out;
+  if (setjmp(state->errors.escape)) return;
   jpeg_create_decompress(&info);
   jpeg_mem_src(&info, bytes.data(), static_cast<unsigned long>(bytes.size()));
   jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
@@ -347,13 +378,13 @@ inline void decode_jpeg(const std::vector<uint8_t>& bytes, Decoded& out) {
   info.out_color_space = cmyk ? JCS_CMYK : JCS_RGB;
   if (!reserve(out, info.image_height, info.image_width)) return;
   jpeg_start_decompress(&info);
-  state.cmyk.resize(cmyk ? static_cast<size_t>(4 * out.image.width) : 0);
+  state->cmyk.resize(cmyk ? static_cast<size_t>(4 * out.image.width) : 0);
   while (info.output_scanline < info.output_height) {
     out.image.rgb.resize(static_cast<size_t>(3 * out.image.width * (int64_t{info.output_scanline} + 1)));
     uint8_t* rgb = out.image.at(info.output_scanline, 0);
-    JSAMPROW row = cmyk ? state.cmyk.data() : rgb;
+    JSAMPROW row = cmyk ? state->cmyk.data() : rgb;
     jpeg_read_scanlines(&info, &row, 1);
-    if (cmyk) cmyk_row_to_rgb(state.cmyk, rgb);
+    if (cmyk) cmyk_row_to_rgb(state->cmyk, rgb);
   }
   jpeg_finish_decompress(&info);
 }
@@ -368,8 +399,10 @@ inline std::optional<unsigned> exif_orientation(std::vector<uint8_t> tiff) {
     tiff.erase(tiff.begin(), tiff.begin() + exif.size());
   }
   if (tiff.empty()) return std::nullopt;
-  const bool known = tiff.size() >= 8 && tiff[0] == tiff[1] && (tiff[0] == 'I' || tiff[0] == 'M');
-  if (!known || tiff[2] + tiff[3] != 42 || (tiff[2] && tiff[3])) return 0;
+  constexpr std::array<std::string_view, 5> marks = {  // the last one is of BigTIFF, but Pillow reads a TIFF
+      {{"II*\0", 4}, {"II\0*", 4}, {"MM*\0", 4}, {"MM\0*", 4}, {"MM\0+", 4}}};
+  const std::string_view mark(reinterpret_cast<const char*>(tiff.data()), std::min<size_t>(tiff.size(), 4));
+  if (tiff.size() < 8 || std::find(marks.begin(), marks.end(), mark) == marks.end()) return 0;
   const bool little = tiff[0] == 'I';
   const auto number = [&](uint64_t at, uint64_t size) {
     uint64_t value = 0;
