@@ -8,7 +8,6 @@ takes chunks out of their order, and leaves black what a file does not have.
 from __future__ import annotations
 
 import io
-import os
 import re
 import struct
 import zlib
@@ -109,14 +108,15 @@ def open_file(path: str | Path, *, animated: bool = False) -> Image.Image:
     Raises InputError for what is no file (a pipe would be waited for, a device read without end), for one that is too
     large, and for a damaged PNG; and what Pillow raises for one that is missing, or no picture.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    path = Path(path)  # no number: open() takes that for an open file, and closes it
+    if path.exists() and not path.is_file():
         raise InputError("not a file")
-    if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise InputError(f"{size} bytes: at most {MAX_FILE_BYTES}")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             png = file.read(len(PNG)) == PNG
-        return _PngFile(Path(path).read_bytes(), animated) if png else Image.open(path, formats=FORMATS)
+        return _PngFile(path.read_bytes(), animated) if png else Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as err:  # Pillow's own limit is higher, and comes first
         raise InputError(f"too many pixels: at most {MAX_PIXELS}") from err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 import tempfile
 import zlib
@@ -283,6 +284,15 @@ def test_image_object_without_pixels_is_refused(size):
 def test_thing_that_is_no_image_at_all_is_refused(image):
     with pytest.raises(InputError):
         open_image(image)
+
+
+def test_an_open_file_is_not_closed_for_its_number(tmp_path):
+    """open(5) takes over file 5. It closed the sockets of a server, or pytest's own output."""
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    with (tmp_path / "a.png").open("rb") as file:
+        with pytest.raises(InputError):
+            open_image(file.fileno())  # type: ignore[arg-type]
+        assert os.fstat(file.fileno()).st_size > 0
 
 
 def test_extreme_shape_is_refused_and_the_limit_itself_is_not():
