@@ -81,7 +81,9 @@ def test_a_steered_answer_that_steering_did_not_change_is_a_problem():
 
 
 def test_answers_that_show_no_steering_are_nothing_to_compare_with():
-    prove_something("demo", HERE)
+    prove_something("demo", [*HERE, answer("pass", 0.25, [3])])
+    with pytest.raises(ToolError, match=r"no p_unsafe is between 0\.1 and 0\.9"):
+        prove_something("demo", HERE)
     with pytest.raises(ToolError, match="no answer to steer or stop"):
         prove_something("demo", [HERE[0], HERE[3]])
 
